@@ -1,0 +1,104 @@
+"""stepwire: the optimizer as a service.
+
+    with stepwire.connect("localhost:50051") as client:
+        session = client.create_session({"w": w}, optimizer=stepwire.Adam(lr=1e-3))
+        params = session.step({"w": gradient})
+
+Names are loaded when first used, so that the server's domain, which shares the errors and the layout with the
+client, never loads gRPC through this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from stepwire.version import __version__
+
+if TYPE_CHECKING:
+    from stepwire.client import Client, connect
+    from stepwire.errors import (
+        AuthenticationError,
+        DataLossError,
+        DeadlineExceededError,
+        FencedError,
+        InvalidRequestError,
+        NonFiniteGradientError,
+        PermissionDeniedError,
+        Reason,
+        ResourceExhaustedError,
+        ServerError,
+        SessionNotFoundError,
+        SessionNotReadyError,
+        StateChangedError,
+        StepMismatchError,
+        StepwireError,
+        UnavailableError,
+        UnsupportedFeatureError,
+    )
+    from stepwire.optimizers import Adam, AdamW, Hyperparameters
+    from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult
+    from stepwire.retry import Retry
+    from stepwire.session import Session
+
+__all__ = [
+    "Adam",
+    "AdamW",
+    "AuthenticationError",
+    "Client",
+    "DataLossError",
+    "DeadlineExceededError",
+    "FencedError",
+    "GroupResult",
+    "Hyperparameters",
+    "InvalidRequestError",
+    "NonFiniteGradientError",
+    "PermissionDeniedError",
+    "Reason",
+    "ResourceExhaustedError",
+    "Retry",
+    "ServerError",
+    "ServerInfo",
+    "Session",
+    "SessionInfo",
+    "SessionNotFoundError",
+    "SessionNotReadyError",
+    "SessionState",
+    "StateChangedError",
+    "StepMismatchError",
+    "StepResult",
+    "StepwireError",
+    "UnavailableError",
+    "UnsupportedFeatureError",
+    "__version__",
+    "connect",
+]
+
+_HOMES = {
+    "Client": "client",
+    "connect": "client",
+    "Adam": "optimizers",
+    "AdamW": "optimizers",
+    "Hyperparameters": "optimizers",
+    "GroupResult": "results",
+    "ServerInfo": "results",
+    "SessionInfo": "results",
+    "SessionState": "results",
+    "StepResult": "results",
+    "Retry": "retry",
+    "Session": "session",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'stepwire' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"stepwire.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -1,0 +1,271 @@
+"""Every error stepwire raises, and the one table that carries them over the wire.
+
+    StepwireError
+    ├── InvalidRequestError          INVALID_ARGUMENT
+    │   └── NonFiniteGradientError   INVALID_ARGUMENT
+    ├── SessionNotFoundError         NOT_FOUND
+    ├── StepMismatchError            ABORTED
+    ├── StateChangedError            ABORTED
+    ├── FencedError                  FAILED_PRECONDITION
+    ├── UnsupportedFeatureError      FAILED_PRECONDITION
+    ├── SessionNotReadyError         FAILED_PRECONDITION
+    ├── ResourceExhaustedError       RESOURCE_EXHAUSTED
+    ├── UnavailableError             UNAVAILABLE
+    │   └── DeadlineExceededError    DEADLINE_EXCEEDED
+    ├── AuthenticationError          UNAUTHENTICATED
+    ├── PermissionDeniedError        PERMISSION_DENIED
+    ├── DataLossError                DATA_LOSS
+    └── ServerError                  INTERNAL
+
+The server raises these same classes; one interceptor writes `(code, reason, metadata)` into the
+status, and the client reads the reason back into the class. Programs match the class or `reason`,
+never the text.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import NamedTuple
+
+__all__ = [
+    "ERROR_DOMAIN",
+    "ERROR_TABLE",
+    "AuthenticationError",
+    "DataLossError",
+    "DeadlineExceededError",
+    "ErrorRow",
+    "FencedError",
+    "InvalidRequestError",
+    "NonFiniteGradientError",
+    "PermissionDeniedError",
+    "Reason",
+    "ResourceExhaustedError",
+    "ServerError",
+    "SessionNotFoundError",
+    "SessionNotReadyError",
+    "StateChangedError",
+    "StepMismatchError",
+    "StepwireError",
+    "UnavailableError",
+    "UnsupportedFeatureError",
+    "error_from_code",
+    "error_from_reason",
+]
+
+ERROR_DOMAIN = "stepwire"
+
+
+class Reason(enum.StrEnum):
+    """What went wrong, as programs read it: `ErrorInfo.reason` on the wire."""
+
+    INVALID_TENSOR = "INVALID_TENSOR"
+    INVALID_CONFIG = "INVALID_CONFIG"
+    INVALID_FRAME = "INVALID_FRAME"
+    NON_FINITE_GRADIENT = "NON_FINITE_GRADIENT"
+    SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
+    STEP_MISMATCH = "STEP_MISMATCH"
+    STEP_SUPERSEDED = "STEP_SUPERSEDED"
+    STATE_CHANGED = "STATE_CHANGED"
+    STALE_EPOCH = "STALE_EPOCH"
+    FENCED = "FENCED"
+    UNSUPPORTED_FEATURE = "UNSUPPORTED_FEATURE"
+    SESSION_NOT_READY = "SESSION_NOT_READY"
+    MEMORY_EXHAUSTED = "MEMORY_EXHAUSTED"
+    TOO_MANY_SESSIONS = "TOO_MANY_SESSIONS"
+    TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    UNREACHABLE = "UNREACHABLE"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    SESSION_DAMAGED = "SESSION_DAMAGED"
+    INTERNAL = "INTERNAL"
+
+
+class StepwireError(Exception):
+    """Base of every error stepwire raises.
+
+    Attributes:
+        reason: what went wrong, for programs.
+        metadata: the values involved (`field`, `tensor`, `expected_step`, …), all strings.
+        retry_after_seconds: when a retry may succeed; None when a retry will not help or the
+            server cannot tell.
+    """
+
+    default_reason = Reason.INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason | None = None,
+        metadata: Mapping[str, object] | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        """Keep the message and the values it speaks of."""
+        super().__init__(message)
+        self.reason = reason or self.default_reason
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRequestError(StepwireError):
+    """The request is malformed; `metadata["field"]` says where. Sending it again will not help."""
+
+    default_reason = Reason.INVALID_CONFIG
+
+
+class NonFiniteGradientError(InvalidRequestError):
+    """A gradient holds NaN or Inf; `metadata["tensor"]` names the first one. Nothing was applied."""
+
+    default_reason = Reason.NON_FINITE_GRADIENT
+
+
+class SessionNotFoundError(StepwireError):
+    """No such session: never created, closed, expired, or lost with its server. It will not return.
+
+    A client adds `metadata["last_known_step"]`, the last step it saw applied.
+    """
+
+    default_reason = Reason.SESSION_NOT_FOUND
+
+
+class StepMismatchError(StepwireError):
+    """The step is neither the next one nor a replay of the last; see `expected_step`, `actual_step`."""
+
+    default_reason = Reason.STEP_MISMATCH
+
+
+class StateChangedError(StepwireError):
+    """The state changed while it was being read; read it again."""
+
+    default_reason = Reason.STATE_CHANGED
+
+
+class FencedError(StepwireError):
+    """Another client took this session's slot, or the session lives in a newer epoch."""
+
+    default_reason = Reason.FENCED
+
+
+class UnsupportedFeatureError(StepwireError):
+    """This server cannot do what the session asks for; `metadata["field"]` names the option."""
+
+    default_reason = Reason.UNSUPPORTED_FEATURE
+
+
+class SessionNotReadyError(StepwireError):
+    """The session's parameters have not been loaded yet."""
+
+    default_reason = Reason.SESSION_NOT_READY
+
+
+class ResourceExhaustedError(StepwireError):
+    """Memory, session count or stream count is used up on the server."""
+
+    default_reason = Reason.MEMORY_EXHAUSTED
+
+
+class UnavailableError(StepwireError):
+    """The server cannot be reached or is going away, and the retries within the deadline failed."""
+
+    default_reason = Reason.UNREACHABLE
+
+
+class DeadlineExceededError(UnavailableError):
+    """The call's deadline passed; the step may or may not have been applied (retry it by number)."""
+
+    default_reason = Reason.DEADLINE_EXCEEDED
+
+
+class AuthenticationError(StepwireError):
+    """The server wants a token, or a better one."""
+
+    default_reason = Reason.UNAUTHENTICATED
+
+
+class PermissionDeniedError(StepwireError):
+    """The token is valid and does not allow this."""
+
+    default_reason = Reason.PERMISSION_DENIED
+
+
+class DataLossError(StepwireError):
+    """Stored or in-memory state failed its check and must not be used."""
+
+    default_reason = Reason.SESSION_DAMAGED
+
+
+class ServerError(StepwireError):
+    """A bug in the server. The message carries an id; the server's log has the text."""
+
+    default_reason = Reason.INTERNAL
+
+
+class ErrorRow(NamedTuple):
+    """One row of the table: how a reason travels, and whether the client repeats the request itself."""
+
+    code: str
+    exception: type[StepwireError]
+    retryable: bool = False
+
+
+# The table. `retryable` is for errors that carry no RetryInfo; RetryInfo always permits a retry.
+ERROR_TABLE: dict[Reason, ErrorRow] = {
+    Reason.INVALID_TENSOR: ErrorRow("INVALID_ARGUMENT", InvalidRequestError),
+    Reason.INVALID_CONFIG: ErrorRow("INVALID_ARGUMENT", InvalidRequestError),
+    Reason.INVALID_FRAME: ErrorRow("INVALID_ARGUMENT", InvalidRequestError),
+    Reason.NON_FINITE_GRADIENT: ErrorRow("INVALID_ARGUMENT", NonFiniteGradientError),
+    Reason.SESSION_NOT_FOUND: ErrorRow("NOT_FOUND", SessionNotFoundError),
+    Reason.STEP_MISMATCH: ErrorRow("ABORTED", StepMismatchError),
+    Reason.STEP_SUPERSEDED: ErrorRow("ABORTED", StepMismatchError),
+    Reason.STATE_CHANGED: ErrorRow("ABORTED", StateChangedError, retryable=True),
+    Reason.STALE_EPOCH: ErrorRow("FAILED_PRECONDITION", FencedError),
+    Reason.FENCED: ErrorRow("FAILED_PRECONDITION", FencedError),
+    Reason.UNSUPPORTED_FEATURE: ErrorRow("FAILED_PRECONDITION", UnsupportedFeatureError),
+    Reason.SESSION_NOT_READY: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
+    Reason.MEMORY_EXHAUSTED: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
+    Reason.TOO_MANY_SESSIONS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
+    Reason.TOO_MANY_STREAMS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
+    Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.DEADLINE_EXCEEDED: ErrorRow("DEADLINE_EXCEEDED", DeadlineExceededError),
+    Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),
+    Reason.PERMISSION_DENIED: ErrorRow("PERMISSION_DENIED", PermissionDeniedError),
+    Reason.SESSION_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
+}
+
+# Statuses that arrive without ErrorInfo: from gRPC itself, a proxy, or a server that died.
+_REASON_OF_BARE_CODE: dict[str, Reason] = {
+    "CANCELLED": Reason.UNREACHABLE,
+    "UNAVAILABLE": Reason.UNREACHABLE,
+    "DEADLINE_EXCEEDED": Reason.DEADLINE_EXCEEDED,
+    "RESOURCE_EXHAUSTED": Reason.TOO_MANY_STREAMS,
+    "INVALID_ARGUMENT": Reason.INVALID_FRAME,
+    "UNIMPLEMENTED": Reason.UNSUPPORTED_FEATURE,
+    "UNAUTHENTICATED": Reason.UNAUTHENTICATED,
+    "PERMISSION_DENIED": Reason.PERMISSION_DENIED,
+}
+
+
+def error_from_reason(
+    reason: str,
+    message: str,
+    metadata: Mapping[str, str],
+    retry_after_seconds: float | None = None,
+) -> StepwireError:
+    """Build the exception that the table names for a reason; a reason from a newer server is a ServerError."""
+    try:
+        known = Reason(reason)
+    except ValueError:
+        return ServerError(f"{message} (unknown reason {reason!r})", metadata=metadata)
+    return ERROR_TABLE[known].exception(
+        message, reason=known, metadata=metadata, retry_after_seconds=retry_after_seconds
+    )
+
+
+def error_from_code(code: str, message: str) -> StepwireError:
+    """Build the exception for a bare gRPC status name such as "UNAVAILABLE"."""
+    return error_from_reason(_REASON_OF_BARE_CODE.get(code, Reason.INTERNAL), f"{message} ({code})", {})

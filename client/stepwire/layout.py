@@ -1,0 +1,112 @@
+"""The flat address space: where each tensor lies, counted in elements.
+
+Groups lie in index order, the tensors of a group one after another in the order given. A group starts at a
+multiple of `GROUP_ALIGNMENT`, so that vector loads and blockwise codes never straddle two groups; the padding
+between is never stepped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+__all__ = ["GROUP_ALIGNMENT", "Layout", "Placement", "Span", "TensorSpec", "place"]
+
+GROUP_ALIGNMENT = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor as the client names it.
+
+    Attributes:
+        name: unique within the session.
+        shape: extents, outermost first.
+        group: index of its parameter group.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int = 0
+
+    @property
+    def count(self) -> int:
+        """Elements: the product of the shape, 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor lies: flat elements `[offset, offset + count)`."""
+
+    spec: TensorSpec
+    offset: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """One past the last flat element."""
+        return self.offset + self.count
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """A range of flat elements `[offset, offset + count)`."""
+
+    offset: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """One past the last flat element."""
+        return self.offset + self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The whole space.
+
+    Attributes:
+        tensors: ordered by offset.
+        groups: in index order.
+        size: elements, padding included.
+    """
+
+    tensors: tuple[Placement, ...]
+    groups: tuple[Span, ...]
+    size: int
+
+    @functools.cached_property
+    def _offsets(self) -> list[int]:
+        return [tensor.offset for tensor in self.tensors]
+
+    def overlapping(self, start: int, end: int) -> Iterator[Placement]:
+        """Yield the non-empty tensors that share elements with `[start, end)`, in order."""
+        first = max(bisect_right(self._offsets, start) - 1, 0)
+        for tensor in self.tensors[first:]:
+            if tensor.offset >= end:
+                return
+            if tensor.end > start and tensor.count:
+                yield tensor
+
+    def tensor_indices(self) -> dict[str, int]:
+        """Map each name to its index in `tensors`."""
+        return {tensor.spec.name: index for index, tensor in enumerate(self.tensors)}
+
+
+def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
+    """Lay tensors out; deterministic, so that a client may compute it too."""
+    tensors: list[Placement] = []
+    groups: list[Span] = []
+    end = 0
+    for group in range(group_count):
+        start = end = -(-end // GROUP_ALIGNMENT) * GROUP_ALIGNMENT
+        for spec in specs:
+            if spec.group == group:
+                tensors.append(Placement(spec, end, spec.count))
+                end += spec.count
+        groups.append(Span(start, end - start))
+    return Layout(tuple(tensors), tuple(groups), end)

@@ -1,0 +1,159 @@
+"""Between a user's arrays and flat chunks: which part of which tensor lies where in each message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.codecs import is_wire_dtype
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.layout import Layout
+
+__all__ = ["Arrays", "Container", "Packer", "Part", "named_arrays"]
+
+Arrays: TypeAlias = Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike]
+"""What users pass: arrays by name, or a list whose names are their positions."""
+
+Container: TypeAlias = dict[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]
+"""What users get back: a dict where they passed a mapping, a list where they passed a sequence."""
+
+
+class Part(NamedTuple):
+    """Elements `[begin, end)` of tensor `tensor` lie at `[at, at + end - begin)` of a chunk."""
+
+    tensor: int
+    begin: int
+    end: int
+    at: int
+
+
+def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
+    """Name the arrays and check that each can be sent.
+
+    Raises:
+        InvalidRequestError: not a mapping or a sequence, or a dtype that is not float32, bfloat16 or float16.
+    """
+    if isinstance(arrays, Mapping):
+        items = list(arrays.items())
+    elif isinstance(arrays, Sequence) and not isinstance(arrays, (str, bytes)):
+        items = [(str(index), value) for index, value in enumerate(arrays)]
+    else:
+        raise _invalid(field, f"{type(arrays).__name__} is neither a dict nor a list of arrays")
+    named = {}
+    for name, value in items:
+        if not isinstance(name, str):
+            raise _invalid(field, f"the name {name!r} is not a string")
+        array = np.asarray(value)
+        if not is_wire_dtype(array.dtype):
+            raise _invalid(
+                f"{field}[{name!r}]",
+                f"dtype {array.dtype} is not served; cast it to float32, bfloat16 or float16",
+            )
+        named[name] = array
+    return named
+
+
+class Packer:
+    """Packs and unpacks the arrays of one session.
+
+    Attributes:
+        layout: where the tensors lie.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        """Prepare for a layout."""
+        self.layout = layout
+        self._indices = layout.tensor_indices()
+        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._plans: dict[int, list[tuple[int, int, list[Part]]]] = {}
+
+    def chunks(self, most: int) -> list[tuple[int, int, list[Part]]]:
+        """Return `(offset, count, parts)` of each chunk of at most `most` elements, in order."""
+        if most not in self._plans:
+            size = self.layout.size
+            self._plans[most] = [
+                (offset, min(most, size - offset), list(self.parts(offset, min(most, size - offset))))
+                for offset in range(0, size, most)
+            ]
+        return self._plans[most]
+
+    def parts(self, offset: int, count: int) -> Iterator[Part]:
+        """Yield what lies in flat elements `[offset, offset + count)`."""
+        for tensor in self.layout.overlapping(offset, offset + count):
+            begin = max(offset - tensor.offset, 0)
+            end = min(offset + count - tensor.offset, tensor.count)
+            yield Part(self._indices[tensor.spec.name], begin, end, tensor.offset + begin - offset)
+
+    def parts_of(self, offset: int, count: int) -> list[Part]:
+        """Return the parts of a chunk of an answer, remembered from step to step."""
+        key = (offset, count)
+        if key not in self._parts:
+            self._parts[key] = list(self.parts(offset, count))
+        return self._parts[key]
+
+    def ordered(self, arrays: Arrays, field: str) -> list[npt.NDArray[Any]]:
+        """Return checked 1-D views (copies of non-contiguous arrays) in layout order.
+
+        Raises:
+            InvalidRequestError: a name is missing or unknown, or a shape or dtype is wrong.
+        """
+        named = named_arrays(arrays, field)
+        if len(named) != len(self._indices) or any(name not in named for name in self._indices):
+            missing = [name for name in self._indices if name not in named][:5]
+            unknown = [name for name in named if name not in self._indices][:5]
+            raise _invalid(field, f"names do not match the session's tensors: missing {missing}, unknown {unknown}")
+        flat = []
+        for tensor in self.layout.tensors:
+            array = named[tensor.spec.name]
+            if array.shape != tensor.spec.shape:
+                raise _invalid(
+                    f"{field}[{tensor.spec.name!r}]",
+                    f"shape {array.shape} is not the session's {tensor.spec.shape}",
+                )
+            flat.append(array.reshape(-1))
+        return flat
+
+    def write(self, flat: Sequence[npt.NDArray[Any]], parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+        """Encode parts into a chunk; elements between tensors become zero."""
+        done = 0
+        for part in parts:
+            if part.at > done:
+                chunk[done : part.at] = 0
+            done = part.at + part.end - part.begin
+            chunk[part.at : done] = flat[part.tensor][part.begin : part.end]
+        if done < len(chunk):
+            chunk[done:] = 0
+
+    def read(self, flat: Sequence[npt.NDArray[Any]], parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+        """Decode a chunk into parts."""
+        for part in parts:
+            flat[part.tensor][part.begin : part.end] = chunk[part.at : part.at + part.end - part.begin]
+
+    def empty(self, dtype: np.dtype[Any], *, as_list: bool) -> Container:
+        """Allocate arrays for an answer, as views of one flat buffer: a list where the user passed one."""
+        buffer = np.empty(self.layout.size, dtype)
+        named = {
+            tensor.spec.name: buffer[tensor.offset : tensor.end].reshape(tensor.spec.shape)
+            for tensor in self.layout.tensors
+        }
+        return [named[str(position)] for position in range(len(named))] if as_list else named
+
+    def targets(self, out: Container, field: str) -> list[npt.NDArray[Any]]:
+        """Return writable 1-D views of a user's arrays in layout order.
+
+        Raises:
+            InvalidRequestError: they do not match, or are read-only or not contiguous.
+        """
+        flat = self.ordered(out, field)
+        for tensor, view in zip(self.layout.tensors, flat, strict=True):
+            original = out[int(tensor.spec.name)] if isinstance(out, list) else out[tensor.spec.name]
+            if not view.flags.writeable or (view.size and not np.shares_memory(view, original)):
+                raise _invalid(f"{field}[{tensor.spec.name!r}]", "the array is read-only or not C-contiguous")
+        return flat
+
+
+def _invalid(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", reason=Reason.INVALID_TENSOR, metadata={"field": field})

@@ -1,0 +1,198 @@
+"""What the server tells about a step, a session and itself, as plain records."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.optimizers import Hyperparameters
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2, step_pb2
+from stepwire.wire import hyperparameters_from_wire
+
+__all__ = ["GroupResult", "ServerInfo", "SessionInfo", "SessionState", "StepResult"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupResult:
+    """One parameter group in one step.
+
+    Attributes:
+        grad_norm: Euclidean norm of the group's gradient.
+        hyperparameters: the values that were used.
+        t: updates the group has had, this one included.
+    """
+
+    grad_norm: float
+    hyperparameters: Hyperparameters
+    t: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        step: its number.
+        durable_step: the last step that survives a loss of the server; 0 if none does.
+        epoch: the epoch that applied it.
+        replayed: it had been applied before, and its answer was lost.
+        skipped: nothing was updated because the gradient was not finite.
+        grad_norm: Euclidean norm of the whole gradient.
+        non_finite_count: gradient elements that were NaN or Inf.
+        groups: one entry a group.
+        receive_seconds: from the step's first message to its commit, on the server.
+        queue_seconds: waiting for the session and the engine.
+        apply_seconds: decode, rule and encode.
+    """
+
+    step: int
+    durable_step: int
+    epoch: int
+    replayed: bool
+    skipped: bool
+    grad_norm: float
+    non_finite_count: int
+    groups: tuple[GroupResult, ...]
+    receive_seconds: float
+    queue_seconds: float
+    apply_seconds: float
+
+    @classmethod
+    def from_wire(cls, message: step_pb2.StepResult) -> StepResult:
+        """Decode a result."""
+        telemetry = message.telemetry
+        return cls(
+            step=message.step,
+            durable_step=message.durable_step,
+            epoch=message.epoch,
+            replayed=message.replayed,
+            skipped=message.skipped,
+            grad_norm=telemetry.grad_norm,
+            non_finite_count=telemetry.non_finite_count,
+            groups=tuple(_group(group) for group in telemetry.groups),
+            receive_seconds=telemetry.receive_seconds,
+            queue_seconds=telemetry.queue_seconds,
+            apply_seconds=telemetry.apply_seconds,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionState:
+    """The whole optimizer state of a session as of one step, in float32.
+
+    Attributes:
+        step: the session's applied step.
+        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape.
+        tensor_steps: updates each tensor has had (Adam's t), by name.
+    """
+
+    step: int
+    slots: dict[str, dict[str, npt.NDArray[np.float32]]]
+    tensor_steps: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as the server lists it.
+
+    Attributes:
+        session_id: who knows it may use the session.
+        label: the creator's text.
+        epoch: which incarnation of the server owns it.
+        applied_step: the last committed step.
+        durable_step: the last step that survives a loss of the server.
+        memory_bytes: bytes of state.
+        device: where it lives.
+        ready: steps are taken.
+        attached: a stream is attached.
+        create_time: when it was created.
+        expire_time: when it ends unless it is used before.
+    """
+
+    session_id: str
+    label: str
+    epoch: int
+    applied_step: int
+    durable_step: int
+    memory_bytes: int
+    device: str
+    ready: bool
+    attached: bool
+    create_time: datetime.datetime
+    expire_time: datetime.datetime
+
+    @classmethod
+    def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
+        """Decode a session."""
+        return cls(
+            session_id=message.session_id,
+            label=message.config.label,
+            epoch=message.epoch,
+            applied_step=message.applied_step,
+            durable_step=message.durable_step,
+            memory_bytes=message.memory_bytes,
+            device=message.device,
+            ready=message.ready,
+            attached=message.attached,
+            create_time=message.create_time.ToDatetime(datetime.UTC),
+            expire_time=message.expire_time.ToDatetime(datetime.UTC),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server is and can do.
+
+    Attributes:
+        version: of its distribution.
+        protocol_min: oldest protocol version it speaks.
+        protocol_max: newest.
+        instance_id: random for each start of the server.
+        devices: where sessions can live, by name: description and bytes in all, allowed and reserved.
+        features: optional features it serves.
+        sessions: sessions alive.
+        max_chunk_bytes: payload of one message.
+        draining: it takes no new steps.
+    """
+
+    version: str
+    protocol_min: int
+    protocol_max: int
+    instance_id: str
+    devices: dict[str, dict[str, Any]]
+    features: tuple[str, ...]
+    sessions: int
+    max_chunk_bytes: int
+    draining: bool
+
+    @classmethod
+    def from_wire(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
+        """Decode a server's answer."""
+        return cls(
+            version=message.version,
+            protocol_min=message.protocol_min,
+            protocol_max=message.protocol_max,
+            instance_id=message.instance_id,
+            devices={
+                device.name: {
+                    "description": device.description,
+                    "memory_bytes": device.memory_bytes,
+                    "budget_bytes": device.budget_bytes,
+                    "reserved_bytes": device.reserved_bytes,
+                }
+                for device in message.devices
+            },
+            features=tuple(message.features),
+            sessions=message.sessions,
+            max_chunk_bytes=message.limits.max_chunk_bytes,
+            draining=message.draining,
+        )
+
+
+def _group(message: step_pb2.GroupTelemetry) -> GroupResult:
+    return GroupResult(message.grad_norm, hyperparameters_from_wire(message.hyperparameters), message.t)

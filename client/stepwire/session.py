@@ -1,0 +1,413 @@
+"""The client's end of a session: steps by number, pulls, loads, and coming back after a broken connection."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.calls import Calls
+from stepwire.codecs import FLOAT32, dtype_from_wire, dtype_named, dtype_to_wire
+from stepwire.errors import (
+    InvalidRequestError,
+    Reason,
+    SessionNotFoundError,
+    StepMismatchError,
+    UnavailableError,
+    UnsupportedFeatureError,
+)
+from stepwire.frames import FrameBuffer
+from stepwire.packing import Arrays, Container, Packer
+from stepwire.results import SessionInfo, SessionState, StepResult
+from stepwire.retry import Deadline
+from stepwire.stream import AttachedStream
+from stepwire.transfer import Flat, load_messages, read_pull
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2, step_pb2, tensor_pb2
+from stepwire.wire import hyperparameters_from_wire, layout_from_wire, overrides_to_wire
+
+__all__ = ["Overrides", "Session"]
+
+Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Hyper-parameters of one step: one mapping for all groups, or one a group."""
+
+_PARAM = "param"
+_CLOSE_TIMEOUT_SECONDS = 5.0
+
+
+class Session:
+    """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
+
+    Thread-safe; steps are taken one at a time. As a context manager it ends the session on the server; `detach`
+    leaves it there for somebody else, or for later.
+
+    Attributes:
+        session_id: who knows it may use the session.
+        last_result: what the last step did; None before the first.
+    """
+
+    def __init__(self, calls: Calls, message: session_pb2.Session, token: int, chunk_bytes: int, *, as_list: bool):
+        """Speak for a session that the server described; token 0 takes its slot when first needed."""
+        self.session_id = message.session_id
+        self.last_result: StepResult | None = None
+        self._calls = calls
+        self._packer = Packer(layout_from_wire(message.layout))
+        self._slots = tuple(message.layout.slots)
+        self._groups = [hyperparameters_from_wire(group.overrides) for group in message.config.groups]
+        self._gradient_dtype = dtype_from_wire(message.config.gradient_dtype, FLOAT32, "gradient_dtype")
+        self._reply_dtype = dtype_from_wire(message.config.reply_dtype, FLOAT32, "reply_dtype")
+        self._as_list = as_list
+        self._chunk_bytes = chunk_bytes
+        self._epoch = message.epoch
+        self._token = token
+        self._applied_step = self._applied_on_server = message.applied_step
+        self._applied_load = message.applied_load
+        self._stream: AttachedStream | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def applied_step(self) -> int:
+        """The last step known to be applied; the next `step` is the one after it."""
+        return self._applied_step
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return {tensor.spec.name: tensor.spec.shape for tensor in self._packer.layout.tensors}
+
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        gradients: Arrays,
+        *,
+        lr: float | None = None,
+        hyperparameters: Overrides | None = None,
+        gradient_dtype: npt.DTypeLike | None = None,
+        reply_dtype: npt.DTypeLike | None = None,
+        out: Container | None = None,
+        timeout: float | None = None,
+    ) -> Container:
+        """Apply one optimizer step, exactly once, and return the new parameters.
+
+        Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
+        once however often it arrives.
+
+        Args:
+            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16.
+            lr: the learning rate of this step, for all groups.
+            hyperparameters: other values for this step: one mapping, or one a group.
+            gradient_dtype: how gradients travel; default as created.
+            reply_dtype: how parameters travel, and the dtype of the answer; default as created.
+            out: arrays to write the parameters into instead of new ones; when an error is raised their content is
+                undefined.
+            timeout: seconds for the step with all its repetitions; default the client's.
+
+        Returns:
+            The parameters, as a dict or list like `gradients`; `out` if given. `last_result` has the telemetry.
+
+        Raises:
+            InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
+            NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
+            FencedError: another client took the session's slot.
+            SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
+            StepMismatchError: the session moved without this client.
+            UnavailableError: no connection within the timeout; call `step` again with the same gradients.
+        """
+        with self._lock:
+            flat = self._packer.ordered(gradients, "gradients")
+            sent = dtype_named(gradient_dtype, "gradient_dtype") if gradient_dtype else self._gradient_dtype
+            received = dtype_named(reply_dtype, "reply_dtype") if reply_dtype else self._reply_dtype
+            begin = step_pb2.StepBegin(
+                step=self._applied_step + 1,
+                epoch=self._epoch,
+                gradient_dtype=dtype_to_wire(sent),
+                reply_dtype=dtype_to_wire(received),
+                hyperparameters=self._overrides(lr, hyperparameters),
+                reply_chunk_bytes=self._chunk_bytes,
+            )
+            answer = self._packer.empty(received, as_list=not isinstance(gradients, Mapping)) if out is None else out
+            targets = self._packer.targets(answer, "out")
+            self.last_result = self._repeat(
+                lambda deadline: self._attempt_step(begin, flat, sent, targets, received, deadline), timeout
+            )
+            self._applied_step = self.last_result.step
+            return answer
+
+    def attach(self, *, transport: str = "auto", take_over: bool = False, timeout: float | None = None) -> None:
+        """Attach a stream now instead of at the first step.
+
+        Args:
+            transport: `"auto"` or `"tcp"`; this version moves bulk data over gRPC only.
+            take_over: take the slot from whoever holds it, and fence them.
+            timeout: seconds.
+
+        Raises:
+            FencedError: another client took the slot, and `take_over` is not set.
+            UnsupportedFeatureError: the transport is not served.
+            StepwireError: as `step`.
+        """
+        if transport not in ("auto", "tcp"):
+            raise UnsupportedFeatureError(
+                f"transport: {transport!r} is not served by this version; use 'auto' or 'tcp'",
+                metadata={"field": "transport", "feature": f"transport_{transport}"},
+            )
+        with self._lock:
+            if take_over:
+                self.detach()
+                self._token = 0
+            self._repeat(self._attached, timeout)
+
+    def detach(self) -> None:
+        """Close the stream and leave the session on the server. Detaching twice is harmless."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+                self._stream = None
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def pull(self, *, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Container:
+        """Return the current parameters.
+
+        Raises:
+            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
+        """
+        wire_dtype = dtype_named(dtype, "dtype")
+        answer = self._packer.empty(wire_dtype, as_list=self._as_list)
+        self._pull({_PARAM: self._packer.targets(answer, "out")}, wire_dtype, timeout)
+        return answer
+
+    def state(self, *, timeout: float | None = None) -> SessionState:
+        """Return everything: parameters, moments and step counts, all as of one step.
+
+        Raises:
+            StepwireError: as `pull`.
+        """
+        slots = {slot: self._packer.empty(FLOAT32, as_list=False) for slot in self._slots}
+        targets = {slot: self._packer.targets(arrays, "out") for slot, arrays in slots.items()}
+        header = self._pull(targets, FLOAT32, timeout)
+        names = [tensor.spec.name for tensor in self._packer.layout.tensors]
+        return SessionState(
+            step=header.step,
+            slots={slot: dict(arrays) for slot, arrays in slots.items() if isinstance(arrays, dict)},
+            tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
+        )
+
+    def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
+        """Replace the parameters; moments and step counts stay.
+
+        Raises:
+            InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
+            StepwireError: as `step`.
+        """
+        self._load({_PARAM: self._packer.ordered(parameters, "parameters")}, pb.LoadOpen(), timeout)
+
+    def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
+        """Replace everything by what `state` returned, here or from another session of the same tensors.
+
+        The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
+        into a new session.
+
+        Raises:
+            InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
+            StepMismatchError: the session is beyond `state.step`.
+            StepwireError: as `step`.
+        """
+        if set(state.slots) != set(self._slots):
+            raise InvalidRequestError(
+                f"state.slots: has {sorted(state.slots)}, the session has {sorted(self._slots)}",
+                metadata={"field": "state.slots"},
+            )
+        sources = {slot: self._packer.ordered(state.slots[slot], f"state.slots[{slot!r}]") for slot in self._slots}
+        missing = [name for name in self.shapes if name not in state.tensor_steps]
+        if missing:
+            raise InvalidRequestError(
+                f"state.tensor_steps: {missing[0]!r} is missing", metadata={"field": "state.tensor_steps"}
+            )
+        steps = [state.tensor_steps[tensor.spec.name] for tensor in self._packer.layout.tensors]
+        self._load(sources, pb.LoadOpen(step=state.step, tensor_steps=steps), timeout)
+
+    def info(self, *, timeout: float | None = None) -> SessionInfo:
+        """Ask the server how the session stands.
+
+        Raises:
+            SessionNotFoundError: it is gone.
+        """
+        answer = self._calls.unary(
+            "GetSession", pb.GetSessionRequest(session_id=self.session_id), pb.GetSessionResponse, timeout
+        )
+        return SessionInfo.from_wire(answer.session)
+
+    def close(self) -> None:
+        """End the session on the server and free its memory there. Closing twice is harmless.
+
+        A server that cannot be reached ends it when its lease runs out.
+        """
+        self.detach()
+        try:
+            self._calls.unary(
+                "DeleteSession",
+                pb.DeleteSessionRequest(session_id=self.session_id),
+                pb.DeleteSessionResponse,
+                _CLOSE_TIMEOUT_SECONDS,
+            )
+        except (SessionNotFoundError, UnavailableError, ValueError):  # ValueError: the channel is closed
+            pass
+
+    def __enter__(self) -> Session:
+        """Use the session for a block and end it after."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    # --- one attempt -------------------------------------------------------------------------------------
+
+    def _attempt_step(
+        self,
+        begin: step_pb2.StepBegin,
+        flat: Flat,
+        sent: np.dtype[Any],
+        targets: Flat,
+        received: np.dtype[Any],
+        deadline: Deadline,
+    ) -> StepResult:
+        stream = self._attached(deadline)
+        applied = self._applied_on_server
+        if applied not in (begin.step - 1, begin.step):
+            raise StepMismatchError(
+                f"this client is about to take step {begin.step} and the session is at step {applied}: it moved "
+                "without this client; pull the parameters and go on from there with a new Session object",
+                metadata={"expected_step": applied + 1, "actual_step": begin.step},
+            )
+        # Applied already means its answer was lost: asking for the answer again needs no gradient.
+        frames = self._gradient_frames(begin, flat, sent) if applied < begin.step else _replay_frames(begin)
+        try:
+            result = self._read_answer(stream, frames, targets, received, deadline)
+        except BaseException:
+            self.detach()
+            raise
+        self._applied_on_server = result.step
+        return result
+
+    def _attached(self, deadline: Deadline) -> AttachedStream:
+        if self._stream is None:
+            opening = pb.AttachOpen(session_id=self.session_id, attach_token=self._token, epoch=self._epoch)
+            self._stream = AttachedStream(self._calls.channel, opening, deadline)
+            opened = self._stream.opened
+            first_taking, self._token = self._token == 0, opened.attach_token
+            self._applied_on_server = opened.applied_step
+            if first_taking:
+                self._applied_step, self._applied_load = opened.applied_step, opened.applied_load
+        return self._stream
+
+    def _gradient_frames(self, begin: step_pb2.StepBegin, flat: Flat, dtype: np.dtype[Any]) -> Iterator[bytes]:
+        """Make the messages of a step as they are asked for; a small step is one."""
+        chunks = self._packer.chunks(self._chunk_bytes // dtype.itemsize)
+        if not chunks:
+            yield from _replay_frames(begin)
+        for index, (offset, count, parts) in enumerate(chunks):
+            frame = FrameBuffer(
+                pb.AttachRequest(
+                    begin=begin if index == 0 else None,
+                    chunk=tensor_pb2.Chunk(offset=offset, count=count),
+                    commit=step_pb2.StepCommit() if index == len(chunks) - 1 else None,
+                ),
+                count * dtype.itemsize,
+            )
+            self._packer.write(flat, parts, frame.payload(dtype))
+            yield frame.data
+
+    def _read_answer(
+        self,
+        stream: AttachedStream,
+        frames: Iterable[bytes],
+        targets: Flat,
+        dtype: np.dtype[Any],
+        deadline: Deadline,
+    ) -> StepResult:
+        missing = self._packer.layout.size
+        for frame in stream.exchange(frames, deadline):
+            message: pb.AttachResponse = frame.message
+            if message.HasField("chunk"):
+                offset, count = message.chunk.offset, message.chunk.count
+                self._packer.read(targets, self._packer.parts_of(offset, count), frame.payload.view(dtype))
+                missing -= count
+            if message.HasField("result"):
+                break
+        if missing:
+            raise UnavailableError(f"the answer to step {message.result.step} lacks {missing} elements")
+        return StepResult.from_wire(message.result)
+
+    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> pb.PullHeader:
+        request = pb.PullRequest(
+            session_id=self.session_id,
+            slots=targets,
+            dtype=dtype_to_wire(dtype),
+            chunk_bytes=self._chunk_bytes,
+        )
+        header: pb.PullHeader = self._repeat(
+            lambda deadline: self._calls.download(
+                "Pull", request, lambda messages: read_pull(messages, self._packer, dtype, targets), deadline
+            ),
+            timeout,
+        )
+        return header
+
+    def _load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, timeout: float | None) -> None:
+        with self._lock:
+            if self._token == 0:
+                self.attach(timeout=timeout)
+            opening.session_id, opening.attach_token = self.session_id, self._token
+            opening.load = self._applied_load + 1
+            opening.slots.extend(sources)
+            answer: pb.LoadResponse = self._repeat(
+                lambda deadline: self._calls.upload(
+                    "Load",
+                    load_messages(opening, self._packer, sources, self._chunk_bytes),
+                    pb.LoadResponse,
+                    deadline,
+                ),
+                timeout,
+            )
+            self._applied_load, self._applied_step = opening.load, answer.session.applied_step
+            self._applied_on_server = self._applied_step
+
+    def _repeat(self, attempt: Any, timeout: float | None) -> Any:
+        try:
+            return self._calls.retry.call(attempt, self._calls.deadline(timeout))
+        except SessionNotFoundError as error:
+            raise SessionNotFoundError(
+                f"{error} (the last step this client knows to be applied is {self._applied_step})",
+                reason=Reason.SESSION_NOT_FOUND,
+                metadata={**error.metadata, "last_known_step": self._applied_step},
+            ) from None
+
+    def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
+        if overrides is None and lr is None:
+            return []
+        per_group = (
+            [overrides or {}] * len(self._groups) if overrides is None or isinstance(overrides, Mapping) else overrides
+        )
+        if len(per_group) != len(self._groups):
+            raise InvalidRequestError(
+                f"hyperparameters: {len(per_group)} entries for {len(self._groups)} groups",
+                metadata={"field": "hyperparameters"},
+            )
+        shared = {} if lr is None else {"lr": lr}
+        return [
+            overrides_to_wire(group, {**shared, **values}, f"hyperparameters[{index}]")
+            for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
+        ]
+
+
+def _replay_frames(begin: step_pb2.StepBegin) -> list[bytes]:
+    return [pb.AttachRequest(begin=begin, commit=step_pb2.StepCommit()).SerializeToString()]

@@ -1,0 +1,73 @@
+"""Errors as gRPC carries them: google.rpc.Status in the trailers, built by the server, read by the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+
+from stepwire.errors import ERROR_DOMAIN, ERROR_TABLE, StepwireError, error_from_code, error_from_reason
+from stepwire.v1 import status_pb2
+
+__all__ = ["RichStatus", "error_from_call", "status_of"]
+
+_TRAILER: Final = "grpc-status-details-bin"
+_TYPE_PREFIX: Final = "type.googleapis.com/google.rpc."
+# A trailer has to fit the header limits of every proxy on the way.
+_MAX_TEXT: Final = 2048
+
+
+class RichStatus(NamedTuple):
+    """What `ServicerContext.abort_with_status` takes."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, bytes], ...]
+
+
+def status_of(error: StepwireError) -> RichStatus:
+    """Put an error into a status, by the table."""
+    code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
+    text = str(error)[:_MAX_TEXT]
+    status = status_pb2.RichStatus(code=code.value[0], message=text)
+    info = status_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
+    status.details.append(AnyMessage(type_url=_TYPE_PREFIX + "ErrorInfo", value=info.SerializeToString()))
+    if error.retry_after_seconds is not None:
+        retry = status_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        status.details.append(AnyMessage(type_url=_TYPE_PREFIX + "RetryInfo", value=retry.SerializeToString()))
+    return RichStatus(code, text, ((_TRAILER, status.SerializeToString()),))
+
+
+def error_from_call(call: grpc.RpcError) -> StepwireError:
+    """Read the error back; a status without our details is told by its code alone."""
+    if not isinstance(call, grpc.Call):
+        return error_from_code("UNKNOWN", str(call))
+    details = call.details() or "no details"
+    info, retry_after = _read_trailer(call.trailing_metadata() or ())
+    if info is None:
+        return error_from_code(call.code().name, details)
+    return error_from_reason(info.reason, details, dict(info.metadata), retry_after)
+
+
+def _read_trailer(
+    metadata: Iterable[tuple[str, str | bytes]],
+) -> tuple[status_pb2.ErrorInfo | None, float | None]:
+    info: status_pb2.ErrorInfo | None = None
+    retry_after: float | None = None
+    for key, value in metadata:
+        if key != _TRAILER or not isinstance(value, bytes):
+            continue
+        try:
+            for detail in status_pb2.RichStatus.FromString(value).details:
+                if detail.type_url == _TYPE_PREFIX + "ErrorInfo":
+                    info = status_pb2.ErrorInfo.FromString(detail.value)
+                elif detail.type_url == _TYPE_PREFIX + "RetryInfo":
+                    delay = status_pb2.RetryInfo.FromString(detail.value).retry_delay
+                    retry_after = delay.ToNanoseconds() / 1e9
+        except DecodeError:
+            return None, None
+    return (info, retry_after) if info is not None and info.domain == ERROR_DOMAIN else (None, None)

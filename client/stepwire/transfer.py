@@ -1,0 +1,64 @@
+"""The messages of pulls and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.codecs import FLOAT32, dtype_to_wire
+from stepwire.errors import UnavailableError
+from stepwire.frames import FrameBuffer, read_frame
+from stepwire.packing import Packer
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import tensor_pb2
+
+__all__ = ["Flat", "load_messages", "read_pull"]
+
+Flat = Sequence[npt.NDArray[Any]]
+"""1-D arrays in layout order."""
+
+
+def read_pull(
+    messages: Iterator[bytes], packer: Packer, dtype: np.dtype[Any], targets: Mapping[str, Flat]
+) -> pb.PullHeader:
+    """Decode the answer to a pull into the target arrays of each slot.
+
+    Raises:
+        UnavailableError: the server ended the stream before everything had come.
+    """
+    header: pb.PullHeader | None = None
+    missing = packer.layout.size * len(targets)
+    for data in messages:
+        frame = read_frame(pb.PullResponse, data)
+        message: pb.PullResponse = frame.message
+        if message.HasField("header"):
+            header = message.header
+        if message.HasField("chunk"):
+            chunk = message.chunk
+            packer.read(
+                targets[message.slot],
+                list(packer.parts(chunk.offset, chunk.count)),
+                frame.payload.view(dtype),
+            )
+            missing -= chunk.count
+    if header is None or missing:
+        raise UnavailableError(f"the server ended a pull {missing} elements early; pull again")
+    return header
+
+
+def load_messages(
+    opening: pb.LoadOpen, packer: Packer, sources: Mapping[str, Flat], chunk_bytes: int
+) -> Iterator[bytes]:
+    """Yield the messages of a load of float32 values, made as they are asked for."""
+    opening.dtype = dtype_to_wire(FLOAT32)
+    yield pb.LoadRequest(open=opening).SerializeToString()
+    for slot, flat in sources.items():
+        for offset, count, parts in packer.chunks(chunk_bytes // FLOAT32.itemsize):
+            header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
+            frame = FrameBuffer(header, count * FLOAT32.itemsize)
+            packer.write(flat, parts, frame.payload(FLOAT32))
+            yield frame.data
+    yield pb.LoadRequest(commit=True).SerializeToString()

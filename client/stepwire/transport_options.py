@@ -1,0 +1,16 @@
+"""gRPC channel settings that both ends share, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["BULK_OPTIONS"]
+
+# The flow-control window is pinned: with the probe on, gRPC grows it over many round trips and shrinks it when the
+# reader pauses, as ours does between receiving a gradient and sending the answer. Probe, window and frame size only
+# take effect together. benchmarks/main.py measures the echo with the same settings.
+BULK_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
+)

@@ -1,0 +1,1 @@
+"""The contract's generated messages. Never edited; `make proto` writes them."""

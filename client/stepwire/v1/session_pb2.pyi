@@ -1,0 +1,104 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
+from stepwire.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_MEMORY: _ClassVar[Durability]
+    DURABILITY_CHECKPOINT: _ClassVar[Durability]
+    DURABILITY_JOURNAL: _ClassVar[Durability]
+
+class Initialization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INITIALIZATION_UNSPECIFIED: _ClassVar[Initialization]
+    INITIALIZATION_LOAD: _ClassVar[Initialization]
+    INITIALIZATION_ZEROS: _ClassVar[Initialization]
+
+class StatePrecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STATE_PRECISION_UNSPECIFIED: _ClassVar[StatePrecision]
+    STATE_PRECISION_FLOAT32: _ClassVar[StatePrecision]
+    STATE_PRECISION_BFLOAT16_MOMENTS: _ClassVar[StatePrecision]
+    STATE_PRECISION_INT8_MOMENTS: _ClassVar[StatePrecision]
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_MEMORY: Durability
+DURABILITY_CHECKPOINT: Durability
+DURABILITY_JOURNAL: Durability
+INITIALIZATION_UNSPECIFIED: Initialization
+INITIALIZATION_LOAD: Initialization
+INITIALIZATION_ZEROS: Initialization
+STATE_PRECISION_UNSPECIFIED: StatePrecision
+STATE_PRECISION_FLOAT32: StatePrecision
+STATE_PRECISION_BFLOAT16_MOMENTS: StatePrecision
+STATE_PRECISION_INT8_MOMENTS: StatePrecision
+
+class SessionConfig(_message.Message):
+    __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease_seconds", "label", "device")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    INITIALIZATION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    STATE_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
+    groups: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.ParameterGroup]
+    optimizer: _optimizer_pb2.Optimizer
+    gradient: _optimizer_pb2.GradientTreatment
+    aggregation: _optimizer_pb2.Aggregation
+    durability: Durability
+    initialization: Initialization
+    gradient_dtype: _tensor_pb2.Dtype
+    reply_dtype: _tensor_pb2.Dtype
+    state_precision: StatePrecision
+    lease_seconds: float
+    label: str
+    device: str
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[StatePrecision, str]] = ..., lease_seconds: _Optional[float] = ..., label: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class Session(_message.Message):
+    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_LOAD_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    epoch: int
+    applied_step: int
+    durable_step: int
+    applied_load: int
+    config: SessionConfig
+    layout: _tensor_pb2.Layout
+    memory_bytes: int
+    device: str
+    ready: bool
+    attached: bool
+    create_time: _timestamp_pb2.Timestamp
+    expire_time: _timestamp_pb2.Timestamp
+    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...

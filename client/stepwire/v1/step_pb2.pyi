@@ -1,0 +1,115 @@
+from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
+from stepwire.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ReplyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLY_MODE_UNSPECIFIED: _ClassVar[ReplyMode]
+    REPLY_MODE_PARAMETERS: _ClassVar[ReplyMode]
+    REPLY_MODE_NONE: _ClassVar[ReplyMode]
+    REPLY_MODE_CHANGED: _ClassVar[ReplyMode]
+REPLY_MODE_UNSPECIFIED: ReplyMode
+REPLY_MODE_PARAMETERS: ReplyMode
+REPLY_MODE_NONE: ReplyMode
+REPLY_MODE_CHANGED: ReplyMode
+
+class StepBegin(_message.Message):
+    __slots__ = ("step", "epoch", "gradient_dtype", "reply_dtype", "reply_mode", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply_chunk_bytes", "overlap")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_MODE_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    MISSING_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REPLY_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    epoch: int
+    gradient_dtype: _tensor_pb2.Dtype
+    reply_dtype: _tensor_pb2.Dtype
+    reply_mode: ReplyMode
+    hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.Hyperparameters]
+    loss_scale: float
+    missing_tensors: _containers.RepeatedScalarFieldContainer[int]
+    weight: float
+    reply_chunk_bytes: int
+    overlap: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_mode: _Optional[_Union[ReplyMode, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply_chunk_bytes: _Optional[int] = ..., overlap: bool = ...) -> None: ...
+
+class StepCommit(_message.Message):
+    __slots__ = ("clip_coefficient",)
+    CLIP_COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    clip_coefficient: float
+    def __init__(self, clip_coefficient: _Optional[float] = ...) -> None: ...
+
+class Staged(_message.Message):
+    __slots__ = ("squared_norm", "non_finite_count")
+    SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
+    NON_FINITE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    squared_norm: float
+    non_finite_count: int
+    def __init__(self, squared_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    TELEMETRY_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    durable_step: int
+    epoch: int
+    replayed: bool
+    skipped: bool
+    telemetry: Telemetry
+    def __init__(self, step: _Optional[int] = ..., durable_step: _Optional[int] = ..., epoch: _Optional[int] = ..., replayed: bool = ..., skipped: bool = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ...) -> None: ...
+
+class Telemetry(_message.Message):
+    __slots__ = ("grad_norm", "clipped_grad_norm", "clip_coefficient", "update_norm", "param_norm", "non_finite_count", "loss_scale", "groups", "receive_seconds", "queue_seconds", "apply_seconds", "previous_send_seconds")
+    GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIP_COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_NORM_FIELD_NUMBER: _ClassVar[int]
+    PARAM_NORM_FIELD_NUMBER: _ClassVar[int]
+    NON_FINITE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_SEND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    grad_norm: float
+    clipped_grad_norm: float
+    clip_coefficient: float
+    update_norm: float
+    param_norm: float
+    non_finite_count: int
+    loss_scale: float
+    groups: _containers.RepeatedCompositeFieldContainer[GroupTelemetry]
+    receive_seconds: float
+    queue_seconds: float
+    apply_seconds: float
+    previous_send_seconds: float
+    def __init__(self, grad_norm: _Optional[float] = ..., clipped_grad_norm: _Optional[float] = ..., clip_coefficient: _Optional[float] = ..., update_norm: _Optional[float] = ..., param_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ..., loss_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupTelemetry, _Mapping]]] = ..., receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., apply_seconds: _Optional[float] = ..., previous_send_seconds: _Optional[float] = ...) -> None: ...
+
+class GroupTelemetry(_message.Message):
+    __slots__ = ("grad_norm", "hyperparameters", "t")
+    GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    T_FIELD_NUMBER: _ClassVar[int]
+    grad_norm: float
+    hyperparameters: _optimizer_pb2.Hyperparameters
+    t: int
+    def __init__(self, grad_norm: _Optional[float] = ..., hyperparameters: _Optional[_Union[_optimizer_pb2.Hyperparameters, _Mapping]] = ..., t: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,62 @@
+"""A deadline for something that blocks without one: the next message of a long-lived stream.
+
+Starting a timer thread for each step would cost more than a small step. One sleeping thread per stream costs
+nothing: a step only notes when it should be over, and the thread, when it wakes at an earlier note, sees the newer
+one and sleeps on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Watchdog"]
+
+
+class Watchdog:
+    """Calls `bark` once when an armed deadline passes before it is disarmed."""
+
+    def __init__(self, bark: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
+        """Watch nothing yet; the thread starts with the first `arm`."""
+        self.barked = False
+        self._bark = bark
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._deadline: float | None = None
+        self._wakes_at = float("inf")
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def arm(self, seconds: float) -> None:
+        """Bark in this many seconds unless disarmed or armed anew."""
+        with self._condition:
+            self._deadline = self._clock() + seconds
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="stepwire-watchdog", daemon=True)
+                self._thread.start()
+            elif self._deadline < self._wakes_at:
+                self._condition.notify()
+
+    def disarm(self) -> None:
+        """Forget the deadline."""
+        self._deadline = None
+
+    def close(self) -> None:
+        """End the thread. Closing twice is harmless."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def _watch(self) -> None:
+        with self._condition:
+            while not self._closed:
+                deadline = self._deadline
+                if deadline is not None and self._clock() >= deadline:
+                    self.barked = self._closed = True
+                    break
+                # Disarmed, it looks again after a while instead of being woken by each `arm`.
+                self._wakes_at = deadline if deadline is not None else self._clock() + 1.0
+                self._condition.wait(self._wakes_at - self._clock())
+        if self.barked:
+            self._bark()

@@ -1,0 +1,8 @@
+"""`python -m stepwire_server`: the command `stepwire`, for where it is not on the PATH."""
+
+from stepwire_server.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The server's settings: one frozen record, checked at the edge, and the one place that reads the environment.
+
+Precedence: command-line flag > environment `STEPWIRE_*` > TOML file > default.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["ENVIRONMENT_PREFIX", "MIB", "ServerConfig", "load_config"]
+
+ENVIRONMENT_PREFIX = "STEPWIRE_"
+MIB = 1 << 20
+
+# Read by other parts of the distribution, so not settings of the server.
+_FOREIGN_VARIABLES = {"STEPWIRE_CONFIG", "STEPWIRE_CACHE_DIR", "STEPWIRE_TARGET"}
+
+_Positive = Annotated[int, Meta(ge=1)]
+_Seconds = Annotated[float, Meta(gt=0)]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a server runs.
+
+    Attributes:
+        bind: address to listen on, `host:port`; port 0 takes a free one.
+        device: where state lives: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where it works.
+        threads: CPU threads of the engine; 0 means one a core.
+        max_sessions: sessions at a time.
+        memory_budget_bytes: bytes that sessions may hold on the device; 0 means 80 % of what is free at start.
+        max_streams: attached streams at a time; each costs a thread.
+        max_tensors: tensors in a session.
+        max_chunk_bytes: payload of one message, 64 KiB to 64 MiB.
+        max_lease_seconds: longest and default life of an unused session.
+        step_idle_seconds: silence inside a step before its stream is dropped.
+        drain_seconds: how long steps under way may take after SIGTERM.
+        sweep_seconds: pause between two looks for expired sessions and silent streams.
+        insecure: allow plaintext on an address that is not loopback.
+        port_file: where to write the port once listening; empty for nowhere.
+        log_level: least level logged.
+        log_json: log lines as JSON; unset means when standard error is not a terminal.
+    """
+
+    bind: str = "127.0.0.1:50051"
+    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Meta(ge=0)] = 0
+    max_sessions: _Positive = 1024
+    memory_budget_bytes: Annotated[int, Meta(ge=0)] = 0
+    max_streams: _Positive = 256
+    max_tensors: _Positive = 65536
+    max_chunk_bytes: Annotated[int, Meta(ge=64 << 10, le=64 * MIB)] = 4 * MIB
+    max_lease_seconds: _Seconds = 3600.0
+    step_idle_seconds: _Seconds = 60.0
+    drain_seconds: _Seconds = 30.0
+    sweep_seconds: _Seconds = 1.0
+    insecure: bool = False
+    port_file: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool | None = None
+
+
+def load_config(
+    flags: Mapping[str, Any], *, environment: Mapping[str, str] = os.environ, file: pathlib.Path | None = None
+) -> ServerConfig:
+    """Merge flags, environment, file and defaults.
+
+    Args:
+        flags: by field name; None means not given.
+        environment: variables `STEPWIRE_<FIELD>`.
+        file: a TOML file whose keys are field names.
+
+    Raises:
+        InvalidRequestError: an unknown name, or a value of the wrong type or out of range.
+    """
+    path = file or (pathlib.Path(environment["STEPWIRE_CONFIG"]) if environment.get("STEPWIRE_CONFIG") else None)
+    values: dict[str, Any] = _from_file(path) if path else {}
+    values |= _from_environment(environment)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return msgspec.convert(values, ServerConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(f"settings: {error}") from None
+
+
+def _from_file(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _invalid(f"settings file {str(path)!r}: {error}") from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    known = {field.name: field.name for field in msgspec.structs.fields(ServerConfig)}
+    values: dict[str, Any] = {}
+    for name, value in environment.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _FOREIGN_VARIABLES:
+            continue
+        field = known.get(name.removeprefix(ENVIRONMENT_PREFIX).lower())
+        if field is None:
+            allowed = ", ".join(sorted(ENVIRONMENT_PREFIX + known_name.upper() for known_name in known))
+            raise _invalid(f"environment variable {name} is unknown; use one of: {allowed}")
+        values[field] = value
+    return values
+
+
+def _invalid(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, metadata={"field": "settings"})

@@ -1,0 +1,262 @@
+"""`stepwire demo`: the main job, visibly. A server in a process of its own, a client here that trains.
+
+The client holds the model, computes its gradients in NumPy and keeps no optimizer; beside it a float64 Adam,
+written from the paper, is fed the same gradients, so that the difference can be told at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import stepwire
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["DemoReport", "run_demo"]
+
+Parameters: TypeAlias = dict[str, npt.NDArray[Any]]
+
+_SEED = 7
+_HIDDEN = 64
+_BATCH = 128
+_LR = 3e-3
+_START_SECONDS = 60.0
+
+
+class Digits(NamedTuple):
+    """The handwritten digits bundled with scikit-learn: 1,797 images of 8 × 8, `(n, 64) float32` in [0, 1]."""
+
+    train_x: npt.NDArray[np.float32]
+    train_y: npt.NDArray[np.int64]
+    test_x: npt.NDArray[np.float32]
+    test_y: npt.NDArray[np.int64]
+
+    @classmethod
+    def load(cls) -> Digits:
+        """Read and split the data: every fifth image tests."""
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        order = np.random.default_rng(_SEED).permutation(len(data.target))
+        x, y = (data.data[order] / 16).astype(np.float32), data.target[order].astype(np.int64)
+        test = np.arange(len(y)) % 5 == 0
+        return cls(x[~test], y[~test], x[test], y[test])
+
+
+class MLP:
+    """A network with one hidden layer and softmax cross-entropy, gradients by hand."""
+
+    def __init__(self, sizes: tuple[int, int, int], rng: np.random.Generator) -> None:
+        """Draw He-initialised float32 parameters."""
+        inputs, hidden, outputs = sizes
+        self.parameters: Parameters = {
+            "w1": (rng.normal(size=(inputs, hidden)) * np.sqrt(2 / inputs)).astype(np.float32),
+            "b1": np.zeros(hidden, np.float32),
+            "w2": (rng.normal(size=(hidden, outputs)) * np.sqrt(2 / hidden)).astype(np.float32),
+            "b2": np.zeros(outputs, np.float32),
+        }
+
+    def logits(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the hidden activations and the logits."""
+        p = self.parameters
+        hidden = np.maximum(x @ p["w1"] + p["b1"], 0)
+        return hidden, hidden @ p["w2"] + p["b2"]
+
+    def loss_and_gradients(
+        self, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]
+    ) -> tuple[float, Parameters]:
+        """Return the mean loss of a batch and the gradient of every parameter."""
+        hidden, logits = self.logits(x)
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        d_logits = np.exp(log_probabilities)
+        d_logits[np.arange(len(y)), y] -= 1
+        d_logits /= len(y)
+        d_hidden = (d_logits @ self.parameters["w2"].T) * (hidden > 0)
+        gradients = {
+            "w1": x.T @ d_hidden,
+            "b1": d_hidden.sum(axis=0),
+            "w2": hidden.T @ d_logits,
+            "b2": d_logits.sum(axis=0),
+        }
+        return float(-log_probabilities[np.arange(len(y)), y].mean()), gradients
+
+    def accuracy(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> float:
+        """Return the share of images classified right."""
+        return float((self.logits(x)[1].argmax(axis=1) == y).mean())
+
+
+class ReferenceAdam:
+    """Adam in float64, from the paper's algorithm 1: what the server is compared with."""
+
+    def __init__(self, parameters: Parameters, lr: float) -> None:
+        """Start from copies of the parameters."""
+        self.parameters = {name: value.astype(np.float64) for name, value in parameters.items()}
+        self._m = {name: np.zeros_like(value) for name, value in self.parameters.items()}
+        self._v = {name: np.zeros_like(value) for name, value in self.parameters.items()}
+        self._lr = lr
+        self._t = 0
+
+    def step(self, gradients: Parameters) -> None:
+        """Apply one update."""
+        self._t += 1
+        for name, gradient in gradients.items():
+            g = gradient.astype(np.float64)
+            self._m[name] = 0.9 * self._m[name] + 0.1 * g
+            self._v[name] = 0.999 * self._v[name] + 0.001 * g * g
+            m_hat = self._m[name] / (1 - 0.9**self._t)
+            v_hat = self._v[name] / (1 - 0.999**self._t)
+            self.parameters[name] -= self._lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+
+    def largest_difference(self, parameters: Parameters) -> float:
+        """Return the largest absolute difference to other parameters."""
+        return max(float(np.abs(self.parameters[name] - value).max()) for name, value in parameters.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoReport:
+    """What the demo found.
+
+    Attributes:
+        device: where the optimizer state was.
+        steps: optimizer steps taken.
+        steps_per_second: with the client's own gradient computation.
+        test_accuracy: share of test images classified right.
+        largest_difference: between the parameters trained through the server and the float64 reference.
+        plot: path of the loss curves.
+    """
+
+    device: str
+    steps: int
+    steps_per_second: float
+    test_accuracy: float
+    largest_difference: float
+    plot: str
+
+    def text(self) -> str:
+        """Say it in words."""
+        return "\n".join(
+            (
+                f"optimizer state on      {self.device}",
+                f"steps                   {self.steps} ({self.steps_per_second:.0f} steps/s, gradients included)",
+                f"test accuracy           {self.test_accuracy:.4f}",
+                f"difference to local     {self.largest_difference:.2e} (largest, against a float64 Adam fed the "
+                "same gradients)",
+                f"loss curves             {self.plot}",
+            )
+        )
+
+
+def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: bool = False) -> DemoReport:
+    """Train against a server in another process and report.
+
+    Args:
+        steps: optimizer steps.
+        output: folder for the plot, made if need be.
+        device: of the server.
+        quiet: no progress bar.
+
+    Raises:
+        StepwireError: the server failed or could not be started.
+    """
+    digits = Digits.load()
+    rng = np.random.default_rng(_SEED)
+    model = MLP((64, _HIDDEN, 10), rng)
+    reference = ReferenceAdam(model.parameters, _LR)
+    losses: list[float] = []
+    test_losses: list[tuple[int, float]] = []
+    with server_process(device) as target, stepwire.connect(target) as client:
+        where = next(iter(client.info().devices))
+        with client.create_session(
+            model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo"
+        ) as session:
+            started = time.perf_counter()
+            for step in _progress(steps, quiet):
+                batch = rng.integers(0, len(digits.train_y), _BATCH)
+                loss, gradients = model.loss_and_gradients(digits.train_x[batch], digits.train_y[batch])
+                parameters = session.step(gradients)
+                assert isinstance(parameters, dict)
+                model.parameters = parameters
+                reference.step(gradients)
+                losses.append(loss)
+                if step % 25 == 0:
+                    test_losses.append((step, model.loss_and_gradients(digits.test_x, digits.test_y)[0]))
+            seconds = time.perf_counter() - started
+    return DemoReport(
+        device=where,
+        steps=steps,
+        steps_per_second=steps / seconds,
+        test_accuracy=model.accuracy(digits.test_x, digits.test_y),
+        largest_difference=reference.largest_difference(model.parameters),
+        plot=str(_plot(losses, test_losses, output)),
+    )
+
+
+@contextmanager
+def server_process(device: str = "auto") -> Iterator[str]:
+    """Run `stepwire serve` as a process of its own on a free port; yields its target.
+
+    Raises:
+        UnavailableError: it did not come up.
+    """
+    with tempfile.TemporaryDirectory(prefix="stepwire-demo-") as folder:
+        port_file = pathlib.Path(folder, "port")
+        command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0", "--device", device]
+        process = subprocess.Popen([*command, "--port-file", str(port_file), "--log-level", "warning"])
+        try:
+            yield f"127.0.0.1:{_await_port(process, port_file)}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _await_port(process: subprocess.Popen[bytes], port_file: pathlib.Path) -> int:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if port_file.exists():
+            return int(port_file.read_text())
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    raise stepwire.UnavailableError(
+        f"the server process did not start (exit code {process.poll()}); its message is above"
+    )
+
+
+def _progress(steps: int, quiet: bool) -> Iterator[int]:
+    columns = (
+        TextColumn("training on the server's optimizer"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=quiet) as progress:
+        yield from progress.track(range(1, steps + 1))
+
+
+def _plot(losses: list[float], test_losses: list[tuple[int, float]], output: pathlib.Path) -> pathlib.Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    output.mkdir(parents=True, exist_ok=True)
+    path = (output / "digits-loss.png").resolve()
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, alpha=0.7, label="training batch")
+    axes.plot(*zip(*test_losses, strict=True), linewidth=2, label="test set")
+    axes.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="Digits MLP, Adam on a stepwire server")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,104 @@
+"""From the domain's records to the contract's messages."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from stepwire.codecs import dtype_to_wire
+from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
+from stepwire.wire import hyperparameters_to_wire, layout_to_wire, optimizer_to_wire, spec_to_wire
+
+from stepwire_server.plan import NonFinitePolicy, SessionPlan
+from stepwire_server.progress import StepRecord
+from stepwire_server.session import Session
+
+__all__ = ["encode_record", "encode_session"]
+
+_POLICIES = {
+    NonFinitePolicy.REJECT: optimizer_pb2.NON_FINITE_POLICY_REJECT,
+    NonFinitePolicy.SKIP: optimizer_pb2.NON_FINITE_POLICY_SKIP,
+    NonFinitePolicy.ALLOW: optimizer_pb2.NON_FINITE_POLICY_ALLOW,
+}
+
+
+def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
+    """Encode a session as it stands.
+
+    Args:
+        session: which.
+        now: reading of the session's clock, which is monotonic; the wall clock is read here.
+        whole: with tensors, groups and layout.
+    """
+    wall = time.time()
+    message = session_pb2.Session(
+        session_id=session.session_id,
+        epoch=session.epoch,
+        applied_step=session.applied_step,
+        durable_step=session.durable_step,
+        applied_load=session.applied_load,
+        config=_encode_plan(session.plan, whole=whole),
+        memory_bytes=session.memory_bytes,
+        device=session.device,
+        ready=session.ready,
+        attached=session.slot.attached,
+        create_time=_timestamp(wall + session.created - now),
+        expire_time=_timestamp(wall + session.last_used + session.plan.lease_seconds - now),
+    )
+    if whole:
+        message.layout.CopyFrom(layout_to_wire(session.plan.layout, session.slots))
+    return message
+
+
+def encode_record(record: StepRecord, durable_step: int) -> step_pb2.StepResult:
+    """Encode what a step did."""
+    result = step_pb2.StepResult(
+        step=record.step,
+        durable_step=durable_step,
+        epoch=record.epoch,
+        replayed=record.replayed,
+        skipped=record.skipped,
+        telemetry=step_pb2.Telemetry(
+            grad_norm=record.grad_norm,
+            clipped_grad_norm=record.grad_norm,
+            clip_coefficient=1.0,
+            non_finite_count=record.non_finite_count,
+            receive_seconds=record.receive_seconds,
+            queue_seconds=record.queue_seconds,
+            apply_seconds=record.apply_seconds,
+        ),
+    )
+    for group in record.groups:
+        result.telemetry.groups.add(
+            grad_norm=group.grad_norm,
+            t=group.t,
+            hyperparameters=hyperparameters_to_wire(group.hyperparameters),
+        )
+    return result
+
+
+def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig:
+    config = session_pb2.SessionConfig(
+        optimizer=optimizer_to_wire(plan.optimizer),
+        gradient=optimizer_pb2.GradientTreatment(non_finite=_POLICIES[plan.non_finite]),
+        durability=session_pb2.DURABILITY_MEMORY,
+        initialization=(session_pb2.INITIALIZATION_ZEROS if plan.start_at_zero else session_pb2.INITIALIZATION_LOAD),
+        gradient_dtype=dtype_to_wire(plan.gradient_dtype),
+        reply_dtype=dtype_to_wire(plan.reply_dtype),
+        state_precision=session_pb2.STATE_PRECISION_FLOAT32,
+        lease_seconds=plan.lease_seconds,
+        label=plan.label,
+    )
+    if whole:
+        config.tensors.extend(spec_to_wire(tensor.spec) for tensor in plan.layout.tensors)
+        config.groups.extend(
+            optimizer_pb2.ParameterGroup(overrides=hyperparameters_to_wire(group)) for group in plan.groups
+        )
+    return config
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(datetime.datetime.fromtimestamp(seconds, datetime.UTC))
+    return message

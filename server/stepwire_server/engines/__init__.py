@@ -1,0 +1,1 @@
+"""Engines: where state lives and how a rule is run over it."""

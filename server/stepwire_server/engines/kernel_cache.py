@@ -1,0 +1,83 @@
+"""Where generated kernels live: real files, in a directory that only its owner can write.
+
+Numba caches machine code beside the source file of a function, and throws it away when that file changes. So
+each generated module becomes a file named by the hash of its text: several versions of stepwire share the
+directory, and nothing is ever rewritten. The directory is trusted (Numba's cache holds pickles), so one that
+others own or can write is refused, and a private temporary one takes its place for the life of the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+__all__ = ["kernel_directory", "store"]
+
+_log = logging.getLogger(__name__)
+
+# Numba compares the file's time and size with those in its index. A fixed time keeps the machine code valid
+# where the directory was copied without fractions of seconds, as in a layer of a container image.
+_FIXED_TIME_SECONDS = 1_000_000_000
+
+
+def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
+    """Return the directory for generated kernels, created with mode 0700 if missing.
+
+    It is `$STEPWIRE_CACHE_DIR`, else `$XDG_CACHE_HOME/stepwire`, else `~/.cache/stepwire`; or a temporary
+    directory, with a warning in the log, when that one cannot be written or is not the caller's alone.
+    """
+    try:
+        wanted = _wanted(environ)
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(wanted)
+    except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home
+        _log.warning("no kernel cache: %s; set STEPWIRE_CACHE_DIR to a directory of your own", problem)
+        return _temporary()
+    return wanted
+
+
+def store(directory: pathlib.Path, name: str, source: str) -> pathlib.Path:
+    """Write `source` as `<name>_<hash>.py` unless it is there already, and return its path.
+
+    Readers in other processes see the whole file or none.
+    """
+    data = source.encode()
+    path = directory / f"{name}_{hashlib.sha256(data).hexdigest()[:16]}.py"
+    if not (path.is_file() and path.read_bytes() == data):
+        descriptor, unfinished = tempfile.mkstemp(dir=directory, suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.utime(unfinished, (_FIXED_TIME_SECONDS, _FIXED_TIME_SECONDS))
+        os.replace(unfinished, path)
+    return path
+
+
+def _wanted(environ: Mapping[str, str]) -> pathlib.Path:
+    if chosen := environ.get("STEPWIRE_CACHE_DIR"):
+        return pathlib.Path(chosen).absolute()
+    if base := environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(base).absolute() / "stepwire"
+    return pathlib.Path.home() / ".cache" / "stepwire"
+
+
+def _require_private(directory: pathlib.Path) -> None:
+    """Raise OSError unless the caller owns the directory, nobody else can write it, and a write succeeds."""
+    status = directory.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{directory} belongs to, or can be written by, another user")
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+@functools.cache
+def _temporary() -> pathlib.Path:
+    directory = tempfile.mkdtemp(prefix="stepwire-kernels-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return pathlib.Path(directory)

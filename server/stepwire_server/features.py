@@ -1,0 +1,180 @@
+"""What this build serves, and the refusal of everything else a session may ask for.
+
+The contract names more than this version does. An option that is not served is refused when the session is
+created, never ignored: each row is a field, the feature it belongs to, and how to see that a config asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from stepwire.errors import UnsupportedFeatureError
+from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
+
+__all__ = ["SERVED_FEATURES", "refuse_unserved", "unsupported"]
+
+SERVED_FEATURES: Final[tuple[str, ...]] = ()
+"""Optional features served, sorted, by the names that the contract's comments use."""
+
+_Config = session_pb2.SessionConfig
+
+
+class _Option(NamedTuple):
+    """An option that is refused when asked for."""
+
+    field: str
+    feature: str
+    asked: Callable[[_Config], bool]
+
+
+class _Choice(NamedTuple):
+    """An enum of which only some values are served; the feature is `prefix + value's name`."""
+
+    field: str
+    feature_prefix: str
+    enum: EnumTypeWrapper
+    served: frozenset[int]
+    chosen: Callable[[_Config], int]
+
+    def refused_feature(self, config: _Config) -> str | None:
+        value = self.chosen(config)
+        if value in self.served:
+            return None
+        names = self.enum.DESCRIPTOR.values_by_number
+        name = names[value].name if value in names else str(value)
+        own_prefix = names[0].name.removesuffix("UNSPECIFIED")
+        return self.feature_prefix + name.removeprefix(own_prefix).lower()
+
+
+_OPTIONS: Final = (
+    _Option("config.tensors.frozen", "frozen_tensors", lambda c: any(t.frozen for t in c.tensors)),
+    _Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),
+    _Option("config.groups.schedule", "schedules", lambda c: any(g.HasField("schedule") for g in c.groups)),
+    _Option(
+        "config.groups.clip_grad_norm",
+        "group_clipping",
+        lambda c: any(g.HasField("clip_grad_norm") for g in c.groups),
+    ),
+    _Option("config.optimizer.nesterov", "nesterov", lambda c: c.optimizer.nesterov),
+    _Option("config.optimizer.centered", "centered", lambda c: c.optimizer.centered),
+    _Option("config.gradient.clip_grad_norm", "clip_grad_norm", lambda c: c.gradient.HasField("clip_grad_norm")),
+    _Option("config.gradient.clip_formula", "clip_grad_norm", lambda c: c.gradient.clip_formula != 0),
+    _Option("config.gradient.clip_grad_value", "clip_grad_value", lambda c: c.gradient.HasField("clip_grad_value")),
+    _Option("config.gradient.accumulation_steps", "accumulation", lambda c: c.gradient.accumulation_steps > 1),
+    _Option("config.gradient.loss_scaling", "loss_scaling", lambda c: c.gradient.HasField("loss_scaling")),
+    _Option("config.gradient.two_phase", "two_phase_clipping", lambda c: c.gradient.two_phase),
+    _Option(
+        "config.gradient.parameter_average_decay",
+        "parameter_average",
+        lambda c: c.gradient.HasField("parameter_average_decay"),
+    ),
+    _Option("config.aggregation.worker_slots", "aggregation", lambda c: c.aggregation.worker_slots > 1),
+    _Option("config.aggregation.required_workers", "aggregation", lambda c: c.aggregation.required_workers > 1),
+    _Option("config.aggregation.reduction", "aggregation", lambda c: c.aggregation.reduction != 0),
+    _Option(
+        "config.aggregation.max_staleness_steps",
+        "aggregation",
+        lambda c: c.aggregation.max_staleness_steps > 0,
+    ),
+)
+
+_CHOICES: Final = (
+    _Choice(
+        "config.optimizer.rule",
+        "rule_",
+        optimizer_pb2.Rule,
+        frozenset({optimizer_pb2.RULE_ADAM}),
+        lambda c: c.optimizer.rule,
+    ),
+    _Choice(
+        "config.optimizer.formula",
+        "formula_",
+        optimizer_pb2.Formula,
+        frozenset({0, optimizer_pb2.FORMULA_TORCH, optimizer_pb2.FORMULA_NO_BIAS_CORRECTION}),
+        lambda c: c.optimizer.formula,
+    ),
+    _Choice(
+        "config.optimizer.amsgrad",
+        "amsgrad_",
+        optimizer_pb2.Amsgrad,
+        frozenset({0, optimizer_pb2.AMSGRAD_NONE, optimizer_pb2.AMSGRAD_RAW}),
+        lambda c: c.optimizer.amsgrad,
+    ),
+    _Choice(
+        "config.gradient.non_finite",
+        "non_finite_",
+        optimizer_pb2.NonFinitePolicy,
+        frozenset(optimizer_pb2.NonFinitePolicy.values()),
+        lambda c: c.gradient.non_finite,
+    ),
+    _Choice(
+        "config.gradient.missing_gradient",
+        "missing_gradients_",
+        optimizer_pb2.MissingGradientPolicy,
+        frozenset({0, optimizer_pb2.MISSING_GRADIENT_POLICY_REJECT}),
+        lambda c: c.gradient.missing_gradient,
+    ),
+    _Choice(
+        "config.aggregation.mode",
+        "aggregation_",
+        optimizer_pb2.AggregationMode,
+        frozenset({0}),
+        lambda c: c.aggregation.mode,
+    ),
+    _Choice(
+        "config.durability",
+        "durability_",
+        session_pb2.Durability,
+        frozenset({0, session_pb2.DURABILITY_MEMORY}),
+        lambda c: c.durability,
+    ),
+    _Choice(
+        "config.initialization",
+        "initialization_",
+        session_pb2.Initialization,
+        frozenset(session_pb2.Initialization.values()),
+        lambda c: c.initialization,
+    ),
+    _Choice(
+        "config.state_precision",
+        "state_",
+        session_pb2.StatePrecision,
+        frozenset({0, session_pb2.STATE_PRECISION_FLOAT32}),
+        lambda c: c.state_precision,
+    ),
+    _Choice(
+        "config.gradient_dtype",
+        "wire_",
+        tensor_pb2.Dtype,
+        frozenset({0, 1, 2, 3}),
+        lambda c: c.gradient_dtype,
+    ),
+    _Choice("config.reply_dtype", "wire_", tensor_pb2.Dtype, frozenset({0, 1, 2, 3}), lambda c: c.reply_dtype),
+)
+
+
+def refuse_unserved(config: _Config, device: str) -> None:
+    """Refuse the first option of a config that this build does not serve.
+
+    Raises:
+        UnsupportedFeatureError: names the field and the feature.
+    """
+    for option in _OPTIONS:
+        if option.asked(config):
+            raise unsupported(option.field, option.feature)
+    for choice in _CHOICES:
+        if (feature := choice.refused_feature(config)) is not None:
+            raise unsupported(choice.field, feature)
+    if config.device not in ("", device):
+        raise unsupported("config.device", f"device_{config.device[:32]!r}")
+
+
+def unsupported(field: str, feature: str) -> UnsupportedFeatureError:
+    """Say that a field asks for what this server does not do."""
+    return UnsupportedFeatureError(
+        f"{field} asks for {feature!r}, which this server does not serve; leave it out, or use a server whose "
+        "GetServerInfo lists it",
+        metadata={"field": field, "feature": feature},
+    )

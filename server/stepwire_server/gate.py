@@ -1,0 +1,67 @@
+"""The gate every step passes: open while the server serves, closed while it drains."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from stepwire.errors import Reason, UnavailableError
+
+__all__ = ["Gate"]
+
+
+class Gate:
+    """Counts the steps under way and refuses new ones once closed. Thread-safe."""
+
+    def __init__(self, retry_after_seconds: float = 1.0) -> None:
+        """Start open; refused callers are told to come back after `retry_after_seconds`."""
+        self._retry_after_seconds = retry_after_seconds
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """New steps are refused."""
+        return self._closed
+
+    @contextlib.contextmanager
+    def passage(self) -> Iterator[None]:
+        """Be counted as under way for a block.
+
+        Raises:
+            UnavailableError: the gate is closed (SHUTTING_DOWN).
+        """
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Count one step in; see `passage`."""
+        with self._condition:
+            if self._closed:
+                raise UnavailableError(
+                    "the server is shutting down and takes no new steps; retry, or use another server",
+                    reason=Reason.SHUTTING_DOWN,
+                    retry_after_seconds=self._retry_after_seconds,
+                )
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Count one step out."""
+        with self._condition:
+            self._inside -= 1
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Refuse new steps from now on."""
+        with self._condition:
+            self._closed = True
+
+    def wait_empty(self, timeout_seconds: float) -> bool:
+        """Wait until no step is under way; False if some still are when the time is over."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._inside == 0, timeout_seconds)

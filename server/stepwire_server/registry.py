@@ -1,0 +1,191 @@
+"""All sessions of a server: create, find, list, end, and sweep away what nobody uses."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
+
+from stepwire_server.engines.protocol import Engine
+from stepwire_server.memory import MemoryBudget
+from stepwire_server.plan import SessionPlan
+from stepwire_server.session import Session, session_not_found
+from stepwire_server.slot import Attachment
+
+__all__ = ["Created", "Registry", "RegistryStatistics"]
+
+
+class Created(NamedTuple):
+    """A created session and the token of slot 0."""
+
+    session: Session
+    token: int
+
+
+class RegistryStatistics(NamedTuple):
+    """What the registry is doing: sessions alive, streams attached, bytes reserved of the budget."""
+
+    sessions: int
+    streams: int
+    reserved_bytes: int
+    budget_bytes: int
+
+
+class Registry:
+    """Owns the sessions. Thread-safe."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        budget: MemoryBudget,
+        *,
+        max_sessions: int,
+        max_streams: int,
+        step_idle_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """Start without sessions."""
+        self.engine = engine
+        self.budget = budget
+        self.clock = clock
+        self._max_sessions = max_sessions
+        self._max_streams = max_streams
+        self._step_idle_seconds = step_idle_seconds
+        self._lock = threading.Lock()
+        self._creation = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._by_request: dict[str, Session] = {}
+        self._streams: set[Attachment] = set()
+
+    def create(self, request_id: str, plan: SessionPlan) -> Created:
+        """Create a session, or return the one that this request created before.
+
+        Raises:
+            InvalidRequestError: the request id came before with another plan.
+            ResourceExhaustedError: too many sessions, or no memory for this one.
+        """
+        # One creation at a time: a repeated request that overtakes the first would otherwise make two. Allocating
+        # and compiling take a while, so the maps have a lock of their own that nobody holds for long.
+        with self._creation:
+            if (known := self._by_request.get(request_id)) is not None and not known.closed:
+                return self._created_before(request_id, known, plan)
+            if len(self._sessions) >= self._max_sessions:
+                raise ResourceExhaustedError(
+                    f"the server holds {len(self._sessions)} sessions, its most; close some, or start it with a "
+                    "larger --max-sessions",
+                    reason=Reason.TOO_MANY_SESSIONS,
+                    metadata={"max_sessions": self._max_sessions},
+                )
+            session = Session(secrets.token_hex(16), plan, self.engine, self.budget, epoch=1, clock=self.clock)
+            token = session.take_slot()
+            with self._lock:
+                self._sessions[session.session_id] = session
+                self._by_request[request_id] = session
+            return Created(session, token)
+
+    def get(self, session_id: str) -> Session:
+        """Find a session.
+
+        Raises:
+            SessionNotFoundError: it does not exist, or its lease has run out.
+        """
+        session = self._sessions.get(session_id)
+        if session is None or session.expired(self.clock()):
+            raise session_not_found(session_id)
+        return session
+
+    def page(self, after: str, size: int) -> tuple[list[Session], str]:
+        """Return sessions ordered by id and the token of the next page, empty on the last."""
+        with self._lock:
+            ids = sorted(self._sessions)
+            first = bisect_right(ids, after)
+            chosen = [self._sessions[session_id] for session_id in ids[first : first + size]]
+        return chosen, chosen[-1].session_id if first + size < len(ids) else ""
+
+    def delete(self, session_id: str) -> Session:
+        """End a session and free its memory.
+
+        Raises:
+            SessionNotFoundError: it does not exist.
+        """
+        session = self.get(session_id)
+        self._end([session])
+        return session
+
+    @contextmanager
+    def stream(self, cancel: Callable[[], object]) -> Iterator[Attachment]:
+        """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
+
+        Raises:
+            ResourceExhaustedError: the server has all the streams it takes.
+        """
+        attachment = Attachment(cancel, self.clock())
+        with self._lock:
+            if len(self._streams) >= self._max_streams:
+                raise ResourceExhaustedError(
+                    f"the server has {len(self._streams)} attached streams, its most; detach some, or start it with "
+                    "a larger --max-streams",
+                    reason=Reason.TOO_MANY_STREAMS,
+                    metadata={"max_streams": self._max_streams},
+                    retry_after_seconds=1.0,
+                )
+            self._streams.add(attachment)
+        try:
+            yield attachment
+        finally:
+            with self._lock:
+                self._streams.discard(attachment)
+
+    def sweep(self) -> list[str]:
+        """End expired sessions and cancel silent streams; returns the ended ids."""
+        now = self.clock()
+        with self._lock:
+            expired = [session for session in self._sessions.values() if session.expired(now)]
+            silent = [stream for stream in self._streams if stream.overdue(now, self._step_idle_seconds)]
+        for stream in silent:
+            stream.cancel()
+        self._end(expired)
+        return [session.session_id for session in expired]
+
+    def cancel_streams(self) -> None:
+        """End every attached stream."""
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+
+    def close(self) -> None:
+        """End every session. Closing twice is harmless."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        self._end(sessions)
+
+    def statistics(self) -> RegistryStatistics:
+        """Tell what the registry is doing."""
+        return RegistryStatistics(
+            len(self._sessions), len(self._streams), self.budget.reserved_bytes, self.budget.limit_bytes
+        )
+
+    def _created_before(self, request_id: str, session: Session, plan: SessionPlan) -> Created:
+        if session.plan != plan:
+            raise InvalidRequestError(
+                f"request_id: {request_id!r} created another session before, with another config; use a new id",
+                metadata={"field": "request_id"},
+            )
+        return Created(session, 1)
+
+    def _end(self, sessions: list[Session]) -> None:
+        with self._lock:
+            for session in sessions:
+                self._sessions.pop(session.session_id, None)
+            ended = set(map(id, sessions))
+            self._by_request = {
+                request: session for request, session in self._by_request.items() if id(session) not in ended
+            }
+        for session in sessions:
+            session.close()

@@ -1,0 +1,207 @@
+"""The servicer: decode, one call, encode. Errors rise to the interceptor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+from stepwire.frames import Frame, read_frame
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
+
+from stepwire_server import transfer
+from stepwire_server.config import ServerConfig
+from stepwire_server.decoding import decode_plan, decode_request_id
+from stepwire_server.encoding import encode_session
+from stepwire_server.features import SERVED_FEATURES, unsupported
+from stepwire_server.gate import Gate
+from stepwire_server.registry import Registry
+from stepwire_server.session import Session
+from stepwire_server.stream import StepStream, invalid_frame, step_once
+
+__all__ = ["OptimizerService"]
+
+_DEFAULT_PAGE = 100
+_LARGEST_PAGE = 1000
+
+
+class OptimizerService:
+    """Serves `stepwire.v1.OptimizerService`."""
+
+    def __init__(
+        self, registry: Registry, gate: Gate, workers: Executor, config: ServerConfig, instance_id: str
+    ) -> None:
+        """Serve the sessions of `registry`."""
+        self._registry = registry
+        self._gate = gate
+        self._workers = workers
+        self._config = config
+        self._instance_id = instance_id
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the method table.
+
+        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.frames`.
+        """
+        return grpc.method_handlers_generic_handler(
+            "stepwire.v1.OptimizerService",
+            {
+                "GetServerInfo": _unary(self.get_server_info, pb.GetServerInfoRequest),
+                "CreateSession": _unary(self.create_session, pb.CreateSessionRequest),
+                "GetSession": _unary(self.get_session, pb.GetSessionRequest),
+                "ListSessions": _unary(self.list_sessions, pb.ListSessionsRequest),
+                "DeleteSession": _unary(self.delete_session, pb.DeleteSessionRequest),
+                "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
+                "Step": grpc.unary_unary_rpc_method_handler(self.step),
+                "Pull": grpc.unary_stream_rpc_method_handler(self.pull, request_deserializer=pb.PullRequest.FromString),
+                "Load": grpc.stream_unary_rpc_method_handler(
+                    self.load, response_serializer=pb.LoadResponse.SerializeToString
+                ),
+            },
+        )
+
+    def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
+        """Tell what this server is and can do."""
+        device, config = self._registry.engine.device, self._config
+        statistics = self._registry.statistics()
+        return pb.GetServerInfoResponse(
+            version=__version__,
+            protocol_min=PROTOCOL_MIN,
+            protocol_max=PROTOCOL_MAX,
+            instance_id=self._instance_id,
+            devices=[
+                pb.DeviceInfo(
+                    name=device.name,
+                    description=device.description,
+                    memory_bytes=device.memory_bytes,
+                    budget_bytes=statistics.budget_bytes,
+                    reserved_bytes=statistics.reserved_bytes,
+                )
+            ],
+            limits=pb.Limits(
+                max_sessions=config.max_sessions,
+                max_tensors=config.max_tensors,
+                max_chunk_bytes=config.max_chunk_bytes,
+                max_unary_bytes=config.max_chunk_bytes,
+                max_streams=config.max_streams,
+                max_lease_seconds=config.max_lease_seconds,
+                step_idle_seconds=config.step_idle_seconds,
+            ),
+            features=SERVED_FEATURES,
+            sessions=statistics.sessions,
+            draining=self._gate.closed,
+        )
+
+    def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:
+        """Create a session."""
+        request_id = decode_request_id(request.request_id)
+        plan = decode_plan(request.config, self._config, self._registry.engine.device.name)
+        with self._gate.passage():
+            session, token = self._registry.create(request_id, plan)
+        return pb.CreateSessionResponse(
+            session=encode_session(session, self._registry.clock(), whole=True), attach_token=token
+        )
+
+    def get_session(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> Any:
+        """Tell how a session stands."""
+        session = self._registry.get(request.session_id)
+        return pb.GetSessionResponse(session=encode_session(session, self._registry.clock(), whole=True))
+
+    def list_sessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> Any:
+        """List sessions."""
+        size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
+        sessions, token = self._registry.page(request.page_token, size)
+        now = self._registry.clock()
+        return pb.ListSessionsResponse(
+            sessions=[encode_session(session, now, whole=False) for session in sessions],
+            next_page_token=token,
+        )
+
+    def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
+        """End a session."""
+        return pb.DeleteSessionResponse(applied_step=self._registry.delete(request.session_id).applied_step)
+
+    def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Attach a client and take its steps."""
+        frames = (read_frame(pb.AttachRequest, data) for data in messages)
+        opening = _opening(frames)
+        if opening.slot != 0:
+            raise unsupported("open.slot", "aggregation")
+        session = self._registry.get(opening.session_id)
+        with (
+            self._registry.stream(context.cancel) as attachment,
+            session.attached(attachment, opening.attach_token, opening.epoch) as token,
+        ):
+            yield _opened(session, token, opening.transport).SerializeToString()
+            yield from StepStream(
+                session,
+                attachment,
+                self._gate,
+                self._workers,
+                self._registry.clock,
+                self._config.max_chunk_bytes,
+            ).answers(frames)
+
+    def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+        """Take one step of a small session in one call."""
+        frame = read_frame(pb.StepRequest, data)
+        request: pb.StepRequest = frame.message
+        if request.slot != 0:
+            raise unsupported("slot", "aggregation")
+        session = self._registry.get(request.session_id)
+        with self._gate.passage():
+            return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
+
+    def pull(self, request: pb.PullRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Stream state out."""
+        return transfer.pull(self._registry.get(request.session_id), request, self._config.max_chunk_bytes)
+
+    def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
+        """Stream state in."""
+        frames = (read_frame(pb.LoadRequest, data) for data in messages)
+        opening = next(frames, None)
+        if opening is None or not opening.message.HasField("open"):
+            raise invalid_frame("open", "the first message must carry `open`")
+        session = self._registry.get(opening.message.open.session_id)
+        with self._gate.passage():
+            loaded = transfer.load(session, opening, frames)
+        return pb.LoadResponse(
+            session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
+        )
+
+
+def _opening(frames: Iterator[Frame]) -> pb.AttachOpen:
+    first = next(frames, None)
+    if first is None or not first.message.HasField("open"):
+        raise invalid_frame("open", "the first message of a stream must carry `open`")
+    others = [name for name in ("begin", "chunk", "commit") if first.message.HasField(name)]
+    if others or first.payload.size:
+        raise invalid_frame(others[0] if others else "payload", "the first message of a stream carries `open` alone")
+    opening: pb.AttachOpen = first.message.open
+    return opening
+
+
+def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachResponse:
+    served = asked in (pb.TRANSPORT_UNSPECIFIED, pb.TRANSPORT_GRPC)
+    return pb.AttachResponse(
+        opened=pb.AttachOpened(
+            attach_token=token,
+            epoch=session.epoch,
+            applied_step=session.applied_step,
+            durable_step=session.durable_step,
+            applied_load=session.applied_load,
+            ready=session.ready,
+            transport=pb.TRANSPORT_GRPC,
+            transport_reason="" if served else "this server moves bulk data over gRPC only",
+        )
+    )
+
+
+def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    return grpc.unary_unary_rpc_method_handler(
+        method,
+        request_deserializer=request.FromString,
+        response_serializer=lambda message: message.SerializeToString(),
+    )

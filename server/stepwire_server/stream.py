@@ -1,0 +1,226 @@
+"""One attached stream: its frames in order, and the answer to each step.
+
+Small steps are answered in the handler's own thread by a single message. The commit of a large one runs in a
+worker that goes to the end whatever becomes of the client, while this thread sends what is ready: the answer's
+first chunk is on its way while later ones are computed.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from typing import Final
+
+import numpy as np
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.frames import Frame, FrameBuffer
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import tensor_pb2
+
+from stepwire_server.decoding import decode_order
+from stepwire_server.encoding import encode_record
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.features import unsupported
+from stepwire_server.gate import Gate
+from stepwire_server.plan import StepOrder
+from stepwire_server.progress import StepRecord
+from stepwire_server.session import Session
+from stepwire_server.slot import Attachment
+from stepwire_server.staging import GradientStaging
+
+__all__ = ["StepStream", "invalid_frame", "step_once"]
+
+# Below this, an answer is computed into a scratch array and copied into one message together with the result.
+_SMALL_REPLY_BYTES: Final = 256 << 10
+
+
+class StepStream:
+    """The steps of one attached client."""
+
+    def __init__(
+        self,
+        session: Session,
+        attachment: Attachment,
+        gate: Gate,
+        workers: Executor,
+        clock: Callable[[], float],
+        max_chunk_bytes: int,
+    ) -> None:
+        """Serve steps of `session` to the client that holds `attachment`."""
+        self._session = session
+        self._attachment = attachment
+        self._gate = gate
+        self._workers = workers
+        self._clock = clock
+        self._max_chunk_bytes = max_chunk_bytes
+
+    def answers(self, frames: Iterator[Frame]) -> Iterator[bytes]:
+        """Yield the answers to the steps in `frames`, until the client is done.
+
+        Raises:
+            StepwireError: whatever is wrong with a step; the stream ends with it.
+        """
+        for frame in frames:
+            if not frame.message.HasField("begin"):
+                raise invalid_frame("begin", "a step starts with `begin`")
+            with self._gate.passage():
+                yield from self._step(frame, frames)
+
+    def _step(self, first: Frame, frames: Iterator[Frame]) -> Iterator[bytes]:
+        began = self._seen()
+        order = decode_order(first.message.begin, self._session.plan, self._max_chunk_bytes)
+        staging = self._session.begin(order, self._attachment.token)
+        self._attachment.in_step = True
+        try:
+            self._receive(first, frames, staging)
+            yield from self._commit(order, staging, began)
+        finally:
+            self._attachment.in_step = False
+            if staging is not None:
+                staging.close()
+
+    def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging | None) -> None:
+        """Take chunks until the commit."""
+        while True:
+            self._seen()
+            self._take_chunk(frame, staging)
+            if frame.message.HasField("commit"):
+                if frame.message.commit.HasField("clip_coefficient"):
+                    raise unsupported("commit.clip_coefficient", "two_phase_clipping")
+                return
+            if (following := next(frames, None)) is None:
+                raise invalid_frame("commit", "the stream ended inside a step, before `commit`")
+            frame = following
+            if frame.message.HasField("begin"):
+                raise invalid_frame("begin", "a second `begin` before the `commit` of the step")
+
+    def _take_chunk(self, frame: Frame, staging: GradientStaging | None) -> None:
+        message: pb.AttachRequest = frame.message
+        if message.HasField("open"):
+            raise invalid_frame("open", "only the first message of a stream carries `open`")
+        if not message.HasField("chunk"):
+            if frame.payload.size:
+                raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
+            return
+        if message.chunk.rows:
+            raise unsupported("chunk.rows", "sparse_rows")
+        if frame.payload.size > self._max_chunk_bytes:
+            raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {self._max_chunk_bytes}")
+        if staging is not None:  # a replay's chunks have been applied already
+            staging.add(message.chunk.offset, message.chunk.count, frame.payload)
+
+    def _commit(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+        size = self._session.plan.layout.size
+        if not order.reply or size * order.reply_dtype.itemsize <= min(_SMALL_REPLY_BYTES, self._max_chunk_bytes):
+            return self._commit_small(order, staging, began)
+        return self._commit_large(order, staging, began)
+
+    def _commit_small(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+        sink = _ScratchSink(order, self._session.plan.layout.size)
+        record = self._session.commit(order, staging, self._attachment.token, sink, began)
+        yield sink.message(self._result(record))
+
+    def _commit_large(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+        ready: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        sink = _QueueSink(order, ready)
+
+        def commit() -> StepRecord:
+            try:
+                return self._session.commit(order, staging, self._attachment.token, sink, began)
+            finally:
+                ready.put(None)
+
+        running = self._workers.submit(commit)
+        try:
+            while (frame := ready.get()) is not None:
+                yield frame
+                self._seen()
+        finally:
+            # Also when the client is gone: the step is not over, for draining or for freeing its gradient,
+            # before its worker is. Its error is raised below, where somebody listens.
+            running.exception()
+        yield self._result(running.result()).SerializeToString()
+
+    def _result(self, record: StepRecord) -> pb.AttachResponse:
+        return pb.AttachResponse(result=encode_record(record, self._session.durable_step))
+
+    def _seen(self) -> float:
+        self._attachment.last_seen = now = self._clock()
+        return now
+
+
+def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_bytes: int) -> bytes:
+    """Take the one step of a `StepRequest` and return its `StepResponse`.
+
+    Raises:
+        StepwireError: whatever is wrong with the step.
+    """
+    began = clock()
+    request: pb.StepRequest = frame.message
+    order = decode_order(request.begin, session.plan, max_bytes)
+    size = session.plan.layout.size
+    if max(frame.payload.size, size * order.reply_dtype.itemsize if order.reply else 0) > max_bytes:
+        raise invalid_frame(
+            "payload",
+            f"{size} elements are more than the {max_bytes} bytes of one call; attach a stream instead",
+        )
+    sink = _ScratchSink(order, size)
+    staging = session.begin(order, request.attach_token)
+    try:
+        if staging is not None and size:
+            staging.add(0, size, frame.payload)
+        record = session.commit(order, staging, request.attach_token, sink, began)
+    finally:
+        if staging is not None:
+            staging.close()
+    return sink.message(pb.StepResponse(result=encode_record(record, session.durable_step)))
+
+
+class _ScratchSink:
+    """Takes a small answer whole, so that it can travel in one message with the result."""
+
+    def __init__(self, order: StepOrder, size: int) -> None:
+        """Make room for `size` elements, if `order` wants an answer."""
+        self._values: HostArray = np.empty(size if order.reply else 0, order.reply_dtype)
+
+    def buffer(self, offset: int, count: int) -> HostArray:
+        """See `ReplySink`."""
+        return self._values[offset : offset + count]
+
+    def flush(self) -> None:
+        """See `ReplySink`."""
+
+    def message(self, header: pb.AttachResponse | pb.StepResponse) -> bytes:
+        """Put the answer behind the header's fields."""
+        if not self._values.size:
+            return header.SerializeToString()
+        if isinstance(header, pb.AttachResponse):
+            header.chunk.count = self._values.size
+        frame = FrameBuffer(header, self._values.nbytes)
+        frame.payload(self._values.dtype)[:] = self._values
+        return frame.data
+
+
+class _QueueSink:
+    """Takes an answer chunk by chunk, each computed straight into its outgoing message."""
+
+    def __init__(self, order: StepOrder, ready: queue.SimpleQueue[bytes | None]) -> None:
+        self._order = order
+        self._ready = ready
+        self._frame: FrameBuffer | None = None
+
+    def buffer(self, offset: int, count: int) -> HostArray:
+        header = pb.AttachResponse(chunk=tensor_pb2.Chunk(offset=offset, count=count))
+        self._frame = FrameBuffer(header, count * self._order.reply_dtype.itemsize)
+        return self._frame.payload(self._order.reply_dtype)
+
+    def flush(self) -> None:
+        assert self._frame is not None
+        self._ready.put(self._frame.data)
+        self._frame = None
+
+
+def invalid_frame(field: str, problem: str) -> InvalidRequestError:
+    """Say what is wrong with a message of a stream."""
+    return InvalidRequestError(f"{field}: {problem}", reason=Reason.INVALID_FRAME, metadata={"field": field})

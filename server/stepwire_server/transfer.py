@@ -1,0 +1,125 @@
+"""State in and out of a session: pulls as of one step, loads all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stepwire.codecs import FLOAT32, dtype_from_wire
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.frames import Frame, FrameBuffer
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import tensor_pb2
+
+from stepwire_server.decoding import decode_chunk_bytes
+from stepwire_server.engines.protocol import PARAM, EngineState
+from stepwire_server.features import unsupported
+from stepwire_server.session import Session
+from stepwire_server.staging import Coverage, typed_payload
+from stepwire_server.stream import invalid_frame
+
+__all__ = ["load", "pull"]
+
+
+def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
+    """Yield the messages that answer a pull.
+
+    Raises:
+        InvalidRequestError: an unknown slot or encoding.
+        StateChangedError: a step or a load was committed meanwhile.
+        StepwireError: as `Session.snapshot`.
+    """
+    slots = _known_slots(session, list(request.slots) or [PARAM], "slots")
+    dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
+    most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
+    snapshot = session.snapshot()
+    size = session.plan.layout.size
+    yield pb.PullResponse(
+        header=pb.PullHeader(
+            step=snapshot.step, load=snapshot.load, epoch=session.epoch, tensor_steps=snapshot.tensor_steps
+        )
+    ).SerializeToString()
+    for slot in slots:
+        for offset in range(0, size, most):
+            count = min(most, size - offset)
+            header = pb.PullResponse(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
+            frame = FrameBuffer(header, count * dtype.itemsize)
+            session.read(snapshot, slot, offset, frame.payload(dtype))
+            yield frame.data
+
+
+def load(session: Session, opening: Frame, frames: Iterator[Frame]) -> bool:
+    """Take the messages of a load; False if it had been committed before.
+
+    Raises:
+        InvalidRequestError: messages out of order, unknown slots, chunks that do not cover a slot.
+        StepwireError: as `Session.admit_load` and `Session.stage_load`; the state is as before.
+    """
+    order: pb.LoadOpen = opening.message.open
+    slots = _known_slots(session, list(order.slots), "open.slots")
+    steps = _known_steps(session, list(order.tensor_steps))
+    step = order.step if order.HasField("step") else None
+    if order.worker_slot != 0:
+        raise unsupported("open.worker_slot", "aggregation")
+    if not session.admit_load(order.attach_token, order.load, step):
+        return False
+    staged, room = session.stage_load(slots)
+    with room:
+        try:
+            _receive(session, order, slots, frames, staged)
+            return session.commit_load(staged, slots, order.attach_token, order.load, step, steps)
+        finally:
+            staged.close()
+
+
+def _receive(
+    session: Session, order: pb.LoadOpen, slots: tuple[str, ...], frames: Iterator[Frame], staged: EngineState
+) -> None:
+    dtype = dtype_from_wire(order.dtype, FLOAT32, "open.dtype")
+    coverage = {slot: Coverage(session.plan.layout.size) for slot in slots}
+    for frame in frames:
+        message: pb.LoadRequest = frame.message
+        if message.HasField("chunk"):
+            if message.slot not in coverage:
+                raise InvalidRequestError(
+                    f"slot: {message.slot[:64]!r} was not announced; open.slots is {list(slots)}",
+                    reason=Reason.INVALID_CONFIG,
+                    metadata={"field": "slot"},
+                )
+            values = typed_payload(frame.payload, message.chunk.count, dtype)
+            coverage[message.slot].add(message.chunk.offset, message.chunk.count)
+            staged.write(message.slot, message.chunk.offset, values)
+        elif frame.payload.size:
+            raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
+        if message.commit:
+            break
+    else:
+        raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
+    for slot in slots:
+        coverage[slot].require_complete()
+
+
+def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, ...]:
+    if not names:
+        raise InvalidRequestError(f"{field}: no slot is named", metadata={"field": field})
+    for index, name in enumerate(names):
+        if name not in session.slots or name in names[:index]:
+            raise InvalidRequestError(
+                f"{field}: {name[:64]!r} is {'named twice' if name in session.slots else 'unknown'}; this session "
+                f"has {', '.join(session.slots)}",
+                metadata={"field": field},
+            )
+    return tuple(names)
+
+
+def _known_steps(session: Session, steps: list[int]) -> list[int]:
+    tensors = len(session.plan.layout.tensors)
+    if len(steps) not in (0, tensors):
+        raise InvalidRequestError(
+            f"open.tensor_steps: {len(steps)} entries; it must be 0 or {tensors}",
+            metadata={"field": "open.tensor_steps"},
+        )
+    if any(step >= 2**53 for step in steps):
+        raise InvalidRequestError(
+            f"open.tensor_steps: {max(steps)} is beyond 2^53", metadata={"field": "open.tensor_steps"}
+        )
+    return steps
