@@ -178,8 +178,8 @@ class Client:
             info = self.info(timeout=timeout)
             if info.protocol_min > PROTOCOL_MAX or info.protocol_max < PROTOCOL_MIN:
                 raise UnsupportedFeatureError(
-                    f"the server {info.version} speaks protocol {info.protocol_min} to {info.protocol_max}, this client "
-                    f"{PROTOCOL_MIN} to {PROTOCOL_MAX}; bring the older of the two up to date",
+                    f"the server {info.version} speaks protocol {info.protocol_min} to {info.protocol_max}, this "
+                    f"client {PROTOCOL_MIN} to {PROTOCOL_MAX}; bring the older of the two up to date",
                     metadata={"field": "protocol", "feature": "protocol"},
                 )
             self._info = info

@@ -39,7 +39,7 @@ _TO_WIRE: Final[dict[np.dtype[Any], tensor_pb2.Dtype]] = {
     BFLOAT16: tensor_pb2.DTYPE_BFLOAT16,
     FLOAT16: tensor_pb2.DTYPE_FLOAT16,
 }
-_FROM_WIRE: Final = {value: dtype for dtype, value in _TO_WIRE.items()}
+_FROM_WIRE: Final[dict[int, np.dtype[Any]]] = {value: dtype for dtype, value in _TO_WIRE.items()}
 _NAMES: Final = {dtype.name: dtype for dtype in _TO_WIRE}
 
 
@@ -61,7 +61,7 @@ def dtype_from_wire(value: int, default: np.dtype[Any], field: str) -> np.dtype[
     """
     if value == tensor_pb2.DTYPE_UNSPECIFIED:
         return default
-    if (dtype := _FROM_WIRE.get(value)) is None:  # type: ignore[call-overload]
+    if (dtype := _FROM_WIRE.get(value)) is None:
         raise InvalidRequestError(
             f"{field}: encoding {value} is not served; use one of {', '.join(_NAMES)}",
             metadata={"field": field},

@@ -12,13 +12,17 @@ from stepwire.codecs import is_wire_dtype
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
 
-__all__ = ["Arrays", "Container", "Packer", "Part", "named_arrays"]
+__all__ = ["Arrays", "ChunkPlan", "Container", "Flat", "Packer", "Part", "named_arrays"]
 
 Arrays: TypeAlias = Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike]
 """What users pass: arrays by name, or a list whose names are their positions."""
 
 Container: TypeAlias = dict[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]
 """What users get back: a dict where they passed a mapping, a list where they passed a sequence."""
+
+
+Flat: TypeAlias = Sequence[npt.NDArray[Any]]
+"""1-D arrays in layout order."""
 
 
 class Part(NamedTuple):
@@ -28,6 +32,14 @@ class Part(NamedTuple):
     begin: int
     end: int
     at: int
+
+
+class ChunkPlan(NamedTuple):
+    """Flat elements `[offset, offset + elements)` and what lies in them."""
+
+    offset: int
+    elements: int
+    parts: list[Part]
 
 
 def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
@@ -68,31 +80,24 @@ class Packer:
         self.layout = layout
         self._indices = layout.tensor_indices()
         self._parts: dict[tuple[int, int], list[Part]] = {}
-        self._plans: dict[int, list[tuple[int, int, list[Part]]]] = {}
 
-    def chunks(self, most: int) -> list[tuple[int, int, list[Part]]]:
-        """Return `(offset, count, parts)` of each chunk of at most `most` elements, in order."""
-        if most not in self._plans:
-            size = self.layout.size
-            self._plans[most] = [
-                (offset, min(most, size - offset), list(self.parts(offset, min(most, size - offset))))
-                for offset in range(0, size, most)
-            ]
-        return self._plans[most]
+    def chunks(self, most: int) -> list[ChunkPlan]:
+        """Return the chunks of at most `most` elements, in order."""
+        size = self.layout.size
+        spans = [(offset, min(most, size - offset)) for offset in range(0, size, most)]
+        return [ChunkPlan(offset, count, self.parts(offset, count)) for offset, count in spans]
 
-    def parts(self, offset: int, count: int) -> Iterator[Part]:
-        """Yield what lies in flat elements `[offset, offset + count)`."""
-        for tensor in self.layout.overlapping(offset, offset + count):
-            begin = max(offset - tensor.offset, 0)
-            end = min(offset + count - tensor.offset, tensor.count)
-            yield Part(self._indices[tensor.spec.name], begin, end, tensor.offset + begin - offset)
+    def parts(self, offset: int, count: int) -> list[Part]:
+        """Return what lies in flat elements `[offset, offset + count)`; remembered, as every step has the same."""
+        if (offset, count) not in self._parts:
+            self._parts[offset, count] = list(self._find_parts(offset, offset + count))
+        return self._parts[offset, count]
 
-    def parts_of(self, offset: int, count: int) -> list[Part]:
-        """Return the parts of a chunk of an answer, remembered from step to step."""
-        key = (offset, count)
-        if key not in self._parts:
-            self._parts[key] = list(self.parts(offset, count))
-        return self._parts[key]
+    def _find_parts(self, offset: int, end: int) -> Iterator[Part]:
+        for tensor in self.layout.overlapping(offset, end):
+            first = max(offset - tensor.offset, 0)
+            last = min(end - tensor.offset, tensor.count)
+            yield Part(self._indices[tensor.spec.name], first, last, tensor.offset + first - offset)
 
     def ordered(self, arrays: Arrays, field: str) -> list[npt.NDArray[Any]]:
         """Return checked 1-D views (copies of non-contiguous arrays) in layout order.
@@ -116,7 +121,7 @@ class Packer:
             flat.append(array.reshape(-1))
         return flat
 
-    def write(self, flat: Sequence[npt.NDArray[Any]], parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+    def write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         """Encode parts into a chunk; elements between tensors become zero."""
         done = 0
         for part in parts:
@@ -127,7 +132,7 @@ class Packer:
         if done < len(chunk):
             chunk[done:] = 0
 
-    def read(self, flat: Sequence[npt.NDArray[Any]], parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+    def read(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         """Decode a chunk into parts."""
         for part in parts:
             flat[part.tensor][part.begin : part.end] = chunk[part.at : part.at + part.end - part.begin]

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.attachment import Attachment, StepCall
 from stepwire.calls import Calls
 from stepwire.codecs import FLOAT32, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.errors import (
     InvalidRequestError,
-    Reason,
     SessionNotFoundError,
-    StepMismatchError,
     UnavailableError,
     UnsupportedFeatureError,
 )
-from stepwire.frames import FrameBuffer
-from stepwire.packing import Arrays, Container, Packer
+from stepwire.packing import Arrays, Container, Flat, Packer
 from stepwire.results import SessionInfo, SessionState, StepResult
 from stepwire.retry import Deadline
-from stepwire.stream import AttachedStream
-from stepwire.transfer import Flat, load_messages, read_pull
+from stepwire.transfer import load_messages, read_pull
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire import hyperparameters_from_wire, layout_from_wire, overrides_to_wire
 
 __all__ = ["Overrides", "Session"]
@@ -35,6 +32,7 @@ __all__ = ["Overrides", "Session"]
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """Hyper-parameters of one step: one mapping for all groups, or one a group."""
 
+_T = TypeVar("_T")
 _PARAM = "param"
 _CLOSE_TIMEOUT_SECONDS = 5.0
 
@@ -62,17 +60,13 @@ class Session:
         self._reply_dtype = dtype_from_wire(message.config.reply_dtype, FLOAT32, "reply_dtype")
         self._as_list = as_list
         self._chunk_bytes = chunk_bytes
-        self._epoch = message.epoch
-        self._token = token
-        self._applied_step = self._applied_on_server = message.applied_step
-        self._applied_load = message.applied_load
-        self._stream: AttachedStream | None = None
+        self._attachment = Attachment(calls.channel, message, token, self._packer, chunk_bytes)
         self._lock = threading.RLock()
 
     @property
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
-        return self._applied_step
+        return self._attachment.applied_step
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,23 +113,12 @@ class Session:
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
         with self._lock:
-            flat = self._packer.ordered(gradients, "gradients")
-            sent = dtype_named(gradient_dtype, "gradient_dtype") if gradient_dtype else self._gradient_dtype
-            received = dtype_named(reply_dtype, "reply_dtype") if reply_dtype else self._reply_dtype
-            begin = step_pb2.StepBegin(
-                step=self._applied_step + 1,
-                epoch=self._epoch,
-                gradient_dtype=dtype_to_wire(sent),
-                reply_dtype=dtype_to_wire(received),
-                hyperparameters=self._overrides(lr, hyperparameters),
-                reply_chunk_bytes=self._chunk_bytes,
-            )
-            answer = self._packer.empty(received, as_list=not isinstance(gradients, Mapping)) if out is None else out
-            targets = self._packer.targets(answer, "out")
-            self.last_result = self._repeat(
-                lambda deadline: self._attempt_step(begin, flat, sent, targets, received, deadline), timeout
-            )
-            self._applied_step = self.last_result.step
+            call, answer = self._step_call(gradients, lr, hyperparameters, gradient_dtype, reply_dtype, out)
+            deadline = self._calls.deadline(timeout)
+            if self._attachment.token == 0:  # only who holds the slot knows which step is the next
+                self._repeat(self._attachment.attach, deadline)
+            call.begin.step = self._attachment.applied_step + 1
+            self.last_result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
             return answer
 
     def attach(self, *, transport: str = "auto", take_over: bool = False, timeout: float | None = None) -> None:
@@ -159,15 +142,13 @@ class Session:
         with self._lock:
             if take_over:
                 self.detach()
-                self._token = 0
-            self._repeat(self._attached, timeout)
+                self._attachment.token = 0
+            self._repeat(self._attachment.attach, self._calls.deadline(timeout))
 
     def detach(self) -> None:
         """Close the stream and leave the session on the server. Detaching twice is harmless."""
         with self._lock:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+            self._attachment.detach()
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -269,83 +250,7 @@ class Session:
         """Close."""
         self.close()
 
-    # --- one attempt -------------------------------------------------------------------------------------
-
-    def _attempt_step(
-        self,
-        begin: step_pb2.StepBegin,
-        flat: Flat,
-        sent: np.dtype[Any],
-        targets: Flat,
-        received: np.dtype[Any],
-        deadline: Deadline,
-    ) -> StepResult:
-        stream = self._attached(deadline)
-        applied = self._applied_on_server
-        if applied not in (begin.step - 1, begin.step):
-            raise StepMismatchError(
-                f"this client is about to take step {begin.step} and the session is at step {applied}: it moved "
-                "without this client; pull the parameters and go on from there with a new Session object",
-                metadata={"expected_step": applied + 1, "actual_step": begin.step},
-            )
-        # Applied already means its answer was lost: asking for the answer again needs no gradient.
-        frames = self._gradient_frames(begin, flat, sent) if applied < begin.step else _replay_frames(begin)
-        try:
-            result = self._read_answer(stream, frames, targets, received, deadline)
-        except BaseException:
-            self.detach()
-            raise
-        self._applied_on_server = result.step
-        return result
-
-    def _attached(self, deadline: Deadline) -> AttachedStream:
-        if self._stream is None:
-            opening = pb.AttachOpen(session_id=self.session_id, attach_token=self._token, epoch=self._epoch)
-            self._stream = AttachedStream(self._calls.channel, opening, deadline)
-            opened = self._stream.opened
-            first_taking, self._token = self._token == 0, opened.attach_token
-            self._applied_on_server = opened.applied_step
-            if first_taking:
-                self._applied_step, self._applied_load = opened.applied_step, opened.applied_load
-        return self._stream
-
-    def _gradient_frames(self, begin: step_pb2.StepBegin, flat: Flat, dtype: np.dtype[Any]) -> Iterator[bytes]:
-        """Make the messages of a step as they are asked for; a small step is one."""
-        chunks = self._packer.chunks(self._chunk_bytes // dtype.itemsize)
-        if not chunks:
-            yield from _replay_frames(begin)
-        for index, (offset, count, parts) in enumerate(chunks):
-            frame = FrameBuffer(
-                pb.AttachRequest(
-                    begin=begin if index == 0 else None,
-                    chunk=tensor_pb2.Chunk(offset=offset, count=count),
-                    commit=step_pb2.StepCommit() if index == len(chunks) - 1 else None,
-                ),
-                count * dtype.itemsize,
-            )
-            self._packer.write(flat, parts, frame.payload(dtype))
-            yield frame.data
-
-    def _read_answer(
-        self,
-        stream: AttachedStream,
-        frames: Iterable[bytes],
-        targets: Flat,
-        dtype: np.dtype[Any],
-        deadline: Deadline,
-    ) -> StepResult:
-        missing = self._packer.layout.size
-        for frame in stream.exchange(frames, deadline):
-            message: pb.AttachResponse = frame.message
-            if message.HasField("chunk"):
-                offset, count = message.chunk.offset, message.chunk.count
-                self._packer.read(targets, self._packer.parts_of(offset, count), frame.payload.view(dtype))
-                missing -= count
-            if message.HasField("result"):
-                break
-        if missing:
-            raise UnavailableError(f"the answer to step {message.result.step} lacks {missing} elements")
-        return StepResult.from_wire(message.result)
+    # --- with retries ------------------------------------------------------------------------------------
 
     def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> pb.PullHeader:
         request = pb.PullRequest(
@@ -358,38 +263,57 @@ class Session:
             lambda deadline: self._calls.download(
                 "Pull", request, lambda messages: read_pull(messages, self._packer, dtype, targets), deadline
             ),
-            timeout,
+            self._calls.deadline(timeout),
         )
         return header
 
     def _load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, timeout: float | None) -> None:
         with self._lock:
-            if self._token == 0:
-                self.attach(timeout=timeout)
-            opening.session_id, opening.attach_token = self.session_id, self._token
-            opening.load = self._applied_load + 1
+            deadline = self._calls.deadline(timeout)
+            if self._attachment.token == 0:
+                self._repeat(self._attachment.attach, deadline)
+            opening.session_id, opening.attach_token = self.session_id, self._attachment.token
+            opening.load = self._attachment.applied_load + 1
             opening.slots.extend(sources)
             answer: pb.LoadResponse = self._repeat(
-                lambda deadline: self._calls.upload(
-                    "Load",
-                    load_messages(opening, self._packer, sources, self._chunk_bytes),
-                    pb.LoadResponse,
-                    deadline,
+                lambda left: self._calls.upload(
+                    "Load", load_messages(opening, self._packer, sources, self._chunk_bytes), pb.LoadResponse, left
                 ),
-                timeout,
+                deadline,
             )
-            self._applied_load, self._applied_step = opening.load, answer.session.applied_step
-            self._applied_on_server = self._applied_step
+            self._attachment.loaded(opening.load, answer.session.applied_step)
 
-    def _repeat(self, attempt: Any, timeout: float | None) -> Any:
+    def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         try:
-            return self._calls.retry.call(attempt, self._calls.deadline(timeout))
+            return self._calls.retry.call(attempt, deadline)
         except SessionNotFoundError as error:
             raise SessionNotFoundError(
-                f"{error} (the last step this client knows to be applied is {self._applied_step})",
-                reason=Reason.SESSION_NOT_FOUND,
-                metadata={**error.metadata, "last_known_step": self._applied_step},
+                f"{error} (the last step this client knows to be applied is {self.applied_step})",
+                metadata={**error.metadata, "last_known_step": self.applied_step},
             ) from None
+
+    def _step_call(
+        self,
+        gradients: Arrays,
+        lr: float | None,
+        hyperparameters: Overrides | None,
+        gradient_dtype: npt.DTypeLike | None,
+        reply_dtype: npt.DTypeLike | None,
+        out: Container | None,
+    ) -> tuple[StepCall, Container]:
+        """Check the arguments of a step; return what to send and where the answer goes."""
+        sent = dtype_named(gradient_dtype, "gradient_dtype") if gradient_dtype else self._gradient_dtype
+        received = dtype_named(reply_dtype, "reply_dtype") if reply_dtype else self._reply_dtype
+        begin = step_pb2.StepBegin(
+            epoch=self._attachment.epoch,
+            gradient_dtype=dtype_to_wire(sent),
+            reply_dtype=dtype_to_wire(received),
+            hyperparameters=self._overrides(lr, hyperparameters),
+            reply_chunk_bytes=self._chunk_bytes,
+        )
+        flat = self._packer.ordered(gradients, "gradients")
+        answer = self._packer.empty(received, as_list=not isinstance(gradients, Mapping)) if out is None else out
+        return StepCall(begin, flat, sent, self._packer.targets(answer, "out"), received), answer
 
     def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
         if overrides is None and lr is None:
@@ -407,7 +331,3 @@ class Session:
             overrides_to_wire(group, {**shared, **values}, f"hyperparameters[{index}]")
             for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
         ]
-
-
-def _replay_frames(begin: step_pb2.StepBegin) -> list[bytes]:
-    return [pb.AttachRequest(begin=begin, commit=step_pb2.StepCommit()).SerializeToString()]

@@ -63,8 +63,12 @@ class AttachedStream:
         )
         self._call = stub(self._outbox)
         self._watchdog = Watchdog(self._call.cancel)
-        self._outbox.put([pb.AttachRequest(open=opening).SerializeToString()])
-        self.opened: pb.AttachOpened = next(self.exchange((), deadline)).message.opened
+        try:
+            first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
+        except BaseException:
+            self.close()
+            raise
+        self.opened: pb.AttachOpened = first.message.opened
 
     def exchange(self, frames: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
         """Send messages and yield the answers for as long as the caller asks.

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwire.codecs import FLOAT32, dtype_to_wire
 from stepwire.errors import UnavailableError
 from stepwire.frames import FrameBuffer, read_frame
-from stepwire.packing import Packer
+from stepwire.packing import Flat, Packer
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
 
-__all__ = ["Flat", "load_messages", "read_pull"]
-
-Flat = Sequence[npt.NDArray[Any]]
-"""1-D arrays in layout order."""
+__all__ = ["load_messages", "read_pull"]
 
 
 def read_pull(
@@ -40,7 +36,7 @@ def read_pull(
             chunk = message.chunk
             packer.read(
                 targets[message.slot],
-                list(packer.parts(chunk.offset, chunk.count)),
+                packer.parts(chunk.offset, chunk.count),
                 frame.payload.view(dtype),
             )
             missing -= chunk.count

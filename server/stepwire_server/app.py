@@ -15,9 +15,9 @@ from typing import Final
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from stepwire.errors import InvalidRequestError
 from stepwire.transport_options import BULK_OPTIONS
-
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.engines import choose_engine
 from stepwire_server.gate import Gate

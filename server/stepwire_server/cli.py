@@ -10,12 +10,12 @@ import sys
 import threading
 from typing import Annotated, Any
 
-import stepwire
 import typer
 from rich.console import Console
 from rich.table import Table
-from stepwire.results import SessionInfo
 
+import stepwire
+from stepwire.results import SessionInfo
 from stepwire_server.app import Server
 from stepwire_server.config import load_config
 from stepwire_server.logs import configure_logging

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
 from stepwire.errors import InvalidRequestError
 
 __all__ = ["ENVIRONMENT_PREFIX", "MIB", "ServerConfig", "load_config"]

@@ -12,7 +12,6 @@ from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import Adam, Hyperparameters
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
 from stepwire.wire import formula_from_wire, overrides_from_wire, spec_from_wire
-
 from stepwire_server.config import ServerConfig
 from stepwire_server.features import refuse_unserved, unsupported
 from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder

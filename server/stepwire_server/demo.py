@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import stepwire
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import stepwire
+from stepwire_server.process import server_process
 
 __all__ = ["DemoReport", "run_demo"]
 
@@ -29,7 +27,6 @@ _SEED = 7
 _HIDDEN = 64
 _BATCH = 128
 _LR = 3e-3
-_START_SECONDS = 60.0
 
 
 class Digits(NamedTuple):
@@ -71,9 +68,7 @@ class MLP:
         hidden = np.maximum(x @ p["w1"] + p["b1"], 0)
         return hidden, hidden @ p["w2"] + p["b2"]
 
-    def loss_and_gradients(
-        self, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]
-    ) -> tuple[float, Parameters]:
+    def loss_and_gradients(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> tuple[float, Parameters]:
         """Return the mean loss of a batch and the gradient of every parameter."""
         hidden, logits = self.logits(x)
         shifted = logits - logits.max(axis=1, keepdims=True)
@@ -174,11 +169,9 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
     reference = ReferenceAdam(model.parameters, _LR)
     losses: list[float] = []
     test_losses: list[tuple[int, float]] = []
-    with server_process(device) as target, stepwire.connect(target) as client:
+    with server_process("--device", device) as server, stepwire.connect(server.target) as client:
         where = next(iter(client.info().devices))
-        with client.create_session(
-            model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo"
-        ) as session:
+        with client.create_session(model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo") as session:
             started = time.perf_counter()
             for step in _progress(steps, quiet):
                 batch = rng.integers(0, len(digits.train_y), _BATCH)
@@ -198,37 +191,6 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
         test_accuracy=model.accuracy(digits.test_x, digits.test_y),
         largest_difference=reference.largest_difference(model.parameters),
         plot=str(_plot(losses, test_losses, output)),
-    )
-
-
-@contextmanager
-def server_process(device: str = "auto") -> Iterator[str]:
-    """Run `stepwire serve` as a process of its own on a free port; yields its target.
-
-    Raises:
-        UnavailableError: it did not come up.
-    """
-    with tempfile.TemporaryDirectory(prefix="stepwire-demo-") as folder:
-        port_file = pathlib.Path(folder, "port")
-        command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0", "--device", device]
-        process = subprocess.Popen([*command, "--port-file", str(port_file), "--log-level", "warning"])
-        try:
-            yield f"127.0.0.1:{_await_port(process, port_file)}"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _await_port(process: subprocess.Popen[bytes], port_file: pathlib.Path) -> int:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if port_file.exists():
-            return int(port_file.read_text())
-        if process.poll() is not None:
-            break
-        time.sleep(0.02)
-    raise stepwire.UnavailableError(
-        f"the server process did not start (exit code {process.poll()}); its message is above"
     )
 
 

@@ -6,10 +6,10 @@ import datetime
 import time
 
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from stepwire.codecs import dtype_to_wire
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
 from stepwire.wire import hyperparameters_to_wire, layout_to_wire, optimizer_to_wire, spec_to_wire
-
 from stepwire_server.plan import NonFinitePolicy, SessionPlan
 from stepwire_server.progress import StepRecord
 from stepwire_server.session import Session
@@ -31,18 +31,18 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         now: reading of the session's clock, which is monotonic; the wall clock is read here.
         whole: with tensors, groups and layout.
     """
-    wall = time.time()
+    wall, ledger = time.time(), session.ledger
     message = session_pb2.Session(
         session_id=session.session_id,
-        epoch=session.epoch,
-        applied_step=session.applied_step,
-        durable_step=session.durable_step,
-        applied_load=session.applied_load,
+        epoch=ledger.epoch,
+        applied_step=ledger.applied_step,
+        durable_step=ledger.durable_step,
+        applied_load=ledger.applied_load,
         config=_encode_plan(session.plan, whole=whole),
         memory_bytes=session.memory_bytes,
         device=session.device,
-        ready=session.ready,
-        attached=session.slot.attached,
+        ready=ledger.ready,
+        attached=ledger.slot.attached,
         create_time=_timestamp(wall + session.created - now),
         expire_time=_timestamp(wall + session.last_used + session.plan.lease_seconds - now),
     )

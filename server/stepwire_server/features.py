@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 

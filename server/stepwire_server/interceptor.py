@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 import structlog
+
 from stepwire.errors import Reason, ServerError, StepwireError
 from stepwire.status import status_of
 

@@ -7,6 +7,7 @@ import enum
 from typing import Any
 
 import numpy as np
+
 from stepwire.layout import Layout
 from stepwire.optimizers import Adam, Hyperparameters
 

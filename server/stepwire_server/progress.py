@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from stepwire.layout import Layout
 from stepwire.optimizers import Adam, Hyperparameters
-
 from stepwire_server import rules
 
 __all__ = ["GroupRecord", "Run", "Snapshot", "StepRecord", "SteppedRun", "runs_of"]

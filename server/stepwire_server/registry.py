@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
-
 from stepwire_server.engines.protocol import Engine
+from stepwire_server.ledger import session_not_found
 from stepwire_server.memory import MemoryBudget
 from stepwire_server.plan import SessionPlan
-from stepwire_server.session import Session, session_not_found
+from stepwire_server.session import Session
 from stepwire_server.slot import Attachment
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
@@ -72,7 +72,7 @@ class Registry:
         # One creation at a time: a repeated request that overtakes the first would otherwise make two. Allocating
         # and compiling take a while, so the maps have a lock of their own that nobody holds for long.
         with self._creation:
-            if (known := self._by_request.get(request_id)) is not None and not known.closed:
+            if (known := self._by_request.get(request_id)) is not None and not known.ledger.closed:
                 return self._created_before(request_id, known, plan)
             if len(self._sessions) >= self._max_sessions:
                 raise ResourceExhaustedError(

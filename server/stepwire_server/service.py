@@ -7,10 +7,10 @@ from concurrent.futures import Executor
 from typing import Any
 
 import grpc
+
 from stepwire.frames import Frame, read_frame
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
-
 from stepwire_server import transfer
 from stepwire_server.config import ServerConfig
 from stepwire_server.decoding import decode_plan, decode_request_id
@@ -121,7 +121,7 @@ class OptimizerService:
 
     def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session."""
-        return pb.DeleteSessionResponse(applied_step=self._registry.delete(request.session_id).applied_step)
+        return pb.DeleteSessionResponse(applied_step=self._registry.delete(request.session_id).ledger.applied_step)
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
@@ -184,15 +184,15 @@ def _opening(frames: Iterator[Frame]) -> pb.AttachOpen:
 
 
 def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachResponse:
-    served = asked in (pb.TRANSPORT_UNSPECIFIED, pb.TRANSPORT_GRPC)
+    ledger, served = session.ledger, asked in (pb.TRANSPORT_UNSPECIFIED, pb.TRANSPORT_GRPC)
     return pb.AttachResponse(
         opened=pb.AttachOpened(
             attach_token=token,
-            epoch=session.epoch,
-            applied_step=session.applied_step,
-            durable_step=session.durable_step,
-            applied_load=session.applied_load,
-            ready=session.ready,
+            epoch=ledger.epoch,
+            applied_step=ledger.applied_step,
+            durable_step=ledger.durable_step,
+            applied_load=ledger.applied_load,
+            ready=ledger.ready,
             transport=pb.TRANSPORT_GRPC,
             transport_reason="" if served else "this server moves bulk data over gRPC only",
         )

@@ -16,24 +16,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from stepwire.errors import (
-    DataLossError,
-    FencedError,
-    NonFiniteGradientError,
-    Reason,
-    SessionNotFoundError,
-    SessionNotReadyError,
-    StateChangedError,
-    StepMismatchError,
-)
-from stepwire.optimizers import Hyperparameters
 
+from stepwire.errors import NonFiniteGradientError, StateChangedError
+from stepwire.optimizers import Hyperparameters
 from stepwire_server import rules
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArray
+from stepwire_server.ledger import Ledger
 from stepwire_server.memory import MemoryBudget, Reservation
 from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder
 from stepwire_server.progress import GroupRecord, Snapshot, SteppedRun, StepRecord, runs_of
-from stepwire_server.slot import Attachment, WorkerSlot
+from stepwire_server.slot import Attachment
 from stepwire_server.staging import GradientStaging, StagedChunk
 
 __all__ = ["ReplySink", "Session"]
@@ -69,25 +61,16 @@ class Session:
         Raises:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
-        self.session_id = session_id
         self.plan = plan
-        self.epoch = epoch
         self.slots = (PARAM, *rules.slots_for(plan.optimizer))
-        self.slot = WorkerSlot(0)
-        self.applied_step = 0
-        self.applied_load = 0
-        self.durable_step = 0
-        self.ready = plan.start_at_zero
+        self.ledger = Ledger(session_id, epoch=epoch, ready=plan.start_at_zero)
         self.created = self.last_used = clock()
         self._clock = clock
         self._engine = engine
         self._budget = budget
         self._lock = threading.Lock()
-        self._last_record: StepRecord | None = None
         self._tensor_steps = [0] * len(plan.layout.tensors)
         self._runs = runs_of(plan.layout, self._tensor_steps)
-        self._closed = False
-        self._damage: str | None = None
         self._memory = budget.reserve(4 * plan.layout.size * len(self.slots), "the session's state")
         try:
             self._state = engine.allocate(self.slots, plan.layout.size)
@@ -95,6 +78,11 @@ class Session:
         except BaseException:
             self._memory.release()
             raise
+
+    @property
+    def session_id(self) -> str:
+        """128 random bits in hexadecimal digits."""
+        return self.ledger.session_id
 
     @property
     def memory_bytes(self) -> int:
@@ -106,21 +94,16 @@ class Session:
         """Where the state lives."""
         return self._engine.device.name
 
-    @property
-    def closed(self) -> bool:
-        """The session has ended."""
-        return self._closed
-
     def expired(self, now: float) -> bool:
         """Tell whether the lease has run out: no stream, and no call for its length."""
-        return not self.slot.attached and now - self.last_used > self.plan.lease_seconds
+        return not self.ledger.slot.attached and now - self.last_used > self.plan.lease_seconds
 
     # --- slots -------------------------------------------------------------------------------------------
 
     def take_slot(self) -> int:
         """Give slot 0 to a new holder; returns its token."""
         with self._lock:
-            return self.slot.take()
+            return self.ledger.slot.take()
 
     @contextlib.contextmanager
     def attached(self, attachment: Attachment, token: int, epoch: int) -> Iterator[int]:
@@ -131,14 +114,14 @@ class Session:
             SessionNotFoundError: the session has ended.
         """
         with self._lock:
-            self._check_epoch(epoch)
-            self._check_open()
-            held = self.slot.attach(attachment, token)
+            self.ledger.check_epoch(epoch)
+            self.ledger.check_open()
+            held = self.ledger.slot.attach(attachment, token)
         try:
             yield held
         finally:
             with self._lock:
-                self.slot.detach(attachment)
+                self.ledger.slot.detach(attachment)
                 self.last_used = self._clock()
 
     # --- steps -------------------------------------------------------------------------------------------
@@ -195,16 +178,8 @@ class Session:
             return self._apply(order, staging, sink, record)
 
     def _admit(self, order: StepOrder, token: int) -> bool:
-        """Return True for the next step and False for a replay; see `begin` for what is raised."""
-        self._check_epoch(order.epoch)
-        self._check_usable()
-        self.slot.check(token)
         self.last_used = self._clock()
-        if order.step == self.applied_step + 1:
-            return True
-        if order.step == self.applied_step and self._last_record is not None:
-            return False
-        raise _step_mismatch("step", expected=self.applied_step + 1, actual=order.step)
+        return self.ledger.admit_step(order.step, order.epoch, token)
 
     def _check_finite(self, staging: GradientStaging) -> None:
         if not staging.non_finite_count or self.plan.non_finite is not NonFinitePolicy.REJECT:
@@ -230,7 +205,7 @@ class Session:
             steps[run.group] = max(steps[run.group], run.t + grown)
         return StepRecord(
             step=order.step,
-            epoch=self.epoch,
+            epoch=self.ledger.epoch,
             skipped=skipped,
             grad_norm=math.sqrt(math.fsum(staging.squared_norms)),
             non_finite_count=staging.non_finite_count,
@@ -247,11 +222,10 @@ class Session:
         if record.skipped:
             self._send_parameters(order, sink)
         else:
-            with self._all_or_damaged(f"step {order.step}"):
+            with self.ledger.all_or_damaged(f"step {order.step}"):
                 self._update(order, staging, sink)
         record = record.applied(self._clock() - started)
-        self._last_record = record
-        self.applied_step = order.step
+        self.ledger.commit_step(record)
         return record
 
     def _update(self, order: StepOrder, staging: GradientStaging, sink: ReplySink) -> None:
@@ -283,9 +257,9 @@ class Session:
             out[done - start :] = 0
 
     def _replay(self, order: StepOrder, sink: ReplySink) -> StepRecord:
-        assert self._last_record is not None
+        assert self.ledger.last_record is not None  # that is what made it a replay
         self._send_parameters(order, sink)
-        return self._last_record.replay()
+        return self.ledger.last_record.replay()
 
     def _send_parameters(self, order: StepOrder, sink: ReplySink) -> None:
         if order.reply:
@@ -302,9 +276,9 @@ class Session:
             SessionNotReadyError, SessionNotFoundError, DataLossError: there is nothing to read.
         """
         with self._lock:
-            self._check_usable()
+            self.ledger.check_usable()
             self.last_used = self._clock()
-            return Snapshot(self.applied_step, self.applied_load, tuple(self._tensor_steps))
+            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, tuple(self._tensor_steps))
 
     def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
         """Encode a range of a slot as of `snapshot`.
@@ -313,13 +287,14 @@ class Session:
             StateChangedError: a step or a load was committed since.
         """
         with self._lock:
-            self._check_usable()
+            self.ledger.check_usable()
             self.last_used = self._clock()
-            if (snapshot.step, snapshot.load) != (self.applied_step, self.applied_load):
+            now = (self.ledger.applied_step, self.ledger.applied_load)
+            if now != (snapshot.step, snapshot.load):
                 raise StateChangedError(
-                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {self.applied_step}, "
-                    f"load {self.applied_load} during the pull; pull again",
-                    metadata={"step": snapshot.step, "applied_step": self.applied_step},
+                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
+                    f"{now[1]} during the pull; pull again",
+                    metadata={"step": snapshot.step, "applied_step": now[0]},
                 )
             self._state.read(slot, start, out)
 
@@ -327,11 +302,11 @@ class Session:
         """Return True for the next load and False for a replay of the last.
 
         Raises:
-            StepMismatchError: neither, or `step` would go back.
-            FencedError, SessionNotFoundError, DataLossError: as `begin`.
+            StepwireError: as `Ledger.admit_load`.
         """
         with self._lock:
-            return self._admit_load(token, load, step)
+            self.last_used = self._clock()
+            return self.ledger.admit_load(token, load, step)
 
     def stage_load(self, slots: tuple[str, ...]) -> tuple[EngineState, Reservation]:
         """Allocate room for a load beside the state, so that a broken one changes nothing.
@@ -361,108 +336,30 @@ class Session:
             StepwireError: as `admit_load`; the state is as before.
         """
         with self._lock:
-            if not self._admit_load(token, load, step):
+            if not self.ledger.admit_load(token, load, step):
                 return False
-            with self._all_or_damaged(f"load {load}"):
+            with self.ledger.all_or_damaged(f"load {load}"):
                 self._state.adopt(staged)
-            self.applied_load = load
-            if step is not None and step != self.applied_step:
-                self.applied_step, self._last_record = step, None
+            self.ledger.commit_load(load, step, parameters=PARAM in slots)
             if tensor_steps:
                 self._tensor_steps = list(tensor_steps)
                 self._runs = runs_of(self.plan.layout, self._tensor_steps)
-            self.ready = self.ready or PARAM in slots
             return True
-
-    def _admit_load(self, token: int, load: int, step: int | None) -> bool:
-        self._check_open()
-        self._check_undamaged()
-        self.slot.check(token)
-        self.last_used = self._clock()
-        if load == self.applied_load and load > 0:
-            return False
-        if load != self.applied_load + 1:
-            raise _step_mismatch("load", expected=self.applied_load + 1, actual=load)
-        if step is not None and step < self.applied_step:
-            raise StepMismatchError(
-                f"open.step is {step} and the session is at step {self.applied_step}; step numbers never go back: "
-                "load without a step, or into a new session",
-                reason=Reason.STEP_SUPERSEDED,
-                metadata={"field": "open.step", "expected_step": self.applied_step, "actual_step": step},
-            )
-        return True
 
     # --- end of life -------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the session after the commit under way and free its memory. Closing twice is harmless."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.slot.orphan()
+            if not self.ledger.closed:
+                self.ledger.closed = True
+                self.ledger.slot.orphan()
                 self._state.close()
                 self._memory.release()
-
-    # --- checks ------------------------------------------------------------------------------------------
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        self._check_undamaged()
-        if not self.ready:
-            raise SessionNotReadyError(
-                f"session {self.session_id} has no parameters yet; load the slot {PARAM!r} first",
-                metadata={"session_id": self.session_id},
-            )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise session_not_found(self.session_id)
-
-    def _check_undamaged(self) -> None:
-        if self._damage is not None:
-            raise DataLossError(
-                f"session {self.session_id} was damaged when {self._damage} failed half-way; load its last good "
-                "state into a new session",
-                metadata={"session_id": self.session_id},
-            )
-
-    def _check_epoch(self, epoch: int) -> None:
-        if epoch not in (0, self.epoch):
-            raise FencedError(
-                f"session {self.session_id} is in epoch {self.epoch}, the request is of epoch {epoch}; attach again",
-                reason=Reason.STALE_EPOCH,
-                metadata={"epoch": self.epoch, "actual_epoch": epoch},
-            )
-
-    @contextlib.contextmanager
-    def _all_or_damaged(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._damage = what
-            raise
 
     def _prepare(self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any]) -> None:
         for hyper in groups:
             self._engine.prepare(rules.rule_for(self.plan.optimizer, hyper), gradient, reply)
-
-
-def session_not_found(session_id: str) -> SessionNotFoundError:
-    """Say that a session does not exist, with the id as it was sent."""
-    return SessionNotFoundError(
-        f"session {session_id[:64]!r} does not exist here: it was never created, was closed, its lease ran out, or "
-        "its server was restarted; create a new one and load your last saved state",
-        metadata={"session_id": session_id[:64]},
-    )
-
-
-def _step_mismatch(what: str, *, expected: int, actual: int) -> StepMismatchError:
-    old = actual < expected
-    return StepMismatchError(
-        f"{what} {actual} {'was applied long ago' if old else 'is too far ahead'}; the next {what} is {expected}",
-        reason=Reason.STEP_SUPERSEDED if old else Reason.STEP_MISMATCH,
-        metadata={f"expected_{what}": expected, f"actual_{what}": actual},
-    )
 
 
 def _pieces(start: int, end: int, most: int | None) -> Iterator[tuple[int, int]]:

@@ -7,9 +7,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 import numpy as np
+
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout, Span
-
 from stepwire_server.engines.protocol import EngineState, Gradient, HostArray
 from stepwire_server.memory import Reservation
 from stepwire_server.plan import StepOrder

@@ -13,11 +13,11 @@ from concurrent.futures import Executor
 from typing import Final
 
 import numpy as np
+
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.frames import Frame, FrameBuffer
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
-
 from stepwire_server.decoding import decode_order
 from stepwire_server.encoding import encode_record
 from stepwire_server.engines.protocol import HostArray
@@ -143,7 +143,7 @@ class StepStream:
         yield self._result(running.result()).SerializeToString()
 
     def _result(self, record: StepRecord) -> pb.AttachResponse:
-        return pb.AttachResponse(result=encode_record(record, self._session.durable_step))
+        return pb.AttachResponse(result=encode_record(record, self._session.ledger.durable_step))
 
     def _seen(self) -> float:
         self._attachment.last_seen = now = self._clock()
@@ -174,7 +174,7 @@ def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_by
     finally:
         if staging is not None:
             staging.close()
-    return sink.message(pb.StepResponse(result=encode_record(record, session.durable_step)))
+    return sink.message(pb.StepResponse(result=encode_record(record, session.ledger.durable_step)))
 
 
 class _ScratchSink:

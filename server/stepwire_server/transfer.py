@@ -9,7 +9,6 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.frames import Frame, FrameBuffer
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
-
 from stepwire_server.decoding import decode_chunk_bytes
 from stepwire_server.engines.protocol import PARAM, EngineState
 from stepwire_server.features import unsupported
@@ -35,7 +34,7 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     size = session.plan.layout.size
     yield pb.PullResponse(
         header=pb.PullHeader(
-            step=snapshot.step, load=snapshot.load, epoch=session.epoch, tensor_steps=snapshot.tensor_steps
+            step=snapshot.step, load=snapshot.load, epoch=session.ledger.epoch, tensor_steps=snapshot.tensor_steps
         )
     ).SerializeToString()
     for slot in slots:

@@ -1,1 +1,21 @@
 """Engines: where state lives and how a rule is run over it."""
+
+from __future__ import annotations
+
+from stepwire_server.engines.choice import Choice, choose_engine
+from stepwire_server.engines.cpu import CpuEngine
+from stepwire_server.engines.cuda import CudaEngine
+from stepwire_server.engines.protocol import PARAM, Device, Engine, EngineState, Gradient, HostArray
+
+__all__ = [
+    "PARAM",
+    "Choice",
+    "CpuEngine",
+    "CudaEngine",
+    "Device",
+    "Engine",
+    "EngineState",
+    "Gradient",
+    "HostArray",
+    "choose_engine",
+]

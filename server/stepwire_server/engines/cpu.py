@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from stepwire.errors import ResourceExhaustedError
 
+from stepwire.errors import ResourceExhaustedError
 from stepwire_server.engines import host
-from stepwire_server.engines.numpy_kernels import NumpyKernels, convert
+from stepwire_server.engines.chunks import StagedChunk, check_range, convert
+from stepwire_server.engines.numpy_kernels import NumpyKernels
 from stepwire_server.engines.protocol import PARAM, Device, EngineState, Gradient, HostArray
 from stepwire_server.rules import Rule
 
@@ -45,21 +46,6 @@ class CpuKernels(Protocol):
     def sum_of_squares(self, gradient: np.dtype[Any]) -> Callable[..., None]:
         """Return the kernel that sums squares in blocks."""
         ...
-
-
-class CpuGradient:
-    """A received chunk, where it lies."""
-
-    __slots__ = ("dtype", "values")
-
-    def __init__(self, dtype: np.dtype[Any], values: HostArray) -> None:
-        """Keep a chunk of the wire dtype, viewed as the kernels read it."""
-        self.dtype = dtype
-        self.values = values
-
-    def __len__(self) -> int:
-        """Count the elements."""
-        return len(self.values)
 
 
 class CpuEngine:
@@ -125,14 +111,14 @@ class CpuState:
         """See `EngineState.nbytes`."""
         return sum(array.nbytes for array in self._arrays.values())
 
-    def stage(self, payload: HostArray) -> CpuGradient:
+    def stage(self, payload: HostArray) -> StagedChunk:
         """See `EngineState.stage`; nothing is copied, an unaligned chunk neither."""
-        return CpuGradient(payload.dtype, self._kernels.source(payload))
+        return StagedChunk(payload.dtype, self._kernels.source(payload))
 
     def sum_of_squares(self, gradient: Gradient, begin: int, end: int) -> float:
         """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
-        assert isinstance(gradient, CpuGradient)
-        _check_range("gradient", begin, end, len(gradient))
+        assert isinstance(gradient, StagedChunk)
+        check_range("gradient", begin, end, len(gradient))
         partials = np.zeros(-(-(end - begin) // GRAIN))
         kernel = self._kernels.sum_of_squares(gradient.dtype)
 
@@ -153,11 +139,11 @@ class CpuState:
         out: HostArray | None,
     ) -> None:
         """See `EngineState.update`."""
-        assert isinstance(gradient, CpuGradient)
-        _check_range("gradient", begin, end, len(gradient))
-        _check_range("state", start, start + end - begin, self._size)
+        assert isinstance(gradient, StagedChunk)
+        check_range("gradient", begin, end, len(gradient))
+        check_range("state", start, start + end - begin, self._size)
         if out is not None:
-            _check_range("out", 0, end - begin, len(out))
+            check_range("out", 0, end - begin, len(out))
         kernel = self._kernels.update(rule, gradient.dtype, None if out is None else out.dtype)
         arrays = [self._arrays[PARAM], *[self._arrays[slot] for slot in rule.slots]]
         target = None if out is None else self._kernels.target(out)
@@ -169,12 +155,12 @@ class CpuState:
 
     def read(self, slot: str, start: int, out: HostArray) -> None:
         """See `EngineState.read`."""
-        _check_range("state", start, start + len(out), self._size)
+        check_range("state", start, start + len(out), self._size)
         convert(self._arrays[slot][start : start + len(out)], out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`."""
-        _check_range("state", start, start + len(values), self._size)
+        check_range("state", start, start + len(values), self._size)
         convert(values, self._arrays[slot][start : start + len(values)])
 
     def adopt(self, other: EngineState) -> None:
@@ -226,9 +212,3 @@ def _numba_kernels() -> CpuKernels:
     from stepwire_server.engines.numba_kernels import NumbaKernels
 
     return NumbaKernels()
-
-
-def _check_range(what: str, begin: int, end: int, size: int) -> None:
-    """Keep compiled loops inside their arrays; a request is validated long before."""
-    if not 0 <= begin <= end <= size:
-        raise IndexError(f"elements [{begin}, {end}) of {what} are outside its {size}")

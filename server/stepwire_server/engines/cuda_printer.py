@@ -10,31 +10,28 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
 
 from stepwire_server.engines.rule_source import functions_of
 
-__all__ = ["print_rule"]
+__all__ = ["print_function"]
 
 _INTRINSICS = {"sqrt": "sqrtf", "maximum": "maximum"}
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
-def print_rule(update: Callable[..., Any], results: Iterable[str]) -> str:
-    """Print `update` and the functions it calls.
+def print_function(function: types.FunctionType, results: Sequence[str] = ()) -> str:
+    """Print one function as a device function.
 
     Args:
-        update: a rule's function.
-        results: names of its arguments that it returns, in order; each gets a reference `<name>_next`.
+        function: a rule's `update`, or a function it calls.
+        results: for an `update`, the arguments it returns the next values of, in order.
 
     Raises:
-        SyntaxError: a function uses something outside the subset; the message shows it.
+        SyntaxError: the function uses something outside the subset; the message shows it.
     """
-    functions = functions_of(update)
-    known = {**_INTRINSICS, **{function.__name__: function.__name__ for function in functions}}
-    printers = [_Printer(function, known) for function in functions]
-    return "\n".join(printer.text(list(results) if printer.name == update.__name__ else []) for printer in printers)
+    names = {other.__name__ for other in functions_of(function)}
+    return _Printer(function, {**_INTRINSICS, **{name: name for name in names}}).text(results)
 
 
 class _Printer:
@@ -46,7 +43,7 @@ class _Printer:
         self._known = known
         self._declared = {argument.arg for argument in definition.args.args}
 
-    def text(self, results: list[str]) -> str:
+    def text(self, results: Sequence[str]) -> str:
         parameters = [f"float {argument.arg}" for argument in self._definition.args.args]
         parameters += [f"float &{name}_next" for name in results]
         returns = "void" if results else "float"
@@ -58,7 +55,7 @@ class _Printer:
         has_docstring = ast.get_docstring(self._definition) is not None
         return self._definition.body[1:] if has_docstring else self._definition.body
 
-    def _statement(self, node: ast.stmt, results: list[str]) -> str:
+    def _statement(self, node: ast.stmt, results: Sequence[str]) -> str:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 kind = "" if name in self._declared else "float "

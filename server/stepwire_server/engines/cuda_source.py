@@ -7,23 +7,13 @@ the CPU engine's bits: `a*b + c` rounds twice on both. Memory bounds the pass ei
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable
-from typing import NamedTuple
 
-from stepwire_server.engines.cuda_printer import print_functions
-from stepwire_server.engines.rule_source import arguments_of, functions_of
+from stepwire_server.engines.cuda_printer import print_function
+from stepwire_server.engines.rule_source import arguments_of, functions_of, kernel_name
 from stepwire_server.rules import Rule
 
-__all__ = [
-    "COMPILE_OPTIONS",
-    "CODEC_SOURCE",
-    "FOLD_KERNEL",
-    "UpdateKernel",
-    "sum_name",
-    "sum_source",
-    "translation_unit",
-]
+__all__ = ["COMPILE_OPTIONS", "sum_module", "update_module"]
 
 COMPILE_OPTIONS = ("--fmad=false",)
 
@@ -79,7 +69,8 @@ extern "C" __global__ void {name}({parameters}) {{
 # in double is the contract of `sum_of_squares`; one multiply and one add an element stay below the cost of loading
 # it even where double runs at 1/64 of the speed of float.
 _SUM = """
-extern "C" __global__ void {name}(const {stored} *__restrict__ gradient, double *__restrict__ lanes, long long size) {{
+extern "C" __global__ void sum_lanes_{gradient}(
+    const {stored} *__restrict__ gradient, double *__restrict__ lanes, long long size) {{
     const long long stride = (long long)gridDim.x * blockDim.x;
     const long long count = (size + 65535) / 65536 * 1024;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {{
@@ -95,69 +86,61 @@ extern "C" __global__ void {name}(const {stored} *__restrict__ gradient, double 
 }}
 """
 
-# Folds groups of 32·width values to width: element j of a group takes every width-th value from j on, in order.
 _FOLD = """
-extern "C" __global__ void {name}(
-    const double *__restrict__ values, double *__restrict__ sums, long long width, long long size) {{
+extern "C" __global__ void fold(
+    const double *__restrict__ values, double *__restrict__ sums, long long width, long long size) {
     const long long stride = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride) {{
-        const double *group = values + i / width * 32 * width + i % width;
-        double total = group[0];
-        for (int term = 1; term < 32; ++term) total += group[term * width];
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride) {
+        const double *first = values + i / width * 32 * width + i % width;
+        double total = first[0];
+        for (int term = 1; term < 32; ++term) total += first[term * width];
         sums[i] = total;
-    }}
-}}
+    }
+}
 """
 
 
-class UpdateKernel(NamedTuple):
-    """One fused kernel.
+def update_module(kernels: Iterable[tuple[Rule, str, str | None]]) -> str:
+    """Write one module with the fused kernels of these rules, gradient dtypes and reply dtypes (or None).
 
-    It takes pointers to the parameters, the rule's slots, the gradient and (unless `reply` is None) the reply, all at
-    their first element; `size` as int64; and the rule's scalars as float32.
-
-    Attributes:
-        rule: the formula.
-        gradient: its wire dtype by name.
-        reply: the wire dtype of the answer by name; None for no answer.
+    The kernel `kernel_name(…)` takes pointers to the parameters, the rule's slots, the gradient and, unless reply is
+    None, the answer, each at its first element; then the size as int64 and the rule's scalars as float32.
     """
-
-    rule: Rule
-    gradient: str
-    reply: str | None
-
-    @property
-    def name(self) -> str:
-        """The kernel's name in the module."""
-        return f"{self.rule.update.__name__}_{self.gradient}_to_{self.reply or 'nothing'}"
-
-    def source(self) -> str:
-        """Write the kernel, without the functions it calls."""
-        names = arguments_of(self.rule)
-        state = (names.parameter, *names.slots)
-        parameters = [f"float *__restrict__ {name}_all" for name in state]
-        parameters += [f"const {_STORED[self.gradient]} *__restrict__ gradient"]
-        stores = [f"{name}_all[i] = {name};" for name in state]
-        if self.reply is not None:
-            parameters += [f"{_STORED[self.reply]} *__restrict__ out"]
-            stores += [f"out[i] = encode_{self.reply}({names.parameter});"]
-        parameters += ["long long size", *(f"float {name}" for name in names.scalars)]
-        loads = [f"float {name} = {name}_all[i];" for name in state]
-        arguments = [names.parameter, f"decode_{self.gradient}(gradient[i])", *names.slots, *names.scalars, *state]
-        step = f"{self.rule.update.__name__}({', '.join(arguments)});"
-        statements = "\n        ".join([*loads, step, *stores])
-        return _UPDATE.format(name=self.name, parameters=", ".join(parameters), statements=statements)
+    functions, texts = {}, []
+    for rule, gradient, reply in kernels:
+        names = arguments_of(rule)
+        for function in functions_of(rule.update):
+            results = (names.parameter, *names.slots) if function is rule.update else ()
+            functions[function.__name__] = print_function(function, results)
+        texts.append(_update_kernel(rule, gradient, reply))
+    return "\n".join([_CODECS, *functions.values(), *texts])
 
 
-class SumKernels(NamedTuple):
-    """The kernels of a sum of squares: `lanes` of one wire dtype, and `fold`.
+def sum_module() -> str:
+    """Write the module of sums of squares: `sum_lanes_<dtype>` for each wire dtype, and `fold`.
 
-    `lanes(gradient, lanes, size)` writes 1024 sums for each block of 65,536 elements; `fold(values, sums, width, size)`
-    with width 32 and then 1 leaves one a block. Sizes and widths are int64.
+    `sum_lanes(gradient, lanes, size)` makes 1024 sums of each block of 65,536 elements, the last perhaps shorter.
+    `fold(values, sums, width, size)` adds each 32 values that lie `width` apart; first with width 32 and then with
+    width 1, it leaves one sum a block. Sizes and widths are int64, sums float64.
     """
+    lanes = [_SUM.format(gradient=gradient, stored=stored) for gradient, stored in _STORED.items()]
+    return "\n".join([_CODECS, *lanes, _FOLD])
 
-    gradient: str
 
-    @property
-    def name(self) -> str:
-        return ""
+def _update_kernel(rule: Rule, gradient: str, reply: str | None) -> str:
+    names = arguments_of(rule)
+    state = (names.parameter, *names.slots)
+    parameters = [f"float *__restrict__ {name}_all" for name in state]
+    parameters += [f"const {_STORED[gradient]} *__restrict__ gradient"]
+    stores = [f"{name}_all[i] = {name};" for name in state]
+    if reply is not None:
+        parameters += [f"{_STORED[reply]} *__restrict__ out"]
+        stores += [f"out[i] = encode_{reply}({names.parameter});"]
+    parameters += ["long long size", *(f"float {name}" for name in names.scalars)]
+    loads = [f"float {name} = {name}_all[i];" for name in state]
+    arguments = [names.parameter, f"decode_{gradient}(gradient[i])", *names.slots, *names.scalars, *state]
+    return _UPDATE.format(
+        name=kernel_name(rule, gradient, reply),
+        parameters=", ".join(parameters),
+        statements="\n        ".join([*loads, f"{rule.update.__name__}({', '.join(arguments)});", *stores]),
+    )

@@ -16,27 +16,25 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numba
 import numba.core.types as numba_types
 import numpy as np
 
+from stepwire_server.engines.chunks import STORED, bits_of
 from stepwire_server.engines.kernel_cache import kernel_directory, store
-from stepwire_server.engines.numba_source import sum_name, sum_source, update_name, update_source
+from stepwire_server.engines.numba_source import sum_name, sum_source, update_source
 from stepwire_server.engines.protocol import HostArray
-from stepwire_server.engines.rule_source import arguments_of
+from stepwire_server.engines.rule_source import arguments_of, kernel_name
 from stepwire_server.rules import Rule
 
 __all__ = ["NumbaKernels"]
 
 _log = logging.getLogger(__name__)
 
-# Wire dtypes as the kernels see them. Keyed by dtype, not by name: `dtype.name` takes 2 µs to compute.
-_STORED: dict[np.dtype[Any], Any] = {
-    np.dtype(np.float32): np.dtype(np.float32),
-    np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
-    np.dtype(np.float16): np.dtype(np.uint16),
-}
+# Wrappers that nobody calls would double the time to compile.
+_HELPER_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_KERNEL_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+
 _STATE = numba_types.Array(numba_types.float32, 1, "C")
 _PARTIALS = numba_types.Array(numba_types.float64, 1, "C")
 
@@ -58,13 +56,13 @@ class NumbaKernels:
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""
-        view: HostArray = payload.view(_STORED[payload.dtype])
+        view = bits_of(payload)
         view.setflags(write=False, align=False)
         return view
 
     def target(self, out: HostArray) -> HostArray:
         """View an array of any wire dtype as the kernels write it."""
-        view: HostArray = out.view(_STORED[out.dtype])
+        view = bits_of(out)
         view.setflags(align=False)
         return view
 
@@ -93,7 +91,7 @@ class NumbaKernels:
             return self._built[key]
 
     def _update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
-        wire = (gradient.name, reply.name if reply else None)
+        wire = (gradient.name, None if reply is None else reply.name)
         arguments = arguments_of(rule)
         signature = (
             *[_STATE] * (1 + len(arguments.slots)),
@@ -102,21 +100,20 @@ class NumbaKernels:
             *[numba_types.intp] * 4,
             *[numba_types.float64] * len(arguments.scalars),
         )
-        return self._compile(update_name(rule, *wire), update_source(rule, *wire), signature)
+        return self._compile(kernel_name(rule, *wire), update_source(rule, *wire), signature)
 
     def _sum_of_squares(self, gradient: np.dtype[Any]) -> Callable[..., None]:
         signature = (_source_type(gradient), *[numba_types.intp] * 4, _PARTIALS)
         return self._compile(sum_name(gradient.name), sum_source(gradient.name), signature)
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
-        """Load the kernel's machine code, or make it; a full disk costs the cache, not the step."""
-        path = store(self._directory, name, text)
+        """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""
         started = time.perf_counter()
         try:
-            kernel = _load(path, name, text, signature, cache=True)
-        except OSError as problem:
-            _log.warning("kernel %s is not cached: %s", name, problem)
-            kernel = _load(path, name, text, signature, cache=False)
+            kernel = _load(store(self._directory, name, text), name, text, signature, cache=True)
+        except Exception as problem:  # a torn pickle raises anything; a kernel that does not compile raises again
+            _log.warning("kernel %s is not cached in %s: %r", name, self._directory, problem)
+            kernel = _load(self._directory / f"{name}.py", name, text, signature, cache=False)
         _log.debug("kernel %s ready in %.3f s", name, time.perf_counter() - started)
         return kernel
 
@@ -125,8 +122,8 @@ def _load(path: pathlib.Path, name: str, text: str, signature: tuple[Any, ...], 
     """Execute the module's text under the name of its file, which Numba stamps its cache with."""
     module = types.ModuleType(f"stepwire_kernel_{path.stem}")
     sys.modules[module.__name__] = module  # where Numba looks when it loads machine code
-    module.__dict__["helper"] = numba.njit(error_model="numpy")
-    module.__dict__["kernel"] = numba.njit(error_model="numpy", nogil=True, cache=cache)
+    module.__dict__["helper"] = numba.njit(**_HELPER_OPTIONS)
+    module.__dict__["kernel"] = numba.njit(**_KERNEL_OPTIONS, cache=cache)
     exec(compile(text, str(path), "exec"), module.__dict__)
     kernel = getattr(module, name)
     kernel.compile(signature)
@@ -135,13 +132,11 @@ def _load(path: pathlib.Path, name: str, text: str, signature: tuple[Any, ...], 
 
 
 def _source_type(dtype: np.dtype[Any]) -> numba_types.Array:
-    stored = numba.from_dtype(_STORED[dtype])
+    stored = numba.from_dtype(STORED[dtype])
     return numba_types.Array(stored, 1, "C", readonly=True, aligned=False)
 
 
 def _target_type(dtype: np.dtype[Any] | None) -> numba_types.Type:
-    return (
-        numba_types.none
-        if dtype is None
-        else numba_types.Array(numba.from_dtype(_STORED[dtype]), 1, "C", aligned=False)
-    )
+    if dtype is None:
+        return numba_types.none
+    return numba_types.Array(numba.from_dtype(STORED[dtype]), 1, "C", aligned=False)

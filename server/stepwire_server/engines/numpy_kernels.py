@@ -10,19 +10,12 @@ import numpy as np
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.rules import Rule
 
-__all__ = ["NumpyKernels", "convert"]
+__all__ = ["NumpyKernels"]
 
 # Elements of a block. The rule makes about fifteen temporaries of this size; at 64 KiB each they stay in cache
 # and malloc hands the same ones out again. Evaluating the rule into preallocated scratch would need a second
 # form of it and gains a tenth (220 → 195 ms for 32 M elements); a second thread only fights for the GIL.
 BLOCK = 16_384
-
-
-def convert(values: HostArray, out: HostArray) -> None:
-    """Cast `values` into `out`, `(n,)` each, block by block: casts of bfloat16 hold the GIL for a block."""
-    with np.errstate(all="ignore"):
-        for low in range(0, len(out), BLOCK):
-            out[low : low + BLOCK] = values[low : low + BLOCK]
 
 
 class NumpyKernels:

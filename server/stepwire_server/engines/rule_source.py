@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from stepwire_server.rules import Rule
 
-__all__ = ["RuleArguments", "arguments_of", "functions_of"]
+__all__ = ["RuleArguments", "arguments_of", "functions_of", "kernel_name"]
 
 
 class RuleArguments(NamedTuple):
@@ -33,6 +33,11 @@ def arguments_of(rule: Rule) -> RuleArguments:
     parameter, gradient, *rest = inspect.signature(rule.update).parameters
     count = len(rule.slots)
     return RuleArguments(parameter, gradient, tuple(rest[:count]), tuple(rest[count:]))
+
+
+def kernel_name(rule: Rule, gradient: str, reply: str | None) -> str:
+    """Name the kernel that steps `rule`, given wire dtypes by name; rules with the same `update` share kernels."""
+    return f"{rule.update.__name__}_{gradient}_to_{reply or 'nothing'}"
 
 
 def functions_of(function: Callable[..., Any]) -> list[types.FunctionType]:

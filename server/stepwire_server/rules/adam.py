@@ -28,8 +28,8 @@ from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from numpy import maximum, sqrt
-from stepwire.optimizers import Adam, Hyperparameters
 
+from stepwire.optimizers import Adam, Hyperparameters
 from stepwire_server.rules.rule import Rule
 
 __all__ = ["ADAM_RULES", "CORRECTS_BIAS", "adam", "adam_l2", "amsgrad", "amsgrad_l2", "rule_for", "slots_for"]
@@ -180,9 +180,7 @@ def _rule(formula: str, has_maximum: bool, l2: bool) -> Rule:
     return Rule(name, update, _SLOTS[has_maximum], _scalars(l2, CORRECTS_BIAS[formula]))
 
 
-_RULES: Final = {
-    (formula, *variant): _rule(formula, *variant) for formula in CORRECTS_BIAS for variant in _UPDATES
-}
+_RULES: Final = {(formula, *variant): _rule(formula, *variant) for formula in CORRECTS_BIAS for variant in _UPDATES}
 ADAM_RULES: Final = tuple(_RULES.values())
 
 
