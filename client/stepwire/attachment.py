@@ -12,7 +12,6 @@ import numpy as np
 from stepwire.errors import StepMismatchError, UnavailableError
 from stepwire.frames import FrameBuffer
 from stepwire.packing import ChunkPlan, Flat, Packer
-from stepwire.results import StepResult
 from stepwire.retry import Deadline
 from stepwire.stream import AttachedStream
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -93,7 +92,7 @@ class Attachment:
         self.applied_load = load
         self.applied_step = self._step_on_server = applied_step
 
-    def take_step(self, call: StepCall, deadline: Deadline) -> StepResult:
+    def take_step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a step once and read its answer; whatever fails, the stream is dropped.
 
         Raises:
@@ -135,7 +134,7 @@ class Attachment:
             self._packer.write(call.gradients, parts, frame.payload(call.gradient_dtype))
             yield frame.data
 
-    def _read_answer(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> StepResult:
+    def _read_answer(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         missing = self._packer.layout.size
         for frame in stream.exchange(self._messages(call), deadline):
             message: pb.AttachResponse = frame.message
@@ -147,4 +146,5 @@ class Attachment:
                 break
         if missing:
             raise UnavailableError(f"the answer to step {call.begin.step} lacks {missing} elements")
-        return StepResult.from_wire(message.result)
+        result: step_pb2.StepResult = message.result
+        return result

@@ -55,7 +55,8 @@ class Frame(NamedTuple):
 
     Attributes:
         message: every field but the payload.
-        payload: `(n,) uint8` view into the received bytes; empty when there is none.
+        payload: `(n,) uint8` view into the received bytes, or a copy where a view would keep more than twice as many
+            alive; empty when there is none.
     """
 
     message: Any
@@ -114,7 +115,8 @@ def read_frame(kind: _Parser[Any], data: bytes) -> Frame:
         raise InvalidRequestError(
             f"message of {end} bytes cannot be decoded: {error}", reason=Reason.INVALID_FRAME
         ) from error
-    return Frame(message, np.frombuffer(data, np.uint8)[payload[0] : payload[1]])
+    view = np.frombuffer(data, np.uint8)[payload[0] : payload[1]]
+    return Frame(message, view if 2 * view.size >= end else view.copy())
 
 
 def _prefix(fields: bytes, payload_bytes: int) -> bytes:

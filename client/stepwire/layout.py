@@ -99,14 +99,16 @@ class Layout:
 
 def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
     """Lay tensors out; deterministic, so that a client may compute it too."""
+    members: list[list[TensorSpec]] = [[] for _ in range(group_count)]
+    for spec in specs:
+        members[spec.group].append(spec)
     tensors: list[Placement] = []
     groups: list[Span] = []
     end = 0
-    for group in range(group_count):
+    for group in members:
         start = end = -(-end // GROUP_ALIGNMENT) * GROUP_ALIGNMENT
-        for spec in specs:
-            if spec.group == group:
-                tensors.append(Placement(spec, end, spec.count))
-                end += spec.count
+        for spec in group:
+            tensors.append(Placement(spec, end, spec.count))
+            end += spec.count
         groups.append(Span(start, end - start))
     return Layout(tuple(tensors), tuple(groups), end)

@@ -45,13 +45,11 @@ class Session:
 
     Attributes:
         session_id: who knows it may use the session.
-        last_result: what the last step did; None before the first.
     """
 
     def __init__(self, calls: Calls, message: session_pb2.Session, token: int, chunk_bytes: int, *, as_list: bool):
         """Speak for a session that the server described; token 0 takes its slot when first needed."""
         self.session_id = message.session_id
-        self.last_result: StepResult | None = None
         self._calls = calls
         self._packer = Packer(layout_from_wire(message.layout))
         self._slots = tuple(message.layout.slots)
@@ -61,12 +59,18 @@ class Session:
         self._as_list = as_list
         self._chunk_bytes = chunk_bytes
         self._attachment = Attachment(calls.channel, message, token, self._packer, chunk_bytes)
+        self._last_result: step_pb2.StepResult | None = None  # decoded when asked for
         self._lock = threading.RLock()
 
     @property
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
         return self._attachment.applied_step
+
+    @property
+    def last_result(self) -> StepResult | None:
+        """What the last step did; None before the first."""
+        return None if self._last_result is None else StepResult.from_wire(self._last_result)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -118,7 +122,7 @@ class Session:
             if self._attachment.token == 0:  # only who holds the slot knows which step is the next
                 self._repeat(self._attachment.attach, deadline)
             call.begin.step = self._attachment.applied_step + 1
-            self.last_result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
+            self._last_result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
             return answer
 
     def attach(self, *, transport: str = "auto", take_over: bool = False, timeout: float | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 import grpc
@@ -16,8 +18,9 @@ __all__ = ["RichStatus", "error_from_call", "status_of"]
 
 _TRAILER: Final = "grpc-status-details-bin"
 _TYPE_PREFIX: Final = "type.googleapis.com/google.rpc."
-# A trailer has to fit the header limits of every proxy on the way.
-_MAX_TEXT: Final = 2048
+# gRPC drops a status whose trailers are beyond 8 KiB: the text percent-encoded, and the details, which repeat it, in
+# base64 at worst. This leaves room for a metadata value of 512 characters of four bytes, a tensor's longest name.
+_MAX_TEXT_BYTES: Final = 1536
 
 
 class RichStatus(NamedTuple):
@@ -31,7 +34,7 @@ class RichStatus(NamedTuple):
 def status_of(error: StepwireError) -> RichStatus:
     """Put an error into a status, by the table."""
     code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
-    text = str(error)[:_MAX_TEXT]
+    text = _fitting(str(error))
     status = status_pb2.RichStatus(code=code.value[0], message=text)
     info = status_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
     status.details.append(AnyMessage(type_url=_TYPE_PREFIX + "ErrorInfo", value=info.SerializeToString()))
@@ -51,6 +54,12 @@ def error_from_call(call: grpc.RpcError) -> StepwireError:
     if info is None:
         return error_from_code(call.code().name, details)
     return error_from_reason(info.reason, details, dict(info.metadata), retry_after)
+
+
+def _fitting(text: str) -> str:
+    """Cut a text to what a trailer may hold of it."""
+    sizes = accumulate(1 if " " <= letter <= "~" and letter != "%" else 3 * len(letter.encode()) for letter in text)
+    return text[: bisect_right(list(sizes), _MAX_TEXT_BYTES)]
 
 
 def _read_trailer(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from types import TracebackType
 
 from stepwire.errors import Reason, UnavailableError
 
@@ -12,7 +11,10 @@ __all__ = ["Gate"]
 
 
 class Gate:
-    """Counts the steps under way and refuses new ones once closed. Thread-safe."""
+    """Counts the steps under way and refuses new ones once closed. Thread-safe.
+
+    A step passes in a `with` block.
+    """
 
     def __init__(self, retry_after_seconds: float = 1.0) -> None:
         """Start open; refused callers are told to come back after `retry_after_seconds`."""
@@ -26,21 +28,12 @@ class Gate:
         """New steps are refused."""
         return self._closed
 
-    @contextlib.contextmanager
-    def passage(self) -> Iterator[None]:
-        """Be counted as under way for a block.
+    def __enter__(self) -> None:
+        """Count one step in.
 
         Raises:
             UnavailableError: the gate is closed (SHUTTING_DOWN).
         """
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    def enter(self) -> None:
-        """Count one step in; see `passage`."""
         with self._condition:
             if self._closed:
                 raise UnavailableError(
@@ -50,7 +43,9 @@ class Gate:
                 )
             self._inside += 1
 
-    def leave(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Count one step out."""
         with self._condition:
             self._inside -= 1

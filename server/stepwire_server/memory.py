@@ -38,15 +38,29 @@ class MemoryBudget:
         with self._lock:
             available = self.limit_bytes - self._reserved_bytes
             if nbytes > available:
-                raise ResourceExhaustedError(
-                    f"{purpose} needs {nbytes} bytes and {available} of {self.limit_bytes} are free; close "
-                    "sessions, or start the server with a larger --memory-budget",
-                    reason=Reason.MEMORY_EXHAUSTED,
-                    metadata={"requested_bytes": nbytes, "available_bytes": available},
-                    retry_after_seconds=retry_after_seconds,
-                )
+                raise self._shortage(nbytes, purpose, available, retry_after_seconds)
             self._reserved_bytes += nbytes
         return Reservation(self, nbytes)
+
+    def require_possible(self, nbytes: int, purpose: str) -> None:
+        """Refuse what would not fit even if nothing else were there.
+
+        Raises:
+            ResourceExhaustedError: it is more than the whole budget.
+        """
+        if nbytes > self.limit_bytes:
+            raise self._shortage(nbytes, purpose, self.limit_bytes, None)
+
+    def _shortage(
+        self, nbytes: int, purpose: str, available: int, retry_after_seconds: float | None
+    ) -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            f"{purpose} needs {nbytes} bytes and {available} of {self.limit_bytes} are free; close sessions, or start "
+            "the server with a larger --memory-budget",
+            reason=Reason.MEMORY_EXHAUSTED,
+            metadata={"requested_bytes": nbytes, "available_bytes": available},
+            retry_after_seconds=retry_after_seconds,
+        )
 
     def _give_back(self, nbytes: int) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +49,7 @@ class SessionPlan:
     label: str
 
 
-@dataclasses.dataclass(frozen=True)
-class StepOrder:
+class StepOrder(NamedTuple):
     """What a client asks of one step.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,8 +69,7 @@ class Snapshot(NamedTuple):
     tensor_steps: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class GroupRecord:
+class GroupRecord(NamedTuple):
     """What one group's part of a step was.
 
     Attributes:
@@ -85,8 +83,7 @@ class GroupRecord:
     t: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """What a committed step did; kept so that a replay returns it again.
 
     Attributes:
@@ -115,8 +112,8 @@ class StepRecord:
 
     def applied(self, seconds: float) -> StepRecord:
         """Return the record with the time its pass took."""
-        return dataclasses.replace(self, apply_seconds=seconds)
+        return self._replace(apply_seconds=seconds)
 
     def replay(self) -> StepRecord:
         """Return the record as a replay answers it."""
-        return dataclasses.replace(self, replayed=True)
+        return self._replace(replayed=True)

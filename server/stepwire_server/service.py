@@ -98,7 +98,7 @@ class OptimizerService:
         """Create a session."""
         request_id = decode_request_id(request.request_id)
         plan = decode_plan(request.config, self._config, self._registry.engine.device.name)
-        with self._gate.passage():
+        with self._gate:
             session, token = self._registry.create(request_id, plan)
         return pb.CreateSessionResponse(
             session=encode_session(session, self._registry.clock(), whole=True), attach_token=token
@@ -151,7 +151,7 @@ class OptimizerService:
         if request.slot != 0:
             raise unsupported("slot", "aggregation")
         session = self._registry.get(request.session_id)
-        with self._gate.passage():
+        with self._gate:
             return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
 
     def pull(self, request: pb.PullRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -165,7 +165,7 @@ class OptimizerService:
         if opening is None or not opening.message.HasField("open"):
             raise invalid_frame("open", "the first message must carry `open`")
         session = self._registry.get(opening.message.open.session_id)
-        with self._gate.passage():
+        with self._gate:
             loaded = transfer.load(session, opening, frames)
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded

@@ -30,6 +30,9 @@ from stepwire_server.staging import GradientStaging, StagedChunk
 
 __all__ = ["ReplySink", "Session"]
 
+STATE_ITEMSIZE = 4
+"""Bytes of one element of state: float32."""
+
 
 class ReplySink(Protocol):
     """Where a commit puts the answer's chunks, in flat order. Must not block and must not fail."""
@@ -71,7 +74,10 @@ class Session:
         self._lock = threading.Lock()
         self._tensor_steps = [0] * len(plan.layout.tensors)
         self._runs = runs_of(plan.layout, self._tensor_steps)
-        self._memory = budget.reserve(4 * plan.layout.size * len(self.slots), "the session's state")
+        state_bytes = STATE_ITEMSIZE * plan.layout.size * len(self.slots)
+        gradient_bytes = plan.layout.size * plan.gradient_dtype.itemsize
+        budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
+        self._memory = budget.reserve(state_bytes, "the session's state")
         try:
             self._state = engine.allocate(self.slots, plan.layout.size)
             self._prepare(plan.groups, plan.gradient_dtype, plan.reply_dtype)
@@ -314,7 +320,7 @@ class Session:
         Raises:
             ResourceExhaustedError: it does not fit.
         """
-        room = self._budget.reserve(4 * self.plan.layout.size * len(slots), "staging the load")
+        room = self._budget.reserve(STATE_ITEMSIZE * self.plan.layout.size * len(slots), "staging the load")
         try:
             return self._engine.allocate(slots, self.plan.layout.size), room
         except BaseException:

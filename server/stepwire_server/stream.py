@@ -64,7 +64,7 @@ class StepStream:
         for frame in frames:
             if not frame.message.HasField("begin"):
                 raise invalid_frame("begin", "a step starts with `begin`")
-            with self._gate.passage():
+            with self._gate:
                 yield from self._step(frame, frames)
 
     def _step(self, first: Frame, frames: Iterator[Frame]) -> Iterator[bytes]:

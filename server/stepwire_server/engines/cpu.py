@@ -166,8 +166,8 @@ class CpuState:
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CpuState)
-        self._arrays, other._arrays = other._arrays, {}
-        self._size, other._size = other._size, 0
+        self._arrays.update(other._arrays)
+        other.close()
 
     def close(self) -> None:
         """See `EngineState.close`."""

@@ -165,8 +165,8 @@ class CudaState:
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CudaState)
-        self._arrays, other._arrays = other._arrays, {}
-        self._size, other._size = other._size, 0
+        self._arrays.update(other._arrays)
+        other.close()
 
     def close(self) -> None:
         """See `EngineState.close`."""

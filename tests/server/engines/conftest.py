@@ -51,6 +51,12 @@ def fake_cupy(shim: types.ModuleType, kernel_directory: pathlib.Path) -> Callabl
 
 
 @pytest.fixture(scope="session")
+def wire() -> dict[str, np.dtype[Any]]:
+    """The wire dtypes by name."""
+    return WIRE
+
+
+@pytest.fixture(scope="session")
 def updates() -> list[Rule]:
     """One rule for each function that is compiled; the others differ in scalars only."""
     return list({rule.update: rule for rule in reversed(ALL_RULES)}.values())

@@ -75,7 +75,7 @@ class Library:
         self._library = ctypes.CDLL(str(stem.with_suffix(".so")))
 
     def launch(self, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
-        """Run a kernel on NumPy arrays and NumPy scalars; arrays may be unaligned only for float32's sake of none."""
+        """Run a kernel on NumPy arrays and NumPy scalars."""
         holders = [_holder(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(holders))(*[ctypes.addressof(holder) for holder in holders])
         getattr(self._library, f"launch_{name}")(blocks, threads, pointers)
@@ -131,23 +131,36 @@ class FakeArray:
 
 
 class FakeCupy(types.SimpleNamespace):
-    """The parts of CuPy that the engine uses, on `devices` pretended GPUs of `memory_bytes` each."""
+    """The parts of CuPy that the engine uses.
+
+    Attributes:
+        directory: where compiled modules are kept.
+        devices: how many GPUs to pretend.
+        memory_bytes: what fits into one of them at once.
+        broken_compiler: every compilation fails, as without NVRTC.
+        library: kernels to use instead of compiling the modules asked for.
+    """
 
     def __init__(
-        self, directory: pathlib.Path, devices: int = 2, memory_bytes: int = 1 << 30, broken_compiler: bool = False
+        self,
+        directory: pathlib.Path,
+        devices: int = 2,
+        memory_bytes: int = 1 << 30,
+        broken_compiler: bool = False,
+        library: Library | None = None,
     ) -> None:
         super().__init__()
         self.directory = directory
+        self.library = library
         self.memory_bytes = memory_bytes
         self.broken_compiler = broken_compiler
         self.compiled: list[str] = []
         self.freed = 0
         self.current = threading.local()
-        properties = {"name": b"Pretended GPU"}
         self.cuda = types.SimpleNamespace(
             is_available=lambda: devices > 0,
             runtime=types.SimpleNamespace(
-                getDeviceCount=lambda: devices, getDeviceProperties=lambda index: [properties] * devices and properties
+                getDeviceCount=lambda: devices, getDeviceProperties=lambda index: {"name": b"Pretended GPU"}
             ),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             Device=self._device,
@@ -205,7 +218,7 @@ class FakeModule:
         if self._cupy.broken_compiler:
             raise RuntimeError("CuPy failed to load libnvrtc.so.13")
         self._cupy.compiled.append(self._code)
-        self._library = Library(self._code, self._cupy.directory)
+        self._library = self._cupy.library or Library(self._code, self._cupy.directory)
 
     def get_function(self, name: str) -> Callable[..., None]:
         assert name in self._library.names

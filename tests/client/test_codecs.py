@@ -1,0 +1,61 @@
+"""Which dtypes travel, and what they are called on the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stepwire import codecs
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.v1 import tensor_pb2
+
+SERVED = {
+    "float32": (np.dtype(np.float32), tensor_pb2.DTYPE_FLOAT32),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), tensor_pb2.DTYPE_BFLOAT16),
+    "float16": (np.dtype(np.float16), tensor_pb2.DTYPE_FLOAT16),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_served_dtype_goes_both_ways(name: str) -> None:
+    dtype, value = SERVED[name]
+    assert codecs.is_wire_dtype(dtype)
+    assert codecs.dtype_to_wire(dtype) == value
+    assert codecs.dtype_from_wire(value, np.dtype(np.float64), "f") == dtype
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_users_may_name_a_dtype_in_every_usual_way(name: str) -> None:
+    dtype, _ = SERVED[name]
+    assert codecs.dtype_named(name, "f") is codecs.dtype_named(dtype, "f")
+    assert codecs.dtype_named(dtype.type, "f") == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])
+def test_other_dtypes_do_not_travel(dtype: Any) -> None:
+    assert not codecs.is_wire_dtype(np.dtype(dtype))
+    with pytest.raises(InvalidRequestError, match="reply_dtype: dtype .* cannot be sent; use one of float32"):
+        codecs.dtype_named(dtype, "reply_dtype")
+
+
+@pytest.mark.parametrize("dtype", ["float99", "bf16", object(), "", ">f4"])
+def test_what_is_no_wire_dtype_is_refused_by_name(dtype: Any) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        codecs.dtype_named(dtype, "gradient_dtype")
+    assert refused.value.metadata == {"field": "gradient_dtype"}
+    assert repr(dtype) in str(refused.value)
+
+
+def test_an_unspecified_encoding_is_the_default() -> None:
+    assert codecs.dtype_from_wire(0, codecs.FLOAT16, "f") is codecs.FLOAT16
+
+
+@pytest.mark.parametrize("value", [tensor_pb2.DTYPE_INT8_BLOCKWISE, 5, 99, -1])
+def test_an_encoding_that_is_not_served_is_refused(value: int) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        codecs.dtype_from_wire(value, codecs.FLOAT32, "begin.reply_dtype")
+    assert refused.value.reason is Reason.INVALID_CONFIG
+    assert str(refused.value).startswith(f"begin.reply_dtype: encoding {value} is not served")

@@ -1,0 +1,78 @@
+"""Models to train, and what it takes to call two trainings the same: every bit of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import stepwire
+from stepwire.results import SessionState, StepResult
+
+__all__ = ["SMALL", "TINY", "WIDE", "Model", "bits", "same_bits", "telemetry"]
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+_SEED = 20_261_122
+
+
+class Model(NamedTuple):
+    """What a session is created from, and its gradient at each step."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    options: Callable[[], dict[str, Any]]
+
+    def parameters(self) -> Arrays:
+        """Return the start."""
+        return self.gradient(0)
+
+    def gradient(self, step: int) -> Arrays:
+        """Return the gradient of a step: random, and the same whenever it is asked for."""
+        generator = np.random.default_rng((_SEED, step))
+        return {name: generator.standard_normal(shape, np.float32) for name, shape in self.shapes.items()}
+
+    def create(self, client: stepwire.Client, **options: Any) -> stepwire.Session:
+        """Create a session of this model."""
+        return client.create_session(self.parameters(), **(self.options() | options))
+
+
+TINY = Model("tiny", {"w": (3, 4)}, lambda: {"optimizer": stepwire.Adam(lr=1e-2)})
+
+# One frame each way.
+SMALL = Model(
+    "small",
+    {"w": (17, 9), "b": (9,), "scale": ()},
+    lambda: {"optimizer": stepwire.Adam(lr=1e-2, weight_decay=1e-3)},
+)
+
+# Seven chunks each way where a chunk has 64 KiB, and padding between two groups of different numbers.
+WIDE = Model(
+    "wide",
+    {"embedding": (300, 210), "w": (190, 180), "b": (181,)},
+    lambda: {
+        "optimizer": stepwire.AdamW(lr=1e-3, amsgrad=True),
+        "groups": [{"params": ["w", "b"], "lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.0}],
+    },
+)
+
+
+def bits(arrays: Mapping[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]) -> dict[str, tuple[str, bytes]]:
+    """Return arrays as what can be compared bit for bit: NaN equals NaN, and 0 is not -0."""
+    named = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
+    return {str(name): (array.dtype.name, array.tobytes()) for name, array in named}
+
+
+def same_bits(one: SessionState, other: SessionState) -> bool:
+    """Tell whether two states are equal in every bit and count."""
+    return (one.step, one.tensor_steps) == (other.step, other.tensor_steps) and {
+        slot: bits(arrays) for slot, arrays in one.slots.items()
+    } == {slot: bits(arrays) for slot, arrays in other.slots.items()}
+
+
+def telemetry(result: StepResult | None) -> tuple[Any, ...]:
+    """Return what a step's result says of the step itself, and not of how long it took or how often it was sent."""
+    assert result is not None
+    return result.step, result.epoch, result.skipped, result.grad_norm, result.non_finite_count, result.groups
