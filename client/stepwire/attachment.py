@@ -132,7 +132,7 @@ class Attachment:
             )
             frame = FrameBuffer(header, count * call.gradient_dtype.itemsize)
             self._packer.write(call.gradients, parts, frame.payload(call.gradient_dtype))
-            yield frame.data
+            yield frame.finish()
 
     def _read_answer(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         missing = self._packer.layout.size

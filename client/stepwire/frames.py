@@ -26,6 +26,8 @@ __all__ = ["Frame", "FrameBuffer", "read_frame"]
 _PADDING_TAG: Final = 14 << 3 | 2
 _PAYLOAD_TAG: Final = 15 << 3 | 2
 _ALIGNMENT: Final = 16
+# Up to here the protobuf library's copies cost less than the walk around them.
+_SMALL_BYTES: Final = 32 << 10
 _MAX_VARINT_BYTES: Final = 10
 
 # Distance from a bytes object to its first byte: the header without the trailing NUL.
@@ -37,6 +39,8 @@ _new_bytes.restype = ctypes.py_object
 
 class _Message(Protocol):
     """The part of a generated message that frames need."""
+
+    payload: bytes
 
     def SerializeToString(self) -> bytes: ...
 
@@ -64,59 +68,85 @@ class Frame(NamedTuple):
 
 
 class FrameBuffer:
-    """An outgoing message whose payload is still to be written.
-
-    The bytes object is made uninitialised and written through its address. That is safe here for the reason
-    it is in C: nobody else has seen the object yet. `data` must not be read before the payload is complete.
-    """
-
-    __slots__ = ("__array_interface__", "data", "payload_start")
+    """An outgoing message whose payload is still to be written: fill `payload`, then take `finish()`."""
 
     def __init__(self, header: _Message, payload_bytes: int) -> None:
         """Lay out a message with `header`'s fields and room for the payload."""
-        prefix = _prefix(header.SerializeToString(), payload_bytes)
-        total = len(prefix) + payload_bytes
-        self.payload_start = len(prefix)
-        self.data: bytes = _new_bytes(None, total)
-        # NumPy's own protocol for "an array at this address"; it keeps `self`, and so the bytes, alive.
-        self.__array_interface__ = {
-            "data": (id(self.data) + _BYTES_HEADER, False),
-            "shape": (total,),
-            "typestr": "|u1",
-            "version": 3,
-        }
-        np.asarray(self)[: self.payload_start] = np.frombuffer(prefix, np.uint8)
+        self._header = header
+        self._frame: bytes | None = None
+        if payload_bytes <= _SMALL_BYTES:
+            self._payload = np.empty(payload_bytes, np.uint8)
+        else:
+            self._frame, self._payload = _uninitialised(
+                _prefix(header.SerializeToString(), payload_bytes), payload_bytes
+            )
 
     def payload(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return the payload as a writable 1-D array."""
-        return np.asarray(self)[self.payload_start :].view(dtype)
+        return self._payload.view(dtype)
+
+    def finish(self) -> bytes:
+        """Return the message; the payload must be complete."""
+        if self._frame is not None:
+            return self._frame
+        self._header.payload = self._payload.tobytes()
+        return self._header.SerializeToString()
+
+
+class _Memory:
+    """NumPy's own protocol for "an array at this address"; the array keeps this, and so `owner`, alive."""
+
+    def __init__(self, owner: bytes) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "data": (id(owner) + _BYTES_HEADER, False),
+            "shape": (len(owner),),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def _uninitialised(prefix: bytes, payload_bytes: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
+    """Make a bytes object that starts with `prefix`, and a writable view of the rest of it.
+
+    Writing to a bytes object is safe here for the reason it is in C: nobody else sees it before it is complete.
+    """
+    frame: bytes = _new_bytes(None, len(prefix) + payload_bytes)
+    whole = np.asarray(_Memory(frame))
+    whole[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+    return frame, whole[len(prefix) :]
 
 
 def read_frame(kind: _Parser[Any], data: bytes) -> Frame:
-    """Split a received message into its fields and its payload, without copying the payload.
+    """Split a received message into its fields and its payload, which is not copied unless it is small.
 
     Raises:
         InvalidRequestError: not a message of this kind (INVALID_FRAME).
     """
-    start, end, payload = 0, len(data), (0, 0)
-    rest: list[bytes] = []
-    position = 0
     try:
-        while position < end:
-            field_start = position
-            tag, position = _varint(data, position)
-            position, body = _skip(data, position, tag & 7)
-            if tag == _PAYLOAD_TAG:
-                rest.append(data[start:field_start])
-                payload, start = (body, position), position
-        rest.append(data[start:])
-        message = kind.FromString(b"".join(rest) if len(rest) > 1 else rest[0])
+        if len(data) <= _SMALL_BYTES:
+            message = kind.FromString(data)
+            return Frame(message, np.frombuffer(message.payload, np.uint8))
+        return _cut_out_payload(kind, data)
     except Exception as error:  # protobuf's DecodeError has no importable common base across versions
         raise InvalidRequestError(
-            f"message of {end} bytes cannot be decoded: {error}", reason=Reason.INVALID_FRAME
+            f"message of {len(data)} bytes cannot be decoded: {error}", reason=Reason.INVALID_FRAME
         ) from error
-    view = np.frombuffer(data, np.uint8)[payload[0] : payload[1]]
-    return Frame(message, view if 2 * view.size >= end else view.copy())
+
+
+def _cut_out_payload(kind: _Parser[Any], data: bytes) -> Frame:
+    start, payload = 0, (0, 0)
+    rest: list[bytes] = []
+    position = 0
+    while position < len(data):
+        field_start = position
+        tag, position = _varint(data, position)
+        position, body = _skip(data, position, tag & 7)
+        if tag == _PAYLOAD_TAG:
+            rest.append(data[start:field_start])
+            payload, start = (body, position), position
+    rest.append(data[start:])
+    return Frame(kind.FromString(b"".join(rest)), np.frombuffer(data, np.uint8)[payload[0] : payload[1]])
 
 
 def _prefix(fields: bytes, payload_bytes: int) -> bytes:

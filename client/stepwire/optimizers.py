@@ -143,12 +143,12 @@ def _invalid(field: str, message: str) -> InvalidRequestError:
 
 
 def _number(value: object, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            return float(value.__float__())  # type: ignore[attr-defined]  # NumPy scalars, 0-d arrays
-        except (AttributeError, TypeError, ValueError):
-            raise _invalid(field, f"{value!r} is not a number") from None
-    return float(value)
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]  # NumPy scalars and 0-d arrays too
+    except (TypeError, ValueError, OverflowError):
+        raise _invalid(field, f"{value!r:.80} is not a number that a float can hold") from None
 
 
 def _pair(value: object, field: str) -> tuple[float, float]:

@@ -154,7 +154,7 @@ class Packer:
         """
         flat = self.ordered(out, field)
         for tensor, view in zip(self.layout.tensors, flat, strict=True):
-            original = out[int(tensor.spec.name)] if isinstance(out, list) else out[tensor.spec.name]
+            original = out[tensor.spec.name] if isinstance(out, Mapping) else out[int(tensor.spec.name)]
             if not view.flags.writeable or (view.size and not np.shares_memory(view, original)):
                 raise _invalid(f"{field}[{tensor.spec.name!r}]", "the array is read-only or not C-contiguous")
         return flat

@@ -56,5 +56,5 @@ def load_messages(
             header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * FLOAT32.itemsize)
             packer.write(flat, parts, frame.payload(FLOAT32))
-            yield frame.data
+            yield frame.finish()
     yield pb.LoadRequest(commit=True).SerializeToString()

@@ -6,9 +6,6 @@ is refused with the number that would be right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from stepwire.errors import (
     DataLossError,
     FencedError,
@@ -105,14 +102,9 @@ class Ledger:
         if step is not None and step != self.applied_step:
             self.applied_step, self.last_record = step, None
 
-    @contextlib.contextmanager
-    def all_or_damaged(self, what: str) -> Iterator[None]:
-        """Mark the state as damaged for ever if the block, which changes it, fails."""
-        try:
-            yield
-        except BaseException:
-            self._damage = what
-            raise
+    def damaged_by(self, what: str) -> None:
+        """Refuse everything from now on: `what` failed while it was changing the state."""
+        self._damage = what
 
     def check_usable(self) -> None:
         """Refuse when there is no sound state to step or read.

@@ -9,15 +9,7 @@ from stepwire.layout import Layout
 from stepwire.optimizers import Adam, Hyperparameters
 from stepwire_server import rules
 
-__all__ = ["GroupRecord", "Run", "Snapshot", "StepRecord", "SteppedRun", "runs_of"]
-
-
-class SteppedRun(NamedTuple):
-    """A run with the formula and the scalars of one step."""
-
-    run: Run
-    rule: rules.Rule
-    scalars: tuple[float, ...]
+__all__ = ["GroupRecord", "Progress", "Run", "Snapshot", "StepRecord", "SteppedRun"]
 
 
 class Run(NamedTuple):
@@ -31,17 +23,52 @@ class Run(NamedTuple):
     group: int
     t: int
 
-    def next(self) -> Run:
-        """Return the run after one more update."""
-        return self._replace(t=self.t + 1)
 
-    def stepped(self, optimizer: Adam, hyper: Hyperparameters) -> SteppedRun:
-        """Add what the next update needs."""
-        rule = rules.rule_for(optimizer, hyper)
-        return SteppedRun(self, rule, rule.scalars(hyper, self.t + 1))
+class SteppedRun(NamedTuple):
+    """Flat elements `[start, end)` with the formula and the scalars of one step."""
+
+    start: int
+    end: int
+    rule: rules.Rule
+    scalars: tuple[float, ...]
 
 
-def runs_of(layout: Layout, tensor_steps: Sequence[int]) -> list[Run]:
+class Progress:
+    """Adam's t, tensor by tensor. All tensors move together, so a step only counts one up."""
+
+    def __init__(self, layout: Layout, tensor_steps: Sequence[int]) -> None:
+        """Start from the updates that each tensor, in layout order, has had."""
+        self._base = tuple(tensor_steps)
+        self._updates = 0
+        self._runs = _runs_of(layout, tensor_steps)
+        self._group_base = [0] * len(layout.groups)
+        for run in self._runs:
+            self._group_base[run.group] = max(self._group_base[run.group], run.t)
+
+    def tensor_steps(self) -> tuple[int, ...]:
+        """Return the updates each tensor has had, in layout order."""
+        return tuple(t + self._updates for t in self._base)
+
+    def group_steps(self) -> list[int]:
+        """Return the most updates that a tensor of each group has had."""
+        return [t + self._updates for t in self._group_base]
+
+    def next_step(self, optimizer: Adam, groups: Sequence[Hyperparameters]) -> list[SteppedRun]:
+        """Return what the next update needs, range by range in flat order."""
+        stepped = []
+        for run in self._runs:
+            hyper = groups[run.group]
+            rule = rules.rule_for(optimizer, hyper)
+            scalars = rule.scalars(hyper, run.t + self._updates + 1)
+            stepped.append(SteppedRun(run.start, run.end, rule, scalars))
+        return stepped
+
+    def advance(self) -> None:
+        """Count one update of every tensor."""
+        self._updates += 1
+
+
+def _runs_of(layout: Layout, tensor_steps: Sequence[int]) -> list[Run]:
     """Merge neighbouring tensors of one group with the same t."""
     runs: list[Run] = []
     for tensor, t in zip(layout.tensors, tensor_steps, strict=True):
@@ -107,12 +134,8 @@ class StepRecord(NamedTuple):
     groups: tuple[GroupRecord, ...]
     receive_seconds: float
     queue_seconds: float
-    apply_seconds: float = 0.0
+    apply_seconds: float
     replayed: bool = False
-
-    def applied(self, seconds: float) -> StepRecord:
-        """Return the record with the time its pass took."""
-        return self._replace(apply_seconds=seconds)
 
     def replay(self) -> StepRecord:
         """Return the record as a replay answers it."""

@@ -24,7 +24,7 @@ from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArr
 from stepwire_server.ledger import Ledger
 from stepwire_server.memory import MemoryBudget, Reservation
 from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder
-from stepwire_server.progress import GroupRecord, Snapshot, SteppedRun, StepRecord, runs_of
+from stepwire_server.progress import GroupRecord, Progress, Snapshot, SteppedRun, StepRecord
 from stepwire_server.slot import Attachment
 from stepwire_server.staging import GradientStaging, StagedChunk
 
@@ -72,8 +72,7 @@ class Session:
         self._engine = engine
         self._budget = budget
         self._lock = threading.Lock()
-        self._tensor_steps = [0] * len(plan.layout.tensors)
-        self._runs = runs_of(plan.layout, self._tensor_steps)
+        self._progress = Progress(plan.layout, [0] * len(plan.layout.tensors))
         state_bytes = STATE_ITEMSIZE * plan.layout.size * len(self.slots)
         gradient_bytes = plan.layout.size * plan.gradient_dtype.itemsize
         budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
@@ -180,8 +179,12 @@ class Session:
                 raise StateChangedError(f"step {order.step} was a replay when it began and is not now; send it again")
             staging.complete()
             self._check_finite(staging)
-            record = self._record(order, staging, committed - began, self._clock() - committed)
-            return self._apply(order, staging, sink, record)
+            started = self._clock()
+            skipped = self._apply(order, staging, sink)
+            times = (committed - began, started - committed, self._clock() - started)
+            record = self._record(order, staging, skipped, times)
+            self.ledger.commit_step(record)
+            return record
 
     def _admit(self, order: StepOrder, token: int) -> bool:
         self.last_used = self._clock()
@@ -203,12 +206,21 @@ class Session:
             },
         )
 
-    def _record(self, order: StepOrder, staging: GradientStaging, receive: float, queue: float) -> StepRecord:
-        skipped = bool(staging.non_finite_count) and self.plan.non_finite is NonFinitePolicy.SKIP
-        grown = 0 if skipped else 1
-        steps = [0] * len(order.groups)
-        for run in self._runs:
-            steps[run.group] = max(steps[run.group], run.t + grown)
+    def _apply(self, order: StepOrder, staging: GradientStaging, sink: ReplySink) -> bool:
+        """Update everything, or nothing and return True where the policy skips the step."""
+        if staging.non_finite_count and self.plan.non_finite is NonFinitePolicy.SKIP:
+            self._send_parameters(order, sink)
+            return True
+        try:
+            self._update(order, staging, sink)
+        except BaseException:
+            self.ledger.damaged_by(f"step {order.step}")
+            raise
+        return False
+
+    def _record(
+        self, order: StepOrder, staging: GradientStaging, skipped: bool, times: tuple[float, float, float]
+    ) -> StepRecord:
         return StepRecord(
             step=order.step,
             epoch=self.ledger.epoch,
@@ -217,49 +229,43 @@ class Session:
             non_finite_count=staging.non_finite_count,
             groups=tuple(
                 GroupRecord(math.sqrt(squared), hyper, t)
-                for squared, hyper, t in zip(staging.squared_norms, order.groups, steps, strict=True)
+                for squared, hyper, t in zip(
+                    staging.squared_norms, order.groups, self._progress.group_steps(), strict=True
+                )
             ),
-            receive_seconds=receive,
-            queue_seconds=queue,
+            receive_seconds=times[0],
+            queue_seconds=times[1],
+            apply_seconds=times[2],
         )
 
-    def _apply(self, order: StepOrder, staging: GradientStaging, sink: ReplySink, record: StepRecord) -> StepRecord:
-        started = self._clock()
-        if record.skipped:
-            self._send_parameters(order, sink)
-        else:
-            with self.ledger.all_or_damaged(f"step {order.step}"):
-                self._update(order, staging, sink)
-        record = record.applied(self._clock() - started)
-        self.ledger.commit_step(record)
-        return record
-
     def _update(self, order: StepOrder, staging: GradientStaging, sink: ReplySink) -> None:
-        stepped = [run.stepped(self.plan.optimizer, order.groups[run.group]) for run in self._runs]
+        runs = self._progress.next_step(self.plan.optimizer, order.groups)
+        most = order.reply_elements if order.reply else self.plan.layout.size
         for chunk in staging.drain():
-            for start, end in _pieces(chunk.offset, chunk.end, order.reply_elements if order.reply else None):
+            for start, end in _pieces(chunk.offset, chunk.end, most):
                 out = sink.buffer(start, end - start) if order.reply else None
-                self._update_piece(stepped, chunk, start, end, out)
+                self._update_piece(runs, chunk, start, end, out)
                 if order.reply:
                     sink.flush()
-        self._tensor_steps = [t + 1 for t in self._tensor_steps]
-        self._runs = [run.next() for run in self._runs]
+        self._progress.advance()
 
     def _update_piece(
         self, runs: list[SteppedRun], chunk: StagedChunk, start: int, end: int, out: HostArray | None
     ) -> None:
         """Update flat elements `[start, end)`; padding is answered with zeros."""
         done = start
-        for run, rule, scalars in runs:
-            low, high = max(run.start, start), min(run.end, end)
+        for run_start, run_end, rule, scalars in runs:
+            low, high = max(run_start, start), min(run_end, end)
             if low >= high:
                 continue
+            target = None
             if out is not None:
-                out[done - start : low - start] = 0
-            target = None if out is None else out[low - start : high - start]
+                target = out[low - start : high - start]
+                if low > done:
+                    out[done - start : low - start] = 0
             self._state.update(rule, scalars, low, chunk.gradient, low - chunk.offset, high - chunk.offset, target)
             done = high
-        if out is not None:
+        if out is not None and done < end:
             out[done - start :] = 0
 
     def _replay(self, order: StepOrder, sink: ReplySink) -> StepRecord:
@@ -284,7 +290,7 @@ class Session:
         with self._lock:
             self.ledger.check_usable()
             self.last_used = self._clock()
-            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, tuple(self._tensor_steps))
+            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, self._progress.tensor_steps())
 
     def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
         """Encode a range of a slot as of `snapshot`.
@@ -344,12 +350,14 @@ class Session:
         with self._lock:
             if not self.ledger.admit_load(token, load, step):
                 return False
-            with self.ledger.all_or_damaged(f"load {load}"):
+            try:
                 self._state.adopt(staged)
+            except BaseException:
+                self.ledger.damaged_by(f"load {load}")
+                raise
             self.ledger.commit_load(load, step, parameters=PARAM in slots)
             if tensor_steps:
-                self._tensor_steps = list(tensor_steps)
-                self._runs = runs_of(self.plan.layout, self._tensor_steps)
+                self._progress = Progress(self.plan.layout, tensor_steps)
             return True
 
     # --- end of life -------------------------------------------------------------------------------------
@@ -368,8 +376,6 @@ class Session:
             self._engine.prepare(rules.rule_for(self.plan.optimizer, hyper), gradient, reply)
 
 
-def _pieces(start: int, end: int, most: int | None) -> Iterator[tuple[int, int]]:
+def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
     """Cut `[start, end)` into pieces of at most `most` elements."""
-    size = most or max(end - start, 1)
-    for low in range(start, end, size):
-        yield low, min(low + size, end)
+    return [(low, min(low + most, end)) for low in range(start, end, most)]

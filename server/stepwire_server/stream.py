@@ -199,7 +199,7 @@ class _ScratchSink:
             header.chunk.count = self._values.size
         frame = FrameBuffer(header, self._values.nbytes)
         frame.payload(self._values.dtype)[:] = self._values
-        return frame.data
+        return frame.finish()
 
 
 class _QueueSink:
@@ -217,7 +217,7 @@ class _QueueSink:
 
     def flush(self) -> None:
         assert self._frame is not None
-        self._ready.put(self._frame.data)
+        self._ready.put(self._frame.finish())
         self._frame = None
 
 

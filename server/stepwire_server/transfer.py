@@ -43,7 +43,7 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
             header = pb.PullResponse(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * dtype.itemsize)
             session.read(snapshot, slot, offset, frame.payload(dtype))
-            yield frame.data
+            yield frame.finish()
 
 
 def load(session: Session, opening: Frame, frames: Iterator[Frame]) -> bool:

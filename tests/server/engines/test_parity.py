@@ -32,11 +32,6 @@ def kernel_id(value: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def numpy_engine():
-    return CpuEngine(use_numba=False)
-
-
-@pytest.fixture(scope="module")
 def numba_engine():
     pytest.importorskip("numba")
     engine = CpuEngine(threads=1, use_numba=True)
@@ -53,65 +48,23 @@ def cuda_engine(shim, kernel_directory):
     return CudaEngine(cupy=shim.FakeCupy(kernel_directory, library=shim.Library(updates + sums, kernel_directory)))
 
 
-def unaligned(values: np.ndarray) -> np.ndarray:
-    """Copy to an address that is a multiple of nothing, read-only like the bytes of a message."""
-    copy = np.empty(values.nbytes + 1, np.uint8)[1:].view(values.dtype)
-    copy[...] = values
-    copy.flags.writeable = False
-    return copy
-
-
-def step(engine, rule, arrays, gradient, reply, start, begin, end, scalars):
-    """Run one update and return the state's arrays, with the answer as `out`."""
-    state = engine.allocate(("param", *rule.slots), len(arrays["param"]))
-    for slot in ("param", *rule.slots):
-        state.write(slot, 0, arrays[slot])
-    with np.errstate(all="ignore"):
-        staged = state.stage(unaligned(arrays["gradient"].astype(gradient)))
-    out = None
-    if reply is not None:
-        out = np.empty((end - begin) * reply.itemsize + 1, np.uint8)[1:].view(reply)
-    state.update(rule, scalars, start, staged, begin, end, out)
-    result = {slot: np.empty_like(arrays[slot]) for slot in ("param", *rule.slots)}
-    for slot, array in result.items():
-        state.read(slot, 0, array)
-    state.close()
-    return result if out is None else {**result, "out": out.copy()}
-
-
-def check_same(engine, numpy_engine, wire, rule, gradient, reply, make_arrays, scalars_of, assert_same_bits):
-    for size, start, begin, end in [(1, 0, 0, 1), (3, 1, 0, 2), (67, 3, 5, 64), (1037, 2, 1, 1036), (5, 2, 2, 2)]:
-        arrays = make_arrays(rule, size, seed=size, special=True)
-        options = (arrays, wire[gradient], wire.get(reply), start, begin, end, scalars_of(rule))
-        got, want = step(engine, rule, *options), step(numpy_engine, rule, *options)
-        assert got.keys() == want.keys()
-        for name in want:
-            assert_same_bits(got[name], want[name], f"{name} of {size}")
-
-
 @pytest.mark.parametrize(("rule", "gradient", "reply"), NUMBA_KERNELS, ids=kernel_id)
-def test_numba_is_numpy_bit_for_bit(
-    rule, gradient, reply, wire, numba_engine, numpy_engine, make_arrays, scalars_of, assert_same_bits
-) -> None:
-    check_same(
-        numba_engine, numpy_engine, wire, rule, gradient, reply, make_arrays, scalars_of, assert_same_bits
-    )
+def test_numba_is_numpy_bit_for_bit(rule, gradient, reply, wire, numba_engine, check_same) -> None:
+    check_same(numba_engine, rule, wire[gradient], wire.get(reply))
 
 
 @pytest.mark.parametrize(("rule", "gradient", "reply"), KERNELS, ids=kernel_id)
-def test_generated_cuda_is_numpy_bit_for_bit(
-    rule, gradient, reply, wire, cuda_engine, numpy_engine, make_arrays, scalars_of, assert_same_bits
-) -> None:
-    check_same(cuda_engine, numpy_engine, wire, rule, gradient, reply, make_arrays, scalars_of, assert_same_bits)
+def test_generated_cuda_is_numpy_bit_for_bit(rule, gradient, reply, wire, cuda_engine, check_same) -> None:
+    check_same(cuda_engine, rule, wire[gradient], wire.get(reply))
 
 
 @pytest.mark.parametrize(("rule", "gradient", "reply"), KERNELS, ids=kernel_id)
 def test_numpy_is_the_formula_up_to_rounding(
-    rule, gradient, reply, wire, numpy_engine, make_arrays, scalars_of, assert_same_bits
+    rule, gradient, reply, wire, numpy_engine, run_step, make_arrays, scalars_of, assert_same_bits
 ) -> None:
     """With the two tests above, this holds for every engine."""
     arrays, scalars = make_arrays(rule, 1037, seed=5), scalars_of(rule)
-    got = step(numpy_engine, rule, arrays, wire[gradient], wire.get(reply), 2, 1, 1036, scalars)
+    got = run_step(numpy_engine, rule, arrays, wire[gradient], wire.get(reply), 2, 1, 1036, scalars)
     exact = {name: array.astype(np.float64) for name, array in arrays.items()}
     exact["gradient"] = arrays["gradient"].astype(wire[gradient]).astype(np.float64)
     inputs = [exact["param"][2:], exact["gradient"][1:1036], *(exact[slot][2:] for slot in rule.slots)]
@@ -123,7 +76,9 @@ def test_numpy_is_the_formula_up_to_rounding(
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_sums_of_squares_are_the_same_bits_everywhere(name, wire, numba_engine, numpy_engine, cuda_engine) -> None:
+def test_sums_of_squares_are_the_same_bits_everywhere(
+    name, wire, unaligned, numba_engine, numpy_engine, cuda_engine
+) -> None:
     values = np.random.default_rng(2).standard_normal(200_003).astype(wire[name])
     engines = [numpy_engine, numba_engine, cuda_engine]
     states = [engine.allocate(("param",), 0) for engine in engines]
@@ -137,9 +92,7 @@ def test_sums_of_squares_are_the_same_bits_everywhere(name, wire, numba_engine, 
 
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_sums_are_finite_exactly_if_every_element_is(
-    name, odd, wire, numba_engine, numpy_engine, cuda_engine
-) -> None:
+def test_sums_are_finite_exactly_if_every_element_is(name, odd, wire, numba_engine, numpy_engine, cuda_engine) -> None:
     largest = np.finfo(np.float32).max if name == "float32" else 60_000.0
     values = np.full(70_001, largest, wire[name])
     for engine in (numba_engine, numpy_engine, cuda_engine):

@@ -1,0 +1,79 @@
+"""What the tests over a real socket share: the real server, the real client, a raw one, and a network that fails.
+
+Nothing here sleeps, uses a fixed port, or depends on how fast anything is: tests wait for events, and the seconds
+that occur only bound a test that would otherwise hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import stepwire
+from stepwire_server.app import Server
+from stepwire_server.config import ServerConfig
+from tests.integration.probes import Clock
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient
+
+Opened = Callable[[str], stepwire.Client]
+
+
+@pytest.fixture
+def exits() -> Iterator[contextlib.ExitStack]:
+    """Close what was opened, the last first."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The server's clock, for tests that start one with it."""
+    return Clock()
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Settings of the server: chunks of 64 KiB, and a sweep that only tests call. Overridden where others matter."""
+    return {"max_chunk_bytes": 64 << 10, "sweep_seconds": 3600.0}
+
+
+@pytest.fixture
+def server(settings: dict[str, Any]) -> Iterator[Server]:
+    """The real server, in this process."""
+    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", **settings)) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """The network in front of the server."""
+    with Proxy(server.target) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def connect(exits: contextlib.ExitStack) -> Opened:
+    """Open real clients that retry within milliseconds."""
+
+    def opened(target: str) -> stepwire.Client:
+        retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
+        return exits.enter_context(stepwire.connect(target, timeout=30.0, retry=retry))
+
+    return opened
+
+
+@pytest.fixture
+def client(server: Server, connect: Opened) -> stepwire.Client:
+    """A real client with a good connection."""
+    return connect(server.target)
+
+
+@pytest.fixture
+def raw(server: Server) -> Iterator[RawClient]:
+    """A client in generated code, with a good connection."""
+    with RawClient(server.target) as raw:
+        yield raw

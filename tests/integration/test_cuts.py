@@ -1,0 +1,120 @@
+"""Connections cut anywhere: the training ends with the same bits as one whose connection held.
+
+Each test trains two sessions with the same gradients, one through a network that fails and one beside it, and
+compares every answer and, at the end, all of the state. Together the tests make more than 500 cuts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+
+import stepwire
+from stepwire_server.app import Server
+from tests.integration.http2 import Unit
+from tests.integration.proxy import Cut, Direction, Proxy, Traffic
+from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
+
+_SEED = 1_812_06
+
+models = pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
+directions = pytest.mark.parametrize("direction", ["up", "down"])
+
+
+class Twins:
+    """One training twice: over a connection that breaks, and over one that holds."""
+
+    def __init__(self, model: Model, disturbed: stepwire.Client, calm: stepwire.Client) -> None:
+        self.model = model
+        self.disturbed = model.create(disturbed)
+        self.calm = model.create(calm)
+        self.steps = itertools.count(1)
+
+    def step(self) -> None:
+        """Take the next step in both; the answers are the same, telemetry included."""
+        gradient = self.model.gradient(next(self.steps))
+        assert bits(self.disturbed.step(gradient)) == bits(self.calm.step(gradient))
+        assert telemetry(self.disturbed.last_result) == telemetry(self.calm.last_result)
+
+    def compare(self) -> None:
+        """Compare everything the server holds."""
+        assert same_bits(self.disturbed.state(), self.calm.state())
+
+
+@pytest.fixture
+def twins(server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model: Model) -> Twins:
+    """Two sessions of a model, attached."""
+    pair = Twins(model, connect(proxy.target), connect(server.target))
+    pair.step()
+    return pair
+
+
+def undisturbed(twins: Twins, proxy: Proxy) -> dict[Direction, Traffic]:
+    """Return what one step carries."""
+    with proxy.recording() as traffic:
+        twins.step()
+    return traffic
+
+
+@models
+@directions
+@pytest.mark.parametrize("unit", ["frame", "message"])
+def test_a_cut_at_every_boundary_of_a_step(twins: Twins, proxy: Proxy, direction: Direction, unit: Unit) -> None:
+    boundaries = 1 + len(undisturbed(twins, proxy)[direction].messages)
+    for after in itertools.count():
+        cuts = proxy.cuts
+        twins.step()  # so that the connection is open and quiet
+        proxy.arm(Cut(direction, unit, after))
+        twins.step()
+        proxy.disarm()
+        if proxy.cuts == cuts:
+            break
+    assert proxy.cuts >= (boundaries if unit == "message" else 2)
+    twins.compare()
+
+
+@models
+@directions
+@pytest.mark.parametrize("extra_bytes", [0, 4], ids=["between_frames", "within_headers"])
+def test_a_cut_at_every_frame_of_a_connection(
+    twins: Twins, proxy: Proxy, direction: Direction, extra_bytes: int
+) -> None:
+    """From the connection's first byte through the attach to the end of the step's answer."""
+    for after in itertools.count():
+        cuts = proxy.cuts
+        twins.step()
+        proxy.arm(Cut("up", "frame", 0), Cut(direction, "frame", after, extra_bytes))
+        twins.step()
+        proxy.disarm()
+        if proxy.cuts < cuts + 2:
+            break
+    assert after >= 4  # settings, the attach and its headers, the step
+    twins.compare()
+
+
+@models
+def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
+    """One to three cuts a step, in order or abrupt, at any byte of a message or of a frame's header."""
+    traffic = undisturbed(twins, proxy)
+    chance = random.Random(_SEED)
+    while proxy.cuts < 250:
+        cuts = proxy.cuts
+        proxy.arm(*(random_cut(chance, traffic, first=index == 0) for index in range(chance.randint(1, 3))))
+        twins.step()
+        proxy.disarm()
+        assert proxy.cuts > cuts
+    twins.compare()
+
+
+def random_cut(chance: random.Random, traffic: dict[Direction, Traffic], *, first: bool) -> Cut:
+    """Draw a cut that is reached for certain: a later attempt may be a replay, whose request is short."""
+    direction: Direction = chance.choice(["up", "down"])
+    abrupt = chance.random() < 0.5
+    if chance.random() < 0.2:
+        return Cut(direction, "frame", 0, chance.randint(0, 12), abrupt)
+    messages = traffic[direction].messages
+    after = chance.randrange(len(messages) if first or direction == "down" else 2)
+    return Cut(direction, "message", after, chance.randint(0, max(messages)), abrupt)
