@@ -108,6 +108,8 @@ class Client:
         membership, overrides = _grouped(named, groups or [], optimizer)
         if non_finite not in _POLICIES:
             raise _invalid("non_finite", f"{non_finite!r}; use one of {', '.join(_POLICIES)}")
+        if lease_seconds is not None and not lease_seconds > 0:
+            raise _invalid("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
         config = session_pb2.SessionConfig(
             tensors=[spec_to_wire(TensorSpec(name, array.shape, membership[name])) for name, array in named.items()],
             groups=overrides,
@@ -129,7 +131,12 @@ class Client:
             as_list=not isinstance(parameters, Mapping),
         )
         if not answer.session.ready:
-            session.load(parameters, timeout=timeout)
+            try:
+                session.load(parameters, timeout=timeout)
+            except BaseException:
+                if request_id is None:  # nobody else knows the session, so nobody would end it
+                    session.close()
+                raise
         return session
 
     def session(self, session_id: str, *, timeout: float | None = None) -> Session:
@@ -198,7 +205,9 @@ def _grouped(
     for index, group in enumerate(groups):
         field = f"groups[{index}]"
         overrides = {name: value for name, value in group.items() if name != "params"}
-        for name in group.get("params", ()):
+        if "params" not in group:
+            raise _invalid(f"{field}.params", "is missing; name the group's tensors")
+        for name in group["params"]:
             if name not in named or name in membership:
                 problem = "is in two groups" if name in membership else "is not a parameter"
                 raise _invalid(f"{field}.params", f"{name!r} {problem}")

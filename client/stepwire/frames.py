@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError, Reason
 
-__all__ = ["Frame", "FrameBuffer", "read_frame"]
+__all__ = ["Frame", "FrameBuffer", "read_frame", "read_message"]
 
 _PADDING_TAG: Final = 14 << 3 | 2
 _PAYLOAD_TAG: Final = 15 << 3 | 2
@@ -123,15 +123,29 @@ def read_frame(kind: _Parser[Any], data: bytes) -> Frame:
     Raises:
         InvalidRequestError: not a message of this kind (INVALID_FRAME).
     """
+    if len(data) <= _SMALL_BYTES:
+        message = read_message(kind, data)
+        return Frame(message, np.frombuffer(message.payload, np.uint8))
     try:
-        if len(data) <= _SMALL_BYTES:
-            message = kind.FromString(data)
-            return Frame(message, np.frombuffer(message.payload, np.uint8))
         return _cut_out_payload(kind, data)
+    except Exception as error:
+        raise _undecodable(data, error) from error
+
+
+def read_message(kind: _Parser[_M], data: bytes) -> _M:
+    """Parse a received message as a whole.
+
+    Raises:
+        InvalidRequestError: not a message of this kind (INVALID_FRAME).
+    """
+    try:
+        return kind.FromString(data)
     except Exception as error:  # protobuf's DecodeError has no importable common base across versions
-        raise InvalidRequestError(
-            f"message of {len(data)} bytes cannot be decoded: {error}", reason=Reason.INVALID_FRAME
-        ) from error
+        raise _undecodable(data, error) from error
+
+
+def _undecodable(data: bytes, error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(f"message of {len(data)} bytes cannot be decoded: {error}", reason=Reason.INVALID_FRAME)
 
 
 def _cut_out_payload(kind: _Parser[Any], data: bytes) -> Frame:
@@ -146,7 +160,8 @@ def _cut_out_payload(kind: _Parser[Any], data: bytes) -> Frame:
             rest.append(data[start:field_start])
             payload, start = (body, position), position
     rest.append(data[start:])
-    return Frame(kind.FromString(b"".join(rest)), np.frombuffer(data, np.uint8)[payload[0] : payload[1]])
+    view = np.frombuffer(data, np.uint8)[payload[0] : payload[1]]
+    return Frame(kind.FromString(b"".join(rest)), view if 2 * view.size >= len(data) else view.copy())
 
 
 def _prefix(fields: bytes, payload_bytes: int) -> bytes:

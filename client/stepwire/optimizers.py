@@ -144,7 +144,7 @@ def _invalid(field: str, message: str) -> InvalidRequestError:
 
 def _number(value: object, field: str) -> float:
     try:
-        if isinstance(value, (bool, str)):
+        if isinstance(value, (bool, str, bytes)):
             raise TypeError
         return float(value)  # type: ignore[arg-type]  # NumPy scalars and 0-d arrays too
     except (TypeError, ValueError, OverflowError):

@@ -8,6 +8,7 @@ import pathlib
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Final
@@ -41,8 +42,12 @@ _STREAM_END_SECONDS: Final = 2.0
 class Server:
     """A stepwire server in this process. A context manager; closes twice without complaint."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Choose the engine and listen; nothing is served before `start`.
+
+        Args:
+            config: how to run.
+            clock: what leases, idle times and telemetry go by; tests pass their own.
 
         Raises:
             InvalidRequestError: the address is taken, not understood, or not loopback without `insecure`.
@@ -60,7 +65,7 @@ class Server:
             max_sessions=config.max_sessions,
             max_streams=config.max_streams,
             step_idle_seconds=config.step_idle_seconds,
-            clock=time.monotonic,
+            clock=clock,
         )
         self._workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
         calls = config.max_streams + _UNARY_CALLS

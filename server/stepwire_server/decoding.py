@@ -16,13 +16,14 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.features import refuse_unserved, unsupported
 from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder
 
-__all__ = ["decode_chunk_bytes", "decode_order", "decode_plan", "decode_request_id"]
+__all__ = ["decode_chunk_bytes", "decode_order", "decode_page_token", "decode_plan", "decode_request_id"]
 
 MAX_GROUPS: Final = 1024
 MAX_DIMENSIONS: Final = 16
 MAX_NAME_CHARACTERS: Final = 512
 MAX_LABEL_CHARACTERS: Final = 128
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PAGE_TOKEN: Final = re.compile(r"(?:[0-9a-f]{32})?")
 _ADAMW_WEIGHT_DECAY: Final = 1e-2
 _POLICIES: Final = {
     optimizer_pb2.NON_FINITE_POLICY_UNSPECIFIED: NonFinitePolicy.REJECT,
@@ -41,6 +42,17 @@ def decode_request_id(request_id: str) -> str:
     if not _REQUEST_ID.fullmatch(request_id):
         raise _invalid_config("request_id", f"{request_id[:80]!r} is not 1 to 64 characters of [A-Za-z0-9._-]")
     return request_id
+
+
+def decode_page_token(token: str) -> str:
+    """Check a page token, which is the id of the last session on the page before.
+
+    Raises:
+        InvalidRequestError: no page gave it.
+    """
+    if not _PAGE_TOKEN.fullmatch(token):
+        raise _invalid_config("page_token", f"{token[:80]!r} is not the `next_page_token` of a page")
+    return token
 
 
 def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig, device: str) -> SessionPlan:
@@ -68,7 +80,7 @@ def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig, device:
         reply_dtype=dtype_from_wire(config.reply_dtype, FLOAT32, "config.reply_dtype"),
         start_at_zero=config.initialization == session_pb2.INITIALIZATION_ZEROS,
         lease_seconds=_decode_lease(config.lease_seconds, limits.max_lease_seconds),
-        label=_decode_text(config.label, "config.label", MAX_LABEL_CHARACTERS),
+        label=_decode_label(config.label),
     )
 
 
@@ -113,7 +125,9 @@ def _decode_specs(config: session_pb2.SessionConfig, max_tensors: int, group_cou
     names: set[str] = set()
     for index, message in enumerate(config.tensors):
         field = f"config.tensors[{index}]"
-        name = _decode_text(message.name, f"{field}.name", MAX_NAME_CHARACTERS)
+        name = message.name
+        if problem := _text_problem(name, MAX_NAME_CHARACTERS):
+            raise _invalid_tensor(f"{field}.name", problem)
         if not name or name in names:
             raise _invalid_tensor(f"{field}.name", f"{name!r} is {'used twice' if name else 'empty'}")
         if len(message.shape) > MAX_DIMENSIONS:
@@ -176,12 +190,18 @@ def _decode_lease(seconds: float, most: float) -> float:
     return seconds
 
 
-def _decode_text(text: str, field: str, most: int) -> str:
+def _decode_label(label: str) -> str:
+    if problem := _text_problem(label, MAX_LABEL_CHARACTERS):
+        raise _invalid_config("config.label", problem)
+    return label
+
+
+def _text_problem(text: str, most: int) -> str | None:
     if len(text) > most:
-        raise _invalid_tensor(field, f"{len(text)} characters; at most {most}")
+        return f"{len(text)} characters; at most {most}"
     if any(unicodedata.category(character).startswith("C") for character in text):
-        raise _invalid_tensor(field, f"{text[:80]!r} holds control characters")
-    return text
+        return f"{text[:80]!r} holds control characters"
+    return None
 
 
 def _invalid_config(field: str, problem: str) -> InvalidRequestError:

@@ -36,11 +36,7 @@ class Gate:
         """
         with self._condition:
             if self._closed:
-                raise UnavailableError(
-                    "the server is shutting down and takes no new steps; retry, or use another server",
-                    reason=Reason.SHUTTING_DOWN,
-                    retry_after_seconds=self._retry_after_seconds,
-                )
+                raise self.refusal()
             self._inside += 1
 
     def __exit__(
@@ -50,6 +46,14 @@ class Gate:
         with self._condition:
             self._inside -= 1
             self._condition.notify_all()
+
+    def refusal(self) -> UnavailableError:
+        """Return what a caller is told once the gate is closed."""
+        return UnavailableError(
+            "the server is shutting down and takes no new steps; retry, or use another server",
+            reason=Reason.SHUTTING_DOWN,
+            retry_after_seconds=self._retry_after_seconds,
+        )
 
     def close(self) -> None:
         """Refuse new steps from now on."""

@@ -153,9 +153,9 @@ class Registry:
         return [session.session_id for session in expired]
 
     def cancel_streams(self) -> None:
-        """End every attached stream."""
+        """End every attached stream that does not end by itself."""
         with self._lock:
-            streams = list(self._streams)
+            streams = [stream for stream in self._streams if not stream.ending]
         for stream in streams:
             stream.cancel()
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 
-from stepwire.frames import Frame, read_frame
+from stepwire.frames import Frame, read_frame, read_message
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
 from stepwire_server import transfer
 from stepwire_server.config import ServerConfig
-from stepwire_server.decoding import decode_plan, decode_request_id
+from stepwire_server.decoding import decode_page_token, decode_plan, decode_request_id
 from stepwire_server.encoding import encode_session
 from stepwire_server.features import SERVED_FEATURES, unsupported
 from stepwire_server.gate import Gate
@@ -43,7 +43,8 @@ class OptimizerService:
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.
 
-        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.frames`.
+        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.frames`. The others are
+        parsed here too: what gRPC's own deserializer cannot read is INTERNAL, and a client's mistake is not.
         """
         return grpc.method_handlers_generic_handler(
             "stepwire.v1.OptimizerService",
@@ -55,7 +56,7 @@ class OptimizerService:
                 "DeleteSession": _unary(self.delete_session, pb.DeleteSessionRequest),
                 "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
                 "Step": grpc.unary_unary_rpc_method_handler(self.step),
-                "Pull": grpc.unary_stream_rpc_method_handler(self.pull, request_deserializer=pb.PullRequest.FromString),
+                "Pull": grpc.unary_stream_rpc_method_handler(self.pull),
                 "Load": grpc.stream_unary_rpc_method_handler(
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
@@ -112,7 +113,7 @@ class OptimizerService:
     def list_sessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> Any:
         """List sessions."""
         size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
-        sessions, token = self._registry.page(request.page_token, size)
+        sessions, token = self._registry.page(decode_page_token(request.page_token), size)
         now = self._registry.clock()
         return pb.ListSessionsResponse(
             sessions=[encode_session(session, now, whole=False) for session in sessions],
@@ -154,8 +155,9 @@ class OptimizerService:
         with self._gate:
             return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
 
-    def pull(self, request: pb.PullRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream state out."""
+        request = read_message(pb.PullRequest, data)
         return transfer.pull(self._registry.get(request.session_id), request, self._config.max_chunk_bytes)
 
     def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
@@ -200,8 +202,8 @@ def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachRespo
 
 
 def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    return grpc.unary_unary_rpc_method_handler(
-        method,
-        request_deserializer=request.FromString,
-        response_serializer=lambda message: message.SerializeToString(),
-    )
+    def behavior(data: bytes, context: grpc.ServicerContext) -> bytes:
+        answer: bytes = method(read_message(request, data), context).SerializeToString()
+        return answer
+
+    return grpc.unary_unary_rpc_method_handler(behavior)

@@ -33,6 +33,9 @@ __all__ = ["ReplySink", "Session"]
 STATE_ITEMSIZE = 4
 """Bytes of one element of state: float32."""
 
+# Another session's step is over after about as long.
+_STEP_RETRY_SECONDS = 0.1
+
 
 class ReplySink(Protocol):
     """Where a commit puts the answer's chunks, in flat order. Must not block and must not fail."""
@@ -74,7 +77,7 @@ class Session:
         self._lock = threading.Lock()
         self._progress = Progress(plan.layout, [0] * len(plan.layout.tensors))
         state_bytes = STATE_ITEMSIZE * plan.layout.size * len(self.slots)
-        gradient_bytes = plan.layout.size * plan.gradient_dtype.itemsize
+        gradient_bytes = plan.layout.size * max(plan.gradient_dtype.itemsize, plan.reply_dtype.itemsize)
         budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
         self._memory = budget.reserve(state_bytes, "the session's state")
         try:
@@ -131,8 +134,8 @@ class Session:
 
     # --- steps -------------------------------------------------------------------------------------------
 
-    def begin(self, order: StepOrder, token: int) -> GradientStaging | None:
-        """Admit a step and make room for its gradient; None for a replay, which needs none.
+    def begin(self, order: StepOrder, token: int) -> GradientStaging:
+        """Admit a step and make room for its gradient, or for the answer where that is larger.
 
         Raises:
             FencedError: the token or the epoch is not the newest.
@@ -140,22 +143,20 @@ class Session:
             SessionNotReadyError: parameters have not been loaded.
             StepMismatchError: neither the next step nor a replay.
             DataLossError: the state is damaged.
-            ResourceExhaustedError: no room for the gradient just now.
+            ResourceExhaustedError: no room just now.
         """
         with self._lock:
-            if not self._admit(order, token):
-                return None
+            replay = not self._admit(order, token)
             state = self._state
         self._prepare(order.groups, order.gradient_dtype, order.reply_dtype)
+        itemsize = max(order.gradient_dtype.itemsize, order.reply_dtype.itemsize)
         room = self._budget.reserve(
-            self.plan.layout.size * order.gradient_dtype.itemsize,
-            "the step's gradient",
-            retry_after_seconds=1.0,
+            self.plan.layout.size * itemsize, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
         )
-        return GradientStaging(order, self.plan.layout, state, room)
+        return GradientStaging(order, self.plan.layout, state, room, replay=replay)
 
     def commit(
-        self, order: StepOrder, staging: GradientStaging | None, token: int, sink: ReplySink, began: float
+        self, order: StepOrder, staging: GradientStaging, token: int, sink: ReplySink, began: float
     ) -> StepRecord:
         """Apply a staged step, or replay the last one; the parameters go to `sink`.
 
@@ -175,7 +176,7 @@ class Session:
         with self._lock:
             if not self._admit(order, token):
                 return self._replay(order, sink)
-            if staging is None:  # admitted as a replay, and the step it replays has been undone by nobody
+            if staging.replay:
                 raise StateChangedError(f"step {order.step} was a replay when it began and is not now; send it again")
             staging.complete()
             self._check_finite(staging)

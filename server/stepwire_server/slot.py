@@ -22,6 +22,8 @@ class Attachment:
         token: what its client was given.
         in_step: a step has begun and is not committed.
         orphaned: the slot or the session has moved on.
+        ending: it has had its last answer and ends by itself; cancelling it would take from its client whatever of
+            the answer is not yet read.
         last_seen: clock reading of its last frame.
     """
 
@@ -31,6 +33,7 @@ class Attachment:
         self.token = 0
         self.in_step = False
         self.orphaned = False
+        self.ending = False
         self.last_seen = now
 
     def overdue(self, now: float, idle_seconds: float) -> bool:

@@ -89,9 +89,12 @@ class GradientStaging:
     Nothing here touches the session: a stream that breaks drops the object, and no trace is left.
     """
 
-    def __init__(self, order: StepOrder, layout: Layout, state: EngineState, reservation: Reservation) -> None:
-        """Await the chunks of `order`; `reservation` covers their bytes."""
+    def __init__(
+        self, order: StepOrder, layout: Layout, state: EngineState, reservation: Reservation, *, replay: bool
+    ) -> None:
+        """Await the chunks of `order`; `reservation` covers their bytes. A replay's chunks are dropped unread."""
         self.order = order
+        self.replay = replay
         self.squared_norms = [0.0] * len(layout.groups)
         self.non_finite_count = 0
         self.first_non_finite = layout.size
@@ -108,6 +111,8 @@ class GradientStaging:
         Raises:
             InvalidRequestError: range, overlap or byte count are wrong; what came before stays.
         """
+        if self.replay:
+            return
         values = typed_payload(payload, count, self.order.gradient_dtype)
         rank = self._coverage.add(offset, count)
         chunk = StagedChunk(offset, self._state.stage(values))

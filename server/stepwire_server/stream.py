@@ -66,6 +66,9 @@ class StepStream:
                 raise invalid_frame("begin", "a step starts with `begin`")
             with self._gate:
                 yield from self._step(frame, frames)
+                self._attachment.ending = self._gate.closed
+            if self._attachment.ending:
+                raise self._gate.refusal()
 
     def _step(self, first: Frame, frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
@@ -77,10 +80,9 @@ class StepStream:
             yield from self._commit(order, staging, began)
         finally:
             self._attachment.in_step = False
-            if staging is not None:
-                staging.close()
+            staging.close()
 
-    def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging | None) -> None:
+    def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging) -> None:
         """Take chunks until the commit."""
         while True:
             self._seen()
@@ -95,7 +97,7 @@ class StepStream:
             if frame.message.HasField("begin"):
                 raise invalid_frame("begin", "a second `begin` before the `commit` of the step")
 
-    def _take_chunk(self, frame: Frame, staging: GradientStaging | None) -> None:
+    def _take_chunk(self, frame: Frame, staging: GradientStaging) -> None:
         message: pb.AttachRequest = frame.message
         if message.HasField("open"):
             raise invalid_frame("open", "only the first message of a stream carries `open`")
@@ -107,21 +109,20 @@ class StepStream:
             raise unsupported("chunk.rows", "sparse_rows")
         if frame.payload.size > self._max_chunk_bytes:
             raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {self._max_chunk_bytes}")
-        if staging is not None:  # a replay's chunks have been applied already
-            staging.add(message.chunk.offset, message.chunk.count, frame.payload)
+        staging.add(message.chunk.offset, message.chunk.count, frame.payload)
 
-    def _commit(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+    def _commit(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
         size = self._session.plan.layout.size
         if not order.reply or size * order.reply_dtype.itemsize <= min(_SMALL_REPLY_BYTES, self._max_chunk_bytes):
             return self._commit_small(order, staging, began)
         return self._commit_large(order, staging, began)
 
-    def _commit_small(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+    def _commit_small(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
         sink = _ScratchSink(order, self._session.plan.layout.size)
         record = self._session.commit(order, staging, self._attachment.token, sink, began)
         yield sink.message(self._result(record))
 
-    def _commit_large(self, order: StepOrder, staging: GradientStaging | None, began: float) -> Iterator[bytes]:
+    def _commit_large(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
         ready: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         sink = _QueueSink(order, ready)
 
@@ -168,12 +169,11 @@ def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_by
     sink = _ScratchSink(order, size)
     staging = session.begin(order, request.attach_token)
     try:
-        if staging is not None and size:
+        if size:
             staging.add(0, size, frame.payload)
         record = session.commit(order, staging, request.attach_token, sink, began)
     finally:
-        if staging is not None:
-            staging.close()
+        staging.close()
     return sink.message(pb.StepResponse(result=encode_record(record, session.ledger.durable_step)))
 
 

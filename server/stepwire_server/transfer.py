@@ -18,6 +18,8 @@ from stepwire_server.stream import invalid_frame
 
 __all__ = ["load", "pull"]
 
+_COUNTER_END = 2**53
+
 
 def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
     """Yield the messages that answer a pull.
@@ -57,6 +59,7 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame]) -> bool:
     slots = _known_slots(session, list(order.slots), "open.slots")
     steps = _known_steps(session, list(order.tensor_steps))
     step = order.step if order.HasField("step") else None
+    _check_counter(step or 0, "open.step")
     if order.worker_slot != 0:
         raise unsupported("open.worker_slot", "aggregation")
     if not session.admit_load(order.attach_token, order.load, step):
@@ -117,8 +120,12 @@ def _known_steps(session: Session, steps: list[int]) -> list[int]:
             f"open.tensor_steps: {len(steps)} entries; it must be 0 or {tensors}",
             metadata={"field": "open.tensor_steps"},
         )
-    if any(step >= 2**53 for step in steps):
-        raise InvalidRequestError(
-            f"open.tensor_steps: {max(steps)} is beyond 2^53", metadata={"field": "open.tensor_steps"}
-        )
+    for step in steps:
+        _check_counter(step, "open.tensor_steps")
     return steps
+
+
+def _check_counter(value: int, field: str) -> None:
+    """Keep step counts where they can be counted on from, and where float64 holds them exactly."""
+    if value >= _COUNTER_END:
+        raise InvalidRequestError(f"{field}: {value} is not below 2^53", metadata={"field": field})

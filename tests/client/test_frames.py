@@ -61,58 +61,78 @@ UNKNOWN_FIELDS = st.one_of(
 )
 
 
+# Messages up to 32 KiB are left to the protobuf library; these make the others.
+FILLERS = st.sampled_from([b"", b"", length_delimited(15, bytes(40_000)), length_delimited(14, bytes(40_000))])
+
+
 @st.composite
 def wire_messages(draw: st.DrawFn) -> bytes:
     """A valid AttachRequest whose fields come in any order, repeated, and among unknown ones."""
     pieces = [message.SerializeToString() for message in draw(st.lists(headers(), max_size=3))]
     pieces += [length_delimited(15, body) for body in draw(st.lists(st.binary(max_size=300), max_size=3))]
-    pieces += draw(st.lists(UNKNOWN_FIELDS, max_size=4))
+    pieces += [*draw(st.lists(UNKNOWN_FIELDS, max_size=4)), draw(FILLERS)]
     return b"".join(draw(st.permutations(pieces)))
 
 
 @given(wire_messages())
+@settings(max_examples=300)
 def test_reading_agrees_with_protobuf(data: bytes) -> None:
+    """Whatever the order of fields; of a payload that comes twice the last counts, as in protobuf."""
     expected = pb.AttachRequest.FromString(data)
     frame = read_frame(pb.AttachRequest, data)
     assert frame.payload.tobytes() == expected.payload
     expected.ClearField("payload")
+    frame.message.ClearField("payload")
     assert frame.message.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
 
 
-@given(headers(), st.binary(max_size=2000))
-def test_protobuf_reads_what_a_frame_buffer_writes(header: pb.AttachRequest, payload: bytes) -> None:
+def written(header: Any, values: np.ndarray) -> bytes:
+    """Build a message through a frame buffer."""
+    frame = FrameBuffer(header, values.nbytes)
+    frame.payload(values.dtype)[:] = values
+    return frame.finish()
+
+
+@given(headers(), st.binary(max_size=300), st.sampled_from([1, 200]))
+def test_protobuf_reads_what_a_frame_buffer_writes(header: pb.AttachRequest, payload: bytes, times: int) -> None:
     header.ClearField("padding")
-    frame = FrameBuffer(header, len(payload))
-    frame.payload(np.uint8)[:] = np.frombuffer(payload, np.uint8)
-    read = pb.AttachRequest.FromString(frame.data)
+    expected, payload = pb.AttachRequest(), payload * times
+    expected.CopyFrom(header)
+    read = pb.AttachRequest.FromString(written(header, np.frombuffer(payload, np.uint8)))
     assert read.payload == payload
     read.ClearField("payload")
     read.ClearField("padding")
-    assert read == header
+    assert read == expected
 
 
-@pytest.mark.parametrize("id_length", range(40))
-def test_a_payload_lies_at_a_multiple_of_16_in_message_and_memory(id_length: int) -> None:
-    """Whatever the header's length: kernels then read aligned vectors out of received messages."""
+@pytest.mark.parametrize("elements", [16, 16_384])
+@pytest.mark.parametrize("id_length", range(20))
+def test_payloads_are_aligned_where_they_are_written_and_read(id_length: int, elements: int) -> None:
+    """To 16 bytes, whatever the header's length: kernels then read whole vectors out of received messages."""
     header = pb.AttachRequest(open=pb.AttachOpen(session_id="x" * id_length))
-    frame = FrameBuffer(header, 64)
-    written = frame.payload(np.float32)
-    written[:] = np.arange(16)
-    read = read_frame(pb.AttachRequest, frame.data).payload
-    assert frame.payload_start % 16 == 0
-    assert written.__array_interface__["data"][0] % 16 == 0
+    frame = FrameBuffer(header, 4 * elements)
+    values = frame.payload(np.float32)
+    values[:] = np.arange(elements)
+    read = read_frame(pb.AttachRequest, frame.finish()).payload
+    assert values.__array_interface__["data"][0] % 16 == 0
     assert read.__array_interface__["data"][0] % 16 == 0
-    assert read.view(np.float32).tolist() == list(range(16))
+    assert read.view(np.float32).tolist() == list(range(elements))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-def test_a_payload_is_written_in_place_in_any_wire_dtype(dtype: Any) -> None:
-    values = np.array([1.5, -2.0, 0.0, 96.0], dtype)
-    frame = FrameBuffer(pb.PullResponse(slot="param"), values.nbytes)
-    frame.payload(dtype)[:] = values
-    read = read_frame(pb.PullResponse, frame.data)
+@pytest.mark.parametrize("repetitions", [1, 10_000])
+def test_a_payload_is_written_in_any_wire_dtype(dtype: Any, repetitions: int) -> None:
+    values = np.array([1.5, -2.0, 0.0, 96.0] * repetitions, dtype)
+    read = read_frame(pb.PullResponse, written(pb.PullResponse(slot="param"), values))
     assert read.message.slot == "param"
-    assert read.payload.view(dtype).tolist() == values.tolist()
+    assert read.payload.view(dtype).tobytes() == values.tobytes()
+
+
+def test_a_large_payload_is_written_into_the_message_itself() -> None:
+    frame = FrameBuffer(pb.PullResponse(), 1 << 20)
+    payload = frame.payload(np.uint8)
+    payload[:] = 3
+    assert np.shares_memory(payload, np.frombuffer(frame.finish(), np.uint8))
 
 
 def test_a_message_without_payload_has_an_empty_one() -> None:
@@ -122,17 +142,17 @@ def test_a_message_without_payload_has_an_empty_one() -> None:
     assert read_frame(pb.AttachRequest, b"").message == pb.AttachRequest()
 
 
-def test_the_payload_is_a_view_of_what_was_received() -> None:
-    buffer = FrameBuffer(pb.AttachRequest(), 4096)
-    buffer.payload(np.uint8)[:] = 7
-    payload = read_frame(pb.AttachRequest, buffer.data).payload
-    assert np.shares_memory(payload, np.frombuffer(buffer.data, np.uint8))
+def test_a_large_payload_is_a_view_of_what_was_received() -> None:
+    data = written(pb.AttachRequest(), np.full(1 << 20, 7, np.uint8))
+    payload = read_frame(pb.AttachRequest, data).payload
+    assert np.shares_memory(payload, np.frombuffer(data, np.uint8))
     assert not payload.flags.writeable
 
 
-def test_a_small_payload_does_not_keep_a_large_message_alive() -> None:
+@pytest.mark.parametrize("padding", [100, 1 << 20])
+def test_a_small_payload_does_not_keep_a_large_message_alive(padding: int) -> None:
     """A chunk is kept until its step's commit and reserved for by its own size, whatever padding came with it."""
-    data = pb.AttachRequest(padding=bytes(1 << 20), payload=b"abcd").SerializeToString()
+    data = pb.AttachRequest(padding=bytes(padding), payload=b"abcd").SerializeToString()
     payload = read_frame(pb.AttachRequest, data).payload
     assert payload.tobytes() == b"abcd"
     assert not np.shares_memory(payload, np.frombuffer(data, np.uint8))
@@ -144,6 +164,7 @@ SAMPLE = pb.AttachRequest(
     padding=b"pad",
     payload=b"0123456789" * 20,
 ).SerializeToString()
+LARGE_SAMPLE = SAMPLE + length_delimited(15, bytes(40_000))
 
 
 def whole_fields(data: bytes) -> set[int]:
@@ -151,20 +172,22 @@ def whole_fields(data: bytes) -> set[int]:
     cuts, position = {0}, 0
     while position < len(data):
         assert data[position] & 7 == 2, "the sample has only length-delimited fields"
-        length, start = data[position + 1], position + 2
-        if length & 0x80:
-            length, start = length & 0x7F | data[position + 2] << 7, position + 3
-        position = start + length
+        length, shift, position = 0, 0, position + 1
+        while data[position] & 0x80:
+            length, shift, position = length | (data[position] & 0x7F) << shift, shift + 7, position + 1
+        position += 1 + (length | data[position] << shift)
         cuts.add(position)
     return cuts
 
 
-@pytest.mark.parametrize("length", sorted(set(range(len(SAMPLE))) - whole_fields(SAMPLE)))
-def test_a_message_cut_inside_a_field_is_refused(length: int) -> None:
-    with pytest.raises(InvalidRequestError) as refused:
-        read_frame(pb.AttachRequest, SAMPLE[:length])
-    assert refused.value.reason is Reason.INVALID_FRAME
-    assert str(refused.value).startswith(f"message of {length} bytes cannot be decoded: ")
+@pytest.mark.parametrize("sample", [SAMPLE, LARGE_SAMPLE], ids=["small", "large"])
+def test_a_message_cut_inside_a_field_is_refused(sample: bytes) -> None:
+    lengths = {*range(len(SAMPLE)), *range(len(sample) - 3, len(sample))} - whole_fields(sample)
+    for length in sorted(lengths):
+        with pytest.raises(InvalidRequestError) as refused:
+            read_frame(pb.AttachRequest, sample[:length])
+        assert refused.value.reason is Reason.INVALID_FRAME
+        assert str(refused.value).startswith(f"message of {length} bytes cannot be decoded: ")
 
 
 @given(st.binary(max_size=200) | st.tuples(st.integers(0, len(SAMPLE)), st.binary(min_size=1, max_size=8)))
@@ -174,12 +197,13 @@ def test_garbage_is_refused_as_an_invalid_frame_or_read(garbage: bytes | tuple[i
     if isinstance(garbage, tuple):
         at, replacement = garbage
         garbage = SAMPLE[:at] + replacement + SAMPLE[at + len(replacement) :]
-    try:
-        frame = read_frame(pb.AttachRequest, garbage)
-    except InvalidRequestError as error:
-        assert error.reason is Reason.INVALID_FRAME
-    else:
-        assert frame.payload.size <= len(garbage)
+    for data in (garbage, length_delimited(14, bytes(40_000)) + garbage):
+        try:
+            frame = read_frame(pb.AttachRequest, data)
+        except InvalidRequestError as error:
+            assert error.reason is Reason.INVALID_FRAME
+        else:
+            assert frame.payload.size <= len(data)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +220,8 @@ def test_garbage_is_refused_as_an_invalid_frame_or_read(garbage: bytes | tuple[i
     ],
     ids=["endless varint", "length 2^63", "length 2^64-1", "no length", "type 7", "type 6", "field 0", "bad UTF-8"],
 )
-def test_known_kinds_of_garbage_are_refused(data: bytes) -> None:
+@pytest.mark.parametrize("before", [b"", length_delimited(14, bytes(40_000))], ids=["small", "large"])
+def test_known_kinds_of_garbage_are_refused(before: bytes, data: bytes) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        read_frame(pb.AttachRequest, data)
+        read_frame(pb.AttachRequest, before + data)
     assert refused.value.reason is Reason.INVALID_FRAME

@@ -23,7 +23,7 @@ ALLOWED = {
     "maximize": (True, False),
 }
 REFUSED = {
-    "lr": (-1e-9, math.nan, math.inf, -math.inf, "0.1", None, [0.1], True, 10**400),
+    "lr": (-1e-9, math.nan, math.inf, -math.inf, "0.1", b"0.1", None, [0.1], True, 10**400),
     "beta1": (1.0, 1, -0.1, math.nan, math.inf, "0.9", None, False),
     "beta2": (1.0, 1.5, -1e-300, math.nan, (0.9,), True),
     "eps": (-1e-300, math.nan, math.inf, "tiny", None, True),

@@ -91,9 +91,7 @@ def test_a_server_info_takes_every_value(draining: bool) -> None:
         protocol_min=1,
         protocol_max=3,
         instance_id="cafe",
-        devices=[
-            pb.DeviceInfo(name="cuda:0", description="GPU", memory_bytes=30, budget_bytes=20, reserved_bytes=10)
-        ],
+        devices=[pb.DeviceInfo(name="cuda:0", description="GPU", memory_bytes=30, budget_bytes=20, reserved_bytes=10)],
         limits=pb.Limits(max_chunk_bytes=4096),
         features=["overlap", "schedules"],
         sessions=5,

@@ -86,7 +86,7 @@ def test_an_error_survives_the_way_there_and_back(retry_after: float | None) -> 
 
 @pytest.mark.parametrize("letter", ["x", "é", "漢", "😀"])
 def test_long_values_are_cut_to_what_a_trailer_holds(letter: str) -> None:
-    """gRPC percent-encodes the text and may base64 the details; past 8 KiB in all it drops the status at random."""
+    """Text is percent-encoded and details may be in base64; past 8 KiB in all gRPC drops the status at random."""
     name = letter * 512
     error = errors.NonFiniteGradientError(f"tensor {name!r} " + name * 8, metadata={"tensor": name, "element": 3})
     status = status_of(error)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.integration.events import Clock
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient
 
 import stepwire
 from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
-from tests.integration.probes import Clock
-from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient
 
 Opened = Callable[[str], stepwire.Client]
 

@@ -105,9 +105,7 @@ class Meter:
         self._left = int.from_bytes(self._header[:3])
         self._type = self._header[3]
         self._stream = int.from_bytes(self._header[5:]) & 0x7FFFFFFF
-        ends = self._type == _RST_STREAM or (
-            self._type in (_DATA, _HEADERS) and bool(self._header[4] & _END_STREAM)
-        )
+        ends = self._type == _RST_STREAM or (self._type in (_DATA, _HEADERS) and bool(self._header[4] & _END_STREAM))
         if ends:
             self.ended_streams.add(self._stream)
         self._header.clear()

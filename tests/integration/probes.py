@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tests.integration.events import Happenings
 
 from stepwire_server.registry import Registry
 from stepwire_server.session import Session
 from stepwire_server.slot import Attachment
 
-__all__ = ["Clock", "Happenings", "chunks_staged", "stream_ends"]
-
-# Only bounds a test that would hang.
-_PATIENCE_SECONDS = 30.0
-
-
-class Clock:
-    """A clock that stands still until it is told otherwise."""
-
-    def __init__(self) -> None:
-        self._now = 1000.0
-
-    def __call__(self) -> float:
-        """Read the clock, in seconds."""
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass."""
-        self._now += seconds
-
-
-class Happenings:
-    """What has happened so far, each to be waited for once."""
-
-    def __init__(self) -> None:
-        self._happened: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def note(self, what: Any = None) -> None:
-        """It has happened once more."""
-        self._happened.put(what)
-
-    def wait(self, times: int = 1) -> None:
-        """Wait until it has happened so many times more."""
-        for _ in range(times):
-            self._happened.get(timeout=_PATIENCE_SECONDS)
+__all__ = ["chunks_staged", "stream_ends"]
 
 
 def stream_ends(registry: Registry) -> Happenings:
@@ -65,7 +32,7 @@ def stream_ends(registry: Registry) -> Happenings:
 
 
 def chunks_staged(session: Session) -> Happenings:
-    """Tell of each chunk of gradient that a step of the session has taken in; the next thing its stream does is wait."""
+    """Tell of each chunk of gradient that a step of the session has taken in; what its stream does next is wait."""
     staged, begin = Happenings(), session.begin
 
     def observed(*arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from tests.integration.events import PATIENCE_SECONDS, Happenings
 from tests.integration.http2 import PREFACE, Meter, Unit
 
 __all__ = ["Cut", "Direction", "Proxy", "Stranded", "Traffic"]
@@ -26,7 +27,6 @@ Direction = Literal["up", "down"]
 """From client to server, or back."""
 
 _BLOCK_BYTES = 256 << 10
-_PATIENCE_SECONDS = 30.0
 _OTHER: dict[Direction, Direction] = {"up": "down", "down": "up"}
 
 
@@ -79,7 +79,7 @@ class Stranded:
         Args:
             answers: how many messages to wait for; the server may end the stream before.
         """
-        assert self._link is not None and self.full.wait(_PATIENCE_SECONDS), "nothing was stranded"
+        assert self._link is not None and self.full.wait(PATIENCE_SECONDS), "nothing was stranded"
         return self._link.deliver(bytes(self.kept), answers)
 
 
@@ -131,6 +131,12 @@ class _Link:
         """Await nothing. The proxy's lock is held."""
         self._cut = None
 
+    def sever(self) -> None:
+        """Break both ends. The proxy's lock is held."""
+        self._hit()
+        for end in (self._client, self._server):
+            _shut(end, socket.SHUT_RDWR)
+
     def strand(self, stranded: Stranded) -> None:
         """Keep what the client sends from now on. The proxy's lock is held."""
         self.stranded = stranded
@@ -146,7 +152,7 @@ class _Link:
         self._server.sendall(data)
         with changed:
             done = changed.wait_for(
-                lambda: len(meter.bodies) >= answers or len(meter.ended_streams) > ended, _PATIENCE_SECONDS
+                lambda: len(meter.bodies) >= answers or len(meter.ended_streams) > ended, PATIENCE_SECONDS
             )
             assert done, "the server said nothing to stranded messages"
         _shut(self._server, socket.SHUT_RDWR)
@@ -155,6 +161,7 @@ class _Link:
     def close(self) -> None:
         """End both sockets and wait for the pumps."""
         with self._proxy.changed:
+            self.open = False
             for end in (self._client, self._server):
                 _shut(end, socket.SHUT_RDWR)
         for thread in self._threads:
@@ -254,14 +261,16 @@ class Proxy:
 
     Attributes:
         target: where clients connect.
-        upstream: where new connections are passed on to.
+        upstream: where new connections are passed on to; None for nowhere.
+        refused: connections that were closed at once, because nobody was there.
         cuts: cuts that have hit an open connection.
         changed: guards all of the proxy's state and tells of every change of it.
     """
 
     def __init__(self, upstream: str) -> None:
         """Listen."""
-        self.upstream = upstream
+        self.upstream: str | None = upstream
+        self.refused = Happenings()
         self.cuts = 0
         self.changed = threading.Condition()
         self._awaiting: deque[Cut] = deque()
@@ -278,8 +287,11 @@ class Proxy:
     # --- faults --------------------------------------------------------------------------------------------
 
     def arm(self, first: Cut, *following: Cut) -> None:
-        """Await cuts: the first on the open connection, counted from now (or on the next one, if none is open),
-        each following one on the next new connection, counted from its start.
+        """Await cuts: one on each connection.
+
+        Args:
+            first: on the open connection, counted from now; on the next one, if none is open.
+            following: each on the next new connection, counted from its start.
         """
         with self.changed:
             link = self._open_link()
@@ -301,11 +313,20 @@ class Proxy:
 
     def wait_held(self, direction: Direction) -> None:
         """Wait until something is being kept back."""
-        assert self._holding[direction].wait(_PATIENCE_SECONDS), f"nothing came {direction}"
+        assert self._holding[direction].wait(PATIENCE_SECONDS), f"nothing came {direction}"
 
     def release(self, direction: Direction) -> None:
         """Pass on what was kept back and what follows."""
         self._released[direction].set()
+
+    def sever(self) -> None:
+        """Break the open connection now, and lose what is kept back."""
+        with self.changed:
+            link = self._open_link()
+            assert link is not None, "no connection is open"
+            link.sever()
+        for event in self._released.values():
+            event.set()
 
     def strand(self, messages: int) -> Stranded:
         """Keep the next messages of the open connection's client, then break the client's end of it alone."""
@@ -368,11 +389,9 @@ class Proxy:
                 self._connect(client)
 
     def _connect(self, client: socket.socket) -> None:
-        host, _, port = self.upstream.rpartition(":")
-        try:
-            server = socket.create_connection((host, int(port)))
-        except OSError:
+        if (server := _dial(self.upstream)) is None:
             client.close()
+            self.refused.note()
             return
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -382,6 +401,16 @@ class Proxy:
             if self._awaiting:
                 link.arm(self._awaiting.popleft())
         link.start()
+
+
+def _dial(upstream: str | None) -> socket.socket | None:
+    if upstream is None:
+        return None
+    host, _, port = upstream.rpartition(":")
+    try:
+        return socket.create_connection((host, int(port)))
+    except OSError:
+        return None
 
 
 def _shut(end: socket.socket, how: int) -> None:

@@ -1,5 +1,6 @@
-"""A client in plain gRPC and generated code, as another language would have it: nothing is numbered, repeated or
-hidden for the test, and every message is ordinary protobuf, payload included.
+"""A client in plain gRPC and generated code, as another language would have it.
+
+Nothing is numbered, repeated or hidden for the test, and every message is ordinary protobuf, payload included.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+from tests.integration.events import PATIENCE_SECONDS
 
 from stepwire.status import error_from_call
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
@@ -21,9 +23,6 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 
 __all__ = ["RawClient", "RawStream", "Refused", "commit", "step_message"]
-
-# Only bounds a test that would hang.
-_PATIENCE_SECONDS = 30.0
 
 Vector = npt.NDArray[np.float32]
 
@@ -79,7 +78,7 @@ class RawStream:
 
     def __init__(self, stub: OptimizerServiceStub, opening: pb.AttachOpen) -> None:
         self._outbox: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
-        self._call = stub.Attach(iter(self._outbox.get, None), timeout=_PATIENCE_SECONDS)
+        self._call = stub.Attach(iter(self._outbox.get, None), timeout=PATIENCE_SECONDS)
         self.send(pb.AttachRequest(open=opening))
 
     def send(self, message: pb.AttachRequest) -> None:
@@ -121,7 +120,7 @@ class RawClient:
     def call(self, method: str, request: Any) -> Any:
         """Call a unary method."""
         with _refusals():
-            return getattr(self._stub, method)(request, timeout=_PATIENCE_SECONDS)
+            return getattr(self._stub, method)(request, timeout=PATIENCE_SECONDS)
 
     def info(self) -> pb.GetServerInfoResponse:
         """Ask the server how it is."""
@@ -151,7 +150,7 @@ class RawClient:
     def step_later(self, session_id: str, token: int, step: int, gradient: Vector) -> grpc.Future:
         """Begin to take a step in one call; `settle` awaits its answer."""
         future: grpc.Future = self._stub.Step.future(
-            step_request(session_id, token, step, gradient), timeout=_PATIENCE_SECONDS
+            step_request(session_id, token, step, gradient), timeout=PATIENCE_SECONDS
         )
         return future
 

@@ -11,12 +11,12 @@ import random
 from collections.abc import Callable
 
 import pytest
-
-import stepwire
-from stepwire_server.app import Server
 from tests.integration.http2 import Unit
 from tests.integration.proxy import Cut, Direction, Proxy, Traffic
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
+
+import stepwire
+from stepwire_server.app import Server
 
 _SEED = 1_812_06
 
@@ -107,6 +107,46 @@ def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
         proxy.disarm()
         assert proxy.cuts > cuts
     twins.compare()
+
+
+@models
+@directions
+def test_a_creation_cut_anywhere_makes_one_session(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model: Model, direction: Direction
+) -> None:
+    """Through creation, load, pull and reading all of the state: one session, as it was meant."""
+    client, calm = connect(proxy.target), model.create(connect(server.target))
+    for after in itertools.count():
+        cuts, sessions = proxy.cuts, server.registry.statistics().sessions
+        client.info()  # so that the connection is open and quiet
+        proxy.arm(Cut(direction, "message", after))
+        session = model.create(client)
+        parameters, state = session.pull(), session.state()
+        proxy.disarm()
+        assert server.registry.statistics().sessions == sessions + 1
+        assert bits(parameters) == bits(model.parameters())
+        assert same_bits(state, calm.state())
+        if proxy.cuts == cuts:
+            break
+    assert after >= 4
+
+
+@models
+@directions
+def test_a_load_of_state_cut_anywhere_is_loaded_once(twins: Twins, proxy: Proxy, direction: Direction) -> None:
+    """All of the state of one session becomes that of another, which then steps as the first does."""
+    for after in itertools.count():
+        cuts = proxy.cuts
+        twins.step()
+        proxy.arm(Cut(direction, "message", after))
+        twins.disturbed.load_state(twins.calm.state())
+        proxy.disarm()
+        twins.compare()
+        if proxy.cuts == cuts:
+            break
+    twins.step()
+    twins.compare()
+    assert after >= 1
 
 
 def random_cut(chance: random.Random, traffic: dict[Direction, Traffic], *, first: bool) -> Cut:

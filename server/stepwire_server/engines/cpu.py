@@ -72,7 +72,7 @@ class CpuEngine:
         return self._device
 
     def allocate(self, slots: Sequence[str], size: int) -> CpuState:
-        """See `Engine.allocate`. Every page is touched here, so that no step has to wait for the kernel."""
+        """See `Engine.allocate`. Every page is touched here, so that no step has to wait for the system to map it."""
         try:
             arrays = {slot: np.empty(size, np.float32) for slot in slots}
         except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
@@ -165,7 +165,7 @@ class CpuState:
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
-        assert isinstance(other, CpuState)
+        assert isinstance(other, CpuState) and other._size == self._size
         self._arrays.update(other._arrays)
         other.close()
 

@@ -1,8 +1,8 @@
 """The engine that keeps state in GPU memory, on CuPy. Unverified on a GPU.
 
-The simplest correct form: one slab of device memory a session, one kernel a call, copies to and from pageable
-memory on the default stream, so that every call has finished when it returns. The tests run it through a stand-in
-for CuPy that executes the same generated kernels on the processor, and compile them for real devices.
+The simplest correct form: an array of device memory a slot, one kernel a call, and copies to and from pageable
+memory, all on the default stream, which keeps them in order. The tests run it through a stand-in for CuPy that
+executes the same generated kernels on the processor, and compile them for real devices.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ __all__ = ["CudaEngine"]
 _THREADS = 256
 _MOST_BLOCKS = 65_535  # kernels stride over the rest
 
-# Each slot starts at a multiple of so many elements, that is, on a 256-byte boundary.
-_ALIGNMENT = 64
-
 
 class CudaEngine:
     """Flat arrays in the memory of one GPU. Unverified on a GPU. Thread-safe, unlike its states."""
@@ -51,20 +48,19 @@ class CudaEngine:
         return self._device
 
     def allocate(self, slots: Sequence[str], size: int) -> CudaState:
-        """See `Engine.allocate`."""
-        stride = -(-size // _ALIGNMENT) * _ALIGNMENT
+        """See `Engine.allocate`. Each slot is an array of its own, so that `adopt` frees what it replaces."""
         cupy = self.kernels.cupy
         try:
             with self.kernels.device():
-                slab = cupy.zeros(stride * len(slots), np.float32)
+                arrays = {slot: cupy.zeros(size, np.float32) for slot in slots}
         except cupy.cuda.memory.OutOfMemoryError as problem:
-            needed_bytes = 4 * stride * len(slots)
+            self.kernels.free_unused()
+            needed_bytes = 4 * size * len(slots)
             raise ResourceExhaustedError(
                 f"no memory on {self._device.name} ({self._device.description}) for {len(slots)} arrays of {size} "
                 f"float32 ({needed_bytes} bytes); close a session or use another device",
                 metadata={"needed_bytes": needed_bytes, "device": self._device.name},
             ) from problem
-        arrays = {slot: slab[i * stride : i * stride + size] for i, slot in enumerate(slots)}
         return CudaState(self.kernels, arrays, size)
 
     def prepare(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
@@ -89,7 +85,7 @@ class CudaEngine:
 
 
 class CudaState:
-    """The arrays of one session, parts of one slab; see `EngineState`. Unverified on a GPU."""
+    """The arrays of one session; see `EngineState`. Unverified on a GPU."""
 
     def __init__(self, kernels: _Kernels, arrays: dict[str, Any], size: int) -> None:
         """Take over zeroed `(size,) float32` device arrays, one a slot."""
@@ -160,11 +156,11 @@ class CudaState:
         check_range("state", start, start + len(values), self._size)
         decoded = np.empty(len(values), np.float32)
         convert(values, decoded)
-        self._arrays[slot][start : start + len(values)].set(decoded)
+        self._kernels.overwrite(self._arrays[slot][start : start + len(values)], decoded)
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
-        assert isinstance(other, CudaState)
+        assert isinstance(other, CudaState) and other._size == self._size
         self._arrays.update(other._arrays)
         other.close()
 
@@ -197,8 +193,14 @@ class _Kernels:
     def upload(self, values: HostArray) -> Any:
         with self.device():
             copy = self.cupy.empty(len(values), values.dtype)
-            copy.set(values)
+            self.overwrite(copy, values)
         return copy
+
+    def overwrite(self, array: Any, values: HostArray) -> None:
+        """Copy from the host and wait: some machines copy even pageable memory after the call has returned."""
+        with self.device():
+            array.set(values)
+            self.cupy.cuda.get_current_stream().synchronize()
 
     def update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Any:
         """Return the fused kernel; `update_module` documents its arguments."""

@@ -78,6 +78,10 @@ def _require_private(directory: pathlib.Path) -> None:
 
 @functools.cache
 def _temporary() -> pathlib.Path:
-    directory = tempfile.mkdtemp(prefix="stepwire-kernels-")
+    """Make one private directory a process; where nothing can be written, name a place where `store` fails."""
+    try:
+        directory = tempfile.mkdtemp(prefix="stepwire-kernels-")
+    except OSError:
+        return pathlib.Path(os.devnull) / "kernels"
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return pathlib.Path(directory)

@@ -62,8 +62,8 @@ class EngineState(Protocol):
     def stage(self, payload: HostArray) -> Gradient:
         """Take a received 1-D chunk of any wire dtype, contiguous but perhaps unaligned.
 
-        The CPU engine keeps the received bytes as they are (it copies only an unaligned chunk); a GPU
-        engine copies them to the device. The payload must stay unchanged until the gradient is dropped.
+        The CPU engine keeps the received bytes as they are, unaligned or not; a GPU engine copies them to
+        the device. The payload must stay unchanged until the gradient is dropped.
         """
         ...
 
@@ -71,6 +71,7 @@ class EngineState(Protocol):
         """Sum the squares of `gradient[begin:end]`, accumulated in float64.
 
         Squares of float32 cannot overflow float64, so the result is finite exactly if every element is.
+        The order of additions is fixed: the same range gives the same bits on every engine and processor.
         """
         ...
 

@@ -145,18 +145,19 @@ def _scalars(l2: bool, corrected: bool) -> Callable[[Hyperparameters, int], tupl
     """Return the function that computes a rule's scalars, in the order of its last eight arguments."""
 
     def scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
-        decay = hyper.weight_decay if l2 else 1.0 - hyper.lr * hyper.weight_decay
-        correction1 = 1.0 - hyper.beta1**t if corrected else 1.0
-        correction2 = 1.0 - hyper.beta2**t if corrected else 1.0
+        lr, beta1, beta2 = float(hyper.lr), float(hyper.beta1), float(hyper.beta2)
+        decay = float(hyper.weight_decay) if l2 else 1.0 - lr * hyper.weight_decay
+        correction1 = 1.0 - beta1**t if corrected else 1.0
+        correction2 = 1.0 - beta2**t if corrected else 1.0
         return (
             -1.0 if hyper.maximize else 1.0,
             decay,
-            1.0 - hyper.beta1,
-            hyper.beta2,
-            1.0 - hyper.beta2,
-            hyper.lr / correction1,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            lr / correction1,
             math.sqrt(correction2),
-            hyper.eps,
+            float(hyper.eps),
         )
 
     return scalars

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,7 @@ class FakeCupy(types.SimpleNamespace):
         self.broken_compiler = broken_compiler
         self.compiled: list[str] = []
         self.freed = 0
+        self.used_bytes = 0
         self.current = threading.local()
         self.cuda = types.SimpleNamespace(
             is_available=lambda: devices > 0,
@@ -164,6 +166,7 @@ class FakeCupy(types.SimpleNamespace):
                 getDeviceCount=lambda: devices, getDeviceProperties=lambda index: {"name": b"Pretended GPU"}
             ),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            get_current_stream=lambda: types.SimpleNamespace(synchronize=self.require_device),
             Device=self._device,
         )
 
@@ -186,9 +189,18 @@ class FakeCupy(types.SimpleNamespace):
 
     def empty(self, size: int, dtype: Any) -> FakeArray:
         self.require_device()
-        if size * np.dtype(dtype).itemsize > self.memory_bytes:
-            raise OutOfMemoryError(f"Out of memory allocating {size * np.dtype(dtype).itemsize} bytes")
-        return FakeArray(np.full(size, 77, dtype))
+        nbytes = size * np.dtype(dtype).itemsize
+        if self.used_bytes + nbytes > self.memory_bytes:
+            raise OutOfMemoryError(
+                f"Out of memory allocating {nbytes} bytes (allocated so far: {self.used_bytes} bytes)"
+            )
+        host = np.full(size, 77, dtype)
+        self.used_bytes += nbytes
+        weakref.finalize(host, self._release, nbytes)
+        return FakeArray(host)
+
+    def _release(self, nbytes: int) -> None:
+        self.used_bytes -= nbytes
 
     def zeros(self, size: int, dtype: Any) -> FakeArray:
         array = self.empty(size, dtype)

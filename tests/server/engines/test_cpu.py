@@ -8,8 +8,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stepwire.errors import ResourceExhaustedError
 from stepwire_server.engines import PARAM, CpuEngine
@@ -64,14 +62,13 @@ def test_too_much_memory_is_an_error_with_the_numbers(engine, size: int) -> None
     assert caught.value.metadata["needed_bytes"] == str(12 * size)
 
 
-def test_staged_chunks_stay_where_they_were_received(engine, unaligned) -> None:
-    state = engine.allocate(SLOTS, 4)
-    message = np.frombuffer(b"..." + bytes(range(64)), np.uint8)
+def test_staged_chunks_stay_where_they_were_received(engine) -> None:
+    message = np.zeros(67, np.uint8)
     payload = message[3:].view(np.float32)
-    chunk = state.stage(payload)
+    chunk = engine.allocate(SLOTS, 4).stage(payload)
     assert np.shares_memory(chunk.values, message)
     assert (chunk.dtype, len(chunk)) == (FLOAT32, 16)
-    assert payload.flags.writeable is False and message.flags.aligned
+    assert payload.flags.writeable, "the receiver's own view is untouched"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -91,15 +88,16 @@ def test_read_and_write_convert_unaligned_ranges(engine, name, wire, unaligned, 
     assert_same_bits(out.copy(), encoded[1:])
 
 
-def test_adopt_takes_the_arrays_and_leaves_nothing(engine, make_arrays) -> None:
+def test_adopt_takes_the_slots_of_the_other_and_leaves_it_empty(engine, make_arrays) -> None:
     arrays = make_arrays(RULE, 100)
-    old, new = engine.allocate(SLOTS, 100), engine.allocate(SLOTS, 100)
-    fill(new, arrays)
-    old.adopt(new)
-    assert new.nbytes == 0
-    new.close()
-    for slot, array in contents(old, 100).items():
-        assert (array == arrays[slot]).all()
+    state, other = engine.allocate(SLOTS, 100), engine.allocate((PARAM,), 100)
+    fill(state, arrays)
+    other.write(PARAM, 0, arrays["gradient"])
+    state.adopt(other)
+    assert (other.nbytes, state.nbytes) == (0, 1200)
+    got = contents(state, 100)
+    assert (got[PARAM] == arrays["gradient"]).all()
+    assert all((got[slot] == arrays[slot]).all() for slot in RULE.slots)
 
 
 def test_ranges_outside_the_arrays_are_refused(engine, scalars_of) -> None:
@@ -123,27 +121,6 @@ def test_ranges_outside_the_arrays_are_refused(engine, scalars_of) -> None:
     with pytest.raises(IndexError):
         state.write(PARAM, -1, out)
     assert all((array == 0.0).all() for array in contents(state, 10).values())
-
-
-@settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, 300), max_size=5), offset=st.integers(0, 40), data=st.data())
-def test_results_do_not_depend_on_where_a_range_is_split(
-    engine, make_arrays, scalars_of, assert_same_bits, cuts, offset, data
-) -> None:
-    rule_arrays = make_arrays(RULE, 340, seed=data.draw(st.integers(0, 5)), special=True)
-    whole, parts = engine.allocate(SLOTS, 340), engine.allocate(SLOTS, 340)
-    fill(whole, rule_arrays)
-    fill(parts, rule_arrays)
-    scalars, answers = scalars_of(RULE), [np.zeros(300, np.float32), np.zeros(300, np.float32)]
-    whole.update(RULE, scalars, offset, whole.stage(rule_arrays["gradient"]), 0, 300, answers[0])
-    edges = [0, *sorted(cuts), 300]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        piece = parts.stage(rule_arrays["gradient"][begin:end].copy())
-        parts.update(RULE, scalars, offset + begin, piece, 0, end - begin, answers[1][begin:end])
-    assert_same_bits(answers[1], answers[0])
-    got, want = contents(parts, 340), contents(whole, 340)
-    for slot in SLOTS:
-        assert_same_bits(got[slot], want[slot], slot)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(make_arrays, scalars_of, assert_same_bits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import math
@@ -131,7 +132,8 @@ def test_amsgrad_keeps_the_maximum_of_the_raw_second_moment() -> None:
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
 def test_update_takes_what_the_rule_says(rule) -> None:
-    scalars = rule.scalars(AdamW().hyperparameters(), 1)
+    integers = dataclasses.replace(AdamW().hyperparameters(), lr=1, beta2=0, eps=np.float32(1), weight_decay=2)
+    scalars = rule.scalars(integers, 1)
     assert len(inspect.signature(rule.update).parameters) == 2 + len(rule.slots) + len(scalars)
     assert all(type(scalar) is float for scalar in scalars)
     result = rule.update(1.0, 1.0, *[0.0] * len(rule.slots), *scalars)

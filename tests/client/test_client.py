@@ -1,0 +1,208 @@
+"""A client against a real server: sessions made, found, listed, and everything refused that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import stepwire
+import stepwire_server.testing
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
+
+ONE = {"w": np.ones(3, np.float32)}
+
+
+def test_a_server_tells_what_it_is(client: stepwire.Client) -> None:
+    info = client.info()
+    assert info.version == stepwire.__version__
+    assert (info.protocol_min, info.protocol_max) == (PROTOCOL_MIN, PROTOCOL_MAX)
+    assert list(info.devices) == ["cpu"]
+    assert (info.max_chunk_bytes, info.draining) == (64 << 10, False)
+    assert info.features == tuple(sorted(info.features))
+
+
+def test_a_created_session_holds_the_parameters(client: stepwire.Client) -> None:
+    parameters = {
+        "w": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "half": np.array([1.5, -2.25], np.float16),
+        "brain": np.array(3.0, ml_dtypes.bfloat16),
+    }
+    with client.create_session(parameters) as session:
+        assert session.shapes == {"w": (3, 4), "half": (2,), "brain": ()}
+        assert session.applied_step == 0
+        pulled = session.pull()
+    assert isinstance(pulled, dict)
+    for name, value in parameters.items():
+        assert pulled[name].dtype == np.float32
+        assert pulled[name].tolist() == value.astype(np.float32).tolist()
+
+
+def test_a_list_of_parameters_comes_back_as_a_list(client: stepwire.Client) -> None:
+    with client.create_session([np.float32([1, 2]), np.float32(3)]) as session:
+        pulled = session.pull()
+    assert isinstance(pulled, list)
+    assert [array.tolist() for array in pulled] == [[1.0, 2.0], 3.0]
+
+
+def test_a_session_is_found_by_its_id(client: stepwire.Client) -> None:
+    with client.create_session(ONE) as session:
+        session.step(ONE)
+        found = client.session(session.session_id)
+        assert (found.applied_step, found.shapes) == (1, {"w": (3,)})
+        assert found.pull()["w"].tobytes() == session.pull()["w"].tobytes()  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("session_id", ["", "0" * 32, "../../etc/passwd", "\n", "é" * 100])
+def test_an_unknown_session_is_not_found(client: stepwire.Client, session_id: str) -> None:
+    with pytest.raises(stepwire.SessionNotFoundError) as failed:
+        client.session(session_id)
+    assert failed.value.metadata == {"session_id": session_id[:64]}
+
+
+def test_listing_crosses_pages_in_order_of_ids() -> None:
+    """A page is 100; a server of the test's own, so that no other test's sessions are listed."""
+    with stepwire_server.testing.serving() as target, stepwire.connect(target) as client:
+        made = [client.create_session(ONE, label=f"run {number}").session_id for number in range(103)]
+        listed = list(client.sessions())
+    assert [info.session_id for info in listed] == sorted(made)
+    assert {info.label for info in listed} == {f"run {number}" for number in range(103)}
+
+
+def test_a_listed_session_tells_how_it_stands(client: stepwire.Client) -> None:
+    with client.create_session(ONE, label="α run", lease_seconds=120.0) as session:
+        session.step(ONE)
+        (info,) = [info for info in client.sessions() if info.session_id == session.session_id]
+        assert (info.label, info.applied_step, info.durable_step, info.device) == ("α run", 1, 0, "cpu")
+        assert (info.ready, info.attached, info.memory_bytes) == (True, True, 3 * 3 * 4)
+        assert 100.0 < (info.expire_time - info.create_time).total_seconds() < 150.0
+
+
+def test_the_same_request_id_is_the_same_session(client: stepwire.Client) -> None:
+    with client.create_session(ONE, request_id="job-7") as first:
+        first.step(ONE)
+        again = client.create_session({"w": np.zeros(3, np.float32)}, request_id="job-7")
+        assert (again.session_id, again.applied_step) == (first.session_id, 1)
+        assert again.pull()["w"].tobytes() == first.pull()["w"].tobytes()  # type: ignore[call-overload]
+
+
+def test_the_same_request_id_with_another_config_is_refused(client: stepwire.Client) -> None:
+    with (
+        client.create_session(ONE, request_id="job-8"),
+        pytest.raises(stepwire.InvalidRequestError, match="'job-8' created another session before") as refused,
+    ):
+        client.create_session(ONE, optimizer=stepwire.Adam(lr=0.5), request_id="job-8")
+    assert refused.value.metadata == {"field": "request_id"}
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"non_finite": "ignore"}, "non_finite"),
+        ({"gradient_dtype": "float64"}, "gradient_dtype"),
+        ({"reply_dtype": np.int8}, "reply_dtype"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"lease_seconds": -1.0}, "lease_seconds"),
+        ({"lease_seconds": 0.0}, "lease_seconds"),
+        ({"lease_seconds": float("nan")}, "lease_seconds"),
+        ({"lease_seconds": 1e9}, "config.lease_seconds"),
+        ({"label": "x" * 129}, "config.label"),
+        ({"label": "two\nlines"}, "config.label"),
+        ({"request_id": "has space"}, "request_id"),
+        ({"groups": [{"params": ["v"]}]}, "groups[0].params"),
+        ({"groups": [{"params": ["w"]}, {"params": ["w"]}]}, "groups[1].params"),
+        ({"groups": [{"params": ["w"], "momentum": 0.9}]}, "groups[0].momentum"),
+        ({"groups": [{"params": ["w"], "lr": -1.0}]}, "groups[0].lr"),
+        ({"groups": [{"lr": 0.1}]}, "groups[0].params"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(client: stepwire.Client, options: dict[str, Any], field: str) -> None:
+    before = client.info().sessions
+    with pytest.raises(stepwire.InvalidRequestError) as refused:
+        client.create_session(ONE, **options)
+    assert refused.value.metadata["field"] == field
+    assert client.info().sessions == before
+
+
+@pytest.mark.parametrize("parameters", [{}, []])
+def test_a_model_without_tensors_is_refused(client: stepwire.Client, parameters: Any) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="0 tensors"):
+        client.create_session(parameters)
+
+
+@pytest.mark.parametrize(
+    ("formula", "feature"),
+    [("keras", "formula_keras"), ("optax", "formula_optax"), ("decay_after", "formula_decay_after")],
+)
+def test_a_formula_that_is_not_served_is_refused_at_creation(
+    client: stepwire.Client, formula: Any, feature: str
+) -> None:
+    with pytest.raises(stepwire.UnsupportedFeatureError) as refused:
+        client.create_session(ONE, optimizer=stepwire.Adam(formula=formula))
+    assert refused.value.metadata == {"field": "config.optimizer.formula", "feature": feature}
+
+
+def test_tensors_in_no_group_form_one_more_with_the_optimizers_numbers(client: stepwire.Client) -> None:
+    parameters = {name: np.ones(2, np.float32) for name in ("a", "b", "c")}
+    groups = [{"params": ["c"], "lr": 0.5}, {"params": ["a"], "betas": (0.5, 0.25), "maximize": True}]
+    with client.create_session(parameters, optimizer=stepwire.Adam(lr=0.125), groups=groups) as session:
+        session.step(parameters)
+        assert session.last_result is not None
+        numbers = [group.hyperparameters for group in session.last_result.groups]
+    base = stepwire.Adam(lr=0.125).hyperparameters()
+    assert numbers == [
+        base,
+        base.replace({"lr": 0.5}),
+        base.replace({"betas": (0.5, 0.25), "maximize": True}),
+    ]
+
+
+def test_groups_that_name_every_tensor_are_all_there_is(client: stepwire.Client) -> None:
+    parameters = {name: np.ones(2, np.float32) for name in ("a", "b")}
+    with client.create_session(parameters, groups=[{"params": ["b"]}, {"params": ["a"], "eps": 0.5}]) as session:
+        session.step(parameters)
+        assert session.last_result is not None
+        assert [group.hyperparameters.eps for group in session.last_result.groups] == [1e-8, 0.5]
+
+
+def test_another_protocol_is_refused_before_anything_is_created(scripted: Any) -> None:
+    info = pb.GetServerInfoResponse(version="9.0", protocol_min=PROTOCOL_MAX + 1, protocol_max=PROTOCOL_MAX + 4)
+    scripted.on("GetServerInfo", lambda request, context: info.SerializeToString())
+    with (
+        stepwire.connect(scripted.target) as client,
+        pytest.raises(stepwire.UnsupportedFeatureError, match=r"the server 9\.0 speaks protocol 2 to 5, this client 1"),
+    ):
+        client.create_session(ONE)
+
+
+def test_a_session_whose_parameters_cannot_be_loaded_is_not_left_behind(
+    client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows its id; it would hold its memory until the lease runs out."""
+    before = client.info().sessions
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise stepwire.DeadlineExceededError("late")
+
+    monkeypatch.setattr(stepwire.Session, "load", failing)
+    with pytest.raises(stepwire.DeadlineExceededError):
+        client.create_session(ONE)
+    assert client.info().sessions == before
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+def test_a_client_needs_a_positive_timeout(timeout: float) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="timeout"):
+        stepwire.connect("localhost:1", timeout=timeout)
+
+
+def test_closing_twice_is_harmless_and_leaves_the_sessions(target: str) -> None:
+    with stepwire.connect(target) as client:
+        session = client.create_session(ONE)
+        client.close()
+    client.close()
+    with stepwire.connect(target) as other:
+        other.session(session.session_id).close()

@@ -1,0 +1,370 @@
+"""Steps, loads and creations that are repeated, delayed, reordered or misnumbered: applied once, or refused by name."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from tests.integration.probes import chunks_staged
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient, RawStream, Refused, Vector, commit, settle, step_message
+from tests.integration.training import SMALL, WIDE, bits, same_bits, telemetry
+
+import stepwire
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.app import Server
+
+_SIZE = 12
+_SEED = 77
+
+Taken = tuple[str, int]
+"""A session's id and the token of its slot."""
+
+
+def gradient(step: int) -> Vector:
+    """Return the gradient of a step, the same whenever it is asked for."""
+    return np.random.default_rng((_SEED, step)).standard_normal(_SIZE, np.float32)
+
+
+@pytest.fixture
+def session(raw: RawClient) -> Taken:
+    """A session that starts at zeros."""
+    created = raw.create(_SIZE)
+    return created.session.session_id, created.attach_token
+
+
+@pytest.fixture
+def state(client: stepwire.Client) -> Callable[[Taken], stepwire.SessionState]:
+    """Read all of a session's state."""
+    return lambda taken: client.session(taken[0]).state()
+
+
+@pytest.fixture
+def expected(raw: RawClient, state: Callable[[Taken], stepwire.SessionState]) -> Callable[[int], stepwire.SessionState]:
+    """Return the state after so many steps, each sent once."""
+
+    def after(steps: int) -> stepwire.SessionState:
+        created = raw.create(_SIZE)
+        for step in range(1, steps + 1):
+            raw.step(created.session.session_id, created.attach_token, step, gradient(step))
+        return state((created.session.session_id, created.attach_token))
+
+    return after
+
+
+# --- steps in one call -------------------------------------------------------------------------------------
+
+
+def test_a_step_sent_twice_is_answered_twice_and_applied_once(raw, session, state, expected) -> None:
+    first, again = (raw.step(*session, 1, gradient(1)) for _ in range(2))
+    assert (first.result.replayed, again.result.replayed) == (False, True)
+    assert again.payload == first.payload
+    assert again.result.telemetry == first.result.telemetry
+    assert same_bits(state(session), expected(1))
+
+
+def test_a_replay_needs_no_gradient_and_applies_none(raw, session, state, expected) -> None:
+    first = raw.step(*session, 1, gradient(1))
+    again = raw.step(*session, 1, gradient(2))
+    assert (again.payload, again.result.replayed) == (first.payload, True)
+    assert same_bits(state(session), expected(1))
+
+
+def test_a_step_sent_by_many_at_once_is_applied_by_one(raw, session, state, expected) -> None:
+    for step in range(1, 21):
+        answers = [settle(one) for one in [raw.step_later(*session, step, gradient(step)) for _ in range(8)]]
+        assert sorted(answer.result.replayed for answer in answers) == [False] + [True] * 7
+        assert len({answer.payload for answer in answers}) == 1
+        assert len({answer.result.telemetry.SerializeToString() for answer in answers}) == 1
+    assert same_bits(state(session), expected(20))
+
+
+def test_steps_out_of_order_are_refused_until_their_turn(raw, session, state, expected) -> None:
+    with pytest.raises(Refused) as early:
+        raw.step(*session, 2, gradient(2))
+    assert early.value.row == ("ABORTED", "STEP_MISMATCH")
+    raw.step(*session, 1, gradient(1))
+    raw.step(*session, 2, gradient(2))
+    with pytest.raises(Refused) as late:
+        raw.step(*session, 1, gradient(1))
+    assert late.value.row == ("ABORTED", "STEP_SUPERSEDED")
+    assert same_bits(state(session), expected(2))
+
+
+def test_a_storm_of_repeated_late_and_early_steps(raw, session, state, expected) -> None:
+    """Each step is sent among others of its neighbourhood; whoever comes in time applies it, and only once."""
+    chance = random.Random(_SEED)
+    applied = 0
+    for step in range(1, 41):
+        numbers = [step, *(max(1, step + chance.randint(-3, 3)) for _ in range(5))]
+        chance.shuffle(numbers)
+        for number, one in [(number, raw.step_later(*session, number, gradient(number))) for number in numbers]:
+            try:
+                applied += not settle(one).result.replayed
+            except Refused as refused:
+                assert refused.row in {("ABORTED", "STEP_MISMATCH"), ("ABORTED", "STEP_SUPERSEDED")}, number
+    last = state(session).step
+    assert applied == last >= 40
+    assert same_bits(state(session), expected(last))
+
+
+# --- delayed streams ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def behind(proxy: Proxy) -> Iterator[RawClient]:
+    """A raw client behind the network that delays it."""
+    with RawClient(proxy.target) as client:
+        yield client
+
+
+def halves(step: int) -> list[pb.AttachRequest]:
+    """Return a step in three messages: two chunks and the commit."""
+    middle = _SIZE // 2
+    return [
+        step_message(step, gradient(step), slice(0, middle), commit=False),
+        step_message(step, gradient(step), slice(middle, _SIZE), begin=False, commit=False),
+        commit(),
+    ]
+
+
+def attached(client: RawClient, session: Taken) -> RawStream:
+    """Attach with the session's token, as a client that comes back."""
+    stream = client.attach(*session)
+    assert stream.receive().opened.attach_token == session[1]
+    return stream
+
+
+@pytest.mark.parametrize("sent_in_time", [0, 1, 2])
+@pytest.mark.parametrize("steps_meanwhile", [1, 2, 5])
+def test_a_delayed_step_is_a_replay_or_superseded(
+    raw, behind, proxy, server, session, state, expected, sent_in_time: int, steps_meanwhile: int
+) -> None:
+    """The delayed stream sends step 1, wholly or but for its first messages, after another has taken it and gone on."""
+    messages = halves(1)
+    late = attached(behind, session)
+    if sent_in_time:
+        staged = server.registry.get(session[0])
+        arrived = chunks_staged(staged)
+        for message in messages[:sent_in_time]:
+            late.send(message)
+        arrived.wait(sent_in_time)
+    proxy.hold("up")
+    for message in messages[sent_in_time:]:
+        late.send(message)
+    proxy.wait_held("up")
+
+    on_time = attached(raw, session)
+    results = [on_time.take(step_message(step, gradient(step))) for step in range(1, steps_meanwhile + 1)]
+    assert [result.replayed for result in results] == [False] * steps_meanwhile
+
+    proxy.release("up")
+    if steps_meanwhile == 1:
+        answer = late.receive()
+        assert answer.result.replayed
+        assert answer.result.telemetry == results[0].telemetry
+        assert np.frombuffer(answer.payload, np.float32).tobytes() == state(session).slots["param"]["w"].tobytes()
+    else:
+        with pytest.raises(Refused) as refused:
+            late.receive()
+        assert refused.value.row == ("ABORTED", "STEP_SUPERSEDED")
+        assert refused.value.metadata == {"expected_step": str(steps_meanwhile + 1), "actual_step": "1"}
+    assert same_bits(state(session), expected(steps_meanwhile))
+    assert on_time.take(step_message(steps_meanwhile + 1, gradient(steps_meanwhile + 1))).step == steps_meanwhile + 1
+
+
+def test_of_two_streams_with_one_step_the_first_to_commit_applies_it(raw, server, session, state, expected) -> None:
+    arrived = chunks_staged(server.registry.get(session[0]))
+    one, other = attached(raw, session), attached(raw, session)
+    for stream in (one, other):
+        for message in halves(1)[:2]:
+            stream.send(message)
+    arrived.wait(4)
+    assert not other.take(commit()).replayed
+    assert one.take(commit()).replayed
+    assert same_bits(state(session), expected(1))
+
+
+def test_a_third_stream_ends_the_first_that_stayed_silent(raw, session) -> None:
+    first, second, third = (attached(raw, session) for _ in range(3))
+    with pytest.raises(Refused) as refused:
+        first.receive()
+    assert refused.value.code == "CANCELLED"
+    assert third.take(step_message(1, gradient(1))).step == 1
+    assert second.take(step_message(1, gradient(1))).replayed
+
+
+@pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
+def test_what_a_client_gave_up_on_arrives_late_and_changes_nothing(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model
+) -> None:
+    """The real client's connection breaks with a whole step on its way, and the first copy arrives long after.
+
+    Meanwhile the client has repeated the step on a new connection, and gone on.
+    """
+    numbers = itertools.count(1)
+    disturbed, calm = model.create(connect(proxy.target)), model.create(connect(server.target))
+
+    def both() -> None:
+        step = next(numbers)
+        assert bits(disturbed.step(model.gradient(step))) == bits(calm.step(model.gradient(step)))
+        assert telemetry(disturbed.last_result) == telemetry(calm.last_result)
+
+    for meanwhile in (0, 1, 3, 0, 2):
+        both()
+        with proxy.recording() as traffic:
+            both()
+        stranded = proxy.strand(len(traffic["up"].messages))
+        both()
+        for _ in range(meanwhile):
+            both()
+        answers = stranded.deliver(len(traffic["down"].messages))
+        if meanwhile:
+            assert answers == []
+        else:
+            assert pb.AttachResponse.FromString(answers[-1]).result.replayed
+            assert pb.AttachResponse.FromString(answers[-1]).result.step == disturbed.applied_step
+        assert same_bits(disturbed.state(), calm.state())
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def step_in_a_call(raw: RawClient, session: Taken, step: int) -> None:
+    raw.step(*session, step, gradient(1))
+
+
+def step_on_a_stream(raw: RawClient, session: Taken, step: int) -> None:
+    attached(raw, session).take(step_message(step, gradient(1)))
+
+
+@pytest.mark.parametrize("way", [step_in_a_call, step_on_a_stream])
+@pytest.mark.parametrize(
+    ("applied", "step", "reason"),
+    [
+        (0, 0, "STEP_SUPERSEDED"),
+        (0, 2, "STEP_MISMATCH"),
+        (0, 2**63, "STEP_MISMATCH"),
+        (0, 2**64 - 1, "STEP_MISMATCH"),
+        (3, 0, "STEP_SUPERSEDED"),
+        (3, 1, "STEP_SUPERSEDED"),
+        (3, 2, "STEP_SUPERSEDED"),
+        (3, 5, "STEP_MISMATCH"),
+        (3, 2**63, "STEP_MISMATCH"),
+        (3, 2**64 - 1, "STEP_MISMATCH"),
+    ],
+)
+def test_a_number_that_is_not_next(raw, session, state, way, applied: int, step: int, reason: str) -> None:
+    for number in range(1, applied + 1):
+        raw.step(*session, number, gradient(number))
+    before = state(session)
+    with pytest.raises(Refused) as refused:
+        way(raw, session, step)
+    assert refused.value.row == ("ABORTED", reason)
+    assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": str(step)}
+    assert refused.value.retry_after_seconds is None
+    assert same_bits(state(session), before)
+    assert raw.step(*session, applied + 1, gradient(1)).result.step == applied + 1
+
+
+# --- loads -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unloaded(raw: RawClient) -> Taken:
+    """A session that waits for its parameters."""
+    created = raw.create(_SIZE, zeros=False)
+    return created.session.session_id, created.attach_token
+
+
+def test_a_load_sent_twice_is_loaded_once(raw, unloaded, state) -> None:
+    first, again = (raw.load(*unloaded, 1, gradient(0)) for _ in range(2))
+    assert (first.replayed, again.replayed) == (False, True)
+    assert (first.session.applied_load, again.session.applied_load) == (1, 1)
+    assert state(unloaded).slots["param"]["w"].tobytes() == gradient(0).tobytes()
+
+
+def test_a_delayed_duplicate_of_a_load_does_not_undo_the_steps_since(raw, unloaded, state) -> None:
+    raw.load(*unloaded, 1, gradient(0))
+    for step in range(1, 4):
+        raw.step(*unloaded, step, gradient(step))
+    before = state(unloaded)
+    assert raw.load(*unloaded, 1, gradient(0)).replayed
+    assert same_bits(state(unloaded), before)
+    raw.load(*unloaded, 2, gradient(9))
+    with pytest.raises(Refused) as refused:
+        raw.load(*unloaded, 1, gradient(0))
+    assert refused.value.row == ("ABORTED", "STEP_SUPERSEDED")
+    assert refused.value.metadata == {"expected_load": "3", "actual_load": "1"}
+    assert state(unloaded).slots["param"]["w"].tobytes() == gradient(9).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"), [(0, "STEP_SUPERSEDED"), (2, "STEP_MISMATCH"), (2**64 - 1, "STEP_MISMATCH")]
+)
+def test_a_load_that_is_not_next(raw, unloaded, load: int, reason: str) -> None:
+    with pytest.raises(Refused) as refused:
+        raw.load(*unloaded, load, gradient(0))
+    assert refused.value.row == ("ABORTED", reason)
+    assert refused.value.metadata == {"expected_load": "1", "actual_load": str(load)}
+    assert not raw.load(*unloaded, 1, gradient(0)).replayed
+
+
+def test_a_step_before_the_first_load_is_refused_and_not_used_up(raw, unloaded) -> None:
+    with pytest.raises(Refused) as refused:
+        raw.step(*unloaded, 1, gradient(1))
+    assert refused.value.row == ("FAILED_PRECONDITION", "SESSION_NOT_READY")
+    raw.load(*unloaded, 1, gradient(0))
+    assert not raw.step(*unloaded, 1, gradient(1)).result.replayed
+
+
+# --- creations ---------------------------------------------------------------------------------------------
+
+
+def test_a_creation_sent_twice_makes_one_session(raw, server) -> None:
+    first = raw.create(request_id="once")
+    held = server.registry.statistics()
+    again = raw.create(request_id="once")
+    assert again.session.session_id == first.session.session_id
+    assert again.attach_token == first.attach_token
+    assert server.registry.statistics() == held
+
+
+def test_a_creation_sent_by_many_at_once_makes_one_session(server, connect) -> None:
+    clients = [RawClient(server.target) for _ in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
+        created = list(pool.map(lambda client: client.create(request_id="once"), clients))
+    for client in clients:
+        client.close()
+    assert len({answer.session.session_id for answer in created}) == 1
+    assert server.registry.statistics().sessions == 1
+
+
+def test_a_creation_repeated_after_steps_finds_the_session_as_it_is(raw, state) -> None:
+    first = raw.create(_SIZE, request_id="once")
+    taken = first.session.session_id, first.attach_token
+    raw.step(*taken, 1, gradient(1))
+    before = state(taken)
+    again = raw.create(_SIZE, request_id="once")
+    assert (again.session.session_id, again.session.applied_step) == (taken[0], 1)
+    assert same_bits(state(taken), before)
+
+
+def test_another_config_under_the_same_request_id_is_refused(raw, server) -> None:
+    raw.create(request_id="once")
+    held = server.registry.statistics()
+    with pytest.raises(Refused) as refused:
+        raw.create(request_id="once", lr=0.5)
+    assert refused.value.row == ("INVALID_ARGUMENT", "INVALID_CONFIG")
+    assert refused.value.metadata == {"field": "request_id"}
+    assert server.registry.statistics() == held
+
+
+def test_a_request_id_is_free_again_when_its_session_has_ended(raw) -> None:
+    first = raw.create(request_id="once").session.session_id
+    raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=first))
+    assert raw.create(request_id="once", lr=0.5).session.session_id != first
