@@ -1,4 +1,4 @@
-"""`make gpu`: the CUDA engine beside the copy speed of the same device. Unverified on a GPU until a results file exists.
+"""`make gpu`: the CUDA engine beside the copy speed of the same device. Unverified on a GPU.
 
 Needs CuPy, NumPy, ml_dtypes and protobuf, and a CUDA device; installs nothing. Writes results/<device>.json.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import machine
 import numpy as np
 
+import machine
 import stepwire
 from stepwire.codecs import BFLOAT16, FLOAT32
 from stepwire_server import rules

@@ -63,6 +63,9 @@ class AttachedStream:
         )
         self._call = stub(self._outbox)
         self._watchdog = Watchdog(self._call.cancel)
+        # Its two threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
+        if not self._call.add_callback(self._release):
+            self._release()
         try:
             first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
         except BaseException:
@@ -76,8 +79,10 @@ class AttachedStream:
         Raises:
             StepwireError: the server's refusal, a broken connection, or the deadline.
         """
-        self._outbox.put(frames)
         self._watchdog.arm(deadline.remaining())
+        if self._watchdog.barked:  # as the step before ended: too late for that one, and no fault of this one
+            raise UnavailableError("the stream was cancelled between two steps; attach again")
+        self._outbox.put(frames)
         try:
             while True:
                 yield read_frame(pb.AttachResponse, self._receive(deadline))
@@ -86,9 +91,12 @@ class AttachedStream:
 
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
+        self._release()
+        self._call.cancel()
+
+    def _release(self) -> None:
         self._outbox.close()
         self._watchdog.close()
-        self._call.cancel()
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import pathlib
 import signal
@@ -98,6 +99,10 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with Server(settings) as server:
+        # What imports and start-up made lives as long as the process: keep the collector from walking it again and
+        # again in the middle of steps.
+        gc.collect()
+        gc.freeze()
         stop.wait()
         if not server.drain():
             raise typer.Exit(1)

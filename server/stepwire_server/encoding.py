@@ -51,31 +51,24 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
     return message
 
 
-def encode_record(record: StepRecord, durable_step: int) -> step_pb2.StepResult:
-    """Encode what a step did."""
-    result = step_pb2.StepResult(
-        step=record.step,
-        durable_step=durable_step,
-        epoch=record.epoch,
-        replayed=record.replayed,
-        skipped=record.skipped,
-        telemetry=step_pb2.Telemetry(
-            grad_norm=record.grad_norm,
-            clipped_grad_norm=record.grad_norm,
-            clip_coefficient=1.0,
-            non_finite_count=record.non_finite_count,
-            receive_seconds=record.receive_seconds,
-            queue_seconds=record.queue_seconds,
-            apply_seconds=record.apply_seconds,
-        ),
-    )
+def encode_record(record: StepRecord, durable_step: int, result: step_pb2.StepResult) -> None:
+    """Encode what a step did into a message; in place, as a nested message that is assigned is copied."""
+    result.step = record.step
+    result.durable_step = durable_step
+    result.epoch = record.epoch
+    result.replayed = record.replayed
+    result.skipped = record.skipped
+    telemetry = result.telemetry
+    telemetry.grad_norm = telemetry.clipped_grad_norm = record.grad_norm
+    telemetry.clip_coefficient = 1.0
+    telemetry.non_finite_count = record.non_finite_count
+    telemetry.receive_seconds = record.receive_seconds
+    telemetry.queue_seconds = record.queue_seconds
+    telemetry.apply_seconds = record.apply_seconds
     for group in record.groups:
-        result.telemetry.groups.add(
-            grad_norm=group.grad_norm,
-            t=group.t,
-            hyperparameters=hyperparameters_to_wire(group.hyperparameters),
+        telemetry.groups.add(
+            grad_norm=group.grad_norm, t=group.t, hyperparameters=hyperparameters_to_wire(group.hyperparameters)
         )
-    return result
 
 
 def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig:

@@ -61,6 +61,7 @@ class Registry:
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self._streams: set[Attachment] = set()
+        self._uploads: set[Attachment] = set()
 
     def create(self, request_id: str, plan: SessionPlan) -> Created:
         """Create a session, or return the one that this request created before.
@@ -72,7 +73,8 @@ class Registry:
         # One creation at a time: a repeated request that overtakes the first would otherwise make two. Allocating
         # and compiling take a while, so the maps have a lock of their own that nobody holds for long.
         with self._creation:
-            if (known := self._by_request.get(request_id)) is not None and not known.ledger.closed:
+            known = self._by_request.get(request_id)
+            if known is not None and not known.ledger.closed and not known.expired(self.clock()):
                 return self._created_before(request_id, known, plan)
             if len(self._sessions) >= self._max_sessions:
                 raise ResourceExhaustedError(
@@ -141,12 +143,36 @@ class Registry:
             with self._lock:
                 self._streams.discard(attachment)
 
+    @contextmanager
+    def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+        """Watch a load for a block; yields what to call, always true, with each message it brings.
+
+        The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
+        counted as streams, or a server with as many clients as it takes would refuse every load.
+        """
+        attachment = Attachment(cancel, self.clock())
+        attachment.in_step = True
+
+        def seen() -> bool:
+            attachment.last_seen = self.clock()
+            return True
+
+        with self._lock:
+            self._uploads.add(attachment)
+        try:
+            yield seen
+        finally:
+            with self._lock:
+                self._uploads.discard(attachment)
+
     def sweep(self) -> list[str]:
-        """End expired sessions and cancel silent streams; returns the ended ids."""
+        """End expired sessions and cancel silent streams and loads; returns the ended ids."""
         now = self.clock()
         with self._lock:
             expired = [session for session in self._sessions.values() if session.expired(now)]
-            silent = [stream for stream in self._streams if stream.overdue(now, self._step_idle_seconds)]
+            silent = [
+                stream for stream in self._streams | self._uploads if stream.overdue(now, self._step_idle_seconds)
+            ]
         for stream in silent:
             stream.cancel()
         self._end(expired)

@@ -127,23 +127,25 @@ class OptimizerService:
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
         frames = (read_frame(pb.AttachRequest, data) for data in messages)
-        opening = _opening(frames)
-        if opening.slot != 0:
-            raise unsupported("open.slot", "aggregation")
-        session = self._registry.get(opening.session_id)
-        with (
-            self._registry.stream(context.cancel) as attachment,
-            session.attached(attachment, opening.attach_token, opening.epoch) as token,
-        ):
-            yield _opened(session, token, opening.transport).SerializeToString()
-            yield from StepStream(
-                session,
-                attachment,
-                self._gate,
-                self._workers,
-                self._registry.clock,
-                self._config.max_chunk_bytes,
-            ).answers(frames)
+        with self._registry.stream(context.cancel) as attachment:
+            # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
+            # take every thread otherwise.
+            attachment.in_step = True
+            opening: pb.AttachOpen = _opening(frames).message.open
+            attachment.in_step = False
+            if opening.slot != 0:
+                raise unsupported("open.slot", "aggregation")
+            session = self._registry.get(opening.session_id)
+            with session.attached(attachment, opening.attach_token, opening.epoch) as token:
+                yield _opened(session, token, opening.transport).SerializeToString()
+                yield from StepStream(
+                    session,
+                    attachment,
+                    self._gate,
+                    self._workers,
+                    self._registry.clock,
+                    self._config.max_chunk_bytes,
+                ).answers(frames)
 
     def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Take one step of a small session in one call."""
@@ -162,27 +164,25 @@ class OptimizerService:
 
     def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
         """Stream state in."""
-        frames = (read_frame(pb.LoadRequest, data) for data in messages)
-        opening = next(frames, None)
-        if opening is None or not opening.message.HasField("open"):
-            raise invalid_frame("open", "the first message must carry `open`")
-        session = self._registry.get(opening.message.open.session_id)
-        with self._gate:
-            loaded = transfer.load(session, opening, frames)
+        with self._registry.upload(context.cancel) as seen:
+            frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
+            opening = _opening(frames)
+            session = self._registry.get(opening.message.open.session_id)
+            with self._gate:
+                loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
         )
 
 
-def _opening(frames: Iterator[Frame]) -> pb.AttachOpen:
+def _opening(frames: Iterator[Frame]) -> Frame:
     first = next(frames, None)
     if first is None or not first.message.HasField("open"):
         raise invalid_frame("open", "the first message of a stream must carry `open`")
-    others = [name for name in ("begin", "chunk", "commit") if first.message.HasField(name)]
+    others = [field.name for field, _ in first.message.ListFields() if field.name not in ("open", "padding")]
     if others or first.payload.size:
         raise invalid_frame(others[0] if others else "payload", "the first message of a stream carries `open` alone")
-    opening: pb.AttachOpen = first.message.open
-    return opening
+    return first
 
 
 def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachResponse:

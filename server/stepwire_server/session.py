@@ -75,6 +75,7 @@ class Session:
         self._engine = engine
         self._budget = budget
         self._lock = threading.Lock()
+        self._prepared: tuple[Any, ...] = (None, None, None)
         self._progress = Progress(plan.layout, [0] * len(plan.layout.tensors))
         state_bytes = STATE_ITEMSIZE * plan.layout.size * len(self.slots)
         gradient_bytes = plan.layout.size * max(plan.gradient_dtype.itemsize, plan.reply_dtype.itemsize)
@@ -373,8 +374,12 @@ class Session:
                 self._memory.release()
 
     def _prepare(self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any]) -> None:
+        """Compile what a step needs, unless the step before needed the same."""
+        if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
+            return
         for hyper in groups:
             self._engine.prepare(rules.rule_for(self.plan.optimizer, hyper), gradient, reply)
+        self._prepared = (groups, gradient, reply)
 
 
 def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ import numpy as np
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.frames import Frame, FrameBuffer
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import tensor_pb2
+from stepwire.v1 import step_pb2, tensor_pb2
 from stepwire_server.decoding import decode_order
 from stepwire_server.encoding import encode_record
 from stepwire_server.engines.protocol import HostArray
@@ -29,7 +29,7 @@ from stepwire_server.session import Session
 from stepwire_server.slot import Attachment
 from stepwire_server.staging import GradientStaging
 
-__all__ = ["StepStream", "invalid_frame", "step_once"]
+__all__ = ["StepStream", "check_chunk", "invalid_frame", "step_once"]
 
 # Below this, an answer is computed into a scratch array and copied into one message together with the result.
 _SMALL_REPLY_BYTES: Final = 256 << 10
@@ -54,6 +54,8 @@ class StepStream:
         self._workers = workers
         self._clock = clock
         self._max_chunk_bytes = max_chunk_bytes
+        self._last_settings = b""
+        self._last_order: StepOrder | None = None
 
     def answers(self, frames: Iterator[Frame]) -> Iterator[bytes]:
         """Yield the answers to the steps in `frames`, until the client is done.
@@ -72,7 +74,7 @@ class StepStream:
 
     def _step(self, first: Frame, frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
-        order = decode_order(first.message.begin, self._session.plan, self._max_chunk_bytes)
+        order = self._order(first.message.begin)
         staging = self._session.begin(order, self._attachment.token)
         self._attachment.in_step = True
         try:
@@ -81,6 +83,15 @@ class StepStream:
         finally:
             self._attachment.in_step = False
             staging.close()
+
+    def _order(self, begin: step_pb2.StepBegin) -> StepOrder:
+        """Decode what opens a step; one that differs from the step before in its number alone is that order again."""
+        step, begin.step = begin.step, 0
+        settings = begin.SerializeToString()
+        if self._last_order is None or settings != self._last_settings:
+            self._last_order = decode_order(begin, self._session.plan, self._max_chunk_bytes)
+            self._last_settings = settings
+        return self._last_order._replace(step=step)
 
     def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging) -> None:
         """Take chunks until the commit."""
@@ -105,10 +116,7 @@ class StepStream:
             if frame.payload.size:
                 raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
             return
-        if message.chunk.rows:
-            raise unsupported("chunk.rows", "sparse_rows")
-        if frame.payload.size > self._max_chunk_bytes:
-            raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {self._max_chunk_bytes}")
+        check_chunk(frame, self._max_chunk_bytes)
         staging.add(message.chunk.offset, message.chunk.count, frame.payload)
 
     def _commit(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
@@ -144,7 +152,9 @@ class StepStream:
         yield self._result(running.result()).SerializeToString()
 
     def _result(self, record: StepRecord) -> pb.AttachResponse:
-        return pb.AttachResponse(result=encode_record(record, self._session.ledger.durable_step))
+        response = pb.AttachResponse()
+        encode_record(record, self._session.ledger.durable_step, response.result)
+        return response
 
     def _seen(self) -> float:
         self._attachment.last_seen = now = self._clock()
@@ -169,12 +179,14 @@ def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_by
     sink = _ScratchSink(order, size)
     staging = session.begin(order, request.attach_token)
     try:
-        if size:
+        if size or frame.payload.size:
             staging.add(0, size, frame.payload)
         record = session.commit(order, staging, request.attach_token, sink, began)
     finally:
         staging.close()
-    return sink.message(pb.StepResponse(result=encode_record(record, session.ledger.durable_step)))
+    response = pb.StepResponse()
+    encode_record(record, session.ledger.durable_step, response.result)
+    return sink.message(response)
 
 
 class _ScratchSink:
@@ -219,6 +231,19 @@ class _QueueSink:
         assert self._frame is not None
         self._ready.put(self._frame.finish())
         self._frame = None
+
+
+def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:
+    """Refuse a chunk that is wrong whatever the space it is for.
+
+    Raises:
+        UnsupportedFeatureError: it brings rows.
+        InvalidRequestError: it has more bytes than a message may carry.
+    """
+    if frame.message.chunk.rows:
+        raise unsupported("chunk.rows", "sparse_rows")
+    if frame.payload.size > max_chunk_bytes:
+        raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {max_chunk_bytes}")
 
 
 def invalid_frame(field: str, problem: str) -> InvalidRequestError:

@@ -14,7 +14,7 @@ from stepwire_server.engines.protocol import PARAM, EngineState
 from stepwire_server.features import unsupported
 from stepwire_server.session import Session
 from stepwire_server.staging import Coverage, typed_payload
-from stepwire_server.stream import invalid_frame
+from stepwire_server.stream import check_chunk, invalid_frame
 
 __all__ = ["load", "pull"]
 
@@ -48,7 +48,7 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
             yield frame.finish()
 
 
-def load(session: Session, opening: Frame, frames: Iterator[Frame]) -> bool:
+def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_bytes: int) -> bool:
     """Take the messages of a load; False if it had been committed before.
 
     Raises:
@@ -67,20 +67,28 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame]) -> bool:
     staged, room = session.stage_load(slots)
     with room:
         try:
-            _receive(session, order, slots, frames, staged)
+            _receive(session, order, slots, frames, staged, max_chunk_bytes)
             return session.commit_load(staged, slots, order.attach_token, order.load, step, steps)
         finally:
             staged.close()
 
 
 def _receive(
-    session: Session, order: pb.LoadOpen, slots: tuple[str, ...], frames: Iterator[Frame], staged: EngineState
+    session: Session,
+    order: pb.LoadOpen,
+    slots: tuple[str, ...],
+    frames: Iterator[Frame],
+    staged: EngineState,
+    max_chunk_bytes: int,
 ) -> None:
     dtype = dtype_from_wire(order.dtype, FLOAT32, "open.dtype")
     coverage = {slot: Coverage(session.plan.layout.size) for slot in slots}
     for frame in frames:
         message: pb.LoadRequest = frame.message
+        if message.HasField("open"):
+            raise invalid_frame("open", "only the first message of a stream carries `open`")
         if message.HasField("chunk"):
+            check_chunk(frame, max_chunk_bytes)
             if message.slot not in coverage:
                 raise InvalidRequestError(
                     f"slot: {message.slot[:64]!r} was not announced; open.slots is {list(slots)}",

@@ -7,11 +7,11 @@ that occur only bound a test that would otherwise hang.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.integration.events import Clock
 from tests.integration.proxy import Proxy
 from tests.integration.raw import RawClient
 
@@ -30,9 +30,9 @@ def exits() -> Iterator[contextlib.ExitStack]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    """The server's clock, for tests that start one with it."""
-    return Clock()
+def clock() -> Callable[[], float]:
+    """The server's clock. Overridden where time passes only when a test says so."""
+    return time.monotonic
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.fixture
-def server(settings: dict[str, Any]) -> Iterator[Server]:
+def server(settings: dict[str, Any], clock: Callable[[], float]) -> Iterator[Server]:
     """The real server, in this process."""
-    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", **settings)) as server:
+    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", **settings), clock=clock) as server:
         yield server
 
 

@@ -12,7 +12,7 @@ from stepwire_server.registry import Registry
 from stepwire_server.session import Session
 from stepwire_server.slot import Attachment
 
-__all__ = ["chunks_staged", "stream_ends"]
+__all__ = ["chunks_staged", "steps_over", "stream_ends"]
 
 
 def stream_ends(registry: Registry) -> Happenings:
@@ -33,19 +33,27 @@ def stream_ends(registry: Registry) -> Happenings:
 
 def chunks_staged(session: Session) -> Happenings:
     """Tell of each chunk of gradient that a step of the session has taken in; what its stream does next is wait."""
-    staged, begin = Happenings(), session.begin
+    return _observe_staging(session, "add")
+
+
+def steps_over(session: Session) -> Happenings:
+    """Tell of each step on a stream of the session that is over for the server, answer and all."""
+    return _observe_staging(session, "close")
+
+
+def _observe_staging(session: Session, name: str) -> Happenings:
+    happenings, begin = Happenings(), session.begin
 
     def observed(*arguments: Any) -> Any:
         staging = begin(*arguments)
-        if staging is not None:
-            add = staging.add
+        original = getattr(staging, name)
 
-            def added(*chunk: Any) -> None:
-                add(*chunk)
-                staged.note()
+        def told(*values: Any) -> None:
+            original(*values)
+            happenings.note()
 
-            staging.add = added  # type: ignore[method-assign]
+        setattr(staging, name, told)
         return staging
 
     session.begin = observed  # type: ignore[method-assign]
-    return staged
+    return happenings

@@ -112,8 +112,8 @@ class RawStream:
 class RawClient:
     """A channel of its own to one server. A context manager."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, target: str, *options: tuple[str, int]) -> None:
+        self._channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1), *options])
         self._stub = OptimizerServiceStub(self._channel)
         self._streams: list[RawStream] = []
 

@@ -153,7 +153,7 @@ def random_cut(chance: random.Random, traffic: dict[Direction, Traffic], *, firs
     """Draw a cut that is reached for certain: a later attempt may be a replay, whose request is short."""
     direction: Direction = chance.choice(["up", "down"])
     abrupt = chance.random() < 0.5
-    if chance.random() < 0.2:
+    if chance.random() < 0.1:
         return Cut(direction, "frame", 0, chance.randint(0, 12), abrupt)
     messages = traffic[direction].messages
     after = chance.randrange(len(messages) if first or direction == "down" else 2)

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.integration.processes import ServerProcess, run_command
-from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, RawStream, Refused, step_message
-from tests.integration.training import TINY, WIDE
+from tests.integration.raw import RawClient, RawStream, Refused, Vector, step_message
+from tests.integration.training import TINY
 
 import stepwire
 from stepwire.errors import Reason
-from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.transport_options import BULK_OPTIONS
 
 _SIZE = 100
 GRADIENT = np.random.default_rng(11).standard_normal(_SIZE, np.float32)
-HALF, REST = slice(0, 50), slice(50, _SIZE)
+REST = slice(50, _SIZE)
 
 
 @pytest.fixture
@@ -44,19 +43,19 @@ def raw(process: ServerProcess) -> Iterator[RawClient]:
         yield raw
 
 
-def idle_stream(raw: RawClient) -> RawStream:
+def idle_stream(raw: RawClient, size: int = _SIZE) -> RawStream:
     """Attach to a session of its own, and do nothing."""
-    created = raw.create(_SIZE)
+    created = raw.create(size)
     stream = raw.attach(created.session.session_id, created.attach_token)
     stream.receive()
     return stream
 
 
-def half_a_step(raw: RawClient) -> RawStream:
+def half_a_step(raw: RawClient, gradient: Vector = GRADIENT) -> RawStream:
     """Attach and send half a step; returns when the server is in the midst of it, which its memory shows."""
-    stream = idle_stream(raw)
+    stream = idle_stream(raw, len(gradient))
     held = raw.info().devices[0].reserved_bytes
-    stream.send(step_message(1, GRADIENT, HALF, commit=False))
+    stream.send(step_message(1, gradient, slice(0, len(gradient) // 2), commit=False))
     asked = itertools.count()
     while raw.info().devices[0].reserved_bytes == held:
         assert next(asked) < 100_000, "the server did not begin the step"
@@ -92,6 +91,7 @@ def test_a_step_under_way_finishes_and_new_ones_are_refused(process: ServerProce
     assert (answer.result.step, answer.result.replayed) == (1, False)
     assert answer.payload == calm.payload
     assert answer.result.telemetry.grad_norm == calm.result.telemetry.grad_norm
+    assert_refused(busy.receive)
     assert process.exit_code() == 0
     with pytest.raises(Refused) as ended:
         silent.receive()
@@ -111,8 +111,8 @@ def test_idle_streams_do_not_keep_the_server(
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     process.signal(number)
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert process.exit_code() == 0
     channel.close()
+    assert process.exit_code() == 0
     with pytest.raises(stepwire.UnavailableError):
         sessions[0].step(TINY.gradient(2), timeout=0.2)
 
@@ -144,24 +144,27 @@ def test_a_step_that_never_ends_is_cut_and_the_exit_code_says_so(process: Server
     assert ended.value.code in {"CANCELLED", "UNAVAILABLE"}
 
 
-def test_the_answer_of_the_last_step_reaches_a_slow_reader(process: ServerProcess) -> None:
-    """The whole answer is on its way when the server stops; the client reads it only then."""
-    parameters, gradient = WIDE.parameters(), WIDE.gradient(1)
-    size = sum(array.size for array in parameters.values())
-    flat = np.concatenate([array.reshape(-1) for array in gradient.values()])
-    with Proxy(process.target) as proxy, RawClient(proxy.target) as raw:
-        created = raw.create(size)
-        stream = raw.attach(created.session.session_id, created.attach_token)
-        stream.receive()
-        proxy.hold("down")
-        stream.send(step_message(1, flat))
-        proxy.wait_held("down")
+def test_the_answer_of_the_last_step_is_there_for_a_slow_reader(process: ServerProcess) -> None:
+    """The client reads nothing until the server is gone; its window has room for the whole answer."""
+    size = 300_000
+    gradient = np.random.default_rng(12).standard_normal(size, np.float32)
+    with RawClient(process.target, *BULK_OPTIONS) as raw:
+        calm, slow = idle_stream(raw, size), half_a_step(raw, gradient)
+        calm.send(step_message(1, gradient))
+        expected = parameters_of(calm)
         process.signal(signal.SIGTERM)
+        process.wait_for("draining")
+        slow.send(step_message(1, gradient, slice(size // 2, size), begin=False))
         assert process.exit_code() == 0
-        proxy.release("down")
-        chunks = []
-        while not (answer := stream.receive()).HasField("result"):
-            chunks.append(answer)
-    assert sum(chunk.chunk.count for chunk in chunks) == size
-    assert (answer.result.step, answer.result.replayed) == (1, False)
-    assert pb.AttachResponse.FromString(answer.SerializeToString()) == answer
+        assert parameters_of(slow) == expected
+        assert_refused(slow.receive)
+
+
+def parameters_of(stream: RawStream) -> bytes:
+    """Return the parameters that answer a step."""
+    chunks = []
+    while (answer := stream.receive()) is not None:
+        chunks.append(answer.payload)
+        if answer.HasField("result"):
+            return b"".join(chunks)
+    raise AssertionError("the stream ended without a result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -150,6 +151,11 @@ class OpenStream:
             return answer
         except grpc.RpcError as error:
             raise Refused(error, []) from None
+
+    @property
+    def over(self) -> bool:
+        """The stream has ended."""
+        return not self._call.is_active()
 
     def finish(self) -> None:
         """Say that no more will come."""
@@ -307,6 +313,44 @@ def live(wire: Wire) -> Live:
     session.load(session.load_opening(1), session.load_chunk(commit=True))
     session.step(1)
     return session
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def serve(clock: Clock) -> Callable[..., Server]:
+    """Make servers of the test's own, on the test's clock, with any settings."""
+
+    def make(**settings: Any) -> Server:
+        defaults = {"bind": "127.0.0.1:0", "device": "cpu", "threads": 1, "sweep_seconds": 0.01}
+        return Server(ServerConfig(**defaults | settings), clock=clock)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Look again and again until something is true that another thread is about to make true."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, "it did not come true"
+
+    return wait
 
 
 class Refusal(Protocol):

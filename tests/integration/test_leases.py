@@ -1,0 +1,247 @@
+"""Leases and idle times by a clock that stands still: what nobody uses ends, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.integration.events import Clock
+from tests.integration.probes import chunks_staged, steps_over, stream_ends
+from tests.integration.raw import RawClient, RawStream, Refused, step_message
+from tests.integration.training import TINY, same_bits
+
+import stepwire
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.app import Server
+
+_LEASE_SECONDS = 10.0
+_IDLE_SECONDS = 5.0
+_INSTANT = 1e-3
+
+_SIZE = 1000
+GRADIENT = np.random.default_rng(3).standard_normal(_SIZE, np.float32)
+HALF, REST = slice(0, 500), slice(500, _SIZE)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The server's clock."""
+    return Clock()
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Short times, and no sweep but the tests' own."""
+    return {"sweep_seconds": 3600.0, "max_lease_seconds": _LEASE_SECONDS, "step_idle_seconds": _IDLE_SECONDS}
+
+
+# --- leases ------------------------------------------------------------------------------------------------
+
+
+def test_an_unused_session_ends_with_its_lease(server: Server, client: stepwire.Client, clock: Clock) -> None:
+    session = TINY.create(client)
+    clock.advance(_LEASE_SECONDS)
+    assert server.registry.sweep() == []
+    assert session.pull() is not None
+    clock.advance(_LEASE_SECONDS + _INSTANT)
+    with pytest.raises(stepwire.SessionNotFoundError):  # before any sweep
+        session.pull()
+    assert server.registry.sweep() == [session.session_id]
+    assert server.registry.statistics()[:3] == (0, 0, 0)
+    with pytest.raises(stepwire.SessionNotFoundError) as gone:
+        session.step(TINY.gradient(1))
+    assert gone.value.metadata["last_known_step"] == "0"
+    assert server.registry.sweep() == []
+
+
+@pytest.mark.parametrize("lease_seconds", [1.0, 4.0])
+def test_a_session_may_ask_for_a_shorter_lease(server: Server, client, clock: Clock, lease_seconds: float) -> None:
+    session = TINY.create(client, lease_seconds=lease_seconds)
+    clock.advance(lease_seconds + _INSTANT)
+    assert server.registry.sweep() == [session.session_id]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda session: session.pull(),
+        lambda session: session.state(),
+        lambda session: session.load(TINY.parameters()),
+    ],
+    ids=["pull", "state", "load"],
+)
+def test_using_a_session_renews_its_lease(server: Server, client, clock: Clock, use: Callable[..., object]) -> None:
+    session = TINY.create(client)
+    for _ in range(3):
+        clock.advance(0.9 * _LEASE_SECONDS)
+        use(session)
+        assert server.registry.sweep() == []
+
+
+def test_a_step_in_one_call_renews_the_lease(server: Server, raw: RawClient, clock: Clock) -> None:
+    created = raw.create(_SIZE)
+    for step in (1, 2, 3, 3):
+        clock.advance(0.9 * _LEASE_SECONDS)
+        raw.step(created.session.session_id, created.attach_token, step, GRADIENT)
+        assert server.registry.sweep() == []
+
+
+def test_looking_at_a_session_does_not_renew_its_lease(server: Server, client, clock: Clock) -> None:
+    session = TINY.create(client)
+    expires = session.info().expire_time
+    clock.advance(0.9 * _LEASE_SECONDS)
+    assert session.info().applied_step == 0
+    assert [info.session_id for info in client.sessions()] == [session.session_id]
+    assert (expires - session.info().expire_time).total_seconds() == pytest.approx(0.9 * _LEASE_SECONDS, abs=5.0)
+    clock.advance(0.2 * _LEASE_SECONDS)
+    assert server.registry.sweep() == [session.session_id]
+
+
+def test_an_attached_stream_keeps_its_session_alive(server: Server, client, clock: Clock) -> None:
+    ended = stream_ends(server.registry)
+    session = TINY.create(client)
+    session.attach()
+    clock.advance(100 * _LEASE_SECONDS)
+    assert server.registry.sweep() == []
+    session.step(TINY.gradient(1))
+    clock.advance(100 * _LEASE_SECONDS)
+    session.detach()
+    ended.wait()
+    clock.advance(_LEASE_SECONDS)  # counted from the end of the stream
+    assert server.registry.sweep() == []
+    clock.advance(_INSTANT)
+    assert server.registry.sweep() == [session.session_id]
+
+
+def test_closing_a_session_frees_its_memory_at_once(server: Server, client) -> None:
+    session, other = TINY.create(client), TINY.create(client)
+    both = server.registry.statistics().reserved_bytes
+    session.close()
+    assert server.registry.statistics().reserved_bytes == both // 2
+    other.close()
+    assert server.registry.statistics()[:3] == (0, 0, 0)
+    session.close()
+    assert server.registry.statistics()[:3] == (0, 0, 0)
+
+
+def test_a_session_that_expired_unswept_does_not_come_back_by_its_request_id(
+    server: Server, raw: RawClient, clock: Clock
+) -> None:
+    first = raw.create(request_id="once")
+    clock.advance(_LEASE_SECONDS + _INSTANT)
+    again = raw.create(request_id="once")
+    assert again.session.session_id != first.session.session_id
+    assert raw.step(again.session.session_id, again.attach_token, 1, np.ones(12, np.float32)).result.step == 1
+    assert server.registry.sweep() == [first.session.session_id]
+    assert raw.create(request_id="once").session.session_id == again.session.session_id
+
+
+# --- silent streams ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def created(raw: RawClient) -> pb.CreateSessionResponse:
+    """A session of zeros."""
+    return raw.create(_SIZE)
+
+
+@pytest.fixture
+def stream(raw: RawClient, created: pb.CreateSessionResponse) -> RawStream:
+    """A stream attached to it."""
+    stream = raw.attach(created.session.session_id, created.attach_token)
+    stream.receive()
+    return stream
+
+
+def assert_cancelled(stream: RawStream) -> None:
+    """The server has cancelled the stream."""
+    with pytest.raises(Refused) as refused:
+        stream.receive()
+    assert refused.value.code == "CANCELLED"
+
+
+def test_half_a_step_and_then_silence_is_cancelled_and_freed(server, raw, client, clock, created, stream) -> None:
+    session = created.session.session_id
+    before, held = client.session(session).state(), server.registry.statistics()
+    arrived, ended = chunks_staged(server.registry.get(session)), stream_ends(server.registry)
+    stream = raw.attach(session, created.attach_token)
+    stream.receive()
+    stream.send(step_message(1, GRADIENT, HALF, commit=False))
+    arrived.wait()
+    clock.advance(_IDLE_SECONDS)
+    server.registry.sweep()
+    assert server.registry.statistics().reserved_bytes == held.reserved_bytes + 4 * _SIZE
+    clock.advance(_INSTANT)
+    server.registry.sweep()
+    assert_cancelled(stream)
+    ended.wait()
+    assert server.registry.statistics().reserved_bytes == held.reserved_bytes
+    assert same_bits(client.session(session).state(), before)
+    again = raw.attach(session, created.attach_token)
+    assert again.receive().opened.applied_step == 0
+    assert not again.take(step_message(1, GRADIENT)).replayed
+
+
+def test_a_slow_step_is_left_alone_while_it_moves(server, clock, created, stream) -> None:
+    arrived = chunks_staged(server.registry.get(created.session.session_id))
+    for index in range(10):
+        part = slice(100 * index, 100 * (index + 1))
+        clock.advance(0.9 * _IDLE_SECONDS)
+        server.registry.sweep()
+        stream.send(step_message(1, GRADIENT, part, begin=index == 0, commit=False))
+        arrived.wait()
+    clock.advance(0.9 * _IDLE_SECONDS)
+    server.registry.sweep()
+    stream.send(pb.AttachRequest(commit={}))
+    assert stream.receive().result.step == 1
+
+
+def test_a_stream_between_steps_may_be_silent_for_ever(server, clock, created, stream) -> None:
+    over = steps_over(server.registry.get(created.session.session_id))
+    for step in (1, 2, 3):
+        assert stream.take(step_message(step, GRADIENT)).step == step
+        over.wait()
+        clock.advance(1000 * _IDLE_SECONDS)
+        assert server.registry.sweep() == []
+
+
+def test_a_fenced_stream_that_stays_silent_is_cancelled(server, raw, clock, created, stream) -> None:
+    holder = raw.attach(created.session.session_id)
+    holder.receive()
+    clock.advance(_IDLE_SECONDS + _INSTANT)
+    server.registry.sweep()
+    assert_cancelled(stream)
+    assert holder.take(step_message(1, GRADIENT)).step == 1
+
+
+def test_the_stream_of_an_ended_session_is_told_or_cancelled(server, raw, clock, created, stream) -> None:
+    other = raw.create(_SIZE)
+    speaks = raw.attach(other.session.session_id, other.attach_token)
+    speaks.receive()
+    for session in (created, other):
+        raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session.session.session_id))
+    assert server.registry.statistics().reserved_bytes == 0
+    with pytest.raises(Refused) as refused:
+        speaks.take(step_message(1, GRADIENT))
+    assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")
+    clock.advance(_IDLE_SECONDS + _INSTANT)
+    server.registry.sweep()
+    assert_cancelled(stream)
+
+
+def test_a_session_that_ends_inside_a_step_frees_the_steps_memory(server, raw, created, stream) -> None:
+    arrived, ended = chunks_staged(server.registry.get(created.session.session_id)), stream_ends(server.registry)
+    busy = raw.attach(created.session.session_id, created.attach_token)
+    busy.receive()
+    busy.send(step_message(1, GRADIENT, HALF, commit=False))
+    arrived.wait()
+    raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=created.session.session_id))
+    assert server.registry.statistics().reserved_bytes == 4 * _SIZE
+    busy.send(step_message(1, GRADIENT, REST, begin=False))
+    with pytest.raises(Refused) as refused:
+        busy.receive()
+    assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")
+    ended.wait()
+    assert server.registry.statistics().reserved_bytes == 0
