@@ -5,7 +5,7 @@ PROTO_BIN := .venv-proto/bin
 
 .PHONY: demo test check bench gpu proto lint types clean
 
-demo: .venv/stamp-dev
+demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
 
 test: .venv/stamp-dev
@@ -38,9 +38,9 @@ proto: .venv-proto/stamp
 	$(PROTO_BIN)/python -m grpc_tools.protoc -Iproto --grpc_python_out=client \
 	    proto/stepwire/v1/optimizer_service.proto
 
-.venv/stamp-dev: pyproject.toml
+.venv/stamp-%: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
 .venv-proto/stamp: Makefile

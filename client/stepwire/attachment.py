@@ -47,6 +47,8 @@ class Attachment:
         epoch: the session's epoch.
         applied_step: the last step known to be applied.
         applied_load: the last load known to be applied.
+        step_on_server: the last step applied on the server, as it said itself.
+        in_doubt: since then a step has failed that may have been applied; attaching tells.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Attachment:
         self._packer = packer
         self._chunk_bytes = chunk_bytes
         self._stream: AttachedStream | None = None
-        self._step_on_server = session.applied_step
+        self.step_on_server = session.applied_step
+        self.in_doubt = False
 
     def attach(self, deadline: Deadline) -> AttachedStream:
         """Return the stream, attaching if there is none; without a token that takes the slot.
@@ -77,7 +80,7 @@ class Attachment:
             if self.token == 0:
                 self.applied_step, self.applied_load = stream.opened.applied_step, stream.opened.applied_load
             self.token = stream.opened.attach_token
-            self._step_on_server = stream.opened.applied_step
+            self.step_on_server, self.in_doubt = stream.opened.applied_step, False
             self._stream = stream
         return self._stream
 
@@ -90,7 +93,7 @@ class Attachment:
     def loaded(self, load: int, applied_step: int) -> None:
         """Note a committed load and the step it left the session at."""
         self.applied_load = load
-        self.applied_step = self._step_on_server = applied_step
+        self.applied_step = self.step_on_server = applied_step
 
     def take_step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a step once and read its answer; whatever fails, the stream is dropped.
@@ -104,13 +107,14 @@ class Attachment:
             result = self._read_answer(stream, call, deadline)
         except BaseException:
             self.detach()
+            self.in_doubt = True
             raise
-        self.applied_step = self._step_on_server = result.step
+        self.applied_step = self.step_on_server = result.step
         return result
 
     def _messages(self, call: StepCall) -> Iterator[bytes]:
         """Return what to send: the step, or, where it was applied and only its answer was lost, no gradient."""
-        step, applied = call.begin.step, self._step_on_server
+        step, applied = call.begin.step, self.step_on_server
         if applied not in (step - 1, step):
             raise StepMismatchError(
                 f"this client is about to take step {step} and the session is at step {applied}: it moved without "

@@ -105,21 +105,21 @@ class Packer:
         Raises:
             InvalidRequestError: a name is missing or unknown, or a shape or dtype is wrong.
         """
+        return [array.reshape(-1) for array in self._checked(arrays, field)]
+
+    def _checked(self, arrays: Arrays, field: str) -> list[npt.NDArray[Any]]:
         named = named_arrays(arrays, field)
         if len(named) != len(self._indices) or any(name not in named for name in self._indices):
             missing = [name for name in self._indices if name not in named][:5]
             unknown = [name for name in named if name not in self._indices][:5]
             raise _invalid(field, f"names do not match the session's tensors: missing {missing}, unknown {unknown}")
-        flat = []
         for tensor in self.layout.tensors:
-            array = named[tensor.spec.name]
-            if array.shape != tensor.spec.shape:
+            if named[tensor.spec.name].shape != tensor.spec.shape:
                 raise _invalid(
                     f"{field}[{tensor.spec.name!r}]",
-                    f"shape {array.shape} is not the session's {tensor.spec.shape}",
+                    f"shape {named[tensor.spec.name].shape} is not the session's {tensor.spec.shape}",
                 )
-            flat.append(array.reshape(-1))
-        return flat
+        return [named[tensor.spec.name] for tensor in self.layout.tensors]
 
     def write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         """Encode parts into a chunk; elements between tensors become zero."""
@@ -152,12 +152,14 @@ class Packer:
         Raises:
             InvalidRequestError: they do not match, or are read-only or not contiguous.
         """
-        flat = self.ordered(out, field)
-        for tensor, view in zip(self.layout.tensors, flat, strict=True):
+        arrays = self._checked(out, field)
+        for tensor, array in zip(self.layout.tensors, arrays, strict=True):
             original = out[tensor.spec.name] if isinstance(out, Mapping) else out[int(tensor.spec.name)]
-            if not view.flags.writeable or (view.size and not np.shares_memory(view, original)):
+            if array is not original:
+                raise _invalid(f"{field}[{tensor.spec.name!r}]", f"{type(original).__name__} is not a NumPy array")
+            if not (array.flags.c_contiguous and array.flags.writeable):
                 raise _invalid(f"{field}[{tensor.spec.name!r}]", "the array is read-only or not C-contiguous")
-        return flat
+        return [array.reshape(-1) for array in arrays]
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

@@ -60,6 +60,7 @@ class Session:
         self._chunk_bytes = chunk_bytes
         self._attachment = Attachment(calls.channel, message, token, self._packer, chunk_bytes)
         self._last_result: step_pb2.StepResult | None = None  # decoded when asked for
+        self._load_in_doubt = 0  # the number of a load that failed, and may have been committed
         self._lock = threading.RLock()
 
     @property
@@ -274,18 +275,34 @@ class Session:
     def _load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, timeout: float | None) -> None:
         with self._lock:
             deadline = self._calls.deadline(timeout)
-            if self._attachment.token == 0:
+            if self._attachment.token == 0 or self._attachment.in_doubt:
                 self._repeat(self._attachment.attach, deadline)
-            opening.session_id, opening.attach_token = self.session_id, self._attachment.token
-            opening.load = self._attachment.applied_load + 1
+            keeps_step = not opening.HasField("step")
             opening.slots.extend(sources)
+            while True:
+                if keeps_step:  # said all the same, so that a load that arrives after a step is refused
+                    opening.step = self._attachment.step_on_server
+                replayed = self._send_load(sources, opening, deadline)
+                if not replayed or opening.load != self._load_in_doubt:
+                    return
+                # An earlier call that failed had been committed after all, and this one was taken for its repetition.
+
+    def _send_load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, deadline: Deadline) -> bool:
+        """Send the next load until it is committed; True if the server says that it had been before."""
+        opening.session_id, opening.attach_token = self.session_id, self._attachment.token
+        opening.load = self._attachment.applied_load + 1
+        try:
             answer: pb.LoadResponse = self._repeat(
                 lambda left: self._calls.upload(
                     "Load", load_messages(opening, self._packer, sources, self._chunk_bytes), pb.LoadResponse, left
                 ),
                 deadline,
             )
-            self._attachment.loaded(opening.load, answer.session.applied_step)
+        except BaseException:
+            self._load_in_doubt = opening.load
+            raise
+        self._attachment.loaded(opening.load, answer.session.applied_step)
+        return answer.replayed
 
     def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         try:

@@ -22,6 +22,7 @@ from stepwire.transport_options import BULK_OPTIONS
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.engines import choose_engine
 from stepwire_server.gate import Gate
+from stepwire_server.heap import HeapKeeper
 from stepwire_server.interceptor import ErrorInterceptor
 from stepwire_server.memory import MemoryBudget
 from stepwire_server.registry import Registry
@@ -149,9 +150,11 @@ class Server:
         return port
 
     def _sweep(self) -> None:
+        keeper = HeapKeeper()
         while not self._stopped.wait(self._config.sweep_seconds):
             for session_id in self.registry.sweep():
                 _log.info("lease ran out", session_id=session_id)
+            keeper.look(self.registry.budget.released_bytes)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

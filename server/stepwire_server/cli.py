@@ -17,6 +17,7 @@ from rich.table import Table
 
 import stepwire
 from stepwire.results import SessionInfo
+from stepwire_server import heap
 from stepwire_server.app import Server
 from stepwire_server.config import load_config
 from stepwire_server.logs import configure_logging
@@ -95,6 +96,7 @@ def serve(
     flags["memory_budget_bytes"] = None if memory_budget is None else parse_bytes(memory_budget)
     settings = load_config(flags, file=config)
     configure_logging(settings.log_level, settings.log_json)
+    heap.configure()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -25,7 +25,7 @@ MIB = 1 << 20
 _FOREIGN_VARIABLES = {"STEPWIRE_CONFIG", "STEPWIRE_CACHE_DIR", "STEPWIRE_TARGET"}
 
 _Positive = Annotated[int, Meta(ge=1)]
-_Seconds = Annotated[float, Meta(gt=0)]
+_Seconds = Annotated[float, Meta(gt=0, le=1e9)]  # thirty years; dates and waits end before infinity
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,8 @@ created, never ignored: each row is a field, the feature it belongs to, and how 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
@@ -31,18 +32,21 @@ class _Option(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """An enum of which only some values are served; the feature is `prefix + value's name`."""
+    """An enum of which only some values are served; the feature is in `named`, or else `prefix + value's name`."""
 
     field: str
     feature_prefix: str
     enum: EnumTypeWrapper
     served: frozenset[int]
     chosen: Callable[[_Config], int]
+    named: Mapping[int, str] = types.MappingProxyType({})
 
     def refused_feature(self, config: _Config) -> str | None:
         value = self.chosen(config)
         if value in self.served:
             return None
+        if value in self.named:
+            return self.named[value]
         names = self.enum.DESCRIPTOR.values_by_number
         name = names[value].name if value in names else str(value)
         own_prefix = names[0].name.removesuffix("UNSPECIFIED")
@@ -116,6 +120,7 @@ _CHOICES: Final = (
         optimizer_pb2.MissingGradientPolicy,
         frozenset({0, optimizer_pb2.MISSING_GRADIENT_POLICY_REJECT}),
         lambda c: c.gradient.missing_gradient,
+        {optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP: "missing_gradients"},
     ),
     _Choice(
         "config.aggregation.mode",
@@ -123,6 +128,7 @@ _CHOICES: Final = (
         optimizer_pb2.AggregationMode,
         frozenset({0}),
         lambda c: c.aggregation.mode,
+        dict.fromkeys(optimizer_pb2.AggregationMode.values(), "aggregation"),
     ),
     _Choice(
         "config.durability",
@@ -144,6 +150,10 @@ _CHOICES: Final = (
         session_pb2.StatePrecision,
         frozenset({0, session_pb2.STATE_PRECISION_FLOAT32}),
         lambda c: c.state_precision,
+        {
+            session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS: "state_bfloat16",
+            session_pb2.STATE_PRECISION_INT8_MOMENTS: "state_int8",
+        },
     ),
     _Choice(
         "config.gradient_dtype",
@@ -151,8 +161,16 @@ _CHOICES: Final = (
         tensor_pb2.Dtype,
         frozenset({0, 1, 2, 3}),
         lambda c: c.gradient_dtype,
+        {tensor_pb2.DTYPE_INT8_BLOCKWISE: "wire_int8"},
     ),
-    _Choice("config.reply_dtype", "wire_", tensor_pb2.Dtype, frozenset({0, 1, 2, 3}), lambda c: c.reply_dtype),
+    _Choice(
+        "config.reply_dtype",
+        "wire_",
+        tensor_pb2.Dtype,
+        frozenset({0, 1, 2, 3}),
+        lambda c: c.reply_dtype,
+        {tensor_pb2.DTYPE_INT8_BLOCKWISE: "wire_int8"},
+    ),
 )
 
 

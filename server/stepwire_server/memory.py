@@ -17,7 +17,13 @@ class MemoryBudget:
         """Allow `limit_bytes` in all."""
         self.limit_bytes = limit_bytes
         self._reserved_bytes = 0
+        self._released_bytes = 0
         self._lock = threading.Lock()
+
+    @property
+    def released_bytes(self) -> int:
+        """Bytes given back since the start: what may lie free in the heap."""
+        return self._released_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -65,6 +71,7 @@ class MemoryBudget:
     def _give_back(self, nbytes: int) -> None:
         with self._lock:
             self._reserved_bytes -= nbytes
+            self._released_bytes += nbytes
 
 
 class Reservation:

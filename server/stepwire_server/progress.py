@@ -42,8 +42,8 @@ class Progress:
         self._updates = 0
         self._runs = _runs_of(layout, tensor_steps)
         self._group_base = [0] * len(layout.groups)
-        for run in self._runs:
-            self._group_base[run.group] = max(self._group_base[run.group], run.t)
+        for tensor, t in zip(layout.tensors, tensor_steps, strict=True):
+            self._group_base[tensor.spec.group] = max(self._group_base[tensor.spec.group], t)
 
     def tensor_steps(self) -> tuple[int, ...]:
         """Return the updates each tensor has had, in layout order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import Any
@@ -126,7 +127,7 @@ class OptimizerService:
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
-        frames = (read_frame(pb.AttachRequest, data) for data in messages)
+        frames = map(functools.partial(read_frame, pb.AttachRequest), messages)
         with self._registry.stream(context.cancel) as attachment:
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.

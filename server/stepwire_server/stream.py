@@ -63,22 +63,23 @@ class StepStream:
         Raises:
             StepwireError: whatever is wrong with a step; the stream ends with it.
         """
-        for frame in frames:
-            if not frame.message.HasField("begin"):
-                raise invalid_frame("begin", "a step starts with `begin`")
+        # A frame holds megabytes, so none stays in a variable longer than it takes to stage it.
+        for opening in map(lambda frame: [frame], frames):
             with self._gate:
-                yield from self._step(frame, frames)
+                yield from self._step(opening, frames)
                 self._attachment.ending = self._gate.closed
             if self._attachment.ending:
                 raise self._gate.refusal()
 
-    def _step(self, first: Frame, frames: Iterator[Frame]) -> Iterator[bytes]:
+    def _step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
-        order = self._order(first.message.begin)
+        if not opening[0].message.HasField("begin"):
+            raise invalid_frame("begin", "a step starts with `begin`")
+        order = self._order(opening[0].message.begin)
         staging = self._session.begin(order, self._attachment.token)
         self._attachment.in_step = True
         try:
-            self._receive(first, frames, staging)
+            self._receive(opening.pop(), frames, staging)
             yield from self._commit(order, staging, began)
         finally:
             self._attachment.in_step = False

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from stepwire.codecs import FLOAT32, dtype_from_wire
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.frames import Frame, FrameBuffer
+from stepwire.layout import Layout
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
 from stepwire_server.decoding import decode_chunk_bytes
-from stepwire_server.engines.protocol import PARAM, EngineState
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
 from stepwire_server.features import unsupported
 from stepwire_server.session import Session
 from stepwire_server.staging import Coverage, typed_payload
@@ -97,7 +98,7 @@ def _receive(
                 )
             values = typed_payload(frame.payload, message.chunk.count, dtype)
             coverage[message.slot].add(message.chunk.offset, message.chunk.count)
-            staged.write(message.slot, message.chunk.offset, values)
+            _write(staged, message.slot, message.chunk.offset, values, session.plan.layout)
         elif frame.payload.size:
             raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
         if message.commit:
@@ -106,6 +107,14 @@ def _receive(
         raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
     for slot in slots:
         coverage[slot].require_complete()
+
+
+def _write(staged: EngineState, slot: str, offset: int, values: HostArray, layout: Layout) -> None:
+    """Put values in their place, but for the padding between groups: it stays zero."""
+    for group in layout.groups:
+        start, end = max(group.offset, offset), min(group.end, offset + len(values))
+        if start < end:
+            staged.write(slot, start, values[start - offset : end - offset])
 
 
 def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from tests.integration.events import PATIENCE_SECONDS, Happenings
@@ -27,7 +27,6 @@ Direction = Literal["up", "down"]
 """From client to server, or back."""
 
 _BLOCK_BYTES = 256 << 10
-_OTHER: dict[Direction, Direction] = {"up": "down", "down": "up"}
 
 
 class Cut(NamedTuple):
@@ -54,10 +53,6 @@ class Traffic(NamedTuple):
     frames: list[int]
     messages: list[int]
 
-    def lengths(self, unit: Unit) -> list[int]:
-        """Return the lengths of the units of one kind."""
-        return self.frames if unit == "frame" else self.messages
-
 
 class Stranded:
     """Bytes of a client that gave up on them, on a connection that the server still believes in."""
@@ -73,14 +68,14 @@ class Stranded:
         """Belong to a connection."""
         self._link = link
 
-    def deliver(self, answers: int) -> list[bytes]:
+    def deliver(self, last: Callable[[bytes], bool]) -> list[bytes]:
         """Let the bytes reach the server; returns the messages it answers with.
 
         Args:
-            answers: how many messages to wait for; the server may end the stream before.
+            last: tells whether a message is the answer's last; the server may also end the stream before.
         """
         assert self._link is not None and self.full.wait(PATIENCE_SECONDS), "nothing was stranded"
-        return self._link.deliver(bytes(self.kept), answers)
+        return self._link.deliver(bytes(self.kept), last)
 
 
 class _Pump:
@@ -144,7 +139,7 @@ class _Link:
         self.pumps["down"].sunk = self.pumps["down"].meter.keeps_bodies = True
         stranded.bind(self)
 
-    def deliver(self, data: bytes, answers: int) -> list[bytes]:
+    def deliver(self, data: bytes, last: Callable[[bytes], bool]) -> list[bytes]:
         """Send to the server what was kept, and wait for what it says."""
         meter, changed = self.pumps["down"].meter, self._proxy.changed
         with changed:
@@ -152,7 +147,7 @@ class _Link:
         self._server.sendall(data)
         with changed:
             done = changed.wait_for(
-                lambda: len(meter.bodies) >= answers or len(meter.ended_streams) > ended, PATIENCE_SECONDS
+                lambda: any(map(last, meter.bodies)) or len(meter.ended_streams) > ended, PATIENCE_SECONDS
             )
             assert done, "the server said nothing to stranded messages"
         _shut(self._server, socket.SHUT_RDWR)

@@ -198,6 +198,11 @@ def test_a_third_stream_ends_the_first_that_stayed_silent(raw, session) -> None:
     assert second.take(step_message(1, gradient(1))).replayed
 
 
+def ends_the_answer(message: bytes) -> bool:
+    """Tell whether a message from the server is the last of an answer to a step."""
+    return pb.AttachResponse.FromString(message).HasField("result")
+
+
 @pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
 def test_what_a_client_gave_up_on_arrives_late_and_changes_nothing(
     server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model
@@ -222,12 +227,12 @@ def test_what_a_client_gave_up_on_arrives_late_and_changes_nothing(
         both()
         for _ in range(meanwhile):
             both()
-        answers = stranded.deliver(len(traffic["down"].messages))
+        answers = stranded.deliver(ends_the_answer)
         if meanwhile:
-            assert answers == []
+            assert answers == []  # a refusal
         else:
-            assert pb.AttachResponse.FromString(answers[-1]).result.replayed
-            assert pb.AttachResponse.FromString(answers[-1]).result.step == disturbed.applied_step
+            result = pb.AttachResponse.FromString(answers[-1]).result
+            assert (result.step, result.replayed) == (disturbed.applied_step, True)
         assert same_bits(disturbed.state(), calm.state())
 
 
@@ -368,3 +373,59 @@ def test_a_request_id_is_free_again_when_its_session_has_ended(raw) -> None:
     first = raw.create(request_id="once").session.session_id
     raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=first))
     assert raw.create(request_id="once", lr=0.5).session.session_id != first
+
+
+# --- loads that their client gave up -----------------------------------------------------------------------
+
+
+def test_a_load_after_one_that_failed_is_never_taken_for_it(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+) -> None:
+    """The first load was committed and its answer lost; the second brings other parameters, and they count."""
+    session = SMALL.create(connect(proxy.target))
+    proxy.hold("down")
+    with pytest.raises(stepwire.DeadlineExceededError):
+        session.load(SMALL.gradient(1), timeout=0.3)
+    proxy.release("down")
+    session.load(SMALL.gradient(2))
+    assert bits(session.pull()) == bits(SMALL.gradient(2))
+    session.load(SMALL.gradient(3))
+    assert bits(session.pull()) == bits(SMALL.gradient(3))
+
+
+def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+) -> None:
+    """The client gave the load up and went on; whoever catches its error knows the parameters that are stepped."""
+    disturbed, calm = SMALL.create(connect(proxy.target)), SMALL.create(connect(server.target))
+    for session in (disturbed, calm):
+        session.step(SMALL.gradient(1))
+    stranded = proxy.strand(messages=3)  # the opening, one chunk, the commit
+    proxy.upstream = None
+    with pytest.raises(stepwire.UnavailableError):
+        disturbed.load(SMALL.parameters(), timeout=0.3)
+    proxy.upstream = server.target
+    for session in (disturbed, calm):
+        session.step(SMALL.gradient(2))
+    assert stranded.deliver(lambda message: True) == []  # a refusal
+    assert same_bits(disturbed.state(), calm.state())
+    assert bits(disturbed.step(SMALL.gradient(3))) == bits(calm.step(SMALL.gradient(3)))
+
+
+def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+) -> None:
+    """The step was applied and its answer lost; instead of asking again, the client loads and goes on."""
+    session = SMALL.create(connect(proxy.target))
+    session.step(SMALL.gradient(1))
+    stranded = proxy.strand(messages=1)
+    proxy.upstream = None
+    with pytest.raises(stepwire.UnavailableError):
+        session.step(SMALL.gradient(2), timeout=0.3)
+    assert not pb.AttachResponse.FromString(stranded.deliver(ends_the_answer)[-1]).result.replayed
+    proxy.upstream = server.target
+    session.load(SMALL.parameters())
+    assert bits(session.pull()) == bits(SMALL.parameters())
+    assert session.applied_step == 2
+    session.step(SMALL.gradient(3))
+    assert (session.applied_step, session.last_result.replayed, session.state().step) == (3, False, 3)

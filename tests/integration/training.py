@@ -48,12 +48,14 @@ SMALL = Model(
     lambda: {"optimizer": stepwire.Adam(lr=1e-2, weight_decay=1e-3)},
 )
 
-# Seven chunks each way where a chunk has 64 KiB, and padding between two groups of different numbers.
+# Several chunks each way where a chunk has 64 KiB, padding between two groups of different numbers, and answers in
+# another encoding than the state: a replay encodes what is there, a step encodes in the pass that updates.
 WIDE = Model(
     "wide",
     {"embedding": (300, 210), "w": (190, 180), "b": (181,)},
     lambda: {
         "optimizer": stepwire.AdamW(lr=1e-3, amsgrad=True),
+        "reply_dtype": "bfloat16",
         "groups": [{"params": ["w", "b"], "lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.0}],
     },
 )

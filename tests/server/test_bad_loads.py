@@ -291,4 +291,15 @@ def test_a_step_within_a_load_is_no_part_of_it(live: Any) -> None:
     answer = pb.LoadResponse.FromString(stream.receive())
     stream.finish()
     assert (answer.session.applied_load, answer.session.applied_step) == (2, 2)
-    assert live.wire.pull(live.id, "exp_avg")[1]["exp_avg"] == ones(263).tobytes()
+    loaded = np.frombuffer(live.wire.pull(live.id, "exp_avg")[1]["exp_avg"], np.float32)
+    assert loaded[:17].tolist() + loaded[256:].tolist() == [1.0] * 24
+
+
+@pytest.mark.parametrize("cuts", [(0, 263), (0, 17, 256, 263), (0, 5, 100, 260, 263)])
+def test_padding_is_ignored_when_loaded_and_zero_when_pulled(live: Any, cuts: tuple[int, ...]) -> None:
+    values = live.gradient(3)
+    chunks = [live.load_chunk("param", start, values[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    live.load(live.load_opening(2), *chunks, COMMIT)
+    expected = values.copy()
+    expected[17:256] = 0.0
+    assert live.wire.pull(live.id, "param")[1]["param"] == expected.tobytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -94,13 +96,27 @@ def test_half_a_step_and_then_silence_is_cancelled_and_leaves_nothing(
 
 
 def test_silence_between_steps_is_nobodys_business(
-    serve: Any, connect: Any, make_live: Any, make_config: Any, clock: Any
+    serve: Any, connect: Any, make_live: Any, make_config: Any, clock: Any, until: Any, monkeypatch: Any
 ) -> None:
-    """And while a stream is attached, the lease does not run."""
+    """And while a stream is attached, the lease does not run.
+
+    The answer is here a moment before the server has left the step, so the clock waits for that.
+    """
     with serve() as server, connect(server.target) as wire:
+        attachments: list[Any] = []
+        stream_of = server.registry.stream
+
+        @contextlib.contextmanager
+        def watched(cancel: Any) -> Iterator[Any]:
+            with stream_of(cancel) as attachment:
+                attachments.append(attachment)
+                yield attachment
+
+        monkeypatch.setattr(server.registry, "stream", watched)
         live = make_live(wire, wire.create(make_config((10,))))
         stream = opened(live)
         for step in (1, 2):
+            until(lambda: not attachments[0].in_step)
             clock.now += 1e6
             assert server.registry.sweep() == []
             stream.send(live.frame(begin=step, commit=True))

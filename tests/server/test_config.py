@@ -1,0 +1,172 @@
+"""Settings: flag > environment > file > default, and nothing unknown or wrong among them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import msgspec
+import pytest
+
+from stepwire.errors import InvalidRequestError
+from stepwire_server.config import MIB, ServerConfig, load_config
+
+# A value of each setting that is not the default: as the environment has it, and as it is meant.
+SAMPLES: dict[str, tuple[str, Any]] = {
+    "bind": ("0.0.0.0:1", "0.0.0.0:1"),
+    "device": ("cuda:3", "cuda:3"),
+    "threads": ("7", 7),
+    "max_sessions": ("5", 5),
+    "memory_budget_bytes": ("123456789012", 123456789012),
+    "max_streams": ("6", 6),
+    "max_tensors": ("8", 8),
+    "max_chunk_bytes": ("65536", 65536),
+    "max_lease_seconds": ("12.5", 12.5),
+    "step_idle_seconds": ("3", 3.0),
+    "drain_seconds": ("0.5", 0.5),
+    "sweep_seconds": ("0.25", 0.25),
+    "insecure": ("true", True),
+    "port_file": ("/run/port", "/run/port"),
+    "log_level": ("debug", "debug"),
+    "log_json": ("false", False),
+}
+
+
+def load(flags: dict[str, Any] | None = None, environment: dict[str, str] | None = None, **options: Any) -> Any:
+    return load_config(flags or {}, environment=environment or {}, **options)
+
+
+def write(folder: pathlib.Path, text: str) -> pathlib.Path:
+    path = folder / "server.toml"
+    path.write_text(text)
+    return path
+
+
+def toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def test_there_is_a_sample_of_every_setting() -> None:
+    assert set(SAMPLES) == {field.name for field in msgspec.structs.fields(ServerConfig)}
+    assert all(getattr(ServerConfig(), name) != value for name, (_, value) in SAMPLES.items())
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    assert load() == ServerConfig()
+    assert (ServerConfig().bind, ServerConfig().max_chunk_bytes, ServerConfig().insecure) == (
+        "127.0.0.1:50051",
+        4 * MIB,
+        False,
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_setting_comes_from_each_place(name: str, tmp_path: pathlib.Path) -> None:
+    text, value = SAMPLES[name]
+    expected = msgspec.structs.replace(ServerConfig(), **{name: value})
+    assert load({name: value}) == expected
+    assert load(environment={f"STEPWIRE_{name.upper()}": text}) == expected
+    assert load(file=write(tmp_path, f"{name} = {toml(value)}\n")) == expected
+
+
+def test_a_flag_beats_the_environment_and_that_the_file(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, "max_sessions = 2\nmax_streams = 2\nthreads = 2\n")
+    environment = {"STEPWIRE_MAX_SESSIONS": "3", "STEPWIRE_MAX_STREAMS": "3"}
+    loaded = load({"max_sessions": 4, "max_streams": None}, environment, file=path)
+    assert (loaded.max_sessions, loaded.max_streams, loaded.threads) == (4, 3, 2)
+    assert loaded.max_tensors == ServerConfig().max_tensors
+
+
+def test_a_flag_may_say_no() -> None:
+    assert load({"insecure": False}, {"STEPWIRE_INSECURE": "true"}).insecure is False
+
+
+def test_the_environment_may_name_the_file_and_a_flag_another(tmp_path: pathlib.Path) -> None:
+    one = write(tmp_path, "threads = 2\n")
+    other = tmp_path / "other.toml"
+    other.write_text("threads = 3\n")
+    environment = {"STEPWIRE_CONFIG": str(one)}
+    assert load(environment=environment).threads == 2
+    assert load(environment=environment, file=other).threads == 3
+    assert load(environment={"STEPWIRE_CONFIG": ""}).threads == 0
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    environment = {"STEPWIRE_CACHE_DIR": "/x", "STEPWIRE_TARGET": "h:1", "PATH": "/bin", "OTHER_THREADS": "3"}
+    assert load(environment=environment) == ServerConfig()
+
+
+@pytest.mark.parametrize("name", ["STEPWIRE_THREAD", "STEPWIRE_MEMORY_BUDGET", "STEPWIRE_", "STEPWIRE_FOO_BAR"])
+def test_an_unknown_variable_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"environment variable {name} is unknown; use one of: STEPWIRE_BIND"):
+        load(environment={name: "1"})
+
+
+@pytest.mark.parametrize("text", ["thread = 3", "[server]\nthreads = 3", "memory_budget = '8G'"])
+def test_an_unknown_key_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="unknown field") as refused:
+        load(file=write(tmp_path, text))
+    assert refused.value.metadata == {"field": "settings"}
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="unknown field `thread`"):
+        load({"thread": 3})
+
+
+WRONG = {
+    "bind": [5, None],
+    "device": ["gpu", "cuda:", "cuda:x", "CPU", "", 5],
+    "threads": [-1, "many", 1.5, ""],
+    "max_sessions": [0, -5, "x"],
+    "memory_budget_bytes": [-1, "8G", 1.5],
+    "max_streams": [0],
+    "max_tensors": [0],
+    "max_chunk_bytes": [0, 65535, 64 * MIB + 1],
+    "max_lease_seconds": [0, -1.0, "soon", "inf", "nan", 1e300],
+    "step_idle_seconds": [0.0, "inf", "nan"],
+    "drain_seconds": [-0.1, "inf", "nan"],
+    "sweep_seconds": [0, "inf", "nan"],
+    "insecure": ["maybe", 3, "yes please"],
+    "port_file": [7],
+    "log_level": ["loud", "", "DEBUG"],
+    "log_json": ["perhaps"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pytest.param(name, value, id=f"{name}={value!r}") for name, values in WRONG.items() for value in values],
+)
+def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any, tmp_path: pathlib.Path) -> None:
+    """From whichever place it comes."""
+    if value is not None:
+        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
+            load({name: value})
+    if isinstance(value, str):
+        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
+            load(environment={f"STEPWIRE_{name.upper()}": value})
+    if isinstance(value, (str, int)):
+        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
+            load(file=write(tmp_path, f"{name} = {value!r}\n"))
+
+
+@pytest.mark.parametrize("content", [b"threads = ", b"threads = 1\nthreads = 2\n", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_refused_with_its_path(tmp_path: pathlib.Path, content: bytes) -> None:
+    path = tmp_path / "server.toml"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequestError) as refused:
+        load(file=path)
+    assert str(refused.value).startswith(f"settings file {str(path)!r}: ")
+
+
+def test_a_file_that_is_not_there_is_refused_with_its_path(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InvalidRequestError, match="No such file"):
+        load(file=tmp_path / "missing.toml")
+
+
+def test_settings_are_fixed_and_named() -> None:
+    with pytest.raises(AttributeError):
+        ServerConfig().threads = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ServerConfig("127.0.0.1:1")  # type: ignore[misc]

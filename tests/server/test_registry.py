@@ -1,0 +1,294 @@
+"""All sessions: found, listed, counted, ended and swept, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stepwire import errors
+from stepwire.codecs import FLOAT32
+from stepwire.errors import Reason
+from stepwire.layout import TensorSpec, place
+from stepwire.optimizers import Adam
+from stepwire_server.engines import CpuEngine
+from stepwire_server.memory import MemoryBudget
+from stepwire_server.plan import NonFinitePolicy, SessionPlan
+from stepwire_server.registry import Registry, RegistryStatistics
+
+BYTES = 3 * 4 * 10
+
+
+def plan(lease_seconds: float = 60.0, label: str = "") -> SessionPlan:
+    return SessionPlan(
+        layout=place([TensorSpec("w", (10,))], 1),
+        optimizer=Adam(),
+        groups=(Adam().hyperparameters(),),
+        non_finite=NonFinitePolicy.REJECT,
+        gradient_dtype=FLOAT32,
+        reply_dtype=FLOAT32,
+        start_at_zero=True,
+        lease_seconds=lease_seconds,
+        label=label,
+    )
+
+
+@pytest.fixture
+def make_registry(clock: Any) -> Callable[..., Registry]:
+    def make(*, max_sessions: int = 10, max_streams: int = 3, budget_bytes: int = 10_000) -> Registry:
+        return Registry(
+            CpuEngine(threads=1, use_numba=False),
+            MemoryBudget(budget_bytes),
+            max_sessions=max_sessions,
+            max_streams=max_streams,
+            step_idle_seconds=5.0,
+            clock=clock,
+        )
+
+    return make
+
+
+def test_a_created_session_is_found_and_its_creator_holds_the_slot(make_registry: Any) -> None:
+    registry = make_registry()
+    session, token = registry.create("r", plan())
+    assert registry.get(session.session_id) is session
+    assert (token, session.ledger.slot.token, session.ledger.epoch) == (1, 1, 1)
+    assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 10_000)
+
+
+def test_the_same_request_returns_the_same_session(make_registry: Any) -> None:
+    registry = make_registry()
+    first, second = registry.create("r", plan()), registry.create("r", plan())
+    assert (second.session, second.token) == (first.session, 1)
+    first.session.take_slot()
+    assert registry.create("r", plan()).token == 1, "whoever took the slot since is not robbed of it"
+    assert registry.statistics().sessions == 1
+
+
+def test_the_same_request_with_another_plan_is_refused(make_registry: Any) -> None:
+    registry = make_registry()
+    registry.create("r", plan())
+    with pytest.raises(errors.InvalidRequestError, match="'r' created another session before") as refused:
+        registry.create("r", plan(label="other"))
+    assert refused.value.metadata == {"field": "request_id"}
+    assert registry.create("s", plan(label="other")).session.plan.label == "other"
+
+
+@pytest.mark.parametrize("how", ["delete", "expire", "expire and sweep"])
+def test_a_request_whose_session_has_ended_creates_a_new_one(make_registry: Any, clock: Any, how: str) -> None:
+    registry = make_registry()
+    first = registry.create("r", plan()).session
+    if how == "delete":
+        registry.delete(first.session_id)
+    else:
+        clock.now += 61.0
+    if how == "expire and sweep":
+        registry.sweep()
+    second = registry.create("r", plan()).session
+    assert second.session_id != first.session_id
+    registry.sweep()
+    assert registry.create("r", plan()).session is second
+    assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 10_000)
+
+
+def test_one_request_from_many_threads_creates_one_session(make_registry: Any) -> None:
+    registry, made, start = make_registry(), [], threading.Barrier(8)
+
+    def create() -> None:
+        start.wait()
+        made.append(registry.create("r", plan()).session)
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 8
+    assert len(set(map(id, made))) == 1
+    assert registry.statistics().reserved_bytes == BYTES
+
+
+def test_too_many_sessions_are_refused(make_registry: Any) -> None:
+    registry = make_registry(max_sessions=2)
+    first = registry.create("a", plan()).session
+    registry.create("b", plan())
+    with pytest.raises(errors.ResourceExhaustedError, match="2 sessions, its most") as refused:
+        registry.create("c", plan())
+    assert (refused.value.reason, refused.value.metadata) == (Reason.TOO_MANY_SESSIONS, {"max_sessions": "2"})
+    registry.create("b", plan())
+    registry.delete(first.session_id)
+    registry.create("c", plan())
+
+
+def test_a_session_that_does_not_fit_leaves_nothing(make_registry: Any) -> None:
+    registry = make_registry(budget_bytes=2 * BYTES - 1)
+    registry.create("a", plan())
+    with pytest.raises(errors.ResourceExhaustedError) as refused:
+        registry.create("b", plan())
+    assert refused.value.reason is Reason.MEMORY_EXHAUSTED
+    assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 2 * BYTES - 1)
+
+
+def test_a_deleted_session_is_gone_with_its_memory(make_registry: Any) -> None:
+    registry = make_registry()
+    session = registry.create("r", plan()).session
+    assert registry.delete(session.session_id) is session
+    assert session.ledger.closed
+    assert registry.statistics() == RegistryStatistics(0, 0, 0, 10_000)
+    for call in (registry.get, registry.delete):
+        with pytest.raises(errors.SessionNotFoundError):
+            call(session.session_id)
+
+
+def test_a_lease_runs_from_the_last_use(make_registry: Any, clock: Any) -> None:
+    registry = make_registry()
+    session = registry.create("r", plan(lease_seconds=60.0)).session
+    clock.now += 60.0
+    assert registry.get(session.session_id) is session
+    session.snapshot()
+    clock.now += 60.0
+    assert registry.sweep() == []
+    clock.now += 0.1
+    with pytest.raises(errors.SessionNotFoundError):
+        registry.get(session.session_id)
+    assert registry.sweep() == [session.session_id]
+    assert registry.sweep() == []
+    assert registry.statistics().reserved_bytes == 0
+
+
+def test_each_session_has_a_lease_of_its_own(make_registry: Any, clock: Any) -> None:
+    registry = make_registry()
+    short = registry.create("short", plan(lease_seconds=10.0)).session
+    long = registry.create("long", plan(lease_seconds=1000.0)).session
+    clock.now += 11.0
+    assert registry.sweep() == [short.session_id]
+    assert registry.get(long.session_id) is long
+
+
+def test_a_lease_does_not_run_while_a_stream_is_attached(make_registry: Any, clock: Any) -> None:
+    registry = make_registry()
+    session = registry.create("r", plan(lease_seconds=10.0)).session
+    with registry.stream(lambda: None) as attachment, session.attached(attachment, 1, 0):
+        clock.now += 1e6
+        assert registry.sweep() == []
+        assert registry.get(session.session_id) is session
+    clock.now += 9.0
+    assert registry.sweep() == []
+    clock.now += 2.0
+    assert registry.sweep() == [session.session_id]
+
+
+def test_looking_at_a_session_does_not_renew_its_lease(make_registry: Any, clock: Any) -> None:
+    registry = make_registry()
+    session = registry.create("r", plan(lease_seconds=10.0)).session
+    for _ in range(3):
+        clock.now += 5.0
+        registry.page("", 10)
+        if clock.now <= 1010.0:
+            registry.get(session.session_id)
+    assert registry.sweep() == [session.session_id]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_pages_hold_every_session_once_in_order(make_registry: Any, size: int) -> None:
+    registry = make_registry()
+    made = sorted(registry.create(str(index), plan()).session.session_id for index in range(7))
+    listed, after, pages = [], "", 0
+    while True:
+        sessions, after = registry.page(after, size)
+        listed += [session.session_id for session in sessions]
+        pages += 1
+        if not after:
+            break
+        assert after == listed[-1]
+    assert (listed, pages) == (made, -(-7 // size))
+
+
+def test_a_page_goes_on_where_a_deleted_session_was(make_registry: Any) -> None:
+    registry = make_registry()
+    made = sorted(registry.create(str(index), plan()).session.session_id for index in range(4))
+    _, after = registry.page("", 2)
+    registry.delete(after)
+    sessions, last = registry.page(after, 2)
+    assert ([session.session_id for session in sessions], last) == (made[2:], "")
+
+
+def test_an_empty_registry_has_one_empty_page(make_registry: Any) -> None:
+    assert make_registry().page("", 10) == ([], "")
+
+
+def test_streams_are_counted_and_bounded(make_registry: Any) -> None:
+    registry = make_registry(max_streams=2)
+    with registry.stream(lambda: None), registry.stream(lambda: None):
+        assert registry.statistics().streams == 2
+        with pytest.raises(errors.ResourceExhaustedError, match="2 attached streams") as refused:
+            registry.stream(lambda: None).__enter__()
+        assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
+    with pytest.raises(ZeroDivisionError), registry.stream(lambda: None):
+        raise ZeroDivisionError
+    assert registry.statistics().streams == 0
+
+
+@pytest.mark.parametrize(("in_step", "expected"), [(True, ["cancelled"]), (False, [])])
+def test_the_sweep_cancels_streams_that_are_silent_inside_a_step(
+    make_registry: Any, clock: Any, in_step: bool, expected: list[str]
+) -> None:
+    registry, cancelled = make_registry(), list[str]()
+    with registry.stream(lambda: cancelled.append("cancelled")) as attachment:
+        attachment.in_step = in_step
+        clock.now += 5.0
+        registry.sweep()
+        assert cancelled == []
+        clock.now += 0.1
+        registry.sweep()
+        assert cancelled == expected
+
+
+def test_the_sweep_cancels_loads_that_are_silent(make_registry: Any, clock: Any) -> None:
+    registry, cancelled = make_registry(max_streams=1), list[str]()
+    with registry.stream(lambda: None), registry.upload(lambda: cancelled.append("cancelled")) as seen:
+        assert registry.statistics().streams == 1
+        for _ in range(3):
+            clock.now += 4.0
+            assert seen() is True
+            registry.sweep()
+        assert cancelled == []
+        clock.now += 5.1
+        registry.sweep()
+        assert cancelled == ["cancelled"]
+    clock.now += 100.0
+    registry.sweep()
+    assert cancelled == ["cancelled"]
+
+
+def test_streams_are_cancelled_at_the_end_unless_they_end_by_themselves(make_registry: Any) -> None:
+    registry, cancelled = make_registry(), list[int]()
+    with registry.stream(lambda: cancelled.append(1)), registry.stream(lambda: cancelled.append(2)) as ending:
+        ending.ending = True
+        registry.cancel_streams()
+        assert cancelled == [1]
+
+
+def test_closing_twice_ends_every_session_once(make_registry: Any) -> None:
+    registry = make_registry()
+    sessions = [registry.create(str(index), plan()).session for index in range(3)]
+    registry.close()
+    registry.close()
+    assert all(session.ledger.closed for session in sessions)
+    assert registry.statistics() == RegistryStatistics(0, 0, 0, 10_000)
+
+
+def test_plans_are_compared_whole(make_registry: Any) -> None:
+    registry = make_registry()
+    registry.create("r", plan())
+    for change in (
+        {"lease_seconds": 61.0},
+        {"non_finite": NonFinitePolicy.SKIP},
+        {"optimizer": Adam(amsgrad=True)},
+        {"layout": place([TensorSpec("w", (2, 5))], 1)},
+    ):
+        with pytest.raises(errors.InvalidRequestError):
+            registry.create("r", dataclasses.replace(plan(), **change))

@@ -1,0 +1,183 @@
+"""Chunks on their way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.layout import Layout, TensorSpec, place
+from stepwire_server.engines import CpuEngine
+from stepwire_server.memory import MemoryBudget
+from stepwire_server.plan import StepOrder
+from stepwire_server.staging import Coverage, GradientStaging, typed_payload
+
+LAYOUT = place([TensorSpec("a", (3, 5)), TensorSpec("b", (4,)), TensorSpec("c", (9,), 1)], 2)
+SIZE = 265
+
+
+@given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=30))
+def test_coverage_is_a_set_of_elements(size: int, chunks: list[tuple[int, int]]) -> None:
+    """Held against an actual set: taken if non-empty, inside and disjoint; complete if nothing is missing."""
+    coverage, seen, taken = Coverage(size), set[int](), []
+    for offset, count in chunks:
+        elements = set(range(offset, offset + count))
+        if elements and offset + count <= size and not elements & seen:
+            taken.append(offset)
+            assert coverage.add(offset, count) == sorted(taken).index(offset)
+            seen |= elements
+        else:
+            with pytest.raises(InvalidRequestError) as refused:
+                coverage.add(offset, count)
+            assert refused.value.reason is Reason.INVALID_TENSOR
+            assert refused.value.metadata == {
+                "field": "chunk",
+                "offset": str(offset),
+                "end": str(offset + count),
+            }
+    missing = sorted(set(range(size)) - seen)
+    if not missing:
+        coverage.require_complete()
+        return
+    with pytest.raises(InvalidRequestError) as refused:
+        coverage.require_complete()
+    assert refused.value.metadata["missing_offset"] == str(missing[0])
+    end = next((element for element in range(missing[0], size) if element in seen), size)
+    assert refused.value.metadata["missing_end"] == str(end)
+
+
+@pytest.mark.parametrize(("size", "most"), [(2000, 1024), (16_384 * 3, 1027)])
+def test_the_number_of_chunks_is_bounded(size: int, most: int) -> None:
+    coverage = Coverage(size)
+    for offset in range(most):
+        coverage.add(offset, 1)
+    with pytest.raises(InvalidRequestError, match=f"is one more than the {most} allowed; send larger chunks"):
+        coverage.add(most, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_a_payload_is_viewed_as_its_elements(dtype: Any) -> None:
+    values = np.array([1.5, -2.0, 0.25], dtype)
+    payload = np.frombuffer(b"x" + values.tobytes(), np.uint8)[1:]
+    typed = typed_payload(payload, 3, np.dtype(dtype))
+    assert typed.tobytes() == values.tobytes()
+    assert np.shares_memory(typed, payload)
+
+
+@pytest.mark.parametrize(("nbytes", "count"), [(11, 3), (12, 2), (12, 4), (0, 1), (12, 2**62 + 3), (4, 0)])
+def test_a_payload_of_another_size_is_refused(nbytes: int, count: int) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        typed_payload(np.zeros(nbytes, np.uint8), count, np.dtype(np.float32))
+    assert refused.value.metadata == {
+        "field": "chunk.count",
+        "count": str(count),
+        "payload_bytes": str(nbytes),
+    }
+
+
+def order(dtype: Any = np.float32) -> StepOrder:
+    return StepOrder(1, 0, np.dtype(dtype), np.dtype(np.float32), True, 1024, ())
+
+
+@pytest.fixture
+def stage() -> Callable[..., GradientStaging]:
+    """Make a staging area that has reserved 1,000 of 5,000 bytes: `stage.budget`."""
+    engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
+    state = engine.allocate(("param",), SIZE)
+
+    def make(layout: Layout = LAYOUT, *, replay: bool = False, dtype: Any = np.float32) -> GradientStaging:
+        return GradientStaging(order(dtype), layout, state, budget.reserve(1000, "it"), replay=replay)
+
+    make.budget = budget  # type: ignore[attr-defined]
+    return make
+
+
+def add(staging: GradientStaging, values: Any, spans: list[tuple[int, int]]) -> None:
+    for start, end in spans:
+        staging.add(start, end - start, np.frombuffer(values[start:end].tobytes(), np.uint8))
+
+
+@given(st.lists(st.integers(1, SIZE - 1), unique=True, max_size=6), st.randoms(use_true_random=False))
+def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: Any) -> None:
+    """Bit for bit the same for any order of the same chunks; each group's own, padding left out."""
+    values = np.random.default_rng(5).standard_normal(SIZE).astype(np.float32)
+    edges = [0, *sorted(cuts), SIZE]
+    spans = list(zip(edges, edges[1:], strict=False))
+    engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
+    norms = []
+    for _ in range(2):
+        staging = GradientStaging(
+            order(), LAYOUT, engine.allocate(("param",), SIZE), budget.reserve(1, "it"), replay=False
+        )
+        add(staging, values, spans)
+        staging.complete()
+        norms.append(staging.squared_norms)
+        random.shuffle(spans)
+    assert norms[0] == norms[1]
+    wanted = [(values[:19].astype(np.float64) ** 2).sum(), (values[256:].astype(np.float64) ** 2).sum()]
+    assert norms[0] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_chunks_come_out_in_flat_order(stage: Any) -> None:
+    staging, values = stage(), np.arange(SIZE, dtype=np.float32)
+    add(staging, values, [(200, SIZE), (0, 7), (7, 200)])
+    chunks = list(staging.drain())
+    assert [(chunk.offset, chunk.end, len(chunk.gradient)) for chunk in chunks] == [
+        (0, 7, 7),
+        (7, 200, 193),
+        (200, SIZE, 65),
+    ]
+    assert list(staging.drain()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("spans", [[(0, SIZE)], [(16, SIZE), (0, 16)], [(258, SIZE), (20, 258), (0, 20)]])
+def test_what_is_not_finite_is_counted_and_the_first_is_found(stage: Any, spans: Any, dtype: Any) -> None:
+    """In tensors only: padding may hold anything."""
+    values = np.ones(SIZE, dtype)
+    values[[17, 18, 260]] = np.nan, np.inf, -np.inf
+    values[100] = np.nan
+    staging = stage(dtype=dtype)
+    add(staging, values, spans)
+    assert (staging.non_finite_count, staging.first_non_finite) == (3, 17)
+
+
+def test_the_largest_values_are_finite(stage: Any) -> None:
+    """The check is that of the sum of squares, which float64 holds for any float32."""
+    staging = stage()
+    add(staging, np.full(SIZE, np.finfo(np.float32).max, np.float32), [(0, SIZE)])
+    staging.complete()
+    assert staging.non_finite_count == 0
+    assert all(np.isfinite(staging.squared_norms))
+
+
+def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
+    staging, values = stage(), np.ones(SIZE, np.float32)
+    add(staging, values, [(0, 100)])
+    with pytest.raises(InvalidRequestError):
+        add(staging, values, [(50, 150)])
+    add(staging, values, [(100, SIZE)])
+    staging.complete()
+    assert staging.squared_norms == [19.0, 9.0]
+
+
+def test_the_chunks_of_a_replay_are_dropped_unread(stage: Any) -> None:
+    staging = stage(replay=True)
+    staging.add(2**63, 5, np.zeros(3, np.uint8))
+    assert list(staging.drain()) == []
+
+
+def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
+    staging = stage()
+    assert stage.budget.reserved_bytes == 1000
+    add(staging, np.ones(SIZE, np.float32), [(0, SIZE)])
+    staging.close()
+    staging.close()
+    assert stage.budget.reserved_bytes == 0
+    assert list(staging.drain()) == []
