@@ -10,6 +10,7 @@ import sys
 
 import grpc
 import numpy as np
+
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub

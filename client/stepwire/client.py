@@ -126,7 +126,9 @@ class Client:
         session = Session(
             self._calls,
             answer.session,
-            answer.attach_token,
+            # Where the request came before, perhaps from another process, the first step takes the slot anew: two
+            # holders of one token would take each other's steps for their own.
+            0 if answer.replayed else answer.attach_token,
             chunk_bytes,
             as_list=not isinstance(parameters, Mapping),
         )

@@ -37,6 +37,7 @@ _UNARY_CALLS: Final = 64
 _MESSAGE_HEADROOM: Final = 1 * MIB
 _LARGEST_CREATE_BYTES: Final = 32 * MIB
 _DEFAULT_BUDGET_SHARE: Final = 0.8
+_LAST_ANSWER_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
 
 
@@ -103,11 +104,16 @@ class Server:
         _log.info("listening", target=self.target)
 
     def drain(self) -> bool:
-        """Refuse new steps and wait for those under way; False if some outlast `drain_seconds`."""
+        """Refuse new steps and wait for those under way; False if some outlast `drain_seconds`.
+
+        The last answers then get a moment to leave: a stream that is cancelled loses what is still on its way.
+        """
         self._gate.close()
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
-        return self._gate.wait_empty(self._config.drain_seconds)
+        empty = self._gate.wait_empty(self._config.drain_seconds)
+        self._stopped.wait(_LAST_ANSWER_SECONDS)
+        return empty
 
     def close(self) -> None:
         """Stop at once: cut what is under way and free everything."""
@@ -172,7 +178,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
 
 def _checked_host(config: ServerConfig) -> str:
     host, separator, port = config.bind.rpartition(":")
-    if not separator or not host or not port.isdigit():
+    # gRPC takes a port modulo 65536.
+    if not separator or not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise InvalidRequestError(f"bind: {config.bind!r} is not host:port", metadata={"field": "bind"})
     try:
         loopback = ipaddress.ip_address(host.strip("[]")).is_loopback

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import stepwire
 from stepwire.results import SessionInfo
@@ -60,10 +61,10 @@ def parse_bytes(text: str) -> int:
     """
     digits = text.strip().upper().removesuffix("IB").removesuffix("B")
     factor = _SUFFIXES.get(digits[-1:], 1)
-    number = digits.rstrip("KMGT") if factor > 1 else digits
+    number = digits[:-1] if factor > 1 else digits
     try:
         return int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is not a number of bytes such as 8G or 512MiB") from None
 
 
@@ -153,7 +154,7 @@ def list_sessions(target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 10.0, a
     for session in sessions:
         table.add_row(
             session.session_id,
-            session.label,
+            Text(session.label),  # never markup
             str(session.applied_step),
             str(session.durable_step),
             f"{session.memory_bytes / 2**20:.1f} MiB",

@@ -76,8 +76,9 @@ def _guarded_stream(behavior: Callable[..., Iterator[Any]], method: str) -> Call
 
 def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoReturn:
     # When the client is gone, gRPC raises its own error out of the request iterator and knows it when it comes
-    # back; there is nobody left to tell.
-    if isinstance(error, grpc.RpcError) or not context.is_active():
+    # back; there is nobody left to tell. Any other error is told to gRPC all the same, which would log it with its
+    # trace if it were raised.
+    if isinstance(error, grpc.RpcError):
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)

@@ -15,16 +15,23 @@ from stepwire_server.ledger import session_not_found
 from stepwire_server.memory import MemoryBudget
 from stepwire_server.plan import SessionPlan
 from stepwire_server.session import Session
-from stepwire_server.slot import Attachment
+from stepwire_server.slot import FIRST_TOKEN, Attachment
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
 
 
 class Created(NamedTuple):
-    """A created session and the token of slot 0."""
+    """A created session.
+
+    Attributes:
+        session: it.
+        token: of slot 0.
+        replayed: the request had created it before.
+    """
 
     session: Session
     token: int
+    replayed: bool
 
 
 class RegistryStatistics(NamedTuple):
@@ -88,7 +95,7 @@ class Registry:
             with self._lock:
                 self._sessions[session.session_id] = session
                 self._by_request[request_id] = session
-            return Created(session, token)
+            return Created(session, token, replayed=False)
 
     def get(self, session_id: str) -> Session:
         """Find a session.
@@ -203,7 +210,7 @@ class Registry:
                 f"request_id: {request_id!r} created another session before, with another config; use a new id",
                 metadata={"field": "request_id"},
             )
-        return Created(session, 1)
+        return Created(session, FIRST_TOKEN, replayed=True)
 
     def _end(self, sessions: list[Session]) -> None:
         with self._lock:

@@ -101,9 +101,11 @@ class OptimizerService:
         request_id = decode_request_id(request.request_id)
         plan = decode_plan(request.config, self._config, self._registry.engine.device.name)
         with self._gate:
-            session, token = self._registry.create(request_id, plan)
+            created = self._registry.create(request_id, plan)
         return pb.CreateSessionResponse(
-            session=encode_session(session, self._registry.clock(), whole=True), attach_token=token
+            session=encode_session(created.session, self._registry.clock(), whole=True),
+            attach_token=created.token,
+            replayed=created.replayed,
         )
 
     def get_session(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> Any:

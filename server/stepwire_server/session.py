@@ -182,10 +182,14 @@ class Session:
             staging.complete()
             self._check_finite(staging)
             started = self._clock()
-            skipped = self._apply(order, staging, sink)
-            times = (committed - began, started - committed, self._clock() - started)
-            record = self._record(order, staging, skipped, times)
-            self.ledger.commit_step(record)
+            try:
+                skipped = self._apply(order, staging, sink)
+                times = (committed - began, started - committed, self._clock() - started)
+                record = self._record(order, staging, skipped, times)
+                self.ledger.commit_step(record)
+            except BaseException:
+                self.ledger.damaged_by(f"step {order.step}")
+                raise
             return record
 
     def _admit(self, order: StepOrder, token: int) -> bool:
@@ -213,11 +217,7 @@ class Session:
         if staging.non_finite_count and self.plan.non_finite is NonFinitePolicy.SKIP:
             self._send_parameters(order, sink)
             return True
-        try:
-            self._update(order, staging, sink)
-        except BaseException:
-            self.ledger.damaged_by(f"step {order.step}")
-            raise
+        self._update(order, staging, sink)
         return False
 
     def _record(

@@ -12,7 +12,10 @@ from collections.abc import Callable
 
 from stepwire.errors import FencedError, Reason
 
-__all__ = ["Attachment", "WorkerSlot"]
+__all__ = ["FIRST_TOKEN", "Attachment", "WorkerSlot"]
+
+FIRST_TOKEN = 1
+"""What the first taking of a slot gives out."""
 
 
 class Attachment:

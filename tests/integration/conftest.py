@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient
 
 import stepwire
 from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient
 
 Opened = Callable[[str], stepwire.Client]
 

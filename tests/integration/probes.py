@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.integration.events import Happenings
-
 from stepwire_server.registry import Registry
 from stepwire_server.session import Session
 from stepwire_server.slot import Attachment
+from tests.integration.events import Happenings
 
 __all__ = ["chunks_staged", "steps_over", "stream_ends"]
 

@@ -15,12 +15,12 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
-from tests.integration.events import PATIENCE_SECONDS
 
 from stepwire.status import error_from_call
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+from tests.integration.events import PATIENCE_SECONDS
 
 __all__ = ["RawClient", "RawStream", "Refused", "commit", "step_message"]
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from tests.integration.probes import chunks_staged, stream_ends
-from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, RawStream, Refused, commit, step_message
-from tests.integration.training import same_bits
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2
 from stepwire_server.app import Server
+from tests.integration.probes import chunks_staged, stream_ends
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient, RawStream, Refused, commit, step_message
+from tests.integration.training import same_bits
 
 _SIZE = 20_000  # two chunks each way
 GRADIENT = np.random.default_rng(5).standard_normal(_SIZE, np.float32)

@@ -11,12 +11,13 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tests.integration.http2 import Unit
-from tests.integration.proxy import Cut, Direction, Proxy, Traffic
-from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
 
 import stepwire
 from stepwire_server.app import Server
+from tests.integration.http2 import Unit
+from tests.integration.link import Cut, Direction, Traffic
+from tests.integration.proxy import Proxy
+from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
 
 _SEED = 1_812_06
 

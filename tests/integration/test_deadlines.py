@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.integration.proxy import Direction, Proxy
-from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
 
 import stepwire
 from stepwire.errors import Reason
 from stepwire_server.app import Server
+from tests.integration.link import Direction
+from tests.integration.proxy import Proxy
+from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
 
 Connect = Callable[[str], stepwire.Client]
 

@@ -10,13 +10,13 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.integration.processes import ServerProcess, run_command
-from tests.integration.raw import RawClient, RawStream, Refused, Vector, step_message
-from tests.integration.training import TINY
 
 import stepwire
 from stepwire.errors import Reason
 from stepwire.transport_options import BULK_OPTIONS
+from tests.integration.processes import ServerProcess, run_command
+from tests.integration.raw import RawClient, RawStream, Refused, Vector, step_message
+from tests.integration.training import TINY
 
 _SIZE = 100
 GRADIENT = np.random.default_rng(11).standard_normal(_SIZE, np.float32)

@@ -1,22 +1,21 @@
-"""Steps, loads and creations that are repeated, delayed, reordered or misnumbered: applied once, or refused by name."""
+"""Steps that are repeated, delayed, reordered or misnumbered: applied once, or refused by name."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from tests.integration.probes import chunks_staged
-from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, RawStream, Refused, Vector, commit, settle, step_message
-from tests.integration.training import SMALL, WIDE, bits, same_bits, telemetry
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.app import Server
+from tests.integration.probes import chunks_staged
+from tests.integration.proxy import Proxy
+from tests.integration.raw import RawClient, RawStream, Refused, Vector, commit, settle, step_message
+from tests.integration.training import SMALL, WIDE, bits, same_bits, telemetry
 
 _SIZE = 12
 _SEED = 77
@@ -274,158 +273,3 @@ def test_a_number_that_is_not_next(raw, session, state, way, applied: int, step:
     assert refused.value.retry_after_seconds is None
     assert same_bits(state(session), before)
     assert raw.step(*session, applied + 1, gradient(1)).result.step == applied + 1
-
-
-# --- loads -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unloaded(raw: RawClient) -> Taken:
-    """A session that waits for its parameters."""
-    created = raw.create(_SIZE, zeros=False)
-    return created.session.session_id, created.attach_token
-
-
-def test_a_load_sent_twice_is_loaded_once(raw, unloaded, state) -> None:
-    first, again = (raw.load(*unloaded, 1, gradient(0)) for _ in range(2))
-    assert (first.replayed, again.replayed) == (False, True)
-    assert (first.session.applied_load, again.session.applied_load) == (1, 1)
-    assert state(unloaded).slots["param"]["w"].tobytes() == gradient(0).tobytes()
-
-
-def test_a_delayed_duplicate_of_a_load_does_not_undo_the_steps_since(raw, unloaded, state) -> None:
-    raw.load(*unloaded, 1, gradient(0))
-    for step in range(1, 4):
-        raw.step(*unloaded, step, gradient(step))
-    before = state(unloaded)
-    assert raw.load(*unloaded, 1, gradient(0)).replayed
-    assert same_bits(state(unloaded), before)
-    raw.load(*unloaded, 2, gradient(9))
-    with pytest.raises(Refused) as refused:
-        raw.load(*unloaded, 1, gradient(0))
-    assert refused.value.row == ("ABORTED", "STEP_SUPERSEDED")
-    assert refused.value.metadata == {"expected_load": "3", "actual_load": "1"}
-    assert state(unloaded).slots["param"]["w"].tobytes() == gradient(9).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("load", "reason"), [(0, "STEP_SUPERSEDED"), (2, "STEP_MISMATCH"), (2**64 - 1, "STEP_MISMATCH")]
-)
-def test_a_load_that_is_not_next(raw, unloaded, load: int, reason: str) -> None:
-    with pytest.raises(Refused) as refused:
-        raw.load(*unloaded, load, gradient(0))
-    assert refused.value.row == ("ABORTED", reason)
-    assert refused.value.metadata == {"expected_load": "1", "actual_load": str(load)}
-    assert not raw.load(*unloaded, 1, gradient(0)).replayed
-
-
-def test_a_step_before_the_first_load_is_refused_and_not_used_up(raw, unloaded) -> None:
-    with pytest.raises(Refused) as refused:
-        raw.step(*unloaded, 1, gradient(1))
-    assert refused.value.row == ("FAILED_PRECONDITION", "SESSION_NOT_READY")
-    raw.load(*unloaded, 1, gradient(0))
-    assert not raw.step(*unloaded, 1, gradient(1)).result.replayed
-
-
-# --- creations ---------------------------------------------------------------------------------------------
-
-
-def test_a_creation_sent_twice_makes_one_session(raw, server) -> None:
-    first = raw.create(request_id="once")
-    held = server.registry.statistics()
-    again = raw.create(request_id="once")
-    assert again.session.session_id == first.session.session_id
-    assert again.attach_token == first.attach_token
-    assert server.registry.statistics() == held
-
-
-def test_a_creation_sent_by_many_at_once_makes_one_session(server, connect) -> None:
-    clients = [RawClient(server.target) for _ in range(8)]
-    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
-        created = list(pool.map(lambda client: client.create(request_id="once"), clients))
-    for client in clients:
-        client.close()
-    assert len({answer.session.session_id for answer in created}) == 1
-    assert server.registry.statistics().sessions == 1
-
-
-def test_a_creation_repeated_after_steps_finds_the_session_as_it_is(raw, state) -> None:
-    first = raw.create(_SIZE, request_id="once")
-    taken = first.session.session_id, first.attach_token
-    raw.step(*taken, 1, gradient(1))
-    before = state(taken)
-    again = raw.create(_SIZE, request_id="once")
-    assert (again.session.session_id, again.session.applied_step) == (taken[0], 1)
-    assert same_bits(state(taken), before)
-
-
-def test_another_config_under_the_same_request_id_is_refused(raw, server) -> None:
-    raw.create(request_id="once")
-    held = server.registry.statistics()
-    with pytest.raises(Refused) as refused:
-        raw.create(request_id="once", lr=0.5)
-    assert refused.value.row == ("INVALID_ARGUMENT", "INVALID_CONFIG")
-    assert refused.value.metadata == {"field": "request_id"}
-    assert server.registry.statistics() == held
-
-
-def test_a_request_id_is_free_again_when_its_session_has_ended(raw) -> None:
-    first = raw.create(request_id="once").session.session_id
-    raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=first))
-    assert raw.create(request_id="once", lr=0.5).session.session_id != first
-
-
-# --- loads that their client gave up -----------------------------------------------------------------------
-
-
-def test_a_load_after_one_that_failed_is_never_taken_for_it(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
-) -> None:
-    """The first load was committed and its answer lost; the second brings other parameters, and they count."""
-    session = SMALL.create(connect(proxy.target))
-    proxy.hold("down")
-    with pytest.raises(stepwire.DeadlineExceededError):
-        session.load(SMALL.gradient(1), timeout=0.3)
-    proxy.release("down")
-    session.load(SMALL.gradient(2))
-    assert bits(session.pull()) == bits(SMALL.gradient(2))
-    session.load(SMALL.gradient(3))
-    assert bits(session.pull()) == bits(SMALL.gradient(3))
-
-
-def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
-) -> None:
-    """The client gave the load up and went on; whoever catches its error knows the parameters that are stepped."""
-    disturbed, calm = SMALL.create(connect(proxy.target)), SMALL.create(connect(server.target))
-    for session in (disturbed, calm):
-        session.step(SMALL.gradient(1))
-    stranded = proxy.strand(messages=3)  # the opening, one chunk, the commit
-    proxy.upstream = None
-    with pytest.raises(stepwire.UnavailableError):
-        disturbed.load(SMALL.parameters(), timeout=0.3)
-    proxy.upstream = server.target
-    for session in (disturbed, calm):
-        session.step(SMALL.gradient(2))
-    assert stranded.deliver(lambda message: True) == []  # a refusal
-    assert same_bits(disturbed.state(), calm.state())
-    assert bits(disturbed.step(SMALL.gradient(3))) == bits(calm.step(SMALL.gradient(3)))
-
-
-def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
-) -> None:
-    """The step was applied and its answer lost; instead of asking again, the client loads and goes on."""
-    session = SMALL.create(connect(proxy.target))
-    session.step(SMALL.gradient(1))
-    stranded = proxy.strand(messages=1)
-    proxy.upstream = None
-    with pytest.raises(stepwire.UnavailableError):
-        session.step(SMALL.gradient(2), timeout=0.3)
-    assert not pb.AttachResponse.FromString(stranded.deliver(ends_the_answer)[-1]).result.replayed
-    proxy.upstream = server.target
-    session.load(SMALL.parameters())
-    assert bits(session.pull()) == bits(SMALL.parameters())
-    assert session.applied_step == 2
-    session.step(SMALL.gradient(3))
-    assert (session.applied_step, session.last_result.replayed, session.state().step) == (3, False, 3)

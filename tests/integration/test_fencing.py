@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from tests.integration.probes import stream_ends
-from tests.integration.raw import RawClient, Refused, step_message
-from tests.integration.training import TINY, bits, same_bits
 
 import stepwire
 from stepwire.errors import Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.app import Server
+from tests.integration.probes import stream_ends
+from tests.integration.raw import RawClient, Refused, step_message
+from tests.integration.training import TINY, bits, same_bits
 
 Connect = Callable[[str], stepwire.Client]
 

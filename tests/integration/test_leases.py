@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.events import Clock
-from tests.integration.probes import chunks_staged, steps_over, stream_ends
-from tests.integration.raw import RawClient, RawStream, Refused, step_message
-from tests.integration.training import TINY, same_bits
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.app import Server
+from tests.integration.events import Clock
+from tests.integration.probes import chunks_staged, steps_over, stream_ends
+from tests.integration.raw import RawClient, RawStream, Refused, step_message
+from tests.integration.training import TINY, same_bits
 
 _LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 5.0

@@ -6,12 +6,12 @@ import concurrent.futures
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.integration.processes import ServerProcess
-from tests.integration.proxy import Proxy
-from tests.integration.training import TINY
 
 import stepwire
 from stepwire.errors import Reason
+from tests.integration.processes import ServerProcess
+from tests.integration.proxy import Proxy
+from tests.integration.training import TINY
 
 Connect = Callable[[str], stepwire.Client]
 

@@ -36,8 +36,9 @@ class Service:
 
     def __init__(self) -> None:
         self.behavior: Behavior = lambda request, context: b""
+        self._handlers = concurrent.futures.ThreadPoolExecutor(4)
         self._server = grpc.server(
-            concurrent.futures.ThreadPoolExecutor(4),
+            self._handlers,
             interceptors=[ErrorInterceptor()],
             handlers=[
                 grpc.method_handlers_generic_handler(
@@ -62,8 +63,10 @@ class Service:
         return list(self.channel.stream_stream(f"/test/{name}")(iter([b"hello"]), timeout=PATIENCE_SECONDS))
 
     def close(self) -> None:
+        """Stop, and wait for every handler to return. Closing twice is harmless."""
         self.channel.close()
         self._server.stop(0).wait()
+        self._handlers.shutdown()
 
 
 @pytest.fixture
@@ -178,6 +181,37 @@ def test_a_client_that_has_gone_is_no_error(service: Service) -> None:
         service.close()
         wait.set()
     assert logs == []
+
+
+@pytest.mark.parametrize(
+    ("error", "events"),
+    [
+        (errors.FencedError("taken"), ["call refused"]),
+        (ValueError(SECRET), ["unexpected error", "call refused"]),
+    ],
+)
+@pytest.mark.parametrize("name", Service.kinds)
+def test_an_error_after_the_client_has_gone_is_logged_as_any_other(
+    service: Service, caplog: pytest.LogCaptureFixture, name: str, error: Exception, events: list[str]
+) -> None:
+    """And not a second time, with a trace, by gRPC."""
+    begun, gone = threading.Event(), threading.Event()
+
+    def behavior(request: Any, context: grpc.ServicerContext) -> Any:
+        context.add_callback(gone.set)
+        begun.set()
+        assert gone.wait(PATIENCE_SECONDS)
+        raise error
+
+    service.behavior = behavior
+    with structlog.testing.capture_logs() as logs:
+        call = service.channel.stream_stream(f"/test/{name}")(iter([b"x"]), timeout=PATIENCE_SECONDS)
+        assert begun.wait(PATIENCE_SECONDS)
+        call.cancel()
+        assert gone.wait(PATIENCE_SECONDS)
+        service.close()
+    assert [entry["event"] for entry in logs] == events
+    assert [record.message for record in caplog.records if record.name.startswith("grpc")] == []
 
 
 @pytest.mark.parametrize("unary", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ FORGERIES = {
     "text turned round": "a\u202eb",
     "JSON": '","level":"error","x":"\n',
 }
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Give the configuration of all tests back."""
-    configuration = structlog.get_config()
-    yield
-    structlog.configure(**configuration)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

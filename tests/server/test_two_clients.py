@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -131,28 +132,30 @@ def test_a_session_that_is_deleted_ends_its_streams(live: Any, holders: Any, unt
 
 
 def test_clients_that_fight_over_a_session_never_apply_a_step_twice(
-    live: Any, make_live: Any, make_config: Any, connect: Any, server: Any
+    live: Any, make_live: Any, connect: Any, server: Any
 ) -> None:
     """Each takes the slot, takes one step, and loses the slot at some point.
 
-    What was answered as applied must be exactly what was applied: the same gradients in order, in a session of one
-    client, end in the same bits.
+    What was answered as applied was applied, what was fenced was not, and of what was cut off at most one gradient a
+    step was: the gradients in order, in a session of one client, end in the same bits.
     """
     applied: dict[int, int] = {}
+    cut_off: dict[int, set[int]] = {}
     refusals: list[tuple[str, str]] = []
 
     def fight(number: int) -> None:
         with connect(server.target) as wire:
             for attempt in range(30):
-                seed = 1000 * number + attempt
+                seed, step, opening = 1000 * number + attempt, 0, wire.open()
                 try:
-                    opening, answer = wire.open(), None
                     opening.send(live.opening(attach_token=0))
                     step = pb.AttachResponse.FromString(opening.receive()).opened.applied_step + 1
                     opening.send(live.frame(begin=step, commit=True, payload=live.gradient(seed)))
                     answer = pb.AttachResponse.FromString(opening.receive()).result
                 except Exception as refused:
                     refusals.append((refused.code, refused.reason))  # type: ignore[attr-defined]
+                    if step and refusals[-1] == ("CANCELLED", ""):
+                        cut_off.setdefault(step, set()).add(seed)
                 else:
                     assert applied.setdefault(answer.step, seed) == seed
                     assert not answer.replayed
@@ -164,21 +167,24 @@ def test_clients_that_fight_over_a_session_never_apply_a_step_twice(
     for thread in threads:
         thread.join()
     last = live.wire.get(live.id).applied_step
-    assert sorted(applied) == list(range(2, last + 1))
     assert len(applied) + len(refusals) == 90
     assert set(refusals) <= {("FAILED_PRECONDITION", "FENCED"), ("CANCELLED", "")}
 
-    config = live.wire.get(live.id).config
-    alone = make_live(live.wire, live.wire.create(config))
-    alone.load(alone.load_opening(1), alone.load_chunk(commit=True))
-    alone.step(1)
-    for step, seed in sorted(applied.items()):
-        alone.step(step, live.gradient(seed))
-    assert (
-        alone.wire.pull(alone.id, "param", "exp_avg", "exp_avg_sq")[1]
-        == live.wire.pull(live.id, "param", "exp_avg", "exp_avg_sq")[1]
-    )
-    assert np.isfinite(np.frombuffer(live.wire.pull(live.id, "param")[1]["param"], np.float32)).all()
+    possible = [{applied[step]} if step in applied else cut_off[step] for step in range(2, last + 1)]
+    assert len(applied) == sum(step in applied for step in range(2, last + 1))
+    ended = live.wire.pull(live.id, "param", "exp_avg", "exp_avg_sq")[1]
+    assert any(alone(live, make_live, seeds) == ended for seeds in itertools.product(*possible))
+
+
+def alone(live: Any, make_live: Any, seeds: Iterable[int]) -> dict[str, bytes]:
+    """Take steps with these gradients in a session like `live` that nobody fights over."""
+    session = make_live(live.wire, live.wire.create(live.wire.get(live.id).config))
+    session.load(session.load_opening(1), session.load_chunk(commit=True))
+    session.step(1)
+    for step, seed in enumerate(seeds, 2):
+        session.step(step, live.gradient(seed))
+    values: dict[str, bytes] = session.wire.pull(session.id, "param", "exp_avg", "exp_avg_sq")[1]
+    return values
 
 
 def test_a_pull_that_a_step_overtakes_says_so(live: Any, refusal: Any, make_config: Any, make_live: Any) -> None:

@@ -153,7 +153,7 @@ class OptimizerServiceServicer(object):
         chunks of parameters in ascending order and a `result`, which may ride on the last chunk. A stream that
         ends before `commit` leaves no trace. Each error ends the stream; attach again with the token to go on.
         While a stream is attached, the session's lease does not run. A stream that is silent for
-        `Limits.step_idle_seconds` inside a step, or that was fenced and stays silent, is CANCELLED.
+        `Limits.step_idle_seconds` before it opens or inside a step, or that was fenced and stays silent, is CANCELLED.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND.
@@ -205,7 +205,7 @@ class OptimizerServiceServicer(object):
 
         Loads are numbered like steps: `load` is the number it will have once committed (the first is 1); the
         last number again changes nothing and returns the session. A stream that ends before `commit` leaves no
-        trace.
+        trace. A stream that is silent for `Limits.step_idle_seconds` is CANCELLED.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND.

@@ -1,0 +1,29 @@
+"""A server as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+import stepwire
+from stepwire_server.process import server_process
+
+
+def test_a_server_process_serves_until_the_block_ends() -> None:
+    with server_process("--device", "cpu", "--max-sessions", "3") as server:
+        with stepwire.connect(server.target) as client:
+            assert list(client.info().devices) == ["cpu"]
+        assert pathlib.Path("/proc", str(server.pid)).exists()
+        assert server.pid != os.getpid()
+    assert not pathlib.Path("/proc", str(server.pid)).exists()
+
+
+def test_a_server_process_that_does_not_come_up_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        pytest.raises(stepwire.UnavailableError, match=r"did not start \(exit code 2\)"),
+        server_process("--bind", "nowhere"),
+    ):
+        raise AssertionError("started")
+    assert capfd.readouterr().err == "stepwire: bind: 'nowhere' is not host:port\n"
