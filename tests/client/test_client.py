@@ -89,6 +89,17 @@ def test_the_same_request_id_is_the_same_session(client: stepwire.Client) -> Non
         assert again.pull()["w"].tobytes() == first.pull()["w"].tobytes()  # type: ignore[call-overload]
 
 
+def test_of_two_creators_of_one_session_the_last_to_step_holds_it(client: stepwire.Client) -> None:
+    """Perhaps another process; with one token between them, each would take the other's steps for its own."""
+    with client.create_session(ONE, request_id="job-9") as first:
+        second = client.create_session(ONE, request_id="job-9")
+        first.step(ONE)
+        second.step(ONE)
+        assert second.applied_step == 2
+        with pytest.raises(stepwire.FencedError):
+            first.step(ONE)
+
+
 def test_the_same_request_id_with_another_config_is_refused(client: stepwire.Client) -> None:
     with (
         client.create_session(ONE, request_id="job-8"),

@@ -53,8 +53,9 @@ def make_registry(clock: Any) -> Callable[..., Registry]:
 
 def test_a_created_session_is_found_and_its_creator_holds_the_slot(make_registry: Any) -> None:
     registry = make_registry()
-    session, token = registry.create("r", plan())
+    session, token, replayed = registry.create("r", plan())
     assert registry.get(session.session_id) is session
+    assert replayed is False
     assert (token, session.ledger.slot.token, session.ledger.epoch) == (1, 1, 1)
     assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 10_000)
 
@@ -62,7 +63,7 @@ def test_a_created_session_is_found_and_its_creator_holds_the_slot(make_registry
 def test_the_same_request_returns_the_same_session(make_registry: Any) -> None:
     registry = make_registry()
     first, second = registry.create("r", plan()), registry.create("r", plan())
-    assert (second.session, second.token) == (first.session, 1)
+    assert second == (first.session, 1, True)
     first.session.take_slot()
     assert registry.create("r", plan()).token == 1, "whoever took the slot since is not robbed of it"
     assert registry.statistics().sessions == 1

@@ -99,6 +99,13 @@ def test_a_created_session_is_told_whole_and_a_listed_one_in_short(live: Any) ->
     assert short == session
 
 
+def test_a_repeated_creation_says_so(wire: Any, make_config: Any) -> None:
+    answers = [wire.create(make_config((3,)), request_id="again-and-again") for _ in range(3)]
+    assert [answer.replayed for answer in answers] == [False, True, True]
+    assert {answer.session.session_id for answer in answers} == {answers[0].session.session_id}
+    assert [answer.attach_token for answer in answers] == [1, 1, 1]
+
+
 def test_only_grpcs_services_that_are_meant_are_served(server: Any, wire: Any, refusal: Any) -> None:
     """Facts, attack 15: no reflection, no channelz; health is there."""
     import grpc
