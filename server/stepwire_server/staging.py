@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 
@@ -118,7 +119,7 @@ class GradientStaging:
         chunk = StagedChunk(offset, self._state.stage(values))
         self._chunks.insert(rank, chunk)
         self._sums.insert(rank, [self._sum(chunk, index, span) for index, span in self._groups_of(chunk)])
-        if not all(np.isfinite(total) for _, total in self._sums[rank]):
+        if not all(math.isfinite(total) for _, total in self._sums[rank]):
             self._locate_non_finite(offset, values)
 
     def complete(self) -> None:
