@@ -18,6 +18,8 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.app import Server
 from stepwire_server.config import MIB, ServerConfig
 
+pytest.register_assert_rewrite("tests.server.step_runner")
+
 PATIENCE_SECONDS = 60.0
 CHUNK_BYTES = 64 << 10
 BUDGET_BYTES = 256 * MIB
