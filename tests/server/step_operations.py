@@ -160,8 +160,8 @@ BEGIN_FAULTS = ["lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "re
 BEGIN_REFUSED = ["loss_scale", "missing_tensors", "weight", "overlap", "reply_mode"]
 BEGINS = st.builds(
     Begin,
-    delta=st.sampled_from([1] * 20 + [0] * 4 + [-1, 2, 2**53, LAST]),
-    epoch=st.sampled_from([0] * 10 + [1] * 10 + [2, LAST]),
+    delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
+    epoch=st.sampled_from([0] * 20 + [1] * 20 + [2, LAST]),
     gradient_dtype=WIRE_DTYPES,
     reply_dtype=WIRE_DTYPES,
     reply_mode=st.sampled_from([0, 0, 1, 2]),

@@ -21,7 +21,7 @@ from tests.server.step_operations import CONFIGS, OPERATIONS, Config
 from tests.server.step_runner import Run
 
 EXAMPLES = 2500 if os.environ.get("CI") else 300
-MOST_OPERATIONS = 20
+LEAST_OPERATIONS, MOST_OPERATIONS = 4, 20
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def refused_type(channel: Any) -> type[Exception]:
     return caught.type
 
 
-@given(config=CONFIGS, operations=st.lists(OPERATIONS, min_size=1, max_size=MOST_OPERATIONS))
+@given(config=CONFIGS, operations=st.lists(OPERATIONS, min_size=LEAST_OPERATIONS, max_size=MOST_OPERATIONS))
 @settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
