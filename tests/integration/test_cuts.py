@@ -98,7 +98,7 @@ def test_a_cut_at_every_frame_of_a_connection(
 
 
 # gRPC before 1.80 can leave a stream waiting for ever when its connection ends inside an HTTP/2 frame. The step is
-# not lost and not applied twice: it ends at its deadline, and the next call gets its answer. Ten such waits are no test.
+# not lost and not applied twice: it ends at its deadline, and the next call gets its answer.
 hangs_on_cut_frames = pytest.mark.skipif(
     tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 80),
     reason=f"grpcio {grpc.__version__} hangs until the deadline after a cut inside a frame; 1.80 does not",
