@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.codecs import is_wire_dtype
+from stepwire.codecs import FLOAT16, is_wire_dtype
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
 
@@ -122,7 +122,18 @@ class Packer:
         return [named[tensor.spec.name] for tensor in self.layout.tensors]
 
     def write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
-        """Encode parts into a chunk; elements between tensors become zero."""
+        """Encode parts into a chunk; elements between tensors become zero.
+
+        What float16 cannot hold becomes infinite, as the contract says, and is no reason for a warning: this runs in
+        gRPC's sending thread, where a warning that the user has made an error would break the stream.
+        """
+        if chunk.dtype == FLOAT16:
+            with np.errstate(over="ignore"):
+                self._write(flat, parts, chunk)
+        else:
+            self._write(flat, parts, chunk)
+
+    def _write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         done = 0
         for part in parts:
             if part.at > done:

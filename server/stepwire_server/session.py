@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -182,8 +183,12 @@ class Session:
             staging.complete()
             self._check_finite(staging)
             started = self._clock()
+            skipped = bool(staging.non_finite_count) and self.plan.non_finite is NonFinitePolicy.SKIP
+            if skipped:
+                self._send_parameters(order, sink)
             try:
-                skipped = self._apply(order, staging, sink)
+                if not skipped:
+                    self._update(order, staging, sink)
                 times = (committed - began, started - committed, self._clock() - started)
                 record = self._record(order, staging, skipped, times)
                 self.ledger.commit_step(record)
@@ -211,14 +216,6 @@ class Session:
                 "non_finite_count": staging.non_finite_count,
             },
         )
-
-    def _apply(self, order: StepOrder, staging: GradientStaging, sink: ReplySink) -> bool:
-        """Update everything, or nothing and return True where the policy skips the step."""
-        if staging.non_finite_count and self.plan.non_finite is NonFinitePolicy.SKIP:
-            self._send_parameters(order, sink)
-            return True
-        self._update(order, staging, sink)
-        return False
 
     def _record(
         self, order: StepOrder, staging: GradientStaging, skipped: bool, times: tuple[float, float, float]
@@ -256,10 +253,10 @@ class Session:
     ) -> None:
         """Update flat elements `[start, end)`; padding is answered with zeros."""
         done = start
-        for run_start, run_end, rule, scalars in runs:
+        first = bisect_right(runs, start, key=lambda run: run.end)
+        past = bisect_left(runs, end, lo=first, key=lambda run: run.start)
+        for run_start, run_end, rule, scalars in runs[first:past]:
             low, high = max(run_start, start), min(run_end, end)
-            if low >= high:
-                continue
             target = None
             if out is not None:
                 target = out[low - start : high - start]

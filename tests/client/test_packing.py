@@ -218,3 +218,10 @@ def test_arrays_that_cannot_be_written_in_place_are_refused(array: npt.NDArray[n
     with pytest.raises(InvalidRequestError, match="read-only or not C-contiguous") as refused:
         Packer(LAYOUT).targets(numbered() | {"w": array}, "out")
     assert refused.value.metadata == {"field": "out['w']"}
+
+
+def test_float16_overflow_is_sent_as_infinity_without_a_warning() -> None:
+    packer = Packer(place([TensorSpec("w", (3,))], 1))
+    chunk = np.empty(3, np.float16)
+    packer.write([np.array([1.0, 1e6, -1e6], np.float32)], packer.parts(0, 3), chunk)
+    assert chunk.tolist() == [1.0, np.inf, -np.inf]
