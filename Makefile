@@ -9,7 +9,7 @@ demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
 
 test: .venv/stamp-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto

@@ -36,14 +36,37 @@ if TYPE_CHECKING:
         UnavailableError,
         UnsupportedFeatureError,
     )
-    from stepwire.optimizers import Adam, AdamW, Hyperparameters
+    from stepwire.optimizers import (
+        LAMB,
+        LARS,
+        SGD,
+        Adadelta,
+        Adagrad,
+        Adam,
+        Adamax,
+        AdamW,
+        Hyperparameters,
+        Lion,
+        NAdam,
+        Optimizer,
+        RAdam,
+        RMSprop,
+    )
     from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult
     from stepwire.retry import Retry
+    from stepwire.schedules import Schedule
     from stepwire.session import Session
+    from stepwire.treatment import LossScaling
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "AuthenticationError",
     "Client",
     "DataLossError",
@@ -52,11 +75,18 @@ __all__ = [
     "GroupResult",
     "Hyperparameters",
     "InvalidRequestError",
+    "Lion",
+    "LossScaling",
+    "NAdam",
     "NonFiniteGradientError",
+    "Optimizer",
     "PermissionDeniedError",
+    "RAdam",
+    "RMSprop",
     "Reason",
     "ResourceExhaustedError",
     "Retry",
+    "Schedule",
     "ServerError",
     "ServerInfo",
     "Session",
@@ -77,16 +107,17 @@ __all__ = [
 _HOMES = {
     "Client": "client",
     "connect": "client",
-    "Adam": "optimizers",
-    "AdamW": "optimizers",
-    "Hyperparameters": "optimizers",
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
+    **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "GroupResult": "results",
     "ServerInfo": "results",
     "SessionInfo": "results",
     "SessionState": "results",
     "StepResult": "results",
     "Retry": "retry",
+    "Schedule": "schedules",
     "Session": "session",
+    "LossScaling": "treatment",
 }
 
 

@@ -30,6 +30,7 @@ class StepCall:
         gradient_dtype: on the wire.
         targets: where the answer goes, in `reply_dtype`.
         reply_dtype: on the wire.
+        missing: indices of the tensors without a gradient.
     """
 
     begin: step_pb2.StepBegin
@@ -37,6 +38,7 @@ class StepCall:
     gradient_dtype: np.dtype[Any]
     targets: Flat
     reply_dtype: np.dtype[Any]
+    missing: frozenset[int] = frozenset()
 
 
 class Attachment:
@@ -122,6 +124,8 @@ class Attachment:
                 metadata={"expected_step": applied + 1, "actual_step": step},
             )
         chunks = self._packer.chunks(self._chunk_bytes // call.gradient_dtype.itemsize)
+        if call.missing:
+            chunks = [chunk for chunk in chunks if any(part.tensor not in call.missing for part in chunk.parts)]
         if applied == step or not chunks:
             return iter([pb.AttachRequest(begin=call.begin, commit=step_pb2.StepCommit()).SerializeToString()])
         return self._gradient_messages(chunks, call)

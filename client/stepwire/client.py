@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -14,11 +15,21 @@ from stepwire.calls import Calls
 from stepwire.codecs import dtype_named, dtype_to_wire
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.layout import TensorSpec
-from stepwire.optimizers import Adam
+from stepwire.optimizers import Adam, Optimizer
+from stepwire.optimizers.hyperparameters import number
 from stepwire.packing import Arrays, named_arrays
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.retry import Retry
+from stepwire.schedules import Schedule, schedule_to_wire
 from stepwire.session import Session
+from stepwire.treatment import (
+    ClipFormula,
+    GradientTreatment,
+    LossScaling,
+    MissingGradient,
+    NonFinite,
+    treatment_to_wire,
+)
 from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
@@ -26,11 +37,16 @@ from stepwire.wire import optimizer_to_wire, overrides_to_wire, spec_to_wire
 
 __all__ = ["Client", "connect"]
 
-NonFinite = Literal["reject", "skip", "allow"]
-_POLICIES = {
-    "reject": optimizer_pb2.NON_FINITE_POLICY_REJECT,
-    "skip": optimizer_pb2.NON_FINITE_POLICY_SKIP,
-    "allow": optimizer_pb2.NON_FINITE_POLICY_ALLOW,
+StatePrecision = Literal["float32", "bfloat16", "int8"]
+_PRECISIONS = {
+    "float32": session_pb2.STATE_PRECISION_FLOAT32,
+    "bfloat16": session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
+    "int8": session_pb2.STATE_PRECISION_INT8_MOMENTS,
+}
+Telemetry = Literal["full", "gradient"]
+_TELEMETRY = {
+    "full": session_pb2.TELEMETRY_LEVEL_FULL,
+    "gradient": session_pb2.TELEMETRY_LEVEL_GRADIENT,
 }
 _PREFERRED_CHUNK_BYTES = 4 << 20
 
@@ -70,11 +86,22 @@ class Client:
         self,
         parameters: Arrays,
         *,
-        optimizer: Adam | None = None,
+        optimizer: Optimizer | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
+        schedule: Schedule | None = None,
+        frozen: Sequence[str] = (),
         gradient_dtype: npt.DTypeLike = np.float32,
         reply_dtype: npt.DTypeLike = np.float32,
-        non_finite: NonFinite = "reject",
+        state_precision: StatePrecision = "float32",
+        non_finite: NonFinite | None = None,
+        clip_grad_norm: float | None = None,
+        clip_formula: ClipFormula | None = None,
+        clip_grad_value: float | None = None,
+        accumulation_steps: int = 1,
+        loss_scaling: LossScaling | None = None,
+        missing_gradient: MissingGradient = "reject",
+        parameter_average_decay: float | None = None,
+        telemetry: Telemetry = "full",
         lease_seconds: float | None = None,
         label: str = "",
         request_id: str | None = None,
@@ -86,12 +113,24 @@ class Client:
             parameters: a dict, or a list whose names are "0", "1", …; float32, bfloat16 or float16. Masters are
                 float32 on the server.
             optimizer: default `Adam()`.
-            groups: as torch's: mappings with `"params"`, the names of a group's tensors, and the hyper-parameters it
-                has of its own. Tensors in no group form one more, first, with the optimizer's values.
+            groups: as torch's: mappings with `"params"`, the names of a group's tensors, the hyper-parameters it
+                has of its own, and, where wanted, its own `"schedule"` and `"clip_grad_norm"`. Tensors in no group form
+                one more, first, with the optimizer's values.
+            schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
+            frozen: names of tensors that are held and never stepped.
             gradient_dtype: how gradients travel.
             reply_dtype: how parameters come back, and their dtype.
-            non_finite: what to do with NaN and Inf in a gradient: refuse the step, use up its number without an
-                update, or apply it.
+            state_precision: how the server holds the optimizer's moments; parameters are always float32.
+            non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
+                its number without an update (the default with loss scaling), or `"allow"`: apply it.
+            clip_grad_norm: bound of the gradient's global norm.
+            clip_formula: whose form of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
+            clip_grad_value: bound of each gradient element's magnitude.
+            accumulation_steps: gradients summed into one update.
+            loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
+            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
+            parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
+            telemetry: what each result tells: `"full"`, or the `"gradient"`'s norms only.
             lease_seconds: how long the session lives unused; default the server's longest.
             label: text for listings.
             request_id: makes a creation repeatable by another process; default random.
@@ -105,16 +144,38 @@ class Client:
         """
         named = named_arrays(parameters, "parameters")
         optimizer = optimizer or Adam()
-        membership, overrides = _grouped(named, groups or [], optimizer)
-        if non_finite not in _POLICIES:
-            raise _invalid("non_finite", f"{non_finite!r}; use one of {', '.join(_POLICIES)}")
+        membership, messages = _grouped(named, groups or [], optimizer, schedule)
+        treatment = GradientTreatment(
+            non_finite=non_finite,
+            clip_grad_norm=clip_grad_norm,
+            clip_formula=clip_formula,
+            clip_grad_value=clip_grad_value,
+            accumulation_steps=accumulation_steps,
+            loss_scaling=loss_scaling,
+            missing_gradient=missing_gradient,
+            parameter_average_decay=parameter_average_decay,
+        )
+        treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
+        for field, choice, allowed in (
+            ("state_precision", state_precision, _PRECISIONS),
+            ("telemetry", telemetry, _TELEMETRY),
+        ):
+            if choice not in allowed:
+                raise _invalid(field, f"{choice!r}; use one of: {', '.join(allowed)}")
+        if unknown := [name for name in frozen if name not in named]:
+            raise _invalid("frozen", f"{unknown[0]!r} is not a parameter")
         if lease_seconds is not None and not lease_seconds > 0:
             raise _invalid("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
         config = session_pb2.SessionConfig(
-            tensors=[spec_to_wire(TensorSpec(name, array.shape, membership[name])) for name, array in named.items()],
-            groups=overrides,
+            tensors=[
+                spec_to_wire(TensorSpec(name, array.shape, membership[name], name in frozen))
+                for name, array in named.items()
+            ],
+            groups=messages,
             optimizer=optimizer_to_wire(optimizer),
-            gradient=optimizer_pb2.GradientTreatment(non_finite=_POLICIES[non_finite]),
+            gradient=treatment_to_wire(treatment),
+            state_precision=_PRECISIONS[state_precision],
+            telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(dtype_named(gradient_dtype, "gradient_dtype")),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease_seconds=lease_seconds or 0.0,
@@ -196,17 +257,15 @@ class Client:
 
 
 def _grouped(
-    named: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], optimizer: Adam
+    named: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], optimizer: Optimizer, schedule: Schedule | None
 ) -> tuple[dict[str, int], list[optimizer_pb2.ParameterGroup]]:
     """Return each tensor's group index and the groups' messages."""
-    base = optimizer.hyperparameters()
     membership: dict[str, int] = {}
     listed = {name for group in groups for name in group.get("params", ())}
     first = 0 if groups and listed >= set(named) else 1
-    messages = [optimizer_pb2.ParameterGroup() for _ in range(first)]
+    messages = [_group_message({}, optimizer, schedule, "optimizer") for _ in range(first)]
     for index, group in enumerate(groups):
         field = f"groups[{index}]"
-        overrides = {name: value for name, value in group.items() if name != "params"}
         if "params" not in group:
             raise _invalid(f"{field}.params", "is missing; name the group's tensors")
         for name in group["params"]:
@@ -214,8 +273,29 @@ def _grouped(
                 problem = "is in two groups" if name in membership else "is not a parameter"
                 raise _invalid(f"{field}.params", f"{name!r} {problem}")
             membership[name] = first + index
-        messages.append(optimizer_pb2.ParameterGroup(overrides=overrides_to_wire(base, overrides, field)))
+        messages.append(_group_message(group, optimizer, schedule, field))
     return {name: membership.get(name, 0) for name in named}, messages
+
+
+def _group_message(
+    group: Mapping[str, Any], optimizer: Optimizer, schedule: Schedule | None, field: str
+) -> optimizer_pb2.ParameterGroup:
+    overrides = {name: value for name, value in group.items() if name not in ("params", "schedule", "clip_grad_norm")}
+    message = optimizer_pb2.ParameterGroup(
+        overrides=overrides_to_wire(optimizer, optimizer.hyperparameters(), overrides, field)
+    )
+    own, place = group.get("schedule", schedule), f"{field}.schedule" if "schedule" in group else "schedule"
+    if own is not None:
+        if not isinstance(own, Schedule):
+            raise _invalid(place, f"{own!r:.80} is not a stepwire.Schedule")
+        own.check(place)
+        message.schedule.CopyFrom(schedule_to_wire(own))
+    if group.get("clip_grad_norm") is not None:
+        bound = number(group["clip_grad_norm"], f"{field}.clip_grad_norm")
+        if not 0.0 < bound < math.inf:
+            raise _invalid(f"{field}.clip_grad_norm", f"{bound!r}; it must be finite and > 0")
+        message.clip_grad_norm = bound
+    return message
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

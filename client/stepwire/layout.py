@@ -1,8 +1,8 @@
 """The flat address space: where each tensor lies, counted in elements.
 
 Groups lie in index order, the tensors of a group one after another in the order given. A group starts at a
-multiple of `GROUP_ALIGNMENT`, so that vector loads and blockwise codes never straddle two groups; the padding
-between is never stepped.
+multiple of `GROUP_ALIGNMENT`, so that vector loads and blockwise codes never straddle two groups; so does each tensor
+whose moments are held in blocks. The padding between is never stepped.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-__all__ = ["GROUP_ALIGNMENT", "Layout", "Placement", "Span", "TensorSpec", "place"]
+__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Span", "TensorSpec", "place"]
 
 GROUP_ALIGNMENT = 256
+
+SMALLEST_IN_BLOCKS = 4096
+"""Tensors of fewer elements keep float32 moments where the others have blockwise ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,11 +29,13 @@ class TensorSpec:
         name: unique within the session.
         shape: extents, outermost first.
         group: index of its parameter group.
+        frozen: held, never stepped.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int = 0
+    frozen: bool = False
 
     @property
     def count(self) -> int:
@@ -73,11 +78,13 @@ class Layout:
         tensors: ordered by offset.
         groups: in index order.
         size: elements, padding included.
+        chunk_alignment: chunks of a step start at multiples of this.
     """
 
     tensors: tuple[Placement, ...]
     groups: tuple[Span, ...]
     size: int
+    chunk_alignment: int = 1
 
     @functools.cached_property
     def _offsets(self) -> list[int]:
@@ -97,8 +104,14 @@ class Layout:
         return {tensor.spec.name: index for index, tensor in enumerate(self.tensors)}
 
 
-def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
-    """Lay tensors out; deterministic, so that a client may compute it too."""
+def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = False) -> Layout:
+    """Lay tensors out; deterministic, so that a client may compute it too.
+
+    Args:
+        specs: the tensors, in order.
+        group_count: how many groups there are.
+        in_blocks: moments are held in blocks, which start with each tensor of `SMALLEST_IN_BLOCKS` elements or more.
+    """
     members: list[list[TensorSpec]] = [[] for _ in range(group_count)]
     for spec in specs:
         members[spec.group].append(spec)
@@ -106,9 +119,14 @@ def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
     groups: list[Span] = []
     end = 0
     for group in members:
-        start = end = -(-end // GROUP_ALIGNMENT) * GROUP_ALIGNMENT
+        start = end = _aligned(end)
         for spec in group:
-            tensors.append(Placement(spec, end, spec.count))
-            end += spec.count
+            offset = _aligned(end) if in_blocks and spec.count >= SMALLEST_IN_BLOCKS else end
+            tensors.append(Placement(spec, offset, spec.count))
+            end = offset + spec.count
         groups.append(Span(start, end - start))
-    return Layout(tuple(tensors), tuple(groups), end)
+    return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_blocks else 1)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // GROUP_ALIGNMENT) * GROUP_ALIGNMENT

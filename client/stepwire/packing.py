@@ -82,8 +82,8 @@ class Packer:
         self._parts: dict[tuple[int, int], list[Part]] = {}
 
     def chunks(self, most: int) -> list[ChunkPlan]:
-        """Return the chunks of at most `most` elements, in order."""
-        size = self.layout.size
+        """Return the chunks of at most `most` elements, in order, each aligned as the layout asks."""
+        size, most = self.layout.size, most - most % self.layout.chunk_alignment
         spans = [(offset, min(most, size - offset)) for offset in range(0, size, most)]
         return [ChunkPlan(offset, count, self.parts(offset, count)) for offset, count in spans]
 
@@ -105,10 +105,36 @@ class Packer:
         Raises:
             InvalidRequestError: a name is missing or unknown, or a shape or dtype is wrong.
         """
-        return [array.reshape(-1) for array in self._checked(arrays, field)]
+        return [array.reshape(-1) for array in self._checked(named_arrays(arrays, field), field)]
 
-    def _checked(self, arrays: Arrays, field: str) -> list[npt.NDArray[Any]]:
-        named = named_arrays(arrays, field)
+    def present(
+        self, arrays: Arrays, field: str, optional: frozenset[str]
+    ) -> tuple[list[npt.NDArray[Any]], frozenset[int]]:
+        """Return views as `ordered` does, empty ones where a tensor has no array, and the indices of those tensors.
+
+        Args:
+            arrays: the user's; a tensor is left out, or None.
+            field: the path that an error names.
+            optional: the names that may be left out.
+
+        Raises:
+            InvalidRequestError: as `ordered`.
+        """
+        items = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
+        given = {str(name): array for name, array in items if array is not None}
+        absent = [name for name in self._indices if name not in given and name in optional]
+        if not absent:
+            return self.ordered(arrays, field), frozenset()
+        named = named_arrays(given, field)
+        named |= {name: np.empty(self._shape(name), np.float32) for name in absent}
+        flat = [array.reshape(-1) for array in self._checked(named, field)]
+        missing = frozenset(self._indices[name] for name in absent)
+        return [array[:0] if index in missing else array for index, array in enumerate(flat)], missing
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.layout.tensors[self._indices[name]].spec.shape
+
+    def _checked(self, named: dict[str, npt.NDArray[Any]], field: str) -> list[npt.NDArray[Any]]:
         if len(named) != len(self._indices) or any(name not in named for name in self._indices):
             missing = [name for name in self._indices if name not in named][:5]
             unknown = [name for name in named if name not in self._indices][:5]
@@ -136,6 +162,8 @@ class Packer:
     def _write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         done = 0
         for part in parts:
+            if part.end > len(flat[part.tensor]):  # a tensor without a gradient
+                continue
             if part.at > done:
                 chunk[done : part.at] = 0
             done = part.at + part.end - part.begin
@@ -163,7 +191,7 @@ class Packer:
         Raises:
             InvalidRequestError: they do not match, or are read-only or not contiguous.
         """
-        arrays = self._checked(out, field)
+        arrays = self._checked(named_arrays(out, field), field)
         for tensor, array in zip(self.layout.tensors, arrays, strict=True):
             original = out[tensor.spec.name] if isinstance(out, Mapping) else out[int(tensor.spec.name)]
             if array is not original:

@@ -22,14 +22,22 @@ class GroupResult:
     """One parameter group in one step.
 
     Attributes:
-        grad_norm: Euclidean norm of the group's gradient.
-        hyperparameters: the values that were used.
+        grad_norm: Euclidean norm of the group's gradient before clipping.
+        hyperparameters: the values that were used; a scheduled learning rate is in its place.
         t: updates the group has had, this one included.
+        clipped_grad_norm: after clipping.
+        clip_coefficient: the factor of clipping by norm, the group's own and the global one together.
+        update_norm: of its parameters' change; None where it was not measured or nothing was updated.
+        param_norm: of its parameters after the step; None likewise.
     """
 
     grad_norm: float
     hyperparameters: Hyperparameters
     t: int
+    clipped_grad_norm: float = 0.0
+    clip_coefficient: float = 1.0
+    update_norm: float | None = None
+    param_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,12 +50,19 @@ class StepResult:
         epoch: the epoch that applied it.
         replayed: it had been applied before, and its answer was lost.
         skipped: nothing was updated because the gradient was not finite.
-        grad_norm: Euclidean norm of the whole gradient.
+        grad_norm: Euclidean norm of the whole gradient, unscaled, before clipping.
         non_finite_count: gradient elements that were NaN or Inf.
         groups: one entry a group.
         receive_seconds: from the step's first message to its commit, on the server.
         queue_seconds: waiting for the session and the engine.
         apply_seconds: decode, rule and encode.
+        previous_send_seconds: sending the answer of the step before; None on the first step of a stream.
+        accumulated: the gradient was added to those before it and nothing was updated.
+        clipped_grad_norm: after clipping.
+        clip_coefficient: the factor of clipping by the global norm.
+        update_norm: of the parameters' change; None where it was not measured or nothing was updated.
+        param_norm: of the parameters after the step; None likewise.
+        loss_scale: what the next gradient must be multiplied by; None without loss scaling.
     """
 
     step: int
@@ -61,6 +76,13 @@ class StepResult:
     receive_seconds: float
     queue_seconds: float
     apply_seconds: float
+    previous_send_seconds: float | None = None
+    accumulated: bool = False
+    clipped_grad_norm: float = 0.0
+    clip_coefficient: float = 1.0
+    update_norm: float | None = None
+    param_norm: float | None = None
+    loss_scale: float | None = None
 
     @classmethod
     def from_wire(cls, message: step_pb2.StepResult) -> StepResult:
@@ -78,6 +100,13 @@ class StepResult:
             receive_seconds=telemetry.receive_seconds,
             queue_seconds=telemetry.queue_seconds,
             apply_seconds=telemetry.apply_seconds,
+            previous_send_seconds=_optional(telemetry, "previous_send_seconds"),
+            accumulated=message.accumulated,
+            clipped_grad_norm=telemetry.clipped_grad_norm,
+            clip_coefficient=telemetry.clip_coefficient,
+            update_norm=_optional(telemetry, "update_norm"),
+            param_norm=_optional(telemetry, "param_norm"),
+            loss_scale=_optional(telemetry, "loss_scale"),
         )
 
 
@@ -87,13 +116,16 @@ class SessionState:
 
     Attributes:
         step: the session's applied step.
-        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape.
+        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. Beside an 8-bit
+            slot lies one of its blocks' maxima, such as `"exp_avg_scale"`.
         tensor_steps: updates each tensor has had (Adam's t), by name.
+        loss_scale: the scale and the clean steps since it last changed; None without loss scaling.
     """
 
     step: int
     slots: dict[str, dict[str, npt.NDArray[np.float32]]]
     tensor_steps: dict[str, int]
+    loss_scale: tuple[float, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,4 +227,17 @@ class ServerInfo:
 
 
 def _group(message: step_pb2.GroupTelemetry) -> GroupResult:
-    return GroupResult(message.grad_norm, hyperparameters_from_wire(message.hyperparameters), message.t)
+    return GroupResult(
+        message.grad_norm,
+        hyperparameters_from_wire(message.hyperparameters),
+        message.t,
+        message.clipped_grad_norm,
+        message.clip_coefficient,
+        _optional(message, "update_norm"),
+        _optional(message, "param_norm"),
+    )
+
+
+def _optional(message: Any, name: str) -> float | None:
+    value: float = getattr(message, name)
+    return value if message.HasField(name) else None

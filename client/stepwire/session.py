@@ -23,9 +23,14 @@ from stepwire.packing import Arrays, Container, Flat, Packer
 from stepwire.results import SessionInfo, SessionState, StepResult
 from stepwire.retry import Deadline
 from stepwire.transfer import load_messages, read_pull
+from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2
-from stepwire.wire import hyperparameters_from_wire, layout_from_wire, overrides_to_wire
+from stepwire.wire import (
+    hyperparameters_from_wire,
+    layout_from_wire,
+    optimizer_from_wire,
+    overrides_to_wire,
+)
 
 __all__ = ["Overrides", "Session"]
 
@@ -34,6 +39,7 @@ Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _T = TypeVar("_T")
 _PARAM = "param"
+_AVERAGE = "param_average"
 _CLOSE_TIMEOUT_SECONDS = 5.0
 
 
@@ -53,6 +59,12 @@ class Session:
         self._calls = calls
         self._packer = Packer(layout_from_wire(message.layout))
         self._slots = tuple(message.layout.slots)
+        self._optimizer = optimizer_from_wire(message.config.optimizer, "optimizer")
+        tensors = self._packer.layout.tensors
+        self._frozen = frozenset(index for index, tensor in enumerate(tensors) if tensor.spec.frozen)
+        keeps = message.config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
+        self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
+        self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
         self._groups = [hyperparameters_from_wire(group.overrides) for group in message.config.groups]
         self._gradient_dtype = dtype_from_wire(message.config.gradient_dtype, FLOAT32, "gradient_dtype")
         self._reply_dtype = dtype_from_wire(message.config.reply_dtype, FLOAT32, "reply_dtype")
@@ -74,6 +86,16 @@ class Session:
         return None if self._last_result is None else StepResult.from_wire(self._last_result)
 
     @property
+    def loss_scale(self) -> float | None:
+        """What the next gradient must be multiplied by, where the session scales losses by itself; else None."""
+        last = self._last_result
+        return (
+            last.telemetry.loss_scale
+            if last is not None and last.telemetry.HasField("loss_scale")
+            else self._loss_scale
+        )
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, by name."""
         return {tensor.spec.name: tensor.spec.shape for tensor in self._packer.layout.tensors}
@@ -86,6 +108,7 @@ class Session:
         *,
         lr: float | None = None,
         hyperparameters: Overrides | None = None,
+        loss_scale: float | None = None,
         gradient_dtype: npt.DTypeLike | None = None,
         reply_dtype: npt.DTypeLike | None = None,
         out: Container | None = None,
@@ -97,9 +120,11 @@ class Session:
         once however often it arrives.
 
         Args:
-            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16.
-            lr: the learning rate of this step, for all groups.
+            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16. Frozen tensors need
+                none; with missing_gradient "keep" any may be left out or None, and stay as they are.
+            lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
+            loss_scale: what the gradients were multiplied by; the server divides by it first.
             gradient_dtype: how gradients travel; default as created.
             reply_dtype: how parameters travel, and the dtype of the answer; default as created.
             out: arrays to write the parameters into instead of new ones; when an error is raised their content is
@@ -119,6 +144,8 @@ class Session:
         """
         with self._lock:
             call, answer = self._step_call(gradients, lr, hyperparameters, gradient_dtype, reply_dtype, out)
+            if loss_scale is not None:
+                call.begin.loss_scale = loss_scale
             deadline = self._calls.deadline(timeout)
             if self._attachment.token == 0:  # only who holds the slot knows which step is the next
                 self._repeat(self._attachment.attach, deadline)
@@ -157,15 +184,23 @@ class Session:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def pull(self, *, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Container:
+    def pull(
+        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
+    ) -> Container:
         """Return the current parameters.
 
+        Args:
+            average: their moving average instead, of a session created with `parameter_average_decay`.
+            dtype: of the answer.
+            timeout: seconds.
+
         Raises:
+            InvalidRequestError: the session keeps no average.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
         answer = self._packer.empty(wire_dtype, as_list=self._as_list)
-        self._pull({_PARAM: self._packer.targets(answer, "out")}, wire_dtype, timeout)
+        self._pull({_AVERAGE if average else _PARAM: self._packer.targets(answer, "out")}, wire_dtype, timeout)
         return answer
 
     def state(self, *, timeout: float | None = None) -> SessionState:
@@ -182,6 +217,9 @@ class Session:
             step=header.step,
             slots={slot: dict(arrays) for slot, arrays in slots.items() if isinstance(arrays, dict)},
             tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
+            loss_scale=(
+                (header.loss_scale.scale, header.loss_scale.clean_steps) if header.HasField("loss_scale") else None
+            ),
         )
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
@@ -216,7 +254,12 @@ class Session:
                 f"state.tensor_steps: {missing[0]!r} is missing", metadata={"field": "state.tensor_steps"}
             )
         steps = [state.tensor_steps[tensor.spec.name] for tensor in self._packer.layout.tensors]
-        self._load(sources, pb.LoadOpen(step=state.step, tensor_steps=steps), timeout)
+        opening = pb.LoadOpen(step=state.step, tensor_steps=steps)
+        if state.loss_scale is not None:
+            opening.loss_scale.scale, opening.loss_scale.clean_steps = state.loss_scale
+        self._load(sources, opening, timeout)
+        if state.loss_scale is not None:
+            self._loss_scale, self._last_result = state.loss_scale[0], None
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server how the session stands.
@@ -332,9 +375,10 @@ class Session:
             hyperparameters=self._overrides(lr, hyperparameters),
             reply_chunk_bytes=self._chunk_bytes,
         )
-        flat = self._packer.ordered(gradients, "gradients")
+        flat, missing = self._packer.present(gradients, "gradients", self._optional)
+        begin.missing_tensors.extend(sorted(missing - self._frozen))
         answer = self._packer.empty(received, as_list=not isinstance(gradients, Mapping)) if out is None else out
-        return StepCall(begin, flat, sent, self._packer.targets(answer, "out"), received), answer
+        return StepCall(begin, flat, sent, self._packer.targets(answer, "out"), received, missing), answer
 
     def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
         if overrides is None and lr is None:
@@ -349,6 +393,6 @@ class Session:
             )
         shared = {} if lr is None else {"lr": lr}
         return [
-            overrides_to_wire(group, {**shared, **values}, f"hyperparameters[{index}]")
+            overrides_to_wire(self._optimizer, group, {**shared, **values}, f"hyperparameters[{index}]")
             for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import Final
@@ -9,12 +10,15 @@ from typing import Final
 from stepwire.codecs import FLOAT32, dtype_from_wire
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
-from stepwire.optimizers import Adam, Hyperparameters
+from stepwire.optimizers import Hyperparameters
+from stepwire.schedules import schedule_from_wire
+from stepwire.treatment import check_scale, treatment_from_wire
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
-from stepwire.wire import formula_from_wire, overrides_from_wire, spec_from_wire
+from stepwire.wire import optimizer_from_wire, overrides_from_wire, spec_from_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.features import refuse_unserved, unsupported
-from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder
+from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 
 __all__ = ["decode_chunk_bytes", "decode_order", "decode_page_token", "decode_plan", "decode_request_id"]
 
@@ -24,12 +28,11 @@ MAX_NAME_CHARACTERS: Final = 512
 MAX_LABEL_CHARACTERS: Final = 128
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PAGE_TOKEN: Final = re.compile(r"(?:[0-9a-f]{32})?")
-_ADAMW_WEIGHT_DECAY: Final = 1e-2
-_POLICIES: Final = {
-    optimizer_pb2.NON_FINITE_POLICY_UNSPECIFIED: NonFinitePolicy.REJECT,
-    optimizer_pb2.NON_FINITE_POLICY_REJECT: NonFinitePolicy.REJECT,
-    optimizer_pb2.NON_FINITE_POLICY_SKIP: NonFinitePolicy.SKIP,
-    optimizer_pb2.NON_FINITE_POLICY_ALLOW: NonFinitePolicy.ALLOW,
+_PRECISIONS: Final = {
+    session_pb2.STATE_PRECISION_UNSPECIFIED: Precision.FLOAT32,
+    session_pb2.STATE_PRECISION_FLOAT32: Precision.FLOAT32,
+    session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS: Precision.BFLOAT16,
+    session_pb2.STATE_PRECISION_INT8_MOMENTS: Precision.INT8,
 }
 
 
@@ -66,22 +69,35 @@ def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig, device:
     group_messages = list(config.groups) or [optimizer_pb2.ParameterGroup()]
     if len(group_messages) > MAX_GROUPS:
         raise _invalid_config("config.groups", f"{len(group_messages)} groups; at most {MAX_GROUPS} are allowed")
-    optimizer = _decode_optimizer(config.optimizer)
-    base = optimizer.hyperparameters()
-    return SessionPlan(
-        layout=place(_decode_specs(config, limits.max_tensors, len(group_messages)), len(group_messages)),
+    optimizer = optimizer_from_wire(config.optimizer, "config.optimizer")
+    base, precision = optimizer.hyperparameters(), _PRECISIONS[config.state_precision]
+    specs = _decode_specs(config, limits.max_tensors, len(group_messages))
+    clips = tuple(_decode_clip(group, f"config.groups[{index}]") for index, group in enumerate(group_messages))
+    plan = SessionPlan(
+        layout=place(specs, len(group_messages), in_blocks=precision is Precision.INT8),
         optimizer=optimizer,
         groups=tuple(
-            base.replace(overrides_from_wire(group.overrides), f"config.groups[{index}].overrides")
+            optimizer.override(base, overrides_from_wire(group.overrides), f"config.groups[{index}].overrides")
             for index, group in enumerate(group_messages)
         ),
-        non_finite=_POLICIES[config.gradient.non_finite],
+        schedules=tuple(
+            schedule_from_wire(group.schedule, f"config.groups[{index}].schedule")
+            if group.HasField("schedule")
+            else None
+            for index, group in enumerate(group_messages)
+        ),
+        group_clips=clips,
+        treatment=treatment_from_wire(config.gradient, "config.gradient", group_clips=any(clips)),
+        precision=precision,
+        measures=config.telemetry != session_pb2.TELEMETRY_LEVEL_GRADIENT,
         gradient_dtype=dtype_from_wire(config.gradient_dtype, FLOAT32, "config.gradient_dtype"),
         reply_dtype=dtype_from_wire(config.reply_dtype, FLOAT32, "config.reply_dtype"),
         start_at_zero=config.initialization == session_pb2.INITIALIZATION_ZEROS,
         lease_seconds=_decode_lease(config.lease_seconds, limits.max_lease_seconds),
         label=_decode_label(config.label),
     )
+    _check_precision(plan)
+    return plan
 
 
 def decode_order(begin: step_pb2.StepBegin, plan: SessionPlan, max_chunk_bytes: int) -> StepOrder:
@@ -100,8 +116,11 @@ def decode_order(begin: step_pb2.StepBegin, plan: SessionPlan, max_chunk_bytes: 
         gradient_dtype=dtype_from_wire(begin.gradient_dtype, plan.gradient_dtype, "begin.gradient_dtype"),
         reply_dtype=reply_dtype,
         reply=begin.reply_mode != step_pb2.REPLY_MODE_NONE,
-        reply_elements=chunk_bytes // reply_dtype.itemsize,
-        groups=_decode_step_groups(begin, plan.groups),
+        reply_elements=chunk_bytes // reply_dtype.itemsize // plan.layout.chunk_alignment * plan.layout.chunk_alignment,
+        groups=_decode_step_groups(begin, plan),
+        own_lr=_decode_own_lr(begin, len(plan.groups)),
+        loss_scale=_decode_loss_scale(begin, plan),
+        missing=_decode_missing(begin, plan),
     )
 
 
@@ -139,41 +158,71 @@ def _decode_specs(config: session_pb2.SessionConfig, max_tensors: int, group_cou
     return specs
 
 
-def _decode_optimizer(message: optimizer_pb2.Optimizer) -> Adam:
-    default = Adam()
-    base = default.hyperparameters()
-    if message.decoupled_weight_decay:
-        base = base.replace({"weight_decay": _ADAMW_WEIGHT_DECAY})
-    values = base.replace(overrides_from_wire(message.hyperparameters), "config.optimizer.hyperparameters")
-    return Adam(
-        lr=values.lr,
-        betas=(values.beta1, values.beta2),
-        eps=values.eps,
-        weight_decay=values.weight_decay,
-        maximize=values.maximize,
-        amsgrad=message.amsgrad == optimizer_pb2.AMSGRAD_RAW,
-        decoupled_weight_decay=message.decoupled_weight_decay,
-        formula=formula_from_wire(message.formula),
-    )
+def _check_precision(plan: SessionPlan) -> None:
+    coarse = [slot for slot in plan.rule.slots if slot not in EIGHT_BIT_SLOTS]
+    if plan.precision is Precision.INT8 and coarse:
+        raise _invalid_config(
+            "config.state_precision",
+            f"8-bit moments: this optimizer keeps {', '.join(coarse)}, which 8 bits do not hold well enough; use "
+            "float32 or bfloat16 moments",
+        )
 
 
-def _decode_step_groups(begin: step_pb2.StepBegin, groups: tuple[Hyperparameters, ...]) -> tuple[Hyperparameters, ...]:
-    messages = begin.hyperparameters
+def _decode_clip(group: optimizer_pb2.ParameterGroup, field: str) -> float | None:
+    if not group.HasField("clip_grad_norm"):
+        return None
+    if not 0.0 < group.clip_grad_norm < math.inf:
+        raise _invalid_config(f"{field}.clip_grad_norm", f"{group.clip_grad_norm!r}; it must be finite and > 0")
+    return group.clip_grad_norm
+
+
+def _decode_step_groups(begin: step_pb2.StepBegin, plan: SessionPlan) -> tuple[Hyperparameters, ...]:
+    messages, groups = begin.hyperparameters, plan.groups
     if not messages:
         return groups
     if len(messages) not in (1, len(groups)):
         raise _invalid_config("begin.hyperparameters", f"{len(messages)} entries; it must be 0, 1 or {len(groups)}")
-    return tuple(
-        group.replace(overrides_from_wire(messages[index % len(messages)]), f"begin.hyperparameters[{index}]")
-        for index, group in enumerate(groups)
-    )
+    decoded = []
+    for index, group in enumerate(groups):
+        field = f"begin.hyperparameters[{index}]"
+        values = plan.optimizer.override(group, overrides_from_wire(messages[index % len(messages)]), field)
+        if values.momentum and not plan.momentum:
+            raise _invalid_config(
+                f"{field}.momentum",
+                f"{values.momentum!r}; the session keeps no momentum buffer, because no group had momentum when it was "
+                "created",
+            )
+        decoded.append(values)
+    return tuple(decoded)
+
+
+def _decode_own_lr(begin: step_pb2.StepBegin, count: int) -> tuple[bool, ...]:
+    messages = begin.hyperparameters
+    return tuple(bool(messages) and messages[index % len(messages)].HasField("lr") for index in range(count))
+
+
+def _decode_loss_scale(begin: step_pb2.StepBegin, plan: SessionPlan) -> float:
+    if not begin.HasField("loss_scale"):
+        return 1.0
+    if plan.treatment.loss_scaling is not None:
+        raise _invalid_config("begin.loss_scale", "the session scales by itself; leave it out")
+    check_scale(begin.loss_scale, "begin.loss_scale")
+    return begin.loss_scale
+
+
+def _decode_missing(begin: step_pb2.StepBegin, plan: SessionPlan) -> frozenset[int]:
+    missing = begin.missing_tensors
+    if not missing:
+        return frozenset()
+    field, count = "begin.missing_tensors", len(plan.layout.tensors)
+    if plan.treatment.missing_gradient != "keep":
+        raise _invalid_config(field, "tensors are left out; the session was created with missing_gradient 'reject'")
+    if any(low >= high for low, high in zip(missing, missing[1:], strict=False)) or missing[-1] >= count:
+        raise _invalid_config(field, f"indices must rise and be below {count}, the number of tensors")
+    return frozenset(missing)
 
 
 def _refuse_unserved_step(begin: step_pb2.StepBegin) -> None:
-    if begin.HasField("loss_scale"):
-        raise unsupported("begin.loss_scale", "loss_scaling")
-    if begin.missing_tensors:
-        raise unsupported("begin.missing_tensors", "missing_gradients")
     if begin.HasField("weight"):
         raise unsupported("begin.weight", "aggregation")
     if begin.overlap:

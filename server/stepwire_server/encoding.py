@@ -8,18 +8,21 @@ import time
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepwire.codecs import dtype_to_wire
-from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
+from stepwire.schedules import schedule_to_wire
+from stepwire.treatment import treatment_to_wire
+from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire import hyperparameters_to_wire, layout_to_wire, optimizer_to_wire, spec_to_wire
-from stepwire_server.plan import NonFinitePolicy, SessionPlan
-from stepwire_server.progress import StepRecord
+from stepwire_server.plan import SessionPlan
+from stepwire_server.progress import GroupRecord, StepRecord
+from stepwire_server.rules import Precision
 from stepwire_server.session import Session
 
 __all__ = ["encode_record", "encode_session"]
 
-_POLICIES = {
-    NonFinitePolicy.REJECT: optimizer_pb2.NON_FINITE_POLICY_REJECT,
-    NonFinitePolicy.SKIP: optimizer_pb2.NON_FINITE_POLICY_SKIP,
-    NonFinitePolicy.ALLOW: optimizer_pb2.NON_FINITE_POLICY_ALLOW,
+_PRECISIONS = {
+    Precision.FLOAT32: session_pb2.STATE_PRECISION_FLOAT32,
+    Precision.BFLOAT16: session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
+    Precision.INT8: session_pb2.STATE_PRECISION_INT8_MOMENTS,
 }
 
 
@@ -45,6 +48,7 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         attached=ledger.slot.attached,
         create_time=_timestamp(wall + session.created - now),
         expire_time=_timestamp(wall + session.last_used + session.plan.lease_seconds - now),
+        loss_scale=session.loss_scale,
     )
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.plan.layout, session.slots))
@@ -58,36 +62,54 @@ def encode_record(record: StepRecord, durable_step: int, result: step_pb2.StepRe
     result.epoch = record.epoch
     result.replayed = record.replayed
     result.skipped = record.skipped
+    result.accumulated = record.accumulated
     telemetry = result.telemetry
-    telemetry.grad_norm = telemetry.clipped_grad_norm = record.grad_norm
-    telemetry.clip_coefficient = 1.0
+    telemetry.grad_norm = record.grad_norm
+    telemetry.clipped_grad_norm = record.clipped_grad_norm
+    telemetry.clip_coefficient = record.clip_coefficient
     telemetry.non_finite_count = record.non_finite_count
     telemetry.receive_seconds = record.receive_seconds
     telemetry.queue_seconds = record.queue_seconds
     telemetry.apply_seconds = record.apply_seconds
+    if record.update_norm is not None and record.param_norm is not None:
+        telemetry.update_norm, telemetry.param_norm = record.update_norm, record.param_norm
+    if record.loss_scale is not None:
+        telemetry.loss_scale = record.loss_scale
     for group in record.groups:
-        telemetry.groups.add(
-            grad_norm=group.grad_norm, t=group.t, hyperparameters=hyperparameters_to_wire(group.hyperparameters)
-        )
+        _encode_group(group, telemetry.groups.add())
+
+
+def _encode_group(group: GroupRecord, message: step_pb2.GroupTelemetry) -> None:
+    message.grad_norm = group.grad_norm
+    message.t = group.t
+    message.clipped_grad_norm = group.clipped_grad_norm
+    message.clip_coefficient = group.clip_coefficient
+    message.hyperparameters.CopyFrom(hyperparameters_to_wire(group.hyperparameters))
+    if group.update_norm is not None and group.param_norm is not None:
+        message.update_norm, message.param_norm = group.update_norm, group.param_norm
 
 
 def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig:
     config = session_pb2.SessionConfig(
         optimizer=optimizer_to_wire(plan.optimizer),
-        gradient=optimizer_pb2.GradientTreatment(non_finite=_POLICIES[plan.non_finite]),
+        gradient=treatment_to_wire(plan.treatment),
         durability=session_pb2.DURABILITY_MEMORY,
         initialization=(session_pb2.INITIALIZATION_ZEROS if plan.start_at_zero else session_pb2.INITIALIZATION_LOAD),
         gradient_dtype=dtype_to_wire(plan.gradient_dtype),
         reply_dtype=dtype_to_wire(plan.reply_dtype),
-        state_precision=session_pb2.STATE_PRECISION_FLOAT32,
+        state_precision=_PRECISIONS[plan.precision],
+        telemetry=(session_pb2.TELEMETRY_LEVEL_FULL if plan.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT),
         lease_seconds=plan.lease_seconds,
         label=plan.label,
     )
     if whole:
         config.tensors.extend(spec_to_wire(tensor.spec) for tensor in plan.layout.tensors)
-        config.groups.extend(
-            optimizer_pb2.ParameterGroup(overrides=hyperparameters_to_wire(group)) for group in plan.groups
-        )
+        for hyper, schedule, clip in zip(plan.groups, plan.schedules, plan.group_clips, strict=True):
+            message = config.groups.add(overrides=hyperparameters_to_wire(hyper))
+            if schedule is not None:
+                message.schedule.CopyFrom(schedule_to_wire(schedule))
+            if clip is not None:
+                message.clip_grad_norm = clip
     return config
 
 

@@ -17,7 +17,36 @@ from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 
 __all__ = ["SERVED_FEATURES", "refuse_unserved", "unsupported"]
 
-SERVED_FEATURES: Final[tuple[str, ...]] = ()
+SERVED_FEATURES: Final[tuple[str, ...]] = (
+    "accumulation",
+    "amsgrad_corrected",
+    "centered",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "formula_decay_after",
+    "formula_keras",
+    "formula_optax",
+    "frozen_tensors",
+    "group_clipping",
+    "loss_scaling",
+    "missing_gradients",
+    "nesterov",
+    "parameter_average",
+    "rule_adadelta",
+    "rule_adagrad",
+    "rule_adamax",
+    "rule_lamb",
+    "rule_lars",
+    "rule_lion",
+    "rule_nadam",
+    "rule_radam",
+    "rule_rmsprop",
+    "rule_sgd",
+    "schedules",
+    "state_bfloat16",
+    "state_int8",
+    "update_norm",
+)
 """Optional features served, sorted, by the names that the contract's comments use."""
 
 _Config = session_pb2.SessionConfig
@@ -54,27 +83,8 @@ class _Choice(NamedTuple):
 
 
 _OPTIONS: Final = (
-    _Option("config.tensors.frozen", "frozen_tensors", lambda c: any(t.frozen for t in c.tensors)),
     _Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),
-    _Option("config.groups.schedule", "schedules", lambda c: any(g.HasField("schedule") for g in c.groups)),
-    _Option(
-        "config.groups.clip_grad_norm",
-        "group_clipping",
-        lambda c: any(g.HasField("clip_grad_norm") for g in c.groups),
-    ),
-    _Option("config.optimizer.nesterov", "nesterov", lambda c: c.optimizer.nesterov),
-    _Option("config.optimizer.centered", "centered", lambda c: c.optimizer.centered),
-    _Option("config.gradient.clip_grad_norm", "clip_grad_norm", lambda c: c.gradient.HasField("clip_grad_norm")),
-    _Option("config.gradient.clip_formula", "clip_grad_norm", lambda c: c.gradient.clip_formula != 0),
-    _Option("config.gradient.clip_grad_value", "clip_grad_value", lambda c: c.gradient.HasField("clip_grad_value")),
-    _Option("config.gradient.accumulation_steps", "accumulation", lambda c: c.gradient.accumulation_steps > 1),
-    _Option("config.gradient.loss_scaling", "loss_scaling", lambda c: c.gradient.HasField("loss_scaling")),
     _Option("config.gradient.two_phase", "two_phase_clipping", lambda c: c.gradient.two_phase),
-    _Option(
-        "config.gradient.parameter_average_decay",
-        "parameter_average",
-        lambda c: c.gradient.HasField("parameter_average_decay"),
-    ),
     _Option("config.aggregation.worker_slots", "aggregation", lambda c: c.aggregation.worker_slots > 1),
     _Option("config.aggregation.required_workers", "aggregation", lambda c: c.aggregation.required_workers > 1),
     _Option("config.aggregation.reduction", "aggregation", lambda c: c.aggregation.reduction != 0),
@@ -90,21 +100,21 @@ _CHOICES: Final = (
         "config.optimizer.rule",
         "rule_",
         optimizer_pb2.Rule,
-        frozenset({optimizer_pb2.RULE_ADAM}),
+        frozenset(optimizer_pb2.Rule.values()),
         lambda c: c.optimizer.rule,
     ),
     _Choice(
         "config.optimizer.formula",
         "formula_",
         optimizer_pb2.Formula,
-        frozenset({0, optimizer_pb2.FORMULA_TORCH, optimizer_pb2.FORMULA_NO_BIAS_CORRECTION}),
+        frozenset(optimizer_pb2.Formula.values()),
         lambda c: c.optimizer.formula,
     ),
     _Choice(
         "config.optimizer.amsgrad",
         "amsgrad_",
         optimizer_pb2.Amsgrad,
-        frozenset({0, optimizer_pb2.AMSGRAD_NONE, optimizer_pb2.AMSGRAD_RAW}),
+        frozenset(optimizer_pb2.Amsgrad.values()),
         lambda c: c.optimizer.amsgrad,
     ),
     _Choice(
@@ -118,9 +128,8 @@ _CHOICES: Final = (
         "config.gradient.missing_gradient",
         "missing_gradients_",
         optimizer_pb2.MissingGradientPolicy,
-        frozenset({0, optimizer_pb2.MISSING_GRADIENT_POLICY_REJECT}),
+        frozenset(optimizer_pb2.MissingGradientPolicy.values()),
         lambda c: c.gradient.missing_gradient,
-        {optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP: "missing_gradients"},
     ),
     _Choice(
         "config.aggregation.mode",
@@ -148,12 +157,22 @@ _CHOICES: Final = (
         "config.state_precision",
         "state_",
         session_pb2.StatePrecision,
-        frozenset({0, session_pb2.STATE_PRECISION_FLOAT32}),
+        frozenset(session_pb2.StatePrecision.values()),
         lambda c: c.state_precision,
-        {
-            session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS: "state_bfloat16",
-            session_pb2.STATE_PRECISION_INT8_MOMENTS: "state_int8",
-        },
+    ),
+    _Choice(
+        "config.telemetry",
+        "telemetry_",
+        session_pb2.TelemetryLevel,
+        frozenset(session_pb2.TelemetryLevel.values()),
+        lambda c: c.telemetry,
+    ),
+    _Choice(
+        "config.gradient.clip_formula",
+        "clip_formula_",
+        optimizer_pb2.ClipFormula,
+        frozenset(optimizer_pb2.ClipFormula.values()),
+        lambda c: c.gradient.clip_formula,
     ),
     _Choice(
         "config.gradient_dtype",

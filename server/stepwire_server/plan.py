@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepwire.layout import Layout
-from stepwire.optimizers import Adam, Hyperparameters
+from stepwire.layout import SMALLEST_IN_BLOCKS, Layout
+from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire.schedules import Schedule
+from stepwire.treatment import GradientTreatment
+from stepwire_server.active import Active
+from stepwire_server.engines.protocol import PARAM, Span
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Rule, has_momentum, rule_for
 
-__all__ = ["NonFinitePolicy", "SessionPlan", "StepOrder"]
+__all__ = ["SCALE_SUFFIX", "SessionPlan", "StepOrder"]
 
-
-class NonFinitePolicy(enum.Enum):
-    """What to do with a gradient that holds NaN or Inf."""
-
-    REJECT = "reject"
-    SKIP = "skip"
-    ALLOW = "allow"
+SCALE_SUFFIX = "_scale"
+"""Beside an 8-bit slot "s", "s_scale" repeats each block's maximum for its elements."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,11 @@ class SessionPlan:
         layout: where the tensors lie.
         optimizer: the formula and its structure.
         groups: the numbers of each group.
-        non_finite: what to do with NaN and Inf.
+        schedules: the schedule of each group's learning rate, or None.
+        group_clips: the bound of each group's own norm, or None.
+        treatment: what happens to gradients.
+        precision: how the rule's slots are held.
+        measures: results tell the norms of update and parameters.
         gradient_dtype: default encoding of gradients.
         reply_dtype: default encoding of answers.
         start_at_zero: parameters start as zeros instead of waiting for a load.
@@ -39,14 +43,75 @@ class SessionPlan:
     """
 
     layout: Layout
-    optimizer: Adam
+    optimizer: Optimizer
     groups: tuple[Hyperparameters, ...]
-    non_finite: NonFinitePolicy
+    schedules: tuple[Schedule | None, ...]
+    group_clips: tuple[float | None, ...]
+    treatment: GradientTreatment
+    precision: Precision
+    measures: bool
     gradient_dtype: np.dtype[Any]
     reply_dtype: np.dtype[Any]
     start_at_zero: bool
     lease_seconds: float
     label: str
+
+    @functools.cached_property
+    def momentum(self) -> bool:
+        """A momentum buffer is kept, where that is a choice."""
+        return has_momentum(self.groups)
+
+    @functools.cached_property
+    def rule(self) -> Rule:
+        """The formula."""
+        return rule_for(self.optimizer, self.momentum)[0]
+
+    @functools.cached_property
+    def decay(self) -> Decay:
+        """Where weight decay acts in steps that have some."""
+        return rule_for(self.optimizer, self.momentum)[1]
+
+    @functools.cached_property
+    def slots(self) -> dict[str, Precision]:
+        """The state arrays, parameters first, and how each is held."""
+        slots = {PARAM: Precision.FLOAT32, **dict.fromkeys(self.rule.slots, self.precision)}
+        if self.treatment.accumulation_steps > 1:
+            slots[ACCUMULATED] = Precision.FLOAT32
+        if self.treatment.parameter_average_decay is not None:
+            slots[AVERAGE] = Precision.FLOAT32
+        return slots
+
+    @functools.cached_property
+    def visible_slots(self) -> tuple[str, ...]:
+        """The slots that are pulled and loaded."""
+        names: list[str] = []
+        for name, precision in self.slots.items():
+            names += [name, name + SCALE_SUFFIX] if precision is Precision.INT8 else [name]
+        return tuple(names)
+
+    @functools.cached_property
+    def kept(self) -> tuple[Span, ...]:
+        """Ranges that 8-bit slots hold as float32: those of small tensors, in order."""
+        if self.precision is not Precision.INT8:
+            return ()
+        spans: list[Span] = []
+        for tensor in self.layout.tensors:
+            if 0 < tensor.count < SMALLEST_IN_BLOCKS:
+                if spans and spans[-1][1] == tensor.offset:
+                    spans[-1] = (spans[-1][0], tensor.end)
+                else:
+                    spans.append((tensor.offset, tensor.end))
+        return tuple(spans)
+
+    @functools.cached_property
+    def active(self) -> Active:
+        """The tensors that a step moves unless it leaves some out: all but the frozen ones."""
+        frozen = {index for index, tensor in enumerate(self.layout.tensors) if tensor.spec.frozen}
+        return Active(self.layout, frozenset(frozen))
+
+    def without(self, missing: frozenset[int]) -> Active:
+        """Return the tensors that a step moves which leaves out some more, by index."""
+        return Active(self.layout, self.active.absent | missing) if missing else self.active
 
 
 class StepOrder(NamedTuple):
@@ -60,6 +125,9 @@ class StepOrder(NamedTuple):
         reply: whether parameters are wanted at all.
         reply_elements: most elements in a chunk of the answer.
         groups: the numbers of each group in this step.
+        own_lr: for each group, whether the step brought its learning rate, which overrides the schedule's.
+        loss_scale: what the gradient was multiplied by, as the client says.
+        missing: indices of tensors without a gradient.
     """
 
     step: int
@@ -69,3 +137,6 @@ class StepOrder(NamedTuple):
     reply: bool
     reply_elements: int
     groups: tuple[Hyperparameters, ...]
+    own_lr: tuple[bool, ...] = ()
+    loss_scale: float = 1.0
+    missing: frozenset[int] = frozenset()

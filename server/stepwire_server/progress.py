@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stepwire.layout import Layout
-from stepwire.optimizers import Adam, Hyperparameters
-from stepwire_server import rules
+from stepwire.optimizers import Hyperparameters
+from stepwire_server.active import Active
+from stepwire_server.loss_scale import LossScale
+from stepwire_server.plan import SessionPlan
 
-__all__ = ["GroupRecord", "Progress", "Run", "Snapshot", "StepRecord", "SteppedRun"]
+__all__ = ["GroupRecord", "Progress", "Run", "Snapshot", "StepRecord"]
 
 
 class Run(NamedTuple):
     """Neighbouring tensors of one group with the same t: flat elements `[start, end)`.
 
-    Almost always one run a group, so a step is one kernel call a group and chunk, however many tensors.
+    Almost always one run a group, so a step is one kernel call a group and chunk, however many tensors. Layerwise rules
+    have a run a tensor, and 8-bit moments split runs where small tensors keep float32.
     """
 
     start: int
@@ -24,62 +27,68 @@ class Run(NamedTuple):
     t: int
 
 
-class SteppedRun(NamedTuple):
-    """Flat elements `[start, end)` with the formula and the scalars of one step."""
-
-    start: int
-    end: int
-    rule: rules.Rule
-    scalars: tuple[float, ...]
-
-
 class Progress:
-    """Adam's t, tensor by tensor. All tensors move together, so a step only counts one up."""
+    """Adam's t, tensor by tensor. Almost always all move together, so a step only counts one up."""
 
-    def __init__(self, layout: Layout, tensor_steps: Sequence[int]) -> None:
+    def __init__(self, plan: SessionPlan, tensor_steps: Sequence[int]) -> None:
         """Start from the updates that each tensor, in layout order, has had."""
-        self._base = tuple(tensor_steps)
-        self._updates = 0
-        self._runs = _runs_of(layout, tensor_steps)
-        self._group_base = [0] * len(layout.groups)
-        for tensor, t in zip(layout.tensors, tensor_steps, strict=True):
-            self._group_base[tensor.spec.group] = max(self._group_base[tensor.spec.group], t)
+        self._plan = plan
+        self._base = list(tensor_steps)
+        self._updates = 0  # of all active tensors, since _base
+        self._active = plan.active
+        self._find_runs()
 
     def tensor_steps(self) -> tuple[int, ...]:
         """Return the updates each tensor has had, in layout order."""
-        return tuple(t + self._updates for t in self._base)
+        moved = self._updates
+        return tuple(t if index in self._active.absent else t + moved for index, t in enumerate(self._base))
 
     def group_steps(self) -> list[int]:
         """Return the most updates that a tensor of each group has had."""
-        return [t + self._updates for t in self._group_base]
+        return [int(max(still, moving + self._updates)) for still, moving in self._group_base]
 
-    def next_step(self, optimizer: Adam, groups: Sequence[Hyperparameters]) -> list[SteppedRun]:
-        """Return what the next update needs, range by range in flat order."""
-        stepped = []
-        for run in self._runs:
-            hyper = groups[run.group]
-            rule = rules.rule_for(optimizer, hyper)
-            scalars = rule.scalars(hyper, run.t + self._updates + 1)
-            stepped.append(SteppedRun(run.start, run.end, rule, scalars))
-        return stepped
+    def runs(self, active: Active) -> list[Run]:
+        """Return the runs of the tensors that the next update moves, in flat order; their t counts that update."""
+        self._follow(active)
+        return [run._replace(t=run.t + self._updates + 1) for run in self._runs]
 
-    def advance(self) -> None:
-        """Count one update of every tensor."""
+    def advance(self, active: Active) -> None:
+        """Count one update of the tensors that it moved."""
+        self._follow(active)
         self._updates += 1
 
+    def _follow(self, active: Active) -> None:
+        """Count from here on for other tensors than before."""
+        if active.absent != self._active.absent:
+            self._base, self._updates, self._active = list(self.tensor_steps()), 0, active
+            self._find_runs()
 
-def _runs_of(layout: Layout, tensor_steps: Sequence[int]) -> list[Run]:
-    """Merge neighbouring tensors of one group with the same t."""
-    runs: list[Run] = []
-    for tensor, t in zip(layout.tensors, tensor_steps, strict=True):
-        if tensor.count == 0:
-            continue
-        last = runs[-1] if runs else None
-        if last and (last.end, last.group, last.t) == (tensor.offset, tensor.spec.group, t):
-            runs[-1] = last._replace(end=tensor.end)
-        else:
-            runs.append(Run(tensor.offset, tensor.end, tensor.spec.group, t))
-    return runs
+    def _find_runs(self) -> None:
+        layout, plan = self._plan.layout, self._plan
+        alone = plan.rule.direction is not None
+        bounds = {bound for span in plan.kept for bound in span}
+        self._runs: list[Run] = []
+        self._group_base = _largest_steps(self._active, self._base)
+        for index in self._active.indices:
+            tensor, t = layout.tensors[index], self._base[index]
+            last = self._runs[-1] if self._runs else None
+            if tensor.count == 0:
+                continue
+            joins = last and (last.end, last.group, last.t) == (tensor.offset, tensor.spec.group, t)
+            if last and joins and not alone and tensor.offset not in bounds:
+                self._runs[-1] = last._replace(end=tensor.end)
+            else:
+                self._runs.append(Run(tensor.offset, tensor.end, tensor.spec.group, t))
+
+
+def _largest_steps(active: Active, steps: Sequence[int]) -> list[tuple[int, float]]:
+    """Return for each group the largest t of tensors that stay, and of those that move (−∞ for none)."""
+    groups: list[tuple[int, float]] = [(0, -math.inf)] * len(active.layout.groups)
+    for index, t in enumerate(steps):
+        group = active.layout.tensors[index].spec.group
+        still, moving = groups[group]
+        groups[group] = (max(still, t), moving) if index in active.absent else (still, max(moving, t))
+    return groups
 
 
 class Snapshot(NamedTuple):
@@ -89,25 +98,35 @@ class Snapshot(NamedTuple):
         step: its last committed step.
         load: its last committed load.
         tensor_steps: updates each tensor has had (Adam's t), in layout order.
+        loss_scale: where loss scaling stands; None without it.
     """
 
     step: int
     load: int
     tensor_steps: tuple[int, ...]
+    loss_scale: LossScale | None
 
 
 class GroupRecord(NamedTuple):
     """What one group's part of a step was.
 
     Attributes:
-        grad_norm: Euclidean norm of the group's gradient.
+        grad_norm: Euclidean norm of the group's gradient before clipping.
         hyperparameters: the values used.
         t: updates the group has had, this one included.
+        clipped_grad_norm: after clipping.
+        clip_coefficient: by norm clipping, its own and the global one together.
+        update_norm: of its parameters' change; None where it was not measured or nothing was updated.
+        param_norm: of its parameters after the step; None likewise.
     """
 
     grad_norm: float
     hyperparameters: Hyperparameters
     t: int
+    clipped_grad_norm: float = 0.0
+    clip_coefficient: float = 1.0
+    update_norm: float | None = None
+    param_norm: float | None = None
 
 
 class StepRecord(NamedTuple):
@@ -117,12 +136,18 @@ class StepRecord(NamedTuple):
         step: its number.
         epoch: the epoch that applied it.
         skipped: nothing was updated because the gradient was not finite.
-        grad_norm: Euclidean norm of the whole gradient.
+        grad_norm: Euclidean norm of the whole gradient before clipping.
         non_finite_count: gradient elements that were NaN or Inf.
         groups: one record a group.
         receive_seconds: from its first frame to its commit.
         queue_seconds: waiting for the session.
         apply_seconds: decode, rule and encode.
+        accumulated: the gradient was added to those before it and nothing was updated.
+        clipped_grad_norm: after clipping.
+        clip_coefficient: of clipping by the global norm.
+        update_norm: of the parameters' change; None where it was not measured or nothing was updated.
+        param_norm: of the parameters after the step; None likewise.
+        loss_scale: for the next step; None without loss scaling.
         replayed: it had been applied before.
     """
 
@@ -135,6 +160,12 @@ class StepRecord(NamedTuple):
     receive_seconds: float
     queue_seconds: float
     apply_seconds: float
+    accumulated: bool = False
+    clipped_grad_norm: float = 0.0
+    clip_coefficient: float = 1.0
+    update_norm: float | None = None
+    param_norm: float | None = None
+    loss_scale: float | None = None
     replayed: bool = False
 
     def replay(self) -> StepRecord:

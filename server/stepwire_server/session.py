@@ -10,44 +10,30 @@ device or a bug, and the session says so for ever after instead of going on half
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from stepwire.errors import NonFiniteGradientError, StateChangedError
+from stepwire.errors import StateChangedError
 from stepwire.optimizers import Hyperparameters
-from stepwire_server import rules
+from stepwire_server.commit import Commit, Outcome, ReplySink, initialize, pieces_of, start_average
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArray
 from stepwire_server.ledger import Ledger
+from stepwire_server.loss_scale import LossScale, after_step
 from stepwire_server.memory import MemoryBudget, Reservation
-from stepwire_server.plan import NonFinitePolicy, SessionPlan, StepOrder
-from stepwire_server.progress import GroupRecord, Progress, Snapshot, SteppedRun, StepRecord
+from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.progress import Progress, Snapshot, StepRecord
+from stepwire_server.rules import AVERAGE, Precision
 from stepwire_server.slot import Attachment
-from stepwire_server.staging import GradientStaging, StagedChunk
+from stepwire_server.staging import GradientStaging
+from stepwire_server.stepping import recipe_for
 
 __all__ = ["ReplySink", "Session"]
 
-STATE_ITEMSIZE = 4
-"""Bytes of one element of state: float32."""
-
 # Another session's step is over after about as long.
 _STEP_RETRY_SECONDS = 0.1
-
-
-class ReplySink(Protocol):
-    """Where a commit puts the answer's chunks, in flat order. Must not block and must not fail."""
-
-    def buffer(self, offset: int, count: int) -> HostArray:
-        """Return an uninitialised array of the reply dtype for the next chunk; every element is written."""
-        ...
-
-    def flush(self) -> None:
-        """The last buffer is complete."""
-        ...
 
 
 class Session:
@@ -69,7 +55,6 @@ class Session:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
         self.plan = plan
-        self.slots = (PARAM, *rules.slots_for(plan.optimizer))
         self.ledger = Ledger(session_id, epoch=epoch, ready=plan.start_at_zero)
         self.created = self.last_used = clock()
         self._clock = clock
@@ -77,13 +62,16 @@ class Session:
         self._budget = budget
         self._lock = threading.Lock()
         self._prepared: tuple[Any, ...] = (None, None, None)
-        self._progress = Progress(plan.layout, [0] * len(plan.layout.tensors))
-        state_bytes = STATE_ITEMSIZE * plan.layout.size * len(self.slots)
+        self._progress = Progress(plan, [0] * len(plan.layout.tensors))
+        scaling = plan.treatment.loss_scaling
+        self._loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
+        state_bytes = engine.state_bytes(plan.slots, plan.layout.size, plan.kept)
         gradient_bytes = plan.layout.size * max(plan.gradient_dtype.itemsize, plan.reply_dtype.itemsize)
         budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
         self._memory = budget.reserve(state_bytes, "the session's state")
         try:
-            self._state = engine.allocate(self.slots, plan.layout.size)
+            self._state = engine.allocate(plan.slots, plan.layout.size, plan.kept)
+            initialize(plan, self._state)
             self._prepare(plan.groups, plan.gradient_dtype, plan.reply_dtype)
         except BaseException:
             self._memory.release()
@@ -95,6 +83,11 @@ class Session:
         return self.ledger.session_id
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots that are pulled and loaded."""
+        return self.plan.visible_slots
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes reserved for the state."""
         return self._memory.nbytes
@@ -103,6 +96,11 @@ class Session:
     def device(self) -> str:
         """Where the state lives."""
         return self._engine.device.name
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next gradient must have been multiplied by; None without loss scaling."""
+        return None if self._loss_scale is None else self._loss_scale.scale
 
     def expired(self, now: float) -> bool:
         """Tell whether the lease has run out: no stream, and no call for its length."""
@@ -150,12 +148,14 @@ class Session:
         with self._lock:
             replay = not self._admit(order, token)
             state = self._state
+            unscale = 1.0 / (order.loss_scale if self._loss_scale is None else self._loss_scale.scale)
         self._prepare(order.groups, order.gradient_dtype, order.reply_dtype)
         itemsize = max(order.gradient_dtype.itemsize, order.reply_dtype.itemsize)
         room = self._budget.reserve(
             self.plan.layout.size * itemsize, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
         )
-        return GradientStaging(order, self.plan.layout, state, room, replay=replay)
+        active = self.plan.without(order.missing)
+        return GradientStaging(order, active, state, room, unscale=unscale, replay=replay)
 
     def commit(
         self, order: StepOrder, staging: GradientStaging, token: int, sink: ReplySink, began: float
@@ -180,17 +180,13 @@ class Session:
                 return self._replay(order, sink)
             if staging.replay:
                 raise StateChangedError(f"step {order.step} was a replay when it began and is not now; send it again")
-            staging.complete()
-            self._check_finite(staging)
+            work = Commit(self.plan, order, staging, self._state, self._progress)
             started = self._clock()
-            skipped = bool(staging.non_finite_count) and self.plan.non_finite is NonFinitePolicy.SKIP
-            if skipped:
-                self._send_parameters(order, sink)
+            skipped = None if work.updates else work.keep(sink)
             try:
-                if not skipped:
-                    self._update(order, staging, sink)
+                outcome = skipped or work.apply(sink)
                 times = (committed - began, started - committed, self._clock() - started)
-                record = self._record(order, staging, skipped, times)
+                record = self._finish(order, staging, outcome, times)
                 self.ledger.commit_step(record)
             except BaseException:
                 self.ledger.damaged_by(f"step {order.step}")
@@ -201,71 +197,16 @@ class Session:
         self.last_used = self._clock()
         return self.ledger.admit_step(order.step, order.epoch, token)
 
-    def _check_finite(self, staging: GradientStaging) -> None:
-        if not staging.non_finite_count or self.plan.non_finite is not NonFinitePolicy.REJECT:
-            return
-        layout = self.plan.layout
-        tensor = next(layout.overlapping(staging.first_non_finite, staging.first_non_finite + 1))
-        raise NonFiniteGradientError(
-            f"step {staging.order.step}: the gradient of tensor {tensor.spec.name!r} holds NaN or Inf "
-            f"({staging.non_finite_count} elements in all); nothing was applied. Mend the gradient, or create the "
-            "session with the policy 'skip' or 'allow'",
-            metadata={
-                "tensor": tensor.spec.name,
-                "element": staging.first_non_finite - tensor.offset,
-                "non_finite_count": staging.non_finite_count,
-            },
-        )
-
-    def _record(
-        self, order: StepOrder, staging: GradientStaging, skipped: bool, times: tuple[float, float, float]
+    def _finish(
+        self, order: StepOrder, staging: GradientStaging, outcome: Outcome, times: tuple[float, float, float]
     ) -> StepRecord:
-        return StepRecord(
-            step=order.step,
-            epoch=self.ledger.epoch,
-            skipped=skipped,
-            grad_norm=math.sqrt(math.fsum(staging.squared_norms)),
-            non_finite_count=staging.non_finite_count,
-            groups=tuple(
-                GroupRecord(math.sqrt(squared), hyper, t)
-                for squared, hyper, t in zip(
-                    staging.squared_norms, order.groups, self._progress.group_steps(), strict=True
-                )
-            ),
-            receive_seconds=times[0],
-            queue_seconds=times[1],
-            apply_seconds=times[2],
-        )
-
-    def _update(self, order: StepOrder, staging: GradientStaging, sink: ReplySink) -> None:
-        runs = self._progress.next_step(self.plan.optimizer, order.groups)
-        most = order.reply_elements if order.reply else self.plan.layout.size
-        for chunk in staging.drain():
-            for start, end in _pieces(chunk.offset, chunk.end, most):
-                out = sink.buffer(start, end - start) if order.reply else None
-                self._update_piece(runs, chunk, start, end, out)
-                if order.reply:
-                    sink.flush()
-        self._progress.advance()
-
-    def _update_piece(
-        self, runs: list[SteppedRun], chunk: StagedChunk, start: int, end: int, out: HostArray | None
-    ) -> None:
-        """Update flat elements `[start, end)`; padding is answered with zeros."""
-        done = start
-        first = bisect_right(runs, start, key=lambda run: run.end)
-        past = bisect_left(runs, end, lo=first, key=lambda run: run.start)
-        for run_start, run_end, rule, scalars in runs[first:past]:
-            low, high = max(run_start, start), min(run_end, end)
-            target = None
-            if out is not None:
-                target = out[low - start : high - start]
-                if low > done:
-                    out[done - start : low - start] = 0
-            self._state.update(rule, scalars, low, chunk.gradient, low - chunk.offset, high - chunk.offset, target)
-            done = high
-        if out is not None and done < end:
-            out[done - start :] = 0
+        """Count the step, and say what it did."""
+        if outcome.updated:
+            self._progress.advance(staging.active)
+        scaling = self.plan.treatment.loss_scaling
+        if self._loss_scale is not None and scaling is not None:
+            self._loss_scale = after_step(self._loss_scale, scaling, finite=not outcome.skipped)
+        return outcome.record(order.step, self.ledger.epoch, self._progress.group_steps(), times, self.loss_scale)
 
     def _replay(self, order: StepOrder, sink: ReplySink) -> StepRecord:
         assert self.ledger.last_record is not None  # that is what made it a replay
@@ -274,7 +215,7 @@ class Session:
 
     def _send_parameters(self, order: StepOrder, sink: ReplySink) -> None:
         if order.reply:
-            for start, end in _pieces(0, self.plan.layout.size, order.reply_elements):
+            for start, end in pieces_of(0, self.plan.layout.size, order.reply_elements):
                 self._state.read(PARAM, start, sink.buffer(start, end - start))
                 sink.flush()
 
@@ -289,7 +230,8 @@ class Session:
         with self._lock:
             self.ledger.check_usable()
             self.last_used = self._clock()
-            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, self._progress.tensor_steps())
+            steps = self._progress.tensor_steps()
+            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, steps, self._loss_scale)
 
     def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
         """Encode a range of a slot as of `snapshot`.
@@ -325,9 +267,10 @@ class Session:
         Raises:
             ResourceExhaustedError: it does not fit.
         """
-        room = self._budget.reserve(STATE_ITEMSIZE * self.plan.layout.size * len(slots), "staging the load")
+        held, size = dict.fromkeys(slots, Precision.FLOAT32), self.plan.layout.size
+        room = self._budget.reserve(self._engine.state_bytes(held, size), "staging the load")
         try:
-            return self._engine.allocate(slots, self.plan.layout.size), room
+            return self._engine.allocate(held, size), room
         except BaseException:
             room.release()
             raise
@@ -340,6 +283,7 @@ class Session:
         load: int,
         step: int | None,
         tensor_steps: list[int],
+        loss_scale: LossScale | None = None,
     ) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.
 
@@ -351,12 +295,15 @@ class Session:
                 return False
             try:
                 self._state.adopt(staged)
+                if AVERAGE in self.plan.slots and PARAM in slots and AVERAGE not in slots and not self.ledger.ready:
+                    start_average(self._state, self.plan.layout.size)
             except BaseException:
                 self.ledger.damaged_by(f"load {load}")
                 raise
             self.ledger.commit_load(load, step, parameters=PARAM in slots)
             if tensor_steps:
-                self._progress = Progress(self.plan.layout, tensor_steps)
+                self._progress = Progress(self.plan, tensor_steps)
+            self._loss_scale = loss_scale or self._loss_scale
             return True
 
     # --- end of life -------------------------------------------------------------------------------------
@@ -375,10 +322,5 @@ class Session:
         if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
             return
         for hyper in groups:
-            self._engine.prepare(rules.rule_for(self.plan.optimizer, hyper), gradient, reply)
+            self._engine.prepare(recipe_for(self.plan, hyper), gradient, reply)
         self._prepared = (groups, gradient, reply)
-
-
-def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
-    """Cut `[start, end)` into pieces of at most `most` elements."""
-    return [(low, min(low + most, end)) for low in range(start, end, most)]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.layout import Layout, Span
+from stepwire_server.active import Active
 from stepwire_server.engines.protocol import EngineState, Gradient, HostArray
+from stepwire_server.exact_norm import exact_sum_of_squares
 from stepwire_server.memory import Reservation
 from stepwire_server.plan import StepOrder
 
-__all__ = ["Coverage", "GradientStaging", "StagedChunk", "typed_payload"]
+__all__ = ["Coverage", "GradientStaging", "Piece", "StagedChunk", "typed_payload"]
 
 # A chunk costs a few hundred bytes of bookkeeping however few elements it brings, so their number is bounded:
 # freely for small sessions, and to one in 16 Ki elements beyond.
@@ -50,25 +53,30 @@ class Coverage:
         self._spans.insert(rank, (offset, end))
         return rank
 
-    def require_complete(self) -> None:
-        """Refuse a gap.
+    def require(self, needed: Iterable[tuple[int, int]]) -> None:
+        """Refuse a gap in what is needed: ranges in flat order.
 
         Raises:
             InvalidRequestError: names the first missing range.
         """
-        expected = 0
-        for start, end in self._spans:
-            if start != expected:
-                break
-            expected = end
-        else:
-            start = self._size
-        if expected != self._size:
-            raise InvalidRequestError(
-                f"elements [{expected}, {start}) were not sent; chunks must cover [0, {self._size})",
-                reason=Reason.INVALID_TENSOR,
-                metadata={"field": "chunk", "missing_offset": expected, "missing_end": start},
-            )
+        for start, end in needed:
+            reached = start
+            for low, high in self._spans[max(bisect_left(self._spans, (start, 0)) - 1, 0) :]:
+                if low > reached or reached >= end:
+                    break
+                reached = max(reached, high)
+            if reached < end:
+                raise self._gap(reached, end)
+
+    def _gap(self, start: int, end: int) -> InvalidRequestError:
+        following = bisect_left(self._spans, (start, 0))
+        end = min(end, self._spans[following][0]) if following < len(self._spans) else end
+        return InvalidRequestError(
+            f"elements [{start}, {end}) were not sent; chunks must cover [0, {self._size}), but for tensors without a "
+            "gradient",
+            reason=Reason.INVALID_TENSOR,
+            metadata={"field": "chunk", "missing_offset": start, "missing_end": end},
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,6 +92,15 @@ class StagedChunk:
         return self.offset + len(self.gradient)
 
 
+class Piece(NamedTuple):
+    """Elements `[begin, end)` of a chunk: flat elements from `start` on, all of one stretch."""
+
+    chunk: StagedChunk
+    start: int
+    begin: int
+    end: int
+
+
 class GradientStaging:
     """One step's gradient as it arrives, with the sums that its norms and its finite check need.
 
@@ -91,20 +108,36 @@ class GradientStaging:
     """
 
     def __init__(
-        self, order: StepOrder, layout: Layout, state: EngineState, reservation: Reservation, *, replay: bool
+        self,
+        order: StepOrder,
+        active: Active,
+        state: EngineState,
+        reservation: Reservation,
+        *,
+        unscale: float,
+        replay: bool,
     ) -> None:
-        """Await the chunks of `order`; `reservation` covers their bytes. A replay's chunks are dropped unread."""
+        """Await the chunks of `order`.
+
+        Args:
+            order: what the step's first message said.
+            active: the tensors that the step moves; what comes for others is ignored.
+            state: takes the chunks.
+            reservation: covers their bytes.
+            unscale: what gradients are multiplied by.
+            replay: chunks are dropped unread.
+        """
         self.order = order
+        self.active = active
+        self.unscale = unscale
         self.replay = replay
-        self.squared_norms = [0.0] * len(layout.groups)
         self.non_finite_count = 0
-        self.first_non_finite = layout.size
-        self._layout = layout
+        self.first_non_finite = active.layout.size
         self._state = state
         self._reservation = reservation
-        self._coverage = Coverage(layout.size)
+        self._coverage = Coverage(active.layout.size)
         self._chunks: list[StagedChunk] = []
-        self._sums: list[list[tuple[int, float]]] = []
+        self._sums: list[list[float]] = [[] for _ in active.layout.groups]
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
         """Take one chunk: `payload` is its received bytes, `(n,) uint8`.
@@ -115,53 +148,85 @@ class GradientStaging:
         if self.replay:
             return
         values = typed_payload(payload, count, self.order.gradient_dtype)
+        if offset % self.active.layout.chunk_alignment:
+            problem = f"starts at no multiple of {self.active.layout.chunk_alignment}, the layout's `chunk_alignment`"
+            raise _invalid_chunk(offset, offset + count, problem)
         rank = self._coverage.add(offset, count)
         chunk = StagedChunk(offset, self._state.stage(values))
         self._chunks.insert(rank, chunk)
-        self._sums.insert(rank, [self._sum(chunk, index, span) for index, span in self._groups_of(chunk)])
-        if not all(math.isfinite(total) for _, total in self._sums[rank]):
-            self._locate_non_finite(offset, values)
+        for group, piece in self._pieces_of(chunk):
+            total = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
+            self._sums[group].append(total)
+            if not math.isfinite(total):
+                self._locate_non_finite(piece)
 
     def complete(self) -> None:
-        """Check that everything came, and finish the norms in flat order, whatever the order of arrival.
+        """Check that everything needed came.
 
         Raises:
             InvalidRequestError: a range is missing.
         """
-        self._coverage.require_complete()
-        for sums in self._sums:
-            for group, total in sums:
-                self.squared_norms[group] += total
+        self._coverage.require((start, end) for start, end, _ in self.active.stretches)
 
-    def drain(self) -> Iterator[StagedChunk]:
-        """Yield the chunks in flat order, letting go of each as the next is asked for."""
+    def squared_norms(self) -> list[float]:
+        """Return the sum of squares of each group's unscaled gradient, within `exact_norm.RELATIVE_ERROR`."""
+        return [math.fsum(sums) for sums in self._sums]
+
+    def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
+        """Return the sum of squares of some groups' unscaled gradients exactly; slow and rarely needed."""
+        return exact_sum_of_squares(
+            self._state.fetch(piece.chunk.gradient, piece.begin, piece.end, self.unscale)
+            for chunk in self._chunks
+            for group, piece in self._pieces_of(chunk)
+            if group in groups
+        )
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Yield what came for flat elements `[start, end)`, in order."""
+        first = max(bisect_right(self._chunks, start, key=lambda chunk: chunk.offset) - 1, 0)
+        for chunk in self._chunks[first:]:
+            if chunk.offset >= end:
+                return
+            low, high = max(start, chunk.offset), min(end, chunk.end)
+            if low < high:
+                yield Piece(chunk, low, low - chunk.offset, high - chunk.offset)
+
+    def drain(self) -> Iterator[tuple[int, int, StagedChunk | None]]:
+        """Yield the whole space in flat order, `(start, end, chunk)`; the chunk is None where nothing was sent.
+
+        Lets go of each chunk as the next is asked for.
+        """
+        done, size = 0, self.active.layout.size
         self._chunks.reverse()
         while self._chunks:
-            yield self._chunks.pop()
+            if self._chunks[-1].offset > done:
+                yield done, self._chunks[-1].offset, None
+            done = self._chunks[-1].end
+            yield self._chunks[-1].offset, done, self._chunks.pop()
+        if done < size:
+            yield done, size, None
 
     def close(self) -> None:
         """Let go of everything. Closing twice is harmless."""
         self._chunks.clear()
         self._reservation.release()
 
-    def _groups_of(self, chunk: StagedChunk) -> Iterator[tuple[int, Span]]:
-        for index, group in enumerate(self._layout.groups):
-            start, end = max(group.offset, chunk.offset), min(group.end, chunk.end)
-            if start < end:
-                yield index, Span(start, end - start)
+    def _pieces_of(self, chunk: StagedChunk) -> Iterator[tuple[int, Piece]]:
+        """Yield the parts of a chunk that the step moves, with their groups."""
+        stretches = self.active.stretches
+        first = bisect_right(stretches, chunk.offset, key=lambda stretch: stretch.end)
+        for start, end, group in stretches[first:]:
+            if start >= chunk.end:
+                return
+            low, high = max(start, chunk.offset), min(end, chunk.end)
+            yield group, Piece(chunk, low, low - chunk.offset, high - chunk.offset)
 
-    def _sum(self, chunk: StagedChunk, group: int, span: Span) -> tuple[int, float]:
-        begin = span.offset - chunk.offset
-        return group, self._state.sum_of_squares(chunk.gradient, begin, begin + span.count)
-
-    def _locate_non_finite(self, offset: int, values: HostArray) -> None:
-        """Count NaN and Inf and remember the first; rare, so NumPy on the received bytes will do."""
-        for tensor in self._layout.overlapping(offset, offset + len(values)):
-            begin, end = max(tensor.offset - offset, 0), min(tensor.end - offset, len(values))
-            bad = np.flatnonzero(~np.isfinite(values[begin:end].astype(np.float32)))
-            if bad.size:
-                self.non_finite_count += int(bad.size)
-                self.first_non_finite = min(self.first_non_finite, offset + begin + int(bad[0]))
+    def _locate_non_finite(self, piece: Piece) -> None:
+        """Count NaN and Inf and remember the first; rare, so NumPy on the host will do."""
+        values = self._state.fetch(piece.chunk.gradient, piece.begin, piece.end, self.unscale)
+        bad = np.flatnonzero(~np.isfinite(values))
+        self.non_finite_count += int(bad.size)
+        self.first_non_finite = min(self.first_non_finite, piece.start + int(bad[0]))
 
 
 def typed_payload(payload: HostArray, count: int, dtype: np.dtype[np.generic]) -> HostArray:

@@ -55,6 +55,7 @@ class StepStream:
         self._clock = clock
         self._max_chunk_bytes = max_chunk_bytes
         self._last_settings = b""
+        self._last_send_seconds: float | None = None
         self._last_order: StepOrder | None = None
 
     def answers(self, frames: Iterator[Frame]) -> Iterator[bytes]:
@@ -80,10 +81,19 @@ class StepStream:
         self._attachment.in_step = True
         try:
             self._receive(opening.pop(), frames, staging)
-            yield from self._commit(order, staging, began)
+            yield from self._timed(self._commit(order, staging, began))
         finally:
             self._attachment.in_step = False
             staging.close()
+
+    def _timed(self, answer: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass an answer on, and add up the time until each of its messages was taken: gRPC asks for the next then."""
+        total = 0.0
+        for message in answer:
+            handed_over = self._clock()
+            yield message
+            total += self._seen() - handed_over
+        self._last_send_seconds = total
 
     def _order(self, begin: step_pb2.StepBegin) -> StepOrder:
         """Decode what opens a step; one that differs from the step before in its number alone is that order again."""
@@ -145,7 +155,6 @@ class StepStream:
         try:
             while (frame := ready.get()) is not None:
                 yield frame
-                self._seen()
         finally:
             # Also when the client is gone: the step is not over, for draining or for freeing its gradient,
             # before its worker is. Its error is raised below, where somebody listens.
@@ -155,6 +164,8 @@ class StepStream:
     def _result(self, record: StepRecord) -> pb.AttachResponse:
         response = pb.AttachResponse()
         encode_record(record, self._session.ledger.durable_step, response.result)
+        if self._last_send_seconds is not None:
+            response.result.telemetry.previous_send_seconds = self._last_send_seconds
         return response
 
     def _seen(self) -> float:

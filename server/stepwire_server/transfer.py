@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from stepwire.codecs import FLOAT32, dtype_from_wire
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.frames import Frame, FrameBuffer
-from stepwire.layout import Layout
+from stepwire.treatment import check_scale
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
+from stepwire_server.active import Active
 from stepwire_server.decoding import decode_chunk_bytes
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
 from stepwire_server.features import unsupported
+from stepwire_server.loss_scale import LossScale
+from stepwire_server.plan import SCALE_SUFFIX
+from stepwire_server.progress import Snapshot
 from stepwire_server.session import Session
 from stepwire_server.staging import Coverage, typed_payload
 from stepwire_server.stream import check_chunk, invalid_frame
@@ -35,11 +40,7 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
     snapshot = session.snapshot()
     size = session.plan.layout.size
-    yield pb.PullResponse(
-        header=pb.PullHeader(
-            step=snapshot.step, load=snapshot.load, epoch=session.ledger.epoch, tensor_steps=snapshot.tensor_steps
-        )
-    ).SerializeToString()
+    yield _header(snapshot, session.ledger.epoch).SerializeToString()
     for slot in slots:
         for offset in range(0, size, most):
             count = min(most, size - offset)
@@ -47,6 +48,13 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
             frame = FrameBuffer(header, count * dtype.itemsize)
             session.read(snapshot, slot, offset, frame.payload(dtype))
             yield frame.finish()
+
+
+def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
+    header = pb.PullHeader(step=snapshot.step, load=snapshot.load, epoch=epoch, tensor_steps=snapshot.tensor_steps)
+    if snapshot.loss_scale is not None:
+        header.loss_scale.scale, header.loss_scale.clean_steps = snapshot.loss_scale
+    return pb.PullResponse(header=header)
 
 
 def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_bytes: int) -> bool:
@@ -58,9 +66,11 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_by
     """
     order: pb.LoadOpen = opening.message.open
     slots = _known_slots(session, list(order.slots), "open.slots")
+    _check_scales(session, slots)
     steps = _known_steps(session, list(order.tensor_steps))
     step = order.step if order.HasField("step") else None
     _check_counter(step or 0, "open.step")
+    loss_scale = _known_loss_scale(session, order)
     if order.worker_slot != 0:
         raise unsupported("open.worker_slot", "aggregation")
     if not session.admit_load(order.attach_token, order.load, step):
@@ -69,7 +79,7 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_by
     with room:
         try:
             _receive(session, order, slots, frames, staged, max_chunk_bytes)
-            return session.commit_load(staged, slots, order.attach_token, order.load, step, steps)
+            return session.commit_load(staged, slots, order.attach_token, order.load, step, steps, loss_scale)
         finally:
             staged.close()
 
@@ -83,6 +93,7 @@ def _receive(
     max_chunk_bytes: int,
 ) -> None:
     dtype = dtype_from_wire(order.dtype, FLOAT32, "open.dtype")
+    everything = Active(session.plan.layout, frozenset())
     coverage = {slot: Coverage(session.plan.layout.size) for slot in slots}
     for frame in frames:
         message: pb.LoadRequest = frame.message
@@ -98,7 +109,7 @@ def _receive(
                 )
             values = typed_payload(frame.payload, message.chunk.count, dtype)
             coverage[message.slot].add(message.chunk.offset, message.chunk.count)
-            _write(staged, message.slot, message.chunk.offset, values, session.plan.layout)
+            _write(staged, message.slot, message.chunk.offset, values, everything)
         elif frame.payload.size:
             raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
         if message.commit:
@@ -106,15 +117,27 @@ def _receive(
     else:
         raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
     for slot in slots:
-        coverage[slot].require_complete()
+        coverage[slot].require((start, end) for start, end, _ in everything.stretches)
 
 
-def _write(staged: EngineState, slot: str, offset: int, values: HostArray, layout: Layout) -> None:
-    """Put values in their place, but for the padding between groups: it stays zero."""
-    for group in layout.groups:
-        start, end = max(group.offset, offset), min(group.end, offset + len(values))
-        if start < end:
-            staged.write(slot, start, values[start - offset : end - offset])
+def _write(staged: EngineState, slot: str, offset: int, values: HostArray, everything: Active) -> None:
+    """Put values in their place, but for the padding: it stays zero."""
+    stretches = everything.stretches
+    for start, end, _ in stretches[bisect_right(stretches, offset, key=lambda stretch: stretch.end) :]:
+        if start >= offset + len(values):
+            return
+        low, high = max(start, offset), min(end, offset + len(values))
+        staged.write(slot, low, values[low - offset : high - offset])
+
+
+def _known_loss_scale(session: Session, order: pb.LoadOpen) -> LossScale | None:
+    if not order.HasField("loss_scale"):
+        return None
+    field = "open.loss_scale"
+    if session.loss_scale is None:
+        raise InvalidRequestError(f"{field}: the session has no loss scaling", metadata={"field": field})
+    check_scale(order.loss_scale.scale, f"{field}.scale")
+    return LossScale(order.loss_scale.scale, order.loss_scale.clean_steps)
 
 
 def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, ...]:
@@ -128,6 +151,16 @@ def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, .
                 metadata={"field": field},
             )
     return tuple(names)
+
+
+def _check_scales(session: Session, slots: tuple[str, ...]) -> None:
+    for slot in slots:
+        owner = slot.removesuffix(SCALE_SUFFIX)
+        if slot not in session.plan.slots and owner not in slots:
+            raise InvalidRequestError(
+                f"open.slots: {slot!r} says how {owner!r} is held and is loaded with it; name both",
+                metadata={"field": "open.slots"},
+            )
 
 
 def _known_steps(session: Session, steps: list[int]) -> list[int]:

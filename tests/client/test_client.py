@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +10,11 @@ import pytest
 
 import stepwire
 import stepwire_server.testing
+from stepwire.optimizers import Formula
+from stepwire.schedules import Schedule
+from stepwire.treatment import LossScaling
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 
 ONE = {"w": np.ones(3, np.float32)}
@@ -113,6 +117,21 @@ def test_the_same_request_id_with_another_config_is_refused(client: stepwire.Cli
     ("options", "field"),
     [
         ({"non_finite": "ignore"}, "non_finite"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm"),
+        ({"clip_formula": "optax"}, "clip_formula"),
+        ({"clip_grad_value": float("nan")}, "clip_grad_value"),
+        ({"accumulation_steps": 0}, "accumulation_steps"),
+        ({"parameter_average_decay": 1.0}, "parameter_average_decay"),
+        ({"missing_gradient": "zero"}, "missing_gradient"),
+        ({"loss_scaling": LossScaling(growth_factor=1.0)}, "loss_scaling.growth_factor"),
+        ({"loss_scaling": LossScaling(), "non_finite": "allow"}, "non_finite"),
+        ({"state_precision": "float16"}, "state_precision"),
+        ({"state_precision": "int8", "optimizer": stepwire.Adam(amsgrad=True)}, "config.state_precision"),
+        ({"telemetry": "none"}, "telemetry"),
+        ({"frozen": ["v"]}, "frozen"),
+        ({"schedule": "cosine"}, "schedule"),
+        ({"groups": [{"params": ["w"], "schedule": 0.5}]}, "groups[0].schedule"),
+        ({"groups": [{"params": ["w"], "clip_grad_norm": -1.0}]}, "groups[0].clip_grad_norm"),
         ({"gradient_dtype": "float64"}, "gradient_dtype"),
         ({"reply_dtype": np.int8}, "reply_dtype"),
         ({"timeout": 0.0}, "timeout"),
@@ -144,16 +163,56 @@ def test_a_model_without_tensors_is_refused(client: stepwire.Client, parameters:
         client.create_session(parameters)
 
 
-@pytest.mark.parametrize(
-    ("formula", "feature"),
-    [("keras", "formula_keras"), ("optax", "formula_optax"), ("decay_after", "formula_decay_after")],
-)
-def test_a_formula_that_is_not_served_is_refused_at_creation(
-    client: stepwire.Client, formula: Any, feature: str
+def test_an_option_that_is_not_served_is_refused_at_creation(
+    client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the server: this client has no name for what that one does not serve, so its config is changed on the way."""
+    unary = client._calls.unary
+
+    def changed(method: str, request: Any, *arguments: Any) -> Any:
+        if method == "CreateSession":
+            request.config.durability = session_pb2.DURABILITY_JOURNAL
+        return unary(method, request, *arguments)
+
+    monkeypatch.setattr(client._calls, "unary", changed)
     with pytest.raises(stepwire.UnsupportedFeatureError) as refused:
-        client.create_session(ONE, optimizer=stepwire.Adam(formula=formula))
-    assert refused.value.metadata == {"field": "config.optimizer.formula", "feature": feature}
+        client.create_session(ONE)
+    assert refused.value.metadata == {"field": "config.durability", "feature": "durability_journal"}
+
+
+@pytest.mark.parametrize("formula", get_args(Formula))
+def test_every_formula_is_served(client: stepwire.Client, formula: Formula) -> None:
+    with client.create_session(ONE, optimizer=stepwire.Adam(lr=0.5, formula=formula)) as session:
+        stepped = session.step(ONE)
+        assert isinstance(stepped, dict)
+        expected = 1 - 0.5 * (0.1 / 0.001**0.5 if formula == "no_bias_correction" else 1.0)
+        np.testing.assert_allclose(stepped["w"], np.full(3, expected), rtol=1e-4)
+
+
+def test_tensors_that_are_frozen_stay_and_need_no_gradient(client: stepwire.Client) -> None:
+    parameters = {name: np.ones(2, np.float32) for name in ("a", "b")}
+    with client.create_session(parameters, optimizer=stepwire.Adam(lr=0.5), frozen=["a"]) as session:
+        stepped = session.step({"b": np.ones(2, np.float32)})
+        assert isinstance(stepped, dict)
+        np.testing.assert_allclose(stepped["b"], [0.5, 0.5], rtol=1e-5)
+        assert stepped["a"].tolist() == [1.0, 1.0]
+
+
+def test_a_schedule_and_a_bound_reach_the_groups_they_are_given_to(client: stepwire.Client) -> None:
+    parameters = {name: np.ones(2, np.float32) for name in ("a", "b")}
+    groups = [{"params": ["b"], "schedule": Schedule.step(1, 0.5), "clip_grad_norm": 0.5}]
+    options: Any = {"groups": groups, "schedule": Schedule.linear(4), "clip_grad_norm": 100.0}
+    with client.create_session(parameters, optimizer=stepwire.Adam(lr=1.0), **options) as session:
+        seen = []
+        for _ in range(3):
+            session.step(parameters)
+            assert session.last_result is not None
+            seen.append([group.hyperparameters.lr for group in session.last_result.groups])
+            norm = float(np.float32(2**0.5))
+            assert [group.grad_norm for group in session.last_result.groups] == [norm, norm]
+            coefficients = [group.clip_coefficient for group in session.last_result.groups]
+            assert coefficients == [1.0, 0.5 / (norm + 1e-6)]
+    assert seen == [[1.0, 1.0], [0.75, 0.5], [0.5, 0.25]]
 
 
 def test_tensors_in_no_group_form_one_more_with_the_optimizers_numbers(client: stepwire.Client) -> None:

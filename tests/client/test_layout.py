@@ -85,3 +85,22 @@ def test_placing_looks_at_each_tensor_once_however_many_groups() -> None:
     layout = place(Watched(TensorSpec(str(index), (1,), index % 100) for index in range(300)), 100)
     assert layout.size == 99 * GROUP_ALIGNMENT + 3
     assert looks == 1
+
+
+def test_large_tensors_in_blocks_start_where_blocks_do() -> None:
+    """Small ones lie wherever there is room: they have no blocks."""
+    counts = {"a": 10, "b": 4096, "c": 4095, "d": 5000, "e": 1}
+    layout = place([TensorSpec(name, (count,)) for name, count in counts.items()], 1, in_blocks=True)
+    assert [(tensor.spec.name, tensor.offset, tensor.count) for tensor in layout.tensors] == [
+        ("a", 0, 10),
+        ("b", 256, 4096),
+        ("c", 4352, 4095),
+        ("d", 8448, 5000),
+        ("e", 13448, 1),
+    ]
+    assert (layout.size, layout.groups, layout.chunk_alignment) == (13449, (Span(0, 13449),), 256)
+
+
+def test_without_blocks_chunks_may_start_anywhere() -> None:
+    layout = place([TensorSpec("a", (10,)), TensorSpec("b", (5000,))], 1)
+    assert (layout.tensors[1].offset, layout.chunk_alignment) == (10, 1)

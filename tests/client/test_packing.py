@@ -225,3 +225,53 @@ def test_float16_overflow_is_sent_as_infinity_without_a_warning() -> None:
     chunk = np.empty(3, np.float16)
     packer.write([np.array([1.0, 1e6, -1e6], np.float32)], packer.parts(0, 3), chunk)
     assert chunk.tolist() == [1.0, np.inf, -np.inf]
+
+
+# --- tensors without a gradient ---------------------------------------------------------------------------------
+
+OPTIONAL = frozenset({"w", "b"})
+
+
+def test_what_may_be_left_out_is_told_by_index() -> None:
+    packer, arrays = Packer(LAYOUT), numbered()
+    flat, missing = packer.present(arrays, "gradients", OPTIONAL)
+    assert (missing, [len(array) for array in flat]) == (frozenset(), [12, 1, 0, 5])
+    for left_out in ({"s": arrays["s"], "e": arrays["e"]}, arrays | {"w": None, "b": None}):
+        flat, missing = packer.present(left_out, "gradients", OPTIONAL)
+        assert (missing, [len(array) for array in flat]) == (frozenset({0, 3}), [0, 1, 0, 0])
+        assert flat[1].tolist() == [13.0]
+
+
+def test_a_list_leaves_out_by_none() -> None:
+    packer = Packer(place([TensorSpec("0", (2,)), TensorSpec("1", (3,))], 1))
+    flat, missing = packer.present([None, np.ones(3, np.float32)], "gradients", frozenset({"0"}))  # type: ignore[list-item]
+    assert (missing, [len(array) for array in flat]) == (frozenset({0}), [0, 3])
+
+
+@pytest.mark.parametrize("name", ["s", "e"])
+def test_what_may_not_be_left_out_is_missed_by_name(name: str) -> None:
+    arrays = numbered()
+    del arrays[name], arrays["w"]
+    with pytest.raises(InvalidRequestError, match=f"missing \\['{name}'\\]") as refused:
+        Packer(LAYOUT).present(arrays, "gradients", OPTIONAL)
+    assert refused.value.reason is Reason.INVALID_TENSOR
+
+
+def test_what_is_left_out_is_zero_in_its_chunk() -> None:
+    packer, arrays = Packer(LAYOUT), numbered()
+    flat, _ = packer.present({name: arrays[name] for name in "seb"}, "gradients", OPTIONAL)
+    (plan,) = packer.chunks(1000)
+    chunk = np.full(plan.elements, np.nan, np.float32)
+    packer.write(flat, plan.parts, chunk)
+    expected = np.zeros(261, np.float32)
+    expected[12], expected[256:] = 13.0, arrays["b"]
+    assert chunk.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("most", [256, 300, 511, 1000, 5000])
+def test_chunks_start_where_the_layout_says(most: int) -> None:
+    packer = Packer(place([TensorSpec("a", (5000,)), TensorSpec("b", (7,))], 1, in_blocks=True))
+    chunks = packer.chunks(most)
+    assert all(offset % 256 == 0 and 0 < count <= most for offset, count, _ in chunks)
+    assert [offset for offset, _, _ in chunks] == [0, *np.cumsum([count for _, count, _ in chunks])[:-1]]
+    assert sum(count for _, count, _ in chunks) == 5007

@@ -22,6 +22,8 @@ def test_a_step_result_takes_every_value_from_its_message() -> None:
         skipped=True,
         telemetry=step_pb2.Telemetry(
             grad_norm=1.5,
+            clipped_grad_norm=1.25,
+            clip_coefficient=0.75,
             non_finite_count=3,
             receive_seconds=0.1,
             queue_seconds=0.2,
@@ -29,6 +31,8 @@ def test_a_step_result_takes_every_value_from_its_message() -> None:
             groups=[
                 step_pb2.GroupTelemetry(
                     grad_norm=0.5,
+                    clipped_grad_norm=0.25,
+                    clip_coefficient=0.125,
                     t=6,
                     hyperparameters=optimizer_pb2.Hyperparameters(
                         lr=0.1, beta1=0.2, beta2=0.3, eps=0.4, weight_decay=0.5, maximize=True
@@ -46,11 +50,37 @@ def test_a_step_result_takes_every_value_from_its_message() -> None:
         skipped=True,
         grad_norm=1.5,
         non_finite_count=3,
-        groups=(GroupResult(0.5, numbers, 6),),
+        groups=(GroupResult(0.5, numbers, 6, 0.25, 0.125),),
         receive_seconds=0.1,
         queue_seconds=0.2,
         apply_seconds=0.3,
+        clipped_grad_norm=1.25,
+        clip_coefficient=0.75,
     )
+
+
+def test_what_a_step_result_may_lack_is_taken_where_it_is() -> None:
+    """A zero that was sent is no absence."""
+    numbers = optimizer_pb2.Hyperparameters(lr=0.5)
+    message = step_pb2.StepResult(
+        accumulated=True,
+        telemetry=step_pb2.Telemetry(
+            update_norm=0.0,
+            param_norm=2.5,
+            loss_scale=1024.0,
+            previous_send_seconds=0.0,
+            groups=[step_pb2.GroupTelemetry(update_norm=0.0, param_norm=1.5, hyperparameters=numbers)],
+        ),
+    )
+    result = StepResult.from_wire(message)
+    assert (result.accumulated, result.update_norm, result.param_norm) == (True, 0.0, 2.5)
+    assert (result.loss_scale, result.previous_send_seconds) == (1024.0, 0.0)
+    assert (result.groups[0].update_norm, result.groups[0].param_norm) == (0.0, 1.5)
+    group = step_pb2.GroupTelemetry(hyperparameters=numbers)
+    bare = StepResult.from_wire(step_pb2.StepResult(telemetry=step_pb2.Telemetry(groups=[group])))
+    assert (bare.accumulated, bare.update_norm, bare.param_norm) == (False, None, None)
+    assert (bare.loss_scale, bare.previous_send_seconds) == (None, None)
+    assert (bare.groups[0].update_norm, bare.groups[0].param_norm) == (None, None)
 
 
 def test_a_session_info_takes_every_value_and_times_in_utc() -> None:

@@ -22,6 +22,8 @@ def begin_message(model: Model, begin: Begin) -> step_pb2.StepBegin:
     )
     if begin.lr is not None or begin.maximize is not None:
         message.hyperparameters.add(lr=begin.lr, maximize=begin.maximize)
+    if begin.loss_scale is not None:
+        message.loss_scale = begin.loss_scale
     spoil(message, begin.fault)
     return message
 
@@ -119,7 +121,7 @@ def spoil(message: step_pb2.StepBegin, fault: str) -> None:
     elif fault == "reply_chunk_bytes":
         message.reply_chunk_bytes = 7
     elif fault == "loss_scale":
-        message.loss_scale = 1.0
+        message.loss_scale = 0.0
     elif fault == "missing_tensors":
         message.missing_tensors.append(0)
     elif fault == "weight":

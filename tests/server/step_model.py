@@ -168,14 +168,15 @@ class Model:
         if staged.seen[offset : offset + count].any():
             return {INVALID_TENSOR}
         staged.seen[offset : offset + count] = True
-        staged.values[offset : offset + count] = np.frombuffer(payload, dtype).astype(np.float64)
+        values = np.frombuffer(payload, dtype).astype(np.float64)
+        staged.values[offset : offset + count] = values / (staged.begin.loss_scale or 1.0)
         return set()
 
     def commit_faults(self, staged: Staged) -> set[Status]:
         if staged.replay:
             return set()
         faults = set()
-        if not staged.seen.all():
+        if not staged.seen[self.inside].all():
             faults.add(INVALID_TENSOR)
         if self.non_finite(staged) and self.config.policy in (0, 1):
             faults.add(NON_FINITE)

@@ -47,6 +47,7 @@ class Begin:
     reply_mode: int = 0
     lr: float | None = None
     maximize: bool | None = None
+    loss_scale: float | None = None
     fault: str = ""
 
 
@@ -156,8 +157,10 @@ CONFIGS = st.builds(
     gradient_dtype=st.integers(0, 3),
     reply_dtype=st.integers(0, 3),
 )
-BEGIN_FAULTS = ["lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes"]
-BEGIN_REFUSED = ["loss_scale", "missing_tensors", "weight", "overlap", "reply_mode"]
+BEGIN_FAULTS = [
+    "lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes", "loss_scale", "missing_tensors",
+]  # fmt: skip
+BEGIN_REFUSED = ["weight", "overlap", "reply_mode"]
 BEGINS = st.builds(
     Begin,
     delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
@@ -167,6 +170,7 @@ BEGINS = st.builds(
     reply_mode=st.sampled_from([0, 0, 1, 2]),
     lr=st.sampled_from([None, None, 0.0, 0.125]),
     maximize=st.sampled_from([None, None, False, True]),
+    loss_scale=st.sampled_from([None, None, None, 1.0, 0.5, 1024.0]),
     fault=st.sampled_from([""] * 100 + BEGIN_FAULTS + BEGIN_REFUSED),
 )
 GRADIENTS = st.builds(

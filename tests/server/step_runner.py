@@ -83,6 +83,10 @@ class Run:
         for index in list(self.streams):
             self.close(Close(index))
 
+    def delete_left(self) -> None:
+        if self.model.alive:
+            self.wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=self.id))
+
     # Each operation.
 
     def open(self, operation: Open) -> None:
@@ -382,6 +386,8 @@ class Run:
             assert (used.lr, used.maximize) == answer.numbers
             assert (used.beta1, used.beta2, used.eps) == (self.model.beta1, self.model.beta2, self.model.eps)
             assert used.weight_decay == self.model.config.weight_decay
+        assert telemetry.previous_send_seconds >= 0.0
+        telemetry.ClearField("previous_send_seconds")  # of the stream, not of the step
         event("replayed" if answer.replay else "skipped" if answer.skipped else "applied")
         if answer.replay:
             result.replayed = False

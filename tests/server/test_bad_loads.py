@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import step_pb2, tensor_pb2
 
 CHUNK_BYTES = 64 << 10
 LAST = 2**64 - 1
@@ -69,6 +69,8 @@ OPENINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "lines": ({"slots": ["par\nam"]}, "open.slots", r"'par\nam' is unknown"),
     "a long name": ({"slots": ["s" * 5000]}, "open.slots", f"'{'s' * 64}' is unknown"),
     "another rule's slot": ({"slots": ["max_exp_avg_sq"]}, "open.slots", "'max_exp_avg_sq' is unknown"),
+    "a loss scale": ({"loss_scale": optimizer_pb2.LossScaleState(scale=1.0)}, "open.loss_scale", "no loss scaling"),
+    "blocks' maxima of no blocks": ({"slots": ["exp_avg_scale"]}, "open.slots", "'exp_avg_scale' is unknown"),
     "int8": ({"dtype": tensor_pb2.DTYPE_INT8_BLOCKWISE}, "open.dtype", "encoding 4"),
     "encoding 99": ({"dtype": 99}, "open.dtype", "encoding 99"),
 }
@@ -84,6 +86,40 @@ def test_a_load_that_opens_wrong_is_refused_by_its_field(live: Any, untouched: A
         "INVALID_CONFIG",
         text,
         field=field,
+    )
+
+
+SCALING = optimizer_pb2.GradientTreatment(loss_scaling=optimizer_pb2.LossScaling(initial_scale=4.0))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_loss_scale_out_of_range_is_refused_by_its_field(
+    wire: Any, make_config: Any, make_live: Any, refusal: Any, scale: float
+) -> None:
+    live = make_live(wire, wire.create(make_config((3,), gradient=SCALING)))
+    opening = live.load_opening(1, loss_scale=optimizer_pb2.LossScaleState(scale=scale))
+    refusal(
+        lambda: live.load(opening, live.load_chunk(commit=True)),
+        "INVALID_ARGUMENT",
+        "INVALID_CONFIG",
+        repr(scale),
+        field="open.loss_scale.scale",
+    )
+    assert wire.get(live.id).loss_scale == 4.0
+
+
+def test_blocks_maxima_are_loaded_with_what_they_scale(
+    wire: Any, make_config: Any, make_live: Any, refusal: Any
+) -> None:
+    config = make_config((5000,), state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
+    live = make_live(wire, wire.create(config))
+    opening = live.load_opening(1, "param", "exp_avg_scale")
+    refusal(
+        lambda: live.load(opening, live.load_chunk(), live.load_chunk("exp_avg_scale", commit=True)),
+        "INVALID_ARGUMENT",
+        "INVALID_CONFIG",
+        "'exp_avg_scale' says how 'exp_avg' is held and is loaded with it; name both",
+        field="open.slots",
     )
 
 
@@ -105,18 +141,18 @@ def test_counters_just_below_the_end_still_count(live: Any) -> None:
 
 CHUNKS: dict[str, tuple[Load, str, str, str]] = {
     # what: (messages after the opening of ("param", "exp_avg"), reason, field, text)
-    "nothing": (lambda live: [COMMIT], "INVALID_TENSOR", "chunk", "elements [0, 263) were not sent"),
+    "nothing": (lambda live: [COMMIT], "INVALID_TENSOR", "chunk", "elements [0, 17) were not sent"),
     "one slot of two": (
         lambda live: [live.load_chunk(), COMMIT],
         "INVALID_TENSOR",
         "chunk",
-        "elements [0, 263) were not sent",
+        "elements [0, 17) were not sent",
     ),
     "a gap": (
-        lambda live: [live.load_chunk(), live.load_chunk("exp_avg", 0, ones(200)), COMMIT],
+        lambda live: [live.load_chunk(), live.load_chunk("exp_avg", 0, ones(258)), COMMIT],
         "INVALID_TENSOR",
         "chunk",
-        "elements [200, 263) were not sent",
+        "elements [258, 263) were not sent",
     ),
     "an overlap": (
         lambda live: [live.load_chunk("param", 0, ones(9)), live.load_chunk("param", 8, ones(9))],

@@ -135,13 +135,13 @@ LIES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a group's lr": (group(lr=-2.0), "INVALID_CONFIG", "config.groups[0].overrides.lr", "-2.0"),
     "a group's beta": (group(beta2=1.5), "INVALID_CONFIG", "config.groups[0].overrides.beta2", "1.5"),
 }
-# Numbers that belong to rules of a later version are refused, not ignored.
+# Numbers that belong to other rules, or to none yet, are refused, not ignored.
 LIES |= {
     f"foreign {name}": (
         numbers(**{name: 0.5}),
         "INVALID_CONFIG",
         f"config.optimizer.hyperparameters.{name}",
-        f"unknown hyper-parameter '{name}'",
+        f"unknown hyper-parameter '{name}'" if name == "beta3" else f"'{name}' is a hyper-parameter of other rules",
     )
     for name in (
         field.name

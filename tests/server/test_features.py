@@ -23,7 +23,9 @@ from stepwire_server.decoding import decode_order, decode_plan
 from stepwire_server.features import SERVED_FEATURES, refuse_unserved, unsupported
 from stepwire_server.plan import SessionPlan
 
-NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
+NUMBERS = tuple(
+    name for name in (field.name for field in optimizer_pb2.Hyperparameters.DESCRIPTOR.fields) if name != "beta3"
+)
 ANY = None
 
 # What is served: a path and the values of it that are. Everything else must be refused.
@@ -31,22 +33,36 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "tensors.name": ANY,
     "tensors.shape": ANY,
     "tensors.group": ANY,
+    "tensors.frozen": ANY,
     **{f"groups.overrides.{name}": ANY for name in NUMBERS},
-    "optimizer.rule": (optimizer_pb2.RULE_ADAM,),
-    "optimizer.formula": (optimizer_pb2.FORMULA_TORCH, optimizer_pb2.FORMULA_NO_BIAS_CORRECTION),
-    "optimizer.amsgrad": (optimizer_pb2.AMSGRAD_NONE, optimizer_pb2.AMSGRAD_RAW),
+    **{f"groups.schedule.{field.name}": ANY for field in optimizer_pb2.Schedule.DESCRIPTOR.fields},
+    "groups.schedule.kind": (1, 2, 3, 4, 5, 6, 7),
+    "groups.clip_grad_norm": ANY,
+    "optimizer.rule": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
+    "optimizer.formula": (1, 2, 3, 4, 5),
+    "optimizer.amsgrad": (1, 2, 3),
     "optimizer.decoupled_weight_decay": ANY,
+    "optimizer.nesterov": ANY,
+    "optimizer.centered": ANY,
+    "optimizer.initial_accumulator_value": ANY,
     **{f"optimizer.hyperparameters.{name}": ANY for name in NUMBERS},
     "gradient.non_finite": (1, 2, 3),
-    "gradient.missing_gradient": (optimizer_pb2.MISSING_GRADIENT_POLICY_REJECT,),
+    "gradient.clip_grad_norm": ANY,
+    "gradient.clip_formula": (1, 2, 3),
+    "gradient.clip_grad_value": ANY,
+    "gradient.accumulation_steps": ANY,
+    **{f"gradient.loss_scaling.{field.name}": ANY for field in optimizer_pb2.LossScaling.DESCRIPTOR.fields},
+    "gradient.missing_gradient": (1, 2),
+    "gradient.parameter_average_decay": ANY,
     "durability": (session_pb2.DURABILITY_MEMORY,),
     "initialization": (1, 2),
     "gradient_dtype": (1, 2, 3),
     "reply_dtype": (1, 2, 3),
-    "state_precision": (session_pb2.STATE_PRECISION_FLOAT32,),
+    "state_precision": (1, 2, 3),
     "lease_seconds": ANY,
     "label": ANY,
     "device": ("cpu",),
+    "telemetry": (1, 2),
 }
 SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "step": ANY,
@@ -55,6 +71,8 @@ SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "reply_dtype": (1, 2, 3),
     "reply_mode": (step_pb2.REPLY_MODE_PARAMETERS, step_pb2.REPLY_MODE_NONE),
     **{f"hyperparameters.{name}": ANY for name in NUMBERS},
+    "loss_scale": ANY,
+    "missing_tensors": ANY,
     "reply_chunk_bytes": ANY,
 }
 # Values that say what would hold anyway.
@@ -63,6 +81,7 @@ DEFAULTS = {
     "optimizer.formula": 1,
     "optimizer.amsgrad": 1,
     "gradient.non_finite": 1,
+    "gradient.clip_formula": 1,
     "gradient.missing_gradient": 1,
     "durability": 1,
     "initialization": 1,
@@ -70,8 +89,46 @@ DEFAULTS = {
     "reply_dtype": 1,
     "reply_mode": 1,
     "state_precision": 1,
+    "telemetry": 2,
     "device": "cpu",
 }
+# What must be set besides, by the field's path or its last name.
+MOMENTUM = {"optimizer.rule": optimizer_pb2.RULE_SGD, "optimizer.hyperparameters.momentum": 0.25}
+SCALED = {"gradient.loss_scaling.initial_scale": 2.0}
+CONSTANT = {"groups.schedule.kind": 1, "groups.schedule.warmup_steps": 2}
+LINEAR = {"groups.schedule.kind": 2, "groups.schedule.total_steps": 9}
+STAIRS = {"groups.schedule.kind": 4, "groups.schedule.gamma": 0.25, "groups.schedule.interval_steps": 9}
+CONTEXT: dict[Any, dict[str, Any]] = {
+    "momentum": MOMENTUM,
+    "dampening": MOMENTUM,
+    "nesterov": MOMENTUM,
+    "alpha": {"optimizer.rule": optimizer_pb2.RULE_ADADELTA},
+    "centered": {"optimizer.rule": optimizer_pb2.RULE_RMSPROP},
+    "decay": {"optimizer.rule": optimizer_pb2.RULE_ADAGRAD},
+    "initial_accumulator_value": {"optimizer.rule": optimizer_pb2.RULE_ADAGRAD},
+    "trust_coefficient": {"optimizer.rule": optimizer_pb2.RULE_LAMB},
+    "eps_root": {"optimizer.formula": optimizer_pb2.FORMULA_OPTAX},
+    ("optimizer.amsgrad", optimizer_pb2.AMSGRAD_CORRECTED): {"optimizer.formula": optimizer_pb2.FORMULA_OPTAX},
+    "gradient.clip_formula": {"gradient.clip_grad_norm": 2.0},
+    **dict.fromkeys(("initial_scale", "growth_factor", "backoff_factor", "growth_interval"), SCALED),
+    "warmup_steps": CONSTANT,
+    "warmup_start_factor": CONSTANT,
+    "total_steps": LINEAR,
+    "final_factor": LINEAR,
+    "gamma": STAIRS,
+    "interval_steps": STAIRS,
+    ("groups.schedule.kind", 2): {"groups.schedule.total_steps": 9},
+    ("groups.schedule.kind", 3): {"groups.schedule.total_steps": 9},
+    ("groups.schedule.kind", 4): {"groups.schedule.gamma": 0.5, "groups.schedule.interval_steps": 9},
+    ("groups.schedule.kind", 5): {"groups.schedule.gamma": 0.5},
+    ("groups.schedule.kind", 6): {"groups.schedule.gamma": 0.5, "groups.schedule.total_steps": 9},
+    ("groups.schedule.kind", 7): {"groups.schedule.warmup_steps": 1, "groups.schedule.total_steps": 9},
+    "missing_tensors": {"gradient.missing_gradient": optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP},
+}
+
+
+def context_of(path: str, value: Any) -> dict[str, Any]:
+    return CONTEXT.get((path, value)) or CONTEXT.get(path) or CONTEXT.get(path.rpartition(".")[2]) or {}
 
 
 def minimal() -> session_pb2.SessionConfig:
@@ -104,6 +161,9 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         "device": ["cpu", "cuda:0"],
         "reply_chunk_bytes": [4096],
         "tensors.group": [1],
+        "missing_tensors": [1],
+        "gradient.loss_scaling.growth_factor": [1.5],
+        "gradient.loss_scaling.backoff_factor": [0.25],
     }.get(path) or {
         FieldDescriptor.CPPTYPE_BOOL: [True],
         FieldDescriptor.CPPTYPE_STRING: ["text"],
@@ -146,14 +206,18 @@ def named_by(error: UnsupportedFeatureError | InvalidRequestError, path: str, pr
 
 @pytest.mark.parametrize(("path", "value"), cases(session_pb2.SessionConfig.DESCRIPTOR))
 def test_every_option_of_a_session_is_served_or_refused(path: str, value: Any) -> None:
-    config = minimal()
+    config, usual = minimal(), minimal()
+    for name, needed in context_of(path, value).items():
+        assign(config, name, needed)
+        if path != "groups.schedule.kind":  # without its kind, the rest of a schedule is refused
+            assign(usual, name, needed)
     assign(config, path, value)
     served = SERVED_CONFIG.get(path, ())
     if served is ANY or value in served:
-        plan = decode_plan(config, LIMITS, "cpu")
-        assert (plan == PLAN) is (DEFAULTS.get(path) == value)
+        same = decode_plan(config, LIMITS, "cpu") == decode_plan(usual, LIMITS, "cpu")
+        assert same is (DEFAULTS.get(path) == value)
         return
-    number_of_another_rule = ".overrides." in path or ".hyperparameters." in path
+    number_of_another_rule = ".overrides." in path or ".hyperparameters." in path or path == "groups.schedule.kind"
     with pytest.raises(InvalidRequestError if number_of_another_rule else UnsupportedFeatureError) as refused:
         decode_plan(config, LIMITS, "cpu")
     assert named_by(refused.value, path, "config")
@@ -169,13 +233,17 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
     usual = step_pb2.StepBegin(step=1)
     begin = step_pb2.StepBegin(step=1)
     assign(begin, path, value)
+    config = minimal()
+    for name, needed in context_of(path, value).items():
+        assign(config, name, needed)
+    plan = decode_plan(config, LIMITS, "cpu")
     served = SERVED_BEGIN.get(path, ())
     if served is ANY or value in served:
-        changed = decode_order(begin, PLAN, 1 << 20) != decode_order(usual, PLAN, 1 << 20)
+        changed = decode_order(begin, plan, 1 << 20) != decode_order(usual, plan, 1 << 20)
         assert changed is (DEFAULTS.get(path) != value)
         return
     with pytest.raises((InvalidRequestError, UnsupportedFeatureError)) as refused:
-        decode_order(begin, PLAN, 1 << 20)
+        decode_order(begin, plan, 1 << 20)
     assert named_by(refused.value, path, "begin")
     if "hyperparameters" not in path and "dtype" not in path:
         assert isinstance(refused.value, UnsupportedFeatureError)
@@ -199,6 +267,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "dtype",
         "step",
         "tensor_steps",
+        "loss_scale",
     },
     pb.CreateSessionRequest: {"request_id", "config"},
     pb.ListSessionsRequest: {"page_size", "page_token"},

@@ -257,10 +257,10 @@ def test_a_device_that_fails_in_a_worker_is_told_the_same(
     live = make_live(wire, wire.create(make_config((40_000,))))
     update = CpuState.update
 
-    def failing(state: Any, rule: Any, scalars: Any, start: int, *arguments: Any) -> None:
+    def failing(state: Any, step: Any, start: int, *arguments: Any) -> Any:
         if start:
             raise RuntimeError(SECRET)
-        update(state, rule, scalars, start, *arguments)
+        return update(state, step, start, *arguments)
 
     frames = [live.frame(offset, min(16_000, 40_000 - offset)) for offset in range(0, 40_000, 16_000)]
     opening = pb.AttachRequest(begin=step_pb2.StepBegin(step=1))

@@ -6,26 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire.layout import TensorSpec, place
-from stepwire.optimizers import Adam, AdamW
-from stepwire_server import rules
-from stepwire_server.progress import GroupRecord, Progress, StepRecord
+from stepwire.layout import TensorSpec
+from stepwire.optimizers import LAMB, Adam
+from stepwire_server.progress import GroupRecord, Progress, Run, StepRecord
+from stepwire_server.rules import Precision
+from tests.server.plans import make_plan
 
-LAYOUT = place(
-    [
-        TensorSpec("a", (3,)),
-        TensorSpec("b", (2,)),
-        TensorSpec("c", (0,)),
-        TensorSpec("d", (4,)),
-        TensorSpec("e", (5,), 1),
-    ],
-    3,
+SPECS = (
+    TensorSpec("a", (3,)),
+    TensorSpec("b", (2,)),
+    TensorSpec("c", (0,)),
+    TensorSpec("d", (4,)),
+    TensorSpec("e", (5,), 1),
 )
 NUMBERS = tuple(Adam(lr=0.1 * group).hyperparameters() for group in (1, 2, 3))
+PLAN = make_plan(*SPECS, groups=NUMBERS)
+ABSENT = st.frozensets(st.integers(0, 4))
 
 
 def spans(progress: Progress) -> list[tuple[int, int]]:
-    return [(run.start, run.end) for run in progress.next_step(Adam(), NUMBERS)]
+    return [(run.start, run.end) for run in progress.runs(PLAN.active)]
 
 
 @pytest.mark.parametrize(
@@ -40,29 +40,61 @@ def spans(progress: Progress) -> list[tuple[int, int]]:
 )
 def test_neighbours_of_one_group_with_the_same_t_are_one_run(steps: list[int], expected: list[tuple[int, int]]) -> None:
     """An empty tensor between them is no boundary; a group's end always is."""
-    assert spans(Progress(LAYOUT, steps)) == expected
+    assert spans(Progress(PLAN, steps)) == expected
 
 
 @given(st.lists(st.integers(0, 50), min_size=5, max_size=5), st.integers(0, 20))
 def test_every_tensor_counts_from_where_it_was(steps: list[int], updates: int) -> None:
-    progress = Progress(LAYOUT, steps)
+    progress = Progress(PLAN, steps)
     for _ in range(updates):
-        progress.advance()
+        progress.advance(PLAN.active)
     assert progress.tensor_steps() == tuple(step + updates for step in steps)
     assert progress.group_steps()[:2] == [max(steps[:4]) + updates, steps[4] + updates]
-    for run in progress.next_step(Adam(), NUMBERS):
-        (tensor,) = [t for t in LAYOUT.tensors if t.offset == run.start and t.count]
-        group, t = tensor.spec.group, steps[LAYOUT.tensors.index(tensor)] + updates + 1
-        assert run.scalars == run.rule.scalars(NUMBERS[group], t)
+    for run in progress.runs(PLAN.active):
+        (tensor,) = [t for t in PLAN.layout.tensors if t.offset == run.start and t.count]
+        t = steps[PLAN.layout.tensors.index(tensor)] + updates + 1
+        assert (run.group, run.t) == (tensor.spec.group, t)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "decay"), [(Adam(), 0.0), (Adam(weight_decay=0.1), 0.1), (AdamW(), 0.1), (Adam(amsgrad=True), 0.0)]
-)
-def test_a_run_has_the_rule_of_its_numbers(optimizer: Adam, decay: float) -> None:
-    numbers = tuple(numbers.replace({"weight_decay": decay}) for numbers in NUMBERS)
-    for run, group in zip(Progress(LAYOUT, [0] * 5).next_step(optimizer, numbers), (0, 1), strict=True):
-        assert run.rule is rules.rule_for(optimizer, numbers[group])
+@given(st.lists(st.integers(0, 9), min_size=5, max_size=5), st.lists(ABSENT, max_size=12))
+def test_tensors_that_were_left_out_keep_their_t(steps: list[int], absences: list[frozenset[int]]) -> None:
+    """Whatever was left out in each update; held against a count for each tensor."""
+    progress, counts = Progress(PLAN, steps), list(steps)
+    for absent in absences:
+        active = PLAN.without(absent)
+        found = {at: run for run in progress.runs(active) for at in range(run.start, run.end)}
+        for index, tensor in enumerate(PLAN.layout.tensors):
+            here = [found.get(at) for at in range(tensor.offset, tensor.end)]
+            wanted = None if index in absent else (tensor.spec.group, counts[index] + 1)
+            assert all((run and (run.group, run.t)) == wanted for run in here)
+        progress.advance(active)
+        counts = [count + (index not in absent) for index, count in enumerate(counts)]
+        assert progress.tensor_steps() == tuple(counts)
+        assert progress.group_steps() == [max(counts[:4]), counts[4], 0]
+
+
+def test_asking_for_runs_counts_nothing() -> None:
+    progress = Progress(PLAN, [1, 2, 3, 4, 5])
+    for absent in (frozenset({0}), frozenset[int](), frozenset({1, 4})):
+        progress.runs(PLAN.without(absent))
+        assert progress.tensor_steps() == (1, 2, 3, 4, 5)
+
+
+def test_a_layerwise_rule_has_a_run_a_tensor() -> None:
+    plan = make_plan(*SPECS, optimizer=LAMB(), groups=(LAMB().hyperparameters(),) * 3)
+    assert Progress(plan, [4] * 5).runs(plan.active) == [
+        Run(0, 3, 0, 5),
+        Run(3, 5, 0, 5),
+        Run(5, 9, 0, 5),
+        Run(256, 261, 1, 5),
+    ]
+
+
+def test_runs_end_where_eight_bits_begin() -> None:
+    specs = [TensorSpec(name, (count,)) for name, count in (("a", 3), ("b", 4), ("c", 4352), ("d", 5), ("e", 6))]
+    plan = make_plan(*specs, precision=Precision.INT8)
+    spans = [(run.start, run.end) for run in Progress(plan, [0] * 5).runs(plan.active)]
+    assert spans == [(0, 7), (256, 4608), (4608, 4619)]
 
 
 def test_a_replayed_record_differs_in_saying_so() -> None:

@@ -10,30 +10,21 @@ from typing import Any
 import pytest
 
 from stepwire import errors
-from stepwire.codecs import FLOAT32
 from stepwire.errors import Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import Adam
+from stepwire.treatment import GradientTreatment
 from stepwire_server.engines import CpuEngine
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import NonFinitePolicy, SessionPlan
+from stepwire_server.plan import SessionPlan
 from stepwire_server.registry import Registry, RegistryStatistics
+from tests.server.plans import make_plan
 
 BYTES = 3 * 4 * 10
 
 
 def plan(lease_seconds: float = 60.0, label: str = "") -> SessionPlan:
-    return SessionPlan(
-        layout=place([TensorSpec("w", (10,))], 1),
-        optimizer=Adam(),
-        groups=(Adam().hyperparameters(),),
-        non_finite=NonFinitePolicy.REJECT,
-        gradient_dtype=FLOAT32,
-        reply_dtype=FLOAT32,
-        start_at_zero=True,
-        lease_seconds=lease_seconds,
-        label=label,
-    )
+    return make_plan(TensorSpec("w", (10,)), lease_seconds=lease_seconds, label=label)
 
 
 @pytest.fixture
@@ -287,7 +278,7 @@ def test_plans_are_compared_whole(make_registry: Any) -> None:
     registry.create("r", plan())
     for change in (
         {"lease_seconds": 61.0},
-        {"non_finite": NonFinitePolicy.SKIP},
+        {"treatment": GradientTreatment(non_finite="skip")},
         {"optimizer": Adam(amsgrad=True)},
         {"layout": place([TensorSpec("w", (2, 5))], 1)},
     ):

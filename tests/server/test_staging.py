@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.layout import Layout, TensorSpec, place
+from stepwire.layout import TensorSpec, place
+from stepwire_server.active import Active
 from stepwire_server.engines import CpuEngine
+from stepwire_server.exact_norm import RELATIVE_ERROR
 from stepwire_server.memory import MemoryBudget
 from stepwire_server.plan import StepOrder
+from stepwire_server.rules import Precision
 from stepwire_server.staging import Coverage, GradientStaging, typed_payload
 
 LAYOUT = place([TensorSpec("a", (3, 5)), TensorSpec("b", (4,)), TensorSpec("c", (9,), 1)], 2)
 SIZE = 265
+ALL = Active(LAYOUT, frozenset())
+SLOTS = {"param": Precision.FLOAT32}
 
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=30))
@@ -43,13 +49,39 @@ def test_coverage_is_a_set_of_elements(size: int, chunks: list[tuple[int, int]])
             }
     missing = sorted(set(range(size)) - seen)
     if not missing:
-        coverage.require_complete()
+        coverage.require([(0, size)])
         return
     with pytest.raises(InvalidRequestError) as refused:
-        coverage.require_complete()
+        coverage.require([(0, size)])
     assert refused.value.metadata["missing_offset"] == str(missing[0])
     end = next((element for element in range(missing[0], size) if element in seen), size)
     assert refused.value.metadata["missing_end"] == str(end)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=8),
+    st.lists(st.integers(0, 30), unique=True, max_size=8),
+)
+def test_only_what_is_needed_must_have_come(chunks: list[tuple[int, int]], edges: list[int]) -> None:
+    """The first needed element that is missing is named, and how far the gap goes within its range."""
+    coverage, seen = Coverage(30), set[int]()
+    for offset, count in chunks:
+        elements = set(range(offset, offset + count))
+        if offset + count <= 30 and not elements & seen:
+            coverage.add(offset, count)
+            seen |= elements
+    edges = sorted(edges)
+    needed = list(zip(edges[::2], edges[1::2], strict=False))
+    gaps = [(at, end) for start, end in needed for at in range(start, end) if at not in seen]
+    if not gaps:
+        coverage.require(needed)
+        return
+    with pytest.raises(InvalidRequestError) as refused:
+        coverage.require(needed)
+    first, limit = gaps[0]
+    end = next((element for element in range(first, limit) if element in seen), limit)
+    assert refused.value.reason is Reason.INVALID_TENSOR
+    assert refused.value.metadata == {"field": "chunk", "missing_offset": str(first), "missing_end": str(end)}
 
 
 @pytest.mark.parametrize(("size", "most"), [(2000, 1024), (16_384 * 3, 1027)])
@@ -89,10 +121,13 @@ def order(dtype: Any = np.float32) -> StepOrder:
 def stage() -> Callable[..., GradientStaging]:
     """Make a staging area that has reserved 1,000 of 5,000 bytes: `stage.budget`."""
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
-    state = engine.allocate(("param",), SIZE)
+    state = engine.allocate(SLOTS, SIZE)
 
-    def make(layout: Layout = LAYOUT, *, replay: bool = False, dtype: Any = np.float32) -> GradientStaging:
-        return GradientStaging(order(dtype), layout, state, budget.reserve(1000, "it"), replay=replay)
+    def make(
+        active: Active = ALL, *, replay: bool = False, dtype: Any = np.float32, unscale: float = 1.0
+    ) -> GradientStaging:
+        room = budget.reserve(1000, "it")
+        return GradientStaging(order(dtype), active, state, room, unscale=unscale, replay=replay)
 
     make.budget = budget  # type: ignore[attr-defined]
     return make
@@ -112,12 +147,11 @@ def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: 
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
     norms = []
     for _ in range(2):
-        staging = GradientStaging(
-            order(), LAYOUT, engine.allocate(("param",), SIZE), budget.reserve(1, "it"), replay=False
-        )
+        state, room = engine.allocate(SLOTS, SIZE), budget.reserve(1, "it")
+        staging = GradientStaging(order(), ALL, state, room, unscale=1.0, replay=False)
         add(staging, values, spans)
         staging.complete()
-        norms.append(staging.squared_norms)
+        norms.append(staging.squared_norms())
         random.shuffle(spans)
     assert norms[0] == norms[1]
     wanted = [(values[:19].astype(np.float64) ** 2).sum(), (values[256:].astype(np.float64) ** 2).sum()]
@@ -127,13 +161,92 @@ def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: 
 def test_chunks_come_out_in_flat_order(stage: Any) -> None:
     staging, values = stage(), np.arange(SIZE, dtype=np.float32)
     add(staging, values, [(200, SIZE), (0, 7), (7, 200)])
-    chunks = list(staging.drain())
-    assert [(chunk.offset, chunk.end, len(chunk.gradient)) for chunk in chunks] == [
-        (0, 7, 7),
-        (7, 200, 193),
-        (200, SIZE, 65),
+    drained = list(staging.drain())
+    assert [(start, end, chunk.offset, chunk.end, len(chunk.gradient)) for start, end, chunk in drained] == [
+        (0, 7, 0, 7, 7),
+        (7, 200, 7, 200, 193),
+        (200, SIZE, 200, SIZE, 65),
     ]
-    assert list(staging.drain()) == []
+    assert list(staging.drain()) == [(0, SIZE, None)]
+
+
+def test_what_nobody_sent_comes_out_as_nothing(stage: Any) -> None:
+    """So that an answer covers the whole space."""
+    staging = stage()
+    add(staging, np.arange(SIZE, dtype=np.float32), [(256, SIZE - 1), (3, 19)])
+    drained = [(start, end, chunk and (chunk.offset, chunk.end)) for start, end, chunk in staging.drain()]
+    assert drained == [
+        (0, 3, None),
+        (3, 19, (3, 19)),
+        (19, 256, None),
+        (256, SIZE - 1, (256, SIZE - 1)),
+        (SIZE - 1, SIZE, None),
+    ]
+
+
+def test_padding_and_tensors_that_do_not_move_need_not_come(stage: Any) -> None:
+    values = np.ones(SIZE, np.float32)
+    staging = stage()
+    add(staging, values, [(0, 19), (256, SIZE)])
+    staging.complete()
+    partial = stage(Active(LAYOUT, frozenset({1})))
+    add(partial, values, [(0, 15)])
+    with pytest.raises(InvalidRequestError, match=r"elements \[256, 265\) were not sent"):
+        partial.complete()
+    add(partial, values, [(256, SIZE)])
+    partial.complete()
+    assert partial.squared_norms() == [15.0, 9.0]
+
+
+def test_what_comes_for_a_tensor_that_does_not_move_is_ignored(stage: Any) -> None:
+    """NaN too."""
+    values = np.ones(SIZE, np.float32)
+    values[15:19] = np.nan
+    staging = stage(Active(LAYOUT, frozenset({1})))
+    add(staging, values, [(0, SIZE)])
+    staging.complete()
+    assert (staging.squared_norms(), staging.non_finite_count) == ([15.0, 9.0], 0)
+
+
+@pytest.mark.parametrize("unscale", [1.0, 1.0 / 3.0, 2.0**-16, 2.0**20])
+def test_norms_are_of_the_unscaled_float32_elements(stage: Any, unscale: float) -> None:
+    values = np.random.default_rng(3).standard_normal(SIZE).astype(np.float32)
+    staging = stage(unscale=unscale)
+    add(staging, values, [(0, 100), (100, SIZE)])
+    unscaled = (values * np.float32(unscale)).astype(np.float64) ** 2
+    wanted = [math.fsum(unscaled[:19]), math.fsum(unscaled[256:])]
+    assert staging.squared_norms() == pytest.approx(wanted, rel=RELATIVE_ERROR)
+    assert [float(staging.exact_squared_norm([group])) for group in (0, 1)] == pytest.approx(wanted, rel=1e-15)
+    assert staging.exact_squared_norm([0, 1]) == staging.exact_squared_norm([0]) + staging.exact_squared_norm([1])
+
+
+def test_what_becomes_infinite_by_unscaling_is_counted(stage: Any) -> None:
+    values = np.ones(SIZE, np.float32)
+    values[4] = 2.0**120
+    staging = stage(unscale=2.0**20)
+    add(staging, values, [(0, SIZE)])
+    assert (staging.non_finite_count, staging.first_non_finite) == (1, 4)
+
+
+def test_pieces_of_a_range_come_in_flat_order_whatever_came_first(stage: Any) -> None:
+    staging = stage()
+    add(staging, np.ones(SIZE, np.float32), [(8, SIZE), (0, 5), (5, 8)])
+    pieces = [(piece.chunk.offset, piece.start, piece.begin, piece.end) for piece in staging.pieces(3, 12)]
+    assert pieces == [(0, 3, 3, 5), (5, 5, 0, 3), (8, 8, 0, 4)]
+    assert list(staging.pieces(7, 7)) == []
+
+
+def test_a_chunk_must_start_where_the_layout_says() -> None:
+    layout = place([TensorSpec("a", (5000,))], 1, in_blocks=True)
+    state = CpuEngine(threads=1, use_numba=False).allocate(SLOTS, layout.size)
+    active, room = Active(layout, frozenset()), MemoryBudget(5000).reserve(1, "it")
+    staging = GradientStaging(order(), active, state, room, unscale=1.0, replay=False)
+    values = np.ones(5000, np.float32)
+    with pytest.raises(InvalidRequestError, match=r"chunk \[300, 400\) starts at no multiple of 256") as refused:
+        add(staging, values, [(300, 400)])
+    assert refused.value.metadata == {"field": "chunk", "offset": "300", "end": "400"}
+    add(staging, values, [(256, 5000), (0, 256)])
+    staging.complete()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
@@ -154,7 +267,7 @@ def test_the_largest_values_are_finite(stage: Any) -> None:
     add(staging, np.full(SIZE, np.finfo(np.float32).max, np.float32), [(0, SIZE)])
     staging.complete()
     assert staging.non_finite_count == 0
-    assert all(np.isfinite(staging.squared_norms))
+    assert all(np.isfinite(staging.squared_norms()))
 
 
 def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
@@ -164,13 +277,13 @@ def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
         add(staging, values, [(50, 150)])
     add(staging, values, [(100, SIZE)])
     staging.complete()
-    assert staging.squared_norms == [19.0, 9.0]
+    assert staging.squared_norms() == [19.0, 9.0]
 
 
 def test_the_chunks_of_a_replay_are_dropped_unread(stage: Any) -> None:
     staging = stage(replay=True)
     staging.add(2**63, 5, np.zeros(3, np.uint8))
-    assert list(staging.drain()) == []
+    assert list(staging.drain()) == [(0, SIZE, None)]
 
 
 def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
@@ -180,4 +293,4 @@ def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
     staging.close()
     staging.close()
     assert stage.budget.reserved_bytes == 0
-    assert list(staging.drain()) == []
+    assert list(staging.drain()) == [(0, SIZE, None)]

@@ -54,3 +54,4 @@ def test_whatever_is_sent_the_session_does_what_the_contract_says(
     finally:
         for stream in run.streams.values():
             stream.handle.cancel()
+        run.delete_left()  # a failure is tried again and again, and must not fill the server

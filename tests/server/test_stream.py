@@ -106,6 +106,14 @@ def test_steps_follow_each_other_on_one_stream_with_settings_of_their_own(live: 
     assert used == [[1e-3] * 2, [0.5] * 2, [1e-3] * 2, [1e-3] * 2, [0.5] * 2, [0.25] * 2]
 
 
+def test_the_time_of_sending_an_answer_is_told_with_the_next_of_the_stream(live: Any) -> None:
+    for first in (2, 4):
+        answers = live.attach(*(live.frame(begin=step, commit=True) for step in (first, first + 1)))
+        told = [answer.result.telemetry for answer in answers]
+        assert [telemetry.HasField("previous_send_seconds") for telemetry in told] == [False, True]
+        assert 0.0 <= told[1].previous_send_seconds < PATIENCE_SECONDS
+
+
 def test_messages_without_content_are_allowed_inside_a_step(live: Any) -> None:
     begin = pb.AttachRequest(begin=step_pb2.StepBegin(step=2))
     empty, padded = pb.AttachRequest(), pb.AttachRequest(padding=b"ignored")
@@ -118,11 +126,11 @@ def test_a_commit_outlives_its_client(large: Any, until: Any, monkeypatch: pytes
     inside, go_on = threading.Event(), threading.Event()
     update = CpuState.update
 
-    def waiting(state: CpuState, rule: Any, scalars: Any, start: int, *arguments: Any) -> None:
+    def waiting(state: CpuState, step: Any, start: int, *arguments: Any) -> tuple[float, ...]:
         if start:
             inside.set()
             assert go_on.wait(PATIENCE_SECONDS)
-        update(state, rule, scalars, start, *arguments)
+        return update(state, step, start, *arguments)
 
     monkeypatch.setattr(CpuState, "update", waiting)
     stream = large.wire.open()

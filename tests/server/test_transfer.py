@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
 DTYPES = {0: np.float32, 1: np.float32, 2: ml_dtypes.bfloat16, 3: np.float16}
@@ -44,6 +45,42 @@ def test_a_pull_is_a_header_and_then_each_slot_in_order(
         pulled = b"".join(chunk.payload for chunk in chunks if chunk.slot == slot)
         assert pulled == np.frombuffer(masters[slot], np.float32).astype(DTYPES[dtype]).tobytes()
     wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))
+
+
+def test_where_loss_scaling_stands_is_pulled_and_loaded(wire: Any, make_config: Any, make_live: Any) -> None:
+    treatment = optimizer_pb2.GradientTreatment(
+        loss_scaling=optimizer_pb2.LossScaling(initial_scale=4.0, growth_interval=3)
+    )
+    live = make_live(wire, wire.create(make_config((3,), gradient=treatment)))
+    assert live.step(1).telemetry.loss_scale == 4.0
+    header, _ = wire.pull(live.id, "param")
+    assert header.loss_scale == optimizer_pb2.LossScaleState(scale=4.0, clean_steps=1)
+    live.load(live.load_opening(1), live.load_chunk(commit=True))
+    assert wire.pull(live.id, "param")[0].loss_scale == header.loss_scale, "a load that does not say leaves it"
+    state = optimizer_pb2.LossScaleState(scale=16.0, clean_steps=2)
+    live.load(live.load_opening(2, loss_scale=state), live.load_chunk(commit=True))
+    assert (wire.get(live.id).loss_scale, wire.pull(live.id, "param")[0].loss_scale) == (16.0, state)
+    assert live.step(2).telemetry.loss_scale == 32.0
+    wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))
+
+
+def test_eight_bit_state_moves_to_another_session_bit_for_bit(wire: Any, make_config: Any, make_live: Any) -> None:
+    """Their blocks' maxima travel with the moments."""
+    config = make_config((5000,), (7,), state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
+    first, second = (make_live(wire, wire.create(config)) for _ in range(2))
+    first.step(1)
+    slots = list(wire.get(first.id).layout.slots)
+    assert slots == ["param", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"]
+    header, values = wire.pull(first.id, *slots)
+    opening = second.load_opening(1, *slots, step=1, tensor_steps=header.tensor_steps)
+    chunks = [second.load_chunk(slot, values=np.frombuffer(values[slot], np.float32)) for slot in slots]
+    second.load(opening, *chunks, COMMIT)
+    assert wire.pull(second.id, *slots)[1] == values
+    for live in (first, second):
+        live.step(2)
+    assert wire.pull(second.id, *slots)[1] == wire.pull(first.id, *slots)[1]
+    for live in (first, second):
+        wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))
 
 
 def test_a_pull_without_slots_is_of_the_parameters(live: Any) -> None:

@@ -132,7 +132,7 @@ REDUCTION_SUM: Reduction
 REDUCTION_WEIGHTED_MEAN: Reduction
 
 class Optimizer(_message.Message):
-    __slots__ = ("rule", "formula", "amsgrad", "decoupled_weight_decay", "nesterov", "centered", "hyperparameters")
+    __slots__ = ("rule", "formula", "amsgrad", "decoupled_weight_decay", "nesterov", "centered", "hyperparameters", "initial_accumulator_value")
     RULE_FIELD_NUMBER: _ClassVar[int]
     FORMULA_FIELD_NUMBER: _ClassVar[int]
     AMSGRAD_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class Optimizer(_message.Message):
     NESTEROV_FIELD_NUMBER: _ClassVar[int]
     CENTERED_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_ACCUMULATOR_VALUE_FIELD_NUMBER: _ClassVar[int]
     rule: Rule
     formula: Formula
     amsgrad: Amsgrad
@@ -147,7 +148,8 @@ class Optimizer(_message.Message):
     nesterov: bool
     centered: bool
     hyperparameters: Hyperparameters
-    def __init__(self, rule: _Optional[_Union[Rule, str]] = ..., formula: _Optional[_Union[Formula, str]] = ..., amsgrad: _Optional[_Union[Amsgrad, str]] = ..., decoupled_weight_decay: bool = ..., nesterov: bool = ..., centered: bool = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ...) -> None: ...
+    initial_accumulator_value: float
+    def __init__(self, rule: _Optional[_Union[Rule, str]] = ..., formula: _Optional[_Union[Formula, str]] = ..., amsgrad: _Optional[_Union[Amsgrad, str]] = ..., decoupled_weight_decay: bool = ..., nesterov: bool = ..., centered: bool = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., initial_accumulator_value: _Optional[float] = ...) -> None: ...
 
 class Hyperparameters(_message.Message):
     __slots__ = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "momentum", "dampening", "alpha", "beta3", "decay", "trust_coefficient", "eps_root")
@@ -190,20 +192,22 @@ class ParameterGroup(_message.Message):
     def __init__(self, overrides: _Optional[_Union[Hyperparameters, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., clip_grad_norm: _Optional[float] = ...) -> None: ...
 
 class Schedule(_message.Message):
-    __slots__ = ("kind", "warmup_steps", "total_steps", "final_factor", "gamma", "interval_steps")
+    __slots__ = ("kind", "warmup_steps", "total_steps", "final_factor", "gamma", "interval_steps", "warmup_start_factor")
     KIND_FIELD_NUMBER: _ClassVar[int]
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     FINAL_FACTOR_FIELD_NUMBER: _ClassVar[int]
     GAMMA_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_START_FACTOR_FIELD_NUMBER: _ClassVar[int]
     kind: ScheduleKind
     warmup_steps: int
     total_steps: int
     final_factor: float
     gamma: float
     interval_steps: int
-    def __init__(self, kind: _Optional[_Union[ScheduleKind, str]] = ..., warmup_steps: _Optional[int] = ..., total_steps: _Optional[int] = ..., final_factor: _Optional[float] = ..., gamma: _Optional[float] = ..., interval_steps: _Optional[int] = ...) -> None: ...
+    warmup_start_factor: float
+    def __init__(self, kind: _Optional[_Union[ScheduleKind, str]] = ..., warmup_steps: _Optional[int] = ..., total_steps: _Optional[int] = ..., final_factor: _Optional[float] = ..., gamma: _Optional[float] = ..., interval_steps: _Optional[int] = ..., warmup_start_factor: _Optional[float] = ...) -> None: ...
 
 class GradientTreatment(_message.Message):
     __slots__ = ("non_finite", "clip_grad_norm", "clip_formula", "clip_grad_value", "accumulation_steps", "loss_scaling", "two_phase", "missing_gradient", "parameter_average_decay")
@@ -238,6 +242,14 @@ class LossScaling(_message.Message):
     backoff_factor: float
     growth_interval: int
     def __init__(self, initial_scale: _Optional[float] = ..., growth_factor: _Optional[float] = ..., backoff_factor: _Optional[float] = ..., growth_interval: _Optional[int] = ...) -> None: ...
+
+class LossScaleState(_message.Message):
+    __slots__ = ("scale", "clean_steps")
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    CLEAN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    scale: float
+    clean_steps: int
+    def __init__(self, scale: _Optional[float] = ..., clean_steps: _Optional[int] = ...) -> None: ...
 
 class Aggregation(_message.Message):
     __slots__ = ("mode", "worker_slots", "required_workers", "reduction", "max_staleness_steps")

@@ -1,3 +1,4 @@
+from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
 from stepwire.v1 import step_pb2 as _step_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
@@ -252,16 +253,18 @@ class PullResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("step", "epoch", "tensor_steps", "load")
+    __slots__ = ("step", "epoch", "tensor_steps", "load", "loss_scale")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     tensor_steps: _containers.RepeatedScalarFieldContainer[int]
     load: int
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ...) -> None: ...
+    loss_scale: _optimizer_pb2.LossScaleState
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("open", "slot", "chunk", "commit", "padding", "payload")
@@ -280,7 +283,7 @@ class LoadRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[LoadOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class LoadOpen(_message.Message):
-    __slots__ = ("session_id", "worker_slot", "attach_token", "load", "slots", "dtype", "step", "tensor_steps")
+    __slots__ = ("session_id", "worker_slot", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_SLOT_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +292,7 @@ class LoadOpen(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     worker_slot: int
     attach_token: int
@@ -297,7 +301,8 @@ class LoadOpen(_message.Message):
     dtype: _tensor_pb2.Dtype
     step: int
     tensor_steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session_id: _Optional[str] = ..., worker_slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    loss_scale: _optimizer_pb2.LossScaleState
+    def __init__(self, session_id: _Optional[str] = ..., worker_slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("session", "replayed")

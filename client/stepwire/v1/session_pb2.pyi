@@ -25,6 +25,12 @@ class Initialization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INITIALIZATION_LOAD: _ClassVar[Initialization]
     INITIALIZATION_ZEROS: _ClassVar[Initialization]
 
+class TelemetryLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TELEMETRY_LEVEL_UNSPECIFIED: _ClassVar[TelemetryLevel]
+    TELEMETRY_LEVEL_GRADIENT: _ClassVar[TelemetryLevel]
+    TELEMETRY_LEVEL_FULL: _ClassVar[TelemetryLevel]
+
 class StatePrecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STATE_PRECISION_UNSPECIFIED: _ClassVar[StatePrecision]
@@ -38,13 +44,16 @@ DURABILITY_JOURNAL: Durability
 INITIALIZATION_UNSPECIFIED: Initialization
 INITIALIZATION_LOAD: Initialization
 INITIALIZATION_ZEROS: Initialization
+TELEMETRY_LEVEL_UNSPECIFIED: TelemetryLevel
+TELEMETRY_LEVEL_GRADIENT: TelemetryLevel
+TELEMETRY_LEVEL_FULL: TelemetryLevel
 STATE_PRECISION_UNSPECIFIED: StatePrecision
 STATE_PRECISION_FLOAT32: StatePrecision
 STATE_PRECISION_BFLOAT16_MOMENTS: StatePrecision
 STATE_PRECISION_INT8_MOMENTS: StatePrecision
 
 class SessionConfig(_message.Message):
-    __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease_seconds", "label", "device")
+    __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease_seconds", "label", "device", "telemetry")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +67,7 @@ class SessionConfig(_message.Message):
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TELEMETRY_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     groups: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.ParameterGroup]
     optimizer: _optimizer_pb2.Optimizer
@@ -71,10 +81,11 @@ class SessionConfig(_message.Message):
     lease_seconds: float
     label: str
     device: str
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[StatePrecision, str]] = ..., lease_seconds: _Optional[float] = ..., label: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    telemetry: TelemetryLevel
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[StatePrecision, str]] = ..., lease_seconds: _Optional[float] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time")
+    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +99,7 @@ class Session(_message.Message):
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     epoch: int
     applied_step: int
@@ -101,4 +113,5 @@ class Session(_message.Message):
     attached: bool
     create_time: _timestamp_pb2.Timestamp
     expire_time: _timestamp_pb2.Timestamp
-    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    loss_scale: float
+    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loss_scale: _Optional[float] = ...) -> None: ...

@@ -61,20 +61,22 @@ class Staged(_message.Message):
     def __init__(self, squared_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry")
+    __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry", "accumulated")
     STEP_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
     step: int
     durable_step: int
     epoch: int
     replayed: bool
     skipped: bool
     telemetry: Telemetry
-    def __init__(self, step: _Optional[int] = ..., durable_step: _Optional[int] = ..., epoch: _Optional[int] = ..., replayed: bool = ..., skipped: bool = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ...) -> None: ...
+    accumulated: bool
+    def __init__(self, step: _Optional[int] = ..., durable_step: _Optional[int] = ..., epoch: _Optional[int] = ..., replayed: bool = ..., skipped: bool = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ..., accumulated: bool = ...) -> None: ...
 
 class Telemetry(_message.Message):
     __slots__ = ("grad_norm", "clipped_grad_norm", "clip_coefficient", "update_norm", "param_norm", "non_finite_count", "loss_scale", "groups", "receive_seconds", "queue_seconds", "apply_seconds", "previous_send_seconds")
@@ -105,11 +107,19 @@ class Telemetry(_message.Message):
     def __init__(self, grad_norm: _Optional[float] = ..., clipped_grad_norm: _Optional[float] = ..., clip_coefficient: _Optional[float] = ..., update_norm: _Optional[float] = ..., param_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ..., loss_scale: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupTelemetry, _Mapping]]] = ..., receive_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., apply_seconds: _Optional[float] = ..., previous_send_seconds: _Optional[float] = ...) -> None: ...
 
 class GroupTelemetry(_message.Message):
-    __slots__ = ("grad_norm", "hyperparameters", "t")
+    __slots__ = ("grad_norm", "hyperparameters", "t", "clipped_grad_norm", "clip_coefficient", "update_norm", "param_norm")
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     T_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIP_COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_NORM_FIELD_NUMBER: _ClassVar[int]
+    PARAM_NORM_FIELD_NUMBER: _ClassVar[int]
     grad_norm: float
     hyperparameters: _optimizer_pb2.Hyperparameters
     t: int
-    def __init__(self, grad_norm: _Optional[float] = ..., hyperparameters: _Optional[_Union[_optimizer_pb2.Hyperparameters, _Mapping]] = ..., t: _Optional[int] = ...) -> None: ...
+    clipped_grad_norm: float
+    clip_coefficient: float
+    update_norm: float
+    param_norm: float
+    def __init__(self, grad_norm: _Optional[float] = ..., hyperparameters: _Optional[_Union[_optimizer_pb2.Hyperparameters, _Mapping]] = ..., t: _Optional[int] = ..., clipped_grad_norm: _Optional[float] = ..., clip_coefficient: _Optional[float] = ..., update_norm: _Optional[float] = ..., param_norm: _Optional[float] = ...) -> None: ...

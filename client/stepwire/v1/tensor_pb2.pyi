@@ -35,16 +35,18 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., sparse: bool = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("size", "tensors", "groups", "slots")
+    __slots__ = ("size", "tensors", "groups", "slots", "chunk_alignment")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_ALIGNMENT_FIELD_NUMBER: _ClassVar[int]
     size: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorPlacement]
     groups: _containers.RepeatedCompositeFieldContainer[GroupPlacement]
     slots: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, size: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupPlacement, _Mapping]]] = ..., slots: _Optional[_Iterable[str]] = ...) -> None: ...
+    chunk_alignment: int
+    def __init__(self, size: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupPlacement, _Mapping]]] = ..., slots: _Optional[_Iterable[str]] = ..., chunk_alignment: _Optional[int] = ...) -> None: ...
 
 class TensorPlacement(_message.Message):
     __slots__ = ("spec", "offset", "count")

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepwire.errors import ResourceExhaustedError, StepwireError
-from stepwire_server.engines.chunks import STORED, StagedChunk, bits_of, check_range, convert
-from stepwire_server.engines.cuda_source import COMPILE_OPTIONS, sum_module, update_module
-from stepwire_server.engines.protocol import PARAM, Device, EngineState, Gradient, HostArray
-from stepwire_server.engines.rule_source import kernel_name
-from stepwire_server.rules import Rule
+from stepwire.errors import ResourceExhaustedError, StepwireError, UnsupportedFeatureError
+from stepwire_server.engines.cuda_kernels import CudaKernels
+from stepwire_server.engines.cuda_state import CudaState
+from stepwire_server.engines.protocol import PARAM, Device, Span
+from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine"]
 
-_THREADS = 256
-_MOST_BLOCKS = 65_535  # kernels stride over the rest
+# How each precision is held: there are no 8-bit kernels for this device yet.
+_HELD: dict[Precision, np.dtype[Any]] = {
+    Precision.FLOAT32: np.dtype(np.float32),
+    Precision.BFLOAT16: np.dtype(np.uint16),
+}
 
 
 class CudaEngine:
@@ -39,7 +39,7 @@ class CudaEngine:
             index: the device, as CUDA numbers the visible ones.
             cupy: the CuPy module, or a stand-in; None to import it, here and nowhere else.
         """
-        self.kernels = _Kernels(cupy or importlib.import_module("cupy"), index)
+        self.kernels = CudaKernels(cupy or importlib.import_module("cupy"), index)
         self._device = self.kernels.describe()
 
     @property
@@ -47,26 +47,46 @@ class CudaEngine:
         """The GPU and its memory."""
         return self._device
 
-    def allocate(self, slots: Sequence[str], size: int) -> CudaState:
-        """See `Engine.allocate`. Each slot is an array of its own, so that `adopt` frees what it replaces."""
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> int:
+        """See `Engine.state_bytes`.
+
+        Raises:
+            UnsupportedFeatureError: a slot is to be held in 8 bits.
+        """
+        return sum(self._dtype(precision).itemsize * size for precision in slots.values())
+
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> CudaState:
+        """See `Engine.allocate`. Each slot is an array of its own, so that `adopt` frees what it replaces.
+
+        Raises:
+            ResourceExhaustedError: the device has no memory left; nothing stays allocated.
+            UnsupportedFeatureError: a slot is to be held in 8 bits.
+        """
+        needed_bytes = self.state_bytes(slots, size, kept)
         cupy = self.kernels.cupy
         try:
             with self.kernels.device():
-                arrays = {slot: cupy.zeros(size, np.float32) for slot in slots}
+                arrays = {slot: cupy.zeros(size, self._dtype(precision)) for slot, precision in slots.items()}
         except cupy.cuda.memory.OutOfMemoryError as problem:
             self.kernels.free_unused()
-            needed_bytes = 4 * size * len(slots)
             raise ResourceExhaustedError(
                 f"no memory on {self._device.name} ({self._device.description}) for {len(slots)} arrays of {size} "
-                f"float32 ({needed_bytes} bytes); close a session or use another device",
+                f"elements ({needed_bytes} bytes); close a session or use another device",
                 metadata={"needed_bytes": needed_bytes, "device": self._device.name},
             ) from problem
         return CudaState(self.kernels, arrays, size)
 
-    def prepare(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
-        """See `Engine.prepare`."""
-        self.kernels.update(rule, gradient, reply)
-        self.kernels.sum_of_squares(gradient)
+    def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+        """See `Engine.prepare`.
+
+        Raises:
+            UnsupportedFeatureError: the rule's slots are to be held in 8 bits.
+        """
+        self._dtype(recipe.precision)
+        self.kernels.update(recipe, gradient, reply)
+        if recipe.rule.direction is not None:
+            self.kernels.measure(recipe, gradient)
+        self.kernels.of_gradients("fold")
 
     def self_test(self) -> None:
         """Compile and run a kernel, because a missing NVRTC shows only then.
@@ -74,8 +94,8 @@ class CudaEngine:
         Raises:
             Exception: whatever CuPy raises, or a StepwireError when the device computes wrongly.
         """
-        with contextlib.closing(self.allocate([PARAM], 1)) as state:
-            total = state.sum_of_squares(state.stage(np.array([3.0, 4.0], np.float32)), 0, 2)
+        with contextlib.closing(self.allocate({PARAM: Precision.FLOAT32}, 1)) as state:
+            total = state.sum_of_squares(state.stage(np.array([3.0, 4.0], np.float32)), 0, 2, 1.0)
         if total != 25.0:
             raise StepwireError(f"{self._device.name} computes 3² + 4² = {total}")
 
@@ -83,157 +103,11 @@ class CudaEngine:
         """See `Engine.close`. There are no threads; kernels and free memory go back to the device."""
         self.kernels.close()
 
-
-class CudaState:
-    """The arrays of one session; see `EngineState`. Unverified on a GPU."""
-
-    def __init__(self, kernels: _Kernels, arrays: dict[str, Any], size: int) -> None:
-        """Take over zeroed `(size,) float32` device arrays, one a slot."""
-        self._kernels = kernels
-        self._arrays = arrays
-        self._size = size
-
-    @property
-    def nbytes(self) -> int:
-        """See `EngineState.nbytes`."""
-        return sum(array.nbytes for array in self._arrays.values())
-
-    def stage(self, payload: HostArray) -> StagedChunk:
-        """See `EngineState.stage`."""
-        return StagedChunk(payload.dtype, self._kernels.upload(bits_of(payload)))
-
-    def sum_of_squares(self, gradient: Gradient, begin: int, end: int) -> float:
-        """See `EngineState.sum_of_squares`; the same bits as on the CPU."""
-        assert isinstance(gradient, StagedChunk)
-        check_range("gradient", begin, end, len(gradient))
-        size = end - begin
-        if size == 0:
-            return 0.0
-        sum_lanes, fold = self._kernels.sum_of_squares(gradient.dtype)
-        blocks = -(-size // 65_536)
-        with self._kernels.device():
-            lanes, folded, sums = (self._kernels.cupy.empty(blocks * n, np.float64) for n in (1024, 32, 1))
-            _launch(sum_lanes, blocks * 1024, gradient.values[begin:end], lanes, np.int64(size))
-            _launch(fold, blocks * 32, lanes, folded, np.int64(32), np.int64(blocks * 32))
-            _launch(fold, blocks, folded, sums, np.int64(1), np.int64(blocks))
-            return math.fsum(sums.get())
-
-    def update(
-        self,
-        rule: Rule,
-        scalars: Sequence[float],
-        start: int,
-        gradient: Gradient,
-        begin: int,
-        end: int,
-        out: HostArray | None,
-    ) -> None:
-        """See `EngineState.update`."""
-        assert isinstance(gradient, StagedChunk)
-        size = end - begin
-        check_range("gradient", begin, end, len(gradient))
-        check_range("state", start, start + size, self._size)
-        if out is not None:
-            check_range("answer", 0, size, len(out))
-        if size == 0:
-            return
-        kernel = self._kernels.update(rule, gradient.dtype, None if out is None else out.dtype)
-        arrays = [self._arrays[slot][start : start + size] for slot in (PARAM, *rule.slots)]
-        numbers = [np.int64(size), *(np.float32(scalar) for scalar in scalars)]
-        with self._kernels.device():
-            answer = [] if out is None else [self._kernels.cupy.empty(size, STORED[out.dtype])]
-            _launch(kernel, size, *arrays, gradient.values[begin:end], *answer, *numbers)
-            if out is not None:
-                answer[0].get(out=bits_of(out[:size]))
-
-    def read(self, slot: str, start: int, out: HostArray) -> None:
-        """See `EngineState.read`; encoded on the host."""
-        check_range("state", start, start + len(out), self._size)
-        convert(self._arrays[slot][start : start + len(out)].get(), out)
-
-    def write(self, slot: str, start: int, values: HostArray) -> None:
-        """See `EngineState.write`; decoded on the host."""
-        check_range("state", start, start + len(values), self._size)
-        decoded = np.empty(len(values), np.float32)
-        convert(values, decoded)
-        self._kernels.overwrite(self._arrays[slot][start : start + len(values)], decoded)
-
-    def adopt(self, other: EngineState) -> None:
-        """See `EngineState.adopt`."""
-        assert isinstance(other, CudaState) and other._size == self._size
-        self._arrays.update(other._arrays)
-        other.close()
-
-    def close(self) -> None:
-        """See `EngineState.close`."""
-        self._arrays = {}
-        self._size = 0
-        self._kernels.free_unused()
-
-
-class _Kernels:
-    """One device as CuPy gives access to it: compiled kernels and copies. Thread-safe."""
-
-    def __init__(self, cupy: Any, index: int) -> None:
-        self.cupy = cupy
-        self._index = index
-        self._modules: dict[tuple[Any, ...], Any] = {}
-        self._lock = threading.Lock()
-
-    def device(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the device current in this thread; CuPy's device objects must not be shared among threads."""
-        context: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self._index)
-        return context
-
-    def describe(self) -> Device:
-        name = self.cupy.cuda.runtime.getDeviceProperties(self._index)["name"].decode()
-        _, memory_bytes = self.cupy.cuda.Device(self._index).mem_info
-        return Device(f"cuda:{self._index}", name, memory_bytes)
-
-    def upload(self, values: HostArray) -> Any:
-        with self.device():
-            copy = self.cupy.empty(len(values), values.dtype)
-            self.overwrite(copy, values)
-        return copy
-
-    def overwrite(self, array: Any, values: HostArray) -> None:
-        """Copy from the host and wait: some machines copy even pageable memory after the call has returned."""
-        with self.device():
-            array.set(values)
-            self.cupy.cuda.get_current_stream().synchronize()
-
-    def update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Any:
-        """Return the fused kernel; `update_module` documents its arguments."""
-        key = (rule.update, gradient, reply)
-        module = self._modules.get(key)
-        wire = (gradient.name, reply.name if reply is not None else None)
-        module = module or self._compile(key, update_module([(rule, *wire)]))
-        return module.get_function(kernel_name(rule, *wire))
-
-    def sum_of_squares(self, gradient: np.dtype[Any]) -> tuple[Any, Any]:
-        """Return the kernels `sum_lanes` and `fold`; `sum_module` documents their arguments."""
-        module = self._modules.get(("sum",)) or self._compile(("sum",), sum_module())
-        return module.get_function(f"sum_lanes_{gradient.name}"), module.get_function("fold")
-
-    def close(self) -> None:
-        self._modules = {}
-        self.free_unused()
-
-    def free_unused(self) -> None:
-        """Give memory that no array holds back to the device, for other processes."""
-        with self.device():
-            self.cupy.get_default_memory_pool().free_all_blocks()
-
-    def _compile(self, key: tuple[Any, ...], source: str) -> Any:
-        with self._lock, self.device():
-            if key not in self._modules:
-                module = self.cupy.RawModule(code=source, options=COMPILE_OPTIONS)
-                module.compile()
-                self._modules[key] = module
-            return self._modules[key]
-
-
-def _launch(kernel: Any, size: int, *arguments: Any) -> None:
-    """Run a kernel over `size` elements, at least one, on the current device."""
-    blocks = min(-(-size // _THREADS), _MOST_BLOCKS)
-    kernel((blocks,), (_THREADS,), arguments)
+    def _dtype(self, precision: Precision) -> np.dtype[Any]:
+        if precision not in _HELD:
+            raise UnsupportedFeatureError(
+                f"state_precision {precision.value} is not served on {self._device.name} yet; "
+                "use bfloat16, or a server on the CPU",
+                metadata={"field": "config.state_precision", "feature": f"state_{precision.value}"},
+            )
+        return _HELD[precision]

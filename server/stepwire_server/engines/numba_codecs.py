@@ -25,7 +25,13 @@ __all__ = [
     "encode_bfloat16",
     "encode_float16",
     "encode_float32",
+    "sign",
 ]
+
+
+def sign(value: Any) -> Any:
+    """Return −1, 0 or 1, or NaN for NaN, as NumPy's function does; Numba's own keeps the sign of −0."""
+    return value if value != value else float32(value > 0.0) - float32(value < 0.0)
 
 
 def as_bits(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Kernels for the CPU that Numba compiles: decode + rule + encode in one vectorised pass.
+"""Kernels for the CPU, compiled by Numba and kept for later processes.
 
-No `fastmath`: plain IEEE arithmetic vectorises as well here, and gives the same bits wherever a range is
-split, whatever the alignment or the processor, and in NumPy too. The kernels are serial and release the GIL;
-Numba's own parallel loops abort the process when two threads enter one at once (its default threading layer).
+No fast-math and no fused multiply-add in what is kept: the loops vectorise as well without (memory is the limit), and
+an update gives the same bits wherever a range is split, whatever the alignment or the processor, and in NumPy too. The
+kernels are serial and release the GIL; Numba's own parallel loops abort the process when two threads enter one at once
+(its default threading layer).
 """
 
 from __future__ import annotations
@@ -22,27 +23,35 @@ import numpy as np
 
 from stepwire_server.engines.chunks import STORED, bits_of
 from stepwire_server.engines.kernel_cache import kernel_directory, store
-from stepwire_server.engines.numba_source import sum_name, sum_source, update_source
+from stepwire_server.engines.numba_source import (
+    HELPER_OPTIONS,
+    KERNEL_OPTIONS,
+    MEASURING_OPTIONS,
+    accumulate_source,
+    measure_source,
+    seeds_of,
+    sum_source,
+    update_source,
+)
 from stepwire_server.engines.protocol import HostArray
-from stepwire_server.engines.rule_source import arguments_of, kernel_name
-from stepwire_server.rules import Rule
+from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["NumbaKernels"]
 
 _log = logging.getLogger(__name__)
 
-# Wrappers that nobody calls would double the time to compile.
-_HELPER_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_KERNEL_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
-
-_STATE = numba_types.Array(numba_types.float32, 1, "C")
-_PARTIALS = numba_types.Array(numba_types.float64, 1, "C")
+_FLOATS = numba_types.Array(numba_types.float32, 1, "C")
+_BITS = numba_types.Array(numba_types.uint16, 1, "C")
+_CODES = numba_types.Array(numba_types.uint8, 1, "C")
+_SUMS = numba_types.Array(numba_types.float64, 1, "C")
+_PARTIALS = numba_types.Array(numba_types.float64, 2, "C")
 
 
 class NumbaKernels:
     """Compiled kernels, made when first asked for. Thread-safe.
 
-    Kernels take whole arrays and offsets, because slicing in Python costs more than a small step does.
+    Kernels take whole arrays and offsets, because slicing in Python costs more than a small step does. Offsets and
+    sizes are ints, scalars are floats.
     """
 
     def __init__(self, directory: pathlib.Path | None = None) -> None:
@@ -66,23 +75,39 @@ class NumbaKernels:
         view.setflags(align=False)
         return view
 
-    def update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
-        """Return `kernel(param, *slots, gradient, out, start, begin, first, size, *scalars)`.
+    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Return `kernel(param, *slots, gradient, out, start, begin, first, size[, sums], *seeds, *scalars)`.
 
         It steps `param[start:start + size]` with `gradient[begin:begin + size]` and encodes into
-        `out[first:first + size]`; offsets are ints, scalars are floats, and out is None when reply is.
+        `out[first:first + size]`; out is None when reply is. A recipe that measures adds to `sums`. The seeds are
+        one int in [0, 2³²) for each slot held as bfloat16. A slot held in 8 bits is two arrays, codes and maxima;
+        `start` is then a multiple of 256.
         """
-        key = (rule.update, gradient, reply)
-        return self._built.get(key) or self._build(key, lambda: self._update(rule, gradient, reply))
+        key = (*recipe.key, gradient, reply)
+        return self._built.get(key) or self._build(key, lambda: self._update(recipe, gradient, reply))
 
-    def sum_of_squares(self, gradient: np.dtype[Any]) -> Callable[..., None]:
-        """Return `kernel(gradient, begin, first, size, block, partials)`.
+    def sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
+        """Return `kernel([accumulated,] gradient, start, begin, first, size, block, partials, factor)`.
 
-        Of the range that begins at `begin`, it sums the elements `[first, first + size)` in blocks of `block`
-        and writes each sum to `partials[index of the block]`; `first` is a multiple of `block`.
+        Of the range that begins at `begin`, and at `start` of `accumulated`, it sums the elements
+        `[first, first + size)` in blocks of `block` and writes each sum to `partials[0, index of the block]`; `first`
+        is a multiple of `block`.
         """
-        key = ("sum_of_squares", gradient)
-        return self._built.get(key) or self._build(key, lambda: self._sum_of_squares(gradient))
+        key = ("sum_of_squares", gradient, accumulated)
+        return self._built.get(key) or self._build(key, lambda: self._sum_of_squares(gradient, accumulated))
+
+    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return `kernel(param, *slots, gradient, start, begin, first, size, block, partials, *scalars but the last)`.
+
+        As `sum_of_squares`; `partials[0]` is of the parameters, `partials[1]` of the rule's direction.
+        """
+        key = ("measure", *recipe.key, gradient)
+        return self._built.get(key) or self._build(key, lambda: self._measure(recipe, gradient))
+
+    def accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return `kernel(accumulated, gradient, start, begin, size, factor)`."""
+        key = ("accumulate", gradient)
+        return self._built.get(key) or self._build(key, lambda: self._accumulate(gradient))
 
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
@@ -90,21 +115,34 @@ class NumbaKernels:
                 self._built[key] = compile_kernel()
             return self._built[key]
 
-    def _update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
-        wire = (gradient.name, None if reply is None else reply.name)
-        arguments = arguments_of(rule)
+    def _update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        name = f"{recipe.name}_{gradient.name}_to_{reply.name if reply is not None else 'nothing'}"
+        text = update_source(recipe, name, gradient.name, None if reply is None else reply.name)
         signature = (
-            *[_STATE] * (1 + len(arguments.slots)),
+            *_state_types(recipe),
             _source_type(gradient),
             _target_type(reply),
             *[numba_types.intp] * 4,
-            *[numba_types.float64] * len(arguments.scalars),
+            *([_SUMS] if recipe.measures else []),
+            *[numba_types.int64] * len(seeds_of(recipe)),
+            *[numba_types.float64] * len(recipe.scalars),
         )
-        return self._compile(kernel_name(rule, *wire), update_source(rule, *wire), signature)
+        return self._compile(name, text, signature)
 
-    def _sum_of_squares(self, gradient: np.dtype[Any]) -> Callable[..., None]:
-        signature = (_source_type(gradient), *[numba_types.intp] * 4, _PARTIALS)
-        return self._compile(sum_name(gradient.name), sum_source(gradient.name), signature)
+    def _sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
+        name = f"sum_of_squares_{gradient.name}" + ("_accumulated" if accumulated else "")
+        arrays: list[Any] = [_FLOATS] if accumulated else []
+        return self._compile(name, sum_source(name, gradient.name, accumulated), _sum_signature(arrays, gradient, 1))
+
+    def _measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
+        name = f"measure_{recipe.name}_{gradient.name}"
+        signature = _sum_signature(_state_types(recipe), gradient, len(recipe.scalars) - 1)
+        return self._compile(name, measure_source(recipe, name, gradient.name), signature)
+
+    def _accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
+        name = f"accumulate_{gradient.name}"
+        signature = (_FLOATS, _source_type(gradient), *[numba_types.intp] * 3, numba_types.float64)
+        return self._compile(name, accumulate_source(name, gradient.name), signature)
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""
@@ -122,13 +160,31 @@ def _load(path: pathlib.Path, name: str, text: str, signature: tuple[Any, ...], 
     """Execute the module's text under the name of its file, which Numba stamps its cache with."""
     module = types.ModuleType(f"stepwire_kernel_{path.stem}")
     sys.modules[module.__name__] = module  # where Numba looks when it loads machine code
-    module.__dict__["helper"] = numba.njit(**_HELPER_OPTIONS)
-    module.__dict__["kernel"] = numba.njit(**_KERNEL_OPTIONS, cache=cache)
+    module.__dict__["helper"] = numba.njit(**HELPER_OPTIONS)
+    module.__dict__["kernel"] = numba.njit(**KERNEL_OPTIONS, cache=cache)
+    module.__dict__["measuring_kernel"] = numba.njit(**MEASURING_OPTIONS, cache=cache)
     exec(compile(text, str(path), "exec"), module.__dict__)
     kernel = getattr(module, name)
     kernel.compile(signature)
     kernel.disable_compile()  # arguments of other types are a bug, not a reason to compile within a step
     return kernel  # type: ignore[no-any-return]
+
+
+def _state_types(recipe: Recipe) -> list[Any]:
+    held: dict[Precision, list[Any]] = {
+        Precision.FLOAT32: [_FLOATS],
+        Precision.BFLOAT16: [_BITS],
+        Precision.INT8: [_CODES, _FLOATS],
+    }
+    types: list[Any] = [_FLOATS]
+    for slot in recipe.slots:
+        types += held[recipe.precision] if slot in recipe.rule.slots else [_FLOATS]
+    return types
+
+
+def _sum_signature(arrays: list[Any], gradient: np.dtype[Any], scalars: int) -> tuple[Any, ...]:
+    integers, floats = [numba_types.intp] * 5, [numba_types.float64] * scalars
+    return (*arrays, _source_type(gradient), *integers, _PARTIALS, *floats)
 
 
 def _source_type(dtype: np.dtype[Any]) -> numba_types.Array:

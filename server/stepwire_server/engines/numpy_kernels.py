@@ -1,14 +1,19 @@
-"""Kernels for the CPU where Numba is missing: the rule's own function on blocks that stay in cache."""
+"""Kernels for the CPU where Numba is missing: the recipe's own functions on blocks that stay in cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from stepwire_server.engines.dynamic_code import BLOCK as BLOCK_SIZE
+from stepwire_server.engines.dynamic_code import block_count, decode_blocks, encode_blocks
 from stepwire_server.engines.protocol import HostArray
-from stepwire_server.rules import Rule
+from stepwire_server.engines.rounding import round_stochastically
+from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe
+from stepwire_server.rules.treatment import added, scaled
 
 __all__ = ["NumpyKernels"]
 
@@ -19,7 +24,7 @@ BLOCK = 16_384
 
 
 class NumpyKernels:
-    """The kernels of `NumbaKernels`, with the same arguments and results, to the last bit."""
+    """The kernels of `NumbaKernels`, with the same arguments and, but for telemetry, the same bits."""
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""
@@ -29,42 +34,139 @@ class NumpyKernels:
         """View an array of any wire dtype as the kernels write it."""
         return out
 
-    def update(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
-        """Return `kernel(param, *slots, gradient, out, start, begin, first, size, *scalars)`."""
-        states = 1 + len(rule.slots)
+    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Return `kernel(param, *slots, gradient, out, start, begin, first, size[, sums], *seeds, *scalars)`."""
+        states = _array_count(recipe)
+        seeds_at = states + (7 if recipe.measures else 6)
+        scalars_at = seeds_at + (len(recipe.rule.slots) if recipe.precision is Precision.BFLOAT16 else 0)
 
         def kernel(*arguments: Any) -> None:
             gradient, out, start, begin, first, size = arguments[states : states + 6]
+            scalars = [np.float32(scalar) for scalar in arguments[scalars_at:]]
+            seeds = arguments[seeds_at:scalars_at]
             with np.errstate(all="ignore"):
-                scalars = [np.float32(scalar) for scalar in arguments[states + 6 :]]
                 for low in range(0, size, BLOCK):
                     count = min(BLOCK, size - low)
-                    state = [array[start + low : start + low + count] for array in arguments[:states]]
-                    g = gradient[begin + low : begin + low + count].astype(np.float32, copy=False)
-                    for array, value in zip(state, rule.update(state[0], g, *state[1:], *scalars), strict=True):
-                        array[...] = value
+                    state = _windows(recipe, arguments[:states], start + low, count)
+                    before = state[0].copy() if recipe.measures else None
+                    values = _variables(recipe, state, gradient[begin + low : begin + low + count], scalars)
+                    treated = recipe.evaluate(recipe.treatment, values)
+                    after = recipe.evaluate(recipe.stages[len(recipe.treatment) :], treated)
+                    _store(recipe, state, after, seeds)
                     if out is not None:
                         out[first + low : first + low + count] = state[0]
+                    if before is not None:
+                        squared = {"update": state[0] - before, "param": state[0], "gradient": treated["g"]}
+                        for index, name in enumerate(recipe.sums):
+                            arguments[states + 6][index] += float(np.dot(squared[name], squared[name]))
 
         return kernel
 
-    def sum_of_squares(self, gradient: np.dtype[Any]) -> Callable[..., None]:
-        """Return `kernel(gradient, begin, first, size, block, partials)`."""
-        return _sum_of_squares
+    def sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
+        """Return `kernel([accumulated,] gradient, start, begin, first, size, block, partials, factor)`."""
+
+        def kernel(*arguments: Any) -> None:
+            *arrays, gradient, start, begin, first, size, block, partials, factor = arguments
+            for low, high in _blocks(first, size, block):
+                with np.errstate(all="ignore"):
+                    values = scaled(_floats(gradient[begin + low : begin + high]), np.float32(factor))
+                    for array in arrays:
+                        values = added(values, array[start + low : start + high])
+                    partials[0, low // block] = _sum_of_squares(values)
+
+        return kernel
+
+    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return `kernel(param, *slots, gradient, start, begin, first, size, block, partials, *scalars[:-1])`."""
+        states = _array_count(recipe)
+
+        def kernel(*arguments: Any) -> None:
+            gradient, start, begin, first, size, block, partials = arguments[states : states + 7]
+            scalars = [np.float32(scalar) for scalar in arguments[states + 7 :]]
+            for low, high in _blocks(first, size, block):
+                state = _windows(recipe, arguments[:states], start + low, high - low)
+                with np.errstate(all="ignore"):
+                    values = _variables(recipe, state, gradient[begin + low : begin + high], scalars)
+                    partials[0, low // block] = _sum_of_squares(state[0])
+                    partials[1, low // block] = _sum_of_squares(recipe.evaluate(recipe.direction_stages, values)["u"])
+
+        return kernel
+
+    def accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return `kernel(accumulated, gradient, start, begin, size, factor)`."""
+        return _accumulate
 
 
-def _sum_of_squares(gradient: HostArray, begin: int, first: int, size: int, block: int, partials: HostArray) -> None:
-    for low in range(first, first + size, block):
-        high = min(low + block, first + size)
-        with np.errstate(all="ignore"):
-            values = gradient[begin + low : begin + high].astype(np.float32, copy=False).astype(np.float64)
-            values *= values
-            partials[low // block] = _sum_in_lanes(values)
+def _accumulate(accumulated: HostArray, gradient: HostArray, start: int, begin: int, size: int, factor: float) -> None:
+    with np.errstate(all="ignore"):
+        for low, high in _blocks(0, size, BLOCK):
+            values = scaled(_floats(gradient[begin + low : begin + high]), np.float32(factor))
+            accumulated[start + low : start + high] = added(values, accumulated[start + low : start + high])
 
 
-def _sum_in_lanes(values: HostArray) -> Any:
-    """Add in the order of the Numba kernel; NumPy's reduction along the first axis adds row after row."""
-    rows = len(values) // 1024
-    lanes = np.add.reduce(values[: rows * 1024].reshape(rows, 1024), axis=0)
-    lanes[: len(values) - rows * 1024] += values[rows * 1024 :]
+def _array_count(recipe: Recipe) -> int:
+    """Count the arrays of a recipe's state: a slot held in 8 bits has two."""
+    return 1 + len(recipe.slots) + (len(recipe.rule.slots) if recipe.precision is Precision.INT8 else 0)
+
+
+def _windows(recipe: Recipe, arrays: Sequence[HostArray], start: int, count: int) -> list[HostArray]:
+    """Cut the elements `[start, start + count)` out of a recipe's state, maxima of blocks by their blocks."""
+    windows, remaining = [arrays[0][start : start + count]], iter(arrays[1:])
+    for slot in recipe.slots:
+        windows.append(next(remaining)[start : start + count])
+        if recipe.precision is Precision.INT8 and slot in recipe.rule.slots:
+            windows.append(next(remaining)[start // BLOCK_SIZE : block_count(start + count)])
+    return windows
+
+
+def _variables(
+    recipe: Recipe, state: list[HostArray], gradient: HostArray, scalars: list[np.float32]
+) -> dict[str, Any]:
+    """Return what the stages read; state held as bits becomes float32."""
+    values: dict[str, Any] = {"p": state[0], "g": _floats(gradient)}
+    remaining = iter(state[1:])
+    for slot, variable in recipe.slots.items():
+        array = next(remaining)
+        if recipe.precision is Precision.INT8 and slot in recipe.rule.slots:
+            values[variable] = decode_blocks(array, next(remaining), EIGHT_BIT_SLOTS[slot])
+        else:
+            values[variable] = _floats(_typed(array))
+    return values | dict(zip(recipe.scalars, scalars, strict=False))
+
+
+def _store(recipe: Recipe, state: list[HostArray], values: dict[str, Any], seeds: tuple[int, ...]) -> None:
+    state[0][...] = values["p"]
+    remaining = iter(state[1:])
+    for index, (slot, variable) in enumerate(recipe.slots.items()):
+        array = next(remaining)
+        if slot == ACCUMULATED:
+            array[...] = 0.0
+        elif slot not in recipe.rule.slots or recipe.precision is Precision.FLOAT32:
+            array[...] = values[variable]
+        elif recipe.precision is Precision.BFLOAT16:
+            array[...] = round_stochastically(values[variable], seeds[index])
+        else:
+            array[...], next(remaining)[...] = encode_blocks(values[variable], EIGHT_BIT_SLOTS[slot])
+
+
+def _typed(array: HostArray) -> HostArray:
+    """View a state array, where it is held as bfloat16's bits, as what it is."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+
+
+def _floats(array: HostArray) -> HostArray:
+    return array.astype(np.float32, copy=False)
+
+
+def _blocks(first: int, size: int, block: int) -> list[tuple[int, int]]:
+    return [(low, min(low + block, first + size)) for low in range(first, first + size, block)]
+
+
+def _sum_of_squares(values: HostArray) -> Any:
+    """Square in float64 and add in the order of the Numba kernel; NumPy's reduction along axis 0 adds row after row."""
+    squares = values.astype(np.float64)
+    squares *= squares
+    rows = len(squares) // 1024
+    lanes = np.add.reduce(squares[: rows * 1024].reshape(rows, 1024), axis=0)
+    lanes[: len(squares) - rows * 1024] += squares[rows * 1024 :]
     return np.add.accumulate(np.add.reduce(lanes.reshape(32, 32), axis=0))[-1]

@@ -3,25 +3,44 @@
 An engine owns memory and kernels. It knows no session, no step number and no wire: it is handed element
 ranges, a rule with its scalars, and a place for the encoded answer.
 
-Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16. State is float32.
+Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16. State is float32, but for
+slots that were allocated in another `Precision`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwire_server.rules import Rule
+from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["PARAM", "Device", "Engine", "EngineState", "Gradient", "HostArray"]
+__all__ = ["PARAM", "Device", "Engine", "EngineState", "Gradient", "HostArray", "Pass", "Span"]
 
 HostArray = npt.NDArray[Any]
 
 PARAM = "param"
 """The slot of the master parameters; every other slot is named by the rule."""
+
+
+Span = tuple[int, int]
+"""Flat elements `[start, end)`."""
+
+
+class Pass(NamedTuple):
+    """A recipe with the numbers of one step.
+
+    Attributes:
+        recipe: what happens to each element.
+        scalars: the recipe's scalars, float64 on the host, used as float32.
+        seed: 32 bits that differ from step to step, for stochastic rounding.
+    """
+
+    recipe: Recipe
+    scalars: tuple[float, ...]
+    seed: int = 0
 
 
 class Device(NamedTuple):
@@ -67,41 +86,75 @@ class EngineState(Protocol):
         """
         ...
 
-    def sum_of_squares(self, gradient: Gradient, begin: int, end: int) -> float:
-        """Sum the squares of `gradient[begin:end]`, accumulated in float64.
+    def sum_of_squares(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> float:
+        """Sum the squares of `gradient[begin:end] · factor`, each a float32, accumulated in float64.
 
-        Squares of float32 cannot overflow float64, so the result is finite exactly if every element is.
-        The order of additions is fixed: the same range gives the same bits on every engine and processor.
+        Squares of float32 cannot overflow float64, so the result is finite exactly if every element is. Its relative
+        error is below 2⁻⁴⁵. The order of additions is fixed: the same range gives the same bits on every engine.
+
+        Args:
+            gradient: a chunk from `stage`.
+            begin: first element within the chunk.
+            end: one past the last element within the chunk.
+            factor: used as float32.
+            accumulated: first flat element of the accumulated gradient that is added first; None for none.
         """
+        ...
+
+    def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
+        """Add `gradient[begin:end] · factor` to the accumulated gradient from flat element `start` on."""
+        ...
+
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> tuple[float, float]:
+        """Sum the squares of the parameters and of a layerwise rule's direction; changes nothing.
+
+        Precision and order are those of `sum_of_squares`; arguments are those of `update`.
+        """
+        ...
+
+    def fetch(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> HostArray:
+        """Return what `sum_of_squares` squares, as float32 on the host; slow and rarely needed."""
+        ...
+
+    def fetch_direction(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> HostArray:
+        """Return the direction that `measure` squares, as float32 on the host; slow and rarely needed."""
         ...
 
     def update(
         self,
-        rule: Rule,
-        scalars: Sequence[float],
+        step: Pass,
         start: int,
         gradient: Gradient,
         begin: int,
         end: int,
         out: HostArray | None,
-    ) -> None:
+    ) -> tuple[float, ...]:
         """Step the flat elements `[start, start + end - begin)` with `gradient[begin:end]`.
 
-        Decode, rule and encode are one pass over memory.
+        Decode, arithmetic, measurements and encode are one pass over memory.
 
         Args:
-            rule: the formula; its slots are arrays of this state.
-            scalars: `rule.scalars(...)`, float64 on the host, used as float32.
+            step: the arithmetic; the recipe's slots are arrays of this state.
             start: first flat element.
             gradient: a chunk from `stage`.
             begin: first element within the chunk.
             end: one past the last element within the chunk.
             out: where the new parameters go, encoded in its dtype, `(end - begin,)`; None for no answer.
+
+        Returns:
+            The recipe's `sums`, to about six digits: their order of additions is the processor's choice.
         """
         ...
 
     def read(self, slot: str, start: int, out: HostArray) -> None:
-        """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`."""
+        """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`.
+
+        Beside an 8-bit slot "s" there is a slot "s_scale", which repeats the maximum of each block for its elements.
+        """
         ...
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
@@ -109,7 +162,7 @@ class EngineState(Protocol):
         ...
 
     def adopt(self, other: EngineState) -> None:
-        """Replace this state's arrays by the arrays of the same slots of `other`, which is used up."""
+        """Replace this state's slots by those of `other`, held as float32 there; `other` is used up."""
         ...
 
     def close(self) -> None:
@@ -125,15 +178,24 @@ class Engine(Protocol):
         """Where this engine's arrays live."""
         ...
 
-    def allocate(self, slots: Sequence[str], size: int) -> EngineState:
-        """Allocate one zeroed float32 array of `size` elements a slot.
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> int:
+        """Return the bytes that `allocate` takes."""
+        ...
+
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> EngineState:
+        """Allocate one zeroed array of `size` elements a slot.
+
+        Args:
+            slots: how each is held.
+            size: elements of the flat space.
+            kept: ranges of it that 8-bit slots hold as float32, in order.
 
         Raises:
             ResourceExhaustedError: the device has no memory left; nothing stays allocated.
         """
         ...
 
-    def prepare(self, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+    def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """Compile what steps need for these dtypes (reply None: no answer), so that none has to wait for it."""
         ...
 

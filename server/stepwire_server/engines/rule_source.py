@@ -1,56 +1,37 @@
-"""The functions a rule is made of, as generators of kernels need them."""
+"""The functions a recipe is made of, as generators of kernels need them."""
 
 from __future__ import annotations
 
-import inspect
 import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from stepwire_server.rules import Rule
+from stepwire_server.rules import Stage
 
-__all__ = ["RuleArguments", "arguments_of", "functions_of", "kernel_name"]
+__all__ = ["functions_of", "functions_of_stages"]
 
-
-class RuleArguments(NamedTuple):
-    """The parameter names of `rule.update`, by role.
-
-    Attributes:
-        parameter: the master parameter.
-        gradient: the gradient.
-        slots: one name for each of `rule.slots`.
-        scalars: one name for each of the rule's scalars.
-    """
-
-    parameter: str
-    gradient: str
-    slots: tuple[str, ...]
-    scalars: tuple[str, ...]
-
-
-def arguments_of(rule: Rule) -> RuleArguments:
-    """Name the arguments of `rule.update` by what they carry."""
-    parameter, gradient, *rest = inspect.signature(rule.update).parameters
-    count = len(rule.slots)
-    return RuleArguments(parameter, gradient, tuple(rest[:count]), tuple(rest[count:]))
-
-
-def kernel_name(rule: Rule, gradient: str, reply: str | None) -> str:
-    """Name the kernel that steps `rule`, given wire dtypes by name; rules with the same `update` share kernels."""
-    return f"{rule.update.__name__}_{gradient}_to_{reply or 'nothing'}"
+_ORIGINS = ("stepwire_server.rules", "stepwire_server.engines")
 
 
 def functions_of(function: Callable[..., Any]) -> list[types.FunctionType]:
-    """List the function and the functions of its own module that it calls, each after those it calls."""
+    """List the function and those of our own that it calls, each after those it calls."""
     assert isinstance(function, types.FunctionType)
     found: dict[str, types.FunctionType] = {}
 
     def visit(current: types.FunctionType) -> None:
         for name in current.__code__.co_names:
             callee = current.__globals__.get(name)
-            if isinstance(callee, types.FunctionType) and callee.__module__ == current.__module__:
+            if isinstance(callee, types.FunctionType) and callee.__module__.startswith(_ORIGINS):
                 visit(callee)
         found.setdefault(current.__name__, current)
 
     visit(function)
+    return list(found.values())
+
+
+def functions_of_stages(stages: Iterable[Stage]) -> list[types.FunctionType]:
+    """List all functions of some stages, each once and after those it calls."""
+    found: dict[str, types.FunctionType] = {}
+    for stage in stages:
+        found |= {function.__name__: function for function in functions_of(stage.function)}
     return list(found.values())

@@ -1,21 +1,94 @@
 """The formulas. A rule is one pure function of scalars; engines decide how it meets memory.
 
-A new optimizer is one module here: its function, the docstring with its equation, its rows in `ALL_RULES`.
-Rules check nothing: ranges are checked by `stepwire.optimizers`, and whoever creates a session compares its
-formula with `SERVED_FORMULAS` first.
+A new optimizer is one function with its equation in the module's docstring, its row in `rule_for` and `ALL_RULES`, its
+record in `stepwire.optimizers`, and its conformance vectors. Rules check nothing: ranges are checked by
+`stepwire.optimizers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from stepwire_server.rules.adam import ADAM_RULES, CORRECTS_BIAS, rule_for, slots_for
-from stepwire_server.rules.rule import Rule
+from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire_server.rules.adam import ADAM_RULES, adam_rule_for
+from stepwire_server.rules.adam_family import ADAMAX, NADAM, RADAM
+from stepwire_server.rules.adaptive import ADADELTA, ADAGRAD, RMSPROP_RULES
+from stepwire_server.rules.layerwise import LAMB, LARS, LARS_NESTEROV
+from stepwire_server.rules.momentum import LION, SGD, SGD_MOMENTUM, SGD_NESTEROV
+from stepwire_server.rules.recipe import ACCUMULATED, AVERAGE, EIGHT_BIT_SLOTS, Precision, Recipe, Stage
+from stepwire_server.rules.rule import Decay, Rule
 
-__all__ = ["ALL_RULES", "SERVED_FORMULAS", "Rule", "rule_for", "slots_for"]
+__all__ = [
+    "ACCUMULATED",
+    "ALL_RULES",
+    "AVERAGE",
+    "EIGHT_BIT_SLOTS",
+    "Decay",
+    "Precision",
+    "Recipe",
+    "Rule",
+    "Stage",
+    "has_momentum",
+    "rule_for",
+]
 
-ALL_RULES: Final[tuple[Rule, ...]] = ADAM_RULES
+ALL_RULES: Final[tuple[Rule, ...]] = (
+    *ADAM_RULES,
+    NADAM,
+    RADAM,
+    ADAMAX,
+    SGD,
+    SGD_MOMENTUM,
+    SGD_NESTEROV,
+    *RMSPROP_RULES.values(),
+    ADAGRAD,
+    ADADELTA,
+    LION,
+    LAMB,
+    LARS,
+    LARS_NESTEROV,
+)
 """Every rule, for tests and warm-up."""
 
-SERVED_FORMULAS: Final = frozenset(CORRECTS_BIAS)
-"""The values of `Adam.formula` that `rule_for` knows."""
+# Where decay acts for rules that leave no choice.
+_PLAIN: Final = {
+    "adamax": (ADAMAX, Decay.GRADIENT),
+    "adagrad": (ADAGRAD, Decay.GRADIENT),
+    "adadelta": (ADADELTA, Decay.GRADIENT),
+    "lion": (LION, Decay.BEFORE),
+    "lamb": (LAMB, Decay.NONE),
+}
+
+
+def has_momentum(groups: Sequence[Hyperparameters]) -> bool:
+    """Tell whether any group has momentum: then a buffer is kept for all."""
+    return any(hyper.momentum for hyper in groups)
+
+
+def rule_for(optimizer: Optimizer, momentum: bool) -> tuple[Rule, Decay]:
+    """Return a session's rule, and where weight decay acts in steps that have some.
+
+    Args:
+        optimizer: what the session was created with.
+        momentum: whether it keeps a momentum buffer, where that is a choice.
+    """
+    structure = optimizer.structure()
+    decay = Decay.BEFORE if structure.decoupled_weight_decay else Decay.GRADIENT
+    match optimizer.rule:
+        case "adam":
+            return adam_rule_for(optimizer)
+        case "nadam":
+            return NADAM, decay
+        case "radam":
+            return RADAM, decay
+        case "sgd" if momentum:
+            return (SGD_NESTEROV if structure.nesterov else SGD_MOMENTUM), decay
+        case "sgd":
+            return SGD, decay
+        case "rmsprop":
+            return RMSPROP_RULES[structure.centered, momentum], decay
+        case "lars":
+            return (LARS_NESTEROV if structure.nesterov else LARS), Decay.NONE
+        case name:
+            return _PLAIN[name]

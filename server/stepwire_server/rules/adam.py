@@ -1,56 +1,52 @@
-"""Adam and AMSGrad as torch computes them, and Adam without bias correction.
+"""Adam and its AMSGrads, in the form of each framework.
 
-For parameter p, gradient g, moments m and v (zero before the first step), and t = 1, 2, …:
+For parameter p, gradient g, moments m and v (zero before the first step), c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ and t = 1, 2, …:
 
-    g ← −g                            if maximize
-    g ← g + λ·p                       if weight decay λ is added to the gradient (L2)
-    p ← p·(1 − lr·λ)                  if it is decoupled (AdamW)
     m ← m + (1 − β1)·(g − m)
     v ← β2·v + (1 − β2)·g²
-    x ← max(x, v)                     AMSGrad: the running maximum of the raw v stands in for v below
-    p ← p − (lr / c1)·m / (√v / √c2 + eps)        c1 = 1 − β1ᵗ, c2 = 1 − β2ᵗ
 
-Without bias correction c1 = c2 = 1, which is the same function with other scalars.
+    torch                 p ← p − (lr / c1)·m / (√v / √c2 + eps)
+      AMSGrad, raw        x ← max(x, v) stands in for v
+    keras                 p ← p − (lr·√c2 / c1)·m / (√v + eps)                  also TensorFlow, MXNet
+      AMSGrad, raw        x ← max(x, v) stands in for v
+    no_bias_correction    p ← p − lr·m / (√v + eps)                             Keras's with c1 = c2 = 1; BERT
+      AMSGrad, raw        x ← max(x, v) stands in for v
+    optax                 p ← p − (lr / c1)·m / (√(v / c2 + eps_root) + eps)
+      AMSGrad, corrected  x ← max(x, v / c2) stands in for v / c2
+      Nesterov            β1·m / (1 − β1ᵗ⁺¹) + (1 − β1)·g / c1 stands in for m / c1
+    decay_after           torch's, with decoupled decay after the update        bitsandbytes
 
-Sources: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2; Reddi, Kale & Kumar 2018,
-algorithm 2, all as in `torch.optim.Adam`, `AdamW` of torch 2.13; Devlin et al. 2019 (BERT) for the form
-without correction. Optax keeps the maximum of the corrected v and Keras puts eps beside √v before the
-correction: other formulas, to be other rules.
+Weight decay is outside these functions: `Decay` says where it acts.
 
-Decoupled decay always multiplies, by exactly 1 without decay, so infinite parameters survive. L2 decay is a
-function of its own, because 0·∞ would turn them into NaN.
+torch's form is computed as Keras's with eps·√c2 for eps: the same number by one division and one rounded scalar less.
+In float32 the first updates are within 4.8 ulps of the formula then; dividing √v by √c2 would leave them within 5.5.
+
+Sources: Kingma & Ba 2015, algorithm 1, and the remark on ε̂ in its section 2 (Keras's form); Loshchilov & Hutter 2019,
+algorithm 2; Reddi, Kale & Kumar 2018, algorithm 2; Dozat 2016; Devlin et al. 2019 for the form without correction; the
+code of torch 2.13, Keras 3.15, optax 0.2.8 and bitsandbytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, cast
 
 from numpy import maximum, sqrt
 
-from stepwire.optimizers import Adam, Hyperparameters
-from stepwire_server.rules.rule import Rule
+from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire_server.rules.moments import first_moment, second_moment
+from stepwire_server.rules.rule import Decay, Rule, Value
 
-__all__ = ["ADAM_RULES", "CORRECTS_BIAS", "adam", "adam_l2", "amsgrad", "amsgrad_l2", "rule_for", "slots_for"]
-
-Value: TypeAlias = Any
-"""A float, a NumPy scalar or an array: every function here means the same for each."""
-
-
-def first_moment(m: Value, g: Value, rate1: Value) -> Value:
-    """Move the mean gradient towards g; rate1 = 1 − β1."""
-    return m + rate1 * (g - m)
-
-
-def second_moment(v: Value, g: Value, beta2: Value, rate2: Value) -> Value:
-    """Move the mean squared gradient towards g²; rate2 = 1 − β2 comes first, so that g² overflows later."""
-    return beta2 * v + rate2 * g * g
-
-
-def descend(p: Value, m: Value, v: Value, step_size: Value, root2: Value, eps: Value) -> Value:
-    """Step p against m, scaled by √v; step_size = lr / c1, root2 = √c2."""
-    return p - step_size * m / (sqrt(v) / root2 + eps)
+__all__ = [
+    "ADAM_RULES",
+    "adam",
+    "adam_nesterov",
+    "adam_optax",
+    "adam_rule_for",
+    "amsgrad",
+    "amsgrad_optax",
+]
 
 
 def adam(
@@ -58,41 +54,16 @@ def adam(
     g: Value,
     m: Value,
     v: Value,
-    sign: Value,
-    keep: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
     step_size: Value,
-    root2: Value,
     eps: Value,
 ) -> tuple[Value, Value, Value]:
-    """Update with decoupled or no decay; sign = −1 to maximize, keep = 1 − lr·λ. See the module."""
-    g = sign * g
+    """Update with eps beside √v, as Keras does, and as torch does for other numbers. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return descend(keep * p, m, v, step_size, root2, eps), m, v
-
-
-def adam_l2(
-    p: Value,
-    g: Value,
-    m: Value,
-    v: Value,
-    sign: Value,
-    weight_decay: Value,
-    rate1: Value,
-    beta2: Value,
-    rate2: Value,
-    step_size: Value,
-    root2: Value,
-    eps: Value,
-) -> tuple[Value, Value, Value]:
-    """Update with decay added to the gradient. See the module."""
-    g = sign * g + weight_decay * p
-    m = first_moment(m, g, rate1)
-    v = second_moment(v, g, beta2, rate2)
-    return descend(p, m, v, step_size, root2, eps), m, v
+    return p - step_size * m / (sqrt(v) + eps), m, v
 
 
 def amsgrad(
@@ -101,96 +72,158 @@ def amsgrad(
     m: Value,
     v: Value,
     x: Value,
-    sign: Value,
-    keep: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
     step_size: Value,
-    root2: Value,
     eps: Value,
 ) -> tuple[Value, Value, Value, Value]:
-    """Update by the largest v so far, with decoupled or no decay. See the module."""
-    g = sign * g
+    """Update by the largest v so far, with eps beside its root. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
     x = maximum(x, v)
-    return descend(keep * p, m, x, step_size, root2, eps), m, v, x
+    return p - step_size * m / (sqrt(x) + eps), m, v, x
 
 
-def amsgrad_l2(
+def adam_optax(
+    p: Value,
+    g: Value,
+    m: Value,
+    v: Value,
+    rate1: Value,
+    beta2: Value,
+    rate2: Value,
+    step_size: Value,
+    correction2: Value,
+    eps_root: Value,
+    eps: Value,
+) -> tuple[Value, Value, Value]:
+    """Update as optax does; step_size = lr / c1, correction2 = c2. See the module."""
+    m = first_moment(m, g, rate1)
+    v = second_moment(v, g, beta2, rate2)
+    return p - step_size * m / (sqrt(v / correction2 + eps_root) + eps), m, v
+
+
+def amsgrad_optax(
     p: Value,
     g: Value,
     m: Value,
     v: Value,
     x: Value,
-    sign: Value,
-    weight_decay: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
     step_size: Value,
-    root2: Value,
+    correction2: Value,
+    eps_root: Value,
     eps: Value,
 ) -> tuple[Value, Value, Value, Value]:
-    """Update by the largest v so far, with decay added to the gradient. See the module."""
-    g = sign * g + weight_decay * p
+    """Update by the largest corrected v so far, as optax does. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    x = maximum(x, v)
-    return descend(p, m, x, step_size, root2, eps), m, v, x
+    x = maximum(x, v / correction2)
+    return p - step_size * m / (sqrt(x + eps_root) + eps), m, v, x
 
 
-def _scalars(l2: bool, corrected: bool) -> Callable[[Hyperparameters, int], tuple[float, ...]]:
-    """Return the function that computes a rule's scalars, in the order of its last eight arguments."""
-
-    def scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
-        lr, beta1, beta2 = float(hyper.lr), float(hyper.beta1), float(hyper.beta2)
-        decay = float(hyper.weight_decay) if l2 else 1.0 - lr * hyper.weight_decay
-        correction1 = 1.0 - beta1**t if corrected else 1.0
-        correction2 = 1.0 - beta2**t if corrected else 1.0
-        return (
-            -1.0 if hyper.maximize else 1.0,
-            decay,
-            1.0 - beta1,
-            beta2,
-            1.0 - beta2,
-            lr / correction1,
-            math.sqrt(correction2),
-            float(hyper.eps),
-        )
-
-    return scalars
+def adam_nesterov(
+    p: Value,
+    g: Value,
+    m: Value,
+    v: Value,
+    rate1: Value,
+    beta2: Value,
+    rate2: Value,
+    next_size: Value,
+    gradient_size: Value,
+    correction2: Value,
+    eps_root: Value,
+    eps: Value,
+) -> tuple[Value, Value, Value]:
+    """Update as optax's nadam; next_size = lr·β1 / (1 − β1ᵗ⁺¹), gradient_size = lr·(1 − β1) / c1. See the module."""
+    m = first_moment(m, g, rate1)
+    v = second_moment(v, g, beta2, rate2)
+    return p - (next_size * m + gradient_size * g) / (sqrt(v / correction2 + eps_root) + eps), m, v
 
 
-# Formulas of `Adam.formula` that are served, and whether each corrects the bias of the moments.
-CORRECTS_BIAS: Final = {"torch": True, "no_bias_correction": False}
+class _Numbers(NamedTuple):
+    """An update's numbers as float64: corrections c1, c2 are 1 at β = 0."""
 
-_SLOTS: Final = {False: ("exp_avg", "exp_avg_sq"), True: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
-_UPDATES: Final[dict[tuple[bool, bool], Callable[..., tuple[Any, ...]]]] = {
-    (False, False): adam,
-    (False, True): adam_l2,
-    (True, False): amsgrad,
-    (True, True): amsgrad_l2,
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    eps_root: float
+    c1: float
+    c2: float
+
+    def rates(self) -> tuple[float, float, float]:
+        return 1.0 - self.beta1, self.beta2, 1.0 - self.beta2
+
+
+def _numbers(hyper: Hyperparameters, t: int) -> _Numbers:
+    beta1, beta2 = float(cast(float, hyper.beta1)), float(cast(float, hyper.beta2))
+    eps, eps_root = float(hyper.eps or 0.0), float(hyper.eps_root or 0.0)
+    return _Numbers(float(hyper.lr), beta1, beta2, eps, eps_root, 1.0 - beta1**t, 1.0 - beta2**t)
+
+
+def _torch_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    n = _numbers(hyper, t)
+    return (*n.rates(), n.lr * math.sqrt(n.c2) / n.c1, n.eps * math.sqrt(n.c2))
+
+
+def _keras_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    n = _numbers(hyper, t)
+    return (*n.rates(), n.lr * math.sqrt(n.c2) / n.c1, n.eps)
+
+
+def _uncorrected_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    n = _numbers(hyper, t)
+    return (*n.rates(), n.lr, n.eps)
+
+
+def _optax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    n = _numbers(hyper, t)
+    return (*n.rates(), n.lr / n.c1, n.c2, n.eps_root, n.eps)
+
+
+def _nesterov_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    n = _numbers(hyper, t)
+    following = n.lr * n.beta1 / (1.0 - n.beta1 ** (t + 1))
+    return (*n.rates(), following, n.lr * (1.0 - n.beta1) / n.c1, n.c2, n.eps_root, n.eps)
+
+
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_MAXIMUM: Final = (*_MOMENTS, "max_exp_avg_sq")
+
+_Scalars = Callable[[Hyperparameters, int], tuple[float, ...]]
+_FORMS: Final[dict[tuple[str, str], tuple[Callable[..., tuple[Any, ...]], _Scalars]]] = {
+    ("torch", "none"): (adam, _torch_scalars),
+    ("torch", "raw"): (amsgrad, _torch_scalars),
+    ("keras", "none"): (adam, _keras_scalars),
+    ("keras", "raw"): (amsgrad, _keras_scalars),
+    ("no_bias_correction", "none"): (adam, _uncorrected_scalars),
+    ("no_bias_correction", "raw"): (amsgrad, _uncorrected_scalars),
+    ("optax", "none"): (adam_optax, _optax_scalars),
+    ("optax", "corrected"): (amsgrad_optax, _optax_scalars),
+    ("optax", "nesterov"): (adam_nesterov, _nesterov_scalars),
+    ("decay_after", "none"): (adam, _torch_scalars),
 }
-
-
-def _rule(formula: str, has_maximum: bool, l2: bool) -> Rule:
-    update = _UPDATES[has_maximum, l2]
-    name = update.__name__ if formula == "torch" else f"{update.__name__}_{formula}"
-    return Rule(name, update, _SLOTS[has_maximum], _scalars(l2, CORRECTS_BIAS[formula]))
-
-
-_RULES: Final = {(formula, *variant): _rule(formula, *variant) for formula in CORRECTS_BIAS for variant in _UPDATES}
+_RULES: Final = {
+    (formula, kind): Rule(
+        "_".join(["adam", formula, *([] if kind == "none" else [kind])]),
+        update,
+        _MAXIMUM if kind in ("raw", "corrected") else _MOMENTS,
+        scalars,
+    )
+    for (formula, kind), (update, scalars) in _FORMS.items()
+}
 ADAM_RULES: Final = tuple(_RULES.values())
 
 
-def rule_for(optimizer: Adam, hyper: Hyperparameters) -> Rule:
-    """Return the rule of one parameter group in one step; `hyper` is what that step uses."""
-    l2 = hyper.weight_decay != 0.0 and not optimizer.decoupled_weight_decay
-    return _RULES[optimizer.formula, optimizer.amsgrad, l2]
-
-
-def slots_for(optimizer: Adam) -> tuple[str, ...]:
-    """Return the state arrays that the optimizer keeps besides the parameters."""
-    return _SLOTS[optimizer.amsgrad]
+def adam_rule_for(optimizer: Optimizer) -> tuple[Rule, Decay]:
+    """Return the rule of an `Adam`, and where its decay acts when there is some."""
+    structure = optimizer.structure()
+    rule = _RULES[structure.formula, "nesterov" if structure.nesterov else structure.amsgrad]
+    if structure.formula == "decay_after":
+        return rule, Decay.AFTER
+    return rule, Decay.BEFORE if structure.decoupled_weight_decay else Decay.GRADIENT

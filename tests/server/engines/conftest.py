@@ -6,16 +6,16 @@ import importlib.util
 import pathlib
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from stepwire.optimizers import Adam
 from stepwire_server.engines import PARAM, CpuEngine, Engine
-from stepwire_server.rules import Rule
+from stepwire_server.engines.protocol import Pass
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -59,30 +59,68 @@ def wire() -> dict[str, np.dtype[Any]]:
     return WIRE
 
 
+# Numbers of a step by name; none is a power of two, so that every product rounds.
+NUMBERS = {
+    **dict.fromkeys(("beta1", "beta2", "alpha", "momentum", "rho"), 0.9),
+    **dict.fromkeys(("rate", "rate1", "rate2"), 0.1),
+    **dict.fromkeys(("lr", "step_size", "next_size", "gradient_size"), 0.03),
+    **dict.fromkeys(("eps", "eps_root"), 1e-6),
+    **dict.fromkeys(("correction2", "c2"), 0.271),
+    "inverse1": 3.69,
+    "decay": 0.1,
+    "trust": 0.37,
+    "rectified": 1.0,
+    "unrectified": 0.0,
+    "factor": -0.3,
+    "clip": 0.7,
+    "limit": 0.05,
+    "average_rate": 0.01,
+}
+
+
 @pytest.fixture(scope="session")
-def scalars_of() -> Callable[[Rule, int], tuple[float, ...]]:
-    """Scalars of a rule with decay, in step t."""
-    return lambda rule, t=3: rule.scalars(Adam(lr=0.02, eps=1e-6, weight_decay=0.1).hyperparameters(), t)
+def pass_of() -> Callable[..., Pass]:
+    """Make a pass with plausible numbers; some may be given."""
+
+    def make(recipe: Recipe, seed: int = 7, **numbers: float) -> Pass:
+        known = NUMBERS | {"decay_scalar": 0.1 if recipe.decay is Decay.GRADIENT else 0.99} | numbers
+        return Pass(recipe, tuple(known[name] for name in recipe.scalars), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def slots_of() -> Callable[[Recipe], dict[str, Precision]]:
+    """Return what a session with this recipe allocates."""
+
+    def slots(recipe: Recipe) -> dict[str, Precision]:
+        plain = {PARAM: Precision.FLOAT32, ACCUMULATED: Precision.FLOAT32, AVERAGE: Precision.FLOAT32}
+        return {slot: plain.get(slot, recipe.precision) for slot in (PARAM, *recipe.slots)}
+
+    return slots
 
 
 @pytest.fixture(scope="session")
 def make_arrays() -> Callable[..., dict[str, np.ndarray]]:
-    """Make float32 arrays for a rule's slots, by name, and the gradient; `special` mixes in the odd values."""
+    """Make float32 arrays for a recipe's slots, by name, and the gradient; `special` mixes in the odd values."""
 
-    def make(rule: Rule, size: int, seed: int = 0, special: bool = False) -> dict[str, np.ndarray]:
+    def make(recipe: Recipe, size: int, seed: int = 0, special: bool = False) -> dict[str, np.ndarray]:
         random = np.random.default_rng(seed)
         arrays = {"param": random.standard_normal(size), "gradient": random.standard_normal(size) / 10.0}
-        for slot in rule.slots:
+        for slot in recipe.slots:
             arrays[slot] = random.standard_normal(size) / 10.0
-            if slot != "exp_avg":
+            if slot in recipe.rule.slots and slot not in ("exp_avg", "momentum_buffer", "grad_avg"):
                 arrays[slot] **= 2
+            if slot == "square_avg":  # of which RMSprop takes the square of the next off
+                arrays[slot] += 0.01
+            if slot == "grad_avg":
+                arrays[slot] /= 10.0
         if special:
             odd = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 1e-40, 3e38, -3e38, 1e-20, 1e20, 65519.0, 65520.0, 6e-8]
             for name, array in arrays.items():
                 places = random.choice(size, size // 4, replace=False)
-                array[places] = (
-                    np.abs(random.choice(odd, len(places))) if "_sq" in name else random.choice(odd, len(places))
-                )
+                values = random.choice(odd, len(places))
+                array[places] = np.abs(values) if "_sq" in name else values
         with np.errstate(all="ignore"):
             return {name: array.astype(np.float32) for name, array in arrays.items()}
 
@@ -116,32 +154,59 @@ def unaligned() -> Callable[[np.ndarray], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def run_step(unaligned: Callable[[np.ndarray], np.ndarray]) -> Callable[..., dict[str, np.ndarray]]:
-    """Run one update, from and to unaligned memory, and return the state's arrays, with the answer as `out`."""
+def fill() -> Callable[..., None]:
+    """Write arrays into the slots of a state."""
+
+    def write(state: Any, arrays: dict[str, np.ndarray]) -> None:
+        for slot, values in arrays.items():
+            if slot != "gradient":
+                state.write(slot, 0, values)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[..., dict[str, np.ndarray]]:
+    """Read slots of a state, as float32."""
+
+    def read(state: Any, slots: Any, size: int) -> dict[str, np.ndarray]:
+        arrays = {slot: np.empty(size, np.float32) for slot in slots}
+        for slot, array in arrays.items():
+            state.read(slot, 0, array)
+        return arrays
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def run_step(
+    unaligned: Callable[[np.ndarray], np.ndarray],
+    slots_of: Callable[[Recipe], dict[str, Precision]],
+    fill: Callable[..., None],
+    contents: Callable[..., dict[str, np.ndarray]],
+) -> Callable[..., tuple[dict[str, np.ndarray], tuple[float, ...]]]:
+    """Run one update, from and to unaligned memory; returns the state's arrays, the answer as `out`, and the sums."""
 
     def run(
         engine: Engine,
-        rule: Rule,
+        step: Pass,
         arrays: dict[str, np.ndarray],
         gradient: np.dtype[Any],
         reply: np.dtype[Any] | None,
         start: int,
         begin: int,
         end: int,
-        scalars: Sequence[float],
-    ) -> dict[str, np.ndarray]:
-        state = engine.allocate((PARAM, *rule.slots), len(arrays[PARAM]))
-        for slot in (PARAM, *rule.slots):
-            state.write(slot, 0, arrays[slot])
+    ) -> tuple[dict[str, np.ndarray], tuple[float, ...]]:
+        slots = slots_of(step.recipe)
+        state = engine.allocate(slots, len(arrays[PARAM]))
+        fill(state, arrays)
         with np.errstate(all="ignore"):
             staged = state.stage(unaligned(arrays["gradient"].astype(gradient)))
         out = None if reply is None else np.empty((end - begin) * reply.itemsize + 1, np.uint8)[1:].view(reply)
-        state.update(rule, scalars, start, staged, begin, end, out)
-        result = {slot: np.empty_like(arrays[slot]) for slot in (PARAM, *rule.slots)}
-        for slot, array in result.items():
-            state.read(slot, 0, array)
+        sums = state.update(step, start, staged, begin, end, out)
+        result = contents(state, slots, len(arrays[PARAM]))
         state.close()
-        return result if out is None else {**result, "out": out.copy()}
+        return (result if out is None else {**result, "out": out.copy()}), sums
 
     return run
 
@@ -155,18 +220,19 @@ def numpy_engine() -> Engine:
 @pytest.fixture(scope="session")
 def check_same(
     numpy_engine: Engine,
-    run_step: Callable[..., dict[str, np.ndarray]],
+    run_step: Callable[..., tuple[dict[str, np.ndarray], tuple[float, ...]]],
     make_arrays: Callable[..., dict[str, np.ndarray]],
-    scalars_of: Callable[..., tuple[float, ...]],
+    pass_of: Callable[..., Pass],
     assert_same_bits: Callable[..., None],
 ) -> Callable[..., None]:
     """Compare an engine with NumPy bit by bit, at odd sizes and offsets, with odd values among the others."""
 
-    def check(engine: Engine, rule: Rule, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+    def check(engine: Engine, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+        step = pass_of(recipe)
         for size, start, begin, end in [(1, 0, 0, 1), (3, 1, 0, 2), (67, 3, 5, 64), (1037, 2, 1, 1036), (5, 2, 2, 2)]:
-            arrays = make_arrays(rule, size, seed=size, special=True)
-            options = (rule, arrays, gradient, reply, start, begin, end, scalars_of(rule))
-            got, want = run_step(engine, *options), run_step(numpy_engine, *options)
+            arrays = make_arrays(recipe, size, seed=size, special=True)
+            options = (step, arrays, gradient, reply, start, begin, end)
+            (got, _), (want, _) = run_step(engine, *options), run_step(numpy_engine, *options)
             assert got.keys() == want.keys()
             for name in want:
                 assert_same_bits(got[name], want[name], f"{name} of {size}")

@@ -1,11 +1,12 @@
 """CUDA C run on the processor: a header that names the threads, g++, and a stand-in for CuPy over both.
 
-Kernels that neither synchronise nor share memory mean the same when the threads of a grid run one after another.
-The stand-in accepts only what the engine may ask of CuPy, and checks it as CuPy does.
+The threads of a block are contexts of one thread of the processor, which a barrier switches; blocks run one after
+another. The stand-in accepts only what the engine may ask of CuPy, and checks it as CuPy does.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -26,30 +27,64 @@ COMPILER = shutil.which("g++")
 
 HEADER = r"""
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <ucontext.h>
 #include <utility>
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __shared__ static thread_local
 struct Index { unsigned x, y, z; };
 static thread_local Index gridDim, blockDim, blockIdx, threadIdx;
 static inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 
-template <class... A, std::size_t... I>
-static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments, std::index_sequence<I...>) {
-    gridDim = {blocks, 1, 1};
-    blockDim = {threads, 1, 1};
-    for (unsigned b = 0; b < blocks; ++b)
+static constexpr unsigned MOST_THREADS = 1024, STACK_BYTES = 1 << 15;
+static thread_local ucontext_t scheduler, contexts[MOST_THREADS];
+static thread_local unsigned ended;
+static thread_local void (*body)(void *);
+static thread_local void *call;
+static void enter() { body(call); ++ended; }
+static inline void __syncthreads() { swapcontext(&contexts[threadIdx.x], &scheduler); }
+
+// Rounds, in each of which every thread reaches the next barrier, or every thread its end.
+static void run_block(unsigned threads, char *stacks) {
+    for (unsigned t = 0; t < threads; ++t) {
+        getcontext(&contexts[t]);
+        contexts[t].uc_stack.ss_sp = stacks + t * STACK_BYTES;
+        contexts[t].uc_stack.ss_size = STACK_BYTES;
+        contexts[t].uc_link = &scheduler;
+        makecontext(&contexts[t], enter, 0);
+    }
+    for (ended = 0; ended == 0;)
         for (unsigned t = 0; t < threads; ++t) {
-            blockIdx = {b, 0, 0};
             threadIdx = {t, 0, 0};
-            kernel(*static_cast<A *>(arguments[I])...);
+            swapcontext(&scheduler, &contexts[t]);
         }
+    if (ended != threads) std::abort();  // on a GPU the others would wait for ever
 }
+
+template <class... A> struct Call {
+    void (*kernel)(A...);
+    void **arguments;
+    template <std::size_t... I> void run(std::index_sequence<I...>) { kernel(*static_cast<A *>(arguments[I])...); }
+    static void enter(void *self) { static_cast<Call *>(self)->run(std::index_sequence_for<A...>()); }
+};
 template <class... A>
 static void launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments) {
-    run(kernel, blocks, threads, arguments, std::index_sequence_for<A...>());
+    if (threads > MOST_THREADS) std::abort();
+    Call<A...> made{kernel, arguments};
+    body = Call<A...>::enter;
+    call = &made;
+    gridDim = {blocks, 1, 1};
+    blockDim = {threads, 1, 1};
+    std::unique_ptr<char[]> stacks(new char[threads * STACK_BYTES]);
+    for (unsigned b = 0; b < blocks; ++b) {
+        blockIdx = {b, 0, 0};
+        run_block(threads, stacks.get());
+    }
 }
 """
 
@@ -61,26 +96,34 @@ extern "C" void launch_{name}(unsigned blocks, unsigned threads, void **argument
 
 
 class Library:
-    """A compiled module of kernels."""
+    """Compiled modules of kernels; several are compiled at a time."""
 
-    def __init__(self, source: str, directory: pathlib.Path) -> None:
-        self.names = re.findall(r'extern "C" __global__ void (\w+)\(', source)
-        text = HEADER + source + "".join(LAUNCHER.format(name=name) for name in self.names)
-        stem = directory / f"cuda_shim_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if not stem.with_suffix(".so").exists():
-            stem.with_suffix(".cc").write_text(text)
-            command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", "-ffp-contract=off"]
-            command += ["-fPIC", "-shared", "-o", str(stem.with_suffix(".tmp")), str(stem.with_suffix(".cc"))]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            stem.with_suffix(".tmp").replace(stem.with_suffix(".so"))
-        self._library = ctypes.CDLL(str(stem.with_suffix(".so")))
+    def __init__(self, sources: str | list[str], directory: pathlib.Path) -> None:
+        sources = [sources] if isinstance(sources, str) else sources
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            loaded = list(pool.map(lambda source: _load(source, directory), sources))
+        self._launchers = {name: getattr(library, f"launch_{name}") for library, names in loaded for name in names}
+        self.names = list(self._launchers)
 
     def launch(self, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Run a kernel on NumPy arrays and NumPy scalars."""
         holders = [_holder(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(holders))(*[ctypes.addressof(holder) for holder in holders])
-        getattr(self._library, f"launch_{name}")(blocks, threads, pointers)
+        self._launchers[name](blocks, threads, pointers)
+
+
+def _load(source: str, directory: pathlib.Path) -> tuple[ctypes.CDLL, list[str]]:
+    names = re.findall(r'extern "C" __global__ void (\w+)\(', source)
+    text = HEADER + source + "".join(LAUNCHER.format(name=name) for name in names)
+    stem = directory / f"cuda_shim_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not stem.with_suffix(".so").exists():
+        stem.with_suffix(".cc").write_text(text)
+        command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", "-ffp-contract=off"]
+        command += ["-fPIC", "-shared", "-o", str(stem.with_suffix(".tmp")), str(stem.with_suffix(".cc"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        stem.with_suffix(".tmp").replace(stem.with_suffix(".so"))
+    return ctypes.CDLL(str(stem.with_suffix(".so"))), names
 
 
 def _holder(argument: Any) -> Any:
@@ -89,6 +132,8 @@ def _holder(argument: Any) -> Any:
             return ctypes.c_void_p(argument.ctypes.data)
         case np.int64():
             return ctypes.c_longlong(int(argument))
+        case np.uint32():
+            return ctypes.c_uint(int(argument))
         case np.float32():
             return ctypes.c_float(float(argument))
     raise TypeError(f"{type(argument)} is no argument of a kernel")
@@ -113,6 +158,9 @@ class FakeArray:
     def __getitem__(self, key: slice) -> FakeArray:
         assert isinstance(key, slice)
         return FakeArray(self.host[key])
+
+    def fill(self, value: float) -> None:
+        self.host[...] = value
 
     def set(self, values: np.ndarray) -> None:
         if values.dtype != self.dtype:

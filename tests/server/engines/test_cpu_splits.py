@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwire_server.engines import PARAM, CpuEngine
-from stepwire_server.rules import ALL_RULES
+from stepwire_server.engines import CpuEngine
+from stepwire_server.rules import ALL_RULES, Precision, Recipe
 
 pytest.importorskip("hypothesis")
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 RULE = ALL_RULES[0]
-SLOTS = (PARAM, *RULE.slots)
+RECIPES = [Recipe(RULE), Recipe(RULE, accumulates=True, averages=True, measures=True, precision=Precision.BFLOAT16)]
 
 
 @pytest.fixture(scope="module", params=["numba", "numpy"])
@@ -28,23 +28,25 @@ def engine(request):
 
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(0, 300), max_size=5), offset=st.integers(0, 40), data=st.data())
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_results_do_not_depend_on_where_a_range_is_split(
-    engine, make_arrays, scalars_of, assert_same_bits, cuts, offset, data
+    engine, recipe, make_arrays, pass_of, slots_of, fill, contents, assert_same_bits, cuts, offset, data
 ) -> None:
-    rule_arrays = make_arrays(RULE, 340, seed=data.draw(st.integers(0, 5)), special=True)
-    whole, parts = engine.allocate(SLOTS, 340), engine.allocate(SLOTS, 340)
-    for slot in SLOTS:
-        whole.write(slot, 0, rule_arrays[slot])
-        parts.write(slot, 0, rule_arrays[slot])
-    scalars, answers = scalars_of(RULE), [np.zeros(300, np.float32), np.zeros(300, np.float32)]
-    whole.update(RULE, scalars, offset, whole.stage(rule_arrays["gradient"]), 0, 300, answers[0])
+    arrays = make_arrays(recipe, 340, seed=data.draw(st.integers(0, 5)), special=True)
+    slots, step = slots_of(recipe), pass_of(recipe)
+    whole, parts = engine.allocate(slots, 340), engine.allocate(slots, 340)
+    for state in (whole, parts):
+        fill(state, arrays)
+    answers = [np.zeros(300, np.float32), np.zeros(300, np.float32)]
+    whole.update(step, offset, whole.stage(arrays["gradient"]), 0, 300, answers[0])
     edges = [0, *sorted(cuts), 300]
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        piece = parts.stage(rule_arrays["gradient"][begin:end].copy())
-        parts.update(RULE, scalars, offset + begin, piece, 0, end - begin, answers[1][begin:end])
+        if data.draw(st.booleans()):
+            piece, at = parts.stage(arrays["gradient"][begin:end].copy()), 0
+        else:
+            piece, at = parts.stage(arrays["gradient"]), begin
+        parts.update(step, offset + begin, piece, at, at + end - begin, answers[1][begin:end])
     assert_same_bits(answers[1], answers[0])
-    for slot in SLOTS:
-        got, want = np.empty((2, 340), np.float32)
-        parts.read(slot, 0, got)
-        whole.read(slot, 0, want)
-        assert_same_bits(got, want, slot)
+    got, want = contents(parts, slots, 340), contents(whole, slots, 340)
+    for slot in slots:
+        assert_same_bits(got[slot], want[slot], slot)

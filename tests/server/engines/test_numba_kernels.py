@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines import CpuEngine, kernel_cache
-from stepwire_server.rules import ALL_RULES
+from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
 
 pytest.importorskip("numba")
 
 from stepwire_server.engines.numba_kernels import NumbaKernels
 
-RULE = ALL_RULES[0]
+RECIPE = Recipe(ALL_RULES[0])
 FLOAT32 = np.dtype(np.float32)
 
 SCRIPT = """
 import numpy as np
 from stepwire_server.engines.numba_kernels import NumbaKernels
-from stepwire_server.rules import ALL_RULES
-kernels, dtype = NumbaKernels(), np.dtype(np.float32)
-for kernel in kernels.update(ALL_RULES[0], dtype, dtype), kernels.sum_of_squares(dtype):
+from stepwire_server.rules import ALL_RULES, Recipe
+kernels, dtype, recipe = NumbaKernels(), np.dtype(np.float32), Recipe(ALL_RULES[0])
+for kernel in kernels.update(recipe, dtype, dtype), kernels.sum_of_squares(dtype, False):
     print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 arrays = [np.ones(100, np.float32) for _ in range(5)]
 arrays[3:] = kernels.source(arrays[3]), kernels.target(arrays[4])
-kernels.update(ALL_RULES[0], dtype, dtype)(*arrays, 0, 0, 0, 100, *[0.5] * 8)
+kernels.update(recipe, dtype, dtype)(*arrays, 0, 0, 0, 100, *[0.5] * len(recipe.scalars))
 print(arrays[4].view(np.uint32).sum())
 """
 
@@ -53,11 +53,12 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_server(tmp_path) -> No
 
 
 def steps_right(kernels: NumbaKernels) -> bool:
+    """Step with m = v = ½ + ½, so p = 1 − ¼·1 / (1 + 1)."""
     param, first, second, gradient, out = (np.ones(3, np.float32) for _ in range(5))
-    kernel = kernels.update(RULE, FLOAT32, FLOAT32)
-    scalars = (1.0, 0.5, 0.5, 0.5, 0.5, 0.25, 1.0, 0.0)
+    kernel = kernels.update(RECIPE, FLOAT32, FLOAT32)
+    scalars = (1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 1.0)
     kernel(param, first, second, kernels.source(gradient), kernels.target(out), 0, 0, 0, 3, *scalars)
-    return out.tolist() == [0.25] * 3
+    return out.tolist() == [0.875] * 3
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_step(tmp_path, monkeypatch, caplog) -> None:
@@ -101,26 +102,48 @@ def test_a_damaged_cache_is_survived(tmp_path, caplog) -> None:
 
 def test_rules_with_one_function_share_a_kernel(kernel_directory) -> None:
     kernels = NumbaKernels(kernel_directory)
-    same = [rule for rule in ALL_RULES if rule.update is RULE.update]
-    assert len(same) == 2
-    assert kernels.update(same[0], FLOAT32, None) is kernels.update(same[1], FLOAT32, None)
+    same = [Recipe(rule) for rule in ALL_RULES if rule.update is RECIPE.rule.update]
+    assert len(same) > 1
+    assert len({id(kernels.update(recipe, FLOAT32, FLOAT32)) for recipe in same}) == 1
+
+
+def test_kernels_of_other_options_are_others(kernel_directory) -> None:
+    kernels = NumbaKernels(kernel_directory)
+    assert kernels.update(RECIPE, FLOAT32, FLOAT32) is not kernels.update(RECIPE, FLOAT32, None)
+    assert kernels.sum_of_squares(FLOAT32, False) is not kernels.sum_of_squares(FLOAT32, True)
 
 
 def test_other_types_are_refused_and_not_compiled(kernel_directory) -> None:
-    kernel = NumbaKernels(kernel_directory).sum_of_squares(FLOAT32)
+    kernel = NumbaKernels(kernel_directory).sum_of_squares(FLOAT32, False)
     with pytest.raises(TypeError, match="No matching definition"):
-        kernel(np.ones(3, np.float64), 0, 0, 3, 65_536, np.empty(1))
+        kernel(np.ones(3, np.float64), 0, 0, 0, 3, 65_536, np.empty((1, 1)), 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "wire_name"), [("amsgrad_l2", "float16"), ("amsgrad", "float32"), ("adam", "bfloat16")]
-)
-def test_the_loop_is_vectorised(name, wire_name, wire, tmp_path) -> None:
+LOOPS = [
+    (Recipe(ALL_RULES[1], Decay.GRADIENT), "float16"),
+    (Recipe(ALL_RULES[0]), "bfloat16"),
+    (Recipe(ALL_RULES[0], accumulates=True, limits=True, averages=True, measures=True), "float32"),
+    (Recipe(ALL_RULES[0], precision=Precision.BFLOAT16), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "name"), LOOPS, ids=lambda value: getattr(value, "name", value))
+def test_the_loop_is_vectorised(recipe, name, wire, tmp_path) -> None:
     """A compiler that gave up on the loop would cost a factor of four, and nothing else would tell."""
-    (rule,) = (rule for rule in ALL_RULES if rule.name == name)
-    kernel = NumbaKernels(tmp_path).update(rule, wire[wire_name], wire[wire_name])
+    kernel = NumbaKernels(tmp_path).update(recipe, wire[name], wire[name])
     (code,) = kernel.inspect_llvm().values()
     assert re.search(r"fdiv <\d+ x float>", code)
+
+
+def test_what_is_kept_is_computed_without_fast_math(wire, tmp_path) -> None:
+    """Reordering is for the sums of telemetry alone: no product, quotient or root has a flag."""
+    recipe = Recipe(ALL_RULES[0], limits=True, measures=True)
+    kernel = NumbaKernels(tmp_path).update(recipe, wire["float32"], wire["float32"])
+    (code,) = kernel.inspect_llvm().values()
+    assert re.search(r"fadd reassoc", code)
+    assert not re.search(r"(fdiv|sqrt\S*) (fast|reassoc|contract|arcp|nnan|ninf|nsz|afn)", code)
+    assert not re.search(r"\b(contract|fast|arcp|nnan|ninf|afn)\b <?", code)
+    assert "llvm.fma" not in code and "fmuladd" not in code
 
 
 def test_engine_reports_numba(kernel_directory) -> None:

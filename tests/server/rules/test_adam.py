@@ -1,200 +1,156 @@
-"""The formulas against the equations, written here once more, in float64."""
+"""Adam in every form against the equations, written here once more with hats."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import itertools
 import math
-import subprocess
-import sys
-import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwire.optimizers import Adam, AdamW
-from stepwire_server.engines.rule_source import functions_of
-from stepwire_server.rules import ALL_RULES, SERVED_FORMULAS, rule_for, slots_for
+from stepwire_server.rules import Decay, rule_for
+from stepwire_server.rules.adam import ADAM_RULES
 
-SIZE = 37
-
-OPTIMIZERS = [
-    Adam(
-        lr=0.01,
-        betas=betas,
-        eps=eps,
-        weight_decay=decay,
-        amsgrad=amsgrad,
-        maximize=maximize,
-        decoupled_weight_decay=decoupled,
-        formula=formula,
-    )
-    for formula, amsgrad, maximize, (decay, decoupled), (betas, eps) in itertools.product(
-        ["torch", "no_bias_correction"],
-        [False, True],
-        [False, True],
-        [(0.0, False), (0.3, False), (0.3, True)],
-        [((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-3)],
-    )
-]
+NUMBERS = [((0.9, 0.999), 1e-8, False), ((0.5, 0.9), 1e-3, True)]
+DECAYS = [(0.0, False), (0.3, False), (0.3, True)]
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "torch": [{}, {"amsgrad": True}],
+    "keras": [{}, {"amsgrad": True}],
+    "no_bias_correction": [{}, {"amsgrad": True}],
+    "optax": [{}, {"eps_root": 1e-4}, {"amsgrad": "corrected", "eps_root": 1e-4}, {"nesterov": True}],
+    "decay_after": [{}],
+}
 
 
-def gradients(steps: int) -> np.ndarray:
-    """Gradients that fall by a factor of 10 halfway, so that a running maximum shows."""
-    values = np.random.default_rng(7).standard_normal((steps, SIZE))
-    values[steps // 2 :] /= 10.0
-    return values
+def optimizers(formula: str) -> list[Adam]:
+    return [
+        Adam(
+            lr=0.01,
+            betas=betas,
+            eps=eps,
+            weight_decay=decay,
+            decoupled_weight_decay=decoupled,
+            maximize=maximize,
+            formula=formula,  # type: ignore[arg-type]
+            **kind,
+        )
+        for kind, (betas, eps, maximize), (decay, decoupled) in itertools.product(KINDS[formula], NUMBERS, DECAYS)
+        if decoupled or not decay or formula not in ("keras", "decay_after")
+    ]
 
 
-def expected(optimizer: Adam, start: np.ndarray, grads: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Adam as in Kingma & Ba, algorithm 1, with hats; AMSGrad with the maximum of the raw v."""
-    beta1, beta2 = optimizer.betas
-    theta, m, v, v_max = start.copy(), np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE)
-    for t, grad in enumerate(grads, start=1):
-        g = -grad if optimizer.maximize else grad
-        if optimizer.decoupled_weight_decay:
-            theta = theta - optimizer.lr * optimizer.weight_decay * theta
-        else:
-            g = g + optimizer.weight_decay * theta
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        v_max = np.maximum(v_max, v)
-        used = v_max if optimizer.amsgrad else v
-        corrected = optimizer.formula == "torch"
-        m_hat = m / (1 - beta1**t) if corrected else m
-        v_hat = used / (1 - beta2**t) if corrected else used
-        theta = theta - optimizer.lr * m_hat / (np.sqrt(v_hat) + optimizer.eps)
-    return (theta, m, v, v_max) if optimizer.amsgrad else (theta, m, v)
+def expected(adam: Adam, t: int, g: np.ndarray, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    beta1, beta2 = adam.betas
+    new = {
+        "exp_avg": beta1 * old["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * old["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    corrected = adam.formula != "no_bias_correction"
+    m_hat = new["exp_avg"] / (1 - beta1**t) if corrected else new["exp_avg"]
+    v_hat = new["exp_avg_sq"] / (1 - beta2**t) if corrected else new["exp_avg_sq"]
+    if adam.amsgrad == "corrected":
+        v_hat = new["max_exp_avg_sq"] = np.maximum(old["max_exp_avg_sq"], v_hat)
+    elif adam.amsgrad:
+        new["max_exp_avg_sq"] = np.maximum(old["max_exp_avg_sq"], new["exp_avg_sq"])
+        v_hat = new["max_exp_avg_sq"] / (1 - beta2**t) if corrected else new["max_exp_avg_sq"]
+    if adam.nesterov:
+        m_hat = beta1 * new["exp_avg"] / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
+    eps = adam.eps / math.sqrt(1 - beta2**t) if adam.formula == "keras" else adam.eps  # "epsilon hat" of the paper
+    return new | {"param": old["param"] - adam.lr * m_hat / (np.sqrt(v_hat + adam.eps_root) + eps)}
 
 
-def computed(optimizer: Adam, start: np.ndarray, grads: np.ndarray) -> tuple[np.ndarray, ...]:
-    hyper = optimizer.hyperparameters()
-    rule = rule_for(optimizer, hyper)
-    state = (start, *(np.zeros(SIZE) for _ in rule.slots))
-    for t, grad in enumerate(grads, start=1):
-        state = rule.update(state[0], grad, *state[1:], *rule.scalars(hyper, t))
-    return state
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
-def test_every_option_follows_the_equations(steps: int) -> None:
-    start, grads = np.random.default_rng(1).standard_normal(SIZE), gradients(steps)
-    for optimizer in OPTIMIZERS:
-        for got, want in zip(computed(optimizer, start, grads), expected(optimizer, start, grads), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13, err_msg=repr(optimizer))
+@pytest.mark.parametrize("formula", KINDS)
+def test_every_option_follows_the_equations(formula, check_equations) -> None:
+    for optimizer in optimizers(formula):
+        check_equations(optimizer, expected)
 
 
 def test_the_optimizers_above_use_every_rule() -> None:
-    used = {rule_for(optimizer, optimizer.hyperparameters()).name for optimizer in OPTIMIZERS}
-    assert used == {rule.name for rule in ALL_RULES}
+    used = {rule_for(optimizer, False)[0].name for formula in KINDS for optimizer in optimizers(formula)}
+    assert used == {rule.name for rule in ADAM_RULES}
 
 
-def test_first_step_of_adam_by_hand() -> None:
+# --- by hand --------------------------------------------------------------------------------------------------
+
+
+def after_one(run, optimizer: Adam) -> list[float]:
+    return run(optimizer, np.ones(3), [np.array([4.0, -0.5, 0.0])])[0]["param"].tolist()
+
+
+def test_first_step_of_torch_by_hand(run) -> None:
     """With both corrections, the first step is lr·g/(|g| + eps): an exponent off by one would show here."""
-    grad = np.array([4.0, -0.5, 0.0])
-    optimizer = Adam(lr=0.1, eps=0.25)
-    rule = rule_for(optimizer, optimizer.hyperparameters())
-    p, m, v = rule.update(np.ones(3), grad, 0.0, 0.0, *rule.scalars(optimizer.hyperparameters(), 1))
-    np.testing.assert_allclose(p, [1 - 0.1 * 4 / 4.25, 1 + 0.1 * 0.5 / 0.75, 1.0], rtol=1e-14)
-    np.testing.assert_allclose(m, [0.4, -0.05, 0.0], rtol=1e-14)
-    np.testing.assert_allclose(v, [0.016, 0.00025, 0.0], rtol=1e-13)
+    assert after_one(run, Adam(lr=0.1, eps=0.25)) == pytest.approx([1 - 0.4 / 4.25, 1 + 0.05 / 0.75, 1.0], rel=1e-14)
 
 
-def test_first_step_without_correction_by_hand() -> None:
+def test_first_step_of_keras_by_hand(run) -> None:
+    """The term stands beside √v before its correction: lr·√c2·g/(√c2·|g| + eps), with √c2 = 1/2."""
+    optimizer = Adam(lr=0.1, betas=(0.5, 0.75), eps=0.25, formula="keras")
+    assert after_one(run, optimizer) == pytest.approx([1 - 0.05 * 4 / 2.25, 1 + 0.05 * 0.5 / 0.5, 1.0], rel=1e-14)
+
+
+def test_first_step_of_optax_by_hand(run) -> None:
+    optimizer = Adam(lr=0.1, eps=0.25, eps_root=9.0, formula="optax")
+    root = math.sqrt(9.25)
+    assert after_one(run, optimizer) == pytest.approx([1 - 0.4 / 5.25, 1 + 0.05 / (root + 0.25), 1.0], rel=1e-14)
+
+
+def test_first_step_of_optaxs_nesterov_by_hand(run) -> None:
+    """With β1 = 1/2: m = g/2, so m̂ = ½·(g/2)/(1 − ¼) + ½·g/½ = 4/3·g."""
+    optimizer = Adam(lr=0.1, betas=(0.5, 0.75), eps=1e-30, formula="optax", nesterov=True)
+    assert after_one(run, optimizer) == pytest.approx([1 - 0.4 / 3, 1 + 0.4 / 3, 1.0], rel=1e-14)
+
+
+def test_first_step_without_correction_by_hand(run) -> None:
     optimizer = Adam(lr=0.1, eps=0.25, betas=(0.5, 0.75), formula="no_bias_correction")
-    rule = rule_for(optimizer, optimizer.hyperparameters())
-    p, m, v = rule.update(1.0, 4.0, 0.0, 0.0, *rule.scalars(optimizer.hyperparameters(), 1))
-    assert (m, v) == (2.0, 4.0)
-    assert p == pytest.approx(1 - 0.1 * 2.0 / 2.25, rel=1e-14)
+    assert after_one(run, optimizer) == pytest.approx([1 - 0.2 / 2.25, 1 + 0.025 / 0.5, 1.0], rel=1e-14)
 
 
-def test_correction_counts_this_update() -> None:
-    hyper = Adam(lr=0.1).hyperparameters()
-    scalars = rule_for(Adam(), hyper).scalars
-    for t in (1, 2, 1000):
-        assert scalars(hyper, t)[5] == 0.1 / (1 - 0.9**t)
-        assert scalars(hyper, t)[6] == math.sqrt(1 - 0.999**t)
+def test_first_step_with_decay_by_hand(run) -> None:
+    """All elements are 1, so an update of −0.1·sign(g) and decay of 0.1·0.5·p are easily told apart."""
+    numbers: dict[str, Any] = {"lr": 0.1, "eps": 1e-30, "weight_decay": 0.5}
+    assert after_one(run, Adam(**numbers)) == pytest.approx([0.9, 1.0, 0.9]), "L2 alone moves by lr, or cancels"
+    assert after_one(run, AdamW(**numbers)) == pytest.approx([0.95 - 0.1, 0.95 + 0.1, 0.95])
+    after = after_one(run, AdamW(**numbers, formula="decay_after"))
+    assert after == pytest.approx([0.9 * 0.95, 1.1 * 0.95, 0.95])
 
 
-def test_amsgrad_keeps_the_maximum_of_the_raw_second_moment() -> None:
+def test_amsgrad_keeps_the_maximum_of_the_raw_second_moment(run) -> None:
     optimizer = Adam(lr=1.0, betas=(0.0, 0.5), eps=0.0, amsgrad=True)
-    rule, hyper = rule_for(optimizer, optimizer.hyperparameters()), optimizer.hyperparameters()
-    p, m, v, x = rule.update(0.0, 4.0, 0.0, 0.0, 0.0, *rule.scalars(hyper, 1))
-    assert (p, m, v, x) == (-1.0, 4.0, 8.0, 8.0)
-    p, m, v, x = rule.update(0.0, 0.0, m, v, x, *rule.scalars(hyper, 2))
-    assert (m, v, x) == (0.0, 4.0, 8.0)
-    p, m, v, x = rule.update(0.0, 2.0, m, v, x, *rule.scalars(hyper, 3))
-    assert (v, x) == (4.0, 8.0)
-    assert p == pytest.approx(-2.0 / math.sqrt(8.0 / (1 - 0.5**3)))  # a corrected maximum would be 16
+    one, two, three = run(optimizer, np.zeros(1), [np.array([value]) for value in (4.0, 0.0, 2.0)])
+    assert (one["param"][0], one["exp_avg_sq"][0], one["max_exp_avg_sq"][0]) == (-1.0, 8.0, 8.0)
+    assert (two["exp_avg"][0], two["exp_avg_sq"][0], two["max_exp_avg_sq"][0]) == (0.0, 4.0, 8.0)
+    assert (three["exp_avg_sq"][0], three["max_exp_avg_sq"][0]) == (4.0, 8.0)
+    assert three["param"][0] - two["param"][0] == pytest.approx(-2.0 / math.sqrt(8.0 / (1 - 0.5**3)))
 
 
-@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
-def test_update_takes_what_the_rule_says(rule) -> None:
-    integers = dataclasses.replace(AdamW().hyperparameters(), lr=1, beta2=0, eps=np.float32(1), weight_decay=2)
-    scalars = rule.scalars(integers, 1)
-    assert len(inspect.signature(rule.update).parameters) == 2 + len(rule.slots) + len(scalars)
-    assert all(type(scalar) is float for scalar in scalars)
-    result = rule.update(1.0, 1.0, *[0.0] * len(rule.slots), *scalars)
-    assert len(result) == 1 + len(rule.slots)
+def test_amsgrad_of_optax_keeps_the_maximum_of_the_corrected_one(run) -> None:
+    optimizer = Adam(lr=1.0, betas=(0.0, 0.5), eps=0.0, amsgrad="corrected", formula="optax")
+    states = run(optimizer, np.zeros(1), [np.array([value]) for value in (4.0, 0.0, 2.0)])
+    assert [state["max_exp_avg_sq"][0] for state in states] == [16.0, 16.0, 16.0]
+    assert states[2]["param"][0] - states[1]["param"][0] == pytest.approx(-2.0 / 4.0)
 
 
-@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
-def test_update_leaves_its_arguments_alone(rule) -> None:
-    arrays = [np.full(3, 0.5) for _ in range(2 + len(rule.slots))]
-    rule.update(*arrays, *rule.scalars(AdamW().hyperparameters(), 1))
-    assert all((array == 0.5).all() for array in arrays)
+def test_betas_of_zero_follow_the_sign(run) -> None:
+    states = run(Adam(lr=0.5, betas=(0.0, 0.0), eps=0.0), np.zeros(2), [np.array([3.0, -1e-9])] * 3)
+    assert [state["param"].tolist() for state in states] == [[-0.5, 0.5], [-1.0, 1.0], [-1.5, 1.5]]
 
 
-@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
-def test_update_stays_in_float32_and_has_no_literals(rule) -> None:
-    arrays = [np.full(3, 0.5, np.float32) for _ in range(2 + len(rule.slots))]
-    scalars = [np.float32(scalar) for scalar in rule.scalars(AdamW().hyperparameters(), 1)]
-    assert {value.dtype.name for value in rule.update(*arrays, *scalars)} == {"float32"}
-    for function in functions_of(rule.update):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        assert literals == [inspect.getdoc(function)], function.__name__
+def test_a_rate_of_zero_moves_the_moments_alone(run) -> None:
+    (state,) = run(AdamW(lr=0.0), np.ones(2), [np.array([3.0, -2.0])])
+    assert state["param"].tolist() == [1.0, 1.0]
+    assert state["exp_avg"].tolist() == pytest.approx([0.3, -0.2])
 
 
 @pytest.mark.parametrize("optimizer", [Adam(), Adam(amsgrad=True), AdamW(), AdamW(amsgrad=True)], ids=repr)
-def test_infinite_parameters_survive_unless_decay_is_in_the_gradient(optimizer: Adam) -> None:
-    hyper = optimizer.hyperparameters()
-    rule = rule_for(optimizer, hyper)
-    p, *_ = rule.update(np.array([np.inf, -np.inf]), 1.0, *[0.0] * len(rule.slots), *rule.scalars(hyper, 1))
-    assert p.tolist() == [np.inf, -np.inf]
+def test_infinite_parameters_survive_unless_decay_is_in_the_gradient(optimizer, run) -> None:
+    (state,) = run(optimizer, np.array([np.inf, -np.inf]), [np.ones(2)])
+    assert state["param"].tolist() == [np.inf, -np.inf]
 
 
-def test_zero_decay_multiplies_by_exactly_one() -> None:
-    hyper = Adam(lr=0.3).hyperparameters()
-    assert rule_for(Adam(), hyper).scalars(hyper, 1)[1] == 1.0
-
-
-def test_a_step_may_switch_decay_on() -> None:
-    adam = Adam()
-    hyper = adam.hyperparameters()
-    assert rule_for(adam, hyper).name == "adam"
-    assert rule_for(adam, hyper.replace({"weight_decay": 0.1})).name == "adam_l2"
-    assert rule_for(AdamW(), hyper.replace({"weight_decay": 0.1})).name == "adam"
-
-
-def test_slots_are_those_of_every_rule_a_session_may_use() -> None:
-    assert slots_for(Adam()) == ("exp_avg", "exp_avg_sq")
-    assert slots_for(AdamW(amsgrad=True)) == ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    for optimizer in OPTIMIZERS:
-        assert rule_for(optimizer, optimizer.hyperparameters()).slots == slots_for(optimizer)
-
-
-def test_names_are_unique_and_formulas_served() -> None:
-    assert len({rule.name for rule in ALL_RULES}) == len(ALL_RULES) == 8
-    assert SERVED_FORMULAS == {"torch", "no_bias_correction"}
-
-
-def test_rules_load_no_engine() -> None:
-    script = (
-        "import sys, stepwire_server.rules;"
-        "print(sorted({'cupy', 'grpc', 'numba', 'stepwire_server.engines'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_decay_of_each_formula_acts_where_it_says() -> None:
+    assert rule_for(Adam(), False)[1] is Decay.GRADIENT
+    assert rule_for(AdamW(), False)[1] is Decay.BEFORE
+    assert rule_for(AdamW(formula="optax"), False)[1] is Decay.BEFORE
+    assert rule_for(AdamW(formula="decay_after"), False)[1] is Decay.AFTER

@@ -1,0 +1,42 @@
+"""Optimizer configurations: what a session is told at creation, and what a step may override.
+
+These are records only. The formulas live in the server's `rules`; the ranges are checked here, in one
+place, by client and server alike.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from stepwire.optimizers.adam import Adam, Adamax, AdamW, NAdam, RAdam
+from stepwire.optimizers.adaptive import Adadelta, Adagrad, RMSprop
+from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters
+from stepwire.optimizers.layerwise import LAMB, LARS
+from stepwire.optimizers.momentum import SGD, Lion
+from stepwire.optimizers.optimizer import Formula, Optimizer, Structure
+
+__all__ = [
+    "LAMB",
+    "LARS",
+    "OPTIMIZERS",
+    "OVERRIDABLE",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Formula",
+    "Hyperparameters",
+    "Lion",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Structure",
+]
+
+OPTIMIZERS: Final[dict[str, type[Optimizer]]] = {
+    kind.rule: kind for kind in (Adam, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad, Adadelta, Lion, LAMB, LARS)
+}
+"""Every rule by its name in the contract; AdamW is Adam with decoupled decay."""

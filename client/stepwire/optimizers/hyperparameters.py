@@ -1,0 +1,155 @@
+"""The numbers of one parameter group, and the one place where their ranges are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["OVERRIDABLE", "Hyperparameters", "invalid", "number", "pair"]
+
+
+class _Range(NamedTuple):
+    """What a number may be, for the check and for the error."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_WEIGHT = _Range(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
+_FRACTION = _Range(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+_NOT_NEGATIVE = _Range(lambda value: math.isfinite(value) and value >= 0.0, "finite and >= 0")
+_POSITIVE = _Range(lambda value: math.isfinite(value) and value > 0.0, "finite and > 0")
+
+_RANGES: Final[dict[str, _Range]] = {
+    "lr": _NOT_NEGATIVE,
+    "beta1": _WEIGHT,
+    "beta2": _WEIGHT,
+    "eps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "momentum": _WEIGHT,
+    "dampening": _FRACTION,
+    "alpha": _WEIGHT,
+    "decay": _NOT_NEGATIVE,
+    "trust_coefficient": _POSITIVE,
+    "eps_root": _NOT_NEGATIVE,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Hyperparameters:
+    """The numbers of one parameter group in one step, all float64 on the host. None: the rule has no such number.
+
+    Attributes:
+        lr: learning rate, finite, ≥ 0.
+        beta1: weight of the past in the first moment, in [0, 1). Larger is smoother and steadier,
+            smaller follows the gradient more closely.
+        beta2: weight of the past in the second moment, in [0, 1).
+        eps: term added to the denominator, finite, ≥ 0.
+        weight_decay: decay coefficient, finite, ≥ 0.
+        maximize: ascend instead of descend.
+        momentum: weight of the past in the momentum buffer, in [0, 1).
+        dampening: share of the gradient that momentum leaves out, in [0, 1].
+        alpha: weight of the past in the mean square (Adadelta's rho), in [0, 1).
+        decay: of Adagrad's learning rate, or of NAdam's momentum, per update; finite, ≥ 0.
+        trust_coefficient: factor of the layerwise trust ratio, finite, > 0.
+        eps_root: term added inside the root, finite, ≥ 0.
+    """
+
+    lr: float
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    maximize: bool = False
+    momentum: float | None = None
+    dampening: float | None = None
+    alpha: float | None = None
+    decay: float | None = None
+    trust_coefficient: float | None = None
+    eps_root: float | None = None
+
+    def used(self) -> tuple[str, ...]:
+        """Name the numbers that the rule has."""
+        return tuple(name for name in OVERRIDABLE if getattr(self, name) is not None)
+
+    def replace(self, overrides: Mapping[str, Any], field: str = "hyperparameters") -> Hyperparameters:
+        """Return a checked copy with some values replaced.
+
+        Args:
+            overrides: names from `used()`; `betas` stands for `beta1` and `beta2` together.
+            field: the path that an error names.
+
+        Raises:
+            InvalidRequestError: a name that is unknown or that the rule does not use, or a value out of range;
+                the message names both.
+        """
+        values = dict(overrides)
+        if "betas" in values and self.beta1 is not None:
+            values["beta1"], values["beta2"] = pair(values.pop("betas"), f"{field}.betas")
+        for name, value in values.items():
+            if name not in OVERRIDABLE or getattr(self, name) is None:
+                raise invalid(f"{field}.{name}", f"{self._refusal(name)}; use one of: {', '.join(self._names())}")
+            _check(name, value, f"{field}.{name}")
+        return dataclasses.replace(self, **values)
+
+    def check(self, field: str = "hyperparameters") -> None:
+        """Refuse values out of range.
+
+        Raises:
+            InvalidRequestError: names the field, the value and the allowed range.
+        """
+        for name in self.used():
+            _check(name, getattr(self, name), f"{field}.{name}")
+
+    def _names(self) -> tuple[str, ...]:
+        return self.used() if self.beta1 is None else ("betas", *self.used())
+
+    def _refusal(self, name: str) -> str:
+        known = name in OVERRIDABLE or name == "betas"
+        return f"{name!r} is a hyper-parameter of other rules" if known else f"unknown hyper-parameter {name!r}"
+
+
+OVERRIDABLE: Final = tuple(field.name for field in dataclasses.fields(Hyperparameters))
+"""Every hyper-parameter there is; a rule uses some of them."""
+
+
+def invalid(field: str, message: str) -> InvalidRequestError:
+    """Say what is wrong with a field."""
+    return InvalidRequestError(f"{field}: {message}", metadata={"field": field})
+
+
+def number(value: object, field: str) -> float:
+    """Return a number as a float; NumPy scalars and 0-d arrays count.
+
+    Raises:
+        InvalidRequestError: it is not one that a float can hold.
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise invalid(field, f"{value!r:.80} is not a number that a float can hold") from None
+
+
+def pair(value: object, field: str) -> tuple[float, float]:
+    """Return two numbers.
+
+    Raises:
+        InvalidRequestError: it is not a tuple or list of two.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise invalid(field, f"betas is {value!r}; it must be two numbers, such as (0.9, 0.999)")
+    return number(value[0], f"{field}[0]"), number(value[1], f"{field}[1]")
+
+
+def _check(name: str, value: object, field: str) -> None:
+    if name == "maximize":
+        if not isinstance(value, bool):
+            raise invalid(field, f"maximize is {value!r}; it must be True or False")
+    elif not _RANGES[name].holds(number(value, field)):
+        raise invalid(field, f"{name} is {value!r}; it must be {_RANGES[name].words}")

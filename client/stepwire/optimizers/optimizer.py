@@ -1,0 +1,119 @@
+"""What every optimizer configuration has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, invalid, pair
+
+__all__ = ["Formula", "Optimizer", "Structure", "TwoBetas"]
+
+Formula = Literal["torch", "keras", "optax", "no_bias_correction", "decay_after"]
+
+
+class Structure(NamedTuple):
+    """What a session's optimizer is besides its numbers; fixed for the session's life.
+
+    Attributes:
+        formula: whose form of the rule.
+        amsgrad: `"none"`, `"raw"` or `"corrected"`: which second moment is never let fall.
+        decoupled_weight_decay: decay is taken off the parameter instead of being added to the gradient.
+        nesterov: Nesterov momentum.
+        centered: divide by the standard deviation instead of the root mean square.
+        initial_accumulator_value: what Adagrad's sum starts from.
+    """
+
+    formula: Formula = "torch"
+    amsgrad: str = "none"
+    decoupled_weight_decay: bool = False
+    nesterov: bool = False
+    centered: bool = False
+    initial_accumulator_value: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The base of all configurations. Records only: the formulas live in the server's `rules`.
+
+    Class attributes:
+        rule: the family's name in the contract.
+        published: whose form this is where there is only one.
+        synonyms: constructor names by the contract's names, where they differ.
+    """
+
+    rule: ClassVar[str]
+    published: ClassVar[Formula] = "torch"
+    synonyms: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range with an error that names them."""
+        for name in (field.name for field in dataclasses.fields(self)):
+            if getattr(self, name) is None:  # which further on means that a rule has no such number
+                raise invalid(f"optimizer.{name}", f"{name} is None; leave it out for its default")
+        for name in ("decoupled_weight_decay", "nesterov", "centered"):
+            if not isinstance(getattr(self, name, False), bool):
+                raise invalid(f"optimizer.{name}", f"{name} is {getattr(self, name)!r}; use True or False")
+        if self.structure().formula not in get_args(Formula):
+            allowed = ", ".join(get_args(Formula))
+            raise invalid("optimizer.formula", f"formula is {self.structure().formula!r}; use one of: {allowed}")
+        numbers = self.hyperparameters()
+        numbers.check("optimizer")
+        self.check_numbers(numbers, "optimizer")
+
+    def structure(self) -> Structure:
+        """Return what the optimizer is besides its numbers."""
+        defaults = Structure(formula=self.published)
+        return defaults._replace(**{name: getattr(self, name) for name in Structure._fields if hasattr(self, name)})
+
+    def hyperparameters(self) -> Hyperparameters:
+        """Return the numbers alone, as every group starts with them."""
+        names = {field.name: field.name for field in dataclasses.fields(self)}
+        names |= {self.synonyms[name]: name for name in self.synonyms}
+        return Hyperparameters(**{to: getattr(self, name) for name, to in names.items() if to in OVERRIDABLE})
+
+    def override(self, base: Hyperparameters, overrides: Mapping[str, Any], field: str) -> Hyperparameters:
+        """Return a checked copy of `base` with some values replaced, by the names of the constructor or the contract.
+
+        Raises:
+            InvalidRequestError: a name the rule does not use, a value out of range, or values that contradict each
+                other; the message names them.
+        """
+        changed = base.replace({self.contract_name(name): value for name, value in overrides.items()}, field)
+        self.check_numbers(changed, field)
+        return changed
+
+    def contract_name(self, name: str) -> str:
+        """Return the contract's name of a hyper-parameter, given that or the constructor's."""
+        return next((contract for contract, own in self.synonyms.items() if own == name), name)
+
+    def arguments(self, numbers: Hyperparameters) -> dict[str, Any]:
+        """Return the constructor's arguments that make these numbers."""
+        values = {name: getattr(numbers, name) for name in numbers.used()}
+        arguments = {self.synonyms.get(name, name): value for name, value in values.items()}
+        if "beta1" in arguments:
+            arguments["betas"] = (arguments.pop("beta1"), arguments.pop("beta2"))
+        return arguments
+
+    def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
+        """Refuse numbers that contradict each other or the structure; ranges have been checked.
+
+        Raises:
+            InvalidRequestError: names the field.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoBetas(Optimizer):
+    """The base of those with two weights of the past."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    maximize: bool = False
+
+    def hyperparameters(self) -> Hyperparameters:
+        """Return the numbers alone, as every group starts with them."""
+        beta1, beta2 = pair(self.betas, "optimizer.betas")
+        return dataclasses.replace(super().hyperparameters(), beta1=beta1, beta2=beta2)

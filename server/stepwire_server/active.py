@@ -1,0 +1,52 @@
+"""Which tensors a step moves, and where they lie."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from stepwire.layout import Layout
+
+__all__ = ["Active", "Stretch"]
+
+
+class Stretch(NamedTuple):
+    """Flat elements `[start, end)` of one group, all of tensors that the step moves."""
+
+    start: int
+    end: int
+    group: int
+
+
+class Active:
+    """The tensors of a layout but for some.
+
+    Attributes:
+        layout: whose.
+        absent: indices of the tensors that stay as they are: no gradient is needed, and one that comes is ignored.
+    """
+
+    def __init__(self, layout: Layout, absent: frozenset[int]) -> None:
+        """Leave out the tensors with indices `absent`."""
+        self.layout = layout
+        self.absent = absent
+
+    @functools.cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The tensors that move, in layout order."""
+        return tuple(index for index in range(len(self.layout.tensors)) if index not in self.absent)
+
+    @functools.cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Where they lie: neighbours of one group merged, in flat order."""
+        found: list[Stretch] = []
+        for index in self.indices:
+            tensor = self.layout.tensors[index]
+            if not tensor.count:
+                continue
+            last = found[-1] if found else None
+            if last and (last.end, last.group) == (tensor.offset, tensor.spec.group):
+                found[-1] = last._replace(end=tensor.end)
+            else:
+                found.append(Stretch(tensor.offset, tensor.end, tensor.spec.group))
+        return tuple(found)

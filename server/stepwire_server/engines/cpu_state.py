@@ -1,0 +1,234 @@
+"""The arrays of one session in host memory, and the calls of kernels on ranges of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from stepwire_server.engines.chunks import StagedChunk, check_range
+from stepwire_server.engines.protocol import PARAM, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.rounding import seeds_for
+from stepwire_server.engines.shares import GRAIN, Shares
+from stepwire_server.engines.slots import BlockSlot, Slot
+from stepwire_server.rules import ACCUMULATED, Precision, Recipe
+from stepwire_server.rules.treatment import added, scaled
+
+__all__ = ["CpuKernels", "CpuState"]
+
+# Elements from which a second thread pays: handing it a share costs about 60 µs (0.9 ns an element to update,
+# 0.17 to sum, on one thread).
+LEAST_SHARED_UPDATE = 3 * GRAIN
+LEAST_SHARED_SUM = 16 * GRAIN
+
+
+class CpuKernels(Protocol):
+    """What `NumbaKernels` and `NumpyKernels` have in common; the former documents it."""
+
+    def source(self, payload: HostArray) -> HostArray:
+        """View a chunk of any wire dtype as the kernels read it."""
+        ...
+
+    def target(self, out: HostArray) -> HostArray:
+        """View an array of any wire dtype as the kernels write it."""
+        ...
+
+    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Return the kernel that steps a range."""
+        ...
+
+    def sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
+        """Return the kernel that sums squares in blocks."""
+        ...
+
+    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return the kernel that sums the squares of parameters and direction in blocks."""
+        ...
+
+    def accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return the kernel that adds gradients up."""
+        ...
+
+
+class CpuState:
+    """The arrays of one session; see `EngineState`."""
+
+    def __init__(self, kernels: CpuKernels, shares: Shares, slots: dict[str, Slot], size: int) -> None:
+        """Take over zeroed slots of `size` elements."""
+        self._kernels = kernels
+        self._shares = shares
+        self._slots = slots
+        self._size = size
+
+    @property
+    def nbytes(self) -> int:
+        """See `EngineState.nbytes`."""
+        return sum(slot.nbytes for slot in self._slots.values())
+
+    def stage(self, payload: HostArray) -> StagedChunk:
+        """See `EngineState.stage`; nothing is copied, an unaligned chunk neither."""
+        return StagedChunk(payload.dtype, self._kernels.source(payload))
+
+    def sum_of_squares(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> float:
+        """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        kernel = self._kernels.sum_of_squares(chunk.dtype, accumulated is not None)
+        arrays = () if accumulated is None else self._slots[ACCUMULATED].arrays()
+        (total,) = self._sums(1, kernel, (*arrays, chunk.values, accumulated or 0, begin), end - begin, (factor,))
+        return total
+
+    def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
+        """See `EngineState.accumulate`."""
+        chunk = self._checked(gradient, begin, end, start)
+        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].arrays()
+
+        def work(first: int, size: int) -> None:
+            kernel(*arrays, chunk.values, start + first, begin + first, size, factor)
+
+        self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
+
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> tuple[float, float]:
+        """See `EngineState.measure`; the same bits with any number of threads."""
+        chunk = self._checked(gradient, begin, end, start)
+        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
+        kernel = self._kernels.measure(recipe, chunk.dtype)
+        param, direction = self._sums(2, kernel, (*arrays, chunk.values, at, begin), end - begin, step.scalars[:-1])
+        return param, direction
+
+    def fetch(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> HostArray:
+        """See `EngineState.fetch`."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        with np.errstate(all="ignore"):
+            values = scaled(_floats(chunk, begin, end), np.float32(factor))
+            if accumulated is not None:
+                values = added(values, self._read(ACCUMULATED, accumulated, end - begin))
+        return np.asarray(values, np.float32)
+
+    def fetch_direction(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> HostArray:
+        """See `EngineState.fetch_direction`."""
+        chunk, recipe = self._checked(gradient, begin, end, start), step.recipe
+        names = {PARAM: "p", **recipe.slots}
+        variables: dict[str, Any] = {name: self._read(slot, start, end - begin) for slot, name in names.items()}
+        numbers = (np.float32(scalar) for scalar in step.scalars)
+        variables |= {"g": _floats(chunk, begin, end)} | dict(zip(recipe.scalars, numbers, strict=True))
+        with np.errstate(all="ignore"):
+            return np.asarray(recipe.evaluate(recipe.direction_stages, variables)["u"], np.float32)
+
+    def update(
+        self,
+        step: Pass,
+        start: int,
+        gradient: Gradient,
+        begin: int,
+        end: int,
+        out: HostArray | None,
+    ) -> tuple[float, ...]:
+        """See `EngineState.update`."""
+        chunk = self._checked(gradient, begin, end, start)
+        if out is not None:
+            check_range("out", 0, end - begin, len(out))
+        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
+        kernel = self._kernels.update(recipe, chunk.dtype, None if out is None else out.dtype)
+        target = None if out is None else self._kernels.target(out)
+        seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
+        if not recipe.measures:
+
+            def work(first: int, size: int) -> None:
+                kernel(*arrays, chunk.values, target, at + first, begin + first, first, size, *seeds, *step.scalars)
+
+            self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
+            return ()
+        share = self._shares.share(end - begin) or 1
+        sums = np.zeros((self._shares.threads, len(recipe.sums)))
+
+        def measured_work(first: int, size: int) -> None:
+            offsets = (at + first, begin + first, first, size)
+            kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
+
+        self._shares.run(measured_work, end - begin, LEAST_SHARED_UPDATE)
+        return tuple(sums.sum(axis=0).tolist())
+
+    def read(self, slot: str, start: int, out: HostArray) -> None:
+        """See `EngineState.read`."""
+        check_range("state", start, start + len(out), self._size)
+        owner = self._slots.get(slot.removesuffix("_scale"))
+        if slot not in self._slots and isinstance(owner, BlockSlot):
+            owner.read_scale(start, out)
+        else:
+            self._slots[slot].read(start, out)
+
+    def write(self, slot: str, start: int, values: HostArray) -> None:
+        """See `EngineState.write`."""
+        check_range("state", start, start + len(values), self._size)
+        self._slots[slot].write(start, values)
+
+    def adopt(self, other: EngineState) -> None:
+        """See `EngineState.adopt`."""
+        assert isinstance(other, CpuState) and other._size == self._size
+        for name, slot in other._slots.items():
+            own = self._slots.get(name)
+            if isinstance(own, BlockSlot):
+                scale = other._slots.get(f"{name}_scale")
+                own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
+            elif own is not None and own.nbytes != slot.nbytes:
+                own.write(0, slot.arrays()[0])
+            elif own is not None:
+                self._slots[name] = slot
+        other.close()
+
+    def close(self) -> None:
+        """See `EngineState.close`."""
+        self._slots = {}
+        self._size = 0
+
+    def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> StagedChunk:
+        assert isinstance(gradient, StagedChunk)
+        check_range("gradient", begin, end, len(gradient))
+        if start is not None:
+            check_range("state", start, start + end - begin, self._size)
+        return gradient
+
+    def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
+        """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
+        slots = [self._slots[PARAM], *[self._slots[slot] for slot in recipe.slots]]
+        if recipe.precision is Precision.INT8:
+            ranges = [slot.kept_range(start, size) if isinstance(slot, BlockSlot) else None for slot in slots]
+            if any(held is not None for held in ranges):
+                within = slice(start, start + size)
+                arrays = (
+                    slot.arrays()[0][within] if held is None else held for slot, held in zip(slots, ranges, strict=True)
+                )
+                return recipe.in_float32, 0, tuple(arrays)
+        return recipe, start, tuple(array for slot in slots for array in slot.arrays())
+
+    def _sums(
+        self,
+        count: int,
+        kernel: Callable[..., None],
+        before: tuple[Any, ...],
+        size: int,
+        scalars: tuple[float, ...],
+    ) -> tuple[float, ...]:
+        partials = np.zeros((count, -(-size // GRAIN)))
+
+        def work(first: int, share: int) -> None:
+            kernel(*before, first, share, GRAIN, partials, *scalars)
+
+        self._shares.run(work, size, LEAST_SHARED_SUM)
+        return tuple(math.fsum(row) for row in partials)
+
+    def _read(self, slot: str, start: int, size: int) -> HostArray:
+        values = np.empty(size, np.float32)
+        self._slots[slot].read(start, values)
+        return values
+
+
+def _floats(chunk: StagedChunk, begin: int, end: int) -> HostArray:
+    values: HostArray = chunk.values[begin:end].view(chunk.dtype).astype(np.float32)
+    return values

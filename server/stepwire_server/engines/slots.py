@@ -1,0 +1,170 @@
+"""How one state array is held in host memory, and how it becomes float32 and back."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from stepwire_server.engines.chunks import convert
+from stepwire_server.engines.dynamic_code import BLOCK, block_count, decode_blocks, encode_blocks, encode_with
+from stepwire_server.engines.protocol import HostArray, Span
+from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
+
+__all__ = ["BlockSlot", "FlatSlot", "Slot", "make_slot", "slot_bytes"]
+
+
+class Slot(Protocol):
+    """One state array of a session."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        ...
+
+    def arrays(self) -> tuple[HostArray, ...]:
+        """Return the arrays that kernels take for this slot."""
+        ...
+
+    def read(self, start: int, out: HostArray) -> None:
+        """Encode elements `[start, start + len(out))` into a wire dtype."""
+        ...
+
+    def write(self, start: int, values: HostArray) -> None:
+        """Decode values of a wire dtype into elements `[start, start + len(values))`."""
+        ...
+
+
+class FlatSlot:
+    """Elements of one dtype, one after another.
+
+    Attributes:
+        values: `(n,)` float32, or uint16 with the patterns of bfloat16.
+    """
+
+    def __init__(self, precision: Precision, size: int) -> None:
+        """Make `size` zeroed elements."""
+        self.values: HostArray = np.empty(size, np.uint16 if precision is Precision.BFLOAT16 else np.float32)
+        self.values.fill(0)
+
+    @property
+    def nbytes(self) -> int:
+        """See `Slot`."""
+        return self.values.nbytes
+
+    def arrays(self) -> tuple[HostArray, ...]:
+        """See `Slot`."""
+        return (self.values,)
+
+    def read(self, start: int, out: HostArray) -> None:
+        """See `Slot`."""
+        convert(self._typed()[start : start + len(out)], out)
+
+    def write(self, start: int, values: HostArray) -> None:
+        """See `Slot`; what bfloat16 cannot hold is rounded to nearest even."""
+        convert(values, self._typed()[start : start + len(values)])
+
+    def _typed(self) -> HostArray:
+        typed: HostArray = self.values.view(ml_dtypes.bfloat16) if self.values.dtype == np.uint16 else self.values
+        return typed
+
+
+class BlockSlot:
+    """Elements in 8 bits, with a maximum for each block of 256, but for small tensors, whose elements are float32.
+
+    Attributes:
+        codes: `(n,) uint8`.
+        absmax: `(n / 256,) float32`, rounded up.
+        kept: ranges that are float32, in order.
+    """
+
+    def __init__(self, signed: bool, size: int, kept: Sequence[Span]) -> None:
+        """Make `size` zeroed elements."""
+        self.codes: HostArray = np.full(size, encode_blocks(np.zeros(1, np.float32), signed)[0][0], np.uint8)
+        self.absmax: HostArray = np.zeros(block_count(size), np.float32)
+        self.kept = tuple(kept)
+        self._signed = signed
+        ends = np.cumsum([0, *(end - start for start, end in kept)])
+        self._kept_offsets = [int(end) for end in ends[:-1]]
+        self._kept_values: HostArray = np.zeros(int(ends[-1]), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """See `Slot`."""
+        return self.codes.nbytes + self.absmax.nbytes + self._kept_values.nbytes
+
+    def arrays(self) -> tuple[HostArray, ...]:
+        """See `Slot`: codes and maxima."""
+        return (self.codes, self.absmax)
+
+    def kept_range(self, start: int, size: int) -> HostArray | None:
+        """Return the float32 elements of a range, or None where it is held in 8 bits."""
+        index = bisect_right(self.kept, start, key=lambda span: span[0]) - 1
+        if index < 0 or start >= self.kept[index][1]:
+            return None
+        low = self._kept_offsets[index] + start - self.kept[index][0]
+        return self._kept_values[low : low + size]
+
+    def read(self, start: int, out: HostArray) -> None:
+        """See `Slot`."""
+        first = start // BLOCK
+        last = block_count(start + len(out))
+        values = decode_blocks(self.codes[first * BLOCK : last * BLOCK], self.absmax[first:last], self._signed)
+        values = values[start - first * BLOCK :][: len(out)]
+        for low, high in self._kept_within(start, start + len(out)):
+            kept = self.kept_range(low, high - low)
+            values[low - start : high - start] = kept
+        convert(values, out)
+
+    def read_scale(self, start: int, out: HostArray) -> None:
+        """Encode the maximum of each element's block; zero for elements that are float32."""
+        blocks = np.arange(start, start + len(out)) // BLOCK
+        values = self.absmax[blocks]
+        for low, high in self._kept_within(start, start + len(out)):
+            values[low - start : high - start] = 0.0
+        convert(values, out)
+
+    def write(self, start: int, values: HostArray) -> None:
+        """Refuse: blocks are replaced as a whole."""
+        raise TypeError("8-bit elements are replaced all at once")
+
+    def replace(self, values: HostArray, scale: HostArray | None) -> None:
+        """Encode all elements anew.
+
+        Args:
+            values: `(n,) float32`; used up.
+            scale: the maximum of each element's block, as `read_scale` gives it; None to find it.
+        """
+        for (start, end), low in zip(self.kept, self._kept_offsets, strict=True):
+            self._kept_values[low : low + end - start] = values[start:end]
+            values[start:end] = 0.0
+        if scale is None:
+            self.codes, self.absmax = encode_blocks(values, self._signed)
+        else:
+            largest = scale[::BLOCK].copy()
+            largest[~(largest >= np.float32(2.0**-126)) & ~np.isnan(largest)] = 0.0
+            largest[~np.isfinite(largest)] = np.nan
+            self.codes, self.absmax = encode_with(values, largest, self._signed), largest
+
+    def _kept_within(self, start: int, end: int) -> Iterator[Span]:
+        for low, high in self.kept[bisect_right(self.kept, start, key=lambda span: span[1]) :]:
+            if low >= end:
+                return
+            yield max(low, start), min(high, end)
+
+
+def make_slot(name: str, precision: Precision, size: int, kept: Sequence[Span]) -> Slot:
+    """Make a zeroed slot; see `Engine.allocate`."""
+    if precision is Precision.INT8:
+        return BlockSlot(EIGHT_BIT_SLOTS[name], size, kept)
+    return FlatSlot(precision, size)
+
+
+def slot_bytes(precision: Precision, size: int, kept: Sequence[Span]) -> int:
+    """Return the bytes that a slot holds."""
+    if precision is Precision.INT8:
+        return size + 4 * block_count(size) + 4 * sum(end - start for start, end in kept)
+    return size * (2 if precision is Precision.BFLOAT16 else 4)

@@ -1,0 +1,158 @@
+"""NAdam, RAdam and AdaMax as torch computes them.
+
+With m, v, c1, c2 as Adam's, and ψ the momentum decay:
+
+    NAdam    μₜ = β1·(1 − ½·0.96^(t·ψ)),  Πₜ = μ1·μ2·…·μₜ
+             p ← p − (lr·(1 − μₜ) / (1 − Πₜ)·g + lr·μₜ₊₁ / (1 − Πₜ₊₁)·m) / (√(v / c2) + eps)
+    RAdam    ρ∞ = 2 / (1 − β2) − 1,  ρₜ = ρ∞ − 2·t·β2ᵗ / c2
+             p ← p − (lr / c1)·m·rₜ·√c2 / (√v + eps)      rₜ² = (ρₜ−4)(ρₜ−2)ρ∞ / ((ρ∞−4)(ρ∞−2)ρₜ)     where ρₜ > 5
+             p ← p − (lr / c1)·m                                                                   elsewhere
+    AdaMax   x ← max(β2·x, |g| + eps)
+             p ← p − (lr / c1)·m / x
+
+torch keeps Πₜ as a running product; here it is the product for the present β1 and ψ, which is the same unless a step
+changes them. The RAdam paper rectifies where ρₜ > 4; torch's documentation says 5, and its code does so.
+
+Sources: Dozat 2016; Liu et al. 2020, algorithm 2; Kingma & Ba 2015, algorithm 2; the code of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Final, cast
+
+from numpy import absolute, maximum, sqrt
+
+from stepwire.optimizers import Hyperparameters
+from stepwire_server.rules.moments import first_moment, second_moment
+from stepwire_server.rules.rule import Rule, Value
+
+__all__ = ["ADAMAX", "NADAM", "RADAM", "adamax", "nadam", "radam"]
+
+
+def nadam(
+    p: Value,
+    g: Value,
+    m: Value,
+    v: Value,
+    rate1: Value,
+    beta2: Value,
+    rate2: Value,
+    gradient_size: Value,
+    next_size: Value,
+    correction2: Value,
+    eps: Value,
+) -> tuple[Value, Value, Value]:
+    """Update with Nesterov momentum; the sizes are the factors of g and m. See the module."""
+    m = first_moment(m, g, rate1)
+    v = second_moment(v, g, beta2, rate2)
+    return p - (gradient_size * g + next_size * m) / (sqrt(v / correction2) + eps), m, v
+
+
+def radam(
+    p: Value,
+    g: Value,
+    m: Value,
+    v: Value,
+    rate1: Value,
+    beta2: Value,
+    rate2: Value,
+    step_size: Value,
+    rectified: Value,
+    unrectified: Value,
+    eps: Value,
+) -> tuple[Value, Value, Value]:
+    """Update with a rectified step; of the last two flags one is 1 and one is 0. See the module."""
+    m = first_moment(m, g, rate1)
+    v = second_moment(v, g, beta2, rate2)
+    return p - step_size * m / (rectified * (sqrt(v) + eps) + unrectified), m, v
+
+
+def adamax(
+    p: Value,
+    g: Value,
+    m: Value,
+    x: Value,
+    rate1: Value,
+    beta2: Value,
+    step_size: Value,
+    eps: Value,
+) -> tuple[Value, Value, Value]:
+    """Update by the largest gradient so far. See the module."""
+    m = first_moment(m, g, rate1)
+    x = maximum(beta2 * x, absolute(g) + eps)
+    return p - step_size * m / x, m, x
+
+
+def _betas(hyper: Hyperparameters) -> tuple[float, float]:
+    return float(cast(float, hyper.beta1)), float(cast(float, hyper.beta2))
+
+
+def _momentum(beta1: float, decay: float, t: int) -> float:
+    warmth: float = 0.96 ** (t * decay)
+    return beta1 * (1.0 - 0.5 * warmth)
+
+
+@functools.lru_cache(maxsize=256)
+def _momentum_product(beta1: float, decay: float, t: int) -> float:
+    """Return μ1·…·μₜ. Steps come in order, so almost always only the last factor is new.
+
+    A session may start at any t, so the loop has to end early: as the warm-up is slow or soon over, the product falls
+    below what 1 − Πₜ can show, or μ becomes β1, within a few thousand factors.
+    """
+    known = _last_product.get((beta1, decay), (0, 1.0))
+    start, product = known if known[0] <= t else (0, 1.0)
+    for step in range(start + 1, t + 1):
+        if product < 2.0**-60:
+            break
+        if 0.96 ** (step * decay) < 2.0**-60:
+            product *= beta1 ** (t - step + 1)
+            break
+        product *= _momentum(beta1, decay, step)
+    if len(_last_product) > 256:
+        _last_product.clear()
+    _last_product[beta1, decay] = (t, product)
+    return product
+
+
+_last_product: dict[tuple[float, float], tuple[int, float]] = {}
+
+
+def _nadam_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    (beta1, beta2), lr, decay = _betas(hyper), float(hyper.lr), float(cast(float, hyper.decay))
+    now, following = _momentum(beta1, decay, t), _momentum(beta1, decay, t + 1)
+    product = _momentum_product(beta1, decay, t)
+    gradient_size = lr * (1.0 - now) / (1.0 - product)
+    next_size = lr * following / (1.0 - product * following)
+    return (
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        gradient_size,
+        next_size,
+        1.0 - beta2**t,
+        float(cast(float, hyper.eps)),
+    )
+
+
+def _radam_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    (beta1, beta2), eps = _betas(hyper), float(cast(float, hyper.eps))
+    step_size, c2 = float(hyper.lr) / (1.0 - beta1**t), 1.0 - beta2**t
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho = rho_inf - 2.0 * t * beta2**t / c2
+    rates = (1.0 - beta1, beta2, 1.0 - beta2)
+    if not rho > 5.0:
+        return (*rates, step_size, 0.0, 1.0, eps)
+    rect = math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
+    return (*rates, step_size * rect * math.sqrt(c2), 1.0, 0.0, eps)
+
+
+def _adamax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    beta1, beta2 = _betas(hyper)
+    return (1.0 - beta1, beta2, float(hyper.lr) / (1.0 - beta1**t), float(cast(float, hyper.eps)))
+
+
+NADAM: Final = Rule("nadam", nadam, ("exp_avg", "exp_avg_sq"), _nadam_scalars)
+RADAM: Final = Rule("radam", radam, ("exp_avg", "exp_avg_sq"), _radam_scalars)
+ADAMAX: Final = Rule("adamax", adamax, ("exp_avg", "exp_inf"), _adamax_scalars)

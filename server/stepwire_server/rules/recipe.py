@@ -1,0 +1,157 @@
+"""The arithmetic of one pass over memory, as a list of pure functions: what engines make kernels of."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from stepwire_server.rules.rule import Decay, Rule
+from stepwire_server.rules.treatment import added, averaged, decayed, limited, scaled
+
+__all__ = ["ACCUMULATED", "AVERAGE", "EIGHT_BIT_SLOTS", "Precision", "Recipe", "Stage"]
+
+ACCUMULATED = "grad_accumulation"
+"""The slot of the sum of micro-steps."""
+
+AVERAGE = "param_average"
+"""The slot of the parameters' moving average."""
+
+EIGHT_BIT_SLOTS: Final = {"exp_avg": True, "momentum_buffer": True, "exp_avg_sq": False, "square_avg": False}
+"""Slots that 8 bits hold well, means of the gradient and its square, and whether each has a sign."""
+
+
+class Precision(enum.Enum):
+    """How a rule's slots are held; parameters, averages and accumulated gradients are always float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+class Stage(NamedTuple):
+    """One call: `results = function(*arguments)`, all by the names of variables."""
+
+    function: Callable[..., Any]
+    results: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What one pass does to each element; kernels belong to recipes that are equal but for `rule.scalars`.
+
+    Variables are `p`, `g`, the rule's own names for its slots and scalars, and those of `rules.treatment`.
+
+    Attributes:
+        rule: the formula.
+        decay: where weight decay acts.
+        accumulates: micro-steps before are added to the gradient and cleared.
+        limits: the gradient is clipped by value.
+        averages: a moving average of the parameters is kept.
+        measures: the pass returns the sums of the squares of the update and of the new parameters, and where it
+            `limits`, of the clipped gradient.
+        precision: how the rule's slots are held.
+    """
+
+    rule: Rule
+    decay: Decay = Decay.NONE
+    accumulates: bool = False
+    limits: bool = False
+    averages: bool = False
+    measures: bool = False
+    precision: Precision = Precision.FLOAT32
+
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What a kernel depends on."""
+        flags = (self.accumulates, self.limits, self.averages, self.measures)
+        return (self.rule.update, self.decay, *flags, self.precision)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """A name for the kernel, unique among recipes of different keys."""
+        flags = ("accumulates", "limits", "averages", "measures")
+        parts = [self.rule.update.__name__, *(flag for flag in flags if getattr(self, flag))]
+        parts += [] if self.decay is Decay.NONE else [f"decay_{self.decay.value}"]
+        return "_".join(parts + ([] if self.precision is Precision.FLOAT32 else [self.precision.value]))
+
+    @functools.cached_property
+    def in_float32(self) -> Recipe:
+        """The same for slots held as float32."""
+        return self if self.precision is Precision.FLOAT32 else dataclasses.replace(self, precision=Precision.FLOAT32)
+
+    @functools.cached_property
+    def slots(self) -> dict[str, str]:
+        """The state arrays besides the parameters: the variable of each, by slot."""
+        names = list(inspect.signature(self.rule.update).parameters)[2:]
+        slots = dict(zip(self.rule.slots, names, strict=False))
+        slots |= {ACCUMULATED: "accumulated"} if self.accumulates else {}
+        return slots | ({AVERAGE: "average"} if self.averages else {})
+
+    @functools.cached_property
+    def rule_scalars(self) -> tuple[str, ...]:
+        """The rule's own scalars, in order."""
+        return tuple(inspect.signature(self.rule.update).parameters)[2 + len(self.rule.slots) :]
+
+    @functools.cached_property
+    def scalars(self) -> tuple[str, ...]:
+        """Every scalar of the pass, in order: a kernel's last arguments, in float32."""
+        names = ["factor", "clip"]
+        names += ["limit"] if self.limits else []
+        names += [] if self.decay is Decay.NONE else ["decay_scalar"]
+        names += ["average_rate"] if self.averages else []
+        return (*names, *self.rule_scalars)
+
+    @functools.cached_property
+    def sums(self) -> tuple[str, ...]:
+        """The sums of squares that the pass returns, in order."""
+        if not self.measures:
+            return ()
+        return ("update", "param", "gradient") if self.limits else ("update", "param")
+
+    @functools.cached_property
+    def treatment(self) -> tuple[Stage, ...]:
+        """What precedes the rule."""
+        stages = [Stage(scaled, ("g",), ("g", "factor"))]
+        stages += [Stage(added, ("g",), ("g", "accumulated"))] if self.accumulates else []
+        stages += [Stage(scaled, ("g",), ("g", "clip"))]
+        stages += [Stage(limited, ("g",), ("g", "limit"))] if self.limits else []
+        return tuple(stages)
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The whole pass."""
+        stages = list(self.treatment)
+        if self.decay is Decay.GRADIENT:
+            stages.append(Stage(decayed, ("g",), ("g", "p", "decay_scalar")))
+        if self.decay is Decay.BEFORE:
+            stages.append(Stage(scaled, ("p",), ("p", "decay_scalar")))
+        stages.append(Stage(self.rule.update, self._state, ("p", "g", *self._state[1:], *self.rule_scalars)))
+        if self.decay is Decay.AFTER:
+            stages.append(Stage(scaled, ("p",), ("p", "decay_scalar")))
+        if self.averages:
+            stages.append(Stage(averaged, ("average",), ("average", "p", "average_rate")))
+        return tuple(stages)
+
+    @functools.cached_property
+    def direction_stages(self) -> tuple[Stage, ...]:
+        """The pass that measures a layerwise rule's direction `u`; it changes nothing."""
+        assert self.rule.direction is not None
+        arguments = ("p", "g", *self._state[1:], *self.rule_scalars[:-1])
+        return (*self.treatment, Stage(self.rule.direction, ("u",), arguments))
+
+    @functools.cached_property
+    def _state(self) -> tuple[str, ...]:
+        return ("p", *tuple(self.slots.values())[: len(self.rule.slots)])
+
+    def evaluate(self, stages: Sequence[Stage], variables: dict[str, Any]) -> dict[str, Any]:
+        """Run stages on NumPy arrays or floats by the names of variables; the reference of every kernel."""
+        values = dict(variables)
+        for function, results, arguments in stages:
+            value = function(*[values[name] for name in arguments])
+            values.update(zip(results, value if isinstance(value, tuple) else (value,), strict=True))
+        return values

@@ -1,0 +1,143 @@
+"""The numbers of one update: what each range of the space is to be stepped with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers import Hyperparameters
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass
+from stepwire_server.exact_norm import exact_sum_of_squares, rounded_norm
+from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.progress import Run
+from stepwire_server.rules import Decay, Recipe
+from stepwire_server.schedules import factor
+from stepwire_server.staging import GradientStaging
+
+__all__ = ["SteppedRun", "between", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
+
+
+class SteppedRun(NamedTuple):
+    """Flat elements `[start, end)` of one group with the arithmetic of one update."""
+
+    start: int
+    end: int
+    group: int
+    step: Pass
+
+
+def effective_groups(plan: SessionPlan, order: StepOrder, updates: Sequence[int]) -> tuple[Hyperparameters, ...]:
+    """Return the numbers that a step uses: the order's, with scheduled learning rates.
+
+    Args:
+        plan: the session's.
+        order: the step's.
+        updates: the updates each group has had.
+
+    Raises:
+        InvalidRequestError: a scheduled learning rate is beyond float64.
+    """
+    if not any(plan.schedules):
+        return order.groups
+    effective = []
+    for index, (hyper, schedule) in enumerate(zip(order.groups, plan.schedules, strict=True)):
+        if schedule is not None and not (order.own_lr and order.own_lr[index]):
+            hyper = dataclasses.replace(hyper, lr=hyper.lr * factor(schedule, updates[index]))
+            if not math.isfinite(hyper.lr):
+                raise InvalidRequestError(
+                    f"groups[{index}].schedule: the learning rate after {updates[index]} updates is {hyper.lr}; send a "
+                    "learning rate with the step, or create the session with a smaller one",
+                    metadata={"field": f"groups[{index}].schedule"},
+                )
+        effective.append(hyper)
+    return tuple(effective)
+
+
+def gradient_factor(hyper: Hyperparameters, unscale: float) -> float:
+    """Return what a group's gradient is multiplied by first."""
+    return -unscale if hyper.maximize else unscale
+
+
+def recipe_for(plan: SessionPlan, hyper: Hyperparameters) -> Recipe:
+    """Return the arithmetic of a group's update."""
+    treatment = plan.treatment
+    return Recipe(
+        rule=plan.rule,
+        decay=plan.decay if hyper.weight_decay else Decay.NONE,
+        accumulates=treatment.accumulation_steps > 1,
+        limits=treatment.clip_grad_value is not None,
+        averages=treatment.parameter_average_decay is not None,
+        measures=plan.measures or treatment.clip_grad_value is not None,
+        precision=plan.precision,
+    )
+
+
+def passes(
+    plan: SessionPlan,
+    groups: Sequence[Hyperparameters],
+    runs: Sequence[Run],
+    unscale: float,
+    clips: Sequence[float],
+) -> list[SteppedRun]:
+    """Return the arithmetic of each run; that of layerwise rules still lacks its trust ratio."""
+    return [
+        SteppedRun(run.start, run.end, run.group, _pass(plan, groups[run.group], run.t, unscale, clips[run.group]))
+        for run in runs
+    ]
+
+
+def _pass(plan: SessionPlan, hyper: Hyperparameters, t: int, unscale: float, clip: float) -> Pass:
+    recipe, treatment = recipe_for(plan, hyper), plan.treatment
+    scalars = [gradient_factor(hyper, unscale), clip]
+    if recipe.limits:
+        scalars.append(treatment.clip_grad_value or 0.0)
+    if recipe.decay is not Decay.NONE:
+        scalars.append(recipe.decay.scalar(hyper))
+    if recipe.averages:
+        scalars.append(1.0 - (treatment.parameter_average_decay or 0.0))
+    return Pass(recipe, (*scalars, *recipe.rule.scalars(hyper, t)), seed=t)
+
+
+def trusted(
+    steps: Sequence[SteppedRun], groups: Sequence[Hyperparameters], staging: GradientStaging, state: EngineState
+) -> list[SteppedRun]:
+    """Measure each tensor of a layerwise rule, and complete its scalars with the trust ratio; changes nothing."""
+    return [_with_trust(run, groups[run.group], staging, state) for run in steps]
+
+
+def _with_trust(run: SteppedRun, hyper: Hyperparameters, staging: GradientStaging, state: EngineState) -> SteppedRun:
+    rule = run.step.recipe.rule
+    assert rule.trust is not None
+    pieces = list(staging.pieces(run.start, run.end))
+    probe = run.step._replace(scalars=(*run.step.scalars, 1.0))
+    totals = [state.measure(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces]
+    params, directions = (math.fsum(total[index] for total in totals) for index in (0, 1))
+    param_norm = rounded_norm(
+        params, lambda: exact_sum_of_squares(_read(state, piece.start, piece.end - piece.begin) for piece in pieces)
+    )
+    direction_norm = rounded_norm(
+        directions,
+        lambda: exact_sum_of_squares(
+            state.fetch_direction(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces
+        ),
+    )
+    trust = rule.trust(hyper, param_norm, direction_norm)
+    return run._replace(step=run.step._replace(scalars=(*run.step.scalars, trust)))
+
+
+def _read(state: EngineState, start: int, count: int) -> HostArray:
+    values = np.empty(count, np.float32)
+    state.read(PARAM, start, values)
+    return values
+
+
+def between(runs: Sequence[SteppedRun], start: int, end: int) -> Sequence[SteppedRun]:
+    """Return the runs that share elements with `[start, end)`."""
+    first = bisect_right(runs, start, key=lambda run: run.end)
+    return runs[first : bisect_left(runs, end, lo=first, key=lambda run: run.start)]

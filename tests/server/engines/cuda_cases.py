@@ -1,0 +1,196 @@
+"""Recipes and data that the CUDA kernels are tried with, on the processor and on a GPU, and what is compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stepwire.optimizers import Hyperparameters
+from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
+from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
+
+WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+RULES = list({rule.update: rule for rule in ALL_RULES}.values())
+OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.FLOAT32, Precision.BFLOAT16)))
+SEED = 0xDEADBEEF
+NUMBERS = Hyperparameters(
+    lr=0.02,
+    beta1=0.9,
+    beta2=0.99,
+    eps=1e-6,
+    weight_decay=0.1,
+    momentum=0.8,
+    dampening=0.1,
+    alpha=0.95,
+    decay=0.01,
+    trust_coefficient=0.5,
+    eps_root=1e-8,
+)
+SIGNED = {PARAM, "gradient", "exp_avg", "momentum_buffer", "grad_avg", "grad_accumulation", "param_average"}
+ODD = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 1e-40, 3e38, -3e38, 1e-20, 1e20, 65519.0, 65520.0, 6e-8]
+SIZES = [(1, 0, 0, 1), (3, 1, 0, 2), (1037, 2, 1, 1036), (5, 2, 2, 2)]
+
+
+class Case(NamedTuple):
+    """A kernel: a recipe with a gradient's dtype and a reply's, None for no answer."""
+
+    recipe: Recipe
+    gradient: str
+    reply: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}-{self.gradient}-{self.reply}"
+
+
+def _cases() -> Iterator[Case]:
+    """Every rule with every decay, and one rule with every option, with the rest taken in turn."""
+    wires = list(itertools.product(WIRE, [None, *WIRE]))
+    plain = Case(Recipe(RULES[0]), "float32", "float32")
+    yield plain
+    for k, (rule, decay) in enumerate(itertools.product(RULES, Decay)):
+        yield Case(Recipe(rule, decay, *OPTIONS[(11 * k + 5) % 32]), *wires[7 * k % 12])
+    for k, options in enumerate(OPTIONS[1:]):
+        yield Case(Recipe(RULES[0], Decay.NONE, *options), *wires[5 * k % 12])
+    for gradient, reply in wires:
+        yield Case(plain.recipe, gradient, reply)
+
+
+CASES = list({case.name: case for case in _cases()}.values())
+LAYERWISE = [case for case in CASES if case.recipe.rule.direction is not None]
+
+
+def slots_of(recipe: Recipe) -> dict[str, Precision]:
+    """Return how a session holds the recipe's slots."""
+    held = {slot: recipe.precision if slot in recipe.rule.slots else Precision.FLOAT32 for slot in recipe.slots}
+    return {PARAM: Precision.FLOAT32, **held}
+
+
+def step_of(recipe: Recipe, t: int = 3) -> Pass:
+    """Return a pass with numbers that none of its stages leaves without effect."""
+    numbers = {"factor": -0.7, "clip": 0.9, "limit": 0.1, "decay_scalar": 0.95, "average_rate": 0.1}
+    values = recipe.rule.scalars(NUMBERS, t) + ((0.3,) if recipe.rule.direction is not None else ())
+    numbers |= dict(zip(recipe.rule_scalars, values, strict=True))
+    return Pass(recipe, tuple(numbers[name] for name in recipe.scalars), SEED)
+
+
+def make_arrays(recipe: Recipe, size: int, odd: bool) -> dict[str, np.ndarray]:
+    """Make float32 arrays for a recipe's slots and the gradient; `odd` mixes in values at the edges."""
+    random = np.random.default_rng(size)
+    arrays = {}
+    for name in (PARAM, "gradient", *recipe.slots):
+        values = random.standard_normal(size) / 10.0
+        if odd:
+            places = random.choice(size, size // 4, replace=False)
+            values[places] = random.choice(ODD, len(places))
+        arrays[name] = values if name in SIGNED else np.abs(values)
+    with np.errstate(all="ignore"):
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def unaligned(values: np.ndarray) -> np.ndarray:
+    """Copy values to an address that is a multiple of nothing, read-only like the bytes of a message."""
+    result = np.empty(values.nbytes + 1, np.uint8)[1:].view(values.dtype)
+    result[...] = values
+    result.flags.writeable = False
+    return result
+
+
+def filled(engine: Engine, recipe: Recipe, arrays: dict[str, np.ndarray]) -> EngineState:
+    """Allocate a state and write what it starts from."""
+    state = engine.allocate(slots_of(recipe), len(arrays[PARAM]))
+    for slot in (PARAM, *recipe.slots):
+        state.write(slot, 0, unaligned(arrays[slot]))
+    return state
+
+
+def everything_of(state: EngineState, recipe: Recipe, size: int) -> dict[str, np.ndarray]:
+    """Read all slots."""
+    arrays = {slot: np.empty(size, np.float32) for slot in (PARAM, *recipe.slots)}
+    for slot, array in arrays.items():
+        state.read(slot, 0, array)
+    return arrays
+
+
+def assert_same_bits(got: np.ndarray, want: np.ndarray, message: str = "") -> None:
+    """Compare bit by bit; any NaN equals any other."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    bits = np.dtype(f"u{got.itemsize}")
+    different = (got.view(bits) != want.view(bits)) & ~(np.isnan(got) & np.isnan(want))
+    assert not different.any(), f"{message}: {got[different][:5]} instead of {want[different][:5]}"
+
+
+def assert_same_numbers(got: tuple[float, ...], want: tuple[float, ...]) -> None:
+    """Compare exactly, in float64; any NaN equals any other."""
+    assert_same_bits(np.array(got, np.float64), np.array(want, np.float64), "sums")
+
+
+def check_update(engine: Engine, reference: Engine, case: Case) -> None:
+    """Compare one update, at odd sizes and offsets, from and to unaligned memory, with and without odd values."""
+    recipe, gradient, reply = case
+    for (size, start, begin, end), odd in itertools.product(SIZES, (False, True)):
+        arrays, results = make_arrays(recipe, size, odd), []
+        with np.errstate(all="ignore"):
+            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        for each in (engine, reference):
+            state = filled(each, recipe, arrays)
+            dtype = WIRE[reply] if reply is not None else None
+            out = None if dtype is None else np.empty((end - begin) * dtype.itemsize + 1, np.uint8)[1:].view(dtype)
+            sums = state.update(step_of(recipe), start, state.stage(payload), begin, end, out)
+            results.append((everything_of(state, recipe, size), out, sums))
+            state.close()
+        (got, answer, sums), (want, wanted, wanted_sums) = results
+        for name in want:
+            assert_same_bits(got[name], want[name], f"{name} of {size}")
+        if answer is not None:
+            assert_same_bits(answer.copy(), wanted.copy(), f"answer of {size}")
+        if not odd:
+            assert sums == pytest.approx(wanted_sums, rel=1e-5)
+        assert len(sums) == len(recipe.sums)
+
+
+def check_measures(engine: Engine, reference: Engine, case: Case) -> None:
+    """Compare what layerwise rules measure, which nothing may change."""
+    recipe, gradient, _ = case
+    step = step_of(recipe)
+    for (size, start, begin, end), odd in itertools.product([*SIZES, (140_001, 1, 3, 140_000)], (False, True)):
+        arrays, results = make_arrays(recipe, size, odd), []
+        with np.errstate(all="ignore"):
+            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        for each in (engine, reference):
+            state = filled(each, recipe, arrays)
+            before, chunk = everything_of(state, recipe, size), state.stage(payload)
+            sums = state.measure(step, start, chunk, begin, end)
+            direction = state.fetch_direction(step, start, chunk, begin, end)
+            after = everything_of(state, recipe, size)
+            assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+            results.append((sums, direction))
+            state.close()
+        assert_same_numbers(results[0][0], results[1][0])
+        assert_same_bits(results[0][1], results[1][1], "direction")
+
+
+def check_gradients(engine: Engine, reference: Engine, gradient: str) -> None:
+    """Compare accumulation, and sums of squares with and without it."""
+    recipe = Recipe(RULES[0], accumulates=True)
+    for (size, start, begin, end), odd in itertools.product([*SIZES, (200_003, 1, 3, 200_001)], (False, True)):
+        arrays, results = make_arrays(recipe, size, odd), []
+        with np.errstate(all="ignore"):
+            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        for each in (engine, reference):
+            state = filled(each, recipe, arrays)
+            chunk = state.stage(payload)
+            sums = [state.sum_of_squares(chunk, begin, end, -0.3, at) for at in (None, start)]
+            fetched = [state.fetch(chunk, begin, end, -0.3, at) for at in (None, start)]
+            state.accumulate(start, chunk, begin, end, 0.7)
+            results.append((tuple(sums), fetched, everything_of(state, recipe, size)))
+            state.close()
+        (sums, fetched, got), (wanted_sums, wanted, want) = results
+        assert_same_numbers(sums, wanted_sums)
+        for mine, theirs in [*zip(fetched, wanted, strict=True), *((got[name], want[name]) for name in want)]:
+            assert_same_bits(mine, theirs, f"of {size}")
