@@ -17,14 +17,21 @@ import numpy as np
 import machine
 import stepwire
 from stepwire.codecs import BFLOAT16, FLOAT32
-from stepwire_server import rules
 from stepwire_server.engines import CudaEngine
-from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.protocol import PARAM, Pass
+from stepwire_server.rules import Precision, Recipe, rule_for
 
 _SIZES = (1_000_000, 32_000_000, 100_000_000)
 _ROUNDS = 9
-# Bytes of device memory that a step reads and writes a parameter: p, m and v both ways, the gradient, the answer.
-_STATE_TRAFFIC = 24
+_ADAM, _DECAY = rule_for(stepwire.Adam(), momentum=False)
+# The plain step, and what each option costs beside it.
+_RECIPES = {
+    "adam": Recipe(_ADAM),
+    "adam_decay": Recipe(_ADAM, _DECAY),
+    "adam_measures": Recipe(_ADAM, limits=True, measures=True),
+    "adam_bfloat16_state": Recipe(_ADAM, precision=Precision.BFLOAT16),
+    "adam_averages": Recipe(_ADAM, accumulates=True, averages=True),
+}
 
 
 def main() -> None:
@@ -40,7 +47,9 @@ def main() -> None:
     for size in _SIZES:
         copy = _copy_rate(cupy, size)
         for dtype in (FLOAT32, BFLOAT16):
-            results[f"{size}_{dtype.name}"] = _step(cupy, engine, size, dtype, copy)
+            for name, recipe in _RECIPES.items():
+                results[f"{size}_{dtype.name}_{name}"] = _step(cupy, engine, recipe, size, dtype, copy)
+            results[f"{size}_{dtype.name}_norm"] = _norm(cupy, engine, size, dtype, copy)
     text = json.dumps(results, indent=2)
     print(text)
     folder = pathlib.Path(__file__).parent / "results"
@@ -60,24 +69,43 @@ def _describe(cupy: Any, engine: CudaEngine) -> dict[str, str]:
     }
 
 
-def _step(cupy: Any, engine: CudaEngine, size: int, dtype: np.dtype[Any], copy_rate: float) -> dict[str, float]:
+def _step(
+    cupy: Any, engine: CudaEngine, recipe: Recipe, size: int, dtype: np.dtype[Any], copy_rate: float
+) -> dict[str, float]:
     """The engine's pass with no answer (all on the device), and with one (over the bus)."""
-    optimizer = stepwire.Adam()
-    hyper = optimizer.hyperparameters()
-    rule = rules.rule_for(optimizer, hyper)
-    state = engine.allocate((PARAM, *rules.slots_for(optimizer)), size)
-    payload = np.full(size, 0.01, dtype)
-    gradient, out, scalars = state.stage(payload), np.empty(size, dtype), rule.scalars(hyper, 1)
-    on_device = _seconds(cupy, lambda: state.update(rule, scalars, 0, gradient, 0, size, None))
-    whole = _seconds(cupy, lambda: state.update(rule, scalars, 0, state.stage(payload), 0, size, out))
+    held = {slot: recipe.precision if slot in recipe.rule.slots else Precision.FLOAT32 for slot in recipe.slots}
+    slots = {PARAM: Precision.FLOAT32, **held}
+    state, step = engine.allocate(slots, size), _pass(recipe)
+    payload, out = np.full(size, 0.01, dtype), np.empty(size, dtype)
+    gradient = state.stage(payload)
+    on_device = _seconds(cupy, lambda: state.update(step, 0, gradient, 0, size, None))
+    whole = _seconds(cupy, lambda: state.update(step, 0, state.stage(payload), 0, size, out))
+    traffic = 2 * engine.state_bytes(slots, size) + size * dtype.itemsize
     state.close()
-    rate = size * (_STATE_TRAFFIC + dtype.itemsize) / on_device
     return {
         "step_ms": on_device * 1e3,
         "step_with_transfers_ms": whole * 1e3,
-        "bytes_per_second": rate,
-        "fraction_of_copy": rate / copy_rate,
+        "bytes_per_second": traffic / on_device,
+        "fraction_of_copy": traffic / on_device / copy_rate,
     }
+
+
+def _pass(recipe: Recipe) -> Pass:
+    """A first step whose treatment changes little."""
+    numbers = {"factor": 1.0, "clip": 1.0, "limit": 1.0, "decay_scalar": 0.01, "average_rate": 0.01}
+    hyper = stepwire.Adam().hyperparameters()
+    numbers |= dict(zip(recipe.rule_scalars, recipe.rule.scalars(hyper, 1), strict=True))
+    return Pass(recipe, tuple(numbers[name] for name in recipe.scalars))
+
+
+def _norm(cupy: Any, engine: CudaEngine, size: int, dtype: np.dtype[Any], copy_rate: float) -> dict[str, float]:
+    """The sum of squares that norm clipping and the check for odd values need."""
+    state = engine.allocate({PARAM: Precision.FLOAT32}, size)
+    gradient = state.stage(np.full(size, 0.01, dtype))
+    seconds = _seconds(cupy, lambda: state.sum_of_squares(gradient, 0, size, 1.0))
+    state.close()
+    rate = size * dtype.itemsize / seconds
+    return {"sum_ms": seconds * 1e3, "bytes_per_second": rate, "fraction_of_copy": rate / copy_rate}
 
 
 def _copy_rate(cupy: Any, size: int) -> float:
