@@ -12,6 +12,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import kernels
 import machine
 import sections
 from echo import echo_process
@@ -41,7 +42,10 @@ _GOALS = (
 def run(*, quick: bool) -> dict[str, dict[str, Any]]:
     """Run every section, each against a server of its own where memory is measured."""
     large = _QUICK_LARGE if quick else _LARGE
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {
+        "kernels": kernels.kernels(sizes=(1_000_000,) if quick else (1_000_000, 32_000_000, 128_000_000)),
+        "many_small": kernels.many_small(rounds=20 if quick else 200),
+    }
     with echo_process() as echo, server_process("--device", "cpu") as server:
         results["small_step"] = sections.small_step(server, echo, rounds=4 if quick else 40)
         results["large_step"] = sections.large_step(server, echo, size=large, rounds=3 if quick else 9)

@@ -16,10 +16,10 @@ import machine
 import stepwire
 from echo import EchoStream, sized_message
 from stepwire.codecs import FLOAT32
-from stepwire_server import rules
 from stepwire_server.engines.cpu import CpuEngine
-from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.protocol import PARAM, Pass
 from stepwire_server.process import ServerProcess
+from stepwire_server.rules import Precision, Recipe, rule_for
 
 Figures = dict[str, Any]
 _CHUNK_BYTES = 4 << 20
@@ -169,15 +169,12 @@ def _batch(action: Callable[[], Any], count: int) -> list[float]:
 
 def _engine_step(size: int, gradient: np.ndarray[Any, Any]) -> tuple[CpuEngine, Callable[[], None]]:
     """The engine's own pass over everything, in this process: decode, rule, and encode into an answer."""
-    optimizer = stepwire.Adam()
-    hyper = optimizer.hyperparameters()
-    rule = rules.rule_for(optimizer, hyper)
-    engine = CpuEngine()
-    engine.prepare(rule, FLOAT32, FLOAT32)
-    state = engine.allocate((PARAM, *rules.slots_for(optimizer)), size)
+    rule, _ = rule_for(stepwire.Adam(), momentum=False)
+    recipe, engine = Recipe(rule, measures=True), CpuEngine()
+    state = engine.allocate(dict.fromkeys((PARAM, *rule.slots), Precision.FLOAT32), size)
     staged, out = state.stage(gradient), np.empty_like(gradient)
-    scalars = rule.scalars(hyper, 1)
-    return engine, lambda: state.update(rule, scalars, 0, staged, 0, size, out)
+    step = Pass(recipe, (1.0, 1.0, *rule.scalars(stepwire.Adam().hyperparameters(), 1)))
+    return engine, lambda: state.update(step, 0, staged, 0, size, out)
 
 
 def _session_rate(server: ServerProcess, count: int, size: int, each: int) -> float:

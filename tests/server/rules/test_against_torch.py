@@ -41,7 +41,8 @@ CASES = [
     *[(RAdam, BETAS | more) for more in options(**COMMON, decoupled_weight_decay=TRUE_FALSE)],
     *[(RAdam, BETAS | {"betas": (0.8, 0.5)} | more) for more in options(**COMMON)],
     *[(Adamax, BETAS | more) for more in options(**COMMON)],
-    *[(SGD, {"lr": 0.02} | more) for more in options(**COMMON, momentum=[0.0, 0.9], dampening=[0.0, 0.3, 1.0])],
+    *[(SGD, {"lr": 0.02} | more) for more in options(**COMMON)],
+    *[(SGD, {"lr": 0.02, "momentum": 0.9} | more) for more in options(**COMMON, dampening=[0.0, 0.3, 1.0])],
     *[(SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True} | more) for more in options(**COMMON)],
     *[
         (RMSprop, {"lr": 0.02, "alpha": 0.9, "eps": 1e-4} | more)
