@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short form, to check the benchmark itself")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     arguments = parser.parse_args()
-    seeds, steps = (2, (40, 40)) if arguments.quick else (5, (800, 2500))
+    seeds, steps = (2, (40, 40)) if arguments.quick else (5, (800, 1500))
     results = {}
     with serving() as target, stepwire.connect(target) as client:
         for (name, task), count in zip(

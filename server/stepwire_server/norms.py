@@ -55,6 +55,8 @@ def gradient_norms(
     total = rounded_norm(math.fsum(squared), lambda: exact(everything))
     if len(squared) == 1:
         groups: tuple[float, ...] = (total,)
+        if bound is None and group_bounds[0] is None:
+            return GradientNorms(groups, total, (1.0,), 1.0)
     else:
         groups = tuple(rounded_norm(value, functools.partial(exact, [index])) for index, value in enumerate(squared))
     own = tuple(

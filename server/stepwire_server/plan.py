@@ -14,7 +14,7 @@ from stepwire.schedules import Schedule
 from stepwire.treatment import GradientTreatment
 from stepwire_server.active import Active
 from stepwire_server.engines.protocol import PARAM, Span
-from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Rule, has_momentum, rule_for
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe, Rule, has_momentum, rule_for
 
 __all__ = ["SCALE_SUFFIX", "SessionPlan", "StepOrder"]
 
@@ -70,6 +70,20 @@ class SessionPlan:
     def decay(self) -> Decay:
         """Where weight decay acts in steps that have some."""
         return rule_for(self.optimizer, self.momentum)[1]
+
+    @functools.cached_property
+    def recipes(self) -> tuple[Recipe, Recipe]:
+        """The arithmetic of an update without weight decay, and with."""
+        treatment = self.treatment
+        plain = Recipe(
+            rule=self.rule,
+            accumulates=treatment.accumulation_steps > 1,
+            limits=treatment.clip_grad_value is not None,
+            averages=treatment.parameter_average_decay is not None,
+            measures=self.measures or treatment.clip_grad_value is not None,
+            precision=self.precision,
+        )
+        return plain, dataclasses.replace(plain, decay=self.decay)
 
     @functools.cached_property
     def slots(self) -> dict[str, Precision]:

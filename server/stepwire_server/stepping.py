@@ -66,16 +66,7 @@ def gradient_factor(hyper: Hyperparameters, unscale: float) -> float:
 
 def recipe_for(plan: SessionPlan, hyper: Hyperparameters) -> Recipe:
     """Return the arithmetic of a group's update."""
-    treatment = plan.treatment
-    return Recipe(
-        rule=plan.rule,
-        decay=plan.decay if hyper.weight_decay else Decay.NONE,
-        accumulates=treatment.accumulation_steps > 1,
-        limits=treatment.clip_grad_value is not None,
-        averages=treatment.parameter_average_decay is not None,
-        measures=plan.measures or treatment.clip_grad_value is not None,
-        precision=plan.precision,
-    )
+    return plan.recipes[1 if hyper.weight_decay else 0]
 
 
 def passes(

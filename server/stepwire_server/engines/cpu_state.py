@@ -152,7 +152,7 @@ class CpuState:
             kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
 
         self._shares.run(measured_work, end - begin, LEAST_SHARED_UPDATE)
-        return tuple(sums.sum(axis=0).tolist())
+        return tuple((sums[0] if share >= end - begin else sums.sum(axis=0)).tolist())
 
     def read(self, slot: str, start: int, out: HostArray) -> None:
         """See `EngineState.read`."""
