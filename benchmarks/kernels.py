@@ -56,7 +56,7 @@ def many_small(*, tensors: int = 300, size: int = 1000, rounds: int = 200) -> di
 def _at(size: int, threads: int, rounds: int) -> dict[str, float]:
     gradient = np.random.default_rng(0).standard_normal(size, np.float32)
     halves = gradient.astype(BFLOAT16)
-    engine, numpy_engine = CpuEngine(threads), CpuEngine(1, use_numba=False)
+    engine, numpy_engine = CpuEngine(threads), CpuEngine(threads, use_numba=False)
     target = np.empty_like(gradient)
     actions: Actions = {
         "copy": lambda: np.copyto(target, gradient),

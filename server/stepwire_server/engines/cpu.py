@@ -34,8 +34,7 @@ class CpuEngine:
         if use_numba is None:
             use_numba = importlib.util.find_spec("numba") is not None
         self._kernels = _numba_kernels() if use_numba else NumpyKernels()
-        # NumPy would spend a second thread on waiting for the GIL.
-        self._shares = Shares((threads or host.processor_count()) if use_numba else 1)
+        self._shares = Shares(threads or host.processor_count())
         self._device = Device("cpu", host.processor_name(), host.memory_bytes())
 
     @property
