@@ -16,7 +16,7 @@ from stepwire_server import transfer
 from stepwire_server.config import ServerConfig
 from stepwire_server.decoding import decode_page_token, decode_plan, decode_request_id
 from stepwire_server.encoding import encode_session
-from stepwire_server.features import SERVED_FEATURES, unsupported
+from stepwire_server.features import served_on, unsupported
 from stepwire_server.gate import Gate
 from stepwire_server.registry import Registry
 from stepwire_server.session import Session
@@ -91,7 +91,7 @@ class OptimizerService:
                 max_lease_seconds=config.max_lease_seconds,
                 step_idle_seconds=config.step_idle_seconds,
             ),
-            features=SERVED_FEATURES,
+            features=served_on(device.name),
             sessions=statistics.sessions,
             draining=self._gate.closed,
         )

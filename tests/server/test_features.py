@@ -20,7 +20,7 @@ from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.decoding import decode_order, decode_plan
-from stepwire_server.features import SERVED_FEATURES, refuse_unserved, unsupported
+from stepwire_server.features import SERVED_FEATURES, refuse_unserved, served_on, unsupported
 from stepwire_server.plan import SessionPlan
 
 NUMBERS = tuple(
@@ -351,3 +351,13 @@ def test_a_refusal_says_what_to_do() -> None:
 def test_the_plan_is_what_the_minimal_config_says() -> None:
     assert isinstance(PLAN, SessionPlan)
     assert [tensor.spec.name for tensor in PLAN.layout.tensors] == ["w", "v"]
+
+
+def test_a_gpu_serves_everything_but_8_bit_moments() -> None:
+    assert served_on("cpu") == SERVED_FEATURES
+    assert set(SERVED_FEATURES) - set(served_on("cuda:0")) == {"state_int8"}
+    config = session_pb2.SessionConfig(state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
+    with pytest.raises(UnsupportedFeatureError) as refused:
+        refuse_unserved(config, "cuda:0")
+    assert refused.value.metadata == {"field": "config.state_precision", "feature": "state_int8"}
+    refuse_unserved(config, "cpu")
