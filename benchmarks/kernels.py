@@ -64,8 +64,8 @@ def _at(size: int, threads: int, rounds: int) -> dict[str, float]:
         "telemetry": _step(engine, gradient, None, None, measures=True),
         "answered": _step(engine, gradient, FLOAT32, None),
         "bfloat16": _step(engine, halves, BFLOAT16, None),
-        "bfloat16_moments": _step(engine, gradient, None, Precision.BFLOAT16),
-        "int8_moments": _step(engine, gradient, None, Precision.INT8),
+        "bfloat16_moments": _step(engine, gradient, FLOAT32, Precision.BFLOAT16),
+        "int8_moments": _step(engine, gradient, FLOAT32, Precision.INT8),
         "numpy": _step(numpy_engine, gradient, None, None),
     }
     if (torch := _torch(threads)) is not None:
@@ -84,8 +84,8 @@ def _at(size: int, threads: int, rounds: int) -> dict[str, float]:
 def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
     figures = {
         "ratio_telemetry": _ratio(times, "telemetry", "float32"),
-        "ratio_bfloat16_moments": _ratio(times, "bfloat16_moments", "float32"),
-        "ratio_int8": _ratio(times, "int8_moments", "float32"),
+        "ratio_bfloat16_moments": _ratio(times, "bfloat16_moments", "answered"),
+        "ratio_int8": _ratio(times, "int8_moments", "answered"),
         "ratio_copies": _ratio(times, "float32", "copy"),
     }
     if "torch_fused" in times:

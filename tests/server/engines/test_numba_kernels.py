@@ -15,6 +15,7 @@ from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
 
 pytest.importorskip("numba")
 
+from stepwire_server.engines import numba_kernels
 from stepwire_server.engines.numba_kernels import NumbaKernels
 
 RECIPE = Recipe(ALL_RULES[0])
@@ -150,3 +151,16 @@ def test_engine_reports_numba(kernel_directory) -> None:
     engine = CpuEngine()
     assert type(engine._kernels).__name__ == "NumbaKernels"
     engine.close()
+
+
+def test_the_compiler_may_use_whole_vectors_unless_the_user_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = "+avx2,+avx512f"
+    monkeypatch.setattr(numba_kernels.numba.core.codegen, "get_host_cpu_features", lambda: features)
+    for given, expected in ((None, f"{features},-prefer-256-bit"), ("+sse2", "+sse2")):
+        monkeypatch.setattr(numba_kernels.numba.config, "CPU_FEATURES", given)
+        numba_kernels.prefer_wide_vectors()
+        assert numba_kernels.numba.config.CPU_FEATURES == expected
+    features = "+avx2,-avx512f"
+    monkeypatch.setattr(numba_kernels.numba.config, "CPU_FEATURES", None)
+    numba_kernels.prefer_wide_vectors()
+    assert numba_kernels.numba.config.CPU_FEATURES is None
