@@ -120,8 +120,10 @@ class Packer:
         Raises:
             InvalidRequestError: as `ordered`.
         """
-        items = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
-        given = {str(name): array for name, array in items if array is not None}
+        if not optional or not isinstance(arrays, (Mapping, Sequence)):
+            return self.ordered(arrays, field), frozenset()
+        named_items = dict(arrays) if isinstance(arrays, Mapping) else {str(i): value for i, value in enumerate(arrays)}
+        given = {name: array for name, array in named_items.items() if array is not None}
         absent = [name for name in self._indices if name not in given and name in optional]
         if not absent:
             return self.ordered(arrays, field), frozenset()

@@ -30,7 +30,7 @@ from stepwire_server.stepping import (
     trusted,
 )
 
-__all__ = ["Commit", "Outcome", "ReplySink", "initialize", "pieces_of", "start_average"]
+__all__ = ["Commit", "Outcome", "ReplySink", "initialize", "pieces_of", "send_parameters", "start_average"]
 
 _COPY_ELEMENTS = 1 << 20
 
@@ -59,6 +59,7 @@ class Outcome(NamedTuple):
         groups: the numbers of each group.
         norms: of the gradient, with the factors of clipping.
         clipped: norm of each group's gradient after all clipping.
+        clipped_total: of the whole gradient after all clipping.
         update_norms: of each group's change; empty where it was not measured.
         param_norms: of each group's new parameters; empty likewise.
         non_finite_count: gradient elements that were NaN or Inf.
@@ -69,6 +70,7 @@ class Outcome(NamedTuple):
     groups: tuple[Hyperparameters, ...]
     norms: GradientNorms
     clipped: tuple[float, ...]
+    clipped_total: float
     update_norms: tuple[float, ...]
     param_norms: tuple[float, ...]
     non_finite_count: int
@@ -101,7 +103,7 @@ class Outcome(NamedTuple):
             queue_seconds=times[1],
             apply_seconds=times[2],
             accumulated=not (self.updated or self.skipped),
-            clipped_grad_norm=_together(self.clipped),
+            clipped_grad_norm=self.clipped_total,
             clip_coefficient=self.norms.coefficient,
             update_norm=_together(self.update_norms) if measured else None,
             param_norm=_together(self.param_norms) if measured else None,
@@ -164,16 +166,13 @@ class Commit:
 
     def keep(self, sink: ReplySink) -> Outcome:
         """Answer with the parameters as they are."""
-        if self._order.reply:
-            for start, end in pieces_of(0, self._plan.layout.size, self._order.reply_elements):
-                self._state.read(PARAM, start, sink.buffer(start, end - start))
-                sink.flush()
-        skipped = not self.updates
-        none: tuple[float, ...] = (0.0,) * len(self._groups)
-        norms = self._norms._replace(coefficients=(1.0,) * len(self._groups), coefficient=1.0)
-        clipped = none if skipped else norms.groups
+        send_parameters(self._state, self._plan.layout.size, self._order, sink)
+        skipped, ones = not self.updates, (1.0,) * len(self._groups)
+        norms = self._norms._replace(coefficients=ones, coefficient=1.0, left=self._norms.total)
+        clipped = (0.0,) * len(self._groups) if skipped else norms.groups
+        total = 0.0 if skipped else norms.total
         count = self._staging.non_finite_count
-        return Outcome(False, skipped, self._groups, norms, clipped, (), (), count)
+        return Outcome(False, skipped, self._groups, norms, clipped, total, (), (), count)
 
     def _update(
         self,
@@ -239,16 +238,17 @@ class Commit:
         )
 
     def _outcome(self, sums: list[list[tuple[float, ...]]]) -> Outcome:
-        clipped = self._norms.clipped()
+        clipped, total = self._norms.clipped(), self._norms.left * self._norms.coefficient
         columns = [[math.sqrt(math.fsum(column)) for column in zip(*group, strict=True)] for group in sums]
         if self._plan.treatment.clip_grad_value is not None:
             clipped = tuple(column[2] if column else 0.0 for column in columns)
+            total = _together(clipped)
         updates = tuple(column[0] if column else 0.0 for column in columns)
         params = tuple(column[1] if column else 0.0 for column in columns)
         if not self._plan.measures:
             updates = params = ()
         count = self._staging.non_finite_count
-        return Outcome(True, False, self._groups, self._norms, clipped, updates, params, count)
+        return Outcome(True, False, self._groups, self._norms, clipped, total, updates, params, count)
 
     def _refusal(self) -> NonFiniteGradientError:
         staging, layout = self._staging, self._plan.layout
@@ -268,6 +268,14 @@ class Commit:
                 "non_finite_count": staging.non_finite_count,
             },
         )
+
+
+def send_parameters(state: EngineState, size: int, order: StepOrder, sink: ReplySink) -> None:
+    """Answer with the parameters as they are, if an answer is wanted."""
+    if order.reply:
+        for start, end in pieces_of(0, size, order.reply_elements):
+            state.read(PARAM, start, sink.buffer(start, end - start))
+            sink.flush()
 
 
 def pieces_of(start: int, end: int, most: int) -> list[tuple[int, int]]:

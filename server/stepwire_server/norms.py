@@ -23,12 +23,14 @@ class GradientNorms(NamedTuple):
         total: norm of the whole gradient.
         coefficients: the factor of each group, its own clipping and the global one together.
         coefficient: the factor of clipping by the global norm.
+        left: norm of the whole gradient after clipping of groups and before clipping by the global norm.
     """
 
     groups: tuple[float, ...]
     total: float
     coefficients: tuple[float, ...]
     coefficient: float
+    left: float
 
     def clipped(self) -> tuple[float, ...]:
         """Return the norm of each group's gradient after clipping by norm."""
@@ -56,7 +58,7 @@ def gradient_norms(
     if len(squared) == 1:
         groups: tuple[float, ...] = (total,)
         if bound is None and group_bounds[0] is None:
-            return GradientNorms(groups, total, (1.0,), 1.0)
+            return GradientNorms(groups, total, (1.0,), 1.0, total)
     else:
         groups = tuple(rounded_norm(value, functools.partial(exact, [index])) for index, value in enumerate(squared))
     own = tuple(
@@ -67,4 +69,4 @@ def gradient_norms(
     if any(factor != 1.0 for factor in own):
         left = math.hypot(*(norm * factor for norm, factor in zip(groups, own, strict=True)))
     coefficient = 1.0 if bound is None else clip_coefficient(left, bound, formula)
-    return GradientNorms(groups, total, tuple(factor * coefficient for factor in own), coefficient)
+    return GradientNorms(groups, total, tuple(factor * coefficient for factor in own), coefficient, left)

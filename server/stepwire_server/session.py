@@ -18,7 +18,7 @@ import numpy as np
 
 from stepwire.errors import StateChangedError
 from stepwire.optimizers import Hyperparameters
-from stepwire_server.commit import Commit, Outcome, ReplySink, initialize, pieces_of, start_average
+from stepwire_server.commit import Commit, Outcome, ReplySink, initialize, send_parameters, start_average
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArray
 from stepwire_server.ledger import Ledger
 from stepwire_server.loss_scale import LossScale, after_step
@@ -210,14 +210,8 @@ class Session:
 
     def _replay(self, order: StepOrder, sink: ReplySink) -> StepRecord:
         assert self.ledger.last_record is not None  # that is what made it a replay
-        self._send_parameters(order, sink)
+        send_parameters(self._state, self.plan.layout.size, order, sink)
         return self.ledger.last_record.replay()
-
-    def _send_parameters(self, order: StepOrder, sink: ReplySink) -> None:
-        if order.reply:
-            for start, end in pieces_of(0, self.plan.layout.size, order.reply_elements):
-                self._state.read(PARAM, start, sink.buffer(start, end - start))
-                sink.flush()
 
     # --- state in and out --------------------------------------------------------------------------------
 

@@ -248,6 +248,12 @@ def test_a_list_leaves_out_by_none() -> None:
     assert (missing, [len(array) for array in flat]) == (frozenset({0}), [0, 3])
 
 
+@pytest.mark.parametrize("arrays", [5, None, 2.5])
+def test_what_is_no_container_is_refused_with_its_value(arrays: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="gradients"):
+        Packer(LAYOUT).present(arrays, "gradients", OPTIONAL)
+
+
 @pytest.mark.parametrize("name", ["s", "e"])
 def test_what_may_not_be_left_out_is_missed_by_name(name: str) -> None:
     arrays = numbered()

@@ -303,7 +303,7 @@ def test_the_record_says_what_the_outcome_was() -> None:
     assert (record.step, record.epoch, record.loss_scale, record.accumulated) == (1, 4, 1024.0, False)
     assert (record.receive_seconds, record.queue_seconds, record.apply_seconds) == (0.5, 0.25, 0.125)
     assert record.clip_coefficient == outcome.norms.coefficient
-    assert record.clipped_grad_norm == math.hypot(*outcome.clipped)
+    assert record.clipped_grad_norm == outcome.norms.left * outcome.norms.coefficient
     assert record.update_norm == math.hypot(*outcome.update_norms)
     assert [group.param_norm for group in record.groups] == list(outcome.param_norms)
     assert [group.t for group in record.groups] == [1, 1]

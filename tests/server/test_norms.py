@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,19 +30,19 @@ def exactly(squared: Sequence[float]) -> object:
 
 def test_a_gradient_that_is_not_clipped_has_its_norms_alone() -> None:
     norms = gradient_norms([9.0, 16.0], never, None, (None, None), "torch")
-    assert norms == GradientNorms((3.0, 4.0), 5.0, (1.0, 1.0), 1.0)
+    assert norms == GradientNorms((3.0, 4.0), 5.0, (1.0, 1.0), 1.0, left=5.0)
     assert norms.clipped() == (3.0, 4.0)
 
 
 def test_the_global_norm_scales_all_groups_alike() -> None:
     norms = gradient_norms([9.0, 16.0], never, 2.5, (None, None), "optax")
-    assert norms == GradientNorms((3.0, 4.0), 5.0, (0.5, 0.5), 0.5)
+    assert norms == GradientNorms((3.0, 4.0), 5.0, (0.5, 0.5), 0.5, left=5.0)
     assert norms.clipped() == (1.5, 2.0)
 
 
 def test_a_groups_own_bound_is_its_own() -> None:
     norms = gradient_norms([9.0, 16.0], never, None, (None, 1.0), "optax")
-    assert norms == GradientNorms((3.0, 4.0), 5.0, (1.0, 0.25), 1.0)
+    assert norms == GradientNorms((3.0, 4.0), 5.0, (1.0, 0.25), 1.0, left=math.hypot(3.0, 1.0))
     assert norms.clipped() == (3.0, 1.0)
 
 
@@ -52,6 +53,21 @@ def test_the_global_norm_is_of_what_the_groups_own_bounds_left() -> None:
     assert norms.coefficient == 0.5
     assert norms.coefficients == (0.5, 4.0 / 12.0 * 0.5)
     assert math.hypot(*norms.clipped()) == pytest.approx(2.5, rel=1e-15)
+
+
+@given(st.floats(1e-12, 1e12), st.lists(st.floats(0.0, 1.0), max_size=3), st.floats(1e-3, 1e3))
+def test_how_tensors_are_grouped_changes_no_bit_of_what_is_left(whole: float, cuts: list[float], bound: float) -> None:
+    edges = [Fraction(0), *sorted(map(Fraction, cuts)), Fraction(1)]
+    exact = [Fraction(whole) * (high - low) for low, high in itertools.pairwise(edges)]
+    alone = gradient_norms([whole], lambda groups: Fraction(whole), bound, (None,), "torch")
+    many = gradient_norms(
+        [float(part) for part in exact],
+        lambda groups: sum((exact[group] for group in groups), Fraction(0)),
+        bound,
+        (None,) * len(exact),
+        "torch",
+    )
+    assert (many.total, many.coefficient, many.left) == (alone.total, alone.coefficient, alone.left)
 
 
 @given(SQUARES, st.none() | st.floats(1e-3, 1e3), st.data(), st.sampled_from(get_args(ClipFormula)))

@@ -176,10 +176,10 @@ class CpuState:
             if isinstance(own, BlockSlot):
                 scale = other._slots.get(f"{name}_scale")
                 own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
-            elif own is not None and own.nbytes != slot.nbytes:
-                own.write(0, slot.arrays()[0])
-            elif own is not None:
+            elif own is not None and own.arrays()[0].dtype == slot.arrays()[0].dtype:
                 self._slots[name] = slot
+            elif own is not None:
+                own.write(0, slot.arrays()[0])
         other.close()
 
     def close(self) -> None:
