@@ -126,9 +126,9 @@ def _step(
     size, held = len(gradient), precision or Precision.FLOAT32
     recipe = Recipe(_RULE, measures=measures, precision=held)
     state = engine.allocate({PARAM: Precision.FLOAT32, **dict.fromkeys(_RULE.slots, held)}, size)
-    staged, step = state.stage(gradient), Pass(recipe, _SCALARS, seed=1)
+    staged, step = state.receive().put(0, gradient), Pass(recipe, _SCALARS, seed=1)
     out = None if reply is None else np.empty(size, reply)
-    return lambda: state.update(step, 0, staged, 0, size, out)
+    return lambda: state.update(step, 0, staged, 0, size, out).wait()
 
 
 def _torch(threads: int) -> Any:

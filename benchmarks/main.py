@@ -12,6 +12,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import footprint
 import kernels
 import machine
 import sections
@@ -43,6 +44,7 @@ def run(*, quick: bool) -> dict[str, dict[str, Any]]:
     """Run every section, each against a server of its own where memory is measured."""
     large = _QUICK_LARGE if quick else _LARGE
     results: dict[str, dict[str, Any]] = {
+        "footprint": footprint.footprint(rounds=1 if quick else 5),
         "kernels": kernels.kernels(sizes=(1_000_000,) if quick else (1_000_000, 32_000_000, 128_000_000)),
         "many_small": kernels.many_small(rounds=20 if quick else 200),
     }

@@ -172,9 +172,9 @@ def _engine_step(size: int, gradient: np.ndarray[Any, Any]) -> tuple[CpuEngine, 
     rule, _ = rule_for(stepwire.Adam(), momentum=False)
     recipe, engine = Recipe(rule, measures=True), CpuEngine()
     state = engine.allocate(dict.fromkeys((PARAM, *rule.slots), Precision.FLOAT32), size)
-    staged, out = state.stage(gradient), np.empty_like(gradient)
+    staged, out = state.receive().put(0, gradient), np.empty_like(gradient)
     step = Pass(recipe, (1.0, 1.0, *rule.scalars(stepwire.Adam().hyperparameters(), 1)))
-    return engine, lambda: state.update(step, 0, staged, 0, size, out)
+    return engine, lambda: state.update(step, 0, staged, 0, size, out).wait()
 
 
 def _session_rate(server: ServerProcess, count: int, size: int, each: int) -> float:

@@ -175,6 +175,7 @@ DOMAIN = (
     "stepping",
     "commit",
     "session",
+    "places",
     "registry",
 )
 
@@ -206,6 +207,7 @@ STRANGERS = {
     "stepping.py": ("commit", "session", "ledger", "registry", "service", "stream", "transfer"),
     "commit.py": ("session", "ledger", "registry", "slot", "service", "stream", "transfer", "decoding", "encoding"),
     "session.py": ("service", "stream", "transfer", "registry", "decoding", "encoding", "config", "app"),
+    "places.py": ("session", "plan", "registry", "service", "stream", "transfer", "config", "app"),
     "registry.py": ("service", "stream", "transfer", "decoding", "encoding", "config", "app"),
     "ledger.py": ("session", "engines", "staging", "registry", "service"),
     "service.py": ("rules",),
@@ -464,7 +466,7 @@ def test_nothing_that_is_made_is_kept() -> None:
 
 
 def test_folders_that_are_no_packages_have_no_init() -> None:
-    for folder in ("proto", "client", "server", "docker", "tests"):
+    for folder in ("proto", "client", "server", "docker"):
         assert not (ROOT / folder / "__init__.py").exists()
     assert {path.parent.name for path in (CLIENT, SERVER)} == {"client", "server"}
     for package in (CLIENT, SERVER):

@@ -103,6 +103,7 @@ class Client:
         parameter_average_decay: float | None = None,
         telemetry: Telemetry = "full",
         lease_seconds: float | None = None,
+        device: str = "",
         label: str = "",
         request_id: str | None = None,
         timeout: float | None = None,
@@ -132,13 +133,15 @@ class Client:
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
             telemetry: what each result tells: `"full"`, or the `"gradient"`'s norms only.
             lease_seconds: how long the session lives unused; default the server's longest.
+            device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
+                choice, the device with the most free budget.
             label: text for listings.
             request_id: makes a creation repeatable by another process; default random.
             timeout: seconds for all of it.
 
         Raises:
             InvalidRequestError: an argument is wrong; the message names it.
-            UnsupportedFeatureError: the server does not serve an option.
+            UnsupportedFeatureError: the server does not serve an option, or does not have the device.
             ResourceExhaustedError: no memory, or too many sessions.
             UnavailableError: the server cannot be reached.
         """
@@ -179,6 +182,7 @@ class Client:
             gradient_dtype=dtype_to_wire(dtype_named(gradient_dtype, "gradient_dtype")),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease_seconds=lease_seconds or 0.0,
+            device=device,
             label=label,
         )
         chunk_bytes = self._chunk_bytes(timeout)

@@ -20,11 +20,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from stepwire.errors import InvalidRequestError
 from stepwire.transport_options import BULK_OPTIONS
 from stepwire_server.config import MIB, ServerConfig
-from stepwire_server.engines import choose_engine
+from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.gate import Gate
 from stepwire_server.heap import HeapKeeper
 from stepwire_server.interceptor import ErrorInterceptor
-from stepwire_server.memory import MemoryBudget
+from stepwire_server.places import Places
 from stepwire_server.registry import Registry
 from stepwire_server.service import OptimizerService
 
@@ -36,7 +36,6 @@ _log = structlog.get_logger()
 _UNARY_CALLS: Final = 64
 _MESSAGE_HEADROOM: Final = 1 * MIB
 _LARGEST_CREATE_BYTES: Final = 32 * MIB
-_DEFAULT_BUDGET_SHARE: Final = 0.8
 _LAST_ANSWER_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
 
@@ -44,26 +43,26 @@ _STREAM_END_SECONDS: Final = 2.0
 class Server:
     """A stepwire server in this process. A context manager; closes twice without complaint."""
 
-    def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Choose the engine and listen; nothing is served before `start`.
+    def __init__(
+        self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, places: Places | None = None
+    ) -> None:
+        """Choose the devices and listen; nothing is served before `start`.
 
         Args:
             config: how to run.
             clock: what leases, idle times and telemetry go by; tests pass their own.
+            places: the devices, closed with the server; None to start those that `config` says.
 
         Raises:
             InvalidRequestError: the address is taken, not understood, or not loopback without `insecure`.
-            UnsupportedFeatureError: the device is not there.
+            UnsupportedFeatureError: a device is not there, or does not work.
         """
         self._config = config
         self._host = _checked_host(config)
-        choice = choose_engine(config.device, config.threads or None)
-        self._engine = choice.engine
-        limit = config.memory_budget_bytes or _default_budget(self._engine.device.memory_bytes)
+        self._places = places or _started_places(config)
         self._gate = Gate()
         self.registry = Registry(
-            self._engine,
-            MemoryBudget(limit),
+            self._places,
             max_sessions=config.max_sessions,
             max_streams=config.max_streams,
             step_idle_seconds=config.step_idle_seconds,
@@ -86,7 +85,6 @@ class Server:
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         self._closed = False
         self.port = self._listen()
-        _log.info("engine chosen", device=self._engine.device.name, why=choice.why, budget_bytes=limit)
 
     @property
     def target(self) -> str:
@@ -97,6 +95,7 @@ class Server:
         """Serve."""
         self._grpc.start()
         self._sweeper.start()
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         for name in ("", "stepwire.v1.OptimizerService"):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if self._config.port_file:
@@ -128,7 +127,7 @@ class Server:
         self._handlers.shutdown()
         self._workers.shutdown()
         self.registry.close()
-        self._engine.close()
+        self._places.close()
         _log.info("stopped")
 
     def __enter__(self) -> Server:
@@ -148,6 +147,7 @@ class Server:
         except RuntimeError:
             port = 0
         if port == 0:
+            self.close()
             raise InvalidRequestError(
                 f"bind: cannot listen on {self._config.bind!r}: the port is taken or the address is not this "
                 "machine's; choose another with --bind host:port (port 0 takes a free one)",
@@ -160,7 +160,31 @@ class Server:
         while not self._stopped.wait(self._config.sweep_seconds):
             for session_id in self.registry.sweep():
                 _log.info("lease ran out", session_id=session_id)
-            keeper.look(self.registry.budget.released_bytes)
+            if keeper.look(self._places.released_bytes):
+                self._places.rest()
+
+    def _warm_up(self) -> None:
+        try:
+            self._places.warm_up()
+        except Exception as problem:  # what is wrong then is wrong for sessions too, and they say it to their clients
+            _log.warning("kernels could not be compiled ahead", problem=str(problem))
+
+
+def _started_places(config: ServerConfig) -> Places:
+    """Start what the settings say, and log what that is and why."""
+    options = CudaOptions(config.gpu_bus_slots, config.gpu_bus_slot_bytes, config.gpu_gradient_cache_bytes)
+    choice = choose_engines(config.device, config.threads or None, options=options)
+    places = Places.of(choice.engines, config.memory_budget_bytes)
+    _log.info("devices chosen", devices=", ".join(place.name for place in places), why=choice.why)
+    for place in places:
+        _log.info(
+            "device",
+            name=place.name,
+            description=place.engine.device.description,
+            memory_bytes=place.engine.device.memory_bytes,
+            budget_bytes=place.budget.limit_bytes,
+        )
+    return places
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -192,10 +216,6 @@ def _checked_host(config: ServerConfig) -> str:
             metadata={"field": "bind"},
         )
     return host
-
-
-def _default_budget(memory_bytes: int) -> int:
-    return int(memory_bytes * _DEFAULT_BUDGET_SHARE)
 
 
 def _write_port(path: pathlib.Path, port: int) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 import stepwire
 from stepwire.results import SessionInfo
-from stepwire_server import heap
+from stepwire_server import doctor, heap
 from stepwire_server.app import Server
 from stepwire_server.config import load_config
 from stepwire_server.logs import configure_logging
@@ -41,6 +41,7 @@ _Target = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
 _DEFAULT_TARGET = "localhost:50051"
+_DEVICES = "auto, cpu, cuda (every GPU that works), cuda:N, or several: cuda:0,cuda:2."
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -71,11 +72,11 @@ def parse_bytes(text: str) -> int:
 @app.command()
 def serve(
     bind: Annotated[str | None, typer.Option(help="Address, host:port; port 0 takes a free one.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, typer.Option(help=_DEVICES)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; 0: one a core.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(help="Bytes that sessions may hold, such as 8G; 0: 80 % of the memory.")
+        str | None, typer.Option(help="Bytes that sessions may hold on each device, such as 8G; 0: 80 % of its memory.")
     ] = None,
     max_streams: Annotated[int | None, typer.Option(help="Attached streams at a time.")] = None,
     max_lease_seconds: Annotated[float | None, typer.Option(help="Life of an unused session.")] = None,
@@ -126,6 +127,27 @@ def demo(
         print(json.dumps(dataclasses.asdict(report)))
     else:
         print(report.text())
+
+
+@app.command("doctor")
+def diagnose(
+    device: Annotated[str | None, typer.Option(help=f"What a server would be told: {_DEVICES}")] = None,
+    bind: Annotated[str | None, typer.Option(help="Where it would listen, host:port.")] = None,
+    config: Annotated[pathlib.Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Check this machine for a server: exit with 0 if it can serve, 1 if not; each problem with its remedy.
+
+    Settings are read as `serve` reads them: flags, then STEPWIRE_<NAME>, then the file.
+    """
+    settings = load_config({"device": device, "bind": bind}, file=config)
+    findings = doctor.examine(settings.device, settings.bind)
+    healthy = doctor.healthy(findings)
+    if as_json:
+        print(json.dumps({"healthy": healthy, "findings": [finding._asdict() for finding in findings]}))
+    else:
+        print(doctor.report(findings))
+    raise typer.Exit(0 if healthy else 1)
 
 
 @app.command()

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepwire.errors import NonFiniteGradientError
 from stepwire.optimizers import Adagrad, Hyperparameters
-from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.answer import Answer, ReplySink
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pending
 from stepwire_server.exact_norm import exact_sum_of_squares
 from stepwire_server.norms import GradientNorms, gradient_norms
 from stepwire_server.plan import SessionPlan, StepOrder
 from stepwire_server.progress import GroupRecord, Progress, StepRecord
-from stepwire_server.rules import AVERAGE
 from stepwire_server.staging import GradientStaging, StagedChunk
 from stepwire_server.stepping import (
     between,
@@ -30,24 +30,13 @@ from stepwire_server.stepping import (
     trusted,
 )
 
-__all__ = ["Commit", "Outcome", "ReplySink", "initialize", "pieces_of", "send_parameters", "start_average"]
+__all__ = ["Commit", "Outcome", "initialize", "pieces_of", "send_parameters"]
 
 _COPY_ELEMENTS = 1 << 20
 
 
 ExactSquare = Callable[[Sequence[int]], Fraction]
-
-
-class ReplySink(Protocol):
-    """Where a commit puts the answer's chunks, in flat order. Must not block and must not fail."""
-
-    def buffer(self, offset: int, count: int) -> HostArray:
-        """Return an uninitialised array of the reply dtype for the next chunk; every element is written."""
-        ...
-
-    def flush(self) -> None:
-        """The last buffer is complete."""
-        ...
+Sums = list[list[Pending[tuple[float, ...]]]]
 
 
 class Outcome(NamedTuple):
@@ -152,16 +141,18 @@ class Commit:
         if not self._last:
             self._accumulate()
             return self.keep(sink)
-        sums: list[list[tuple[float, ...]]] = [[] for _ in self._groups]
-        for start, end, chunk in self._staging.drain():
-            if chunk is None and not self._order.reply:
-                continue
-            most = self._order.reply_elements if self._order.reply else end - start
-            for low, high in pieces_of(start, end, most):
-                out = sink.buffer(low, high - low) if self._order.reply else None
-                self._update(chunk, low, high, out, sums)
-                if out is not None:
-                    sink.flush()
+        sums: Sums = [[] for _ in self._groups]
+        with Answer(sink, self._state.depth) as answer:
+            for start, end, chunk in self._staging.drain():
+                if chunk is None and not self._order.reply:
+                    continue
+                most = self._order.reply_elements if self._order.reply else end - start
+                for low, high in pieces_of(start, end, most):
+                    out = sink.buffer(low, high - low) if self._order.reply else None
+                    work = self._update(chunk, low, high, out, sums)
+                    if out is not None:
+                        answer.add(work)
+        self._state.settle()
         return self._outcome(sums)
 
     def keep(self, sink: ReplySink) -> Outcome:
@@ -180,23 +171,25 @@ class Commit:
         start: int,
         end: int,
         out: HostArray | None,
-        sums: list[list[tuple[float, ...]]],
-    ) -> None:
+        sums: Sums,
+    ) -> list[Pending[Any]]:
         """Update flat elements `[start, end)`; what no run covers is answered as it is."""
-        done = start
+        done, work = start, list[Pending[Any]]()
         for run in between(self._runs, start, end) if chunk is not None else ():
             assert chunk is not None
             low, high = max(run.start, start), min(run.end, end)
-            self._answer(done, low, start, out)
+            work += self._answer(done, low, start, out)
             target = None if out is None else out[low - start : high - start]
             moved = self._state.update(run.step, low, chunk.gradient, low - chunk.offset, high - chunk.offset, target)
             sums[run.group].append(moved)
+            work.append(moved)
             done = high
-        self._answer(done, end, start, out)
+        return work + self._answer(done, end, start, out)
 
-    def _answer(self, low: int, high: int, start: int, out: HostArray | None) -> None:
-        if out is not None and low < high:
-            self._state.read(PARAM, low, out[low - start : high - start])
+    def _answer(self, low: int, high: int, start: int, out: HostArray | None) -> list[Pending[Any]]:
+        if out is None or low == high:
+            return []
+        return [self._state.read(PARAM, low, out[low - start : high - start])]
 
     def _accumulate(self) -> None:
         staging = self._staging
@@ -204,6 +197,7 @@ class Commit:
             factor = gradient_factor(self._groups[group], staging.unscale)
             for piece in staging.pieces(start, end):
                 self._state.accumulate(piece.start, piece.chunk.gradient, piece.begin, piece.end, factor)
+        self._state.settle()
 
     def _gradient_norms(self, squared: list[float], exact: ExactSquare) -> GradientNorms:
         treatment = self._plan.treatment
@@ -213,14 +207,14 @@ class Commit:
 
     def _accumulated_squares(self) -> list[float]:
         staging = self._staging
-        totals: list[list[float]] = [[] for _ in self._groups]
+        totals: list[list[Pending[float]]] = [[] for _ in self._groups]
         for start, end, group in staging.active.stretches:
             factor = gradient_factor(self._groups[group], staging.unscale)
             totals[group] += [
                 self._state.sum_of_squares(piece.chunk.gradient, piece.begin, piece.end, factor, piece.start)
                 for piece in staging.pieces(start, end)
             ]
-        return [math.fsum(sums) for sums in totals]
+        return [math.fsum(asked.wait() for asked in sums) for sums in totals]
 
     def _exact_accumulated_square(self, groups: Sequence[int]) -> Fraction:
         staging = self._staging
@@ -237,9 +231,10 @@ class Commit:
             for piece in staging.pieces(start, end)
         )
 
-    def _outcome(self, sums: list[list[tuple[float, ...]]]) -> Outcome:
+    def _outcome(self, sums: Sums) -> Outcome:
         clipped, total = self._norms.clipped(), self._norms.left * self._norms.coefficient
-        columns = [[math.sqrt(math.fsum(column)) for column in zip(*group, strict=True)] for group in sums]
+        moved = [[asked.wait() for asked in group] for group in sums]
+        columns = [[math.sqrt(math.fsum(column)) for column in zip(*group, strict=True)] for group in moved]
         if self._plan.treatment.clip_grad_value is not None:
             clipped = tuple(column[2] if column else 0.0 for column in columns)
             total = _together(clipped)
@@ -273,9 +268,9 @@ class Commit:
 def send_parameters(state: EngineState, size: int, order: StepOrder, sink: ReplySink) -> None:
     """Answer with the parameters as they are, if an answer is wanted."""
     if order.reply:
-        for start, end in pieces_of(0, size, order.reply_elements):
-            state.read(PARAM, start, sink.buffer(start, end - start))
-            sink.flush()
+        with Answer(sink, state.depth) as answer:
+            for start, end in pieces_of(0, size, order.reply_elements):
+                answer.add([state.read(PARAM, start, sink.buffer(start, end - start))])
 
 
 def pieces_of(start: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -290,14 +285,6 @@ def initialize(plan: SessionPlan, state: EngineState) -> None:
         for tensor in plan.layout.tensors:
             for low, high in pieces_of(tensor.offset, tensor.end, _COPY_ELEMENTS):
                 state.write("sum", low, values[: high - low])
-
-
-def start_average(state: EngineState, size: int) -> None:
-    """Let the parameters' moving average start as the parameters."""
-    values = np.empty(min(_COPY_ELEMENTS, size), np.float32)
-    for low, high in pieces_of(0, size, _COPY_ELEMENTS):
-        state.read(PARAM, low, values[: high - low])
-        state.write(AVERAGE, low, values[: high - low])
 
 
 def _together(norms: tuple[float, ...]) -> float:

@@ -33,10 +33,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Attributes:
         bind: address to listen on, `host:port`; port 0 takes a free one.
-        device: where state lives: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where it works.
+        device: where state lives: `cpu`; `cuda` for every GPU that works; GPUs by number, such as `cuda:0` or
+            `cuda:0,cuda:2`, which all must work; `auto` for `cuda` where a GPU works, else `cpu`.
         threads: CPU threads of the engine; 0 means one a core.
         max_sessions: sessions at a time.
-        memory_budget_bytes: bytes that sessions may hold on the device; 0 means 80 % of what is free at start.
+        memory_budget_bytes: bytes that sessions may hold on each device; 0 means 80 % of its memory (of a
+            GPU's, of what is free at start).
+        gpu_bus_slots: pieces that may be on a GPU's bus at a time, each way: 3 to 64.
+        gpu_bus_slot_bytes: bytes of each, 64 KiB to 256 MiB, pinned on the host and held on the device.
+        gpu_gradient_cache_bytes: memory for gradients that a GPU keeps from one step to the next, until memory is short
+            or no step comes; 0 means a sixteenth of what is free at start.
         max_streams: attached streams at a time; each costs a thread.
         max_tensors: tensors in a session.
         max_chunk_bytes: payload of one message, 64 KiB to 64 MiB.
@@ -51,10 +57,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     bind: str = "127.0.0.1:50051"
-    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3})*)$")] = "auto"
     threads: Annotated[int, Meta(ge=0)] = 0
     max_sessions: _Positive = 1024
     memory_budget_bytes: Annotated[int, Meta(ge=0)] = 0
+    gpu_bus_slots: Annotated[int, Meta(ge=3, le=64)] = 4
+    gpu_bus_slot_bytes: Annotated[int, Meta(ge=64 << 10, le=256 * MIB)] = 8 * MIB
+    gpu_gradient_cache_bytes: Annotated[int, Meta(ge=0)] = 0
     max_streams: _Positive = 256
     max_tensors: _Positive = 65536
     max_chunk_bytes: Annotated[int, Meta(ge=64 << 10, le=64 * MIB)] = 4 * MIB

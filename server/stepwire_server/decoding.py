@@ -58,14 +58,14 @@ def decode_page_token(token: str) -> str:
     return token
 
 
-def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig, device: str) -> SessionPlan:
+def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig) -> SessionPlan:
     """Validate a session's config.
 
     Raises:
         InvalidRequestError: a field is wrong; the message names it.
         UnsupportedFeatureError: a field asks for what is not served.
     """
-    refuse_unserved(config, device)
+    refuse_unserved(config)
     group_messages = list(config.groups) or [optimizer_pb2.ParameterGroup()]
     if len(group_messages) > MAX_GROUPS:
         raise _invalid_config("config.groups", f"{len(group_messages)} groups; at most {MAX_GROUPS} are allowed")
@@ -95,6 +95,7 @@ def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig, device:
         start_at_zero=config.initialization == session_pb2.INITIALIZATION_ZEROS,
         lease_seconds=_decode_lease(config.lease_seconds, limits.max_lease_seconds),
         label=_decode_label(config.label),
+        device=config.device,
     )
     _check_precision(plan)
     return plan

@@ -170,9 +170,8 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
     losses: list[float] = []
     test_losses: list[tuple[int, float]] = []
     with server_process("--device", device) as server, stepwire.connect(server.target) as client:
-        where = next(iter(client.info().devices))
         with client.create_session(model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo") as session:
-            started = time.perf_counter()
+            where, started = session.info().device, time.perf_counter()
             for step in _progress(steps, quiet):
                 batch = rng.integers(0, len(digits.train_y), _BATCH)
                 loss, gradients = model.loss_and_gradients(digits.train_x[batch], digits.train_y[batch])

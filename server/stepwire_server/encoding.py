@@ -101,6 +101,7 @@ def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig
         telemetry=(session_pb2.TELEMETRY_LEVEL_FULL if plan.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT),
         lease_seconds=plan.lease_seconds,
         label=plan.label,
+        device=plan.device,
     )
     if whole:
         config.tensors.extend(spec_to_wire(tensor.spec) for tensor in plan.layout.tensors)

@@ -15,7 +15,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 
-__all__ = ["SERVED_FEATURES", "refuse_unserved", "served_on", "unsupported"]
+__all__ = ["SERVED_FEATURES", "refuse_unserved", "unsupported"]
 
 SERVED_FEATURES: Final[tuple[str, ...]] = (
     "accumulation",
@@ -47,9 +47,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "state_int8",
     "update_norm",
 )
-"""Optional features served, sorted, by the names that the contract's comments use."""
-
-_CPU_ONLY: Final = frozenset({"state_int8"})
+"""Optional features served on every device, sorted, by the names that the contract's comments use."""
 
 _Config = session_pb2.SessionConfig
 
@@ -195,12 +193,7 @@ _CHOICES: Final = (
 )
 
 
-def served_on(device: str) -> tuple[str, ...]:
-    """Return the optional features that a device serves, sorted."""
-    return tuple(name for name in SERVED_FEATURES if device == "cpu" or name not in _CPU_ONLY)
-
-
-def refuse_unserved(config: _Config, device: str) -> None:
+def refuse_unserved(config: _Config) -> None:
     """Refuse the first option of a config that this build does not serve.
 
     Raises:
@@ -212,10 +205,6 @@ def refuse_unserved(config: _Config, device: str) -> None:
     for choice in _CHOICES:
         if (feature := choice.refused_feature(config)) is not None:
             raise unsupported(choice.field, feature)
-    if config.state_precision == session_pb2.STATE_PRECISION_INT8_MOMENTS and "state_int8" not in served_on(device):
-        raise unsupported("config.state_precision", "state_int8")
-    if config.device not in ("", device):
-        raise unsupported("config.device", f"device_{config.device[:32]!r}")
 
 
 def unsupported(field: str, feature: str) -> UnsupportedFeatureError:

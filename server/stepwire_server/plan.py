@@ -40,6 +40,7 @@ class SessionPlan:
         start_at_zero: parameters start as zeros instead of waiting for a load.
         lease_seconds: how long an unused session lives.
         label: for listings.
+        device: where it is to live; empty for the server's choice.
     """
 
     layout: Layout
@@ -55,6 +56,7 @@ class SessionPlan:
     start_at_zero: bool
     lease_seconds: float
     label: str
+    device: str = ""
 
     @functools.cached_property
     def momentum(self) -> bool:

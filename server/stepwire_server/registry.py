@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
-from stepwire_server.engines.protocol import Engine
 from stepwire_server.ledger import session_not_found
-from stepwire_server.memory import MemoryBudget
+from stepwire_server.places import Places
 from stepwire_server.plan import SessionPlan
 from stepwire_server.session import Session
 from stepwire_server.slot import FIRST_TOKEN, Attachment
@@ -35,7 +34,7 @@ class Created(NamedTuple):
 
 
 class RegistryStatistics(NamedTuple):
-    """What the registry is doing: sessions alive, streams attached, bytes reserved of the budget."""
+    """What the registry is doing: sessions alive, streams attached, bytes reserved of all budgets together."""
 
     sessions: int
     streams: int
@@ -48,8 +47,7 @@ class Registry:
 
     def __init__(
         self,
-        engine: Engine,
-        budget: MemoryBudget,
+        places: Places,
         *,
         max_sessions: int,
         max_streams: int,
@@ -57,8 +55,7 @@ class Registry:
         clock: Callable[[], float],
     ) -> None:
         """Start without sessions."""
-        self.engine = engine
-        self.budget = budget
+        self.places = places
         self.clock = clock
         self._max_sessions = max_sessions
         self._max_streams = max_streams
@@ -75,10 +72,12 @@ class Registry:
 
         Raises:
             InvalidRequestError: the request id came before with another plan.
+            UnsupportedFeatureError: the plan names a device that the server does not have.
             ResourceExhaustedError: too many sessions, or no memory for this one.
         """
-        # One creation at a time: a repeated request that overtakes the first would otherwise make two. Allocating
-        # and compiling take a while, so the maps have a lock of their own that nobody holds for long.
+        # One creation at a time: a repeated request that overtakes the first would otherwise make two, and two that
+        # look for the emptiest device would find the same. Allocating and compiling take a while, so the maps have a
+        # lock of their own that nobody holds for long.
         with self._creation:
             known = self._by_request.get(request_id)
             if known is not None and not known.ledger.closed and not known.expired(self.clock()):
@@ -90,7 +89,8 @@ class Registry:
                     reason=Reason.TOO_MANY_SESSIONS,
                     metadata={"max_sessions": self._max_sessions},
                 )
-            session = Session(secrets.token_hex(16), plan, self.engine, self.budget, epoch=1, clock=self.clock)
+            engine, budget = self.places.choose(plan.device)
+            session = Session(secrets.token_hex(16), plan, engine, budget, epoch=1, clock=self.clock)
             token = session.take_slot()
             with self._lock:
                 self._sessions[session.session_id] = session
@@ -126,7 +126,7 @@ class Registry:
         self._end([session])
         return session
 
-    @contextmanager
+    @contextlib.contextmanager
     def stream(self, cancel: Callable[[], object]) -> Iterator[Attachment]:
         """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
 
@@ -150,7 +150,7 @@ class Registry:
             with self._lock:
                 self._streams.discard(attachment)
 
-    @contextmanager
+    @contextlib.contextmanager
     def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
         """Watch a load for a block; yields what to call, always true, with each message it brings.
 
@@ -201,7 +201,7 @@ class Registry:
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
         return RegistryStatistics(
-            len(self._sessions), len(self._streams), self.budget.reserved_bytes, self.budget.limit_bytes
+            len(self._sessions), len(self._streams), self.places.reserved_bytes, self.places.limit_bytes
         )
 
     def _created_before(self, request_id: str, session: Session, plan: SessionPlan) -> Created:
@@ -220,5 +220,6 @@ class Registry:
             self._by_request = {
                 request: session for request, session in self._by_request.items() if id(session) not in ended
             }
-        for session in sessions:
-            session.close()
+        with contextlib.ExitStack() as stack:  # a broken device keeps no other session from its end
+            for session in reversed(sessions):
+                stack.callback(session.close)

@@ -16,8 +16,9 @@ from stepwire_server import transfer
 from stepwire_server.config import ServerConfig
 from stepwire_server.decoding import decode_page_token, decode_plan, decode_request_id
 from stepwire_server.encoding import encode_session
-from stepwire_server.features import served_on, unsupported
+from stepwire_server.features import SERVED_FEATURES, unsupported
 from stepwire_server.gate import Gate
+from stepwire_server.places import Place
 from stepwire_server.registry import Registry
 from stepwire_server.session import Session
 from stepwire_server.stream import StepStream, invalid_frame, step_once
@@ -66,22 +67,13 @@ class OptimizerService:
 
     def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
         """Tell what this server is and can do."""
-        device, config = self._registry.engine.device, self._config
-        statistics = self._registry.statistics()
+        config = self._config
         return pb.GetServerInfoResponse(
             version=__version__,
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             instance_id=self._instance_id,
-            devices=[
-                pb.DeviceInfo(
-                    name=device.name,
-                    description=device.description,
-                    memory_bytes=device.memory_bytes,
-                    budget_bytes=statistics.budget_bytes,
-                    reserved_bytes=statistics.reserved_bytes,
-                )
-            ],
+            devices=map(_device_info, self._registry.places),
             limits=pb.Limits(
                 max_sessions=config.max_sessions,
                 max_tensors=config.max_tensors,
@@ -91,15 +83,15 @@ class OptimizerService:
                 max_lease_seconds=config.max_lease_seconds,
                 step_idle_seconds=config.step_idle_seconds,
             ),
-            features=served_on(device.name),
-            sessions=statistics.sessions,
+            features=SERVED_FEATURES,
+            sessions=self._registry.statistics().sessions,
             draining=self._gate.closed,
         )
 
     def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:
         """Create a session."""
         request_id = decode_request_id(request.request_id)
-        plan = decode_plan(request.config, self._config, self._registry.engine.device.name)
+        plan = decode_plan(request.config, self._config)
         with self._gate:
             created = self._registry.create(request_id, plan)
         return pb.CreateSessionResponse(
@@ -176,6 +168,17 @@ class OptimizerService:
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
         )
+
+
+def _device_info(place: Place) -> pb.DeviceInfo:
+    device, budget = place.engine.device, place.budget
+    return pb.DeviceInfo(
+        name=device.name,
+        description=device.description,
+        memory_bytes=device.memory_bytes,
+        budget_bytes=budget.limit_bytes,
+        reserved_bytes=budget.reserved_bytes,
+    )
 
 
 def _opening(frames: Iterator[Frame]) -> Frame:

@@ -18,7 +18,8 @@ import numpy as np
 
 from stepwire.errors import StateChangedError
 from stepwire.optimizers import Hyperparameters
-from stepwire_server.commit import Commit, Outcome, ReplySink, initialize, send_parameters, start_average
+from stepwire_server.answer import ReplySink
+from stepwire_server.commit import Commit, Outcome, initialize, send_parameters
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArray
 from stepwire_server.ledger import Ledger
 from stepwire_server.loss_scale import LossScale, after_step
@@ -69,13 +70,14 @@ class Session:
         gradient_bytes = plan.layout.size * max(plan.gradient_dtype.itemsize, plan.reply_dtype.itemsize)
         budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
         self._memory = budget.reserve(state_bytes, "the session's state")
-        try:
-            self._state = engine.allocate(plan.slots, plan.layout.size, plan.kept)
+        with contextlib.ExitStack() as made:
+            made.callback(self._memory.release)
+            self._state = made.enter_context(
+                contextlib.closing(engine.allocate(plan.slots, plan.layout.size, plan.kept))
+            )
             initialize(plan, self._state)
             self._prepare(plan.groups, plan.gradient_dtype, plan.reply_dtype)
-        except BaseException:
-            self._memory.release()
-            raise
+            made.pop_all()
 
     @property
     def session_id(self) -> str:
@@ -243,7 +245,7 @@ class Session:
                     f"{now[1]} during the pull; pull again",
                     metadata={"step": snapshot.step, "applied_step": now[0]},
                 )
-            self._state.read(slot, start, out)
+            self._state.read(slot, start, out).wait()
 
     def admit_load(self, token: int, load: int, step: int | None) -> bool:
         """Return True for the next load and False for a replay of the last.
@@ -290,7 +292,8 @@ class Session:
             try:
                 self._state.adopt(staged)
                 if AVERAGE in self.plan.slots and PARAM in slots and AVERAGE not in slots and not self.ledger.ready:
-                    start_average(self._state, self.plan.layout.size)
+                    self._state.copy(PARAM, AVERAGE)
+                self._state.settle()
             except BaseException:
                 self.ledger.damaged_by(f"load {load}")
                 raise
@@ -308,8 +311,10 @@ class Session:
             if not self.ledger.closed:
                 self.ledger.closed = True
                 self.ledger.slot.orphan()
-                self._state.close()
-                self._memory.release()
+                try:
+                    self._state.close()
+                finally:
+                    self._memory.release()
 
     def _prepare(self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any]) -> None:
         """Compile what a step needs, unless the step before needed the same."""

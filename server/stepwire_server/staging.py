@@ -13,7 +13,7 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.active import Active
-from stepwire_server.engines.protocol import EngineState, Gradient, HostArray
+from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending
 from stepwire_server.exact_norm import exact_sum_of_squares
 from stepwire_server.memory import Reservation
 from stepwire_server.plan import StepOrder
@@ -136,7 +136,9 @@ class GradientStaging:
         self._state = state
         self._reservation = reservation
         self._coverage = Coverage(active.layout.size)
+        self._buffer = state.receive()
         self._chunks: list[StagedChunk] = []
+        self._asked: list[tuple[int, Piece, Pending[float]]] = []
         self._sums: list[list[float]] = [[] for _ in active.layout.groups]
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
@@ -152,13 +154,11 @@ class GradientStaging:
             problem = f"starts at no multiple of {self.active.layout.chunk_alignment}, the layout's `chunk_alignment`"
             raise _invalid_chunk(offset, offset + count, problem)
         rank = self._coverage.add(offset, count)
-        chunk = StagedChunk(offset, self._state.stage(values))
+        chunk = StagedChunk(offset, self._buffer.put(offset, values))
         self._chunks.insert(rank, chunk)
         for group, piece in self._pieces_of(chunk):
-            total = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
-            self._sums[group].append(total)
-            if not math.isfinite(total):
-                self._locate_non_finite(piece)
+            asked = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
+            self._asked.append((group, piece, asked))
 
     def complete(self) -> None:
         """Check that everything needed came.
@@ -167,6 +167,16 @@ class GradientStaging:
             InvalidRequestError: a range is missing.
         """
         self._coverage.require((start, end) for start, end, _ in self.active.stretches)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the sums that were asked for while chunks arrived."""
+        asked, self._asked = self._asked, []
+        for group, piece, pending in asked:
+            total = pending.wait()
+            self._sums[group].append(total)
+            if not math.isfinite(total):
+                self._locate_non_finite(piece)
 
     def squared_norms(self) -> list[float]:
         """Return the sum of squares of each group's unscaled gradient, within `exact_norm.RELATIVE_ERROR`."""
@@ -209,7 +219,11 @@ class GradientStaging:
     def close(self) -> None:
         """Let go of everything. Closing twice is harmless."""
         self._chunks.clear()
-        self._reservation.release()
+        self._asked.clear()
+        try:
+            self._buffer.close()
+        finally:
+            self._reservation.release()
 
     def _pieces_of(self, chunk: StagedChunk) -> Iterator[tuple[int, Piece]]:
         """Yield the parts of a chunk that the step moves, with their groups."""

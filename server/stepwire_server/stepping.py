@@ -12,13 +12,13 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Hyperparameters
-from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass, Pending
 from stepwire_server.exact_norm import exact_sum_of_squares, rounded_norm
 from stepwire_server.plan import SessionPlan, StepOrder
 from stepwire_server.progress import Run
 from stepwire_server.rules import Decay, Recipe
 from stepwire_server.schedules import factor
-from stepwire_server.staging import GradientStaging
+from stepwire_server.staging import GradientStaging, Piece
 
 __all__ = ["SteppedRun", "between", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
 
@@ -99,15 +99,28 @@ def trusted(
     steps: Sequence[SteppedRun], groups: Sequence[Hyperparameters], staging: GradientStaging, state: EngineState
 ) -> list[SteppedRun]:
     """Measure each tensor of a layerwise rule, and complete its scalars with the trust ratio; changes nothing."""
-    return [_with_trust(run, groups[run.group], staging, state) for run in steps]
+    asked = [_ask(run, list(staging.pieces(run.start, run.end)), state) for run in steps]
+    return [_with_trust(each, groups[each.run.group], state) for each in asked]
 
 
-def _with_trust(run: SteppedRun, hyper: Hyperparameters, staging: GradientStaging, state: EngineState) -> SteppedRun:
-    rule = run.step.recipe.rule
-    assert rule.trust is not None
-    pieces = list(staging.pieces(run.start, run.end))
+class _Asked(NamedTuple):
+    """A run whose pieces are being measured."""
+
+    run: SteppedRun
+    pieces: list[Piece]
+    probe: Pass
+    totals: list[Pending[tuple[float, float]]]
+
+
+def _ask(run: SteppedRun, pieces: list[Piece], state: EngineState) -> _Asked:
     probe = run.step._replace(scalars=(*run.step.scalars, 1.0))
     totals = [state.measure(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces]
+    return _Asked(run, pieces, probe, totals)
+
+
+def _with_trust(asked: _Asked, hyper: Hyperparameters, state: EngineState) -> SteppedRun:
+    run, pieces, probe, _ = asked
+    totals = [pending.wait() for pending in asked.totals]
     params, directions = (math.fsum(total[index] for total in totals) for index in (0, 1))
     param_norm = rounded_norm(
         params, lambda: exact_sum_of_squares(_read(state, piece.start, piece.end - piece.begin) for piece in pieces)
@@ -118,13 +131,15 @@ def _with_trust(run: SteppedRun, hyper: Hyperparameters, staging: GradientStagin
             state.fetch_direction(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces
         ),
     )
+    rule = run.step.recipe.rule
+    assert rule.trust is not None
     trust = rule.trust(hyper, param_norm, direction_norm)
     return run._replace(step=run.step._replace(scalars=(*run.step.scalars, trust)))
 
 
 def _read(state: EngineState, start: int, count: int) -> HostArray:
     values = np.empty(count, np.float32)
-    state.read(PARAM, start, values)
+    state.read(PARAM, start, values).wait()
     return values
 
 

@@ -8,6 +8,7 @@ first chunk is on its way while later ones are computed.
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Final
@@ -232,17 +233,16 @@ class _QueueSink:
     def __init__(self, order: StepOrder, ready: queue.SimpleQueue[bytes | None]) -> None:
         self._order = order
         self._ready = ready
-        self._frame: FrameBuffer | None = None
+        self._unfinished: deque[FrameBuffer] = deque()
 
     def buffer(self, offset: int, count: int) -> HostArray:
         header = pb.AttachResponse(chunk=tensor_pb2.Chunk(offset=offset, count=count))
-        self._frame = FrameBuffer(header, count * self._order.reply_dtype.itemsize)
-        return self._frame.payload(self._order.reply_dtype)
+        frame = FrameBuffer(header, count * self._order.reply_dtype.itemsize)
+        self._unfinished.append(frame)
+        return frame.payload(self._order.reply_dtype)
 
     def flush(self) -> None:
-        assert self._frame is not None
-        self._ready.put(self._frame.finish())
-        self._frame = None
+        self._ready.put(self._unfinished.popleft().finish())
 
 
 def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:

@@ -113,6 +113,16 @@ def test_the_same_request_id_with_another_config_is_refused(client: stepwire.Cli
     assert refused.value.metadata == {"field": "request_id"}
 
 
+def test_a_session_lives_on_the_device_that_is_named(client: stepwire.Client) -> None:
+    with client.create_session(ONE, device="cpu") as session:
+        assert session.info().device == "cpu"
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="asks for 'cuda:9', and this server has cpu;"
+    ) as refused:
+        client.create_session(ONE, device="cuda:9")
+    assert refused.value.metadata == {"field": "config.device", "feature": "device_cuda:9"}
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

@@ -17,6 +17,7 @@ from stepwire.v1 import optimizer_pb2, session_pb2, status_pb2, step_pb2, tensor
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.app import Server
 from stepwire_server.config import MIB, ServerConfig
+from stepwire_server.places import Places
 
 pytest.register_assert_rewrite("tests.server.step_runner")
 
@@ -334,11 +335,11 @@ def clock() -> Clock:
 
 @pytest.fixture
 def serve(clock: Clock) -> Callable[..., Server]:
-    """Make servers of the test's own, on the test's clock, with any settings."""
+    """Make servers of the test's own, on the test's clock, with any settings and devices."""
 
-    def make(**settings: Any) -> Server:
+    def make(*, places: Places | None = None, **settings: Any) -> Server:
         defaults = {"bind": "127.0.0.1:0", "device": "cpu", "threads": 1, "sweep_seconds": 0.01}
-        return Server(ServerConfig(**defaults | settings), clock=clock)
+        return Server(ServerConfig(**defaults | settings), clock=clock, places=places)
 
     return make
 

@@ -9,10 +9,13 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from structlog.testing import capture_logs
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.places import Places
+from tests.server.devices import PretendedEngine
 
 
 def make(**settings: Any) -> Server:
@@ -75,6 +78,21 @@ def test_an_address_that_is_taken_is_refused() -> None:
             make(bind=bind)
 
 
+def test_a_server_that_cannot_listen_closes_its_devices() -> None:
+    engine = PretendedEngine("cuda:0")
+    with make() as server, pytest.raises(InvalidRequestError, match="the port is taken"):
+        Server(ServerConfig(bind=server.target), places=Places.of([engine]))
+    assert engine.closed == 1
+
+
+def test_a_server_says_which_devices_it_serves_and_why() -> None:
+    with capture_logs() as lines:
+        make(memory_budget_bytes=12345).close()
+    chosen, device, *_ = lines
+    assert (chosen["event"], chosen["devices"], chosen["why"]) == ("devices chosen", "cpu", "the CPU was asked for")
+    assert (device["event"], device["name"], device["budget_bytes"]) == ("device", "cpu", 12345)
+
+
 def test_two_servers_do_not_share_a_port() -> None:
     with make() as server, pytest.raises(InvalidRequestError, match="the port is taken"):
         make(bind=server.target)
@@ -122,6 +140,19 @@ def test_closing_twice_frees_everything_once(connect: Any, make_config: Any, mak
         server.close()
         assert server.registry.statistics()[:3] == (0, 0, 0)
     server.close()
+
+
+def test_draining_and_closing_end_every_device(connect: Any, make_config: Any, make_live: Any) -> None:
+    engines = [PretendedEngine("cuda:0"), PretendedEngine("cuda:1")]
+    places = Places.of(engines, 10_000)
+    with Server(ServerConfig(bind="127.0.0.1:0"), places=places) as server, connect(server.target) as wire:
+        for _ in engines:
+            make_live(wire, wire.create(make_config((10,)))).step(1)
+        assert server.drain() is True
+        assert [place.budget.reserved_bytes for place in places] == [120, 120], "what is there can still be pulled"
+    server.close()
+    assert [place.budget.reserved_bytes for place in places] == [0, 0]
+    assert [engine.closed for engine in engines] == [1, 1]
 
 
 def test_a_server_that_was_never_started_can_be_closed() -> None:

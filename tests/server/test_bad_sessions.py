@@ -192,7 +192,7 @@ def test_declared_sizes_are_held_against_the_budget_before_anything_is_allocated
     def allocate(*arguments: object) -> None:
         raise AssertionError("memory was allocated")
 
-    monkeypatch.setattr(server.registry.engine, "allocate", allocate)
+    monkeypatch.setattr(server.registry.places.named("cpu").engine, "allocate", allocate)
     sessions = live.wire.info().sessions
     refused = untouched(
         lambda: live.wire.create(make_config(*shapes)), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", "bytes"

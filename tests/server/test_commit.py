@@ -15,7 +15,7 @@ from stepwire.errors import InvalidRequestError, NonFiniteGradientError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import LAMB, SGD, Adagrad, Adam
 from stepwire.treatment import GradientTreatment
-from stepwire_server.commit import Commit, Outcome, initialize, pieces_of, start_average
+from stepwire_server.commit import Commit, Outcome, initialize, pieces_of
 from stepwire_server.engines import CpuEngine
 from stepwire_server.memory import MemoryBudget
 from stepwire_server.plan import SessionPlan, StepOrder
@@ -82,7 +82,7 @@ class Bench:
 
     def read(self, slot: str = "param") -> Vector:
         values = np.empty(SIZE, np.float32)
-        self.state.read(slot, 0, values)
+        self.state.read(slot, 0, values).wait()
         return values
 
 
@@ -243,7 +243,7 @@ def test_tensors_without_a_gradient_stay_as_they_are_and_keep_their_t() -> None:
 
 def test_the_average_follows_the_parameters() -> None:
     made = bench(parameter_average_decay=0.75)
-    start_average(made.state, SIZE)
+    made.state.copy("param", "param_average")
     assert made.read("param_average").tobytes() == made.start.tobytes()
     average = made.start.astype(np.float64)
     for step in (1, 2, 3):

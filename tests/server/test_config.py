@@ -14,10 +14,13 @@ from stepwire_server.config import MIB, ServerConfig, load_config
 # A value of each setting that is not the default: as the environment has it, and as it is meant.
 SAMPLES: dict[str, tuple[str, Any]] = {
     "bind": ("0.0.0.0:1", "0.0.0.0:1"),
-    "device": ("cuda:3", "cuda:3"),
+    "device": ("cuda:3,cuda:0", "cuda:3,cuda:0"),
     "threads": ("7", 7),
     "max_sessions": ("5", 5),
     "memory_budget_bytes": ("123456789012", 123456789012),
+    "gpu_bus_slots": ("5", 5),
+    "gpu_bus_slot_bytes": ("65536", 65536),
+    "gpu_gradient_cache_bytes": ("7", 7),
     "max_streams": ("6", 6),
     "max_tensors": ("8", 8),
     "max_chunk_bytes": ("65536", 65536),
@@ -116,10 +119,13 @@ def test_an_unknown_flag_is_refused() -> None:
 
 WRONG = {
     "bind": [5, None],
-    "device": ["gpu", "cuda:", "cuda:x", "CPU", "", 5],
+    "device": ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:0,", "cuda:0,1", "cpu,cuda:0", "cuda,cuda:1", 5],
     "threads": [-1, "many", 1.5, ""],
     "max_sessions": [0, -5, "x"],
     "memory_budget_bytes": [-1, "8G", 1.5],
+    "gpu_bus_slots": [0, 2, 65],
+    "gpu_bus_slot_bytes": [0, 65535, 256 * MIB + 1],
+    "gpu_gradient_cache_bytes": [-1, "1G"],
     "max_streams": [0],
     "max_tensors": [0],
     "max_chunk_bytes": [0, 65535, 64 * MIB + 1],

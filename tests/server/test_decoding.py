@@ -30,7 +30,7 @@ def config(**fields: Any) -> session_pb2.SessionConfig:
 
 
 def plan(**fields: Any) -> SessionPlan:
-    return decoding.decode_plan(config(**fields), LIMITS, "cpu")
+    return decoding.decode_plan(config(**fields), LIMITS)
 
 
 def optimizer(**fields: Any) -> optimizer_pb2.Optimizer:
@@ -136,6 +136,7 @@ def test_everything_else_is_taken_as_it_is() -> None:
     assert (decoded.precision, decoded.measures) == (Precision.BFLOAT16, False)
     assert (decoded.gradient_dtype, decoded.reply_dtype) == (BFLOAT16, FLOAT16)
     assert (decoded.start_at_zero, decoded.lease_seconds, decoded.label) == (True, 0.5, "l" * 128)
+    assert decoded.device == "cpu"
 
 
 @pytest.mark.parametrize("lease", [100.0, 1e-9])

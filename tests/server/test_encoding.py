@@ -37,6 +37,7 @@ PLAN = make_plan(
     reply_dtype=FLOAT16,
     lease_seconds=30.0,
     label="run",
+    device="cpu",
 )
 
 
@@ -57,7 +58,7 @@ def test_a_session_is_told_whole(session: Session, clock: Any) -> None:
 
 def test_a_config_with_its_defaults_filled_in_creates_the_same_again(session: Session, clock: Any) -> None:
     config = encode_session(session, clock(), whole=True).config
-    assert decode_plan(config, ServerConfig(), "cpu") == PLAN
+    assert decode_plan(config, ServerConfig()) == PLAN
     assert config.durability == session_pb2.DURABILITY_MEMORY
     assert config.state_precision == session_pb2.STATE_PRECISION_FLOAT32
 
@@ -76,7 +77,7 @@ def test_every_policy_and_start_is_told(policy: NonFinite, zeros: bool, clock: A
     plan = dataclasses.replace(PLAN, treatment=treatment, start_at_zero=zeros)
     message = told(plan, clock)
     assert optimizer_pb2.NonFinitePolicy.Name(message.config.gradient.non_finite).endswith(policy.upper())
-    assert (message.ready, decode_plan(message.config, ServerConfig(), "cpu")) == (zeros, plan)
+    assert (message.ready, decode_plan(message.config, ServerConfig())) == (zeros, plan)
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
@@ -86,7 +87,7 @@ def test_every_rule_and_precision_is_told(rule: str, precision: Precision, clock
     plan = make_plan(
         TensorSpec("w", (2, 3)), optimizer=OPTIMIZERS[rule](), precision=precision, treatment=treatment, measures=False
     )
-    assert decode_plan(told(plan, clock).config, ServerConfig(), "cpu") == dataclasses.replace(plan, lease_seconds=60.0)
+    assert decode_plan(told(plan, clock).config, ServerConfig()) == dataclasses.replace(plan, lease_seconds=60.0)
 
 
 def test_every_treatment_is_told(clock: Any) -> None:
@@ -101,7 +102,7 @@ def test_every_treatment_is_told(clock: Any) -> None:
     )
     plan = make_plan(TensorSpec("w", (5000,)), TensorSpec("b", (3,)), treatment=treatment, precision=Precision.INT8)
     message = told(plan, clock)
-    assert decode_plan(message.config, ServerConfig(), "cpu") == plan
+    assert decode_plan(message.config, ServerConfig()) == plan
     assert message.loss_scale == 8.0
     assert list(message.layout.slots) == [
         "param",

@@ -20,7 +20,7 @@ from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.decoding import decode_order, decode_plan
-from stepwire_server.features import SERVED_FEATURES, refuse_unserved, served_on, unsupported
+from stepwire_server.features import SERVED_FEATURES, refuse_unserved, unsupported
 from stepwire_server.plan import SessionPlan
 
 NUMBERS = tuple(
@@ -61,7 +61,7 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "state_precision": (1, 2, 3),
     "lease_seconds": ANY,
     "label": ANY,
-    "device": ("cpu",),
+    "device": ANY,  # and refused where the session is placed, if the server does not have it
     "telemetry": (1, 2),
 }
 SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
@@ -90,7 +90,6 @@ DEFAULTS = {
     "reply_mode": 1,
     "state_precision": 1,
     "telemetry": 2,
-    "device": "cpu",
 }
 # What must be set besides, by the field's path or its last name.
 MOMENTUM = {"optimizer.rule": optimizer_pb2.RULE_SGD, "optimizer.hyperparameters.momentum": 0.25}
@@ -140,7 +139,7 @@ def minimal() -> session_pb2.SessionConfig:
 
 
 LIMITS = ServerConfig()
-PLAN = decode_plan(minimal(), LIMITS, "cpu")
+PLAN = decode_plan(minimal(), LIMITS)
 
 
 def paths(message: Descriptor, prefix: str = "") -> Iterator[tuple[str, FieldDescriptor]]:
@@ -158,7 +157,6 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         numbers = [value.number for value in field.enum_type.values if value.number]
         return [*numbers, max(numbers) + 40]
     return {
-        "device": ["cpu", "cuda:0"],
         "reply_chunk_bytes": [4096],
         "tensors.group": [1],
         "missing_tensors": [1],
@@ -214,12 +212,12 @@ def test_every_option_of_a_session_is_served_or_refused(path: str, value: Any) -
     assign(config, path, value)
     served = SERVED_CONFIG.get(path, ())
     if served is ANY or value in served:
-        same = decode_plan(config, LIMITS, "cpu") == decode_plan(usual, LIMITS, "cpu")
+        same = decode_plan(config, LIMITS) == decode_plan(usual, LIMITS)
         assert same is (DEFAULTS.get(path) == value)
         return
     number_of_another_rule = ".overrides." in path or ".hyperparameters." in path or path == "groups.schedule.kind"
     with pytest.raises(InvalidRequestError if number_of_another_rule else UnsupportedFeatureError) as refused:
-        decode_plan(config, LIMITS, "cpu")
+        decode_plan(config, LIMITS)
     assert named_by(refused.value, path, "config")
 
 
@@ -236,7 +234,7 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
     config = minimal()
     for name, needed in context_of(path, value).items():
         assign(config, name, needed)
-    plan = decode_plan(config, LIMITS, "cpu")
+    plan = decode_plan(config, LIMITS)
     served = SERVED_BEGIN.get(path, ())
     if served is ANY or value in served:
         changed = decode_order(begin, plan, 1 << 20) != decode_order(usual, plan, 1 << 20)
@@ -330,10 +328,10 @@ def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> No
             config = minimal()
             assign(config, path, value)
             try:
-                refuse_unserved(config, "cpu")
+                refuse_unserved(config)
             except UnsupportedFeatureError as error:
                 refused.add(error.metadata["feature"])
-    assert {feature for feature in refused if not feature.startswith("device_")} <= named
+    assert refused <= named
     assert set(SERVED_FEATURES) <= named
     assert tuple(sorted(SERVED_FEATURES)) == SERVED_FEATURES
     assert tuple(live.wire.info().features) == SERVED_FEATURES
@@ -351,13 +349,3 @@ def test_a_refusal_says_what_to_do() -> None:
 def test_the_plan_is_what_the_minimal_config_says() -> None:
     assert isinstance(PLAN, SessionPlan)
     assert [tensor.spec.name for tensor in PLAN.layout.tensors] == ["w", "v"]
-
-
-def test_a_gpu_serves_everything_but_8_bit_moments() -> None:
-    assert served_on("cpu") == SERVED_FEATURES
-    assert set(SERVED_FEATURES) - set(served_on("cuda:0")) == {"state_int8"}
-    config = session_pb2.SessionConfig(state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
-    with pytest.raises(UnsupportedFeatureError) as refused:
-        refuse_unserved(config, "cuda:0")
-    assert refused.value.metadata == {"field": "config.state_precision", "feature": "state_int8"}
-    refuse_unserved(config, "cpu")

@@ -257,19 +257,19 @@ def test_a_compression_bomb_does_not_unfold(server: Any, live: Any, untouched: A
 
 def test_padding_is_not_kept(live: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks wait for the commit; if each kept its whole message, a small gradient could hold gigabytes."""
-    from stepwire_server.engines.cpu import CpuState
+    from stepwire_server.engines.cpu_state import CpuGradient
 
     kept: list[int] = []
-    stage = CpuState.stage
+    put = CpuGradient.put
 
-    def watching(state: CpuState, payload: Any) -> Any:
+    def watching(buffer: CpuGradient, offset: int, payload: Any) -> Any:
         owner = payload
         while getattr(owner, "base", None) is not None:
             owner = owner.base
         kept.append(len(owner) if isinstance(owner, bytes) else owner.nbytes)
-        return stage(state, payload)
+        return put(buffer, offset, payload)
 
-    monkeypatch.setattr(CpuState, "stage", watching)
+    monkeypatch.setattr(CpuGradient, "put", watching)
     frames = [
         pb.AttachRequest(chunk=tensor_pb2.Chunk(offset=offset, count=1), payload=bytes(4), padding=bytes(1 << 20))
         for offset in range(8)

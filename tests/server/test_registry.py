@@ -14,25 +14,24 @@ from stepwire.errors import Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import Adam
 from stepwire.treatment import GradientTreatment
-from stepwire_server.engines import CpuEngine
-from stepwire_server.memory import MemoryBudget
+from stepwire_server.places import Places
 from stepwire_server.plan import SessionPlan
 from stepwire_server.registry import Registry, RegistryStatistics
+from tests.server.devices import PretendedEngine
 from tests.server.plans import make_plan
 
 BYTES = 3 * 4 * 10
 
 
-def plan(lease_seconds: float = 60.0, label: str = "") -> SessionPlan:
-    return make_plan(TensorSpec("w", (10,)), lease_seconds=lease_seconds, label=label)
+def plan(lease_seconds: float = 60.0, label: str = "", device: str = "") -> SessionPlan:
+    return make_plan(TensorSpec("w", (10,)), lease_seconds=lease_seconds, label=label, device=device)
 
 
 @pytest.fixture
 def make_registry(clock: Any) -> Callable[..., Registry]:
-    def make(*, max_sessions: int = 10, max_streams: int = 3, budget_bytes: int = 10_000) -> Registry:
+    def make(*devices: str, max_sessions: int = 10, max_streams: int = 3, budget_bytes: int = 10_000) -> Registry:
         return Registry(
-            CpuEngine(threads=1, use_numba=False),
-            MemoryBudget(budget_bytes),
+            Places.of([PretendedEngine(name) for name in devices or ("cpu",)], budget_bytes),
             max_sessions=max_sessions,
             max_streams=max_streams,
             step_idle_seconds=5.0,
@@ -101,6 +100,71 @@ def test_one_request_from_many_threads_creates_one_session(make_registry: Any) -
     assert len(made) == 8
     assert len(set(map(id, made))) == 1
     assert registry.statistics().reserved_bytes == BYTES
+
+
+def reserved(registry: Registry) -> list[int]:
+    return [place.budget.reserved_bytes for place in registry.places]
+
+
+def test_sessions_that_name_no_device_spread_over_all(make_registry: Any) -> None:
+    registry = make_registry("cuda:0", "cuda:1")
+    made = [registry.create(str(index), plan()).session.device for index in range(4)]
+    assert made == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert reserved(registry) == [2 * BYTES, 2 * BYTES]
+    assert registry.statistics() == RegistryStatistics(4, 0, 4 * BYTES, 20_000)
+
+
+def test_a_session_lives_where_it_names(make_registry: Any) -> None:
+    registry = make_registry("cuda:0", "cuda:1")
+    made = [registry.create(str(index), plan(device="cuda:1")).session.device for index in range(3)]
+    assert made == ["cuda:1"] * 3
+    assert registry.create("any", plan()).session.device == "cuda:0"
+
+
+def test_a_device_that_is_not_there_creates_nothing(make_registry: Any) -> None:
+    registry = make_registry("cuda:0", "cuda:1")
+    with pytest.raises(errors.UnsupportedFeatureError, match="asks for 'cpu', and this server has cuda:0, cuda:1;"):
+        registry.create("r", plan(device="cpu"))
+    assert registry.statistics() == RegistryStatistics(0, 0, 0, 20_000)
+    assert registry.create("r", plan()).replayed is False
+
+
+def test_a_device_that_is_full_leaves_the_others_as_they_are(make_registry: Any) -> None:
+    registry = make_registry("cuda:0", "cuda:1", budget_bytes=2 * BYTES)
+    for index in range(2):
+        registry.create(f"full {index}", plan(device="cuda:0"))
+    with pytest.raises(errors.ResourceExhaustedError) as refused:
+        registry.create("named", plan(device="cuda:0"))
+    assert refused.value.reason is Reason.MEMORY_EXHAUSTED
+    assert [registry.create(f"any {index}", plan()).session.device for index in range(2)] == ["cuda:1"] * 2
+    with pytest.raises(errors.ResourceExhaustedError):
+        registry.create("any", plan())
+    assert reserved(registry) == [2 * BYTES, 2 * BYTES]
+
+
+@pytest.mark.parametrize("how", ["delete", "sweep", "close"])
+def test_an_ended_session_gives_back_to_the_budget_it_took_from(make_registry: Any, clock: Any, how: str) -> None:
+    registry = make_registry("cuda:0", "cuda:1")
+    registry.create("here", plan(lease_seconds=1e6, device="cuda:0"))
+    there = registry.create("there", plan(device="cuda:1")).session
+    if how == "delete":
+        registry.delete(there.session_id)
+    elif how == "sweep":
+        clock.now += 61.0
+        registry.sweep()
+    else:
+        registry.close()
+    assert reserved(registry) == [0 if how == "close" else BYTES, 0]
+
+
+def test_a_repeated_request_returns_the_session_wherever_it_is(make_registry: Any) -> None:
+    registry = make_registry("cuda:0", "cuda:1")
+    registry.create("first", plan())
+    there = registry.create("r", plan()).session
+    assert there.device == "cuda:1"
+    assert registry.create("r", plan()) == (there, 1, True), "though cuda:0 is the one to choose now"
+    with pytest.raises(errors.InvalidRequestError, match="'r' created another session before"):
+        registry.create("r", plan(device="cuda:0"))
 
 
 def test_too_many_sessions_are_refused(make_registry: Any) -> None:
@@ -281,6 +345,7 @@ def test_plans_are_compared_whole(make_registry: Any) -> None:
         {"treatment": GradientTreatment(non_finite="skip")},
         {"optimizer": Adam(amsgrad=True)},
         {"layout": place([TensorSpec("w", (2, 5))], 1)},
+        {"device": "cpu"},
     ):
         with pytest.raises(errors.InvalidRequestError):
             registry.create("r", dataclasses.replace(plan(), **change))

@@ -8,6 +8,9 @@ import pytest
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
+from stepwire_server.features import SERVED_FEATURES
+from stepwire_server.places import Places
+from tests.server.devices import PretendedEngine
 
 
 def test_a_server_tells_its_limits(serve: Any, connect: Any) -> None:
@@ -33,6 +36,44 @@ def test_without_a_budget_it_is_four_fifths_of_the_memory(serve: Any, connect: A
     with serve() as server, connect(server.target) as wire:
         (device,) = wire.info().devices
     assert device.budget_bytes == int(device.memory_bytes * 0.8)
+
+
+def test_every_device_is_told_with_a_budget_of_its_own(serve: Any, connect: Any, make_config: Any) -> None:
+    places = Places.of([PretendedEngine("cuda:0"), PretendedEngine("cuda:1", memory_bytes=1 << 20)], 12345)
+    with serve(places=places) as server, connect(server.target) as wire:
+        session = wire.create(make_config((10,), device="cuda:1")).session
+        info = wire.info()
+        listed = pb.ListSessionsResponse.FromString(wire.unary("ListSessions", pb.ListSessionsRequest())).sessions
+    assert [(device.name, device.budget_bytes, device.reserved_bytes) for device in info.devices] == [
+        ("cuda:0", 12345, 0),
+        ("cuda:1", 12345, 120),
+    ]
+    assert [(device.description, device.memory_bytes) for device in info.devices] == [
+        ("Pretended cuda:0", 1 << 30),
+        ("Pretended cuda:1", 1 << 20),
+    ]
+    assert tuple(info.features) == SERVED_FEATURES
+    assert (info.sessions, session.device, session.config.device) == (1, "cuda:1", "cuda:1")
+    assert [entry.device for entry in listed] == ["cuda:1"]
+
+
+def test_sessions_on_two_devices_step_side_by_side(
+    serve: Any, connect: Any, make_config: Any, make_live: Any, refusal: Any
+) -> None:
+    places = Places.of([PretendedEngine("cuda:0"), PretendedEngine("cuda:1")], 400)
+    with serve(places=places) as server, connect(server.target) as wire:
+        one, other = (make_live(wire, wire.create(make_config((10,)))) for _ in range(2))
+        assert [wire.get(live.id).device for live in (one, other)] == ["cuda:0", "cuda:1"]
+        for step in (1, 2):
+            one.step(step)
+            other.step(step)
+        assert one.fingerprint()[2] == other.fingerprint()[2]
+        refusal(
+            lambda: wire.create(make_config((10,), device="cuda:2")),
+            "FAILED_PRECONDITION",
+            "UNSUPPORTED_FEATURE",
+            "cuda:0, cuda:1",
+        )
 
 
 def test_each_start_of_a_server_has_an_id_of_its_own(serve: Any, connect: Any) -> None:

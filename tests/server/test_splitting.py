@@ -61,7 +61,7 @@ def session(engine: CpuEngine, optimizer: Optimizer, counts: Sequence[int], grou
         initialization=session_pb2.INITIALIZATION_ZEROS,
         **more,
     )
-    plan = decode_plan(config, ServerConfig(), "cpu")
+    plan = decode_plan(config, ServerConfig())
     made = Session("0" * 32, plan, engine, MemoryBudget(1 << 30), epoch=1, clock=lambda: 0.0)
     made.token = made.take_slot()
     return made

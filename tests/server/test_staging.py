@@ -151,6 +151,7 @@ def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: 
         staging = GradientStaging(order(), ALL, state, room, unscale=1.0, replay=False)
         add(staging, values, spans)
         staging.complete()
+        staging.settle()
         norms.append(staging.squared_norms())
         random.shuffle(spans)
     assert norms[0] == norms[1]
@@ -205,6 +206,7 @@ def test_what_comes_for_a_tensor_that_does_not_move_is_ignored(stage: Any) -> No
     staging = stage(Active(LAYOUT, frozenset({1})))
     add(staging, values, [(0, SIZE)])
     staging.complete()
+    staging.settle()
     assert (staging.squared_norms(), staging.non_finite_count) == ([15.0, 9.0], 0)
 
 
@@ -215,6 +217,7 @@ def test_norms_are_of_the_unscaled_float32_elements(stage: Any, unscale: float) 
     add(staging, values, [(0, 100), (100, SIZE)])
     unscaled = (values * np.float32(unscale)).astype(np.float64) ** 2
     wanted = [math.fsum(unscaled[:19]), math.fsum(unscaled[256:])]
+    staging.settle()
     assert staging.squared_norms() == pytest.approx(wanted, rel=RELATIVE_ERROR)
     assert [float(staging.exact_squared_norm([group])) for group in (0, 1)] == pytest.approx(wanted, rel=1e-15)
     assert staging.exact_squared_norm([0, 1]) == staging.exact_squared_norm([0]) + staging.exact_squared_norm([1])
@@ -225,6 +228,7 @@ def test_what_becomes_infinite_by_unscaling_is_counted(stage: Any) -> None:
     values[4] = 2.0**120
     staging = stage(unscale=2.0**20)
     add(staging, values, [(0, SIZE)])
+    staging.settle()
     assert (staging.non_finite_count, staging.first_non_finite) == (1, 4)
 
 
@@ -258,6 +262,7 @@ def test_what_is_not_finite_is_counted_and_the_first_is_found(stage: Any, spans:
     values[100] = np.nan
     staging = stage(dtype=dtype)
     add(staging, values, spans)
+    staging.settle()
     assert (staging.non_finite_count, staging.first_non_finite) == (3, 17)
 
 
@@ -266,6 +271,7 @@ def test_the_largest_values_are_finite(stage: Any) -> None:
     staging = stage()
     add(staging, np.full(SIZE, np.finfo(np.float32).max, np.float32), [(0, SIZE)])
     staging.complete()
+    staging.settle()
     assert staging.non_finite_count == 0
     assert all(np.isfinite(staging.squared_norms()))
 
@@ -277,6 +283,7 @@ def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
         add(staging, values, [(50, 150)])
     add(staging, values, [(100, SIZE)])
     staging.complete()
+    staging.settle()
     assert staging.squared_norms() == [19.0, 9.0]
 
 

@@ -167,7 +167,7 @@ def test_each_tensor_of_a_layerwise_rule_has_a_ratio_of_its_own(optimizer: Any, 
     assert [run.step.scalars[-1] for run in steps] == pytest.approx(ratios, rel=1e-6)
     assert [(run.start, run.end) for run in steps] == [(0, 5), (5, 9), (9, 12)]
     held = np.empty(12, np.float32)
-    state.read("param", 0, held)
+    state.read("param", 0, held).wait()
     assert held.tobytes() == params.tobytes(), "measuring changes nothing"
 
 

@@ -106,7 +106,7 @@ class OptimizerServiceServicer(object):
         - INVALID_ARGUMENT/INVALID_CONFIG: an option is out of range, or `request_id` came before with another
         config (metadata: field).
         - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: this server cannot do what is asked (metadata: field, feature).
-        - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: the state does not fit the budget (metadata: requested_bytes,
+        - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: the state does not fit the device's budget (metadata: requested_bytes,
         available_bytes).
         - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS.
         """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stepwire_server.engines.choice import Choice, choose_engine
+from stepwire_server.engines.choice import Choice, choose_engines
 from stepwire_server.engines.cpu import CpuEngine
-from stepwire_server.engines.cuda import CudaEngine
+from stepwire_server.engines.cuda import CudaEngine, CudaOptions
 from stepwire_server.engines.protocol import PARAM, Device, Engine, EngineState, Gradient, HostArray
 
 __all__ = [
@@ -12,10 +12,11 @@ __all__ = [
     "Choice",
     "CpuEngine",
     "CudaEngine",
+    "CudaOptions",
     "Device",
     "Engine",
     "EngineState",
     "Gradient",
     "HostArray",
-    "choose_engine",
+    "choose_engines",
 ]

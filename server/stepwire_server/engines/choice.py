@@ -1,95 +1,135 @@
-"""Which engine a server runs on, and why."""
+"""Which engines a server runs on, and why."""
 
 from __future__ import annotations
 
-import importlib
-import logging
+import contextlib
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.engines.cpu import CpuEngine
-from stepwire_server.engines.cuda import CudaEngine
+from stepwire_server.engines.cuda import CudaEngine, CudaOptions
+from stepwire_server.engines.probe import Finding, examine_cuda, visible_gpus
 from stepwire_server.engines.protocol import Engine
 
-__all__ = ["Choice", "choose_engine"]
+__all__ = ["Choice", "choose_engines"]
 
-_log = logging.getLogger(__name__)
+_DEVICE = re.compile(r"auto|cpu|cuda|cuda:[0-9]{1,3}(?:,cuda:[0-9]{1,3})*")
 
 
 class Choice(NamedTuple):
-    """An engine and the reason for it.
+    """Engines and the reason for them.
 
     Attributes:
-        engine: ready for use; whoever asked closes it.
-        why: a sentence for the log and for `stepwire doctor`.
+        engines: ready for use, one a device, at least one; whoever asked closes them.
+        why: a sentence for the log, with what was left out.
     """
 
-    engine: Engine
+    engines: tuple[Engine, ...]
     why: str
 
 
-def choose_engine(device: str = "auto", threads: int | None = None, cupy: Any = None) -> Choice:
-    """Start the engine for a device.
+def choose_engines(
+    device: str = "auto",
+    threads: int | None = None,
+    cupy: Any = None,
+    options: CudaOptions = CudaOptions(),  # noqa: B008 - immutable
+) -> Choice:
+    """Start the engines for a server's devices.
 
     Args:
-        device: `"cpu"`, `"cuda"`, `"cuda:N"`, or `"auto"` for the first GPU that works, else the CPU.
+        device: `"cpu"`; `"cuda"` for every visible GPU that works; GPUs by number, such as `"cuda:0"` or
+            `"cuda:0,cuda:2"`, which all must work; or `"auto"`: as `"cuda"`, and the CPU where no GPU works.
         threads: threads of the CPU engine; None for one a processor.
         cupy: a stand-in for the CuPy module; None to import it if it is needed.
+        options: working memory of GPU engines.
 
     Raises:
         InvalidRequestError: `device` is none of these.
-        UnsupportedFeatureError: a GPU was asked for by name and does not work; the message says what is missing and
-            how to get it.
+        UnsupportedFeatureError: GPUs were asked for and none works, or one that was asked for by number does not; the
+            message says what is missing and how to get it.
     """
-    name = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device)
-    if name is None:
-        raise InvalidRequestError(
-            f"device is {device!r}; use auto, cpu, cuda or cuda:N, such as cuda:0", metadata={"field": "device"}
-        )
+    numbers = _numbers(device)
     if device == "cpu":
-        choice = Choice(CpuEngine(threads), "the CPU was asked for")
-    else:
-        choice = _choose_cuda(device, int(name[1] or 0), threads, cupy)
-    _log.info("engine on %s (%s): %s", choice.engine.device.name, choice.engine.device.description, choice.why)
-    return choice
+        return Choice((CpuEngine(threads),), "the CPU was asked for")
+    if numbers:
+        return Choice(_start_all(numbers, cupy, options), f"{device} was asked for")
+    engines, problems = _start_working(visible_gpus(cupy), cupy, options)
+    if not engines and device == "cuda":
+        raise problems[0]
+    told = "; ".join(map(str, problems))
+    if not engines:
+        return Choice((CpuEngine(threads),), f"no GPU is used: {told}")
+    working = "a GPU works" if len(engines) == 1 else f"{len(engines)} GPUs work"
+    return Choice(engines, f"{working}; {told}" if told else working)
 
 
-def _choose_cuda(device: str, index: int, threads: int | None, cupy: Any) -> Choice:
+def _numbers(device: str) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that are asked for by number; none for other devices."""
+    if not _DEVICE.fullmatch(device):
+        raise _invalid(device, "use auto, cpu, cuda, cuda:N, such as cuda:0, or several: cuda:0,cuda:1")
+    numbers = tuple(map(int, re.findall(r"cuda:([0-9]+)", device)))
+    if len(set(numbers)) < len(numbers):
+        raise _invalid(device, "name each GPU once")
+    return numbers
+
+
+def _start_all(numbers: Iterable[int], cupy: Any, options: CudaOptions) -> tuple[Engine, ...]:
+    with contextlib.ExitStack() as started:
+        engines = tuple(started.enter_context(contextlib.closing(_start(number, cupy, options))) for number in numbers)
+        started.pop_all()
+    return engines
+
+
+def _start_working(
+    numbers: Iterable[int], cupy: Any, options: CudaOptions
+) -> tuple[tuple[Engine, ...], list[UnsupportedFeatureError]]:
+    """Start the GPUs that work; returns their engines, and why the others do not."""
+    engines: list[Engine] = []
+    problems: list[UnsupportedFeatureError] = []
+    with contextlib.ExitStack() as started:
+        for number in numbers:
+            try:
+                engines.append(started.enter_context(contextlib.closing(_start(number, cupy, options))))
+            except UnsupportedFeatureError as problem:
+                problems.append(problem)
+        started.pop_all()
+    return tuple(engines), problems
+
+
+def _start(number: int, cupy: Any, options: CudaOptions) -> CudaEngine:
+    """Start a GPU's engine and run a kernel on it, or say what is missing."""
+    for finding in examine_cuda(number, cupy):
+        if not finding.ok and not finding.optional:
+            raise _broken(number, finding)
     try:
-        engine = _start_cuda(index, cupy)
-    except UnsupportedFeatureError as problem:
-        if device == "auto":
-            return Choice(CpuEngine(threads), f"no GPU is used: {problem}")
-        raise
-    return Choice(engine, "the GPU was asked for" if device != "auto" else "a GPU works")
-
-
-def _start_cuda(index: int, cupy: Any) -> CudaEngine:
-    """Start a GPU engine and run a kernel on it, or say what is missing."""
-    try:
-        cupy = cupy or importlib.import_module("cupy")
-    except ImportError as problem:
-        raise _missing(
-            index, f"CuPy cannot be imported ({problem}); pip install 'stepwire[cuda13]' or 'stepwire[cuda12]'"
-        ) from problem
-    count = cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
-    if index >= count:
-        raise _missing(
-            index,
-            f"CUDA sees {count} device(s); check nvidia-smi, CUDA_VISIBLE_DEVICES, and docker run --gpus all",
-        )
-    try:
-        engine = CudaEngine(index, cupy)
-        engine.self_test()
+        engine = CudaEngine(number, cupy, options)
     except Exception as problem:  # CuPy has no common base for what a broken installation raises
-        raise _missing(
-            index,
-            f"a first kernel fails ({type(problem).__name__}: {problem}); NVRTC may be missing, "
-            "which 'stepwire[cuda13]' and 'stepwire[cuda12]' bring",
-        ) from problem
+        raise _broken(number, _failed("the engine does not start", problem)) from problem
+    try:
+        engine.self_test()
+    except Exception as problem:
+        engine.close()
+        raise _broken(number, _failed("a first kernel fails", problem)) from problem
     return engine
 
 
-def _missing(index: int, what: str) -> UnsupportedFeatureError:
-    return UnsupportedFeatureError(f"cuda:{index} does not work: {what}", metadata={"field": "device"})
+def _failed(what: str, problem: Exception) -> Finding:
+    return Finding(
+        "self-test",
+        False,
+        f"{what} ({type(problem).__name__}: {problem})",
+        "NVRTC may be missing, which 'stepwire[cuda13]' and 'stepwire[cuda12]' bring",
+    )
+
+
+def _broken(number: int, finding: Finding) -> UnsupportedFeatureError:
+    told = f"{finding.detail}; {finding.remedy}" if finding.remedy else finding.detail
+    return UnsupportedFeatureError(
+        f"cuda:{number} does not work: {told}", metadata={"field": "device", "check": finding.check}
+    )
+
+
+def _invalid(device: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"device is {device!r}; {problem}", metadata={"field": "device"})

@@ -70,6 +70,12 @@ class CpuEngine:
         if recipe.accumulates:
             self._kernels.accumulate(gradient)
 
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`: what is in the cache loads in no time, and the rest belongs to no session yet."""
+
+    def rest(self) -> None:
+        """See `Engine.rest`: nothing is kept."""
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._shares.close()

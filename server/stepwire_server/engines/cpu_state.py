@@ -9,19 +9,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from stepwire_server.engines.chunks import StagedChunk, check_range
-from stepwire_server.engines.protocol import PARAM, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.on_host import direction_on_host, gradient_on_host
+from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass
 from stepwire_server.engines.rounding import seeds_for
 from stepwire_server.engines.shares import GRAIN, Shares
 from stepwire_server.engines.slots import BlockSlot, Slot
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
-from stepwire_server.rules.treatment import added, scaled
 
-__all__ = ["CpuKernels", "CpuState"]
+__all__ = ["CpuGradient", "CpuKernels", "CpuState"]
 
 # Elements from which a second thread pays: handing it a share costs about 60 µs (0.9 ns an element to update,
 # 0.17 to sum, on one thread).
 LEAST_SHARED_UPDATE = 3 * GRAIN
 LEAST_SHARED_SUM = 16 * GRAIN
+
+_NOTHING: Done[None] = Done(None)
+_NO_SUMS: Done[tuple[float, ...]] = Done(())
 
 
 class CpuKernels(Protocol):
@@ -52,6 +55,21 @@ class CpuKernels(Protocol):
         ...
 
 
+class CpuGradient:
+    """Chunks as they were received; see `GradientBuffer`."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        """View chunks as these kernels read them."""
+        self._kernels = kernels
+
+    def put(self, offset: int, payload: HostArray) -> StagedChunk:
+        """See `GradientBuffer.put`; nothing is copied, an unaligned chunk neither."""
+        return StagedChunk(payload.dtype, self._kernels.source(payload))
+
+    def close(self) -> None:
+        """See `GradientBuffer.close`."""
+
+
 class CpuState:
     """The arrays of one session; see `EngineState`."""
 
@@ -67,19 +85,24 @@ class CpuState:
         """See `EngineState.nbytes`."""
         return sum(slot.nbytes for slot in self._slots.values())
 
-    def stage(self, payload: HostArray) -> StagedChunk:
-        """See `EngineState.stage`; nothing is copied, an unaligned chunk neither."""
-        return StagedChunk(payload.dtype, self._kernels.source(payload))
+    @property
+    def depth(self) -> int:
+        """See `EngineState.depth`: what is asked for is done at once."""
+        return 1
+
+    def receive(self) -> CpuGradient:
+        """See `EngineState.receive`."""
+        return CpuGradient(self._kernels)
 
     def sum_of_squares(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
-    ) -> float:
+    ) -> Done[float]:
         """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, accumulated)
         kernel = self._kernels.sum_of_squares(chunk.dtype, accumulated is not None)
         arrays = () if accumulated is None else self._slots[ACCUMULATED].arrays()
         (total,) = self._sums(1, kernel, (*arrays, chunk.values, accumulated or 0, begin), end - begin, (factor,))
-        return total
+        return Done(total)
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
@@ -91,34 +114,26 @@ class CpuState:
 
         self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
 
-    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> tuple[float, float]:
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Done[tuple[float, float]]:
         """See `EngineState.measure`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, start)
         recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
         kernel = self._kernels.measure(recipe, chunk.dtype)
         param, direction = self._sums(2, kernel, (*arrays, chunk.values, at, begin), end - begin, step.scalars[:-1])
-        return param, direction
+        return Done((param, direction))
 
     def fetch(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
     ) -> HostArray:
         """See `EngineState.fetch`."""
         chunk = self._checked(gradient, begin, end, accumulated)
-        with np.errstate(all="ignore"):
-            values = scaled(_floats(chunk, begin, end), np.float32(factor))
-            if accumulated is not None:
-                values = added(values, self._read(ACCUMULATED, accumulated, end - begin))
-        return np.asarray(values, np.float32)
+        before = None if accumulated is None else self._read(ACCUMULATED, accumulated, end - begin)
+        return gradient_on_host(_floats(chunk, begin, end), factor, before)
 
     def fetch_direction(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> HostArray:
         """See `EngineState.fetch_direction`."""
-        chunk, recipe = self._checked(gradient, begin, end, start), step.recipe
-        names = {PARAM: "p", **recipe.slots}
-        variables: dict[str, Any] = {name: self._read(slot, start, end - begin) for slot, name in names.items()}
-        numbers = (np.float32(scalar) for scalar in step.scalars)
-        variables |= {"g": _floats(chunk, begin, end)} | dict(zip(recipe.scalars, numbers, strict=True))
-        with np.errstate(all="ignore"):
-            return np.asarray(recipe.evaluate(recipe.direction_stages, variables)["u"], np.float32)
+        chunk = self._checked(gradient, begin, end, start)
+        return direction_on_host(step, _floats(chunk, begin, end), lambda slot: self._read(slot, start, end - begin))
 
     def update(
         self,
@@ -128,7 +143,7 @@ class CpuState:
         begin: int,
         end: int,
         out: HostArray | None,
-    ) -> tuple[float, ...]:
+    ) -> Done[tuple[float, ...]]:
         """See `EngineState.update`."""
         chunk = self._checked(gradient, begin, end, start)
         if out is not None:
@@ -143,7 +158,7 @@ class CpuState:
                 kernel(*arrays, chunk.values, target, at + first, begin + first, first, size, *seeds, *step.scalars)
 
             self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
-            return ()
+            return _NO_SUMS
         share = self._shares.share(end - begin) or 1
         sums = np.zeros((self._shares.threads, len(recipe.sums)))
 
@@ -152,9 +167,9 @@ class CpuState:
             kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
 
         self._shares.run(measured_work, end - begin, LEAST_SHARED_UPDATE)
-        return tuple((sums[0] if share >= end - begin else sums.sum(axis=0)).tolist())
+        return Done(tuple((sums[0] if share >= end - begin else sums.sum(axis=0)).tolist()))
 
-    def read(self, slot: str, start: int, out: HostArray) -> None:
+    def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""
         check_range("state", start, start + len(out), self._size)
         owner = self._slots.get(slot.removesuffix("_scale"))
@@ -162,11 +177,16 @@ class CpuState:
             owner.read_scale(start, out)
         else:
             self._slots[slot].read(start, out)
+        return _NOTHING
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`."""
         check_range("state", start, start + len(values), self._size)
         self._slots[slot].write(start, values)
+
+    def copy(self, source: str, target: str) -> None:
+        """See `EngineState.copy`."""
+        self._slots[target].write(0, self._slots[source].arrays()[0])
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
@@ -181,6 +201,9 @@ class CpuState:
             elif own is not None:
                 own.write(0, slot.arrays()[0])
         other.close()
+
+    def settle(self) -> None:
+        """See `EngineState.settle`."""
 
     def close(self) -> None:
         """See `EngineState.close`."""

@@ -23,13 +23,13 @@ Everything is defined on bits, so NumPy, Numba and CUDA agree on all of them:
 How a code is found without a search: the pattern of a float32, read as an integer, is in order of its value, and the
 map is coarse enough that a cell (all patterns with the same upper 15 or 16 bits) holds at most one boundary between
 codes. `steps[cell] + pattern` carries into the code's bits exactly from that boundary on: one look-up, one addition,
-one shift. Arithmetic per decade takes more instructions than a look-up (decoding so: 45 % slower), and cannot meet
-boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
+one shift. Arithmetic per decade takes more instructions than a look-up, so that even decoding was slower, and cannot
+meet boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
 
 The functions from `decode_signed` on are scalar, for generated Numba kernels, as in `numba_codecs`, whose `as_bits`
 and `as_float` they call. The four tables have to be globals there: Numba then freezes them into constants, and only
 of a constant does LLVM know that the stores of a loop leave it alone, which it has to in order to vectorise; with
-tables as arguments a fused Adam kernel took 2.4 times as long.
+tables as arguments a fused Adam kernel took much longer.
 """
 
 from __future__ import annotations

@@ -66,9 +66,10 @@ _UPDATE = """def {name}({arguments}):
         {body}
 """
 
-# The sums of telemetry are in float32 within a block, which costs nothing beside the pass (in float64: 15 %), and in
-# the order that suits the processor, since nothing that is kept depends on them. `fastmath` of the decorator allows
-# that reordering to the kernel's own additions; the stages are functions of their own, compiled without.
+# The sums of telemetry are in float32 within a block, which costs next to nothing beside the pass (in float64 it cost
+# a noticeable part of it), and in the order that suits the processor, since nothing that is kept depends on them.
+# `fastmath` of the decorator allows that reordering to the kernel's own additions; the stages are functions of their
+# own, compiled without.
 _MEASURING_UPDATE = """def {name}({arguments}):
     {casts}
     for low in range(0, size, 4096):

@@ -5,19 +5,34 @@ ranges, a rule with its scalars, and a place for the encoded answer.
 
 Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16. State is float32, but for
 slots that were allocated in another `Precision`.
+
+Calls are carried out in the order in which they are made, but a GPU carries them out later: what they answer comes as
+a `Pending`, and whoever asks has asked for the next before it waits for the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["PARAM", "Device", "Engine", "EngineState", "Gradient", "HostArray", "Pass", "Span"]
+__all__ = [
+    "PARAM",
+    "Device",
+    "Done",
+    "Engine",
+    "EngineState",
+    "Gradient",
+    "GradientBuffer",
+    "HostArray",
+    "Pass",
+    "Pending",
+    "Span",
+]
 
 HostArray = npt.NDArray[Any]
 
@@ -49,12 +64,44 @@ class Device(NamedTuple):
     Attributes:
         name: `"cpu"` or `"cuda:0"`.
         description: the processor or GPU, in words.
-        memory_bytes: its total memory.
+        memory_bytes: its memory: all of a processor's, of a GPU what was free when the engine started.
+        working_bytes: what the engine itself holds of it at most, besides sessions and their gradients.
     """
 
     name: str
     description: str
     memory_bytes: int
+    working_bytes: int = 0
+
+
+Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
+
+
+class Pending(Protocol[Value_co]):
+    """Something that was asked of an engine and may not be done yet."""
+
+    def wait(self) -> Value_co:
+        """Return it, when it is done. Asking again returns the same.
+
+        Raises:
+            Exception: whatever the device failed with.
+        """
+        ...
+
+
+class Done(Generic[Value]):
+    """What was done at once."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Value) -> None:
+        """Hold it."""
+        self._value = value
+
+    def wait(self) -> Value:
+        """See `Pending`."""
+        return self._value
 
 
 class Gradient(Protocol):
@@ -70,6 +117,25 @@ class Gradient(Protocol):
         ...
 
 
+class GradientBuffer(Protocol):
+    """Where the chunks of one step's gradient are kept, all of one wire dtype. Not thread-safe."""
+
+    def put(self, offset: int, payload: HostArray) -> Gradient:
+        """Take a received chunk: flat elements from `offset` on, contiguous but perhaps unaligned.
+
+        The CPU engine keeps the received bytes as they are, unaligned or not; a GPU engine has copied them when this
+        returns, unless they lie in memory that it knows as pinned. They must stay unchanged until `close`.
+
+        Raises:
+            ResourceExhaustedError: the device has no memory left.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the chunks; none of them is used any more. Closing twice is harmless."""
+        ...
+
+
 class EngineState(Protocol):
     """The flat float32 arrays of one session. Not thread-safe: the session serialises its calls."""
 
@@ -78,24 +144,25 @@ class EngineState(Protocol):
         """Bytes of memory held by the arrays."""
         ...
 
-    def stage(self, payload: HostArray) -> Gradient:
-        """Take a received 1-D chunk of any wire dtype, contiguous but perhaps unaligned.
+    @property
+    def depth(self) -> int:
+        """How many answers it pays to have asked for before the first is waited for."""
+        ...
 
-        The CPU engine keeps the received bytes as they are, unaligned or not; a GPU engine copies them to
-        the device. The payload must stay unchanged until the gradient is dropped.
-        """
+    def receive(self) -> GradientBuffer:
+        """Make ready for a gradient; may be called while a step with another one is under way."""
         ...
 
     def sum_of_squares(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
-    ) -> float:
+    ) -> Pending[float]:
         """Sum the squares of `gradient[begin:end] · factor`, each a float32, accumulated in float64.
 
         Squares of float32 cannot overflow float64, so the result is finite exactly if every element is. Its relative
         error is below 2⁻⁴⁵. The order of additions is fixed: the same range gives the same bits on every engine.
 
         Args:
-            gradient: a chunk from `stage`.
+            gradient: a chunk from `receive`.
             begin: first element within the chunk.
             end: one past the last element within the chunk.
             factor: used as float32.
@@ -107,7 +174,7 @@ class EngineState(Protocol):
         """Add `gradient[begin:end] · factor` to the accumulated gradient from flat element `start` on."""
         ...
 
-    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> tuple[float, float]:
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Pending[tuple[float, float]]:
         """Sum the squares of the parameters and of a layerwise rule's direction; changes nothing.
 
         Precision and order are those of `sum_of_squares`; arguments are those of `update`.
@@ -132,7 +199,7 @@ class EngineState(Protocol):
         begin: int,
         end: int,
         out: HostArray | None,
-    ) -> tuple[float, ...]:
+    ) -> Pending[tuple[float, ...]]:
         """Step the flat elements `[start, start + end - begin)` with `gradient[begin:end]`.
 
         Decode, arithmetic, measurements and encode are one pass over memory.
@@ -140,29 +207,45 @@ class EngineState(Protocol):
         Args:
             step: the arithmetic; the recipe's slots are arrays of this state.
             start: first flat element.
-            gradient: a chunk from `stage`.
+            gradient: a chunk from `receive`.
             begin: first element within the chunk.
             end: one past the last element within the chunk.
-            out: where the new parameters go, encoded in its dtype, `(end - begin,)`; None for no answer.
+            out: where the new parameters go, encoded in its dtype, `(end - begin,)`, before the wait ends; None for
+                no answer.
 
         Returns:
             The recipe's `sums`, to about six digits: their order of additions is the processor's choice.
         """
         ...
 
-    def read(self, slot: str, start: int, out: HostArray) -> None:
-        """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`.
+    def read(self, slot: str, start: int, out: HostArray) -> Pending[None]:
+        """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`, before the wait ends.
 
         Beside an 8-bit slot "s" there is a slot "s_scale", which repeats the maximum of each block for its elements.
         """
         ...
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
-        """Decode `values` (any wire dtype, perhaps unaligned) into `slot[start:start + len(values)]`."""
+        """Decode `values` (any wire dtype, perhaps unaligned) into `slot[start:start + len(values)]`.
+
+        They may change once this has returned.
+        """
+        ...
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy a slot held as float32 to another."""
         ...
 
     def adopt(self, other: EngineState) -> None:
         """Replace this state's slots by those of `other`, held as float32 there; `other` is used up."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all that was asked for is done.
+
+        Raises:
+            Exception: whatever the device failed with.
+        """
         ...
 
     def close(self) -> None:
@@ -199,6 +282,14 @@ class Engine(Protocol):
         """Compile what steps need for these dtypes (reply None: no answer), so that none has to wait for it."""
         ...
 
+    def warm_up(self) -> None:
+        """Compile what most sessions need, so that the first one need not wait for it."""
+        ...
+
+    def rest(self) -> None:
+        """Give back memory that is only kept for the next step; for when no step has come for a while."""
+        ...
+
     def close(self) -> None:
-        """Stop the engine's threads. Closing twice is harmless."""
+        """Stop the engine's threads, give its memory back. Closing twice is harmless."""
         ...

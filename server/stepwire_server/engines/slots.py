@@ -14,7 +14,7 @@ from stepwire_server.engines.dynamic_code import BLOCK, block_count, decode_bloc
 from stepwire_server.engines.protocol import HostArray, Span
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 
-__all__ = ["BlockSlot", "FlatSlot", "Slot", "make_slot", "slot_bytes"]
+__all__ = ["BlockSlot", "FlatSlot", "Kept", "Slot", "make_slot", "slot_bytes", "zero_code"]
 
 
 class Slot(Protocol):
@@ -72,24 +72,54 @@ class FlatSlot:
         return typed
 
 
+class Kept:
+    """The ranges of a slot in 8 bits that are float32, one after another in an array of their own.
+
+    Attributes:
+        spans: the ranges, in order.
+        count: their elements.
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        """Lay the ranges out."""
+        self.spans = tuple(spans)
+        ends = np.cumsum([0, *(end - start for start, end in spans)])
+        self._offsets = [int(end) for end in ends[:-1]]
+        self.count = int(ends[-1])
+
+    def at(self, start: int) -> int | None:
+        """Return where in that array an element is, or None if it is held in 8 bits."""
+        index = bisect_right(self.spans, start, key=lambda span: span[0]) - 1
+        if index < 0 or start >= self.spans[index][1]:
+            return None
+        return self._offsets[index] + start - self.spans[index][0]
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what of `[start, end)` is in the array: its parts, and where each begins there."""
+        for low, high in self.spans[bisect_right(self.spans, start, key=lambda span: span[1]) :]:
+            if low >= end:
+                return
+            low, high = max(low, start), min(high, end)
+            at = self.at(low)
+            assert at is not None
+            yield low, high, at
+
+
 class BlockSlot:
     """Elements in 8 bits, with a maximum for each block of 256, but for small tensors, whose elements are float32.
 
     Attributes:
         codes: `(n,) uint8`.
         absmax: `(n / 256,) float32`, rounded up.
-        kept: ranges that are float32, in order.
     """
 
     def __init__(self, signed: bool, size: int, kept: Sequence[Span]) -> None:
-        """Make `size` zeroed elements."""
-        self.codes: HostArray = np.full(size, encode_blocks(np.zeros(1, np.float32), signed)[0][0], np.uint8)
+        """Make `size` zeroed elements, those of `kept` as float32."""
+        self.codes: HostArray = np.full(size, zero_code(signed), np.uint8)
         self.absmax: HostArray = np.zeros(block_count(size), np.float32)
-        self.kept = tuple(kept)
         self._signed = signed
-        ends = np.cumsum([0, *(end - start for start, end in kept)])
-        self._kept_offsets = [int(end) for end in ends[:-1]]
-        self._kept_values: HostArray = np.zeros(int(ends[-1]), np.float32)
+        self._kept = Kept(kept)
+        self._kept_values: HostArray = np.zeros(self._kept.count, np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -102,11 +132,8 @@ class BlockSlot:
 
     def kept_range(self, start: int, size: int) -> HostArray | None:
         """Return the float32 elements of a range, or None where it is held in 8 bits."""
-        index = bisect_right(self.kept, start, key=lambda span: span[0]) - 1
-        if index < 0 or start >= self.kept[index][1]:
-            return None
-        low = self._kept_offsets[index] + start - self.kept[index][0]
-        return self._kept_values[low : low + size]
+        at = self._kept.at(start)
+        return None if at is None else self._kept_values[at : at + size]
 
     def read(self, start: int, out: HostArray) -> None:
         """See `Slot`."""
@@ -114,16 +141,15 @@ class BlockSlot:
         last = block_count(start + len(out))
         values = decode_blocks(self.codes[first * BLOCK : last * BLOCK], self.absmax[first:last], self._signed)
         values = values[start - first * BLOCK :][: len(out)]
-        for low, high in self._kept_within(start, start + len(out)):
-            kept = self.kept_range(low, high - low)
-            values[low - start : high - start] = kept
+        for low, high, at in self._kept.within(start, start + len(out)):
+            values[low - start : high - start] = self._kept_values[at : at + high - low]
         convert(values, out)
 
     def read_scale(self, start: int, out: HostArray) -> None:
         """Encode the maximum of each element's block; zero for elements that are float32."""
         blocks = np.arange(start, start + len(out)) // BLOCK
         values = self.absmax[blocks]
-        for low, high in self._kept_within(start, start + len(out)):
+        for low, high, _ in self._kept.within(start, start + len(out)):
             values[low - start : high - start] = 0.0
         convert(values, out)
 
@@ -138,8 +164,8 @@ class BlockSlot:
             values: `(n,) float32`; used up.
             scale: the maximum of each element's block, as `read_scale` gives it; None to find it.
         """
-        for (start, end), low in zip(self.kept, self._kept_offsets, strict=True):
-            self._kept_values[low : low + end - start] = values[start:end]
+        for start, end, at in self._kept.within(0, len(values)):
+            self._kept_values[at : at + end - start] = values[start:end]
             values[start:end] = 0.0
         if scale is None:
             self.codes, self.absmax = encode_blocks(values, self._signed)
@@ -149,11 +175,10 @@ class BlockSlot:
             largest[~np.isfinite(largest)] = np.nan
             self.codes, self.absmax = encode_with(values, largest, self._signed), largest
 
-    def _kept_within(self, start: int, end: int) -> Iterator[Span]:
-        for low, high in self.kept[bisect_right(self.kept, start, key=lambda span: span[1]) :]:
-            if low >= end:
-                return
-            yield max(low, start), min(high, end)
+
+def zero_code(signed: bool) -> int:
+    """Return the code of zero."""
+    return int(encode_blocks(np.zeros(1, np.float32), signed)[0][0])
 
 
 def make_slot(name: str, precision: Precision, size: int, kept: Sequence[Span]) -> Slot:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +14,8 @@ import pytest
 from stepwire_server.engines import PARAM, CpuEngine, Engine
 from stepwire_server.engines.protocol import Pass
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe
+from tests.support import cuda_shim
+from tests.support.fake_cupy import FakeCupy
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -30,18 +30,14 @@ def kernel_directory(
     directory.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPWIRE_CACHE_DIR", str(directory))
+        patch.delenv("CUPY_CACHE_DIR", raising=False)  # where pretended machine code would lie among the user's
         yield directory
 
 
 @pytest.fixture(scope="session")
 def shim() -> types.ModuleType:
     """The module `cuda_shim`, which needs g++."""
-    path = pathlib.Path(__file__).with_name("cuda_shim.py")
-    spec = importlib.util.spec_from_file_location("stepwire_test_cuda_shim", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = cuda_shim
     if module.COMPILER is None:
         pytest.skip("g++ is not installed; it compiles the CUDA kernels for the processor")
     return module
@@ -49,8 +45,8 @@ def shim() -> types.ModuleType:
 
 @pytest.fixture
 def fake_cupy(shim: types.ModuleType, kernel_directory: pathlib.Path) -> Callable[..., Any]:
-    """Make stand-ins for CuPy."""
-    return lambda **options: shim.FakeCupy(kernel_directory, **options)
+    """Make stand-ins for CuPy, whose kernels the shim runs."""
+    return lambda **options: FakeCupy(kernel_directory, **options)
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +168,7 @@ def contents() -> Callable[..., dict[str, np.ndarray]]:
     def read(state: Any, slots: Any, size: int) -> dict[str, np.ndarray]:
         arrays = {slot: np.empty(size, np.float32) for slot in slots}
         for slot, array in arrays.items():
-            state.read(slot, 0, array)
+            state.read(slot, 0, array).wait()
         return arrays
 
     return read
@@ -201,9 +197,9 @@ def run_step(
         state = engine.allocate(slots, len(arrays[PARAM]))
         fill(state, arrays)
         with np.errstate(all="ignore"):
-            staged = state.stage(unaligned(arrays["gradient"].astype(gradient)))
+            staged = state.receive().put(0, unaligned(arrays["gradient"].astype(gradient)))
         out = None if reply is None else np.empty((end - begin) * reply.itemsize + 1, np.uint8)[1:].view(reply)
-        sums = state.update(step, start, staged, begin, end, out)
+        sums = state.update(step, start, staged, begin, end, out).wait()
         result = contents(state, slots, len(arrays[PARAM]))
         state.close()
         return (result if out is None else {**result, "out": out.copy()}), sums

@@ -21,10 +21,9 @@ TAKE = Pass(Recipe(Rule("take", take, (), lambda hyper, t: ())), (1.0, 1.0))
 
 
 @pytest.fixture(params=["numba", "numpy", "cuda"])
-def engine(request, kernel_directory):
+def engine(request):
     if request.param == "cuda":
-        shim = request.getfixturevalue("shim")
-        return CudaEngine(cupy=shim.FakeCupy(kernel_directory))
+        return CudaEngine(cupy=request.getfixturevalue("fake_cupy")())
     if request.param == "numba":
         pytest.importorskip("numba")
     return CpuEngine(threads=1, use_numba=request.param == "numba")
@@ -34,7 +33,7 @@ def through(engine, values: np.ndarray, reply: np.dtype[Any]) -> np.ndarray:
     """Decode values into the state and encode the state into the answer."""
     state = engine.allocate({"param": Precision.FLOAT32}, len(values))
     out = np.empty(len(values), reply)
-    state.update(TAKE, 0, state.stage(values), 0, len(values), out)
+    state.update(TAKE, 0, state.receive().put(0, values), 0, len(values), out).wait()
     return out
 
 

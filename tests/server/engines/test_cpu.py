@@ -61,7 +61,7 @@ def test_too_much_memory_is_an_error_with_the_numbers(engine, size: int) -> None
 def test_staged_chunks_stay_where_they_were_received(engine) -> None:
     message = np.zeros(67, np.uint8)
     payload = message[3:].view(np.float32)
-    chunk = engine.allocate(SLOTS, 4).stage(payload)
+    chunk = engine.allocate(SLOTS, 4).receive().put(0, payload)
     assert np.shares_memory(chunk.values, message)
     assert (chunk.dtype, len(chunk)) == (FLOAT32, 16)
     assert payload.flags.writeable, "the receiver's own view is untouched"
@@ -75,12 +75,12 @@ def test_read_and_write_convert_unaligned_ranges(engine, name, wire, unaligned, 
     state = engine.allocate({PARAM: Precision.FLOAT32}, 40_010)
     state.write(PARAM, 7, unaligned(encoded))
     whole = np.empty(40_010, np.float32)
-    state.read(PARAM, 0, whole)
+    state.read(PARAM, 0, whole).wait()
     assert_same_bits(whole[7:-3], encoded.astype(np.float32))
     assert (whole[:7] == 0).all() and (whole[-3:] == 0).all()
     state.write(PARAM, 0, values)
     out = np.empty(39_999 * wire[name].itemsize + 1, np.uint8)[1:].view(wire[name])
-    state.read(PARAM, 1, out)
+    state.read(PARAM, 1, out).wait()
     assert_same_bits(out.copy(), encoded[1:])
 
 
@@ -99,7 +99,7 @@ def test_adopt_takes_the_slots_of_the_other_and_leaves_it_empty(engine, make_arr
 def test_ranges_outside_the_arrays_are_refused(engine, pass_of, slots_of, contents) -> None:
     slots = slots_of(FULL)
     state = engine.allocate(slots, 10)
-    chunk, out = state.stage(np.ones(6, np.float32)), np.empty(6, np.float32)
+    chunk, out = state.receive().put(0, np.ones(6, np.float32)), np.empty(6, np.float32)
     step, layerwise = pass_of(FULL), pass_of(Recipe(LAMB, accumulates=True, averages=True))
     for start, begin, end, answer in [
         (0, 0, 7, None),
@@ -111,28 +111,28 @@ def test_ranges_outside_the_arrays_are_refused(engine, pass_of, slots_of, conten
         (0, 0, 6, out[:5]),
     ]:
         with pytest.raises(IndexError):
-            state.update(step, start, chunk, begin, end, answer)
+            state.update(step, start, chunk, begin, end, answer).wait()
         if answer is None:
             with pytest.raises(IndexError):
                 state.accumulate(start, chunk, begin, end, 1.0)
             with pytest.raises(IndexError):
-                state.measure(layerwise, start, chunk, begin, end)
+                state.measure(layerwise, start, chunk, begin, end).wait()
             with pytest.raises(IndexError):
                 state.fetch_direction(layerwise, start, chunk, begin, end)
             with pytest.raises(IndexError):
-                state.sum_of_squares(chunk, begin, end, 1.0, start)
+                state.sum_of_squares(chunk, begin, end, 1.0, start).wait()
             with pytest.raises(IndexError):
                 state.fetch(chunk, begin, end, 1.0, start)
     for call in (state.sum_of_squares, state.fetch):
         with pytest.raises(IndexError):
             call(chunk, 0, 7, 1.0)
     with pytest.raises(IndexError):
-        state.read(PARAM, 5, out)
+        state.read(PARAM, 5, out).wait()
     with pytest.raises(IndexError):
         state.write(PARAM, -1, out)
     state.close()
     with pytest.raises(IndexError):
-        state.update(step, 0, chunk, 0, 6, None)
+        state.update(step, 0, chunk, 0, 6, None).wait()
 
 
 def test_sums_of_squares_are_as_exact_as_norms_need(engine) -> None:
@@ -148,7 +148,7 @@ def test_sums_of_squares_are_as_exact_as_norms_need(engine) -> None:
     ):
         for begin in (0, 1, 65_535):
             exact = exact_sum_of_squares([values[begin:]])
-            total = state.sum_of_squares(state.stage(values), begin, len(values), 1.0)
+            total = state.sum_of_squares(state.receive().put(0, values), begin, len(values), 1.0).wait()
             assert abs(Fraction(total) - exact) <= Fraction(RELATIVE_ERROR) * exact
 
 
@@ -164,14 +164,14 @@ def test_results_do_not_depend_on_the_number_of_threads(
         engine = CpuEngine(threads, use_numba=True)
         state, out = engine.allocate(slots, size), np.empty(size - 9, np.float32)
         fill(state, arrays)
-        chunk = state.stage(arrays["gradient"])
+        chunk = state.receive().put(0, arrays["gradient"])
         state.accumulate(5, chunk, 9, size, 0.3)
-        totals = [state.sum_of_squares(chunk, 1, size, 0.7), state.sum_of_squares(chunk, 1, size, 0.7, 1)]
-        sums = state.update(pass_of(FULL), 5, chunk, 9, size, out)
+        totals = [state.sum_of_squares(chunk, 1, size, 0.7).wait(), state.sum_of_squares(chunk, 1, size, 0.7, 1).wait()]
+        sums = state.update(pass_of(FULL), 5, chunk, 9, size, out).wait()
         assert sums == pytest.approx(results[0][2] if results else sums, rel=1e-5)
         single = engine.allocate(slots_of(layerwise), size)
         single.write(PARAM, 0, arrays[PARAM])
-        totals += single.measure(pass_of(layerwise), 0, chunk, 0, size)
+        totals += single.measure(pass_of(layerwise), 0, chunk, 0, size).wait()
         results.append(({**contents(state, slots, size), "out": out}, totals, sums))
         engine.close()
         engine.close()
@@ -190,10 +190,10 @@ def test_sessions_may_step_at_the_same_time(make_arrays, pass_of, fill, contents
 
     def work(state) -> None:
         fill(state, arrays)
-        chunk = state.stage(arrays["gradient"])
+        chunk = state.receive().put(0, arrays["gradient"])
         barrier.wait()
         for _ in range(5):
-            state.update(pass_of(RECIPE), 0, chunk, 0, size, None)
+            state.update(pass_of(RECIPE), 0, chunk, 0, size, None).wait()
 
     threads = [threading.Thread(target=work, args=(state,)) for state in states]
     for thread in threads:
@@ -227,18 +227,18 @@ def test_two_threads_may_ask_for_the_same_kernel(tmp_path) -> None:
 def test_an_update_adds_what_was_accumulated_and_clears_it(engine, pass_of, slots_of) -> None:
     recipe = Recipe(ALL_RULES[0], accumulates=True, averages=True, measures=True, precision=Precision.BFLOAT16)
     state = engine.allocate(slots_of(recipe), 4)
-    chunk = state.stage(np.array([1.0, 2.0, 3.0, 4.0], np.float32))
+    chunk = state.receive().put(0, np.array([1.0, 2.0, 3.0, 4.0], np.float32))
     state.accumulate(0, chunk, 0, 4, 0.5)
     state.accumulate(0, chunk, 0, 4, 0.5)
-    assert state.sum_of_squares(chunk, 0, 4, 1.0, 0) == 4 * 30.0
+    assert state.sum_of_squares(chunk, 0, 4, 1.0, 0).wait() == 4 * 30.0
     assert state.fetch(chunk, 1, 3, 1.0, 1).tolist() == [4.0, 6.0]
-    state.update(pass_of(recipe, factor=1.0, clip=1.0, rate1=0.5), 1, chunk, 1, 3, None)
+    state.update(pass_of(recipe, factor=1.0, clip=1.0, rate1=0.5), 1, chunk, 1, 3, None).wait()
     out = np.empty(4, np.float32)
-    state.read(ACCUMULATED, 0, out)
+    state.read(ACCUMULATED, 0, out).wait()
     assert out.tolist() == [1.0, 0.0, 0.0, 4.0]
-    state.read("exp_avg", 0, out)
+    state.read("exp_avg", 0, out).wait()
     assert out.tolist() == [0.0, 2.0, 3.0, 0.0]
-    state.read(AVERAGE, 0, out)
+    state.read(AVERAGE, 0, out).wait()
     assert out[0] == out[3] == 0.0 and out[1] != 0.0
 
 
@@ -249,9 +249,9 @@ def test_steps_leave_no_memory_behind(engine, make_arrays, pass_of) -> None:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            chunk = state.stage(arrays["gradient"])
-            state.sum_of_squares(chunk, 0, 5000, 1.0)
-            state.update(step, 0, chunk, 0, 5000, out)
+            chunk = state.receive().put(0, arrays["gradient"])
+            state.sum_of_squares(chunk, 0, 5000, 1.0).wait()
+            state.update(step, 0, chunk, 0, 5000, out).wait()
 
     steps(3)
     tracemalloc.start()
@@ -279,17 +279,17 @@ def test_prepared_kernels_are_not_compiled_again(monkeypatch, pass_of) -> None:
     monkeypatch.setattr(numba_kernels, "_load", compiled)
     state = engine.allocate(SLOTS, 8)
     for payload in (np.ones(8, np.float32), np.frombuffer(b"." + bytes(32), np.uint8)[1:].view(np.float32)):
-        chunk = state.stage(payload)
-        assert state.sum_of_squares(chunk, 0, 8, 1.0) == float(np.sum(payload))
+        chunk = state.receive().put(0, payload)
+        assert state.sum_of_squares(chunk, 0, 8, 1.0).wait() == float(np.sum(payload))
         for out in (None, np.empty(8, np.float32), np.empty(33, np.uint8)[1:].view(np.float32)):
-            state.update(pass_of(RECIPE), 0, chunk, 0, 8, out)
+            state.update(pass_of(RECIPE), 0, chunk, 0, 8, out).wait()
 
 
 def test_infinite_parameters_survive(engine, pass_of) -> None:
     state = engine.allocate(SLOTS, 3)
     state.write(PARAM, 0, np.array([np.inf, -np.inf, 1.0], np.float32))
     out = np.empty(3, np.float32)
-    state.update(pass_of(RECIPE), 0, state.stage(np.ones(3, np.float32)), 0, 3, out)
+    state.update(pass_of(RECIPE), 0, state.receive().put(0, np.ones(3, np.float32)), 0, 3, out).wait()
     assert out[:2].tolist() == [np.inf, -np.inf]
 
 
@@ -299,7 +299,7 @@ def test_numpy_stands_in_where_numba_is_missing(monkeypatch, pass_of) -> None:
     assert type(engine._kernels).__name__ == "NumpyKernels"
     state, out = engine.allocate(SLOTS, 2), np.empty(2, np.float32)
     numbers = {"factor": 1.0, "clip": 1.0, "rate1": 0.1, "rate2": 0.01, "step_size": 0.02, "eps": 0.0}
-    state.update(pass_of(RECIPE, **numbers), 0, state.stage(np.ones(2, np.float32)), 0, 2, out)
+    state.update(pass_of(RECIPE, **numbers), 0, state.receive().put(0, np.ones(2, np.float32)), 0, 2, out).wait()
     assert out == pytest.approx(-0.02, rel=1e-4)
 
 

@@ -38,14 +38,14 @@ def test_results_do_not_depend_on_where_a_range_is_split(
     for state in (whole, parts):
         fill(state, arrays)
     answers = [np.zeros(300, np.float32), np.zeros(300, np.float32)]
-    whole.update(step, offset, whole.stage(arrays["gradient"]), 0, 300, answers[0])
+    whole.update(step, offset, whole.receive().put(0, arrays["gradient"]), 0, 300, answers[0]).wait()
     edges = [0, *sorted(cuts), 300]
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
         if data.draw(st.booleans()):
-            piece, at = parts.stage(arrays["gradient"][begin:end].copy()), 0
+            piece, at = parts.receive().put(0, arrays["gradient"][begin:end].copy()), 0
         else:
-            piece, at = parts.stage(arrays["gradient"]), begin
-        parts.update(step, offset + begin, piece, at, at + end - begin, answers[1][begin:end])
+            piece, at = parts.receive().put(0, arrays["gradient"]), begin
+        parts.update(step, offset + begin, piece, at, at + end - begin, answers[1][begin:end]).wait()
     assert_same_bits(answers[1], answers[0])
     got, want = contents(parts, slots, 340), contents(whole, slots, 340)
     for slot in slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pathlib
 import types
@@ -9,26 +10,20 @@ import types
 import numpy as np
 import pytest
 
-from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
-from stepwire_server.engines import PARAM, CpuEngine, choose_engine
+from stepwire.errors import UnsupportedFeatureError
+from stepwire_server.engines import PARAM, CpuEngine, choose_engines
 from stepwire_server.rules import Precision, Recipe
+from tests.support import cuda_cases as cases
+from tests.support import device_cases
 
-
-def load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load("cuda_cases")
+ROOT = pathlib.Path(__file__).parents[3]
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def gpu_engine():
     try:
-        engine = choose_engine("cuda").engine
+        (engine,) = choose_engines("cuda:0").engines
     except UnsupportedFeatureError as problem:
         pytest.skip(str(problem))
     yield engine
@@ -38,6 +33,17 @@ def gpu_engine():
 @pytest.fixture(scope="module")
 def numpy_engine():
     engine = CpuEngine(use_numba=False)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def cpu_engine():
+    """The CPU engine as it is installed: a Numba that does not suit this NumPy is no matter of the GPU's."""
+    try:
+        engine = CpuEngine()
+    except ImportError:
+        engine = CpuEngine(use_numba=False)
     yield engine
     engine.close()
 
@@ -63,7 +69,7 @@ def test_a_large_sum_of_squares_is_that_of_numpy(gpu_engine, numpy_engine, name)
     sums = []
     for engine in (gpu_engine, numpy_engine):
         state = engine.allocate({PARAM: Precision.FLOAT32}, len(values))
-        sums.append(state.sum_of_squares(state.stage(values), 3, len(values), 0.7))
+        sums.append(state.sum_of_squares(state.receive().put(0, values), 3, len(values), 0.7).wait())
         state.close()
     assert sums[0] == sums[1]
 
@@ -73,25 +79,64 @@ def test_a_large_range_is_stepped_everywhere(gpu_engine, measures) -> None:
     """More elements than threads in the largest grid, so that kernels stride."""
     recipe, size = Recipe(cases.RULES[0], measures=measures), 65_535 * 256 + 1001
     state, out = gpu_engine.allocate(cases.slots_of(recipe), size), np.empty(size, np.float32)
-    chunk = state.stage(np.ones(size, np.float32))
-    sums = state.update(cases.step_of(recipe, 1), 0, chunk, 0, size, out)
+    chunk = state.receive().put(0, np.ones(size, np.float32))
+    sums = state.update(cases.step_of(recipe, 1), 0, chunk, 0, size, out).wait()
     state.close()
     assert len(np.unique(out)) == 1
     assert out[0] == pytest.approx(0.02, rel=1e-4)
     assert sums == pytest.approx((size * 0.02**2,) * 2 if measures else (), rel=1e-3)
 
 
-def test_what_a_closed_session_held_is_gone(gpu_engine) -> None:
-    """Memory goes back as it is; an array that is still referred to shows what that was."""
-    cupy = pytest.importorskip("cupy")
-    state = gpu_engine.allocate({PARAM: Precision.FLOAT32}, 1000)
-    state.write(PARAM, 0, np.full(1000, 2.0, np.float32))
-    array = state._arrays[PARAM]
-    state.close()
-    assert not cupy.asnumpy(array).any()
+# --- beyond single kernels; `test_device_cases` tries the same on the stand-in ---------------------------------
 
 
-def test_out_of_memory_is_an_error_and_leaves_the_device_usable(gpu_engine) -> None:
-    with pytest.raises(ResourceExhaustedError):
-        gpu_engine.allocate({PARAM: Precision.FLOAT32}, gpu_engine.device.memory_bytes // 2)
+def test_sessions_under_load_are_those_of_the_cpu(gpu_engine, cpu_engine) -> None:
+    device_cases.check_load(gpu_engine, cpu_engine, 50_000_000)
+
+
+def test_out_of_memory_leaves_sessions_usable(gpu_engine, cpu_engine) -> None:
+    device_cases.check_shortage(gpu_engine, cpu_engine, 16_000_000)
     gpu_engine.self_test()
+
+
+def test_what_a_closed_session_held_is_gone(gpu_engine) -> None:
+    device_cases.check_zeroed(gpu_engine, 1_000_003)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_what_is_accounted_for_is_taken(gpu_engine, precision) -> None:
+    device_cases.check_accounting(gpu_engine, Recipe(cases.RULES[0], precision=precision), 20_000_003)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_state_goes_from_the_cpu_to_the_gpu_and_back(gpu_engine, cpu_engine, precision) -> None:
+    device_cases.check_moves(gpu_engine, cpu_engine, precision, 1_000_003)
+
+
+def test_8_bit_moments_are_those_of_the_cpu(gpu_engine, cpu_engine) -> None:
+    device_cases.check_kept(gpu_engine, cpu_engine, 3_000_017)
+
+
+# --- the whole server --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conformance(gpu_engine):
+    """A server on the GPU, and what checks it; it needs what the project's server needs."""
+    for name in ("grpc", "grpc_health", "msgspec", "structlog"):
+        pytest.importorskip(name, reason=f"{name} is not installed, which the server needs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        checking = importlib.import_module("conformance.checking")
+        stored = list(importlib.import_module("conformance.stored_case").stored_cases())
+    grpc, testing = importlib.import_module("grpc"), importlib.import_module("stepwire_server.testing")
+    with testing.serving(device="cuda:0") as target, grpc.insecure_channel(target) as channel:
+        yield types.SimpleNamespace(checking=checking, stored=stored, channel=channel)
+
+
+@pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "conformance" / "vectors").glob("*.json")))
+def test_vectors_of_reference_frameworks(conformance, family) -> None:
+    of_family = [case for case in conformance.stored if case.family == family]
+    verdicts = [conformance.checking.check(conformance.channel, case, 10) for case in of_family]
+    wrong = [verdict for verdict in verdicts if verdict.outcome != conformance.checking.PASSED]
+    assert of_family and not wrong, "\n".join(f"{each.case}: {each.outcome}, {each.detail}" for each in wrong)

@@ -166,7 +166,7 @@ def test_sums_of_squares_are_the_same_bits_everywhere(
     ]
     for state in states:
         state.write("grad_accumulation", 7, sums_before)
-    staged = [state.stage(unaligned(values)) for state in states]
+    staged = [state.receive().put(0, unaligned(values)) for state in states]
     for begin, end in RANGES:
         at = 7 + begin if accumulates else None
         fetched = [state.fetch(chunk, begin, end, 0.3, at) for state, chunk in zip(states, staged, strict=True)]
@@ -174,7 +174,7 @@ def test_sums_of_squares_are_the_same_bits_everywhere(
         squared = sums_before[begin:end] + squared if accumulates else squared
         assert all((one == squared).all() and one.dtype == np.float32 for one in fetched)
         one, two = (
-            state.sum_of_squares(chunk, begin, end, 0.3, at) for state, chunk in zip(states, staged, strict=True)
+            state.sum_of_squares(chunk, begin, end, 0.3, at).wait() for state, chunk in zip(states, staged, strict=True)
         )
         assert one == two
 
@@ -189,12 +189,12 @@ def test_measured_norms_are_the_same_bits_everywhere(
     for engine in (numpy_engine, numba_engine):
         state = engine.allocate(slots_of(recipe), 70_009)
         fill(state, arrays)
-        chunk = state.stage(unaligned(arrays["gradient"]))
+        chunk = state.receive().put(0, unaligned(arrays["gradient"]))
         directions = state.fetch_direction(step, 2, chunk, 1, 70_008)
-        results.append((state.measure(step, 2, chunk, 1, 70_008), directions))
+        results.append((state.measure(step, 2, chunk, 1, 70_008).wait(), directions))
         exact = [float(np.sum(values.astype(np.float64) ** 2)) for values in (arrays["param"][2:], directions)]
         assert results[-1][0] == pytest.approx(exact, rel=1e-12)
-        assert state.measure(step, 2, chunk, 1, 1) == (0.0, 0.0)
+        assert state.measure(step, 2, chunk, 1, 1).wait() == (0.0, 0.0)
     assert results[0][0] == results[1][0]
     assert (results[0][1] == results[1][1]).all()
 
@@ -212,9 +212,9 @@ def test_accumulated_sums_are_the_same_bits_everywhere(
     for engine in (numpy_engine, numba_engine):
         state = engine.allocate({"grad_accumulation": Precision.FLOAT32}, 40_010)
         for chunk in chunks:
-            state.accumulate(4, state.stage(unaligned(chunk)), 1, 40_001, 0.3)
+            state.accumulate(4, state.receive().put(0, unaligned(chunk)), 1, 40_001, 0.3)
         results.append(np.empty(40_010, np.float32))
-        state.read("grad_accumulation", 0, results[-1])
+        state.read("grad_accumulation", 0, results[-1]).wait()
     expected = np.zeros(40_000, np.float32)
     with np.errstate(all="ignore"):
         for chunk in chunks:
@@ -231,8 +231,8 @@ def test_sums_are_finite_exactly_if_every_element_is(name, odd, wire, numba_engi
     values = np.full(70_001, largest, wire[name])
     for engine in (numba_engine, numpy_engine):
         state = engine.allocate({"param": Precision.FLOAT32}, 70_001)
-        assert np.isfinite(state.sum_of_squares(state.stage(values), 0, len(values), 1.0))
+        assert np.isfinite(state.sum_of_squares(state.receive().put(0, values), 0, len(values), 1.0).wait())
         for place in (0, 33, 65_535, 65_536, 70_000):
             broken = values.copy()
             broken[place] = odd
-            assert not np.isfinite(state.sum_of_squares(state.stage(broken), 0, len(values), 1.0))
+            assert not np.isfinite(state.sum_of_squares(state.receive().put(0, broken), 0, len(values), 1.0).wait())

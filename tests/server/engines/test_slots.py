@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwire_server.engines.slots import BlockSlot, FlatSlot, make_slot, slot_bytes
+from stepwire_server.engines.slots import BlockSlot, FlatSlot, Kept, make_slot, slot_bytes, zero_code
 from stepwire_server.rules import Precision
 
 FLAT = [(Precision.FLOAT32, 4, np.float32), (Precision.BFLOAT16, 2, np.uint16)]
@@ -126,3 +126,52 @@ def test_values_and_scales_read_come_back_bit_for_bit() -> None:
 def test_single_elements_of_blocks_cannot_be_written() -> None:
     with pytest.raises(TypeError):
         make_slot("exp_avg", Precision.INT8, SIZE, KEPT).write(0, np.ones(1, np.float32))
+
+
+# --- what is kept as float32 ----------------------------------------------------------------------------------
+
+SPANS = [(10, 20), (20, 25), (300, 301), (512, 1024)]
+
+
+def test_kept_elements_are_counted_and_found_one_after_another() -> None:
+    kept = Kept(SPANS)
+    assert (kept.spans, kept.count) == (tuple(SPANS), 10 + 5 + 1 + 512)
+    places = [(element, kept.at(element)) for element in range(1100)]
+    found = [(element, at) for element, at in places if at is not None]
+    assert [at for _, at in found] == list(range(kept.count))
+    assert [element for element, _ in found] == [element for low, high in SPANS for element in range(low, high)]
+
+
+def test_nothing_may_be_kept() -> None:
+    kept = Kept(())
+    assert (kept.spans, kept.count, kept.at(0), list(kept.within(0, 1000))) == ((), 0, None, [])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "parts"),
+    [
+        (0, 10, []),
+        (0, 11, [(10, 11, 0)]),
+        (12, 15, [(12, 15, 2)]),
+        (19, 21, [(19, 20, 9), (20, 21, 10)]),
+        (5, 5, []),
+        (25, 300, []),
+        (24, 301, [(24, 25, 14), (300, 301, 15)]),
+        (301, 512, []),
+        (399, 513, [(512, 513, 16)]),
+        (1023, 2000, [(1023, 1024, 527)]),
+        (1024, 2000, []),
+        (0, 2000, [(10, 20, 0), (20, 25, 10), (300, 301, 15), (512, 1024, 16)]),
+    ],
+)
+def test_the_kept_parts_of_a_range_are_found(start, end, parts) -> None:
+    assert list(Kept(SPANS).within(start, end)) == parts
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_code_of_zero_is_that_of_fresh_slots(signed) -> None:
+    slot = BlockSlot(signed, 300, ())
+    assert set(slot.codes.tolist()) == {zero_code(signed)}
+    slot.replace(np.zeros(300, np.float32), None)
+    assert set(slot.codes.tolist()) == {zero_code(signed)}
+    assert not read(slot, 0, 300).any()

@@ -98,7 +98,7 @@ def first_update(engine: CpuEngine, optimizer: Optimizer, start: np.ndarray, gra
     state = engine.allocate(dict.fromkeys((PARAM, *recipe.slots), Precision.FLOAT32), SIZE)
     state.write(PARAM, 0, start)
     out = np.empty(SIZE, np.float32)
-    state.update(Pass(recipe, scalars), 0, state.stage(gradient), 0, SIZE, out)
+    state.update(Pass(recipe, scalars), 0, state.receive().put(0, gradient), 0, SIZE, out).wait()
     zeros = dict.fromkeys(recipe.slots.values(), np.zeros(SIZE))
     values = zeros | {"p": start.astype(np.float64), "g": gradient.astype(np.float64)}
     return out, recipe.evaluate(recipe.stages, values | dict(zip(recipe.scalars, scalars, strict=True)))["p"]

@@ -17,7 +17,7 @@ from stepwire_server.rules import Stage
 
 __all__ = ["print_call", "print_function"]
 
-# NumPy's names as `cuda_source` defines them, or CUDA itself.
+# NumPy's names as `prelude` defines them, or CUDA itself.
 _INTRINSICS = {
     "absolute": "fabsf",
     "maximum": "maximum",

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import pathlib
 import re
 import shutil
 import subprocess
-import types
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy import absolute, maximum, minimum, sign, sqrt
 
-from stepwire_server.engines.cuda_codecs import PRELUDE
-from stepwire_server.engines.cuda_printer import print_call, print_function
-from stepwire_server.engines.cuda_source import (
+from stepwire_server.engines.cuda.source import (
     COMPILE_OPTIONS,
     Kernel,
+    block_kernels,
     gradient_kernels,
     measure_kernel,
     module_source,
     update_kernel,
 )
+from stepwire_server.engines.cuda.source.memory import MEMORY
+from stepwire_server.engines.cuda.source.printer import print_call, print_function
 from stepwire_server.engines.rounding import round_stochastically
-from stepwire_server.rules import Stage
+from stepwire_server.rules import Precision, Stage
 from stepwire_server.rules.momentum import sgd
 from stepwire_server.rules.treatment import scaled
-
-
-def load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, shim = load("cuda_cases"), load("cuda_shim")
+from tests.support import cuda_cases as cases
+from tests.support import cuda_shim as shim
 
 NVCC = shutil.which("nvcc")
 UPDATES = [update_kernel(*case) for case in cases.CASES]
 MEASURES = [measure_kernel(recipe, gradient) for recipe, gradient, _ in cases.LAYERWISE]
+KERNELS = UPDATES + MEASURES + gradient_kernels() + block_kernels()
 
 
 def square(x: Any) -> Any:
@@ -147,15 +139,28 @@ def test_what_is_outside_the_subset_is_refused(function, shown) -> None:
 
 @pytest.mark.parametrize("kernel", UPDATES, ids=lambda kernel: kernel.name)
 def test_updates_use_neither_double_nor_pow_nor_headers(kernel) -> None:
-    source = module_source([kernel])
+    source = module_source([kernel]).replace(MEMORY, "")
     assert not re.search(r"double|pow|#include|\d\.\d+(?!f)\b", source)
     assert source.count("__global__") == 1
 
 
+@pytest.mark.parametrize("kernel", UPDATES, ids=lambda kernel: kernel.name)
+def test_updates_call_the_formula_in_one_place(kernel) -> None:
+    """A function of one element; the loops over vectors and over the rest call that."""
+    calls = len(re.findall(rf"\b{kernel.functions[-1].__name__}\(", kernel.text))
+    assert calls == 1
+    assert len(re.findall(rf"\b{kernel.name}_element\(", kernel.text)) == (2 if "_int8_" in kernel.name else 3)
+
+
 def test_functions_shared_by_kernels_are_printed_once() -> None:
-    source = module_source(UPDATES + MEASURES)
-    assert source.count("float first_moment(") == 1
-    assert source.count("__global__") == len(UPDATES + MEASURES) == len({kernel.name for kernel in UPDATES + MEASURES})
+    source = module_source(KERNELS)
+    assert source.count("float first_moment(") == source.count("decode_code(unsigned char") == 1
+    assert source.count("__global__") == len(KERNELS) == len({kernel.name for kernel in KERNELS})
+
+
+def test_modules_without_8_bits_have_none_of_its_code() -> None:
+    assert "decode_code" not in module_source(gradient_kernels())
+    assert "decode_code" in module_source(block_kernels())
 
 
 CHOICES = """
@@ -191,43 +196,66 @@ def test_choices_and_stochastic_rounding_are_those_of_numpy(tmp_path) -> None:
     cases.assert_same_bits(rounded.view(dtype), round_stochastically(a, cases.SEED).view(dtype))
 
 
-def architectures() -> list[str]:
-    """List what this nvcc knows of Turing, Hopper and Blackwell."""
-    known = subprocess.run([str(NVCC), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [number for number in ("75", "90", "100") if f"compute_{number}\n" in known]
-
-
-def compiled(number: str, kernels: list[Kernel], directory: pathlib.Path) -> str:
-    """Compile a module for one architecture, and return what the assembler says of its kernels."""
-    source = directory / f"kernels_{number}.cu"
-    source.write_text(module_source(kernels))
-    command = [str(NVCC), *COMPILE_OPTIONS, f"-arch=sm_{number}", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
-    command += ["-o", str(source.with_suffix(".cubin")), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def nvcc(*arguments: str) -> str:
+    """Run nvcc with the options of the engine; return what it and the assembler say."""
+    done = subprocess.run([str(NVCC), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done.stdout + done.stderr
+
+
+def compiled(number: str, kernels: list[Kernel], source: pathlib.Path) -> str:
+    """Compile a module for one architecture."""
+    source.write_text(module_source(kernels))
+    options = [*COMPILE_OPTIONS, f"-arch=sm_{number}", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
+    return nvcc(*options, "-o", str(source.with_suffix(".cubin")), str(source))
+
+
+FIGURES = re.compile(
+    r"entry function '(\w+)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.DOTALL,
+)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; it compiles the kernels for real devices")
-def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, record_property) -> None:
-    """Each architecture gets its share of the updates, with at least one of each rule, and everything else.
+@pytest.mark.parametrize("number", ["75", "90", "100"])
+def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, record_property, number) -> None:
+    """For Turing, Hopper and Blackwell.
 
-    nvcc 13.0 uses at most 64 registers for Turing, 46 for Hopper and 56 for Blackwell; with 80, a multiprocessor
-    still holds three blocks of 256 threads.
+    With 64 registers a multiprocessor holds four blocks of 256 threads; with 80, as where much is held at once, three.
     """
-    rest, targets = MEASURES + gradient_kernels(), architectures()
-    shares = {number: UPDATES[k :: len(targets)] + rest for k, number in enumerate(targets)}
+    if f"compute_{number}\n" not in nvcc("--list-gpu-arch"):
+        pytest.skip(f"this nvcc does not know sm_{number}")
+    modules = {tmp_path / f"kernels_{k}.cu": KERNELS[k::2] for k in range(2)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda item: compiled(*item, tmp_path), shares.items()))
-    for (number, kernels), output in zip(shares.items(), outputs, strict=True):
-        spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-        registers = [int(count) for count in re.findall(r"Used (\d+) registers", output)]
-        assert len(spilled) == len(registers) == len(kernels)
-        assert set(spilled) == {("0", "0", "0")}
-        record_property(f"most_registers_sm_{number}", max(registers))
-        print(f"sm_{number}: {len(kernels)} kernels of at most {max(registers)} registers")
-        assert max(registers) <= 80
+        outputs = list(pool.map(lambda item: compiled(number, item[1], item[0]), modules.items()))
+    figures = {name: numbers for name, *numbers in FIGURES.findall("\n".join(outputs))}
+    assert figures.keys() == {kernel.name for kernel in KERNELS}
+    assert {tuple(numbers[:3]) for numbers in figures.values()} == {("0", "0", "0")}
+    registers = {name: int(numbers[3]) for name, numbers in figures.items()}
+    eight_bit = {update_kernel(*case).name for case in cases.CASES if case.recipe.precision is Precision.INT8}
+    measuring = {update_kernel(*case).name for case in cases.CASES if case.recipe.measures} - eight_bit
+    others = registers.keys() - eight_bit - measuring
+    for kind, bound, names in [("float", 64, others), ("measuring", 80, measuring), ("int8", 80, eight_bit)]:
+        most = max(registers[name] for name in names)
+        record_property(f"most_registers_{kind}_sm_{number}", most)
+        print(f"sm_{number}: {len(names)} {kind} kernels of at most {most} registers")
+        assert most <= bound
 
 
-def test_the_prelude_needs_nothing() -> None:
-    assert "#" not in PRELUDE
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; it compiles the kernels for real devices")
+def test_adam_moves_whole_vectors_and_has_all_loads_under_way_before_the_first_is_used(tmp_path) -> None:
+    source = tmp_path / "adam.cu"
+    source.write_text(module_source(UPDATES[:1]))
+    nvcc(*COMPILE_OPTIONS, "-arch=sm_90", "-ptx", "-o", str(source.with_suffix(".ptx")), str(source))
+    operations = re.findall(
+        r"\b((?:ld|st)\.global[.\w]*|(?:mul|add|sub)\.rn\.f32)", source.with_suffix(".ptx").read_text()
+    )
+    loads, stores = ["ld.global.cs.v4.f32"] * 4, ["st.global.cs.v4.f32"] * 4
+    assert operations[:4] == loads, "parameters, both moments and the gradient"
+    assert [name for name in operations if ".v4." in name] == loads + stores
+    assert operations.count("ld.global.cs.f32") == operations.count("st.global.cs.f32") == 4, "what no vector holds"
+
+
+def test_modules_need_no_header() -> None:
+    assert "#include" not in module_source(KERNELS)

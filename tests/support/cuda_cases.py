@@ -12,11 +12,13 @@ import pytest
 
 from stepwire.optimizers import Hyperparameters
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
-from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
+from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())
+EIGHT_BIT_RULES = [rule for rule in RULES if set(rule.slots) <= EIGHT_BIT_SLOTS.keys()]
 OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.FLOAT32, Precision.BFLOAT16)))
+EIGHT_BIT_OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.INT8,)))
 SEED = 0xDEADBEEF
 NUMBERS = Hyperparameters(
     lr=0.02,
@@ -33,7 +35,10 @@ NUMBERS = Hyperparameters(
 )
 SIGNED = {PARAM, "gradient", "exp_avg", "momentum_buffer", "grad_avg", "grad_accumulation", "param_average"}
 ODD = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 1e-40, 3e38, -3e38, 1e-20, 1e20, 65519.0, 65520.0, 6e-8]
+# Elements in all, where the range starts among them and in the gradient, and where it ends there. Ranges of 8 bits
+# start at a block, and end at one or with everything.
 SIZES = [(1, 0, 0, 1), (3, 1, 0, 2), (1037, 2, 1, 1036), (5, 2, 2, 2)]
+EIGHT_BIT_SIZES = [(1, 0, 0, 1), (300, 256, 1, 45), (1037, 512, 4, 529), (1037, 256, 1, 513), (5, 0, 2, 2)]
 
 
 class Case(NamedTuple):
@@ -49,7 +54,7 @@ class Case(NamedTuple):
 
 
 def _cases() -> Iterator[Case]:
-    """Every rule with every decay, and one rule with every option, with the rest taken in turn."""
+    """Every rule with every decay, and one rule with every option, with the rest taken in turn; 8 bits where served."""
     wires = list(itertools.product(WIRE, [None, *WIRE]))
     plain = Case(Recipe(RULES[0]), "float32", "float32")
     yield plain
@@ -57,6 +62,10 @@ def _cases() -> Iterator[Case]:
         yield Case(Recipe(rule, decay, *OPTIONS[(11 * k + 5) % 32]), *wires[7 * k % 12])
     for k, options in enumerate(OPTIONS[1:]):
         yield Case(Recipe(RULES[0], Decay.NONE, *options), *wires[5 * k % 12])
+    for k, options in enumerate(EIGHT_BIT_OPTIONS):
+        yield Case(Recipe(RULES[0], Decay.NONE, *options), *wires[5 * k % 12])
+    for k, rule in enumerate(EIGHT_BIT_RULES):
+        yield Case(Recipe(rule, list(Decay)[k % 4], *EIGHT_BIT_OPTIONS[7 * k % 16]), *wires[7 * k % 12])
     for gradient, reply in wires:
         yield Case(plain.recipe, gradient, reply)
 
@@ -102,19 +111,29 @@ def unaligned(values: np.ndarray) -> np.ndarray:
 
 
 def filled(engine: Engine, recipe: Recipe, arrays: dict[str, np.ndarray]) -> EngineState:
-    """Allocate a state and write what it starts from."""
+    """Allocate a state and write what it starts from; what is held in 8 bits is adopted."""
     state = engine.allocate(slots_of(recipe), len(arrays[PARAM]))
+    in_blocks = recipe.precision is Precision.INT8
+    written = engine.allocate(slots_of(recipe.in_float32), len(arrays[PARAM])) if in_blocks else state
     for slot in (PARAM, *recipe.slots):
-        state.write(slot, 0, unaligned(arrays[slot]))
+        written.write(slot, 0, unaligned(arrays[slot]))
+    if in_blocks:
+        state.adopt(written)
     return state
 
 
 def everything_of(state: EngineState, recipe: Recipe, size: int) -> dict[str, np.ndarray]:
-    """Read all slots."""
-    arrays = {slot: np.empty(size, np.float32) for slot in (PARAM, *recipe.slots)}
+    """Read all slots, and the maxima of those in 8 bits."""
+    scales = [f"{slot}_scale" for slot in recipe.rule.slots if recipe.precision is Precision.INT8]
+    arrays = {slot: np.empty(size, np.float32) for slot in (PARAM, *recipe.slots, *scales)}
     for slot, array in arrays.items():
-        state.read(slot, 0, array)
+        state.read(slot, 0, array).wait()
     return arrays
+
+
+def sizes_of(recipe: Recipe) -> list[tuple[int, int, int, int]]:
+    """Return the sizes and ranges to try a recipe with."""
+    return EIGHT_BIT_SIZES if recipe.precision is Precision.INT8 else SIZES
 
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray, message: str = "") -> None:
@@ -133,7 +152,7 @@ def assert_same_numbers(got: tuple[float, ...], want: tuple[float, ...]) -> None
 def check_update(engine: Engine, reference: Engine, case: Case) -> None:
     """Compare one update, at odd sizes and offsets, from and to unaligned memory, with and without odd values."""
     recipe, gradient, reply = case
-    for (size, start, begin, end), odd in itertools.product(SIZES, (False, True)):
+    for (size, start, begin, end), odd in itertools.product(sizes_of(recipe), (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
         with np.errstate(all="ignore"):
             payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
@@ -141,7 +160,7 @@ def check_update(engine: Engine, reference: Engine, case: Case) -> None:
             state = filled(each, recipe, arrays)
             dtype = WIRE[reply] if reply is not None else None
             out = None if dtype is None else np.empty((end - begin) * dtype.itemsize + 1, np.uint8)[1:].view(dtype)
-            sums = state.update(step_of(recipe), start, state.stage(payload), begin, end, out)
+            sums = state.update(step_of(recipe), start, state.receive().put(0, payload), begin, end, out).wait()
             results.append((everything_of(state, recipe, size), out, sums))
             state.close()
         (got, answer, sums), (want, wanted, wanted_sums) = results
@@ -158,14 +177,15 @@ def check_measures(engine: Engine, reference: Engine, case: Case) -> None:
     """Compare what layerwise rules measure, which nothing may change."""
     recipe, gradient, _ = case
     step = step_of(recipe)
-    for (size, start, begin, end), odd in itertools.product([*SIZES, (140_001, 1, 3, 140_000)], (False, True)):
+    large = (140_001, 0, 1, 140_001) if recipe.precision is Precision.INT8 else (140_001, 1, 3, 140_000)
+    for (size, start, begin, end), odd in itertools.product([*sizes_of(recipe), large], (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
         with np.errstate(all="ignore"):
             payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
         for each in (engine, reference):
             state = filled(each, recipe, arrays)
-            before, chunk = everything_of(state, recipe, size), state.stage(payload)
-            sums = state.measure(step, start, chunk, begin, end)
+            before, chunk = everything_of(state, recipe, size), state.receive().put(0, payload)
+            sums = state.measure(step, start, chunk, begin, end).wait()
             direction = state.fetch_direction(step, start, chunk, begin, end)
             after = everything_of(state, recipe, size)
             assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -184,8 +204,8 @@ def check_gradients(engine: Engine, reference: Engine, gradient: str) -> None:
             payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
         for each in (engine, reference):
             state = filled(each, recipe, arrays)
-            chunk = state.stage(payload)
-            sums = [state.sum_of_squares(chunk, begin, end, -0.3, at) for at in (None, start)]
+            chunk = state.receive().put(0, payload)
+            sums = [state.sum_of_squares(chunk, begin, end, -0.3, at).wait() for at in (None, start)]
             fetched = [state.fetch(chunk, begin, end, -0.3, at) for at in (None, start)]
             state.accumulate(start, chunk, begin, end, 0.7)
             results.append((tuple(sums), fetched, everything_of(state, recipe, size)))

@@ -1,0 +1,133 @@
+"""One GPU as CuPy gives access to it: memory, streams and events. Unverified on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from stepwire.errors import ResourceExhaustedError
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["ALIGNMENT", "CudaDevice", "round_up"]
+
+ALIGNMENT: Final = 256
+"""Bytes that every array starts at a multiple of."""
+
+_OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation, which CuPy has no name for
+
+
+class CudaDevice:
+    """A device with the three streams that all work on it goes through. Thread-safe. Unverified on a GPU.
+
+    Memory is allocated as it is, outside CuPy's pool: so what is accounted for is what is held, and a base address can
+    be shared with another process.
+
+    Attributes:
+        cupy: the CuPy module, or a stand-in.
+        index: the device, as CUDA numbers the visible ones.
+        up: the stream of copies to the device.
+        compute: the stream of kernels; nothing else changes state.
+        down: the stream of copies to the host.
+        multiprocessors: how many the device has.
+    """
+
+    def __init__(self, cupy: Any, index: int) -> None:
+        """Use device `index` of this CuPy."""
+        self.cupy = cupy
+        self.index = index
+        self._reclaim: Callable[[], None] = lambda: None
+        with self.current():
+            self.up, self.compute, self.down = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+            self.multiprocessors: int = cupy.cuda.Device(index).attributes["MultiProcessorCount"]
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Make the device current in this thread; CuPy's device objects must not be shared among threads."""
+        context: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)
+        return context
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Make the device and its stream of kernels current in this thread."""
+        with self.current(), self.compute:
+            yield
+
+    @property
+    def name(self) -> str:
+        """As sessions name it."""
+        return f"cuda:{self.index}"
+
+    @property
+    def description(self) -> str:
+        """What the device is, in words."""
+        name: bytes = self.cupy.cuda.runtime.getDeviceProperties(self.index)["name"]
+        return name.decode()
+
+    def free_bytes(self) -> int:
+        """Return what nobody holds of the device's memory now."""
+        with self.current():
+            free: int = self.cupy.cuda.Device(self.index).mem_info[0]
+        return free
+
+    def on_shortage(self, reclaim: Callable[[], None]) -> None:
+        """Call `reclaim` when memory runs out, before giving up."""
+        self._reclaim = reclaim
+
+    def allocate(self, nbytes: int) -> Any:
+        """Return fresh device memory, `(nbytes,) uint8`, uninitialised; it is freed with its last reference.
+
+        Raises:
+            ResourceExhaustedError: there is none left.
+        """
+        with self.current():
+            try:
+                return self._allocate(nbytes)
+            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
+                self._require_shortage(problem)
+            self._reclaim()
+            try:
+                return self._allocate(nbytes)
+            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
+                self._require_shortage(problem)
+                raise ResourceExhaustedError(
+                    f"no memory on {self.name} ({self.description}) for {nbytes} bytes; {self.free_bytes()} are free; "
+                    "close a session or use another device",
+                    metadata={"needed_bytes": nbytes, "device": self.name},
+                ) from problem
+
+    def pinned(self, nbytes: int) -> HostArray:
+        """Return host memory that the device copies from and to by itself, `(nbytes,) uint8`."""
+        with self.current():
+            memory = self.cupy.cuda.PinnedMemory(nbytes)
+            pointer = self.cupy.cuda.PinnedMemoryPointer(memory, 0)
+        array: HostArray = np.frombuffer(pointer, np.uint8, nbytes)
+        return array
+
+    def event(self) -> Any:
+        """Return a new event."""
+        with self.current():
+            return self.cupy.cuda.Event(disable_timing=True)
+
+    def view(self, memory: Any, offset: int, count: int, dtype: Any) -> Any:
+        """View `count` elements from byte `offset` of some memory on."""
+        return self.cupy.ndarray(count, dtype, memory.data + offset)
+
+    def zero(self, memory: Any) -> None:
+        """Fill with zeros, in the order of the kernels."""
+        with self.current():
+            memory.data.memset_async(0, memory.nbytes, self.compute)
+
+    def _allocate(self, nbytes: int) -> Any:
+        memory = self.cupy.cuda.Memory(max(nbytes, 1))
+        return self.cupy.ndarray(nbytes, np.uint8, self.cupy.cuda.MemoryPointer(memory, 0))
+
+    def _require_shortage(self, problem: Any) -> None:
+        if problem.status != _OUT_OF_MEMORY:
+            raise problem
+
+
+def round_up(nbytes: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

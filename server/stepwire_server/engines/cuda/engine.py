@@ -1,0 +1,154 @@
+"""The engine that keeps state in GPU memory, on CuPy. Unverified on a GPU.
+
+A step crosses three streams: received bytes go up to the device while kernels run on what came before them, and the
+new parameters, encoded by the kernel, go down while the next range is computed. The tests run all of it through a
+stand-in for CuPy that executes the same generated kernels on the processor, in every order that streams and events
+allow, and compile the kernels for real devices.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from stepwire.errors import StepwireError
+from stepwire.optimizers import AdamW
+from stepwire_server.engines.cuda.bus import Bus
+from stepwire_server.engines.cuda.compiler import Compiler
+from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.figures import Cells
+from stepwire_server.engines.cuda.gradient import GradientCache
+from stepwire_server.engines.cuda.kernels import CudaKernels
+from stepwire_server.engines.cuda.parts import CudaParts
+from stepwire_server.engines.cuda.slots import Slab
+from stepwire_server.engines.cuda.source import eight_bit_tables
+from stepwire_server.engines.cuda.state import CudaState
+from stepwire_server.engines.protocol import PARAM, Device, Span
+from stepwire_server.rules import Decay, Precision, Recipe, rule_for
+
+__all__ = ["CudaEngine", "CudaOptions"]
+
+
+class CudaOptions(NamedTuple):
+    """What of an engine's working memory can be chosen.
+
+    Attributes:
+        slots: pieces that may be on the bus at a time, each way; at least 3, or something always waits.
+        slot_bytes: bytes of each.
+        gradient_cache_bytes: device memory for gradients that is kept from one step to the next, until memory is short
+            or no step comes; 0 for a sixteenth of the memory.
+        cells: room for results that is there from the start: enough for as many clients as a server takes by default to
+            be silent in the middle of a step, and for all that commit at a time.
+    """
+
+    slots: int = 4
+    slot_bytes: int = 8 << 20
+    gradient_cache_bytes: int = 0
+    cells: int = 320
+
+
+_DEFAULTS: Final = CudaOptions()
+
+
+class CudaEngine:
+    """Flat arrays in the memory of one GPU. Unverified on a GPU. Thread-safe, unlike its states."""
+
+    def __init__(self, index: int = 0, cupy: Any = None, options: CudaOptions = _DEFAULTS) -> None:
+        """Start an engine.
+
+        Args:
+            index: the device, as CUDA numbers the visible ones.
+            cupy: the CuPy module, or a stand-in; None to import it, here and nowhere else.
+            options: sizes of working memory.
+
+        Raises:
+            ResourceExhaustedError: the device has no memory left.
+        """
+        device = CudaDevice(cupy or importlib.import_module("cupy"), index)
+        free_bytes = device.free_bytes()
+        tables, bus = eight_bit_tables(), Bus(device, options.slots, options.slot_bytes)
+        self._parts = CudaParts(
+            device,
+            CudaKernels(device, Compiler(device)),
+            bus,
+            Cells(device, options.cells),
+            GradientCache(device, options.gradient_cache_bytes or free_bytes // 16),
+            device.allocate(tables.nbytes).view(np.uint32),
+        )
+        bus.send(tables.view(np.uint8), self._parts.tables.view(np.uint8))
+        with device.current():
+            device.up.synchronize()
+        device.on_shortage(self._parts.gradients.trim)
+        self._device = Device(device.name, device.description, free_bytes, self._parts.working_bytes)
+
+    @property
+    def device(self) -> Device:
+        """The GPU, what of its memory was free, and what the engine took of that."""
+        return self._device
+
+    @property
+    def bus(self) -> Bus:
+        """The way to the device, which can be told of pinned memory."""
+        return self._parts.bus
+
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> int:
+        """See `Engine.state_bytes`."""
+        return Slab(slots, size, kept).nbytes
+
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> CudaState:
+        """See `Engine.allocate`. One allocation holds all slots."""
+        slab, device = Slab(slots, size, kept), self._parts.device
+        memory = device.allocate(slab.nbytes)
+        device.zero(memory)
+        state = CudaState(self._parts, memory, slab.place(device, memory), size)
+        state.settle()
+        return state
+
+    def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+        """See `Engine.prepare`."""
+        kernels = self._parts.kernels
+        for each in {recipe.precision: recipe, Precision.FLOAT32: recipe.in_float32}.values():
+            kernels.update(each, gradient, reply)
+            if recipe.rule.direction is not None:
+                kernels.measure(each, gradient)
+        kernels.of_gradients(f"sum_{gradient.name}")
+        if recipe.precision is Precision.INT8:
+            kernels.of_blocks("decode_signed_blocks")
+
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`: Adam as most sessions ask for it, with and without weight decay."""
+        rule, decay = rule_for(AdamW(), momentum=False)
+        for each in (Decay.NONE, decay):
+            for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+                self.prepare(Recipe(rule, each, measures=True), dtype, dtype)
+
+    def self_test(self) -> None:
+        """Compile and run a kernel, because a missing NVRTC shows only then.
+
+        Raises:
+            Exception: whatever CuPy raises, or a StepwireError when the device computes wrongly.
+        """
+        state = self.allocate({PARAM: Precision.FLOAT32}, 2)
+        gradient = state.receive()
+        try:
+            chunk = gradient.put(0, np.array([3.0, 4.0], np.float32))
+            total = state.sum_of_squares(chunk, 0, 2, 1.0).wait()
+        finally:
+            gradient.close()
+            state.close()
+        if total != 25.0:
+            raise StepwireError(f"{self._device.name} computes 3² + 4² = {total}")
+
+    def rest(self) -> None:
+        """See `Engine.rest`."""
+        self._parts.gradients.trim()
+
+    def close(self) -> None:
+        """See `Engine.close`. There are no threads; kernels and memory go back to the device."""
+        self._parts.gradients.trim()
+        self._parts.device.on_shortage(lambda: None)  # no cycle that keeps memory
+        self._parts.kernels.close()

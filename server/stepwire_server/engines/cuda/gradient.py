@@ -1,0 +1,167 @@
+"""One step's gradient in GPU memory, and the memory that is kept for the next. Unverified on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+
+from stepwire_server.engines.chunks import STORED, StagedChunk, bits_of, check_range
+from stepwire_server.engines.cuda.bus import Bus
+from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.figures import Noted
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
+
+# A client that is silent in the middle of a step keeps room for as many results from others. One is enough: the sum of
+# a chunk is done by the time the next chunk has come.
+_UNREAD_SUMS: Final = 1
+
+
+class _Block:
+    """Device memory for a gradient.
+
+    Attributes:
+        memory: `(n,) uint8`.
+        uploaded: recorded on `up` behind its last chunk.
+        idle: recorded on `compute` behind the last kernel that reads it.
+    """
+
+    def __init__(self, device: CudaDevice, nbytes: int) -> None:
+        self.memory = device.allocate(nbytes)
+        self.uploaded, self.idle = device.event(), device.event()
+
+
+class GradientCache:
+    """Memory of gradients, up to some bytes of which outlive their step: allocating it takes longer than a small step.
+
+    Thread-safe.
+
+    Attributes:
+        most_bytes: what is kept at most.
+    """
+
+    def __init__(self, device: CudaDevice, most_bytes: int) -> None:
+        """Keep at most `most_bytes` that no step uses."""
+        self._device = device
+        self.most_bytes = most_bytes
+        self._kept: deque[_Block] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> _Block:
+        """Return memory of exactly this size, that `up` may write to.
+
+        Raises:
+            ResourceExhaustedError: the device has no memory left.
+        """
+        with self._lock:
+            found = next((block for block in self._kept if block.memory.nbytes == nbytes), None)
+            if found is not None:
+                self._kept.remove(found)
+        if found is None:
+            return _Block(self._device, nbytes)
+        with self._device.current():
+            self._device.up.wait_event(found.idle)
+        return found
+
+    def give(self, block: _Block) -> None:
+        """Take memory back that nothing will be asked of any more, but kernels may still be reading."""
+        with self._device.current():
+            self._device.compute.wait_event(block.uploaded)
+            block.idle.record(self._device.compute)
+        with self._lock:
+            self._kept.append(block)
+            surplus = self._surplus()
+        self._drop(surplus)
+
+    def trim(self) -> None:
+        """Give back all that no step uses."""
+        with self._lock:
+            surplus, self._kept = list(self._kept), deque()
+        self._drop(surplus)
+
+    def _surplus(self) -> list[_Block]:
+        """Take out the oldest that are too much."""
+        surplus, total = [], sum(block.memory.nbytes for block in self._kept)
+        while total > self.most_bytes:
+            surplus.append(self._kept.popleft())
+            total -= surplus[-1].memory.nbytes
+        return surplus
+
+    def _drop(self, blocks: list[_Block]) -> None:
+        """Zero memory before whoever comes next gets it from the device."""
+        for block in blocks:
+            self._device.zero(block.memory)
+            with self._device.current():
+                block.idle.record(self._device.compute)
+                block.idle.synchronize()
+
+
+class CudaChunk(StagedChunk):
+    """A chunk in the memory of its gradient.
+
+    Attributes:
+        gradient: what it belongs to.
+    """
+
+    __slots__ = ("gradient",)
+
+    def __init__(self, dtype: np.dtype[Any], values: Any, gradient: CudaGradient) -> None:
+        """Keep a chunk: device memory `(n,)`, and what keeps that alive."""
+        super().__init__(dtype, values)
+        self.gradient = gradient
+
+
+class CudaGradient:
+    """One step's gradient; see `GradientBuffer`. Chunks lie where their elements do in flat space.
+
+    So a chunk is aligned as the state is, and memory is taken once, however many chunks there are.
+
+    Attributes:
+        noted: sums of its chunks.
+    """
+
+    def __init__(self, device: CudaDevice, bus: Bus, cache: GradientCache, size: int) -> None:
+        """Prepare for `size` elements of what dtype the first chunk has."""
+        self.noted = Noted(_UNREAD_SUMS)
+        self._device = device
+        self._bus = bus
+        self._cache = cache
+        self._size = size
+        self._block: _Block | None = None
+
+    def put(self, offset: int, payload: HostArray) -> CudaChunk:
+        """See `GradientBuffer.put`."""
+        check_range("gradient", offset, offset + len(payload), self._size)
+        itemsize = payload.dtype.itemsize
+        if self._block is None:
+            self._block = self._cache.take(self._size * itemsize)
+        block = self._block
+        assert block.memory.nbytes == self._size * itemsize  # all chunks of a step are of one dtype
+        values = self._device.view(block.memory, offset * itemsize, len(payload), STORED[payload.dtype])
+        with self._device.current():
+            try:
+                self._bus.send(bits_of(payload).view(np.uint8), values.view(np.uint8))
+            finally:  # what was asked for before an error may still be on its way
+                block.uploaded.record(self._device.up)
+            self._device.compute.wait_event(block.uploaded)
+        return CudaChunk(payload.dtype, values, self)
+
+    def close(self) -> None:
+        """See `GradientBuffer.close`; pinned chunks may change afterwards."""
+        block, self._block = self._block, None
+        if block is not None:
+            try:
+                block.uploaded.synchronize()
+                self.noted.clear()
+            finally:
+                self._cache.give(block)
+
+    def __del__(self) -> None:
+        """Close what nobody closed; errors of a broken device have been seen elsewhere."""
+        with contextlib.suppress(Exception):
+            self.close()

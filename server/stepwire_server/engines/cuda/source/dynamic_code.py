@@ -1,0 +1,112 @@
+"""The code of `dynamic_code` in CUDA C, and its tables as shared memory holds them.
+
+Its full tables would not fit there, but all magnitudes below the smallest boundary between codes have the code of zero,
+and all above the largest one the last code: a magnitude is clamped to those ends, and of the steps only the cells in
+between are kept, for the signed code those of positive keys and then, turned round, those of negative ones. With them
+every one of the 2³² patterns was given the code that the full tables give it.
+
+The sign is taken from the value and not from its product with the scale: a processor keeps the sign of a NaN, which a
+GPU drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from stepwire_server.engines.dynamic_code import SIGNED_MAP, SIGNED_STEPS, UNSIGNED_MAP, UNSIGNED_STEPS
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["DYNAMIC_CODE", "eight_bit_tables", "shared_tables"]
+
+_ONE = 0x3F800000
+
+
+def _below_the_least(values: HostArray) -> int:
+    """Return the largest pattern that is nearer to zero than to the smallest value above it."""
+    return int((values[values > 0.0][0] / np.float32(2.0)).view(np.uint32))
+
+
+_SIGNED_LEAST, _UNSIGNED_LEAST = _below_the_least(SIGNED_MAP), _below_the_least(UNSIGNED_MAP)
+_SIGNED_CELLS = slice(_SIGNED_LEAST >> 17, (_ONE >> 17) + 1)
+_PARTS: Final[dict[str, HostArray]] = {
+    "signed_map": SIGNED_MAP.view(np.uint32),
+    "unsigned_map": UNSIGNED_MAP.view(np.uint32),
+    "signed_steps": np.concatenate((SIGNED_STEPS[_SIGNED_CELLS], SIGNED_STEPS[::-1][_SIGNED_CELLS])),
+    "unsigned_steps": UNSIGNED_STEPS[_UNSIGNED_LEAST >> 16 : (_ONE >> 16) + 1],
+}
+
+
+def eight_bit_tables() -> HostArray:
+    """Return what kernels take as `tables`, `(n,) uint32`: both maps as patterns, and the steps between their ends."""
+    return np.concatenate(list(_PARTS.values()))
+
+
+def shared_tables(names: Iterable[str]) -> list[str]:
+    """Write the statements that copy some of the tables into shared memory; all threads of a block run them."""
+    lines, wanted = [], set(names)
+    start = 0
+    for name, part in _PARTS.items():
+        if name in wanted:
+            lines.append(f"__shared__ unsigned int {name}[{len(part)}];")
+            lines.append(f"copy_words({name}, tables + {start}, {len(part)});")
+        start += len(part)
+    return [*lines, "__syncthreads();"]
+
+
+# All functions are those of `dynamic_code`, but for `largest_given`: what stands for the largest magnitude of a block
+# whose maximum is given, as `BlockSlot.replace` takes it.
+DYNAMIC_CODE: Final = (
+    f"""\
+enum : unsigned int {{
+    SIGNED_LEAST = {_SIGNED_LEAST}u,
+    SIGNED_WIDTH = {len(_PARTS["signed_steps"]) // 2}u,
+    UNSIGNED_LEAST = {_UNSIGNED_LEAST}u,
+    ONE = {_ONE}u
+}};
+"""
+    """
+__device__ __forceinline__ void copy_words(unsigned int *to, const unsigned int *from, int size) {
+    for (int i = (int)threadIdx.x; i < size; i += (int)blockDim.x) to[i] = from[i];
+}
+
+__device__ __forceinline__ unsigned int clamped(unsigned int pattern, unsigned int least, unsigned int most) {
+    return pattern < least ? least : pattern > most ? most : pattern;
+}
+
+__device__ __forceinline__ float decode_code(unsigned char code, float absmax, const unsigned int *map) {
+    return __uint_as_float(map[code]) * absmax;
+}
+
+__device__ __forceinline__ float absmax_of(unsigned int largest) {
+    return __uint_as_float(largest < 0x00800000u ? 0u : largest < 0x7F800000u ? largest : 0x7FC00000u);
+}
+
+__device__ __forceinline__ unsigned int mask_of(unsigned int largest) {
+    return 0x00800000u <= largest && largest < 0x7F800000u ? 0xFFFFFFFFu : 0u;
+}
+
+__device__ __forceinline__ unsigned char encode_signed(
+    float value, float scale, unsigned int mask, const unsigned int *steps) {
+    const unsigned int bits = __float_as_uint(value * scale) & mask & 0x7FFFFFFFu;
+    const unsigned int magnitude = clamped(bits, SIGNED_LEAST, ONE);
+    const bool negative = (__float_as_uint(value) & mask) >> 31 != 0u;
+    const unsigned int cell = (magnitude >> 17) - (SIGNED_LEAST >> 17) + (negative ? SIGNED_WIDTH : 0u);
+    return (unsigned char)((steps[cell] + (negative ? ~magnitude : magnitude)) >> 18);
+}
+
+__device__ __forceinline__ unsigned char encode_unsigned(
+    float value, float scale, unsigned int mask, const unsigned int *steps) {
+    const unsigned int bits = __float_as_uint(value * scale) & mask & 0x7FFFFFFFu;
+    const unsigned int magnitude = clamped(bits, UNSIGNED_LEAST, ONE);
+    return (unsigned char)((steps[(magnitude >> 16) - (UNSIGNED_LEAST >> 16)] + magnitude) >> 17);
+}
+
+__device__ __forceinline__ unsigned int largest_given(float scale) {
+    const unsigned int pattern = __float_as_uint(scale);
+    return scale != scale ? 0x7FC00000u : pattern >> 31 != 0u ? 0u : pattern;
+}
+"""
+)

@@ -1,0 +1,119 @@
+"""CUDA C that moves elements between memory and registers, four at a time where their addresses allow it.
+
+Every byte is used once a step, so that all accesses stream: what they touch is the first to leave the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from stepwire_server.engines.cuda.source.prelude import THREADS
+
+__all__ = ["LANES", "MEMORY", "STORED", "Array", "joined"]
+
+LANES: Final = 4 * THREADS
+"""Lanes of a sum of squares, of which a thread keeps four neighbours."""
+
+STORED: Final = {"float32": "float", "bfloat16": "unsigned short", "float16": "unsigned short"}
+"""C types of the wire dtypes as stored."""
+
+
+class Array(NamedTuple):
+    """An array that a kernel goes through, element by element.
+
+    Attributes:
+        variable: an element; `<variable>_all` points at the first.
+        kind: C type of an element.
+        read: it is loaded.
+        written: it is stored.
+    """
+
+    variable: str
+    kind: str
+    read: bool = True
+    written: bool = False
+
+    @property
+    def pointer(self) -> str:
+        """The kernel's parameter."""
+        return f"{'' if self.written else 'const '}{self.kind} *__restrict__ {self.variable}_all"
+
+    @property
+    def parameter(self) -> str:
+        """The parameter of a function of one element."""
+        return f"{self.kind} {'&' if self.written else ''}{self.variable}"
+
+
+def joined(lines: Iterable[str], indent: int) -> str:
+    """Write lines one below the other, all but the first indented."""
+    return ("\n" + " " * indent).join(lines)
+
+
+# `load_rows` gives a thread four neighbours of each of some rows of `LANES` elements, as the lanes of a sum lie; `left`
+# counts the elements from `from` on. Loads that do not wait for one another stand together, and the paths for short
+# and for unaligned rows apart, so that all of a thread's loads are under way before the first is used.
+#
+# `fold_lanes` adds the lanes of a block of threads in the order of `numba_source`: lane j of 1024 into lane j mod 32,
+# and the 32 in order. All threads call it; its first barrier keeps the calls of one kernel apart.
+MEMORY: Final = """\
+template <class T> struct Four;
+template <> struct Four<float> { typedef float4 type; };
+template <> struct Four<unsigned short> { typedef ushort4 type; };
+template <> struct Four<unsigned char> { typedef uchar4 type; };
+
+template <class T> __device__ __forceinline__ bool aligned(const T *at) {
+    return ((unsigned long long)at & (4 * sizeof(T) - 1)) == 0;
+}
+
+template <class T> __device__ __forceinline__ void load_one(const T *from, T *to) { to[0] = __ldcs(from); }
+
+template <class T> __device__ __forceinline__ void store_one(T *to, const T *from) { __stcs(to, from[0]); }
+
+template <class T> __device__ __forceinline__ void load_four(const T *from, T *to) {
+    const typename Four<T>::type four = __ldcs((const typename Four<T>::type *)from);
+    to[0] = four.x;
+    to[1] = four.y;
+    to[2] = four.z;
+    to[3] = four.w;
+}
+
+template <class T> __device__ __forceinline__ void store_four(T *to, const T *from) {
+    typename Four<T>::type four;
+    four.x = from[0];
+    four.y = from[1];
+    four.z = from[2];
+    four.w = from[3];
+    __stcs((typename Four<T>::type *)to, four);
+}
+
+template <int ROWS, class T> __device__ __forceinline__ void load_rows(const T *from, T *to, int left, bool vectors) {
+    if (vectors && left >= LANES * (ROWS - 1) + 4) {
+        #pragma unroll
+        for (int row = 0; row < ROWS; ++row) load_four(from + LANES * row, to + 4 * row);
+    } else {
+        #pragma unroll
+        for (int k = 0; k < 4 * ROWS; ++k) {
+            const int place = LANES * (k / 4) + k % 4;
+            to[k] = place < left ? from[place] : (T)0;
+        }
+    }
+}
+
+__device__ __forceinline__ void fold_lanes(const double *totals, double *lanes, double *sum) {
+    __syncthreads();
+    #pragma unroll
+    for (int k = 0; k < 4; ++k) lanes[4 * threadIdx.x + k] = totals[k];
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        double total = lanes[threadIdx.x];
+        for (int term = 1; term < 32; ++term) total += lanes[32 * term + threadIdx.x];
+        lanes[threadIdx.x] = total;
+        __syncwarp();
+        if (threadIdx.x == 0) {
+            for (int lane = 1; lane < 32; ++lane) total += lanes[lane];
+            *sum = total;
+        }
+    }
+}
+""".replace("LANES", str(LANES))

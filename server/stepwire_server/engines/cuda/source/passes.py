@@ -1,0 +1,185 @@
+"""Kernels that go once through arrays of neighbouring elements: those that change them, and those that sum squares."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+
+from stepwire_server.engines.cuda.source.memory import LANES, Array, joined
+from stepwire_server.engines.cuda.source.module import Kernel
+from stepwire_server.engines.cuda.source.prelude import THREADS
+from stepwire_server.engines.shares import GRAIN
+
+__all__ = ["element_call", "element_function", "flat_kernel", "store_sums", "summing_kernel"]
+
+# Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency;
+# three of those that measure, which spilled otherwise.
+#
+# What happens to an element is a function of its own, so that it is written once for both loops. The second one takes
+# what no vector holds: the head, up to where all arrays are aligned, and the tail; everything where they never are.
+_FLAT = """{element}
+extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({parameters}) {{
+    const long long stride = (long long)gridDim.x * blockDim.x;
+    const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    {before}
+    for (long long i = first; i < vectors; i += stride) {{
+        const long long at = head + 4 * i;
+        {fours}
+    }}
+    for (long long i = first; i < size - 4 * vectors; i += stride) {{
+        const long long at = i < head ? i : i + 4 * vectors;
+        {ones}
+    }}
+    {after}
+}}
+"""
+
+# The order of additions is that of `numba_source`: element i of a block of `GRAIN` goes into lane i mod 1024, and the
+# lanes are folded; a block of threads makes one such sum after another. Accumulating in double is the contract of
+# `sum_of_squares`. The square of a float is exact in double, so that the fused operation gives the bits of two.
+_SUMS = """
+extern "C" __global__ void __launch_bounds__({threads}, 4) {name}({parameters}) {{
+    __shared__ double lanes[{lanes}];
+    const long long blocks = (size + {grain} - 1) / {grain};
+    {before}
+    for (long long block = blockIdx.x; block < blocks; block += gridDim.x) {{
+        const long long low = block * {grain};
+        const int count = size - low < {grain} ? (int)(size - low) : {grain};
+        {totals}
+        for (int lane = 4 * (int)threadIdx.x; lane < count; lane += {step}) {{
+            const long long at = low + lane;
+            {loads}
+            #pragma unroll
+            for (int k = 0; k < {width}; ++k) {{
+                if (lane + {lanes} * (k / 4) + k % 4 >= count) continue;
+                {body}
+            }}
+        }}
+        {folds}
+    }}
+}}
+"""
+
+
+def flat_kernel(
+    name: str,
+    arrays: Sequence[Array],
+    body: Iterable[str],
+    numbers: Sequence[str] = (),
+    functions: tuple[types.FunctionType, ...] = (),
+    sums: Sequence[str] = (),
+    finds_head: bool = False,
+) -> Kernel:
+    """Write a kernel that does the same to each element, four at a time where they are aligned.
+
+    Its parameters are the arrays, where there are sums a pointer to those of each block of threads, the size, the
+    head, and the numbers.
+
+    Args:
+        name: of the kernel.
+        arrays: what it goes through.
+        body: statements that turn the variables of what is read into those of what is written.
+        numbers: declarations of what else the body needs.
+        functions: what the body calls.
+        sums: variables of float32 that it adds to.
+        finds_head: instead of being told the head, use vectors where all arrays are aligned as they are.
+    """
+    before = [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
+    before += ["const long long vectors = (size - head) / 4;", *(f"float {total} = 0.0f;" for total in sums)]
+    parameters = [array.pointer for array in arrays] + (["float *__restrict__ sums"] if sums else [])
+    parameters += ["long long size"] if finds_head else ["long long size", "long long head"]
+    call = element_call(name, arrays, sums, numbers)
+    text = _FLAT.format(
+        name=name,
+        threads=THREADS,
+        resident=3 if sums else 4,
+        element=element_function(name, arrays, body, sums, numbers),
+        parameters=", ".join([*parameters, *numbers]),
+        before=joined(before, 4),
+        fours=joined(_moved(arrays, "four", 4, call), 8),
+        ones=joined(_moved(arrays, "one", 1, call), 8),
+        after=joined(store_sums(sums), 4),
+    )
+    return Kernel(name, text, functions)
+
+
+def summing_kernel(
+    name: str,
+    arrays: Sequence[Array],
+    body: Sequence[str],
+    squared: Sequence[str],
+    numbers: Sequence[str],
+    functions: tuple[types.FunctionType, ...],
+    pointers: Sequence[str] | None = None,
+    before: Sequence[str] = (),
+    rows: int = 4,
+) -> Kernel:
+    """Write a kernel that sums the squares of variables over each `GRAIN` elements, in a fixed order.
+
+    Its parameters are the pointers, the size and the numbers; `partials`, one of the pointers, takes the sums of the
+    first variable for each block of elements, then those of the next.
+
+    Args:
+        name: of the kernel.
+        arrays: what it goes through.
+        body: statements that make the variables of element k, which lies at `at`, of what is read: `<variable>s[k]`.
+        squared: the variables.
+        numbers: declarations of what else the body needs.
+        functions: what the body calls.
+        pointers: declarations; None for the arrays and `partials`.
+        before: statements before everything.
+        rows: rows of lanes whose loads are under way at once.
+    """
+    pointers = [*(array.pointer for array in arrays), "double *__restrict__ partials"] if pointers is None else pointers
+    loads = [f"{array.kind} {array.variable}s[{4 * rows}];" for array in arrays]
+    loads += [
+        f"load_rows<{rows}>({v}_all + at, {v}s, count - lane, aligned({v}_all));" for v in (a.variable for a in arrays)
+    ]
+    additions = [f"totals_{v}[k % 4] = fma((double){v}, (double){v}, totals_{v}[k % 4]);" for v in squared]
+    folds = [f"fold_lanes(totals_{v}, lanes, partials + {k} * blocks + block);" for k, v in enumerate(squared)]
+    text = _SUMS.format(
+        name=name,
+        threads=THREADS,
+        parameters=", ".join([*pointers, "long long size", *numbers]),
+        lanes=LANES,
+        grain=GRAIN,
+        step=rows * LANES,
+        width=4 * rows,
+        before=joined(before, 4),
+        totals=joined([f"double totals_{v}[4] = {{0.0, 0.0, 0.0, 0.0}};" for v in squared], 8),
+        loads=joined(loads, 12),
+        body=joined([*body, *additions], 16),
+        folds=joined(folds, 8),
+    )
+    return Kernel(name, text, functions)
+
+
+def element_function(
+    kernel: str, arrays: Iterable[Array], body: Iterable[str], sums: Iterable[str], numbers: Iterable[str]
+) -> str:
+    """Write what a kernel does to one element as a function."""
+    parameters = [*(array.parameter for array in arrays), *(f"float &{total}" for total in sums), *numbers]
+    return f"__device__ __forceinline__ void {kernel}_element({', '.join(parameters)}) {{\n    {joined(body, 4)}\n}}\n"
+
+
+def element_call(kernel: str, arrays: Iterable[Array], sums: Iterable[str], numbers: Iterable[str]) -> str:
+    """Call that function for element k of what a thread holds: `<variable>s`."""
+    arguments = [*(f"{array.variable}s[k]" for array in arrays), *sums, *(number.split()[-1] for number in numbers)]
+    return f"{kernel}_element({', '.join(arguments)});"
+
+
+def store_sums(sums: Iterable[str]) -> list[str]:
+    """Write the statements that add up what the threads of each block have summed, one row a sum."""
+    return [f"sum_block({total}, sums + {k}u * gridDim.x + blockIdx.x);" for k, total in enumerate(sums)]
+
+
+def _moved(arrays: Sequence[Array], how: str, width: int, call: str) -> list[str]:
+    """Write what a thread does to `width` neighbours: all loads, the arithmetic, all stores."""
+    lines = [f"{array.kind} {array.variable}s[{width}];" for array in arrays]
+    lines += [f"load_{how}({array.variable}_all + at, {array.variable}s);" for array in arrays if array.read]
+    lines += ["#pragma unroll", f"for (int k = 0; k < {width}; ++k) {call}"]
+    return lines + [f"store_{how}({array.variable}_all + at, {array.variable}s);" for array in arrays if array.written]
+
+
+def _all_aligned(arrays: Iterable[Array]) -> str:
+    return " && ".join(f"aligned({array.variable}_all)" for array in arrays)

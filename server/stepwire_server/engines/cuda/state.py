@@ -1,0 +1,306 @@
+"""The arrays of one session in GPU memory, and the calls of kernels on ranges of them. Unverified on a GPU.
+
+All kernels go through the stream `compute`, and nothing else writes to state: what is asked for is done in the order in
+which it is asked, and what a kernel reads is there when it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwire_server.engines.chunks import STORED, bits_of, check_range
+from stepwire_server.engines.cuda.bus import Crossings
+from stepwire_server.engines.cuda.figures import CELL_BYTES, Figures, Noted
+from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
+from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
+from stepwire_server.engines.cuda.parts import CudaParts, Together
+from stepwire_server.engines.cuda.slots import CudaBlockSlot, CudaSlot
+from stepwire_server.engines.cuda.transfer import bring_values, read_scale, read_slot, replace_slot, write_slot
+from stepwire_server.engines.dynamic_code import BLOCK
+from stepwire_server.engines.on_host import direction_on_host, gradient_on_host, measured_slots
+from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
+from stepwire_server.engines.rounding import seeds_for
+from stepwire_server.engines.shares import GRAIN
+from stepwire_server.rules import ACCUMULATED, Precision, Recipe
+
+__all__ = ["CudaState"]
+
+_PARTIALS = CELL_BYTES // 8
+_UNREAD_SUMS = 8
+
+
+class CudaState:
+    """The arrays of one session; see `EngineState`. Unverified on a GPU."""
+
+    def __init__(self, parts: CudaParts, memory: Any, slots: dict[str, CudaSlot], size: int) -> None:
+        """Take over slots of `size` elements that lie in `memory`."""
+        self._parts = parts
+        self._memory = memory
+        self._slots = slots
+        self._size = size
+        self._noted = Noted(_UNREAD_SUMS)
+        self._settled = parts.device.event()
+        self._crossings = Crossings(parts.bus)
+
+    @property
+    def nbytes(self) -> int:
+        """See `EngineState.nbytes`."""
+        return 0 if self._memory is None else int(self._memory.nbytes)
+
+    @property
+    def depth(self) -> int:
+        """See `EngineState.depth`: one answer is computed, one crosses the bus, one is copied, one is in reserve."""
+        return self._parts.bus.slots
+
+    def receive(self) -> CudaGradient:
+        """See `EngineState.receive`."""
+        return CudaGradient(self._parts.device, self._parts.bus, self._parts.gradients, self._size)
+
+    # --- what a step asks for ----------------------------------------------------------------------------
+
+    def sum_of_squares(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> Pending[float]:
+        """See `EngineState.sum_of_squares`; the same bits as on the CPU."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        kind = "sum" if accumulated is None else "sum_accumulated"
+        kernel = self._parts.kernels.of_gradients(f"{kind}_{chunk.dtype.name}")
+        asked = []
+        for low, high in _cut(end - begin, _PARTIALS * GRAIN):
+            arrays = [chunk.values[begin + low : begin + high]]
+            if accumulated is not None:
+                arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
+            asked.append(self._partials(1, kernel, arrays, high - low, [np.float32(factor)], chunk.gradient.noted))
+        return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
+
+    def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
+        """See `EngineState.accumulate`."""
+        chunk, size = self._checked(gradient, begin, end, start), end - begin
+        if size:
+            kernel = self._parts.kernels.of_gradients(f"accumulate_{chunk.dtype.name}")
+            arrays = [*self._slots[ACCUMULATED].range(start, size), chunk.values[begin:end]]
+            numbers = [np.int64(size), np.int64(head_of(arrays, size)), np.float32(factor)]
+            with self._parts.device.computing():
+                launch(kernel, self._parts.kernels.blocks(size), *arrays, *numbers)
+
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Pending[tuple[float, float]]:
+        """See `EngineState.measure`; the same bits as on the CPU."""
+        chunk, asked = self._checked(gradient, begin, end, start), []
+        for low, high in _cut(end - begin, _PARTIALS // 2 * GRAIN):
+            slots = (PARAM, *measured_slots(step.recipe))
+            recipe, arrays = self._arrays(step.recipe, slots, start + low, high - low)
+            kernel = self._parts.kernels.measure(recipe, chunk.dtype)
+            arrays.append(chunk.values[begin + low : begin + high])
+            scalars = list(map(np.float32, step.scalars[:-1]))
+            tables = self._tables(recipe)
+            asked.append(self._partials(2, kernel, arrays, high - low, scalars, self._noted, tables))
+        return Together(asked, _two_sums)
+
+    def update(
+        self,
+        step: Pass,
+        start: int,
+        gradient: Gradient,
+        begin: int,
+        end: int,
+        out: HostArray | None,
+    ) -> Pending[tuple[float, ...]]:
+        """See `EngineState.update`."""
+        chunk, size = self._checked(gradient, begin, end, start), end - begin
+        if size == 0:
+            return Done((0.0,) * len(step.recipe.sums))
+        if out is None:
+            return self._step(step, start, chunk, begin, end, None)
+        check_range("answer", 0, size, len(out))
+        parts = []
+        for low, high in _cut(size, self._most_elements(out)):
+            parts += self._answered(step, start + low, chunk, begin + low, begin + high, out[low:high])
+        return Together(parts, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
+
+    def _answered(
+        self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, out: HostArray
+    ) -> list[Pending[Any]]:
+        """Step a range that a slot of the bus holds, and bring the new parameters to the host."""
+        moved: list[Pending[Any]] = []
+
+        def make(memory: Any) -> None:
+            moved.append(self._step(step, start, chunk, begin, end, out.dtype, memory.view(STORED[out.dtype])))
+
+        shift = start % LANE_ELEMENTS * out.dtype.itemsize
+        crossing = self._crossings.bring(shift, make, bits_of(out).view(np.uint8))
+        return [crossing, *moved]
+
+    def _step(
+        self,
+        step: Pass,
+        start: int,
+        chunk: CudaChunk,
+        begin: int,
+        end: int,
+        reply: np.dtype[Any] | None,
+        answer: Any = None,
+    ) -> Pending[tuple[float, ...]]:
+        """Run the fused kernel once."""
+        size, kernels = end - begin, self._parts.kernels
+        recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
+        arrays += [chunk.values[begin:end], *([] if answer is None else [answer])]
+        kernel = kernels.update(recipe, chunk.dtype, reply)
+        in_blocks = recipe.precision is Precision.INT8
+        seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
+        head = 0 if in_blocks else head_of(arrays, size)
+        numbers = (np.int64(size), np.int64(head), *map(np.uint32, seeds), *map(np.float32, step.scalars))
+        blocks, rows = kernels.blocks_of(recipe, size), len(recipe.sums)
+        tables = self._tables(recipe)
+        with self._parts.device.computing():
+            if not rows:
+                launch(kernel, blocks, *arrays, *tables, *numbers)
+                return Done(())
+            return Figures(
+                self._parts.cells,
+                self._noted,
+                blocks * rows,
+                np.float32,
+                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, *numbers),
+                lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1, dtype=np.float64).tolist()),
+            )
+
+    # --- what is rarely asked for, computed on the host --------------------------------------------------
+
+    def fetch(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> HostArray:
+        """See `EngineState.fetch`."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        before = None if accumulated is None else self._fetched(ACCUMULATED, accumulated, end - begin)
+        return gradient_on_host(self._floats(chunk, begin, end), factor, before)
+
+    def fetch_direction(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> HostArray:
+        """See `EngineState.fetch_direction`."""
+        chunk, size = self._checked(gradient, begin, end, start), end - begin
+        return direction_on_host(step, self._floats(chunk, begin, end), lambda slot: self._fetched(slot, start, size))
+
+    # --- state in and out --------------------------------------------------------------------------------
+
+    def read(self, slot: str, start: int, out: HostArray) -> Pending[None]:
+        """See `EngineState.read`."""
+        check_range("state", start, start + len(out), self._size)
+        owner = self._slots.get(slot.removesuffix("_scale"))
+        if slot not in self._slots and isinstance(owner, CudaBlockSlot):
+            return read_scale(self._parts, self._crossings, owner, start, out)
+        return read_slot(self._parts, self._crossings, self._slots[slot], start, out)
+
+    def write(self, slot: str, start: int, values: HostArray) -> None:
+        """See `EngineState.write`; what bfloat16 cannot hold is rounded to nearest even."""
+        check_range("state", start, start + len(values), self._size)
+        write_slot(self._parts, self._slots[slot], start, values)
+
+    def copy(self, source: str, target: str) -> None:
+        """See `EngineState.copy`."""
+        (values,), (copies,) = (self._slots[name].range(0, self._size) for name in (source, target))
+        with self._parts.device.current():
+            copies.data.copy_from_device_async(values.data, values.nbytes, self._parts.device.compute)
+
+    def adopt(self, other: EngineState) -> None:
+        """See `EngineState.adopt`."""
+        assert isinstance(other, CudaState) and other._size == self._size
+        for name, slot in self._slots.items():
+            if name in other._slots:
+                replace_slot(self._parts, slot, other._slots[name], other._slots.get(f"{name}_scale"))
+        other.close()
+
+    # --- end ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """See `EngineState.settle`."""
+        self._noted.clear()
+        with self._parts.device.current():
+            self._settled.record(self._parts.device.compute)
+            self._settled.synchronize()
+
+    def close(self) -> None:
+        """See `EngineState.close`; memory is zeroed before it goes back to the device."""
+        memory, self._memory, self._slots, self._size = self._memory, None, {}, 0
+        if memory is not None:
+            self._parts.device.zero(memory)
+            self._crossings.clear()
+            self.settle()
+
+    # --- helpers -----------------------------------------------------------------------------------------
+
+    def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> CudaChunk:
+        assert isinstance(gradient, CudaChunk)
+        check_range("gradient", begin, end, len(gradient))
+        if start is not None:
+            check_range("state", start, start + end - begin, self._size)
+        return gradient
+
+    def _arrays(self, recipe: Recipe, slots: Sequence[str], start: int, size: int) -> tuple[Recipe, list[Any]]:
+        """Return what kernels take of a range, and the recipe for how it is held."""
+        owners = [self._slots[slot] for slot in slots]
+        if recipe.precision is Precision.INT8:
+            held = [owner.kept_range(start, size) for owner in owners if isinstance(owner, CudaBlockSlot)]
+            if not held or held[0] is not None:
+                kept = iter(held)
+                blocks = [isinstance(owner, CudaBlockSlot) for owner in owners]
+                arrays = [
+                    next(kept) if block else owner.range(start, size)[0]
+                    for owner, block in zip(owners, blocks, strict=True)
+                ]
+                return recipe.in_float32, arrays
+            assert start % BLOCK == 0
+        return recipe, [array for owner in owners for array in owner.range(start, size)]
+
+    def _partials(
+        self,
+        rows: int,
+        kernel: Any,
+        arrays: Sequence[Any],
+        size: int,
+        scalars: Sequence[Any],
+        noted: Noted,
+        tables: Sequence[Any] = (),
+    ) -> Figures[list[list[float]]]:
+        """Run a kernel that leaves a sum a block of elements, in each of some rows."""
+        blocks = grains(size)
+        with self._parts.device.computing():
+            return Figures(
+                self._parts.cells,
+                noted,
+                rows * blocks,
+                np.float64,
+                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *scalars),
+                lambda sums: sums.reshape(rows, blocks).tolist(),
+            )
+
+    def _tables(self, recipe: Recipe) -> list[Any]:
+        return [self._parts.tables] if recipe.precision is Precision.INT8 else []
+
+    def _most_elements(self, out: HostArray) -> int:
+        """Return the elements of an answer that a slot of the bus holds, wherever they start."""
+        return (self._parts.bus.slot_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
+
+    def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
+        values = np.empty(end - begin, chunk.dtype)
+        bring_values(self._parts, self._crossings, chunk.values[begin:end], chunk.dtype, values).wait()
+        floats: HostArray = values.astype(np.float32)
+        return floats
+
+    def _fetched(self, slot: str, start: int, size: int) -> HostArray:
+        values = np.empty(size, np.float32)
+        self.read(slot, start, values).wait()
+        return values
+
+
+def _two_sums(parts: list[list[list[float]]]) -> tuple[float, float]:
+    first, second = (math.fsum(itertools.chain(*(part[row] for part in parts))) for row in (0, 1))
+    return first, second
+
+
+def _cut(size: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut `[0, size)` into parts of at most `most` elements."""
+    return ((low, min(low + most, size)) for low in range(0, size, most))

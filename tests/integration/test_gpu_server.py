@@ -1,0 +1,233 @@
+"""The real server on pretended GPUs: placement, memory that comes back, and shortages that harm nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire_server.app import Server
+from stepwire_server.config import ServerConfig
+from stepwire_server.places import Places
+from tests.integration.events import PATIENCE_SECONDS
+from tests.integration.probes import chunks_staged, stream_ends
+from tests.integration.raw import RawClient, Refused, Vector, step_message
+from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
+from tests.server.pretended_gpus import (
+    PlacedGpu,
+    compiled_kernels,
+    machine_code,
+    needs_compiler,
+    pretended_cupy,
+)
+
+pytestmark = needs_compiler
+
+_SIZE = 16_000
+_STATE_BYTES = 3 * 4 * _SIZE
+_MEMORY_BYTES = 8 << 20
+
+Opened = Callable[[str], stepwire.Client]
+
+
+class Gpus(NamedTuple):
+    """A server with pretended GPUs.
+
+    Attributes:
+        cupy: the stand-in, which counts their memory.
+        engines: one a GPU.
+        server: it.
+        idle_bytes: device memory in use without sessions.
+    """
+
+    cupy: Any
+    engines: list[PlacedGpu]
+    server: Server
+    idle_bytes: int
+
+
+@pytest.fixture(scope="module")
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return compiled_kernels(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    yield from machine_code(tmp_path_factory)
+
+
+@pytest.fixture
+def start(
+    exits: contextlib.ExitStack, directory: pathlib.Path, settings: dict[str, Any], clock: Callable[[], float]
+) -> Callable[..., Gpus]:
+    """Start a server: `start(count, budget_bytes, **options)`."""
+
+    def started(count: int = 1, budget_bytes: int = 4 << 20, order: Any = ("random", 7), **options: int) -> Gpus:
+        cupy = pretended_cupy(directory, devices=count, memory_bytes=_MEMORY_BYTES, order=order)
+        exits.callback(cupy.check)
+        sizes = {"slot_bytes": 16 << 10, "gradient_cache_bytes": 1} | options
+        engines = [PlacedGpu(cupy, index, **sizes) for index in range(count)]
+        idle_bytes = cupy.used_bytes
+        places = Places.of(engines, budget_bytes)
+        server = Server(ServerConfig(bind="127.0.0.1:0", **settings), clock=clock, places=places)
+        return Gpus(cupy, engines, exits.enter_context(server), idle_bytes)
+
+    return started
+
+
+def gradient(seed: int = 5) -> Vector:
+    return np.random.default_rng(seed).standard_normal(_SIZE, np.float32)
+
+
+def train(client: stepwire.Client, model: Model, steps: range, **options: Any) -> tuple[Any, ...]:
+    """Train from the start; returns the state at the end, and every answer."""
+    with model.create(client, **options) as session:
+        answers = [bits(session.step(model.gradient(step))) for step in steps]
+        return session.state(), answers
+
+
+@pytest.mark.parametrize("order", ["lazy", "greedy", ("random", 3)], ids=str)
+@pytest.mark.parametrize("gradient_cache_bytes", [1, 1 << 20])
+def test_clients_that_step_at_once_get_what_each_would_get_alone(
+    start: Any, connect: Opened, client: stepwire.Client, order: Any, gradient_cache_bytes: int
+) -> None:
+    gpus = start(order=order, gradient_cache_bytes=gradient_cache_bytes)
+    models, steps, results = [WIDE, SMALL, WIDE], range(1, 5), dict[int, Any]()
+
+    def work(number: int) -> None:
+        results[number] = train(connect(gpus.server.target), models[number], steps)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE_SECONDS)
+    expected = {model.name: train(client, model, steps) for model in (WIDE, SMALL)}
+    for number, model in enumerate(models):
+        state, answers = expected[model.name]
+        assert same_bits(results[number][0], state)
+        assert results[number][1] == answers
+    gpus.server.registry.places.rest()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes
+
+
+def test_sessions_live_where_there_is_most_budget_or_where_they_are_told(start: Any, connect: Opened) -> None:
+    gpus = start(2)
+    client = connect(gpus.server.target)
+    sessions = [SMALL.create(client, device=device) for device in ("", "", "cuda:1", "cuda:1", "")]
+    listed = {info.session_id: info for info in client.sessions()}
+    devices = [listed[session.session_id].device for session in sessions]
+    assert devices == ["cuda:0", "cuda:1", "cuda:1", "cuda:1", "cuda:0"]
+    state_bytes = {info.memory_bytes for info in listed.values()}
+    assert state_bytes == {3 * 768}, "163 elements a slot"
+    known = {"description": "Pretended GPU", "memory_bytes": _MEMORY_BYTES, "budget_bytes": 4 << 20}
+    assert client.info().devices == {
+        "cuda:0": known | {"reserved_bytes": 2 * 3 * 768},
+        "cuda:1": known | {"reserved_bytes": 3 * 3 * 768},
+    }
+    answers = [bits(session.step(SMALL.gradient(1))) for session in sessions]
+    assert answers == answers[:1] * 5
+    for session in sessions:
+        session.close()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="this server has cuda:0, cuda:1"):
+        SMALL.create(client, device="cpu")
+
+
+def test_a_client_moves_a_session_from_device_to_device(start: Any, connect: Opened, client: stepwire.Client) -> None:
+    gpus = start(2)
+    there = connect(gpus.server.target)
+    straight = WIDE.create(client)
+    moving = WIDE.create(there, device="cuda:0")
+    for step, (other, options) in enumerate([(there, {"device": "cuda:1"}), (client, {}), (there, {})], start=1):
+        assert bits(moving.step(WIDE.gradient(step))) == bits(straight.step(WIDE.gradient(step)))
+        state = moving.state()
+        moving.close()
+        moving = WIDE.create(other, **options)
+        moving.load_state(state)
+    assert bits(moving.step(WIDE.gradient(4))) == bits(straight.step(WIDE.gradient(4)))
+    assert same_bits(moving.state(), straight.state())
+    moving.close()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes
+
+
+def test_a_device_without_room_for_a_session_refuses_it_and_harms_nobody(start: Any) -> None:
+    """The budget would have allowed it: somebody else holds the device's memory."""
+    gpus = start(budget_bytes=1 << 30)
+    with RawClient(gpus.server.target) as raw:
+        live = raw.create(_SIZE).session.session_id
+        before = gpus.cupy.used_bytes, raw.info().devices[0].reserved_bytes
+        assert before == (gpus.idle_bytes + _STATE_BYTES, _STATE_BYTES)
+        hog = gpus.engines[0]._parts.device.allocate(_MEMORY_BYTES - before[0] - _STATE_BYTES + 1)
+        with pytest.raises(Refused) as refused:
+            raw.create(_SIZE)
+        assert refused.value.row == ("RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
+        assert refused.value.metadata["needed_bytes"] == str(_STATE_BYTES)
+        assert (gpus.cupy.used_bytes - hog.nbytes, raw.info().devices[0].reserved_bytes) == before
+        assert raw.step(live, 1, 1, gradient()).result.step == 1
+        del hog
+        assert raw.create(_SIZE).session.device == "cuda:0"
+
+
+def test_a_device_without_room_for_a_gradient_refuses_the_step_and_takes_it_later(start: Any, raw: RawClient) -> None:
+    """`raw` is a client of a server on the CPU."""
+    gpus, states = start(budget_bytes=1 << 30), []
+    with RawClient(gpus.server.target) as there:
+        created, beside = there.create(_SIZE), there.create(12)
+        hog = gpus.engines[0]._parts.device.allocate(_MEMORY_BYTES - gpus.cupy.used_bytes - 4 * _SIZE + 1)
+        reserved, used = there.info().devices[0].reserved_bytes, gpus.cupy.used_bytes
+        with pytest.raises(Refused) as refused:
+            there.step(created.session.session_id, created.attach_token, 1, gradient())
+        assert refused.value.row == ("RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
+        assert (there.info().devices[0].reserved_bytes, gpus.cupy.used_bytes) == (reserved, used)
+        assert there.step(beside.session.session_id, 1, 1, gradient()[:12]).result.step == 1
+        del hog
+        other = raw.create(_SIZE)
+        for who, session in ((there, created.session.session_id), (raw, other.session.session_id)):
+            states.append(who.step(session, 1, 1, gradient()).payload)
+        assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("how", ["cancel", "finish"])
+def test_a_stream_that_breaks_inside_a_step_leaves_no_gradient_behind(start: Any, how: str) -> None:
+    gpus = start()
+    with RawClient(gpus.server.target) as raw:
+        created = raw.create(_SIZE)
+        session, token = created.session.session_id, created.attach_token
+        arrived = chunks_staged(gpus.server.registry.get(session))
+        ended = stream_ends(gpus.server.registry)
+        stream = raw.attach(session, token)
+        stream.receive()
+        before = gpus.cupy.used_bytes
+        assert before == gpus.idle_bytes + _STATE_BYTES
+        stream.send(step_message(1, gradient(), slice(0, 8_000), commit=False))
+        arrived.wait()
+        assert gpus.cupy.used_bytes == before + 4 * _SIZE
+        getattr(stream, how)()
+        ended.wait()
+        assert gpus.cupy.used_bytes == before
+        assert raw.step(session, token, 1, gradient()).result.step == 1
+        assert gpus.cupy.used_bytes == before
+
+
+def test_a_device_that_fails_inside_a_commit_is_told_and_damages_one_session(start: Any) -> None:
+    gpus = start()
+    with RawClient(gpus.server.target) as raw:
+        broken, beside = (raw.create(_SIZE).session.session_id for _ in range(2))
+        gpus.cupy.fail_next("kernel", RuntimeError("an illegal memory access"), after=1)
+        with pytest.raises(Refused) as refused:
+            raw.step(broken, 1, 1, gradient())
+        assert refused.value.code == "INTERNAL"
+        assert "illegal" not in str(refused.value), "that is for the log"
+        with pytest.raises(Refused) as refused:
+            raw.step(broken, 1, 1, gradient())
+        assert refused.value.row == ("DATA_LOSS", "SESSION_DAMAGED")
+        assert [raw.step(beside, 1, step, gradient(step)).result.step for step in (1, 2)] == [1, 2]
+    gpus.server.registry.close()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes

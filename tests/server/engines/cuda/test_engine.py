@@ -1,0 +1,452 @@
+"""A pretended GPU with its engine: what it allocates, compiles and gives back, and what its errors leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire.errors import DataLossError, ResourceExhaustedError
+from stepwire.layout import TensorSpec
+from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
+from stepwire.treatment import GradientTreatment, LossScaling
+from stepwire_server.engines import PARAM, CpuEngine, CudaEngine, Device
+from stepwire_server.engines.cuda.engine import CudaOptions
+from stepwire_server.plan import SessionPlan
+from stepwire_server.rules import ACCUMULATED, ALL_RULES, Precision, Recipe
+from tests.server.plans import make_plan
+from tests.server.pretended_gpus import (
+    PretendedGpu,
+    kernels_of_plan,
+    library_of,
+    machine_code,
+    needs_compiler,
+)
+from tests.server.session_driver import Sink, everything, load, make_session, order_of, stage, take
+from tests.support import cuda_cases as cases
+from tests.support.fake_cupy.classes import CUDARuntimeError
+
+pytestmark = needs_compiler
+
+RECIPE, HALVED = Recipe(ALL_RULES[0]), Recipe(ALL_RULES[0], precision=Precision.BFLOAT16)
+SLOTS = cases.slots_of(RECIPE)
+FLOAT32, BFLOAT16 = cases.WIRE["float32"], cases.WIRE["bfloat16"]
+OUT_OF_MEMORY = CUDARuntimeError(2)
+SHAPES = (TensorSpec("a", (3000,)), TensorSpec("b", (40,)), TensorSpec("c", (4200,), 1))
+GROUPS = (Adam().hyperparameters(), Adam(weight_decay=0.1).hyperparameters())
+
+
+def plan_of(**fields: Any) -> SessionPlan:
+    optimizer = fields.setdefault("optimizer", Adam())
+    decays = [optimizer, dataclasses.replace(optimizer, weight_decay=0.1)]
+    return make_plan(*SHAPES, groups=tuple(each.hyperparameters() for each in decays), **fields)
+
+
+PLANS = {
+    "plain": plan_of(),
+    "without telemetry": plan_of(measures=False),
+    "accumulation": plan_of(treatment=GradientTreatment(accumulation_steps=2)),
+    "clipping by norm": plan_of(treatment=GradientTreatment(clip_grad_norm=0.1)),
+    "clipping by value": plan_of(treatment=GradientTreatment(clip_grad_value=0.1)),
+    "average": plan_of(treatment=GradientTreatment(parameter_average_decay=0.9)),
+    "loss scaling": plan_of(treatment=GradientTreatment(loss_scaling=LossScaling(initial_scale=4.0))),
+    "layerwise": plan_of(optimizer=LAMB()),
+    "layerwise in 8 bits": plan_of(optimizer=LARS(momentum=0.9), precision=Precision.INT8),
+    "bfloat16": plan_of(precision=Precision.BFLOAT16, gradient_dtype=BFLOAT16, reply_dtype=BFLOAT16),
+    "8 bits": plan_of(precision=Precision.INT8, reply_dtype=BFLOAT16),
+    "8 bits of nothing": plan_of(optimizer=SGD(), precision=Precision.INT8),
+    "everything": plan_of(
+        optimizer=AdamW(amsgrad=True),
+        treatment=GradientTreatment(
+            accumulation_steps=2, clip_grad_norm=1.0, clip_grad_value=0.1, parameter_average_decay=0.9
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def library(directory: pathlib.Path) -> Any:
+    """Every kernel of the plans above."""
+    return library_of([kernel for plan in PLANS.values() for kernel in kernels_of_plan(plan)], directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    yield from machine_code(tmp_path_factory)
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep machine code apart from that of other tests."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def reference() -> Iterator[CpuEngine]:
+    engine = CpuEngine(use_numba=False)
+    yield engine
+    engine.close()
+
+
+def gradient_of(plan: SessionPlan, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(plan.layout.size).astype(np.float32)
+    for tensor, following in itertools.pairwise([*plan.layout.tensors, None]):
+        values[tensor.end : following.offset if following else None] = 0.0
+    return values
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Compare what was pulled from two sessions."""
+    return one[0] == other[0] and all(one[1][slot].tobytes() == other[1][slot].tobytes() for slot in other[1])
+
+
+# --- the device -----------------------------------------------------------------------------------------------
+
+
+def test_device_is_described(fake) -> None:
+    engine = CudaEngine(1, fake())
+    assert engine.device[:3] == Device("cuda:1", "Pretended GPU", 1 << 30)[:3]
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": 5, "slot_bytes": 4096, "gradient_cache_bytes": 12_345}])
+def test_working_bytes_are_what_the_engine_takes_at_most(fake, options) -> None:
+    cupy, chosen = fake(), CudaOptions(**options)
+    engine = CudaEngine(0, cupy, chosen)
+    assert engine.bus.device_bytes == 2 * chosen.slots * chosen.slot_bytes <= cupy.used_bytes
+    assert cupy.used_bytes <= engine.device.working_bytes
+    assert engine._parts.gradients.most_bytes == (chosen.gradient_cache_bytes or (1 << 30) // 16)
+
+
+@pytest.mark.parametrize("order", ["lazy", "greedy", ("random", 0)], ids=str)
+def test_a_device_that_computes_is_found_to(fake, library, order) -> None:
+    cupy = fake(order, library=library)
+    engine = PretendedGpu(cupy, gradient_cache_bytes=1)
+    before = cupy.used_bytes
+    engine.self_test()
+    assert cupy.used_bytes == before
+
+
+def test_a_device_that_cannot_compile_is_found_to_be_broken(fake, nothing_compiled) -> None:
+    engine = PretendedGpu(fake(broken_compiler=True))
+    with pytest.raises(RuntimeError, match="libnvrtc"):
+        engine.self_test()
+
+
+def test_any_thread_may_call(fake, library) -> None:
+    """The current device is a matter of the thread; the stand-in refuses calls where none is set."""
+    plan, failures = PLANS["everything"], []
+    engine = PretendedGpu(fake(library=library), index=1)
+
+    def work() -> None:
+        try:
+            session = make_session(plan, engine)
+            take(session, gradient_of(plan, 1))
+            take(session, gradient_of(plan, 2))
+            assert not everything(session)[1][ACCUMULATED].any()
+            session.close()
+            engine.rest()
+            engine.close()
+        except BaseException as problem:
+            failures.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 5000])
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("kept", [(), ((0, 1),)])
+def test_state_bytes_are_what_the_device_gives(fake, library, precision, size, kept) -> None:
+    cupy, recipe = fake("greedy", library=library), Recipe(ALL_RULES[0], accumulates=True, precision=precision)
+    engine, slots = PretendedGpu(cupy), cases.slots_of(recipe)
+    before, count = cupy.used_bytes, cupy.allocations
+    state = engine.allocate(slots, size, kept)
+    assert state.nbytes == engine.state_bytes(slots, size, kept) == cupy.used_bytes - before
+    assert cupy.allocations == count + 1
+    assert not any(array.any() for array in cases.everything_of(state, recipe, size).values())
+    state.close()
+    assert cupy.used_bytes == before
+
+
+def test_arrays_begin_at_multiples_of_256_bytes(fake) -> None:
+    state = PretendedGpu(fake()).allocate(cases.slots_of(HALVED), 100)
+    assert state.nbytes == 512 + 256 + 256
+    assert [slot.values.data.ptr % 256 for slot in state._slots.values()] == [0, 0, 0]
+    state.close()
+
+
+def test_out_of_memory_says_how_much_was_wanted_and_where(fake) -> None:
+    cupy = fake(memory_bytes=2 << 20)
+    engine = PretendedGpu(cupy, index=1)
+    before = cupy.used_bytes
+    free = (2 << 20) - before
+    with pytest.raises(
+        ResourceExhaustedError, match=rf"no memory on cuda:1 \(Pretended GPU\) for 12000768 bytes; {free} are free"
+    ) as caught:
+        engine.allocate(SLOTS, 1_000_021)
+    assert caught.value.metadata == {"needed_bytes": "12000768", "device": "cuda:1"}
+    assert cupy.used_bytes == before
+    state = engine.allocate(SLOTS, 100)
+    assert state.nbytes == 3 * 512
+    state.close()
+
+
+@pytest.mark.parametrize("operation", ["malloc", "PinnedMemory"])
+def test_an_engine_that_cannot_be_started_leaves_nothing(fake, operation) -> None:
+    counted = fake()
+    PretendedGpu(counted)
+    count = counted.allocations
+    assert count == 8, "three slots each way, room for sums, the tables"
+    for after in range(count if operation == "malloc" else count - 1):
+        cupy = fake()
+        for _ in range(2):  # it tries twice
+            cupy.fail_next(operation, OUT_OF_MEMORY, after)
+            after = 0
+        with pytest.raises(ResourceExhaustedError if operation == "malloc" else RuntimeError) as caught:
+            PretendedGpu(cupy)
+        del caught
+        gc.collect()
+        OUT_OF_MEMORY.__traceback__ = None
+        assert (cupy.used_bytes, cupy.pinned_bytes) == (0, 0)
+
+
+def test_memory_for_gradients_is_kept_for_the_next_and_given_back_in_need(fake, library) -> None:
+    plan = PLANS["plain"]
+    cupy = fake(library=library, memory_bytes=2 << 20)
+    engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
+    session = make_session(plan, engine)
+    before, gradient_bytes = cupy.used_bytes, 4 * plan.layout.size
+    take(session, gradient_of(plan, 1))
+    count = cupy.allocations
+    assert cupy.used_bytes == before + gradient_bytes
+    take(session, gradient_of(plan, 2))
+    assert (cupy.used_bytes, cupy.allocations) == (before + gradient_bytes, count), "the same memory again"
+    engine.rest()
+    assert cupy.used_bytes == before
+    take(session, gradient_of(plan, 3))
+    wanted = (2 << 20) - before - gradient_bytes + 1024
+    large = engine.allocate({PARAM: Precision.FLOAT32}, wanted // 1024 * 256)
+    assert cupy.used_bytes == before + large.nbytes
+    large.close()
+    take(session, gradient_of(plan, 4))
+    session.close()
+
+
+def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:
+    """The stand-in fills what is freed with garbage; so it is looked at on its way there."""
+    plan, cupy, seen = PLANS["plain"], fake(library=library), []
+    engine = PretendedGpu(cupy)
+    session, free = make_session(plan, engine), cupy._driver.memories.free
+
+    def watched(freed: Any) -> None:
+        seen.append(bool(freed.bytes_at(freed.start, freed.size).any()))
+        free(freed)
+
+    cupy._driver.memories.free = watched
+    take(session, gradient_of(plan, 1))
+    session.close()
+    engine.rest()
+    del cupy._driver.memories.free
+    assert seen == [False, False], "of the state, and of the gradient"
+
+
+def test_a_session_that_finds_no_memory_leaves_the_one_beside_it_as_it_is(fake, library, reference) -> None:
+    plan = PLANS["plain"]
+    cupy = fake(library=library, memory_bytes=2 << 20)
+    engine = PretendedGpu(cupy, gradient_cache_bytes=1)
+    session, expected = make_session(plan, engine), make_session(plan, reference)
+    before = cupy.used_bytes
+    hog = engine.allocate({PARAM: Precision.FLOAT32}, ((2 << 20) - before) // 4 // 64 * 64)
+    with pytest.raises(ResourceExhaustedError):
+        make_session(plan, engine)
+    with pytest.raises(ResourceExhaustedError):
+        take(session, gradient_of(plan, 1))
+    with pytest.raises(ResourceExhaustedError):
+        load(session, everything(session)[1])
+    hog.close()
+    assert cupy.used_bytes == before
+    assert session._budget.reserved_bytes == session.memory_bytes
+    for step in (1, 2):
+        for each in (session, expected):
+            take(each, gradient_of(plan, step))
+    assert same(everything(session), everything(expected))
+    session.close()
+
+
+# --- kernels --------------------------------------------------------------------------------------------------
+
+
+def test_prepare_compiles_each_module_once(fake, library, nothing_compiled) -> None:
+    cupy = fake(library=library)
+    engine = PretendedGpu(cupy)
+    for _ in range(2):
+        engine.prepare(RECIPE, FLOAT32, FLOAT32)
+    assert len(cupy.compiled) == 2, "one module to update, one for gradients"
+    engine.prepare(Recipe(ALL_RULES[0], precision=Precision.INT8), FLOAT32, FLOAT32)
+    assert len(cupy.compiled) == 4, "one more, for tensors of both kinds, and one for blocks"
+
+
+def test_rules_of_one_formula_share_a_kernel_and_layerwise_ones_prepare_to_measure(
+    fake, library, nothing_compiled
+) -> None:
+    cupy = fake(library=library)
+    engine = PretendedGpu(cupy)
+    alike = [rule for rule in ALL_RULES if rule.update is ALL_RULES[0].update]
+    assert len(alike) > 1
+    for rule in alike:
+        engine.prepare(Recipe(rule), FLOAT32, FLOAT32)
+    assert len(cupy.compiled) == 2
+    engine.prepare(PLANS["layerwise"].recipes[0], FLOAT32, FLOAT32)
+    assert len(cupy.compiled) == 4
+
+
+def test_warming_up_compiles_what_most_sessions_need(fake, library, nothing_compiled) -> None:
+    cupy = fake(library=library)
+    engine = CudaEngine(0, cupy)
+    engine.warm_up()
+    count = len(cupy.compiled)
+    for optimizer, dtype in itertools.product([Adam(), AdamW()], [FLOAT32, BFLOAT16]):
+        plan = make_plan(*SHAPES[:1], optimizer=optimizer, gradient_dtype=dtype, reply_dtype=dtype)
+        session = make_session(plan, engine)
+        take(session, gradient_of(plan, 1))
+        session.close()
+    assert len(cupy.compiled) == count > 0
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_step_pull_or_load_compiles(fake, library, nothing_compiled, name) -> None:
+    plan, cupy = PLANS[name], fake("greedy", library=library)
+    engine = PretendedGpu(cupy)
+    session = make_session(plan, engine)
+    count, size = len(cupy.compiled), plan.layout.size
+    kernels = dict(engine._parts.kernels._functions)
+    for step in range(1, 5):
+        cuts = [0, *range(1024, size, 1024 * step), size]
+        record, _ = take(session, gradient_of(plan, step), list(itertools.pairwise(cuts)), reply_elements=1024)
+        assert not record.skipped
+    if plan.treatment.loss_scaling:
+        assert take(session, np.full(size, np.inf, np.float32))[0].skipped
+    load(session, everything(session)[1], everything(session)[0])
+    take(session, gradient_of(plan, 9))
+    assert len(cupy.compiled) == count
+    assert engine._parts.kernels._functions == kernels
+    session.close()
+
+
+def test_a_step_with_other_dtypes_compiles_before_it_begins(fake, nothing_compiled, library) -> None:
+    plan, cupy = PLANS["bfloat16"], fake(library=library)
+    engine = PretendedGpu(cupy)
+    session = make_session(plan, engine)
+    before = len(cupy.compiled)
+    staging = session.begin(order_of(session, reply_dtype=FLOAT32), 1)
+    assert len(cupy.compiled) == before + 4, "two recipes, and both as they are for float32"
+    staging.close()
+    session.close()
+
+
+# --- broken devices -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "8 bits", "accumulation"])
+@pytest.mark.parametrize("operation", ["kernel", "copy", "synchronize"])
+@pytest.mark.parametrize("after", [0, 1, 2, 5, 9])
+def test_an_error_in_a_commit_damages_the_session_and_no_other(
+    fake, library, reference, name, operation, after
+) -> None:
+    """It is all of the step, none of it, or damaged; the session beside shares the slots and goes on."""
+    plan, cupy = PLANS[name], fake("greedy", library=library)
+    engine = PretendedGpu(cupy)
+    broken, beside, expected, whole = (make_session(plan, each) for each in (engine, engine, reference, reference))
+    size, failure = plan.layout.size, RuntimeError("an illegal memory access was encountered")
+    for each in (broken, beside, expected, whole):
+        take(each, gradient_of(plan, 1))
+    order = order_of(broken, reply_elements=1024)
+    gradient = gradient_of(plan, 2).astype(plan.gradient_dtype)
+    staging = stage(broken, order, gradient, [(0, 2048), (2048, 4096), (4096, size)])
+    cupy.fail_next(operation, failure, after)
+    try:
+        broken.commit(order, staging, 1, Sink(size, plan.reply_dtype), 0.0)
+    except RuntimeError as problem:
+        assert problem is failure
+    cupy._driver.failures._planned[operation].clear()
+    staging.close()
+    try:
+        if broken.snapshot().step == 2:
+            take(whole, gradient_of(plan, 2))
+        assert same(everything(broken), everything(whole))
+    except DataLossError:
+        with pytest.raises(DataLossError):
+            take(broken, gradient_of(plan, 2), step=2)
+    for step in (2, 3, 4):
+        for each in (beside, expected):
+            take(each, gradient_of(plan, step))
+    assert same(everything(beside), everything(expected))
+    broken.close()
+    beside.close()
+
+
+@pytest.mark.parametrize("operation", ["kernel", "copy"])
+def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operation) -> None:
+    plan, cupy = PLANS["plain"], fake(library=library)
+    session = make_session(plan, PretendedGpu(cupy))
+    staging = stage(session, order_of(session), gradient_of(plan, 1), [(0, plan.layout.size)])
+    cupy.fail_next(operation, RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        session.commit(order_of(session), staging, 1, Sink(plan.layout.size, FLOAT32), 0.0)
+    staging.close()
+    with pytest.raises(DataLossError, match="step 1"):
+        session.snapshot()
+    session.close()
+
+
+@pytest.mark.parametrize("operation", ["copy", "kernel", "memset"])
+def test_a_load_that_fails_half_way_damages_the_session_and_frees_its_memory(fake, library, operation) -> None:
+    plan, cupy = PLANS["8 bits"], fake("greedy", library=library)
+    session = make_session(plan, PretendedGpu(cupy))
+    take(session, gradient_of(plan, 1))
+    before, (snapshot, slots) = cupy.used_bytes, everything(session)
+    staged, room = session.stage_load(tuple(slots))
+    for slot, values in slots.items():
+        staged.write(slot, 0, values)
+    staged.settle()
+    cupy.fail_next(operation, RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        session.commit_load(staged, tuple(slots), 1, 1, snapshot.step, list(snapshot.tensor_steps))
+    staged.close()
+    room.release()
+    with pytest.raises(DataLossError, match="load 1"):
+        session.snapshot()
+    gc.collect()  # the error's traceback
+    assert cupy.used_bytes == before
+    session.close()
+
+
+# --- the end --------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_closed_twice_and_its_memory_goes_with_it(fake, library) -> None:
+    plan, cupy = PLANS["8 bits"], fake("greedy", library=library)
+    engine = PretendedGpu(cupy)
+    session = make_session(plan, engine)
+    take(session, gradient_of(plan, 1))
+    for closed in (session, session, engine, engine):
+        closed.close()
+    gc.disable()
+    try:
+        del engine, session, closed
+        assert cupy.used_bytes == 0, "without a search for cycles"
+    finally:
+        gc.enable()

@@ -1,0 +1,183 @@
+"""CUDA C run on the processor: a header that names the threads, and g++.
+
+The threads of a block are contexts of one thread of the processor, which barriers and shuffles switch; blocks run one
+after another. Vectors that are not aligned, and threads that would wait for ever, abort with a message.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import numpy as np
+
+COMPILER = shutil.which("g++")
+
+HEADER = r"""
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <ucontext.h>
+#include <utility>
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+struct Index { unsigned x, y, z; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) ushort4 { unsigned short x, y, z, w; };
+struct alignas(4) uchar4 { unsigned char x, y, z, w; };
+static thread_local Index gridDim, blockDim, blockIdx, threadIdx;
+static inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+static inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+
+[[noreturn]] static void fail(const char *what) {
+    std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+    std::abort();
+}
+template <class T> static inline T __ldcs(const T *from) {
+    if ((std::size_t)from % sizeof(T)) fail("a load is not aligned");
+    T value;
+    std::memcpy(&value, (const void *)from, sizeof(T));
+    return value;
+}
+template <class T> static inline void __stcs(T *to, T value) {
+    if ((std::size_t)to % sizeof(T)) fail("a store is not aligned");
+    std::memcpy((void *)to, &value, sizeof(T));
+}
+
+static constexpr unsigned WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 1 << 15;
+enum Stop { AT_BLOCK, AT_WARP, AT_END };
+static thread_local ucontext_t scheduler, contexts[MOST_THREADS];
+static thread_local Stop stops[MOST_THREADS];
+static thread_local void (*body)(void *);
+static thread_local void *call;
+static void enter() { body(call); stops[threadIdx.x] = AT_END; }
+static inline void stop(Stop at) {
+    stops[threadIdx.x] = at;
+    swapcontext(&contexts[threadIdx.x], &scheduler);
+}
+static inline void __syncthreads() { stop(AT_BLOCK); }
+static inline void __syncwarp() { stop(AT_WARP); }
+
+// Two places a thread, in turn: while one lane writes what it exchanges next, others still read the last.
+static thread_local unsigned exchanged[2][MOST_THREADS], exchanges[MOST_THREADS];
+static inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lane_mask) {
+    const unsigned me = threadIdx.x, turn = exchanges[me]++ % 2;
+    if (mask != 0xFFFFFFFFu || me / WARP * WARP + WARP > blockDim.x) fail("a shuffle without all lanes");
+    exchanged[turn][me] = value;
+    stop(AT_WARP);
+    return exchanged[turn][me ^ (unsigned)lane_mask];
+}
+
+// Rounds, in each of which every thread of a warp reaches the same kind of stop; a warp that waits for its own lanes
+// goes on alone.
+static Stop run_warp(unsigned first, unsigned end) {
+    do
+        for (unsigned t = first; t < end; ++t) {
+            threadIdx = {t, 0, 0};
+            swapcontext(&scheduler, &contexts[t]);
+            if (stops[t] != stops[first]) fail("lanes of a warp wait for one another in vain");
+        }
+    while (stops[first] == AT_WARP);
+    return stops[first];
+}
+static void run_block(unsigned threads, char *stacks) {
+    for (unsigned t = 0; t < threads; ++t) {
+        exchanges[t] = 0;
+        getcontext(&contexts[t]);
+        contexts[t].uc_stack.ss_sp = stacks + t * STACK_BYTES;
+        contexts[t].uc_stack.ss_size = STACK_BYTES;
+        contexts[t].uc_link = &scheduler;
+        makecontext(&contexts[t], enter, 0);
+    }
+    for (bool goes_on = true; goes_on;)
+        for (unsigned first = 0; first < threads; first += WARP) {
+            const bool waits = run_warp(first, first + WARP < threads ? first + WARP : threads) == AT_BLOCK;
+            if (first > 0 && waits != goes_on) fail("warps wait for one another in vain");
+            goes_on = waits;
+        }
+}
+
+template <class... A> struct Call {
+    void (*kernel)(A...);
+    void **arguments;
+    template <std::size_t... I> void run(std::index_sequence<I...>) { kernel(*static_cast<A *>(arguments[I])...); }
+    static void enter(void *self) { static_cast<Call *>(self)->run(std::index_sequence_for<A...>()); }
+};
+template <class... A>
+static void launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments) {
+    if (threads > MOST_THREADS) fail("too many threads");
+    Call<A...> made{kernel, arguments};
+    body = Call<A...>::enter;
+    call = &made;
+    gridDim = {blocks, 1, 1};
+    blockDim = {threads, 1, 1};
+    std::unique_ptr<char[]> stacks(new char[threads * STACK_BYTES]);
+    for (unsigned b = 0; b < blocks; ++b) {
+        blockIdx = {b, 0, 0};
+        run_block(threads, stacks.get());
+    }
+}
+"""
+
+LAUNCHER = """
+extern "C" void launch_{name}(unsigned blocks, unsigned threads, void **arguments) {{
+    launch({name}, blocks, threads, arguments);
+}}
+"""
+
+
+class Library:
+    """Compiled modules of kernels; several are compiled at a time."""
+
+    def __init__(self, sources: str | list[str], directory: pathlib.Path) -> None:
+        sources = [sources] if isinstance(sources, str) else sources
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            loaded = list(pool.map(lambda source: _load(source, directory), sources))
+        self._launchers = {name: getattr(library, f"launch_{name}") for library, names in loaded for name in names}
+        self.names = list(self._launchers)
+
+    def launch(self, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+        """Run a kernel on NumPy arrays and NumPy scalars."""
+        holders = [_holder(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(holders))(*[ctypes.addressof(holder) for holder in holders])
+        self._launchers[name](blocks, threads, pointers)
+
+
+def _load(source: str, directory: pathlib.Path) -> tuple[ctypes.CDLL, list[str]]:
+    names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', source)
+    text = HEADER + source + "".join(LAUNCHER.format(name=name) for name in names)
+    stem = directory / f"cuda_shim_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not stem.with_suffix(".so").exists():
+        own = stem.with_suffix(f".{os.getpid()}.cc")  # other processes of a run may compile the same
+        own.write_text(text)
+        command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+        command += ["-fPIC", "-shared", "-o", str(own.with_suffix(".tmp")), str(own)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        own.with_suffix(".tmp").replace(stem.with_suffix(".so"))
+    return ctypes.CDLL(str(stem.with_suffix(".so"))), names
+
+
+def _holder(argument: Any) -> Any:
+    match argument:
+        case np.ndarray():
+            return ctypes.c_void_p(argument.ctypes.data)
+        case np.int64():
+            return ctypes.c_longlong(int(argument))
+        case np.uint32():
+            return ctypes.c_uint(int(argument))
+        case np.float32():
+            return ctypes.c_float(float(argument))
+    raise TypeError(f"{type(argument)} is no argument of a kernel")

@@ -1,0 +1,248 @@
+"""What the classes and functions of the stand-in for CuPy do: calls of CUDA, over a simulated device.
+
+Where CuPy is lenient and CUDA is not, it asserts: every call needs a current device, asynchronous copies need pinned
+memory, and addresses must lie in memory that lives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import struct
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.support import cuda_shim
+from tests.support.fake_cupy import classes
+from tests.support.fake_cupy import device as simulated
+
+CLASSES = ("Memory", "MemoryPointer", "Module", "PinnedMemory", "PinnedMemoryPointer", "Stream", "Event", "Device")
+DEVICE_MEMORY, PINNED_MEMORY, REGISTERED_MEMORY = "device memory", "pinned memory", "registered memory"
+
+
+class Driver:
+    """Devices, their streams and memory. Thread-safe; the current device and stream are a matter of the thread."""
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        device_count: int,
+        memory_bytes: int,
+        library: Any,
+        order: str | tuple[str, int],
+        processors: int,
+        capability: str,
+    ) -> None:
+        """See `fake_cupy.FakeCupy`."""
+        self._directory, self.device_count, self._library = directory, device_count, library
+        self.processors, self.capability = processors, capability
+        self.lock = threading.RLock()
+        self.streams = simulated.Streams(order)
+        self.memories = simulated.Memories(self.lock, self.streams, memory_bytes)
+        self.failures = simulated.Failures()
+        self._current = threading.local()
+        self.classes = types.SimpleNamespace(**{name: self.bind(getattr(classes, name)) for name in CLASSES})
+        self._null = [self._null_stream(index) for index in range(device_count)]
+
+    def bind(self, unbound: type[Any]) -> type[Any]:
+        """Make a class of the stand-in one of this driver's."""
+        return type(unbound.__name__, (unbound,), {"_driver": self, "__slots__": ()})
+
+    # --- what is current in the thread
+
+    @property
+    def devices(self) -> list[int]:
+        """The devices made current, the last one being it."""
+        return self._current.__dict__.setdefault("devices", [])
+
+    def stack_of_streams(self, device: int) -> list[Any]:
+        return self._current.__dict__.setdefault("streams", {}).setdefault(device, [])
+
+    def device(self) -> int:
+        assert self.devices, "no device is current in this thread"
+        return self.devices[-1]
+
+    def stream(self) -> Any:
+        stack = self.stack_of_streams(self.device())
+        return stack[-1] if stack else self._null[self.device()]
+
+    def queue_of(self, stream: Any) -> Any:
+        stream = stream or self.stream()
+        assert stream._device == self.device(), f"the stream is of device {stream._device}, not {self.device()}"
+        return stream._queue
+
+    def here(self, ptr: int, size: int) -> Any:
+        """Find the memory of the current device that holds these bytes."""
+        return self.memories.on_device(self.device(), ptr, size)
+
+    # --- devices
+
+    def count_devices(self) -> int:
+        if not self.device_count:
+            raise classes.CUDARuntimeError(100)
+        return self.device_count
+
+    def properties(self, device: int) -> dict[str, Any]:
+        if not 0 <= device < self.device_count:
+            raise classes.CUDARuntimeError(101)
+        major, minor = map(int, self.capability)
+        return {
+            "name": b"Pretended GPU",
+            "major": major,
+            "minor": minor,
+            "multiProcessorCount": self.processors,
+            "totalGlobalMem": self.memories.memory_bytes,
+        }
+
+    def synchronize(self, device: int) -> None:
+        with self.lock:
+            self.failures.meet("synchronize")
+            for mark in [self.streams.mark(queue) for queue in self.streams.of_device(device)]:
+                self.streams.complete(mark)
+
+    # --- memory
+
+    def pin(self, size: int) -> Any:
+        self.device()
+        self.failures.meet("PinnedMemory")
+        return self.memories.add(simulated.Range.allocate(PINNED_MEMORY, None, size))
+
+    def malloc(self, size: int) -> Any:
+        device = self.device()
+        self.failures.meet("malloc")
+        with self.lock:
+            if size > self.memory_of(device)[0]:
+                raise classes.CUDARuntimeError(2)
+            self.memories.allocations += 1
+            return self.memories.add(simulated.Range.allocate(DEVICE_MEMORY, device, size))
+
+    def memory_of(self, device: int) -> tuple[int, int]:
+        """Return what is free, and the whole."""
+        total = self.memories.memory_bytes
+        return total - self.memories.used_bytes(DEVICE_MEMORY, device), total
+
+    def register(self, ptr: int, size: int, flags: int) -> None:
+        self.device()
+        self.failures.meet("hostRegister")
+        with self.lock:
+            if ptr == 0 or size == 0:
+                raise classes.CUDARuntimeError(1)
+            if self.memories.overlapping(ptr, size):
+                raise classes.CUDARuntimeError(712)
+            self.memories.add(simulated.Range(REGISTERED_MEMORY, None, ptr, size))
+
+    def unregister(self, ptr: int) -> None:
+        self.device()
+        with self.lock:
+            starts = {known.start: known for known in self.memories.ranges if known.kind == REGISTERED_MEMORY}
+            if ptr not in starts:
+                raise classes.CUDARuntimeError(713)
+            self.memories.free(starts[ptr])
+
+    def share(self, ptr: int) -> bytes:
+        shared = self.here(ptr, 1)
+        return struct.pack("<QQQ", shared.start, shared.size, shared.device).ljust(64, b"\0")
+
+    # --- work
+
+    def copy(
+        self,
+        label: str,
+        to: int,
+        origin: int,
+        size: int,
+        stream: Any,
+        find_to: Callable[[int, int], Any],
+        find_origin: Callable[[int, int], Any],
+    ) -> None:
+        assert type(to) is int and type(origin) is int, "an address is an int"
+        with self.lock:
+            queue = self.queue_of(stream)
+            self.failures.meet("copy")
+            if size:
+                ranges = [find_to(to, size), find_origin(origin, size)]
+                work = functools.partial(ctypes.memmove, to, origin, size)
+                self._submit(queue, f"{label} of {size} bytes", ranges, work)
+
+    def fill(self, ptr: int, value: int, size: int, stream: Any) -> None:
+        with self.lock:
+            queue = self.queue_of(stream)
+            self.failures.meet("memset")
+            if size:
+                work = functools.partial(ctypes.memset, ptr, value, size)
+                self._submit(queue, f"memset of {size} bytes", [self.here(ptr, size)], work)
+
+    def copy_at_once(self, dst: int, src: int, size: int, kind: int) -> None:
+        """Copy as the null stream does, of any host memory, and wait for it; other streams go on."""
+        with self.lock:
+            self.failures.meet("copy")
+            ranges = [self.here(dst if kind == 1 else src, size)]
+            work = functools.partial(ctypes.memmove, dst, src, size)
+            queue = self._null[self.device()]._queue
+            self._submit(queue, f"synchronous copy of {size} bytes", ranges, work)
+            self.streams.complete(self.streams.mark(queue))
+
+    def _submit(self, queue: Any, label: str, ranges: list[Any], work: Callable[[], None]) -> None:
+        self.streams.submit(queue, simulated.Operation(label, ranges, work))
+
+    # --- kernels
+
+    def load(self, cubin: bytes) -> str:
+        """Read machine code, which has to be of the current device's architecture."""
+        self.device()
+        self.failures.meet("Module")
+        header, _, source = cubin.decode(errors="replace").partition("\n")
+        if not header.startswith("fake cubin sm_"):
+            raise classes.CUDADriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+        if header != f"fake cubin sm_{self.capability}":
+            raise classes.CUDADriverError(
+                "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
+            )
+        return source
+
+    def kernel(self, source: str, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
+        """Take a kernel out of machine code, for the current device."""
+        library = self._library
+        if library is None or name not in library.names:
+            library = cuda_shim.Library(source, self._directory)
+        if name not in library.names:
+            raise classes.CUDADriverError("CUDA_ERROR_NOT_FOUND: named symbol not found")
+        return functools.partial(self._launch, library, name, self.device())
+
+    def _launch(self, library: Any, name: str, device: int, grid: tuple[int], block: tuple[int], args: Any) -> None:
+        assert self.device() == device, f"{name} was loaded on device {device}"
+        assert isinstance(args, tuple), f"the arguments of {name} are no tuple"
+        assert len(grid) == len(block) == 1 and grid[0] >= 1 and 1 <= block[0] <= 1024
+        with self.lock:
+            queue = self.queue_of(None)
+            self.failures.meet("kernel")
+            unpacked = [self._argument(name, arg) for arg in args]
+            ranges = [touched for _, touched in unpacked if touched is not None]
+            values = tuple(value for value, _ in unpacked)
+            work = functools.partial(library.launch, name, grid[0], block[0], values)
+            self._submit(queue, f"kernel {name}", ranges, work)
+
+    def _argument(self, name: str, arg: Any) -> tuple[Any, Any]:
+        """Return what the compiled kernel takes, and the memory it refers to."""
+        if isinstance(arg, np.int64 | np.uint32 | np.float32):
+            return arg, None
+        if isinstance(arg, np.uint64):  # an address; how much the kernel touches there nobody says
+            touched = self.here(int(arg), 1)
+            return touched.bytes_at(int(arg), touched.start + touched.size - int(arg)), touched
+        assert isinstance(arg, classes.ndarray), f"{type(arg)} is no argument of {name}"
+        if not arg.size:
+            return np.empty(0, np.uint8), None
+        assert arg.data.ptr % arg.dtype.itemsize == 0, f"an array of {arg.dtype} for {name} is not aligned"
+        touched = self.here(arg.data.ptr, arg.nbytes)
+        return touched.bytes_at(arg.data.ptr, arg.nbytes), touched
+
+    def _null_stream(self, index: int) -> Any:
+        with self.classes.Device(index):
+            stream = self.classes.Stream(non_blocking=True)
+        stream.ptr = 0
+        return stream

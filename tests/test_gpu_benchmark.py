@@ -1,0 +1,202 @@
+"""The GPU benchmark, in a tiny form, on the stand-in for CuPy: that it runs through, not what it measures."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from stepwire_server.engines import CudaEngine
+from stepwire_server.engines.cuda.engine import CudaOptions
+from tests.support.fake_cupy import FakeCupy
+
+ROOT = pathlib.Path(__file__).parents[1]
+TORCH_FIGURES = {"ratio_torch", "ratio_torch_bfloat16"}
+TINY: dict[str, Any] = {
+    "sizes": (1500, 3000),
+    "bus_sizes": (5000,),
+    "rounds": 1,
+    "bus_rounds": 1,
+    "pipeline_steps": 3,
+    "chunk_bytes": 4096,
+    "tensors": (3, 1000),
+    "guard_size": 1500,
+    "wiped_bytes": 4096,
+}
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is not installed; it compiles the CUDA kernels for the processor"
+)
+
+
+@pytest.fixture(scope="module")
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """Where compiled kernels are kept between runs, as for the tests of engines."""
+    cache = getattr(request.config, "cache", None)
+    directory = pathlib.Path(cache.mkdir("stepwire-kernels")) if cache else tmp_path_factory.mktemp("kernels")
+    directory.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPWIRE_CACHE_DIR", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[types.SimpleNamespace]:
+    """The benchmark's modules, which import one another by their bare names."""
+    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_sections", "gpu_torch", "machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def fake(directory: pathlib.Path) -> Callable[..., Any]:
+    """Make stand-ins for CuPy."""
+
+    def make(**options: Any) -> Any:
+        cupy = FakeCupy(directory, order="lazy", **options)
+        cupy.cuda.get_elapsed_time = lambda begin, end: 1.0  # events of the stand-in have no time
+        return cupy
+
+    return make
+
+
+@pytest.fixture
+def make_gpu(bench: types.SimpleNamespace, fake: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Make what the sections are run on: a device without a clock of its own, and torch's CPU."""
+    made: list[Any] = []
+
+    def make(*, torch: bool, **extent: Any) -> Any:
+        cupy = fake()
+        engine = CudaEngine(0, cupy, CudaOptions(slots=3, slot_bytes=1 << 15, cells=32))
+        side = bench.gpu_torch.TorchSide(pytest.importorskip("torch"), "cpu", None) if torch else None
+        chosen = bench.gpu_clock.Extent(**(TINY | extent))
+        gpu = bench.gpu_clock.Gpu(engine, bench.gpu_clock.Clock(engine._parts.device, 4096), side, chosen)
+        made.append((gpu, cupy))
+        return gpu
+
+    yield make
+    for gpu, cupy in made:
+        gpu.tidy()
+        gpu.engine.close()
+        cupy.check()
+
+
+@pytest.fixture
+def child(
+    bench: types.SimpleNamespace, fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Stand in for a new process: a new engine on a new stand-in."""
+
+    def run(environ: Mapping[str, str]) -> dict[str, float]:
+        with monkeypatch.context() as patch:
+            patch.setenv("CUPY_CACHE_DIR", environ["CUPY_CACHE_DIR"])
+            seconds: dict[str, float] = bench.gpu_creation.seconds(fake())
+        return seconds
+
+    return run
+
+
+@pytest.fixture
+def described() -> dict[str, dict[str, str]]:
+    return {"machine": {"cores": "2"}, "device": {"name": "Pretended GPU"}}
+
+
+def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, described) -> None:
+    gpu, kept = make_gpu(torch=True), []
+    results = bench.gpu.run(gpu, lambda results: kept.append(len(results.figures)), child)
+    assert not results.reasons and not results.failed
+    assert kept == list(range(1, len(results.figures) + 1))
+    assert {goal.section for goal in bench.gpu.GOALS} <= {name.split()[0] for name in results.figures}
+    for section, figures in results.figures.items():
+        assert all(value is not None for value in figures.values()), section
+        assert {goal.figure for goal in bench.gpu.GOALS if goal.section == section.split()[0]} <= figures.keys()
+    assert results.figures["guard"]["relative_error"] < bench.gpu_sections.GUARD_ERROR
+    assert results.figures["memory"]["rest_bytes"] == pytest.approx(12.0, abs=0.5)
+    assert results.figures["memory"]["step_bytes"] == pytest.approx(16.0, abs=0.5)
+    assert results.figures["memory"]["left_bytes"] == 0.0
+    told = bench.gpu.report(described, results)
+    judged = told.partition("\ngoals\n")[2].splitlines()
+    assert len(judged) == 5 * 2 + 1 + 2 + 1
+    assert all(line.endswith(("  met", "  missed")) for line in judged)
+
+
+def test_without_torch_the_report_says_so(bench, make_gpu, child, described) -> None:
+    results = bench.gpu.run(make_gpu(torch=False, bus_sizes=()), child=child)
+    missing = {name for figures in results.figures.values() for name, value in figures.items() if value is None}
+    assert missing == TORCH_FIGURES and not results.reasons
+    assert results.figures["guard"]["relative_error"] < bench.gpu_sections.GUARD_ERROR
+    judged = bench.gpu.report(described, results).partition("\ngoals\n")[2].splitlines()
+    assert sum(line.endswith("not measured: torch is not installed") for line in judged) == 2 * 2 + 1
+
+
+def test_what_does_not_fit_and_what_time_is_too_short_for_is_told(bench, make_gpu, child, described) -> None:
+    results = bench.gpu.run(make_gpu(torch=False, sizes=(1500, 10**12), bus_sizes=(10**12,)), child=child)
+    assert set(results.reasons) == {"kernel 1e+06M", "moments 1e+06M", "bus 1e+06M"} and not results.failed
+    assert all("of device memory, " in reason for reason in results.reasons.values())
+    assert "kernel 1e+06M: not measured, a pass over" in bench.gpu.report(described, results)
+    late = bench.gpu.run(make_gpu(torch=False, seconds=-1.0), child=child)
+    assert all(reason == "the benchmark's -1 seconds were over" for reason in late.reasons.values())
+    assert late.reasons.keys() == late.figures.keys()
+
+
+def test_a_section_that_breaks_leaves_the_others(bench, make_gpu, child, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench.gpu, "many_small", lambda gpu: {}["gone"])
+    results = bench.gpu.run(make_gpu(torch=False, sizes=(1500,), bus_sizes=()), child=child)
+    assert results.failed and results.reasons == {"many_small": "KeyError: 'gone'"}
+    assert "Traceback" in capsys.readouterr().err
+    assert results.figures["memory"]
+
+
+def test_a_wrong_kernel_is_not_measured(bench, make_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(bench.gpu, "guard", lambda gpu: {"relative_error": float("nan")})
+    with pytest.raises(SystemExit, match="a wrong kernel is not measured"):
+        bench.gpu.run(make_gpu(torch=False))
+
+
+def test_results_are_written_under_the_devices_name(bench, make_gpu, described, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(bench.gpu, "__file__", str(tmp_path / "gpu.py"))
+    results = bench.gpu.Results()
+    results.figures["memory"] = {"rest_bytes": 12.0}
+    bench.gpu._write(described, results)
+    written = json.loads((tmp_path / "results" / "pretended-gpu.json").read_text())
+    assert written == {**described, "memory": {"rest_bytes": 12.0}, "reasons": {}}
+    assert set(bench.gpu._describe(make_gpu(torch=False))) >= {"name", "driver", "runtime", "cupy", "torch"}
+
+
+def test_the_command_measures_prints_and_writes(bench, fake, tmp_path, monkeypatch, capsys) -> None:
+    """But for new processes, which have no stand-in for CuPy."""
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    for name, module in (("cupy", fake()), ("torch", torch)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(bench.gpu, "__file__", str(tmp_path / "gpu.py"))
+    monkeypatch.setattr(bench.gpu, "QUICK", bench.gpu_clock.Extent(**TINY))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick"])
+    monkeypatch.setattr(
+        "gpu_sections.subprocess.run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr="no")
+    )
+    monkeypatch.setattr(bench.gpu, "_driver", lambda: "580.0")
+    with pytest.raises(SystemExit) as ended:
+        bench.gpu.main()
+    assert ended.value.code == 0
+    assert "creation: not measured, a new process failed: no" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results" / "pretended-gpu.json").read_text())["device"]["driver"] == "580.0"
+
+
+def test_a_machine_without_a_gpu_is_told_so() -> None:
+    if importlib.util.find_spec("cupy") is not None:
+        pytest.skip("CuPy is installed")
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU benchmark: CuPy cannot be imported")
