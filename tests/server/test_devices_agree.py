@@ -137,7 +137,7 @@ def make_program(seed: int) -> Program:
     return Program(seed, plan, pairs, ORDERS[seed % len(ORDERS)])
 
 
-PROGRAMS = [make_program(seed) for seed in range(2 * len(OPTIMIZERS))]
+PROGRAMS = [make_program(seed) for seed in range(len(OPTIMIZERS))]
 
 
 @pytest.fixture(scope="module")

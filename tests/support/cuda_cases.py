@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stepwire.optimizers import Hyperparameters
+from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 
@@ -72,6 +73,37 @@ def _cases() -> Iterator[Case]:
 
 CASES = list({case.name: case for case in _cases()}.values())
 LAYERWISE = [case for case in CASES if case.recipe.rule.direction is not None]
+PLAIN = [Recipe(rule, Decay.NONE) for rule in RULES]
+MEASURED = [
+    (recipe, gradient)
+    for k, recipe in enumerate(recipe for recipe in PLAIN if recipe.rule.direction is not None)
+    for gradient in list(WIRE)[k : k + 1]
+] + [(case.recipe, case.gradient) for case in LAYERWISE]
+OWN = [
+    Recipe(ALL_RULES[0]),
+    Recipe(ALL_RULES[0], precision=Precision.BFLOAT16),
+    Recipe(ALL_RULES[0], measures=True, precision=Precision.INT8),
+    Recipe(ALL_RULES[0], accumulates=True, averages=True),
+]
+"""Recipes that are tried with every reply."""
+
+BARE = next(rule for rule in ALL_RULES if not rule.slots)
+"""A rule without state of its own."""
+
+KERNELS = [
+    *[update_kernel(*case) for case in CASES],
+    *[update_kernel(case.recipe.in_float32, case.gradient, case.reply) for case in CASES],
+    *[update_kernel(recipe, "float32", "float32") for recipe in PLAIN],
+    *[measure_kernel(*pair) for pair in MEASURED],
+    *[measure_kernel(recipe.in_float32, gradient) for recipe, gradient in MEASURED],
+    *[update_kernel(recipe, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
+    *[update_kernel(recipe.in_float32, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
+    update_kernel(Recipe(BARE), "float32", "float32"),
+]
+"""What the cases run, besides the kernels that no recipe changes; some are named twice."""
+
+LARGE_MEASURES = 3
+"""Of as many cases what is measured is large: the shim takes seconds for it."""
 
 
 def slots_of(recipe: Recipe) -> dict[str, Precision]:
@@ -177,8 +209,9 @@ def check_measures(engine: Engine, reference: Engine, case: Case) -> None:
     """Compare what layerwise rules measure, which nothing may change."""
     recipe, gradient, _ = case
     step = step_of(recipe)
-    large = (140_001, 0, 1, 140_001) if recipe.precision is Precision.INT8 else (140_001, 1, 3, 140_000)
-    for (size, start, begin, end), odd in itertools.product([*sizes_of(recipe), large], (False, True)):
+    large = [(140_001, 0, 1, 140_001) if recipe.precision is Precision.INT8 else (140_001, 1, 3, 140_000)]
+    sizes = sizes_of(recipe) + (large if LAYERWISE.index(case) < LARGE_MEASURES else [])
+    for (size, start, begin, end), odd in itertools.product(sizes, (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
         with np.errstate(all="ignore"):
             payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))

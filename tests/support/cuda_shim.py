@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import fcntl
 import hashlib
-import os
 import pathlib
 import re
 import shutil
@@ -159,15 +159,20 @@ def _load(source: str, directory: pathlib.Path) -> tuple[ctypes.CDLL, list[str]]
     names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', source)
     text = HEADER + source + "".join(LAUNCHER.format(name=name) for name in names)
     stem = directory / f"cuda_shim_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if not stem.with_suffix(".so").exists():
-        own = stem.with_suffix(f".{os.getpid()}.cc")  # other processes of a run may compile the same
-        own.write_text(text)
-        command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
-        command += ["-fPIC", "-shared", "-o", str(own.with_suffix(".tmp")), str(own)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        own.with_suffix(".tmp").replace(stem.with_suffix(".so"))
+    with stem.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of a run wait for what one compiles
+        if not stem.with_suffix(".so").exists():
+            _compile(stem, text)
     return ctypes.CDLL(str(stem.with_suffix(".so"))), names
+
+
+def _compile(stem: pathlib.Path, text: str) -> None:
+    stem.with_suffix(".cc").write_text(text)
+    command = [str(COMPILER), "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+    command += ["-fPIC", "-shared", "-o", str(stem.with_suffix(".tmp")), str(stem.with_suffix(".cc"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stem.with_suffix(".tmp").replace(stem.with_suffix(".so"))
 
 
 def _holder(argument: Any) -> Any:

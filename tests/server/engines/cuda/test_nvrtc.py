@@ -56,9 +56,9 @@ def compiled(kernels: list[Kernel]) -> bytes:
 
 @pytest.mark.parametrize("number", ARCHITECTURES)
 def test_nvrtc_takes_every_kernel(target: Any, number: str) -> None:
-    """Each architecture has its share, since nvcc's compiler is the same and its test has them all."""
+    """Each architecture has a few: nvcc's compiler is the same, and its test has them all."""
     target(f"sm_{number}", "cubin")
-    share = KERNELS[ARCHITECTURES.index(number) :: len(ARCHITECTURES)]
+    share = KERNELS[4 * ARCHITECTURES.index(number) :: 12]
     for kernels in (share, gradient_kernels(), block_kernels()):
         code = compiled(kernels)
         assert code.startswith(b"\x7fELF")
@@ -68,7 +68,7 @@ def test_nvrtc_takes_every_kernel(target: Any, number: str) -> None:
 def test_nothing_is_fused_flushed_or_approximated(target: Any) -> None:
     """But for squares in float64, which are exact: a product of two float32 has 48 bits."""
     target("compute_90", "ptx")
-    text = compiled([*KERNELS[::4], *gradient_kernels(), *block_kernels()]).decode()
+    text = compiled([*KERNELS[::12], *gradient_kernels(), *block_kernels()]).decode()
     arithmetic = "add|sub|mul|div|fma|mad|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|tanh"
     operations = set(re.findall(rf"^\s*((?:{arithmetic})\S*\.f(?:32|64))\s", text, re.M))
     rounded = {f"{name}.rn.f32" for name in ("add", "sub", "mul", "div", "rcp", "sqrt")}

@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines.cuda.source import (
-    block_kernels,
     eight_bit_tables,
-    gradient_kernels,
     measure_kernel,
     module_source,
     update_kernel,
@@ -41,6 +39,7 @@ from stepwire_server.engines.protocol import PARAM
 from stepwire_server.engines.rounding import seeds_for
 from stepwire_server.engines.shares import GRAIN
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Decay, Precision, Recipe
+from tests.server.pretended_gpus import library_of
 from tests.support import cuda_cases as cases
 from tests.support import cuda_shim as shim
 
@@ -49,12 +48,6 @@ pytestmark = pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not instal
 SIZES = [1, 3, 255, 256, 257, 1037, GRAIN + 5]
 SIGNS = pytest.mark.parametrize("sign", ["signed", "unsigned"])
 GRADIENTS = pytest.mark.parametrize("gradient", cases.WIRE)
-PLAIN = [Recipe(rule, Decay.NONE) for rule in cases.RULES]
-LAYERWISE = [
-    (recipe, gradient)
-    for k, recipe in enumerate(recipe for recipe in PLAIN if recipe.rule.direction is not None)
-    for gradient in list(cases.WIRE)[k : k + 1]
-] + [(case.recipe, case.gradient) for case in cases.LAYERWISE]
 NEVER = None
 HEADS = [0, 1, 2, 3, NEVER]
 NUMPY = NumpyKernels()
@@ -62,12 +55,8 @@ NUMPY = NumpyKernels()
 
 @pytest.fixture(scope="module")
 def library(kernel_directory: pathlib.Path) -> Any:
-    """Compile every kernel in two modules, one for each processor."""
-    kernels = [update_kernel(*case) for case in cases.CASES]
-    kernels += [update_kernel(recipe, "float32", "float32") for recipe in PLAIN]
-    kernels += [measure_kernel(*pair) for pair in LAYERWISE]
-    unique = list({kernel.name: kernel for kernel in kernels + gradient_kernels() + block_kernels()}.values())
-    return shim.Library([module_source(unique[k::2]) for k in range(2)], kernel_directory)
+    """Every kernel that is tried here."""
+    return library_of(cases.KERNELS, kernel_directory)
 
 
 def placed(values: np.ndarray, elements: int) -> np.ndarray:
@@ -179,7 +168,7 @@ def test_updates_of_any_size_are_those_of_numpy(fully, case, size) -> None:
         check_update(fully, case, size, head, odd, blocks=1 + size % 3)
 
 
-@pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", cases.PLAIN, ids=lambda recipe: recipe.name)
 def test_first_updates_are_the_formula_up_to_its_roundings(library, recipe) -> None:
     """As in `test_ulps`: from zero, within 5.5 units in the last place of the update evaluated in float64."""
     size, random, step = 1037, np.random.default_rng(8), cases.step_of(recipe, 1)
@@ -196,7 +185,7 @@ def test_first_updates_are_the_formula_up_to_its_roundings(library, recipe) -> N
     assert np.array_equal(arrays[0], arrays[-1])
 
 
-@pytest.mark.parametrize(("recipe", "gradient"), LAYERWISE, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("recipe", "gradient"), cases.MEASURED, ids=lambda value: getattr(value, "name", value))
 def test_measures_are_those_of_numpy(library, recipe, gradient) -> None:
     name, step = measure_kernel(recipe, gradient).name, cases.step_of(recipe)
     tables = [eight_bit_tables()] if recipe.precision is Precision.INT8 else []

@@ -16,7 +16,6 @@ from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.rules import ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from tests.server.pretended_gpus import (
     PretendedGpu,
-    kernels_of,
     library_of,
     needs_compiler,
     pretended_cupy,
@@ -25,14 +24,11 @@ from tests.support import cuda_cases as cases
 
 pytestmark = needs_compiler
 
-ORDERS = ["lazy", "greedy", *(("random", seed) for seed in range(4))]
+ORDERS = ["lazy", "greedy", *(("random", seed) for seed in range(2))]
 PATIENCE_SECONDS = 60.0
 MEMORY_BYTES = 2 << 20
-RECIPE = Recipe(ALL_RULES[0])
-HALVED = Recipe(ALL_RULES[0], precision=Precision.BFLOAT16)
-EIGHTH = Recipe(ALL_RULES[0], measures=True, precision=Precision.INT8)
-EVERYTHING = Recipe(ALL_RULES[0], accumulates=True, averages=True)
-BARE = next(rule for rule in ALL_RULES if not rule.slots)
+RECIPE, HALVED, EIGHTH, EVERYTHING = cases.OWN
+BARE = cases.BARE
 # In 8 bits, a session's small tensors are held as float32, and each starts at a block.
 KEPT = [(256, 300), (512, 515), (1024, 1280)]
 RUNS = [(0, 256), (256, 300), (512, 515), (768, 1024), (1024, 1280), (1280, 1637)]
@@ -42,11 +38,7 @@ SIZE = 1637
 @pytest.fixture(scope="module")
 def library(directory: pathlib.Path) -> Any:
     """Every kernel that is tried here."""
-    tried = [(case.recipe, cases.WIRE[case.gradient], cases.WIRE.get(case.reply)) for case in cases.CASES]
-    for recipe, reply in itertools.product([RECIPE, HALVED, EIGHTH, EVERYTHING], [None, *cases.WIRE.values()]):
-        tried.append((recipe, cases.WIRE["float32"], reply))
-    tried += [(Recipe(BARE, precision=Precision.INT8), cases.WIRE["float32"], cases.WIRE["float32"])]
-    return library_of([kernel for each in tried for kernel in kernels_of(*each)], directory)
+    return library_of(cases.KERNELS, directory)
 
 
 @pytest.fixture
