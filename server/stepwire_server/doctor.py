@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import os
 import pathlib
-import re
 import resource
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from stepwire_server.config import MIB
 from stepwire_server.engines import host, kernel_cache
-from stepwire_server.engines.probe import Finding, examine_cuda, visible_gpus
+from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
 
 __all__ = [
     "examine",
@@ -164,7 +163,7 @@ def examine_devices(device: str, cupy: Any = None) -> list[Finding]:
     """
     if device == "cpu":
         return [Finding("device", True, "no GPU is asked for (--device cpu)")]
-    named = [int(number) for number in re.findall(r"cuda:([0-9]+)", device)]
+    named = asked_gpus(device)
     by_gpu = {number: examine_cuda(number, cupy) for number in named or visible_gpus(cupy)}
     spared = device == "auto" or (not named and any(map(healthy, by_gpu.values())))
     findings = [_told(finding, number, len(by_gpu)) for number, found in by_gpu.items() for finding in found]

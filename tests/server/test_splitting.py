@@ -121,7 +121,7 @@ def cut(cuts: Sequence[int], size: int) -> list[tuple[int, int]]:
 def test_chunks_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision: str) -> None:
     more = {"gradient": CLIPPED, "state_precision": f"STATE_PRECISION_{precision}"}
 
-    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.lists(st.integers(1, 10**6), max_size=12), st.randoms(use_true_random=False), st.integers(0, 99))
     def holds(cuts, random, seed) -> None:
         one, other = (session(engine, optimizer, [700, 1, 130], [0, 0, 1], **more) for _ in range(2))
@@ -144,7 +144,7 @@ def test_chunks_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision
 def test_tensors_and_groups_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision: str) -> None:
     more = {"gradient": CLIPPED, "state_precision": f"STATE_PRECISION_{precision}"}
 
-    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.lists(st.integers(1, 899), min_size=1, max_size=6), st.data(), st.integers(0, 99))
     def holds(cuts, data, seed) -> None:
         counts = [high - low for low, high in cut(cuts, 900)]

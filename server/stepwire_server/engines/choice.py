@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.engines.cpu import CpuEngine
 from stepwire_server.engines.cuda import CudaEngine, CudaOptions
-from stepwire_server.engines.probe import Finding, examine_cuda, visible_gpus
+from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
 from stepwire_server.engines.protocol import Engine
 
 __all__ = ["Choice", "choose_engines"]
 
+_OPTIONS = CudaOptions()
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:[0-9]{1,3}(?:,cuda:[0-9]{1,3})*")
 
 
@@ -34,7 +35,7 @@ def choose_engines(
     device: str = "auto",
     threads: int | None = None,
     cupy: Any = None,
-    options: CudaOptions = CudaOptions(),  # noqa: B008 - immutable
+    options: CudaOptions = _OPTIONS,
 ) -> Choice:
     """Start the engines for a server's devices.
 
@@ -69,7 +70,7 @@ def _numbers(device: str) -> tuple[int, ...]:
     """Return the numbers of the GPUs that are asked for by number; none for other devices."""
     if not _DEVICE.fullmatch(device):
         raise _invalid(device, "use auto, cpu, cuda, cuda:N, such as cuda:0, or several: cuda:0,cuda:1")
-    numbers = tuple(map(int, re.findall(r"cuda:([0-9]+)", device)))
+    numbers = asked_gpus(device)
     if len(set(numbers)) < len(numbers):
         raise _invalid(device, "name each GPU once")
     return numbers

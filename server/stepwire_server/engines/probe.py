@@ -10,12 +10,13 @@ import ctypes
 import importlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-__all__ = ["Finding", "Surroundings", "examine_cuda", "look_around", "visible_gpus"]
+__all__ = ["Finding", "Surroundings", "asked_gpus", "examine_cuda", "look_around", "visible_gpus"]
 
 # What CUDA's runtime answers when it cannot start; every other number is shown as it comes.
 _INSUFFICIENT_DRIVER: Final = 35
@@ -105,6 +106,11 @@ def look_around(
         found = False
     nodes = (devices / "dxg").exists() or any(devices.glob("nvidia[0-9]*"))
     return Surroundings(found, nodes, environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def asked_gpus(device: str) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that the setting `device` names, as in "cuda:0,cuda:2"; none where it has none."""
+    return tuple(map(int, re.findall(r"cuda:([0-9]+)", device)))
 
 
 def visible_gpus(cupy: Any = None) -> range:

@@ -5,7 +5,6 @@ Unverified on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,15 +34,15 @@ def bring_values(
         dtype: what that means.
         out: where it goes before the wait ends.
     """
+    most = parts.bus.slot_bytes // out.dtype.itemsize
 
-    def asked() -> Iterator[Pending[None]]:
-        most = parts.bus.slot_bytes // out.dtype.itemsize
-        for low in range(0, len(out), most):
-            part = values[low : min(low + most, len(out))]
-            target = bits_of(out[low : low + most])
-            yield crossings.bring(0, lambda memory: _convert(parts, part, dtype, memory, out.dtype), _bytes(target))  # noqa: B023 - called at once
+    def ask(part: Any, target: HostArray) -> Pending[None]:
+        return crossings.bring(
+            0, lambda memory: _convert(parts, part, dtype, memory, out.dtype), _bytes(bits_of(target))
+        )
 
-    return Together(list(asked()), lambda _: None)
+    spans = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
+    return Together([ask(values[span], out[span]) for span in spans], lambda _: None)
 
 
 def read_slot(parts: CudaParts, crossings: Crossings, slot: CudaSlot, start: int, out: HostArray) -> Pending[None]:
