@@ -20,7 +20,7 @@ from stepwire_server.engines.cuda.source import (
     update_kernel,
 )
 from stepwire_server.plan import SessionPlan
-from stepwire_server.rules import Precision, Recipe
+from stepwire_server.rules import Recipe
 from tests.support import cuda_shim as shim
 from tests.support.fake_cupy import FakeCupy
 
@@ -44,7 +44,7 @@ class PlacedGpu(PretendedGpu):
 
 def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Iterator[Kernel]:
     """Yield what steps of a recipe run, besides the kernels that all recipes share."""
-    for each in {recipe.precision: recipe, Precision.FLOAT32: recipe.in_float32}.values():
+    for each in recipe.variants:
         yield update_kernel(each, gradient.name, None if reply is None else reply.name)
         if recipe.rule.direction is not None:
             yield measure_kernel(each, gradient.name)

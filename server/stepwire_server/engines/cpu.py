@@ -61,8 +61,7 @@ class CpuEngine:
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
-        held = [recipe, recipe.in_float32] if recipe.precision is Precision.INT8 else [recipe]
-        for each in held:
+        for each in recipe.variants:
             self._kernels.update(each, gradient, reply)
             if recipe.rule.direction is not None:
                 self._kernels.measure(each, gradient)

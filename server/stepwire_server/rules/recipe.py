@@ -85,6 +85,11 @@ class Recipe:
         return self if self.precision is Precision.FLOAT32 else dataclasses.replace(self, precision=Precision.FLOAT32)
 
     @functools.cached_property
+    def variants(self) -> tuple[Recipe, ...]:
+        """What the ranges of one session are stepped with: beside 8-bit moments, those of small tensors are float32."""
+        return (self, self.in_float32) if self.precision is Precision.INT8 else (self,)
+
+    @functools.cached_property
     def slots(self) -> dict[str, str]:
         """The state arrays besides the parameters: the variable of each, by slot."""
         names = list(inspect.signature(self.rule.update).parameters)[2:]

@@ -111,7 +111,7 @@ class CudaEngine:
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
         kernels = self._parts.kernels
-        for each in {recipe.precision: recipe, Precision.FLOAT32: recipe.in_float32}.values():
+        for each in recipe.variants:
             kernels.update(each, gradient, reply)
             if recipe.rule.direction is not None:
                 kernels.measure(each, gradient)
