@@ -228,6 +228,10 @@ def _refuse_unserved_step(begin: step_pb2.StepBegin) -> None:
         raise unsupported("begin.weight", "aggregation")
     if begin.overlap:
         raise unsupported("begin.overlap", "overlap")
+    if begin.in_shared_memory:
+        raise unsupported("begin.in_shared_memory", "transport_shm")
+    if begin.reply_first:
+        raise unsupported("begin.reply_first", "reply_order")
     if begin.reply_mode not in (0, step_pb2.REPLY_MODE_PARAMETERS, step_pb2.REPLY_MODE_NONE):
         raise unsupported("begin.reply_mode", "reply_patches")
 

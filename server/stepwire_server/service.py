@@ -11,6 +11,7 @@ import grpc
 
 from stepwire.frames import Frame, read_frame, read_message
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import transport_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
 from stepwire_server import transfer
 from stepwire_server.config import ServerConfig
@@ -191,8 +192,8 @@ def _opening(frames: Iterator[Frame]) -> Frame:
     return first
 
 
-def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachResponse:
-    ledger, served = session.ledger, asked in (pb.TRANSPORT_UNSPECIFIED, pb.TRANSPORT_GRPC)
+def _opened(session: Session, token: int, asked: transport_pb2.Transport) -> pb.AttachResponse:
+    ledger, served = session.ledger, asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC)
     return pb.AttachResponse(
         opened=pb.AttachOpened(
             attach_token=token,
@@ -201,7 +202,7 @@ def _opened(session: Session, token: int, asked: pb.Transport) -> pb.AttachRespo
             durable_step=ledger.durable_step,
             applied_load=ledger.applied_load,
             ready=ledger.ready,
-            transport=pb.TRANSPORT_GRPC,
+            transport=transport_pb2.TRANSPORT_GRPC,
             transport_reason="" if served else "this server moves bulk data over gRPC only",
         )
     )

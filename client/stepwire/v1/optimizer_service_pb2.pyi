@@ -2,8 +2,8 @@ from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
 from stepwire.v1 import step_pb2 as _step_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
+from stepwire.v1 import transport_pb2 as _transport_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -11,23 +11,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
-    TRANSPORT_GRPC: _ClassVar[Transport]
-    TRANSPORT_SHM: _ClassVar[Transport]
-    TRANSPORT_CUDA_IPC: _ClassVar[Transport]
-TRANSPORT_UNSPECIFIED: Transport
-TRANSPORT_GRPC: Transport
-TRANSPORT_SHM: Transport
-TRANSPORT_CUDA_IPC: Transport
-
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining")
+    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining", "local")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +26,7 @@ class GetServerInfoResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_min: int
     protocol_max: int
@@ -46,7 +36,8 @@ class GetServerInfoResponse(_message.Message):
     features: _containers.RepeatedScalarFieldContainer[str]
     sessions: int
     draining: bool
-    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    local: _transport_pb2.LocalAccess
+    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
     __slots__ = ("name", "description", "memory_bytes", "budget_bytes", "reserved_bytes")
@@ -139,20 +130,22 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self, applied_step: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("open", "begin", "chunk", "commit", "padding", "payload")
+    __slots__ = ("open", "begin", "chunk", "commit", "check", "padding", "payload")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     open: AttachOpen
     begin: _step_pb2.StepBegin
     chunk: _tensor_pb2.Chunk
     commit: _step_pb2.StepCommit
+    check: _transport_pb2.MemoryCheck
     padding: bytes
     payload: bytes
-    def __init__(self, open: _Optional[_Union[AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AttachOpen(_message.Message):
     __slots__ = ("session_id", "slot", "attach_token", "epoch", "transport")
@@ -165,27 +158,29 @@ class AttachOpen(_message.Message):
     slot: int
     attach_token: int
     epoch: int
-    transport: Transport
-    def __init__(self, session_id: _Optional[str] = ..., slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+    transport: _transport_pb2.Transport
+    def __init__(self, session_id: _Optional[str] = ..., slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("opened", "chunk", "result", "staged", "padding", "payload")
+    __slots__ = ("opened", "chunk", "result", "staged", "checked", "padding", "payload")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     opened: AttachOpened
     chunk: _tensor_pb2.Chunk
     result: _step_pb2.StepResult
     staged: _step_pb2.Staged
+    checked: _transport_pb2.MemoryChecked
     padding: bytes
     payload: bytes
-    def __init__(self, opened: _Optional[_Union[AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., staged: _Optional[_Union[_step_pb2.Staged, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., staged: _Optional[_Union[_step_pb2.Staged, _Mapping]] = ..., checked: _Optional[_Union[_transport_pb2.MemoryChecked, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AttachOpened(_message.Message):
-    __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason")
+    __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason", "handoff", "unfinished_step")
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -194,15 +189,19 @@ class AttachOpened(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_STEP_FIELD_NUMBER: _ClassVar[int]
     attach_token: int
     epoch: int
     applied_step: int
     durable_step: int
     applied_load: int
     ready: bool
-    transport: Transport
+    transport: _transport_pb2.Transport
     transport_reason: str
-    def __init__(self, attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., ready: bool = ..., transport: _Optional[_Union[Transport, str]] = ..., transport_reason: _Optional[str] = ...) -> None: ...
+    handoff: _transport_pb2.Handoff
+    unfinished_step: int
+    def __init__(self, attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., ready: bool = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., transport_reason: _Optional[str] = ..., handoff: _Optional[_Union[_transport_pb2.Handoff, _Mapping]] = ..., unfinished_step: _Optional[int] = ...) -> None: ...
 
 class StepRequest(_message.Message):
     __slots__ = ("session_id", "slot", "attach_token", "begin", "payload")

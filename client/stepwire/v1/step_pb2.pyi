@@ -21,7 +21,7 @@ REPLY_MODE_NONE: ReplyMode
 REPLY_MODE_CHANGED: ReplyMode
 
 class StepBegin(_message.Message):
-    __slots__ = ("step", "epoch", "gradient_dtype", "reply_dtype", "reply_mode", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply_chunk_bytes", "overlap")
+    __slots__ = ("step", "epoch", "gradient_dtype", "reply_dtype", "reply_mode", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply_chunk_bytes", "overlap", "in_shared_memory", "reply_first", "reply_base")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,9 @@ class StepBegin(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     REPLY_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIRST_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BASE_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     gradient_dtype: _tensor_pb2.Dtype
@@ -44,21 +47,30 @@ class StepBegin(_message.Message):
     weight: float
     reply_chunk_bytes: int
     overlap: bool
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_mode: _Optional[_Union[ReplyMode, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply_chunk_bytes: _Optional[int] = ..., overlap: bool = ...) -> None: ...
+    in_shared_memory: bool
+    reply_first: _containers.RepeatedScalarFieldContainer[int]
+    reply_base: int
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_mode: _Optional[_Union[ReplyMode, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply_chunk_bytes: _Optional[int] = ..., overlap: bool = ..., in_shared_memory: bool = ..., reply_first: _Optional[_Iterable[int]] = ..., reply_base: _Optional[int] = ...) -> None: ...
 
 class StepCommit(_message.Message):
-    __slots__ = ("clip_coefficient",)
+    __slots__ = ("clip_coefficient", "skip", "group_coefficients")
     CLIP_COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    GROUP_COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
     clip_coefficient: float
-    def __init__(self, clip_coefficient: _Optional[float] = ...) -> None: ...
+    skip: bool
+    group_coefficients: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, clip_coefficient: _Optional[float] = ..., skip: bool = ..., group_coefficients: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("squared_norm", "non_finite_count")
+    __slots__ = ("squared_norm", "non_finite_count", "group_squared_norms")
     SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     NON_FINITE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SQUARED_NORMS_FIELD_NUMBER: _ClassVar[int]
     squared_norm: float
     non_finite_count: int
-    def __init__(self, squared_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ...) -> None: ...
+    group_squared_norms: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, squared_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ..., group_squared_norms: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry", "accumulated")
