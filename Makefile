@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo test check bench gpu proto lint types clean
+.PHONY: demo test check bench bench-peers gpu proto lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -23,8 +23,28 @@ lint: .venv/stamp-dev
 types: .venv/stamp-dev
 	$(BIN)/mypy
 
+# With arguments, such as `make bench ARGUMENTS="--quick"`.
 bench: .venv/stamp-dev
-	$(BIN)/python benchmarks/main.py
+	$(BIN)/python benchmarks/main.py $(ARGUMENTS)
+
+# Beside what other people use for the same job, in environments of their own: torch's CPU build is pinned, since a plain
+# requirement would pull gigabytes of CUDA packages, and Flower's requirements exclude ours. What cannot be installed is
+# left out of the table, with the reason.
+bench-peers: .venv-peers/stamp .venv-flower/stamp
+	.venv-peers/bin/python benchmarks/peers.py $(ARGUMENTS)
+
+.venv-peers/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' torch==2.13.0
+	for peer in pyarrow ray; do .venv-peers/bin/pip install --quiet --disable-pip-version-check $$peer || true; done
+	touch $@
+
+# A package that it needs is built from source by a tool that newer setuptools no longer have.
+.venv-flower/stamp:
+	$(PYTHON) -m venv .venv-flower
+	echo 'setuptools<81' > .venv-flower/build.txt
+	PIP_CONSTRAINT=.venv-flower/build.txt .venv-flower/bin/pip install --quiet --disable-pip-version-check flwr || true
+	touch $@
 
 # On a machine with a CUDA device and cupy, numpy, grpcio, protobuf, ml_dtypes, numba and pytest; nothing is installed, and
 # the checkout need not be. torch is compared with where it is there. The conformance vectors, which need a whole server,
@@ -56,4 +76,4 @@ proto: .venv-proto/stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-proto .venv-peers .venv-flower .mypy_cache .ruff_cache .pytest_cache .hypothesis

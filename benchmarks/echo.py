@@ -1,27 +1,49 @@
 """The floor: raw gRPC moving the same bytes in the same messages, with no optimizer behind it.
 
-`python echo.py` serves two methods in a process of its own and prints its port: `Echo` answers each message with a
-message of the size that its first bytes ask for; `PushPull` takes messages until one is marked last and then sends
-as many back.
+`python echo.py [OPTION=VALUE …]` serves three methods in a process of its own, over TCP and over a Unix socket, with
+options of gRPC, until its standard input ends, and prints its port and its path: `Echo` answers each message with a
+message of the size that its first bytes ask for; `Duplex` sends each message back as it arrives; `PushPull` takes
+messages until one is marked last and then sends them all back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
 import queue
-import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import grpc
 
+from child import child, python
 from stepwire.transport_options import BULK_OPTIONS
 
-_OPTIONS = [*BULK_OPTIONS, ("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+__all__ = ["EchoStream", "EchoTargets", "bulk_messages", "echo_process", "sized_message"]
+
+_UNBOUNDED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 _SIZE_BYTES = 8
 _LAST = b"L"
 _MORE = b"M"
+_CHUNK_BYTES = 4 << 20
+
+
+Options = Sequence[tuple[str, int]]
+
+
+class EchoTargets(NamedTuple):
+    """Where the echo server listens.
+
+    Attributes:
+        tcp: host and port.
+        unix: a path, as gRPC writes it.
+    """
+
+    tcp: str
+    unix: str
 
 
 def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -29,6 +51,10 @@ def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[
     for message in messages:
         size = int.from_bytes(message[:_SIZE_BYTES], "little")
         yield answers.setdefault(size, bytes(size))
+
+
+def _duplex(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from messages
 
 
 def _push_pull(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -41,56 +67,58 @@ def _push_pull(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iter
                 yield held.pop()
 
 
-def serve() -> None:
-    """Serve until killed."""
-    server = grpc.server(ThreadPoolExecutor(128), options=_OPTIONS)
-    methods = {
-        "Echo": grpc.stream_stream_rpc_method_handler(_echo),
-        "PushPull": grpc.stream_stream_rpc_method_handler(_push_pull),
+def serve(options: Options) -> None:
+    """Serve until standard input ends."""
+    server = grpc.server(ThreadPoolExecutor(128), options=[*options, *_UNBOUNDED])
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        name: grpc.stream_stream_rpc_method_handler(method)
+        for name, method in (("Echo", _echo), ("Duplex", _duplex), ("PushPull", _push_pull))
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", methods),))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-    server.start()
-    server.wait_for_termination()
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
+        path = str(pathlib.Path(folder, "socket"))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.add_insecure_port(f"unix:{path}")
+        server.start()
+        print(port, path, flush=True)
+        sys.stdin.read()
+        server.stop(None).wait()
 
 
-@contextmanager
-def echo_process() -> Iterator[str]:
-    """Run the echo server as a process of its own; yields its target."""
-    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+@contextlib.contextmanager
+def echo_process(options: Options = BULK_OPTIONS) -> Iterator[EchoTargets]:
+    """Run the echo server as a process of its own."""
+    with child(python(__file__, *(f"{name}={value}" for name, value in options))) as process:
+        port, path = process.read().split(maxsplit=1)
+        yield EchoTargets(f"127.0.0.1:{port}", f"unix:{path}")
 
 
 class EchoStream:
     """One stream to the echo server on a connection of its own."""
 
-    def __init__(self, target: str, method: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=[*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, target: str, method: str, options: Options = BULK_OPTIONS) -> None:
+        alone = ("grpc.use_local_subchannel_pool", 1)
+        self._channel = grpc.insecure_channel(target, options=[*options, *_UNBOUNDED, alone])
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call = self._channel.stream_stream(f"/bench/{method}")(iter(self._outbox.get, None))
+        stream: Any = self._channel.stream_stream(f"/bench/{method}")
+        self._call: Iterator[bytes] = stream(iter(self._outbox.get, None))
 
     def round_trip(self, message: bytes) -> bytes:
         """Send one message and return its answer."""
         self._outbox.put(message)
         return next(self._call)
 
-    def push_pull(self, message_bytes: int, count: int, body: bytes) -> None:
-        """Send `count` messages of `message_bytes` and receive as many."""
-        for index in range(count):
-            self._outbox.put((_LAST if index == count - 1 else _MORE) + body[: message_bytes - 1])
-        for _ in range(count):
+    def exchange(self, messages: Sequence[bytes]) -> None:
+        """Send messages and receive as many, in the order that the method has."""
+        for message in messages:
+            self._outbox.put(message)
+        for _ in messages:
             next(self._call)
 
     def close(self) -> None:
         """End the stream and the connection."""
         self._outbox.put(None)
-        self._call.cancel()
+        self._call.cancel()  # type: ignore[attr-defined]
         self._channel.close()
 
 
@@ -99,5 +127,19 @@ def sized_message(request_bytes: int, answer_bytes: int) -> bytes:
     return answer_bytes.to_bytes(_SIZE_BYTES, "little") + bytes(request_bytes - _SIZE_BYTES)
 
 
+def bulk_messages(payload_bytes: int, chunk_bytes: int = _CHUNK_BYTES) -> list[bytes]:
+    """Return the messages of a payload, the last one marked; each in memory of its own, as a payload's chunks are."""
+    starts = range(0, payload_bytes, chunk_bytes)
+    lengths = [min(chunk_bytes, payload_bytes - start) for start in starts]
+    return [
+        (_LAST if index == len(lengths) - 1 else _MORE) + b"\1" * (length - 1) for index, length in enumerate(lengths)
+    ]
+
+
+def _options(arguments: Sequence[str]) -> Options:
+    pairs = [argument.split("=") for argument in arguments]
+    return tuple((name, int(value)) for name, value in pairs)
+
+
 if __name__ == "__main__":
-    serve()
+    serve(_options(sys.argv[1:]))

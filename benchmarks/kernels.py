@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from contest import ratio
 from stepwire.codecs import BFLOAT16, FLOAT32
 from stepwire.optimizers import Adam
 from stepwire_server.engines.cpu import CpuEngine
@@ -50,7 +51,7 @@ def many_small(*, tensors: int = 300, size: int = 1000, rounds: int = 200) -> di
     times = _rounds(actions, rounds)
     engine.close()
     figures = {f"{name}_us": statistics.median(values) * 1e6 for name, values in times.items()}
-    return figures | {f"ratio_{name}": _ratio(times, "stepwire", name) for name in times if name != "stepwire"}
+    return figures | {f"ratio_{name}": ratio(times, "stepwire", name) for name in times if name != "stepwire"}
 
 
 def _at(size: int, threads: int, rounds: int) -> dict[str, float]:
@@ -83,21 +84,17 @@ def _at(size: int, threads: int, rounds: int) -> dict[str, float]:
 
 def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
     figures = {
-        "ratio_telemetry": _ratio(times, "telemetry", "float32"),
-        "ratio_bfloat16_moments": _ratio(times, "bfloat16_moments", "answered"),
-        "ratio_int8": _ratio(times, "int8_moments", "answered"),
-        "ratio_copies": _ratio(times, "float32", "copy"),
+        "ratio_telemetry": ratio(times, "telemetry", "float32"),
+        "ratio_bfloat16_moments": ratio(times, "bfloat16_moments", "answered"),
+        "ratio_int8": ratio(times, "int8_moments", "answered"),
+        "ratio_copies": ratio(times, "float32", "copy"),
     }
     if "torch_fused" in times:
         times["fused_and_casts"] = [a + b for a, b in zip(times["torch_fused"], times["torch_casts"], strict=True)]
-        figures["ratio_fused"] = _ratio(times, "float32", "torch_fused")
-        figures["ratio_fused_and_casts"] = _ratio(times, "bfloat16", "fused_and_casts")
-        figures["ratio_numpy"] = _ratio(times, "numpy", "torch_default")
+        figures["ratio_fused"] = ratio(times, "float32", "torch_fused")
+        figures["ratio_fused_and_casts"] = ratio(times, "bfloat16", "fused_and_casts")
+        figures["ratio_numpy"] = ratio(times, "numpy", "torch_default")
     return figures
-
-
-def _ratio(times: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def _rounds(actions: Actions, rounds: int) -> dict[str, list[float]]:

@@ -1,93 +1,207 @@
 """`make bench`: stepwire beside its floors, in one run on one described machine.
 
-    python benchmarks/main.py [--quick] [--json FILE]
+    python benchmarks/main.py [--quick] [--json FILE] [--only SECTION …]
 
-Quick mode runs every section in a short form; its figures are for checking the benchmark, not for quoting.
+Quick mode runs every section in a short form; its figures are for checking the benchmark, not for quoting. A section
+that fails does so aloud and leaves the others alone; the exit code is then 1. `peers.py` compares with other people's
+work, `wire_encodings.py` and `convergence.py` tell what rounding costs in training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import functools
 import pathlib
-from typing import Any, NamedTuple
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import footprint
 import kernels
-import machine
+import messages
+import occupancy
+import report
 import sections
+import transports
+from contest import Contender, failure
 from echo import echo_process
-from stepwire_server.process import server_process
+from goals import Goal
+from shaped_link import shaped_link
+from sockets import socket_server
+from stepwire_server.process import ServerProcess, server_process
+from variants import TRANSPORTS
 
+__all__ = ["GOALS", "Run"]
+
+Figures = dict[str, Any]
 _LARGE = 32_000_000
+_SIZES = (1_000, 10_000, 1_000_000, _LARGE)
 _QUICK_LARGE = 1_000_000
+_QUICK_SIZES = (1_000, 100_000)
+_QUICK_VARIANTS = ("tcp", "shm in place")
+_OCCUPIED = (*TRANSPORTS, "tcp overlap", "tcp bfloat16", "tcp int8 up, bfloat16 down")
+# Memory that a step may take beyond what it must, and what 10,000 steps may leave: pages that the allocator keeps.
+_EXCESS_MIB = 64.0
+_GROWTH_KIB = 1024.0
+_LARGE_STEPS, _SMALL_STEPS = "transports 32M", "transports 1k"
 
-
-class Goal(NamedTuple):
-    """A figure that must not exceed a bound."""
-
-    section: str
-    figure: str
-    bound: float
-
-
-_GOALS = (
-    Goal("small_step", "ratio_p50", 1.5),
+GOALS = (
+    Goal("small_step", "ratio_p50", 1.25),
     Goal("small_step", "ratio_p99", 1.5),
-    Goal("large_step", "ratio", 1.25),
+    Goal("large_step", "ratio", 1.05),
     Goal("memory", "rest_bytes", 12.5),
     Goal("memory", "peak_bytes", 17.0),
+    Goal(_LARGE_STEPS, "tcp to its parts", 1.05),
+    Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
+    Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
+    Goal(_SMALL_STEPS, "shm to tcp", 1.0),
+    Goal("shaped link", "tcp to its link time", 1.05),
+    Goal("shaped link", "tcp overlap to tcp", 0.6),
+    Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
+    Goal("shaped link", "tcp int8 up, bfloat16 down to tcp", 0.4),
+    Goal("occupancy", "tcp client_excess_mib", _EXCESS_MIB),
+    Goal("occupancy", "shm in place client_excess_mib", _EXCESS_MIB),
+    *(Goal("occupancy", f"{variant} server_excess_mib", _EXCESS_MIB) for variant in _OCCUPIED),
+    *(
+        Goal("growth", f"{variant} {who}_growth_{unit}", bound)
+        for variant in TRANSPORTS
+        for who in ("client", "server")
+        for unit, bound in (("kib", _GROWTH_KIB), ("descriptors", 0.0))
+    ),
 )
 
 
-def run(*, quick: bool) -> dict[str, dict[str, Any]]:
-    """Run every section, each against a server of its own where memory is measured."""
-    large = _QUICK_LARGE if quick else _LARGE
-    results: dict[str, dict[str, Any]] = {
-        "footprint": footprint.footprint(rounds=1 if quick else 5),
-        "kernels": kernels.kernels(sizes=(1_000_000,) if quick else (1_000_000, 32_000_000, 128_000_000)),
-        "many_small": kernels.many_small(rounds=20 if quick else 200),
-    }
-    with echo_process() as echo, server_process("--device", "cpu") as server:
-        results["small_step"] = sections.small_step(server, echo, rounds=4 if quick else 40)
-        results["large_step"] = sections.large_step(server, echo, size=large, rounds=3 if quick else 9)
-        results["concurrency"] = sections.concurrency(server, echo, steps=200 if quick else 6000)
-    with server_process("--device", "cpu") as server:
-        results["memory"] = sections.memory(server, size=large)
-    with server_process("--device", "cpu") as server:
-        results["growth"] = sections.growth(server, steps=300 if quick else 10_000)
-    return results
+class Run:
+    """One run.
 
+    Attributes:
+        results: figures by section, as they come.
+    """
 
-def report(results: dict[str, dict[str, Any]]) -> str:
-    """Lay the figures out, and the goals with what was reached."""
-    lines = [f"{name:>10}  {value}" for name, value in machine.describe().items()]
-    for section, figures in results.items():
-        lines += ["", section]
-        lines += [f"  {name:<28} {_number(value)}" for name, value in figures.items()]
-    lines += ["", "goals"]
-    for goal in _GOALS:
-        value = results[goal.section][goal.figure]
-        verdict = "met" if value <= goal.bound else "missed"
-        lines.append(f"  {goal.section + '.' + goal.figure:<28} {value:.3f} <= {goal.bound}  {verdict}")
-    return "\n".join(lines)
+    def __init__(self, *, quick: bool, only: Sequence[str] = (), path: pathlib.Path | None = None) -> None:
+        """Prepare a run.
+
+        Args:
+            quick: a short form.
+            only: beginnings of the names of the sections that are wanted; empty for all.
+            path: where the figures are kept, after every section.
+        """
+        self.results: dict[str, Figures] = {}
+        self._quick = quick
+        self._only = tuple(only)
+        self._path = path
+
+    def everything(self) -> None:
+        """Run every section that is wanted, each against a server of its own where memory is measured."""
+        quick = self._quick
+        self._section("footprint", lambda: footprint.footprint(rounds=1 if quick else 5))
+        sizes = (1_000_000,) if quick else (1_000_000, 32_000_000, 128_000_000)
+        self._section("kernels", lambda: kernels.kernels(sizes=sizes))
+        self._section("many_small", lambda: kernels.many_small(rounds=20 if quick else 200))
+        self._steps()
+        self._transports()
+        self._section(
+            "memory", lambda: _with_server(lambda server: sections.memory(server, size=self._large, looks=self._looks))
+        )
+        self._section("occupancy", lambda: _by_variant(_QUICK_VARIANTS if quick else _OCCUPIED, self._memory))
+        self._section("growth", lambda: _by_variant(_QUICK_VARIANTS if quick else TRANSPORTS, self._growth))
+        cut = (100_000, 2) if quick else (_LARGE, 7)
+        self._section("messages", lambda: messages.messages(size=cut[0], rounds=cut[1]))
+        link = (100_000, 2) if quick else (_LARGE, 7)
+        self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
+
+    @property
+    def _large(self) -> int:
+        return _QUICK_LARGE if self._quick else _LARGE
+
+    @property
+    def _looks(self) -> int:
+        return 1 if self._quick else 16
+
+    def _steps(self) -> None:
+        quick = self._quick
+        if not any(map(self._wants, ("small_step", "large_step", "concurrency"))):
+            return
+        with echo_process() as echo, server_process("--device", "cpu") as server:
+            self._section("small_step", lambda: sections.small_step(server, echo.tcp, rounds=4 if quick else 40))
+            self._section(
+                "large_step", lambda: sections.large_step(server, echo.tcp, size=self._large, rounds=3 if quick else 9)
+            )
+            self._section("concurrency", lambda: sections.concurrency(server, echo.tcp, steps=200 if quick else 6000))
+
+    def _transports(self) -> None:
+        names = {size: transports.section_name("transports", size) for size in self._sizes}
+        if not any(map(self._wants, names.values())):
+            return
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(server_process("--device", "cpu")) for _ in range(2)]
+            echo, sockets = stack.enter_context(echo_process()), stack.enter_context(socket_server())
+            taking_part = transports.contenders([server.target for server in servers], echo, sockets)
+            for size, name in names.items():
+                self._section(name, functools.partial(self._contest, taking_part, size))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return _QUICK_SIZES if self._quick else _SIZES
+
+    def _contest(self, taking_part: Sequence[Contender], size: int) -> Figures:
+        return transports.transports(taking_part, size=size, rounds=2 if self._quick else 9)
+
+    def _memory(self, server: ServerProcess, variant: str) -> dict[str, float]:
+        return occupancy.memory(server, variant, size=self._large, looks=self._looks)
+
+    def _growth(self, server: ServerProcess, variant: str) -> dict[str, float]:
+        return occupancy.growth(server, variant, steps=200 if self._quick else 10_000)
+
+    def _wants(self, name: str) -> bool:
+        return not self._only or name.startswith(self._only)
+
+    def _section(self, name: str, measure: Callable[[], Figures]) -> None:
+        if not self._wants(name):
+            return
+        self.results[name] = _guarded("skipped", measure)
+        if self._path:
+            report.keep(self.results, self._path)
 
 
 def main() -> None:
-    """Run, print, and write JSON where asked."""
+    """Run, print, and write JSON where asked; exit with 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short form, to check the benchmark itself")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here, after every section")
+    parser.add_argument("--only", nargs="*", default=(), metavar="SECTION", help="sections whose names begin so")
     arguments = parser.parse_args()
-    results = run(quick=arguments.quick)
-    print(report(results))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine.describe(), **results}, indent=2) + "\n")
+    run = Run(quick=arguments.quick, only=arguments.only, path=arguments.json)
+    run.everything()
+    print(report.text(run.results, GOALS))
+    failed = report.failures(run.results)
+    print(*(f"failed: {name}" for name in failed), sep="\n", end="\n" if failed else "", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
-def _number(value: Any) -> str:
-    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+def _by_variant(names: Sequence[str], measure: Callable[..., Figures]) -> Figures:
+    """Measure each variant against a server of its own."""
+    figures: Figures = {}
+    for name in names:
+        found = _guarded("left out", functools.partial(_with_server, functools.partial(measure, variant=name)))
+        figures |= {f"{name} {figure}": value for figure, value in found.items()}
+    return figures
+
+
+def _guarded(place: str, measure: Callable[[], Figures]) -> Figures:
+    """Measure; where that fails, return what failed in the place of the figures, and say it aloud."""
+    try:
+        return measure()
+    except Exception as problem:
+        traceback.print_exc()
+        return {place: failure(problem)}
+
+
+def _with_server(measure: Callable[[ServerProcess], Any]) -> Any:
+    with server_process("--device", "cpu") as server:
+        return measure(server)
 
 
 if __name__ == "__main__":

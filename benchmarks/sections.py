@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import statistics
 import threading
 import time
@@ -12,17 +10,15 @@ from typing import Any
 
 import numpy as np
 
+import floors
 import machine
+import occupancy
 import stepwire
-from echo import EchoStream, sized_message
+from echo import EchoStream, bulk_messages, sized_message
 from stepwire.codecs import FLOAT32
-from stepwire_server.engines.cpu import CpuEngine
-from stepwire_server.engines.protocol import PARAM, Pass
 from stepwire_server.process import ServerProcess
-from stepwire_server.rules import Precision, Recipe, rule_for
 
 Figures = dict[str, Any]
-_CHUNK_BYTES = 4 << 20
 # What the messages of a step hold besides the payload, in bytes: header fields, padding, tag and length.
 _FRAME_OVERHEAD = {"request": 48, "answer": 224}
 
@@ -35,7 +31,7 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
     message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["answer"])
     raw = EchoStream(echo, "Echo")
     times: dict[str, list[float]] = {"step": [], "echo": []}
-    with stepwire.connect(server.target) as client, client.create_session(gradient) as session:
+    with stepwire.connect(server.target, transport="tcp") as client, client.create_session(gradient) as session:
         actions: dict[str, Callable[[], Any]] = {
             "step": lambda: session.step(gradient, out=out),
             "echo": lambda: raw.round_trip(message),
@@ -63,17 +59,16 @@ def large_step(server: ServerProcess, echo: str, *, size: int, rounds: int = 7) 
     gradient = {"w": rng.standard_normal(size, np.float32)}
     out = {"w": np.zeros(size, np.float32)}
     payload = size * FLOAT32.itemsize
-    body = bytes(_CHUNK_BYTES)
-    messages = -(-payload // _CHUNK_BYTES)
+    messages = bulk_messages(payload)
     raw = EchoStream(echo, "PushPull")
-    engine, step_alone = _engine_step(size, gradient["w"])
+    engine, step_alone = floors.engine_step(size, gradient["w"])
     target = np.empty_like(gradient["w"])
     copy = [lambda: np.copyto(target, gradient["w"])] * 2
     times: dict[str, list[float]] = {"step": [], "push_pull": [], "engine": [], "copies": []}
-    with stepwire.connect(server.target) as client, client.create_session(out) as session:
+    with stepwire.connect(server.target, transport="tcp") as client, client.create_session(out) as session:
         actions: dict[str, Callable[[], Any]] = {
             "step": lambda: session.step(gradient, out=out),
-            "push_pull": lambda: raw.push_pull(_CHUNK_BYTES, messages, body),
+            "push_pull": lambda: raw.exchange(messages),
             "engine": step_alone,
             "copies": lambda: [one() for one in copy],
         }
@@ -98,16 +93,16 @@ def large_step(server: ServerProcess, echo: str, *, size: int, rounds: int = 7) 
     }
 
 
-def memory(server: ServerProcess, *, size: int) -> Figures:
+def memory(server: ServerProcess, *, size: int, looks: int = 16) -> Figures:
     """Server memory a parameter, beyond what the server held before the session."""
-    with stepwire.connect(server.target) as client:
+    with stepwire.connect(server.target, transport="tcp") as client:
         with client.create_session({"w": np.ones(1000, np.float32)}) as warm:
             warm.step({"w": np.ones(1000, np.float32)})
         before = machine.resident_bytes(server.pid)
         gradient = {"w": np.full(size, 0.01, np.float32)}
         with client.create_session(gradient) as session:
             session.step(gradient, out={"w": np.empty(size, np.float32)})
-            rest = _settled_resident_bytes(server.pid) - before
+            rest = occupancy.settled_resident_bytes(server.pid, looks) - before
             machine.reset_peak(server.pid)
             session.step(gradient, out={"w": np.empty(size, np.float32)})
             peak = machine.peak_resident_bytes(server.pid) - before
@@ -129,35 +124,6 @@ def concurrency(
     return figures
 
 
-def growth(server: ServerProcess, *, size: int = 10_000, steps: int = 10_000) -> Figures:
-    """Resident memory of server and client after a warm-up and after many further steps."""
-    gradient = {"w": np.full(size, 0.01, np.float32)}
-    with stepwire.connect(server.target) as client, client.create_session(gradient) as session:
-        for _ in range(500):
-            session.step(gradient)
-        gc.collect()
-        before = machine.resident_bytes(server.pid), machine.resident_bytes(os.getpid())
-        for _ in range(steps):
-            session.step(gradient)
-        gc.collect()
-        after = machine.resident_bytes(server.pid), machine.resident_bytes(os.getpid())
-    return {
-        "parameters": size,
-        "steps": steps,
-        "server_growth_kib": (after[0] - before[0]) / 1024,
-        "client_growth_kib": (after[1] - before[1]) / 1024,
-    }
-
-
-def _settled_resident_bytes(pid: int, looks: int = 16, pause_seconds: float = 0.5) -> int:
-    """Return the least resident memory seen over a while: a server gives free memory back when it is at rest."""
-    seen = []
-    for _ in range(looks):
-        time.sleep(pause_seconds)
-        seen.append(machine.resident_bytes(pid))
-    return min(seen)
-
-
 def _batch(action: Callable[[], Any], count: int) -> list[float]:
     times = []
     for _ in range(count):
@@ -167,19 +133,9 @@ def _batch(action: Callable[[], Any], count: int) -> list[float]:
     return times
 
 
-def _engine_step(size: int, gradient: np.ndarray[Any, Any]) -> tuple[CpuEngine, Callable[[], None]]:
-    """The engine's own pass over everything, in this process: decode, rule, and encode into an answer."""
-    rule, _ = rule_for(stepwire.Adam(), momentum=False)
-    recipe, engine = Recipe(rule, measures=True), CpuEngine()
-    state = engine.allocate(dict.fromkeys((PARAM, *rule.slots), Precision.FLOAT32), size)
-    staged, out = state.receive().put(0, gradient), np.empty_like(gradient)
-    step = Pass(recipe, (1.0, 1.0, *rule.scalars(stepwire.Adam().hyperparameters(), 1)))
-    return engine, lambda: state.update(step, 0, staged, 0, size, out).wait()
-
-
 def _session_rate(server: ServerProcess, count: int, size: int, each: int) -> float:
     gradient = {"w": np.full(size, 0.01, np.float32)}
-    clients = [stepwire.connect(server.target) for _ in range(count)]
+    clients = [stepwire.connect(server.target, transport="tcp") for _ in range(count)]
     sessions = [client.create_session(gradient) for client in clients]
     outs = [{"w": np.empty(size, np.float32)} for _ in sessions]
     rate = _rate(

@@ -65,10 +65,13 @@ PUBLIC = [
     "SessionNotFoundError",
     "SessionNotReadyError",
     "SessionState",
+    "ShardedClient",
+    "ShardedSession",
     "StateChangedError",
     "StepMismatchError",
     "StepResult",
     "StepwireError",
+    "TransportChoice",
     "UnavailableError",
     "UnsupportedFeatureError",
     "__version__",
@@ -158,10 +161,8 @@ DOMAIN = (
     "gate",
     "slot",
     "active",
-    "clipping",
     "exact_norm",
     "loss_scale",
-    "norms",
     "schedules",
     "plan",
     "progress",
@@ -175,6 +176,12 @@ DOMAIN = (
     "stepping",
     "commit",
     "session",
+    "sharing.memory",
+    "sharing.handoff",
+    "sharing.listener",
+    "sharing.buffers",
+    "sharing.offering",
+    "sharing.step",
     "places",
     "registry",
 )
@@ -182,6 +189,12 @@ DOMAIN = (
 
 def test_the_domain_knows_no_grpc() -> None:
     loaded = loaded_by(*(f"stepwire_server.{name}" for name in DOMAIN))
+    assert {name: packages for name, packages in loaded.items() if "grpc" in packages} == {}
+
+
+def test_the_parent_of_several_processes_knows_no_grpc() -> None:
+    """It must not: gRPC does not survive a fork, and a parent that only watches has no use for its threads."""
+    loaded = loaded_by("stepwire_server.cli", "stepwire_server.supervisor", "stepwire_server.division")
     assert {name: packages for name, packages in loaded.items() if "grpc" in packages} == {}
 
 
@@ -197,8 +210,6 @@ STRANGERS = {
     "engines": ("session", "registry", "ledger", "staging", "plan", "commit", "service", "stream", "config"),
     "active.py": ("engines", "rules", "plan", "progress", "staging", "session"),
     "schedules.py": ("engines", "rules", "plan", "session"),
-    "clipping.py": ("engines", "rules", "plan", "session"),
-    "norms.py": ("engines", "rules", "plan", "staging", "session"),
     "exact_norm.py": ("engines", "rules", "plan", "staging", "session"),
     "loss_scale.py": ("engines", "rules", "plan", "staging", "session"),
     "plan.py": ("progress", "staging", "stepping", "commit", "session", "registry", "config"),
@@ -207,6 +218,7 @@ STRANGERS = {
     "stepping.py": ("commit", "session", "ledger", "registry", "service", "stream", "transfer"),
     "commit.py": ("session", "ledger", "registry", "slot", "service", "stream", "transfer", "decoding", "encoding"),
     "session.py": ("service", "stream", "transfer", "registry", "decoding", "encoding", "config", "app"),
+    "sharing": ("service", "stream", "transfer", "registry", "decoding", "encoding", "config", "app", "listening"),
     "places.py": ("session", "plan", "registry", "service", "stream", "transfer", "config", "app"),
     "registry.py": ("service", "stream", "transfer", "decoding", "encoding", "config", "app"),
     "ledger.py": ("session", "engines", "staging", "registry", "service"),

@@ -52,10 +52,11 @@ if TYPE_CHECKING:
         RAdam,
         RMSprop,
     )
-    from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult
+    from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult, TransportChoice
     from stepwire.retry import Retry
     from stepwire.schedules import Schedule
     from stepwire.session import Session
+    from stepwire.sharding import ShardedClient, ShardedSession
     from stepwire.treatment import LossScaling
 
 __all__ = [
@@ -94,10 +95,13 @@ __all__ = [
     "SessionNotFoundError",
     "SessionNotReadyError",
     "SessionState",
+    "ShardedClient",
+    "ShardedSession",
     "StateChangedError",
     "StepMismatchError",
     "StepResult",
     "StepwireError",
+    "TransportChoice",
     "UnavailableError",
     "UnsupportedFeatureError",
     "__version__",
@@ -114,9 +118,12 @@ _HOMES = {
     "SessionInfo": "results",
     "SessionState": "results",
     "StepResult": "results",
+    "TransportChoice": "results",
     "Retry": "retry",
     "Schedule": "schedules",
     "Session": "session",
+    "ShardedClient": "sharding",
+    "ShardedSession": "sharding",
     "LossScaling": "treatment",
 }
 

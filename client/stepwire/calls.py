@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from stepwire.addresses import grpc_target
 from stepwire.errors import InvalidRequestError
 from stepwire.retry import Deadline, Retry
 from stepwire.status import error_from_call
@@ -41,11 +42,12 @@ class Calls:
         """Open the channel; it connects with the first call.
 
         Raises:
-            InvalidRequestError: the timeout is not positive.
+            InvalidRequestError: the timeout is not positive, or the target a Unix socket whose path cannot be one.
         """
         self.timeout_seconds = checked_timeout(timeout_seconds)
         self.retry = retry
-        self.channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self.target = target
+        self.channel = grpc.insecure_channel(grpc_target(target), options=_OPTIONS)
 
     def deadline(self, timeout_seconds: float | None) -> Deadline:
         """Start a deadline; None means the client's default."""

@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.retry import Retry
 from stepwire.schedules import Schedule, schedule_to_wire
 from stepwire.session import Session
+from stepwire.transports.choice import asked_transport
+from stepwire.transports.route import Router
 from stepwire.treatment import (
     ClipFormula,
     GradientTreatment,
@@ -37,6 +39,7 @@ from stepwire.wire import optimizer_to_wire, overrides_to_wire, spec_to_wire
 
 __all__ = ["Client", "connect"]
 
+_S = TypeVar("_S", bound=Session)
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 _PRECISIONS = {
     "float32": session_pb2.STATE_PRECISION_FLOAT32,
@@ -51,27 +54,52 @@ _TELEMETRY = {
 _PREFERRED_CHUNK_BYTES = 4 << 20
 
 
-def connect(target: str = "localhost:50051", *, timeout: float = 60.0, retry: Retry | None = None) -> Client:
+def connect(
+    target: str | Sequence[str] = "localhost:50051",
+    *,
+    transport: str = "auto",
+    channels: int = 1,
+    timeout: float = 60.0,
+    retry: Retry | None = None,
+) -> Client:
     """Open a client; it connects with its first call.
 
     Args:
-        target: `host:port`.
+        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
+            step it together (see `stepwire.ShardedClient`).
+        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
+            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
+        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
         timeout: default seconds of a call with all its repetitions.
         retry: how to pause between repetitions; tests pass their own clock.
 
     Raises:
-        InvalidRequestError: the timeout is not positive.
+        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
     """
-    return Client(Calls(target, timeout_seconds=timeout, retry=retry or Retry()))
+    asked = asked_transport(transport)
+    targets = _targets(target, channels)
+    clients = [Client(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
+    if len(clients) == 1:
+        return clients[0]
+    from stepwire.sharding.client import ShardedClient  # which is a Client, and so comes after it
+
+    return ShardedClient(clients)
 
 
 class Client:
     """A connection to one server. Thread-safe. A context manager; closes twice without complaint."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, transport: str = "auto") -> None:
         """Use an open channel; see `connect`."""
         self._calls = calls
+        self._router = Router(calls, transport)
         self._info: ServerInfo | None = None
+
+    @property
+    def target(self) -> str:
+        """Where it connects to."""
+        return self._calls.target
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Ask the server what it is and can do.
@@ -91,6 +119,7 @@ class Client:
         schedule: Schedule | None = None,
         frozen: Sequence[str] = (),
         gradient_dtype: npt.DTypeLike = np.float32,
+        error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
         state_precision: StatePrecision = "float32",
         non_finite: NonFinite | None = None,
@@ -119,7 +148,10 @@ class Client:
                 one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors that are held and never stepped.
-            gradient_dtype: how gradients travel.
+            gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
+                with a common factor, a quarter of the bytes.
+            error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
+                next; eight bytes a parameter.
             reply_dtype: how parameters come back, and their dtype.
             state_precision: how the server holds the optimizer's moments; parameters are always float32.
             non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
@@ -179,44 +211,27 @@ class Client:
             gradient=treatment_to_wire(treatment),
             state_precision=_PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
-            gradient_dtype=dtype_to_wire(dtype_named(gradient_dtype, "gradient_dtype")),
+            gradient_dtype=dtype_to_wire(dtype_named(gradient_dtype, "gradient_dtype", gradients=True)),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease_seconds=lease_seconds or 0.0,
             device=device,
             label=label,
         )
-        chunk_bytes = self._chunk_bytes(timeout)
-        request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
-        answer = self._calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
-        session = Session(
-            self._calls,
-            answer.session,
-            # Where the request came before, perhaps from another process, the first step takes the slot anew: two
-            # holders of one token would take each other's steps for their own.
-            0 if answer.replayed else answer.attach_token,
-            chunk_bytes,
-            as_list=not isinstance(parameters, Mapping),
-        )
-        if not answer.session.ready:
-            try:
-                session.load(parameters, timeout=timeout)
-            except BaseException:
-                if request_id is None:  # nobody else knows the session, so nobody would end it
-                    session.close()
-                raise
-        return session
+        return self._create(config, parameters, request_id, timeout, error_feedback=error_feedback)
 
-    def session(self, session_id: str, *, timeout: float | None = None) -> Session:
+    def session(self, session_id: str, *, error_feedback: bool = False, timeout: float | None = None) -> Session:
         """Return a session that exists; its first step or load takes the slot and fences who held it.
+
+        Args:
+            session_id: which.
+            error_feedback: as for `create_session`; starts with nothing kept.
+            timeout: seconds.
 
         Raises:
             SessionNotFoundError: it does not exist.
             UnavailableError: the server cannot be reached.
         """
-        chunk_bytes = self._chunk_bytes(timeout)
-        request = pb.GetSessionRequest(session_id=session_id)
-        answer = self._calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
-        return Session(self._calls, answer.session, 0, chunk_bytes, as_list=False)
+        return self._find(Session, session_id, timeout, error_feedback=error_feedback)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id.
@@ -234,6 +249,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; sessions stay on the server until their leases run out."""
+        self._router.close()
         self._calls.close()
 
     def __enter__(self) -> Client:
@@ -245,6 +261,67 @@ class Client:
     ) -> None:
         """Close."""
         self.close()
+
+    # --- what both kinds of clients make sessions by -----------------------------------------------------
+
+    def _make(
+        self,
+        kind: type[_S],
+        config: session_pb2.SessionConfig,
+        request_id: str | None,
+        timeout: float | None,
+        *,
+        as_list: bool,
+        error_feedback: bool,
+    ) -> tuple[_S, bool]:
+        """Create a session from its config, and load nothing; tell whether it has parameters all the same.
+
+        Raises:
+            StepwireError: as `create_session`.
+        """
+        chunk_bytes = self._chunk_bytes(timeout)
+        request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
+        answer = self._calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
+        # Where the request came before, perhaps from another process, the first step takes the slot anew: two
+        # holders of one token would take each other's steps for their own.
+        token = 0 if answer.replayed else answer.attach_token
+        options: dict[str, Any] = {"as_list": as_list, "error_feedback": error_feedback}
+        return kind(self._calls, self._router, answer.session, token, chunk_bytes, **options), answer.session.ready
+
+    def _find(self, kind: type[_S], session_id: str, timeout: float | None, *, error_feedback: bool) -> _S:
+        """Return a session that exists.
+
+        Raises:
+            StepwireError: as `session`.
+        """
+        chunk_bytes = self._chunk_bytes(timeout)
+        request = pb.GetSessionRequest(session_id=session_id)
+        answer = self._calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
+        options: dict[str, Any] = {"as_list": False, "error_feedback": error_feedback}
+        return kind(self._calls, self._router, answer.session, 0, chunk_bytes, **options)
+
+    def _create(
+        self,
+        config: session_pb2.SessionConfig,
+        parameters: Arrays,
+        request_id: str | None,
+        timeout: float | None,
+        *,
+        error_feedback: bool,
+    ) -> Session:
+        """Create what `create_session` has checked, and load it."""
+        as_list = not isinstance(parameters, Mapping)
+        session, ready = self._make(
+            Session, config, request_id, timeout, as_list=as_list, error_feedback=error_feedback
+        )
+        if not ready:
+            try:
+                session.load(parameters, timeout=timeout)
+            except BaseException:
+                if request_id is None:  # nobody else knows the session, so nobody would end it
+                    session.close()
+                raise
+        return session
 
     def _chunk_bytes(self, timeout: float | None) -> int:
         """Return the size of our chunks, after checking once that the server speaks our protocol."""
@@ -258,6 +335,15 @@ class Client:
                 )
             self._info = info
         return min(_PREFERRED_CHUNK_BYTES, self._info.max_chunk_bytes)
+
+
+def _targets(target: str | Sequence[str], channels: int) -> list[str]:
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise _invalid("channels", f"{channels!r} is not a positive integer")
+    targets = [target] if isinstance(target, str) else list(target)
+    if not targets or not all(isinstance(each, str) for each in targets):
+        raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
+    return [each for each in targets for _ in range(channels)]
 
 
 def _grouped(

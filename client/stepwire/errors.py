@@ -67,6 +67,7 @@ class Reason(enum.StrEnum):
     STEP_MISMATCH = "STEP_MISMATCH"
     STEP_SUPERSEDED = "STEP_SUPERSEDED"
     STATE_CHANGED = "STATE_CHANGED"
+    STEP_UNFINISHED = "STEP_UNFINISHED"
     STALE_EPOCH = "STALE_EPOCH"
     FENCED = "FENCED"
     UNSUPPORTED_FEATURE = "UNSUPPORTED_FEATURE"
@@ -156,7 +157,7 @@ class UnsupportedFeatureError(StepwireError):
 
 
 class SessionNotReadyError(StepwireError):
-    """The session's parameters have not been loaded yet."""
+    """The session's parameters have not been loaded yet, or a step was broken off half applied."""
 
     default_reason = Reason.SESSION_NOT_READY
 
@@ -221,6 +222,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.STEP_MISMATCH: ErrorRow("ABORTED", StepMismatchError),
     Reason.STEP_SUPERSEDED: ErrorRow("ABORTED", StepMismatchError),
     Reason.STATE_CHANGED: ErrorRow("ABORTED", StateChangedError, retryable=True),
+    Reason.STEP_UNFINISHED: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
     Reason.STALE_EPOCH: ErrorRow("FAILED_PRECONDITION", FencedError),
     Reason.FENCED: ErrorRow("FAILED_PRECONDITION", FencedError),
     Reason.UNSUPPORTED_FEATURE: ErrorRow("FAILED_PRECONDITION", UnsupportedFeatureError),

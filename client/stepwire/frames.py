@@ -14,6 +14,7 @@ start at a multiple of 16 in memory, so both sides see aligned arrays.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError, Reason
 
-__all__ = ["Frame", "FrameBuffer", "read_frame", "read_message"]
+__all__ = ["Frame", "FrameBuffer", "read_frame", "read_message", "whole_message"]
 
 _PADDING_TAG: Final = 14 << 3 | 2
 _PAYLOAD_TAG: Final = 15 << 3 | 2
@@ -39,8 +40,6 @@ _new_bytes.restype = ctypes.py_object
 
 class _Message(Protocol):
     """The part of a generated message that frames need."""
-
-    payload: bytes
 
     def SerializeToString(self) -> bytes: ...
 
@@ -89,8 +88,21 @@ class FrameBuffer:
         """Return the message; the payload must be complete."""
         if self._frame is not None:
             return self._frame
-        self._header.payload = self._payload.tobytes()
-        return self._header.SerializeToString()
+        return _joined(self._header, self._payload)
+
+
+def whole_message(header: _Message, payload: npt.NDArray[Any]) -> bytes:
+    """Return a message with `header`'s fields and a payload that is there already, `(n,)` and contiguous."""
+    if payload.nbytes <= _SMALL_BYTES:
+        return _joined(header, payload)
+    frame = FrameBuffer(header, payload.nbytes)
+    frame.payload(payload.dtype)[:] = payload
+    return frame.finish()
+
+
+def _joined(header: _Message, payload: npt.NDArray[Any]) -> bytes:
+    """Put a payload behind other fields: one copy of it, where a message that owns it would take two."""
+    return b"".join((header.SerializeToString(), _payload_start(payload.nbytes), payload.tobytes()))
 
 
 class _Memory:
@@ -165,13 +177,19 @@ def _cut_out_payload(kind: _Parser[Any], data: bytes) -> Frame:
 
 
 def _prefix(fields: bytes, payload_bytes: int) -> bytes:
-    tail = bytes([_PAYLOAD_TAG]) + _encode_varint(payload_bytes)
+    tail = _payload_start(payload_bytes)
     gap = -(len(fields) + len(tail)) % _ALIGNMENT
     if gap == 0:
         return fields + tail
     if gap == 1:  # a padding field takes at least two bytes
         gap += _ALIGNMENT
     return fields + bytes([_PADDING_TAG, gap - 2]) + bytes(gap - 2) + tail
+
+
+@functools.lru_cache(64)
+def _payload_start(payload_bytes: int) -> bytes:
+    """Return what precedes the payload's bytes; nothing where there are none."""
+    return bytes([_PAYLOAD_TAG]) + _encode_varint(payload_bytes) if payload_bytes else b""
 
 
 def _skip(data: bytes, position: int, wire_type: int) -> tuple[int, int]:

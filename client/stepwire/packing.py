@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.codecs import FLOAT16, is_wire_dtype
+from stepwire.blockwise import PIECE, decode_blocks, encode_blocks
+from stepwire.codecs import BLOCK, FLOAT16, FLOAT32, INT8, is_wire_dtype, wire_alignment, wire_items
 from stepwire.errors import InvalidRequestError, Reason
+from stepwire.feedback import ErrorFeedback
 from stepwire.layout import Layout
 
 __all__ = ["Arrays", "ChunkPlan", "Container", "Flat", "Packer", "Part", "named_arrays"]
@@ -48,8 +51,9 @@ def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
     Raises:
         InvalidRequestError: not a mapping or a sequence, or a dtype that is not float32, bfloat16 or float16.
     """
+    items: Iterable[tuple[Any, npt.ArrayLike]]
     if isinstance(arrays, Mapping):
-        items = list(arrays.items())
+        items = arrays.items()
     elif isinstance(arrays, Sequence) and not isinstance(arrays, (str, bytes)):
         items = [(str(index), value) for index, value in enumerate(arrays)]
     else:
@@ -79,19 +83,30 @@ class Packer:
         """Prepare for a layout."""
         self.layout = layout
         self._indices = layout.tensor_indices()
+        self._shapes = [(tensor.spec.name, tensor.spec.shape) for tensor in layout.tensors]
+        # Every step has the same chunks.
+        self._chunks: dict[tuple[int, int], Sequence[ChunkPlan]] = {}
         self._parts: dict[tuple[int, int], list[Part]] = {}
 
-    def chunks(self, most: int) -> list[ChunkPlan]:
-        """Return the chunks of at most `most` elements, in order, each aligned as the layout asks."""
-        size, most = self.layout.size, most - most % self.layout.chunk_alignment
-        spans = [(offset, min(most, size - offset)) for offset in range(0, size, most)]
-        return [ChunkPlan(offset, count, self.parts(offset, count)) for offset, count in spans]
+    def chunks(self, most: int, dtype: np.dtype[Any] = FLOAT32) -> Sequence[ChunkPlan]:
+        """Return the chunks of at most `most` elements, in order, each aligned as the layout and the encoding ask."""
+        kind = (most, wire_alignment(dtype))
+        if (known := self._chunks.get(kind)) is None:
+            known = self._chunks[kind] = tuple(self._cut(*kind))
+        return known
+
+    def _cut(self, most: int, alignment: int) -> Iterator[ChunkPlan]:
+        size = self.layout.size
+        most -= most % max(self.layout.chunk_alignment, alignment)
+        for offset in range(0, size, most):
+            count = min(most, size - offset)
+            yield ChunkPlan(offset, count, self.parts(offset, count))
 
     def parts(self, offset: int, count: int) -> list[Part]:
-        """Return what lies in flat elements `[offset, offset + count)`; remembered, as every step has the same."""
-        if (offset, count) not in self._parts:
-            self._parts[offset, count] = list(self._find_parts(offset, offset + count))
-        return self._parts[offset, count]
+        """Return what lies in flat elements `[offset, offset + count)`; remembered."""
+        if (known := self._parts.get((offset, count))) is None:
+            known = self._parts[offset, count] = list(self._find_parts(offset, offset + count))
+        return known
 
     def _find_parts(self, offset: int, end: int) -> Iterator[Part]:
         for tensor in self.layout.overlapping(offset, end):
@@ -137,41 +152,47 @@ class Packer:
         return self.layout.tensors[self._indices[name]].spec.shape
 
     def _checked(self, named: dict[str, npt.NDArray[Any]], field: str) -> list[npt.NDArray[Any]]:
-        if len(named) != len(self._indices) or any(name not in named for name in self._indices):
+        if named.keys() != self._indices.keys():
             missing = [name for name in self._indices if name not in named][:5]
             unknown = [name for name in named if name not in self._indices][:5]
             raise _invalid(field, f"names do not match the session's tensors: missing {missing}, unknown {unknown}")
-        for tensor in self.layout.tensors:
-            if named[tensor.spec.name].shape != tensor.spec.shape:
-                raise _invalid(
-                    f"{field}[{tensor.spec.name!r}]",
-                    f"shape {named[tensor.spec.name].shape} is not the session's {tensor.spec.shape}",
-                )
-        return [named[tensor.spec.name] for tensor in self.layout.tensors]
+        arrays = []
+        for name, shape in self._shapes:
+            array = named[name]
+            if array.shape != shape:
+                raise _invalid(f"{field}[{name!r}]", f"shape {array.shape} is not the session's {shape}")
+            arrays.append(array)
+        return arrays
 
-    def write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
-        """Encode parts into a chunk; elements between tensors become zero.
+    def write(
+        self,
+        flat: Flat,
+        parts: Sequence[Part],
+        chunk: npt.NDArray[Any],
+        offset: int = 0,
+        feedback: ErrorFeedback | None = None,
+    ) -> None:
+        """Encode parts into a chunk; elements between tensors, and those of a tensor without a gradient, become zero.
 
         What float16 cannot hold becomes infinite, as the contract says, and is no reason for a warning: this runs in
         gRPC's sending thread, where a warning that the user has made an error would break the stream.
-        """
-        if chunk.dtype == FLOAT16:
-            with np.errstate(over="ignore"):
-                self._write(flat, parts, chunk)
-        else:
-            self._write(flat, parts, chunk)
 
-    def _write(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
-        done = 0
-        for part in parts:
-            if part.end > len(flat[part.tensor]):  # a tensor without a gradient
-                continue
-            if part.at > done:
-                chunk[done : part.at] = 0
-            done = part.at + part.end - part.begin
-            chunk[part.at : done] = flat[part.tensor][part.begin : part.end]
-        if done < len(chunk):
-            chunk[done:] = 0
+        Args:
+            flat: 1-D arrays in layout order, empty where a tensor has no gradient.
+            parts: what lies in the chunk.
+            chunk: items of the encoding.
+            offset: first flat element; what `feedback` needs.
+            feedback: with `INT8`, adds what earlier steps have left over, and keeps what this one leaves.
+        """
+        present = [part for part in parts if part.end <= len(flat[part.tensor])]
+        if chunk.dtype == INT8:  # whose blocks would be coarser, or not finite, for what a frozen tensor brings
+            stepped = [part for part in present if not self.layout.tensors[part.tensor].spec.frozen]
+            _write_blocks(flat, stepped, chunk, offset, feedback)
+        elif chunk.dtype == FLOAT16:
+            with np.errstate(over="ignore"):
+                _copy(flat, present, chunk)
+        else:
+            _copy(flat, present, chunk)
 
     def read(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
         """Decode a chunk into parts."""
@@ -180,12 +201,14 @@ class Packer:
 
     def empty(self, dtype: np.dtype[Any], *, as_list: bool) -> Container:
         """Allocate arrays for an answer, as views of one flat buffer: a list where the user passed one."""
+        return self.room(dtype, as_list=as_list)[0]
+
+    def room(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
+        """Return what `empty` does, and the same as `targets` does."""
         buffer = np.empty(self.layout.size, dtype)
-        named = {
-            tensor.spec.name: buffer[tensor.offset : tensor.end].reshape(tensor.spec.shape)
-            for tensor in self.layout.tensors
-        }
-        return [named[str(position)] for position in range(len(named))] if as_list else named
+        flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
+        named = {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}
+        return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
 
     def targets(self, out: Container, field: str) -> list[npt.NDArray[Any]]:
         """Return writable 1-D views of a user's arrays in layout order.
@@ -194,13 +217,69 @@ class Packer:
             InvalidRequestError: they do not match, or are read-only or not contiguous.
         """
         arrays = self._checked(named_arrays(out, field), field)
-        for tensor, array in zip(self.layout.tensors, arrays, strict=True):
-            original = out[tensor.spec.name] if isinstance(out, Mapping) else out[int(tensor.spec.name)]
+        for (name, _), array in zip(self._shapes, arrays, strict=True):
+            original = out[name] if isinstance(out, Mapping) else out[int(name)]
             if array is not original:
-                raise _invalid(f"{field}[{tensor.spec.name!r}]", f"{type(original).__name__} is not a NumPy array")
+                raise _invalid(f"{field}[{name!r}]", f"{type(original).__name__} is not a NumPy array")
             if not (array.flags.c_contiguous and array.flags.writeable):
-                raise _invalid(f"{field}[{tensor.spec.name!r}]", "the array is read-only or not C-contiguous")
+                raise _invalid(f"{field}[{name!r}]", "the array is read-only or not C-contiguous")
         return [array.reshape(-1) for array in arrays]
+
+
+def _copy(flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+    done = 0
+    for part in parts:
+        if part.at > done:
+            chunk[done : part.at] = 0
+        done = part.at + part.end - part.begin
+        chunk[part.at : done] = flat[part.tensor][part.begin : part.end]
+    if done < len(chunk):
+        chunk[done:] = 0
+
+
+def _write_blocks(
+    flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any], offset: int, feedback: ErrorFeedback | None
+) -> None:
+    """Gather a piece that stays in the cache, and encode it from there, until the chunk is full."""
+    values = np.empty(min(PIECE, len(chunk) * BLOCK), np.float32)
+    for low in range(0, len(chunk) * BLOCK, PIECE):
+        piece = values[: min(PIECE, len(chunk) * BLOCK - low)]
+        within = list(_parts_within(parts, low, low + len(piece)))
+        _copy(flat, within, piece)
+        blocks = chunk[low // BLOCK :][: wire_items(INT8, len(piece))]
+        if feedback is None:
+            encode_blocks(piece, blocks)
+        else:
+            _encode_with_feedback(piece, blocks, within, offset + low, feedback)
+
+
+def _encode_with_feedback(
+    piece: npt.NDArray[np.float32],
+    blocks: npt.NDArray[Any],
+    parts: Sequence[Part],
+    offset: int,
+    feedback: ErrorFeedback,
+) -> None:
+    spans = [(part.at, part.at + part.end - part.begin) for part in parts]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for begin, end in spans:
+            piece[begin:end] += feedback.residual[offset + begin : offset + end]
+    encode_blocks(piece, blocks)
+    sent = decode_blocks(blocks, len(piece))
+    for begin, end in spans:
+        feedback.keep(offset + begin, piece[begin:end], sent[begin:end])
+
+
+def _parts_within(parts: Sequence[Part], low: int, high: int) -> Iterator[Part]:
+    """Yield what of some parts lies in elements `[low, high)` of their chunk, counted from `low`."""
+    first = max(bisect_right(parts, low, key=lambda part: part.at) - 1, 0)
+    for part in parts[first:]:
+        if part.at >= high:
+            return
+        skipped = max(low - part.at, 0)
+        begin, end = part.begin + skipped, min(part.end, part.begin + high - part.at)
+        if begin < end:
+            yield Part(part.tensor, begin, end, part.at + skipped - low)
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

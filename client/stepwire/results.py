@@ -14,7 +14,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire import hyperparameters_from_wire
 
-__all__ = ["GroupResult", "ServerInfo", "SessionInfo", "SessionState", "StepResult"]
+__all__ = ["GroupResult", "ServerInfo", "SessionInfo", "SessionState", "StepResult", "TransportChoice"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,6 +174,26 @@ class SessionInfo:
             create_time=message.create_time.ToDatetime(datetime.UTC),
             expire_time=message.expire_time.ToDatetime(datetime.UTC),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransportChoice:
+    """Which way a session's bulk data goes, and why no better one.
+
+    Attributes:
+        name: "cuda_ipc", "shm", "uds" or "tcp".
+        reasons: for each better transport: why it is not in use, and what to do if it should be.
+    """
+
+    name: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.reasons.items():
+            names.setdefault(why, []).append(name)
+        return "; ".join([f"transport {self.name}", *(f"no {', '.join(those)}: {why}" for why, those in names.items())])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.attachment import Attachment, StepCall
+from stepwire.attachment import Attachment
 from stepwire.calls import Calls
-from stepwire.codecs import FLOAT32, dtype_from_wire, dtype_named, dtype_to_wire
+from stepwire.codecs import FLOAT32, dtype_named, dtype_to_wire
 from stepwire.errors import (
     InvalidRequestError,
+    Reason,
     SessionNotFoundError,
     UnavailableError,
     UnsupportedFeatureError,
 )
 from stepwire.packing import Arrays, Container, Flat, Packer
-from stepwire.results import SessionInfo, SessionState, StepResult
+from stepwire.results import SessionInfo, SessionState, StepResult, TransportChoice
 from stepwire.retry import Deadline
+from stepwire.step_builder import OnReady, Overrides, Reply, StepBuilder, StepOptions
+from stepwire.step_queue import StepQueue
 from stepwire.transfer import load_messages, read_pull
-from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
+from stepwire.transports.choice import asked_transport
+from stepwire.transports.route import Route, Router
+from stepwire.transports.shared_arrays import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.wire import (
-    hyperparameters_from_wire,
-    layout_from_wire,
-    optimizer_from_wire,
-    overrides_to_wire,
-)
+from stepwire.v1 import session_pb2, step_pb2
+from stepwire.wire import layout_from_wire
 
-__all__ = ["Overrides", "Session"]
-
-Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""Hyper-parameters of one step: one mapping for all groups, or one a group."""
+__all__ = ["Session"]
 
 _T = TypeVar("_T")
 _PARAM = "param"
@@ -53,27 +52,33 @@ class Session:
         session_id: who knows it may use the session.
     """
 
-    def __init__(self, calls: Calls, message: session_pb2.Session, token: int, chunk_bytes: int, *, as_list: bool):
+    def __init__(
+        self,
+        calls: Calls,
+        router: Router,
+        message: session_pb2.Session,
+        token: int,
+        chunk_bytes: int,
+        *,
+        as_list: bool,
+        error_feedback: bool = False,
+    ) -> None:
         """Speak for a session that the server described; token 0 takes its slot when first needed."""
         self.session_id = message.session_id
         self._calls = calls
         self._packer = Packer(layout_from_wire(message.layout))
         self._slots = tuple(message.layout.slots)
-        self._optimizer = optimizer_from_wire(message.config.optimizer, "optimizer")
-        tensors = self._packer.layout.tensors
-        self._frozen = frozenset(index for index, tensor in enumerate(tensors) if tensor.spec.frozen)
-        keeps = message.config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
-        self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
-        self._groups = [hyperparameters_from_wire(group.overrides) for group in message.config.groups]
-        self._gradient_dtype = dtype_from_wire(message.config.gradient_dtype, FLOAT32, "gradient_dtype")
-        self._reply_dtype = dtype_from_wire(message.config.reply_dtype, FLOAT32, "reply_dtype")
         self._as_list = as_list
         self._chunk_bytes = chunk_bytes
-        self._attachment = Attachment(calls.channel, message, token, self._packer, chunk_bytes)
+        self._steps = StepBuilder(message, self._packer, chunk_bytes, error_feedback=error_feedback)
+        self._queue: StepQueue | None = None
+        self._route = Route(router, message.session_id)
+        self._attachment = Attachment(self._route, message, token, self._packer, chunk_bytes)
         self._last_result: step_pb2.StepResult | None = None  # decoded when asked for
         self._load_in_doubt = 0  # the number of a load that failed, and may have been committed
         self._lock = threading.RLock()
+        self._lock_of_queue = threading.Lock()
 
     @property
     def applied_step(self) -> int:
@@ -84,6 +89,11 @@ class Session:
     def last_result(self) -> StepResult | None:
         """What the last step did; None before the first."""
         return None if self._last_result is None else StepResult.from_wire(self._last_result)
+
+    @property
+    def transport(self) -> TransportChoice | None:
+        """Which way gradients and parameters go, and why no better one; None before the first stream is attached."""
+        return self._route.choice
 
     @property
     def loss_scale(self) -> float | None:
@@ -111,6 +121,10 @@ class Session:
         loss_scale: float | None = None,
         gradient_dtype: npt.DTypeLike | None = None,
         reply_dtype: npt.DTypeLike | None = None,
+        reply: Reply = "parameters",
+        reply_first: Sequence[str] = (),
+        on_tensor: OnReady | None = None,
+        overlap: bool = False,
         out: Container | None = None,
         timeout: float | None = None,
     ) -> Container:
@@ -125,62 +139,179 @@ class Session:
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
             loss_scale: what the gradients were multiplied by; the server divides by it first.
-            gradient_dtype: how gradients travel; default as created.
+            gradient_dtype: how gradients travel, "int8" included; default as created.
             reply_dtype: how parameters travel, and the dtype of the answer; default as created.
+            reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
+                the same parameters, of which only those travel that changed, where that is less. The client holds
+                them in bfloat16 for that.
+            reply_first: names of tensors whose parameters come back first, in this order.
+            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in this
+                thread; again where a broken connection has the answer repeated.
+            overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
+                the time of receiving and answering together. For sessions without clipping by norm and with
+                `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
+                until it succeeds; nothing else is possible before.
             out: arrays to write the parameters into instead of new ones; when an error is raised their content is
-                undefined.
+                undefined. What `shared_parameters` returned stands for the same as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, as a dict or list like `gradients`; `out` if given. `last_result` has the telemetry.
+            The parameters, as a dict or list like `gradients`; `out` if given; with reply "none" an empty dict or
+            list. `last_result` has the telemetry.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
             NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
             FencedError: another client took the session's slot.
             SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
+            SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
             StepMismatchError: the session moved without this client.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
+        options = StepOptions(
+            lr=lr,
+            hyperparameters=hyperparameters,
+            loss_scale=loss_scale,
+            gradient_dtype=gradient_dtype,
+            reply_dtype=reply_dtype,
+            reply=reply,
+            reply_first=reply_first,
+            on_tensor=on_tensor,
+            overlap=overlap,
+            out=out,
+        )
+        return self.take(gradients, options, timeout)
+
+    def take(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Container:
+        """Take a step whose options are a record; see `step`."""
         with self._lock:
-            call, answer = self._step_call(gradients, lr, hyperparameters, gradient_dtype, reply_dtype, out)
-            if loss_scale is not None:
-                call.begin.loss_scale = loss_scale
+            call, answer = self._steps.build(gradients, options)
             deadline = self._calls.deadline(timeout)
             if self._attachment.token == 0:  # only who holds the slot knows which step is the next
                 self._repeat(self._attachment.attach, deadline)
             call.begin.step = self._attachment.applied_step + 1
-            self._last_result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
-            return answer
+            try:
+                result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
+            except BaseException:
+                self._steps.failed(call)
+                raise
+            self._steps.applied(call, result)
+            self._last_result = result
+            if answer is not None:
+                return answer
+            return {} if isinstance(gradients, Mapping) else []
 
-    def attach(self, *, transport: str = "auto", take_over: bool = False, timeout: float | None = None) -> None:
+    def step_async(
+        self, gradients: Arrays, *, steps_in_flight: int = 2, timeout: float | None = None, **options: Any
+    ) -> Future[Container]:
+        """Take a step in the background, so that the next batch can be prepared meanwhile.
+
+        Steps are taken one after another in the order of the calls. The gradients, and `out`, must not change until
+        the future is done. Where a step fails, those waiting behind it are cancelled.
+
+        Args:
+            gradients: as for `step`.
+            steps_in_flight: how many may be under way or waiting; this call waits while there are so many. Fixed by
+                the first call.
+            timeout: seconds for the step itself, without the time it waits for others.
+            options: the other arguments of `step`.
+
+        Returns:
+            A future of what `step` returns or raises.
+
+        Raises:
+            InvalidRequestError: `steps_in_flight` is not a positive integer.
+            TypeError: an option that `step` does not have.
+        """
+        chosen = StepOptions(**options)
+        with self._lock_of_queue:
+            if self._queue is None:
+                self._queue = StepQueue(steps_in_flight)
+            queue = self._queue
+        return queue.submit(lambda: self.take(gradients, chosen, timeout))
+
+    def attach(self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None) -> None:
         """Attach a stream now instead of at the first step.
 
         Args:
-            transport: `"auto"` or `"tcp"`; this version moves bulk data over gRPC only.
+            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
             take_over: take the slot from whoever holds it, and fence them.
             timeout: seconds.
 
         Raises:
             FencedError: another client took the slot, and `take_over` is not set.
-            UnsupportedFeatureError: the transport is not served.
+            UnsupportedFeatureError: the transport cannot be had.
             StepwireError: as `step`.
         """
-        if transport not in ("auto", "tcp"):
-            raise UnsupportedFeatureError(
-                f"transport: {transport!r} is not served by this version; use 'auto' or 'tcp'",
-                metadata={"field": "transport", "feature": f"transport_{transport}"},
-            )
+        asked = None if transport is None else asked_transport(transport)
         with self._lock:
+            before = self._route.asked
+            if asked is not None and asked != before:
+                self.detach()
+                self._route.ask(asked)
             if take_over:
                 self.detach()
                 self._attachment.token = 0
-            self._repeat(self._attachment.attach, self._calls.deadline(timeout))
+            try:
+                self._repeat(self._attachment.attach, self._calls.deadline(timeout))
+            except UnsupportedFeatureError:
+                self._route.ask(before)
+                raise
 
     def detach(self) -> None:
         """Close the stream and leave the session on the server. Detaching twice is harmless."""
         with self._lock:
             self._attachment.detach()
+
+    # --- shared memory -----------------------------------------------------------------------------------
+
+    def shared_gradients(self, *, timeout: float | None = None) -> Container:
+        """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
+
+        `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
+        zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+
+        Over `cuda_ipc` they are views of device memory, which `torch.as_tensor(view, device="cuda")` and
+        `cupy.asarray(view)` take without a copy.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            StepwireError: as `attach`.
+        """
+        return self._shared(timeout).gradients(as_list=self._as_list)
+
+    def shared_parameters(self, *, timeout: float | None = None) -> Container:
+        """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
+
+        Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
+        was loaded, or stepped with other dtypes, `overlap` or `reply="changed"`, shows after the next step without, at
+        the latest. After a broken connection they may show what was: take those that `step` returns, or ask again.
+
+        Over `cuda_ipc` they are views of device memory, as gradients are.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            StepwireError: as `attach`.
+        """
+        return self._shared(timeout).parameters(as_list=self._as_list)
+
+    def _shared(self, timeout: float | None) -> SharedArrays:
+        with self._lock:
+            self._repeat(self._attachment.attach, self._calls.deadline(timeout))
+            if self._attachment.shared is None:
+                choice = self._route.choice
+                reason = "" if choice is None else choice.reasons.get("shm", f"it uses {choice.name!r}")
+                raise UnsupportedFeatureError(
+                    f"the session shares no memory with its server: {reason}; pass arrays of your own to `step`",
+                    metadata={"field": "transport", "feature": "transport_shm"},
+                )
+            return self._attachment.shared
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -199,8 +330,8 @@ class Session:
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
-        answer = self._packer.empty(wire_dtype, as_list=self._as_list)
-        self._pull({_AVERAGE if average else _PARAM: self._packer.targets(answer, "out")}, wire_dtype, timeout)
+        answer, targets = self._packer.room(wire_dtype, as_list=self._as_list)
+        self._pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, timeout)
         return answer
 
     def state(self, *, timeout: float | None = None) -> SessionState:
@@ -277,6 +408,8 @@ class Session:
 
         A server that cannot be reached ends it when its lease runs out.
         """
+        if self._queue is not None:
+            self._queue.close()
         self.detach()
         try:
             self._calls.unary(
@@ -308,7 +441,7 @@ class Session:
             chunk_bytes=self._chunk_bytes,
         )
         header: pb.PullHeader = self._repeat(
-            lambda deadline: self._calls.download(
+            lambda deadline: self._route.way(deadline).calls.download(
                 "Pull", request, lambda messages: read_pull(messages, self._packer, dtype, targets), deadline
             ),
             self._calls.deadline(timeout),
@@ -336,7 +469,7 @@ class Session:
         opening.load = self._attachment.applied_load + 1
         try:
             answer: pb.LoadResponse = self._repeat(
-                lambda left: self._calls.upload(
+                lambda left: self._route.way(left).calls.upload(
                     "Load", load_messages(opening, self._packer, sources, self._chunk_bytes), pb.LoadResponse, left
                 ),
                 deadline,
@@ -345,54 +478,22 @@ class Session:
             self._load_in_doubt = opening.load
             raise
         self._attachment.loaded(opening.load, answer.session.applied_step)
+        self._steps.loaded()
         return answer.replayed
 
     def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         try:
-            return self._calls.retry.call(attempt, deadline)
+            return self._calls.retry.call(lambda left: self._on_route(attempt, left), deadline)
         except SessionNotFoundError as error:
             raise SessionNotFoundError(
                 f"{error} (the last step this client knows to be applied is {self.applied_step})",
                 metadata={**error.metadata, "last_known_step": self.applied_step},
             ) from None
 
-    def _step_call(
-        self,
-        gradients: Arrays,
-        lr: float | None,
-        hyperparameters: Overrides | None,
-        gradient_dtype: npt.DTypeLike | None,
-        reply_dtype: npt.DTypeLike | None,
-        out: Container | None,
-    ) -> tuple[StepCall, Container]:
-        """Check the arguments of a step; return what to send and where the answer goes."""
-        sent = dtype_named(gradient_dtype, "gradient_dtype") if gradient_dtype else self._gradient_dtype
-        received = dtype_named(reply_dtype, "reply_dtype") if reply_dtype else self._reply_dtype
-        begin = step_pb2.StepBegin(
-            epoch=self._attachment.epoch,
-            gradient_dtype=dtype_to_wire(sent),
-            reply_dtype=dtype_to_wire(received),
-            hyperparameters=self._overrides(lr, hyperparameters),
-            reply_chunk_bytes=self._chunk_bytes,
-        )
-        flat, missing = self._packer.present(gradients, "gradients", self._optional)
-        begin.missing_tensors.extend(sorted(missing - self._frozen))
-        answer = self._packer.empty(received, as_list=not isinstance(gradients, Mapping)) if out is None else out
-        return StepCall(begin, flat, sent, self._packer.targets(answer, "out"), received, missing), answer
-
-    def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
-        if overrides is None and lr is None:
-            return []
-        per_group = (
-            [overrides or {}] * len(self._groups) if overrides is None or isinstance(overrides, Mapping) else overrides
-        )
-        if len(per_group) != len(self._groups):
-            raise InvalidRequestError(
-                f"hyperparameters: {len(per_group)} entries for {len(self._groups)} groups",
-                metadata={"field": "hyperparameters"},
-            )
-        shared = {} if lr is None else {"lr": lr}
-        return [
-            overrides_to_wire(self._optimizer, group, {**shared, **values}, f"hyperparameters[{index}]")
-            for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
-        ]
+    def _on_route(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
+        try:
+            return attempt(deadline)
+        except UnavailableError as error:
+            if error.reason == Reason.UNREACHABLE:
+                self._route.lost()
+            raise

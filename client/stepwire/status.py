@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from stepwire.errors import ERROR_DOMAIN, ERROR_TABLE, StepwireError, error_from_code, error_from_reason
 from stepwire.v1 import status_pb2
 
-__all__ = ["RichStatus", "error_from_call", "status_of"]
+__all__ = ["RichStatus", "error_from_call", "error_from_details", "status_details", "status_of"]
 
 _TRAILER: Final = "grpc-status-details-bin"
 _TYPE_PREFIX: Final = "type.googleapis.com/google.rpc."
@@ -33,16 +33,22 @@ class RichStatus(NamedTuple):
 
 def status_of(error: StepwireError) -> RichStatus:
     """Put an error into a status, by the table."""
+    status = status_details(error)
     code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
-    text = _fitting(str(error))
-    status = status_pb2.RichStatus(code=code.value[0], message=text)
+    return RichStatus(code, status.message, ((_TRAILER, status.SerializeToString()),))
+
+
+def status_details(error: StepwireError) -> status_pb2.RichStatus:
+    """Put an error into the message that a status carries, for where there is no call whose status it could be."""
+    code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
+    status = status_pb2.RichStatus(code=code.value[0], message=_fitting(str(error)))
     info = status_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
     status.details.append(AnyMessage(type_url=_TYPE_PREFIX + "ErrorInfo", value=info.SerializeToString()))
     if error.retry_after_seconds is not None:
         retry = status_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
         status.details.append(AnyMessage(type_url=_TYPE_PREFIX + "RetryInfo", value=retry.SerializeToString()))
-    return RichStatus(code, text, ((_TRAILER, status.SerializeToString()),))
+    return status
 
 
 def error_from_call(call: grpc.RpcError) -> StepwireError:
@@ -56,6 +62,18 @@ def error_from_call(call: grpc.RpcError) -> StepwireError:
     return error_from_reason(info.reason, details, dict(info.metadata), retry_after)
 
 
+def error_from_details(status: status_pb2.RichStatus) -> StepwireError:
+    """Read back what `status_details` wrote.
+
+    Raises:
+        DecodeError: it holds something else.
+    """
+    info, retry_after = _read_details(status)
+    if info is None:
+        return error_from_code("UNKNOWN", status.message)
+    return error_from_reason(info.reason, status.message, dict(info.metadata), retry_after)
+
+
 def _fitting(text: str) -> str:
     """Cut a text to what a trailer may hold of it."""
     sizes = accumulate(1 if " " <= letter <= "~" and letter != "%" else 3 * len(letter.encode()) for letter in text)
@@ -65,18 +83,24 @@ def _fitting(text: str) -> str:
 def _read_trailer(
     metadata: Iterable[tuple[str, str | bytes]],
 ) -> tuple[status_pb2.ErrorInfo | None, float | None]:
-    info: status_pb2.ErrorInfo | None = None
-    retry_after: float | None = None
+    read: tuple[status_pb2.ErrorInfo | None, float | None] = (None, None)
     for key, value in metadata:
         if key != _TRAILER or not isinstance(value, bytes):
             continue
         try:
-            for detail in status_pb2.RichStatus.FromString(value).details:
-                if detail.type_url == _TYPE_PREFIX + "ErrorInfo":
-                    info = status_pb2.ErrorInfo.FromString(detail.value)
-                elif detail.type_url == _TYPE_PREFIX + "RetryInfo":
-                    delay = status_pb2.RetryInfo.FromString(detail.value).retry_delay
-                    retry_after = delay.ToNanoseconds() / 1e9
+            read = _read_details(status_pb2.RichStatus.FromString(value))
         except DecodeError:
             return None, None
+    return read
+
+
+def _read_details(status: status_pb2.RichStatus) -> tuple[status_pb2.ErrorInfo | None, float | None]:
+    info: status_pb2.ErrorInfo | None = None
+    retry_after: float | None = None
+    for detail in status.details:
+        if detail.type_url == _TYPE_PREFIX + "ErrorInfo":
+            info = status_pb2.ErrorInfo.FromString(detail.value)
+        elif detail.type_url == _TYPE_PREFIX + "RetryInfo":
+            delay = status_pb2.RetryInfo.FromString(detail.value).retry_delay
+            retry_after = delay.ToNanoseconds() / 1e9
     return (info, retry_after) if info is not None and info.domain == ERROR_DOMAIN else (None, None)

@@ -89,6 +89,10 @@ class AttachedStream:
         finally:
             self._watchdog.disarm()
 
+    def send(self, frames: Iterable[bytes]) -> None:
+        """Send more messages within an exchange."""
+        self._outbox.put(frames)
+
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
         self._release()

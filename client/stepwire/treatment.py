@@ -83,6 +83,8 @@ class GradientTreatment:
         loss_scaling: dynamic loss scaling on the server; None for none.
         missing_gradient: whether a step may leave tensors out: they, their moments and their t stay as they are.
         parameter_average_decay: decay of the parameters' moving average, in (0, 1); None for none.
+        two_phase: the gradient is cut over several sessions, and their client decides what its norm decides: the server
+            keeps the bounds of norms for that client and does not apply them.
     """
 
     non_finite: NonFinite | None = None
@@ -93,6 +95,7 @@ class GradientTreatment:
     loss_scaling: LossScaling | None = None
     missing_gradient: MissingGradient = "reject"
     parameter_average_decay: float | None = None
+    two_phase: bool = False
 
     @property
     def policy(self) -> NonFinite:
@@ -146,6 +149,7 @@ def treatment_to_wire(treatment: GradientTreatment) -> pb.GradientTreatment:
         non_finite=_NON_FINITE[treatment.policy],
         missing_gradient=_MISSING[treatment.missing_gradient],
         accumulation_steps=treatment.accumulation_steps,
+        two_phase=treatment.two_phase,
     )
     if treatment.clip_formula is not None:
         message.clip_formula = _CLIP[treatment.clip_formula]
@@ -168,6 +172,7 @@ def treatment_from_wire(message: pb.GradientTreatment, field: str, *, group_clip
         "clip_formula": _name(message.clip_formula, _CLIP, f"{field}.clip_formula"),
         "missing_gradient": _name(message.missing_gradient, _MISSING, f"{field}.missing_gradient") or "reject",
         "accumulation_steps": message.accumulation_steps or 1,
+        "two_phase": message.two_phase,
     }
     for name in ("clip_grad_norm", "clip_grad_value", "parameter_average_decay"):
         values[name] = getattr(message, name) if message.HasField(name) else None

@@ -22,7 +22,8 @@ class Watchdog:
         self.barked = False
         self._bark = bark
         self._clock = clock
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._deadline: float | None = None
         self._wakes_at = float("inf")
         self._closed = False
@@ -30,7 +31,7 @@ class Watchdog:
 
     def arm(self, seconds: float) -> None:
         """Bark in this many seconds unless disarmed or armed anew."""
-        with self._condition:
+        with self._lock:
             self._deadline = self._clock() + seconds
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="stepwire-watchdog", daemon=True)

@@ -15,10 +15,17 @@ __all__ = ["Answer", "ReplySink"]
 
 
 class ReplySink(Protocol):
-    """Where a commit puts the answer's chunks, in flat order. Must not block and must not fail."""
+    """Where a commit puts the answer's chunks. Must not block and must not fail."""
 
     def buffer(self, offset: int, count: int) -> HostArray:
         """Return an uninitialised array of the reply dtype for the next chunk; every element is written."""
+        ...
+
+    def before(self) -> HostArray:
+        """Return an array like the last `buffer` for what those elements were before the step.
+
+        Only called where the order has a `reply_base`.
+        """
         ...
 
     def flush(self) -> None:
@@ -58,6 +65,8 @@ class Answer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Hand over the rest; after an error, only see to it that nobody writes into the buffers any more."""
+        if not self._asked:
+            return
         try:
             while self._asked and error is None:
                 self._hand_over()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import pathlib
 import secrets
@@ -17,14 +16,18 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from stepwire.errors import InvalidRequestError
+from stepwire.addresses import boot_id
 from stepwire.transport_options import BULK_OPTIONS
+from stepwire.v1 import transport_pb2
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.gate import Gate
 from stepwire_server.heap import HeapKeeper
+from stepwire_server.host_sharing import HostSharing
 from stepwire_server.interceptor import ErrorInterceptor
+from stepwire_server.listening import Listening, check_bind
 from stepwire_server.places import Places
+from stepwire_server.port_file import write_ports
 from stepwire_server.registry import Registry
 from stepwire_server.service import OptimizerService
 
@@ -41,7 +44,15 @@ _STREAM_END_SECONDS: Final = 2.0
 
 
 class Server:
-    """A stepwire server in this process. A context manager; closes twice without complaint."""
+    """A stepwire server in this process. A context manager; closes twice without complaint.
+
+    Attributes:
+        registry: its sessions.
+        target: where clients connect: `host:port`, or `unix:/path` where there is no port.
+        port: the TCP port; 0 where there is none.
+        unix_socket: path of the Unix socket; empty where there is none.
+        handoff: what is shared with processes of this machine, or why nothing is.
+    """
 
     def __init__(
         self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, places: Places | None = None
@@ -54,11 +65,11 @@ class Server:
             places: the devices, closed with the server; None to start those that `config` says.
 
         Raises:
-            InvalidRequestError: the address is taken, not understood, or not loopback without `insecure`.
+            InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
             UnsupportedFeatureError: a device is not there, or does not work.
         """
         self._config = config
-        self._host = _checked_host(config)
+        check_bind(config)
         self._places = places or _started_places(config)
         self._gate = Gate()
         self.registry = Registry(
@@ -77,30 +88,38 @@ class Server:
             options=_options(config),
             maximum_concurrent_rpcs=calls,
         )
-        service = OptimizerService(self.registry, self._gate, self._workers, config, secrets.token_hex(8))
-        self._grpc.add_generic_rpc_handlers((service.handlers(),))
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._stopped = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         self._closed = False
-        self.port = self._listen()
-
-    @property
-    def target(self) -> str:
-        """Where clients connect: `host:port`."""
-        return f"{self._host}:{self.port}"
+        self._listening: Listening | None = None
+        self._host_sharing: HostSharing | None = None
+        self._listening = listening = self._listen()
+        self.handoff = self._host_sharing = self._share(clock)
+        self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
+        service = OptimizerService(
+            self.registry,
+            self._gate,
+            self._workers,
+            config,
+            secrets.token_hex(8),
+            self._local_access(),
+            self.handoff.sharing,
+        )
+        self._grpc.add_generic_rpc_handlers((service.handlers(),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def start(self) -> None:
         """Serve."""
+        self.handoff.start()
         self._grpc.start()
         self._sweeper.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         for name in ("", "stepwire.v1.OptimizerService"):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if self._config.port_file:
-            _write_port(pathlib.Path(self._config.port_file), self.port)
-        _log.info("listening", target=self.target)
+            write_ports(pathlib.Path(self._config.port_file), [self.port])
+        _log.info("listening", target=self.target, unix_socket=self.unix_socket)
 
     def drain(self) -> bool:
         """Refuse new steps and wait for those under way; False if some outlast `drain_seconds`.
@@ -124,8 +143,12 @@ class Server:
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
         self.registry.cancel_streams()
         stopped.wait()
+        if self._listening is not None:
+            self._listening.close()
         self._handlers.shutdown()
         self._workers.shutdown()
+        if self._host_sharing is not None:
+            self._host_sharing.close()
         self.registry.close()
         self._places.close()
         _log.info("stopped")
@@ -141,19 +164,29 @@ class Server:
         """Close."""
         self.close()
 
-    def _listen(self) -> int:
+    def _listen(self) -> Listening:
         try:
-            port = self._grpc.add_insecure_port(self._config.bind)
-        except RuntimeError:
-            port = 0
-        if port == 0:
+            return Listening(self._grpc, self._config)
+        except BaseException:
             self.close()
-            raise InvalidRequestError(
-                f"bind: cannot listen on {self._config.bind!r}: the port is taken or the address is not this "
-                "machine's; choose another with --bind host:port (port 0 takes a free one)",
-                metadata={"field": "bind"},
-            )
-        return port
+            raise
+
+    def _share(self, clock: Callable[[], float]) -> HostSharing:
+        try:
+            return HostSharing(self._config, clock, [place.name for place in self._places])
+        except BaseException:
+            self.close()
+            raise
+
+    def _local_access(self) -> transport_pb2.LocalAccess:
+        """Return what processes of this machine may use instead of TCP."""
+        return transport_pb2.LocalAccess(
+            unix_socket=self.unix_socket,
+            handoff_socket=self.handoff.path,
+            boot_id=boot_id(),
+            shared_memory_off=self.handoff.off,
+            device_memory_off=self.handoff.device_off,
+        )
 
     def _sweep(self) -> None:
         keeper = HeapKeeper()
@@ -198,28 +231,3 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-
-
-def _checked_host(config: ServerConfig) -> str:
-    host, separator, port = config.bind.rpartition(":")
-    # gRPC takes a port modulo 65536.
-    if not separator or not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise InvalidRequestError(f"bind: {config.bind!r} is not host:port", metadata={"field": "bind"})
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not config.insecure:
-        raise InvalidRequestError(
-            f"bind: {config.bind!r} is not a loopback address and the connection is not encrypted: gradients and "
-            "session ids would travel in the clear. Put a TLS proxy in front, or accept it with --insecure",
-            metadata={"field": "bind"},
-        )
-    return host
-
-
-def _write_port(path: pathlib.Path, port: int) -> None:
-    """Write whole or not at all, so that a reader that sees the file sees the port."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(f"{port}\n")
-    temporary.replace(path)

@@ -6,21 +6,19 @@ import dataclasses
 import gc
 import json
 import pathlib
+import queue
 import signal
 import sys
-import threading
-from typing import Annotated, Any
+import tempfile
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import stepwire
-from stepwire.results import SessionInfo
-from stepwire_server import doctor, heap
-from stepwire_server.app import Server
-from stepwire_server.config import load_config
+from stepwire_server import doctor, heap, parent
+from stepwire_server.cli_sessions import DEFAULT_TARGET, Json, Target, Timeout, sessions_app
+from stepwire_server.config import ServerConfig, load_config
 from stepwire_server.logs import configure_logging
 
 __all__ = ["main"]
@@ -32,15 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-sessions_app = typer.Typer(name="sessions", help="Look at a server's sessions and end them.", no_args_is_help=True)
 app.add_typer(sessions_app)
 
-_Target = Annotated[
-    str, typer.Option("--target", "-t", envvar="STEPWIRE_TARGET", help="The server, host:port.", show_default=True)
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-_Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
-_DEFAULT_TARGET = "localhost:50051"
 _DEVICES = "auto, cpu, cuda (every GPU that works), cuda:N, or several: cuda:0,cuda:2."
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -71,7 +62,15 @@ def parse_bytes(text: str) -> int:
 
 @app.command()
 def serve(
-    bind: Annotated[str | None, typer.Option(help="Address, host:port; port 0 takes a free one.")] = None,
+    bind: Annotated[
+        str | None, typer.Option(help="Address, host:port; port 0 takes a free one. Or unix:/path, for no port.")
+    ] = None,
+    unix_socket: Annotated[
+        str | None, typer.Option(help="A Unix socket besides, its path; auto: a private one; off: none.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Server processes, each on a port of its own from that of --bind on.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help=_DEVICES)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; 0: one a core.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
@@ -83,6 +82,20 @@ def serve(
     drain_seconds: Annotated[float | None, typer.Option(help="Time for steps under way after SIGTERM.")] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Allow plaintext on an address that is not loopback.")
+    ] = None,
+    shared_memory: Annotated[
+        bool | None,
+        typer.Option("--shared-memory/--no-shared-memory", help="Share memory with clients on this machine."),
+    ] = None,
+    cuda_ipc: Annotated[
+        bool | None,
+        typer.Option("--cuda-ipc/--no-cuda-ipc", help="Share memory of a GPU with clients on it."),
+    ] = None,
+    handoff_socket: Annotated[
+        str | None, typer.Option(help="The Unix socket that hands it over, its path; default a private one.")
+    ] = None,
+    handoff_uids: Annotated[
+        str | None, typer.Option(help="Users that may share memory besides the server's own: 1000,1001.")
     ] = None,
     port_file: Annotated[str | None, typer.Option(help="Write the port here once listening.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
@@ -98,18 +111,44 @@ def serve(
     flags["memory_budget_bytes"] = None if memory_budget is None else parse_bytes(memory_budget)
     settings = load_config(flags, file=config)
     configure_logging(settings.log_level, settings.log_json)
+    raise typer.Exit(_serve(settings) if settings.processes == 1 else _supervise(settings))
+
+
+def _serve(settings: ServerConfig) -> int:
+    """Run one server in this process; returns the exit code."""
+    from stepwire_server.app import Server  # here, because a parent of several processes must not load gRPC
+
     heap.configure()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Not an event: a second signal inside its `set` would wait for the lock that the first one holds, for ever.
+    stop: queue.SimpleQueue[None] = queue.SimpleQueue()
+    _on_signals(lambda: stop.put(None))
+    parent.follow(settings.parent_pid, lambda: stop.put(None))
     with Server(settings) as server:
         # What imports and start-up made lives as long as the process: keep the collector from walking it again and
         # again in the middle of steps.
         gc.collect()
         gc.freeze()
-        stop.wait()
-        if not server.drain():
-            raise typer.Exit(1)
+        stop.get()
+        return 0 if server.drain() else 1
+
+
+def _supervise(settings: ServerConfig) -> int:
+    """Run several servers, each in a process of its own; returns the exit code."""
+    from stepwire_server.division import divide, look_at_machine
+    from stepwire_server.supervisor import Supervisor
+
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
+        home = pathlib.Path(folder)
+        configs = divide(settings, look_at_machine(settings.device), home)
+        supervisor = Supervisor(configs, home, port_file=settings.port_file)
+        _on_signals(supervisor.stop)
+        parent.follow(settings.parent_pid, supervisor.stop)
+        return supervisor.run()
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
 
 
 @app.command()
@@ -117,7 +156,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     output: Annotated[pathlib.Path, typer.Option(help="Folder for the plot.")] = pathlib.Path("demo-output"),
     device: Annotated[str, typer.Option(help="Device of the server.")] = "auto",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Train a small network on handwritten digits against a server in another process."""
     from stepwire_server.demo import run_demo
@@ -134,14 +173,24 @@ def diagnose(
     device: Annotated[str | None, typer.Option(help=f"What a server would be told: {_DEVICES}")] = None,
     bind: Annotated[str | None, typer.Option(help="Where it would listen, host:port.")] = None,
     config: Annotated[pathlib.Path | None, typer.Option(help="A TOML file of settings.")] = None,
-    as_json: _Json = False,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Try the ways to this running server from here, instead.")
+    ] = None,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
 ) -> None:
     """Check this machine for a server: exit with 0 if it can serve, 1 if not; each problem with its remedy.
 
-    Settings are read as `serve` reads them: flags, then STEPWIRE_<NAME>, then the file.
+    Settings are read as `serve` reads them: flags, then STEPWIRE_<NAME>, then the file. With --target: which transports
+    work between here and a server, which of them is used, and what the others lack.
     """
-    settings = load_config({"device": device, "bind": bind}, file=config)
-    findings = doctor.examine(settings.device, settings.bind)
+    if target is None:
+        settings = load_config({"device": device, "bind": bind}, file=config)
+        findings = doctor.examine(settings.device, settings.bind)
+    else:
+        from stepwire_server.doctor_target import examine_target
+
+        findings = examine_target(target, timeout)
     healthy = doctor.healthy(findings)
     if as_json:
         print(json.dumps({"healthy": healthy, "findings": [finding._asdict() for finding in findings]}))
@@ -151,7 +200,7 @@ def diagnose(
 
 
 @app.command()
-def health(target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 5.0, as_json: _Json = False) -> None:
+def health(target: Target = DEFAULT_TARGET, timeout: Timeout = 5.0, as_json: Json = False) -> None:
     """Exit with 0 if the server takes steps, 1 if it drains, 2 if it cannot be reached."""
     with stepwire.connect(target, timeout=timeout) as client:
         info = client.info()
@@ -164,68 +213,7 @@ def health(target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 5.0, as_json: 
     raise typer.Exit(1 if info.draining else 0)
 
 
-@sessions_app.command("list")
-def list_sessions(target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 10.0, as_json: _Json = False) -> None:
-    """List the sessions of a server."""
-    with stepwire.connect(target, timeout=timeout) as client:
-        sessions = list(client.sessions())
-    if as_json:
-        print(json.dumps([_plain(session) for session in sessions]))
-        return
-    table = Table("session", "label", "step", "durable", "memory", "device", "attached", "expires")
-    for session in sessions:
-        table.add_row(
-            session.session_id,
-            Text(session.label),  # never markup
-            str(session.applied_step),
-            str(session.durable_step),
-            f"{session.memory_bytes / 2**20:.1f} MiB",
-            session.device,
-            "yes" if session.attached else "no",
-            f"{session.expire_time:%Y-%m-%d %H:%M:%S} UTC",
-        )
-    Console().print(table)
-
-
-@sessions_app.command("show")
-def show_session(
-    session_id: str, target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 10.0, as_json: _Json = False
-) -> None:
-    """Show one session."""
-    with stepwire.connect(target, timeout=timeout) as client:
-        session = client.session(session_id)
-        plain = _plain(session.info()) | {"tensors": {name: list(shape) for name, shape in session.shapes.items()}}
-    if as_json:
-        print(json.dumps(plain))
-        return
-    for name, value in plain.items():
-        print(f"{name:>14}  {value}")
-
-
-@sessions_app.command("close")
-def close_session(
-    session_id: str, target: _Target = _DEFAULT_TARGET, timeout: _Timeout = 10.0, as_json: _Json = False
-) -> None:
-    """End one session and free its memory; its state is lost."""
-    with stepwire.connect(target, timeout=timeout) as client:
-        session = client.session(session_id)
-        step = session.applied_step
-        session.close()
-    print(
-        json.dumps({"session_id": session_id, "applied_step": step})
-        if as_json
-        else f"closed {session_id} at step {step}"
-    )
-
-
 @app.command()
-def version(as_json: _Json = False) -> None:
+def version(as_json: Json = False) -> None:
     """Print the version."""
     print(json.dumps({"version": stepwire.__version__}) if as_json else f"stepwire {stepwire.__version__}")
-
-
-def _plain(session: SessionInfo) -> dict[str, Any]:
-    values = dataclasses.asdict(session)
-    for name in ("create_time", "expire_time"):
-        values[name] = values[name].isoformat()
-    return values

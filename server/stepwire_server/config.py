@@ -16,13 +16,13 @@ from msgspec import Meta
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["ENVIRONMENT_PREFIX", "MIB", "ServerConfig", "load_config"]
+__all__ = ["ENVIRONMENT_PREFIX", "MIB", "ServerConfig", "environment_of", "load_config"]
 
 ENVIRONMENT_PREFIX = "STEPWIRE_"
 MIB = 1 << 20
 
 # Read by other parts of the distribution, so not settings of the server.
-_FOREIGN_VARIABLES = {"STEPWIRE_CONFIG", "STEPWIRE_CACHE_DIR", "STEPWIRE_TARGET"}
+_FOREIGN_VARIABLES = {"STEPWIRE_CONFIG", "STEPWIRE_CACHE_DIR", "STEPWIRE_TARGET", "STEPWIRE_TRANSPORT"}
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Seconds = Annotated[float, Meta(gt=0, le=1e9)]  # thirty years; dates and waits end before infinity
@@ -32,7 +32,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How a server runs.
 
     Attributes:
-        bind: address to listen on, `host:port`; port 0 takes a free one.
+        bind: address to listen on, `host:port`; port 0 takes a free one. Or `unix:/path`: a Unix socket alone.
+        unix_socket: a Unix socket to listen on besides the port, for clients on the same machine: its path; `auto` for
+            one in a private folder, which they are told; `off` for none.
+        processes: server processes, each with sessions, budget, threads and addresses of its own.
         device: where state lives: `cpu`; `cuda` for every GPU that works; GPUs by number, such as `cuda:0` or
             `cuda:0,cuda:2`, which all must work; `auto` for `cuda` where a GPU works, else `cpu`.
         threads: CPU threads of the engine; 0 means one a core.
@@ -51,12 +54,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         drain_seconds: how long steps under way may take after SIGTERM.
         sweep_seconds: pause between two looks for expired sessions and silent streams.
         insecure: allow plaintext on an address that is not loopback.
-        port_file: where to write the port once listening; empty for nowhere.
+        shared_memory: share memory with clients on this machine.
+        cuda_ipc: share memory of a GPU with clients on it, by CUDA IPC.
+        handoff_socket: the Unix socket that hands it over: its path; empty for one in a private folder, which clients
+            are told. Containers that share a volume name one there.
+        handoff_uids: users that may share memory besides the server's own and root: numbers, with commas between.
+        port_file: where to write the port once listening, 0 without one, of several processes a line each; empty for
+            nowhere.
+        parent_pid: process that started this one, and at whose end it drains too; 0 for none.
         log_level: least level logged.
         log_json: log lines as JSON; unset means when standard error is not a terminal.
     """
 
     bind: str = "127.0.0.1:50051"
+    unix_socket: Annotated[str, Meta(pattern=r"^(auto|off|/.+)$")] = "auto"
+    processes: Annotated[int, Meta(ge=1, le=1024)] = 1
     device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3})*)$")] = "auto"
     threads: Annotated[int, Meta(ge=0)] = 0
     max_sessions: _Positive = 1024
@@ -72,7 +84,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_seconds: _Seconds = 30.0
     sweep_seconds: _Seconds = 1.0
     insecure: bool = False
+    shared_memory: bool = True
+    cuda_ipc: bool = True
+    handoff_socket: Annotated[str, Meta(pattern=r"^(/.+)?$")] = ""
+    handoff_uids: Annotated[str, Meta(pattern=r"^([0-9]{1,10}(,[0-9]{1,10})*)?$")] = ""
     port_file: str = ""
+    parent_pid: Annotated[int, Meta(ge=0)] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool | None = None
 
@@ -100,6 +117,24 @@ def load_config(
         raise _invalid(f"settings: {error}") from None
 
 
+def environment_of(config: ServerConfig, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment by which a process gets exactly these settings, whatever `base` says of them."""
+    environment = {name: value for name, value in base.items() if _field_of(name) is None}
+    environment.pop("STEPWIRE_CONFIG", None)
+    for name, value in msgspec.structs.asdict(config).items():
+        if value is not None:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            environment[ENVIRONMENT_PREFIX + name.upper()] = text
+    return environment
+
+
+def _field_of(variable: str) -> str | None:
+    """Return the setting that a variable is of; None if it is of none, or of others."""
+    if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _FOREIGN_VARIABLES:
+        return None
+    return variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+
+
 def _from_file(path: pathlib.Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -111,10 +146,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     known = {field.name: field.name for field in msgspec.structs.fields(ServerConfig)}
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in _FOREIGN_VARIABLES:
+        if (asked := _field_of(name)) is None:
             continue
-        field = known.get(name.removeprefix(ENVIRONMENT_PREFIX).lower())
-        if field is None:
+        if (field := known.get(asked)) is None:
             allowed = ", ".join(sorted(ENVIRONMENT_PREFIX + known_name.upper() for known_name in known))
             raise _invalid(f"environment variable {name} is unknown; use one of: {allowed}")
         values[field] = value

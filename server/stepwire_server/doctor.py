@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import logging
 import os
 import pathlib
 import resource
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from stepwire_server.config import MIB
+from stepwire_server.doctor_port import examine_port
 from stepwire_server.engines import host, kernel_cache
 from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
 
@@ -177,50 +176,6 @@ def _told(finding: Finding, number: int, count: int) -> Finding:
     if count == 1 or finding.check in _OF_ALL_GPUS:
         return finding
     return finding._replace(detail=f"cuda:{number}: {finding.detail}")
-
-
-# --- the way to the clients -----------------------------------------------------------------------------------
-
-
-def examine_port(bind: str) -> Finding:
-    """Listen where the server would, for a moment."""
-    name, separator, port = bind.rpartition(":")
-    # As `Server` reads it: no name of a service, and gRPC takes a port modulo 65536.
-    if not (separator and name and port.isascii() and port.isdigit() and int(port) < 65536):
-        return Finding("port", False, f"{bind!r} is not host:port", "--bind 127.0.0.1:50051")
-    try:
-        addresses = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as problem:
-        return Finding("port", False, f"{bind} is no address: {_text(problem)}", "--bind 127.0.0.1:50051")
-    problems = [problem for problem in map(_listen, addresses) if problem is not None]
-    taken = [problem for problem in problems if problem.errno == errno.EADDRINUSE]
-    # A name such as localhost has several addresses, of which a machine without IPv6 has one.
-    if taken or len(problems) == len(addresses):
-        return _cannot_listen(bind, port, (taken or problems)[0])
-    return Finding("port", True, f"{bind} is free" if int(port) else f"{bind} takes a free one")
-
-
-def _listen(address: tuple[Any, ...]) -> OSError | None:
-    family, kind, protocol, _, place = address
-    try:
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-            listener.bind(place)
-            listener.listen()
-    except OSError as problem:
-        return problem
-    return None
-
-
-def _cannot_listen(bind: str, port: str, problem: OSError) -> Finding:
-    detail = f"{bind} cannot be listened on: {problem.strerror}"
-    if problem.errno == errno.EADDRINUSE:
-        remedy = f"see who listens with: ss -ltnp 'sport = :{port}'; or take another port with: --bind 127.0.0.1:0"
-    elif problem.errno == errno.EACCES:
-        remedy = "take a port from 1024 up with: --bind 127.0.0.1:50051"
-    else:
-        remedy = "take an address of this machine, shown by: ip -brief address; such as: --bind 127.0.0.1:50051"
-    return Finding("port", False, detail, remedy)
 
 
 # --- words ----------------------------------------------------------------------------------------------------

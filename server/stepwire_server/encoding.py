@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,14 +11,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from stepwire.codecs import dtype_to_wire
 from stepwire.schedules import schedule_to_wire
 from stepwire.treatment import treatment_to_wire
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire import hyperparameters_to_wire, layout_to_wire, optimizer_to_wire, spec_to_wire
 from stepwire_server.plan import SessionPlan
 from stepwire_server.progress import GroupRecord, StepRecord
 from stepwire_server.rules import Precision
 from stepwire_server.session import Session
+from stepwire_server.verdict import Verdict
 
-__all__ = ["encode_record", "encode_session"]
+__all__ = ["encode_record", "encode_session", "encode_staged"]
 
 _PRECISIONS = {
     Precision.FLOAT32: session_pb2.STATE_PRECISION_FLOAT32,
@@ -53,6 +56,15 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.plan.layout, session.slots))
     return message
+
+
+def encode_staged(verdict: Verdict, non_finite_count: int) -> bytes:
+    """Encode what a coordinator decides by."""
+    squares = verdict.squares.groups
+    staged = step_pb2.Staged(
+        squared_norm=math.fsum(squares), non_finite_count=non_finite_count, group_squared_norms=squares
+    )
+    return pb.AttachResponse(staged=staged).SerializeToString()
 
 
 def encode_record(record: StepRecord, durable_step: int, result: step_pb2.StepResult) -> None:

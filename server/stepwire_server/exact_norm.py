@@ -1,44 +1,16 @@
-"""Euclidean norms that do not depend on how their elements were cut or added up.
-
-A norm decides how far a gradient is clipped, and so every bit of the next parameters. It must not change when a tensor
-travels in other chunks, lies in another group, or is summed by another number of threads. So a norm here is the true
-norm of its float32 elements, correctly rounded to float32's 24 bits (whatever the exponent).
-
-The engine's sum in float64 is within 2⁻⁴⁵ of the truth. If both ends of that interval round to the same norm, it is the
-one. That fails about once in a million norms; then the sum is taken exactly, in integers.
-"""
+"""Sums of squares without any rounding, for the norms that an engine's sum leaves in doubt (see `stepwire.norms`)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RELATIVE_ERROR", "exact_sum_of_squares", "rounded_norm"]
-
-RELATIVE_ERROR = 2.0**-45
-"""What an engine's sum of squares may be off by, relative to the sum: at most 128 roundings of 2⁻⁵³ each."""
+__all__ = ["exact_sum_of_squares"]
 
 _BLOCK = 65_536
-
-
-def rounded_norm(total: float, exact: Callable[[], Fraction]) -> float:
-    """Return the root of a sum of squares, correctly rounded to 24 bits.
-
-    Args:
-        total: the sum, within `RELATIVE_ERROR`; infinite or NaN is returned as it is.
-        exact: returns the sum exactly; called only where it matters.
-    """
-    if not math.isfinite(total) or total == 0.0:
-        return total
-    low, high = (
-        _rounded(math.sqrt(total * (1.0 - 2.0 * RELATIVE_ERROR))),
-        _rounded(math.sqrt(total * (1.0 + 2.0 * RELATIVE_ERROR))),
-    )
-    return low if low == high else _nearer(exact(), low, high)
 
 
 def exact_sum_of_squares(blocks: Iterable[npt.NDArray[np.float32]]) -> Fraction:
@@ -60,18 +32,3 @@ def exact_sum_of_squares(blocks: Iterable[npt.NDArray[np.float32]]) -> Fraction:
                 whole = (int(upper[place]) << 24) + int(lower[place])
                 total += Fraction(whole) * Fraction(2) ** (2 * (int(place) - 200 - 24))
     return total
-
-
-def _rounded(value: float) -> float:
-    """Round to 24 bits, ties to even."""
-    mantissa, exponent = math.frexp(value)
-    return math.ldexp(round(mantissa * 2.0**24), exponent - 24)
-
-
-def _nearer(total: Fraction, low: float, high: float) -> float:
-    """Return which of two neighbours the root of `total` rounds to."""
-    middle = (Fraction(low) + Fraction(high)) / 2
-    if total != middle * middle:
-        return low if total < middle * middle else high
-    mantissa, _ = math.frexp(low)
-    return low if int(mantissa * 2.0**24) % 2 == 0 else high

@@ -31,7 +31,10 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "loss_scaling",
     "missing_gradients",
     "nesterov",
+    "overlap",
     "parameter_average",
+    "reply_order",
+    "reply_patches",
     "rule_adadelta",
     "rule_adagrad",
     "rule_adamax",
@@ -45,9 +48,16 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "schedules",
     "state_bfloat16",
     "state_int8",
+    "transport_cuda_ipc",
+    "transport_shm",
+    "two_phase_clipping",
     "update_norm",
+    "wire_int8",
 )
-"""Optional features served on every device, sorted, by the names that the contract's comments use."""
+"""Optional features, sorted, by the names that the contract's comments use.
+
+They are served on every device, but for transports, which take what a machine has.
+"""
 
 _Config = session_pb2.SessionConfig
 
@@ -84,7 +94,6 @@ class _Choice(NamedTuple):
 
 _OPTIONS: Final = (
     _Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),
-    _Option("config.gradient.two_phase", "two_phase_clipping", lambda c: c.gradient.two_phase),
     _Option("config.aggregation.worker_slots", "aggregation", lambda c: c.aggregation.worker_slots > 1),
     _Option("config.aggregation.required_workers", "aggregation", lambda c: c.aggregation.required_workers > 1),
     _Option("config.aggregation.reduction", "aggregation", lambda c: c.aggregation.reduction != 0),
@@ -178,17 +187,16 @@ _CHOICES: Final = (
         "config.gradient_dtype",
         "wire_",
         tensor_pb2.Dtype,
-        frozenset({0, 1, 2, 3}),
+        frozenset(tensor_pb2.Dtype.values()),
         lambda c: c.gradient_dtype,
-        {tensor_pb2.DTYPE_INT8_BLOCKWISE: "wire_int8"},
     ),
+    # Answers in int8 are no feature that another server may have: the decoder says so.
     _Choice(
         "config.reply_dtype",
         "wire_",
         tensor_pb2.Dtype,
-        frozenset({0, 1, 2, 3}),
+        frozenset(tensor_pb2.Dtype.values()),
         lambda c: c.reply_dtype,
-        {tensor_pb2.DTYPE_INT8_BLOCKWISE: "wire_int8"},
     ),
 )
 

@@ -19,7 +19,9 @@ class Gate:
     def __init__(self, retry_after_seconds: float = 1.0) -> None:
         """Start open; refused callers are told to come back after `retry_after_seconds`."""
         self._retry_after_seconds = retry_after_seconds
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._emptied = threading.Condition(self._lock)
+        self._awaited = False
         self._inside = 0
         self._closed = False
 
@@ -34,7 +36,7 @@ class Gate:
         Raises:
             UnavailableError: the gate is closed (SHUTTING_DOWN).
         """
-        with self._condition:
+        with self._lock:
             if self._closed:
                 raise self.refusal()
             self._inside += 1
@@ -43,9 +45,10 @@ class Gate:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Count one step out."""
-        with self._condition:
+        with self._lock:
             self._inside -= 1
-            self._condition.notify_all()
+            if self._awaited:
+                self._emptied.notify_all()
 
     def refusal(self) -> UnavailableError:
         """Return what a caller is told once the gate is closed."""
@@ -57,10 +60,11 @@ class Gate:
 
     def close(self) -> None:
         """Refuse new steps from now on."""
-        with self._condition:
+        with self._lock:
             self._closed = True
 
     def wait_empty(self, timeout_seconds: float) -> bool:
         """Wait until no step is under way; False if some still are when the time is over."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._inside == 0, timeout_seconds)
+        with self._lock:
+            self._awaited = True
+            return self._emptied.wait_for(lambda: self._inside == 0, timeout_seconds)

@@ -46,6 +46,7 @@ class Ledger:
         self.last_record: StepRecord | None = None
         self.ready = ready
         self.closed = False
+        self._answered: int | None = None
         self._damage: str | None = None
 
     def admit_step(self, step: int, epoch: int, token: int) -> bool:
@@ -58,7 +59,8 @@ class Ledger:
             SessionNotReadyError: parameters have not been loaded.
             StepMismatchError: neither the next step nor a replay.
         """
-        self.check_epoch(epoch)
+        if epoch != self.epoch:
+            self.check_epoch(epoch)
         self.check_usable()
         self.slot.check(token)
         if step == self.applied_step + 1:
@@ -93,14 +95,18 @@ class Ledger:
     def commit_step(self, record: StepRecord) -> None:
         """Note an applied step."""
         self.last_record = record
-        self.applied_step = record.step
+        self.applied_step = self._answered = record.step
 
     def commit_load(self, load: int, step: int | None, *, parameters: bool) -> None:
         """Note an applied load; `parameters` says that it brought them."""
-        self.applied_load = load
+        self.applied_load, self._answered = load, None
         self.ready = self.ready or parameters
         if step is not None and step != self.applied_step:
             self.applied_step, self.last_record = step, None
+
+    def answered(self, step: int) -> bool:
+        """Tell whether a client that has the answer to `step` has the present parameters."""
+        return step == self._answered
 
     def damaged_by(self, what: str) -> None:
         """Refuse everything from now on: `what` failed while it was changing the state."""
@@ -112,13 +118,22 @@ class Ledger:
         Raises:
             SessionNotFoundError, DataLossError, SessionNotReadyError: as `admit_step`.
         """
-        self.check_open()
-        self._check_undamaged()
+        if self.closed or self._damage is not None:
+            self.check_sound()
         if not self.ready:
             raise SessionNotReadyError(
                 f"session {self.session_id} has no parameters yet; load the slot 'param' first",
                 metadata={"session_id": self.session_id},
             )
+
+    def check_sound(self) -> None:
+        """Refuse when there is no state, or a damaged one.
+
+        Raises:
+            SessionNotFoundError, DataLossError: as `admit_step`.
+        """
+        self.check_open()
+        self._check_undamaged()
 
     def check_open(self) -> None:
         """Refuse when the session has ended.

@@ -33,7 +33,8 @@ def configure_logging(level: str, as_json: bool | None) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # In one write, end of line included: several processes may share a standard error.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from stepwire_server.active import Active
 from stepwire_server.engines.protocol import PARAM, Span
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe, Rule, has_momentum, rule_for
 
-__all__ = ["SCALE_SUFFIX", "SessionPlan", "StepOrder"]
+__all__ = ["SCALE_SUFFIX", "SessionPlan"]
 
 SCALE_SUFFIX = "_scale"
 """Beside an 8-bit slot "s", "s_scale" repeats each block's maximum for its elements."""
@@ -62,6 +62,11 @@ class SessionPlan:
     def momentum(self) -> bool:
         """A momentum buffer is kept, where that is a choice."""
         return has_momentum(self.groups)
+
+    @functools.cached_property
+    def scheduled(self) -> bool:
+        """A group's learning rate has a schedule."""
+        return any(self.schedules)
 
     @functools.cached_property
     def rule(self) -> Rule:
@@ -128,31 +133,3 @@ class SessionPlan:
     def without(self, missing: frozenset[int]) -> Active:
         """Return the tensors that a step moves which leaves out some more, by index."""
         return Active(self.layout, self.active.absent | missing) if missing else self.active
-
-
-class StepOrder(NamedTuple):
-    """What a client asks of one step.
-
-    Attributes:
-        step: the number it will have once applied.
-        epoch: the epoch the client knows; 0 skips the check.
-        gradient_dtype: encoding of the chunks that follow.
-        reply_dtype: encoding of the answer.
-        reply: whether parameters are wanted at all.
-        reply_elements: most elements in a chunk of the answer.
-        groups: the numbers of each group in this step.
-        own_lr: for each group, whether the step brought its learning rate, which overrides the schedule's.
-        loss_scale: what the gradient was multiplied by, as the client says.
-        missing: indices of tensors without a gradient.
-    """
-
-    step: int
-    epoch: int
-    gradient_dtype: np.dtype[Any]
-    reply_dtype: np.dtype[Any]
-    reply: bool
-    reply_elements: int
-    groups: tuple[Hyperparameters, ...]
-    own_lr: tuple[bool, ...] = ()
-    loss_scale: float = 1.0
-    missing: frozenset[int] = frozenset()

@@ -50,7 +50,8 @@ class Progress:
     def runs(self, active: Active) -> list[Run]:
         """Return the runs of the tensors that the next update moves, in flat order; their t counts that update."""
         self._follow(active)
-        return [run._replace(t=run.t + self._updates + 1) for run in self._runs]
+        updates = self._updates + 1
+        return [Run(start, end, group, t + updates) for start, end, group, t in self._runs]
 
     def advance(self, active: Active) -> None:
         """Count one update of the tensors that it moved."""
@@ -59,7 +60,7 @@ class Progress:
 
     def _follow(self, active: Active) -> None:
         """Count from here on for other tensors than before."""
-        if active.absent != self._active.absent:
+        if active is not self._active and active.absent != self._active.absent:
             self._base, self._updates, self._active = list(self.tensor_steps()), 0, active
             self._find_runs()
 

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import grpc
+import structlog
 
 from stepwire.frames import Frame, read_frame, read_message
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -22,26 +23,40 @@ from stepwire_server.gate import Gate
 from stepwire_server.places import Place
 from stepwire_server.registry import Registry
 from stepwire_server.session import Session
-from stepwire_server.stream import StepStream, invalid_frame, step_once
+from stepwire_server.sharing.offering import Shared, Sharing
+from stepwire_server.stream import StepStream, invalid_frame
+from stepwire_server.unary import step_once
 
 __all__ = ["OptimizerService"]
 
+_log = structlog.get_logger()
+
 _DEFAULT_PAGE = 100
 _LARGEST_PAGE = 1000
+_MEMORIES = {transport_pb2.TRANSPORT_SHM: "shm", transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc"}
 
 
 class OptimizerService:
     """Serves `stepwire.v1.OptimizerService`."""
 
     def __init__(
-        self, registry: Registry, gate: Gate, workers: Executor, config: ServerConfig, instance_id: str
+        self,
+        registry: Registry,
+        gate: Gate,
+        workers: Executor,
+        config: ServerConfig,
+        instance_id: str,
+        local: transport_pb2.LocalAccess,
+        sharing: Sharing,
     ) -> None:
-        """Serve the sessions of `registry`."""
+        """Serve the sessions of `registry`; `local` and `sharing` are for clients on the same machine."""
         self._registry = registry
         self._gate = gate
         self._workers = workers
         self._config = config
         self._instance_id = instance_id
+        self._local = local
+        self._sharing = sharing
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.
@@ -84,9 +99,10 @@ class OptimizerService:
                 max_lease_seconds=config.max_lease_seconds,
                 step_idle_seconds=config.step_idle_seconds,
             ),
-            features=SERVED_FEATURES,
+            features=[name for name in SERVED_FEATURES if name not in self._sharing.features_off],
             sessions=self._registry.statistics().sessions,
             draining=self._gate.closed,
+            local=self._local,
         )
 
     def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:
@@ -132,8 +148,17 @@ class OptimizerService:
             if opening.slot != 0:
                 raise unsupported("open.slot", "aggregation")
             session = self._registry.get(opening.session_id)
-            with session.attached(attachment, opening.attach_token, opening.epoch) as token:
-                yield _opened(session, token, opening.transport).SerializeToString()
+            with (
+                session.attached(attachment, opening.attach_token, opening.epoch) as token,
+                self._sharing.share(session, opening.transport) as shared,
+            ):
+                _log.info(
+                    "attached",
+                    session_id=session.session_id,
+                    transport=_transport_name(shared, context.peer()),
+                    reason=shared.reason,
+                )
+                yield _opened(session, token, shared).SerializeToString()
                 yield from StepStream(
                     session,
                     attachment,
@@ -141,6 +166,7 @@ class OptimizerService:
                     self._workers,
                     self._registry.clock,
                     self._config.max_chunk_bytes,
+                    shared.buffers,
                 ).answers(frames)
 
     def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
@@ -192,8 +218,8 @@ def _opening(frames: Iterator[Frame]) -> Frame:
     return first
 
 
-def _opened(session: Session, token: int, asked: transport_pb2.Transport) -> pb.AttachResponse:
-    ledger, served = session.ledger, asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC)
+def _opened(session: Session, token: int, shared: Shared) -> pb.AttachResponse:
+    ledger = session.ledger
     return pb.AttachResponse(
         opened=pb.AttachOpened(
             attach_token=token,
@@ -201,11 +227,20 @@ def _opened(session: Session, token: int, asked: transport_pb2.Transport) -> pb.
             applied_step=ledger.applied_step,
             durable_step=ledger.durable_step,
             applied_load=ledger.applied_load,
+            unfinished_step=session.unfinished_step,
             ready=ledger.ready,
-            transport=transport_pb2.TRANSPORT_GRPC,
-            transport_reason="" if served else "this server moves bulk data over gRPC only",
+            transport=shared.transport,
+            transport_reason=shared.reason,
+            handoff=shared.handoff,
         )
     )
+
+
+def _transport_name(shared: Shared, peer: str) -> str:
+    """Name the transport of a stream as clients do."""
+    if shared.transport in _MEMORIES:
+        return _MEMORIES[shared.transport]
+    return "uds" if peer.startswith("unix:") else "tcp"
 
 
 def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:

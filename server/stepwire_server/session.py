@@ -10,26 +10,34 @@ device or a bug, and the session says so for ever after instead of going on half
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from stepwire.codecs import FLOAT32, wire_bytes
 from stepwire.errors import StateChangedError
 from stepwire.optimizers import Hyperparameters
-from stepwire_server.answer import ReplySink
-from stepwire_server.commit import Commit, Outcome, initialize, send_parameters
-from stepwire_server.engines.protocol import PARAM, Engine, EngineState, HostArray
+from stepwire_server.answer import Answer, ReplySink
+from stepwire_server.commit import Commit, initialize, send_parameters
+from stepwire_server.engines.protocol import PARAM, Engine, EngineState, ExportedMemory, HostArray
 from stepwire_server.ledger import Ledger
 from stepwire_server.loss_scale import LossScale, after_step
 from stepwire_server.memory import MemoryBudget, Reservation
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.order import StepOrder
+from stepwire_server.outcome import Outcome
+from stepwire_server.overlap import OverlappedStep, unfinished
+from stepwire_server.plan import SessionPlan
 from stepwire_server.progress import Progress, Snapshot, StepRecord
 from stepwire_server.rules import AVERAGE, Precision
+from stepwire_server.sharing.memory import SharedMemory
 from stepwire_server.slot import Attachment
-from stepwire_server.staging import GradientStaging
+from stepwire_server.staging import GradientStaging, StagedChunk
 from stepwire_server.stepping import recipe_for
+from stepwire_server.verdict import Verdict, judge
 
 __all__ = ["ReplySink", "Session"]
 
@@ -64,10 +72,12 @@ class Session:
         self._lock = threading.Lock()
         self._prepared: tuple[Any, ...] = (None, None, None)
         self._progress = Progress(plan, [0] * len(plan.layout.tensors))
+        self._unfinished: OverlappedStep | None = None
+        self._parameter_memory: SharedMemory | None = None
         scaling = plan.treatment.loss_scaling
         self._loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
         state_bytes = engine.state_bytes(plan.slots, plan.layout.size, plan.kept)
-        gradient_bytes = plan.layout.size * max(plan.gradient_dtype.itemsize, plan.reply_dtype.itemsize)
+        gradient_bytes = _room_for(plan.layout.size, plan.gradient_dtype, plan.reply_dtype)
         budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
         self._memory = budget.reserve(state_bytes, "the session's state")
         with contextlib.ExitStack() as made:
@@ -100,9 +110,19 @@ class Session:
         return self._engine.device.name
 
     @property
+    def depth(self) -> int:
+        """How many chunks of an answer it pays to have asked for before the first is waited for."""
+        return self._state.depth
+
+    @property
     def loss_scale(self) -> float | None:
         """What the next gradient must have been multiplied by; None without loss scaling."""
         return None if self._loss_scale is None else self._loss_scale.scale
+
+    @property
+    def unfinished_step(self) -> int:
+        """The step that a broken stream left half applied; 0 for none."""
+        return 0 if self._unfinished is None else self._unfinished.step
 
     def expired(self, now: float) -> bool:
         """Tell whether the lease has run out: no stream, and no call for its length."""
@@ -151,10 +171,10 @@ class Session:
             replay = not self._admit(order, token)
             state = self._state
             unscale = 1.0 / (order.loss_scale if self._loss_scale is None else self._loss_scale.scale)
-        self._prepare(order.groups, order.gradient_dtype, order.reply_dtype)
-        itemsize = max(order.gradient_dtype.itemsize, order.reply_dtype.itemsize)
+        self._prepare(order.groups, order.gradient_dtype, order.reply_dtype if order.reply else None)
+        gradient_bytes = _room_for(self.plan.layout.size, order.gradient_dtype, order.reply_dtype)
         room = self._budget.reserve(
-            self.plan.layout.size * itemsize, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
+            0 if order.shared else gradient_bytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
         )
         active = self.plan.without(order.missing)
         return GradientStaging(order, active, state, room, unscale=unscale, replay=replay)
@@ -178,41 +198,92 @@ class Session:
         """
         committed = self._clock()
         with self._lock:
-            if not self._admit(order, token):
+            if not self._admit(order, token, whole=True):
                 return self._replay(order, sink)
             if staging.replay:
-                raise StateChangedError(f"step {order.step} was a replay when it began and is not now; send it again")
+                raise _no_replay(order)
+            if order.reply_base is not None and not self.ledger.answered(order.reply_base):
+                order = order._replace(reply_base=None)
             work = Commit(self.plan, order, staging, self._state, self._progress)
             started = self._clock()
             skipped = None if work.updates else work.keep(sink)
-            try:
+            with _Changing(self.ledger, "step", order.step):
                 outcome = skipped or work.apply(sink)
                 times = (committed - began, started - committed, self._clock() - started)
-                record = self._finish(order, staging, outcome, times)
-                self.ledger.commit_step(record)
-            except BaseException:
-                self.ledger.damaged_by(f"step {order.step}")
-                raise
-            return record
+                return self._finish(order, staging, outcome, times)
 
-    def _admit(self, order: StepOrder, token: int) -> bool:
+    def stage(self, order: StepOrder, staging: GradientStaging, token: int) -> Verdict | None:
+        """Return what a coordinator decides by, before the commit; None where the step is a replay.
+
+        Raises:
+            StepwireError: as `commit`; the state is as before.
+        """
+        with self._lock:
+            if not self._admit(order, token, whole=True):
+                return None
+            if staging.replay:
+                raise _no_replay(order)
+            return judge(self.plan, order, staging, self._state, self._progress)
+
+    # --- steps that are applied as they arrive -----------------------------------------------------------
+
+    def apply(self, order: StepOrder, chunk: StagedChunk, token: int, sink: ReplySink, answer: Answer) -> None:
+        """Apply a chunk of an overlapped step, unless it has been, and answer it.
+
+        Raises:
+            StepwireError: as `begin`, or it is no longer this step's turn.
+        """
+        with self._lock:
+            if not self._admit(order, token):
+                raise StateChangedError(f"step {order.step} was committed while it was sent; send it again")
+            step = self._overlapped(order)
+            with _Changing(self.ledger, "step", order.step):
+                step.apply(chunk, order, sink, answer)
+
+    def finish(self, order: StepOrder, staging: GradientStaging, token: int, began: float) -> StepRecord:
+        """Commit an overlapped step, all of which has been applied.
+
+        Raises:
+            InvalidRequestError: chunks are missing; the step stays unfinished.
+            StepwireError: as `apply`.
+        """
+        with self._lock:
+            if not self._admit(order, token):
+                raise StateChangedError(f"step {order.step} was committed while it was sent; send it again")
+            outcome = self._overlapped(order).finish(staging)
+            self._unfinished = None
+            now = self._clock()
+            return self._finish(order, staging, outcome, (now - began, 0.0, 0.0))
+
+    def _overlapped(self, order: StepOrder) -> OverlappedStep:
+        if self._unfinished is None:
+            self._unfinished = OverlappedStep(self.plan, order, self._state, self._progress)
+        return self._unfinished
+
+    def _admit(self, order: StepOrder, token: int, *, whole: bool = False) -> bool:
+        """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
         self.last_used = self._clock()
-        return self.ledger.admit_step(order.step, order.epoch, token)
+        following = self.ledger.admit_step(order.step, order.epoch, token)
+        if following and self._unfinished is not None:
+            self._unfinished.check_continued_by(order._replace(overlap=order.overlap and not whole))
+        return following
 
     def _finish(
         self, order: StepOrder, staging: GradientStaging, outcome: Outcome, times: tuple[float, float, float]
     ) -> StepRecord:
-        """Count the step, and say what it did."""
+        """Count the step, and note what it did."""
         if outcome.updated:
             self._progress.advance(staging.active)
         scaling = self.plan.treatment.loss_scaling
         if self._loss_scale is not None and scaling is not None:
             self._loss_scale = after_step(self._loss_scale, scaling, finite=not outcome.skipped)
-        return outcome.record(order.step, self.ledger.epoch, self._progress.group_steps(), times, self.loss_scale)
+        record = outcome.record(order.step, self.ledger.epoch, self._progress.group_steps(), times, self.loss_scale)
+        self.ledger.commit_step(record)
+        return record
 
     def _replay(self, order: StepOrder, sink: ReplySink) -> StepRecord:
         assert self.ledger.last_record is not None  # that is what made it a replay
-        send_parameters(self._state, self.plan.layout.size, order, sink)
+        send_parameters(self._state, self.plan.layout, order, sink)
         return self.ledger.last_record.replay()
 
     # --- state in and out --------------------------------------------------------------------------------
@@ -224,8 +295,7 @@ class Session:
             SessionNotReadyError, SessionNotFoundError, DataLossError: there is nothing to read.
         """
         with self._lock:
-            self.ledger.check_usable()
-            self.last_used = self._clock()
+            self._check_readable()
             steps = self._progress.tensor_steps()
             return Snapshot(self.ledger.applied_step, self.ledger.applied_load, steps, self._loss_scale)
 
@@ -236,8 +306,7 @@ class Session:
             StateChangedError: a step or a load was committed since.
         """
         with self._lock:
-            self.ledger.check_usable()
-            self.last_used = self._clock()
+            self._check_readable()
             now = (self.ledger.applied_step, self.ledger.applied_load)
             if now != (snapshot.step, snapshot.load):
                 raise StateChangedError(
@@ -246,6 +315,15 @@ class Session:
                     metadata={"step": snapshot.step, "applied_step": now[0]},
                 )
             self._state.read(slot, start, out).wait()
+
+    def _check_readable(self) -> None:
+        self.ledger.check_usable()
+        self.last_used = self._clock()
+        if self._unfinished is not None:
+            raise StateChangedError(
+                f"step {self._unfinished.step} is half applied; pull when it is finished",
+                metadata={"unfinished_step": self._unfinished.step},
+            )
 
     def admit_load(self, token: int, load: int, step: int | None) -> bool:
         """Return True for the next load and False for a replay of the last.
@@ -289,19 +367,81 @@ class Session:
         with self._lock:
             if not self.ledger.admit_load(token, load, step):
                 return False
-            try:
+            if self._unfinished is not None and (step is None or set(slots) != set(self.slots)):
+                raise unfinished(self._unfinished.step, "finish it")
+            with _Changing(self.ledger, "load", load):
                 self._state.adopt(staged)
                 if AVERAGE in self.plan.slots and PARAM in slots and AVERAGE not in slots and not self.ledger.ready:
                     self._state.copy(PARAM, AVERAGE)
                 self._state.settle()
-            except BaseException:
-                self.ledger.damaged_by(f"load {load}")
-                raise
+            self._unfinished = None
             self.ledger.commit_load(load, step, parameters=PARAM in slots)
             if tensor_steps:
                 self._progress = Progress(self.plan, tensor_steps)
             self._loss_scale = loss_scale or self._loss_scale
             return True
+
+    # --- memory that is shared with the client -----------------------------------------------------------
+
+    def room(self, nbytes: int, purpose: str) -> Reservation:
+        """Reserve memory beside the state.
+
+        Raises:
+            ResourceExhaustedError: it does not fit.
+        """
+        return self._budget.reserve(nbytes, purpose)
+
+    def pin(self, memory: HostArray) -> contextlib.AbstractContextManager[None]:
+        """See `Engine.pin`; no step may be under way in the memory when the block ends."""
+        return self._engine.pin(memory)
+
+    def export(self, nbytes: int) -> ExportedMemory:
+        """See `Engine.export`; the caller has reserved the bytes.
+
+        Raises:
+            UnsupportedFeatureError, ResourceExhaustedError: as there.
+        """
+        return self._engine.export(nbytes)
+
+    def moved_parameters(self) -> SharedMemory | None:
+        """Return the memory that the parameters were moved to, for the caller to close; None if they were not.
+
+        Raises:
+            SessionNotFoundError, DataLossError: there is no sound state.
+            OSError: the system has no descriptors left.
+        """
+        with self._lock:
+            self.ledger.check_sound()
+            return None if self._parameter_memory is None else self._parameter_memory.duplicate()
+
+    def move_parameters(self, memory: SharedMemory) -> bool:
+        """Hold the parameters in `memory` for the rest of the session's life, and close it then.
+
+        Returns:
+            False where they cannot lie in memory of the host, or lie in such memory already; nothing has changed then.
+
+        Raises:
+            SessionNotFoundError, DataLossError: there is no sound state to move.
+        """
+        with self._lock:
+            self.ledger.check_sound()
+            if self._parameter_memory is not None:
+                return False
+            self._prepare(self.plan.groups, self.plan.gradient_dtype, None)  # steps will have no answer
+            if not self._state.move(PARAM, memory.array(FLOAT32, self.plan.layout.size)):
+                return False
+            self._parameter_memory = memory
+            return True
+
+    def read_parameters(self, out: HostArray) -> None:
+        """Encode the present parameters, be there any or not, into `out`, `(size,)` of a wire dtype.
+
+        Raises:
+            SessionNotFoundError, DataLossError: there is no sound state to read.
+        """
+        with self._lock:
+            self.ledger.check_sound()
+            self._state.read(PARAM, 0, out).wait()
 
     # --- end of life -------------------------------------------------------------------------------------
 
@@ -315,11 +455,45 @@ class Session:
                     self._state.close()
                 finally:
                     self._memory.release()
+                    if self._parameter_memory is not None:
+                        self._parameter_memory.close()
 
-    def _prepare(self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any]) -> None:
+    def _prepare(
+        self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
+    ) -> None:
         """Compile what a step needs, unless the step before needed the same."""
         if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
             return
         for hyper in groups:
             self._engine.prepare(recipe_for(self.plan, hyper), gradient, reply)
         self._prepared = (groups, gradient, reply)
+
+
+class _Changing:
+    """Says that the state is damaged if something fails in a block that changes it."""
+
+    __slots__ = ("_ledger", "_number", "_what")
+
+    def __init__(self, ledger: Ledger, what: str, number: int) -> None:
+        self._ledger = ledger
+        self._what = what
+        self._number = number
+
+    def __enter__(self) -> None:
+        """Change the state from here on."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._ledger.damaged_by(f"{self._what} {self._number}")
+
+
+def _no_replay(order: StepOrder) -> StateChangedError:
+    return StateChangedError(f"step {order.step} was a replay when it began and is not now; send it again")
+
+
+@functools.lru_cache(256)
+def _room_for(size: int, gradient: np.dtype[Any], reply: np.dtype[Any]) -> int:
+    """Return the bytes that a step takes at its peak: its gradient, or its answer where that is larger."""
+    return max(wire_bytes(gradient, size), wire_bytes(reply, size))

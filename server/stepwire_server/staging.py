@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from operator import attrgetter, itemgetter
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from stepwire.codecs import wire_alignment, wire_bytes, wire_name
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.active import Active
-from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending
+from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending, Span
 from stepwire_server.exact_norm import exact_sum_of_squares
 from stepwire_server.memory import Reservation
-from stepwire_server.plan import StepOrder
+from stepwire_server.order import StepOrder
 
 __all__ = ["Coverage", "GradientStaging", "Piece", "StagedChunk", "typed_payload"]
 
@@ -24,6 +25,10 @@ __all__ = ["Coverage", "GradientStaging", "Piece", "StagedChunk", "typed_payload
 # freely for small sessions, and to one in 16 Ki elements beyond.
 _FREE_CHUNKS = 1024
 _ELEMENTS_PER_FURTHER_CHUNK = 16384
+
+_FIRST: Final = itemgetter(0)
+_LAST: Final = itemgetter(1)
+_OFFSET: Final = attrgetter("offset")
 
 
 class Coverage:
@@ -59,6 +64,8 @@ class Coverage:
         Raises:
             InvalidRequestError: names the first missing range.
         """
+        if self._spans == [(0, self._size)]:
+            return
         for start, end in needed:
             reached = start
             for low, high in self._spans[max(bisect_left(self._spans, (start, 0)) - 1, 0) :]:
@@ -79,17 +86,12 @@ class Coverage:
         )
 
 
-@dataclasses.dataclass(slots=True)
-class StagedChunk:
-    """A received chunk: flat elements `[offset, offset + count)` and their gradient."""
+class StagedChunk(NamedTuple):
+    """A received chunk: flat elements `[offset, end)` and their gradient."""
 
     offset: int
+    end: int
     gradient: Gradient
-
-    @property
-    def end(self) -> int:
-        """One past its last flat element."""
-        return self.offset + len(self.gradient)
 
 
 class Piece(NamedTuple):
@@ -153,12 +155,19 @@ class GradientStaging:
         if offset % self.active.layout.chunk_alignment:
             problem = f"starts at no multiple of {self.active.layout.chunk_alignment}, the layout's `chunk_alignment`"
             raise _invalid_chunk(offset, offset + count, problem)
+        if offset % wire_alignment(values.dtype):
+            problem = f"starts at no multiple of {wire_alignment(values.dtype)}, where a block of int8 does"
+            raise _invalid_chunk(offset, offset + count, problem)
         rank = self._coverage.add(offset, count)
-        chunk = StagedChunk(offset, self._buffer.put(offset, values))
+        chunk = StagedChunk(offset, offset + count, self._buffer.put(offset, values, count))
         self._chunks.insert(rank, chunk)
         for group, piece in self._pieces_of(chunk):
             asked = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
             self._asked.append((group, piece, asked))
+
+    def take(self) -> StagedChunk | None:
+        """Return a chunk that came, and let go of it: somebody else applies it. None where there is none."""
+        return self._chunks.pop() if self._chunks else None
 
     def complete(self) -> None:
         """Check that everything needed came.
@@ -179,7 +188,7 @@ class GradientStaging:
                 self._locate_non_finite(piece)
 
     def squared_norms(self) -> list[float]:
-        """Return the sum of squares of each group's unscaled gradient, within `exact_norm.RELATIVE_ERROR`."""
+        """Return the sum of squares of each group's unscaled gradient, within `norms.RELATIVE_ERROR`."""
         return [math.fsum(sums) for sums in self._sums]
 
     def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
@@ -193,7 +202,7 @@ class GradientStaging:
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
         """Yield what came for flat elements `[start, end)`, in order."""
-        first = max(bisect_right(self._chunks, start, key=lambda chunk: chunk.offset) - 1, 0)
+        first = max(bisect_right(self._chunks, start, key=_OFFSET) - 1, 0)
         for chunk in self._chunks[first:]:
             if chunk.offset >= end:
                 return
@@ -201,20 +210,32 @@ class GradientStaging:
             if low < high:
                 yield Piece(chunk, low, low - chunk.offset, high - chunk.offset)
 
-    def drain(self) -> Iterator[tuple[int, int, StagedChunk | None]]:
-        """Yield the whole space in flat order, `(start, end, chunk)`; the chunk is None where nothing was sent.
+    def drain(self, ranges: Sequence[Span]) -> Iterator[tuple[int, int, StagedChunk | None]]:
+        """Yield `ranges`, which together are the space, as `(start, end, chunk)`; None where nothing was sent.
 
-        Lets go of each chunk as the next is asked for.
+        Lets go of each chunk when all of it has been yielded and the next is asked for.
         """
-        done, size = 0, self.active.layout.size
-        self._chunks.reverse()
-        while self._chunks:
-            if self._chunks[-1].offset > done:
-                yield done, self._chunks[-1].offset, None
-            done = self._chunks[-1].end
-            yield self._chunks[-1].offset, done, self._chunks.pop()
-        if done < size:
-            yield done, size, None
+        spans = [(start, end) for start, end, _ in self._chunks]
+        left = [end - start for start, end in spans]
+        chunks: list[StagedChunk | None] = [*self._chunks]
+        self._chunks = []
+        for start, end in ranges:
+            done = start
+            for index in range(max(bisect_right(spans, start, key=_FIRST) - 1, 0), len(spans)):
+                low, high = spans[index]
+                if low >= end:
+                    break
+                low, high = max(start, low), min(end, high)
+                if low >= high:
+                    continue
+                if done < low:
+                    yield done, low, None
+                yield low, high, chunks[index]
+                done, left[index] = high, left[index] - (high - low)
+                if not left[index]:
+                    chunks[index] = None
+            if done < end:
+                yield done, end, None
 
     def close(self) -> None:
         """Let go of everything. Closing twice is harmless."""
@@ -228,30 +249,31 @@ class GradientStaging:
     def _pieces_of(self, chunk: StagedChunk) -> Iterator[tuple[int, Piece]]:
         """Yield the parts of a chunk that the step moves, with their groups."""
         stretches = self.active.stretches
-        first = bisect_right(stretches, chunk.offset, key=lambda stretch: stretch.end)
-        for start, end, group in stretches[first:]:
-            if start >= chunk.end:
+        offset, last, _ = chunk
+        for start, end, group in stretches[bisect_right(stretches, offset, key=_LAST) :]:
+            if start >= last:
                 return
-            low, high = max(start, chunk.offset), min(end, chunk.end)
-            yield group, Piece(chunk, low, low - chunk.offset, high - chunk.offset)
+            low, high = max(start, offset), min(end, last)
+            yield group, Piece(chunk, low, low - offset, high - offset)
 
     def _locate_non_finite(self, piece: Piece) -> None:
         """Count NaN and Inf and remember the first; rare, so NumPy on the host will do."""
         values = self._state.fetch(piece.chunk.gradient, piece.begin, piece.end, self.unscale)
         bad = np.flatnonzero(~np.isfinite(values))
-        self.non_finite_count += int(bad.size)
-        self.first_non_finite = min(self.first_non_finite, piece.start + int(bad[0]))
+        # A client that changes memory it shares may have made it finite since: it was not, and counts.
+        self.non_finite_count += max(int(bad.size), 1)
+        self.first_non_finite = min(self.first_non_finite, piece.start + (int(bad[0]) if bad.size else 0))
 
 
 def typed_payload(payload: HostArray, count: int, dtype: np.dtype[np.generic]) -> HostArray:
-    """View received bytes as `count` elements.
+    """View received bytes as items of an encoding that hold `count` elements.
 
     Raises:
         InvalidRequestError: the byte count is another.
     """
-    if payload.size != count * dtype.itemsize:
+    if payload.size != wire_bytes(dtype, count):
         raise InvalidRequestError(
-            f"chunk.count is {count} ({count * dtype.itemsize} bytes of {dtype.name}) and the payload has "
+            f"chunk.count is {count} ({wire_bytes(dtype, count)} bytes of {wire_name(dtype)}) and the payload has "
             f"{payload.size} bytes",
             reason=Reason.INVALID_TENSOR,
             metadata={"field": "chunk.count", "count": count, "payload_bytes": payload.size},

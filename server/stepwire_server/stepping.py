@@ -6,21 +6,28 @@ import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from stepwire.errors import InvalidRequestError
+from stepwire.norms import rounded_norm
 from stepwire.optimizers import Hyperparameters
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass, Pending
-from stepwire_server.exact_norm import exact_sum_of_squares, rounded_norm
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.exact_norm import exact_sum_of_squares
+from stepwire_server.order import StepOrder
+from stepwire_server.plan import SessionPlan
 from stepwire_server.progress import Run
 from stepwire_server.rules import Decay, Recipe
 from stepwire_server.schedules import factor
 from stepwire_server.staging import GradientStaging, Piece
 
 __all__ = ["SteppedRun", "between", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
+
+
+_START: Final = itemgetter(0)
+_END: Final = itemgetter(1)
 
 
 class SteppedRun(NamedTuple):
@@ -43,7 +50,7 @@ def effective_groups(plan: SessionPlan, order: StepOrder, updates: Sequence[int]
     Raises:
         InvalidRequestError: a scheduled learning rate is beyond float64.
     """
-    if not any(plan.schedules):
+    if not plan.scheduled:
         return order.groups
     effective = []
     for index, (hyper, schedule) in enumerate(zip(order.groups, plan.schedules, strict=True)):
@@ -145,5 +152,5 @@ def _read(state: EngineState, start: int, count: int) -> HostArray:
 
 def between(runs: Sequence[SteppedRun], start: int, end: int) -> Sequence[SteppedRun]:
     """Return the runs that share elements with `[start, end)`."""
-    first = bisect_right(runs, start, key=lambda run: run.end)
-    return runs[first : bisect_left(runs, end, lo=first, key=lambda run: run.start)]
+    first = bisect_right(runs, start, key=_END)
+    return runs[first : bisect_left(runs, end, lo=first, key=_START)]

@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Final
 
-import numpy as np
-
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.frames import Frame, FrameBuffer
+from stepwire.frames import Frame
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import step_pb2, tensor_pb2
-from stepwire_server.decoding import decode_order
-from stepwire_server.encoding import encode_record
-from stepwire_server.engines.protocol import HostArray
+from stepwire.v1 import step_pb2, transport_pb2
+from stepwire_server.answer import Answer
+from stepwire_server.encoding import encode_record, encode_staged
 from stepwire_server.features import unsupported
 from stepwire_server.gate import Gate
-from stepwire_server.plan import StepOrder
+from stepwire_server.order import StepOrder
+from stepwire_server.order_decoding import decode_decision, decode_order
 from stepwire_server.progress import StepRecord
 from stepwire_server.session import Session
+from stepwire_server.sharing.step import MemorySink, StreamMemory, stage_shared
+from stepwire_server.sinks import ChunkSink, WholeSink
 from stepwire_server.slot import Attachment
 from stepwire_server.staging import GradientStaging
 
-__all__ = ["StepStream", "check_chunk", "invalid_frame", "step_once"]
+__all__ = ["StepStream", "check_chunk", "invalid_frame"]
 
 # Below this, an answer is computed into a scratch array and copied into one message together with the result.
 _SMALL_REPLY_BYTES: Final = 256 << 10
@@ -47,14 +47,16 @@ class StepStream:
         workers: Executor,
         clock: Callable[[], float],
         max_chunk_bytes: int,
+        shared: StreamMemory | None = None,
     ) -> None:
-        """Serve steps of `session` to the client that holds `attachment`."""
+        """Serve steps of `session` to the client that holds `attachment`, and perhaps shares memory."""
         self._session = session
         self._attachment = attachment
         self._gate = gate
         self._workers = workers
         self._clock = clock
         self._max_chunk_bytes = max_chunk_bytes
+        self._shared = shared
         self._last_settings = b""
         self._last_send_seconds: float | None = None
         self._last_order: StepOrder | None = None
@@ -75,14 +77,20 @@ class StepStream:
 
     def _step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
+        if opening[0].message.HasField("check"):
+            yield self._check_memory(opening[0])
+            return
         if not opening[0].message.HasField("begin"):
             raise invalid_frame("begin", "a step starts with `begin`")
         order = self._order(opening[0].message.begin)
         staging = self._session.begin(order, self._attachment.token)
         self._attachment.in_step = True
         try:
-            self._receive(opening.pop(), frames, staging)
-            yield from self._timed(self._commit(order, staging, began))
+            if order.overlap and not staging.replay:
+                answer = self._overlap(opening, frames, order, staging, began)
+            else:
+                answer = self._gather(opening, frames, order, staging, began)
+            yield from self._timed(answer)
         finally:
             self._attachment.in_step = False
             staging.close()
@@ -101,24 +109,80 @@ class StepStream:
         step, begin.step = begin.step, 0
         settings = begin.SerializeToString()
         if self._last_order is None or settings != self._last_settings:
-            self._last_order = decode_order(begin, self._session.plan, self._max_chunk_bytes)
-            self._last_settings = settings
-        return self._last_order._replace(step=step)
+            order = decode_order(begin, self._session.plan, self._max_chunk_bytes)
+            if order.shared and self._memory().in_place:  # the answer is the state, where the client sees it
+                order = order._replace(reply=False)
+            if order.shared and self._memory().on_device:  # kernels write it where it is read, in one go
+                order = order._replace(reply_elements=max(self._session.plan.layout.size, 1))
+            self._last_order, self._last_settings = order, settings
+        return self._last_order.numbered(step)
 
-    def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging) -> None:
-        """Take chunks until the commit."""
-        while True:
-            self._seen()
-            self._take_chunk(frame, staging)
-            if frame.message.HasField("commit"):
-                if frame.message.commit.HasField("clip_coefficient"):
-                    raise unsupported("commit.clip_coefficient", "two_phase_clipping")
-                return
-            if (following := next(frames, None)) is None:
-                raise invalid_frame("commit", "the stream ended inside a step, before `commit`")
-            frame = following
-            if frame.message.HasField("begin"):
-                raise invalid_frame("begin", "a second `begin` before the `commit` of the step")
+    def _gather(
+        self, opening: list[Frame], frames: Iterator[Frame], order: StepOrder, staging: GradientStaging, began: float
+    ) -> Iterator[bytes]:
+        """Take everything, then apply and answer it."""
+        if order.shared:
+            stage_shared(self._memory(), staging, self._session.plan.layout.size, self._session.depth)
+        commit = self._receive(opening.pop(), frames, staging)
+        if self._session.plan.treatment.two_phase and decode_decision(commit, self._session.plan) is None:
+            verdict = self._session.stage(order, staging, self._attachment.token)
+            if verdict is not None:
+                yield encode_staged(verdict, staging.non_finite_count)
+                commit = self._second_half(frames)
+        if (decision := decode_decision(commit, self._session.plan)) is not None:
+            order = order._replace(decision=decision)
+        yield from self._commit(order, staging, began)
+
+    def _overlap(
+        self, opening: list[Frame], frames: Iterator[Frame], order: StepOrder, staging: GradientStaging, began: float
+    ) -> Iterator[bytes]:
+        """Apply and answer each chunk as it comes."""
+        ready: deque[bytes] = deque()
+        sink = ChunkSink(order, ready.append)
+        frame, ended = opening.pop(), False
+        with Answer(sink, self._session.depth) as answer:
+            while not ended:
+                ended = self._take(frame, staging)
+                if (chunk := staging.take()) is not None:
+                    self._session.apply(order, chunk, self._attachment.token, sink, answer)
+                del frame, chunk
+                while ready:
+                    yield ready.popleft()
+                if not ended:
+                    frame = self._following(frames)
+        yield from ready
+        record = self._session.finish(order, staging, self._attachment.token, began)
+        yield self._result(record).SerializeToString()
+
+    def _receive(self, frame: Frame, frames: Iterator[Frame], staging: GradientStaging) -> step_pb2.StepCommit:
+        """Take chunks until the commit, and return it."""
+        while not self._take(frame, staging):
+            frame = self._following(frames)
+        commit: step_pb2.StepCommit = frame.message.commit
+        return commit
+
+    def _take(self, frame: Frame, staging: GradientStaging) -> bool:
+        """Take the chunk of a message, if it has one; tell whether it ends the step."""
+        self._take_chunk(frame, staging)
+        ends: bool = frame.message.HasField("commit")
+        return ends
+
+    def _following(self, frames: Iterator[Frame]) -> Frame:
+        if (following := next(frames, None)) is None:
+            raise invalid_frame("commit", "the stream ended inside a step, before `commit`")
+        self._seen()
+        if following.message.HasField("begin"):
+            raise invalid_frame("begin", "a second `begin` before the `commit` of the step")
+        return following
+
+    def _second_half(self, frames: Iterator[Frame]) -> step_pb2.StepCommit:
+        frame = self._following(frames)
+        commit: step_pb2.StepCommit = frame.message.commit
+        if not frame.message.HasField("commit") or frame.message.HasField("chunk") or frame.payload.size:
+            raise invalid_frame("commit", "after `staged` comes a commit alone")
+        if decode_decision(commit, self._session.plan) is None:
+            raise invalid_frame("commit", "the second commit brings `clip_coefficient` (1 for no clipping) or `skip`")
+        return commit
 
     def _take_chunk(self, frame: Frame, staging: GradientStaging) -> None:
         message: pb.AttachRequest = frame.message
@@ -128,23 +192,53 @@ class StepStream:
             if frame.payload.size:
                 raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
             return
+        if staging.order.shared:
+            raise invalid_frame("chunk", "a step in shared memory brings no chunks")
         check_chunk(frame, self._max_chunk_bytes)
-        staging.add(message.chunk.offset, message.chunk.count, frame.payload)
+        chunk = message.chunk
+        staging.add(chunk.offset, chunk.count, frame.payload)
 
-    def _commit(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
+    def _commit(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterable[bytes]:
         size = self._session.plan.layout.size
+        if order.shared:
+            return [self._commit_shared(order, staging, began)]
         if not order.reply or size * order.reply_dtype.itemsize <= min(_SMALL_REPLY_BYTES, self._max_chunk_bytes):
-            return self._commit_small(order, staging, began)
+            return [self._commit_small(order, staging, began)]
         return self._commit_large(order, staging, began)
 
-    def _commit_small(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
-        sink = _ScratchSink(order, self._session.plan.layout.size)
+    def _commit_small(self, order: StepOrder, staging: GradientStaging, began: float) -> bytes:
+        if order.reply_base is not None:
+            order = order._replace(reply_base=None)
+        sink = WholeSink(order, self._session.plan.layout.size)
         record = self._session.commit(order, staging, self._attachment.token, sink, began)
-        yield sink.message(self._result(record))
+        return sink.message(self._result(record))
+
+    def _commit_shared(self, order: StepOrder, staging: GradientStaging, began: float) -> bytes:
+        """Commit in this thread: nothing is sent before all is done, so a client that goes cannot stop it half-way."""
+        sink = MemorySink(self._memory().parameters)
+        record = self._session.commit(order, staging, self._attachment.token, sink, began)
+        return self._result(record).SerializeToString()
+
+    def _check_memory(self, frame: Frame) -> bytes:
+        """Answer a `check`."""
+        fields = [field.name for field, _ in frame.message.ListFields() if field.name not in ("check", "padding")]
+        if fields or frame.payload.size or self._last_order is not None:
+            raise invalid_frame("check", "memory is checked before the first step, by a message of its own")
+        pattern: bytes = frame.message.check.pattern
+        if not 16 <= len(pattern) <= 64 or len(pattern) % 4:
+            raise invalid_frame("check.pattern", f"{len(pattern)} bytes; it must be 16 to 64, a multiple of 4")
+        if (seen := self._memory().check(pattern)) is None:
+            raise invalid_frame("check.pattern", "it is not in the memory that this server shares; attach without it")
+        return pb.AttachResponse(checked=transport_pb2.MemoryChecked(parameters=seen)).SerializeToString()
+
+    def _memory(self) -> StreamMemory:
+        if self._shared is None:
+            raise invalid_frame("in_shared_memory", "this stream shares no memory; see `AttachOpened.transport`")
+        return self._shared
 
     def _commit_large(self, order: StepOrder, staging: GradientStaging, began: float) -> Iterator[bytes]:
         ready: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        sink = _QueueSink(order, ready)
+        sink = ChunkSink(order, ready.put)
 
         def commit() -> StepRecord:
             try:
@@ -172,77 +266,6 @@ class StepStream:
     def _seen(self) -> float:
         self._attachment.last_seen = now = self._clock()
         return now
-
-
-def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_bytes: int) -> bytes:
-    """Take the one step of a `StepRequest` and return its `StepResponse`.
-
-    Raises:
-        StepwireError: whatever is wrong with the step.
-    """
-    began = clock()
-    request: pb.StepRequest = frame.message
-    order = decode_order(request.begin, session.plan, max_bytes)
-    size = session.plan.layout.size
-    if max(frame.payload.size, size * order.reply_dtype.itemsize if order.reply else 0) > max_bytes:
-        raise invalid_frame(
-            "payload",
-            f"{size} elements are more than the {max_bytes} bytes of one call; attach a stream instead",
-        )
-    sink = _ScratchSink(order, size)
-    staging = session.begin(order, request.attach_token)
-    try:
-        if size or frame.payload.size:
-            staging.add(0, size, frame.payload)
-        record = session.commit(order, staging, request.attach_token, sink, began)
-    finally:
-        staging.close()
-    response = pb.StepResponse()
-    encode_record(record, session.ledger.durable_step, response.result)
-    return sink.message(response)
-
-
-class _ScratchSink:
-    """Takes a small answer whole, so that it can travel in one message with the result."""
-
-    def __init__(self, order: StepOrder, size: int) -> None:
-        """Make room for `size` elements, if `order` wants an answer."""
-        self._values: HostArray = np.empty(size if order.reply else 0, order.reply_dtype)
-
-    def buffer(self, offset: int, count: int) -> HostArray:
-        """See `ReplySink`."""
-        return self._values[offset : offset + count]
-
-    def flush(self) -> None:
-        """See `ReplySink`."""
-
-    def message(self, header: pb.AttachResponse | pb.StepResponse) -> bytes:
-        """Put the answer behind the header's fields."""
-        if not self._values.size:
-            return header.SerializeToString()
-        if isinstance(header, pb.AttachResponse):
-            header.chunk.count = self._values.size
-        frame = FrameBuffer(header, self._values.nbytes)
-        frame.payload(self._values.dtype)[:] = self._values
-        return frame.finish()
-
-
-class _QueueSink:
-    """Takes an answer chunk by chunk, each computed straight into its outgoing message."""
-
-    def __init__(self, order: StepOrder, ready: queue.SimpleQueue[bytes | None]) -> None:
-        self._order = order
-        self._ready = ready
-        self._unfinished: deque[FrameBuffer] = deque()
-
-    def buffer(self, offset: int, count: int) -> HostArray:
-        header = pb.AttachResponse(chunk=tensor_pb2.Chunk(offset=offset, count=count))
-        frame = FrameBuffer(header, count * self._order.reply_dtype.itemsize)
-        self._unfinished.append(frame)
-        return frame.payload(self._order.reply_dtype)
-
-    def flush(self) -> None:
-        self._ready.put(self._unfinished.popleft().finish())
 
 
 def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:

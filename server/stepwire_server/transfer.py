@@ -12,10 +12,10 @@ from stepwire.treatment import check_scale
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import tensor_pb2
 from stepwire_server.active import Active
-from stepwire_server.decoding import decode_chunk_bytes
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
 from stepwire_server.features import unsupported
 from stepwire_server.loss_scale import LossScale
+from stepwire_server.order_decoding import decode_chunk_bytes
 from stepwire_server.plan import SCALE_SUFFIX
 from stepwire_server.progress import Snapshot
 from stepwire_server.session import Session

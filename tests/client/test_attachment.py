@@ -16,10 +16,12 @@ from stepwire.codecs import FLOAT32
 from stepwire.layout import TensorSpec, place
 from stepwire.packing import Packer
 from stepwire.retry import Deadline
+from stepwire.transports.route import Route, Router
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import session_pb2, step_pb2, tensor_pb2, transport_pb2
 
 PATIENCE_SECONDS = 30.0
+OPENING = pb.AttachOpen(session_id="s", attach_token=7, epoch=1, transport=transport_pb2.TRANSPORT_GRPC)
 PACKER = Packer(place([TensorSpec("w", (5,))], 1))
 Script = Callable[[Iterator[pb.AttachRequest]], Iterator[pb.AttachResponse]]
 
@@ -61,7 +63,7 @@ class Server:
 
 def hold(calls: Calls, *, token: int = 7, applied_step: int = 3, chunk_bytes: int = 1 << 16) -> Attachment:
     session = session_pb2.Session(session_id="s", epoch=1, applied_step=applied_step, applied_load=1)
-    return Attachment(calls.channel, session, token, PACKER, chunk_bytes)
+    return Attachment(Route(Router(calls, "tcp"), "s"), session, token, PACKER, chunk_bytes)
 
 
 def call(step: int) -> StepCall:
@@ -125,7 +127,7 @@ def test_a_step_whose_answer_was_lost_is_asked_for_without_its_gradient(scripted
     assert attachment.applied_step == 3
     assert attachment.take_step(step, deadline()).step == 4
     attachment.detach()
-    assert server.received[1][0].open == pb.AttachOpen(session_id="s", attach_token=7, epoch=1)
+    assert server.received[1][0].open == OPENING
     assert server.received[1][1:] == [pb.AttachRequest(begin=step.begin, commit=step_pb2.StepCommit())]
     assert (attachment.applied_step, step.targets[0].tolist()) == (4, [4] * 5)
 

@@ -53,9 +53,45 @@ def test_an_unspecified_encoding_is_the_default() -> None:
     assert codecs.dtype_from_wire(0, codecs.FLOAT16, "f") is codecs.FLOAT16
 
 
-@pytest.mark.parametrize("value", [tensor_pb2.DTYPE_INT8_BLOCKWISE, 5, 99, -1])
+@pytest.mark.parametrize("value", [5, 99, -1])
 def test_an_encoding_that_is_not_served_is_refused(value: int) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         codecs.dtype_from_wire(value, codecs.FLOAT32, "begin.reply_dtype")
     assert refused.value.reason is Reason.INVALID_CONFIG
     assert str(refused.value).startswith(f"begin.reply_dtype: encoding {value} is not served")
+
+
+def test_blocks_of_8_bits_are_for_gradients_alone() -> None:
+    value = tensor_pb2.DTYPE_INT8_BLOCKWISE
+    assert codecs.dtype_named("int8", "gradient_dtype", gradients=True) is codecs.INT8
+    assert codecs.dtype_named(codecs.INT8, "gradient_dtype", gradients=True) is codecs.INT8
+    assert codecs.dtype_from_wire(value, codecs.FLOAT32, "f", gradients=True) is codecs.INT8
+    assert codecs.dtype_to_wire(codecs.INT8) == value
+    assert not codecs.is_wire_dtype(codecs.INT8), "no array of a user has it"
+    here = "here, only as the encoding of gradients; use one of float32, bfloat16, float16$"
+    with pytest.raises(InvalidRequestError, match=f"reply_dtype: dtype 'int8' cannot be sent {here}"):
+        codecs.dtype_named("int8", "reply_dtype")
+    with pytest.raises(InvalidRequestError, match=f"open.dtype: encoding {value} is not served {here}"):
+        codecs.dtype_from_wire(value, codecs.FLOAT32, "open.dtype")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.dtype(np.int8), "i1", np.uint8])
+def test_the_dtype_of_numpy_is_not_the_encoding(dtype: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="use one of float32, bfloat16, float16, int8"):
+        codecs.dtype_named(dtype, "gradient_dtype", gradients=True)
+    assert not codecs.is_wire_dtype(np.dtype(dtype))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_element_is_an_item(name: str) -> None:
+    dtype, _ = SERVED[name]
+    assert codecs.wire_name(dtype) == name
+    assert (codecs.wire_items(dtype, 300), codecs.wire_bytes(dtype, 300)) == (300, 300 * dtype.itemsize)
+    assert (codecs.elements_within(dtype, 4001), codecs.wire_alignment(dtype)) == (4001 // dtype.itemsize, 1)
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(0, 0), (1, 1), (256, 1), (257, 2), (1 << 40, 1 << 32)])
+def test_a_block_is_an_item(count: int, blocks: int) -> None:
+    assert (codecs.wire_items(codecs.INT8, count), codecs.wire_bytes(codecs.INT8, count)) == (blocks, 260 * blocks)
+    assert (codecs.wire_name(codecs.INT8), codecs.wire_alignment(codecs.INT8)) == ("int8", 256)
+    assert codecs.elements_within(codecs.INT8, 260 * blocks + 259) == 256 * blocks

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.frames import FrameBuffer, read_frame
+from stepwire.frames import FrameBuffer, read_frame, whole_message
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2
 
@@ -133,6 +133,19 @@ def test_a_large_payload_is_written_into_the_message_itself() -> None:
     payload = frame.payload(np.uint8)
     payload[:] = 3
     assert np.shares_memory(payload, np.frombuffer(frame.finish(), np.uint8))
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 8192, 8193, 100_000])
+def test_a_payload_that_is_there_travels_like_one_that_is_written(count: int) -> None:
+    values = np.random.default_rng(count).standard_normal(count).astype(np.float32)
+    header = pb.AttachRequest(chunk=tensor_pb2.Chunk(offset=3, count=count))
+    frame = FrameBuffer(header, values.nbytes)
+    frame.payload(np.float32)[:] = values
+    message = whole_message(header, values)
+    assert message == frame.finish()
+    parsed = pb.AttachRequest.FromString(message)
+    assert (parsed.chunk, parsed.payload) == (header.chunk, values.tobytes())
+    assert not header.payload, "the header is left as it was"
 
 
 def test_a_message_without_payload_has_an_empty_one() -> None:

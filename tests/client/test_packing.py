@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwire.blockwise import BLOCK, INT8, decode_blocks, encode_blocks
+from stepwire.codecs import wire_items
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.packing import Packer, Part, named_arrays
@@ -187,6 +189,24 @@ def test_an_answer_for_a_list_is_a_list_in_its_order() -> None:
     assert [array.shape for array in answer] == [(index,) for index in range(12)]
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_room_for_an_answer_is_what_empty_and_targets_return(as_list: bool) -> None:
+    packer = Packer(place([TensorSpec(str(index), (index, 2), index % 2) for index in range(5)], 2))
+    answer, flat = packer.room(np.dtype(np.float16), as_list=as_list)
+    for mine, target in zip(flat, packer.targets(answer, "out"), strict=True):
+        assert (mine.shape, mine.dtype) == (target.shape, target.dtype)
+        assert mine.size == 0 or np.shares_memory(mine, target)
+
+
+def test_chunks_are_cut_anew_for_another_size_and_another_encoding() -> None:
+    packer = Packer(place([TensorSpec("w", (1000,))], 1))
+    asked = [(300, np.dtype(np.float32)), (300, INT8), (600, INT8), (300, np.dtype(np.float32))]
+    cuts = [[(plan.offset, plan.elements) for plan in packer.chunks(most, dtype)] for most, dtype in asked]
+    assert cuts[0] == cuts[3] == [(0, 300), (300, 300), (600, 300), (900, 100)]
+    assert cuts[1] == [(0, 256), (256, 256), (512, 256), (768, 232)]
+    assert cuts[2] == [(0, 512), (512, 488)]
+
+
 def test_targets_write_into_the_users_arrays() -> None:
     arrays = numbered()
     targets = Packer(LAYOUT).targets(arrays, "out")
@@ -281,3 +301,35 @@ def test_chunks_start_where_the_layout_says(most: int) -> None:
     assert all(offset % 256 == 0 and 0 < count <= most for offset, count, _ in chunks)
     assert [offset for offset, _, _ in chunks] == [0, *np.cumsum([count for _, count, _ in chunks])[:-1]]
     assert sum(count for _, count, _ in chunks) == 5007
+
+
+def in_blocks(packer: Packer, arrays: Any, most: int) -> npt.NDArray[np.float32]:
+    """Send arrays in chunks of blocks of 8 bits; returns what the whole space decodes to."""
+    flat, _ = packer.present(arrays, "gradients", frozenset(packer._indices))
+    space = np.zeros(wire_items(INT8, packer.layout.size), INT8)
+    for offset, count, parts in packer.chunks(most, INT8):
+        assert offset % BLOCK == 0
+        packer.write(flat, parts, space[offset // BLOCK :][: wire_items(INT8, count)], offset)
+    return decode_blocks(space, packer.layout.size)
+
+
+MANY = place([TensorSpec(f"t{k}", (97 * k % 800,), k % 2) for k in range(60)], 2)
+
+
+@pytest.mark.parametrize("most", [256, 511, 1000, 4096, 1 << 20])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.float16])
+def test_blocks_hold_the_elements_wherever_chunks_are_cut(dtype: Any, most: int) -> None:
+    random = np.random.default_rng(3)
+    arrays = {tensor.spec.name: random.standard_normal(tensor.count).astype(dtype) for tensor in MANY.tensors}
+    flat = np.zeros(-(-MANY.size // BLOCK) * BLOCK, np.float32)
+    for tensor in MANY.tensors:
+        flat[tensor.offset : tensor.end] = arrays[tensor.spec.name]
+    blocks = np.empty(len(flat) // BLOCK, INT8)
+    encode_blocks(flat, blocks)
+    assert in_blocks(Packer(MANY), arrays, most).tobytes() == decode_blocks(blocks, MANY.size).tobytes()
+
+
+def test_blocks_have_nothing_of_tensors_without_a_gradient_and_of_frozen_ones() -> None:
+    layout = place([TensorSpec("a", (100,)), TensorSpec("b", (100,), frozen=True), TensorSpec("c", (20,))], 1)
+    arrays = {"a": None, "b": np.full(100, np.inf, np.float32), "c": np.full(20, 3.0, np.float32)}
+    assert in_blocks(Packer(layout), arrays, 256).tolist() == [0.0] * 200 + [3.0] * 20

@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from stepwire import errors
-from stepwire.errors import Reason
-from stepwire.status import error_from_call, status_of
+from stepwire.errors import Reason, ServerError, StepMismatchError
+from stepwire.status import error_from_call, error_from_details, status_details, status_of
 from stepwire.v1 import status_pb2
 
 TRAILER = "grpc-status-details-bin"
@@ -129,3 +129,21 @@ def test_a_status_without_text_says_so() -> None:
 def test_an_error_that_is_no_call_is_a_server_error() -> None:
     error = error_from_call(grpc.RpcError("odd"))
     assert (type(error), str(error)) == (errors.ServerError, "odd (UNKNOWN)")
+
+
+@pytest.mark.parametrize("retry_after_seconds", [None, 0.25])
+def test_an_error_travels_without_a_call(retry_after_seconds: float | None) -> None:
+    error = StepMismatchError("x" * 5000, metadata={"step": 3}, retry_after_seconds=retry_after_seconds)
+    details = status_pb2.RichStatus.FromString(status_details(error).SerializeToString())
+    assert (details.code, details.message) == (grpc.StatusCode.ABORTED.value[0], "x" * 1536)
+    read = error_from_details(details)
+    assert (type(read), read.metadata, read.retry_after_seconds) == (
+        StepMismatchError,
+        {"step": "3"},
+        retry_after_seconds,
+    )
+
+
+def test_details_of_somebody_else_are_told_by_their_text() -> None:
+    read = error_from_details(status_pb2.RichStatus(code=16, message="go away"))
+    assert (type(read), str(read)) == (ServerError, "go away (UNKNOWN)")

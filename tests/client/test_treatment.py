@@ -181,3 +181,9 @@ def test_a_value_out_of_range_on_the_wire_is_refused_by_its_field() -> None:
         with pytest.raises(InvalidRequestError) as error:
             treatment_from_wire(message, "config.gradient", group_clips=False)
         assert error.value.metadata == {"field": f"config.gradient.{name}"}
+
+
+def test_in_two_phases_the_bounds_of_norms_are_kept_for_who_decides() -> None:
+    treatment = GradientTreatment(two_phase=True, clip_grad_norm=2.0, clip_formula="optax", non_finite="skip")
+    treatment.check("", group_clips=True)
+    assert treatment_from_wire(treatment_to_wire(treatment), "gradient", group_clips=True) == treatment

@@ -48,20 +48,21 @@ def server(settings: dict[str, Any], clock: Callable[[], float]) -> Iterator[Ser
         yield server
 
 
-@pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    """The network in front of the server."""
-    with Proxy(server.target) as proxy:
+@pytest.fixture(params=["tcp", "uds"])
+def proxy(server: Server, request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """The network in front of the server, over TCP and over a Unix socket."""
+    with Proxy(server.target if request.param == "tcp" else f"unix:{server.unix_socket}") as proxy:
         yield proxy
 
 
 @pytest.fixture
 def connect(exits: contextlib.ExitStack) -> Opened:
-    """Open real clients that retry within milliseconds."""
+    """Open real clients that retry within milliseconds, and use no other way than their target."""
 
     def opened(target: str) -> stepwire.Client:
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        return exits.enter_context(stepwire.connect(target, timeout=30.0, retry=retry))
+        transport = "uds" if target.startswith("unix:") else "tcp"
+        return exits.enter_context(stepwire.connect(target, transport=transport, timeout=30.0, retry=retry))
 
     return opened
 

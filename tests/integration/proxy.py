@@ -1,4 +1,4 @@
-"""A TCP proxy between a client and a server that does to a connection what networks do, exactly where a test says.
+"""A proxy between a client and a server that does to a connection, TCP or Unix, what networks do, where a test says.
 
 It can cut a connection after a number of HTTP/2 frames or gRPC messages and any number of bytes of the next one;
 hold one direction until it is released; and strand what a client sends: the client sees its connection break while
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ from tests.integration.link import Cut, Direction, Link, Stranded, Traffic, Valv
 
 __all__ = ["Proxy"]
 
+_UNIX = "unix:"
+
 
 class Proxy:
-    """Listens on a free port of the loopback and passes everything on, until a test says otherwise.
+    """Listens, over TCP or on a Unix socket, as its upstream does, and passes everything on, until told otherwise.
 
     Attributes:
         target: where clients connect.
@@ -38,8 +41,16 @@ class Proxy:
         self._valves = Valves()
         self._awaiting: deque[Cut] = deque()
         self._links: list[Link] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._folder = tempfile.TemporaryDirectory(prefix="proxy-")
+        if upstream.startswith(_UNIX):
+            path = f"{self._folder.name}/proxy.sock"
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self._listener.listen()
+            self.target = _UNIX + path
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._accept, name="proxy-accept", daemon=True)
         self._thread.start()
 
@@ -124,6 +135,7 @@ class Proxy:
         self._listener.close()
         for link in self._links:
             link.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Proxy:
         """Use the proxy for a block."""
@@ -148,7 +160,8 @@ class Proxy:
             self.refused.note()
             return
         for end in (client, server):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if end.family != socket.AF_UNIX:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = Link(self._valves, client, server)
         with self._valves.changed:
             self._links.append(link)
@@ -160,8 +173,20 @@ class Proxy:
 def _dial(upstream: str | None) -> socket.socket | None:
     if upstream is None:
         return None
+    if upstream.startswith(_UNIX):
+        return _dial_unix(upstream.removeprefix(_UNIX))
     host, _, port = upstream.rpartition(":")
     try:
         return socket.create_connection((host, int(port)))
     except OSError:
         return None
+
+
+def _dial_unix(path: str) -> socket.socket | None:
+    end = socket.socket(socket.AF_UNIX)
+    try:
+        end.connect(path)
+    except OSError:
+        end.close()
+        return None
+    return end

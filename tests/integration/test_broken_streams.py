@@ -81,9 +81,9 @@ def sends_rows(stream: RawStream, proxy: Proxy) -> None:
     refused(stream, "UNSUPPORTED_FEATURE")
 
 
-def commits_with_what_is_not_served(stream: RawStream, proxy: Proxy) -> None:
+def commits_with_a_factor_that_it_has_not_been_asked_for(stream: RawStream, proxy: Proxy) -> None:
     stream.send(pb.AttachRequest(commit=step_pb2.StepCommit(clip_coefficient=0.5)))
-    refused(stream, "UNSUPPORTED_FEATURE")
+    refused(stream, "INVALID_CONFIG")
 
 
 def refused(stream: RawStream, reason: str) -> None:
@@ -107,7 +107,7 @@ def refused(stream: RawStream, reason: str) -> None:
         opens_anew,
         sends_bytes_without_a_place,
         sends_rows,
-        commits_with_what_is_not_served,
+        commits_with_a_factor_that_it_has_not_been_asked_for,
     ],
 )
 def test_half_a_step_leaves_no_trace(

@@ -18,11 +18,12 @@ from stepwire_server.app import Server
 from tests.integration.http2 import Unit
 from tests.integration.link import Cut, Direction, Traffic
 from tests.integration.proxy import Proxy
-from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
+from tests.integration.training import OVERLAPPED, PATCHED, SMALL, WIDE, Model, bits, same_bits, telemetry
 
 _SEED = 1_812_06
 
-models = pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
+models = pytest.mark.parametrize("model", [SMALL, WIDE, OVERLAPPED, PATCHED], ids=lambda model: model.name)
+plain_models = pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
 directions = pytest.mark.parametrize("direction", ["up", "down"])
 
 
@@ -38,7 +39,7 @@ class Twins:
     def step(self) -> None:
         """Take the next step in both; the answers are the same, telemetry included."""
         gradient = self.model.gradient(next(self.steps))
-        assert bits(self.disturbed.step(gradient)) == bits(self.calm.step(gradient))
+        assert bits(self.disturbed.step(gradient, **self.model.steps)) == bits(self.calm.step(gradient))
         assert telemetry(self.disturbed.last_result) == telemetry(self.calm.last_result)
 
     def compare(self) -> None:
@@ -78,7 +79,7 @@ def test_a_cut_at_every_boundary_of_a_step(twins: Twins, proxy: Proxy, direction
     twins.compare()
 
 
-@models
+@plain_models
 @directions
 @pytest.mark.parametrize("extra_bytes", [0, 4], ids=["between_frames", "within_headers"])
 def test_a_cut_at_every_frame_of_a_connection(

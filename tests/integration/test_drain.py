@@ -117,6 +117,13 @@ def test_idle_streams_do_not_keep_the_server(
         sessions[0].step(TINY.gradient(2), timeout=0.2)
 
 
+def test_signals_that_keep_coming_do_not_keep_the_server(process: ServerProcess) -> None:
+    """A handler may be interrupted by the next signal, and then waits for nothing."""
+    for _ in range(100):
+        process.signal(signal.SIGTERM)
+    assert process.exit_code() == 0
+
+
 def test_the_real_client_is_told_that_the_server_goes_away(
     process: ServerProcess, raw: RawClient, connect: Callable[[str], stepwire.Client]
 ) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import stepwire
 from stepwire.results import SessionState, StepResult
 
-__all__ = ["SMALL", "TINY", "WIDE", "Model", "bits", "same_bits", "telemetry"]
+__all__ = ["OVERLAPPED", "PATCHED", "SMALL", "TINY", "WIDE", "Model", "bits", "same_bits", "telemetry"]
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -19,11 +19,12 @@ _SEED = 20_261_122
 
 
 class Model(NamedTuple):
-    """What a session is created from, and its gradient at each step."""
+    """What a session is created from, its gradient at each step, and how steps are taken."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     options: Callable[[], dict[str, Any]]
+    steps: dict[str, Any] = {}
 
     def parameters(self) -> Arrays:
         """Return the start."""
@@ -59,6 +60,17 @@ WIDE = Model(
         "groups": [{"params": ["w", "b"], "lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.0}],
     },
 )
+
+# The same, its chunks applied as they arrive, the last tensor first.
+OVERLAPPED = Model(
+    "overlapped",
+    WIDE.shapes,
+    lambda: WIDE.options() | {"non_finite": "allow"},
+    {"overlap": True, "reply_first": ["b", "w"]},
+)
+
+# The same, of whose answers only what changed travels.
+PATCHED = Model("patched", WIDE.shapes, WIDE.options, {"reply": "changed"})
 
 
 def bits(arrays: Mapping[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]) -> dict[str, tuple[str, bytes]]:

@@ -33,7 +33,8 @@ class PretendedGpu(CudaEngine):
     """The GPU engine on a stand-in for CuPy, with slots so small that answers take several of them."""
 
     def __init__(self, cupy: Any, index: int = 0, **options: int) -> None:
-        super().__init__(index, cupy, CudaOptions(**{"slots": 3, "slot_bytes": 2048, "cells": 32} | options))
+        chosen = CudaOptions(**{"slots": 3, "slot_bytes": 2048, "cells": 32} | options)
+        super().__init__(index, cupy, chosen, cupy.libcuda)
 
 
 class PlacedGpu(PretendedGpu):

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from stepwire_server.engines import Engine
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.order import StepOrder
+from stepwire_server.plan import SessionPlan
 from stepwire_server.progress import Snapshot, StepRecord
 from stepwire_server.session import Session
 

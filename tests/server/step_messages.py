@@ -24,7 +24,8 @@ def begin_message(model: Model, begin: Begin) -> step_pb2.StepBegin:
         message.hyperparameters.add(lr=begin.lr, maximize=begin.maximize)
     if begin.loss_scale is not None:
         message.loss_scale = begin.loss_scale
-    spoil(message, begin.fault)
+    if not (begin.fault == "overlap" and model.allows_overlap):
+        spoil(message, begin.fault)
     return message
 
 
@@ -117,7 +118,7 @@ def spoil(message: step_pb2.StepBegin, fault: str) -> None:
     elif fault == "entries":
         message.hyperparameters.extend([optimizer_pb2.Hyperparameters()] * 5)
     elif fault in ("gradient_dtype", "reply_dtype"):
-        setattr(message, fault, 4)
+        setattr(message, fault, 44)
     elif fault == "reply_chunk_bytes":
         message.reply_chunk_bytes = 7
     elif fault == "loss_scale":
@@ -128,5 +129,7 @@ def spoil(message: step_pb2.StepBegin, fault: str) -> None:
         message.weight = 1.0
     elif fault == "overlap":
         message.overlap = True
-    elif fault == "reply_mode":
+    elif fault == "patches":
         message.reply_mode = step_pb2.REPLY_MODE_CHANGED
+    elif fault == "reply_mode":
+        message.reply_mode = 44  # type: ignore[assignment]

@@ -129,6 +129,11 @@ class Model:
     def is_replay(self, number: int) -> bool:
         return number == self.applied_step and self.record is not None
 
+    @property
+    def allows_overlap(self) -> bool:
+        """Such steps are taken by tests/server/test_overlap.py; here they are only refused."""
+        return self.config.policy == optimizer_pb2.NON_FINITE_POLICY_ALLOW
+
     # Faults: what a message may be refused for.
 
     def begin_faults(self, begin: Begin, token: int) -> set[Status]:
@@ -142,6 +147,10 @@ class Model:
             faults.add(INVALID_CONFIG)
         if begin.fault in BEGIN_REFUSED:
             faults.add(UNSUPPORTED)
+        if begin.fault == "overlap" and not self.allows_overlap:
+            faults.add(INVALID_CONFIG)
+        if begin.fault == "patches" and self.reply_dtype(begin) != tensor_pb2.DTYPE_BFLOAT16:
+            faults.add(INVALID_CONFIG)
         return faults
 
     def holder_faults(self, token: int, epoch: int = 0) -> set[Status]:

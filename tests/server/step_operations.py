@@ -160,7 +160,9 @@ CONFIGS = st.builds(
 BEGIN_FAULTS = [
     "lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes", "loss_scale", "missing_tensors",
 ]  # fmt: skip
-BEGIN_REFUSED = ["weight", "overlap", "reply_mode"]
+BEGIN_REFUSED = ["weight", "reply_mode"]
+# Refused or not, as the session is.
+BEGIN_DEPENDING = ["overlap", "patches"]
 BEGINS = st.builds(
     Begin,
     delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
@@ -171,7 +173,7 @@ BEGINS = st.builds(
     lr=st.sampled_from([None, None, 0.0, 0.125]),
     maximize=st.sampled_from([None, None, False, True]),
     loss_scale=st.sampled_from([None, None, None, 1.0, 0.5, 1024.0]),
-    fault=st.sampled_from([""] * 100 + BEGIN_FAULTS + BEGIN_REFUSED),
+    fault=st.sampled_from([""] * 100 + BEGIN_FAULTS + BEGIN_REFUSED + BEGIN_DEPENDING),
 )
 GRADIENTS = st.builds(
     Gradient,

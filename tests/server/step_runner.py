@@ -351,7 +351,7 @@ class Run:
             faults.add(INVALID_FRAME)
         if request.HasField("commit"):
             if request.commit.HasField("clip_coefficient"):
-                faults.add(UNSUPPORTED)
+                faults.add(INVALID_CONFIG)
             if stream.staged is not None:
                 faults |= model.commit_faults(stream.staged)
         return faults

@@ -157,7 +157,7 @@ WRONG_BEGINS: dict[str, tuple[step_pb2.StepBegin, str, str, str]] = {
         "begin.hyperparameters",
         "3 entries; it must be 0, 1 or 2",
     ),
-    "gradient int8": (begin(gradient_dtype=4), "INVALID_CONFIG", "begin.gradient_dtype", "encoding 4"),
+    "reply int8": (begin(reply_dtype=4), "INVALID_CONFIG", "begin.reply_dtype", "encoding 4"),
     "gradient 77": (begin(gradient_dtype=77), "INVALID_CONFIG", "begin.gradient_dtype", "encoding 77"),
     "reply -1": (begin(reply_dtype=-1), "INVALID_CONFIG", "begin.reply_dtype", "encoding -1"),
     "tiny answers": (begin(reply_chunk_bytes=4095), "INVALID_CONFIG", "begin.reply_chunk_bytes", "4095 bytes"),

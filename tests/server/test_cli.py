@@ -106,7 +106,14 @@ def test_a_draining_server_is_unhealthy(command: Any, serve: Any) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("health",), ("sessions", "list"), ("sessions", "show", "x"), ("sessions", "close", "x"), ("health", "--json")],
+    [
+        ("health",),
+        ("sessions", "list"),
+        ("sessions", "show", "x"),
+        ("sessions", "close", "x"),
+        ("health", "--json"),
+        ("doctor",),
+    ],
 )
 def test_a_server_that_cannot_be_reached_is_one_line_and_exit_code_2(command: Any, arguments: tuple[str, ...]) -> None:
     with socket.socket() as taken:
@@ -164,7 +171,10 @@ def test_closing_is_told_in_words(command: Any, server: Any, session: Any) -> No
 
 
 BAD_SETTINGS = {
-    "no address": (("--bind", "nowhere"), "bind: 'nowhere' is not host:port"),
+    "no address": (("--bind", "nowhere"), "bind: 'nowhere' is not host:port or unix:/path"),
+    "no socket": (("--unix-socket", "/" + "x" * 107), "has 108 bytes, and a Unix socket's at most 107"),
+    "two sockets": (("--bind", "unix:/x", "--unix-socket", "/y"), "unix_socket: '/y' is a second one beside bind"),
+    "no processes": (("--processes", "0"), "settings: Expected `int` >= 1"),
     "plaintext": (("--bind", "0.0.0.0:0"), "is not a loopback address"),
     "no device": (("--device", "tpu"), "settings: Expected `str` matching regex"),
     "no sessions": (("--max-sessions", "0"), "settings: Expected `int` >= 1"),
@@ -236,6 +246,16 @@ def test_the_doctor_answers_programs_and_reads_the_settings_of_serve(
         "remedy": "--bind 127.0.0.1:50051",
         "optional": False,
     }
+
+
+def test_the_doctor_tries_the_ways_to_a_server(command: Any, server: Any) -> None:
+    code, out, err = command("doctor", "--target", server.target)
+    assert (code, err) == (0, "")
+    assert "ok      uds            works\nok      tcp            works\n" in out
+    code, out, _ = command("doctor", "-t", server.target, "--json")
+    answer = json.loads(out)
+    assert (code, answer["healthy"]) == (0, True)
+    assert [finding["check"] for finding in answer["findings"]][-2:] == ["tcp", "in use"]
 
 
 def test_the_doctor_refuses_bad_settings_as_serve_does(command: Any) -> None:

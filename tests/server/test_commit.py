@@ -15,10 +15,12 @@ from stepwire.errors import InvalidRequestError, NonFiniteGradientError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import LAMB, SGD, Adagrad, Adam
 from stepwire.treatment import GradientTreatment
-from stepwire_server.commit import Commit, Outcome, initialize, pieces_of
+from stepwire_server.commit import Commit, initialize, pieces_of
 from stepwire_server.engines import CpuEngine
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.order import StepOrder
+from stepwire_server.outcome import Outcome
+from stepwire_server.plan import SessionPlan
 from stepwire_server.progress import Progress
 from stepwire_server.staging import GradientStaging
 from tests.server.plans import make_plan
@@ -293,6 +295,8 @@ def test_adagrads_sum_starts_where_it_is_told(value: float) -> None:
 
 def test_pieces_cover_a_range_once() -> None:
     assert pieces_of(3, 10, 3) == [(3, 6), (6, 9), (9, 10)]
+    assert pieces_of(4, 10, 3) == [(4, 6), (6, 9), (9, 10)]
+    assert pieces_of(4, 5, 3) == [(4, 5)]
     assert pieces_of(3, 3, 3) == []
 
 

@@ -9,11 +9,13 @@ import msgspec
 import pytest
 
 from stepwire.errors import InvalidRequestError
-from stepwire_server.config import MIB, ServerConfig, load_config
+from stepwire_server.config import MIB, ServerConfig, environment_of, load_config
 
 # A value of each setting that is not the default: as the environment has it, and as it is meant.
 SAMPLES: dict[str, tuple[str, Any]] = {
     "bind": ("0.0.0.0:1", "0.0.0.0:1"),
+    "unix_socket": ("/run/stepwire/stepwire.sock", "/run/stepwire/stepwire.sock"),
+    "processes": ("4", 4),
     "device": ("cuda:3,cuda:0", "cuda:3,cuda:0"),
     "threads": ("7", 7),
     "max_sessions": ("5", 5),
@@ -30,6 +32,11 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "sweep_seconds": ("0.25", 0.25),
     "insecure": ("true", True),
     "port_file": ("/run/port", "/run/port"),
+    "shared_memory": ("false", False),
+    "cuda_ipc": ("false", False),
+    "handoff_socket": ("/run/stepwire/handoff.sock", "/run/stepwire/handoff.sock"),
+    "handoff_uids": ("1000,1001", "1000,1001"),
+    "parent_pid": ("17", 17),
     "log_level": ("debug", "debug"),
     "log_json": ("false", False),
 }
@@ -95,8 +102,23 @@ def test_the_environment_may_name_the_file_and_a_flag_another(tmp_path: pathlib.
 
 
 def test_variables_of_others_are_left_alone() -> None:
-    environment = {"STEPWIRE_CACHE_DIR": "/x", "STEPWIRE_TARGET": "h:1", "PATH": "/bin", "OTHER_THREADS": "3"}
+    environment = {
+        "STEPWIRE_CACHE_DIR": "/x",
+        "STEPWIRE_TARGET": "h:1",
+        "STEPWIRE_TRANSPORT": "tcp",
+        "PATH": "/bin",
+        "OTHER_THREADS": "3",
+    }
     assert load(environment=environment) == ServerConfig()
+
+
+@pytest.mark.parametrize("flags", [{}, *({name: value} for name, (_, value) in SAMPLES.items())], ids=str)
+def test_settings_survive_the_environment_of_another_process(flags: dict[str, Any]) -> None:
+    config = load(flags)
+    base = {"STEPWIRE_CONFIG": "/nowhere.toml", "STEPWIRE_THREADS": "63", "STEPWIRE_LOG_JSON": "true", "PATH": "/bin"}
+    environment = environment_of(config, base)
+    assert load(environment=environment) == config
+    assert environment["PATH"] == "/bin"
 
 
 @pytest.mark.parametrize("name", ["STEPWIRE_THREAD", "STEPWIRE_MEMORY_BUDGET", "STEPWIRE_", "STEPWIRE_FOO_BAR"])
@@ -119,6 +141,8 @@ def test_an_unknown_flag_is_refused() -> None:
 
 WRONG = {
     "bind": [5, None],
+    "unix_socket": ["", "on", "relative/path", 5],
+    "processes": [0, -1, 1025, "many"],
     "device": ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:0,", "cuda:0,1", "cpu,cuda:0", "cuda,cuda:1", 5],
     "threads": [-1, "many", 1.5, ""],
     "max_sessions": [0, -5, "x"],
@@ -135,6 +159,11 @@ WRONG = {
     "sweep_seconds": [0, "inf", "nan"],
     "insecure": ["maybe", 3, "yes please"],
     "port_file": [7],
+    "shared_memory": ["perhaps"],
+    "cuda_ipc": ["perhaps"],
+    "handoff_socket": ["relative/path", 5],
+    "handoff_uids": ["root", "1000,", "-1", "1000 1001"],
+    "parent_pid": [-1, "init"],
     "log_level": ["loud", "", "DEBUG"],
     "log_json": ["perhaps"],
 }

@@ -12,10 +12,10 @@ from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import SGD, Adagrad, Adam, AdamW
 from stepwire.schedules import Schedule
 from stepwire.treatment import GradientTreatment, LossScaling
-from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 from stepwire_server import decoding
 from stepwire_server.config import ServerConfig
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.plan import SessionPlan
 from stepwire_server.rules import Precision
 
 LIMITS = ServerConfig(max_lease_seconds=100.0, max_tensors=5)
@@ -39,6 +39,14 @@ def optimizer(**fields: Any) -> optimizer_pb2.Optimizer:
 
 def numbers(**fields: Any) -> optimizer_pb2.Hyperparameters:
     return optimizer_pb2.Hyperparameters(**fields)
+
+
+def sgd(**fields: Any) -> optimizer_pb2.Optimizer:
+    return optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_SGD, hyperparameters=numbers(**fields))
+
+
+def treated(**fields: Any) -> SessionPlan:
+    return plan(gradient=optimizer_pb2.GradientTreatment(**fields))
 
 
 def test_a_minimal_config_takes_the_contracts_defaults() -> None:
@@ -150,127 +158,6 @@ def test_names_may_hold_anything_that_is_no_control_character(name: str) -> None
     assert decoded.layout.tensors[0].spec == TensorSpec(name, (1,) * 16)
 
 
-ORDER_PLAN = plan(
-    gradient_dtype=tensor_pb2.DTYPE_BFLOAT16,
-    reply_dtype=tensor_pb2.DTYPE_FLOAT16,
-    groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(overrides=numbers(lr=0.5))],
-)
-
-
-def order(**fields: Any) -> StepOrder:
-    return decoding.decode_order(step_pb2.StepBegin(**fields), ORDER_PLAN, 1 << 20)
-
-
-def test_a_minimal_step_takes_the_sessions_defaults() -> None:
-    assert order(step=7, epoch=3) == StepOrder(
-        7, 3, BFLOAT16, FLOAT16, True, 1 << 19, ORDER_PLAN.groups, (False, False), 1.0, frozenset()
-    )
-
-
-def test_a_step_may_choose_encodings_and_the_size_of_the_answers_chunks() -> None:
-    decoded = order(step=1, gradient_dtype=3, reply_dtype=1, reply_chunk_bytes=4096)
-    assert (decoded.gradient_dtype, decoded.reply_dtype, decoded.reply_elements) == (FLOAT16, FLOAT32, 1024)
-
-
-@pytest.mark.parametrize(("mode", "wanted"), [(0, True), (1, True), (2, False)])
-def test_an_answer_is_wanted_unless_it_is_not(mode: int, wanted: bool) -> None:
-    assert order(step=1, reply_mode=mode).reply is wanted
-
-
-def test_one_entry_of_numbers_is_for_all_groups_and_several_are_one_each() -> None:
-    first, second = ORDER_PLAN.groups
-    assert order(hyperparameters=[numbers(eps=0.5)]).groups == (
-        first.replace({"eps": 0.5}),
-        second.replace({"eps": 0.5}),
-    )
-    assert order(hyperparameters=[numbers(), numbers(lr=0.0)]).groups == (first, second.replace({"lr": 0.0}))
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ([], (False, False)),
-        ([numbers(lr=0.0)], (True, True)),
-        ([numbers(eps=0.5)], (False, False)),
-        ([numbers(), numbers(lr=0.25)], (False, True)),
-    ],
-)
-def test_an_order_knows_which_learning_rates_it_brought(messages: Any, expected: tuple[bool, bool]) -> None:
-    """Even one of 0, and one that is the group's own: it overrides the schedule's."""
-    assert order(hyperparameters=messages).own_lr == expected
-
-
-def treated(**fields: Any) -> SessionPlan:
-    tensors = [tensor_pb2.TensorSpec(name=name, shape=[2]) for name in "abc"]
-    return plan(tensors=tensors, gradient=optimizer_pb2.GradientTreatment(**fields))
-
-
-def refused_field(begin: step_pb2.StepBegin, of: SessionPlan) -> tuple[str, Reason]:
-    with pytest.raises(InvalidRequestError) as refused:
-        decoding.decode_order(begin, of, 1 << 20)
-    return refused.value.metadata["field"], refused.value.reason
-
-
-@pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-37, 1e37])
-def test_the_clients_loss_scale_is_taken_as_it_is(scale: float) -> None:
-    assert order(step=1, loss_scale=scale).loss_scale == scale
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, 9e-38, 1.1e37, float("inf"), float("nan")])
-def test_a_loss_scale_that_float32_cannot_undo_is_refused(scale: float) -> None:
-    begin = step_pb2.StepBegin(step=1, loss_scale=scale)
-    assert refused_field(begin, ORDER_PLAN) == ("begin.loss_scale", Reason.INVALID_CONFIG)
-
-
-def test_a_session_that_scales_by_itself_refuses_a_loss_scale() -> None:
-    scaling = treated(loss_scaling=optimizer_pb2.LossScaling())
-    assert scaling.treatment.loss_scaling == LossScaling()
-    begin = step_pb2.StepBegin(step=1, loss_scale=1.0)
-    assert refused_field(begin, scaling) == ("begin.loss_scale", Reason.INVALID_CONFIG)
-
-
-KEEP = optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
-
-
-@pytest.mark.parametrize("missing", [[], [0], [1, 2], [0, 1, 2]])
-def test_tensors_may_be_left_out_where_the_session_keeps_them(missing: list[int]) -> None:
-    begin = step_pb2.StepBegin(step=1, missing_tensors=missing)
-    assert decoding.decode_order(begin, treated(missing_gradient=KEEP), 1 << 20).missing == frozenset(missing)
-
-
-@pytest.mark.parametrize("missing", [[3], [1, 0], [1, 1], [0, 2**32 - 1]])
-def test_missing_tensors_that_do_not_rise_or_do_not_exist_are_refused(missing: list[int]) -> None:
-    begin = step_pb2.StepBegin(step=1, missing_tensors=missing)
-    expected = ("begin.missing_tensors", Reason.INVALID_CONFIG)
-    assert refused_field(begin, treated(missing_gradient=KEEP)) == expected
-
-
-def test_no_tensor_may_be_left_out_where_the_session_rejects_that() -> None:
-    begin = step_pb2.StepBegin(step=1, missing_tensors=[0])
-    assert refused_field(begin, treated()) == ("begin.missing_tensors", Reason.INVALID_CONFIG)
-
-
-def sgd(**fields: Any) -> optimizer_pb2.Optimizer:
-    return optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_SGD, hyperparameters=numbers(**fields))
-
-
-def test_momentum_is_refused_where_no_buffer_is_kept_for_it() -> None:
-    begin = step_pb2.StepBegin(step=1, hyperparameters=[numbers(momentum=0.5)])
-    plain, kept = plan(optimizer=sgd()), plan(optimizer=sgd(momentum=0.9))
-    assert refused_field(begin, plain) == ("begin.hyperparameters[0].momentum", Reason.INVALID_CONFIG)
-    assert decoding.decode_order(begin, kept, 1 << 20).groups == (SGD(momentum=0.5).hyperparameters(),)
-
-
-def test_the_answers_chunks_are_cut_where_blocks_begin() -> None:
-    blocks = plan(
-        tensors=[tensor_pb2.TensorSpec(name="w", shape=[9000])],
-        state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS,
-    )
-    assert blocks.layout.chunk_alignment == 256
-    begin = step_pb2.StepBegin(step=1, reply_chunk_bytes=5000)
-    assert decoding.decode_order(begin, blocks, 1 << 20).reply_elements == 1024
-
-
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -333,17 +220,6 @@ def test_a_schedule_that_is_not_whole_is_refused_by_its_field() -> None:
         plan(groups=[optimizer_pb2.ParameterGroup(schedule=schedule)])
     assert refused.value.metadata == {"field": "config.groups[0].schedule.total_steps"}
     assert refused.value.reason is Reason.INVALID_CONFIG
-
-
-@pytest.mark.parametrize(("asked", "expected"), [(0, 65536), (4096, 4096), (65536, 65536), (4099, 4099)])
-def test_chunks_are_as_large_as_asked_or_allowed(asked: int, expected: int) -> None:
-    assert decoding.decode_chunk_bytes(asked, 65536, "f") == expected
-
-
-@pytest.mark.parametrize("asked", [1, 4095, 65537, 2**64 - 1])
-def test_chunks_out_of_range_are_refused(asked: int) -> None:
-    with pytest.raises(InvalidRequestError, match=rf"f: {asked} bytes; it must be in \[4096, 65536\]"):
-        decoding.decode_chunk_bytes(asked, 65536, "f")
 
 
 @pytest.mark.parametrize("request_id", ["a", "A-b_c.9", "x" * 64])

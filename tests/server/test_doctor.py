@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import pathlib
 import resource
-import socket
 import sys
 import types
 from collections.abc import Callable
@@ -236,85 +234,3 @@ def test_without_cupy_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.check, finding.ok, finding.optional) == ("cupy", False, False)
     (finding,) = doctor.examine_devices("auto")
     assert (finding.check, finding.ok, finding.optional) == ("cupy", False, True)
-
-
-# --- the port -------------------------------------------------------------------------------------------------
-
-
-def test_a_free_port_stays_free() -> None:
-    assert doctor.examine_port("127.0.0.1:0") == Finding("port", True, "127.0.0.1:0 takes a free one")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        bind = f"127.0.0.1:{found.getsockname()[1]}"
-    for _ in range(2):
-        assert doctor.examine_port(bind) == Finding("port", True, f"{bind} is free")
-
-
-@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_a_port_in_use(name: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert doctor.examine_port(f"{name}:{port}") == Finding(
-            "port",
-            False,
-            f"{name}:{port} cannot be listened on: Address already in use",
-            f"see who listens with: ss -ltnp 'sport = :{port}'; or take another port with: --bind 127.0.0.1:0",
-        )
-
-
-def refusing(number: int, *families: int) -> Callable[[tuple[Any, ...]], OSError | None]:
-    def listen(address: tuple[Any, ...]) -> OSError | None:
-        return OSError(number, os.strerror(number)) if not families or address[0] in families else None
-
-    return listen
-
-
-def both_families(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
-    return [
-        (family, socket.SOCK_STREAM, 6, "", place)
-        for family, place in ((socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", 0)))
-    ]
-
-
-def test_a_machine_without_ipv6_has_a_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", both_families)
-    monkeypatch.setattr(doctor, "_listen", refusing(errno.EADDRNOTAVAIL, socket.AF_INET6))
-    assert doctor.examine_port("localhost:0").ok
-
-
-def test_a_port_that_one_of_two_addresses_has_lost_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", both_families)
-    monkeypatch.setattr(doctor, "_listen", refusing(errno.EADDRINUSE, socket.AF_INET))
-    assert not doctor.examine_port("localhost:0").ok
-
-
-@pytest.mark.parametrize(
-    ("number", "remedy"),
-    [
-        (errno.EACCES, "take a port from 1024 up with: --bind 127.0.0.1:50051"),
-        (
-            errno.EADDRNOTAVAIL,
-            "take an address of this machine, shown by: ip -brief address; such as: --bind 127.0.0.1:50051",
-        ),
-    ],
-)
-def test_an_address_that_is_refused(monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
-    monkeypatch.setattr(doctor, "_listen", refusing(number))
-    detail = f"127.0.0.1:80 cannot be listened on: {os.strerror(number)}"
-    assert doctor.examine_port("127.0.0.1:80") == Finding("port", False, detail, remedy)
-
-
-@pytest.mark.parametrize("bind", ["nowhere", ":1", "host:", "host:http", "host:65536", "host:-1", "host:²"])
-def test_what_is_no_address(bind: str) -> None:
-    finding = doctor.examine_port(bind)
-    assert finding == Finding("port", False, f"{bind!r} is not host:port", "--bind 127.0.0.1:50051")
-
-
-def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: Any, **__: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    finding = doctor.examine_port("nobody.invalid:1")
-    assert finding.detail == "nobody.invalid:1 is no address: [Errno -2] Name or service not known"
-    assert (finding.ok, finding.remedy) == (False, "--bind 127.0.0.1:50051")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire_server.exact_norm import RELATIVE_ERROR, exact_sum_of_squares, rounded_norm
+from stepwire.norms import RELATIVE_ERROR, rounded_norm
+from stepwire_server.exact_norm import exact_sum_of_squares
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LARGEST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)

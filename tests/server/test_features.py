@@ -19,8 +19,9 @@ from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
-from stepwire_server.decoding import decode_order, decode_plan
+from stepwire_server.decoding import decode_plan
 from stepwire_server.features import SERVED_FEATURES, refuse_unserved, unsupported
+from stepwire_server.order_decoding import decode_order
 from stepwire_server.plan import SessionPlan
 
 NUMBERS = tuple(
@@ -54,9 +55,10 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     **{f"gradient.loss_scaling.{field.name}": ANY for field in optimizer_pb2.LossScaling.DESCRIPTOR.fields},
     "gradient.missing_gradient": (1, 2),
     "gradient.parameter_average_decay": ANY,
+    "gradient.two_phase": ANY,
     "durability": (session_pb2.DURABILITY_MEMORY,),
     "initialization": (1, 2),
-    "gradient_dtype": (1, 2, 3),
+    "gradient_dtype": (1, 2, 3, 4),
     "reply_dtype": (1, 2, 3),
     "state_precision": (1, 2, 3),
     "lease_seconds": ANY,
@@ -67,9 +69,13 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
 SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "step": ANY,
     "epoch": ANY,
-    "gradient_dtype": (1, 2, 3),
+    "gradient_dtype": (1, 2, 3, 4),
     "reply_dtype": (1, 2, 3),
-    "reply_mode": (step_pb2.REPLY_MODE_PARAMETERS, step_pb2.REPLY_MODE_NONE),
+    "reply_mode": (1, 2, 3),
+    "reply_first": ANY,
+    "reply_base": ANY,
+    "overlap": ANY,
+    "in_shared_memory": ANY,
     **{f"hyperparameters.{name}": ANY for name in NUMBERS},
     "loss_scale": ANY,
     "missing_tensors": ANY,
@@ -123,6 +129,8 @@ CONTEXT: dict[Any, dict[str, Any]] = {
     ("groups.schedule.kind", 6): {"groups.schedule.gamma": 0.5, "groups.schedule.total_steps": 9},
     ("groups.schedule.kind", 7): {"groups.schedule.warmup_steps": 1, "groups.schedule.total_steps": 9},
     "missing_tensors": {"gradient.missing_gradient": optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP},
+    "overlap": {"gradient.non_finite": optimizer_pb2.NON_FINITE_POLICY_ALLOW},
+    ("reply_mode", step_pb2.REPLY_MODE_CHANGED): {"reply_dtype": tensor_pb2.DTYPE_BFLOAT16},
 }
 
 
@@ -160,6 +168,7 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         "reply_chunk_bytes": [4096],
         "tensors.group": [1],
         "missing_tensors": [1],
+        "reply_first": [1],
         "gradient.loss_scaling.growth_factor": [1.5],
         "gradient.loss_scaling.backoff_factor": [0.25],
     }.get(path) or {
@@ -215,8 +224,10 @@ def test_every_option_of_a_session_is_served_or_refused(path: str, value: Any) -
         same = decode_plan(config, LIMITS) == decode_plan(usual, LIMITS)
         assert same is (DEFAULTS.get(path) == value)
         return
+    answer_in_int8 = path == "reply_dtype" and value == tensor_pb2.DTYPE_INT8_BLOCKWISE
     number_of_another_rule = ".overrides." in path or ".hyperparameters." in path or path == "groups.schedule.kind"
-    with pytest.raises(InvalidRequestError if number_of_another_rule else UnsupportedFeatureError) as refused:
+    is_wrong = number_of_another_rule or answer_in_int8
+    with pytest.raises(InvalidRequestError if is_wrong else UnsupportedFeatureError) as refused:
         decode_plan(config, LIMITS)
     assert named_by(refused.value, path, "config")
 
@@ -236,6 +247,8 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
         assign(config, name, needed)
     plan = decode_plan(config, LIMITS)
     served = SERVED_BEGIN.get(path, ())
+    if path == "reply_base":
+        begin.reply_mode, begin.reply_dtype = step_pb2.REPLY_MODE_CHANGED, tensor_pb2.DTYPE_BFLOAT16
     if served is ANY or value in served:
         changed = decode_order(begin, plan, 1 << 20) != decode_order(usual, plan, 1 << 20)
         assert changed is (DEFAULTS.get(path) != value)
@@ -249,10 +262,10 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
 
 # Of these messages every field is known to the tests that are named here; one that is added must be, too.
 KNOWN_FIELDS: dict[Any, set[str]] = {
-    step_pb2.StepCommit: {"clip_coefficient"},
-    tensor_pb2.Chunk: {"offset", "count", "rows"},
+    step_pb2.StepCommit: {"clip_coefficient", "skip", "group_coefficients"},
+    tensor_pb2.Chunk: {"offset", "count", "rows", "patch"},
     pb.AttachOpen: {"session_id", "slot", "attach_token", "epoch", "transport"},
-    pb.AttachRequest: {"open", "begin", "chunk", "commit", "padding", "payload"},
+    pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "padding", "payload"},
     pb.StepRequest: {"session_id", "slot", "attach_token", "begin", "payload"},
     pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes"},
     pb.LoadRequest: {"open", "slot", "chunk", "commit", "padding", "payload"},
@@ -288,7 +301,6 @@ def test_every_request_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("where", "field"),
     [
-        ("commit", "commit.clip_coefficient"),
         ("chunk", "chunk.rows"),
         ("open", "open.slot"),
         ("load", "open.worker_slot"),
@@ -298,14 +310,11 @@ def test_every_request_is_looked_at() -> None:
 def test_what_comes_with_other_messages_is_refused_over_the_wire(
     live: Any, untouched: Any, where: str, field: str
 ) -> None:
-    clipped = live.frame(begin=2, commit=True)
-    clipped.commit.clip_coefficient = 0.5
     rows = live.frame(begin=2, commit=True)
     rows.chunk.rows.append(1)
     loaded_rows = live.load_chunk(commit=True)
     loaded_rows.chunk.rows.append(1)
     calls = {
-        "commit": lambda: live.attach(clipped),
         "chunk": lambda: live.attach(rows),
         "open": lambda: live.wire.stream("Attach", [live.opening(slot=1)]),
         "load": lambda: live.load(live.load_opening(2, worker_slot=1), live.load_chunk(commit=True)),
@@ -334,7 +343,8 @@ def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> No
     assert refused <= named
     assert set(SERVED_FEATURES) <= named
     assert tuple(sorted(SERVED_FEATURES)) == SERVED_FEATURES
-    assert tuple(live.wire.info().features) == SERVED_FEATURES
+    on_cpu = tuple(name for name in SERVED_FEATURES if name != "transport_cuda_ipc")
+    assert tuple(live.wire.info().features) == on_cpu
 
 
 def test_a_refusal_says_what_to_do() -> None:

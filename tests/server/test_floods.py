@@ -262,12 +262,12 @@ def test_padding_is_not_kept(live: Any, server: Any, monkeypatch: pytest.MonkeyP
     kept: list[int] = []
     put = CpuGradient.put
 
-    def watching(buffer: CpuGradient, offset: int, payload: Any) -> Any:
+    def watching(buffer: CpuGradient, offset: int, payload: Any, *count: int) -> Any:
         owner = payload
         while getattr(owner, "base", None) is not None:
             owner = owner.base
         kept.append(len(owner) if isinstance(owner, bytes) else owner.nbytes)
-        return put(buffer, offset, payload)
+        return put(buffer, offset, payload, *count)
 
     monkeypatch.setattr(CpuGradient, "put", watching)
     frames = [

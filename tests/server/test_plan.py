@@ -8,7 +8,7 @@ import pytest
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 from stepwire.treatment import GradientTreatment
-from stepwire_server.plan import StepOrder
+from stepwire_server.order import StepOrder
 from stepwire_server.rules import Decay, Precision
 from tests.server.plans import make_plan
 

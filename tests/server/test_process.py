@@ -26,4 +26,4 @@ def test_a_server_process_that_does_not_come_up_says_so(capfd: pytest.CaptureFix
         server_process("--bind", "nowhere"),
     ):
         raise AssertionError("started")
-    assert capfd.readouterr().err == "stepwire: bind: 'nowhere' is not host:port\n"
+    assert capfd.readouterr().err == "stepwire: bind: 'nowhere' is not host:port or unix:/path\n"

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import pytest
 
 from stepwire import errors
-from stepwire.codecs import FLOAT16, FLOAT32
+from stepwire.codecs import FLOAT16, FLOAT32, INT8
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import Adam
 from stepwire.treatment import GradientTreatment
 from stepwire_server.engines import CpuEngine
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import SessionPlan, StepOrder
+from stepwire_server.order import StepOrder
+from stepwire_server.plan import SessionPlan
 from stepwire_server.session import Session
 from tests.server.plans import make_plan
 
@@ -378,9 +379,15 @@ def test_a_pull_is_of_one_moment(make: Any) -> None:
 
 def test_a_gradient_is_reserved_for_at_its_begin_and_given_back_at_its_end(make: Any, budget: MemoryBudget) -> None:
     session = make()
-    for dtype, reply, itemsize in ((FLOAT32, FLOAT32, 4), (FLOAT16, FLOAT16, 2), (FLOAT16, FLOAT32, 4)):
+    for dtype, reply, nbytes in (
+        (FLOAT32, FLOAT32, 4 * SIZE),
+        (FLOAT16, FLOAT16, 2 * SIZE),
+        (FLOAT16, FLOAT32, 4 * SIZE),
+        (INT8, FLOAT32, 4 * SIZE),
+        (INT8, FLOAT16, 2 * SIZE),
+    ):
         staging = session.begin(order(1, gradient_dtype=dtype, reply_dtype=reply), 1)
-        assert budget.reserved_bytes == STATE_BYTES + itemsize * SIZE
+        assert budget.reserved_bytes == STATE_BYTES + nbytes
         staging.close()
         assert budget.reserved_bytes == STATE_BYTES
 

@@ -14,9 +14,10 @@ from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW, Lion, Optimizer, R
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.wire import optimizer_to_wire
 from stepwire_server.config import ServerConfig
-from stepwire_server.decoding import decode_order, decode_plan
+from stepwire_server.decoding import decode_plan
 from stepwire_server.engines.cpu import CpuEngine
 from stepwire_server.memory import MemoryBudget
+from stepwire_server.order_decoding import decode_order
 from stepwire_server.session import Session
 
 OPTIMIZERS: list[Optimizer] = [

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwire.blockwise import BLOCK, INT8, decode_blocks, encode_blocks
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
+from stepwire.norms import RELATIVE_ERROR
 from stepwire_server.active import Active
 from stepwire_server.engines import CpuEngine
-from stepwire_server.exact_norm import RELATIVE_ERROR
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import StepOrder
+from stepwire_server.order import StepOrder
 from stepwire_server.rules import Precision
 from stepwire_server.staging import Coverage, GradientStaging, typed_payload
 
@@ -162,20 +163,20 @@ def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: 
 def test_chunks_come_out_in_flat_order(stage: Any) -> None:
     staging, values = stage(), np.arange(SIZE, dtype=np.float32)
     add(staging, values, [(200, SIZE), (0, 7), (7, 200)])
-    drained = list(staging.drain())
+    drained = list(staging.drain([(0, SIZE)]))
     assert [(start, end, chunk.offset, chunk.end, len(chunk.gradient)) for start, end, chunk in drained] == [
         (0, 7, 0, 7, 7),
         (7, 200, 7, 200, 193),
         (200, SIZE, 200, SIZE, 65),
     ]
-    assert list(staging.drain()) == [(0, SIZE, None)]
+    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
 
 
 def test_what_nobody_sent_comes_out_as_nothing(stage: Any) -> None:
     """So that an answer covers the whole space."""
     staging = stage()
     add(staging, np.arange(SIZE, dtype=np.float32), [(256, SIZE - 1), (3, 19)])
-    drained = [(start, end, chunk and (chunk.offset, chunk.end)) for start, end, chunk in staging.drain()]
+    drained = [(start, end, chunk and (chunk.offset, chunk.end)) for start, end, chunk in staging.drain([(0, SIZE)])]
     assert drained == [
         (0, 3, None),
         (3, 19, (3, 19)),
@@ -290,7 +291,7 @@ def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
 def test_the_chunks_of_a_replay_are_dropped_unread(stage: Any) -> None:
     staging = stage(replay=True)
     staging.add(2**63, 5, np.zeros(3, np.uint8))
-    assert list(staging.drain()) == [(0, SIZE, None)]
+    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
 
 
 def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
@@ -300,4 +301,56 @@ def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
     staging.close()
     staging.close()
     assert stage.budget.reserved_bytes == 0
-    assert list(staging.drain()) == [(0, SIZE, None)]
+    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
+
+
+def in_blocks(values: np.ndarray) -> np.ndarray:
+    """Encode values, and lay the bytes where no message is aligned."""
+    blocks = np.empty(-(-len(values) // BLOCK), INT8)
+    encode_blocks(values, blocks)
+    return np.frombuffer(b"x" + blocks.tobytes(), np.uint8)[1:]
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(1, 1), (256, 1), (257, 2), (512, 2)])
+def test_a_payload_of_blocks_holds_all_its_elements_and_no_block_more(count: int, blocks: int) -> None:
+    payload = np.zeros(260 * blocks, np.uint8)
+    assert typed_payload(payload, count, INT8).shape == (blocks,)
+    for wrong in (payload[1:], payload[260:], np.zeros(260 * blocks + 260, np.uint8), np.zeros(count, np.uint8)):
+        with pytest.raises(InvalidRequestError, match=f"chunk.count is {count} \\({260 * blocks} bytes of int8\\)"):
+            typed_payload(wrong, count, INT8)
+
+
+def test_chunks_of_blocks_are_staged_as_what_they_decode_to(stage: Any) -> None:
+    values = np.random.default_rng(6).standard_normal(SIZE).astype(np.float32)
+    payload, norms = in_blocks(values), []
+    for cut in (SIZE, 256):
+        staging = stage(dtype=INT8)
+        for low, high in [(cut, SIZE), (0, cut)]:
+            if low < high:
+                staging.add(low, high - low, payload[low // 256 * 260 : -(-high // 256) * 260])
+        staging.complete()
+        norms.append(staging.squared_norms())
+        assert staging.non_finite_count == 0
+        staging.close()
+    decoded = decode_blocks(payload.view(INT8), SIZE).astype(np.float64)
+    assert norms[0] == norms[1] == pytest.approx([(decoded[:19] ** 2).sum(), (decoded[256:] ** 2).sum()], rel=1e-12)
+
+
+@pytest.mark.parametrize("offset", [1, 4, 255, 257, 260])
+def test_a_chunk_that_starts_within_a_block_is_refused(stage: Any, offset: int) -> None:
+    staging = stage(dtype=INT8)
+    with pytest.raises(
+        InvalidRequestError, match="starts at no multiple of 256, where a block of int8 does"
+    ) as refused:
+        staging.add(offset, 1, np.zeros(260, np.uint8))
+    assert refused.value.metadata == {"field": "chunk", "offset": str(offset), "end": str(offset + 1)}
+    staging.add(0, 256, np.zeros(260, np.uint8))
+
+
+def test_a_block_that_is_not_finite_is_counted_from_its_first_element(stage: Any) -> None:
+    values = np.ones(SIZE, np.float32)
+    values[260] = np.nan
+    staging = stage(dtype=INT8)
+    staging.add(0, SIZE, in_blocks(values))
+    staging.complete()
+    assert (staging.non_finite_count, staging.first_non_finite) == (9, 256)

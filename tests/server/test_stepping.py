@@ -18,7 +18,7 @@ from stepwire.schedules import Schedule
 from stepwire.treatment import GradientTreatment
 from stepwire_server.engines import CpuEngine
 from stepwire_server.memory import MemoryBudget
-from stepwire_server.plan import StepOrder
+from stepwire_server.order import StepOrder
 from stepwire_server.progress import Progress, Run
 from stepwire_server.rules import Decay, Precision, Recipe
 from stepwire_server.staging import GradientStaging

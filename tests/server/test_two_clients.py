@@ -52,13 +52,6 @@ def test_who_takes_the_slot_is_told_where_the_session_is(live: Any, holders: Any
     assert (second.opened.epoch, second.opened.ready, second.opened.transport_reason) == (1, True, "")
 
 
-@pytest.mark.parametrize("transport", [2, 3, 99])
-def test_another_transport_falls_back_and_says_why(live: Any, transport: int) -> None:
-    answers = live.wire.stream("Attach", [live.opening(transport=transport)])
-    opened = pb.AttachResponse.FromString(answers[0]).opened
-    assert (opened.transport, opened.transport_reason) == (1, "this server moves bulk data over gRPC only")
-
-
 def test_a_displaced_client_is_fenced_with_its_next_message(live: Any, holders: Any, refusal: Any) -> None:
     first, second = holders(live.token), holders()
     refused = refusal(lambda: first.step(2), "FAILED_PRECONDITION", "FENCED", "token 1, now 2")

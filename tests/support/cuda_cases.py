@@ -10,12 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stepwire.blockwise import BLOCK, INT8, encode_blocks
 from stepwire.optimizers import Hyperparameters
 from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+GRADIENTS = [*WIRE, "int8"]
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())
 EIGHT_BIT_RULES = [rule for rule in RULES if set(rule.slots) <= EIGHT_BIT_SLOTS.keys()]
 OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.FLOAT32, Precision.BFLOAT16)))
@@ -73,6 +75,24 @@ def _cases() -> Iterator[Case]:
 
 CASES = list({case.name: case for case in _cases()}.values())
 LAYERWISE = [case for case in CASES if case.recipe.rule.direction is not None]
+_ALL = (True, True, True, True)
+IN_BLOCKS = [
+    Case(Recipe(RULES[0]), "int8", "float32"),
+    Case(Recipe(RULES[0]), "int8", None),
+    Case(Recipe(RULES[0], Decay.BEFORE, precision=Precision.BFLOAT16), "int8", "bfloat16"),
+    Case(Recipe(RULES[0], Decay.AFTER, *_ALL), "int8", "float16"),
+    Case(Recipe(RULES[0], precision=Precision.INT8), "int8", "bfloat16"),
+    Case(Recipe(RULES[0], Decay.GRADIENT, *_ALL, Precision.INT8), "int8", "float32"),
+    *(
+        Case(Recipe(rule, precision=precision), "int8", "float32")
+        for rule in ALL_RULES
+        for precision in (Precision.FLOAT32, Precision.INT8)
+        if rule.name in ("lamb", "lion")
+    ),
+]
+"""Gradients in blocks of 8 bits: a kernel reads them so, whatever else it does."""
+
+LAYERWISE_IN_BLOCKS = [case for case in IN_BLOCKS if case.recipe.rule.direction is not None]
 PLAIN = [Recipe(rule, Decay.NONE) for rule in RULES]
 MEASURED = [
     (recipe, gradient)
@@ -91,10 +111,11 @@ BARE = next(rule for rule in ALL_RULES if not rule.slots)
 """A rule without state of its own."""
 
 KERNELS = [
-    *[update_kernel(*case) for case in CASES],
-    *[update_kernel(case.recipe.in_float32, case.gradient, case.reply) for case in CASES],
+    *[update_kernel(*case) for case in [*CASES, *IN_BLOCKS]],
+    *[update_kernel(case.recipe.in_float32, case.gradient, case.reply) for case in [*CASES, *IN_BLOCKS]],
     *[update_kernel(recipe, "float32", "float32") for recipe in PLAIN],
     *[measure_kernel(*pair) for pair in MEASURED],
+    *[measure_kernel(case.recipe, case.gradient) for case in LAYERWISE_IN_BLOCKS],
     *[measure_kernel(recipe.in_float32, gradient) for recipe, gradient in MEASURED],
     *[update_kernel(recipe, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
     *[update_kernel(recipe.in_float32, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
@@ -142,6 +163,16 @@ def unaligned(values: np.ndarray) -> np.ndarray:
     return result
 
 
+def payload_of(values: np.ndarray, gradient: str) -> np.ndarray:
+    """Encode float32 values as a gradient that has been received."""
+    if gradient == "int8":
+        blocks = np.empty(-(-len(values) // BLOCK), INT8)
+        encode_blocks(values, blocks)
+        return unaligned(blocks)
+    with np.errstate(all="ignore"):
+        return unaligned(values.astype(WIRE[gradient]))
+
+
 def filled(engine: Engine, recipe: Recipe, arrays: dict[str, np.ndarray]) -> EngineState:
     """Allocate a state and write what it starts from; what is held in 8 bits is adopted."""
     state = engine.allocate(slots_of(recipe), len(arrays[PARAM]))
@@ -186,13 +217,13 @@ def check_update(engine: Engine, reference: Engine, case: Case) -> None:
     recipe, gradient, reply = case
     for (size, start, begin, end), odd in itertools.product(sizes_of(recipe), (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
-        with np.errstate(all="ignore"):
-            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        payload = payload_of(arrays["gradient"], gradient)
         for each in (engine, reference):
             state = filled(each, recipe, arrays)
             dtype = WIRE[reply] if reply is not None else None
             out = None if dtype is None else np.empty((end - begin) * dtype.itemsize + 1, np.uint8)[1:].view(dtype)
-            sums = state.update(step_of(recipe), start, state.receive().put(0, payload), begin, end, out).wait()
+            chunk = state.receive().put(0, payload, size)
+            sums = state.update(step_of(recipe), start, chunk, begin, end, out).wait()
             results.append((everything_of(state, recipe, size), out, sums))
             state.close()
         (got, answer, sums), (want, wanted, wanted_sums) = results
@@ -210,14 +241,13 @@ def check_measures(engine: Engine, reference: Engine, case: Case) -> None:
     recipe, gradient, _ = case
     step = step_of(recipe)
     large = [(140_001, 0, 1, 140_001) if recipe.precision is Precision.INT8 else (140_001, 1, 3, 140_000)]
-    sizes = sizes_of(recipe) + (large if LAYERWISE.index(case) < LARGE_MEASURES else [])
+    sizes = sizes_of(recipe) + (large if case in LAYERWISE[:LARGE_MEASURES] else [])
     for (size, start, begin, end), odd in itertools.product(sizes, (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
-        with np.errstate(all="ignore"):
-            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        payload = payload_of(arrays["gradient"], gradient)
         for each in (engine, reference):
             state = filled(each, recipe, arrays)
-            before, chunk = everything_of(state, recipe, size), state.receive().put(0, payload)
+            before, chunk = everything_of(state, recipe, size), state.receive().put(0, payload, size)
             sums = state.measure(step, start, chunk, begin, end).wait()
             direction = state.fetch_direction(step, start, chunk, begin, end)
             after = everything_of(state, recipe, size)
@@ -233,11 +263,10 @@ def check_gradients(engine: Engine, reference: Engine, gradient: str) -> None:
     recipe = Recipe(RULES[0], accumulates=True)
     for (size, start, begin, end), odd in itertools.product([*SIZES, (200_003, 1, 3, 200_001)], (False, True)):
         arrays, results = make_arrays(recipe, size, odd), []
-        with np.errstate(all="ignore"):
-            payload = unaligned(arrays["gradient"].astype(WIRE[gradient]))
+        payload = payload_of(arrays["gradient"], gradient)
         for each in (engine, reference):
             state = filled(each, recipe, arrays)
-            chunk = state.receive().put(0, payload)
+            chunk = state.receive().put(0, payload, size)
             sums = [state.sum_of_squares(chunk, begin, end, -0.3, at).wait() for at in (None, start)]
             fetched = [state.fetch(chunk, begin, end, -0.3, at) for at in (None, start)]
             state.accumulate(start, chunk, begin, end, 0.7)

@@ -150,8 +150,9 @@ class OptimizerServiceServicer(object):
 
         The first message carries `open` alone and is answered by `opened`. A step is `begin`, chunks that cover
         the flat space exactly once in any order, and `commit`; one message may carry all three. The answer is
-        chunks of parameters in ascending order and a `result`, which may ride on the last chunk. A stream that
-        ends before `commit` leaves no trace. Each error ends the stream; attach again with the token to go on.
+        chunks of parameters in ascending order, unless `begin` says otherwise, and a `result`, which may ride on the last
+        chunk. A stream that ends before `commit` leaves no trace, but for a step with `overlap`. Each error ends the
+        stream; attach again with the token to go on.
         While a stream is attached, the session's lease does not run. A stream that is silent for
         `Limits.step_idle_seconds` before it opens or inside a step, or that was fenced and stays silent, is CANCELLED.
 
@@ -166,6 +167,8 @@ class OptimizerServiceServicer(object):
         - FAILED_PRECONDITION/FENCED: another client took the slot (metadata: slot).
         - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch (metadata: epoch).
         - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
+        - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this is not that step (metadata:
+        unfinished_step).
         - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a transport or slot this server does not serve.
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS (RetryInfo).
@@ -193,7 +196,8 @@ class OptimizerServiceServicer(object):
         - NOT_FOUND/SESSION_NOT_FOUND.
         - INVALID_ARGUMENT/INVALID_CONFIG: an unknown slot or encoding (metadata: field).
         - FAILED_PRECONDITION/SESSION_NOT_READY.
-        - ABORTED/STATE_CHANGED: a step or load was committed meanwhile; pull again.
+        - ABORTED/STATE_CHANGED: a step or load was committed meanwhile, or a step with `overlap` is half applied; pull
+        again.
         - DATA_LOSS/SESSION_DAMAGED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -213,6 +217,8 @@ class OptimizerServiceServicer(object):
         - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: `load` is not the next one (metadata: expected_load,
         actual_load), or `step` would go back.
         - FAILED_PRECONDITION/FENCED.
+        - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this load does not bring all slots
+        and `step` (metadata: unfinished_step).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room to stage the values.
         - DATA_LOSS/SESSION_DAMAGED.
         """

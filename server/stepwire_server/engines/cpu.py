@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from stepwire.errors import ResourceExhaustedError
+from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines import host
 from stepwire_server.engines.cpu_state import CpuKernels, CpuState
 from stepwire_server.engines.numpy_kernels import NumpyKernels
-from stepwire_server.engines.protocol import Device, Span
+from stepwire_server.engines.protocol import Device, ExportedMemory, HostArray, Span
 from stepwire_server.engines.shares import Shares
 from stepwire_server.engines.slots import make_slot, slot_bytes
 from stepwire_server.rules import Precision, Recipe
@@ -68,6 +69,17 @@ class CpuEngine:
         self._kernels.sum_of_squares(gradient, recipe.accumulates)
         if recipe.accumulates:
             self._kernels.accumulate(gradient)
+
+    def pin(self, memory: HostArray) -> AbstractContextManager[None]:
+        """See `Engine.pin`: it makes none."""
+        return nullcontext()
+
+    def export(self, nbytes: int) -> ExportedMemory:
+        """See `Engine.export`: there is no device whose memory it could be."""
+        raise UnsupportedFeatureError(
+            "the session lives on cpu, whose memory is the host's; use transport 'shm', or a session on a GPU",
+            metadata={"feature": "transport_cuda_ipc"},
+        )
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`: what is in the cache loads in no time, and the rest belongs to no session yet."""

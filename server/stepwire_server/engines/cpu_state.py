@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stepwire_server.engines.chunks import StagedChunk, check_range
+from stepwire_server.engines.chunks import StagedChunk, check_range, count_of, floats_of
 from stepwire_server.engines.on_host import direction_on_host, gradient_on_host
 from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass
 from stepwire_server.engines.rounding import seeds_for
 from stepwire_server.engines.shares import GRAIN, Shares
-from stepwire_server.engines.slots import BlockSlot, Slot
+from stepwire_server.engines.slots import BlockSlot, FlatSlot, Slot
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
 __all__ = ["CpuGradient", "CpuKernels", "CpuState"]
@@ -55,6 +55,22 @@ class CpuKernels(Protocol):
         ...
 
 
+class _Call(NamedTuple):
+    """What the updates by one recipe have in common, whatever their range and their numbers.
+
+    Attributes:
+        kernel: steps a range.
+        arrays: of the state, as the kernel takes them.
+        seeds: how many the kernel takes.
+        sums: how many the kernel returns.
+    """
+
+    kernel: Callable[..., None]
+    arrays: tuple[HostArray, ...]
+    seeds: int
+    sums: int
+
+
 class CpuGradient:
     """Chunks as they were received; see `GradientBuffer`."""
 
@@ -62,9 +78,9 @@ class CpuGradient:
         """View chunks as these kernels read them."""
         self._kernels = kernels
 
-    def put(self, offset: int, payload: HostArray) -> StagedChunk:
+    def put(self, offset: int, payload: HostArray, count: int | None = None) -> StagedChunk:
         """See `GradientBuffer.put`; nothing is copied, an unaligned chunk neither."""
-        return StagedChunk(payload.dtype, self._kernels.source(payload))
+        return StagedChunk(payload.dtype, self._kernels.source(payload), count_of(payload, count))
 
     def close(self) -> None:
         """See `GradientBuffer.close`."""
@@ -79,6 +95,8 @@ class CpuState:
         self._shares = shares
         self._slots = slots
         self._size = size
+        # A step calls the same few kernels with the same arrays as the one before.
+        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None], _Call] = {}
 
     @property
     def nbytes(self) -> int:
@@ -145,29 +163,29 @@ class CpuState:
         out: HostArray | None,
     ) -> Done[tuple[float, ...]]:
         """See `EngineState.update`."""
-        chunk = self._checked(gradient, begin, end, start)
+        chunk, count = self._checked(gradient, begin, end, start), end - begin
+        target = None
         if out is not None:
-            check_range("out", 0, end - begin, len(out))
-        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
-        kernel = self._kernels.update(recipe, chunk.dtype, None if out is None else out.dtype)
-        target = None if out is None else self._kernels.target(out)
-        seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
-        if not recipe.measures:
+            check_range("out", 0, count, len(out))
+            target = self._kernels.target(out)
+        at, (kernel, arrays, seeded, summed) = self._call(step.recipe, chunk.dtype, out, start, count)
+        seeds = seeds_for(step.seed, seeded) if seeded else ()
+        if not summed:
 
             def work(first: int, size: int) -> None:
                 kernel(*arrays, chunk.values, target, at + first, begin + first, first, size, *seeds, *step.scalars)
 
-            self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
+            self._shares.run(work, count, LEAST_SHARED_UPDATE)
             return _NO_SUMS
-        share = self._shares.share(end - begin) or 1
-        sums = np.zeros((self._shares.threads, len(recipe.sums)))
+        share = count or 1 if count < LEAST_SHARED_UPDATE else self._shares.share(count)
+        sums = np.zeros((-(-count // share) or 1, summed))
 
         def measured_work(first: int, size: int) -> None:
             offsets = (at + first, begin + first, first, size)
             kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
 
-        self._shares.run(measured_work, end - begin, LEAST_SHARED_UPDATE)
-        return Done(tuple((sums[0] if share >= end - begin else sums.sum(axis=0)).tolist()))
+        self._shares.run(measured_work, count, LEAST_SHARED_UPDATE)
+        return Done(tuple((sums[0] if share >= count else sums.sum(axis=0)).tolist()))
 
     def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""
@@ -191,16 +209,25 @@ class CpuState:
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CpuState) and other._size == self._size
+        self._calls.clear()
         for name, slot in other._slots.items():
             own = self._slots.get(name)
             if isinstance(own, BlockSlot):
                 scale = other._slots.get(f"{name}_scale")
                 own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
-            elif own is not None and own.arrays()[0].dtype == slot.arrays()[0].dtype:
+            elif isinstance(own, FlatSlot) and not own.moved and own.values.dtype == slot.arrays()[0].dtype:
                 self._slots[name] = slot
             elif own is not None:
                 own.write(0, slot.arrays()[0])
         other.close()
+
+    def move(self, slot: str, memory: HostArray) -> bool:
+        """See `EngineState.move`."""
+        held = self._slots[slot]
+        assert isinstance(held, FlatSlot)
+        self._calls.clear()
+        held.move(memory)
+        return True
 
     def settle(self) -> None:
         """See `EngineState.settle`."""
@@ -208,14 +235,30 @@ class CpuState:
     def close(self) -> None:
         """See `EngineState.close`."""
         self._slots = {}
+        self._calls.clear()
         self._size = 0
 
     def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> StagedChunk:
         assert isinstance(gradient, StagedChunk)
-        check_range("gradient", begin, end, len(gradient))
-        if start is not None:
+        if not 0 <= begin <= end <= gradient.count:
+            check_range("gradient", begin, end, gradient.count)
+        if start is not None and not 0 <= start <= self._size + begin - end:
             check_range("state", start, start + end - begin, self._size)
         return gradient
+
+    def _call(
+        self, recipe: Recipe, gradient: np.dtype[Any], out: HostArray | None, start: int, size: int
+    ) -> tuple[int, _Call]:
+        """Return how to step a range, and where in the arrays it starts."""
+        key = (recipe, gradient, None if out is None else out.dtype)
+        if (call := self._calls.get(key)) is not None:
+            return start, call
+        held, at, arrays = self._arrays(recipe, start, size)
+        seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
+        call = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
+        if recipe.precision is not Precision.INT8:  # whose arrays depend on the range
+            self._calls[key] = call
+        return at, call
 
     def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
         """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
@@ -244,7 +287,7 @@ class CpuState:
             kernel(*before, first, share, GRAIN, partials, *scalars)
 
         self._shares.run(work, size, LEAST_SHARED_SUM)
-        return tuple(math.fsum(row) for row in partials)
+        return tuple(map(math.fsum, partials.tolist()))
 
     def _read(self, slot: str, start: int, size: int) -> HostArray:
         values = np.empty(size, np.float32)
@@ -253,5 +296,4 @@ class CpuState:
 
 
 def _floats(chunk: StagedChunk, begin: int, end: int) -> HostArray:
-    values: HostArray = chunk.values[begin:end].view(chunk.dtype).astype(np.float32)
-    return values
+    return floats_of(chunk.values.view(chunk.dtype), begin, end)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import float32, uint16, uint32
+from numpy import float32, int8, uint16, uint32
 
 __all__ = [
     "as_bits",
@@ -22,6 +22,7 @@ __all__ = [
     "decode_bfloat16",
     "decode_float16",
     "decode_float32",
+    "decode_int8",
     "encode_bfloat16",
     "encode_float16",
     "encode_float32",
@@ -86,3 +87,23 @@ def encode_float16(value: Any) -> Any:
     special = uint32(0x7E00) if magnitude > 0x7F800000 else uint32(0x7C00)
     half = subnormal if magnitude < 0x38800000 else normal if magnitude < 0x47800000 else special
     return uint16(half | uint32((as_bits(value) >> 16) & 0x8000))
+
+
+def decode_int8(received: Any, begin: Any, end: Any, values: Any) -> None:
+    """Decode elements `[begin, end)` of blocks into `values`; see `stepwire.blockwise`.
+
+    The received bytes, of any alignment, are put together to the maximum of each block; the loop over its codes
+    vectorises.
+    """
+    at = begin
+    while at < end:
+        block = at // 256
+        stop = min(end, 256 * block + 256)
+        upper = (uint32(received[260 * block + 3]) << 24) | (uint32(received[260 * block + 2]) << 16)
+        lower = (uint32(received[260 * block + 1]) << 8) | uint32(received[260 * block])
+        scale = as_float(upper | lower) / float32(127.0)
+        codes = received[at + 4 * block + 4 : stop + 4 * block + 4]
+        decoded = values[at - begin : stop - begin]
+        for i in range(stop - at):
+            decoded[i] = float32(int8(codes[i])) * scale
+        at = stop

@@ -22,7 +22,7 @@ import numba.core.codegen
 import numba.core.types as numba_types
 import numpy as np
 
-from stepwire_server.engines.chunks import STORED, bits_of
+from stepwire_server.engines.chunks import STORED, bits_of, name_of
 from stepwire_server.engines.kernel_cache import kernel_directory, store
 from stepwire_server.engines.numba_source import (
     HELPER_OPTIONS,
@@ -118,8 +118,8 @@ class NumbaKernels:
             return self._built[key]
 
     def _update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
-        name = f"{recipe.name}_{gradient.name}_to_{reply.name if reply is not None else 'nothing'}"
-        text = update_source(recipe, name, gradient.name, None if reply is None else reply.name)
+        name = f"{recipe.name}_{name_of(gradient)}_to_{reply.name if reply is not None else 'nothing'}"
+        text = update_source(recipe, name, name_of(gradient), None if reply is None else reply.name)
         signature = (
             *_state_types(recipe),
             _source_type(gradient),
@@ -132,19 +132,20 @@ class NumbaKernels:
         return self._compile(name, text, signature)
 
     def _sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
-        name = f"sum_of_squares_{gradient.name}" + ("_accumulated" if accumulated else "")
+        dtype = name_of(gradient)
+        name = f"sum_of_squares_{dtype}" + ("_accumulated" if accumulated else "")
         arrays: list[Any] = [_FLOATS] if accumulated else []
-        return self._compile(name, sum_source(name, gradient.name, accumulated), _sum_signature(arrays, gradient, 1))
+        return self._compile(name, sum_source(name, dtype, accumulated), _sum_signature(arrays, gradient, 1))
 
     def _measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
-        name = f"measure_{recipe.name}_{gradient.name}"
+        name = f"measure_{recipe.name}_{name_of(gradient)}"
         signature = _sum_signature(_state_types(recipe), gradient, len(recipe.scalars) - 1)
-        return self._compile(name, measure_source(recipe, name, gradient.name), signature)
+        return self._compile(name, measure_source(recipe, name, name_of(gradient)), signature)
 
     def _accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
-        name = f"accumulate_{gradient.name}"
+        name = f"accumulate_{name_of(gradient)}"
         signature = (_FLOATS, _source_type(gradient), *[numba_types.intp] * 3, numba_types.float64)
-        return self._compile(name, accumulate_source(name, gradient.name), signature)
+        return self._compile(name, accumulate_source(name, name_of(gradient)), signature)
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""

@@ -38,7 +38,7 @@ HELPER_OPTIONS: Final[dict[str, Any]] = {
 KERNEL_OPTIONS: Final[dict[str, Any]] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 MEASURING_OPTIONS: Final[dict[str, Any]] = {**KERNEL_OPTIONS, "fastmath": {"reassoc"}}
 
-_IMPORTS = "absolute empty float32 float64 maximum minimum sqrt uint16 uint32 zeros".split()
+_IMPORTS = "absolute empty float32 float64 int8 maximum minimum sqrt uint16 uint32 zeros".split()
 _BLOCK_CODECS = "decode_signed decode_unsigned magnitude absmax_of mask_of encode_signed encode_unsigned".split()
 
 # `helper`, `kernel` and `measuring_kernel` are decorators that the loader puts into the module. Numba's cache knows
@@ -59,6 +59,8 @@ from numpy import {imports}
 @{decorator}
 {kernel}'''
 
+_WHOLE, _PIECE = ("0", "size"), ("low", "high")
+
 _UPDATE = """def {name}({arguments}):
     {casts}
     {views}
@@ -66,12 +68,16 @@ _UPDATE = """def {name}({arguments}):
         {body}
 """
 
+# A piece at a time, for what has something to do before it or after it. What travels in blocks is decoded into scratch
+# that stays in the first-level cache, so that the loop over the elements is that of float32 and vectorises like it.
+#
 # The sums of telemetry are in float32 within a block, which costs next to nothing beside the pass (in float64 it cost
 # a noticeable part of it), and in the order that suits the processor, since nothing that is kept depends on them.
 # `fastmath` of the decorator allows that reordering to the kernel's own additions; the stages are functions of their
 # own, compiled without.
-_MEASURING_UPDATE = """def {name}({arguments}):
+_PIECEWISE_UPDATE = """def {name}({arguments}):
     {casts}
+    {scratch}
     for low in range(0, size, 4096):
         high = min(low + 4096, size)
         {zeros}
@@ -133,20 +139,18 @@ def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -
     numbers = [*seeds_of(recipe), *recipe.scalars]
     arguments = [*arrays, "gradient", "out", "start", "begin", "first", "size"]
     arguments += ["sums", *numbers] if recipe.measures else numbers
-    at = ("low", "high") if recipe.measures else ("0", "size")
-    views = [_view(array, "start", at) for array in arrays] + [_view("gradient", "begin", at)]
-    views += [_view("out", "first", at)] if reply is not None else []
-    text, indent = (_MEASURING_UPDATE, 12) if recipe.measures else (_UPDATE, 8)
+    piecewise = recipe.measures or gradient == "int8"
+    text, indent, at = (_PIECEWISE_UPDATE, 12, _PIECE) if piecewise else (_UPDATE, 8, _WHOLE)
     if in_blocks := [recipe.slots[slot] for slot in recipe.rule.slots if recipe.precision is Precision.INT8]:
-        text, indent = _BLOCK_UPDATE, 12
-        views = [_view(array, "start", ("low", "high")) for array in arrays if not array.endswith("_absmax")]
-        views += [_view("gradient", "begin", ("low", "high"))]
-        views += [_view("out", "first", ("low", "high"))] if reply is not None else []
+        text, indent, at = _BLOCK_UPDATE, 12, _PIECE
+    views = [_view(array, "start", at) for array in arrays if not array.endswith("_absmax")]
+    views += [_gradient_view(gradient, at), *([_view("out", "first", at)] if reply is not None else [])]
+    scratch = [f"{variable}_new = empty(256, float32)" for variable in in_blocks]
     kernel = text.format(
         name=name,
         arguments=", ".join(arguments),
         casts=_lines([f"{seed} = uint32({seed})" for seed in seeds_of(recipe)] + _casts(recipe.scalars), 4),
-        scratch=_lines([f"{variable}_new = empty(256, float32)" for variable in in_blocks], 4),
+        scratch=_lines(scratch + _gradient_scratch(gradient, 256 if in_blocks else 4096), 4),
         scales=_lines([_opened(variable) for variable in in_blocks], 8),
         maxima=_lines([_closed(variable) for variable in in_blocks], 8),
         codes=_lines([_coded(recipe, slot) for slot in recipe.rule.slots if in_blocks], 12),
@@ -162,11 +166,11 @@ def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -
 
 def sum_source(name: str, gradient: str, accumulated: bool) -> str:
     """Write the module with the kernel `name`; `NumbaKernels.sum_of_squares` has its arguments."""
-    value = f"scaled(decode_{gradient}(gradient_now[i]), factor)"
+    value = f"scaled({_gradient_value(gradient)}, factor)"
     value = f"added({value}, accumulated_now[i])" if accumulated else value
     functions: list[Callable[..., Any]] = [_codec("decode", gradient), scaled, added]
     arrays = ["accumulated_all"] if accumulated else []
-    return _summing(name, arrays, ("factor",), [f"values[i] = {value}"], ["values"], functions)
+    return _summing(name, arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"], functions)
 
 
 def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
@@ -179,17 +183,21 @@ def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
         *_slot_codecs(recipe),
         *functions_of_stages(stages),
     ]
-    return _summing(name, _arrays(recipe), recipe.scalars[:-1], body, ["p_now", "values"], functions)
+    return _summing(name, _arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"], functions)
 
 
 def accumulate_source(name: str, gradient: str) -> str:
     """Write the module with the kernel `name`; `NumbaKernels.accumulate` has its arguments."""
-    kernel = _UPDATE.format(
+    text, indent, at = (_PIECEWISE_UPDATE, 8, _PIECE) if gradient == "int8" else (_UPDATE, 4, _WHOLE)
+    kernel = text.format(
         name=name,
         arguments="accumulated_all, gradient, start, begin, size, factor",
         casts=_lines(_casts(["factor"]), 4),
-        views=_lines([_view("accumulated_all", "start", ("0", "size")), _view("gradient", "begin", ("0", "size"))], 4),
-        body=f"accumulated_now[i] = added(scaled(decode_{gradient}(gradient_now[i]), factor), accumulated_now[i])",
+        scratch=_lines(_gradient_scratch(gradient, 4096), 4),
+        zeros="",
+        views=_lines([_view("accumulated_all", "start", at), _gradient_view(gradient, at)], indent),
+        body=f"accumulated_now[i] = added(scaled({_gradient_value(gradient)}, factor), accumulated_now[i])",
+        totals="",
     )
     functions: list[Callable[..., Any]] = [_codec("decode", gradient), scaled, added]
     return _module(name, functions, kernel, "kernel")
@@ -203,6 +211,7 @@ def seeds_of(recipe: Recipe) -> list[str]:
 def _summing(
     name: str,
     arrays: Sequence[str],
+    gradient: str,
     scalars: Sequence[str],
     body: Sequence[str],
     squared: Sequence[str],
@@ -210,8 +219,8 @@ def _summing(
 ) -> str:
     """Write a module with a kernel that sums the squares of some float32 arrays, in a fixed order."""
     windowed = [array for array in arrays if array.endswith("_all")]
-    views = [_view(array, "start", ("low", "high")) for array in windowed]
-    views += [_view("gradient", "begin", ("low", "high"))]
+    views = [*(_view(array, "start", _PIECE) for array in windowed), _gradient_view(gradient, _PIECE)]
+    scratch = _gradient_scratch(gradient, 1024)
     additions = []
     for k, values in enumerate(squared):
         additions.append(
@@ -221,7 +230,7 @@ def _summing(
         name=name,
         arguments=", ".join([*arrays, "gradient", "start", "begin", "first", "size", "block", "partials", *scalars]),
         casts=_lines(_casts(scalars), 4),
-        lanes=_lines([f"lanes_{k} = zeros(1024)" for k in range(len(squared))], 4),
+        lanes=_lines([*scratch, *(f"lanes_{k} = zeros(1024)" for k in range(len(squared)))], 4),
         clear=_lines([f"lanes_{k}[:] = 0.0" for k in range(len(squared))], 8),
         views=_lines(views, 12),
         body=_lines(body, 16),
@@ -262,6 +271,21 @@ def _view(array: str, offset: str, at: tuple[str, str]) -> str:
     return f"{array.removesuffix('_all')}_now = {array}[{low} : {high}]"
 
 
+def _gradient_scratch(gradient: str, count: int) -> list[str]:
+    return [f"gradient_now = empty({count}, float32)"] if gradient == "int8" else []
+
+
+def _gradient_view(gradient: str, at: tuple[str, str]) -> str:
+    """Write what makes `gradient_now` of a piece: a view, or, of blocks, the decoded elements."""
+    if gradient != "int8":
+        return _view("gradient", "begin", at)
+    return f"decode_int8(gradient, begin + {at[0]}, begin + {at[1]}, gradient_now)"
+
+
+def _gradient_value(gradient: str) -> str:
+    return "gradient_now[i]" if gradient == "int8" else f"decode_{gradient}(gradient_now[i])"
+
+
 def _update_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
     calls = [_call(stage) for stage in recipe.stages]
     if recipe.measures:
@@ -273,7 +297,7 @@ def _update_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
 
 
 def _loads(recipe: Recipe, gradient: str, scale: str = "{}_scale") -> list[str]:
-    loads = ["p = p_now[i]", f"g = decode_{gradient}(gradient_now[i])"]
+    loads = ["p = p_now[i]", f"g = {_gradient_value(gradient)}"]
     for slot, variable in recipe.slots.items():
         value = f"{variable}_now[i]"
         if _rounds(recipe, slot):

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from stepwire_server.engines.chunks import floats_of
 from stepwire_server.engines.dynamic_code import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.dynamic_code import block_count, decode_blocks, encode_blocks
 from stepwire_server.engines.protocol import HostArray
@@ -52,7 +53,7 @@ class NumpyKernels:
                 for low in range(0, size, BLOCK):
                     count = min(BLOCK, size - low)
                     state = _windows(recipe, arguments[:states], start + low, count)
-                    values = _variables(recipe, state, gradient[begin + low : begin + low + count])
+                    values = _variables(recipe, state, floats_of(gradient, begin + low, begin + low + count))
                     squared = _before(recipe, values, scalars)
                     tape.run(values, scalars, scratch)
                     _store(recipe, state, values, arguments[seeds_at:scalars_at])
@@ -72,7 +73,7 @@ class NumpyKernels:
             *arrays, gradient, start, begin, first, size, block, partials, factor = arguments
             for low, high in _blocks(first, size, block):
                 with np.errstate(all="ignore"):
-                    values = scaled(_floats(gradient[begin + low : begin + high]), np.float32(factor))
+                    values = scaled(floats_of(gradient, begin + low, begin + high), np.float32(factor))
                     for array in arrays:
                         values = added(values, array[start + low : start + high])
                     partials[0, low // block] = _sum_of_squares(values)
@@ -89,7 +90,7 @@ class NumpyKernels:
             for low, high in _blocks(first, size, block):
                 state = _windows(recipe, arguments[:states], start + low, high - low)
                 with np.errstate(all="ignore"):
-                    values = _variables(recipe, state, gradient[begin + low : begin + high])
+                    values = _variables(recipe, state, floats_of(gradient, begin + low, begin + high))
                     values |= dict(zip(recipe.scalars, scalars, strict=False))
                     partials[0, low // block] = _sum_of_squares(state[0])
                     partials[1, low // block] = _sum_of_squares(recipe.evaluate(recipe.direction_stages, values)["u"])
@@ -104,7 +105,7 @@ class NumpyKernels:
 def _accumulate(accumulated: HostArray, gradient: HostArray, start: int, begin: int, size: int, factor: float) -> None:
     with np.errstate(all="ignore"):
         for low, high in _blocks(0, size, BLOCK):
-            values = scaled(_floats(gradient[begin + low : begin + high]), np.float32(factor))
+            values = scaled(floats_of(gradient, begin + low, begin + high), np.float32(factor))
             accumulated[start + low : start + high] = added(values, accumulated[start + low : start + high])
 
 
@@ -140,7 +141,7 @@ def _before(recipe: Recipe, values: dict[str, Any], scalars: dict[str, np.float3
 
 def _variables(recipe: Recipe, state: list[HostArray], gradient: HostArray) -> dict[str, Any]:
     """Return what the stages read; state held as bits becomes float32."""
-    values: dict[str, Any] = {"p": state[0], "g": _floats(gradient)}
+    values: dict[str, Any] = {"p": state[0], "g": gradient}
     remaining = iter(state[1:])
     for slot, variable in recipe.slots.items():
         array = next(remaining)

@@ -3,8 +3,12 @@
 An engine owns memory and kernels. It knows no session, no step number and no wire: it is handed element
 ranges, a rule with its scalars, and a place for the encoded answer.
 
-Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16. State is float32, but for
-slots that were allocated in another `Precision`.
+Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16, and for gradients
+`stepwire.blockwise.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in another
+`Precision`.
+
+Where a step takes an array of the host for a payload or an answer, it may be given one of `ExportedMemory` of the same
+engine.
 
 Calls are carried out in the order in which they are made, but a GPU carries them out later: what they answer comes as
 a `Pending`, and whoever asks has asked for the next before it waits for the first.
@@ -13,6 +17,7 @@ a `Pending`, and whoever asks has asked for the next before it waits for the fir
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +31,7 @@ __all__ = [
     "Done",
     "Engine",
     "EngineState",
+    "ExportedMemory",
     "Gradient",
     "GradientBuffer",
     "HostArray",
@@ -120,8 +126,11 @@ class Gradient(Protocol):
 class GradientBuffer(Protocol):
     """Where the chunks of one step's gradient are kept, all of one wire dtype. Not thread-safe."""
 
-    def put(self, offset: int, payload: HostArray) -> Gradient:
+    def put(self, offset: int, payload: HostArray, count: int | None = None) -> Gradient:
         """Take a received chunk: flat elements from `offset` on, contiguous but perhaps unaligned.
+
+        Of blocks the offset is a multiple of theirs, and the chunk has `count` elements, of which the last block may
+        hold more; None for all that the payload holds.
 
         The CPU engine keeps the received bytes as they are, unaligned or not; a GPU engine has copied them when this
         returns, unless they lie in memory that it knows as pinned. They must stay unchanged until `close`.
@@ -240,6 +249,14 @@ class EngineState(Protocol):
         """Replace this state's slots by those of `other`, held as float32 there; `other` is used up."""
         ...
 
+    def move(self, slot: str, memory: HostArray) -> bool:
+        """Hold a slot of float32 in `memory`, `(size,) float32`, from now on, whatever is loaded into it.
+
+        Returns:
+            False where slots cannot lie in memory of the host; nothing has changed then.
+        """
+        ...
+
     def settle(self) -> None:
         """Wait until all that was asked for is done.
 
@@ -250,6 +267,35 @@ class EngineState(Protocol):
 
     def close(self) -> None:
         """Give the memory back. Closing twice is harmless."""
+        ...
+
+
+class ExportedMemory(Protocol):
+    """Zeroed memory of a device that one other process can open, and nothing of which is state."""
+
+    @property
+    def handle(self) -> bytes:
+        """What the other process opens it by, 64 bytes."""
+        ...
+
+    @property
+    def device_uuid(self) -> bytes:
+        """The 16 bytes of the device's UUID."""
+        ...
+
+    def array(self, offset: int, dtype: np.dtype[Any], items: int) -> Any:
+        """Return items of a wire dtype from byte `offset` on, `(items,)`, as `GradientBuffer.put` and answers take it.
+
+        An answer may be waited for as any; it is there for the other process when the wait, or `settle`, has ended.
+        """
+        ...
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Copy some bytes to the host."""
+        ...
+
+    def close(self) -> None:
+        """Zero it and give it back. Closing twice is harmless; the other process must have closed it before."""
         ...
 
 
@@ -280,6 +326,26 @@ class Engine(Protocol):
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """Compile what steps need for these dtypes (reply None: no answer), so that none has to wait for it."""
+        ...
+
+    def pin(self, memory: HostArray) -> AbstractContextManager[None]:
+        """Let the device reach this memory by itself for a block, `(n,) uint8`, where that makes a difference.
+
+        Nothing that was asked of the memory may be under way when the block ends.
+        """
+        ...
+
+    def export(self, nbytes: int) -> ExportedMemory:
+        """Allocate memory that another process can open.
+
+        Args:
+            nbytes: a multiple of 2 MiB: what is smaller may share a block with other allocations, all of which the
+                other process would see.
+
+        Raises:
+            UnsupportedFeatureError: the device cannot, or may not; the message says why, and what to do.
+            ResourceExhaustedError: the device has no memory left.
+        """
         ...
 
     def warm_up(self) -> None:

@@ -30,8 +30,8 @@ class Shares:
         for the caller: tasks of 1 MiB took twice as long. Workers only run kernels and wait for nobody, so
         callers that queue here cannot deadlock.
         """
-        share = self.share(size)
-        if size < least or share >= size:
+        share = size if size < least else self.share(size)
+        if share >= size:
             work(0, size)
             return
         others = [self._pool.submit(work, low, min(share, size - low)) for low in range(share, size, share)]

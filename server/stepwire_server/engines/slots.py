@@ -43,12 +43,14 @@ class FlatSlot:
 
     Attributes:
         values: `(n,)` float32, or uint16 with the patterns of bfloat16.
+        moved: they lie in memory of somebody else, and must stay there.
     """
 
     def __init__(self, precision: Precision, size: int) -> None:
         """Make `size` zeroed elements."""
         self.values: HostArray = np.empty(size, np.uint16 if precision is Precision.BFLOAT16 else np.float32)
         self.values.fill(0)
+        self.moved = False
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +68,12 @@ class FlatSlot:
     def write(self, start: int, values: HostArray) -> None:
         """See `Slot`; what bfloat16 cannot hold is rounded to nearest even."""
         convert(values, self._typed()[start : start + len(values)])
+
+    def move(self, memory: HostArray) -> None:
+        """Hold the elements in `memory` from now on, `(n,)` of the dtype of `values`."""
+        assert memory.dtype == self.values.dtype
+        memory[:] = self.values
+        self.values, self.moved = memory, True
 
     def _typed(self) -> HostArray:
         typed: HostArray = self.values.view(ml_dtypes.bfloat16) if self.values.dtype == np.uint16 else self.values

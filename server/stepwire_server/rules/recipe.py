@@ -65,6 +65,14 @@ class Recipe:
     measures: bool = False
     precision: Precision = Precision.FLOAT32
 
+    def __hash__(self) -> int:
+        """Tell equal recipes by what a kernel depends on, once: every pass of a step looks its kernel up."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
+
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """What a kernel depends on."""

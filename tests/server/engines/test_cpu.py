@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from stepwire.errors import ResourceExhaustedError
+from stepwire.norms import RELATIVE_ERROR
 from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.cpu_state import LEAST_SHARED_SUM, LEAST_SHARED_UPDATE
 from stepwire_server.engines.shares import GRAIN
-from stepwire_server.exact_norm import RELATIVE_ERROR, exact_sum_of_squares
-from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Precision, Recipe
+from stepwire_server.exact_norm import exact_sum_of_squares
+from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from stepwire_server.rules.layerwise import LAMB
 
 RECIPE = Recipe(ALL_RULES[0])
@@ -94,6 +95,43 @@ def test_adopt_takes_the_slots_of_the_other_and_leaves_it_empty(engine, make_arr
     got = contents(state, SLOTS, 100)
     assert (got[PARAM] == arrays["gradient"]).all()
     assert all((got[slot] == arrays[slot]).all() for slot in RECIPE.slots)
+
+
+def test_a_step_follows_slots_that_were_adopted_or_moved(engine, pass_of, make_arrays, fill, contents) -> None:
+    """What a state remembers of the step before is forgotten where its arrays change."""
+    arrays, size = make_arrays(RECIPE, 100), 100
+    state, memory = engine.allocate(SLOTS, size), np.empty(size, np.float32)
+    chunk, step = state.receive().put(0, arrays["gradient"].astype(np.float32)), pass_of(RECIPE)
+    state.update(step, 0, chunk, 0, size, None).wait()
+    for change in ("adopt", "move"):
+        other = engine.allocate(SLOTS, size)
+        fill(other, arrays)
+        state.adopt(other) if change == "adopt" else state.move(PARAM, memory)
+        expected = engine.allocate(SLOTS, size)
+        fill(expected, contents(state, SLOTS, size))
+        for each in (state, expected):
+            each.update(step, 0, chunk, 0, size, None).wait()
+        got, wanted = contents(state, SLOTS, size), contents(expected, SLOTS, size)
+        assert all((got[slot] == wanted[slot]).all() for slot in SLOTS), change
+    assert (memory == got[PARAM]).all()
+
+
+def test_steps_of_other_kinds_do_not_take_each_others_kernels(engine, pass_of, make_arrays, fill, wire) -> None:
+    """Recipes, encodings of gradients and of answers alternate, and each step does what it does alone."""
+    arrays, size = make_arrays(RECIPE, 100), 100
+    recipes = [RECIPE, Recipe(ALL_RULES[0], decay=Decay.BEFORE), Recipe(ALL_RULES[0], measures=True)]
+    kinds = [(recipe, sent, reply) for recipe in recipes for sent in wire for reply in (*wire, None)]
+
+    def stepped(state, recipe, sent, reply):
+        fill(state, arrays)
+        chunk = state.receive().put(0, arrays["gradient"].astype(wire[sent]))
+        out = None if reply is None else np.zeros(size, wire[reply])
+        sums = state.update(pass_of(recipe), 0, chunk, 0, size, out).wait()
+        return sums, None if out is None else out.tobytes()
+
+    shared = engine.allocate(SLOTS, size)
+    for kind in (*kinds, *reversed(kinds)):
+        assert stepped(shared, *kind) == stepped(engine.allocate(SLOTS, size), *kind), kind
 
 
 def test_ranges_outside_the_arrays_are_refused(engine, pass_of, slots_of, contents) -> None:
@@ -311,3 +349,30 @@ def test_importing_engines_loads_neither_cupy_nor_grpc_nor_numba() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("slot", [PARAM, "exp_avg"])
+def test_a_slot_that_was_moved_stays_where_it_is(engine, pass_of, slot) -> None:
+    state, staged = engine.allocate(SLOTS, 1000), engine.allocate(SLOTS, 1000)
+    values, memory = np.arange(1000, dtype=np.float32), np.full(1000, 7.0, np.float32)
+    state.write(slot, 0, values)
+    assert state.move(slot, memory)
+    assert state.nbytes == 3 * 4000
+    np.testing.assert_array_equal(memory, values)
+    state.write(slot, 10, values[:5])
+    np.testing.assert_array_equal(memory[10:15], values[:5])
+    staged.write(slot, 0, values[::-1])
+    state.adopt(staged)
+    np.testing.assert_array_equal(memory, values[::-1])
+    chunk = state.receive().put(0, np.full(1000, 3.0, np.float32))
+    state.update(pass_of(RECIPE), 0, chunk, 0, 1000, None)
+    assert (memory != values[::-1]).all()
+    state.close()
+    assert memory.any()
+
+
+def test_a_processor_pins_nothing(engine) -> None:
+    memory = np.zeros(8, np.uint8)
+    with engine.pin(memory):
+        memory[:] = 1
+    assert memory.sum() == 8

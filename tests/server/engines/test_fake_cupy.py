@@ -557,6 +557,7 @@ def test_operations_fail_on_demand(make) -> None:
             "kernel": lambda: add_one((1,), (1,), (array, array)),
             "Module": lambda: kernel(cupy),
             "synchronize": cupy.cuda.get_current_stream().synchronize,
+            "ipcGetMemHandle": lambda: cupy.cuda.runtime.ipcGetMemHandle(array.data.ptr),
         }
         assert set(attempts) == set(cupy._driver.failures.OPERATIONS)
         for operation, attempt in attempts.items():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import pathlib
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -48,17 +51,17 @@ def cpu_engine():
     engine.close()
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.CASES, *cases.IN_BLOCKS], ids=lambda case: case.name)
 def test_updates_are_those_of_numpy_bit_for_bit(gpu_engine, numpy_engine, case) -> None:
     cases.check_update(gpu_engine, numpy_engine, case)
 
 
-@pytest.mark.parametrize("case", cases.LAYERWISE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS], ids=lambda case: case.name)
 def test_measures_are_those_of_numpy_bit_for_bit(gpu_engine, numpy_engine, case) -> None:
     cases.check_measures(gpu_engine, numpy_engine, case)
 
 
-@pytest.mark.parametrize("gradient", cases.WIRE)
+@pytest.mark.parametrize("gradient", cases.GRADIENTS)
 def test_sums_and_accumulation_are_those_of_numpy_bit_for_bit(gpu_engine, numpy_engine, gradient) -> None:
     cases.check_gradients(gpu_engine, numpy_engine, gradient)
 
@@ -115,6 +118,60 @@ def test_state_goes_from_the_cpu_to_the_gpu_and_back(gpu_engine, cpu_engine, pre
 
 def test_8_bit_moments_are_those_of_the_cpu(gpu_engine, cpu_engine) -> None:
     device_cases.check_kept(gpu_engine, cpu_engine, 3_000_017)
+
+
+# --- memory that another process opens ----------------------------------------------------------------------------
+
+_CLIENT = """
+import json, socket, sys
+import numpy as np
+from stepwire.transports.cuda_driver import CudaDriver
+from stepwire.transports.device_memory import DeviceMapping
+from stepwire.transports.device_views import DeviceView
+
+told = json.loads(sys.stdin.readline())
+handle, uuid, size, at = bytes.fromhex(told["handle"]), bytes.fromhex(told["uuid"]), told["size"], told["at"]
+mapping = DeviceMapping(CudaDriver().context_on(uuid), handle, 2 << 20, socket.socketpair()[0])
+import cupy
+
+gradient = cupy.asarray(DeviceView(mapping, 0, (size,), np.dtype(np.float32)))
+assert gradient.data.ptr == mapping.address
+gradient[...] = cupy.arange(size, dtype=np.float32) - 1000
+mapping.synchronize()
+print("written", flush=True)
+sys.stdin.readline()
+print(np.asarray(DeviceView(mapping, at, (size,), np.dtype(np.float32))).tobytes().hex(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_another_process_writes_gradients_and_reads_parameters(gpu_engine, numpy_engine) -> None:
+    size, at, recipe = 100_003, 1 << 20, Recipe(cases.RULES[0])
+    try:
+        exported = gpu_engine.export(2 << 20)
+    except UnsupportedFeatureError as problem:
+        pytest.skip(str(problem))
+    told = {"handle": exported.handle.hex(), "uuid": exported.device_uuid.hex(), "size": size, "at": at}
+    gradient, answers = np.arange(size, dtype=np.float32) - 1000, []
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _CLIENT], stdin=pipe, stdout=pipe, text=True) as client:
+        client.stdin.write(json.dumps(told) + "\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "written\n"
+        for engine, sent in ((gpu_engine, exported.array(0, np.dtype(np.float32), size)), (numpy_engine, gradient)):
+            state, out = engine.allocate(cases.slots_of(recipe), size), np.empty(size, np.float32)
+            target = exported.array(at, out.dtype, size) if engine is gpu_engine else out
+            state.update(cases.step_of(recipe, 1), 0, state.receive().put(0, sent), 0, size, target).wait()
+            state.settle()
+            answers.append(out)
+            state.close()
+        client.stdin.write("\n")
+        client.stdin.flush()
+        seen = np.frombuffer(bytes.fromhex(client.stdout.readline().strip()), np.float32)
+        client.stdin.write("\n")
+    assert client.returncode == 0
+    exported.close()
+    np.testing.assert_array_equal(seen, answers[1])
 
 
 # --- the whole server --------------------------------------------------------------------------------------------

@@ -36,6 +36,12 @@ def variables(recipe: Recipe) -> set[str]:
     return {name for stage in stages for name in (*stage.results, *stage.arguments)}
 
 
+def test_equal_recipes_are_one_key_and_others_are_others() -> None:
+    copies = [dataclasses.replace(recipe) for recipe in RECIPES]
+    assert [hash(copy) for copy in copies] == [hash(recipe) for recipe in RECIPES]
+    assert len({recipe: None for recipe in RECIPES + copies}) == len(RECIPES)
+
+
 def test_variables_do_not_collide_with_those_of_kernels() -> None:
     for recipe in RECIPES:
         names = variables(recipe)

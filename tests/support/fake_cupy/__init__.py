@@ -11,6 +11,7 @@ import types
 from typing import Any
 
 from tests.support.fake_cupy import classes, driver
+from tests.support.fake_libcuda import FakeLibcuda
 
 
 class FakeCupy:
@@ -18,6 +19,7 @@ class FakeCupy:
 
     Attributes:
         compiled: every source that was compiled.
+        libcuda: the driver's own library over the same devices, as a process sees it.
     """
 
     __version__ = "14.2.0+fake"
@@ -47,6 +49,7 @@ class FakeCupy:
         """
         self._driver = driver.Driver(directory, devices, memory_bytes, library, order, processors, capability)
         self._broken_compiler = broken_compiler
+        self.libcuda = FakeLibcuda(self._driver)
         self.compiled: list[str] = []
         self.ndarray = classes.ndarray
         self.cuda = types.SimpleNamespace(

@@ -16,12 +16,14 @@ MESSAGES = {
     1: "cudaErrorInvalidValue: invalid argument",
     2: "cudaErrorMemoryAllocation: out of memory",
     35: "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
+    98: "cudaErrorInvalidDeviceFunction: invalid device function",
     100: "cudaErrorNoDevice: no CUDA-capable device is detected",
     101: "cudaErrorInvalidDevice: invalid device ordinal",
     700: "cudaErrorIllegalAddress: an illegal memory access was encountered",
     712: "cudaErrorHostMemoryAlreadyRegistered: part or all of the requested memory range is already mapped",
     713: "cudaErrorHostMemoryNotRegistered: pointer does not correspond to a registered memory region",
     719: "cudaErrorLaunchFailure: unspecified launch failure",
+    801: "cudaErrorNotSupported: operation not supported",
 }
 
 

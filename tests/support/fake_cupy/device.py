@@ -268,6 +268,7 @@ class Failures:
     """Errors that the next operations of a kind raise."""
 
     OPERATIONS = ("malloc", "PinnedMemory", "hostRegister", "copy", "memset", "kernel", "Module", "synchronize")
+    OPERATIONS += ("ipcGetMemHandle",)
 
     def __init__(self) -> None:
         self._planned: dict[str, list[Any]] = {operation: [] for operation in self.OPERATIONS}
@@ -280,5 +281,8 @@ class Failures:
     def meet(self, operation: str) -> None:
         planned = self._planned[operation]
         error = planned.pop(0) if planned else None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its trace would hold this frame, and with it whatever memory the operation was for

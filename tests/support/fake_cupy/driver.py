@@ -145,6 +145,8 @@ class Driver:
             self.memories.free(starts[ptr])
 
     def share(self, ptr: int) -> bytes:
+        self.device()
+        self.failures.meet("ipcGetMemHandle")
         shared = self.here(ptr, 1)
         return struct.pack("<QQQ", shared.start, shared.size, shared.device).ljust(64, b"\0")
 

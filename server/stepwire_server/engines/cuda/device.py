@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire.errors import ResourceExhaustedError
+from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["ALIGNMENT", "CudaDevice", "round_up"]
@@ -113,6 +113,32 @@ class CudaDevice:
     def view(self, memory: Any, offset: int, count: int, dtype: Any) -> Any:
         """View `count` elements from byte `offset` of some memory on."""
         return self.cupy.ndarray(count, dtype, memory.data + offset)
+
+    def handle(self, address: int) -> bytes:
+        """Return what another process opens the allocation by that begins at an address, 64 bytes.
+
+        Raises:
+            UnsupportedFeatureError: the device, its driver or this container has no CUDA IPC.
+        """
+        with self.current():
+            try:
+                handle: bytes = self.cupy.cuda.runtime.ipcGetMemHandle(address)
+            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
+                raise UnsupportedFeatureError(
+                    f"CUDA does not share memory of {self.name} with other processes ({problem}); in a container use: "
+                    "docker run --ipc=host --pid=host; under WSL and on parts of a GPU (MIG) there may be no CUDA IPC",
+                    metadata={"feature": "transport_cuda_ipc", "device": self.name},
+                ) from problem
+        return handle
+
+    def to_host(self, memory: Any) -> bytes:
+        """Copy some memory to the host, behind all that the kernels' stream was asked for."""
+        copied = np.empty(memory.nbytes, np.uint8)
+        runtime = self.cupy.cuda.runtime
+        with self.current():
+            self.compute.synchronize()
+            runtime.memcpy(copied.ctypes.data, memory.data.ptr, copied.nbytes, runtime.memcpyDeviceToHost)
+        return copied.tobytes()
 
     def zero(self, memory: Any) -> None:
         """Fill with zeros, in the order of the kernels."""

@@ -8,18 +8,22 @@ allow, and compile the kernels for real devices.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from stepwire.errors import StepwireError
+from stepwire.errors import StepwireError, UnsupportedFeatureError
 from stepwire.optimizers import AdamW
+from stepwire.transports.cuda_driver import CudaDriver, CudaFailure
+from stepwire_server.engines.chunks import name_of
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.exported import CudaExportedMemory
 from stepwire_server.engines.cuda.figures import Cells
 from stepwire_server.engines.cuda.gradient import GradientCache
 from stepwire_server.engines.cuda.kernels import CudaKernels
@@ -27,7 +31,7 @@ from stepwire_server.engines.cuda.parts import CudaParts
 from stepwire_server.engines.cuda.slots import Slab
 from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
-from stepwire_server.engines.protocol import PARAM, Device, Span
+from stepwire_server.engines.protocol import PARAM, Device, HostArray, Span
 from stepwire_server.rules import Decay, Precision, Recipe, rule_for
 
 __all__ = ["CudaEngine", "CudaOptions"]
@@ -57,18 +61,20 @@ _DEFAULTS: Final = CudaOptions()
 class CudaEngine:
     """Flat arrays in the memory of one GPU. Unverified on a GPU. Thread-safe, unlike its states."""
 
-    def __init__(self, index: int = 0, cupy: Any = None, options: CudaOptions = _DEFAULTS) -> None:
+    def __init__(self, index: int = 0, cupy: Any = None, options: CudaOptions = _DEFAULTS, libcuda: Any = None) -> None:
         """Start an engine.
 
         Args:
             index: the device, as CUDA numbers the visible ones.
             cupy: the CuPy module, or a stand-in; None to import it, here and nowhere else.
             options: sizes of working memory.
+            libcuda: the driver's library, or a stand-in; None to load it where it is needed.
 
         Raises:
             ResourceExhaustedError: the device has no memory left.
         """
         device = CudaDevice(cupy or importlib.import_module("cupy"), index)
+        self._libcuda = libcuda
         free_bytes = device.free_bytes()
         tables, bus = eight_bit_tables(), Bus(device, options.slots, options.slot_bytes)
         self._parts = CudaParts(
@@ -115,9 +121,35 @@ class CudaEngine:
             kernels.update(each, gradient, reply)
             if recipe.rule.direction is not None:
                 kernels.measure(each, gradient)
-        kernels.of_gradients(f"sum_{gradient.name}")
+        kernels.of_gradients(f"sum_{name_of(gradient)}")
         if recipe.precision is Precision.INT8:
             kernels.of_blocks("decode_signed_blocks")
+
+    @contextlib.contextmanager
+    def pin(self, memory: HostArray) -> Iterator[None]:
+        """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through slots."""
+        with contextlib.ExitStack() as pinned:
+            try:
+                pinned.enter_context(self._parts.bus.pin(memory))
+            except Exception as problem:
+                import structlog  # here, because the engine alone runs where the server's other packages are not
+
+                structlog.get_logger().warning(
+                    "memory stays unpinned", device=self._device.name, bytes=memory.nbytes, problem=str(problem)
+                )
+            yield
+
+    def export(self, nbytes: int) -> CudaExportedMemory:
+        """See `Engine.export`."""
+        device = self._parts.device
+        try:  # the driver numbers devices as the runtime does; of the UUID, CuPy tells what comes before the first zero
+            uuid = CudaDriver(self._libcuda).uuids(device.index)[0]
+        except CudaFailure as problem:
+            raise UnsupportedFeatureError(
+                f"the driver does not tell the UUID of {device.name}: {problem}",
+                metadata={"feature": "transport_cuda_ipc", "device": device.name},
+            ) from problem
+        return CudaExportedMemory(device, nbytes, uuid)
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`: Adam as most sessions ask for it, with and without weight decay."""

@@ -9,9 +9,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire_server.engines.chunks import STORED, StagedChunk, bits_of, check_range
+from stepwire.blockwise import BLOCK, INT8
+from stepwire_server.engines.chunks import StagedChunk, bits_of, check_range, count_of
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.exported import DeviceArray
 from stepwire_server.engines.cuda.figures import Noted
 from stepwire_server.engines.protocol import HostArray
 
@@ -20,6 +22,9 @@ __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
 # A client that is silent in the middle of a step keeps room for as many results from others. One is enough: the sum of
 # a chunk is done by the time the next chunk has come.
 _UNREAD_SUMS: Final = 1
+
+# Where the codes lie in a block.
+_CODES: Final = INT8.itemsize - BLOCK
 
 
 class _Block:
@@ -110,16 +115,24 @@ class CudaChunk(StagedChunk):
 
     __slots__ = ("gradient",)
 
-    def __init__(self, dtype: np.dtype[Any], values: Any, gradient: CudaGradient) -> None:
-        """Keep a chunk: device memory `(n,)`, and what keeps that alive."""
-        super().__init__(dtype, values)
+    def __init__(self, dtype: np.dtype[Any], values: Any, count: int, gradient: CudaGradient) -> None:
+        """Keep a chunk: device memory `(n,)`, of blocks their bytes, and what keeps that alive."""
+        super().__init__(dtype, values, count)
         self.gradient = gradient
+
+    def window(self, begin: int, end: int) -> tuple[Any, list[np.int64]]:
+        """Return what kernels take of elements `[begin, end)`: an array, and of blocks the first one's place in its."""
+        if self.dtype != INT8:
+            return self.values[begin:end], []
+        block, place = divmod(begin, BLOCK)
+        return self.values[block * INT8.itemsize + _CODES + place :], [np.int64(place)]
 
 
 class CudaGradient:
     """One step's gradient; see `GradientBuffer`. Chunks lie where their elements do in flat space.
 
-    So a chunk is aligned as the state is, and memory is taken once, however many chunks there are.
+    So a chunk is aligned as the state is, and memory is taken once, however many chunks there are. What comes in blocks
+    of 8 bits stays in them. A chunk of exported memory stays where it is.
 
     Attributes:
         noted: sums of its chunks.
@@ -134,22 +147,28 @@ class CudaGradient:
         self._size = size
         self._block: _Block | None = None
 
-    def put(self, offset: int, payload: HostArray) -> CudaChunk:
+    def put(self, offset: int, payload: HostArray, count: int | None = None) -> CudaChunk:
         """See `GradientBuffer.put`."""
-        check_range("gradient", offset, offset + len(payload), self._size)
-        itemsize = payload.dtype.itemsize
+        count = count_of(payload, count)
+        check_range("gradient", offset, offset + count, self._size)
+        wide = BLOCK if payload.dtype == INT8 else 1
+        nbytes, itemsize = -(-self._size // wide) * payload.dtype.itemsize, payload.dtype.itemsize
+        assert offset % wide == 0
+        if isinstance(payload, DeviceArray):
+            return CudaChunk(payload.dtype, payload.stored, count, self)
         if self._block is None:
-            self._block = self._cache.take(self._size * itemsize)
+            self._block = self._cache.take(nbytes)
         block = self._block
-        assert block.memory.nbytes == self._size * itemsize  # all chunks of a step are of one dtype
-        values = self._device.view(block.memory, offset * itemsize, len(payload), STORED[payload.dtype])
+        assert block.memory.nbytes == nbytes  # all chunks of a step are of one dtype
+        bits = bits_of(payload[: -(-count // wide)])
+        values = self._device.view(block.memory, offset // wide * itemsize, len(bits), bits.dtype)
         with self._device.current():
             try:
-                self._bus.send(bits_of(payload).view(np.uint8), values.view(np.uint8))
+                self._bus.send(bits.view(np.uint8), values.view(np.uint8))
             finally:  # what was asked for before an error may still be on its way
                 block.uploaded.record(self._device.up)
             self._device.compute.wait_event(block.uploaded)
-        return CudaChunk(payload.dtype, values, self)
+        return CudaChunk(payload.dtype, values, count, self)
 
     def close(self) -> None:
         """See `GradientBuffer.close`; pinned chunks may change afterwards."""
@@ -160,6 +179,8 @@ class CudaGradient:
                 self.noted.clear()
             finally:
                 self._cache.give(block)
+        else:
+            self.noted.clear()
 
     def __del__(self) -> None:
         """Close what nobody closed; errors of a broken device have been seen elsewhere."""

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from stepwire_server.engines.chunks import name_of
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import (
@@ -48,12 +49,12 @@ class CudaKernels:
 
     def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Any:
         """Return the fused kernel; `update_kernel` documents its arguments."""
-        names = (gradient.name, reply.name if reply is not None else None)
+        names = (name_of(gradient), reply.name if reply is not None else None)
         return self._only((*recipe.key, gradient, reply), lambda: [update_kernel(recipe, *names)])
 
     def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Any:
         """Return the kernel that squares parameters and direction; `measure_kernel` documents its arguments."""
-        return self._only(("measure", *recipe.key, gradient), lambda: [measure_kernel(recipe, gradient.name)])
+        return self._only(("measure", *recipe.key, gradient), lambda: [measure_kernel(recipe, name_of(gradient))])
 
     def of_gradients(self, name: str) -> Any:
         """Return a kernel by its name in `gradient_kernels`, which documents them."""

@@ -13,15 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from stepwire_server.engines.chunks import STORED, bits_of, check_range
+from stepwire.blockwise import BLOCK, INT8
+from stepwire_server.engines.chunks import STORED, bits_of, check_range, floats_of, name_of
 from stepwire_server.engines.cuda.bus import Crossings
+from stepwire_server.engines.cuda.exported import DeviceArray, OnDevice
 from stepwire_server.engines.cuda.figures import CELL_BYTES, Figures, Noted
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
 from stepwire_server.engines.cuda.parts import CudaParts, Together
-from stepwire_server.engines.cuda.slots import CudaBlockSlot, CudaSlot
-from stepwire_server.engines.cuda.transfer import bring_values, read_scale, read_slot, replace_slot, write_slot
-from stepwire_server.engines.dynamic_code import BLOCK
+from stepwire_server.engines.cuda.slots import CudaBlockSlot, CudaFlatSlot, CudaSlot
+from stepwire_server.engines.cuda.transfer import (
+    bring_bytes,
+    bring_values,
+    encode,
+    read_scale,
+    read_slot,
+    replace_slot,
+    write_slot,
+)
 from stepwire_server.engines.on_host import direction_on_host, gradient_on_host, measured_slots
 from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.engines.rounding import seeds_for
@@ -69,22 +78,25 @@ class CudaState:
         """See `EngineState.sum_of_squares`; the same bits as on the CPU."""
         chunk = self._checked(gradient, begin, end, accumulated)
         kind = "sum" if accumulated is None else "sum_accumulated"
-        kernel = self._parts.kernels.of_gradients(f"{kind}_{chunk.dtype.name}")
+        kernel = self._parts.kernels.of_gradients(f"{kind}_{name_of(chunk.dtype)}")
         asked = []
         for low, high in _cut(end - begin, _PARTIALS * GRAIN):
-            arrays = [chunk.values[begin + low : begin + high]]
+            window, place = chunk.window(begin + low, begin + high)
+            arrays = [window]
             if accumulated is not None:
                 arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
-            asked.append(self._partials(1, kernel, arrays, high - low, [np.float32(factor)], chunk.gradient.noted))
+            numbers = [*place, np.float32(factor)]
+            asked.append(self._partials(1, kernel, arrays, high - low, numbers, chunk.gradient.noted))
         return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
         chunk, size = self._checked(gradient, begin, end, start), end - begin
         if size:
-            kernel = self._parts.kernels.of_gradients(f"accumulate_{chunk.dtype.name}")
-            arrays = [*self._slots[ACCUMULATED].range(start, size), chunk.values[begin:end]]
-            numbers = [np.int64(size), np.int64(head_of(arrays, size)), np.float32(factor)]
+            kernel = self._parts.kernels.of_gradients(f"accumulate_{name_of(chunk.dtype)}")
+            window, place = chunk.window(begin, end)
+            arrays = [*self._slots[ACCUMULATED].range(start, size), window]
+            numbers = [np.int64(size), np.int64(head_of(arrays, size)), *place, np.float32(factor)]
             with self._parts.device.computing():
                 launch(kernel, self._parts.kernels.blocks(size), *arrays, *numbers)
 
@@ -95,10 +107,9 @@ class CudaState:
             slots = (PARAM, *measured_slots(step.recipe))
             recipe, arrays = self._arrays(step.recipe, slots, start + low, high - low)
             kernel = self._parts.kernels.measure(recipe, chunk.dtype)
-            arrays.append(chunk.values[begin + low : begin + high])
-            scalars = list(map(np.float32, step.scalars[:-1]))
-            tables = self._tables(recipe)
-            asked.append(self._partials(2, kernel, arrays, high - low, scalars, self._noted, tables))
+            window, place = chunk.window(begin + low, begin + high)
+            numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
+            asked.append(self._partials(2, kernel, [*arrays, window], high - low, numbers, self._noted, tables))
         return Together(asked, _two_sums)
 
     def update(
@@ -117,6 +128,9 @@ class CudaState:
         if out is None:
             return self._step(step, start, chunk, begin, end, None)
         check_range("answer", 0, size, len(out))
+        if isinstance(out, DeviceArray):
+            moved = self._step(step, start, chunk, begin, end, out.dtype, out.stored)
+            return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
         parts = []
         for low, high in _cut(size, self._most_elements(out)):
             parts += self._answered(step, start + low, chunk, begin + low, begin + high, out[low:high])
@@ -148,12 +162,13 @@ class CudaState:
         """Run the fused kernel once."""
         size, kernels = end - begin, self._parts.kernels
         recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
-        arrays += [chunk.values[begin:end], *([] if answer is None else [answer])]
+        window, place = chunk.window(begin, end)
+        arrays += [window, *([] if answer is None else [answer])]
         kernel = kernels.update(recipe, chunk.dtype, reply)
         in_blocks = recipe.precision is Precision.INT8
         seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
         head = 0 if in_blocks else head_of(arrays, size)
-        numbers = (np.int64(size), np.int64(head), *map(np.uint32, seeds), *map(np.float32, step.scalars))
+        numbers = (np.int64(size), np.int64(head), *place, *map(np.uint32, seeds), *map(np.float32, step.scalars))
         blocks, rows = kernels.blocks_of(recipe, size), len(recipe.sums)
         tables = self._tables(recipe)
         with self._parts.device.computing():
@@ -189,10 +204,20 @@ class CudaState:
     def read(self, slot: str, start: int, out: HostArray) -> Pending[None]:
         """See `EngineState.read`."""
         check_range("state", start, start + len(out), self._size)
+        if isinstance(out, DeviceArray):
+            self._encode(slot, start, out)
+            return OnDevice(self)
         owner = self._slots.get(slot.removesuffix("_scale"))
         if slot not in self._slots and isinstance(owner, CudaBlockSlot):
             return read_scale(self._parts, self._crossings, owner, start, out)
         return read_slot(self._parts, self._crossings, self._slots[slot], start, out)
+
+    def _encode(self, slot: str, start: int, out: DeviceArray) -> None:
+        """Encode a range of a slot that is not held in 8 bits into memory of the device."""
+        held = self._slots[slot]
+        assert isinstance(held, CudaFlatSlot)
+        with self._parts.device.computing():
+            encode(self._parts, held.values[start : start + len(out)], held.dtype, out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`; what bfloat16 cannot hold is rounded to nearest even."""
@@ -214,6 +239,10 @@ class CudaState:
         other.close()
 
     # --- end ---------------------------------------------------------------------------------------------
+
+    def move(self, slot: str, memory: HostArray) -> bool:
+        """See `EngineState.move`: slots lie in the memory of the device."""
+        return False
 
     def settle(self) -> None:
         """See `EngineState.settle`."""
@@ -261,7 +290,7 @@ class CudaState:
         kernel: Any,
         arrays: Sequence[Any],
         size: int,
-        scalars: Sequence[Any],
+        numbers: Sequence[Any],
         noted: Noted,
         tables: Sequence[Any] = (),
     ) -> Figures[list[list[float]]]:
@@ -273,7 +302,7 @@ class CudaState:
                 noted,
                 rows * blocks,
                 np.float64,
-                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *scalars),
+                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *numbers),
                 lambda sums: sums.reshape(rows, blocks).tolist(),
             )
 
@@ -285,10 +314,15 @@ class CudaState:
         return (self._parts.bus.slot_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
+        if chunk.dtype == INT8:
+            first, last = begin // BLOCK, -(-end // BLOCK)
+            blocks = np.empty(last - first, INT8)
+            memory = chunk.values[first * INT8.itemsize : last * INT8.itemsize]
+            bring_bytes(self._parts, self._crossings, memory, bits_of(blocks)).wait()
+            return floats_of(blocks, begin - first * BLOCK, end - first * BLOCK)
         values = np.empty(end - begin, chunk.dtype)
         bring_values(self._parts, self._crossings, chunk.values[begin:end], chunk.dtype, values).wait()
-        floats: HostArray = values.astype(np.float32)
-        return floats
+        return floats_of(values, 0, end - begin)
 
     def _fetched(self, slot: str, start: int, size: int) -> HostArray:
         values = np.empty(size, np.float32)

@@ -11,13 +11,14 @@ import numpy as np
 
 from stepwire_server.engines.chunks import STORED, bits_of, convert
 from stepwire_server.engines.cuda.bus import Crossings
+from stepwire_server.engines.cuda.exported import DeviceArray
 from stepwire_server.engines.cuda.kernels import launch
 from stepwire_server.engines.cuda.parts import CudaParts, Together
 from stepwire_server.engines.cuda.slots import CudaBlockSlot, CudaFlatSlot, CudaSlot
 from stepwire_server.engines.dynamic_code import BLOCK, block_count
 from stepwire_server.engines.protocol import Done, HostArray, Pending
 
-__all__ = ["bring_values", "read_scale", "read_slot", "replace_slot", "write_slot"]
+__all__ = ["bring_bytes", "bring_values", "encode", "read_scale", "read_slot", "replace_slot", "write_slot"]
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -43,6 +44,16 @@ def bring_values(
 
     spans = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
     return Together([ask(values[span], out[span]) for span in spans], lambda _: None)
+
+
+def bring_bytes(parts: CudaParts, crossings: Crossings, memory: Any, out: HostArray) -> Pending[None]:
+    """Copy device memory into `out`, `(n,) uint8` both, before the wait ends."""
+
+    def ask(part: Any, target: HostArray) -> Pending[None]:
+        return crossings.bring(0, lambda slot: slot.data.copy_from_device_async(part.data, part.nbytes, None), target)
+
+    spans = [slice(low, min(low + parts.bus.slot_bytes, len(out))) for low in range(0, len(out), parts.bus.slot_bytes)]
+    return Together([ask(memory[span], out[span]) for span in spans], lambda _: None)
 
 
 def read_slot(parts: CudaParts, crossings: Crossings, slot: CudaSlot, start: int, out: HostArray) -> Pending[None]:
@@ -88,6 +99,11 @@ def write_slot(parts: CudaParts, slot: CudaSlot, start: int, values: HostArray) 
             _convert(parts, source, values.dtype, target, slot.dtype)
 
         parts.bus.hand(_bytes(bits_of(part)), use)
+
+
+def encode(parts: CudaParts, source: Any, held: np.dtype[Any], out: DeviceArray) -> None:
+    """Encode device memory into exported memory, in a thread whose stream is `compute`."""
+    _convert(parts, source, held, out.memory, out.dtype)
 
 
 def replace_slot(parts: CudaParts, slot: CudaSlot, staged: CudaSlot, scale: CudaSlot | None) -> None:

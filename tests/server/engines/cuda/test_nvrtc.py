@@ -26,8 +26,8 @@ cupy = pytest.importorskip(
 
 ARCHITECTURES = ("75", "90", "100")
 KERNELS = [
-    *[update_kernel(*case) for case in cases.CASES],
-    *[measure_kernel(recipe, gradient) for recipe, gradient, _ in cases.LAYERWISE],
+    *[update_kernel(*case) for case in [*cases.CASES, *cases.IN_BLOCKS]],
+    *[measure_kernel(recipe, gradient) for recipe, gradient, _ in [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS]],
 ]
 
 

@@ -32,8 +32,10 @@ from tests.support import cuda_cases as cases
 from tests.support import cuda_shim as shim
 
 NVCC = shutil.which("nvcc")
-UPDATES = [update_kernel(*case) for case in cases.CASES]
-MEASURES = [measure_kernel(recipe, gradient) for recipe, gradient, _ in cases.LAYERWISE]
+CASES = [*cases.CASES, *cases.IN_BLOCKS]
+UPDATES = [update_kernel(*case) for case in CASES]
+LAYERWISE = [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS]
+MEASURES = [measure_kernel(recipe, gradient) for recipe, gradient, _ in LAYERWISE]
 KERNELS = UPDATES + MEASURES + gradient_kernels() + block_kernels()
 
 
@@ -144,12 +146,14 @@ def test_updates_use_neither_double_nor_pow_nor_headers(kernel) -> None:
     assert source.count("__global__") == 1
 
 
-@pytest.mark.parametrize("kernel", UPDATES, ids=lambda kernel: kernel.name)
-def test_updates_call_the_formula_in_one_place(kernel) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_updates_call_the_formula_in_one_place(case) -> None:
     """A function of one element; the loops over vectors and over the rest call that."""
+    kernel = update_kernel(*case)
     calls = len(re.findall(rf"\b{kernel.functions[-1].__name__}\(", kernel.text))
     assert calls == 1
-    assert len(re.findall(rf"\b{kernel.name}_element\(", kernel.text)) == (2 if "_int8_" in kernel.name else 3)
+    loops = 1 if case.recipe.precision is Precision.INT8 else 2
+    assert len(re.findall(rf"\b{kernel.name}_element\(", kernel.text)) == 1 + loops
 
 
 def test_functions_shared_by_kernels_are_printed_once() -> None:
@@ -161,6 +165,8 @@ def test_functions_shared_by_kernels_are_printed_once() -> None:
 def test_modules_without_8_bits_have_none_of_its_code() -> None:
     assert "decode_code" not in module_source(gradient_kernels())
     assert "decode_code" in module_source(block_kernels())
+    assert "struct Blocks" in module_source(gradient_kernels())
+    assert "struct Blocks" not in module_source([*block_kernels(), update_kernel(*cases.CASES[0])])
 
 
 CHOICES = """
@@ -233,8 +239,8 @@ def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, re
     assert figures.keys() == {kernel.name for kernel in KERNELS}
     assert {tuple(numbers[:3]) for numbers in figures.values()} == {("0", "0", "0")}
     registers = {name: int(numbers[3]) for name, numbers in figures.items()}
-    eight_bit = {update_kernel(*case).name for case in cases.CASES if case.recipe.precision is Precision.INT8}
-    measuring = {update_kernel(*case).name for case in cases.CASES if case.recipe.measures} - eight_bit
+    eight_bit = {update_kernel(*case).name for case in CASES if case.recipe.precision is Precision.INT8}
+    measuring = {update_kernel(*case).name for case in CASES if case.recipe.measures} - eight_bit
     others = registers.keys() - eight_bit - measuring
     for kind, bound, names in [("float", 64, others), ("measuring", 80, measuring), ("int8", 80, eight_bit)]:
         most = max(registers[name] for name in names)

@@ -89,17 +89,17 @@ def normal(size: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
 # --- every kernel, through the whole engine -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.CASES, *cases.IN_BLOCKS], ids=lambda case: case.name)
 def test_updates_are_those_of_numpy_bit_for_bit(engine, reference, case) -> None:
     cases.check_update(engine, reference, case)
 
 
-@pytest.mark.parametrize("case", cases.LAYERWISE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS], ids=lambda case: case.name)
 def test_measures_are_those_of_numpy_bit_for_bit(engine, reference, case) -> None:
     cases.check_measures(engine, reference, case)
 
 
-@pytest.mark.parametrize("gradient", cases.WIRE)
+@pytest.mark.parametrize("gradient", cases.GRADIENTS)
 def test_sums_and_accumulation_are_those_of_numpy_bit_for_bit(engine, reference, gradient) -> None:
     cases.check_gradients(engine, reference, gradient)
 
@@ -107,10 +107,10 @@ def test_sums_and_accumulation_are_those_of_numpy_bit_for_bit(engine, reference,
 @pytest.mark.parametrize("order", ORDERS[1:], ids=str)
 def test_no_order_of_the_device_changes_a_bit(start, reference, order) -> None:
     engine = start(order)
-    for case in cases.CASES[ORDERS.index(order) :: 8]:
+    for case in [*cases.CASES[ORDERS.index(order) :: 8], *cases.IN_BLOCKS[ORDERS.index(order) :: 4]]:
         cases.check_update(engine, reference, case)
     cases.check_measures(engine, reference, cases.LAYERWISE[ORDERS.index(order)])
-    cases.check_gradients(engine, reference, list(cases.WIRE)[ORDERS.index(order) % 3])
+    cases.check_gradients(engine, reference, cases.GRADIENTS[ORDERS.index(order)])
 
 
 def test_cases_leave_no_rule_decay_or_option_out() -> None:

@@ -12,13 +12,14 @@ from typing import Final, NamedTuple
 from stepwire_server.engines.cuda.source.dynamic_code import DYNAMIC_CODE, shared_tables
 from stepwire_server.engines.cuda.source.memory import Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
+from stepwire_server.engines.cuda.source.passes import openings, preludes
 from stepwire_server.engines.cuda.source.prelude import THREADS
 from stepwire_server.engines.dynamic_code import BLOCK
 
 __all__ = ["BlockPass", "block_kernel", "block_kernels", "encoded"]
 
 # The shorter last block has elements of nobody: they are loaded as zeros, count as zeros, and are not stored.
-_BLOCKS: Final = """\
+_GROUPS: Final = """\
 __device__ __forceinline__ int place(int k) { return 128 * (k / 4) + 4 * (int)(threadIdx.x % 32) + k % 4; }
 
 template <class T> __device__ __forceinline__ void load_group(
@@ -86,6 +87,20 @@ __device__ __forceinline__ void encode_{sign}_block(
     for sign in ("signed", "unsigned")
 )
 
+_RECEIVED_GROUPS: Final = """\
+__device__ __forceinline__ void load_group(Blocks from, float *to, int group, int count, bool whole) {
+    if (whole) {
+        load_four(from + place(4 * group), to);
+    } else {
+        #pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            to[k] = 0.0f;
+            if (place(4 * group + k) < count) load_one(from + place(4 * group + k), to + k);
+        }
+    }
+}
+"""
+
 # What waits for the maximum stays in registers until both groups are done, and nothing else does: with both groups
 # loaded first, kernels with many arrays spilled.
 _BLOCKWISE = """{element}
@@ -152,7 +167,7 @@ def block_kernel(kernel: Kernel, parameters: Sequence[str], work: BlockPass) -> 
         threads=THREADS,
         element=kernel.text,
         parameters=", ".join(parameters),
-        before=joined([*shared_tables(work.tables), *work.before], 4),
+        before=joined([*shared_tables(work.tables), *openings(work.arrays), *work.before], 4),
         aligned=" && ".join(f"aligned({array.variable}_all)" for array in [*work.arrays, *work.coded]),
         width=BLOCK,
         kept=joined(work.kept, 8),
@@ -160,7 +175,8 @@ def block_kernel(kernel: Kernel, parameters: Sequence[str], work: BlockPass) -> 
         closing=joined(work.closing, 8),
         after=joined(work.after, 4),
     )
-    return kernel._replace(text=text, preludes=(DYNAMIC_CODE, _BLOCKS))
+    received = [*preludes(work.arrays), _RECEIVED_GROUPS] if preludes(work.arrays) else []
+    return kernel._replace(text=text, preludes=(DYNAMIC_CODE, _GROUPS, *received))
 
 
 def encoded(sign: str, values: str, largest: str, codes: str, absmax: str) -> str:

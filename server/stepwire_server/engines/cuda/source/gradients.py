@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepwire_server.engines.cuda.source.memory import STORED, Array
+from stepwire_server.engines.cuda.source.memory import GRADIENTS, STORED, Array, decoder, gradient_array
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import flat_kernel, summing_kernel
 from stepwire_server.engines.cuda.source.printer import print_call
@@ -21,18 +21,18 @@ def gradient_kernels() -> list[Kernel]:
     `sum_<dtype>(gradient, partials, size, factor)` leaves the sum of the squares of each `GRAIN` elements, the last
     perhaps fewer, in float64; `sum_accumulated_<dtype>` takes the accumulated gradient before all that.
     `accumulate_<dtype>(accumulated, gradient, size, head, factor)` adds up; see `update_kernel` for the head.
-    `convert_<dtype>_to_<dtype>(source, target, size)` rounds to nearest even. Sizes are int64.
+    `convert_<dtype>_to_<dtype>(source, target, size)` rounds to nearest even; only gradients are int8, and there is no
+    conversion. Of int8 the place of the first element in its block precedes the factor. Sizes and places are int64.
     """
     kernels = []
-    for gradient in STORED:
+    for gradient in GRADIENTS:
         kernels += [_sum(gradient, accumulated=False), _sum(gradient, accumulated=True), _accumulate(gradient)]
-        kernels += [_convert(gradient, target) for target in STORED if target != gradient]
-    return kernels
+    return kernels + [_convert(source, target) for source in STORED for target in STORED if target != source]
 
 
 def _sum(gradient: str, accumulated: bool) -> Kernel:
-    stages, arrays = [_SCALED], [Array("gradient", STORED[gradient])]
-    body = [f"float g = decode_{gradient}(gradients[k]);"]
+    stages, arrays = [_SCALED], [gradient_array(gradient)]
+    body = [f"float g = {decoder(gradient)}(gradients[k]);"]
     if accumulated:
         stages.append(Stage(added, ("g",), ("g", "accumulated")))
         arrays.insert(0, Array("accumulated", "float"))
@@ -44,8 +44,8 @@ def _sum(gradient: str, accumulated: bool) -> Kernel:
 
 def _accumulate(gradient: str) -> Kernel:
     stages = [_SCALED, Stage(added, ("accumulated",), ("g", "accumulated"))]
-    arrays = [Array("accumulated", "float", written=True), Array("gradient", STORED[gradient])]
-    body = [f"float g = decode_{gradient}(gradient);", *map(print_call, stages)]
+    arrays = [Array("accumulated", "float", written=True), gradient_array(gradient)]
+    body = [f"float g = {decoder(gradient)}(gradient);", *map(print_call, stages)]
     functions = tuple(functions_of_stages(stages))
     return flat_kernel(f"accumulate_{gradient}", arrays, body, ("float factor",), functions)
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Sequence
 
-from stepwire_server.engines.cuda.source.memory import LANES, Array, joined
+from stepwire_server.engines.cuda.source.memory import BLOCKS, LANES, Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.prelude import THREADS
 from stepwire_server.engines.shares import GRAIN
 
-__all__ = ["element_call", "element_function", "flat_kernel", "store_sums", "summing_kernel"]
+__all__ = [
+    "element_call",
+    "element_function",
+    "flat_kernel",
+    "openings",
+    "places",
+    "preludes",
+    "store_sums",
+    "summing_kernel",
+]
 
 # Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency;
 # three of those that measure, which spilled otherwise.
@@ -73,7 +82,7 @@ def flat_kernel(
     """Write a kernel that does the same to each element, four at a time where they are aligned.
 
     Its parameters are the arrays, where there are sums a pointer to those of each block of threads, the size, the
-    head, and the numbers.
+    head, the places of arrays in blocks, and the numbers.
 
     Args:
         name: of the kernel.
@@ -84,7 +93,8 @@ def flat_kernel(
         sums: variables of float32 that it adds to.
         finds_head: instead of being told the head, use vectors where all arrays are aligned as they are.
     """
-    before = [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
+    before = openings(arrays)
+    before += [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
     before += ["const long long vectors = (size - head) / 4;", *(f"float {total} = 0.0f;" for total in sums)]
     parameters = [array.pointer for array in arrays] + (["float *__restrict__ sums"] if sums else [])
     parameters += ["long long size"] if finds_head else ["long long size", "long long head"]
@@ -94,13 +104,13 @@ def flat_kernel(
         threads=THREADS,
         resident=3 if sums else 4,
         element=element_function(name, arrays, body, sums, numbers),
-        parameters=", ".join([*parameters, *numbers]),
+        parameters=", ".join([*parameters, *places(arrays), *numbers]),
         before=joined(before, 4),
         fours=joined(_moved(arrays, "four", 4, call), 8),
         ones=joined(_moved(arrays, "one", 1, call), 8),
         after=joined(store_sums(sums), 4),
     )
-    return Kernel(name, text, functions)
+    return Kernel(name, text, functions, preludes(arrays))
 
 
 def summing_kernel(
@@ -116,8 +126,8 @@ def summing_kernel(
 ) -> Kernel:
     """Write a kernel that sums the squares of variables over each `GRAIN` elements, in a fixed order.
 
-    Its parameters are the pointers, the size and the numbers; `partials`, one of the pointers, takes the sums of the
-    first variable for each block of elements, then those of the next.
+    Its parameters are the pointers, the size, the places of arrays in blocks and the numbers; `partials`, one of the
+    pointers, takes the sums of the first variable for each block of elements, then those of the next.
 
     Args:
         name: of the kernel.
@@ -140,18 +150,18 @@ def summing_kernel(
     text = _SUMS.format(
         name=name,
         threads=THREADS,
-        parameters=", ".join([*pointers, "long long size", *numbers]),
+        parameters=", ".join([*pointers, "long long size", *places(arrays), *numbers]),
         lanes=LANES,
         grain=GRAIN,
         step=rows * LANES,
         width=4 * rows,
-        before=joined(before, 4),
+        before=joined([*openings(arrays), *before], 4),
         totals=joined([f"double totals_{v}[4] = {{0.0, 0.0, 0.0, 0.0}};" for v in squared], 8),
         loads=joined(loads, 12),
         body=joined([*body, *additions], 16),
         folds=joined(folds, 8),
     )
-    return Kernel(name, text, functions)
+    return Kernel(name, text, functions, preludes(arrays))
 
 
 def element_function(
@@ -166,6 +176,21 @@ def element_call(kernel: str, arrays: Iterable[Array], sums: Iterable[str], numb
     """Call that function for element k of what a thread holds: `<variable>s`."""
     arguments = [*(f"{array.variable}s[k]" for array in arrays), *sums, *(number.split()[-1] for number in numbers)]
     return f"{kernel}_element({', '.join(arguments)});"
+
+
+def places(arrays: Iterable[Array]) -> list[str]:
+    """Declare the places of what lies in blocks."""
+    return [place for array in arrays for place in array.places]
+
+
+def openings(arrays: Iterable[Array]) -> list[str]:
+    """Write the statements that let what lies in blocks be read like the other arrays."""
+    return [line for array in arrays for line in array.opening]
+
+
+def preludes(arrays: Iterable[Array]) -> tuple[str, ...]:
+    """Return what the arrays need of a module."""
+    return (BLOCKS,) if any(array.in_blocks for array in arrays) else ()
 
 
 def store_sums(sums: Iterable[str]) -> list[str]:

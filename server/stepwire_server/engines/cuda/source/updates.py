@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from stepwire_server.engines.cuda.source.blocks import BlockPass, block_kernel, encoded
 from stepwire_server.engines.cuda.source.dynamic_code import DYNAMIC_CODE, shared_tables
-from stepwire_server.engines.cuda.source.memory import STORED, Array
+from stepwire_server.engines.cuda.source.memory import STORED, Array, decoder, gradient_array
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import (
     element_call,
     element_function,
     flat_kernel,
+    places,
     store_sums,
     summing_kernel,
 )
@@ -32,6 +33,9 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     `eight_bit_tables` follow the sums. Then come the size as int64; as int64 the head, the elements before the first
     that is aligned in all arrays, at most 3, or the size where there is none (8 bits: of no effect); a seed as uint32
     for each slot held as bfloat16; and the recipe's scalars as float32.
+
+    A gradient in blocks ("int8") has a pointer to the code of the first element; the place of that element in its block
+    follows the head as int64. Blocks start at multiples of four bytes.
     """
     name = f"{recipe.name}_{gradient}_to_{reply or 'nothing'}"
     functions = tuple(functions_of_stages(recipe.stages))
@@ -47,17 +51,17 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
     """Write the kernel that squares the parameters and a layerwise rule's direction.
 
     It takes pointers to the parameters, `measured_slots`, the gradient and the float64 sums of each `GRAIN` elements,
-    first all those of the parameters; for 8 bits to the tables; then the size as int64, and the recipe's scalars but
-    the last as float32. A slot in 8 bits has two pointers, as in `update_kernel`.
+    first all those of the parameters; for 8 bits to the tables; then the size as int64, for a gradient in blocks its
+    place, and the recipe's scalars but the last as float32. A slot in 8 bits has two pointers, as in `update_kernel`.
     """
-    slots, body = measured_slots(recipe), [f"float p = ps[k], u, g = decode_{gradient}(gradients[k]);"]
+    slots, body = measured_slots(recipe), [f"float p = ps[k], u, g = {decoder(gradient)}(gradients[k]);"]
     arrays, pointers = [Array("p", "float")], ["const float *__restrict__ p_all"]
     for slot in slots:
         array, maxima, value = _measured(recipe, slot)
         arrays.append(array)
         pointers += [array.pointer, *maxima]
         body.append(f"float {recipe.slots[slot]} = {value};")
-    arrays.append(Array("gradient", STORED[gradient]))
+    arrays.append(gradient_array(gradient))
     pointers += [arrays[-1].pointer, "double *__restrict__ partials"]
     tables = sorted({f"{_sign(slot)}_map" for slot in slots if _in_blocks(recipe, slot)})
     kernel = summing_kernel(
@@ -71,7 +75,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
         shared_tables(tables) if tables else (),
         rows=1,
     )
-    return kernel._replace(preludes=(DYNAMIC_CODE,)) if tables else kernel
+    return kernel._replace(preludes=(*kernel.preludes, DYNAMIC_CODE)) if tables else kernel
 
 
 def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str | None) -> Kernel:
@@ -94,7 +98,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
             encoded(signs[variable], kept, f"largest_of({kept})", f"{variable}_code_all", f"{variable}_absmax")
         )
     parameters += ["float *__restrict__ sums"] if sums else []
-    parameters += [_TABLES, "long long size", "long long head", *numbers]
+    parameters += [_TABLES, "long long size", "long long head", *places(plain), *numbers]
     text = element_function(kernel.name, plain, _element_body(recipe.in_float32, gradient, reply), sums, numbers)
     work = BlockPass(
         [array for array in plain if array.variable not in signs],
@@ -122,7 +126,7 @@ def _element_arrays(recipe: Recipe, gradient: str, reply: str | None) -> list[Ar
     for slot, variable in recipe.slots.items():
         held = Array(f"{variable}_half", "unsigned short", written=True)
         arrays.append(held if _rounds(recipe, slot) else Array(variable, "float", written=True))
-    arrays.append(Array("gradient", STORED[gradient]))
+    arrays.append(gradient_array(gradient))
     return arrays if reply is None else [*arrays, Array("out", STORED[reply], read=False, written=True)]
 
 
@@ -132,7 +136,7 @@ def _element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]
     if "gradient" in recipe.sums:
         calls.insert(len(recipe.treatment), "const float treated = g;")
     halves = [variable for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
-    body = [f"float g = decode_{gradient}(gradient);", *(["const float before = p;"] if recipe.measures else [])]
+    body = [f"float g = {decoder(gradient)}(gradient);", *(["const float before = p;"] if recipe.measures else [])]
     body += [f"float {variable} = decode_bfloat16({variable}_half);" for variable in halves] + calls
     body += [f"{variable}_half = encode_bfloat16_stochastic({variable}, seed_{variable});" for variable in halves]
     body += [f"{variable} = 0.0f;" for slot, variable in recipe.slots.items() if slot == ACCUMULATED]

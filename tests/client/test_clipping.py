@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwire.clipping import clip_coefficient
 from stepwire.treatment import ClipFormula
-from stepwire_server.clipping import clip_coefficient
 
 BOUNDS = st.floats(1e-6, 1e6)
 NORMS = st.just(0.0) | st.floats(1e-9, 1e9)

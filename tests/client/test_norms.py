@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwire.clipping import clip_coefficient
+from stepwire.norms import GradientNorms, gradient_norms
 from stepwire.treatment import ClipFormula
-from stepwire_server.clipping import clip_coefficient
-from stepwire_server.norms import GradientNorms, gradient_norms
 
 SQUARES = st.lists(st.just(0.0) | st.floats(1e-12, 1e12), min_size=1, max_size=5)
 

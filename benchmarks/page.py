@@ -1,0 +1,61 @@
+"""Write the figures of finished runs into docs/performance.md, and draw its plot.
+
+    python benchmarks/page.py [RESULTS.json …]
+
+Tables stand between markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; whatever else is on the page is left
+alone, and so is a table whose sections no file has. Without arguments, all that `main.py`, `peers.py` and
+`wire_encodings.py` have left in `benchmarks/results` is read.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import plot
+from tables import TABLES, Results
+
+__all__ = ["filled", "written"]
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_RESULTS = _ROOT / "benchmarks" / "results"
+_FILES = tuple(_RESULTS / name for name in ("cpu-2-core.json", "peers-2-core.json", "encodings.json"))
+_PAGE = _ROOT / "docs" / "performance.md"
+_PLOT = _ROOT / "docs" / "images" / "steps.png"
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """Return a page with what stands between the markers of a name replaced.
+
+    Raises:
+        LookupError: the page has no such markers.
+    """
+    marked = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+    if not marked.search(page):
+        raise LookupError(f"the page has no markers for {name!r}: add <!-- bench:{name} --> and <!-- /bench:{name} -->")
+    return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
+
+
+def written(page: str, results: Results) -> str:
+    """Return a page with every table of which there are figures."""
+    for name, table in TABLES.items():
+        if text := table(results):
+            page = filled(page, name, text)
+    return page
+
+
+def command(paths: Sequence[pathlib.Path]) -> None:
+    """Read the files, write the page and draw the plot."""
+    results: dict[str, Any] = {}
+    for path in reversed(paths):  # the first file's machine is the page's
+        results |= json.loads(path.read_text(encoding="utf-8"))
+    _PAGE.write_text(written(_PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    plot.draw(results, _PLOT)
+
+
+if __name__ == "__main__":
+    command([pathlib.Path(name) for name in sys.argv[1:]] or [path for path in _FILES if path.exists()])

@@ -1,0 +1,106 @@
+"""What a server on this host hands over: one request over its Unix socket, one answer with descriptors.
+
+The connection stays open for as long as what came over it is used: that is how the server knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from stepwire.errors import StepwireError, UnavailableError
+from stepwire.status import error_from_details
+from stepwire.v1 import transport_pb2
+
+__all__ = ["Handed", "handed_over"]
+
+_LARGEST_RESPONSE: Final = 16 << 10
+_MOST_SECONDS: Final = 5.0
+
+
+class Handed(NamedTuple):
+    """What came.
+
+    Attributes:
+        connection: closed by whoever keeps it.
+        response: not a refusal.
+        descriptors: as many as were expected, closed on exec.
+    """
+
+    connection: socket.socket
+    response: transport_pb2.HandoffResponse
+    descriptors: list[int]
+
+
+@contextlib.contextmanager
+def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descriptors: int) -> Iterator[Handed]:
+    """Fetch what a token is for; its descriptors are closed after the block, the connection if the block fails.
+
+    Args:
+        handoff: of `AttachOpened`.
+        timeout_seconds: of everything; at most some seconds are used.
+        descriptors: how many have to come.
+
+    Raises:
+        StepwireError: the server's refusal, or that it cannot be reached, or that what it sent is not as it says.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    received: list[int] = []
+    try:
+        _bound(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
+        response = _ask(connection, handoff, received, descriptors)
+        yield Handed(connection, response, received)
+    except OSError as problem:
+        connection.close()
+        raise UnavailableError(f"shared memory cannot be fetched from {handoff.socket}: {problem}") from None
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        for descriptor in received:
+            os.close(descriptor)
+
+
+def _bound(connection: socket.socket, seconds: float) -> None:
+    """Let the kernel bound each wait: Python's own timeouts fail at once where the server has yet to accept others."""
+    moment = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, direction, moment)
+
+
+def _ask(
+    connection: socket.socket, handoff: transport_pb2.Handoff, received: list[int], wanted: int
+) -> transport_pb2.HandoffResponse:
+    """Send the token and return the answer; its descriptors are put into `received`, whatever it says."""
+    connection.connect(handoff.socket)
+    connection.send(transport_pb2.HandoffRequest(token=handoff.token).SerializeToString())
+    data, came, _, _ = socket.recv_fds(connection, _LARGEST_RESPONSE, wanted, socket.MSG_CMSG_CLOEXEC)
+    received += came
+    if not data and not came:
+        raise UnavailableError(f"the server closed the connection to {handoff.socket} without an answer")
+    response = _response(data)
+    if response.HasField("refused"):
+        raise _error(response)
+    if len(came) != wanted:
+        raise UnavailableError(f"{len(came)} descriptors came with the shared memory instead of {wanted}")
+    return response
+
+
+def _response(data: bytes) -> transport_pb2.HandoffResponse:
+    try:
+        return transport_pb2.HandoffResponse.FromString(data)
+    except DecodeError:
+        raise UnavailableError(f"{len(data)} bytes that came with the shared memory are no response") from None
+
+
+def _error(response: transport_pb2.HandoffResponse) -> StepwireError:
+    try:
+        return error_from_details(response.refused)
+    except DecodeError:
+        return UnavailableError(f"shared memory was refused: {response.refused.message}")

@@ -1,0 +1,201 @@
+"""The way between one client and its server, found by trying from the best to the last.
+
+A connection is tried by asking over it who answers: only the server that named the Unix socket has its instance id.
+What fails is noted with its remedy, and the next is tried; TCP always works, or nothing does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Final, NamedTuple
+
+from stepwire.addresses import unix_path, unix_target
+from stepwire.calls import Calls
+from stepwire.errors import StepwireError, UnavailableError, UnsupportedFeatureError
+from stepwire.results import TransportChoice
+from stepwire.retry import Deadline
+from stepwire.transports.choice import MEMORIES, TRANSPORTS, memory_problem, socket_problem
+from stepwire.v1 import optimizer_service_pb2 as pb
+
+__all__ = ["Route", "Router", "Way"]
+
+_log = logging.getLogger("stepwire")
+
+_TEST_SECONDS: Final = 5.0
+_LEAST_SECONDS: Final = 1e-3
+
+
+class Way(NamedTuple):
+    """What was found.
+
+    Attributes:
+        calls: over the connection that carries streams, pulls and loads.
+        name: of that connection: "uds" or "tcp".
+        memories: transports by memory that may work, to be tried in this order when a stream is opened.
+        reasons: for each better transport that is out of the question already: why, and what to do.
+    """
+
+    calls: Calls
+    name: str
+    memories: tuple[str, ...]
+    reasons: dict[str, str]
+
+
+class Router:
+    """Finds ways for the sessions of one client. Thread-safe. Closes twice without complaint."""
+
+    def __init__(self, calls: Calls, asked: str) -> None:
+        """Start from the connection that the user named.
+
+        Args:
+            calls: over it; they stay the caller's.
+            asked: the transport for all sessions that ask for none of their own.
+        """
+        self.asked = asked
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._by_path: dict[str, Calls] = {}
+
+    def find(self, asked: str, deadline: Deadline) -> Way:
+        """Find the best way.
+
+        Args:
+            asked: "auto", or the only transport that will do.
+            deadline: of everything.
+
+        Raises:
+            UnsupportedFeatureError: the transport that was asked for cannot be had; the message says why.
+            UnavailableError: the server cannot be reached at all.
+        """
+        on_socket = unix_path(self._calls.target) is not None
+        if asked == "tcp":
+            if on_socket:
+                raise _cannot("tcp", f"the target {self._calls.target} has no port")
+            return Way(self._calls, "tcp", (), dict.fromkeys(TRANSPORTS[:-1], "transport 'tcp' was asked for"))
+        if asked == "uds" and on_socket:
+            return Way(self._calls, "uds", (), dict.fromkeys(MEMORIES, "transport 'uds' was asked for"))
+        info = self._ask(deadline)
+        calls, reasons = (self._calls, {}) if on_socket else self._connection(info, deadline)
+        if asked == "uds" and reasons:
+            raise _cannot("uds", reasons["uds"])
+        memories = []
+        for name in MEMORIES:
+            if problem := _unasked(name, asked) or memory_problem(name, info.local, named=name == asked):
+                if name == asked:
+                    raise _cannot(name, problem)
+                reasons[name] = problem
+            else:
+                memories.append(name)
+        return Way(calls, "tcp" if "uds" in reasons else "uds", tuple(memories), reasons)
+
+    def close(self) -> None:
+        """Close the connections that were opened here."""
+        with self._lock:
+            for calls in self._by_path.values():
+                calls.close()
+            self._by_path.clear()
+
+    def _ask(self, deadline: Deadline) -> pb.GetServerInfoResponse:
+        try:
+            return _info(self._calls, deadline.remaining())
+        except UnavailableError:
+            raise
+        except StepwireError:  # a server that does not answer this offers nothing beyond what it was named for
+            return pb.GetServerInfoResponse()
+
+    def _connection(self, info: pb.GetServerInfoResponse, deadline: Deadline) -> tuple[Calls, dict[str, str]]:
+        """Return calls over the server's Unix socket if it answers there, else over TCP, and why."""
+        if problem := socket_problem(info.local):
+            return self._calls, {"uds": problem}
+        calls = self._over(info.local.unix_socket)
+        try:
+            other = _info(calls, min(_TEST_SECONDS, deadline.remaining()))
+        except StepwireError as failed:
+            return self._calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
+        if not info.instance_id or other.instance_id != info.instance_id:
+            return self._calls, {"uds": f"another server answers on the socket {info.local.unix_socket}"}
+        return calls, {}
+
+    def _over(self, path: str) -> Calls:
+        with self._lock:
+            if path not in self._by_path:
+                self._by_path[path] = Calls(
+                    unix_target(path), timeout_seconds=self._calls.timeout_seconds, retry=self._calls.retry
+                )
+            return self._by_path[path]
+
+
+class Route:
+    """The way of one session. The session serialises its calls.
+
+    Attributes:
+        asked: "auto", or the only transport that will do.
+        choice: what the attached stream uses, and why nothing better; None before the first.
+    """
+
+    def __init__(self, router: Router, session_id: str, asked: str | None = None) -> None:
+        """Find a way when it is first needed; `asked` None means the client's."""
+        self.asked = router.asked if asked is None else asked
+        self.choice: TransportChoice | None = None
+        self._router = router
+        self._session_id = session_id
+        self._way: Way | None = None
+        self._refused: dict[str, str] = {}
+
+    def way(self, deadline: Deadline) -> Way:
+        """Return the way, finding it if there is none.
+
+        Raises:
+            StepwireError: as `Router.find`.
+        """
+        if self._way is None:
+            self._way, self._refused = self._router.find(self.asked, deadline), {}
+        return self._way
+
+    def ask(self, transport: str) -> None:
+        """Ask for another transport from now on."""
+        self.asked = transport
+        self.lost()
+
+    def lost(self) -> None:
+        """Forget the way, because its connection broke: perhaps its socket is gone, and another server on the port."""
+        self._way = None
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note that memory was tried and cannot be had.
+
+        Raises:
+            UnsupportedFeatureError: it is what was asked for.
+        """
+        if name == self.asked:
+            raise _cannot(name, reason)
+        self._refused[name] = reason
+
+    def settle(self, memory: str = "") -> None:
+        """Note what the attached stream uses: memory, or the connection alone; a change is logged."""
+        assert self._way is not None
+        name = memory or self._way.name
+        known = self._way.reasons | self._refused
+        better = TRANSPORTS[: TRANSPORTS.index(name)]
+        choice = TransportChoice(name, {other: known[other] for other in better if other in known})
+        if choice != self.choice:
+            self.choice = choice
+            _log.info("session %s: %s", self._session_id, choice)
+
+
+def _info(calls: Calls, seconds: float) -> pb.GetServerInfoResponse:
+    request, timeout = pb.GetServerInfoRequest(), max(seconds, _LEAST_SECONDS)
+    answer: pb.GetServerInfoResponse = calls.unary("GetServerInfo", request, pb.GetServerInfoResponse, timeout)
+    return answer
+
+
+def _unasked(name: str, asked: str) -> str:
+    return "" if asked in ("auto", name) else f"transport {asked!r} was asked for"
+
+
+def _cannot(name: str, reason: str) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"transport: {name!r} cannot be had: {reason}; or leave the choice to transport='auto'",
+        metadata={"field": "transport", "feature": f"transport_{name}", "problem": reason},
+    )

@@ -1,0 +1,125 @@
+"""Memory that other processes of this host can map: made by the server, never by a client.
+
+A client that names memory could name a file that shrinks, and the server would die of SIGBUS in the middle of
+somebody else's step. So the server makes it, reserves every page (what is not there is missed now, as an error), and
+seals its size. What a client can still do is scribble and, where it may write, punch holes; a hole reads as zeros, so
+either spoils that client's own gradient and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["SharedMemory", "in_pages"]
+
+# Linux 5.1; the module `fcntl` does not name it yet.
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+
+
+class SharedMemory:
+    """Zeroed memory with a descriptor to hand out. A context manager; closes twice without complaint.
+
+    Arrays keep the mapping alive, so nothing that computes on one can lose it: it ends with the last of them, and the
+    memory itself when no process maps it.
+
+    Attributes:
+        nbytes: a multiple of the page size.
+    """
+
+    def __init__(self, name: str, nbytes: int, *, read_only: bool = False) -> None:
+        """Reserve, map and seal.
+
+        Args:
+            name: how /proc shows it.
+            nbytes: rounded up to whole pages, at least one.
+            read_only: who gets the descriptor can map it only to be read.
+
+        Raises:
+            OSError: the system has no memory or no descriptors left.
+        """
+        self.nbytes = in_pages(nbytes)
+        with contextlib.ExitStack() as undo:
+            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, descriptor)
+            os.ftruncate(descriptor, self.nbytes)
+            os.posix_fallocate(descriptor, 0, self.nbytes)
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._descriptor: int | None = _sealed(descriptor, read_only=read_only)
+            if self._descriptor == descriptor:
+                undo.pop_all()
+
+    @property
+    def descriptor(self) -> int:
+        """What is handed out; whoever asks keeps the memory from being closed meanwhile."""
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def duplicate(self) -> SharedMemory:
+        """Return the same memory with a descriptor of its own, to be closed by itself.
+
+        Raises:
+            OSError: the system has no descriptors left.
+        """
+        twin = object.__new__(SharedMemory)
+        twin.nbytes, twin._map, twin._descriptor = self.nbytes, self._map, os.dup(self.descriptor)
+        return twin
+
+    def array(self, dtype: np.dtype[Any], items: int) -> HostArray:
+        """Return the first items as an array, `(items,)`."""
+        assert self._map is not None
+        return np.frombuffer(self._map, dtype, items)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        descriptor, self._descriptor, self._map = self._descriptor, None, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> SharedMemory:
+        """Use it for a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def in_pages(nbytes: int) -> int:
+    """Round up to whole pages, at least one: nothing can be mapped of nothing."""
+    return -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _sealed(descriptor: int, *, read_only: bool) -> int:
+    """Fix the size for good, and what may be done with it; returns the descriptor to hand out.
+
+    The seal on future writing leaves our own mapping as it is. Where the kernel does not know it, a descriptor that was
+    opened to be read takes its place: that keeps from mistakes, not from a process of the same user that opens it anew.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    handed_out = descriptor
+    if read_only:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        except OSError as problem:
+            if problem.errno != errno.EINVAL:
+                raise
+            handed_out = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+    except BaseException:
+        if handed_out != descriptor:
+            os.close(handed_out)
+        raise
+    return handed_out

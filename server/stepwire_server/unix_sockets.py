@@ -1,0 +1,83 @@
+"""Unix sockets on the disk: whose turn it is at a path. Knows no gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+import stat
+from collections.abc import Iterator
+
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["claim_socket", "is_dead"]
+
+
+@contextlib.contextmanager
+def claim_socket(path: str, field: str) -> Iterator[None]:
+    """Make room for a Unix socket that is bound in the block: for this user alone, in a folder that is made if need be.
+
+    What a server that was killed left behind is removed; a socket that somebody listens on is not. gRPC itself
+    removes either. Servers that start at the same time look one after the other, because the folder is locked.
+
+    The permissions come from the umask, which belongs to the whole process, because nothing else leaves no moment in
+    which others can connect: the kernel takes connections before anybody can change the mode of what was bound.
+
+    Raises:
+        InvalidRequestError: the path is taken, or its folder cannot be written.
+    """
+    try:
+        folder = pathlib.Path(path).parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise _refusal(field, f"the folder of {path!r} cannot be used: {problem.strerror}; name another path") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_left_behind(path, field)
+        before = os.umask(0o177)
+        try:
+            yield
+        finally:
+            os.umask(before)
+    finally:
+        os.close(lock)
+
+
+def _remove_left_behind(path: str, field: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise _refusal(field, f"{path!r} is there and is no socket; name another path, or remove it")
+        if is_dead(path):
+            os.unlink(path)
+            return
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise _refusal(field, f"{path!r} is there and cannot be replaced: {problem.strerror}; name another") from None
+    raise _refusal(field, f"cannot listen on {path!r}: another process does; name another path, or stop it")
+
+
+def is_dead(path: str) -> bool:
+    """Tell whether nobody listens on a socket: anything but a refusal is a sign of life.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return False
+    return False
+
+
+def _refusal(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

@@ -1,0 +1,80 @@
+"""A cut model, and the same read again from its shards alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwire.errors import InvalidRequestError
+from stepwire.layout import Layout, TensorSpec, place
+from stepwire.sharding.cutting import GRAIN
+from stepwire.sharding.partition import Partition
+
+SPECS = st.lists(
+    st.tuples(st.integers(0, 300) | st.integers(GRAIN, 3 * GRAIN), st.integers(0, 2), st.booleans()),
+    min_size=1,
+    max_size=7,
+)
+
+
+def of(specs: list[TensorSpec], most: int, *, in_blocks: bool = False) -> Partition:
+    return Partition.make(place(specs, 3, in_blocks=in_blocks), most, within_tensors=True)
+
+
+def layouts(partition: Partition, *, in_blocks: bool = False) -> list[Layout]:
+    return [place(partition.specs(shard), 3, in_blocks=in_blocks) for shard in range(len(partition.shares))]
+
+
+@given(SPECS, st.integers(1, 5), st.booleans())
+def test_a_partition_is_read_again_from_its_shards(drawn, most: int, in_blocks: bool) -> None:
+    specs = [TensorSpec(f"t{i}", (count,), group, frozen) for i, (count, group, frozen) in enumerate(drawn)]
+    made = of(specs, most, in_blocks=in_blocks)
+    assert Partition.read(layouts(made, in_blocks=in_blocks)) == made
+
+
+@given(SPECS, st.integers(1, 5))
+def test_shares_are_views_that_make_up_the_whole(drawn, most: int) -> None:
+    specs = [TensorSpec(f"t{i}", (count,), group) for i, (count, group, _) in enumerate(drawn)]
+    made = of(specs, most)
+    flat = [np.arange(tensor.count) for tensor in made.layout.tensors]
+    for share, layout in zip(made.shares, layouts(made), strict=True):
+        parts = share.of(flat)
+        assert [len(part) for part in parts] == [tensor.count for tensor in layout.tensors]
+        for part in parts:
+            part[:] = -1
+    assert all((values == -1).all() for values in flat)
+
+
+def test_a_share_finds_the_tensors_it_has_some_of() -> None:
+    made = of([TensorSpec("a", (2 * GRAIN,)), TensorSpec("b", (5,)), TensorSpec("c", (2 * GRAIN,))], 2)
+    first, second = made.shares
+    assert [piece.tensor for piece in first.slices] == [0]
+    assert (first.indices([2, 0, 1]), second.indices([2, 0, 1])) == ([0], [1, 0])
+    assert first.of([np.empty(0)] * 3)[0].size == 0
+
+
+THREE = of([TensorSpec("a", (3 * GRAIN,)), TensorSpec("b", (GRAIN,), 1)], 3)
+
+
+def other_group(layout: Layout) -> Layout:
+    return place([dataclasses.replace(tensor.spec, group=2) for tensor in layout.tensors], 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda all: all[:1], "there are .* of 196608 elements"),
+        (lambda all: [all[1], all[0], all[2]], "'a' is in pieces that do not follow"),
+        (lambda all: [all[0], all[0], all[1], all[2]], "'a' is in pieces that do not follow"),
+        (lambda all: [other_group(all[0]), *all[1:]], "'a' is in pieces that do not follow"),
+        (lambda all: [all[0], place([TensorSpec("c", (4,))], 1)], "different numbers of parameter groups"),
+    ],
+)
+def test_what_is_no_model_is_told(spoil, problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"not the shards of one model: .*{problem}") as refused:
+        Partition.read(spoil(layouts(THREE)))
+    assert refused.value.metadata["field"] == "session_id"

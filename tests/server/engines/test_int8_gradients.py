@@ -1,0 +1,198 @@
+"""A step with a gradient in blocks of 8 bits is, bit for bit, the step with what the blocks decode to in float32.
+
+On both CPU engines, wherever a range begins and ends, however it is cut into chunks. `cuda/test_int8_gradients` has
+the GPU's kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire.blockwise import BLOCK, INT8, decode_blocks, encode_blocks
+from stepwire_server.engines import PARAM, CpuEngine
+from stepwire_server.engines.protocol import EngineState, Gradient
+from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
+from tests.support import cuda_cases as cases
+
+FLOAT32 = np.dtype(np.float32)
+RULES = list({rule.update: rule for rule in ALL_RULES}.values())
+FULL = {"accumulates": True, "limits": True, "averages": True, "measures": True}
+PLAIN = [Recipe(rule) for rule in RULES]
+OPTIONS = [
+    Recipe(RULES[0], Decay.BEFORE, **FULL),
+    Recipe(RULES[0], precision=Precision.BFLOAT16),
+    *(Recipe(rule, precision=Precision.INT8) for rule in RULES if set(rule.slots) <= EIGHT_BIT_SLOTS.keys()),
+    Recipe(RULES[0], Decay.AFTER, precision=Precision.INT8, **FULL),
+]
+LAYERWISE = [recipe for recipe in PLAIN if recipe.rule.direction is not None]
+SIZE = 9_333
+
+
+@pytest.fixture(scope="module", params=["numba", "numpy"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    made = CpuEngine(threads=2, use_numba=request.param == "numba")
+    yield made
+    made.close()
+
+
+def blocks_of(values: np.ndarray) -> np.ndarray:
+    """Encode values, and lay the blocks where no message is aligned."""
+    blocks = np.empty(-(-len(values) // BLOCK), INT8)
+    encode_blocks(values, blocks)
+    return cases.unaligned(blocks)
+
+
+def received(state: EngineState, blocks: np.ndarray, count: int) -> tuple[Gradient, Gradient]:
+    """Put a chunk as blocks, and as what they decode to."""
+    floats = cases.unaligned(decode_blocks(blocks, count))
+    return state.receive().put(0, blocks, count), state.receive().put(0, floats)
+
+
+def of_gradient(size: int = SIZE, odd: bool = True) -> np.ndarray:
+    """Encode a gradient among whose blocks there are empty, infinite, subnormal and large ones, and −128 as a code."""
+    values = (np.random.default_rng(size).standard_normal(size) / 10.0).astype(np.float32)
+    if odd:
+        values[BLOCK : 2 * BLOCK] = 0.0
+        values[3 * BLOCK + 5] = np.inf
+        values[4 * BLOCK + 7] = np.nan
+        values[6 * BLOCK : 7 * BLOCK] *= np.float32(1e-40)
+        values[7 * BLOCK] = np.finfo(np.float32).max
+    blocks = np.array(blocks_of(values))
+    blocks["codes"][0, :3] = -128
+    return blocks
+
+
+def ranges_of(recipe: Recipe, size: int) -> list[tuple[int, int, int]]:
+    """Return where ranges start in the state, and where they begin and end in a chunk."""
+    if recipe.precision is Precision.INT8:
+        return [(0, 0, size), (512, 256, 256 * 9), (256, 0, 255), (256, 5, size - 256)]
+    return [(0, 0, size), (3, 1, size - 2), (0, 255, 257), (7, 300, 301), (0, 511, 4500), (9, 9, 9)]
+
+
+@pytest.mark.parametrize("recipe", [*PLAIN, *OPTIONS], ids=lambda recipe: recipe.name)
+def test_an_update_is_that_of_the_decoded_gradient(engine: CpuEngine, recipe: Recipe) -> None:
+    arrays, step, blocks = cases.make_arrays(recipe, SIZE, odd=False), cases.step_of(recipe), of_gradient()
+    for start, begin, end in ranges_of(recipe, SIZE):
+        results = []
+        for which in (0, 1):
+            state, out = cases.filled(engine, recipe, arrays), np.empty(end - begin, np.float32)
+            chunk = received(state, blocks, SIZE)[which]
+            assert len(chunk) == SIZE
+            sums = state.update(step, start, chunk, begin, end, out).wait()
+            results.append((cases.everything_of(state, recipe, SIZE) | {"out": out}, sums))
+        for name, want in results[1][0].items():
+            cases.assert_same_bits(results[0][0][name], want, f"{name} of [{begin}, {end})")
+        cases.assert_same_numbers(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_sums_and_elements_are_those_of_the_decoded_gradient(engine: CpuEngine, accumulates: bool) -> None:
+    size = 140_001
+    recipe, blocks = Recipe(RULES[0], accumulates=True), of_gradient(size, odd=False)
+    state = cases.filled(engine, recipe, cases.make_arrays(recipe, size, odd=False))
+    for begin, end in [(0, size), (1, 2), (255, 70_000), (65_536, size), (300, 140_000), (4, 4)]:
+        at = begin if accumulates else None
+        sums, fetched = [], []
+        for chunk in received(state, blocks, size):
+            sums.append(state.sum_of_squares(chunk, begin, end, 0.3, at).wait())
+            fetched.append(state.fetch(chunk, begin, end, 0.3, at))
+        assert sums[0] == sums[1] and (sums[0] > 0.0) == (begin < end)
+        cases.assert_same_bits(*fetched)
+
+
+def test_a_sum_is_not_finite_where_a_block_is_not(engine: CpuEngine) -> None:
+    state = engine.allocate({PARAM: Precision.FLOAT32}, SIZE)
+    chunk, _ = received(state, of_gradient(), SIZE)
+    finite = [
+        math.isfinite(state.sum_of_squares(chunk, low, min(low + BLOCK, SIZE), 1.0).wait())
+        for low in range(0, SIZE, BLOCK)
+    ]
+    assert [block for block, whole in enumerate(finite) if not whole] == [3, 4]
+
+
+def test_accumulation_is_that_of_the_decoded_gradient(engine: CpuEngine) -> None:
+    recipe, blocks = Recipe(RULES[0], accumulates=True), of_gradient()
+    arrays, results = cases.make_arrays(recipe, SIZE, odd=False), []
+    for which in (0, 1):
+        state = cases.filled(engine, recipe, arrays)
+        for start, begin, end in ranges_of(recipe, SIZE):
+            state.accumulate(start, received(state, blocks, SIZE)[which], begin, end, 0.7)
+        results.append(cases.everything_of(state, recipe, SIZE)["grad_accumulation"])
+    cases.assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("recipe", LAYERWISE, ids=lambda recipe: recipe.name)
+def test_what_is_measured_is_that_of_the_decoded_gradient(engine: CpuEngine, recipe: Recipe) -> None:
+    state = cases.filled(engine, recipe, cases.make_arrays(recipe, SIZE, odd=False))
+    step, blocks = cases.step_of(recipe), of_gradient(odd=False)
+    for start, begin, end in ranges_of(recipe, SIZE):
+        measured, directions = [], []
+        for chunk in received(state, blocks, SIZE):
+            measured.append(state.measure(step, start, chunk, begin, end).wait())
+            directions.append(state.fetch_direction(step, start, chunk, begin, end))
+        assert measured[0] == measured[1] and len(directions[0]) == end - begin
+        cases.assert_same_bits(*directions)
+
+
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.INT8])
+def test_chunks_change_no_bit(engine: CpuEngine, precision: Precision) -> None:
+    recipe, blocks = Recipe(RULES[0], precision=precision), of_gradient()
+    arrays, step, results = cases.make_arrays(recipe, SIZE, odd=False), cases.step_of(recipe), []
+    for cuts in ([], [256], [256, 512, 4096, 9216]):
+        state = cases.filled(engine, recipe, arrays)
+        with_ends = [0, *cuts, SIZE]
+        buffer = state.receive()
+        for low, high in zip(with_ends[:-1], with_ends[1:], strict=True):
+            part = cases.unaligned(blocks[low // BLOCK : -(-high // BLOCK)])
+            state.update(step, low, buffer.put(low, part, high - low), 0, high - low, None).wait()
+        results.append(cases.everything_of(state, recipe, SIZE))
+    for other in results[1:]:
+        for name, want in results[0].items():
+            cases.assert_same_bits(other[name], want, name)
+
+
+def test_threads_change_no_bit() -> None:
+    pytest.importorskip("numba")
+    size, recipe = 400_003, Recipe(RULES[0], accumulates=True)
+    arrays, blocks, results = cases.make_arrays(recipe, size, odd=False), of_gradient(size, odd=False), []
+    for threads in (1, 3):
+        engine = CpuEngine(threads, use_numba=True)
+        state = cases.filled(engine, recipe, arrays)
+        chunk, _ = received(state, blocks, size)
+        state.accumulate(2, chunk, 3, size, 0.3)
+        state.update(cases.step_of(recipe), 5, chunk, 7, size - 9, None).wait()
+        results.append(cases.everything_of(state, recipe, size))
+        engine.close()
+    for name, want in results[0].items():
+        cases.assert_same_bits(results[1][name], want, name)
+
+
+def test_a_chunk_has_as_many_elements_as_is_said(engine: CpuEngine) -> None:
+    state = engine.allocate({PARAM: Precision.FLOAT32}, SIZE)
+    blocks = blocks_of(np.ones(300, np.float32))
+    chunk = state.receive().put(0, blocks, 300)
+    assert (len(chunk), chunk.dtype) == (300, INT8)
+    assert len(state.receive().put(0, blocks)) == 512
+    assert state.sum_of_squares(chunk, 0, 300, 1.0).wait() == 300.0
+    for call in (
+        lambda: state.receive().put(0, blocks, 513),
+        lambda: state.sum_of_squares(chunk, 0, 301, 1.0),
+        lambda: state.fetch(chunk, 0, 301, 1.0),
+    ):
+        with pytest.raises(IndexError):
+            call()
+
+
+def test_the_loops_over_codes_and_elements_are_vectorised(tmp_path: Any) -> None:
+    numba_kernels = pytest.importorskip("stepwire_server.engines.numba_kernels", exc_type=ImportError)
+    kernel = numba_kernels.NumbaKernels(tmp_path).update(Recipe(RULES[0]), INT8, FLOAT32)
+    (code,) = kernel.inspect_llvm().values()
+    for operation in (r"sitofp <\d+ x i8>", r"fdiv <\d+ x float>"):
+        assert re.search(operation, code), operation

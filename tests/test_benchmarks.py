@@ -1,0 +1,373 @@
+"""The benchmarks' arithmetic: medians and ratios, goals, tables; and that contests go on without who fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import pathlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = (
+    "arrow_flight",
+    "child",
+    "contest",
+    "convergence",
+    "echo",
+    "floors",
+    "flower_messages",
+    "footprint",
+    "goals",
+    "kernels",
+    "local_torch",
+    "machine",
+    "main",
+    "occupancy",
+    "page",
+    "peers",
+    "plot",
+    "ray_actor",
+    "report",
+    "sections",
+    "shaped_link",
+    "sockets",
+    "tables",
+    "transports",
+    "variants",
+    "wire_encodings",
+)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[types.SimpleNamespace]:
+    """The benchmark's modules, which import one another by their bare names."""
+    before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+# --- contests -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(bench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make contenders whose jobs take what they are told to, on a clock of their own; nothing waits."""
+    now = 0.0
+
+    def contender(name: str, *seconds: float, log: list[str] | None = None) -> Any:
+        turns = iter(seconds)
+
+        def action() -> None:
+            nonlocal now
+            now += next(turns)
+            if log is not None:
+                log.append(name)
+
+        return bench.contest.Contender(name, lambda stack, size: action)
+
+    monkeypatch.setattr(bench.contest.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(bench.contest.time, "sleep", lambda seconds: None)
+    return contender
+
+
+def test_contenders_take_turns_in_every_round(bench, clock) -> None:
+    log: list[str] = []
+    taking_part = [clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)]
+    bench.contest.hold(taking_part, 10, rounds=2)
+    assert "".join(log) == "aabb" + "ab" * 2  # two jobs each to warm up, and then the rounds
+    log.clear()
+    bench.contest.hold([clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)], 10, rounds=2, batch=2)
+    assert "".join(log) == "aabb" + "aaabbb" * 2  # one of a batch is not counted
+
+
+def test_a_round_is_the_median_of_its_batch_and_a_figure_that_of_its_rounds(bench, clock) -> None:
+    warm, unseen = (9.0, 9.0), 9.0
+    job = clock("job", *warm, unseen, 1.0, 5.0, 2.0, unseen, 7.0, 3.0, 4.0, unseen, 8.0, 8.0, 8.0)
+    outcome = bench.contest.hold([job], 10, rounds=3, batch=3)
+    assert outcome.times == {"job": [2.0, 4.0, 8.0]}
+    assert outcome.figures() == {"parameters": 10, "rounds": 3, "job ms": 4000.0}
+
+
+def test_ratios_are_taken_round_by_round(bench, clock) -> None:
+    outcome = bench.contest.hold(
+        [clock("step", 1, 1, 2.0, 30.0, 9.0), clock("wire", 1, 1, 1.0, 10.0, 2.0), clock("rest", 1, 1, 1.0, 20.0, 1.0)],
+        10,
+        rounds=3,
+    )
+    wanted = {"to wire": ("step", ("wire",)), "to parts": ("step", ("wire", "rest")), "to none": ("step", ("none",))}
+    assert outcome.ratios(wanted) == {"to wire": 3.0, "to parts": 1.0}  # 2, 3, 4.5 and 1, 1, 3
+    assert outcome.ratios({"to wire": ("none", ("wire",))}) == {}
+
+
+def test_who_is_not_there_is_left_out_and_who_fails_is_told(bench, clock, capsys: pytest.CaptureFixture[str]) -> None:
+    closed: list[str] = []
+
+    def absent(stack: contextlib.ExitStack, size: int) -> Any:
+        stack.callback(closed.append, f"absent {size}")
+        raise bench.contest.Absent("it is not installed")
+
+    def broken(stack: contextlib.ExitStack, size: int) -> Any:
+        return lambda: [].pop()
+
+    def tires(stack: contextlib.ExitStack, size: int) -> Any:
+        return [1, 2, 3].pop
+
+    make = bench.contest.Contender
+    taking_part = [make("absent", absent), make("broken", broken), make("tires", tires), clock("well", *[1.0] * 4)]
+    outcome = bench.contest.hold(taking_part, 10, rounds=2)
+    assert outcome.times == {"well": [1.0, 1.0]}
+    assert outcome.left_out == {
+        "absent": "it is not installed",
+        "broken": "failed: IndexError: pop from empty list",
+        "tires": "failed: IndexError: pop from empty list",
+    }
+    assert closed == ["absent 10"]
+    figures = outcome.figures()
+    assert figures["absent left out"] == "it is not installed"
+    assert bench.report.failures({"s": figures, "other": {"skipped": "no root"}}) == ["s: broken", "s: tires"]
+    told = capsys.readouterr().err
+    assert "broken failed:" in told and "tires failed:" in told and "absent" not in told
+
+
+def test_short_jobs_are_done_often(bench) -> None:
+    sizes = (1, 1_000, 10_000, 1_000_000, 32_000_000)
+    assert [bench.contest.batch_of(size) for size in sizes] == [100, 100, 50, 5, 1]
+
+
+# --- goals ----------------------------------------------------------------------------------------------------
+
+RESULTS: dict[str, dict[str, Any]] = {
+    "steps": {"ratio": 1.05, "speed": 3.5, "other": 2},
+    "link": {"skipped": "network namespaces need root"},
+    "peers": {"Ray actor left out": "ray cannot be imported here"},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "figure", "bound", "at_least", "verdict"),
+    [
+        ("steps", "ratio", 1.05, False, "met"),
+        ("steps", "ratio", 1.04, False, "missed"),
+        ("steps", "speed", 3.5, True, "met"),
+        ("steps", "speed", 4.0, True, "missed"),
+        ("link", "ratio", 1.0, False, "not measured: network namespaces need root"),
+        ("peers", "ratio", 1.0, False, "not measured: who is compared did not take part"),
+        ("none", "ratio", 1.0, False, "not measured: no such section in this run"),
+    ],
+)
+def test_a_goal_is_met_missed_or_not_measured(bench, section, figure, bound, at_least, verdict) -> None:
+    goal = bench.goals.Goal(section, figure, bound, at_least)
+    assert bench.goals.verdict(goal, RESULTS) == verdict
+    (line,) = bench.goals.lines([goal], RESULTS)
+    assert line.endswith(f"{'>=' if at_least else '<='} {bound:g}  {verdict}")
+    assert line.startswith(f"  {section}: {figure}  ")
+
+
+def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
+    """Goals speak by name; a name that nobody measures would never be missed."""
+    large = {"transports 32M": bench.transports.RATIOS, "transports 1k": bench.transports.RATIOS}
+    large |= dict.fromkeys(("peers 32M", "peers 1k"), bench.peers.RATIOS)
+    large |= {"shaped link": bench.shaped_link.RATIOS}
+    goals = [*bench.main.GOALS, *bench.peers.GOALS]
+    assert {goal.figure for goal in goals if goal.section in large} <= set().union(*large.values())
+    assert all(goal.figure in large[goal.section] for goal in goals if goal.section in large)
+    names = {variant.name for variant in bench.variants.VARIANTS}
+    occupied = {goal.figure.rpartition(" ")[0] for goal in goals if goal.section in ("occupancy", "growth")}
+    assert occupied <= names
+
+
+def test_every_ratio_is_of_contenders_that_take_part(bench) -> None:
+    echo, sockets = bench.echo.EchoTargets("t", "u"), bench.sockets.Addresses(("h", 1), "p")
+    taking_part = [one.name for one in bench.transports.contenders(["t", "t"], echo, sockets)]
+    assert len(taking_part) == len(set(taking_part))
+    asked = {name for one, others in bench.transports.RATIOS.values() for name in (one, *others)}
+    assert asked <= set(taking_part)
+    beside = [one.name for one in bench.peers.peers()]
+    asked = {name for one, others in bench.peers.RATIOS.values() for name in (one, *others)}
+    assert asked <= {*beside, *bench.peers.OURS} and set(bench.peers.OURS) <= set(taking_part)
+
+
+def test_sections_are_named_by_their_size(bench) -> None:
+    names = [bench.transports.section_name("peers", size) for size in (1_000, 10_000, 32_000_000, 1_500_000, 77)]
+    assert names == ["peers 1k", "peers 10k", "peers 32M", "peers 1500k", "peers 77"]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_section_that_fails_leaves_the_others_alone(bench, tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "deep" / "results.json"
+    monkeypatch.setattr(bench.main.footprint, "footprint", lambda rounds: {"bytes": 12.0})
+    monkeypatch.setattr(bench.main.kernels, "kernels", lambda sizes: [].pop())
+    monkeypatch.setattr(bench.main.kernels, "many_small", lambda rounds: {"left": 1.0})
+    run = bench.main.Run(quick=True, only=["footprint", "kern"], path=path)
+    run.everything()
+    assert run.results == {
+        "footprint": {"bytes": 12.0},
+        "kernels": {"skipped": "failed: IndexError: pop from empty list"},
+    }
+    assert bench.report.failures(run.results) == ["kernels: skipped"]
+    kept = bench.page.json.loads(path.read_text())
+    assert kept.pop("machine")["cores"] and kept == run.results
+    assert "IndexError" in capsys.readouterr().err
+    told = bench.report.text(run.results, bench.main.GOALS[:1])
+    assert "  bytes  12.000" in told and told.endswith("not measured: no such section in this run")
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
+def test_a_table_stands_between_its_markers(bench) -> None:
+    page = "before\n<!-- bench:a -->\nold\nlines\n<!-- /bench:a -->\nafter <!-- bench:b -->\n<!-- /bench:b -->\n"
+    once = bench.page.filled(page, "a", r"| new \1 |")
+    assert once == page.replace("old\nlines", r"| new \1 |")
+    assert bench.page.filled(once, "a", r"| new \1 |") == once
+    with pytest.raises(LookupError, match="no markers for 'c'"):
+        bench.page.filled(page, "c", "")
+
+
+def test_a_contest_becomes_two_tables(bench) -> None:
+    results = {
+        "transports 10k": {
+            "parameters": 10_000,
+            "rounds": 9,
+            "tcp ms": 0.5,
+            "uds left out": "failed: X: y",
+            "uds to tcp": 0.75,
+        },
+        "transports 32M": {"parameters": 32_000_000, "rounds": 9, "tcp ms": 1234.5, "raw TCP ms": 100.0},
+    }
+    assert bench.tables.TABLES["times"](results).splitlines() == [
+        "| median in ms | 10k parameters | 32M parameters |",
+        "| --- | --- | --- |",
+        "| tcp | 0.5 | 1,234 |",
+        "| raw TCP | – | 100 |",
+        "",
+        "uds: not measured: failed: X: y",
+    ]
+    assert bench.tables.TABLES["ratios"](results).splitlines() == [
+        "| ratio | 10k parameters | 32M parameters |",
+        "| --- | --- | --- |",
+        "| uds to tcp | 0.75 | – |",
+    ]
+    assert bench.tables.TABLES["peers"](results) == ""
+
+
+def test_the_other_tables(bench) -> None:
+    results = {
+        "machine": {"cores": "2", "memory": "24 GiB"},
+        "small_step": {"ratio_p50": 3.5, "ratio_p99": 1.25},
+        "growth": {"tcp client_growth_kib": -16.0, "tcp server_growth_kib": 8.0, "shm left out": "failed: X"},
+        "kernels": {"copy_ms 1M 1t": 0.5, "ratio_fused 1M 1t": 0.8, "ratio_fused 1M 2t": 0.9, "ratio_int8 1M 1t": 1.5},
+        "digits": {
+            "seeds": 5,
+            "float32: mean": 0.5,
+            "float32: deviation": 0.01,
+            "int8: mean": 0.75,
+            "int8: deviation": 0.25,
+        }
+        | {"int8: difference": 0.25, "int8: difference_deviation": 0.125},
+    }
+    tables = {name: table(results).splitlines()[2:] for name, table in bench.tables.TABLES.items() if name != "machine"}
+    assert bench.tables.TABLES["machine"](results) == "cores: 2; memory: 24 GiB"
+    assert tables["small step"] == ["| ratio_p50 | 3.5 |", "| ratio_p99 | 1.25 |"]
+    assert tables["growth"] == ["| tcp | -16 | 8 |"]
+    assert tables["kernels"] == [
+        "| float32 step to torch fused, ≤ 1.05 | 0.8 | 0.9 |",
+        "| 8-bit moments to float32 ones, both answered, ≤ 1.2 | 1.5 | – |",
+    ]
+    assert tables["encodings"] == [
+        "| float32 | 0.5000 ± 0.0100 | – |",
+        "| int8 | 0.7500 ± 0.2500 | 0.2500 ± 0.1250 |",
+    ]
+    assert tables["goals"][0] == "| small_step | ratio_p50 | 3.5 | ≤ 1.25, **missed** |"
+    assert tables["goals"][1] == "| small_step | ratio_p99 | 1.25 | ≤ 1.5, met |"
+    assert all(row.startswith("| growth |") for row in tables["goals"][2:])
+
+
+def test_the_page_has_a_place_for_every_table(bench) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name in bench.tables.TABLES:
+        assert bench.page.filled(page, name, "x").count(f"<!-- bench:{name} -->\nx\n<!-- /bench:{name} -->") == 1
+
+
+def test_the_plot_tells_floors_from_steps_from_peers(bench, tmp_path) -> None:
+    figures = {"rounds": 9, "tcp ms": 2.0, "raw TCP duplex ms": 1.0, "Ray actor ms": 3.0, "shm to tcp": 0.5}
+    assert bench.plot.bars(figures) == [
+        ("raw TCP duplex", 1.0, "floor"),
+        ("tcp", 2.0, "stepwire"),
+        ("Ray actor", 3.0, "peer"),
+    ]
+    bench.plot.draw({"transports 1M": figures, "peers 1M": figures}, tmp_path / "images" / "steps.png")
+    assert (tmp_path / "images" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    bench.plot.draw({"machine": {}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+# --- what is measured with ------------------------------------------------------------------------------------
+
+
+def test_a_payload_is_cut_into_messages_and_the_last_is_marked(bench) -> None:
+    messages = bench.echo.bulk_messages((8 << 20) + 5)
+    assert [len(message) for message in messages] == [4 << 20, 4 << 20, 5]
+    assert [message[:1] for message in messages] == [b"M", b"M", b"L"]
+
+
+@pytest.mark.parametrize("size", [7, 70_000, 3_000_000])
+def test_sockets_move_the_bytes(bench, size: int) -> None:
+    up = memoryview(np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes())
+    with bench.sockets.socket_server() as at:
+        for address in at:
+            down, stream = bytearray(size), bench.sockets.SocketStream(address)
+            stream.duplex(up, memoryview(down))
+            assert down == up
+            part = bytearray(size // 2)
+            stream.push_pull(up, memoryview(part))
+            assert part == up[: size // 2]
+            stream.close()
+
+
+def test_raw_grpc_streams_answer_in_their_order(bench) -> None:
+    with bench.echo.echo_process() as at:
+        for target in at:
+            duplex, push_pull, echo = (bench.echo.EchoStream(target, name) for name in ("Duplex", "PushPull", "Echo"))
+            assert duplex.round_trip(b"one") == b"one"
+            push_pull.exchange([b"M1", b"M2", b"L3"])
+            assert push_pull.round_trip(b"L4") == b"L4"
+            assert echo.round_trip(bench.echo.sized_message(20, 9)) == bytes(9)
+            for stream in (duplex, push_pull, echo):
+                stream.close()
+
+
+def test_a_link_that_cannot_be_made_says_why(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.shaped_link.os, "geteuid", lambda: 1000)
+    assert bench.shaped_link.shaped_link(size=10, rounds=1) == {"skipped": "network namespaces need root"}
+    monkeypatch.setattr(bench.shaped_link.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(bench.shaped_link.shutil, "which", lambda name: None)
+    assert bench.shaped_link.shaped_link(size=10, rounds=1) == {
+        "skipped": "ip is not installed; it is part of iproute2"
+    }
+
+
+def test_encodings_are_compared_seed_by_seed(bench) -> None:
+    figures = bench.wire_encodings.compare({"exact": [1.0, 2.0, 3.0], "lossy": [1.5, 2.0, 4.0]})
+    assert figures["exact: mean"] == 2.0 and figures["exact: deviation"] == 1.0
+    assert figures["lossy: difference"] == 0.5 and figures["lossy: difference_deviation"] == 0.5
+    assert "exact: difference" not in figures
+    assert bench.wire_encodings.ENCODINGS[0].name == "float32"
+
+
+def test_a_ratio_of_sums(bench) -> None:
+    times = {"a": [1.0, 8.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}
+    assert math.isclose(bench.contest.ratio(times, "a", "b", "c"), 1.25)
