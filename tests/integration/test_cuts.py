@@ -112,7 +112,7 @@ def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
     """One to three cuts a step, in order or abrupt, at any byte of a message or of a frame's header."""
     traffic = undisturbed(twins, proxy)
     chance = random.Random(_SEED)
-    while proxy.cuts < 250:
+    while proxy.cuts < 60:
         cuts = proxy.cuts
         proxy.arm(*(random_cut(chance, traffic, first=index == 0) for index in range(chance.randint(1, 3))))
         twins.step()
@@ -121,7 +121,7 @@ def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
     twins.compare()
 
 
-@models
+@plain_models
 @directions
 def test_a_creation_cut_anywhere_makes_one_session(
     server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model: Model, direction: Direction
@@ -143,7 +143,7 @@ def test_a_creation_cut_anywhere_makes_one_session(
     assert after >= 4
 
 
-@models
+@plain_models
 @directions
 def test_a_load_of_state_cut_anywhere_is_loaded_once(twins: Twins, proxy: Proxy, direction: Direction) -> None:
     """All of the state of one session becomes that of another, which then steps as the first does."""
