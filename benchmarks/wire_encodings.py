@@ -1,6 +1,6 @@
 """Do lossy messages train as well? Final losses with each encoding of gradients and parameters, over several seeds.
 
-    python benchmarks/wire_encodings.py [--quick] [--json FILE]
+    python benchmarks/wire_encodings.py [--quick] [--only TASK …] [--json FILE]
 
 The tasks of `convergence.py`, stepped by a real server; everything but the encoding is the same for a seed. Where
 parameters come back in an encoding, the gradient is computed from what came back: that is what a client has.
@@ -53,6 +53,9 @@ ENCODINGS = (
 )
 """The first is what the others are compared with."""
 
+# How a task is made, and its steps in the short form and in the full one.
+_TASKS = {"digits": (digits, 20, 800), "language_model": (language_model, 5, 1500)}
+
 
 def final_loss(client: stepwire.Client, task: Task, encoding: Encoding, seed: int, steps: int) -> float:
     """Train once and return the loss of the server's own parameters on held-out data."""
@@ -87,13 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short form, to check the benchmark itself")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_argument("--only", nargs="*", default=tuple(_TASKS), choices=_TASKS, metavar="TASK", help="default: all")
     arguments = parser.parse_args()
-    seeds, steps = (2, (20, 5)) if arguments.quick else (5, (800, 1500))
+    seeds = 2 if arguments.quick else 5
     results = {}
     with server_process("--device", "cpu") as server, stepwire.connect(server.target, transport="tcp") as client:
-        for (name, task), count in zip(
-            (("digits", digits()), ("language_model", language_model())), steps, strict=True
-        ):
+        for name in arguments.only:
+            make, quick_steps, full_steps = _TASKS[name]
+            task, count = make(), quick_steps if arguments.quick else full_steps
             losses = {
                 encoding.name: [final_loss(client, task, encoding, seed, count) for seed in range(seeds)]
                 for encoding in ENCODINGS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -14,13 +13,13 @@ import numpy.typing as npt
 from stepwire.calls import Calls
 from stepwire.codecs import dtype_named, dtype_to_wire
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.groups import grouped
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import Adam, Optimizer
-from stepwire.optimizers.hyperparameters import number
 from stepwire.packing import Arrays, named_arrays
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.retry import Retry
-from stepwire.schedules import Schedule, schedule_to_wire
+from stepwire.schedules import Schedule
 from stepwire.session import Session
 from stepwire.transports.choice import asked_transport
 from stepwire.transports.route import Router
@@ -32,10 +31,10 @@ from stepwire.treatment import (
     NonFinite,
     treatment_to_wire,
 )
-from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
-from stepwire.wire import optimizer_to_wire, overrides_to_wire, spec_to_wire
+from stepwire.wire import optimizer_to_wire, spec_to_wire
 
 __all__ = ["Client", "connect"]
 
@@ -179,7 +178,7 @@ class Client:
         """
         named = named_arrays(parameters, "parameters")
         optimizer = optimizer or Adam()
-        membership, messages = _grouped(named, groups or [], optimizer, schedule)
+        membership, messages = grouped(named, groups or [], optimizer, schedule)
         treatment = GradientTreatment(
             non_finite=non_finite,
             clip_grad_norm=clip_grad_norm,
@@ -344,48 +343,6 @@ def _targets(target: str | Sequence[str], channels: int) -> list[str]:
     if not targets or not all(isinstance(each, str) for each in targets):
         raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
     return [each for each in targets for _ in range(channels)]
-
-
-def _grouped(
-    named: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], optimizer: Optimizer, schedule: Schedule | None
-) -> tuple[dict[str, int], list[optimizer_pb2.ParameterGroup]]:
-    """Return each tensor's group index and the groups' messages."""
-    membership: dict[str, int] = {}
-    listed = {name for group in groups for name in group.get("params", ())}
-    first = 0 if groups and listed >= set(named) else 1
-    messages = [_group_message({}, optimizer, schedule, "optimizer") for _ in range(first)]
-    for index, group in enumerate(groups):
-        field = f"groups[{index}]"
-        if "params" not in group:
-            raise _invalid(f"{field}.params", "is missing; name the group's tensors")
-        for name in group["params"]:
-            if name not in named or name in membership:
-                problem = "is in two groups" if name in membership else "is not a parameter"
-                raise _invalid(f"{field}.params", f"{name!r} {problem}")
-            membership[name] = first + index
-        messages.append(_group_message(group, optimizer, schedule, field))
-    return {name: membership.get(name, 0) for name in named}, messages
-
-
-def _group_message(
-    group: Mapping[str, Any], optimizer: Optimizer, schedule: Schedule | None, field: str
-) -> optimizer_pb2.ParameterGroup:
-    overrides = {name: value for name, value in group.items() if name not in ("params", "schedule", "clip_grad_norm")}
-    message = optimizer_pb2.ParameterGroup(
-        overrides=overrides_to_wire(optimizer, optimizer.hyperparameters(), overrides, field)
-    )
-    own, place = group.get("schedule", schedule), f"{field}.schedule" if "schedule" in group else "schedule"
-    if own is not None:
-        if not isinstance(own, Schedule):
-            raise _invalid(place, f"{own!r:.80} is not a stepwire.Schedule")
-        own.check(place)
-        message.schedule.CopyFrom(schedule_to_wire(own))
-    if group.get("clip_grad_norm") is not None:
-        bound = number(group["clip_grad_norm"], f"{field}.clip_grad_norm")
-        if not 0.0 < bound < math.inf:
-            raise _invalid(f"{field}.clip_grad_norm", f"{bound!r}; it must be finite and > 0")
-        message.clip_grad_norm = bound
-    return message
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.server.step_operations import CONFIGS, OPERATIONS, Config
 from tests.server.step_runner import Run
 
-EXAMPLES = 500 if os.environ.get("CI") else 200
+EXAMPLES = 300 if os.environ.get("CI") else 100
 LEAST_OPERATIONS, MOST_OPERATIONS = 4, 20
 
 

@@ -105,7 +105,7 @@ def test_a_step_that_is_cut_in_one_process_is_told_by_the_parent(
         assert parent.exit_code() == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL])
 def test_a_process_that_ends_comes_back_without_its_sessions_and_leaves_the_others(
     parent: ServerProcess, serving: Mapping[str, Any], number: signal.Signals
 ) -> None:

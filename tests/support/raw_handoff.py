@@ -68,8 +68,8 @@ class Fetched(Handed):
 def fetch(path: str, request: transport_pb2.HandoffRequest | bytes) -> Handed:
     """Send one request and read the answer; one without a response where the server closed the connection."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(path)  # without a limit of time, which would make a full backlog an error
     connection.settimeout(_PATIENCE_SECONDS)
-    connection.connect(path)
     connection.send(request if isinstance(request, bytes) else request.SerializeToString())
     data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 4)
     return Handed(connection, transport_pb2.HandoffResponse.FromString(data), list(descriptors))
