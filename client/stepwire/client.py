@@ -50,7 +50,6 @@ _TELEMETRY = {
     "full": session_pb2.TELEMETRY_LEVEL_FULL,
     "gradient": session_pb2.TELEMETRY_LEVEL_GRADIENT,
 }
-_PREFERRED_CHUNK_BYTES = 4 << 20
 
 
 def connect(
@@ -323,7 +322,7 @@ class Client:
         return session
 
     def _chunk_bytes(self, timeout: float | None) -> int:
-        """Return the size of our chunks, after checking once that the server speaks our protocol."""
+        """Return the largest chunk that the server takes, after checking once that the server speaks our protocol."""
         if self._info is None:
             info = self.info(timeout=timeout)
             if info.protocol_min > PROTOCOL_MAX or info.protocol_max < PROTOCOL_MIN:
@@ -333,7 +332,7 @@ class Client:
                     metadata={"field": "protocol", "feature": "protocol"},
                 )
             self._info = info
-        return min(_PREFERRED_CHUNK_BYTES, self._info.max_chunk_bytes)
+        return self._info.max_chunk_bytes
 
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:

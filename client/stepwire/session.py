@@ -27,6 +27,7 @@ from stepwire.retry import Deadline
 from stepwire.step_builder import OnReady, Overrides, Reply, StepBuilder, StepOptions
 from stepwire.step_queue import StepQueue
 from stepwire.transfer import load_messages, read_pull
+from stepwire.transport_options import chunk_bytes_for
 from stepwire.transports.choice import asked_transport
 from stepwire.transports.route import Route, Router
 from stepwire.transports.shared_arrays import SharedArrays
@@ -70,6 +71,7 @@ class Session:
         self._slots = tuple(message.layout.slots)
         self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
         self._as_list = as_list
+        chunk_bytes = chunk_bytes_for(self._packer.layout.size * FLOAT32.itemsize, chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._steps = StepBuilder(message, self._packer, chunk_bytes, error_feedback=error_feedback)
         self._queue: StepQueue | None = None
