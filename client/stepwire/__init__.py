@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from stepwire.version import __version__
 
 if TYPE_CHECKING:
-    from stepwire.client import Client, connect
+    from stepwire.client import Client
+    from stepwire.connecting import connect
     from stepwire.errors import (
         AuthenticationError,
         DataLossError,
@@ -110,7 +111,7 @@ __all__ = [
 
 _HOMES = {
     "Client": "client",
-    "connect": "client",
+    "connect": "connecting",
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "GroupResult": "results",

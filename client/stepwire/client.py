@@ -18,10 +18,8 @@ from stepwire.layout import TensorSpec
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.packing import Arrays, named_arrays
 from stepwire.results import ServerInfo, SessionInfo
-from stepwire.retry import Retry
 from stepwire.schedules import Schedule
 from stepwire.session import Session
-from stepwire.transports.choice import asked_transport
 from stepwire.transports.route import Router
 from stepwire.treatment import (
     ClipFormula,
@@ -36,7 +34,7 @@ from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 from stepwire.wire import optimizer_to_wire, spec_to_wire
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client"]
 
 _S = TypeVar("_S", bound=Session)
 StatePrecision = Literal["float32", "bfloat16", "int8"]
@@ -52,44 +50,11 @@ _TELEMETRY = {
 }
 
 
-def connect(
-    target: str | Sequence[str] = "localhost:50051",
-    *,
-    transport: str = "auto",
-    channels: int = 1,
-    timeout: float = 60.0,
-    retry: Retry | None = None,
-) -> Client:
-    """Open a client; it connects with its first call.
-
-    Args:
-        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
-            step it together (see `stepwire.ShardedClient`).
-        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
-            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
-        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
-        timeout: default seconds of a call with all its repetitions.
-        retry: how to pause between repetitions; tests pass their own clock.
-
-    Raises:
-        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
-    """
-    asked = asked_transport(transport)
-    targets = _targets(target, channels)
-    clients = [Client(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
-    if len(clients) == 1:
-        return clients[0]
-    from stepwire.sharding.client import ShardedClient  # which is a Client, and so comes after it
-
-    return ShardedClient(clients)
-
-
 class Client:
     """A connection to one server. Thread-safe. A context manager; closes twice without complaint."""
 
     def __init__(self, calls: Calls, transport: str = "auto") -> None:
-        """Use an open channel; see `connect`."""
+        """Use an open channel; see `stepwire.connect`."""
         self._calls = calls
         self._router = Router(calls, transport)
         self._info: ServerInfo | None = None
@@ -333,15 +298,6 @@ class Client:
                 )
             self._info = info
         return self._info.max_chunk_bytes
-
-
-def _targets(target: str | Sequence[str], channels: int) -> list[str]:
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise _invalid("channels", f"{channels!r} is not a positive integer")
-    targets = [target] if isinstance(target, str) else list(target)
-    if not targets or not all(isinstance(each, str) for each in targets):
-        raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
-    return [each for each in targets for _ in range(channels)]
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

@@ -1,0 +1,56 @@
+"""From a target, or several, to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepwire.calls import Calls
+from stepwire.client import Client
+from stepwire.errors import InvalidRequestError
+from stepwire.retry import Retry
+from stepwire.sharding.client import ShardedClient
+from stepwire.transports.choice import asked_transport
+
+__all__ = ["connect"]
+
+
+def connect(
+    target: str | Sequence[str] = "localhost:50051",
+    *,
+    transport: str = "auto",
+    channels: int = 1,
+    timeout: float = 60.0,
+    retry: Retry | None = None,
+) -> Client:
+    """Open a client; it connects with its first call.
+
+    Args:
+        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
+            step it together (see `stepwire.ShardedClient`).
+        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
+            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
+        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
+        timeout: default seconds of a call with all its repetitions.
+        retry: how to pause between repetitions; tests pass their own clock.
+
+    Raises:
+        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
+    """
+    asked = asked_transport(transport)
+    targets = _targets(target, channels)
+    clients = [Client(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
+    return clients[0] if len(clients) == 1 else ShardedClient(clients)
+
+
+def _targets(target: str | Sequence[str], channels: int) -> list[str]:
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise _invalid("channels", f"{channels!r} is not a positive integer")
+    targets = [target] if isinstance(target, str) else list(target)
+    if not targets or not all(isinstance(each, str) for each in targets):
+        raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
+    return [each for each in targets for _ in range(channels)]
+
+
+def _invalid(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})
