@@ -101,12 +101,13 @@ class EchoStream:
         self._channel = grpc.insecure_channel(target, options=[*options, *_UNBOUNDED, alone])
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         stream: Any = self._channel.stream_stream(f"/bench/{method}")
-        self._call: Iterator[bytes] = stream(iter(self._outbox.get, None))
+        self._call = stream(iter(self._outbox.get, None))
 
     def round_trip(self, message: bytes) -> bytes:
         """Send one message and return its answer."""
         self._outbox.put(message)
-        return next(self._call)
+        answer: bytes = next(self._call)
+        return answer
 
     def exchange(self, messages: Sequence[bytes]) -> None:
         """Send messages and receive as many, in the order that the method has."""
@@ -118,7 +119,7 @@ class EchoStream:
     def close(self) -> None:
         """End the stream and the connection."""
         self._outbox.put(None)
-        self._call.cancel()  # type: ignore[attr-defined]
+        self._call.cancel()
         self._channel.close()
 
 

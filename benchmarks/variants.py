@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,5 +143,5 @@ def _in_place(session: Any, variant: Variant, size: int) -> Job:
     """Step with a gradient that was made in shared memory; the parameters are read where the server wrote them."""
     gradient, parameters = session.shared_gradients(), session.shared_parameters()
     np.copyto(gradient["w"], gradient_of(size))
-    step: Callable[[], Any] = lambda: session.step(gradient, out=parameters, **variant.options)  # noqa: E731
+    step = functools.partial(session.step, gradient, out=parameters, **variant.options)
     return Job(session, step, (gradient, parameters))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from stepwire.calls import Calls
 from stepwire.codecs import dtype_named, dtype_to_wire
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.feedback import check_feedback
 from stepwire.groups import grouped
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import Adam, Optimizer
@@ -164,6 +165,8 @@ class Client:
             raise _invalid("frozen", f"{unknown[0]!r} is not a parameter")
         if lease_seconds is not None and not lease_seconds > 0:
             raise _invalid("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
+        sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
+        check_feedback(sent, error_feedback)
         config = session_pb2.SessionConfig(
             tensors=[
                 spec_to_wire(TensorSpec(name, array.shape, membership[name], name in frozen))
@@ -174,7 +177,7 @@ class Client:
             gradient=treatment_to_wire(treatment),
             state_precision=_PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
-            gradient_dtype=dtype_to_wire(dtype_named(gradient_dtype, "gradient_dtype", gradients=True)),
+            gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease_seconds=lease_seconds or 0.0,
             device=device,

@@ -20,10 +20,15 @@ each part of the sum to the next, as if they were updates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ErrorFeedback"]
+from stepwire.blockwise import INT8
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["ErrorFeedback", "check_feedback"]
 
 _Floats = npt.NDArray[np.float32]
 
@@ -78,3 +83,17 @@ class ErrorFeedback:
         """Forget the residual too."""
         self.discard()
         self.residual[:] = 0.0
+
+
+def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool) -> None:
+    """Refuse error feedback for an encoding of gradients that takes nothing off, or too little to be kept.
+
+    Raises:
+        InvalidRequestError: it would take memory and do nothing.
+    """
+    if error_feedback and gradient_dtype != INT8:
+        raise InvalidRequestError(
+            f"error_feedback: the session's gradients travel as {gradient_dtype.name}, and only of 'int8' is anything "
+            "kept; create the session with gradient_dtype 'int8', or without error feedback",
+            metadata={"field": "error_feedback"},
+        )

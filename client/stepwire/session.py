@@ -410,8 +410,10 @@ class Session:
 
         A server that cannot be reached ends it when its lease runs out.
         """
-        if self._queue is not None:
-            self._queue.close()
+        with self._lock_of_queue:
+            queue, self._queue = self._queue, None
+        if queue is not None:
+            queue.close()
         self.detach()
         try:
             self._calls.unary(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from stepwire.codecs import BFLOAT16, FLOAT32, INT8, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.errors import InvalidRequestError
-from stepwire.feedback import ErrorFeedback
+from stepwire.feedback import ErrorFeedback, check_feedback
 from stepwire.packing import Arrays, Container, Flat, Packer
 from stepwire.step_call import Decide, OnTensor, StepCall
 from stepwire.transports.device_views import shows_parameters, stood_in
@@ -67,7 +67,7 @@ class StepBuilder:
         """Read the session as the server described it.
 
         Raises:
-            InvalidRequestError: error feedback for an encoding that takes nothing off.
+            InvalidRequestError: error feedback of an encoding that has none.
         """
         config, tensors = message.config, packer.layout.tensors
         self._packer = packer
@@ -82,6 +82,7 @@ class StepBuilder:
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = packer.layout.tensor_indices()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
+        check_feedback(self._gradient_dtype, error_feedback)
         self.feedback = ErrorFeedback(packer.layout.size) if error_feedback else None
         self.held: npt.NDArray[Any] | None = None
         self.held_step: int | None = None

@@ -236,7 +236,7 @@ class Session:
         with self._lock:
             if not self._admit(order, token):
                 raise StateChangedError(f"step {order.step} was committed while it was sent; send it again")
-            step = self._overlapped(order)
+            self._unfinished = step = self._overlapped(order)
             with _Changing(self.ledger, "step", order.step):
                 step.apply(chunk, order, sink, answer)
 
@@ -244,7 +244,7 @@ class Session:
         """Commit an overlapped step, all of which has been applied.
 
         Raises:
-            InvalidRequestError: chunks are missing; the step stays unfinished.
+            InvalidRequestError: chunks are missing; the step stays as far as it is.
             StepwireError: as `apply`.
         """
         with self._lock:
@@ -256,9 +256,8 @@ class Session:
             return self._finish(order, staging, outcome, (now - began, 0.0, 0.0))
 
     def _overlapped(self, order: StepOrder) -> OverlappedStep:
-        if self._unfinished is None:
-            self._unfinished = OverlappedStep(self.plan, order, self._state, self._progress)
-        return self._unfinished
+        """Return the step that is half applied, or a new one, of which nothing is yet."""
+        return self._unfinished or OverlappedStep(self.plan, order, self._state, self._progress)
 
     def _admit(self, order: StepOrder, token: int, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""

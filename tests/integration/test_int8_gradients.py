@@ -91,6 +91,18 @@ def test_error_feedback_adds_what_was_left_over(client: stepwire.Client) -> None
         assert residual.any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_error_feedback_of_what_keeps_nothing_is_refused_before_anything_is_made(
+    client: stepwire.Client, dtype: str
+) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match=f"error_feedback: .* travel as {dtype}") as refused:
+        create(client, gradient_dtype=dtype, error_feedback=True)
+    assert refused.value.metadata == {"field": "error_feedback"}
+    assert list(client.sessions()) == []
+    with create(client) as session, pytest.raises(stepwire.InvalidRequestError, match="error_feedback"):
+        client.session(session.session_id, error_feedback=True)
+
+
 def test_a_skipped_step_leaves_the_error_feedback_as_it_was(client: stepwire.Client) -> None:
     options = {"gradient_dtype": "int8", "error_feedback": True, "non_finite": "skip"}
     with create(client, **options) as one, create(client, **options) as other:

@@ -141,3 +141,12 @@ def test_an_option_that_steps_do_not_have_is_refused_at_once(client: stepwire.Cl
             session.step_async(WIDE.gradient(1), momentum=0.9)
         with pytest.raises(stepwire.InvalidRequestError, match="steps_in_flight: 0 is not a positive integer"):
             session.step_async(WIDE.gradient(1), steps_in_flight=0)
+
+
+def test_a_closed_session_says_so_in_the_future_too(client: stepwire.Client) -> None:
+    session = WIDE.create(client)
+    session.step_async(WIDE.gradient(1)).result(30)
+    session.close()
+    with pytest.raises(stepwire.SessionNotFoundError):
+        session.step_async(WIDE.gradient(2)).result(30)
+    session.close()

@@ -169,6 +169,15 @@ def test_a_step_without_all_its_chunks_stays_unfinished(make: Any) -> None:
     assert (record.step, session.unfinished_step) == (1, 0)
 
 
+def test_a_step_of_which_nothing_came_leaves_no_trace(make: Any) -> None:
+    session = make()
+    values = gradient(session)
+    with pytest.raises(InvalidRequestError, match="were not sent"):
+        attempt(session, values, [])
+    assert session.unfinished_step == 0
+    assert whole(session, values)[0].step == 1
+
+
 @pytest.fixture
 def half(make: Any) -> Session:
     """A session with a step that was broken off."""
