@@ -18,7 +18,7 @@ import stepwire
 from stepwire.results import StepResult
 from stepwire_server.app import Server
 from tests.integration.link import Cut, Direction
-from tests.integration.probes import stream_ends
+from tests.integration.probes import steps_over, stream_ends
 from tests.integration.proxy import Proxy
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
 from tests.support.raw_handoff import held_by_process
@@ -301,10 +301,11 @@ def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
     server: Server, share: Any, client: Any
 ) -> None:
     twins = Twins(SMALL, share(server.target), client)
-    ends = stream_ends(server.registry)
+    ends, plain_steps = stream_ends(server.registry), steps_over(server.registry.get(twins.plain.session_id))
     twins.step("views")
     twins.shared.detach()
     ends.wait()
+    plain_steps.wait()  # the gradient's memory is given back after the answer has left
     ones = {name: np.ones(shape, np.float32) for name, shape in SMALL.shapes.items()}
     held, mappings = server.registry.statistics(), held_by_process()
     for round_ in range(5):
@@ -322,6 +323,7 @@ def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
         twins.step("arrays")
         twins.shared.detach()
         ends.wait()
+        plain_steps.wait(2)
     twins.compare()
     assert held_by_process() <= (mappings[0] + 4, mappings[1])
 
