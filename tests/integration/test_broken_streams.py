@@ -11,7 +11,7 @@ import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2
 from stepwire_server.app import Server
-from tests.integration.probes import chunks_staged, stream_ends
+from tests.integration.probes import chunks_staged, steps_over, stream_ends
 from tests.integration.proxy import Proxy
 from tests.integration.raw import RawClient, RawStream, Refused, commit, step_message
 from tests.integration.training import same_bits
@@ -116,11 +116,13 @@ def test_half_a_step_leaves_no_trace(
     created = raw.create(_SIZE)
     session, token = created.session.session_id, created.attach_token
     arrived, ended = chunks_staged(server.registry.get(session)), stream_ends(server.registry)
+    over = steps_over(server.registry.get(session))
     with RawClient(proxy.target) as behind:
         stream = behind.attach(session, token)
         stream.receive()
         whole = [step_message(1, GRADIENT, HALF, commit=False), step_message(1, GRADIENT, REST, begin=False)]
         assert stream.take(*whole).step == 1
+        over.wait()
         before, attached = client.session(session).state(), server.registry.statistics()
 
         stream.send(step_message(2, GRADIENT, HALF, commit=False))
