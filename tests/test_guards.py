@@ -104,15 +104,22 @@ def loaded_by(*modules: str, missing: tuple[str, ...] = ()) -> dict[str, list[st
     )
 
 
+# Doors to the frameworks people train with: who imports one of them has asked for the framework.
+ADAPTERS = {"stepwire.torch": "torch"}
+
+
 def modules_of(package: Any) -> list[str]:
-    return [
-        package.__name__,
-        *(
-            found.name
-            for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-            if not found.name.endswith("__main__")
-        ),
-    ]
+    """Name the modules of a package, adapters left out: walking into one would import its framework."""
+    folders = [(package.__path__, f"{package.__name__}.")]
+    names = [package.__name__]
+    for path, prefix in folders:
+        for found in pkgutil.iter_modules(path, prefix):
+            if found.name in ADAPTERS or found.name.endswith("__main__"):
+                continue
+            names.append(found.name)
+            if found.ispkg:
+                folders.append(([f"{folder}/{found.name.rpartition('.')[2]}" for folder in path], f"{found.name}."))
+    return names
 
 
 def imports_of(path: pathlib.Path) -> Iterator[str]:
@@ -134,6 +141,22 @@ def test_the_client_is_light() -> None:
     loaded = loaded_by("stepwire", "stepwire.client", *modules_of(stepwire))
     assert HEAVY & set(loaded["stepwire.client"]) == set()
     assert HEAVY & set().union(*map(set, loaded.values())) == set()
+
+
+@pytest.mark.parametrize(("adapter", "framework"), ADAPTERS.items())
+def test_an_adapter_says_what_to_install(adapter: str, framework: str) -> None:
+    said = run(
+        f"import json, sys\nsys.modules[{framework!r}] = None\n"
+        f"try:\n    import {adapter}\nexcept ImportError as error:\n    print(json.dumps(str(error)))"
+    )
+    assert f"{adapter} needs" in said
+    assert "pip install 'stepwire[" in said
+
+
+@pytest.mark.parametrize(("adapter", "framework"), ADAPTERS.items())
+def test_an_adapter_loads_its_own_framework_and_nothing_of_the_server(adapter: str, framework: str) -> None:
+    pytest.importorskip(framework)
+    assert HEAVY & set(loaded_by(adapter)[adapter]) == {framework}
 
 
 def test_importing_the_package_alone_loads_next_to_nothing() -> None:
@@ -242,6 +265,12 @@ def test_rooms_keep_to_themselves(room: str) -> None:
     assert found == []
 
 
+def _own_framework(path: pathlib.Path) -> str:
+    """Name the framework whose adapter a file belongs to; empty for the others."""
+    module = ".".join(path.relative_to(ROOT / path.relative_to(ROOT).parts[0]).with_suffix("").parts)
+    return next((framework for name, framework in ADAPTERS.items() if f"{module}.".startswith(f"{name}.")), "")
+
+
 def test_nobody_imports_pickle() -> None:
     """Promise 5: nothing that comes over the wire or from a file of a client's is ever unpickled."""
     unsafe = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch", "copyreg"}
@@ -250,7 +279,7 @@ def test_nobody_imports_pickle() -> None:
         for folder in ("client", "server")
         for path in (ROOT / folder).rglob("*.py")
         for name in imports_of(path)
-        if name.partition(".")[0] in unsafe
+        if name.partition(".")[0] in unsafe and name.partition(".")[0] != _own_framework(path)
     ]
     assert found == []
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stepwire.calls import Calls
 from stepwire.codecs import dtype_named, dtype_to_wire
+from stepwire.configuration import PRECISIONS
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.feedback import check_feedback
 from stepwire.groups import grouped
@@ -39,11 +40,6 @@ __all__ = ["Client"]
 
 _S = TypeVar("_S", bound=Session)
 StatePrecision = Literal["float32", "bfloat16", "int8"]
-_PRECISIONS = {
-    "float32": session_pb2.STATE_PRECISION_FLOAT32,
-    "bfloat16": session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
-    "int8": session_pb2.STATE_PRECISION_INT8_MOMENTS,
-}
 Telemetry = Literal["full", "gradient"]
 _TELEMETRY = {
     "full": session_pb2.TELEMETRY_LEVEL_FULL,
@@ -156,7 +152,7 @@ class Client:
         )
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
         for field, choice, allowed in (
-            ("state_precision", state_precision, _PRECISIONS),
+            ("state_precision", state_precision, PRECISIONS),
             ("telemetry", telemetry, _TELEMETRY),
         ):
             if choice not in allowed:
@@ -175,7 +171,7 @@ class Client:
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
-            state_precision=_PRECISIONS[state_precision],
+            state_precision=PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),

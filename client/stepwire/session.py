@@ -14,6 +14,7 @@ import numpy.typing as npt
 from stepwire.attachment import Attachment
 from stepwire.calls import Calls
 from stepwire.codecs import FLOAT32, dtype_named, dtype_to_wire
+from stepwire.configuration import Configuration
 from stepwire.errors import (
     InvalidRequestError,
     Reason,
@@ -69,6 +70,7 @@ class Session:
         self._calls = calls
         self._packer = Packer(layout_from_wire(message.layout))
         self._slots = tuple(message.layout.slots)
+        self._config = message.config
         self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
         self._as_list = as_list
         chunk_bytes = chunk_bytes_for(self._packer.layout.size * FLOAT32.itemsize, chunk_bytes)
@@ -111,6 +113,16 @@ class Session:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, by name."""
         return {tensor.spec.name: tensor.spec.shape for tensor in self._packer.layout.tensors}
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        return self._slots
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the session was created as; useful where somebody else created it."""
+        return Configuration.from_wire(self._config)
 
     # --- steps -------------------------------------------------------------------------------------------
 

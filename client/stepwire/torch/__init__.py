@@ -1,0 +1,54 @@
+"""Optimizers for PyTorch whose state and arithmetic are a stepwire server's: change one import.
+
+    from stepwire.torch import AdamW
+
+    optimizer = AdamW(model.parameters(), lr=3e-4, server="host:50051")
+
+They are `torch.optim.Optimizer`s, with torch's own constructors, parameter groups and state dicts; schedulers,
+`GradScaler`, hooks and checkpoints work as they are. docs/torch.md has what is different, and what is refused.
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch
+except ImportError as missing:
+    raise ImportError(
+        "stepwire.torch needs PyTorch, which is not installed: pip install 'stepwire[torch]'", name="torch"
+    ) from missing
+
+from stepwire.torch.optimizers import (
+    LAMB,
+    LARS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+)
+from stepwire.torch.options import RemoteOptions
+from stepwire.torch.remote import RemoteOptimizer
+
+del _torch
+
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "RemoteOptimizer",
+    "RemoteOptions",
+]

@@ -1,0 +1,292 @@
+"""The session behind an optimizer: the model's parameters are the truth, and the session follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.codecs import FLOAT32, dtype_named
+from stepwire.errors import InvalidRequestError
+from stepwire.results import SessionState
+from stepwire.session import Session
+from stepwire.torch.families import Family, Group
+from stepwire.torch.options import RemoteOptions
+from stepwire.torch.parameters import Parameters
+from stepwire.torch.sessions import create_session, find_session
+from stepwire.torch.states import PARAM, exported, imported
+from stepwire.torch.tensors import HeldTensor
+
+__all__ = ["Backing", "Kept"]
+
+
+class Kept(NamedTuple):
+    """What torch has no place for in its state.
+
+    Attributes:
+        masters: float32 parameters by position, where the model's are of fewer bits.
+        slots: what goes with moments in fewer bits, by slot and name.
+    """
+
+    masters: dict[int, Any]
+    slots: dict[str, dict[str, Any]]
+
+
+class Backing:
+    """One session, and the parameters whose optimizer it is.
+
+    Attributes:
+        session: the present one; another after `regroup` and `resume`.
+        parameters: what it steps.
+        closed: nothing more can be done.
+    """
+
+    session: Session
+
+    def __init__(self, family: Family, options: RemoteOptions, groups: Sequence[Group]) -> None:
+        """Make a session of these groups, or find the one to go on with and pull its parameters.
+
+        Raises:
+            UnsupportedFeatureError: a parameter cannot be stepped from here.
+            InvalidRequestError: the session to go on with is of another model or optimizer.
+            StepwireError: as `Client.create_session` and `Client.session`.
+        """
+        self._family = family
+        self._options = options
+        self.parameters = Parameters(groups)
+        self.closed = False
+        self._client = options.client()
+        try:
+            if options.session is None:
+                self._hold(self._create(self.parameters, groups), self.parameters, groups)
+            else:
+                self.resume(options.session, groups)
+        except BaseException:
+            if options.owns_client:
+                self._client.close()
+            raise
+
+    # --- sessions ----------------------------------------------------------------------------------------
+
+    def _create(self, parameters: Parameters, groups: Sequence[Group]) -> Session:
+        return create_session(self._client, self._options, self._family, parameters, groups)
+
+    def _hold(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
+        """Use a session from now on."""
+        self.session, self.parameters = session, parameters
+        configuration = session.configuration
+        self._structure = self._family.structure_of(groups)
+        self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
+        dtype = parameters.dtype
+        self._gradient_dtype = dtype_named(self._options.gradient_dtype or dtype, "gradient_dtype", gradients=True)
+        self._reply_dtype = dtype_named(self._options.reply_dtype or dtype, "reply_dtype")
+        held = {tensor.dtype for tensor in parameters.tensors}
+        self._exact = self._reply_dtype == FLOAT32 and held == {FLOAT32}
+
+    def resume(self, session_id: str, groups: Sequence[Group]) -> None:
+        """Go on with a session: take its slot, and bring its parameters into the model.
+
+        Raises:
+            InvalidRequestError: it is of another model, another optimizer, or other options.
+            StepwireError: as `Client.session`.
+        """
+        session = find_session(self._client, session_id, self._options, self._family, self.parameters, groups)
+        pulled: Any = session.pull()
+        for name, target in self.parameters.targets().items():
+            with np.errstate(over="ignore"):
+                target[...] = pulled[name]
+        self.parameters.settle()
+        self._hold(session, self.parameters, groups)
+
+    def regroup(self, groups: Sequence[Group]) -> None:
+        """Move to a new session of other groups; the state of parameters that stay goes with them.
+
+        Raises:
+            StepwireError: as creation; everything is as it was.
+        """
+        parameters, before = Parameters(groups), self._state()
+        session = self._create(parameters, groups)
+        try:
+            state = session.state()
+            for slot, arrays in state.slots.items():
+                arrays |= {name: values for name, values in before.slots.get(slot, {}).items() if name in arrays}
+            steps = {name: before.tensor_steps.get(name, 0) for name in state.tensor_steps}
+            session.load_state(SessionState(step=before.step, slots=state.slots, tensor_steps=steps))
+        except BaseException:
+            session.close()
+            raise
+        old = self.session
+        self._hold(session, parameters, groups)
+        old.close()
+
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def step(self, groups: Sequence[Group], loss_scale: float | None) -> None:
+        """Take a step with the gradients that there are, and the groups' present numbers.
+
+        Raises:
+            InvalidRequestError: the optimizer is closed, or gradients or numbers are not served; nothing was applied.
+            StepwireError: as `Session.step`.
+        """
+        self.check_open()
+        gradients = self.parameters.gradients()
+        if not gradients:
+            return  # as torch: nothing moves
+        overrides = self.overrides(groups)
+        self.upload()
+        self.session.step(
+            gradients,
+            hyperparameters=overrides,
+            loss_scale=loss_scale,
+            gradient_dtype=self._gradient_dtype,
+            reply_dtype=self._reply_dtype,
+            out=self.parameters.targets(),
+            timeout=self._options.timeout,
+        )
+        self.parameters.settle()
+
+    def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
+        """Return what differs from the numbers that the session was created with.
+
+        Raises:
+            InvalidRequestError: something was changed that a session has from its creation.
+        """
+        if changed := self._outgrown(groups):
+            raise InvalidRequestError(
+                f"param_groups: {changed}, which a session has from its creation; call "
+                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session",
+                metadata={"field": "param_groups"},
+            )
+        now = [self._family.numbers_of(group) for group in groups]
+        differing = [
+            {name: value for name, value in numbers.items() if value != then[name]}
+            for numbers, then in zip(now, self._numbers, strict=True)
+        ]
+        return differing if any(differing) else None
+
+    def _outgrown(self, groups: Sequence[Group]) -> str:
+        """Say what of the groups the present session cannot have; empty if nothing."""
+        now = self._family.structure_of(groups)
+        for name, value in now.items():
+            if value != self._structure[name]:
+                return f"{name} was changed from {self._structure[name]!r} to {value!r}"
+        if self._family.keeps_momentum(groups) and "momentum_buffer" not in self.session.slots:
+            return "momentum was changed from 0 in all groups"
+        if len(groups) != len(self._numbers):
+            return f"there are {len(groups)} groups instead of {len(self._numbers)}"
+        return ""
+
+    def upload(self, *, everything: bool = False) -> None:
+        """Send the parameters where somebody else has changed them since the last step, or whether or not.
+
+        Raises:
+            StepwireError: as `Session.load`.
+        """
+        if everything or self.parameters.changed():
+            self.session.load(self._merged(self._masters()), timeout=self._options.timeout)
+            self.parameters.follow()
+
+    def _masters(self) -> Mapping[str, Any] | None:
+        """Return what the session holds of the parameters where the model does not show all of it."""
+        if self._exact:
+            return None
+        pulled: Any = self.session.pull(timeout=self._options.timeout)
+        return dict(pulled)
+
+    def _merged(self, masters: Mapping[str, Any] | None) -> dict[str, npt.NDArray[Any]]:
+        """Return the model's values; where masters round to those, the masters."""
+        local = self.parameters.fetch()
+        if masters is None:
+            return local
+        return {
+            tensor.name: self._merge(masters[tensor.name], local[tensor.name], tensor)
+            for tensor in self.parameters.tensors
+            if tensor.name in masters
+        } | {name: values for name, values in local.items() if name not in masters}
+
+    def _merge(self, master: Any, local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            shown = master.astype(self._reply_dtype).astype(tensor.dtype)
+            merged: npt.NDArray[Any] = np.where(shown == local, master, local.astype(np.float32))
+        return merged
+
+    def check_open(self) -> None:
+        """Refuse to go on after the end.
+
+        Raises:
+            InvalidRequestError: `close` or `detach` was called.
+        """
+        if self.closed:
+            raise InvalidRequestError(
+                "the optimizer is closed; make a new one, with session=… if the old session was left on the server",
+                metadata={"field": "optimizer"},
+            )
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], Kept]:
+        """Return torch's state of each parameter in order, and what it has no place for.
+
+        Raises:
+            StepwireError: as `Session.state`.
+        """
+        self.check_open()
+        self.upload()
+        state, tensors = self._state(), self.parameters.tensors
+        entries = exported(state, tensors, self._family, self._by_name(groups))
+        masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
+        slots = {slot: state.slots[slot] for slot in self._beside_torch()}
+        return entries, Kept(masters, slots)
+
+    def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
+        """Replace the state; the model's parameters stay as they are.
+
+        Raises:
+            InvalidRequestError: the state is another rule's or another model's; nothing was changed.
+            StepwireError: as `Session.load_state`.
+        """
+        self.check_open()
+        tensors = self.parameters.tensors
+        if self._outgrown(groups):
+            self.regroup(groups)
+        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), self.session.slots)
+        for slot in self._beside_torch():
+            if set(kept.slots.get(slot, ())) != set(self.session.shapes):
+                raise InvalidRequestError(
+                    f"state_dict: {slot!r} is missing, which a session with state_precision="
+                    f"{self._options.state_precision!r} needs; it is in state dicts of such sessions only",
+                    metadata={"field": f"state_dict.{slot}"},
+                )
+            slots[slot] = kept.slots[slot]
+        given = {
+            tensors[index].name: tensors[index].values(value, f"masters[{index}]")
+            for index, value in kept.masters.items()
+        }
+        masters = None if self._exact else {**(self._masters() or {}), **given}
+        slots[PARAM] = self._merged(masters)
+        step = self.session.applied_step
+        self.session.load_state(SessionState(step=step, slots=slots, tensor_steps=steps), timeout=self._options.timeout)
+        self.parameters.follow()
+
+    def _state(self) -> SessionState:
+        return self.session.state(timeout=self._options.timeout)
+
+    def _beside_torch(self) -> list[str]:
+        return [slot for slot in self.session.slots if slot not in (PARAM, *self._family.slots)]
+
+    def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
+        return {name: groups[index] for name, index in self.parameters.membership.items()}
+
+    def end(self, *, keep: bool) -> None:
+        """Let go: end the session on the server, or leave it there. Ending twice is harmless."""
+        if self.closed:
+            return
+        self.closed = True
+        if keep:
+            self.session.detach()
+        else:
+            self.session.close()
+        if self._options.owns_client:
+            self._client.close()

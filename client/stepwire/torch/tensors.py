@@ -1,0 +1,195 @@
+"""A parameter of torch as NumPy sees it: the memory itself where that is possible, a copy beside it elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+
+__all__ = ["HeldTensor", "to_numpy"]
+
+_DTYPES: Final = {
+    torch.float32: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float16: np.dtype(np.float16),
+    torch.complex64: np.dtype(np.float32),
+}
+_DEVICES: Final = ("cpu", "cuda")
+
+
+class HeldTensor:
+    """One parameter, and where its values and its gradient are read and written.
+
+    A contiguous parameter in host memory is read and written where it lies. Others, on a GPU or with other strides,
+    have a contiguous copy in host memory, pinned where that speeds up the way from a GPU.
+
+    Attributes:
+        name: in the session.
+        parameter: the user's.
+        shape: in the session: of the parameter; complex numbers are pairs in a last dimension of 2, as torch's own
+            optimizers treat them.
+        dtype: NumPy's, of the values.
+    """
+
+    def __init__(self, name: str, parameter: Any) -> None:
+        """Hold a parameter.
+
+        Raises:
+            UnsupportedFeatureError: it cannot be stepped from here; the message says why, and what to do.
+        """
+        _check(name, parameter)
+        self.name = name
+        self.parameter = parameter
+        self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
+        self.dtype = _DTYPES[parameter.dtype]
+        self._address: int | None = None
+        self._array: npt.NDArray[Any] = np.empty(0)
+        self._direct = False
+        self._copy: Any = None
+        self._gradient_copy: Any = None
+        self._seen: tuple[int, int] | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Copies to and from it are asked for, and happen later."""
+        return bool(self.parameter.is_cuda)
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return where answers are written: the parameter's own memory, or the copy beside it."""
+        if self.parameter.data_ptr() != self._address:
+            real = _real(self.parameter.detach())
+            self._direct = real.device.type == "cpu" and real.is_contiguous()
+            if not self._direct:
+                self._copy = _room(real)
+            self._array = to_numpy(real if self._direct else self._copy)
+            self._address = self.parameter.data_ptr()
+        return self._array
+
+    def fetch(self) -> npt.NDArray[Any]:
+        """Return the parameter's present values; what comes from a GPU is there once that is synchronised."""
+        array = self.array()
+        if not self._direct:
+            self._copy.copy_(_real(self.parameter.detach()), non_blocking=True)
+        return array
+
+    def settle(self) -> None:
+        """Bring what was written to `array` into the parameter, and tell autograd and ourselves that it has changed."""
+        if not self._direct:
+            with torch.no_grad():
+                _real(self.parameter.detach()).copy_(self._copy, non_blocking=True)
+        torch.autograd.graph.increment_version(self.parameter)
+        self.follow()
+
+    def follow(self) -> None:
+        """Note that the session has the parameter's present values."""
+        self._seen = self._mark()
+
+    @property
+    def changed(self) -> bool:
+        """Somebody else has changed the parameter since `follow`, as far as torch tells: not through `.data`."""
+        return self._seen != self._mark()
+
+    def _mark(self) -> tuple[int, int]:
+        return self.parameter._version, self.parameter.data_ptr()
+
+    def gradient(self) -> npt.NDArray[Any] | None:
+        """Return the gradient; None where there is none. What comes from a GPU is there once that is synchronised.
+
+        Raises:
+            InvalidRequestError: it is sparse, on another device, or of a dtype that does not travel.
+        """
+        gradient = self.parameter.grad
+        if gradient is None:
+            return None
+        self._check_gradient(gradient)
+        real = _real(gradient.detach())
+        if real.device.type == "cpu" and real.is_contiguous():
+            return to_numpy(real)
+        if self._gradient_copy is None or self._gradient_copy.dtype != real.dtype:
+            self._gradient_copy = _room(real)
+        self._gradient_copy.copy_(real, non_blocking=True)
+        return to_numpy(self._gradient_copy)
+
+    def _check_gradient(self, gradient: Any) -> None:
+        if gradient.layout != torch.strided:
+            problem = f"is sparse ({gradient.layout}); make it dense, for example Embedding(sparse=False)"
+        elif gradient.device != self.parameter.device:
+            problem = f"is on {gradient.device} and the parameter on {self.parameter.device}; move it there"
+        elif gradient.dtype not in _DTYPES:
+            problem = f"has dtype {gradient.dtype}; cast it to {self.parameter.dtype}"
+        else:
+            return
+        raise InvalidRequestError(
+            f"the gradient of {self.name!r} {problem}", metadata={"field": f"gradients[{self.name!r}]"}
+        )
+
+    def tensor(self, values: npt.NDArray[np.float32]) -> Any:
+        """Return float32 values of the session's shape as a tensor of the parameter's, on its device."""
+        made = torch.from_numpy(np.ascontiguousarray(values))
+        if self.parameter.is_complex():
+            made = torch.view_as_complex(made)
+        return made.reshape(self.parameter.shape).to(self.parameter.device)
+
+    def values(self, tensor: Any, field: str) -> npt.NDArray[np.float32]:
+        """Return a tensor of the parameter's shape as float32 values of the session's; inverse of `tensor`.
+
+        Raises:
+            InvalidRequestError: it has another shape.
+        """
+        if tuple(tensor.shape) != tuple(self.parameter.shape):
+            raise InvalidRequestError(
+                f"{field} has shape {tuple(tensor.shape)} and the parameter {tuple(self.parameter.shape)}; the state "
+                "is another model's",
+                metadata={"field": field},
+            )
+        real = _real(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous()
+        return to_numpy(real).reshape(self.shape)
+
+
+def to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    """Return a contiguous tensor in host memory as an array over the same memory."""
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
+        array: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return array
+    array = tensor.numpy()
+    return array
+
+
+def _real(tensor: Any) -> Any:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _room(like: Any) -> Any:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+
+def _check(name: str, parameter: Any) -> None:
+    """Refuse what this module would get wrong."""
+    kinds = {kind.__name__ for kind in type(parameter).__mro__}
+    if "DTensor" in kinds or "FlatParameter" in kinds or hasattr(parameter, "_is_flat_param"):
+        problem = "is one rank's part of a sharded parameter (FSDP, DTensor); give the optimizer whole parameters"
+    elif "UninitializedTensorMixin" in kinds:
+        problem = "has no shape yet; run the model once before making the optimizer"
+    elif hasattr(parameter, "__tensor_flatten__"):
+        problem = f"is a {type(parameter).__name__}, whose values are not in one tensor; use plain parameters"
+    elif parameter.layout != torch.strided:
+        problem = f"is sparse ({parameter.layout}); make it dense"
+    elif parameter.dtype not in _DTYPES:
+        problem = (
+            f"has dtype {parameter.dtype}, and a session holds float32; cast the model, for example model.float(), or "
+            "use torch.optim for it"
+        )
+    elif parameter.device.type not in _DEVICES:
+        problem = f"is on the device {parameter.device}; move the model to the CPU or to a CUDA device first"
+    elif any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        problem = "is expanded: several of its elements are one in memory; make a contiguous copy of it"
+    else:
+        return
+    raise UnsupportedFeatureError(
+        f"the parameter {name!r} {problem}", metadata={"field": f"params[{name!r}]", "feature": "torch_parameter"}
+    )
