@@ -297,7 +297,7 @@ class Session:
         """
         return self._shared(timeout).gradients(as_list=self._as_list)
 
-    def shared_parameters(self, *, timeout: float | None = None) -> Container:
+    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Container:
         """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
 
         Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
@@ -307,13 +307,21 @@ class Session:
         Over `cuda_ipc` they are views of device memory, as gradients are.
 
         Args:
+            private: arrays that may be written. What is written is this process's own and hides what the server puts
+                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
             timeout: seconds.
 
         Raises:
             UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
             StepwireError: as `attach`.
         """
-        return self._shared(timeout).parameters(as_list=self._as_list)
+        return self._shared(timeout).parameters(as_list=self._as_list, private=private)
+
+    def forget_writes(self) -> None:
+        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
+        with self._lock:
+            if self._attachment.shared is not None:
+                self._attachment.shared.forget_writes()
 
     def _shared(self, timeout: float | None) -> SharedArrays:
         with self._lock:

@@ -111,7 +111,7 @@ class ShardedSession(Session):
         """
         raise _unshared()
 
-    def shared_parameters(self, *, timeout: float | None = None) -> Container:
+    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Container:
         """Refuse, as `shared_gradients` does.
 
         Raises:

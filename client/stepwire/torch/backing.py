@@ -18,6 +18,7 @@ from stepwire.torch.parameters import Parameters
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.states import PARAM, exported, imported
 from stepwire.torch.tensors import HeldTensor
+from stepwire.torch.views import SharedViews
 
 __all__ = ["Backing", "Kept"]
 
@@ -56,6 +57,7 @@ class Backing:
         self._family = family
         self._options = options
         self.parameters = Parameters(groups)
+        self._memory: Parameters | SharedViews = self.parameters
         self.closed = False
         self._client = options.client()
         try:
@@ -84,6 +86,8 @@ class Backing:
         self._reply_dtype = dtype_named(self._options.reply_dtype or dtype, "reply_dtype")
         held = {tensor.dtype for tensor in parameters.tensors}
         self._exact = self._reply_dtype == FLOAT32 and held == {FLOAT32}
+        self._memory.release()
+        self._memory = SharedViews(session, parameters) if self._options.shared_views else parameters
 
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Go on with a session: take its slot, and bring its parameters into the model.
@@ -97,7 +101,7 @@ class Backing:
         for name, target in self.parameters.targets().items():
             with np.errstate(over="ignore"):
                 target[...] = pulled[name]
-        self.parameters.settle()
+        self.parameters.stepped(pulled)
         self._hold(session, self.parameters, groups)
 
     def regroup(self, groups: Sequence[Group]) -> None:
@@ -131,21 +135,21 @@ class Backing:
             StepwireError: as `Session.step`.
         """
         self.check_open()
-        gradients = self.parameters.gradients()
+        gradients = self._memory.gradients()
         if not gradients:
             return  # as torch: nothing moves
         overrides = self.overrides(groups)
         self.upload()
-        self.session.step(
+        answer = self.session.step(
             gradients,
             hyperparameters=overrides,
             loss_scale=loss_scale,
             gradient_dtype=self._gradient_dtype,
             reply_dtype=self._reply_dtype,
-            out=self.parameters.targets(),
+            out=self._memory.targets(),
             timeout=self._options.timeout,
         )
-        self.parameters.settle()
+        self._memory.stepped(answer)
 
     def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
         """Return what differs from the numbers that the session was created with.
@@ -186,7 +190,7 @@ class Backing:
         """
         if everything or self.parameters.changed():
             self.session.load(self._merged(self._masters()), timeout=self._options.timeout)
-            self.parameters.follow()
+            self._memory.uploaded()
 
     def _masters(self) -> Mapping[str, Any] | None:
         """Return what the session holds of the parameters where the model does not show all of it."""
@@ -268,7 +272,7 @@ class Backing:
         slots[PARAM] = self._merged(masters)
         step = self.session.applied_step
         self.session.load_state(SessionState(step=step, slots=slots, tensor_steps=steps), timeout=self._options.timeout)
-        self.parameters.follow()
+        self._memory.uploaded()
 
     def _state(self) -> SessionState:
         return self.session.state(timeout=self._options.timeout)
@@ -284,6 +288,7 @@ class Backing:
         if self.closed:
             return
         self.closed = True
+        self._memory.release()
         if keep:
             self.session.detach()
         else:

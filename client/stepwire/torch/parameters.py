@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,13 +61,13 @@ class Parameters:
         self.synchronize()
         return arrays
 
-    def gradients(self) -> Arrays:
-        """Return the gradients that there are, by name.
+    def gradients(self, but: Collection[str] = ()) -> Arrays:
+        """Return the gradients that there are, by name; all but some.
 
         Raises:
             InvalidRequestError: one of them cannot be sent.
         """
-        found = {tensor.name: tensor.gradient() for tensor in self.tensors}
+        found = {tensor.name: tensor.gradient() for tensor in self.tensors if tensor.name not in but}
         self.synchronize()
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
@@ -75,10 +75,17 @@ class Parameters:
         """Return where answers are written, by name."""
         return {tensor.name: tensor.array() for tensor in self.tensors}
 
-    def settle(self) -> None:
-        """Bring what was written to `targets` into the parameters."""
+    def stepped(self, answer: object) -> None:
+        """Bring what a step wrote to `targets` into the parameters."""
         for tensor in self.tensors:
             tensor.settle()
+
+    def uploaded(self) -> None:
+        """Note that the session has all present values."""
+        self.follow()
+
+    def release(self) -> None:
+        """Do nothing: the model's memory is its own."""
 
     def follow(self) -> None:
         """Note that the session has all present values."""
@@ -86,7 +93,7 @@ class Parameters:
             tensor.follow()
 
     def changed(self) -> list[HeldTensor]:
-        """Return those that somebody else has changed since `settle` or `follow`."""
+        """Return those that somebody else has changed since `stepped` or `follow`."""
         return [tensor for tensor in self.tensors if tensor.changed]
 
     def synchronize(self) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 
-__all__ = ["HeldTensor", "to_numpy"]
+__all__ = ["HeldTensor", "from_numpy", "to_numpy"]
 
 _DTYPES: Final = {
     torch.float32: np.dtype(np.float32),
@@ -78,10 +78,14 @@ class HeldTensor:
         return array
 
     def settle(self) -> None:
-        """Bring what was written to `array` into the parameter, and tell autograd and ourselves that it has changed."""
+        """Bring what was written to `array` into the parameter."""
         if not self._direct:
             with torch.no_grad():
                 _real(self.parameter.detach()).copy_(self._copy, non_blocking=True)
+        self.touch()
+
+    def touch(self) -> None:
+        """Tell autograd that the parameter has changed, as an optimizer of torch would, and note that it was us."""
         torch.autograd.graph.increment_version(self.parameter)
         self.follow()
 
@@ -158,6 +162,13 @@ def to_numpy(tensor: Any) -> npt.NDArray[Any]:
         return array
     array = tensor.numpy()
     return array
+
+
+def from_numpy(array: npt.NDArray[Any]) -> Any:
+    """Return a writable array as a tensor over the same memory; inverse of `to_numpy`."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _real(tensor: Any) -> Any:

@@ -52,6 +52,13 @@ class DeviceArrays(SharedArrays):
             for tensor in self._packer.layout.tensors
         }
 
+    def _private_views(self) -> dict[str, Any]:
+        """Return what others return too: nobody else sees this memory, and the next answer overwrites it."""
+        return self._parameter_views()
+
+    def forget_writes(self) -> None:
+        """See `_private_views`."""
+
     def _gradient_view(self, tensor: Placement) -> DeviceView:
         dtype = self._gradient_dtype
         return DeviceView(self._memory.required(), tensor.offset * dtype.itemsize, tensor.spec.shape, dtype)

@@ -28,11 +28,18 @@ class HostArrays(SharedArrays):
         """See `SharedMemory.close`."""
         self._memory.close()
 
+    def forget_writes(self) -> None:
+        """See `SharedMemory.forget_writes`."""
+        self._memory.forget_writes()
+
     def _gradient_views(self) -> dict[str, Any]:
         return self._named(self._memory.gradient)
 
     def _parameter_views(self) -> dict[str, Any]:
         return self._named(self._memory.parameters)
+
+    def _private_views(self) -> dict[str, Any]:
+        return self._named(self._memory.private)
 
     def _read(self, targets: Flat) -> None:
         for tensor, target in zip(self._packer.layout.tensors, targets, strict=True):

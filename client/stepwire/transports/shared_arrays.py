@@ -40,9 +40,13 @@ class SharedArrays(abc.ABC):
             )
         return _contained(self._gradient_views(), as_list=as_list)
 
-    def parameters(self, *, as_list: bool) -> Container:
-        """Return views of the parameters, which are not to be written, as a user's container."""
-        return _contained(self._parameter_views(), as_list=as_list)
+    def parameters(self, *, as_list: bool, private: bool = False) -> Container:
+        """Return views of the parameters as a user's container: read-only, or private ones that may be written."""
+        return _contained(self._private_views() if private else self._parameter_views(), as_list=as_list)
+
+    @abc.abstractmethod
+    def forget_writes(self) -> None:
+        """Show in private views what the server has, also where they were written."""
 
     def carries(self, call: StepCall) -> bool:
         """Tell whether a step is one in shared memory: in the session's own dtypes, applied and answered as a whole."""
@@ -96,6 +100,10 @@ class SharedArrays(abc.ABC):
     @abc.abstractmethod
     def _parameter_views(self) -> dict[str, Any]:
         """Return the tensors of the parameters by name."""
+
+    @abc.abstractmethod
+    def _private_views(self) -> dict[str, Any]:
+        """Return the tensors of the parameters by name, writable for this process alone."""
 
     @abc.abstractmethod
     def _write(self, call: StepCall) -> None:

@@ -7,6 +7,7 @@ which it came stays open for as long as the memory is used: that is how the serv
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -30,6 +31,7 @@ __all__ = ["SharedMemory", "fetch", "lies_in_parameters"]
 _DESCRIPTORS: Final = 2
 _FIXED_SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PATTERN_BYTES: Final = 64
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14
 
 _parameter_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
@@ -41,6 +43,8 @@ class SharedMemory:
     Attributes:
         gradient: items of the session's gradient dtype, to be written.
         parameters: `(size,)` of the session's reply dtype, read-only.
+        private: the same, writable: what is written is this process's own, and shown in the place of the server's until
+            `forget_writes`. A page that is written to is copied by the kernel; nobody else sees it.
     """
 
     def __init__(
@@ -55,7 +59,10 @@ class SharedMemory:
         gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
         reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
         self.gradient: npt.NDArray[Any] = np.frombuffer(gradient, gradient_dtype, wire_items(gradient_dtype, size))
-        self.parameters: npt.NDArray[Any] = np.frombuffer(parameters, reply_dtype, size)
+        self.private: npt.NDArray[Any] = np.frombuffer(parameters, reply_dtype, size)
+        self.parameters: npt.NDArray[Any] = self.private.view()
+        self.parameters.flags.writeable = False
+        self._pages = parameters
         # Also when nobody closes it: a client was closed with its sessions attached, or everything was dropped.
         self._let_go = weakref.finalize(self, connection.close)
         self._start = np.frombuffer(gradient, np.uint8)
@@ -77,6 +84,10 @@ class SharedMemory:
         finally:
             start[:] = 0
         return bool(seen) and seen == self._parameters_start[: len(seen)].tobytes()
+
+    def forget_writes(self) -> None:
+        """Show everywhere what the server has, also where `private` was written."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Tell the server that the memory is not used any more; it goes with the last array that shows it."""
@@ -132,9 +143,14 @@ def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -
     gradient, parameters = descriptors
     _check(gradient, handoff.gradient_bytes, _needed(handoff.gradient_dtype, size), "gradient")
     _check(parameters, handoff.parameter_bytes, _needed(handoff.reply_dtype, size), "parameters")
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    writable = mmap.mmap(gradient, handoff.gradient_bytes, flags=flags)
-    return writable, mmap.mmap(parameters, handoff.parameter_bytes, flags=flags, prot=mmap.PROT_READ)
+    shared = mmap.mmap(gradient, handoff.gradient_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    # Private, because frameworks write their parameters now and then: a shared mapping could only be read, and writing
+    # would end the process. Pages that are only read are the server's own all the same. MAP_POPULATE would copy them.
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    private = mmap.mmap(parameters, handoff.parameter_bytes, flags=mmap.MAP_PRIVATE, prot=access)
+    with contextlib.suppress(OSError):  # an older kernel: the first look at each page takes longer
+        private.madvise(_MADV_POPULATE_READ)
+    return shared, private
 
 
 def _needed(dtype: int, size: int) -> int:
