@@ -110,6 +110,8 @@ class Attachment:
                 "this client; pull the parameters and go on from there with a new Session object",
                 metadata={"expected_step": applied + 1, "actual_step": step},
             )
+        if call.feed is not None:
+            call.feed.bind(stream.close)
         shared = self.shared if self.shared is not None and self.shared.carries(call) else None
         arrival = Arrival(self._packer, call, shared)
         messages = (

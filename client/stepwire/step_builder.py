@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stepwire.codecs import BFLOAT16, FLOAT32, INT8, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.errors import InvalidRequestError
+from stepwire.feed import GradientFeed
 from stepwire.feedback import ErrorFeedback, check_feedback
 from stepwire.packing import Arrays, Container, Flat, Packer
 from stepwire.step_call import Decide, OnTensor, StepCall
@@ -52,6 +53,7 @@ class StepOptions:
     overlap: bool = False
     out: Container | None = None
     decide: Decide | None = None
+    feed: GradientFeed | None = None
 
 
 class StepBuilder:
@@ -115,6 +117,7 @@ class StepBuilder:
             held=self.base(begin) if options.reply == "changed" else None,
             on_tensor=self._notifier(options.on_tensor, answer),
             decide=options.decide,
+            feed=options.feed,
             on_device={self._indices[name]: stand_in for name, stand_in in on_device.items()},
         )
         return call, answer

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stepwire.codecs import elements_within, wire_bytes
+from stepwire.feed import GradientFeed
 from stepwire.feedback import ErrorFeedback
 from stepwire.frames import FrameBuffer
 from stepwire.packing import ChunkPlan, Container, Flat, Packer
@@ -41,6 +42,7 @@ class StepCall:
         held: the parameters that patches change, `(size,)` in `reply_dtype`; None where whole answers come.
         on_tensor: told of tensors as they arrive, perhaps again where the step is repeated.
         decide: in a session with two phases, what the second half is.
+        feed: where gradients come from that are made while the step is sent; `gradients` is filled from it.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
         commit: what ends the step. The second half is kept here, so that a repetition brings it at once.
     """
@@ -56,6 +58,7 @@ class StepCall:
     held: np.ndarray[Any, Any] | None = None
     on_tensor: OnTensor | None = None
     decide: Decide | None = None
+    feed: GradientFeed | None = None
     on_device: Mapping[int, StandIn] = dataclasses.field(default_factory=dict)
     commit: step_pb2.StepCommit = dataclasses.field(default_factory=step_pb2.StepCommit)
 
@@ -66,13 +69,17 @@ class StepCall:
 
     def messages(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterator[bytes]:
         """Return what to send; nothing but the frame of the step where it was applied and only its answer was lost."""
+        if self.feed is not None:
+            self.feed.check()
         if not again:
             self.bring()
         if self.feedback is not None and not again:
             self.feedback.discard()
         chunks = [] if again else self._chunks(packer, chunk_bytes)
-        if not chunks:
+        if not chunks and self.feed is None:
             return iter([pb.AttachRequest(begin=self.begin, commit=self.commit).SerializeToString()])
+        if self.feed is not None:
+            return self._fed_messages(packer, chunks, self.feed)
         messages = self._gradient_messages(packer, chunks)
         # What is one message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
         return messages if len(chunks) > 1 else iter(list(messages))
@@ -110,14 +117,29 @@ class StepCall:
 
     def _gradient_messages(self, packer: Packer, chunks: Sequence[ChunkPlan]) -> Iterator[bytes]:
         """Make the messages of a step as they are asked for; a small step is one."""
-        dtype = self.gradient_dtype
-        for index, (offset, count, parts) in enumerate(chunks):
-            header = pb.AttachRequest()
-            header.chunk.offset, header.chunk.count = offset, count
-            if index == 0:
-                header.begin.CopyFrom(self.begin)
-            if index == len(chunks) - 1:
-                header.commit.CopyFrom(self.commit)
-            frame = FrameBuffer(header, wire_bytes(dtype, count))
-            packer.write(self.gradients, parts, frame.payload(dtype), offset, self.feedback)
-            yield frame.finish()
+        for index, chunk in enumerate(chunks):
+            yield self._gradient_message(packer, chunk, begins=index == 0, ends=index == len(chunks) - 1)
+
+    def _fed_messages(self, packer: Packer, chunks: Sequence[ChunkPlan], feed: GradientFeed) -> Iterator[bytes]:
+        """Make the messages of a step whose gradients are made meanwhile; the commit is one of its own."""
+        self.gradients = flat = list(self.gradients)
+        begun = False
+        for chunk in feed.chunks(chunks, flat):
+            yield self._gradient_message(packer, chunk, begins=not begun, ends=False)
+            begun = True
+        if feed.committed():
+            end = pb.AttachRequest(commit=self.commit)
+            if not begun:
+                end.begin.CopyFrom(self.begin)
+            yield end.SerializeToString()
+
+    def _gradient_message(self, packer: Packer, chunk: ChunkPlan, *, begins: bool, ends: bool) -> bytes:
+        header, dtype = pb.AttachRequest(), self.gradient_dtype
+        header.chunk.offset, header.chunk.count = chunk.offset, chunk.elements
+        if begins:
+            header.begin.CopyFrom(self.begin)
+        if ends:
+            header.commit.CopyFrom(self.commit)
+        frame = FrameBuffer(header, wire_bytes(dtype, chunk.elements))
+        packer.write(self.gradients, chunk.parts, frame.payload(dtype), chunk.offset, self.feedback)
+        return frame.finish()

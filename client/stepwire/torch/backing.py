@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire.codecs import FLOAT32, dtype_named
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.feed import GradientFeed
 from stepwire.results import SessionState
 from stepwire.session import Session
+from stepwire.sharding.session import ShardedSession
+from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.families import Family, Group
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
@@ -58,6 +62,9 @@ class Backing:
         self._options = options
         self.parameters = Parameters(groups)
         self._memory: Parameters | SharedViews = self.parameters
+        self._sender: BackwardSender | None = None
+        self._groups = groups
+        self._loss_scale: float | None = None
         self.closed = False
         self._client = options.client()
         try:
@@ -88,6 +95,9 @@ class Backing:
         self._exact = self._reply_dtype == FLOAT32 and held == {FLOAT32}
         self._memory.release()
         self._memory = SharedViews(session, parameters) if self._options.shared_views else parameters
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = self._watching(parameters) if self._options.send_in_backward else None
 
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Go on with a session: take its slot, and bring its parameters into the model.
@@ -110,6 +120,7 @@ class Backing:
         Raises:
             StepwireError: as creation; everything is as it was.
         """
+        self._settle()
         parameters, before = Parameters(groups), self._state()
         session = self._create(parameters, groups)
         try:
@@ -135,21 +146,53 @@ class Backing:
             StepwireError: as `Session.step`.
         """
         self.check_open()
-        gradients = self._memory.gradients()
-        if not gradients:
-            return  # as torch: nothing moves
+        self._groups, self._loss_scale = groups, loss_scale
         overrides = self.overrides(groups)
-        self.upload()
-        answer = self.session.step(
-            gradients,
-            hyperparameters=overrides,
-            loss_scale=loss_scale,
-            gradient_dtype=self._gradient_dtype,
-            reply_dtype=self._reply_dtype,
-            out=self._memory.targets(),
-            timeout=self._options.timeout,
-        )
-        self._memory.stepped(answer)
+        answer = None if self._sender is None else self._sender.finish((overrides, loss_scale))
+        if answer is None and (gradients := self._memory.gradients()):
+            self.upload()
+            answer = self.session.step(gradients, **self._step_options((overrides, loss_scale)))
+        if answer is not None:  # without any gradient nothing moves, as with torch
+            self._memory.stepped(answer)
+
+    def _step_options(self, numbers: Numbers) -> dict[str, Any]:
+        return {
+            "hyperparameters": numbers[0],
+            "loss_scale": numbers[1],
+            "gradient_dtype": self._gradient_dtype,
+            "reply_dtype": self._reply_dtype,
+            "out": self._memory.targets(),
+            "timeout": self._options.timeout,
+        }
+
+    # --- steps that begin in the backward pass -----------------------------------------------------------
+
+    def _watching(self, parameters: Parameters) -> BackwardSender:
+        if isinstance(self.session, ShardedSession):
+            raise UnsupportedFeatureError(
+                "send_in_backward: the model is cut over several servers or channels; leave it out, or use one",
+                metadata={"field": "send_in_backward", "feature": "torch_send_in_backward"},
+            )
+        return BackwardSender(parameters, self._begin, self._present_numbers)
+
+    def _present_numbers(self) -> Numbers | None:
+        """Return what a step would say now; None where it is not sent in messages, or parameters must be sent first."""
+        choice = self.session.transport
+        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+            return None
+        return self.overrides(self._groups), self._loss_scale
+
+    def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
+        # Only their shapes are looked at; what is sent comes from the feed. Memory that nobody touches costs nothing.
+        shapes = {t.name: np.empty(t.shape, t.dtype) for t in self.parameters.tensors if t.name in names}
+        return self.session.step_async(shapes, feed=feed, **self._step_options(numbers))
+
+    def _settle(self) -> None:
+        """Have no step under way that was begun by a backward pass."""
+        if self._sender is not None:
+            self._sender.drop()
+
+    # --- numbers -----------------------------------------------------------------------------------------
 
     def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
         """Return what differs from the numbers that the session was created with.
@@ -188,6 +231,7 @@ class Backing:
         Raises:
             StepwireError: as `Session.load`.
         """
+        self._settle()
         if everything or self.parameters.changed():
             self.session.load(self._merged(self._masters()), timeout=self._options.timeout)
             self._memory.uploaded()
@@ -252,6 +296,7 @@ class Backing:
             StepwireError: as `Session.load_state`.
         """
         self.check_open()
+        self._settle()
         tensors = self.parameters.tensors
         if self._outgrown(groups):
             self.regroup(groups)
@@ -288,6 +333,8 @@ class Backing:
         if self.closed:
             return
         self.closed = True
+        if self._sender is not None:
+            self._sender.close()
         self._memory.release()
         if keep:
             self.session.detach()

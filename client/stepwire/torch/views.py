@@ -22,8 +22,8 @@ _LOG = logging.getLogger(__name__)
 class SharedViews:
     """Moves a model's parameters into shared memory, and its gradients as the backward pass makes them.
 
-    Autograd puts a gradient where it likes. A hook copies it while it is still in the cache, and makes `.grad` the copy;
-    what is accumulated later is added there. `zero_grad` may drop it: the next gradient is copied again.
+    Autograd puts a gradient where it likes. A hook copies it while it is still in the cache, and makes `.grad` the
+    copy; what is accumulated later is added there. `zero_grad` may drop it: the next gradient is copied again.
 
     It stands in the place of `Parameters` for what a step takes and gives.
     """

@@ -56,6 +56,7 @@ class SharedArrays(abc.ABC):
             and call.reply_dtype == self._reply_dtype
             and not begin.overlap
             and begin.reply_mode != step_pb2.REPLY_MODE_CHANGED
+            and call.feed is None
         )
 
     def message(self, call: StepCall, *, again: bool) -> bytes:
