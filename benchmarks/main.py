@@ -31,6 +31,7 @@ from goals import Goal
 from shaped_link import shaped_link
 from sockets import socket_server
 from stepwire_server.process import ServerProcess, server_process
+from torch_step import torch_step
 from variants import TRANSPORTS
 
 __all__ = ["GOALS", "Run"]
@@ -38,6 +39,7 @@ __all__ = ["GOALS", "Run"]
 Figures = dict[str, Any]
 _LARGE = 32_000_000
 _SIZES = (1_000, 10_000, 1_000_000, _LARGE)
+_TORCH = 25_000_000
 _QUICK_LARGE = 1_000_000
 _QUICK_SIZES = (1_000, 100_000)
 _QUICK_VARIANTS = ("tcp", "shm in place")
@@ -57,6 +59,8 @@ GOALS = (
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
     Goal(_SMALL_STEPS, "shm to tcp", 1.0),
+    Goal("torch step", "shm views to fused", 1.25),
+    Goal("torch step", "tcp to its parts", 1.2),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -102,6 +106,7 @@ class Run:
         self._section("many_small", lambda: kernels.many_small(rounds=20 if quick else 200))
         self._steps()
         self._transports()
+        self._torch()
         self._section(
             "memory", lambda: _with_server(lambda server: sections.memory(server, size=self._large, looks=self._looks))
         )
@@ -130,6 +135,13 @@ class Run:
                 "large_step", lambda: sections.large_step(server, echo.tcp, size=self._large, rounds=3 if quick else 9)
             )
             self._section("concurrency", lambda: sections.concurrency(server, echo.tcp, steps=200 if quick else 6000))
+
+    def _torch(self) -> None:
+        if not self._wants("torch step"):
+            return
+        size, rounds = (300_000, 2) if self._quick else (_TORCH, 9)
+        with echo_process() as echo, server_process("--device", "cpu") as server:
+            self._section("torch step", lambda: torch_step(server.target, echo, size=size, rounds=rounds))
 
     def _transports(self) -> None:
         names = {size: transports.section_name("transports", size) for size in self._sizes}
