@@ -114,9 +114,13 @@ class Backing:
         session = self._create(parameters, groups)
         try:
             state = session.state()
+            # By what they are: names change with a state dict that has others, and positions with what comes before.
+            olds = {id(tensor.parameter): tensor.name for tensor in self.parameters.tensors}
+            names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
             for slot, arrays in state.slots.items():
-                arrays |= {name: values for name, values in before.slots.get(slot, {}).items() if name in arrays}
-            steps = {name: before.tensor_steps.get(name, 0) for name in state.tensor_steps}
+                if slot in before.slots:
+                    arrays |= {name: before.slots[slot][old] for name, old in names.items()}
+            steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in state.tensor_steps}
             session.load_state(SessionState(step=before.step, slots=state.slots, tensor_steps=steps))
         except BaseException:
             session.close()
