@@ -17,7 +17,7 @@ from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.states import PARAM, exported, imported
-from stepwire.torch.tensors import HeldTensor
+from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
 from stepwire.torch.views import SharedViews
 
 __all__ = ["Backing", "Kept"]
@@ -245,7 +245,8 @@ class Backing:
         state, tensors = self._state(), self.parameters.tensors
         entries = exported(state, tensors, self._family, self._by_name(groups))
         masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
-        slots = {slot: state.slots[slot] for slot in self._beside_torch()}
+        # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
+        slots = {slot: {n: from_numpy(a) for n, a in state.slots[slot].items()} for slot in self._beside_torch()}
         return entries, Kept(masters, slots)
 
     def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
@@ -267,7 +268,7 @@ class Backing:
                     f"{self._options.state_precision!r} needs; it is in state dicts of such sessions only",
                     metadata={"field": f"state_dict.{slot}"},
                 )
-            slots[slot] = kept.slots[slot]
+            slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
         given = {
             tensors[index].name: tensors[index].values(value, f"masters[{index}]")
             for index, value in kept.masters.items()
