@@ -21,7 +21,7 @@ from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.states import PARAM, exported, imported
-from stepwire.torch.tensors import HeldTensor
+from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
 from stepwire.torch.views import SharedViews
 
 __all__ = ["Backing", "Kept"]
@@ -125,9 +125,13 @@ class Backing:
         session = self._create(parameters, groups)
         try:
             state = session.state()
+            # By what they are: names change with a state dict that has others, and positions with what comes before.
+            olds = {id(tensor.parameter): tensor.name for tensor in self.parameters.tensors}
+            names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
             for slot, arrays in state.slots.items():
-                arrays |= {name: values for name, values in before.slots.get(slot, {}).items() if name in arrays}
-            steps = {name: before.tensor_steps.get(name, 0) for name in state.tensor_steps}
+                if slot in before.slots:
+                    arrays |= {name: before.slots[slot][old] for name, old in names.items()}
+            steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in state.tensor_steps}
             session.load_state(SessionState(step=before.step, slots=state.slots, tensor_steps=steps))
         except BaseException:
             session.close()
@@ -285,7 +289,8 @@ class Backing:
         state, tensors = self._state(), self.parameters.tensors
         entries = exported(state, tensors, self._family, self._by_name(groups))
         masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
-        slots = {slot: state.slots[slot] for slot in self._beside_torch()}
+        # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
+        slots = {slot: {n: from_numpy(a) for n, a in state.slots[slot].items()} for slot in self._beside_torch()}
         return entries, Kept(masters, slots)
 
     def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
@@ -308,7 +313,7 @@ class Backing:
                     f"{self._options.state_precision!r} needs; it is in state dicts of such sessions only",
                     metadata={"field": f"state_dict.{slot}"},
                 )
-            slots[slot] = kept.slots[slot]
+            slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
         given = {
             tensors[index].name: tensors[index].values(value, f"masters[{index}]")
             for index, value in kept.masters.items()

@@ -35,10 +35,14 @@ class Parameters:
         """
         self.tensors: list[HeldTensor] = []
         self.membership: dict[str, int] = {}
+        seen: dict[int, str] = {}
         for index, group in enumerate(groups):
             names = group.get("param_names")
-            for place, parameter in enumerate(dict.fromkeys(group["params"])):
+            for place, parameter in enumerate(group["params"]):
                 name = names[place] if names else f"param_groups[{index}][{place}]"
+                if id(parameter) in seen:  # torch warns, steps it twice, and announces that it will refuse
+                    raise _unsupported(name, f"is {seen[id(parameter)]!r} once more; list each parameter once")
+                seen[id(parameter)] = name
                 if name in self.membership:
                     raise _unsupported(name, "is the name of two parameters; give each its own")
                 self.tensors.append(HeldTensor(name, parameter))

@@ -47,12 +47,12 @@ class HeldTensor:
         self.parameter = parameter
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
-        self._address: int | None = None
+        self._place: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
         self._direct = False
         self._copy: Any = None
         self._gradient_copy: Any = None
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[object, ...] | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -61,13 +61,13 @@ class HeldTensor:
 
     def array(self) -> npt.NDArray[Any]:
         """Return where answers are written: the parameter's own memory, or the copy beside it."""
-        if self.parameter.data_ptr() != self._address:
+        if self._where() != self._place:
             real = _real(self.parameter.detach())
             self._direct = real.device.type == "cpu" and real.is_contiguous()
             if not self._direct:
                 self._copy = _room(real)
             self._array = to_numpy(real if self._direct else self._copy)
-            self._address = self.parameter.data_ptr()
+            self._place = self._where()
         return self._array
 
     def fetch(self) -> npt.NDArray[Any]:
@@ -98,8 +98,12 @@ class HeldTensor:
         """Somebody else has changed the parameter since `follow`, as far as torch tells: not through `.data`."""
         return self._seen != self._mark()
 
-    def _mark(self) -> tuple[int, int]:
-        return self.parameter._version, self.parameter.data_ptr()
+    def _mark(self) -> tuple[object, ...]:
+        return self.parameter._version, *self._where()
+
+    def _where(self) -> tuple[object, ...]:
+        # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
+        return self.parameter.data_ptr(), self.parameter.dtype, self.parameter.shape, self.parameter.stride()
 
     def gradient(self) -> npt.NDArray[Any] | None:
         """Return the gradient; None where there is none. What comes from a GPU is there once that is synchronised.
