@@ -1,0 +1,201 @@
+"""Steps that begin in the backward pass: the bits of ordinary ones, and nothing left of those that were given up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import stepwire
+from stepwire.torch import SGD, Adam
+from stepwire.torch.backward import BackwardSender
+from stepwire_server.testing import serving
+from tests.client.torch.twins import assert_same_bits
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    """A server of small chunks, so that a model of some layers is many messages."""
+    with serving(max_chunk_bytes=64 << 10, sweep_seconds=3600.0) as target:
+        yield target
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Tell of each step whether it was the one that its backward pass began."""
+    told: list[bool] = []
+    finish = BackwardSender.finish
+
+    def finished(self: BackwardSender, numbers: Any) -> Any:
+        answer = finish(self, numbers)
+        told.append(answer is not None)
+        return answer
+
+    monkeypatch.setattr(BackwardSender, "finish", finished)
+    return told
+
+
+def model() -> Any:
+    torch.manual_seed(5)
+    return torch.nn.Sequential(
+        torch.nn.Linear(120, 200), torch.nn.Tanh(), torch.nn.Linear(200, 150), torch.nn.Tanh(), torch.nn.Linear(150, 4)
+    )
+
+
+class Pair:
+    """One training twice: with ordinary steps, and with steps that begin early."""
+
+    def __init__(self, target: str, **options: Any) -> None:
+        self.plain_model, self.model = model(), model()
+        both = {"lr": 0.02, "server": target, "transport": "tcp"} | options
+        self.plain = Adam(self.plain_model.parameters(), **both)
+        self.early = Adam(self.model.parameters(), send_in_backward=True, **both)
+
+    @property
+    def both(self) -> list[tuple[Any, Any]]:
+        return [(self.plain_model, self.plain), (self.model, self.early)]
+
+    def backward(self, seed: int) -> None:
+        inputs = torch.randn((4, 120), generator=torch.Generator().manual_seed(seed))
+        for network, optimizer in self.both:
+            optimizer.zero_grad()
+            network(inputs).square().mean().backward()
+
+    def step(self, seed: int) -> None:
+        self.backward(seed)
+        for _, optimizer in self.both:
+            optimizer.step()
+        assert_same_bits(self.plain_model.parameters(), self.model.parameters())
+
+
+@pytest.fixture
+def pair(target: str) -> Iterator[Pair]:
+    made = Pair(target)
+    yield made
+    made.plain.close()
+    made.early.close()
+
+
+def test_all_steps_but_the_first_begin_in_the_backward_pass(pair: Pair, early: list[bool]) -> None:
+    for seed in range(6):
+        pair.step(seed)
+    assert early == [False, *[True] * 5]
+    assert pair.early.applied_step == 6
+
+
+def test_a_scheduler_between_two_steps_changes_nothing(pair: Pair, early: list[bool]) -> None:
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for _, optimizer in pair.both]
+    for seed in range(4):
+        pair.step(seed)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert early == [False, True, True, True]
+
+
+def set_rate(network: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = 0.001
+
+
+def clip(network: Any, optimizer: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 0.01)
+
+
+def drop_one(network: Any, optimizer: Any) -> None:
+    network[2].bias.grad = None
+
+
+def replace_one(network: Any, optimizer: Any) -> None:
+    network[0].weight.grad = torch.ones_like(network[0].weight)
+
+
+def write_a_parameter(network: Any, optimizer: Any) -> None:
+    with torch.no_grad():
+        network[4].weight.mul_(0.5)
+
+
+def accumulate(network: Any, optimizer: Any) -> None:
+    network(torch.ones(2, 120)).sum().backward()
+
+
+def scale(network: Any, optimizer: Any) -> None:
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [set_rate, clip, drop_one, replace_one, write_a_parameter, accumulate, scale],
+    ids=lambda one: one.__name__,
+)
+def test_a_step_that_is_not_the_one_that_was_begun_is_taken_as_any_other(
+    pair: Pair, early: list[bool], meddle: Any
+) -> None:
+    pair.step(1)
+    pair.step(2)
+    pair.backward(3)
+    for network, optimizer in pair.both:
+        meddle(network, optimizer)
+        optimizer.step()
+        if meddle is scale:
+            del optimizer.grad_scale, optimizer.found_inf
+    assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    assert early == [False, True, False]
+    for seed in (4, 5, 6):
+        pair.step(seed)
+    assert early[-1] is True
+    assert pair.early.applied_step == pair.plain.applied_step == 6
+
+
+def test_a_backward_pass_without_a_step_leaves_no_trace(pair: Pair, early: list[bool]) -> None:
+    pair.step(1)
+    pair.backward(2)
+    pair.step(3)
+    pair.step(4)
+    assert early == [False, False, True]
+    assert pair.early.applied_step == 3
+
+
+def test_state_goes_in_and_out_between_backward_pass_and_step(pair: Pair) -> None:
+    pair.step(1)
+    pair.backward(2)
+    states = [optimizer.state_dict() for _, optimizer in pair.both]
+    for (_, optimizer), state in zip(pair.both, states, strict=True):
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+
+
+def test_an_inf_that_the_server_refuses_is_an_error_of_the_step(target: str, early: list[bool]) -> None:
+    pair = Pair(target)
+    pair.step(1)
+    before = [parameter.detach().clone() for parameter in pair.model.parameters()]
+    pair.model(torch.full((2, 120), float("inf"))).sum().backward()
+    with pytest.raises(stepwire.NonFiniteGradientError, match=r"param_groups\[0\]\[0\]"):
+        pair.early.step()
+    assert_same_bits(before, pair.model.parameters())
+    pair.step(2)
+    pair.step(3)
+    assert pair.early.applied_step == 3
+
+
+def test_shared_memory_needs_no_early_start(target: str, early: list[bool]) -> None:
+    pair = Pair(target, transport="shm")
+    for seed in range(3):
+        pair.step(seed)
+    assert early == [False] * 3
+
+
+def test_a_model_over_several_channels_is_refused(target: str) -> None:
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="send_in_backward: the model is cut over several"):
+        SGD(model().parameters(), lr=0.1, server=target, channels=2, send_in_backward=True)
+
+
+def test_a_closed_optimizer_watches_no_more(target: str, early: list[bool]) -> None:
+    pair = Pair(target)
+    pair.step(1)
+    pair.backward(2)
+    pair.early.close()
+    pair.model(torch.ones(2, 120)).sum().backward()
+    with pytest.raises(stepwire.InvalidRequestError, match="the optimizer is closed"):
+        pair.early.step()
