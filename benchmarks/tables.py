@@ -155,6 +155,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "shaped link": _section("shaped link"),
     "small step": _section("small_step"),
     "large step": _section("large_step"),
+    "torch step": _section("torch step"),
     "concurrency": _section("concurrency"),
     "memory": _section("memory"),
     "occupancy": _by_variant("occupancy"),
