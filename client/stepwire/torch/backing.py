@@ -83,8 +83,9 @@ class Backing:
         return create_session(self._client, self._options, self._family, parameters, groups)
 
     def _hold(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
-        """Use a session from now on."""
+        """Use a session, which has the present values, from now on."""
         self.session, self.parameters = session, parameters
+        parameters.follow()
         configuration = session.configuration
         self._structure = self._family.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
@@ -290,7 +291,9 @@ class Backing:
         entries = exported(state, tensors, self._family, self._by_name(groups))
         masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
         # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
-        slots = {slot: {n: from_numpy(a) for n, a in state.slots[slot].items()} for slot in self._beside_torch()}
+        slots = {
+            slot: {n: from_numpy(a) for n, a in state.slots[slot].items()} for slot in self._beside_torch(self.session)
+        }
         return entries, Kept(masters, slots)
 
     def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
@@ -302,12 +305,29 @@ class Backing:
         """
         self.check_open()
         self._settle()
+        session = self._create(self.parameters, groups) if self._outgrown(groups) else self.session
+        try:
+            state = self._loadable(session, entries, kept, groups)
+            session.load_state(state, timeout=self._options.timeout)
+        except BaseException:
+            if session is not self.session:
+                session.close()
+            raise
+        if session is not self.session:
+            old = self.session
+            self._hold(session, self.parameters, groups)
+            old.close()
+        self._memory.uploaded()
+
+    def _loadable(
+        self, session: Session, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]
+    ) -> SessionState:
+        """Return what a session is to hold: a state of torch's, and the model's parameters."""
         tensors = self.parameters.tensors
-        if self._outgrown(groups):
-            self.regroup(groups)
-        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), self.session.slots)
-        for slot in self._beside_torch():
-            if set(kept.slots.get(slot, ())) != set(self.session.shapes):
+        begun = [slot for slot in session.slots if slot in self.session.slots]
+        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots, begun)
+        for slot in self._beside_torch(session):
+            if set(kept.slots.get(slot, ())) != set(session.shapes):
                 raise InvalidRequestError(
                     f"state_dict: {slot!r} is missing, which a session with state_precision="
                     f"{self._options.state_precision!r} needs; it is in state dicts of such sessions only",
@@ -320,15 +340,13 @@ class Backing:
         }
         masters = None if self._exact else {**(self._masters() or {}), **given}
         slots[PARAM] = self._merged(masters)
-        step = self.session.applied_step
-        self.session.load_state(SessionState(step=step, slots=slots, tensor_steps=steps), timeout=self._options.timeout)
-        self._memory.uploaded()
+        return SessionState(step=self.session.applied_step, slots=slots, tensor_steps=steps)
 
     def _state(self) -> SessionState:
         return self.session.state(timeout=self._options.timeout)
 
-    def _beside_torch(self) -> list[str]:
-        return [slot for slot in self.session.slots if slot not in (PARAM, *self._family.slots)]
+    def _beside_torch(self, session: Session) -> list[str]:
+        return [slot for slot in session.slots if slot not in (PARAM, *self._family.slots)]
 
     def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         return {name: groups[index] for name, index in self.parameters.membership.items()}

@@ -27,7 +27,7 @@ def create_session(
     Raises:
         StepwireError: as `Client.create_session`.
     """
-    session = client.create_session(
+    return client.create_session(
         parameters.fetch(),
         optimizer=family.configuration(groups),
         groups=[
@@ -43,8 +43,6 @@ def create_session(
         label=options.label,
         **{name: getattr(options, name) for name in _TREATMENT},
     )
-    parameters.follow()
-    return session
 
 
 def find_session(

@@ -176,7 +176,7 @@ def from_numpy(array: npt.NDArray[Any]) -> Any:
 
 
 def _real(tensor: Any) -> Any:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
 
 
 def _room(like: Any) -> Any:
@@ -201,6 +201,8 @@ def _check(name: str, parameter: Any) -> None:
         )
     elif parameter.device.type not in _DEVICES:
         problem = f"is on the device {parameter.device}; move the model to the CPU or to a CUDA device first"
+    elif parameter.is_conj() or parameter.is_neg():
+        problem = "is a view that conjugates or negates another tensor; make a copy of it with resolve_conj()"
     elif any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
         problem = "is expanded: several of its elements are one in memory; make a contiguous copy of it"
     else:
