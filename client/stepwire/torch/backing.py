@@ -208,7 +208,8 @@ class Backing:
         if changed := self._outgrown(groups):
             raise InvalidRequestError(
                 f"param_groups: {changed}, which a session has from its creation; call "
-                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session",
+                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session, or make a new optimizer "
+                "where the state lacks what is kept from now on",
                 metadata={"field": "param_groups"},
             )
         now = [self._family.numbers_of(group) for group in groups]
@@ -324,8 +325,7 @@ class Backing:
     ) -> SessionState:
         """Return what a session is to hold: a state of torch's, and the model's parameters."""
         tensors = self.parameters.tensors
-        begun = [slot for slot in session.slots if slot in self.session.slots]
-        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots, begun)
+        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots)
         for slot in self._beside_torch(session):
             if set(kept.slots.get(slot, ())) != set(session.shapes):
                 raise InvalidRequestError(

@@ -57,7 +57,6 @@ def imported(
     family: Family,
     groups: Mapping[str, Group],
     slots: Sequence[str],
-    begun: Sequence[str],
 ) -> tuple[Slots, dict[str, int]]:
     """Return the session's slots but the parameters, and the updates of each tensor.
 
@@ -67,7 +66,6 @@ def imported(
         family: the rule.
         groups: the group of each parameter, by name.
         slots: those that the session has.
-        begun: those that the session before had too; others may be missing, and start as they would in a new session.
 
     Raises:
         InvalidRequestError: a state lacks something, has something of another rule, or does not fit its parameter.
@@ -82,7 +80,7 @@ def imported(
         for slot in wanted:
             if slot in present:
                 made[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
-            elif steps[tensor.name] and slot in begun:
+            elif steps[tensor.name]:
                 raise _invalid(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
             else:
                 start = family.structure_of([groups[tensor.name]]).get("initial_accumulator_value", 0.0)

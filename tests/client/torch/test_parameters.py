@@ -1,4 +1,4 @@
-"""Parameters of every kind: which are stepped as torch steps them, which are refused, and what is noticed of a change."""
+"""Parameters of every kind: which are stepped as torch steps them, which are refused, which changes are noticed."""
 
 from __future__ import annotations
 
