@@ -2,8 +2,9 @@
 
 A tensor's name is its path, keys and positions joined by slashes: the first weight of `{"encoder": [{"w": …}]}` is
 `encoder/0/w`. Slashes rather than dots, because dots are in the names that PyTorch gives, so that a tree of state
-dicts has unambiguous paths, and because JAX's libraries print paths so. A key with a slash in it would make two paths
-one name, and is refused, but for flat dicts: there a name is what the user says.
+dicts has unambiguous paths, and because JAX's libraries print paths so. Keys may have slashes in them, as Haiku's have:
+nobody takes a name apart, since a tree is put together again by the structure that it had. Only where two arrays would
+have one name is a tree refused.
 
 What is no dict, list or tuple is a leaf, and must be an array. So a list of numbers is a list of scalars here, as in
 JAX, where NumPy would make one array of it.
@@ -77,7 +78,7 @@ def flattened(arrays: object, field: str) -> Flattened:
         field: the path that an error names.
 
     Raises:
-        InvalidRequestError: not a container, a key that is no string, or one in a tree that has a slash in it.
+        InvalidRequestError: not a container, a key that is no string, or two leaves of one name.
     """
     if isinstance(arrays, (str, bytes)) or not isinstance(arrays, (Mapping, Sequence)):
         raise _invalid(field, f"{type(arrays).__name__} is neither a dict nor a list of arrays")
@@ -112,16 +113,16 @@ def _taken_apart(node: Any, path: str, field: str, named: dict[str, Any]) -> Any
     if isinstance(node, Mapping):
         for key in node:
             _check_key(key, field)
-            if SEPARATOR in key or not key:
-                raise _invalid(
-                    field,
-                    f"the key {key!r} is in a tree, where names are paths joined by {SEPARATOR!r}, so it must have a "
-                    "character and no slash; rename it, or pass a flat dict of all names",
-                )
         return {key: _taken_apart(child, prefix + key, field, named) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
         children = [_taken_apart(child, f"{prefix}{position}", field, named) for position, child in enumerate(node)]
         return children if isinstance(node, list) else _tuple_like(node, children)
+    if path in named:
+        raise _invalid(
+            field,
+            f"two arrays have the name {path!r}: keys are joined by {SEPARATOR!r}, and here one has that in it, or "
+            "is empty; rename it, or pass a flat dict of names of your own",
+        )
     named[path] = node
     return path
 

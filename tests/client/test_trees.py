@@ -64,9 +64,16 @@ def test_what_nests_is_told_from_what_does_not(tree: Any) -> None:
     assert is_nested(tree)
 
 
-@pytest.mark.parametrize("tree", [{"a/b": {"c": 1}}, {"a": {"b/c": 1}}, [{"/": 1}], {"": [1]}])
-def test_a_key_that_would_make_a_name_ambiguous_is_refused(tree: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="rename it, or pass a flat dict of all names") as refused:
+def test_keys_may_have_slashes() -> None:
+    tree = {"mlp/~/linear_0": {"w": 1}, "mlp/~/linear_1": {"w": 2}}
+    named, structure = flattened(tree, "parameters")
+    assert list(named) == ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]
+    assert structure.restored(named) == tree
+
+
+@pytest.mark.parametrize("tree", [{"a/b": {"c": 1}, "a": {"b/c": 1}}, {"": [1], "0": 2}, {"a/0": 1, "a": (2,)}])
+def test_two_arrays_of_one_name_are_refused(tree: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="two arrays have the name .*; rename it, or pass a flat") as refused:
         flattened(tree, "gradients")
     assert refused.value.reason is Reason.INVALID_TENSOR
     assert refused.value.metadata == {"field": "gradients"}
