@@ -245,11 +245,18 @@ def test_transformations_combine(used: dict[str, Any]) -> None:
         0.05,
     )
     assert_close(
-        outcome(optax.MultiSteps(stepwire.optax.adam(0.05, **used), 2)),
+        outcome(optax.chain(optax.scale(0.5), stepwire.optax.adam(0.05, accumulation_steps=2, **used))),
         outcome(optax.MultiSteps(optax.adam(0.05), 2)),
         8,
         0.05,
     )
+
+
+def test_a_wrapper_that_throws_updates_away_is_told(used: dict[str, Any]) -> None:
+    """`optax.MultiSteps` updates each time and keeps every second state: the steps between cannot be undone."""
+    tx = optax.MultiSteps(stepwire.optax.adam(0.05, **used), 2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the same state was used for two updates"):
+        trained(tx, parameters(), 3)
 
 
 def test_a_learning_rate_may_be_injected(used: dict[str, Any]) -> None:
