@@ -125,7 +125,10 @@ def transformation(
     connection, session_options = Connection.read(options)
     if groups is not None and "groups" in session_options:
         raise _invalid("groups", "a mask makes the groups already; leave it out and say in `groups` what it says")
-    optimizer = dataclasses.replace(optimizer, **{"lr": _own_rate(optimizer, learning_rate)})
+    own: dict[str, Any] = {
+        "lr": _own_rate(optimizer, learning_rate)
+    }  # a number that every rule has, and declares itself
+    optimizer = dataclasses.replace(optimizer, **own)
     if "clip_grad_norm" in session_options:
         session_options.setdefault("clip_formula", "optax")
     made = _Remote(optimizer, learning_rate, connection, session_options, groups)
