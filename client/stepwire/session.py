@@ -165,8 +165,8 @@ class Session:
                 the same parameters, of which only those travel that changed, where that is less. The client holds
                 them in bfloat16 for that.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in this
-                thread; again where a broken connection has the answer repeated.
+            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
+                thread that takes the step; again where a broken connection has the answer repeated.
             overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
                 the time of receiving and answering together. For sessions without clipping by norm and with
                 `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
