@@ -104,7 +104,7 @@ class Worker:
         return self._pool.submit(contextvars.copy_context().run, call)
 
     async def _outcome(self, future: Future[_T], left: Callable[[Future[_T]], None] | None = None) -> _T:
-        """Wait for a call. What is left of one whose await is cancelled when it is under way is somebody's to see to."""
+        """Wait for a call. `left` sees to one that is under way when its await is cancelled."""
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

@@ -14,7 +14,6 @@ import pytest
 import stepwire
 import stepwire.aio
 from stepwire.errors import InvalidRequestError, SessionNotFoundError, UnavailableError
-from stepwire.step_call import StepCall
 
 WEIGHTS = {"layers": [{"w": np.zeros((3, 2), np.float32)}, {"w": np.ones(2, np.float32)}]}
 PATIENCE_SECONDS = 60.0
@@ -57,7 +56,7 @@ def test_a_session_is_used_as_the_synchronous_one_is(target: str, channels: int)
             await session.load(WEIGHTS)
             assert bits(await session.pull()) == bits(WEIGHTS)
             assert (await session.state()).step == state.step == 3
-            assert any([info.session_id == session.session_id async for info in client.sessions()])
+            assert any([info.session_id in session.session_id async for info in client.sessions()])
             await session.detach()
             other = await client.session(session.session_id, like=WEIGHTS)
             assert bits(await other.pull()) == bits(WEIGHTS)
@@ -128,20 +127,20 @@ def test_a_step_whose_await_is_cancelled_is_applied_and_known(target: str) -> No
 def test_a_step_that_fails_unseen_is_told_and_taken_again(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(client: stepwire.aio.AsyncClient) -> Any:
         async with await client.create_session(WEIGHTS, optimizer=stepwire.SGD(lr=1.0)) as session:
-            attachment = session.blocking._attachment
-            take_step, begun, fails = attachment.take_step, threading.Event(), threading.Event()
+            step, begun, fails = session.blocking.step, threading.Event(), threading.Event()
 
-            def lost(call: StepCall, deadline: Any) -> Any:
-                take_step(call, deadline)
+            def lost(*arguments: Any, **options: Any) -> Any:
+                """Apply the step, and know nothing of it."""
+                step(*arguments, **options)
+                session.blocking.detach()
+                session.blocking._attachment.applied_step = 0
                 begun.set()
                 assert fails.wait(PATIENCE_SECONDS)
-                attachment.detach()
-                attachment.applied_step, attachment.in_doubt = 0, True
-                raise UnavailableError("the answer was lost", reason=stepwire.Reason.DEADLINE_EXCEEDED)
+                raise UnavailableError("the answer was lost")
 
             with monkeypatch.context() as patched:
-                patched.setattr(attachment, "take_step", lost)
-                task = asyncio.create_task(session.step(gradients(0), timeout=0.001))
+                patched.setattr(session.blocking, "step", lost)
+                task = asyncio.create_task(session.step(gradients(0)))
                 assert await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
                 task.cancel()
                 await asyncio.wait([task])
