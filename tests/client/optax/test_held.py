@@ -14,7 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import stepwire  # noqa: E402
 import stepwire.optax  # noqa: E402
-from stepwire.errors import StepMismatchError, UnavailableError  # noqa: E402
+from stepwire.errors import SessionNotFoundError, StepMismatchError, UnavailableError  # noqa: E402
 from stepwire.optax import held  # noqa: E402
 from stepwire.optax.connection import Connection  # noqa: E402
 from stepwire.optax.held import Held, fingerprint  # noqa: E402
@@ -94,6 +94,26 @@ def test_a_state_used_twice_in_a_program_steps_once(client: stepwire.Client) -> 
         tx.step(params, {"w": jnp.zeros(3)}, state)
     with pytest.raises(jax.errors.JaxRuntimeError, match="StepMismatchError: the optax state has seen 0 steps"):
         jax.block_until_ready(step(params, {"w": jnp.zeros(3)}, state))
+
+
+def test_a_state_from_another_process_finds_its_session(client: stepwire.Client) -> None:
+    """A checkpoint restored: the state is data, and the session goes on where both are at the same step."""
+    tx = stepwire.optax.sgd(1.0, server=client)
+    params = {"w": jnp.zeros(3)}
+    start = tx.init(params)
+    params, state = tx.step(params, {"w": jnp.ones(3)}, start)
+    restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state)
+    tx.session(state).detach()
+    held._held.pop(tx.session(state).session_id)
+    params, state = jax.jit(tx.step)(params, {"w": jnp.ones(3)}, restored)
+    assert params["w"].tolist() == [-2.0] * 3
+    held._held.pop(tx.session(state).session_id)
+    with pytest.raises(StepMismatchError, match="has seen 1 steps, .* is at step 2: the state is an old one"):
+        tx.step(params, {"w": jnp.ones(3)}, restored)
+    tx.session(state).close()
+    held.let_go(tx.session(state).session_id)
+    with pytest.raises(SessionNotFoundError):
+        tx.step(params, {"w": jnp.ones(3)}, state)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
