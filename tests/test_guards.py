@@ -105,7 +105,7 @@ def loaded_by(*modules: str, missing: tuple[str, ...] = ()) -> dict[str, list[st
 
 
 # Doors to the frameworks people train with: who imports one of them has asked for the framework.
-ADAPTERS = {"stepwire.torch": "torch"}
+ADAPTERS = {"stepwire.optax": "jax", "stepwire.torch": "torch"}
 
 
 def modules_of(package: Any) -> list[str]:
@@ -133,20 +133,12 @@ def imports_of(path: pathlib.Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-HEAVY = {"cupy", "numba", "torch", "ray", "jax", "optax", "stepwire_server"}
-
-# Packages of the client that are for the users of a framework, which they import, and what they import.
-FOR_FRAMEWORKS = {"stepwire.optax": ("jax", "optax")}
-
-
-def light_modules() -> list[str]:
-    """Every module of the client that is for everybody."""
-    return [name for name in modules_of(stepwire) if not name.startswith(tuple(FOR_FRAMEWORKS))]
+HEAVY = {"cupy", "numba", "torch", "ray", "jax", "stepwire_server"}
 
 
 def test_the_client_is_light() -> None:
     """Promise 4. Every module of the package, not only what `import stepwire` happens to load."""
-    loaded = loaded_by("stepwire", "stepwire.client", *light_modules())
+    loaded = loaded_by("stepwire", "stepwire.client", *modules_of(stepwire))
     assert HEAVY & set(loaded["stepwire.client"]) == set()
     assert HEAVY & set().union(*map(set, loaded.values())) == set()
 
@@ -174,15 +166,7 @@ def test_importing_the_package_alone_loads_next_to_nothing() -> None:
 def test_the_client_needs_nothing_of_the_servers() -> None:
     """Its distribution installs grpcio, protobuf, numpy and ml-dtypes, and none of these."""
     extras = ("msgspec", "structlog", "typer", "rich", "grpc_health", "sklearn", "matplotlib", *sorted(HEAVY))
-    assert set(loaded_by(*light_modules(), missing=extras)) == set(light_modules())
-
-
-@pytest.mark.parametrize("package", FOR_FRAMEWORKS)
-def test_a_package_for_a_framework_loads_no_other(package: str) -> None:
-    for needed in FOR_FRAMEWORKS[package]:
-        pytest.importorskip(needed)
-    loaded = loaded_by(package)[package]
-    assert HEAVY & set(loaded) == set(FOR_FRAMEWORKS[package])
+    assert set(loaded_by(*modules_of(stepwire), missing=extras)) == set(modules_of(stepwire))
 
 
 def test_nothing_in_the_client_imports_the_server() -> None:
@@ -333,10 +317,6 @@ def test_every_module_says_what_it_offers(name: str) -> None:
         return  # a folder of generated code
     if "numba" in name:
         pytest.importorskip("numba")
-    for package, needed in FOR_FRAMEWORKS.items():
-        if name.startswith(package):
-            for each in needed:
-                pytest.importorskip(each)
     module = importlib.import_module(name)
     assert isinstance(module.__all__, list)
     assert module.__all__ == sorted(set(module.__all__), key=order)

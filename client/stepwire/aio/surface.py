@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stepwire.aio.base import ClientBase, SessionBase
 from stepwire.client import StatePrecision, Telemetry
+from stepwire.configuration import Configuration
 from stepwire.connecting import connect as connect_client
 from stepwire.optimizers import Optimizer
 from stepwire.packing import Arrays
@@ -59,6 +60,16 @@ class AsyncSession(SessionBase):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, by name."""
         return self.blocking.shapes
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        return self.blocking.slots
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the session was created as; useful where somebody else created it."""
+        return self.blocking.configuration
 
     async def step(
         self,
@@ -176,7 +187,7 @@ class AsyncSession(SessionBase):
         """
         return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
 
-    async def shared_parameters(self, *, timeout: float | None = None) -> Tree:
+    async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
         """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
 
         Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
@@ -186,13 +197,21 @@ class AsyncSession(SessionBase):
         Over `cuda_ipc` they are views of device memory, as gradients are.
 
         Args:
+            private: arrays that may be written. What is written is this process's own and hides what the server puts
+                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
             timeout: seconds.
 
         Raises:
             UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
             StepwireError: as `attach`.
         """
-        return await self._worker.run(functools.partial(self.blocking.shared_parameters, timeout=timeout))
+        return await self._worker.run(
+            functools.partial(self.blocking.shared_parameters, private=private, timeout=timeout)
+        )
+
+    async def forget_writes(self) -> None:
+        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
+        await self._worker.run(functools.partial(self.blocking.forget_writes))
 
     async def pull(
         self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
