@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo test check bench bench-peers gpu proto lint types clean
+.PHONY: demo test check bench bench-peers gpu proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -12,9 +12,9 @@ test: .venv/stamp-dev
 	$(BIN)/python -m pytest -q -n auto
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
-check: lint types proto
+check: lint types proto aio
 	cd proto && ../$(BIN)/buf lint
-	git diff --exit-code -- client/stepwire/v1
+	git diff --exit-code -- client/stepwire/v1 client/stepwire/aio/surface.py
 
 lint: .venv/stamp-dev
 	$(BIN)/ruff check .
@@ -64,6 +64,10 @@ proto: .venv-proto/stamp
 	    proto/stepwire/v1/*.proto
 	$(PROTO_BIN)/python -m grpc_tools.protoc -Iproto --grpc_python_out=client \
 	    proto/stepwire/v1/optimizer_service.proto
+
+# The asynchronous client, from the synchronous one.
+aio: .venv/stamp-dev
+	$(BIN)/python generators/aio.py
 
 .venv/stamp-%: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -105,7 +105,7 @@ def loaded_by(*modules: str, missing: tuple[str, ...] = ()) -> dict[str, list[st
 
 
 # Doors to the frameworks people train with: who imports one of them has asked for the framework.
-ADAPTERS = {"stepwire.torch": "torch"}
+ADAPTERS = {"stepwire.optax": "jax", "stepwire.torch": "torch"}
 
 
 def modules_of(package: Any) -> list[str]:

@@ -31,6 +31,7 @@ from stepwire.treatment import (
     NonFinite,
     treatment_to_wire,
 )
+from stepwire.trees import Flattened, Structure, expanded, flattened, structure_like
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
@@ -100,14 +101,14 @@ class Client:
         """Create an optimizer on the server and load the parameters into it.
 
         Args:
-            parameters: a dict, or a list whose names are "0", "1", …; float32, bfloat16 or float16. Masters are
-                float32 on the server.
+            parameters: a dict, or a list whose names are "0", "1", …, or a tree of dicts, lists and tuples, whose
+                names are paths such as "encoder/0/w"; float32, bfloat16 or float16. Masters are float32 on the server.
             optimizer: default `Adam()`.
-            groups: as torch's: mappings with `"params"`, the names of a group's tensors, the hyper-parameters it
-                has of its own, and, where wanted, its own `"schedule"` and `"clip_grad_norm"`. Tensors in no group form
-                one more, first, with the optimizer's values.
+            groups: as torch's: mappings with `"params"`, the names of a group's tensors, or of branches that stand for
+                all tensors in them, the hyper-parameters it has of its own, and, where wanted, its own `"schedule"` and
+                `"clip_grad_norm"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
-            frozen: names of tensors that are held and never stepped.
+            frozen: names of tensors, or of branches, that are held and never stepped.
             gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
                 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
@@ -137,7 +138,8 @@ class Client:
             ResourceExhaustedError: no memory, or too many sessions.
             UnavailableError: the server cannot be reached.
         """
-        named = named_arrays(parameters, "parameters")
+        tree = flattened(parameters, "parameters")
+        named = named_arrays(tree.named, "parameters")
         optimizer = optimizer or Adam()
         membership, messages = grouped(named, groups or [], optimizer, schedule)
         treatment = GradientTreatment(
@@ -157,6 +159,7 @@ class Client:
         ):
             if choice not in allowed:
                 raise _invalid(field, f"{choice!r}; use one of: {', '.join(allowed)}")
+        frozen = list(expanded(frozen, named))
         if unknown := [name for name in frozen if name not in named]:
             raise _invalid("frozen", f"{unknown[0]!r} is not a parameter")
         if lease_seconds is not None and not lease_seconds > 0:
@@ -179,21 +182,32 @@ class Client:
             device=device,
             label=label,
         )
-        return self._create(config, parameters, request_id, timeout, error_feedback=error_feedback)
+        return self._create(config, tree, request_id, timeout, error_feedback=error_feedback)
 
-    def session(self, session_id: str, *, error_feedback: bool = False, timeout: float | None = None) -> Session:
+    def session(
+        self,
+        session_id: str,
+        *,
+        like: Arrays | None = None,
+        error_feedback: bool = False,
+        timeout: float | None = None,
+    ) -> Session:
         """Return a session that exists; its first step or load takes the slot and fences who held it.
 
         Args:
             session_id: which.
+            like: parameters, or anything else that nests as they do: how `Session.pull` and the shared arrays are to
+                nest. Without, they are a flat dict of names: a server knows names, not what a client made them from.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
         Raises:
+            InvalidRequestError: `like` is no container of arrays.
             SessionNotFoundError: it does not exist.
             UnavailableError: the server cannot be reached.
         """
-        return self._find(Session, session_id, timeout, error_feedback=error_feedback)
+        structure = structure_like(like)
+        return self._find(Session, session_id, timeout, structure=structure, error_feedback=error_feedback)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id.
@@ -233,7 +247,7 @@ class Client:
         request_id: str | None,
         timeout: float | None,
         *,
-        as_list: bool,
+        structure: Structure,
         error_feedback: bool,
     ) -> tuple[_S, bool]:
         """Create a session from its config, and load nothing; tell whether it has parameters all the same.
@@ -247,10 +261,12 @@ class Client:
         # Where the request came before, perhaps from another process, the first step takes the slot anew: two
         # holders of one token would take each other's steps for their own.
         token = 0 if answer.replayed else answer.attach_token
-        options: dict[str, Any] = {"as_list": as_list, "error_feedback": error_feedback}
+        options: dict[str, Any] = {"structure": structure, "error_feedback": error_feedback}
         return kind(self._calls, self._router, answer.session, token, chunk_bytes, **options), answer.session.ready
 
-    def _find(self, kind: type[_S], session_id: str, timeout: float | None, *, error_feedback: bool) -> _S:
+    def _find(
+        self, kind: type[_S], session_id: str, timeout: float | None, *, structure: Structure, error_feedback: bool
+    ) -> _S:
         """Return a session that exists.
 
         Raises:
@@ -259,26 +275,25 @@ class Client:
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.GetSessionRequest(session_id=session_id)
         answer = self._calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
-        options: dict[str, Any] = {"as_list": False, "error_feedback": error_feedback}
+        options: dict[str, Any] = {"structure": structure, "error_feedback": error_feedback}
         return kind(self._calls, self._router, answer.session, 0, chunk_bytes, **options)
 
     def _create(
         self,
         config: session_pb2.SessionConfig,
-        parameters: Arrays,
+        parameters: Flattened,
         request_id: str | None,
         timeout: float | None,
         *,
         error_feedback: bool,
     ) -> Session:
         """Create what `create_session` has checked, and load it."""
-        as_list = not isinstance(parameters, Mapping)
         session, ready = self._make(
-            Session, config, request_id, timeout, as_list=as_list, error_feedback=error_feedback
+            Session, config, request_id, timeout, structure=parameters.structure, error_feedback=error_feedback
         )
         if not ready:
             try:
-                session.load(parameters, timeout=timeout)
+                session.load(parameters.named, timeout=timeout)
             except BaseException:
                 if request_id is None:  # nobody else knows the session, so nobody would end it
                     session.close()

@@ -10,6 +10,7 @@ from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.hyperparameters import number
 from stepwire.schedules import Schedule, schedule_to_wire
+from stepwire.trees import expanded
 from stepwire.v1 import optimizer_pb2
 from stepwire.wire import overrides_to_wire
 
@@ -23,7 +24,8 @@ def grouped(
 
     Args:
         named: the tensors.
-        groups: mappings with "params" and what a group has of its own; tensors in none form one more, first.
+        groups: mappings with "params", the names of its tensors or of branches that they are in, and what a group has
+            of its own; tensors in none form one more, first.
         optimizer: whose numbers groups have that have none of their own.
         schedule: of groups that have none of their own.
 
@@ -31,14 +33,15 @@ def grouped(
         InvalidRequestError: names the group, the field and the value.
     """
     membership: dict[str, int] = {}
-    listed = {name for group in groups for name in group.get("params", ())}
+    members = [list(expanded(group.get("params", ()), named)) for group in groups]
+    listed = {name for names in members for name in names}
     first = 0 if groups and listed >= set(named) else 1
     messages = [_group_message({}, optimizer, schedule, "optimizer") for _ in range(first)]
     for index, group in enumerate(groups):
         field = f"groups[{index}]"
         if "params" not in group:
             raise _invalid(f"{field}.params", "is missing; name the group's tensors")
-        for name in group["params"]:
+        for name in members[index]:
             if name not in named or name in membership:
                 problem = "is in two groups" if name in membership else "is not a parameter"
                 raise _invalid(f"{field}.params", f"{name!r} {problem}")

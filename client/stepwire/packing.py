@@ -17,11 +17,11 @@ from stepwire.layout import Layout
 
 __all__ = ["Arrays", "ChunkPlan", "Container", "Flat", "Packer", "Part", "named_arrays"]
 
-Arrays: TypeAlias = Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike]
-"""What users pass: arrays by name, or a list whose names are their positions."""
+Arrays: TypeAlias = Mapping[str, Any] | Sequence[Any]
+"""What users pass: arrays by name, or a list whose names are their positions, or a tree of those (see `trees`)."""
 
-Container: TypeAlias = dict[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]
-"""What users get back: a dict where they passed a mapping, a list where they passed a sequence."""
+Container: TypeAlias = dict[str, Any] | list[Any]
+"""What a flat answer is: arrays in a dict where the user passed a mapping, in a list where it was a sequence."""
 
 
 Flat: TypeAlias = Sequence[npt.NDArray[Any]]
@@ -205,12 +205,16 @@ class Packer:
 
     def room(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
         """Return what `empty` does, and the same as `targets` does."""
-        buffer = np.empty(self.layout.size, dtype)
-        flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
-        named = {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}
+        named, flat = self.named_room(dtype)
         return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
 
-    def targets(self, out: Container, field: str) -> list[npt.NDArray[Any]]:
+    def named_room(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:
+        """Return what `room` does, by name."""
+        buffer = np.empty(self.layout.size, dtype)
+        flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
+        return {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}, flat
+
+    def targets(self, out: Arrays, field: str) -> list[npt.NDArray[Any]]:
         """Return writable 1-D views of a user's arrays in layout order.
 
         Raises:

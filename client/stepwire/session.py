@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from stepwire.errors import (
     UnavailableError,
     UnsupportedFeatureError,
 )
-from stepwire.packing import Arrays, Container, Flat, Packer
+from stepwire.packing import Arrays, Flat, Packer
 from stepwire.results import SessionInfo, SessionState, StepResult, TransportChoice
 from stepwire.retry import Deadline
 from stepwire.step_builder import OnReady, Overrides, Reply, StepBuilder, StepOptions
@@ -32,6 +33,7 @@ from stepwire.transport_options import chunk_bytes_for
 from stepwire.transports.choice import asked_transport
 from stepwire.transports.route import Route, Router
 from stepwire.transports.shared_arrays import SharedArrays
+from stepwire.trees import Structure, Tree, flattened, is_nested
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire import layout_from_wire
@@ -62,17 +64,20 @@ class Session:
         token: int,
         chunk_bytes: int,
         *,
-        as_list: bool,
+        structure: Structure,
         error_feedback: bool = False,
     ) -> None:
-        """Speak for a session that the server described; token 0 takes its slot when first needed."""
+        """Speak for a session that the server described; token 0 takes its slot when first needed.
+
+        `structure` is what parameters come back in where no arrays of the user's say another.
+        """
         self.session_id = message.session_id
         self._calls = calls
         self._packer = Packer(layout_from_wire(message.layout))
         self._slots = tuple(message.layout.slots)
         self._config = message.config
         self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
-        self._as_list = as_list
+        self._structure = structure
         chunk_bytes = chunk_bytes_for(self._packer.layout.size * FLOAT32.itemsize, chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._steps = StepBuilder(message, self._packer, chunk_bytes, error_feedback=error_feedback)
@@ -139,17 +144,18 @@ class Session:
         reply_first: Sequence[str] = (),
         on_tensor: OnReady | None = None,
         overlap: bool = False,
-        out: Container | None = None,
+        out: Tree | None = None,
         timeout: float | None = None,
-    ) -> Container:
+    ) -> Tree:
         """Apply one optimizer step, exactly once, and return the new parameters.
 
         Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
         once however often it arrives.
 
         Args:
-            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16. Frozen tensors need
-                none; with missing_gradient "keep" any may be left out or None, and stay as they are.
+            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
+                tree of them. Frozen tensors need none; with missing_gradient "keep" any may be left out or None, and
+                stay as they are; None in the place of a branch leaves out all that is in it.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
             loss_scale: what the gradients were multiplied by; the server divides by it first.
@@ -158,9 +164,9 @@ class Session:
             reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
                 the same parameters, of which only those travel that changed, where that is less. The client holds
                 them in bfloat16 for that.
-            reply_first: names of tensors whose parameters come back first, in this order.
-            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in this
-                thread; again where a broken connection has the answer repeated.
+            reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
+            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
+                thread that takes the step; again where a broken connection has the answer repeated.
             overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
                 the time of receiving and answering together. For sessions without clipping by norm and with
                 `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
@@ -170,8 +176,8 @@ class Session:
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, as a dict or list like `gradients`; `out` if given; with reply "none" an empty dict or
-            list. `last_result` has the telemetry.
+            The parameters, nested like `gradients`, or, where those leave tensors out, as the session's were at
+            creation; `out` if given; with reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
@@ -192,12 +198,14 @@ class Session:
             reply_first=reply_first,
             on_tensor=on_tensor,
             overlap=overlap,
-            out=out,
+            out=cast(Any, out),  # a tree is taken apart before it is built into a call
         )
         return self.take(gradients, options, timeout)
 
-    def take(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Container:
+    def take(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Tree:
         """Take a step whose options are a record; see `step`."""
+        if is_nested(gradients) or is_nested(options.out):
+            return self._take_nested(gradients, options, timeout)
         with self._lock:
             call, answer = self._steps.build(gradients, options)
             deadline = self._calls.deadline(timeout)
@@ -215,9 +223,19 @@ class Session:
                 return answer
             return {} if isinstance(gradients, Mapping) else []
 
+    def _take_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
+        """Take a step of which something nests: by the names, and back."""
+        given = flattened(gradients, "gradients")
+        out = None if options.out is None else flattened(options.out, "out").named
+        answer = self.take(given.named, dataclasses.replace(options, out=out), timeout)
+        if options.out is not None and answer is out:
+            return options.out
+        assert isinstance(answer, dict)
+        return given.structure.restored(answer, self._structure)
+
     def step_async(
         self, gradients: Arrays, *, steps_in_flight: int = 2, timeout: float | None = None, **options: Any
-    ) -> Future[Container]:
+    ) -> Future[Tree]:
         """Take a step in the background, so that the next batch can be prepared meanwhile.
 
         Steps are taken one after another in the order of the calls. The gradients, and `out`, must not change until
@@ -279,7 +297,7 @@ class Session:
 
     # --- shared memory -----------------------------------------------------------------------------------
 
-    def shared_gradients(self, *, timeout: float | None = None) -> Container:
+    def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
 
         `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
@@ -295,9 +313,9 @@ class Session:
             UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
             StepwireError: as `attach`.
         """
-        return self._shared(timeout).gradients(as_list=self._as_list)
+        return self._structure.restored(self._shared(timeout).gradients())
 
-    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Container:
+    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
         """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
 
         Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
@@ -315,7 +333,7 @@ class Session:
             UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
             StepwireError: as `attach`.
         """
-        return self._shared(timeout).parameters(as_list=self._as_list, private=private)
+        return self._structure.restored(self._shared(timeout).parameters(private=private))
 
     def forget_writes(self) -> None:
         """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
@@ -337,10 +355,10 @@ class Session:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def pull(
-        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
-    ) -> Container:
-        """Return the current parameters.
+    def pull(self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Tree:
+        """Return the current parameters, nested as at creation.
+
+        For a session that was found by its id that is a flat dict of names; see `Client.session`.
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
@@ -352,9 +370,9 @@ class Session:
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
-        answer, targets = self._packer.room(wire_dtype, as_list=self._as_list)
+        named, targets = self._packer.named_room(wire_dtype)
         self._pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, timeout)
-        return answer
+        return self._structure.restored(named)
 
     def state(self, *, timeout: float | None = None) -> SessionState:
         """Return everything: parameters, moments and step counts, all as of one step.
@@ -362,13 +380,12 @@ class Session:
         Raises:
             StepwireError: as `pull`.
         """
-        slots = {slot: self._packer.empty(FLOAT32, as_list=False) for slot in self._slots}
-        targets = {slot: self._packer.targets(arrays, "out") for slot, arrays in slots.items()}
-        header = self._pull(targets, FLOAT32, timeout)
+        rooms = {slot: self._packer.named_room(FLOAT32) for slot in self._slots}
+        header = self._pull({slot: targets for slot, (_, targets) in rooms.items()}, FLOAT32, timeout)
         names = [tensor.spec.name for tensor in self._packer.layout.tensors]
         return SessionState(
             step=header.step,
-            slots={slot: dict(arrays) for slot, arrays in slots.items() if isinstance(arrays, dict)},
+            slots={slot: named for slot, (named, _) in rooms.items()},
             tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
             loss_scale=(
                 (header.loss_scale.scale, header.loss_scale.clean_steps) if header.HasField("loss_scale") else None
@@ -382,7 +399,8 @@ class Session:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
             StepwireError: as `step`.
         """
-        self._load({_PARAM: self._packer.ordered(parameters, "parameters")}, pb.LoadOpen(), timeout)
+        named = flattened(parameters, "parameters").named
+        self._load({_PARAM: self._packer.ordered(named, "parameters")}, pb.LoadOpen(), timeout)
 
     def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
         """Replace everything by what `state` returned, here or from another session of the same tensors.

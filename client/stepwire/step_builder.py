@@ -17,6 +17,7 @@ from stepwire.packing import Arrays, Container, Flat, Packer
 from stepwire.step_call import Decide, OnTensor, StepCall
 from stepwire.transports.device_views import shows_parameters, stood_in
 from stepwire.transports.shared_memory import lies_in_parameters
+from stepwire.trees import expanded
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
 from stepwire.wire import hyperparameters_from_wire, optimizer_from_wire, overrides_to_wire
 
@@ -171,7 +172,7 @@ class StepBuilder:
         if options.lr is not None or options.hyperparameters is not None:
             begin.hyperparameters.extend(self._overrides(options.lr, options.hyperparameters))
         if options.reply_first:
-            begin.reply_first.extend(self._index(name) for name in options.reply_first)
+            begin.reply_first.extend(self._index(name) for name in expanded(options.reply_first, self._indices))
         if options.loss_scale is not None:
             begin.loss_scale = options.loss_scale
         return begin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from stepwire.client import Client
@@ -16,6 +16,7 @@ from stepwire.sharding.crew import Crew
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.session import ShardedSession
 from stepwire.sharding.shard import Shard
+from stepwire.trees import Flattened, Structure, structure_like
 from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.wire import layout_from_wire, spec_from_wire, spec_to_wire
 
@@ -71,13 +72,19 @@ class ShardedClient(Client):
         )
 
     def session(
-        self, session_id: str | Sequence[str], *, error_feedback: bool = False, timeout: float | None = None
+        self,
+        session_id: str | Sequence[str],
+        *,
+        like: Arrays | None = None,
+        error_feedback: bool = False,
+        timeout: float | None = None,
     ) -> ShardedSession:
         """Return a session that exists; its first step or load takes the slots and fences who held them.
 
         Args:
             session_id: `ShardedSession.session_id`, or the ids in it. The servers must be those that it was made on, in
                 the same order.
+            like: as for `Client.session`.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
@@ -92,14 +99,17 @@ class ShardedClient(Client):
                 f"session_id: {len(ids)} ids for {len(self._clients)} targets; give the ids of all shards, in order",
                 metadata={"field": "session_id"},
             )
+        structure = structure_like(like)
         found: list[Shard] = self._each(
             [
-                functools.partial(client._find, Shard, each, timeout, error_feedback=error_feedback)
+                functools.partial(
+                    client._find, Shard, each, timeout, structure=Structure(), error_feedback=error_feedback
+                )
                 for client, each in zip(self._clients, ids, strict=False)
             ]
         )
         partition = Partition.read([layout_from_wire(shard.message.layout) for shard in found])
-        return ShardedSession(found, partition, as_list=False)
+        return ShardedSession(found, partition, structure=structure)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the servers' sessions one by one, shards of sharded ones included, server after server.
@@ -118,7 +128,7 @@ class ShardedClient(Client):
     def _create(
         self,
         config: session_pb2.SessionConfig,
-        parameters: Arrays,
+        parameters: Flattened,
         request_id: str | None,
         timeout: float | None,
         *,
@@ -131,15 +141,15 @@ class ShardedClient(Client):
         def create(rank: int) -> Shard:
             own_id = None if request_id is None else f"{request_id}.{rank}"
             shard, _ = self._clients[rank]._make(
-                Shard, configs[rank], own_id, timeout, as_list=False, error_feedback=error_feedback
+                Shard, configs[rank], own_id, timeout, structure=Structure(), error_feedback=error_feedback
             )
             made.append(shard)
             return shard
 
         try:
             shards = self._each([functools.partial(create, rank) for rank in range(len(configs))])
-            session = ShardedSession(shards, partition, as_list=not isinstance(parameters, Mapping))
-            session.load_missing(parameters, timeout)
+            session = ShardedSession(shards, partition, structure=parameters.structure)
+            session.load_missing(parameters.named, timeout)
         except BaseException:
             if request_id is None:  # nobody else knows the sessions, so nobody would end them
                 for shard in made:

@@ -16,7 +16,7 @@ from stepwire.errors import (
     UnsupportedFeatureError,
 )
 from stepwire.layout import Layout
-from stepwire.packing import Arrays, Container, Flat
+from stepwire.packing import Arrays, Flat
 from stepwire.results import SessionInfo, TransportChoice
 from stepwire.retry import Deadline
 from stepwire.session import Session
@@ -27,6 +27,7 @@ from stepwire.sharding.partition import Partition
 from stepwire.sharding.shard import Shard
 from stepwire.transports.choice import TRANSPORTS
 from stepwire.treatment import treatment_from_wire
+from stepwire.trees import Structure, Tree
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.wire import layout_to_wire, spec_to_wire
@@ -51,13 +52,13 @@ class ShardedSession(Session):
         session_id: the ids of all shards in order, joined by commas.
     """
 
-    def __init__(self, shards: Sequence[Shard], partition: Partition, *, as_list: bool) -> None:
+    def __init__(self, shards: Sequence[Shard], partition: Partition, *, structure: Structure) -> None:
         """Speak for sessions that their servers described.
 
         Args:
             shards: in order.
             partition: what each holds.
-            as_list: parameters are pulled as a list.
+            structure: what parameters are pulled in.
 
         Raises:
             InvalidRequestError: the sessions are not those of one model.
@@ -65,7 +66,7 @@ class ShardedSession(Session):
         messages = [shard.message for shard in shards]
         _check_alike(messages)
         first, whole = shards[0], _whole(messages, partition.layout)
-        super().__init__(first._calls, first.router, whole, 0, first._chunk_bytes, as_list=as_list)
+        super().__init__(first._calls, first.router, whole, 0, first._chunk_bytes, structure=structure)
         for rank, (shard, share) in enumerate(zip(shards, partition.shares, strict=True)):
             shard.belongs(share, rank)
         self._shards = tuple(shards)
@@ -103,7 +104,7 @@ class ShardedSession(Session):
         with self._lock:
             self._each(lambda shard: shard.attach(transport=transport, take_over=take_over, timeout=timeout))
 
-    def shared_gradients(self, *, timeout: float | None = None) -> Container:
+    def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Refuse: a tensor that is cut lies in several memories.
 
         Raises:
@@ -111,7 +112,7 @@ class ShardedSession(Session):
         """
         raise _unshared()
 
-    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Container:
+    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
         """Refuse, as `shared_gradients` does.
 
         Raises:

@@ -22,6 +22,7 @@ from stepwire.sharding.partition import Share
 from stepwire.step_call import OnTensor, StepCall
 from stepwire.stream import AttachedStream
 from stepwire.transports.route import Router
+from stepwire.trees import Structure
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
 
@@ -49,11 +50,11 @@ class Shard(Session):
         token: int,
         chunk_bytes: int,
         *,
-        as_list: bool = False,
+        structure: Structure,
         error_feedback: bool = False,
     ) -> None:
         """Speak for a session whose place among the shards `belongs` tells."""
-        super().__init__(calls, router, message, token, chunk_bytes, as_list=as_list, error_feedback=error_feedback)
+        super().__init__(calls, router, message, token, chunk_bytes, structure=structure, error_feedback=error_feedback)
         self.router = router
         self.message = message
         self.share, self.rank, self.place = Share(()), 0, calls.target

@@ -26,8 +26,8 @@ class SharedArrays(abc.ABC):
         self._gradient_dtype = gradient_dtype
         self._reply_dtype = reply_dtype
 
-    def gradients(self, *, as_list: bool) -> Container:
-        """Return writable views of the gradient, as a user's container.
+    def gradients(self) -> dict[str, Any]:
+        """Return writable views of the gradient by name.
 
         Raises:
             UnsupportedFeatureError: gradients lie there as codes, which are no arrays of elements.
@@ -38,11 +38,11 @@ class SharedArrays(abc.ABC):
                 "with gradient_dtype 'float32'",
                 metadata={"field": "gradient_dtype", "feature": "wire_int8"},
             )
-        return _contained(self._gradient_views(), as_list=as_list)
+        return self._gradient_views()
 
-    def parameters(self, *, as_list: bool, private: bool = False) -> Container:
-        """Return views of the parameters as a user's container: read-only, or private ones that may be written."""
-        return _contained(self._private_views() if private else self._parameter_views(), as_list=as_list)
+    def parameters(self, *, private: bool = False) -> dict[str, Any]:
+        """Return views of the parameters by name: read-only, or private ones that may be written."""
+        return self._private_views() if private else self._parameter_views()
 
     @abc.abstractmethod
     def forget_writes(self) -> None:
@@ -113,7 +113,3 @@ class SharedArrays(abc.ABC):
     @abc.abstractmethod
     def _read(self, targets: Flat) -> None:
         """Copy the parameters."""
-
-
-def _contained(named: dict[str, Any], *, as_list: bool) -> Container:
-    return [named[str(position)] for position in range(len(named))] if as_list else named

@@ -1,0 +1,104 @@
+"""What the asynchronous classes have beside the methods that are generated: their threads, and their ends."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import Self, TypeVar
+
+from stepwire.aio.worker import Worker
+from stepwire.client import Client
+from stepwire.session import Session
+
+__all__ = ["ClientBase", "SessionBase"]
+
+_S = TypeVar("_S", bound="SessionBase")
+
+
+class SessionBase:
+    """The asynchronous face of one session.
+
+    Attributes:
+        blocking: the synchronous session, for what is not here; its calls block.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Give a session a thread of its own."""
+        self.blocking = session
+        self._worker = Worker("stepwire-aio-session")
+
+    @property
+    def session_id(self) -> str:
+        """Who knows it may use the session."""
+        return self.blocking.session_id
+
+    async def settled(self) -> int:
+        """Wait until no call is under way, and return the last step known to be applied.
+
+        After a step whose await was cancelled this tells what became of it: it was applied if the number has grown.
+
+        Raises:
+            StepwireError: it failed, and this is why; take it again with the same gradients. The next step raises it
+                otherwise.
+        """
+        applied = await self._worker.run(lambda: self.blocking.applied_step)
+        self._worker.check_seen()
+        return applied
+
+    async def close(self) -> None:
+        """End the session on the server and free its memory there. Closing twice is harmless.
+
+        Waits for the call under way, if any. A server that cannot be reached ends the session when its lease runs out.
+        """
+        await self._worker.finish(self.blocking.close)
+
+    async def __aenter__(self) -> Self:
+        """Use the session for a block and end it after."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        await self.close()
+
+
+class ClientBase:
+    """The asynchronous face of one client.
+
+    Attributes:
+        blocking: the synchronous client, for what is not here; its calls block.
+    """
+
+    def __init__(self, client: Client) -> None:
+        """Give a client a thread of its own."""
+        self.blocking = client
+        self._worker = Worker("stepwire-aio-client")
+        self._sessions: weakref.WeakSet[SessionBase] = weakref.WeakSet()
+
+    async def close(self) -> None:
+        """Close the connection; sessions stay on the server until their leases run out. Twice is harmless.
+
+        Waits for calls under way; the threads of its sessions end too.
+        """
+        await self._worker.finish(self._close)
+
+    def _close(self) -> None:
+        for session in list(self._sessions):
+            session._worker.close()
+            session.blocking.detach()
+        self.blocking.close()
+
+    def _adopt(self, session: _S) -> _S:
+        self._sessions.add(session)
+        return session
+
+    async def __aenter__(self) -> Self:
+        """Use the client for a block."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        await self.close()

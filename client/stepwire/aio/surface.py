@@ -1,0 +1,456 @@
+"""The asynchronous client: generated from the synchronous one by `make aio`; do not edit.
+
+See `stepwire.aio`. Every method awaits the one of the same name of `Client` or `Session`, in a thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.aio.base import ClientBase, SessionBase
+from stepwire.client import StatePrecision, Telemetry
+from stepwire.configuration import Configuration
+from stepwire.connecting import connect as connect_client
+from stepwire.optimizers import Optimizer
+from stepwire.packing import Arrays
+from stepwire.results import ServerInfo, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.retry import Retry
+from stepwire.schedules import Schedule
+from stepwire.step_builder import OnReady, Overrides, Reply
+from stepwire.treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
+from stepwire.trees import Tree
+
+__all__ = ["AsyncClient", "AsyncSession", "connect"]
+
+
+class AsyncSession(SessionBase):
+    """One optimizer on the server, for asyncio; see `stepwire.Session`. Made by `AsyncClient`.
+
+    Calls are taken one after another in the order in which they are made, in a thread that is the session's own. A call
+    whose await is cancelled before its turn is never made; one that is under way goes on, see `settled`. As an
+    asynchronous context manager it ends the session on the server.
+    """
+
+    @property
+    def applied_step(self) -> int:
+        """The last step known to be applied; the next `step` is the one after it."""
+        return self.blocking.applied_step
+
+    @property
+    def last_result(self) -> StepResult | None:
+        """What the last step did; None before the first."""
+        return self.blocking.last_result
+
+    @property
+    def transport(self) -> TransportChoice | None:
+        """Which way gradients and parameters go, and why no better one; None before the first stream is attached."""
+        return self.blocking.transport
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next gradient must be multiplied by, where the session scales losses by itself; else None."""
+        return self.blocking.loss_scale
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return self.blocking.shapes
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        return self.blocking.slots
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the session was created as; useful where somebody else created it."""
+        return self.blocking.configuration
+
+    async def step(
+        self,
+        gradients: Arrays,
+        *,
+        lr: float | None = None,
+        hyperparameters: Overrides | None = None,
+        loss_scale: float | None = None,
+        gradient_dtype: npt.DTypeLike | None = None,
+        reply_dtype: npt.DTypeLike | None = None,
+        reply: Reply = "parameters",
+        reply_first: Sequence[str] = (),
+        on_tensor: OnReady | None = None,
+        overlap: bool = False,
+        out: Tree | None = None,
+        timeout: float | None = None,
+    ) -> Tree:
+        """Apply one optimizer step, exactly once, and return the new parameters.
+
+        Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
+        once however often it arrives.
+
+        Args:
+            gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
+                tree of them. Frozen tensors need none; with missing_gradient "keep" any may be left out or None, and
+                stay as they are; None in the place of a branch leaves out all that is in it.
+            lr: the learning rate of this step, for all groups; overrides a schedule.
+            hyperparameters: other values for this step: one mapping, or one a group.
+            loss_scale: what the gradients were multiplied by; the server divides by it first.
+            gradient_dtype: how gradients travel, "int8" included; default as created.
+            reply_dtype: how parameters travel, and the dtype of the answer; default as created.
+            reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
+                the same parameters, of which only those travel that changed, where that is less. The client holds
+                them in bfloat16 for that.
+            reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
+            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
+                thread that takes the step; again where a broken connection has the answer repeated.
+            overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
+                the time of receiving and answering together. For sessions without clipping by norm and with
+                `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
+                until it succeeds; nothing else is possible before.
+            out: arrays to write the parameters into instead of new ones; when an error is raised their content is
+                undefined. What `shared_parameters` returned stands for the same as it is after the step.
+            timeout: seconds for the step with all its repetitions; default the client's.
+
+        Returns:
+            The parameters, nested like `gradients`, or, where those leave tensors out, as the session's were at
+            creation; `out` if given; with reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
+
+        Raises:
+            InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
+            NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
+            FencedError: another client took the session's slot.
+            SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
+            SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
+            StepMismatchError: the session moved without this client.
+            UnavailableError: no connection within the timeout; call `step` again with the same gradients.
+        """
+        return await self._worker.take(
+            functools.partial(
+                self.blocking.step,
+                gradients,
+                lr=lr,
+                hyperparameters=hyperparameters,
+                loss_scale=loss_scale,
+                gradient_dtype=gradient_dtype,
+                reply_dtype=reply_dtype,
+                reply=reply,
+                reply_first=reply_first,
+                on_tensor=on_tensor,
+                overlap=overlap,
+                out=out,
+                timeout=timeout,
+            )
+        )
+
+    async def attach(
+        self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None
+    ) -> None:
+        """Attach a stream now instead of at the first step.
+
+        Args:
+            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
+            take_over: take the slot from whoever holds it, and fence them.
+            timeout: seconds.
+
+        Raises:
+            FencedError: another client took the slot, and `take_over` is not set.
+            UnsupportedFeatureError: the transport cannot be had.
+            StepwireError: as `step`.
+        """
+        await self._worker.run(
+            functools.partial(self.blocking.attach, transport=transport, take_over=take_over, timeout=timeout)
+        )
+
+    async def detach(self) -> None:
+        """Close the stream and leave the session on the server. Detaching twice is harmless."""
+        await self._worker.run(functools.partial(self.blocking.detach))
+
+    async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
+        """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
+
+        `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
+        zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+
+        Over `cuda_ipc` they are views of device memory, which `torch.as_tensor(view, device="cuda")` and
+        `cupy.asarray(view)` take without a copy.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            StepwireError: as `attach`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
+
+    async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
+        """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
+
+        Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
+        was loaded, or stepped with other dtypes, `overlap` or `reply="changed"`, shows after the next step without, at
+        the latest. After a broken connection they may show what was: take those that `step` returns, or ask again.
+
+        Over `cuda_ipc` they are views of device memory, as gradients are.
+
+        Args:
+            private: arrays that may be written. What is written is this process's own and hides what the server puts
+                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            StepwireError: as `attach`.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.shared_parameters, private=private, timeout=timeout)
+        )
+
+    async def forget_writes(self) -> None:
+        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
+        await self._worker.run(functools.partial(self.blocking.forget_writes))
+
+    async def pull(
+        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
+    ) -> Tree:
+        """Return the current parameters, nested as at creation.
+
+        For a session that was found by its id that is a flat dict of names; see `Client.session`.
+
+        Args:
+            average: their moving average instead, of a session created with `parameter_average_decay`.
+            dtype: of the answer.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: the session keeps no average.
+            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
+        )
+
+    async def state(self, *, timeout: float | None = None) -> SessionState:
+        """Return everything: parameters, moments and step counts, all as of one step.
+
+        Raises:
+            StepwireError: as `pull`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
+
+    async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
+        """Replace the parameters; moments and step counts stay.
+
+        Raises:
+            InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
+            StepwireError: as `step`.
+        """
+        await self._worker.run(functools.partial(self.blocking.load, parameters, timeout=timeout))
+
+    async def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
+        """Replace everything by what `state` returned, here or from another session of the same tensors.
+
+        The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
+        into a new session.
+
+        Raises:
+            InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
+            StepMismatchError: the session is beyond `state.step`.
+            StepwireError: as `step`.
+        """
+        await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
+
+    async def info(self, *, timeout: float | None = None) -> SessionInfo:
+        """Ask the server how the session stands.
+
+        Raises:
+            SessionNotFoundError: it is gone.
+        """
+        return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
+
+
+class AsyncClient(ClientBase):
+    """A connection to one server, or several, for asyncio; see `stepwire.Client`. Made by `stepwire.aio.connect`.
+
+    Its calls are taken one after another in a thread of its own; those of its sessions have theirs. An asynchronous
+    context manager; closes twice without complaint.
+    """
+
+    @property
+    def target(self) -> str:
+        """Where it connects to."""
+        return self.blocking.target
+
+    async def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Ask the server what it is and can do.
+
+        Raises:
+            UnavailableError: it cannot be reached.
+        """
+        return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
+
+    async def create_session(
+        self,
+        parameters: Arrays,
+        *,
+        optimizer: Optimizer | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        schedule: Schedule | None = None,
+        frozen: Sequence[str] = (),
+        gradient_dtype: npt.DTypeLike = np.float32,
+        error_feedback: bool = False,
+        reply_dtype: npt.DTypeLike = np.float32,
+        state_precision: StatePrecision = "float32",
+        non_finite: NonFinite | None = None,
+        clip_grad_norm: float | None = None,
+        clip_formula: ClipFormula | None = None,
+        clip_grad_value: float | None = None,
+        accumulation_steps: int = 1,
+        loss_scaling: LossScaling | None = None,
+        missing_gradient: MissingGradient = "reject",
+        parameter_average_decay: float | None = None,
+        telemetry: Telemetry = "full",
+        lease_seconds: float | None = None,
+        device: str = "",
+        label: str = "",
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncSession:
+        """Create an optimizer on the server and load the parameters into it.
+
+        Args:
+            parameters: a dict, or a list whose names are "0", "1", …, or a tree of dicts, lists and tuples, whose
+                names are paths such as "encoder/0/w"; float32, bfloat16 or float16. Masters are float32 on the server.
+            optimizer: default `Adam()`.
+            groups: as torch's: mappings with `"params"`, the names of a group's tensors, or of branches that stand for
+                all tensors in them, the hyper-parameters it has of its own, and, where wanted, its own `"schedule"` and
+                `"clip_grad_norm"`. Tensors in no group form one more, first, with the optimizer's values.
+            schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
+            frozen: names of tensors, or of branches, that are held and never stepped.
+            gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
+                with a common factor, a quarter of the bytes.
+            error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
+                next; eight bytes a parameter.
+            reply_dtype: how parameters come back, and their dtype.
+            state_precision: how the server holds the optimizer's moments; parameters are always float32.
+            non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
+                its number without an update (the default with loss scaling), or `"allow"`: apply it.
+            clip_grad_norm: bound of the gradient's global norm.
+            clip_formula: whose form of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
+            clip_grad_value: bound of each gradient element's magnitude.
+            accumulation_steps: gradients summed into one update.
+            loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
+            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
+            parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
+            telemetry: what each result tells: `"full"`, or the `"gradient"`'s norms only.
+            lease_seconds: how long the session lives unused; default the server's longest.
+            device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
+                choice, the device with the most free budget.
+            label: text for listings.
+            request_id: makes a creation repeatable by another process; default random.
+            timeout: seconds for all of it.
+
+        Raises:
+            InvalidRequestError: an argument is wrong; the message names it.
+            UnsupportedFeatureError: the server does not serve an option, or does not have the device.
+            ResourceExhaustedError: no memory, or too many sessions.
+            UnavailableError: the server cannot be reached.
+        """
+        return self._adopt(
+            AsyncSession(
+                await self._worker.create(
+                    functools.partial(
+                        self.blocking.create_session,
+                        parameters,
+                        optimizer=optimizer,
+                        groups=groups,
+                        schedule=schedule,
+                        frozen=frozen,
+                        gradient_dtype=gradient_dtype,
+                        error_feedback=error_feedback,
+                        reply_dtype=reply_dtype,
+                        state_precision=state_precision,
+                        non_finite=non_finite,
+                        clip_grad_norm=clip_grad_norm,
+                        clip_formula=clip_formula,
+                        clip_grad_value=clip_grad_value,
+                        accumulation_steps=accumulation_steps,
+                        loss_scaling=loss_scaling,
+                        missing_gradient=missing_gradient,
+                        parameter_average_decay=parameter_average_decay,
+                        telemetry=telemetry,
+                        lease_seconds=lease_seconds,
+                        device=device,
+                        label=label,
+                        request_id=request_id,
+                        timeout=timeout,
+                    ),
+                    kept=request_id is not None,
+                )
+            )
+        )
+
+    async def session(
+        self, session_id: str, *, like: Arrays | None = None, error_feedback: bool = False, timeout: float | None = None
+    ) -> AsyncSession:
+        """Return a session that exists; its first step or load takes the slot and fences who held it.
+
+        Args:
+            session_id: which.
+            like: parameters, or anything else that nests as they do: how `Session.pull` and the shared arrays are to
+                nest. Without, they are a flat dict of names: a server knows names, not what a client made them from.
+            error_feedback: as for `create_session`; starts with nothing kept.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: `like` is no container of arrays.
+            SessionNotFoundError: it does not exist.
+            UnavailableError: the server cannot be reached.
+        """
+        return self._adopt(
+            AsyncSession(
+                await self._worker.run(
+                    functools.partial(
+                        self.blocking.session, session_id, like=like, error_feedback=error_feedback, timeout=timeout
+                    )
+                )
+            )
+        )
+
+    async def sessions(self, *, timeout: float | None = None) -> AsyncIterator[SessionInfo]:
+        """Yield the server's sessions, ordered by id.
+
+        Raises:
+            UnavailableError: the server cannot be reached.
+        """
+        async for each in self._worker.iterate(functools.partial(self.blocking.sessions, timeout=timeout)):
+            yield each
+
+
+def connect(
+    target: str | Sequence[str] = "localhost:50051",
+    *,
+    transport: str = "auto",
+    channels: int = 1,
+    timeout: float = 60.0,
+    retry: Retry | None = None,
+) -> AsyncClient:
+    """Open a client; it connects with its first call.
+
+    Args:
+        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
+            step it together (see `stepwire.ShardedClient`).
+        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
+            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
+        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
+        timeout: default seconds of a call with all its repetitions.
+        retry: how to pause between repetitions; tests pass their own clock.
+
+    Raises:
+        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
+    """
+    return AsyncClient(connect_client(target, transport=transport, channels=channels, timeout=timeout, retry=retry))

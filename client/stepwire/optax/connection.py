@@ -1,0 +1,112 @@
+"""Where a transformation's session lives, and how it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypedDict
+
+import numpy.typing as npt
+
+from stepwire.client import Client, StatePrecision, Telemetry
+from stepwire.connecting import connect
+from stepwire.errors import InvalidRequestError
+from stepwire.treatment import ClipFormula, NonFinite
+
+__all__ = ["Connection", "RemoteOptions"]
+
+
+class RemoteOptions(TypedDict, total=False):
+    """What every constructor takes by keyword beside optax's own arguments.
+
+    `server`, `transport`, `channels` and `timeout` are those of `stepwire.connect`; `server` may also be a
+    `stepwire.Client`, which stays the caller's to close. The others are those of `Client.create_session`, where names
+    of tensors are paths such as "encoder/0/w". Different are the defaults of `clip_formula`, "optax", and of
+    `gradient_dtype` and `reply_dtype`: where all parameters are bfloat16, or all float16, that, else float32.
+
+    What is not here has its own way in JAX: schedules are callables, as optax has them; losses are scaled, and
+    gradients masked, in the program.
+    """
+
+    server: str | Sequence[str] | Client
+    transport: str
+    channels: int
+    timeout: float
+    groups: Sequence[Mapping[str, Any]]
+    frozen: Sequence[str]
+    gradient_dtype: npt.DTypeLike
+    error_feedback: bool
+    reply_dtype: npt.DTypeLike
+    state_precision: StatePrecision
+    non_finite: NonFinite
+    clip_grad_norm: float
+    clip_formula: ClipFormula
+    clip_grad_value: float
+    accumulation_steps: int
+    parameter_average_decay: float
+    telemetry: Telemetry
+    lease_seconds: float
+    device: str
+    label: str
+
+
+_CONNECTING: Final = ("transport", "channels", "timeout")
+_ID_BYTES: Final = 33  # of one session's id, and the comma that joins the ids of shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """Which servers, and the way to them. Equal ones share a client.
+
+    Attributes:
+        server: targets, or a client of the user's.
+        options: the arguments of `stepwire.connect` beside the target.
+    """
+
+    server: tuple[str, ...] | Client
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> tuple[Connection, dict[str, Any]]:
+        """Take the connection out of a constructor's options; return it and the options of the session.
+
+        Raises:
+            InvalidRequestError: an option that does not exist, or ones that contradict each other.
+        """
+        if unknown := sorted(set(options) - set(RemoteOptions.__annotations__)):
+            allowed = ", ".join(RemoteOptions.__annotations__)
+            raise _invalid(unknown[0], f"there is no such option; use one of: {allowed}")
+        server = options.get("server", "localhost:50051")
+        given = tuple((name, options[name]) for name in _CONNECTING if name in options)
+        if isinstance(server, Client) and given:
+            raise _invalid(given[0][0], "the client given as `server` is connected already; give it to `connect`")
+        targets = server if isinstance(server, Client) else (server,) if isinstance(server, str) else tuple(server)
+        rest = {name: value for name, value in options.items() if name not in ("server", *_CONNECTING)}
+        return cls(targets, given), rest
+
+    @property
+    def owned(self) -> bool:
+        """The client is made, and so closed, here."""
+        return not isinstance(self.server, Client)
+
+    @property
+    def id_bytes(self) -> int:
+        """How long a session's id can be: known before there is one, because JAX fixes shapes when it traces."""
+        if isinstance(self.server, Client):
+            return _ID_BYTES * (self.server.target.count(",") + 1)
+        return _ID_BYTES * len(self.server) * int(dict(self.options).get("channels", 1))
+
+    def open(self) -> Client:
+        """Return a client.
+
+        Raises:
+            InvalidRequestError: as `stepwire.connect`.
+        """
+        if isinstance(self.server, Client):
+            return self.server
+        target = self.server[0] if len(self.server) == 1 else list(self.server)
+        return connect(target, **dict(self.options))
+
+
+def _invalid(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})
