@@ -208,8 +208,8 @@ class Backing:
         if changed := self._outgrown(groups):
             raise InvalidRequestError(
                 f"param_groups: {changed}, which a session has from its creation; call "
-                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session, or, where the state lacks "
-                "what is kept from now on, make a new optimizer",
+                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session, or make a new "
+                "optimizer where the state lacks what is kept from now on",
                 metadata={"field": "param_groups"},
             )
         now = [self._family.numbers_of(group) for group in groups]
