@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from stepwire.codecs import FLOAT32, dtype_named
+from stepwire.codecs import dtype_named
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.feed import GradientFeed
-from stepwire.results import SessionState
 from stepwire.session import Session
 from stepwire.sharding.session import ShardedSession
 from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.families import Family, Group
+from stepwire.torch.mirror import Kept, Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.sessions import create_session, find_session
-from stepwire.torch.states import PARAM, exported, imported
-from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
 from stepwire.torch.views import SharedViews
 
-__all__ = ["Backing", "Kept"]
-
-
-class Kept(NamedTuple):
-    """What torch has no place for in its state.
-
-    Attributes:
-        masters: float32 parameters by position, where the model's are of fewer bits.
-        slots: what goes with moments in fewer bits, by slot and name.
-    """
-
-    masters: dict[int, Any]
-    slots: dict[str, dict[str, Any]]
+__all__ = ["Backing"]
 
 
 class Backing:
@@ -92,8 +77,7 @@ class Backing:
         dtype = parameters.dtype
         self._gradient_dtype = dtype_named(self._options.gradient_dtype or dtype, "gradient_dtype", gradients=True)
         self._reply_dtype = dtype_named(self._options.reply_dtype or dtype, "reply_dtype")
-        held = {tensor.dtype for tensor in parameters.tensors}
-        self._exact = self._reply_dtype == FLOAT32 and held == {FLOAT32}
+        self._mirror = Mirror(session, parameters, self._family, self._reply_dtype, self._options.timeout)
         self._memory.release()
         self._memory = SharedViews(session, parameters) if self._options.shared_views else parameters
         if self._sender is not None:
@@ -121,19 +105,11 @@ class Backing:
         Raises:
             StepwireError: as creation; everything is as it was.
         """
-        self._settle()
-        parameters, before = Parameters(groups), self._state()
+        parameters = Parameters(groups)
+        self.upload()
         session = self._create(parameters, groups)
         try:
-            state = session.state()
-            # By what they are: names change with a state dict that has others, and positions with what comes before.
-            olds = {id(tensor.parameter): tensor.name for tensor in self.parameters.tensors}
-            names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
-            for slot, arrays in state.slots.items():
-                if slot in before.slots:
-                    arrays |= {name: before.slots[slot][old] for name, old in names.items()}
-            steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in state.tensor_steps}
-            session.load_state(SessionState(step=before.step, slots=state.slots, tensor_steps=steps))
+            session.load_state(self._mirror.carried(session.state(), parameters))
         except BaseException:
             session.close()
             raise
@@ -239,32 +215,8 @@ class Backing:
         """
         self._settle()
         if everything or self.parameters.changed():
-            self.session.load(self._merged(self._masters()), timeout=self._options.timeout)
+            self._mirror.upload()
             self._memory.uploaded()
-
-    def _masters(self) -> Mapping[str, Any] | None:
-        """Return what the session holds of the parameters where the model does not show all of it."""
-        if self._exact:
-            return None
-        pulled: Any = self.session.pull(timeout=self._options.timeout)
-        return dict(pulled)
-
-    def _merged(self, masters: Mapping[str, Any] | None) -> dict[str, npt.NDArray[Any]]:
-        """Return the model's values; where masters round to those, the masters."""
-        local = self.parameters.fetch()
-        if masters is None:
-            return local
-        return {
-            tensor.name: self._merge(masters[tensor.name], local[tensor.name], tensor)
-            for tensor in self.parameters.tensors
-            if tensor.name in masters
-        } | {name: values for name, values in local.items() if name not in masters}
-
-    def _merge(self, master: Any, local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            shown = master.astype(self._reply_dtype).astype(tensor.dtype)
-            merged: npt.NDArray[Any] = np.where(shown == local, master, local.astype(np.float32))
-        return merged
 
     def check_open(self) -> None:
         """Refuse to go on after the end.
@@ -288,14 +240,7 @@ class Backing:
         """
         self.check_open()
         self.upload()
-        state, tensors = self._state(), self.parameters.tensors
-        entries = exported(state, tensors, self._family, self._by_name(groups))
-        masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
-        # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
-        slots = {
-            slot: {n: from_numpy(a) for n, a in state.slots[slot].items()} for slot in self._beside_torch(self.session)
-        }
-        return entries, Kept(masters, slots)
+        return self._mirror.exported(groups)
 
     def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
         """Replace the state; the model's parameters stay as they are.
@@ -308,7 +253,7 @@ class Backing:
         self._settle()
         session = self._create(self.parameters, groups) if self._outgrown(groups) else self.session
         try:
-            state = self._loadable(session, entries, kept, groups)
+            state = self._mirror.loadable(session, entries, kept, groups)
             session.load_state(state, timeout=self._options.timeout)
         except BaseException:
             if session is not self.session:
@@ -319,37 +264,6 @@ class Backing:
             self._hold(session, self.parameters, groups)
             old.close()
         self._memory.uploaded()
-
-    def _loadable(
-        self, session: Session, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]
-    ) -> SessionState:
-        """Return what a session is to hold: a state of torch's, and the model's parameters."""
-        tensors = self.parameters.tensors
-        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots)
-        for slot in self._beside_torch(session):
-            if set(kept.slots.get(slot, ())) != set(session.shapes):
-                raise InvalidRequestError(
-                    f"state_dict: {slot!r} is missing, which a session with state_precision="
-                    f"{self._options.state_precision!r} needs; it is in state dicts of such sessions only",
-                    metadata={"field": f"state_dict.{slot}"},
-                )
-            slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
-        given = {
-            tensors[index].name: tensors[index].values(value, f"masters[{index}]")
-            for index, value in kept.masters.items()
-        }
-        masters = None if self._exact else {**(self._masters() or {}), **given}
-        slots[PARAM] = self._merged(masters)
-        return SessionState(step=self.session.applied_step, slots=slots, tensor_steps=steps)
-
-    def _state(self) -> SessionState:
-        return self.session.state(timeout=self._options.timeout)
-
-    def _beside_torch(self, session: Session) -> list[str]:
-        return [slot for slot in session.slots if slot not in (PARAM, *self._family.slots)]
-
-    def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
-        return {name: groups[index] for name, index in self.parameters.membership.items()}
 
     def end(self, *, keep: bool) -> None:
         """Let go: end the session on the server, or leave it there. Ending twice is harmless."""

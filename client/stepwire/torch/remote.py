@@ -12,8 +12,9 @@ import torch
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
-from stepwire.torch.backing import Backing, Kept
+from stepwire.torch.backing import Backing
 from stepwire.torch.families import FAMILIES, Family
+from stepwire.torch.mirror import Kept
 from stepwire.torch.options import RemoteOptions, split_options
 
 __all__ = ["RemoteOptimizer"]

@@ -125,11 +125,14 @@ def test_what_is_written_behind_torchs_back_counts_when_it_is_uploaded(pair: Pai
 def test_a_state_dict_and_more_parameters_go_along(pair: Pair) -> None:
     pair.step(1)
     for network, optimizer in pair.both:
+        with torch.no_grad():
+            network[0].weight.neg_()  # not sent yet when the session is left for another
         network.append(torch.nn.Linear(2, 3))
         with torch.no_grad():
             for parameter in network[3].parameters():
                 parameter.fill_(0.25)
         optimizer.add_param_group({"params": network[3].parameters(), "lr": 0.5})
+        assert_same_bits(map(torch.from_numpy, optimizer.session.pull().values()), network.parameters())
     for step in range(2, 5):
         pair.step(step)
         pair.compare()

@@ -1,0 +1,150 @@
+"""What a session holds of a model: the model's values with the bits it does not show, and torch's state of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.codecs import FLOAT32
+from stepwire.errors import InvalidRequestError
+from stepwire.results import SessionState
+from stepwire.session import Session
+from stepwire.torch.families import Family, Group
+from stepwire.torch.parameters import Arrays, Parameters
+from stepwire.torch.states import PARAM, exported, imported
+from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
+
+__all__ = ["Kept", "Mirror"]
+
+
+class Kept(NamedTuple):
+    """What torch has no place for in its state.
+
+    Attributes:
+        masters: float32 parameters by position, where the model's are of fewer bits.
+        slots: what goes with moments in fewer bits, by slot and name.
+    """
+
+    masters: dict[int, Any]
+    slots: dict[str, dict[str, Any]]
+
+
+class Mirror:
+    """One session and the parameters that it follows. Changes neither, but for `upload`."""
+
+    def __init__(
+        self, session: Session, parameters: Parameters, family: Family, reply_dtype: np.dtype[Any], timeout: float
+    ) -> None:
+        """Compare a session with parameters that are answered in `reply_dtype`."""
+        self._session = session
+        self._parameters = parameters
+        self._family = family
+        self._reply_dtype = reply_dtype
+        self._timeout = timeout
+        held = {tensor.dtype for tensor in parameters.tensors}
+        self._exact = reply_dtype == FLOAT32 and held == {FLOAT32}
+
+    def upload(self) -> None:
+        """Send the model's values.
+
+        Raises:
+            StepwireError: as `Session.load`.
+        """
+        self._session.load(self._values({}), timeout=self._timeout)
+
+    def state(self) -> SessionState:
+        """Return the session's state.
+
+        Raises:
+            StepwireError: as `Session.state`.
+        """
+        return self._session.state(timeout=self._timeout)
+
+    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], Kept]:
+        """Return torch's state of each parameter in order, and what it has no place for.
+
+        Raises:
+            StepwireError: as `Session.state`.
+        """
+        state, tensors = self.state(), self._parameters.tensors
+        entries = exported(state, tensors, self._family, self._by_name(groups))
+        masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
+        # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
+        slots = {
+            slot: {name: from_numpy(values) for name, values in state.slots[slot].items()}
+            for slot in self._beside_torch(self._session)
+        }
+        return entries, Kept(masters, slots)
+
+    def loadable(
+        self, session: Session, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]
+    ) -> SessionState:
+        """Return what a session is to hold, this one or its successor: torch's state, and the model's values.
+
+        Raises:
+            InvalidRequestError: the state is another rule's or another model's.
+            StepwireError: as `Session.pull`.
+        """
+        tensors = self._parameters.tensors
+        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots)
+        for slot in self._beside_torch(session):
+            if set(kept.slots.get(slot, ())) != set(session.shapes):
+                raise InvalidRequestError(
+                    f"state_dict: {slot!r} is missing, which this session's state_precision needs; it is in state "
+                    "dicts of such sessions only",
+                    metadata={"field": f"state_dict.{slot}"},
+                )
+            slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
+        slots[PARAM] = self._values(
+            {
+                tensors[index].name: tensors[index].values(value, f"masters[{index}]")
+                for index, value in kept.masters.items()
+            }
+        )
+        return SessionState(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+
+    def carried(self, fresh: SessionState, parameters: Parameters) -> SessionState:
+        """Return the state of a new session of other groups, with all that this one has of the same parameters.
+
+        Args:
+            fresh: the new session's.
+            parameters: its own.
+
+        Raises:
+            StepwireError: as `Session.state`.
+        """
+        before = self.state()
+        # By what they are: names change with a state dict that has others, and positions with what comes before.
+        olds = {id(tensor.parameter): tensor.name for tensor in self._parameters.tensors}
+        names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
+        for slot, arrays in fresh.slots.items():
+            if slot in before.slots:
+                arrays |= {name: before.slots[slot][old] for name, old in names.items()}
+        steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
+        return SessionState(step=before.step, slots=fresh.slots, tensor_steps=steps)
+
+    def _values(self, masters: Mapping[str, Any]) -> Arrays:
+        """Return the model's values; where given masters, or the session's, round to those, the masters."""
+        local = self._parameters.fetch()
+        if self._exact:
+            return local
+        pulled: Any = self._session.pull(timeout=self._timeout)
+        return {
+            tensor.name: self._merged(masters.get(tensor.name, pulled[tensor.name]), local[tensor.name], tensor)
+            for tensor in self._parameters.tensors
+        }
+
+    def _merged(self, master: Any, local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            shown = master.astype(self._reply_dtype).astype(tensor.dtype)
+            merged: npt.NDArray[Any] = np.where(shown == local, master, local.astype(np.float32))
+        return merged
+
+    def _beside_torch(self, session: Session) -> list[str]:
+        return [slot for slot in session.slots if slot not in (PARAM, *self._family.slots)]
+
+    def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
+        return {name: groups[index] for name, index in self._parameters.membership.items()}
