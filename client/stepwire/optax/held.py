@@ -147,10 +147,10 @@ def held(session_id: str, names: Sequence[str], connection: Connection) -> Held:
         SessionNotFoundError: it does not exist.
         StepwireError: as `Client.session`.
     """
-    with _lock:
+    with _lock:  # for all of it: two that find one session would fence each other
         if (known := _held.get(session_id)) is not None:
             return known[0]
-    return adopt(client(connection).session(session_id), names, connection)
+        return adopt(client(connection).session(session_id), names, connection)
 
 
 def is_held(session_id: str) -> bool:

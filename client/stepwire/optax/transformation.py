@@ -215,10 +215,12 @@ class _Remote:
 
     def session(self, state: RemoteState) -> Session:
         """See `RemoteTransformation.session`."""
+        jax.block_until_ready(state)  # the id may be there before the step that it came out of has been taken
         return held.known(_decoded(state.session)).session
 
     def close(self, state: RemoteState) -> None:
         """See `RemoteTransformation.close`."""
+        jax.block_until_ready(state)
         session_id = _decoded(state.session)
         if held.is_held(session_id):
             held.known(session_id).session.close()
@@ -232,20 +234,18 @@ class _Remote:
             raise _invalid("grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}")
         reply = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
         host = functools.partial(self._take, leaves.names, reply)
-        arguments = [state.session, state.count, self._rate(state.count), *given.arrays]
+        arguments = [state.session, state.count, *self._rate(state.count), *given.arrays]
         if not is_traced(jax.tree.leaves((arguments, leaves.arrays))):
-            answer = [jnp.asarray(array) for array in host(*map(np.asarray, arguments))]
+            count, *answer = (jnp.asarray(array) for array in host(*map(np.asarray, arguments)))
         else:
             shapes = [jax.ShapeDtypeStruct(array.shape, reply) for array in leaves.arrays]
-            answer = call_host(host, shapes, arguments)
-        return leaves, answer, RemoteState(state.count + 1, state.session)
+            count, *answer = call_host(host, [jax.ShapeDtypeStruct((), jnp.int32), *shapes], arguments)
+        return leaves, answer, RemoteState(count, state.session)
 
-    def _rate(self, count: Any) -> Any:
-        """Return the learning rate of a step, NaN for the session's own: a callback has the same arguments always."""
-        rate = self._learning_rate
-        if callable(rate):
-            return jnp.asarray(rate(count), jnp.float32)
-        return jnp.asarray(rate, jnp.float32) if isinstance(rate, jax.Array) else jnp.float32(np.nan)
+    def _rate(self, count: Any) -> list[Any]:
+        """Return the learning rate that a step brings, if it brings one."""
+        rate = self._learning_rate(count) if callable(self._learning_rate) else self._learning_rate
+        return [jnp.asarray(rate, jnp.float32)] if _changes(self._learning_rate) else []
 
     # --- on the host ------------------------------------------------------------------------------------------
 
@@ -261,10 +261,16 @@ class _Remote:
         return self._encoded(session.session_id)
 
     def _take(
-        self, names: Sequence[str], reply: np.dtype[Any], identity: Any, count: Any, rate: Any, *gradients: Any
+        self, names: Sequence[str], reply: np.dtype[Any], identity: Any, count: Any, *rest: Any
     ) -> list[npt.NDArray[Any]]:
+        """Take the step after `count`; return its number and the parameters.
+
+        The number comes from here, though the program could count, so that a state is there when its step has been
+        taken, and not before.
+        """
+        rate, gradients = (float(rest[0]), rest[1:]) if _changes(self._learning_rate) else (None, rest)
         found = held.held(_decoded(identity), names, self._connection)
-        return found.take(int(count), gradients, None if np.isnan(rate) else float(rate), reply)
+        return [np.asarray(count + 1, np.int32), *found.take(int(count), gradients, rate, reply)]
 
     def _encoded(self, session_id: str) -> npt.NDArray[np.uint8]:
         raw = session_id.encode("ascii")
@@ -277,7 +283,12 @@ def _own_rate(optimizer: Optimizer, learning_rate: LearningRate) -> Any:
     """Return the session's own learning rate: 0 where each step brings one, so that a step without would show."""
     if learning_rate is None:
         return optimizer.hyperparameters().lr
-    return 0.0 if callable(learning_rate) or isinstance(learning_rate, jax.Array) else learning_rate
+    return 0.0 if _changes(learning_rate) else learning_rate
+
+
+def _changes(learning_rate: LearningRate) -> bool:
+    """Tell whether each step brings its own learning rate."""
+    return callable(learning_rate) or isinstance(learning_rate, jax.Array)
 
 
 def _decoded(identity: Any) -> str:

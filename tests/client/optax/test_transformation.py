@@ -269,6 +269,16 @@ def test_a_learning_rate_may_be_injected(used: dict[str, Any]) -> None:
         stepwire.optax.adam(0.1, b1=jnp.asarray(0.9), **used)
 
 
+@pytest.mark.parametrize("rate", [float("nan"), -1.0])
+def test_a_schedule_that_goes_wrong_is_told(used: dict[str, Any], rate: float) -> None:
+    tx = stepwire.optax.adam(lambda count: jnp.where(count < 1, 0.1, rate), **used)
+    params = {"w": jnp.ones(2)}
+    params, state = tx.step(params, params, tx.init(params))
+    with pytest.raises(InvalidRequestError, match="lr is"):
+        tx.step(params, params, state)
+    assert tx.session(state).applied_step == 1
+
+
 def test_a_program_goes_on_where_its_session_is(target: str) -> None:
     """As after a restart: another client, which knows the id alone, and parameters that are out of date."""
     tx = stepwire.optax.adam(0.05, server=target)
