@@ -75,6 +75,7 @@ class ClientBase:
         self.blocking = client
         self._worker = Worker("stepwire-aio-client")
         self._sessions: weakref.WeakSet[SessionBase] = weakref.WeakSet()
+        self._workers: list[Worker] = []  # of sessions, which may be forgotten without being closed
 
     async def close(self) -> None:
         """Close the connection; sessions stay on the server until their leases run out. Twice is harmless.
@@ -84,13 +85,17 @@ class ClientBase:
         await self._worker.finish(self._close)
 
     def _close(self) -> None:
+        for worker in self._workers:
+            worker.close()
         for session in list(self._sessions):
-            session._worker.close()
             session.blocking.detach()
         self.blocking.close()
 
     def _adopt(self, session: _S) -> _S:
+        self._workers = [worker for worker in self._workers if not worker.closed]
+        self._workers.append(session._worker)
         self._sessions.add(session)
+        weakref.finalize(session, session._worker.leave).atexit = False
         return session
 
     async def __aenter__(self) -> Self:

@@ -85,6 +85,11 @@ class Worker:
         finally:
             self._pool.shutdown(wait=last.done())  # there is nothing to wait for then but the thread's own end
 
+    def leave(self) -> None:
+        """Let the thread end when the calls that were made are done, and wait for nothing."""
+        self.closed = True
+        self._pool.shutdown(wait=False)
+
     def close(self) -> None:
         """End the thread when the calls that were made are done, and wait for that. Twice is harmless."""
         self.closed = True
@@ -100,7 +105,9 @@ class Worker:
 
     def _submit(self, call: Callable[[], _T]) -> Future[_T]:
         if self.closed:
-            raise RuntimeError("it is closed, and makes no more calls; ask the client for a new session object")
+            raise RuntimeError(
+                "it is closed, and makes no more calls; connect, or ask the client for the session, anew"
+            )
         return self._pool.submit(contextvars.copy_context().run, call)
 
     async def _outcome(self, future: Future[_T], left: Callable[[Future[_T]], None] | None = None) -> _T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Coroutine
@@ -124,6 +125,34 @@ def test_a_step_whose_await_is_cancelled_is_applied_and_known(target: str) -> No
     running(body, target)
 
 
+def test_a_task_that_is_cancelled_in_its_block_leaves_nothing(target: str) -> None:
+    """Neither a session on the server nor a thread; the step under way is waited for."""
+    held, free, ids = threading.Event(), threading.Event(), []
+
+    async def body(client: stepwire.aio.AsyncClient) -> None:
+        def hold(name: str, values: Any) -> None:
+            held.set()
+            assert free.wait(PATIENCE_SECONDS)
+
+        async def train() -> None:
+            async with await client.create_session(WEIGHTS) as session:
+                ids.append(session.session_id)
+                while True:
+                    await session.step(gradients(0), on_tensor=hold)
+
+        task = asyncio.create_task(train())
+        assert await asyncio.to_thread(held.wait, PATIENCE_SECONDS)
+        task.cancel()
+        await asyncio.sleep(0)
+        free.set()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        with pytest.raises(SessionNotFoundError):
+            await client.session(ids[0])
+
+    running(body, target)
+
+
 def test_a_step_that_fails_unseen_is_told_and_taken_again(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(client: stepwire.aio.AsyncClient) -> Any:
         async with await client.create_session(WEIGHTS, optimizer=stepwire.SGD(lr=1.0)) as session:
@@ -207,6 +236,18 @@ def test_a_client_that_closes_leaves_its_sessions_on_the_server(target: str) -> 
     session_id = running(body, target)
     with stepwire.connect(target) as client, client.session(session_id) as session:
         assert session.info().applied_step == 1
+
+
+def test_sessions_that_are_forgotten_leave_no_thread(target: str) -> None:
+    async def body(client: stepwire.aio.AsyncClient) -> None:
+        for seed in range(3):
+            session = await client.create_session(WEIGHTS)
+            await session.step(gradients(seed))
+            del session
+            gc.collect()
+            assert len(client._workers) == 1
+
+    running(body, target)
 
 
 NOT_THERE = {"step_async", "take"}
