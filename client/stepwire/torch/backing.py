@@ -103,8 +103,10 @@ class Backing:
         """Move to a new session of other groups; the state of parameters that stay goes with them.
 
         Raises:
+            InvalidRequestError: the optimizer is closed.
             StepwireError: as creation; everything is as it was.
         """
+        self.check_open()
         parameters = Parameters(groups)
         self.upload()
         session = self._create(parameters, groups)
