@@ -94,5 +94,7 @@ def test_nadam_refuses_a_product_that_its_numbers_do_not_make(client: stepwire.C
 def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None:
     params = parameters()
     with stepwire.torch.Adam(params, server=client, state_precision="int8") as optimizer:
-        with pytest.raises(InvalidRequestError, match="'exp_avg_scale' is missing.*state_precision='int8'"):
+        with pytest.raises(
+            InvalidRequestError, match="'exp_avg_scale' is missing, which this session's state_precision needs"
+        ):
             optimizer.load_state_dict(torch.optim.Adam(params).state_dict())
