@@ -54,7 +54,7 @@ class Backing:
         self._client = options.client()
         try:
             if options.session is None:
-                self._hold(self._create(self.parameters, groups), self.parameters, groups)
+                self._begin_with(self._create(self.parameters, groups), groups)
             else:
                 self.resume(options.session, groups)
         except BaseException:
@@ -84,6 +84,14 @@ class Backing:
             self._sender.close()
         self._sender = self._watching(parameters) if self._options.send_in_backward else None
 
+    def _begin_with(self, session: Session, groups: Sequence[Group]) -> None:
+        """Use the first session, which nobody else knows and would end."""
+        try:
+            self._hold(session, self.parameters, groups)
+        except BaseException:
+            session.close()
+            raise
+
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Go on with a session: take its slot, and bring its parameters into the model.
 
@@ -103,8 +111,10 @@ class Backing:
         """Move to a new session of other groups; the state of parameters that stay goes with them.
 
         Raises:
+            InvalidRequestError: the optimizer is closed.
             StepwireError: as creation; everything is as it was.
         """
+        self.check_open()
         parameters = Parameters(groups)
         self.upload()
         session = self._create(parameters, groups)

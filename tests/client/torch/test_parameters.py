@@ -1,4 +1,4 @@
-"""Parameters of every kind: which are stepped as torch steps them, which are refused, which changes are noticed."""
+"""Parameters of every kind: those that are stepped as by torch, those that are refused, and those without gradients."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""State dicts that cannot be loaded are refused with what is wrong in them, and change nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import stepwire
+import stepwire.torch
+from stepwire.errors import InvalidRequestError
+from tests.client.torch.twins import Twins, assert_same_bits, parameters
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def twins(rule: str, client: stepwire.Client) -> Twins:
+    return Twins(
+        lambda params, remote_params: (
+            getattr(torch.optim, rule)(params, lr=0.01),
+            getattr(stepwire.torch, rule)(remote_params, lr=0.01, server=client),
+        )
+    )
+
+
+def without(state: dict[str, Any], slot: str) -> dict[str, Any]:
+    del state["state"][0][slot]
+    return state
+
+
+def reshaped(state: dict[str, Any]) -> dict[str, Any]:
+    state["state"][1]["exp_avg"] = torch.zeros(3)
+    return state
+
+
+def structured(state: dict[str, Any]) -> dict[str, Any]:
+    state["param_groups"][0]["amsgrad"] = True
+    return state
+
+
+def counted(state: dict[str, Any]) -> dict[str, Any]:
+    state["state"][0]["step"] = torch.tensor(2.5)
+    return state
+
+
+def of_sgd(state: dict[str, Any]) -> dict[str, Any]:
+    state["state"][0]["momentum_buffer"] = torch.zeros(33, 17)
+    return state
+
+
+DAMAGED: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
+    (lambda state: without(state, "exp_avg"), r"state\[0\]\['exp_avg'\] is missing; the state has"),
+    (lambda state: without(state, "step"), r"state\[0\]\['step'\] is missing"),
+    (reshaped, r"state\[1\]\['exp_avg'\] has shape \(3,\) and the parameter \(129,\); .* another model's"),
+    (structured, r"state\[0\]\['max_exp_avg_sq'\] is missing"),
+    (counted, r"state\[0\]\['step'\] 2.5 is no number of steps"),
+    (of_sgd, r"state\[0\]\['momentum_buffer'\] is nothing that Adam keeps; is it another's\?"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGED, ids=[words[-20:] for _, words in DAMAGED])
+def test_a_state_dict_that_cannot_be_loaded_changes_nothing(
+    damage: Callable[[dict[str, Any]], dict[str, Any]], words: str, client: stepwire.Client
+) -> None:
+    pair = twins("Adam", client)
+    with pair.remote:
+        pair.step(3)
+        before, sessions = pair.remote.state_dict(), len(list(client.sessions()))
+        groups = copy.deepcopy(before["param_groups"])
+        with pytest.raises(InvalidRequestError, match=words):
+            pair.remote.load_state_dict(damage(copy.deepcopy(before)))
+        assert len(list(client.sessions())) == sessions
+        after = pair.remote.state_dict()
+        assert after["param_groups"] == groups
+        for index, entry in before["state"].items():
+            assert_same_bits(entry.values(), after["state"][index].values())
+        pair.step(2)
+        pair.assert_close(rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_nadam_refuses_a_product_that_its_numbers_do_not_make(client: stepwire.Client) -> None:
+    pair = twins("NAdam", client)
+    with pair.remote:
+        pair.step(3)
+        saved = pair.local.state_dict()
+        saved["param_groups"][0]["betas"] = (0.5, 0.999)
+        with pytest.raises(InvalidRequestError, match="they were changed on the way, which a session cannot continue"):
+            pair.remote.load_state_dict(saved)
+
+
+def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None:
+    params = parameters()
+    with stepwire.torch.Adam(params, server=client, state_precision="int8") as optimizer:
+        with pytest.raises(
+            InvalidRequestError, match="'exp_avg_scale' is missing, which this session's state_precision needs"
+        ):
+            optimizer.load_state_dict(torch.optim.Adam(params).state_dict())
