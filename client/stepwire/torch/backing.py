@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -12,16 +13,18 @@ from stepwire.codecs import dtype_named
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.feed import GradientFeed
 from stepwire.session import Session
-from stepwire.sharding.session import ShardedSession
+from stepwire.sharding.client import ShardedClient
 from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.families import Family, Group
 from stepwire.torch.mirror import Kept, Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.sessions import create_session, find_session
-from stepwire.torch.views import SharedViews
+from stepwire.torch.views import SharedViews, check_dtypes
 
 __all__ = ["Backing"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Backing:
@@ -65,7 +68,27 @@ class Backing:
     # --- sessions ----------------------------------------------------------------------------------------
 
     def _create(self, parameters: Parameters, groups: Sequence[Group]) -> Session:
+        self._check(parameters)
         return create_session(self._client, self._options, self._family, parameters, groups)
+
+    def _check(self, parameters: Parameters) -> None:
+        """Refuse options that cannot be had for these parameters, before anything is made."""
+        for name in ("shared_views", "send_in_backward"):
+            if getattr(self._options, name) and isinstance(self._client, ShardedClient):
+                raise UnsupportedFeatureError(
+                    f"{name}: the model is cut over several servers or channels; leave it out, or use one",
+                    metadata={"field": name, "feature": f"torch_{name}"},
+                )
+        if self._options.shared_views:
+            check_dtypes(parameters, *self._dtypes(parameters))
+
+    def _dtypes(self, parameters: Parameters) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Return how gradients and answers travel."""
+        sent, received = self._options.gradient_dtype, self._options.reply_dtype
+        return (
+            dtype_named(sent or parameters.dtype, "gradient_dtype", gradients=True),
+            dtype_named(received or parameters.dtype, "reply_dtype"),
+        )
 
     def _hold(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
         """Use a session, which has the present values, from now on."""
@@ -74,15 +97,16 @@ class Backing:
         configuration = session.configuration
         self._structure = self._family.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
-        dtype = parameters.dtype
-        self._gradient_dtype = dtype_named(self._options.gradient_dtype or dtype, "gradient_dtype", gradients=True)
-        self._reply_dtype = dtype_named(self._options.reply_dtype or dtype, "reply_dtype")
+        self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
         self._mirror = Mirror(session, parameters, self._family, self._reply_dtype, self._options.timeout)
-        self._memory.release()
-        self._memory = SharedViews(session, parameters) if self._options.shared_views else parameters
         if self._sender is not None:
             self._sender.close()
-        self._sender = self._watching(parameters) if self._options.send_in_backward else None
+        watches = self._options.send_in_backward
+        self._sender = BackwardSender(parameters, self._begin, self._present_numbers) if watches else None
+        self._memory.release()
+        self._memory = parameters
+        if self._options.shared_views:
+            self._memory = SharedViews(session, parameters)
 
     def _begin_with(self, session: Session, groups: Sequence[Group]) -> None:
         """Use the first session, which nobody else knows and would end."""
@@ -92,6 +116,15 @@ class Backing:
             session.close()
             raise
 
+    def _move_to(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
+        """Use another session in the place of the present one, and end that."""
+        old = self.session
+        try:
+            self._hold(session, parameters, groups)
+        except UnsupportedFeatureError as error:  # there was shared memory a moment ago
+            _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
+        old.close()
+
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Go on with a session: take its slot, and bring its parameters into the model.
 
@@ -99,6 +132,7 @@ class Backing:
             InvalidRequestError: it is of another model, another optimizer, or other options.
             StepwireError: as `Client.session`.
         """
+        self._check(self.parameters)
         session = find_session(self._client, session_id, self._options, self._family, self.parameters, groups)
         pulled: Any = session.pull()
         for name, target in self.parameters.targets().items():
@@ -123,9 +157,7 @@ class Backing:
         except BaseException:
             session.close()
             raise
-        old = self.session
-        self._hold(session, parameters, groups)
-        old.close()
+        self._move_to(session, parameters, groups)
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -157,14 +189,6 @@ class Backing:
         }
 
     # --- steps that begin in the backward pass -----------------------------------------------------------
-
-    def _watching(self, parameters: Parameters) -> BackwardSender:
-        if isinstance(self.session, ShardedSession):
-            raise UnsupportedFeatureError(
-                "send_in_backward: the model is cut over several servers or channels; leave it out, or use one",
-                metadata={"field": "send_in_backward", "feature": "torch_send_in_backward"},
-            )
-        return BackwardSender(parameters, self._begin, self._present_numbers)
 
     def _present_numbers(self) -> Numbers | None:
         """Return what a step would say now; None where it is not sent in messages, or parameters must be sent first."""
@@ -270,9 +294,7 @@ class Backing:
                 session.close()
             raise
         if session is not self.session:
-            old = self.session
-            self._hold(session, self.parameters, groups)
-            old.close()
+            self._move_to(session, self.parameters, groups)
         self._memory.uploaded()
 
     def end(self, *, keep: bool) -> None:

@@ -14,7 +14,7 @@ from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import HeldTensor, from_numpy
 
-__all__ = ["SharedViews"]
+__all__ = ["SharedViews", "check_dtypes"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class SharedViews:
         """Move them.
 
         Raises:
-            UnsupportedFeatureError: the session shares no memory with its server, or not in the parameters' dtypes.
+            UnsupportedFeatureError: the session shares no memory with its server.
         """
         self._session = session
         self._parameters = parameters
@@ -52,15 +52,6 @@ class SharedViews:
         self._answers = cast(dict[str, Any], self._session.shared_parameters())
         private = cast(dict[str, Any], self._session.shared_parameters(private=True))
         self._given = cast(dict[str, Any], self._session.shared_gradients())
-        for tensor in self._parameters.tensors:
-            for what, view in (("parameters", private[tensor.name]), ("gradients", self._given[tensor.name])):
-                if np.dtype(view.dtype) != tensor.dtype:
-                    raise UnsupportedFeatureError(
-                        f"shared_views: {tensor.name!r} is {tensor.parameter.dtype} and the session's {what} are "
-                        f"{np.dtype(view.dtype).name}; leave gradient_dtype and reply_dtype out, and use one dtype in "
-                        "the model, or leave shared_views out",
-                        metadata={"field": "shared_views", "feature": "torch_shared_views"},
-                    )
         self._places = {tensor.name: _tensor(tensor, self._given[tensor.name]) for tensor in self._parameters.tensors}
         self._dirty = False
         self._session.forget_writes()
@@ -131,6 +122,27 @@ class SharedViews:
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def check_dtypes(parameters: Parameters, gradients: np.dtype[Any], answers: np.dtype[Any]) -> None:
+    """Refuse parameters that are no views of what travels.
+
+    Args:
+        parameters: the model's.
+        gradients: how gradients travel.
+        answers: how parameters do.
+
+    Raises:
+        UnsupportedFeatureError: one has another dtype.
+    """
+    for tensor in parameters.tensors:
+        if not tensor.dtype == gradients == answers:
+            raise UnsupportedFeatureError(
+                f"shared_views: {tensor.name!r} is {tensor.parameter.dtype}, and in the session gradients are "
+                f"{gradients.name} and answers {answers.name}; leave gradient_dtype and reply_dtype out, and "
+                "use one dtype in the model",
+                metadata={"field": "shared_views", "feature": "torch_shared_views"},
+            )
 
 
 def _tensor(held: HeldTensor, view: Any) -> Any:

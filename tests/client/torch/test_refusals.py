@@ -130,7 +130,7 @@ CASES: dict[str, list[tuple[Make, str]]] = {
             words,
         )
         for option, words in (
-            ("shared_views", "a session that is cut has no arrays in shared memory"),
+            ("shared_views", "shared_views: the model is cut over several servers"),
             ("send_in_backward", "send_in_backward: the model is cut over several servers or channels; leave it out"),
         )
     ],

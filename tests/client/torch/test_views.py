@@ -190,3 +190,18 @@ def test_memory_that_is_lost_for_good_leaves_ordinary_parameters(caplog: Any) ->
             pair.compare()
         pair.close()
     assert "ordinary memory from now on" in caplog.text
+
+
+def test_parameters_of_another_dtype_are_refused_later_too_and_nothing_is_moved(pair: Pair) -> None:
+    pair.step(1)
+    before = pair.shared.session_id
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="use one dtype in the model"):
+        pair.shared.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]})
+    assert (pair.shared.session_id, len(pair.shared.param_groups)) == (before, 1)
+    pair.step(2)
+    pair.compare()
+
+
+def test_a_model_over_several_channels_is_refused(target: str) -> None:
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="shared_views: the model is cut over several servers"):
+        Adam(model().parameters(), server=target, channels=2, shared_views=True)
