@@ -89,7 +89,7 @@ class Comparison:
         for axes in (losses, differences):
             axes.grid(alpha=0.3)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=90)
         pyplot.close(figure)
         return path.resolve()
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import stepwire.optax
 
+import stepwire.optax
 from command_line import a_server, command_line, progress_bar
 from comparison import Comparison
 from stepwire_server.demo import MLP, Digits

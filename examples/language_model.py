@@ -150,13 +150,15 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 def train_killed(plan: Plan, report: Callable[[Step], None], server: str, kill_at: int) -> tuple[int | None, Outcome]:
     """Train in a process, kill it when it reports a step, and go on in another; return the first's exit code too."""
+    session = None
     with TrainingProcess(train, plan, server=server) as first:
         for step in first.reports():
             report(step)
+            session = step.session  # a user's program would write it down somewhere
             if step.number == kill_at:
                 first.kill()
         exit_code = first.exit_code
-    with TrainingProcess(train, plan, server=server, session=step.session) as second:
+    with TrainingProcess(train, plan, server=server, session=session) as second:
         for step in second.reports():
             report(step)
         return exit_code, second.outcome
