@@ -3,10 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo test check bench bench-peers gpu proto aio lint types clean
+.PHONY: demo examples test check bench bench-peers gpu proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
+
+# In full: a few minutes, most of them the language model's. CI runs them in their short form, as tests.
+examples: .venv-examples/stamp
+	for name in digits_numpy digits_torch digits_jax language_model; do \
+	    .venv-examples/bin/python examples/$$name.py --plot demo-output/$$name.png || exit 1; done
+
+.venv-examples/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/pip install --quiet --disable-pip-version-check -e '.[demo,jax]' torch==2.13.0
+	touch $@
 
 test: .venv/stamp-dev
 	$(BIN)/python -m pytest -q -n auto
@@ -80,4 +90,4 @@ aio: .venv/stamp-dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-proto .venv-peers .venv-flower .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-examples .venv-proto .venv-peers .venv-flower .mypy_cache .ruff_cache .pytest_cache .hypothesis

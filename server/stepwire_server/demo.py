@@ -48,6 +48,11 @@ class Digits(NamedTuple):
         test = np.arange(len(y)) % 5 == 0
         return cls(x[~test], y[~test], x[test], y[test])
 
+    def batch(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Draw a training batch."""
+        drawn = rng.integers(0, len(self.train_y), _BATCH)
+        return self.train_x[drawn], self.train_y[drawn]
+
 
 class MLP:
     """A network with one hidden layer and softmax cross-entropy, gradients by hand."""
@@ -173,8 +178,7 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
         with client.create_session(model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo") as session:
             where, started = session.info().device, time.perf_counter()
             for step in _progress(steps, quiet):
-                batch = rng.integers(0, len(digits.train_y), _BATCH)
-                loss, gradients = model.loss_and_gradients(digits.train_x[batch], digits.train_y[batch])
+                loss, gradients = model.loss_and_gradients(*digits.batch(rng))
                 parameters = session.step(gradients)
                 assert isinstance(parameters, dict)
                 model.parameters = parameters

@@ -1,0 +1,60 @@
+"""What all examples have on their command line, the server that they use, and the bar that shows how far they are."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stepwire_server.process import server_process
+
+__all__ = ["a_server", "command_line", "progress_bar"]
+
+
+def command_line(
+    description: str | None,
+    *,
+    steps: int,
+    quick_steps: int,
+    plot: str,
+    least_steps: int = 1,
+    also: argparse.ArgumentParser | None = None,
+) -> argparse.Namespace:
+    """Read the flags, those of `also` among them; `steps` and `plot` are filled in, `plot` is empty for none."""
+    form, parents = argparse.RawDescriptionHelpFormatter, [] if also is None else [also]
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, parents=parents)
+    parser.add_argument("--target", help="a running server, host:port; default: one of its own, for as long as it runs")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of each run; default {steps}")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"the short form that CI runs: {quick_steps} steps, no plot"
+    )
+    parser.add_argument("--plot", help=f"where the plot goes; default {plot}, with --quick none")
+    parser.add_argument("--json", action="store_true", help="print what a program may read")
+    options = parser.parse_args()
+    if options.steps is None:
+        options.steps = quick_steps if options.quick else steps
+    if options.steps < least_steps:
+        parser.error(f"--steps {options.steps}: at least {least_steps}")
+    if options.plot is None:
+        options.plot = "" if options.quick else plot
+    return options
+
+
+@contextlib.contextmanager
+def a_server(target: str | None) -> Iterator[str]:
+    """Give the server that was asked for, or a process of our own that ends with the block."""
+    if target is not None:
+        yield target
+        return
+    with server_process() as server:
+        yield server.target
+
+
+def progress_bar(options: argparse.Namespace) -> Progress:
+    """Make a bar on standard error, so that standard output is the result alone."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(file=sys.stderr), disable=options.json)
