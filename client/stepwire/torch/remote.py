@@ -12,6 +12,7 @@ import torch
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
+from stepwire.torch.advice import advising
 from stepwire.torch.backing import Backing
 from stepwire.torch.families import FAMILIES, Family
 from stepwire.torch.mirror import Kept
@@ -59,7 +60,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__(params, *args, **own)
         _refuse(self.param_groups)
         self.state.clear()  # Adagrad makes some; it lives on the server
-        self._backing = Backing(self.family, self._options, self.param_groups)
+        with advising(self._options, None):
+            self._backing = Backing(self.family, self._options, self.param_groups)
         self._step_supports_amp_scaling = self._options.amp_scaling
 
     # --- what it is doing --------------------------------------------------------------------------------
@@ -118,7 +120,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None or not float(found_inf):  # GradScaler has looked; it lowers the scale if it was set
-            self.backing.step(self.param_groups, None if scale is None else float(scale))
+            with advising(self._options, self.session_id):
+                self.backing.step(self.param_groups, None if scale is None else float(scale))
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -148,7 +151,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         if self._options.light_state_dict:
             return self.handle()
-        entries, kept = self.backing.exported(self.param_groups)
+        with advising(self._options, self.session_id):
+            entries, kept = self.backing.exported(self.param_groups)
         tensors = self.backing.parameters.tensors
         self.state.update({tensor.parameter: entry for tensor, entry in zip(tensors, entries, strict=True) if entry})
         try:
@@ -222,7 +226,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             StepwireError: as `Session.load`.
         """
         self.backing.check_open()
-        self.backing.upload(everything=True)
+        with advising(self._options, self.session_id):
+            self.backing.upload(everything=True)
 
     def detach(self) -> None:
         """Leave the session on the server, for `session=` in another process, and use it no more."""

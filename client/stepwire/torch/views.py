@@ -53,11 +53,18 @@ class SharedViews:
         private = cast(dict[str, Any], self._session.shared_parameters(private=True))
         self._given = cast(dict[str, Any], self._session.shared_gradients())
         self._places = {tensor.name: _tensor(tensor, self._given[tensor.name]) for tensor in self._parameters.tensors}
+        self._homes = {tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors}
         self._dirty = False
         self._session.forget_writes()
+        self._bring_home()
+        self._parameters.follow()
+
+    def _bring_home(self) -> None:
+        """Make views again of parameters that were given other memory, which answers would not reach."""
         for tensor in self._parameters.tensors:
-            tensor.parameter.data = _tensor(tensor, private[tensor.name])
-            tensor.follow()
+            home = self._homes[tensor.name]
+            if not _same(tensor.parameter, home) or tensor.parameter.stride() != home.stride():
+                tensor.parameter.data = home
 
     def _mover(self, tensor: HeldTensor) -> Callable[[Any], None]:
         def move(parameter: Any) -> None:
@@ -98,6 +105,7 @@ class SharedViews:
         elif self._dirty:
             self._dirty = False
             self._session.forget_writes()
+            self._bring_home()
         for tensor in self._parameters.tensors:
             tensor.touch()
 
@@ -107,7 +115,7 @@ class SharedViews:
         except UnsupportedFeatureError as error:
             _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
             for tensor in self._parameters.tensors:
-                tensor.parameter.data = _tensor(tensor, answer[tensor.name])
+                self._homes[tensor.name] = tensor.parameter.data = _tensor(tensor, answer[tensor.name])
             self._answers = self._parameters.targets()
 
     def release(self) -> None:
@@ -152,7 +160,9 @@ def _tensor(held: HeldTensor, view: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is not None and bool(one.data_ptr() == other.data_ptr()) and one.dtype == other.dtype
+    if one is None or one.layout != torch.strided or one.dtype != other.dtype:
+        return False
+    return bool(one.data_ptr() == other.data_ptr())
 
 
 def _address(view: Any) -> int:

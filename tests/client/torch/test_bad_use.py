@@ -25,7 +25,9 @@ def named() -> list[tuple[str, Parameter]]:
 
 
 def test_an_unreachable_server(remote: Any, closed_port: int) -> None:
-    with pytest.raises(UnavailableError, match=rf"127\.0\.0\.1:{closed_port}"):
+    with pytest.raises(
+        UnavailableError, match=rf"server='127.0.0.1:{closed_port}': .*is it running \(stepwire serve\)"
+    ):
         remote("Adam", parameters(), server=f"127.0.0.1:{closed_port}", timeout=0.2)
 
 
@@ -38,7 +40,7 @@ def test_a_server_that_went_away(exits: contextlib.ExitStack) -> None:
     before = [parameter.detach().clone() for parameter in params]
     for parameter in params:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError, match=f"server='{target}': .*; try again once it is there"):
         optimizer.step()
     assert_same_bits(params, before)
     optimizer.detach()

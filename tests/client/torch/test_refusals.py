@@ -161,6 +161,21 @@ def test_it_is_refused_with_the_reason(make: Make, words: str, target: str, clie
     assert {info.session_id for info in client.sessions()} <= before
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_sharded_parameter_of_torch_itself_is_refused(target: str) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(
+            UnsupportedFeatureError, match=r"one rank's part .* \(FSDP, DTensor\); give the optimizer whole"
+        ):
+            stepwire.torch.Adam([Parameter(sharded)], server=target)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_every_class_of_torch_is_served_or_in_the_table() -> None:
     classes = {
         name

@@ -183,7 +183,9 @@ def test_who_takes_a_session_fences_who_had_it(remote: Any, target: str) -> None
     with stepwire.torch.Adam(others, server=target, session=first.session_id) as second:
         advance(second, others, range(3, 4))
         before = [parameter.detach().clone() for parameter in params]
-        with pytest.raises(FencedError):
+        with pytest.raises(
+            FencedError, match=f"To take it back, make this optimizer again with session='{first.session_id}'"
+        ):
             advance(first, params, range(3, 4))
         assert_same_bits(params, before)
         advance(second, others, range(4, 5))

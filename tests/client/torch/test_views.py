@@ -122,6 +122,43 @@ def test_what_is_written_behind_torchs_back_counts_when_it_is_uploaded(pair: Pai
     pair.compare()
 
 
+def test_a_parameter_that_is_given_other_memory_comes_home(pair: Pair) -> None:
+    """Answers are written where the views are; a parameter that lay elsewhere would not be trained any more."""
+    pair.step(1)
+    at = lying(pair)
+    for network, _ in pair.both:
+        weights = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(weights * 0.5, network.parameters())  # which assigns to `.data`
+        network[0].weight.data = network[0].weight.data.t().contiguous().t()
+    assert lying(pair) != at
+    for step in range(2, 5):
+        pair.step(step)
+        pair.compare()
+        assert lying(pair) == at
+    assert pair.model[0].weight.is_contiguous()
+
+
+def test_two_optimizers_take_turns_with_one_model(pair: Pair, target: str) -> None:
+    pair.step(1)
+    saved = pair.shared.state_dict()
+    with Adam(pair.model.parameters(), lr=0.5, server=target, transport="shm", shared_views=True) as other:
+        other.load_state_dict(saved)
+    first, pair.shared = pair.shared, Adam(pair.model.parameters(), server=target, shared_views=True)
+    pair.shared.load_state_dict(saved)
+    first.close()  # which gives the model memory of its own
+    for step in range(2, 5):
+        pair.step(step)
+        pair.compare()
+
+
+def test_a_sparse_gradient_is_refused_in_the_same_words(target: str) -> None:
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    with Adam(embedding.named_parameters(), server=target, transport="shm", shared_views=True) as optimizer:
+        embedding(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(stepwire.InvalidRequestError, match="the gradient of 'weight' is sparse"):
+            optimizer.step()
+
+
 def test_a_state_dict_and_more_parameters_go_along(pair: Pair) -> None:
     pair.step(1)
     for network, optimizer in pair.both:

@@ -1,0 +1,92 @@
+"""What the session holds beyond what the model shows: masters live through loads, changes, overflows and moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from tests.client.torch.twins import assert_same_bits, gradients, parameters, same_bits
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def advance(optimizer: Any, params: list[Any], steps: range) -> None:
+    for step in steps:
+        for parameter, gradient in zip(
+            params, gradients([p.shape for p in params], step, params[0].dtype), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def masters(optimizer: Any) -> list[Any]:
+    return list(optimizer.state_dict()["stepwire"]["masters"].values())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_masters_have_more_bits_than_the_model(dtype: torch.dtype, remote: Any) -> None:
+    params = parameters(dtype=dtype)
+    optimizer = remote("Adam", params, lr=1e-4)
+    advance(optimizer, params, range(1, 4))
+    held = masters(optimizer)
+    assert_same_bits([master.to(dtype) for master in held], [parameter.detach() for parameter in params])
+    assert any(not torch.equal(master, parameter.float()) for master, parameter in zip(held, params, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_checkpoint_of_model_and_optimizer_has_every_bit(dtype: torch.dtype, remote: Any) -> None:
+    straight, params = parameters(dtype=dtype), parameters(dtype=dtype)
+    advance(remote("Adam", straight, lr=1e-3), straight, range(1, 9))
+    first = remote("Adam", params, lr=1e-3)
+    advance(first, params, range(1, 5))
+    model, saved = [parameter.detach().clone() for parameter in params], first.state_dict()
+    first.close()
+    fresh = [Parameter(values.clone()) for values in model]
+    second = remote("Adam", fresh, lr=1e-3)
+    second.load_state_dict(saved)
+    assert_same_bits(masters(second), saved["stepwire"]["masters"].values())
+    advance(second, fresh, range(5, 9))
+    assert_same_bits(fresh, straight)
+
+
+def test_masters_of_another_model_are_not_taken(remote: Any) -> None:
+    """The model is the truth: where it does not show a master rounded, that is not its master."""
+    first, second = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
+    optimizer = remote("Adam", first, lr=1e-3)
+    advance(optimizer, first, range(1, 4))
+    with torch.no_grad():
+        second[0].fill_(100.0)
+    other = remote("Adam", second, lr=1e-3)
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(masters(other)[0], torch.full((33, 17), 100.0))
+    assert torch.equal(second[0].detach(), torch.full((33, 17), 100.0, dtype=torch.bfloat16))
+
+
+def test_a_group_more_keeps_masters(remote: Any) -> None:
+    straight, params = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
+    alone, grown = remote("Adam", straight[:2], lr=1e-3), remote("Adam", params[:2], lr=1e-3)
+    for optimizer, given in ((alone, straight), (grown, params)):
+        advance(optimizer, given[:2], range(1, 5))
+    grown.add_param_group({"params": params[2:]})
+    for optimizer, given in ((alone, straight), (grown, params)):
+        advance(optimizer, given[:2], range(5, 9))
+    assert_same_bits(params[:2], straight[:2])
+    assert same_bits(masters(grown)[0], masters(alone)[0])
+
+
+def test_a_parameter_that_overflows_comes_back(remote: Any) -> None:
+    """Its master is 70,000, which a float16 shows as Inf; nothing that the model shows has changed, so it stays."""
+    parameter, other = (Parameter(torch.full((2,), 60_000.0, dtype=torch.float16)) for _ in range(2))
+    optimizer = remote("SGD", [parameter, other], lr=10_000.0)
+    seen = []
+    for gradient in (-1.0, 1.0):
+        parameter.grad = torch.full((2,), gradient, dtype=torch.float16)
+        optimizer.step()
+        with torch.no_grad():
+            other.add_(-32.0)  # so that the model is sent again
+        seen.append(parameter[0].item())
+    assert seen == [float("inf"), 60_000.0]
+    assert masters(optimizer)[1].tolist() == [60_000.0 - 64.0] * 2
