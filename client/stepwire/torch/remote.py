@@ -62,6 +62,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.state.clear()  # Adagrad makes some; it lives on the server
         with advising(self._options, None):
             self._backing = Backing(self.family, self._options, self.param_groups)
+        # For who compiles a whole training step: nothing in a call to a server can be traced.
+        self._take_step = torch.compiler.disable(self._backing.step)
         self._step_supports_amp_scaling = self._options.amp_scaling
 
     # --- what it is doing --------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None or not float(found_inf):  # GradScaler has looked; it lowers the scale if it was set
             with advising(self._options, self.session_id):
-                self.backing.step(self.param_groups, None if scale is None else float(scale))
+                self._take_step(self.param_groups, None if scale is None else float(scale))
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -42,9 +42,9 @@ def _entry(state: SessionState, tensor: HeldTensor, family: Family, group: Group
     steps = state.tensor_steps[tensor.name]
     if not steps and not family.eager:
         return {}
-    entry: dict[str, Any] = {"step": torch.tensor(float(steps))} if family.counts else {}
+    entry: dict[str, Any] = {"step": _scalar(float(steps))} if family.counts else {}
     if "momentum_decay" in family.numbers:
-        entry[_MU] = torch.tensor(_mu_product(group, steps))
+        entry[_MU] = _scalar(_mu_product(group, steps))
     for slot in family.slots:
         if slot in state.slots:
             entry[slot] = tensor.tensor(state.slots[slot][tensor.name])
@@ -124,6 +124,12 @@ def _mu_product(group: Group, steps: int) -> float:
         mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
         product = np.float32(product * np.float32(mu))
     return float(product)
+
+
+def _scalar(value: float) -> Any:
+    """Return a number as torch keeps it: whatever the default device is, and at least in float32."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _invalid(field: str, problem: str) -> InvalidRequestError:

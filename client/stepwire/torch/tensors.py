@@ -180,7 +180,7 @@ def _real(tensor: Any) -> Any:
 
 
 def _room(like: Any) -> Any:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
 
 
 def _check(name: str, parameter: Any) -> None:
