@@ -284,6 +284,7 @@ class Backing:
             StepwireError: as `Session.load_state`.
         """
         self.check_open()
+        self._family.configuration(groups)  # groups of another optimizer lack its numbers
         self._settle()
         session = self._create(self.parameters, groups) if self._outgrown(groups) else self.session
         try:

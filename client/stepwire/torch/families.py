@@ -39,7 +39,17 @@ class Family:
     eager: bool = False
 
     def numbers_of(self, group: Group) -> dict[str, Any]:
-        """Return what is sent of a group, as plain numbers: torch takes tensors for most of them."""
+        """Return what is sent of a group, as plain numbers: torch takes tensors for most of them.
+
+        Raises:
+            InvalidRequestError: the group is another rule's.
+        """
+        if missing := [name for name in self.numbers if name not in group]:
+            raise InvalidRequestError(
+                f"param_groups: a group has no {missing[0]!r}, which {self.rule.__name__} needs; is it of another "
+                "optimizer's state dict?",
+                metadata={"field": f"param_groups.{missing[0]}"},
+            )
         numbers = {name: _plain(group[name]) for name in self.numbers}
         if "dampening" in numbers and not numbers["momentum"]:
             numbers["dampening"] = 0.0  # which torch ignores without momentum, and a server refuses

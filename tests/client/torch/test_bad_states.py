@@ -98,3 +98,32 @@ def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None
             InvalidRequestError, match="'exp_avg_scale' is missing, which this session's state_precision needs"
         ):
             optimizer.load_state_dict(torch.optim.Adam(params).state_dict())
+
+
+def test_a_state_dict_of_another_optimizer(client: stepwire.Client) -> None:
+    """Torch takes it, and fails at the next step."""
+    pair = twins("Adam", client)
+    theirs = parameters()
+    other = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
+    with pair.remote:
+        with pytest.raises(InvalidRequestError, match="a group has no 'betas', which Adam needs; is it of another"):
+            pair.remote.load_state_dict(other.state_dict())
+        for parameter in theirs:
+            parameter.grad = torch.ones_like(parameter)
+        other.step()
+        with pytest.raises(
+            InvalidRequestError, match="a group has no 'betas'|'momentum_buffer'.* is nothing that Adam"
+        ):
+            pair.remote.load_state_dict(other.state_dict())
+        pair.step(2)
+        pair.assert_close(rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_a_handle_of_another_optimizers_session(client: stepwire.Client) -> None:
+    pair = twins("Adam", client)
+    with pair.remote, stepwire.torch.SGD(parameters(), server=client) as other:
+        with pytest.raises(InvalidRequestError, match="a group has no 'betas'"):
+            pair.remote.load_state_dict(other.handle())
+        pair.step(2)
+        pair.assert_close(rtol=4 * EPS, atol=4 * EPS)
+        assert client.session(other.session_id).applied_step == 0

@@ -165,3 +165,44 @@ def test_loading_in_place_goes_back_in_time(client: stepwire.Client) -> None:
         assert ours.applied_step == 9
         assert_same_state(ours.state_dict(), {**saved, "state": ours.state_dict()["state"]})
     assert_same_bits(params, there)
+
+
+@pytest.mark.parametrize(("source", "into"), [("Adam", "AdamW"), ("AdamW", "Adam")])
+def test_decay_goes_with_the_state_dict_as_in_torch(source: str, into: str, client: stepwire.Client) -> None:
+    """Torch's AdamW is Adam with a key in its groups: Adam takes it from a state dict, AdamW has it in any case."""
+    params, others, first = parameters(), parameters(), parameters()
+    saved = local(source, first, {"weight_decay": 0.1})
+    advance(saved, first, range(1, 4))
+    theirs = local(into, others, {})
+    theirs.load_state_dict(saved.state_dict())
+    with remote_of(into, params, {}, client) as ours:
+        ours.load_state_dict(saved.state_dict())
+        assert ours.param_groups[0]["decoupled_weight_decay"] == theirs.param_groups[0]["decoupled_weight_decay"]
+        advance(ours, params, range(4, 8))
+    advance(theirs, others, range(4, 8))
+    for one, other in zip(others, params, strict=True):
+        torch.testing.assert_close(other, one, rtol=8 * EPS, atol=8 * EPS)
+
+
+def test_a_state_dict_of_an_older_torch(client: stepwire.Client) -> None:
+    """Steps were plain numbers, and groups had fewer keys."""
+    params, others, first = parameters(), parameters(), parameters()
+    saved = local("Adam", first, {})
+    advance(saved, first, range(1, 4))
+    old = saved.state_dict()
+    old["param_groups"] = [
+        {key: old["param_groups"][0][key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+    ]
+    old["state"] = {index: {**entry, "step": int(entry["step"])} for index, entry in old["state"].items()}
+    theirs = local("Adam", others, {})
+    theirs.load_state_dict(old)
+    with remote_of("Adam", params, {}, client) as ours:
+        ours.load_state_dict(old)
+        advance(ours, params, range(4, 8))
+        advance(theirs, others, range(4, 8))
+        assert_same_state_but_rounding(ours.state_dict(), theirs.state_dict())
+
+
+def assert_same_state_but_rounding(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["param_groups"] == other["param_groups"]
+    torch.testing.assert_close(one["state"], other["state"], rtol=8 * EPS, atol=8 * EPS)
