@@ -218,6 +218,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.backing.resume(ours["session_id"], self.param_groups)
         if old.session_id != self.session_id:
             old.close()
+        else:
+            old.detach()  # its stream, which the new one has displaced
 
     # --- beyond torch ------------------------------------------------------------------------------------
 

@@ -93,17 +93,17 @@ def test_other_numbers_are_the_present_ones(remote: Any, target: str) -> None:
     assert parameter.tolist() == [-0.25] * 2
 
 
-def test_taking_ones_own_session_again_holds_one_stream(exits: contextlib.ExitStack) -> None:
+def test_taking_ones_own_session_again_holds_no_streams(exits: contextlib.ExitStack) -> None:
     from stepwire_server.testing import serving
 
-    target = exits.enter_context(serving(threads=1, max_streams=3))
+    target = exits.enter_context(serving(threads=1, max_streams=6))
     parameter = Parameter(torch.zeros(2))
     with stepwire.torch.SGD([parameter], lr=1.0, server=target) as optimizer:
-        for _ in range(6):
+        for _ in range(20):
             optimizer.load_state_dict(optimizer.handle())
             parameter.grad = torch.ones(2)
             optimizer.step()
-    assert parameter.tolist() == [-6.0] * 2
+    assert parameter.tolist() == [-20.0] * 2
 
 
 # --- another's ------------------------------------------------------------------------------------------
