@@ -177,6 +177,7 @@ class Backing:
             answer = self.session.step(gradients, **self._step_options((overrides, loss_scale)))
         if answer is not None:  # without any gradient nothing moves, as with torch
             self._memory.stepped(answer)
+            self._mirror.forget()
 
     def _step_options(self, numbers: Numbers) -> dict[str, Any]:
         return {
@@ -291,11 +292,13 @@ class Backing:
             state = self._mirror.loadable(session, entries, kept, groups)
             session.load_state(state, timeout=self._options.timeout)
         except BaseException:
+            self._mirror.forget()
             if session is not self.session:
                 session.close()
             raise
         if session is not self.session:
             self._move_to(session, self.parameters, groups)
+        self._mirror.offer(kept)
         self._memory.uploaded()
 
     def end(self, *, keep: bool) -> None:

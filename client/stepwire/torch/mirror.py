@@ -46,6 +46,7 @@ class Mirror:
         self._timeout = timeout
         held = {tensor.dtype for tensor in parameters.tensors}
         self._exact = reply_dtype == FLOAT32 and held == {FLOAT32}
+        self._offered: dict[str, Any] = {}
 
     def upload(self) -> None:
         """Send the model's values.
@@ -53,7 +54,26 @@ class Mirror:
         Raises:
             StepwireError: as `Session.load`.
         """
-        self._session.load(self._values({}), timeout=self._timeout)
+        self._session.load(self._values(), timeout=self._timeout)
+
+    def offer(self, kept: Kept) -> None:
+        """Take masters of a state dict for what the model shows of them, now and until `forget`.
+
+        So the model's own state dict may be loaded after that of its optimizer: the masters fit from then on.
+
+        Raises:
+            InvalidRequestError: they are another model's.
+        """
+        tensors = self._parameters.tensors
+        self._offered = {
+            tensors[index].name: tensors[index].values(value, f"masters[{index}]")
+            for index, value in kept.masters.items()
+            if not self._exact
+        }
+
+    def forget(self) -> None:
+        """Offer no masters any more: after a step they are those of another time."""
+        self._offered = {}
 
     def state(self) -> SessionState:
         """Return the session's state.
@@ -98,12 +118,8 @@ class Mirror:
                     metadata={"field": f"state_dict.{slot}"},
                 )
             slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
-        slots[PARAM] = self._values(
-            {
-                tensors[index].name: tensors[index].values(value, f"masters[{index}]")
-                for index, value in kept.masters.items()
-            }
-        )
+        self.offer(kept)
+        slots[PARAM] = self._values()
         return SessionState(step=self._session.applied_step, slots=slots, tensor_steps=steps)
 
     def carried(self, fresh: SessionState, parameters: Parameters) -> SessionState:
@@ -126,21 +142,27 @@ class Mirror:
         steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
         return SessionState(step=before.step, slots=fresh.slots, tensor_steps=steps)
 
-    def _values(self, masters: Mapping[str, Any]) -> Arrays:
-        """Return the model's values; where given masters, or the session's, round to those, the masters."""
+    def _values(self) -> Arrays:
+        """Return the model's values; where offered masters, or else the session's, round to those, the masters."""
         local = self._parameters.fetch()
         if self._exact:
             return local
         pulled: Any = self._session.pull(timeout=self._timeout)
         return {
-            tensor.name: self._merged(masters.get(tensor.name, pulled[tensor.name]), local[tensor.name], tensor)
+            tensor.name: self._merged(
+                [masters[tensor.name] for masters in (pulled, self._offered) if tensor.name in masters],
+                local[tensor.name],
+                tensor,
+            )
             for tensor in self._parameters.tensors
         }
 
-    def _merged(self, master: Any, local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            shown = master.astype(self._reply_dtype).astype(tensor.dtype)
-            merged: npt.NDArray[Any] = np.where(shown == local, master, local.astype(np.float32))
+    def _merged(self, masters: Sequence[Any], local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
+        merged: npt.NDArray[Any] = local.astype(np.float32)
+        for master in masters:
+            with np.errstate(over="ignore", invalid="ignore"):
+                shown = master.astype(self._reply_dtype).astype(tensor.dtype)
+            merged = np.where(shown == local, master, merged)
         return merged
 
     def _beside_torch(self, session: Session) -> list[str]:

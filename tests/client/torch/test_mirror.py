@@ -36,17 +36,27 @@ def test_masters_have_more_bits_than_the_model(dtype: torch.dtype, remote: Any) 
     assert any(not torch.equal(master, parameter.float()) for master, parameter in zip(held, params, strict=True))
 
 
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["same structure", "another structure"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_checkpoint_of_model_and_optimizer_has_every_bit(dtype: torch.dtype, remote: Any) -> None:
+def test_a_checkpoint_of_model_and_optimizer_has_every_bit(
+    dtype: torch.dtype, amsgrad: bool, order: str, remote: Any
+) -> None:
     straight, params = parameters(dtype=dtype), parameters(dtype=dtype)
-    advance(remote("Adam", straight, lr=1e-3), straight, range(1, 9))
-    first = remote("Adam", params, lr=1e-3)
+    advance(remote("Adam", straight, lr=1e-3, amsgrad=amsgrad), straight, range(1, 9))
+    first = remote("Adam", params, lr=1e-3, amsgrad=amsgrad)
     advance(first, params, range(1, 5))
     model, saved = [parameter.detach().clone() for parameter in params], first.state_dict()
     first.close()
-    fresh = [Parameter(values.clone()) for values in model]
+    fresh = [Parameter(torch.zeros_like(values)) for values in model]
     second = remote("Adam", fresh, lr=1e-3)
-    second.load_state_dict(saved)
+    if order == "optimizer first":
+        second.load_state_dict(saved)
+    with torch.no_grad():
+        for parameter, values in zip(fresh, model, strict=True):
+            parameter.copy_(values)
+    if order == "model first":
+        second.load_state_dict(saved)
     assert_same_bits(masters(second), saved["stepwire"]["masters"].values())
     advance(second, fresh, range(5, 9))
     assert_same_bits(fresh, straight)
