@@ -21,6 +21,10 @@ from stepwire.torch.options import RemoteOptions, split_options
 __all__ = ["RemoteOptimizer"]
 
 _KEY = "stepwire"
+_REFUSED = {
+    "differentiable": "no gradient flows through a step that a server takes",
+    "capturable": "a CUDA graph cannot contain a call to a server",
+}
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -189,6 +193,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return {**incoming, "state": {}}  # torch would cast moments to the parameters' dtype
 
         def load(_: Any) -> None:
+            for group in self.param_groups:  # of an optimizer that computed otherwise; its state is as good
+                group.update({name: False for name in _REFUSED if name in group})
             self._load(given)
 
         before, self.param_groups = self.param_groups, [{**group} for group in self.param_groups]
@@ -267,12 +273,8 @@ def _no_copy(what: str) -> TypeError:
 
 def _refuse(groups: list[dict[str, Any]]) -> None:
     """Refuse options of torch that would promise what a server cannot do."""
-    reasons = {
-        "differentiable": "no gradient flows through a step that a server takes",
-        "capturable": "a CUDA graph cannot contain a call to a server",
-    }
     for index, group in enumerate(groups):
-        for name, reason in reasons.items():
+        for name, reason in _REFUSED.items():
             if group.get(name):
                 raise UnsupportedFeatureError(
                     f"param_groups[{index}][{name!r}] is True, and {reason}; leave it out",

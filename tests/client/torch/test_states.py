@@ -203,6 +203,21 @@ def test_a_state_dict_of_an_older_torch(client: stepwire.Client) -> None:
         assert_same_state_but_rounding(ours.state_dict(), theirs.state_dict())
 
 
+def test_a_state_dict_of_an_optimizer_that_a_cuda_graph_captured(client: stepwire.Client) -> None:
+    """Its moments are like any; the flag, which is refused otherwise, stays behind."""
+    params, first = parameters(), parameters()
+    saved = local("Adam", first, {})
+    advance(saved, first, range(1, 4))
+    captured = saved.state_dict()
+    captured["param_groups"][0].update(capturable=True)
+    with remote_of("Adam", params, {}, client) as ours:
+        ours.load_state_dict(captured)
+        assert ours.param_groups[0]["capturable"] is False
+        advance(ours, params, range(4, 6))
+        ours.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+        assert ours.state_dict()["state"][0]["step"].item() == 5.0
+
+
 def assert_same_state_but_rounding(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["param_groups"] == other["param_groups"]
     torch.testing.assert_close(one["state"], other["state"], rtol=8 * EPS, atol=8 * EPS)
