@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError
@@ -37,6 +38,9 @@ _RANGES: Final[dict[str, _Range]] = {
     "trust_coefficient": _POSITIVE,
     "eps_root": _NOT_NEGATIVE,
 }
+
+
+_NO_SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +80,15 @@ class Hyperparameters:
         """Name the numbers that the rule has."""
         return tuple(name for name in OVERRIDABLE if getattr(self, name) is not None)
 
-    def replace(self, overrides: Mapping[str, Any], field: str = "hyperparameters") -> Hyperparameters:
+    def replace(
+        self, overrides: Mapping[str, Any], field: str = "hyperparameters", synonyms: Mapping[str, str] = _NO_SYNONYMS
+    ) -> Hyperparameters:
         """Return a checked copy with some values replaced.
 
         Args:
             overrides: names from `used()`; `betas` stands for `beta1` and `beta2` together.
             field: the path that an error names.
+            synonyms: what to call a number there, where not by the name it has here.
 
         Raises:
             InvalidRequestError: a name that is unknown or that the rule does not use, or a value out of range;
@@ -93,17 +100,17 @@ class Hyperparameters:
         for name, value in values.items():
             if name not in OVERRIDABLE or getattr(self, name) is None:
                 raise invalid(f"{field}.{name}", f"{self._refusal(name)}; use one of: {', '.join(self._names())}")
-            _check(name, value, f"{field}.{name}")
+            _check(name, value, f"{field}.{synonyms.get(name, name)}")
         return dataclasses.replace(self, **values)
 
-    def check(self, field: str = "hyperparameters") -> None:
-        """Refuse values out of range.
+    def check(self, field: str = "hyperparameters", synonyms: Mapping[str, str] = _NO_SYNONYMS) -> None:
+        """Refuse values out of range; for the arguments see `replace`.
 
         Raises:
             InvalidRequestError: names the field, the value and the allowed range.
         """
         for name in self.used():
-            _check(name, getattr(self, name), f"{field}.{name}")
+            _check(name, getattr(self, name), f"{field}.{synonyms.get(name, name)}")
 
     def _names(self) -> tuple[str, ...]:
         return self.used() if self.beta1 is None else ("betas", *self.used())
@@ -152,4 +159,5 @@ def _check(name: str, value: object, field: str) -> None:
         if not isinstance(value, bool):
             raise invalid(field, f"maximize is {value!r}; it must be True or False")
     elif not _RANGES[name].holds(number(value, field)):
-        raise invalid(field, f"{name} is {value!r}; it must be {_RANGES[name].words}")
+        shown = field.rpartition(".")[2]
+        raise invalid(field, f"{shown} is {value!r}; it must be {_RANGES[name].words}")

@@ -59,7 +59,7 @@ class Optimizer:
             allowed = ", ".join(get_args(Formula))
             raise invalid("optimizer.formula", f"formula is {self.structure().formula!r}; use one of: {allowed}")
         numbers = self.hyperparameters()
-        numbers.check("optimizer")
+        numbers.check("optimizer", self.synonyms)
         self.check_numbers(numbers, "optimizer")
 
     def structure(self) -> Structure:
@@ -80,7 +80,8 @@ class Optimizer:
             InvalidRequestError: a name the rule does not use, a value out of range, or values that contradict each
                 other; the message names them.
         """
-        changed = base.replace({self.contract_name(name): value for name, value in overrides.items()}, field)
+        contract = {self.contract_name(name): value for name, value in overrides.items()}
+        changed = base.replace(contract, field, self.synonyms)
         self.check_numbers(changed, field)
         return changed
 

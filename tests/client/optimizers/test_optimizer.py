@@ -192,6 +192,20 @@ def test_overrides_are_checked_by_their_path(kind: type[Optimizer]) -> None:
 # --- the table of rules ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("rule", "name", "value"),
+    [("adadelta", "rho", 1.0), ("adagrad", "lr_decay", -1.0), ("nadam", "momentum_decay", -1.0)],
+)
+def test_a_number_is_called_what_its_rule_calls_it(rule: str, name: str, value: float) -> None:
+    """And not what the contract calls it, which has one name for those of several rules."""
+    with pytest.raises(InvalidRequestError, match=rf"^optimizer\.{name}: {name} is {value}; it must be") as raised:
+        OPTIMIZERS[rule](**{name: value})
+    assert raised.value.metadata["field"] == f"optimizer.{name}"
+    optimizer = OPTIMIZERS[rule]()
+    with pytest.raises(InvalidRequestError, match=rf"^step\.{name}: {name} is {value}; it must be"):
+        optimizer.override(optimizer.hyperparameters(), {name: value}, "step")
+
+
 def test_every_rule_has_its_record() -> None:
     assert [kind.rule for kind in OPTIMIZERS.values()] == list(OPTIMIZERS)
     kinds = {

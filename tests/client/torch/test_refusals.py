@@ -122,7 +122,7 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         (made("SGD", of(2), momentum=1.0), r"momentum is 1.0; it must be in \[0, 1\)"),
         (made("SGD", of(2), momentum=0.9, dampening=-0.5), r"dampening is -0.5; it must be in \[0, 1\]"),
         (made("RMSprop", of(2), alpha=1.0), r"alpha is 1.0; it must be in \[0, 1\)"),
-        (made("Adadelta", of(2), rho=1.0), r"is 1.0; it must be in \[0, 1\)"),
+        (made("Adadelta", of(2), rho=1.0), r"rho is 1.0; it must be in \[0, 1\)"),
     ],
     "several servers or channels": [
         (
