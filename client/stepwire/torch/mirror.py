@@ -65,6 +65,12 @@ class Mirror:
             InvalidRequestError: they are another model's.
         """
         tensors = self._parameters.tensors
+        if unknown := [index for index in kept.masters if index not in range(len(tensors))]:
+            raise InvalidRequestError(
+                f"state_dict: masters[{unknown[0]!r}] is of no parameter here, of which there are {len(tensors)}; the "
+                "state is another model's",
+                metadata={"field": "state_dict.masters"},
+            )
         self._offered = {
             tensors[index].name: tensors[index].values(value, f"masters[{index}]")
             for index, value in kept.masters.items()

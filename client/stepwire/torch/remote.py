@@ -209,7 +209,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise
 
     def _load(self, given: dict[str, Any]) -> None:
-        ours = given.get(_KEY, {})
+        ours = given.get(_KEY) or {}
         if ours.get("handle"):
             self._retake(ours)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -99,8 +100,11 @@ def _steps(entry: Mapping[str, Any], family: Family, group: Group, field: str) -
         if entry:
             raise _invalid(f"{field}['step']", f"is missing; the state has {sorted(entry)}")
         return 0
-    steps = float(entry["step"])
-    if steps < 0 or steps != int(steps):
+    try:
+        steps = float(entry["step"])
+    except (TypeError, ValueError):
+        raise _invalid(f"{field}['step']", f"{entry['step']!r:.60} is no number of steps") from None
+    if not 0 <= steps < math.inf or steps != int(steps):
         raise _invalid(f"{field}['step']", f"{steps!r} is no number of steps")
     if _MU in entry:
         _check_product(float(entry[_MU]), _mu_product(group, int(steps)), field)

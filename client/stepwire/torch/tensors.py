@@ -147,8 +147,13 @@ class HeldTensor:
         """Return a tensor of the parameter's shape as float32 values of the session's; inverse of `tensor`.
 
         Raises:
-            InvalidRequestError: it has another shape.
+            InvalidRequestError: it is no tensor, or has another shape.
         """
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidRequestError(
+                f"{field} is {tensor!r:.60}, no tensor; the state is damaged, or no optimizer's",
+                metadata={"field": field},
+            )
         if tuple(tensor.shape) != tuple(self.parameter.shape):
             raise InvalidRequestError(
                 f"{field} has shape {tuple(tensor.shape)} and the parameter {tuple(self.parameter.shape)}; the state "

@@ -41,13 +41,16 @@ def structured(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def counted(state: dict[str, Any]) -> dict[str, Any]:
-    state["state"][0]["step"] = torch.tensor(2.5)
-    return state
+def altered(slot: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def alter(state: dict[str, Any]) -> dict[str, Any]:
+        state["state"][0][slot] = value
+        return state
+
+    return alter
 
 
-def of_sgd(state: dict[str, Any]) -> dict[str, Any]:
-    state["state"][0]["momentum_buffer"] = torch.zeros(33, 17)
+def foreign(state: dict[str, Any]) -> dict[str, Any]:
+    state["stepwire"]["masters"] = {7: torch.zeros(3)}
     return state
 
 
@@ -56,8 +59,16 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (lambda state: without(state, "step"), r"state\[0\]\['step'\] is missing"),
     (reshaped, r"state\[1\]\['exp_avg'\] has shape \(3,\) and the parameter \(129,\); .* another model's"),
     (structured, r"state\[0\]\['max_exp_avg_sq'\] is missing"),
-    (counted, r"state\[0\]\['step'\] 2.5 is no number of steps"),
-    (of_sgd, r"state\[0\]\['momentum_buffer'\] is nothing that Adam keeps; is it another's\?"),
+    (altered("step", torch.tensor(2.5)), r"state\[0\]\['step'\] 2.5 is no number of steps"),
+    (
+        altered("momentum_buffer", torch.zeros(33, 17)),
+        r"state\[0\]\['momentum_buffer'\] is nothing that Adam keeps; is it another's\?",
+    ),
+    (altered("step", torch.tensor(float("nan"))), r"state\[0\]\['step'\] nan is no number of steps"),
+    (altered("step", torch.tensor(float("inf"))), r"state\[0\]\['step'\] inf is no number of steps"),
+    (altered("step", "three"), r"state\[0\]\['step'\] 'three' is no number of steps"),
+    (altered("exp_avg", [1.0, 2.0]), r"state\[0\]\['exp_avg'\] is \[1.0, 2.0\], no tensor; the state is damaged"),
+    (foreign, r"masters\[7\] is of no parameter here, of which there are 3; the state is another model's"),
 ]
 
 
