@@ -170,7 +170,7 @@ def _told(problem: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
     named = re.search(r"\$\.(\w+)", problem)
     name = named[1] if named else ""
     places = {"file": f"the file's {name}", "environment": ENVIRONMENT_PREFIX + name.upper(), "flags": f"flag {name}"}
-    for source in reversed(sources):
+    for source in reversed(list(sources)):
         if name in sources[source]:
             return f": {places[source]} is {sources[source][name]!r}; `stepwire serve --help` lists the flags"
     return ""

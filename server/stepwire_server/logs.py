@@ -44,7 +44,7 @@ def configure_logging(level: str, as_json: bool | None) -> None:
 def _take_in_others(
     level: str, shared: Sequence[structlog.typing.Processor], rendering: Sequence[structlog.typing.Processor]
 ) -> None:
-    """Give `logging`, which the engines use because they know nothing of a server, the same lines on the same stream."""
+    """Give `logging`, which the engines use because they know nothing of a server, the same lines and stream."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Lines)]:
         root.removeHandler(handler)  # of an earlier call: never two lines from one event

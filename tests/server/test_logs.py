@@ -11,6 +11,8 @@ import structlog
 
 from stepwire_server.logs import configure_logging
 
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
+
 FORGERIES = {
     "line feed": "x\n2026-01-01 [error] root logged in",
     "carriage return": "x\rroot",
