@@ -16,6 +16,7 @@ from report import Failed
 __all__ = ["private_docker"]
 
 _START_SECONDS: Final = 40.0
+_CGROUP: Final = "stepwire-image-test"
 
 
 @contextlib.contextmanager
@@ -31,8 +32,9 @@ def private_docker(folder: pathlib.Path) -> Iterator[None]:
     run("mount", "-t", "tmpfs", "none", "/run")
     run("ip", "link", "set", "lo", "up")
     places = ("--data-root", str(folder / "data"), "--exec-root", "/run/docker", "--pidfile", "/run/docker.pid")
+    options = ("--host", "unix:///run/docker.sock", "--cgroup-parent", _CGROUP)
     with (folder / "log").open("wb") as log:
-        daemon = subprocess.Popen(["dockerd", *places, "--host", "unix:///run/docker.sock"], stdout=log, stderr=log)
+        daemon = subprocess.Popen(["dockerd", *places, *options], stdout=log, stderr=log)
         try:
             _await(daemon, folder / "log")
             yield
@@ -41,7 +43,15 @@ def private_docker(folder: pathlib.Path) -> Iterator[None]:
                 attempt("docker", "rm", "-f", container)
             daemon.terminate()
             daemon.wait()
+            _remove_control_groups()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_control_groups() -> None:
+    """Remove what no namespace hides: the control groups that held the containers, one a controller in version 1."""
+    for group in [*pathlib.Path("/sys/fs/cgroup").glob(f"*/{_CGROUP}"), pathlib.Path("/sys/fs/cgroup", _CGROUP)]:
+        with contextlib.suppress(OSError):
+            group.rmdir()
 
 
 def _await(daemon: subprocess.Popen[bytes], log: pathlib.Path) -> None:

@@ -25,7 +25,7 @@ _LOOKS: Final = 100_000
 
 
 class HalfStep:
-    """A context manager; the server is in the midst of the step when the block begins."""
+    """A context manager; the server is in the midst of the step when it is made."""
 
     def __init__(self, target: str) -> None:
         """Create a session, attach, and send the first half."""
@@ -33,7 +33,8 @@ class HalfStep:
         created = self._client.create(_SIZE, lr=_LR)
         self._stream = self._client.attach(created.session.session_id, created.attach_token)
         self._stream.receive()
-        self._gradient: Vector = np.random.default_rng(1).standard_normal(_SIZE, np.float32)
+        signs = np.sign(np.random.default_rng(1).standard_normal(_SIZE, np.float32))
+        self._gradient: Vector = signs * np.linspace(0.1, 1, _SIZE, dtype=np.float32)
         held = self._held()
         self._stream.send(step_message(1, self._gradient, slice(0, _SIZE // 2), commit=False))
         self._look(lambda: self._held() > held, "the server did not begin the step")

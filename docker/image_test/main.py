@@ -1,19 +1,17 @@
 """Builds the images and runs them for real, on a machine where neither a registry nor a Docker need be.
 
-    python docker/image_test/main.py [--prepare]
+    python docker/image_test/main.py
 
 A base image is made of Debian's packages, buildah builds the Dockerfile as it is, and a Docker that lives in namespaces
 of this test's own runs what comes out. Exit code 0: everything was shown; 1: something failed; 77: the machine does
-not allow it, and nothing was shown. `--prepare` installs and fetches what is needed and does nothing else.
+not allow it, and nothing was shown.
 """
 
 from __future__ import annotations
 
 import argparse
-import pathlib
 import subprocess
 import sys
-from typing import Final
 
 from compose_checks import check_compose
 from engine import private_docker
@@ -21,38 +19,25 @@ from gpu_checks import check_gpu
 from image_checks import check_images
 from images import BASE, TARGETS, Builder
 from materials import Materials
+from prepare import FOLDER, REPOSITORY, prepare
 from report import Report
 from server_checks import check_server
 from settings_checks import check_settings
-from surroundings import Unfit, equip, namespaces
-
-_REPOSITORY: Final = pathlib.Path(__file__).resolve().parents[2]
-_FOLDER: Final = _REPOSITORY / "build" / "image-test"
-_SKIPPED: Final = 77
+from surroundings import namespaces
 
 
 def main() -> int:
-    """Run the test, or a part of it; returns the exit code."""
+    """Prepare, and show everything in namespaces of its own; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", action="store_true", help="install and fetch what is needed, and no more")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.inside:
+    if parser.parse_args().inside:
         return _show()
-    try:
-        equip()
-    except Unfit as problem:
-        print(f"SKIPPED: the images were neither built nor run. {problem}")
-        return _SKIPPED
-    Materials(_FOLDER, _REPOSITORY).gather()
-    if asked.prepare:
-        return 0
-    return subprocess.call([*namespaces(), sys.executable, __file__, "--inside"])
+    return prepare() or subprocess.call([*namespaces(), sys.executable, __file__, "--inside"])
 
 
 def _show() -> int:
     report = Report()
-    with private_docker(_FOLDER / "docker"):
+    with private_docker(FOLDER / "docker"):
         names = _build(report)
         if not report.failed:
             _run(report, names)
@@ -62,9 +47,9 @@ def _show() -> int:
 
 def _build(report: Report) -> dict[str, str]:
     """Build every target and hand it to Docker; returns the names of the images by what they are."""
-    materials = Materials(_FOLDER, _REPOSITORY)
+    materials = Materials(FOLDER, REPOSITORY)
     materials.lay_out()
-    builder = Builder(_FOLDER / "store")
+    builder = Builder(FOLDER / "store")
     report.heading(f"building with buildah, isolation chroot, store {builder.driver}, without network")
     names = {"base": BASE} | {target: f"stepwire:{target}" for target in TARGETS}
     with report.showing("a base image is made of Debian's packages") as figures:
@@ -78,6 +63,7 @@ def _build(report: Report) -> dict[str, str]:
             builder.hand_over(f"localhost/stepwire:{target}", names[target])
             figures.append(f"{report.seconds - started:.0f} s")
     builder.remove()
+    materials.clear()
     return names
 
 
@@ -91,7 +77,7 @@ def _run(report: Report, names: dict[str, str]) -> None:
     report.heading("the server for GPUs, where there is none")
     check_gpu(report, names["gpu"])
     report.heading("compose")
-    check_compose(report, _REPOSITORY / "docker")
+    check_compose(report, REPOSITORY / "docker")
 
 
 if __name__ == "__main__":

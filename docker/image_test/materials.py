@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -69,6 +70,10 @@ class Materials:
         for wheel in self.wheels.glob("*.whl"):
             os.link(wheel, self.context / "docker" / "wheels" / wheel.name)
 
+    def clear(self) -> None:
+        """Remove the context; base and wheels stay for the next time."""
+        shutil.rmtree(self.context, ignore_errors=True)
+
     def _bootstrap(self) -> None:
         if self.base.exists() and time.time() - self.base.stat().st_mtime < _FRESH_SECONDS:
             return
@@ -78,7 +83,12 @@ class Materials:
         unfinished.replace(self.base)
 
     def _fetch(self) -> None:
-        for lock in _LOCKS:
-            listed = self._repository / "docker" / "requirements" / f"{lock}.txt"
+        locks = [self._repository / "docker" / "requirements" / f"{name}.txt" for name in _LOCKS]
+        digest = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
+        fetched = self.wheels / "fetched"
+        if fetched.exists() and fetched.read_text() == digest:
+            return
+        for listed in locks:
             options = ("--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:")
             run(sys.executable, "-m", "pip", "download", *options, "-d", self.wheels, "-r", listed)
+        fetched.write_text(digest)
