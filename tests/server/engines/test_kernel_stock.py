@@ -15,7 +15,7 @@ import pytest
 from stepwire.errors import StepwireError
 from stepwire_server.engines import kernel_stock
 from stepwire_server.engines.kernel_stock import fill, make, stocked_level
-from stepwire_server.engines.levels import level_of_this_processor
+from stepwire_server.engines.levels import LEVELS, level_of_this_processor
 
 pytest.importorskip("numba")
 
@@ -28,6 +28,25 @@ cpu._numba_kernels = lambda: kernels
 kernel_stock.prepare_commonest()
 found = [kernel.stats for kernel in kernels._built.values()]
 print(sum(sum(each.cache_hits.values()) for each in found), sum(sum(each.cache_misses.values()) for each in found))
+"""
+
+# Steps random numbers with a kernel of a level, or of this very processor, and prints a digest of what became of them.
+STEP = """
+import hashlib, pathlib, sys
+import numpy as np
+from stepwire_server.engines.commonest import commonest
+from stepwire_server.engines.levels import LEVELS, aim
+from stepwire_server.engines.numba_kernels import NumbaKernels
+level = next((level for level in LEVELS if level.name == sys.argv[2]), None)
+if level is not None:
+    aim(level)
+kernels, random = NumbaKernels(pathlib.Path(sys.argv[1])), np.random.default_rng(5)
+for recipe, gradient, reply in commonest():
+    arrays = [random.random(1003, np.float32) for _ in range(3)]
+    sent, out = random.random(1003, np.float32).astype(gradient), np.zeros(1003, reply)
+    kernel, sums = kernels.update(recipe, gradient, reply), np.zeros(2)
+    kernel(*arrays, kernels.source(sent), kernels.target(out), 0, 0, 0, 1003, sums, *[0.37] * len(recipe.scalars))
+    print(hashlib.sha256(b"".join(array.tobytes() for array in [*arrays, out])).hexdigest(), gradient)
 """
 
 
@@ -59,12 +78,27 @@ def prepare(cache: pathlib.Path, stock: pathlib.Path) -> str:
     return done.stdout.strip() + done.stderr
 
 
+def step(directory: pathlib.Path, level: str) -> str:
+    """Run `STEP` with the kernels in a directory; no level is this very processor."""
+    command = [sys.executable, "-c", STEP, str(directory), level]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_what_was_compiled_ahead_is_not_compiled_again(stock: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert prepare(tmp_path / "cache", stock) == "8 0"
     assert prepare(tmp_path / "cache", stock) == "8 0", "and another time, from the cache"
     (own,) = (tmp_path / "cache").iterdir()
     assert own.stat().st_mode & 0o777 == 0o700
     assert prepare(tmp_path / "other", tmp_path / "nothing").startswith("0 8"), "without a stock"
+
+
+def test_every_level_computes_the_same_bits(stock: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    own = level_of_this_processor()
+    assert own is not None
+    directories = {level.name: stock / level.name for level in LEVELS if level.needs <= own.needs}
+    found = {name: step(directory, name) for name, directory in [*directories.items(), ("", tmp_path)]}
+    assert found[""].count("\n") == 4
+    assert set(found.values()) == {found[""]}, found
 
 
 def test_a_stock_is_for_everybody_to_read(stock: pathlib.Path) -> None:
