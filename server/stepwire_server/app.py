@@ -208,7 +208,8 @@ def _started_places(config: ServerConfig) -> Places:
     options = CudaOptions(config.gpu_bus_slots, config.gpu_bus_slot_bytes, config.gpu_gradient_cache_bytes)
     choice = choose_engines(config.device, config.threads or None, options=options)
     places = Places.of(choice.engines, config.memory_budget_bytes)
-    _log.info("devices chosen", devices=", ".join(place.name for place in places), why=choice.why)
+    tell = _log.warning if choice.remarkable else _log.info
+    tell("devices chosen", devices=", ".join(place.name for place in places), why=choice.why)
     for place in places:
         _log.info(
             "device",

@@ -17,8 +17,9 @@ import typer
 
 import stepwire
 from stepwire_server import doctor, heap, parent
-from stepwire_server.cli_sessions import DEFAULT_TARGET, Json, Target, Timeout, sessions_app
+from stepwire_server.cli_sessions import Json, Target, Timeout, sessions_app
 from stepwire_server.config import ServerConfig, load_config
+from stepwire_server.engines import kernel_cache
 from stepwire_server.logs import configure_logging
 
 __all__ = ["main"]
@@ -111,6 +112,7 @@ def serve(
     flags["memory_budget_bytes"] = None if memory_budget is None else parse_bytes(memory_budget)
     settings = load_config(flags, file=config)
     configure_logging(settings.log_level, settings.log_json)
+    kernel_cache.require_named_directory()
     raise typer.Exit(_serve(settings) if settings.processes == 1 else _supervise(settings))
 
 
@@ -155,13 +157,19 @@ def _on_signals(stop: Callable[[], None]) -> None:
 def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     output: Annotated[pathlib.Path, typer.Option(help="Folder for the plot.")] = pathlib.Path("demo-output"),
-    device: Annotated[str, typer.Option(help="Device of the server.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Device of the server that is started; default auto.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Train against this running server, host:port or unix:/path, instead."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a small network on handwritten digits against a server in another process."""
     from stepwire_server.demo import run_demo
 
-    report = run_demo(steps=steps, output=output, device=device, quiet=as_json)
+    if device is not None and target is not None:
+        raise typer.BadParameter("--device is of a server that is started; the one at --target has its own")
+    report = run_demo(steps=steps, output=output, device=device or "auto", target=target, quiet=as_json)
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
     else:
@@ -200,7 +208,7 @@ def diagnose(
 
 
 @app.command()
-def health(target: Target = DEFAULT_TARGET, timeout: Timeout = 5.0, as_json: Json = False) -> None:
+def health(target: Target, timeout: Timeout = 5.0, as_json: Json = False) -> None:
     """Exit with 0 if the server takes steps, 1 if it drains, 2 if it cannot be reached."""
     with stepwire.connect(target, timeout=timeout) as client:
         info = client.info()
@@ -211,6 +219,21 @@ def health(target: Target = DEFAULT_TARGET, timeout: Timeout = 5.0, as_json: Jso
         state = "draining" if info.draining else "serving"
         print(f"{target}: {state}, version {info.version}, {info.sessions} sessions on {device}")
     raise typer.Exit(1 if info.draining else 0)
+
+
+@app.command()
+def kernels(
+    directory: Annotated[pathlib.Path, typer.Argument(help="Where they are kept; made if need be.")],
+    as_json: Json = False,
+) -> None:
+    """Compile the commonest kernels ahead, as for a container image, for every level of x86-64 processors.
+
+    A server finds them through STEPWIRE_KERNELS. On other processors nothing is compiled ahead.
+    """
+    from stepwire_server.engines import kernel_stock
+
+    levels = kernel_stock.make(directory)
+    print(json.dumps({"levels": levels}) if as_json else f"{directory}: kernels for {', '.join(levels) or 'no level'}")
 
 
 @app.command()

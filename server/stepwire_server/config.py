@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -22,7 +23,13 @@ ENVIRONMENT_PREFIX = "STEPWIRE_"
 MIB = 1 << 20
 
 # Read by other parts of the distribution, so not settings of the server.
-_FOREIGN_VARIABLES = {"STEPWIRE_CONFIG", "STEPWIRE_CACHE_DIR", "STEPWIRE_TARGET", "STEPWIRE_TRANSPORT"}
+_FOREIGN_VARIABLES = {
+    "STEPWIRE_CACHE_DIR",
+    "STEPWIRE_CONFIG",
+    "STEPWIRE_KERNELS",
+    "STEPWIRE_TARGET",
+    "STEPWIRE_TRANSPORT",
+}
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Seconds = Annotated[float, Meta(gt=0, le=1e9)]  # thirty years; dates and waits end before infinity
@@ -63,7 +70,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             nowhere.
         parent_pid: process that started this one, and at whose end it drains too; 0 for none.
         log_level: least level logged.
-        log_json: log lines as JSON; unset means when standard error is not a terminal.
+        log_json: log lines as JSON; unset means when standard output is not a terminal.
     """
 
     bind: str = "127.0.0.1:50051"
@@ -108,13 +115,16 @@ def load_config(
         InvalidRequestError: an unknown name, or a value of the wrong type or out of range.
     """
     path = file or (pathlib.Path(environment["STEPWIRE_CONFIG"]) if environment.get("STEPWIRE_CONFIG") else None)
-    values: dict[str, Any] = _from_file(path) if path else {}
-    values |= _from_environment(environment)
-    values |= {name: value for name, value in flags.items() if value is not None}
+    sources: dict[str, Mapping[str, Any]] = {
+        "file": _from_file(path) if path else {},
+        "environment": _from_environment(environment),
+        "flags": {name: value for name, value in flags.items() if value is not None},
+    }
+    values = {name: value for source in sources.values() for name, value in source.items()}
     try:
         return msgspec.convert(values, ServerConfig, strict=False)
     except msgspec.ValidationError as error:
-        raise _invalid(f"settings: {error}") from None
+        raise _invalid(f"settings: {error}{_told(str(error), sources)}") from None
 
 
 def environment_of(config: ServerConfig, base: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -153,6 +163,17 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             raise _invalid(f"environment variable {name} is unknown; use one of: {allowed}")
         values[field] = value
     return values
+
+
+def _told(problem: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what a refused setting was and where it came from: of several places, the one that wins."""
+    named = re.search(r"\$\.(\w+)", problem)
+    name = named[1] if named else ""
+    places = {"file": f"the file's {name}", "environment": ENVIRONMENT_PREFIX + name.upper(), "flags": f"flag {name}"}
+    for source in reversed(list(sources)):
+        if name in sources[source]:
+            return f": {places[source]} is {sources[source][name]!r}; `stepwire serve --help` lists the flags"
+    return ""
 
 
 def _invalid(message: str) -> InvalidRequestError:

@@ -1,4 +1,4 @@
-"""`stepwire demo`: the main job, visibly. A server in a process of its own, a client here that trains.
+"""`stepwire demo`: the main job, visibly. A server, in a process of its own unless one runs, and a client that trains.
 
 The client holds the model, computes its gradients in NumPy and keeps no optimizer; beside it a float64 Adam,
 written from the paper, is fed the same gradients, so that the difference can be told at the end.
@@ -6,6 +6,7 @@ written from the paper, is fed the same gradients, so that the difference can be
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -128,6 +129,7 @@ class DemoReport:
 
     Attributes:
         device: where the optimizer state was.
+        transport: how the gradients got there.
         steps: optimizer steps taken.
         steps_per_second: with the client's own gradient computation.
         test_accuracy: share of test images classified right.
@@ -136,6 +138,7 @@ class DemoReport:
     """
 
     device: str
+    transport: str
     steps: int
     steps_per_second: float
     test_accuracy: float
@@ -146,7 +149,7 @@ class DemoReport:
         """Say it in words."""
         return "\n".join(
             (
-                f"optimizer state on      {self.device}",
+                f"optimizer state on      {self.device}, reached by {self.transport}",
                 f"steps                   {self.steps} ({self.steps_per_second:.0f} steps/s, gradients included)",
                 f"test accuracy           {self.test_accuracy:.4f}",
                 f"difference to local     {self.largest_difference:.2e} (largest, against a float64 Adam fed the "
@@ -156,13 +159,16 @@ class DemoReport:
         )
 
 
-def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: bool = False) -> DemoReport:
+def run_demo(
+    *, steps: int, output: pathlib.Path, device: str = "auto", target: str | None = None, quiet: bool = False
+) -> DemoReport:
     """Train against a server in another process and report.
 
     Args:
         steps: optimizer steps.
         output: folder for the plot, made if need be.
-        device: of the server.
+        device: of the server that is started.
+        target: a server that runs already; None to start one.
         quiet: no progress bar.
 
     Raises:
@@ -174,7 +180,7 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
     reference = ReferenceAdam(model.parameters, _LR)
     losses: list[float] = []
     test_losses: list[tuple[int, float]] = []
-    with server_process("--device", device) as server, stepwire.connect(server.target) as client:
+    with _server(target, device) as address, stepwire.connect(address) as client:
         with client.create_session(model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo") as session:
             where, started = session.info().device, time.perf_counter()
             for step in _progress(steps, quiet):
@@ -187,14 +193,27 @@ def run_demo(*, steps: int, output: pathlib.Path, device: str = "auto", quiet: b
                 if step % 25 == 0:
                     test_losses.append((step, model.loss_and_gradients(digits.test_x, digits.test_y)[0]))
             seconds = time.perf_counter() - started
+            assert session.transport is not None
+            transport = session.transport.name
     return DemoReport(
         device=where,
+        transport=transport,
         steps=steps,
         steps_per_second=steps / seconds,
         test_accuracy=model.accuracy(digits.test_x, digits.test_y),
         largest_difference=reference.largest_difference(model.parameters),
         plot=str(_plot(losses, test_losses, output)),
     )
+
+
+@contextlib.contextmanager
+def _server(target: str | None, device: str) -> Iterator[str]:
+    """Yield the address of a server: the one that runs at `target`, or one of its own."""
+    if target is not None:
+        yield target
+        return
+    with server_process("--device", device) as server:
+        yield server.target
 
 
 def _progress(steps: int, quiet: bool) -> Iterator[int]:

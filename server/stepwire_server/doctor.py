@@ -37,7 +37,8 @@ _OF_ALL_GPUS: Final = ("cupy", "driver", "device")
 _SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
 _SHARED_REMEDY: Final = "docker run --shm-size=1g, or: docker run --ipc=host"
 _CACHE_REMEDY: Final = (
-    "mkdir -m 700 ~/stepwire-cache && export STEPWIRE_CACHE_DIR=~/stepwire-cache; otherwise every start compiles anew"
+    "mkdir -m 700 ~/stepwire-cache && export STEPWIRE_CACHE_DIR=~/stepwire-cache; in a container, mount a volume that "
+    "its user can write"
 )
 
 
@@ -102,6 +103,8 @@ def examine_kernel_cache(environ: Mapping[str, str] = os.environ) -> Finding:
     directory, problems = _overhear(lambda: kernel_cache.kernel_directory(environ))
     if not problems:
         return Finding("kernel cache", True, str(directory))
+    if environ.get("STEPWIRE_CACHE_DIR"):  # `serve` does not start
+        return Finding("kernel cache", False, _text(problems[0]), _CACHE_REMEDY)
     detail = f"{_text(problems[0])}; kernels are kept in {directory} until the process ends"
     if directory.is_dir():
         return Finding("kernel cache", False, detail, _CACHE_REMEDY, optional=True)

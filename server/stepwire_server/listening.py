@@ -102,7 +102,8 @@ def check_bind(config: ServerConfig) -> None:
         raise _invalid(
             "bind",
             f"{config.bind!r} is not a loopback address and the connection is not encrypted: gradients and "
-            "session ids would travel in the clear. Put a TLS proxy in front, or accept it with --insecure",
+            "session ids would travel in the clear. Put a TLS proxy in front, or accept it with --insecure or "
+            "STEPWIRE_INSECURE=1",
         )
 
 

@@ -17,6 +17,7 @@ from stepwire_server.port_file import await_ports
 __all__ = ["ServerProcess", "ServerProcesses", "server_process", "server_processes"]
 
 _START_SECONDS = 60.0
+_STANDARD_ERROR = 2
 
 
 class ServerProcess(NamedTuple):
@@ -67,7 +68,9 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
     with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
         port_file = pathlib.Path(folder, "port")
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0"]
-        process = subprocess.Popen([*command, "--port-file", str(port_file), "--log-level", "warning", *flags])
+        command += ["--port-file", str(port_file), "--log-level", "warning", *flags]
+        # Its log lines go to standard error here: standard output may be what a program reads.
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR)
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)

@@ -28,11 +28,11 @@ class ServerProcess:
         """Start, and wait until it listens."""
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0", "--device", "cpu"]
         self._process = subprocess.Popen(
-            [*command, "--log-json", "--log-level", "info", *flags], stderr=subprocess.PIPE, text=True
+            [*command, "--log-json", "--log-level", "info", *flags], stdout=subprocess.PIPE, text=True
         )
         self._events: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
-        assert self._process.stderr is not None
-        self._reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
         self._reader.start()
         self.target: str = self.wait_for("listening")["target"]
 

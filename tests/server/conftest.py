@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import secrets
 import time
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
+import structlog
 
 from stepwire.v1 import optimizer_pb2, session_pb2, status_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -283,6 +285,18 @@ def server() -> Iterator[Server]:
     )
     with Server(config) as server:
         yield server
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Undo what `configure_logging` does to the whole process."""
+    root, ours, before = logging.getLogger(), logging.getLogger("stepwire_server"), structlog.get_config()
+    handlers, level = list(root.handlers), ours.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    ours.setLevel(level)
+    structlog.configure(**before)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import typer
 
 import stepwire
 from stepwire_server import cli
+from stepwire_server.cli_sessions import own_target
 
 
 class Outcome(NamedTuple):
@@ -26,9 +27,11 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logging_as_it_was: None
+) -> Callable[..., Outcome]:
     """Run the command as the script does: arguments in, exit code and both outputs back."""
-    for name in ("STEPWIRE_TARGET", "STEPWIRE_CONFIG"):
+    for name in ("STEPWIRE_TARGET", "STEPWIRE_CONFIG", "STEPWIRE_BIND"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> Outcome:
@@ -93,6 +96,29 @@ def test_a_healthy_server_is_reported(command: Any, server: Any, session: Any) -
 def test_the_target_may_come_from_the_environment(command: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWIRE_TARGET", server.target)
     assert command("health").code == 0
+
+
+def test_the_server_beside_is_asked_where_no_target_is_named(
+    command: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPWIRE_BIND", f"0.0.0.0:{server.port}")
+    assert command("health").out.startswith(f"localhost:{server.port}: serving, ")
+
+
+@pytest.mark.parametrize(
+    ("bind", "target"),
+    [
+        (None, "localhost:50051"),
+        ("", "localhost:50051"),
+        ("127.0.0.1:0", "localhost:50051"),
+        ("0.0.0.0:7", "localhost:7"),
+        ("[::]:7", "localhost:7"),
+        ("10.0.0.1:7", "10.0.0.1:7"),
+        ("unix:/run/x", "unix:/run/x"),
+    ],
+)
+def test_where_the_server_beside_is(bind: str | None, target: str) -> None:
+    assert own_target({} if bind is None else {"STEPWIRE_BIND": bind}) == target
 
 
 def test_a_draining_server_is_unhealthy(command: Any, serve: Any) -> None:
@@ -200,6 +226,39 @@ def test_a_bad_variable_is_one_line_and_exit_code_2(command: Any, monkeypatch: p
     code, out, err = command("serve")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("stepwire: environment variable STEPWIRE_MAX_SESION is unknown; use one of: ")
+
+
+def test_a_bad_value_is_told_with_its_variable(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWIRE_THREADS", "many")
+    code, out, err = command("serve")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert ": STEPWIRE_THREADS is 'many'; " in err
+    code, _, err = command("serve", "--threads", "-1")
+    assert (code, ": flag threads is -1; " in err) == (2, True)
+
+
+def test_a_cache_directory_that_cannot_be_used_is_one_line_and_exit_code_2(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STEPWIRE_CACHE_DIR", str(tmp_path / "file"))
+    code, out, err = command("serve", "--device", "cpu", "--bind", "127.0.0.1:0")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"stepwire: STEPWIRE_CACHE_DIR: '{tmp_path}/file' cannot be used by user ")
+
+
+def test_kernels_are_compiled_ahead(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    from stepwire_server.engines import kernel_stock
+
+    monkeypatch.setattr(kernel_stock, "make", lambda directory: ["x86-64-v3"] if directory == tmp_path else [])
+    assert command("kernels", str(tmp_path)) == Outcome(0, f"{tmp_path}: kernels for x86-64-v3\n", "")
+    code, out, _ = command("kernels", "elsewhere", "--json")
+    assert (code, json.loads(out)) == (0, {"levels": []})
+
+
+def test_a_demo_against_a_running_server_has_that_servers_device(command: Any) -> None:
+    code, out, err = command("demo", "--target", "127.0.0.1:1", "--device", "cpu")
+    assert (code, out, "--device is of a server that is started" in err) == (2, "", True)
 
 
 def test_a_port_that_is_taken_is_one_line_and_exit_code_2(command: Any, server: Any) -> None:

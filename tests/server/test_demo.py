@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import stepwire
 from stepwire_server import demo
 
 STEPS = 60
@@ -32,10 +33,19 @@ def test_a_short_demo_trains_and_agrees_with_a_local_adam(tmp_path: pathlib.Path
     assert (folder / "digits-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_server_may_be_one_that_runs(server: Any, tmp_path: pathlib.Path) -> None:
+    with stepwire.connect(server.target) as client:
+        before = client.info().sessions
+        report = demo.run_demo(steps=30, output=tmp_path, target=server.target, quiet=True)
+        assert (report.device, report.steps, client.info().sessions) == ("cpu", 30, before)
+    assert report.transport in ("shm", "uds", "tcp")
+    assert report.largest_difference < 1e-5
+
+
 def test_the_report_is_told_in_words() -> None:
-    report = demo.DemoReport("cpu", 1000, 812.6, 0.9722, 1.25e-7, "/x/loss.png")
+    report = demo.DemoReport("cpu", "shm", 1000, 812.6, 0.9722, 1.25e-7, "/x/loss.png")
     assert report.text().splitlines() == [
-        "optimizer state on      cpu",
+        "optimizer state on      cpu, reached by shm",
         "steps                   1000 (813 steps/s, gradients included)",
         "test accuracy           0.9722",
         "difference to local     1.25e-07 (largest, against a float64 Adam fed the same gradients)",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
 import structlog
 
 from stepwire_server.logs import configure_logging
+
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 FORGERIES = {
     "line feed": "x\n2026-01-01 [error] root logged in",
@@ -25,8 +28,8 @@ FORGERIES = {
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err.splitlines()
+    assert captured.err == ""
+    return captured.out.splitlines()
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -88,3 +91,20 @@ def test_an_exception_is_told_with_its_trace_and_without_its_variables(capsys: A
     assert trace.startswith("Traceback (most recent call last)")
     assert trace.endswith("ValueError: broken")
     assert session_id not in trace
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_lines_of_the_standard_library_are_the_same(capsys: Any, as_json: bool) -> None:
+    """The engines log that way."""
+    configure_logging("debug", as_json)
+    configure_logging("info", as_json)
+    log = logging.getLogger("stepwire_server.engines.kernel_cache")
+    log.debug("not asked for")
+    log.warning("no kernel cache: %s", "x\nforged")
+    logging.getLogger("numba.core").info("not ours")
+    (line,) = lines(capsys)
+    assert line.isprintable()
+    if as_json:
+        entry = json.loads(line)
+        assert (entry["event"], entry["level"]) == ("no kernel cache: x\\nforged", "warning")
+        assert entry["timestamp"].endswith("Z")

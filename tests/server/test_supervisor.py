@@ -159,8 +159,8 @@ def test_processes_that_do_not_come_up_end_the_parent_with_their_code() -> None:
     )
     assert done.returncode == 2
     assert "stepwire: cuda:0 does not work: " in done.stderr
-    assert '"event": "process did not come up"' in done.stderr
-    assert '"event": "all processes serve"' not in done.stderr
+    assert '"event": "process did not come up"' in done.stdout
+    assert '"event": "all processes serve"' not in done.stdout
 
 
 def test_processes_do_not_outlive_a_parent_that_is_killed(parent: ServerProcess, serving: Mapping[str, Any]) -> None:

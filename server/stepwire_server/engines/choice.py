@@ -25,10 +25,12 @@ class Choice(NamedTuple):
     Attributes:
         engines: ready for use, one a device, at least one; whoever asked closes them.
         why: a sentence for the log, with what was left out.
+        remarkable: something that was installed for a purpose does not serve it: CuPy is there and a GPU is not used.
     """
 
     engines: tuple[Engine, ...]
     why: str
+    remarkable: bool = False
 
 
 def choose_engines(
@@ -60,10 +62,11 @@ def choose_engines(
     if not engines and device == "cuda":
         raise problems[0]
     told = "; ".join(map(str, problems))
+    remarkable = any(problem.metadata.get("check") != "cupy" for problem in problems)
     if not engines:
-        return Choice((CpuEngine(threads),), f"no GPU is used: {told}")
+        return Choice((CpuEngine(threads),), f"no GPU is used: {told}", remarkable)
     working = "a GPU works" if len(engines) == 1 else f"{len(engines)} GPUs work"
-    return Choice(engines, f"{working}; {told}" if told else working)
+    return Choice(engines, f"{working}; {told}" if told else working, remarkable)
 
 
 def _numbers(device: str) -> tuple[int, ...]:

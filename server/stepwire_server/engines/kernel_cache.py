@@ -18,7 +18,9 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 
-__all__ = ["kernel_directory", "store"]
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["kernel_directory", "require_named_directory", "store"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +37,32 @@ def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
     """
     try:
         wanted = _wanted(environ)
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_private(wanted)
+        _make_private(wanted)
     except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home
         _log.warning("no kernel cache: %s; set STEPWIRE_CACHE_DIR to a directory of your own", problem)
         return _temporary()
     return wanted
+
+
+def require_named_directory(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse a `STEPWIRE_CACHE_DIR` that cannot be used, before a server starts.
+
+    A server that was told where to write and cannot is a volume mounted wrongly, and would compile anew at every start;
+    only a directory that nobody named is done without.
+
+    Raises:
+        InvalidRequestError: it cannot be made or written, or is not the caller's alone.
+    """
+    if not environ.get("STEPWIRE_CACHE_DIR"):
+        return
+    try:
+        _make_private(_wanted(environ))
+    except OSError as problem:
+        raise InvalidRequestError(
+            f"STEPWIRE_CACHE_DIR: {environ['STEPWIRE_CACHE_DIR']!r} cannot be used by user {os.geteuid()}: {problem}; "
+            "name a directory that this user alone can write, or mount a volume there in which this user can make one",
+            metadata={"field": "STEPWIRE_CACHE_DIR"},
+        ) from None
 
 
 def store(directory: pathlib.Path, name: str, source: str) -> pathlib.Path:
@@ -67,8 +89,9 @@ def _wanted(environ: Mapping[str, str]) -> pathlib.Path:
     return pathlib.Path.home() / ".cache" / "stepwire"
 
 
-def _require_private(directory: pathlib.Path) -> None:
-    """Raise OSError unless the caller owns the directory, nobody else can write it, and a write succeeds."""
+def _make_private(directory: pathlib.Path) -> None:
+    """Make it if need be; raise OSError unless the caller owns it, nobody else can write it, and a write succeeds."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise PermissionError(f"{directory} belongs to, or can be written by, another user")

@@ -24,6 +24,8 @@ import numpy as np
 
 from stepwire_server.engines.chunks import STORED, bits_of, name_of
 from stepwire_server.engines.kernel_cache import kernel_directory, store
+from stepwire_server.engines.kernel_stock import fill, stocked_level
+from stepwire_server.engines.levels import aim
 from stepwire_server.engines.numba_source import (
     HELPER_OPTIONS,
     KERNEL_OPTIONS,
@@ -56,9 +58,9 @@ class NumbaKernels:
     """
 
     def __init__(self, directory: pathlib.Path | None = None) -> None:
-        """Keep generated files in `directory`; None for the user's kernel cache."""
+        """Keep generated files in `directory`; None for the user's kernel cache, with what was compiled ahead."""
+        self._directory = directory or _stocked_directory()
         prefer_wide_vectors()
-        self._directory = directory or kernel_directory()
         self._built: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._lock = threading.Lock()
 
@@ -157,6 +159,19 @@ class NumbaKernels:
             kernel = _load(self._directory / f"{name}.py", name, text, signature, cache=False)
         _log.debug("kernel %s ready in %.3f s", name, time.perf_counter() - started)
         return kernel
+
+
+def _stocked_directory() -> pathlib.Path:
+    """Return the user's kernel cache; where kernels were compiled ahead, that of their level, and compile for it."""
+    directory = kernel_directory()
+    if (stocked := stocked_level()) is None:
+        return directory
+    level, stock = stocked
+    aim(level)
+    # Numba writes an index of another version of its own anew, so a cache that outlives an image is one a version.
+    directory /= f"{level.name}-numba-{numba.__version__}"
+    fill(directory, stock)
+    return directory
 
 
 def prefer_wide_vectors() -> None:

@@ -147,7 +147,7 @@ def test_without_cupy_the_real_probe_says_so(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(UnsupportedFeatureError, match=r"CuPy cannot be imported.*stepwire\[cuda13\]") as refused:
             choose_engines(device)
         assert refused.value.metadata == {"field": "device", "check": "cupy"}
-    (engine,), why = choose_engines("auto", threads=1)
+    (engine,), why, _ = choose_engines("auto", threads=1)
     assert engine.device.name == "cpu"
     assert why.startswith("no GPU is used: cuda:0 does not work: CuPy cannot be imported")
     engine.close()
@@ -155,7 +155,7 @@ def test_without_cupy_the_real_probe_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_cpu_by_name_asks_nobody_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "examine_cuda", None)
-    (engine,), why = choose_engines("cpu", threads=1)
+    (engine,), why, _ = choose_engines("cpu", threads=1)
     assert (engine.device.name, why) == ("cpu", "the CPU was asked for")
     engine.close()
 
@@ -182,3 +182,15 @@ def test_self_test_runs_a_kernel(fake_cupy: Any, monkeypatch: pytest.MonkeyPatch
     cupy = fake_cupy()
     CudaEngine(cupy=cupy).self_test()
     assert len(cupy.compiled) == 1
+
+
+def test_a_gpu_that_is_not_used_is_remarkable_where_cupy_is_installed(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_engines("auto", cupy=machine()).remarkable
+    assert choose_engines("auto", cupy=machine(Gpu(FULL), Gpu())).remarkable
+    assert not choose_engines("auto", cupy=machine(Gpu())).remarkable
+    assert not choose_engines("cpu", cupy=machine()).remarkable
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert not choose_engines("auto").remarkable

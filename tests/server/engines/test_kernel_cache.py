@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from stepwire_server.engines.kernel_cache import kernel_directory, store
+from stepwire.errors import InvalidRequestError
+from stepwire_server.engines.kernel_cache import kernel_directory, require_named_directory, store
 
 
 def test_directory_is_the_chosen_one_then_xdg_then_home(tmp_path, monkeypatch) -> None:
@@ -64,6 +65,20 @@ def test_a_user_without_a_home_is_survived(caplog, monkeypatch) -> None:
     monkeypatch.setattr(pathlib.Path, "home", no_home)
     assert kernel_directory({}).is_dir()
     assert "home" in caplog.text
+
+
+def test_a_directory_that_was_named_must_do(tmp_path) -> None:
+    require_named_directory({"STEPWIRE_CACHE_DIR": str(tmp_path / "new")})
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InvalidRequestError, match=r"STEPWIRE_CACHE_DIR: '.*file' cannot be used by user \d+: .*; name a"
+    ):
+        require_named_directory({"STEPWIRE_CACHE_DIR": str(tmp_path / "file")})
+    (tmp_path / "new").chmod(0o777)
+    with pytest.raises(InvalidRequestError, match="belongs to, or can be written by, another user"):
+        require_named_directory({"STEPWIRE_CACHE_DIR": str(tmp_path / "new")})
+    require_named_directory({"XDG_CACHE_HOME": str(tmp_path / "file")})
 
 
 def test_stored_text_is_never_rewritten_and_names_differ_with_it(tmp_path) -> None:

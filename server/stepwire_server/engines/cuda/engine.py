@@ -13,13 +13,12 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from stepwire.errors import StepwireError, UnsupportedFeatureError
-from stepwire.optimizers import AdamW
 from stepwire.transports.cuda_driver import CudaDriver, CudaFailure
 from stepwire_server.engines.chunks import name_of
+from stepwire_server.engines.commonest import commonest
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
@@ -32,7 +31,7 @@ from stepwire_server.engines.cuda.slots import Slab
 from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.protocol import PARAM, Device, HostArray, Span
-from stepwire_server.rules import Decay, Precision, Recipe, rule_for
+from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine", "CudaOptions"]
 
@@ -152,11 +151,9 @@ class CudaEngine:
         return CudaExportedMemory(device, nbytes, uuid)
 
     def warm_up(self) -> None:
-        """See `Engine.warm_up`: Adam as most sessions ask for it, with and without weight decay."""
-        rule, decay = rule_for(AdamW(), momentum=False)
-        for each in (Decay.NONE, decay):
-            for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
-                self.prepare(Recipe(rule, each, measures=True), dtype, dtype)
+        """See `Engine.warm_up`."""
+        for asked in commonest():
+            self.prepare(*asked)
 
     def self_test(self) -> None:
         """Compile and run a kernel, because a missing NVRTC shows only then.
