@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
         port_file = pathlib.Path(folder, "port")
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0"]
         command += ["--port-file", str(port_file), "--log-level", "warning", *flags]
-        # Its log lines go to standard error here: standard output may be what a program reads.
-        process = subprocess.Popen(command, stdout=_STANDARD_ERROR)
+        # A program that is killed ends nothing itself, and the server would stay for ever. Its log lines go to standard
+        # error here: standard output may be what a program reads.
+        environment = os.environ | {"STEPWIRE_PARENT_PID": str(os.getpid())}
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR, env=environment)
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)

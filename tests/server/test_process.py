@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import select
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +30,23 @@ def test_a_server_process_that_does_not_come_up_says_so(capfd: pytest.CaptureFix
     ):
         raise AssertionError("started")
     assert capfd.readouterr().err == "stepwire: bind: 'nowhere' is not host:port or unix:/path\n"
+
+
+_PROGRAM = """
+from stepwire_server.process import server_process
+with server_process("--device", "cpu") as server:
+    print(server.pid, flush=True)
+    input()
+"""
+
+
+def test_a_server_process_ends_with_a_program_that_is_killed() -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _PROGRAM], text=True, **pipes) as program:
+        assert program.stdout is not None
+        server = os.pidfd_open(int(program.stdout.readline()))
+        try:
+            program.kill()
+            assert select.select([server], [], [], 30.0)[0] == [server]  # readable when the process has ended
+        finally:
+            os.close(server)
