@@ -10,7 +10,7 @@ import time
 from typing import Any, Final
 
 from commands import run
-from containers import Container, running
+from containers import STRICT, Container, running
 from half_step import HalfStep
 from report import Report, require
 
@@ -57,6 +57,8 @@ def check_server(report: Report, image: str) -> None:
         _check_drain(report, server)
     with running(image, flags=(), INSECURE="1") as server:
         _check_traces(report, server)
+    _check_another_user(report, image)
+    _check_processes(report, image)
 
 
 def _check_health(report: Report, server: Container) -> None:
@@ -103,6 +105,28 @@ def _check_traces(report: Report, server: Container) -> None:
         changed = run("docker", "diff", server.name).split("\n")
         require(not any(changed), changed)
         figures.append("0 files changed")
+
+
+def _check_another_user(report: Report, image: str) -> None:
+    """As where a platform chooses users, and mounts what holds nothing of the image's."""
+    with report.showing("any other user serves too, on a volume that is empty") as figures:
+        other = ("--user", "4242:4242", "--tmpfs", "/var/lib/stepwire:mode=1777")
+        with running(image, flags=(*STRICT, *other), INSECURE="1") as server:
+            server.await_health()
+            train(server.target())
+            _, cached, stocked = server.python(_COUNT_KERNELS).split()
+            require(cached == stocked, (cached, stocked))
+            figures += [f"user {server.python('import os; print(os.getuid())')}", f"{cached} kernels from the image"]
+
+
+def _check_processes(report: Report, image: str) -> None:
+    with report.showing("several server processes under one parent end with it") as figures:
+        with running(image, INSECURE="1", PROCESSES="2") as server:
+            server.await_health()
+            run("docker", "stop", "--time", str(_GRACE_SECONDS), server.name)
+            events = [event["event"] for event in server.events()]
+            require(server.state["ExitCode"] == 0 and events.count("stopped") == 2, (server.state, events))
+            figures += ["2 processes", "exit code 0"]
 
 
 def _check_drain(report: Report, server: Container) -> None:
