@@ -198,7 +198,10 @@ def test_closing_is_told_in_words(command: Any, server: Any, session: Any) -> No
 
 BAD_SETTINGS = {
     "no address": (("--bind", "nowhere"), "bind: 'nowhere' is not host:port or unix:/path"),
-    "no socket": (("--unix-socket", "/" + "x" * 107), "has 108 bytes, and a Unix socket's at most 107"),
+    "no socket": (
+        ("--bind", "127.0.0.1:0", "--unix-socket", "/" + "x" * 107),
+        "has 108 bytes, and a Unix socket's at most 107",
+    ),
     "two sockets": (("--bind", "unix:/x", "--unix-socket", "/y"), "unix_socket: '/y' is a second one beside bind"),
     "no processes": (("--processes", "0"), "settings: Expected `int` >= 1"),
     "plaintext": (("--bind", "0.0.0.0:0"), "is not a loopback address"),
