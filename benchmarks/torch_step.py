@@ -20,7 +20,7 @@ _WIDTH = 512
 RATIOS: Ratios = {
     "shm to fused": ("shm", ("local fused",)),
     "shm views to fused": ("shm views", ("local fused",)),
-    "shm views, allow to fused": ("shm views, allow", ("local fused",)),
+    "shm views, bare to fused": ("shm views, bare", ("local fused",)),
     "shm views to default": ("shm views", ("local default",)),
     "tcp to its parts": ("tcp", ("raw gRPC push, pull", floors.ENGINE, floors.COPIES)),
     "tcp to fused": ("tcp", ("local fused",)),
@@ -34,7 +34,8 @@ def torch_step(target: str, echo: EchoTargets, *, size: int, rounds: int) -> dic
         Contender("local default", _local()),
         Contender("shm", _remote(target, "shm")),
         Contender("shm views", _remote(target, "shm", shared_views=True)),
-        Contender("shm views, allow", _remote(target, "shm", shared_views=True, non_finite="allow")),
+        # As torch: nobody looks at the gradient before it is applied.
+        Contender("shm views, bare", _remote(target, "shm", shared_views=True, non_finite="allow", telemetry="none")),
         Contender("tcp", _remote(target, "tcp")),
         *(each for each in floors.grpc_floors(echo) if each.name == "raw gRPC push, pull"),
         *floors.parts(),

@@ -88,13 +88,14 @@ def decode_plan(config: session_pb2.SessionConfig, limits: ServerConfig) -> Sess
         group_clips=clips,
         treatment=treatment_from_wire(config.gradient, "config.gradient", group_clips=any(clips)),
         precision=precision,
-        measures=config.telemetry != session_pb2.TELEMETRY_LEVEL_GRADIENT,
+        measures=config.telemetry in (session_pb2.TELEMETRY_LEVEL_UNSPECIFIED, session_pb2.TELEMETRY_LEVEL_FULL),
         gradient_dtype=dtype_from_wire(config.gradient_dtype, FLOAT32, "config.gradient_dtype", gradients=True),
         reply_dtype=dtype_from_wire(config.reply_dtype, FLOAT32, "config.reply_dtype"),
         start_at_zero=config.initialization == session_pb2.INITIALIZATION_ZEROS,
         lease_seconds=_decode_lease(config.lease_seconds, limits.max_lease_seconds),
         label=_decode_label(config.label),
         device=config.device,
+        tells_norms=config.telemetry != session_pb2.TELEMETRY_LEVEL_NONE,
     )
     _check_precision(plan)
     return plan

@@ -101,6 +101,12 @@ def _encode_group(group: GroupRecord, message: step_pb2.GroupTelemetry) -> None:
         message.update_norm, message.param_norm = group.update_norm, group.param_norm
 
 
+def _telemetry(plan: SessionPlan) -> session_pb2.TelemetryLevel:
+    if not plan.tells_norms:
+        return session_pb2.TELEMETRY_LEVEL_NONE
+    return session_pb2.TELEMETRY_LEVEL_FULL if plan.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT
+
+
 def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig:
     config = session_pb2.SessionConfig(
         optimizer=optimizer_to_wire(plan.optimizer),
@@ -110,7 +116,7 @@ def _encode_plan(plan: SessionPlan, *, whole: bool) -> session_pb2.SessionConfig
         gradient_dtype=dtype_to_wire(plan.gradient_dtype),
         reply_dtype=dtype_to_wire(plan.reply_dtype),
         state_precision=_PRECISIONS[plan.precision],
-        telemetry=(session_pb2.TELEMETRY_LEVEL_FULL if plan.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT),
+        telemetry=_telemetry(plan),
         lease_seconds=plan.lease_seconds,
         label=plan.label,
         device=plan.device,

@@ -41,6 +41,7 @@ class SessionPlan:
         lease_seconds: how long an unused session lives.
         label: for listings.
         device: where it is to live; empty for the server's choice.
+        tells_norms: results tell the gradient's norms.
     """
 
     layout: Layout
@@ -57,6 +58,7 @@ class SessionPlan:
     lease_seconds: float
     label: str
     device: str = ""
+    tells_norms: bool = True
 
     @functools.cached_property
     def momentum(self) -> bool:
@@ -67,6 +69,14 @@ class SessionPlan:
     def scheduled(self) -> bool:
         """A group's learning rate has a schedule."""
         return any(self.schedules)
+
+    @functools.cached_property
+    def squares(self) -> bool:
+        """The squares of a gradient are summed: somebody wants its norm, or has to know whether it is finite."""
+        treatment = self.treatment
+        decides = treatment.policy != "allow" or treatment.two_phase or treatment.accumulation_steps > 1
+        clips = treatment.clip_grad_norm is not None or any(clip is not None for clip in self.group_clips)
+        return self.tells_norms or decides or clips
 
     @functools.cached_property
     def rule(self) -> Rule:

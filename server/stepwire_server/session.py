@@ -177,7 +177,7 @@ class Session:
             0 if order.shared else gradient_bytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
         )
         active = self.plan.without(order.missing)
-        return GradientStaging(order, active, state, room, unscale=unscale, replay=replay)
+        return GradientStaging(order, active, state, room, unscale=unscale, replay=replay, squares=self.plan.squares)
 
     def commit(
         self, order: StepOrder, staging: GradientStaging, token: int, sink: ReplySink, began: float

@@ -118,6 +118,7 @@ class GradientStaging:
         *,
         unscale: float,
         replay: bool,
+        squares: bool = True,
     ) -> None:
         """Await the chunks of `order`.
 
@@ -128,6 +129,7 @@ class GradientStaging:
             reservation: covers their bytes.
             unscale: what gradients are multiplied by.
             replay: chunks are dropped unread.
+            squares: they are summed as chunks arrive; without, norms are 0 and everything is taken for finite.
         """
         self.order = order
         self.active = active
@@ -135,6 +137,7 @@ class GradientStaging:
         self.replay = replay
         self.non_finite_count = 0
         self.first_non_finite = active.layout.size
+        self._squares = squares
         self._state = state
         self._reservation = reservation
         self._coverage = Coverage(active.layout.size)
@@ -161,6 +164,8 @@ class GradientStaging:
         rank = self._coverage.add(offset, count)
         chunk = StagedChunk(offset, offset + count, self._buffer.put(offset, values, count))
         self._chunks.insert(rank, chunk)
+        if not self._squares:
+            return
         for group, piece in self._pieces_of(chunk):
             asked = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
             self._asked.append((group, piece, asked))

@@ -137,7 +137,7 @@ def test_a_session_lives_on_the_device_that_is_named(client: stepwire.Client) ->
         ({"loss_scaling": LossScaling(), "non_finite": "allow"}, "non_finite"),
         ({"state_precision": "float16"}, "state_precision"),
         ({"state_precision": "int8", "optimizer": stepwire.Adam(amsgrad=True)}, "config.state_precision"),
-        ({"telemetry": "none"}, "telemetry"),
+        ({"telemetry": "off"}, "telemetry"),
         ({"frozen": ["v"]}, "frozen"),
         ({"schedule": "cosine"}, "schedule"),
         ({"groups": [{"params": ["w"], "schedule": 0.5}]}, "groups[0].schedule"),

@@ -64,7 +64,7 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "lease_seconds": ANY,
     "label": ANY,
     "device": ANY,  # and refused where the session is placed, if the server does not have it
-    "telemetry": (1, 2),
+    "telemetry": (1, 2, 3),
 }
 SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "step": ANY,

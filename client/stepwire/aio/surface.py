@@ -345,7 +345,9 @@ class AsyncClient(ClientBase):
             loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
             missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
-            telemetry: what each result tells: `"full"`, or the `"gradient"`'s norms only.
+            telemetry: what each result tells: `"full"`, the `"gradient"`'s norms only, or `"none"`: where nothing else
+                needs the gradient's norm (as clipping by norm and any `non_finite` but "allow" do), the pass that
+                computes it is left out, and norms are 0.
             lease_seconds: how long the session lives unused; default the server's longest.
             device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from stepwire.client import Client, StatePrecision
+from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
 from stepwire.treatment import NonFinite
 
@@ -32,6 +32,8 @@ class RemoteOptions:
         reply_dtype: how parameters come back; default likewise.
         error_feedback: with `gradient_dtype="int8"`, see `Client.create_session`.
         state_precision: how the server holds moments: `"float32"`, `"bfloat16"` or `"int8"`.
+        telemetry: what `last_result` tells, as `Client.create_session` has it; `"none"` with `non_finite="allow"`
+            leaves out the pass over the gradient that torch's optimizers do not make either.
         amp_scaling: let GradScaler hand scaled gradients over, to be unscaled on the server; False has it unscale them
             here, which takes a pass over them.
         shared_views: make parameters and `.grad` views of the memory that is shared with a server on this host, so that
@@ -55,6 +57,7 @@ class RemoteOptions:
     reply_dtype: Any = None
     error_feedback: bool = False
     state_precision: StatePrecision = "float32"
+    telemetry: Telemetry = "full"
     amp_scaling: bool = True
     shared_views: bool = False
     send_in_backward: bool = False

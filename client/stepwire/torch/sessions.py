@@ -37,6 +37,7 @@ def create_session(
         error_feedback=options.error_feedback,
         reply_dtype=options.reply_dtype or parameters.dtype,
         state_precision=options.state_precision,
+        telemetry=options.telemetry,
         missing_gradient="keep",  # as torch: a parameter without a gradient, its moments and its t stay
         lease_seconds=options.lease_seconds,
         device=options.device,

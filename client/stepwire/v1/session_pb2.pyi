@@ -30,6 +30,7 @@ class TelemetryLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TELEMETRY_LEVEL_UNSPECIFIED: _ClassVar[TelemetryLevel]
     TELEMETRY_LEVEL_GRADIENT: _ClassVar[TelemetryLevel]
     TELEMETRY_LEVEL_FULL: _ClassVar[TelemetryLevel]
+    TELEMETRY_LEVEL_NONE: _ClassVar[TelemetryLevel]
 
 class StatePrecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -47,6 +48,7 @@ INITIALIZATION_ZEROS: Initialization
 TELEMETRY_LEVEL_UNSPECIFIED: TelemetryLevel
 TELEMETRY_LEVEL_GRADIENT: TelemetryLevel
 TELEMETRY_LEVEL_FULL: TelemetryLevel
+TELEMETRY_LEVEL_NONE: TelemetryLevel
 STATE_PRECISION_UNSPECIFIED: StatePrecision
 STATE_PRECISION_FLOAT32: StatePrecision
 STATE_PRECISION_BFLOAT16_MOMENTS: StatePrecision

@@ -194,3 +194,16 @@ def test_a_model_over_two_servers_is_resumed_by_its_id(target: str, exits: conte
 def test_a_device_and_a_label(remote: Any, client: stepwire.Client) -> None:
     optimizer = remote("SGD", parameters(), device="cpu", label="torch")
     assert next(info.label for info in client.sessions() if info.session_id == optimizer.session_id) == "torch"
+
+
+def test_without_telemetry_and_checks_a_step_has_the_same_bits(remote: Any) -> None:
+    told, silent = parameters(), parameters()
+    optimizers = [remote("AdamW", told), remote("AdamW", silent, telemetry="none", non_finite="allow")]
+    for step in range(1, 4):
+        for params, optimizer in zip((told, silent), optimizers, strict=True):
+            for parameter, gradient in zip(params, gradients([p.shape for p in params], step), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    assert_same_bits(told, silent)
+    assert optimizers[0].last_result.grad_norm > 0.0
+    assert optimizers[1].last_result.grad_norm == 0.0
