@@ -1,9 +1,11 @@
 """The C heap, told what a server of large messages does with it.
 
 Messages of megabytes are allocated in one thread and freed in another. By default glibc gives threads arenas of
-their own, so memory that a gradient leaves behind is not there for the answer; and it keeps what is freed. One
-arena, a fixed threshold for mapping, and a trim when the server is at rest bring the resident memory down to the
-state that is held; benchmarks/main.py shows both figures. Elsewhere than glibc nothing happens.
+their own, so memory that a gradient leaves behind is not there for the answer. And it gives back whatever lies free at
+the heap's end as soon as that is 128 KiB: the memory of a gradient, step by step, to be faulted in again, page by page,
+by the next. So: one arena, a fixed threshold for mapping, nothing given back while steps follow one another, and a
+trim when the server is at rest, which brings the resident memory down to the state that is held; benchmarks/main.py
+shows both figures. Elsewhere than glibc nothing happens.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any
 
 __all__ = ["HeapKeeper", "configure"]
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 # glibc's own upper limit. Below it, messages come from the heap and are reused warm; mapping each anew would cost
 # a page fault every 4 KiB.
 _MAP_FROM_BYTES = 32 << 20
+_NEVER = -1
 _WORTH_BYTES = 32 << 20
 _LOOKS_AT_REST = 3
 
@@ -27,6 +31,7 @@ def configure() -> None:
     if (mallopt := _function("mallopt")) is not None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _MAP_FROM_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 class HeapKeeper:
