@@ -59,7 +59,7 @@ GOALS = (
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
     Goal(_SMALL_STEPS, "shm to tcp", 1.0),
-    Goal("torch step", "shm views, bare to fused", 1.25),
+    Goal("torch step", "shm views to fused", 1.25),
     Goal("torch step", "tcp to its parts", 1.2),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),

@@ -23,9 +23,7 @@ __all__ = ["filled", "written"]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
-_FILES = tuple(
-    _RESULTS / name for name in ("cpu-2-core.json", "peers-2-core.json", "encodings.json", "torch-2-core.json")
-)
+_FILES = tuple(_RESULTS / name for name in ("cpu-2-core.json", "peers-2-core.json", "encodings.json"))
 _PAGE = _ROOT / "docs" / "performance.md"
 _PLOT = _ROOT / "docs" / "images" / "steps.png"
 
