@@ -46,7 +46,7 @@ def connect(
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise _invalid("channels", f"{channels!r} is not a positive integer")
-    targets = [target] if isinstance(target, str) else list(target)
+    targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
     if not targets or not all(isinstance(each, str) for each in targets):
         raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
     return [each for each in targets for _ in range(channels)]
