@@ -138,3 +138,17 @@ def test_a_handle_of_another_optimizers_session(client: stepwire.Client) -> None
         pair.step(2)
         pair.assert_close(rtol=4 * EPS, atol=4 * EPS)
         assert client.session(other.session_id).applied_step == 0
+
+
+def test_a_change_is_not_forgotten_by_a_load_that_fails_in_another_structure(client: stepwire.Client) -> None:
+    """The load makes a session of the new structure, with the model's values, and gives it up."""
+    pair = twins("Adam", client)
+    with pair.remote:
+        pair.step(2)
+        for params in (pair.params, pair.remote_params):
+            with torch.no_grad():
+                params[0].mul_(-3.0)
+        with pytest.raises(InvalidRequestError, match="max_exp_avg_sq"):
+            pair.remote.load_state_dict(structured(copy.deepcopy(pair.local.state_dict())))
+        pair.step(2)
+        pair.assert_close(rtol=8 * EPS, atol=8 * EPS)
