@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepwire
+from stepwire.feed import GradientFeed
 from stepwire.results import SessionState, StepResult
 from stepwire.retry import Deadline
 from stepwire.sharding import ShardedSession
@@ -343,6 +344,19 @@ def test_other_ways_to_step(servers: list[Server], opened: Opened, one: stepwire
     assert sorted(told) == sorted(set(SHAPES) - {"none"})
     pair.compare()
     assert bits(out) == bits(pair.whole.pull())
+    pair.close()
+
+
+def test_a_gradient_that_is_still_being_made_is_refused(
+    servers: list[Server], opened: Opened, one: stepwire.Client
+) -> None:
+    pair = Pair(one, over(servers, opened, 2), SHAPES)
+    pair.step(arrays(SHAPES, 1))
+    future = pair.cut.step_async(arrays(SHAPES, 2), feed=GradientFeed(list(SHAPES)))
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="feed: gradients that are made while they are sent"):
+        future.result(30.0)
+    pair.step(arrays(SHAPES, 2))
+    pair.compare()
     pair.close()
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from stepwire.attachment import Attachment
-from stepwire.errors import StepMismatchError
+from stepwire.errors import StepMismatchError, UnsupportedFeatureError
 from stepwire.retry import Deadline
 from stepwire.sharding.ballot import Abandoned, Ballot, Bounds
 from stepwire.sharding.combining import combined
@@ -88,10 +88,16 @@ class Holds(Attachment):
         """Take a step on all shards, each as often as it takes, and combine what they answer.
 
         Raises:
+            UnsupportedFeatureError: the gradient is still being made.
             StepMismatchError: a shard moved without this client.
             StepwireError: what one of them failed for; the step may have been applied on others, and is finished by
                 its number.
         """
+        if call.feed is not None:  # whose parts would be cut before they are there
+            raise UnsupportedFeatureError(
+                "feed: gradients that are made while they are sent go to one server; give `step` the whole gradient",
+                metadata={"field": "feed", "feature": "feed"},
+            )
         self._hold(deadline)
         ballot = self._ballot_of(call.begin.step)
         self._begun, self._ballot = call.begin.step, ballot
