@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from child import child, python
-from stepwire.transport_options import BULK_OPTIONS
+from stepwire.wire.channel_options import BULK_OPTIONS
 
 __all__ = ["EchoStream", "EchoTargets", "bulk_messages", "echo_process", "sized_message"]
 

@@ -18,8 +18,8 @@ import stepwire
 from contest import Action, Contender
 from echo import EchoStream, EchoTargets, bulk_messages
 from sockets import Addresses, SocketStream
-from stepwire.codecs import FLOAT32
-from stepwire_server.engines.cpu import CpuEngine
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.protocol import PARAM, Pass
 from stepwire_server.rules import Precision, Recipe, rule_for
 

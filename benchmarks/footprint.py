@@ -17,9 +17,9 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from stepwire.codecs import FLOAT32
 from stepwire.optimizers import Adam
-from stepwire_server.engines.cpu import CpuEngine
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.rules import Precision, Recipe, rule_for
 

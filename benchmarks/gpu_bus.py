@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu_clock import Gpu, median, rounds
 from gpu_sections import ADAM, Figures, adam_pass, adam_slots, tiled
-from stepwire_server.answer import Answer
+from stepwire_server.steps.reply import Answer
 
 __all__ = ["bus"]
 
@@ -99,14 +99,14 @@ class _Trip:
 
 
 class _Nowhere:
-    """A `ReplySink` whose buffers are the caller's own."""
+    """A `ReplyWriter` whose buffers are the caller's own."""
 
     def buffer(self, offset: int, count: int) -> Any:
-        """See `ReplySink`; nobody asks."""
+        """See `ReplyWriter`; nobody asks."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """See `ReplySink`."""
+        """See `ReplyWriter`."""
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import json
 import time
 from typing import Any
 
-from stepwire.codecs import FLOAT32
 from stepwire.optimizers import Adam
+from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.engines import CudaEngine
 from stepwire_server.rules import Recipe, rule_for
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from gpu_clock import Actions, Gpu, Skipped, median, ratio, rounds
 from gpu_torch import FusedAdam
-from stepwire.codecs import BFLOAT16, FLOAT32
 from stepwire.optimizers import Adam
+from stepwire.wire.dtypes import BFLOAT16, FLOAT32
 from stepwire_server.engines import PARAM, CpuEngine
-from stepwire_server.engines.chunks import STORED
+from stepwire_server.engines.payloads import STORED
 from stepwire_server.engines.protocol import Pass
 from stepwire_server.rules import Precision, Recipe, rule_for
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from contest import ratio
-from stepwire.codecs import BFLOAT16, FLOAT32
 from stepwire.optimizers import Adam
-from stepwire_server.engines.cpu import CpuEngine
+from stepwire.wire.dtypes import BFLOAT16, FLOAT32
+from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.protocol import PARAM, Pass
 from stepwire_server.rules import Precision, Recipe, rule_for
 

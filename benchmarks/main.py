@@ -30,7 +30,7 @@ from echo import echo_process
 from goals import Goal
 from shaped_link import shaped_link
 from sockets import socket_server
-from stepwire_server.process import ServerProcess, server_process
+from stepwire_server.processes.spawn import ServerProcess, server_process
 from torch_step import torch_step
 from variants import TRANSPORTS
 

@@ -1,6 +1,6 @@
 """How large messages should be, and how gRPC should be set: raw push and pull of the same bytes, sent differently.
 
-`stepwire.transport_options` and the client's chunk size were chosen from these figures.
+`stepwire.wire.channel_options` and the client's chunk size were chosen from these figures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import contest
 from contest import Action, Contender, Ratios
 from echo import EchoStream, Options, bulk_messages, echo_process
-from stepwire.codecs import FLOAT32
-from stepwire.transport_options import BULK_OPTIONS
+from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["messages"]
 

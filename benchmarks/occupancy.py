@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import machine
 import variants
 from child import answer, python
-from stepwire_server.process import ServerProcess
+from stepwire_server.processes.spawn import ServerProcess
 
 __all__ = ["growth", "memory", "settled_resident_bytes"]
 

@@ -26,7 +26,7 @@ from contest import Contender, Ratios
 from echo import echo_process
 from goals import Goal
 from sockets import socket_server
-from stepwire_server.process import server_process
+from stepwire_server.processes.spawn import server_process
 from transports import section_name
 
 __all__ = ["GOALS", "OURS", "RATIOS", "peers", "run"]

@@ -15,8 +15,8 @@ import machine
 import occupancy
 import stepwire
 from echo import EchoStream, bulk_messages, sized_message
-from stepwire.codecs import FLOAT32
-from stepwire_server.process import ServerProcess
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.processes.spawn import ServerProcess
 
 Figures = dict[str, Any]
 # What the messages of a step hold besides the payload, in bytes: header fields, padding, tag and length.

@@ -12,7 +12,7 @@ import numpy as np
 
 import stepwire
 from contest import Action, Contender
-from stepwire.codecs import BFLOAT16, FLOAT32
+from stepwire.wire.dtypes import BFLOAT16, FLOAT32
 
 __all__ = ["TRANSPORTS", "VARIANTS", "Job", "Variant", "contender", "gradient_of", "named", "open_job", "parameters_of"]
 

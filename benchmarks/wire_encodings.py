@@ -20,7 +20,7 @@ import numpy as np
 
 import stepwire
 from convergence import Task, digits, language_model
-from stepwire_server.process import server_process
+from stepwire_server.processes.spawn import server_process
 
 __all__ = ["ENCODINGS", "Encoding", "compare", "main"]
 

@@ -12,7 +12,7 @@ from google.protobuf import any_pb2
 
 from conformance.stored_case import StoredCase, Tensors
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import status_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import state_pb2, status_pb2, step_pb2, tensor_pb2
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 
 __all__ = ["NotServedError", "RemoteSession"]
@@ -93,7 +93,7 @@ class RemoteSession:
     def __enter__(self) -> RemoteSession:
         """Load the parameters."""
         parameters = self._packed(self._case.initial)
-        opening = pb.LoadOpen(session_id=self._id, attach_token=self._token, load=1, slots=["param"])
+        opening = state_pb2.LoadOpen(session_id=self._id, attach_token=self._token, load=1, slots=["param"])
         chunk = tensor_pb2.Chunk(offset=0, count=len(parameters))
         messages = [
             pb.LoadRequest(open=opening),
@@ -116,7 +116,7 @@ class RemoteSession:
         special = self._case.special(number)
         begin = special.begin
         begin.step = number
-        begin.reply_mode = step_pb2.REPLY_MODE_PARAMETERS if reply else step_pb2.REPLY_MODE_NONE
+        begin.reply.mode = step_pb2.REPLY_MODE_PARAMETERS if reply else step_pb2.REPLY_MODE_NONE
         payload = self._encode(self._gradient(number, special.factor, special.first_element, begin.missing_tensors))
         request = pb.StepRequest(session_id=self._id, attach_token=self._token, begin=begin, payload=payload)
         answer = _call(self._stub.Step, request)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stepwire_server.process import server_process
+from stepwire_server.processes.spawn import server_process
 
 __all__ = ["a_server", "command_line", "progress_bar"]
 

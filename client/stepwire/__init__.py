@@ -18,6 +18,7 @@ from stepwire.version import __version__
 if TYPE_CHECKING:
     from stepwire.client import Client
     from stepwire.connecting import connect
+    from stepwire.connection.retry import Retry
     from stepwire.errors import (
         AuthenticationError,
         DataLossError,
@@ -53,12 +54,11 @@ if TYPE_CHECKING:
         RAdam,
         RMSprop,
     )
+    from stepwire.optimizers.gradient_treatment import LossScaling
+    from stepwire.optimizers.schedules import Schedule
     from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult, TransportChoice
-    from stepwire.retry import Retry
-    from stepwire.schedules import Schedule
     from stepwire.session import Session
     from stepwire.sharding import ShardedClient, ShardedSession
-    from stepwire.treatment import LossScaling
 
 __all__ = [
     "LAMB",
@@ -120,12 +120,12 @@ _HOMES = {
     "SessionState": "results",
     "StepResult": "results",
     "TransportChoice": "results",
-    "Retry": "retry",
-    "Schedule": "schedules",
+    "Retry": "connection.retry",
+    "Schedule": "optimizers.schedules",
     "Session": "session",
     "ShardedClient": "sharding",
     "ShardedSession": "sharding",
-    "LossScaling": "treatment",
+    "LossScaling": "optimizers.gradient_treatment",
 }
 
 

@@ -10,20 +10,15 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.calls import Calls
-from stepwire.codecs import dtype_named, dtype_to_wire
-from stepwire.configuration import PRECISIONS
+from stepwire.arrays.error_feedback import check_feedback
+from stepwire.arrays.groups import grouped
+from stepwire.arrays.packing import Arrays, named_arrays
+from stepwire.arrays.trees import Flattened, Structure, expanded, flattened, structure_like
+from stepwire.connection.channel import Calls
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire.feedback import check_feedback
-from stepwire.groups import grouped
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import Adam, Optimizer
-from stepwire.packing import Arrays, named_arrays
-from stepwire.results import ServerInfo, SessionInfo
-from stepwire.schedules import Schedule
-from stepwire.session import Session
-from stepwire.transports.route import Router
-from stepwire.treatment import (
+from stepwire.optimizers.gradient_treatment import (
     ClipFormula,
     GradientTreatment,
     LossScaling,
@@ -31,17 +26,22 @@ from stepwire.treatment import (
     NonFinite,
     treatment_to_wire,
 )
-from stepwire.trees import Flattened, Structure, expanded, flattened, structure_like
+from stepwire.optimizers.schedules import Schedule
+from stepwire.results import PRECISIONS, ServerInfo, SessionInfo
+from stepwire.session import Session
+from stepwire.transports.route import Router
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
-from stepwire.wire import optimizer_to_wire, spec_to_wire
+from stepwire.wire.dtypes import dtype_named, dtype_to_wire
+from stepwire.wire.messages import duration_to_wire, optimizer_to_wire, spec_to_wire
 
 __all__ = ["Client"]
 
 _S = TypeVar("_S", bound=Session)
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
+_LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
 _TELEMETRY = {
     "full": session_pb2.TELEMETRY_LEVEL_FULL,
     "gradient": session_pb2.TELEMETRY_LEVEL_GRADIENT,
@@ -161,12 +161,12 @@ class Client:
             ("telemetry", telemetry, _TELEMETRY),
         ):
             if choice not in allowed:
-                raise _invalid(field, f"{choice!r}; use one of: {', '.join(allowed)}")
+                raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")
         frozen = list(expanded(frozen, named))
         if unknown := [name for name in frozen if name not in named]:
-            raise _invalid("frozen", f"{unknown[0]!r} is not a parameter")
-        if lease_seconds is not None and not lease_seconds > 0:
-            raise _invalid("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
+            raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
+        if lease_seconds is not None and not 0 < lease_seconds < _LONGEST_LEASE_SECONDS:
+            raise InvalidRequestError.of("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         check_feedback(sent, error_feedback)
         config = session_pb2.SessionConfig(
@@ -181,7 +181,7 @@ class Client:
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
-            lease_seconds=lease_seconds or 0.0,
+            lease=None if lease_seconds is None else duration_to_wire(lease_seconds),
             device=device,
             label=label,
         )
@@ -315,7 +315,3 @@ class Client:
                 )
             self._info = info
         return self._info.max_chunk_bytes
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

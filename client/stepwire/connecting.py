@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepwire.calls import Calls
 from stepwire.client import Client
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Retry
 from stepwire.errors import InvalidRequestError
-from stepwire.retry import Retry
 from stepwire.sharding.client import ShardedClient
-from stepwire.transports.choice import asked_transport
+from stepwire.transports.available import asked_transport
 
 __all__ = ["connect"]
 
@@ -45,12 +45,8 @@ def connect(
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise _invalid("channels", f"{channels!r} is not a positive integer")
+        raise InvalidRequestError.of("channels", f"{channels!r} is not a positive integer")
     targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
     if not targets or not all(isinstance(each, str) for each in targets):
-        raise _invalid("target", f"{target!r:.80} is neither a target nor a list of targets")
+        raise InvalidRequestError.of("target", f"{target!r:.80} is neither a target nor a list of targets")
     return [each for each in targets for _ in range(channels)]
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

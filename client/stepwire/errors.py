@@ -81,6 +81,7 @@ class Reason(enum.StrEnum):
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     SESSION_DAMAGED = "SESSION_DAMAGED"
+    DURABLE_STEP_LOST = "DURABLE_STEP_LOST"
     INTERNAL = "INTERNAL"
 
 
@@ -115,6 +116,20 @@ class InvalidRequestError(StepwireError):
     """The request is malformed; `metadata["field"]` says where. Sending it again will not help."""
 
     default_reason = Reason.INVALID_CONFIG
+
+    @classmethod
+    def of(
+        cls, field: str, problem: str, *, reason: Reason = Reason.INVALID_CONFIG, **metadata: object
+    ) -> InvalidRequestError:
+        """Return the error of one field: `problem` says its value and the next action.
+
+        Args:
+            field: the path of the field, such as `"groups[1].lr"`; the message starts with it.
+            problem: the rest of the message.
+            reason: what went wrong, for programs.
+            metadata: further values.
+        """
+        return cls(f"{field}: {problem}", reason=reason, metadata={"field": field, **metadata})
 
 
 class NonFiniteGradientError(InvalidRequestError):
@@ -236,6 +251,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),
     Reason.PERMISSION_DENIED: ErrorRow("PERMISSION_DENIED", PermissionDeniedError),
     Reason.SESSION_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.DURABLE_STEP_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
 }
 

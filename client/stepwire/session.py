@@ -12,10 +12,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.attachment import Attachment
-from stepwire.calls import Calls
-from stepwire.codecs import FLOAT32, dtype_named, dtype_to_wire
-from stepwire.configuration import Configuration
+from stepwire.arrays.packing import Arrays, Flat, Packer
+from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Deadline
 from stepwire.errors import (
     InvalidRequestError,
     Reason,
@@ -23,20 +23,19 @@ from stepwire.errors import (
     UnavailableError,
     UnsupportedFeatureError,
 )
-from stepwire.packing import Arrays, Flat, Packer
-from stepwire.results import SessionInfo, SessionState, StepResult, TransportChoice
-from stepwire.retry import Deadline
-from stepwire.step_builder import OnReady, Overrides, Reply, StepBuilder, StepOptions
-from stepwire.step_queue import StepQueue
-from stepwire.transfer import load_messages, read_pull
-from stepwire.transport_options import chunk_bytes_for
-from stepwire.transports.choice import asked_transport
+from stepwire.links.pull_and_load import load_messages, read_pull
+from stepwire.links.remote import Attachment
+from stepwire.results import SessionConfig, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.steps.background import BackgroundSteps
+from stepwire.steps.build import OnReady, Overrides, Reply, StepBuilder, StepOptions
+from stepwire.steps.shared import SharedArrays
+from stepwire.transports.available import asked_transport
 from stepwire.transports.route import Route, Router
-from stepwire.transports.shared_arrays import SharedArrays
-from stepwire.trees import Structure, Tree, flattened, is_nested
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2
-from stepwire.wire import layout_from_wire
+from stepwire.v1 import session_pb2, state_pb2, step_pb2
+from stepwire.wire.channel_options import chunk_bytes_for
+from stepwire.wire.dtypes import FLOAT32, dtype_named, dtype_to_wire
+from stepwire.wire.messages import layout_from_wire
 
 __all__ = ["Session"]
 
@@ -81,7 +80,7 @@ class Session:
         chunk_bytes = chunk_bytes_for(self._packer.layout.size * FLOAT32.itemsize, chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._steps = StepBuilder(message, self._packer, chunk_bytes, error_feedback=error_feedback)
-        self._queue: StepQueue | None = None
+        self._queue: BackgroundSteps | None = None
         self._route = Route(router, message.session_id)
         self._attachment = Attachment(self._route, message, token, self._packer, chunk_bytes)
         self._last_result: step_pb2.StepResult | None = None  # decoded when asked for
@@ -125,9 +124,9 @@ class Session:
         return self._slots
 
     @property
-    def configuration(self) -> Configuration:
+    def configuration(self) -> SessionConfig:
         """What the session was created as; useful where somebody else created it."""
-        return Configuration.from_wire(self._config)
+        return SessionConfig.from_wire(self._config)
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -258,7 +257,7 @@ class Session:
         chosen = StepOptions(**options)
         with self._lock_of_queue:
             if self._queue is None:
-                self._queue = StepQueue(steps_in_flight)
+                self._queue = BackgroundSteps(steps_in_flight)
             queue = self._queue
         return queue.submit(lambda: self.take(gradients, chosen, timeout))
 
@@ -400,7 +399,7 @@ class Session:
             StepwireError: as `step`.
         """
         named = flattened(parameters, "parameters").named
-        self._load({_PARAM: self._packer.ordered(named, "parameters")}, pb.LoadOpen(), timeout)
+        self._load({_PARAM: self._packer.ordered(named, "parameters")}, state_pb2.LoadOpen(), timeout)
 
     def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
         """Replace everything by what `state` returned, here or from another session of the same tensors.
@@ -425,7 +424,7 @@ class Session:
                 f"state.tensor_steps: {missing[0]!r} is missing", metadata={"field": "state.tensor_steps"}
             )
         steps = [state.tensor_steps[tensor.spec.name] for tensor in self._packer.layout.tensors]
-        opening = pb.LoadOpen(step=state.step, tensor_steps=steps)
+        opening = state_pb2.LoadOpen(step=state.step, tensor_steps=steps)
         if state.loss_scale is not None:
             opening.loss_scale.scale, opening.loss_scale.clean_steps = state.loss_scale
         self._load(sources, opening, timeout)
@@ -475,14 +474,14 @@ class Session:
 
     # --- with retries ------------------------------------------------------------------------------------
 
-    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> pb.PullHeader:
+    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> state_pb2.PullHeader:
         request = pb.PullRequest(
             session_id=self.session_id,
             slots=targets,
             dtype=dtype_to_wire(dtype),
             chunk_bytes=self._chunk_bytes,
         )
-        header: pb.PullHeader = self._repeat(
+        header: state_pb2.PullHeader = self._repeat(
             lambda deadline: self._route.way(deadline).calls.download(
                 "Pull", request, lambda messages: read_pull(messages, self._packer, dtype, targets), deadline
             ),
@@ -490,7 +489,7 @@ class Session:
         )
         return header
 
-    def _load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, timeout: float | None) -> None:
+    def _load(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, timeout: float | None) -> None:
         with self._lock:
             deadline = self._calls.deadline(timeout)
             if self._attachment.token == 0 or self._attachment.in_doubt:
@@ -505,7 +504,7 @@ class Session:
                     return
                 # An earlier call that failed had been committed after all, and this one was taken for its repetition.
 
-    def _send_load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, deadline: Deadline) -> bool:
+    def _send_load(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, deadline: Deadline) -> bool:
         """Send the next load until it is committed; True if the server says that it had been before."""
         opening.session_id, opening.attach_token = self.session_id, self._attachment.token
         opening.load = self._attachment.applied_load + 1

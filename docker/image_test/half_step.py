@@ -15,7 +15,7 @@ from report import require
 
 # The raw client belongs to the tests of the repository, which are no package that is installed.
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[2]))
-from tests.integration.raw import RawClient, Vector, step_message
+from tests.support.raw import RawClient, Vector, step_message
 
 __all__ = ["HalfStep"]
 

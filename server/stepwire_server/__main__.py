@@ -1,6 +1,6 @@
 """`python -m stepwire_server`: the command `stepwire`, for where it is not on the PATH."""
 
-from stepwire_server.cli import main
+from stepwire_server.cli.main import main
 
 __all__: list[str] = []
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import stepwire
-from stepwire_server.process import server_process
+from stepwire_server.processes.spawn import server_process
 
 __all__ = ["DemoReport", "run_demo"]
 

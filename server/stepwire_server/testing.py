@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 
 __all__ = ["serving"]
 

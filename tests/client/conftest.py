@@ -13,8 +13,8 @@ import pytest
 
 import stepwire
 import stepwire_server.testing
-from stepwire.calls import Calls
-from stepwire.retry import Retry
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Retry
 from stepwire.v1 import optimizer_service_pb2 as pb
 
 CHUNK_BYTES = 64 << 10

@@ -11,8 +11,8 @@ import pytest
 import stepwire
 import stepwire_server.testing
 from stepwire.optimizers import Formula
-from stepwire.schedules import Schedule
-from stepwire.treatment import LossScaling
+from stepwire.optimizers.gradient_treatment import LossScaling
+from stepwire.optimizers.schedules import Schedule
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN

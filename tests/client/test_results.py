@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepwire.optimizers import Hyperparameters
 from stepwire.results import GroupResult, ServerInfo, SessionInfo, StepResult
-from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
+from stepwire.v1 import optimizer_pb2, server_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
 
@@ -121,8 +121,10 @@ def test_a_server_info_takes_every_value(draining: bool) -> None:
         protocol_min=1,
         protocol_max=3,
         instance_id="cafe",
-        devices=[pb.DeviceInfo(name="cuda:0", description="GPU", memory_bytes=30, budget_bytes=20, reserved_bytes=10)],
-        limits=pb.Limits(max_chunk_bytes=4096),
+        devices=[
+            server_pb2.DeviceInfo(name="cuda:0", description="GPU", memory_bytes=30, budget_bytes=20, reserved_bytes=10)
+        ],
+        limits=server_pb2.Limits(max_chunk_bytes=4096),
         features=["overlap", "schedules"],
         sessions=5,
         draining=draining,

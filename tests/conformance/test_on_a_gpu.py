@@ -10,10 +10,10 @@ import pytest
 from conformance.checking import PASSED, check
 from conformance.stored_case import stored_cases
 from stepwire.v1 import optimizer_pb2
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
-from stepwire_server.decoding import decode_plan
-from stepwire_server.places import Places
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.rpc.decode_config import decode_session_config
+from stepwire_server.server import Server
 from tests.server.pretended_gpus import (
     PlacedGpu,
     compiled_kernels,
@@ -46,12 +46,15 @@ CASES = {name: ALL[name] for name in sorted(_chosen())}
 @pytest.fixture(scope="module")
 def channel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
     directory, config = compiled_kernels(request, tmp_path_factory), ServerConfig(bind="127.0.0.1:0")
-    plans = [decode_plan(case.config, config) for case in CASES.values()]
+    plans = [decode_session_config(case.config, config) for case in CASES.values()]
     library = library_of([kernel for plan in plans for kernel in kernels_of_plan(plan)], directory)
     cupy = pretended_cupy(directory, library=library, order=("random", 1))
     cubins = machine_code(tmp_path_factory)
     next(cubins)
-    with Server(config, places=Places.of([PlacedGpu(cupy)])) as server, grpc.insecure_channel(server.target) as channel:
+    with (
+        Server(config, pool=DevicePool.of([PlacedGpu(cupy)])) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
         yield channel
     cupy.check()
     next(cubins, None)

@@ -31,7 +31,7 @@ def example(module: Callable[[str], ModuleType]) -> Any:
     return module("language_model")
 
 
-def plan(example: Any, precision: str, steps: int = 6) -> Any:
+def config(example: Any, precision: str, steps: int = 6) -> Any:
     size = {"batch": 2, "length": 16, "width": 16, "layers": 1}
     return example.Plan(steps=steps, warm_up=2, lr=2e-3, **size, precision=precision, threads=1)
 
@@ -59,7 +59,7 @@ def test_the_server_trains_as_torch_does_and_a_kill_changes_no_bit(run_quickly: 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
 def test_each_precision_trains_as_torch_does_and_goes_on_where_it_was(example: Any, precision: str) -> None:
     """float16 goes through GradScaler: unscaled by torch here, by the server there."""
-    steps = plan(example, precision)
+    steps = config(example, precision)
     losses: dict[str, list[float]] = {"local": [], "remote": [], "broken off": []}
 
     def until_4(step: Any) -> None:
@@ -83,7 +83,7 @@ def test_each_precision_trains_as_torch_does_and_goes_on_where_it_was(example: A
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing(example: Any) -> None:
-    ten = plan(example, "float32", steps=10)
+    ten = config(example, "float32", steps=10)
     factors = [ten.factor(step) for step in range(11)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[6] == pytest.approx(0.5)

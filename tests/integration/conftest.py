@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient
+from tests.support.raw import RawClient
 
 Opened = Callable[[str], stepwire.Client]
 

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stepwire_server.registry import Registry
-from stepwire_server.session import Session
-from stepwire_server.slot import Attachment
+from stepwire_server.sessions.client_stream import Attachment
+from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.session import Session
 from tests.integration.events import Happenings
 
 __all__ = ["chunks_staged", "steps_over", "stream_ends"]

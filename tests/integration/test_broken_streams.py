@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire.v1 import attach_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import step_pb2, tensor_pb2
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.probes import chunks_staged, steps_over, stream_ends
 from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, RawStream, Refused, commit, step_message
 from tests.integration.training import same_bits
+from tests.support.raw import RawClient, RawStream, Refused, commit, step_message
 
 _SIZE = 20_000  # two chunks each way
 GRADIENT = np.random.default_rng(5).standard_normal(_SIZE, np.float32)
@@ -67,7 +67,7 @@ def begins_anew(stream: RawStream, proxy: Proxy) -> None:
 
 
 def opens_anew(stream: RawStream, proxy: Proxy) -> None:
-    stream.send(pb.AttachRequest(open=pb.AttachOpen()))
+    stream.send(pb.AttachRequest(open=attach_pb2.AttachOpen()))
     refused(stream, "INVALID_FRAME")
 
 

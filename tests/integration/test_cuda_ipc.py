@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire.transports import cuda_driver
-from stepwire.transports.device_views import DeviceView
-from stepwire_server.app import Server
+from stepwire.transports.cuda import driver as cuda_driver
+from stepwire.transports.cuda.views import DeviceView
 from stepwire_server.config import ServerConfig
-from stepwire_server.places import Places
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.server import Server
 from tests.integration.events import PATIENCE_SECONDS
 from tests.integration.probes import stream_ends
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, telemetry
@@ -76,8 +76,8 @@ def start(
         exits.callback(cupy.check)
         engine = PlacedGpu(cupy, 0, slot_bytes=16 << 10, gradient_cache_bytes=1)
         idle_bytes = cupy.used_bytes
-        places = Places.of([engine], 24 << 20)
-        server = exits.enter_context(Server(ServerConfig(bind="127.0.0.1:0", **settings | options), places=places))
+        pool = DevicePool.of([engine], 24 << 20)
+        server = exits.enter_context(Server(ServerConfig(bind="127.0.0.1:0", **settings | options), pool=pool))
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
         client = stepwire.connect(server.target, transport=transport, timeout=30.0, retry=retry)
         return Shared(cupy, libcuda, server, exits.enter_context(client), idle_bytes)
@@ -215,7 +215,7 @@ def test_shared_memory_is_part_of_the_budget(start: Any) -> None:
 def test_what_the_budget_has_no_room_for_goes_another_way(start: Any) -> None:
     shared = start("auto", memory_budget_bytes=0)
     shared.libcuda.initialized, shared.libcuda.contexts = True, [1]
-    hog = next(iter(shared.server.registry.places)).budget.reserve((24 << 20) - (1 << 20), "a test")
+    hog = next(iter(shared.server.registry.pool)).budget.reserve((24 << 20) - (1 << 20), "a test")
     with SMALL.create(shared.client) as session:
         session.step(SMALL.gradient(1))
         assert session.transport is not None and session.transport.name == "shm"

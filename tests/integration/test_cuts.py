@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.http2 import Unit
 from tests.integration.link import Cut, Direction, Traffic
 from tests.integration.proxy import Proxy

@@ -12,7 +12,7 @@ import pytest
 
 import stepwire
 from stepwire.errors import Reason
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.link import Direction
 from tests.integration.proxy import Proxy
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits

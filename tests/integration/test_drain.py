@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwire
 from stepwire.errors import Reason
-from stepwire.transport_options import BULK_OPTIONS
+from stepwire.wire.channel_options import BULK_OPTIONS
 from tests.integration.processes import ServerProcess, run_command
-from tests.integration.raw import RawClient, RawStream, Refused, Vector, step_message
 from tests.integration.training import TINY
+from tests.support.raw import RawClient, RawStream, Refused, Vector, step_message
 
 _SIZE = 100
 GRADIENT = np.random.default_rng(11).standard_normal(_SIZE, np.float32)

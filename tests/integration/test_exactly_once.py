@@ -11,11 +11,11 @@ import pytest
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.probes import chunks_staged
 from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, RawStream, Refused, Vector, commit, settle, step_message
 from tests.integration.training import SMALL, WIDE, bits, same_bits, telemetry
+from tests.support.raw import RawClient, RawStream, Refused, Vector, commit, settle, step_message
 
 _SIZE = 12
 _SEED = 77

@@ -10,10 +10,10 @@ import pytest
 import stepwire
 from stepwire.errors import Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.probes import stream_ends
-from tests.integration.raw import RawClient, Refused, step_message
 from tests.integration.training import TINY, bits, same_bits
+from tests.support.raw import RawClient, Refused, step_message
 
 Connect = Callable[[str], stepwire.Client]
 

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
-from stepwire_server.places import Places
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.server import Server
 from tests.integration.events import PATIENCE_SECONDS
 from tests.integration.probes import chunks_staged, stream_ends
-from tests.integration.raw import RawClient, Refused, Vector, step_message
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
 from tests.server.pretended_gpus import (
     PlacedGpu,
@@ -26,6 +25,7 @@ from tests.server.pretended_gpus import (
     needs_compiler,
     pretended_cupy,
 )
+from tests.support.raw import RawClient, Refused, Vector, step_message
 
 pytestmark = needs_compiler
 
@@ -74,8 +74,8 @@ def start(
         sizes = {"slot_bytes": 16 << 10, "gradient_cache_bytes": 1} | options
         engines = [PlacedGpu(cupy, index, **sizes) for index in range(count)]
         idle_bytes = cupy.used_bytes
-        places = Places.of(engines, budget_bytes)
-        server = Server(ServerConfig(bind="127.0.0.1:0", **settings), clock=clock, places=places)
+        pool = DevicePool.of(engines, budget_bytes)
+        server = Server(ServerConfig(bind="127.0.0.1:0", **settings), clock=clock, pool=pool)
         return Gpus(cupy, engines, exits.enter_context(server), idle_bytes)
 
     return started

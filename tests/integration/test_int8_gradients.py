@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire.blockwise import BLOCK, INT8, decode_blocks, encode_blocks
 from stepwire.layout import Layout, TensorSpec, place
+from stepwire.wire.int8_blocks import BLOCK, INT8, decode_blocks, encode_blocks
 from tests.integration.training import bits
 
 SHAPES = {"w": (300, 257), "b": (1021,), "s": (), "v": (5000,)}

@@ -10,11 +10,11 @@ import pytest
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.events import Clock
 from tests.integration.probes import chunks_staged, steps_over, stream_ends
-from tests.integration.raw import RawClient, RawStream, Refused, step_message
 from tests.integration.training import TINY, same_bits
+from tests.support.raw import RawClient, RawStream, Refused, step_message
 
 _LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 5.0

@@ -10,10 +10,10 @@ import pytest
 
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.proxy import Proxy
-from tests.integration.raw import RawClient, Refused, Vector
 from tests.integration.training import SMALL, bits, same_bits
+from tests.support.raw import RawClient, Refused, Vector
 
 _SIZE = 12
 _SEED = 78

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.training import OVERLAPPED, PATCHED, WIDE, bits
 
 

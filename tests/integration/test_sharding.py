@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepwire
-from stepwire.feed import GradientFeed
+from stepwire.connection.retry import Deadline
 from stepwire.results import SessionState, StepResult
-from stepwire.retry import Deadline
 from stepwire.sharding import ShardedSession
-from stepwire.sharding.ballot import Ballot
-from stepwire_server.app import Server
+from stepwire.sharding.coordinator import Coordinator
+from stepwire.steps.gradient_feed import GradientFeed
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 from stepwire_server.testing import serving
 from tests.integration.events import Clock
 from tests.integration.link import Cut
@@ -561,16 +561,16 @@ def test_a_shard_that_failed_after_the_decision_is_finished_by_the_next_call(
     """The others have stepped, and do not step again; where none has, the next call decides anew."""
     pair = Pair(one, over(servers, opened, 2), SHAPES, clip_grad_norm=1.0)
     pair.step(arrays(SHAPES, 1))
-    decide = Ballot.decide
+    decide = Coordinator.decide
 
-    def decide_and_be_lost(self: Ballot, shard: int, staged: Any, deadline: Deadline) -> Any:
+    def decide_and_be_lost(self: Coordinator, shard: int, staged: Any, deadline: Deadline) -> Any:
         commit = decide(self, shard, staged, deadline)
         if shard >= others:
             raise Lost
         return commit
 
     with monkeypatch.context() as patched:
-        patched.setattr(Ballot, "decide", decide_and_be_lost)
+        patched.setattr(Coordinator, "decide", decide_and_be_lost)
         with pytest.raises(Lost):
             pair.cut.step(arrays(SHAPES, 2 if others else 7))
     assert pair.cut.applied_step == 1
@@ -591,16 +591,16 @@ def test_a_client_that_ends_after_the_decision_leaves_what_only_a_load_mends(
     session = many.create_session(arrays(SHAPES, 0), clip_grad_norm=1.0)
     assert isinstance(session, ShardedSession)
     state = session.state()
-    decide = Ballot.decide
+    decide = Coordinator.decide
 
-    def decide_and_end(self: Ballot, shard: int, staged: Any, deadline: Deadline) -> Any:
+    def decide_and_end(self: Coordinator, shard: int, staged: Any, deadline: Deadline) -> Any:
         commit = decide(self, shard, staged, deadline)
         if shard == 0:
             raise Lost
         return commit
 
     with monkeypatch.context() as patched:
-        patched.setattr(Ballot, "decide", decide_and_end)
+        patched.setattr(Coordinator, "decide", decide_and_end)
         with pytest.raises(Lost):
             session.step(arrays(SHAPES, 1))
     session.detach()

@@ -16,7 +16,7 @@ import pytest
 
 import stepwire
 from stepwire.results import StepResult
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.link import Cut, Direction
 from tests.integration.probes import steps_over, stream_ends
 from tests.integration.proxy import Proxy

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.integration.training import bits, same_bits
 
 SHAPES = {"w": (300, 200), "b": (7,)}
@@ -26,7 +26,7 @@ def gradient(step: int) -> dict[str, Any]:
 @pytest.fixture
 def sums(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the elements whose squares are summed."""
-    from stepwire_server.engines.cpu_state import CpuState
+    from stepwire_server.engines.cpu.state import CpuState
 
     counted: list[int] = []
     summed = CpuState.sum_of_squares
@@ -95,4 +95,4 @@ def test_a_session_that_is_found_again_tells_as_little(client: Any, server: Serv
     found = client.session(made.session_id)
     found.step(gradient(1))
     assert found.last_result.grad_norm == 0.0
-    assert server.registry.get(made.session_id).plan.tells_norms is False
+    assert server.registry.get(made.session_id).config.tells_norms is False

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 from tests.integration.training import OVERLAPPED, bits, same_bits
 
 STEPS = 12

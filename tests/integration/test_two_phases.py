@@ -13,7 +13,7 @@ import pytest
 import stepwire
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from tests.integration.raw import RawClient, RawStream, Refused, commit, step_message
+from tests.support.raw import RawClient, RawStream, Refused, commit, step_message
 
 SIZE = 600
 GRADIENT = np.linspace(-3.0, 5.0, SIZE).astype(np.float32)
@@ -49,7 +49,7 @@ def decision(**fields: Any) -> pb.AttachRequest:
     return pb.AttachRequest(commit=step_pb2.StepCommit(**fields))
 
 
-def staged(stream: RawStream, step: int = 1, gradient: Any = GRADIENT) -> step_pb2.Staged:
+def staged(stream: RawStream, step: int = 1, gradient: Any = GRADIENT) -> step_pb2.GradientCheck:
     stream.send(step_message(step, gradient))
     answer = stream.receive()
     assert answer is not None

@@ -18,11 +18,11 @@ import pytest
 from structlog.testing import capture_logs
 
 import stepwire
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 from tests.integration.processes import run_command
-from tests.integration.raw import RawClient
 from tests.integration.training import SMALL, TINY, WIDE, Model, bits, same_bits
+from tests.support.raw import RawClient
 
 _NOBODY = 65534
 _AS_NOBODY = """

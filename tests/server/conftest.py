@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pytest
 import structlog
 
-from stepwire.v1 import optimizer_pb2, session_pb2, status_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, status_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.app import Server
 from stepwire_server.config import MIB, ServerConfig
-from stepwire_server.places import Places
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.server import Server
 
-pytest.register_assert_rewrite("tests.server.step_runner")
+pytest.register_assert_rewrite("tests.server.model.runner")
 
 PATIENCE_SECONDS = 60.0
 CHUNK_BYTES = 64 << 10
@@ -123,7 +123,7 @@ class Wire:
         answer = self.unary("GetSession", pb.GetSessionRequest(session_id=session_id))
         return pb.GetSessionResponse.FromString(answer).session
 
-    def pull(self, session_id: str, *slots: str, **options: Any) -> tuple[pb.PullHeader, dict[str, bytes]]:
+    def pull(self, session_id: str, *slots: str, **options: Any) -> tuple[state_pb2.PullHeader, dict[str, bytes]]:
         """Pull slots; returns the header and each slot's bytes."""
         request = pb.PullRequest(session_id=session_id, slots=slots, **options)
         first, *chunks = map(pb.PullResponse.FromString, self.stream("Pull", [request]))
@@ -193,7 +193,9 @@ class Live:
 
     def opening(self, **fields: Any) -> pb.AttachRequest:
         """Make the first message of a stream."""
-        return pb.AttachRequest(open=pb.AttachOpen(**{"session_id": self.id, "attach_token": self.token} | fields))
+        return pb.AttachRequest(
+            open=attach_pb2.AttachOpen(**{"session_id": self.id, "attach_token": self.token} | fields)
+        )
 
     def gradient(self, seed: int = 1) -> npt.NDArray[np.float32]:
         """Draw a gradient of the whole space."""
@@ -239,7 +241,7 @@ class Live:
     def load_opening(self, load: int, *slots: str, **fields: Any) -> pb.LoadRequest:
         """Make the first message of a load."""
         defaults = {"session_id": self.id, "attach_token": self.token, "load": load, "slots": slots or ("param",)}
-        return pb.LoadRequest(open=pb.LoadOpen(**defaults | fields))
+        return pb.LoadRequest(open=state_pb2.LoadOpen(**defaults | fields))
 
     def load_chunk(
         self, slot: str = "param", offset: int = 0, values: npt.NDArray[Any] | None = None, **fields: Any
@@ -351,9 +353,9 @@ def clock() -> Clock:
 def serve(clock: Clock) -> Callable[..., Server]:
     """Make servers of the test's own, on the test's clock, with any settings and devices."""
 
-    def make(*, places: Places | None = None, **settings: Any) -> Server:
+    def make(*, pool: DevicePool | None = None, **settings: Any) -> Server:
         defaults = {"bind": "127.0.0.1:0", "device": "cpu", "threads": 1, "sweep_seconds": 0.01}
-        return Server(ServerConfig(**defaults | settings), clock=clock, places=places)
+        return Server(ServerConfig(**defaults | settings), clock=clock, pool=pool)
 
     return make
 

@@ -19,7 +19,7 @@ from stepwire_server.engines.cuda.source import (
     module_source,
     update_kernel,
 )
-from stepwire_server.plan import SessionPlan
+from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rules import Recipe
 from tests.support import cuda_shim as shim
 from tests.support.fake_cupy import FakeCupy
@@ -51,7 +51,7 @@ def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | N
             yield measure_kernel(each, gradient.name)
 
 
-def kernels_of_plan(plan: SessionPlan) -> Iterator[Kernel]:
+def kernels_of_plan(plan: SessionConfig) -> Iterator[Kernel]:
     """Yield what steps of a plan run, in its own dtypes."""
     for recipe in plan.recipes:
         yield from kernels_of(recipe, plan.gradient_dtype, plan.reply_dtype)

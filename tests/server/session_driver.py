@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import Engine
-from stepwire_server.memory import MemoryBudget
-from stepwire_server.order import StepOrder
-from stepwire_server.plan import SessionPlan
-from stepwire_server.progress import Snapshot, StepRecord
-from stepwire_server.session import Session
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_request import StepRequest
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.session import Session
 
 Array = npt.NDArray[Any]
-Span = tuple[int, int]
+Range = tuple[int, int]
 
 
 class Sink:
@@ -31,34 +32,36 @@ class Sink:
         self._unfinished: list[tuple[int, Array]] = []
 
     def buffer(self, offset: int, count: int) -> Array:
-        """See `ReplySink`: memory that is aligned to nothing, as in a message."""
+        """See `ReplyWriter`: memory that is aligned to nothing, as in a message."""
         made = np.full(count * self.values.itemsize + 1, 0xFF, np.uint8)[1:].view(self.values.dtype)
         self._unfinished.append((offset, made))
         return made
 
     def flush(self) -> None:
-        """See `ReplySink`: what is handed over here is what would be sent."""
+        """See `ReplyWriter`: what is handed over here is what would be sent."""
         offset, made = self._unfinished.pop(0)
         self.values[offset : offset + len(made)] = made
 
 
-def make_session(plan: SessionPlan, engine: Engine, budget_bytes: int = 1 << 30) -> Session:
+def make_session(config: SessionConfig, engine: Engine, budget_bytes: int = 1 << 30) -> Session:
     """Make a session whose slot is held with token 1."""
-    session = Session("ab" * 16, plan, engine, MemoryBudget(budget_bytes), epoch=1, clock=lambda: 0.0)
+    session = Session("ab" * 16, config, engine, MemoryBudget(budget_bytes), epoch=1, clock=lambda: 0.0)
     session.take_slot()
     return session
 
 
-def order_of(session: Session, **fields: Any) -> StepOrder:
+def request_of(session: Session, **fields: Any) -> StepRequest:
     """Make the order of the next step, with the plan's own numbers and dtypes."""
-    plan = session.plan
+    config = session.config
     step = session.ledger.applied_step + 1
-    return StepOrder(step, 0, plan.gradient_dtype, plan.reply_dtype, True, 1 << 20, plan.groups)._replace(**fields)
+    return StepRequest(step, 0, config.gradient_dtype, config.reply_dtype, True, 1 << 20, config.groups)._replace(
+        **fields
+    )
 
 
-def stage(session: Session, order: StepOrder, gradient: Array, chunks: Iterable[Span]) -> Any:
+def stage(session: Session, request: StepRequest, gradient: Array, chunks: Iterable[Range]) -> Any:
     """Begin a step and bring its chunks, as bytes that are aligned to nothing; close what is returned."""
-    staging = session.begin(order, 1)
+    staging = session.begin(request, 1)
     try:
         for low, high in chunks:
             payload = np.empty((high - low) * gradient.itemsize + 1, np.uint8)[1:]
@@ -72,16 +75,16 @@ def stage(session: Session, order: StepOrder, gradient: Array, chunks: Iterable[
 
 
 def take(
-    session: Session, gradient: Array, chunks: Sequence[Span] | None = None, **fields: Any
-) -> tuple[StepRecord, Array]:
+    session: Session, gradient: Array, chunks: Sequence[Range] | None = None, **fields: Any
+) -> tuple[StepResult, Array]:
     """Take the next step, or the one that `fields` say; returns the record and the answer."""
-    order = order_of(session, **fields)
-    sink = Sink(len(gradient), order.reply_dtype)
+    request = request_of(session, **fields)
+    sink = Sink(len(gradient), request.reply_dtype)
     with np.errstate(all="ignore"):
-        gradient = gradient.astype(order.gradient_dtype)
-    staging = stage(session, order, gradient, [(0, len(gradient))] if chunks is None else chunks)
+        gradient = gradient.astype(request.gradient_dtype)
+    staging = stage(session, request, gradient, [(0, len(gradient))] if chunks is None else chunks)
     try:
-        return session.commit(order, staging, 1, sink, 0.0), sink.values
+        return session.commit(request, staging, 1, sink, 0.0), sink.values
     finally:
         staging.close()
 
@@ -90,7 +93,7 @@ def everything(session: Session) -> tuple[Snapshot, dict[str, Array]]:
     """Pull all slots."""
     snapshot, slots = session.snapshot(), {}
     for slot in session.slots:
-        slots[slot] = np.empty(session.plan.layout.size, np.float32)
+        slots[slot] = np.empty(session.config.layout.size, np.float32)
         session.read(snapshot, slot, 0, slots[slot])
     return snapshot, slots
 

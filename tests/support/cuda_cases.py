@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stepwire.blockwise import BLOCK, INT8, encode_blocks
 from stepwire.optimizers import Hyperparameters
+from stepwire.wire.int8_blocks import BLOCK, INT8, encode_blocks
 from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe

@@ -13,17 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.aio.base import ClientBase, SessionBase
+from stepwire.arrays.packing import Arrays
+from stepwire.arrays.trees import Tree
 from stepwire.client import StatePrecision, Telemetry
-from stepwire.configuration import Configuration
 from stepwire.connecting import connect as connect_client
+from stepwire.connection.retry import Retry
 from stepwire.optimizers import Optimizer
-from stepwire.packing import Arrays
-from stepwire.results import ServerInfo, SessionInfo, SessionState, StepResult, TransportChoice
-from stepwire.retry import Retry
-from stepwire.schedules import Schedule
-from stepwire.step_builder import OnReady, Overrides, Reply
-from stepwire.treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
-from stepwire.trees import Tree
+from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
+from stepwire.optimizers.schedules import Schedule
+from stepwire.results import ServerInfo, SessionConfig, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.steps.build import OnReady, Overrides, Reply
 
 __all__ = ["AsyncClient", "AsyncSession", "connect"]
 
@@ -67,7 +66,7 @@ class AsyncSession(SessionBase):
         return self.blocking.slots
 
     @property
-    def configuration(self) -> Configuration:
+    def configuration(self) -> SessionConfig:
         """What the session was created as; useful where somebody else created it."""
         return self.blocking.configuration
 

@@ -20,8 +20,8 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from stepwire.optax.alias import adadelta, adam, adamax, adamw, amsgrad, lamb, lars, lion, nadam, nadamw, rmsprop, sgd
 from stepwire.optax.connection import RemoteOptions
-from stepwire.optax.rules import adadelta, adam, adamax, adamw, amsgrad, lamb, lars, lion, nadam, nadamw, rmsprop, sgd
 from stepwire.optax.transformation import RemoteState, RemoteTransformation, remote
 
 __all__ = [

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
 from stepwire.errors import InvalidRequestError
-from stepwire.treatment import ClipFormula, NonFinite
+from stepwire.optimizers.gradient_treatment import ClipFormula, NonFinite
 
 __all__ = ["Connection", "RemoteOptions"]
 
@@ -75,11 +75,13 @@ class Connection:
         """
         if unknown := sorted(set(options) - set(RemoteOptions.__annotations__)):
             allowed = ", ".join(RemoteOptions.__annotations__)
-            raise _invalid(unknown[0], f"there is no such option; use one of: {allowed}")
+            raise InvalidRequestError.of(unknown[0], f"there is no such option; use one of: {allowed}")
         server = options.get("server", "localhost:50051")
         given = tuple((name, options[name]) for name in _CONNECTING if name in options)
         if isinstance(server, Client) and given:
-            raise _invalid(given[0][0], "the client given as `server` is connected already; give it to `connect`")
+            raise InvalidRequestError.of(
+                given[0][0], "the client given as `server` is connected already; give it to `connect`"
+            )
         targets = server if isinstance(server, Client) else (server,) if isinstance(server, str) else tuple(server)
         rest = {name: value for name, value in options.items() if name not in ("server", *_CONNECTING)}
         return cls(targets, given), rest
@@ -106,7 +108,3 @@ class Connection:
             return self.server
         target = self.server[0] if len(self.server) == 1 else list(self.server)
         return connect(target, **dict(self.options))
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

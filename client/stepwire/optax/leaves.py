@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepwire.codecs import FLOAT32, is_wire_dtype
+from stepwire.arrays.trees import SEPARATOR
 from stepwire.errors import InvalidRequestError
-from stepwire.trees import SEPARATOR
+from stepwire.wire.dtypes import FLOAT32, is_wire_dtype
 
 __all__ = ["Leaves", "bools_by_name", "is_traced", "leaves_of"]
 
@@ -22,7 +22,7 @@ class Leaves(NamedTuple):
     """A tree taken apart.
 
     Attributes:
-        names: paths, as `stepwire.trees` has them: "encoder/0/w".
+        names: paths, as `stepwire.arrays.trees` has them: "encoder/0/w".
         arrays: the leaves in the same order.
         structure: JAX's.
     """
@@ -48,12 +48,14 @@ def leaves_of(tree: Any, field: str) -> Leaves:
     names = [SEPARATOR.join(map(_key, path)) or _ALONE for path, _ in found]
     arrays = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for _, leaf in found]
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        raise _invalid(field, f"two leaves have the name {twice[0]!r}: keys are joined by {SEPARATOR!r}; rename one")
+        raise InvalidRequestError.of(
+            field, f"two leaves have the name {twice[0]!r}: keys are joined by {SEPARATOR!r}; rename one"
+        )
     if not arrays:
-        raise _invalid(field, "the tree has no arrays")
+        raise InvalidRequestError.of(field, "the tree has no arrays")
     for name, array in zip(names, arrays, strict=True):
         if not is_wire_dtype(np.dtype(array.dtype)):
-            raise _invalid(
+            raise InvalidRequestError.of(
                 f"{field}[{name!r}]",
                 f"dtype {array.dtype} is not served; cast it to float32, bfloat16 or float16, or leave the leaf to "
                 "another transformation with optax.masked or optax.partition",
@@ -71,12 +73,12 @@ def bools_by_name(mask: Any, params: Any, field: str) -> dict[str, bool]:
     try:
         spread = jax.tree.map(lambda value, below: jax.tree.map(lambda _: value, below), chosen, params)
     except ValueError as error:
-        raise _invalid(field, f"the mask does not fit the parameters: {error}") from None
+        raise InvalidRequestError.of(field, f"the mask does not fit the parameters: {error}") from None
     found, _ = jax.tree_util.tree_flatten_with_path(spread)
     bools = {SEPARATOR.join(map(_key, path)) or _ALONE: value for path, value in found}
     for name, value in bools.items():
         if not isinstance(value, (bool, np.bool_)):
-            raise _invalid(f"{field}[{name!r}]", f"{value!r:.80} is not a bool")
+            raise InvalidRequestError.of(f"{field}[{name!r}]", f"{value!r:.80} is not a bool")
     return {name: bool(value) for name, value in bools.items()}
 
 
@@ -94,7 +96,3 @@ def _key(entry: Any) -> str:
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     return str(entry)
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

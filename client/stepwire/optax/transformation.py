@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from stepwire.codecs import dtype_named
 from stepwire.errors import InvalidRequestError
-from stepwire.optax import held
+from stepwire.optax import sessions as held
 from stepwire.optax.callback import call_host, check_place
 from stepwire.optax.connection import Connection, RemoteOptions
 from stepwire.optax.leaves import Leaves, bools_by_name, is_traced, leaves_of
 from stepwire.optimizers import Optimizer
 from stepwire.session import Session
+from stepwire.wire.dtypes import dtype_named
 
 __all__ = ["LearningRate", "RemoteState", "RemoteTransformation", "remote", "undecayed"]
 
@@ -124,7 +124,9 @@ def transformation(
     """
     connection, session_options = Connection.read(options)
     if groups is not None and "groups" in session_options:
-        raise _invalid("groups", "a mask makes the groups already; leave it out and say in `groups` what it says")
+        raise InvalidRequestError.of(
+            "groups", "a mask makes the groups already; leave it out and say in `groups` what it says"
+        )
     own: dict[str, Any] = {
         "lr": _own_rate(optimizer, learning_rate)
     }  # a number that every rule has, and declares itself
@@ -187,7 +189,9 @@ class _Remote:
         adds in the wider dtype and rounds once, gives the server's parameters.
         """
         if params is None:
-            raise _invalid("params", "updates are differences from them; call update(grads, state, params)")
+            raise InvalidRequestError.of(
+                "params", "updates are differences from them; call update(grads, state, params)"
+            )
         leaves, answer, after = self._step(params, updates, state)
         differences = [
             new.astype(jnp.float32) - old.astype(jnp.float32) for new, old in zip(answer, leaves.arrays, strict=True)
@@ -206,7 +210,9 @@ class _Remote:
         session = held.client(self._connection).session(session_id)
         shapes = {name: tuple(array.shape) for name, array in zip(leaves.names, leaves.arrays, strict=True)}
         if session.shapes != shapes:
-            raise _invalid("params", f"the session has the tensors {session.shapes}, and the parameters are {shapes}")
+            raise InvalidRequestError.of(
+                "params", f"the session has the tensors {session.shapes}, and the parameters are {shapes}"
+            )
         found = held.adopt(session, leaves.names, self._connection).session
         named: Any = found.pull()
         values = [jnp.asarray(named[name], array.dtype) for name, array in zip(*leaves[:2], strict=True)]
@@ -231,7 +237,9 @@ class _Remote:
         check_place()
         leaves, given = leaves_of(params, "params"), leaves_of(grads, "grads")
         if given.structure != leaves.structure:
-            raise _invalid("grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}")
+            raise InvalidRequestError.of(
+                "grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}"
+            )
         reply = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
         host = functools.partial(self._take, leaves.names, reply)
         arguments = [state.session, state.count, *self._rate(state.count), *given.arrays]
@@ -275,7 +283,9 @@ class _Remote:
     def _encoded(self, session_id: str) -> npt.NDArray[np.uint8]:
         raw = session_id.encode("ascii")
         if len(raw) > self._connection.id_bytes:
-            raise _invalid("session_id", f"{session_id!r} is longer than the ids of {self._connection.server!r} are")
+            raise InvalidRequestError.of(
+                "session_id", f"{session_id!r} is longer than the ids of {self._connection.server!r} are"
+            )
         return np.frombuffer(raw.ljust(self._connection.id_bytes, b"\0"), np.uint8)
 
 
@@ -293,7 +303,3 @@ def _changes(learning_rate: LearningRate) -> bool:
 
 def _decoded(identity: Any) -> str:
     return np.asarray(identity, np.uint8).tobytes().rstrip(b"\0").decode("ascii", "replace")
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}: {problem}", metadata={"field": field})

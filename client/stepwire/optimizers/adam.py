@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal, cast
 
-from stepwire.optimizers.hyperparameters import Hyperparameters, invalid
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import Hyperparameters
 from stepwire.optimizers.optimizer import Formula, Structure, TwoBetas
 
 __all__ = ["Adam", "AdamW", "Adamax", "NAdam", "RAdam"]
@@ -74,7 +75,7 @@ class Adam(TwoBetas):
     def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
         """See `Optimizer.check_numbers`."""
         if numbers.weight_decay and self.formula in ("keras", "decay_after") and not self.decoupled_weight_decay:
-            raise invalid(
+            raise InvalidRequestError.of(
                 f"{field}.weight_decay",
                 f"weight_decay is {numbers.weight_decay!r}, and the formula {self.formula!r} has decoupled decay only; "
                 f"use AdamW(formula={self.formula!r}), or 0",
@@ -82,21 +83,25 @@ class Adam(TwoBetas):
 
     def _check_structure(self) -> None:
         if not isinstance(self.amsgrad, (bool, str)) or self.amsgrad not in (False, True, "corrected"):
-            raise invalid("optimizer.amsgrad", f"amsgrad is {self.amsgrad!r}; use False, True, 'raw' or 'corrected'")
+            raise InvalidRequestError.of(
+                "optimizer.amsgrad", f"amsgrad is {self.amsgrad!r}; use False, True, 'raw' or 'corrected'"
+            )
         if self.amsgrad not in _AMSGRAD[self.formula]:
             allowed = " or ".join(repr(choice) for choice in _AMSGRAD[self.formula])
-            raise invalid(
+            raise InvalidRequestError.of(
                 "optimizer.amsgrad",
                 f"amsgrad is {self.amsgrad!r} and the formula {self.formula!r}, which has only {allowed}: AMSGrad is "
                 "one formula in torch and Keras (True, of the raw second moment) and another in optax ('corrected')",
             )
         if self.nesterov and (self.formula != "optax" or self.amsgrad):
-            raise invalid(
+            raise InvalidRequestError.of(
                 "optimizer.nesterov",
                 "nesterov is True; Adam has it with formula='optax' and without amsgrad (torch's NAdam is `NAdam`)",
             )
         if self.eps_root and self.formula != "optax":
-            raise invalid("optimizer.eps_root", f"eps_root is {self.eps_root!r}; only formula='optax' has it")
+            raise InvalidRequestError.of(
+                "optimizer.eps_root", f"eps_root is {self.eps_root!r}; only formula='optax' has it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

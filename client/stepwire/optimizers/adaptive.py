@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from stepwire.optimizers.hyperparameters import invalid, number
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.optimizer import Optimizer
 
 __all__ = ["Adadelta", "Adagrad", "RMSprop"]
@@ -65,7 +66,7 @@ class Adagrad(Optimizer):
         field = "optimizer.initial_accumulator_value"
         value = number(self.initial_accumulator_value, field)
         if not 0.0 <= value <= 3e38:
-            raise invalid(field, f"initial_accumulator_value is {value!r}; it must be in [0, 3e38]")
+            raise InvalidRequestError.of(field, f"initial_accumulator_value is {value!r}; it must be in [0, 3e38]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

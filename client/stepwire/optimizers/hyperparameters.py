@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["OVERRIDABLE", "Hyperparameters", "invalid", "number", "pair"]
+__all__ = ["OVERRIDABLE", "Hyperparameters", "number", "pair"]
 
 
 class _Range(NamedTuple):
@@ -99,7 +99,9 @@ class Hyperparameters:
             values["beta1"], values["beta2"] = pair(values.pop("betas"), f"{field}.betas")
         for name, value in values.items():
             if name not in OVERRIDABLE or getattr(self, name) is None:
-                raise invalid(f"{field}.{name}", f"{self._refusal(name)}; use one of: {', '.join(self._names())}")
+                raise InvalidRequestError.of(
+                    f"{field}.{name}", f"{self._refusal(name)}; use one of: {', '.join(self._names())}"
+                )
             _check(name, value, f"{field}.{synonyms.get(name, name)}")
         return dataclasses.replace(self, **values)
 
@@ -124,11 +126,6 @@ OVERRIDABLE: Final = tuple(field.name for field in dataclasses.fields(Hyperparam
 """Every hyper-parameter there is; a rule uses some of them."""
 
 
-def invalid(field: str, message: str) -> InvalidRequestError:
-    """Say what is wrong with a field."""
-    return InvalidRequestError(f"{field}: {message}", metadata={"field": field})
-
-
 def number(value: object, field: str) -> float:
     """Return a number as a float; NumPy scalars and 0-d arrays count.
 
@@ -140,7 +137,7 @@ def number(value: object, field: str) -> float:
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise invalid(field, f"{value!r:.80} is not a number that a float can hold") from None
+        raise InvalidRequestError.of(field, f"{value!r:.80} is not a number that a float can hold") from None
 
 
 def pair(value: object, field: str) -> tuple[float, float]:
@@ -150,14 +147,14 @@ def pair(value: object, field: str) -> tuple[float, float]:
         InvalidRequestError: it is not a tuple or list of two.
     """
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise invalid(field, f"betas is {value!r}; it must be two numbers, such as (0.9, 0.999)")
+        raise InvalidRequestError.of(field, f"betas is {value!r}; it must be two numbers, such as (0.9, 0.999)")
     return number(value[0], f"{field}[0]"), number(value[1], f"{field}[1]")
 
 
 def _check(name: str, value: object, field: str) -> None:
     if name == "maximize":
         if not isinstance(value, bool):
-            raise invalid(field, f"maximize is {value!r}; it must be True or False")
+            raise InvalidRequestError.of(field, f"maximize is {value!r}; it must be True or False")
     elif not _RANGES[name].holds(number(value, field)):
         shown = field.rpartition(".")[2]
-        raise invalid(field, f"{shown} is {value!r}; it must be {_RANGES[name].words}")
+        raise InvalidRequestError.of(field, f"{shown} is {value!r}; it must be {_RANGES[name].words}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from stepwire.optimizers.hyperparameters import Hyperparameters, invalid
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import Hyperparameters
 from stepwire.optimizers.optimizer import Formula, Optimizer, TwoBetas
 
 __all__ = ["SGD", "Lion"]
@@ -36,13 +37,13 @@ class SGD(Optimizer):
     def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
         """See `Optimizer.check_numbers`."""
         if self.nesterov and (not numbers.momentum or numbers.dampening):
-            raise invalid(
+            raise InvalidRequestError.of(
                 f"{field}.momentum",
                 f"momentum is {numbers.momentum!r} and dampening {numbers.dampening!r}; nesterov needs momentum > 0 "
                 "and dampening 0",
             )
         if numbers.dampening and not numbers.momentum:
-            raise invalid(
+            raise InvalidRequestError.of(
                 f"{field}.dampening",
                 f"dampening is {numbers.dampening!r} and momentum 0, so it would do nothing; set momentum, or leave it "
                 "out",

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, invalid, pair
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, pair
 
 __all__ = ["Formula", "Optimizer", "Structure", "TwoBetas"]
 
@@ -51,13 +52,17 @@ class Optimizer:
         """Refuse values out of range with an error that names them."""
         for name in (field.name for field in dataclasses.fields(self)):
             if getattr(self, name) is None:  # which further on means that a rule has no such number
-                raise invalid(f"optimizer.{name}", f"{name} is None; leave it out for its default")
+                raise InvalidRequestError.of(f"optimizer.{name}", f"{name} is None; leave it out for its default")
         for name in ("decoupled_weight_decay", "nesterov", "centered"):
             if not isinstance(getattr(self, name, False), bool):
-                raise invalid(f"optimizer.{name}", f"{name} is {getattr(self, name)!r}; use True or False")
+                raise InvalidRequestError.of(
+                    f"optimizer.{name}", f"{name} is {getattr(self, name)!r}; use True or False"
+                )
         if self.structure().formula not in get_args(Formula):
             allowed = ", ".join(get_args(Formula))
-            raise invalid("optimizer.formula", f"formula is {self.structure().formula!r}; use one of: {allowed}")
+            raise InvalidRequestError.of(
+                "optimizer.formula", f"formula is {self.structure().formula!r}; use one of: {allowed}"
+            )
         numbers = self.hyperparameters()
         numbers.check("optimizer", self.synonyms)
         self.check_numbers(numbers, "optimizer")

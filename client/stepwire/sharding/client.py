@@ -7,18 +7,18 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
+from stepwire.arrays.packing import Arrays
+from stepwire.arrays.trees import Flattened, Structure, structure_like
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import place
-from stepwire.packing import Arrays
 from stepwire.results import ServerInfo, SessionInfo
-from stepwire.sharding.crew import Crew
+from stepwire.sharding.fan_out import FanOut
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.session import ShardedSession
 from stepwire.sharding.shard import Shard
-from stepwire.trees import Flattened, Structure, structure_like
 from stepwire.v1 import optimizer_pb2, session_pb2
-from stepwire.wire import layout_from_wire, spec_from_wire, spec_to_wire
+from stepwire.wire.messages import layout_from_wire, spec_from_wire, spec_to_wire
 
 __all__ = ["ShardedClient"]
 
@@ -158,11 +158,11 @@ class ShardedClient(Client):
         return session
 
     def _each(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
-        crew = Crew(len(calls))
+        fan_out = FanOut(len(calls))
         try:
-            return crew.each(calls)
+            return fan_out.each(calls)
         finally:
-            crew.close()
+            fan_out.close()
 
 
 def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:

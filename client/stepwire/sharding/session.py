@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from stepwire.arrays.packing import Arrays, Flat
+from stepwire.arrays.trees import Structure, Tree
+from stepwire.connection.retry import Deadline
 from stepwire.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -16,21 +19,17 @@ from stepwire.errors import (
     UnsupportedFeatureError,
 )
 from stepwire.layout import Layout
-from stepwire.packing import Arrays, Flat
+from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.results import SessionInfo, TransportChoice
-from stepwire.retry import Deadline
 from stepwire.session import Session
-from stepwire.sharding.ballot import Bounds
-from stepwire.sharding.crew import Crew
-from stepwire.sharding.holds import Holds
+from stepwire.sharding.coordinator import Bounds
+from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.link import Holds
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.shard import Shard
-from stepwire.transports.choice import TRANSPORTS
-from stepwire.treatment import treatment_from_wire
-from stepwire.trees import Structure, Tree
-from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2
-from stepwire.wire import layout_to_wire, spec_to_wire
+from stepwire.transports.available import TRANSPORTS
+from stepwire.v1 import session_pb2, state_pb2
+from stepwire.wire.messages import layout_to_wire, spec_to_wire
 
 __all__ = ["ShardedSession"]
 
@@ -71,7 +70,7 @@ class ShardedSession(Session):
             shard.belongs(share, rank)
         self._shards = tuple(shards)
         self._partition = partition
-        self._crew = Crew(len(shards))
+        self._crew = FanOut(len(shards))
         self._attachment = self._holds = Holds(
             shards, self._crew, _bounds(whole), limited=whole.config.gradient.HasField("clip_grad_value")
         )
@@ -156,11 +155,11 @@ class ShardedSession(Session):
         sources = {"param": self._packer.ordered(parameters, "parameters")}
         unready = [shard for shard in self._shards if not shard.message.ready]
         deadline = self._calls.deadline(timeout)
-        self._crew.each([functools.partial(shard.write, sources, pb.LoadOpen(), deadline) for shard in unready])
+        self._crew.each([functools.partial(shard.write, sources, state_pb2.LoadOpen(), deadline) for shard in unready])
 
     # --- what the surface of `Session` stands on ---------------------------------------------------------
 
-    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> pb.PullHeader:
+    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> state_pb2.PullHeader:
         seen: list[list[int]] = []
         try:
             return self._repeat(lambda left: self._pull_once(targets, dtype, left, seen), self._calls.deadline(timeout))
@@ -175,13 +174,13 @@ class ShardedSession(Session):
 
     def _pull_once(
         self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline, seen: list[list[int]]
-    ) -> pb.PullHeader:
+    ) -> state_pb2.PullHeader:
         headers = self._each(lambda shard: shard.read(targets, dtype, deadline))
         steps = [header.step for header in headers]
         if len(set(steps)) > 1:
             seen.append(steps)
             raise StateChangedError(f"the shards were read at different steps: {steps}")
-        whole = pb.PullHeader(
+        whole = state_pb2.PullHeader(
             step=steps[0],
             epoch=max(header.epoch for header in headers),
             load=max(header.load for header in headers),
@@ -193,7 +192,7 @@ class ShardedSession(Session):
                 whole.tensor_steps[piece.tensor] = step
         return whole
 
-    def _load(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, timeout: float | None) -> None:
+    def _load(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, timeout: float | None) -> None:
         with self._lock:
             deadline = self._calls.deadline(timeout)
             self._each(lambda shard: shard.write(sources, opening, deadline))
@@ -248,7 +247,7 @@ def _check_alike(messages: Sequence[session_pb2.Session]) -> None:
     for message in messages:
         config = session_pb2.SessionConfig()
         config.CopyFrom(message.config)
-        for field in ("tensors", "device", "lease_seconds", "label"):
+        for field in ("tensors", "device", "lease", "label"):
             config.ClearField(field)
         configs.append(config)
     for message, config in zip(messages, configs, strict=True):

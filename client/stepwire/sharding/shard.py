@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.calls import Calls
-from stepwire.codecs import INT8
+from stepwire.arrays.packing import Flat
+from stepwire.arrays.trees import Structure
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Deadline
+from stepwire.connection.stream import AttachedStream
 from stepwire.errors import StepwireError
-from stepwire.packing import Flat
 from stepwire.results import SessionInfo
-from stepwire.retry import Deadline
 from stepwire.session import Session
-from stepwire.sharding.ballot import Ballot
-from stepwire.sharding.naming import Origin, origin_of
+from stepwire.sharding.coordinator import Coordinator
 from stepwire.sharding.partition import Share
-from stepwire.step_call import OnTensor, StepCall
-from stepwire.stream import AttachedStream
+from stepwire.sharding.slice_names import Origin, origin_of
+from stepwire.steps.call import OnTensor, StepCall
 from stepwire.transports.route import Router
-from stepwire.trees import Structure
-from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2
+from stepwire.v1 import session_pb2, state_pb2, step_pb2
+from stepwire.wire.dtypes import INT8
 
 __all__ = ["Shard"]
 
@@ -86,18 +85,18 @@ class Shard(Session):
             return self._repeat(self._attachment.attach, deadline)
 
     def take_part(
-        self, call: StepCall, ballot: Ballot | None, on_tensor: OnTensor | None, deadline: Deadline
+        self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
     ) -> step_pb2.StepResult:
         """Take this shard's part of a step of the whole, as often as it takes.
 
         Args:
             call: of the whole.
-            ballot: decides it together with the other shards; None where each can by itself.
+            coordinator: decides it together with the other shards; None where each can by itself.
             on_tensor: told the index, in the whole, of a tensor of which everything that this shard holds has arrived.
             deadline: of everything.
         """
         with self._lock, self._told():
-            part = self._part(call, ballot, on_tensor, deadline)
+            part = self._part(call, coordinator, on_tensor, deadline)
             try:
                 result = self._repeat(lambda left: self._attachment.take_step(part, left), deadline)
             except BaseException:
@@ -107,30 +106,34 @@ class Shard(Session):
             self._last_result = result
             return result
 
-    def read(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> pb.PullHeader:
+    def read(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """Read this shard's part of slots of the whole into arrays of the whole."""
         with self._told():
             return self._pull({slot: self.share.of(flat) for slot, flat in targets.items()}, dtype, _left(deadline))
 
-    def write(self, sources: Mapping[str, Flat], opening: pb.LoadOpen, deadline: Deadline) -> None:
+    def write(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, deadline: Deadline) -> None:
         """Load this shard's part of slots of the whole."""
-        part = pb.LoadOpen()
+        part = state_pb2.LoadOpen()
         part.CopyFrom(opening)
         if opening.tensor_steps:
             part.tensor_steps[:] = [opening.tensor_steps[piece.tensor] for piece in self.share.slices]
         with self._told():
             self._load({slot: self.share.of(flat) for slot, flat in sources.items()}, part, _left(deadline))
 
-    def _part(self, call: StepCall, ballot: Ballot | None, on_tensor: OnTensor | None, deadline: Deadline) -> StepCall:
+    def _part(
+        self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
+    ) -> StepCall:
         slices, commit = self.share.slices, step_pb2.StepCommit()
-        if ballot is not None and ballot.ruling is not None:  # of an earlier call, which other shards have followed
-            commit.CopyFrom(ballot.ruling.commit)
+        if (
+            coordinator is not None and coordinator.decision is not None
+        ):  # of an earlier call, which other shards have followed
+            commit.CopyFrom(coordinator.decision.commit)
         begin = step_pb2.StepBegin()
         begin.CopyFrom(call.begin)
         begin.epoch = self._attachment.epoch
         begin.missing_tensors[:] = sorted(self.share.indices(call.begin.missing_tensors))
-        begin.reply_first[:] = self.share.indices(call.begin.reply_first)
-        begin.ClearField("reply_base")
+        begin.reply.first[:] = self.share.indices(call.begin.reply.first)
+        begin.reply.ClearField("base")
         call.bring()  # what lies on a device is cut on the host
         return dataclasses.replace(
             call,
@@ -142,7 +145,7 @@ class Shard(Session):
             feedback=self._steps.feedback if call.gradient_dtype == INT8 else None,
             held=None if call.held is None else self._steps.base(begin),
             on_tensor=None if on_tensor is None else lambda index: on_tensor(slices[index].tensor),
-            decide=None if ballot is None else lambda staged: ballot.decide(self.rank, staged, deadline),
+            decide=None if coordinator is None else lambda staged: coordinator.decide(self.rank, staged, deadline),
             commit=commit,
             on_device={},
         )

@@ -17,7 +17,7 @@ except ImportError as missing:
         "stepwire.torch needs PyTorch, which is not installed: pip install 'stepwire[torch]'", name="torch"
     ) from missing
 
-from stepwire.torch.optimizers import (
+from stepwire.torch.classes import (
     LAMB,
     LARS,
     SGD,
@@ -31,8 +31,8 @@ from stepwire.torch.optimizers import (
     RAdam,
     RMSprop,
 )
+from stepwire.torch.optimizer import RemoteOptimizer
 from stepwire.torch.options import RemoteOptions
-from stepwire.torch.remote import RemoteOptimizer
 
 del _torch
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.codecs import dtype_named
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire.feed import GradientFeed
 from stepwire.session import Session
 from stepwire.sharding.client import ShardedClient
+from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
-from stepwire.torch.families import Family, Group
 from stepwire.torch.mirror import Kept, Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
+from stepwire.torch.rules import Family, Group
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
+from stepwire.wire.dtypes import dtype_named
 
 __all__ = ["Backing"]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
-from stepwire.feed import GradientFeed
+from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.tensors import HeldTensor
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.codecs import FLOAT32
 from stepwire.errors import InvalidRequestError
 from stepwire.results import SessionState
 from stepwire.session import Session
-from stepwire.torch.families import Family, Group
 from stepwire.torch.parameters import Arrays, Parameters
+from stepwire.torch.rules import Family, Group
 from stepwire.torch.states import PARAM, exported, imported
 from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
+from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Kept", "Mirror"]
 

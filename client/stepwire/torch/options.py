@@ -8,7 +8,7 @@ from typing import Any
 
 from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
-from stepwire.treatment import NonFinite
+from stepwire.optimizers.gradient_treatment import NonFinite
 
 __all__ = ["RemoteOptions", "split_options"]
 

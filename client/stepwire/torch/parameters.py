@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stepwire.codecs import FLOAT32
 from stepwire.errors import UnsupportedFeatureError
-from stepwire.torch.families import Group
+from stepwire.torch.rules import Group
 from stepwire.torch.tensors import HeldTensor
+from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from stepwire.client import Client
-from stepwire.configuration import Configuration
 from stepwire.errors import InvalidRequestError
+from stepwire.results import SessionConfig
 from stepwire.session import Session
-from stepwire.torch.families import Family, Group
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
+from stepwire.torch.rules import Family, Group
 
 __all__ = ["create_session", "find_session"]
 
@@ -88,20 +88,20 @@ def _of_tensors(session: Session, parameters: Parameters) -> str:
     return f"it has a tensor {extra!r} that the model has not" if extra else ""
 
 
-def _of_groups(configuration: Configuration, parameters: Parameters) -> str:
+def _of_groups(configuration: SessionConfig, parameters: Parameters) -> str:
     for name, group in configuration.membership.items():
         if group != parameters.membership[name]:
             return f"{name!r} is in group {group} there and in {parameters.membership[name]} here"
     return ""
 
 
-def _of_optimizer(configuration: Configuration, family: Family, groups: Sequence[Group]) -> str:
+def _of_optimizer(configuration: SessionConfig, family: Family, groups: Sequence[Group]) -> str:
     theirs, ours = configuration.optimizer, family.configuration(groups)
     same = (theirs.rule, theirs.structure()) == (ours.rule, ours.structure())
     return "" if same else f"it runs {theirs!r} and this is {ours!r}"
 
 
-def _of_options(configuration: Configuration, options: RemoteOptions) -> str:
+def _of_options(configuration: SessionConfig, options: RemoteOptions) -> str:
     theirs: dict[str, Any] = {name: getattr(configuration.treatment, name) for name in _TREATMENT}
     theirs["state_precision"] = configuration.state_precision
     for name, value in theirs.items():

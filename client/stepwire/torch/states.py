@@ -12,7 +12,7 @@ import torch
 
 from stepwire.errors import InvalidRequestError
 from stepwire.results import SessionState
-from stepwire.torch.families import Family, Group
+from stepwire.torch.rules import Family, Group
 from stepwire.torch.tensors import HeldTensor
 
 __all__ = ["exported", "imported"]

@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 from google.protobuf.message import DecodeError
 
 from stepwire.errors import StepwireError, UnavailableError
-from stepwire.status import error_from_details
 from stepwire.v1 import transport_pb2
+from stepwire.wire.error_details import error_from_details
 
 __all__ = ["Handed", "handed_over"]
 

@@ -10,13 +10,13 @@ import logging
 import threading
 from typing import Final, NamedTuple
 
-from stepwire.addresses import unix_path, unix_target
-from stepwire.calls import Calls
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Deadline
 from stepwire.errors import StepwireError, UnavailableError, UnsupportedFeatureError
 from stepwire.results import TransportChoice
-from stepwire.retry import Deadline
-from stepwire.transports.choice import MEMORIES, TRANSPORTS, memory_problem, socket_problem
+from stepwire.transports.available import MEMORIES, TRANSPORTS, memory_problem, socket_problem
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.addresses import unix_path, unix_target
 
 __all__ = ["Route", "Router", "Way"]
 

@@ -252,15 +252,15 @@ class LossScaleState(_message.Message):
     def __init__(self, scale: _Optional[float] = ..., clean_steps: _Optional[int] = ...) -> None: ...
 
 class Aggregation(_message.Message):
-    __slots__ = ("mode", "worker_slots", "required_workers", "reduction", "max_staleness_steps")
+    __slots__ = ("mode", "workers", "required_workers", "reduction", "max_staleness_steps")
     MODE_FIELD_NUMBER: _ClassVar[int]
-    WORKER_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_WORKERS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_STEPS_FIELD_NUMBER: _ClassVar[int]
     mode: AggregationMode
-    worker_slots: int
+    workers: int
     required_workers: int
     reduction: Reduction
     max_staleness_steps: int
-    def __init__(self, mode: _Optional[_Union[AggregationMode, str]] = ..., worker_slots: _Optional[int] = ..., required_workers: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., max_staleness_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, mode: _Optional[_Union[AggregationMode, str]] = ..., workers: _Optional[int] = ..., required_workers: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., max_staleness_steps: _Optional[int] = ...) -> None: ...

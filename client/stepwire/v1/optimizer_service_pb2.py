@@ -22,68 +22,58 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from stepwire.v1 import optimizer_pb2 as stepwire_dot_v1_dot_optimizer__pb2
+from stepwire.v1 import attach_pb2 as stepwire_dot_v1_dot_attach__pb2
+from stepwire.v1 import server_pb2 as stepwire_dot_v1_dot_server__pb2
 from stepwire.v1 import session_pb2 as stepwire_dot_v1_dot_session__pb2
+from stepwire.v1 import state_pb2 as stepwire_dot_v1_dot_state__pb2
 from stepwire.v1 import step_pb2 as stepwire_dot_v1_dot_step__pb2
 from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 from stepwire.v1 import transport_pb2 as stepwire_dot_v1_dot_transport__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/optimizer.proto\x1a\x19stepwire/v1/session.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\"s\n\nDeviceInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x05 \x01(\x04\"\xb0\x01\n\x06Limits\x12\x14\n\x0cmax_sessions\x18\x01 \x01(\x04\x12\x13\n\x0bmax_tensors\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmax_unary_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x05 \x01(\x04\x12\x19\n\x11max_lease_seconds\x18\x06 \x01(\x01\x12\x19\n\x11step_idle_seconds\x18\x07 \x01(\x01\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xbf\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"~\n\nAttachOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12)\n\ttransport\x18\x05 \x01(\x0e\x32\x16.stepwire.v1.Transport\"\xcb\x02\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12(\n\x06staged\x18\x04 \x01(\x0b\x32\x13.stepwire.v1.StagedH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\t\n\x07_stagedB\n\n\x08_checked\"\x9a\x02\n\x0c\x41ttachOpened\x12\x14\n\x0c\x61ttach_token\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x05 \x01(\x04\x12\r\n\x05ready\x18\x06 \x01(\x08\x12)\n\ttransport\x18\x07 \x01(\x0e\x32\x16.stepwire.v1.Transport\x12\x18\n\x10transport_reason\x18\x08 \x01(\t\x12*\n\x07handoff\x18\t \x01(\x0b\x32\x14.stepwire.v1.HandoffH\x00\x88\x01\x01\x12\x17\n\x0funfinished_step\x18\n \x01(\x04\x42\n\n\x08_handoff\"}\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"h\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\x92\x01\n\nPullHeader\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0ctensor_steps\x18\x03 \x03(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\x34\n\nloss_scale\x18\x05 \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x00\x88\x01\x01\x42\r\n\x0b_loss_scale\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"\x80\x02\n\x08LoadOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0bworker_slot\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\r\n\x05slots\x18\x05 \x03(\t\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x11\n\x04step\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0ctensor_steps\x18\x08 \x03(\x04\x12\x34\n\nloss_scale\x18\t \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x01\x88\x01\x01\x42\x07\n\x05_stepB\r\n\x0b_loss_scale\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x32\xc0\x05\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x18stepwire/v1/attach.proto\x1a\x18stepwire/v1/server.proto\x1a\x19stepwire/v1/session.proto\x1a\x17stepwire/v1/state.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xbf\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"\xe2\x02\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12\x37\n\x0egradient_check\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.GradientCheckH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\x11\n\x0f_gradient_checkB\n\n\x08_checked\"\x7f\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"h\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x32\xc0\x05\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.optimizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=187
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=209
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=212
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=491
-  _globals['_DEVICEINFO']._serialized_start=493
-  _globals['_DEVICEINFO']._serialized_end=608
-  _globals['_LIMITS']._serialized_start=611
-  _globals['_LIMITS']._serialized_end=787
-  _globals['_CREATESESSIONREQUEST']._serialized_start=789
-  _globals['_CREATESESSIONREQUEST']._serialized_end=875
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=877
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=979
-  _globals['_GETSESSIONREQUEST']._serialized_start=981
-  _globals['_GETSESSIONREQUEST']._serialized_end=1020
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1022
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1081
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1083
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1143
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1145
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1232
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1234
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1276
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1278
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1323
-  _globals['_ATTACHREQUEST']._serialized_start=1326
-  _globals['_ATTACHREQUEST']._serialized_end=1645
-  _globals['_ATTACHOPEN']._serialized_start=1647
-  _globals['_ATTACHOPEN']._serialized_end=1773
-  _globals['_ATTACHRESPONSE']._serialized_start=1776
-  _globals['_ATTACHRESPONSE']._serialized_end=2107
-  _globals['_ATTACHOPENED']._serialized_start=2110
-  _globals['_ATTACHOPENED']._serialized_end=2392
-  _globals['_STEPREQUEST']._serialized_start=2394
-  _globals['_STEPREQUEST']._serialized_end=2519
-  _globals['_STEPRESPONSE']._serialized_start=2521
-  _globals['_STEPRESPONSE']._serialized_end=2593
-  _globals['_PULLREQUEST']._serialized_start=2595
-  _globals['_PULLREQUEST']._serialized_end=2699
-  _globals['_PULLRESPONSE']._serialized_start=2702
-  _globals['_PULLRESPONSE']._serialized_end=2871
-  _globals['_PULLHEADER']._serialized_start=2874
-  _globals['_PULLHEADER']._serialized_end=3020
-  _globals['_LOADREQUEST']._serialized_start=3023
-  _globals['_LOADREQUEST']._serialized_end=3201
-  _globals['_LOADOPEN']._serialized_start=3204
-  _globals['_LOADOPEN']._serialized_end=3460
-  _globals['_LOADRESPONSE']._serialized_start=3462
-  _globals['_LOADRESPONSE']._serialized_end=3533
-  _globals['_OPTIMIZERSERVICE']._serialized_start=3536
-  _globals['_OPTIMIZERSERVICE']._serialized_end=4240
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=235
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=257
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=260
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=539
+  _globals['_CREATESESSIONREQUEST']._serialized_start=541
+  _globals['_CREATESESSIONREQUEST']._serialized_end=627
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=629
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=731
+  _globals['_GETSESSIONREQUEST']._serialized_start=733
+  _globals['_GETSESSIONREQUEST']._serialized_end=772
+  _globals['_GETSESSIONRESPONSE']._serialized_start=774
+  _globals['_GETSESSIONRESPONSE']._serialized_end=833
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=835
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=895
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=897
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=984
+  _globals['_DELETESESSIONREQUEST']._serialized_start=986
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1028
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1030
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1075
+  _globals['_ATTACHREQUEST']._serialized_start=1078
+  _globals['_ATTACHREQUEST']._serialized_end=1397
+  _globals['_ATTACHRESPONSE']._serialized_start=1400
+  _globals['_ATTACHRESPONSE']._serialized_end=1754
+  _globals['_STEPREQUEST']._serialized_start=1756
+  _globals['_STEPREQUEST']._serialized_end=1883
+  _globals['_STEPRESPONSE']._serialized_start=1885
+  _globals['_STEPRESPONSE']._serialized_end=1957
+  _globals['_PULLREQUEST']._serialized_start=1959
+  _globals['_PULLREQUEST']._serialized_end=2063
+  _globals['_PULLRESPONSE']._serialized_start=2066
+  _globals['_PULLRESPONSE']._serialized_end=2235
+  _globals['_LOADREQUEST']._serialized_start=2238
+  _globals['_LOADREQUEST']._serialized_end=2416
+  _globals['_LOADRESPONSE']._serialized_start=2418
+  _globals['_LOADRESPONSE']._serialized_end=2489
+  _globals['_OPTIMIZERSERVICE']._serialized_start=2492
+  _globals['_OPTIMIZERSERVICE']._serialized_end=3196
 # @@protoc_insertion_point(module_scope)

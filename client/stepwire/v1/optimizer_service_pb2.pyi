@@ -1,5 +1,7 @@
-from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
+from stepwire.v1 import attach_pb2 as _attach_pb2
+from stepwire.v1 import server_pb2 as _server_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
+from stepwire.v1 import state_pb2 as _state_pb2
 from stepwire.v1 import step_pb2 as _step_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
 from stepwire.v1 import transport_pb2 as _transport_pb2
@@ -31,45 +33,13 @@ class GetServerInfoResponse(_message.Message):
     protocol_min: int
     protocol_max: int
     instance_id: str
-    devices: _containers.RepeatedCompositeFieldContainer[DeviceInfo]
-    limits: Limits
+    devices: _containers.RepeatedCompositeFieldContainer[_server_pb2.DeviceInfo]
+    limits: _server_pb2.Limits
     features: _containers.RepeatedScalarFieldContainer[str]
     sessions: int
     draining: bool
     local: _transport_pb2.LocalAccess
-    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ...) -> None: ...
-
-class DeviceInfo(_message.Message):
-    __slots__ = ("name", "description", "memory_bytes", "budget_bytes", "reserved_bytes")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    description: str
-    memory_bytes: int
-    budget_bytes: int
-    reserved_bytes: int
-    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
-
-class Limits(_message.Message):
-    __slots__ = ("max_sessions", "max_tensors", "max_chunk_bytes", "max_unary_bytes", "max_streams", "max_lease_seconds", "step_idle_seconds")
-    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    MAX_TENSORS_FIELD_NUMBER: _ClassVar[int]
-    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    MAX_UNARY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
-    MAX_LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    STEP_IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    max_sessions: int
-    max_tensors: int
-    max_chunk_bytes: int
-    max_unary_bytes: int
-    max_streams: int
-    max_lease_seconds: float
-    step_idle_seconds: float
-    def __init__(self, max_sessions: _Optional[int] = ..., max_tensors: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_unary_bytes: _Optional[int] = ..., max_streams: _Optional[int] = ..., max_lease_seconds: _Optional[float] = ..., step_idle_seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[_server_pb2.DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[_server_pb2.Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
     __slots__ = ("request_id", "config")
@@ -138,84 +108,46 @@ class AttachRequest(_message.Message):
     CHECK_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    open: AttachOpen
+    open: _attach_pb2.AttachOpen
     begin: _step_pb2.StepBegin
     chunk: _tensor_pb2.Chunk
     commit: _step_pb2.StepCommit
     check: _transport_pb2.MemoryCheck
     padding: bytes
     payload: bytes
-    def __init__(self, open: _Optional[_Union[AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
-
-class AttachOpen(_message.Message):
-    __slots__ = ("session_id", "slot", "attach_token", "epoch", "transport")
-    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
-    SLOT_FIELD_NUMBER: _ClassVar[int]
-    ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    session_id: str
-    slot: int
-    attach_token: int
-    epoch: int
-    transport: _transport_pb2.Transport
-    def __init__(self, session_id: _Optional[str] = ..., slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[_attach_pb2.AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("opened", "chunk", "result", "staged", "checked", "padding", "payload")
+    __slots__ = ("opened", "chunk", "result", "gradient_check", "checked", "padding", "payload")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
-    STAGED_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CHECK_FIELD_NUMBER: _ClassVar[int]
     CHECKED_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    opened: AttachOpened
+    opened: _attach_pb2.AttachOpened
     chunk: _tensor_pb2.Chunk
     result: _step_pb2.StepResult
-    staged: _step_pb2.Staged
+    gradient_check: _step_pb2.GradientCheck
     checked: _transport_pb2.MemoryChecked
     padding: bytes
     payload: bytes
-    def __init__(self, opened: _Optional[_Union[AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., staged: _Optional[_Union[_step_pb2.Staged, _Mapping]] = ..., checked: _Optional[_Union[_transport_pb2.MemoryChecked, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
-
-class AttachOpened(_message.Message):
-    __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason", "handoff", "unfinished_step")
-    ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
-    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
-    APPLIED_LOAD_FIELD_NUMBER: _ClassVar[int]
-    READY_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
-    HANDOFF_FIELD_NUMBER: _ClassVar[int]
-    UNFINISHED_STEP_FIELD_NUMBER: _ClassVar[int]
-    attach_token: int
-    epoch: int
-    applied_step: int
-    durable_step: int
-    applied_load: int
-    ready: bool
-    transport: _transport_pb2.Transport
-    transport_reason: str
-    handoff: _transport_pb2.Handoff
-    unfinished_step: int
-    def __init__(self, attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., ready: bool = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., transport_reason: _Optional[str] = ..., handoff: _Optional[_Union[_transport_pb2.Handoff, _Mapping]] = ..., unfinished_step: _Optional[int] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[_attach_pb2.AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., gradient_check: _Optional[_Union[_step_pb2.GradientCheck, _Mapping]] = ..., checked: _Optional[_Union[_transport_pb2.MemoryChecked, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session_id", "slot", "attach_token", "begin", "payload")
+    __slots__ = ("session_id", "worker", "attach_token", "begin", "payload")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
-    SLOT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    slot: int
+    worker: int
     attach_token: int
     begin: _step_pb2.StepBegin
     payload: bytes
-    def __init__(self, session_id: _Optional[str] = ..., slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("result", "payload")
@@ -244,26 +176,12 @@ class PullResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    header: PullHeader
+    header: _state_pb2.PullHeader
     slot: str
     chunk: _tensor_pb2.Chunk
     padding: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
-
-class PullHeader(_message.Message):
-    __slots__ = ("step", "epoch", "tensor_steps", "load", "loss_scale")
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_FIELD_NUMBER: _ClassVar[int]
-    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
-    step: int
-    epoch: int
-    tensor_steps: _containers.RepeatedScalarFieldContainer[int]
-    load: int
-    loss_scale: _optimizer_pb2.LossScaleState
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[_state_pb2.PullHeader, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("open", "slot", "chunk", "commit", "padding", "payload")
@@ -273,35 +191,13 @@ class LoadRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    open: LoadOpen
+    open: _state_pb2.LoadOpen
     slot: str
     chunk: _tensor_pb2.Chunk
     commit: bool
     padding: bytes
     payload: bytes
-    def __init__(self, open: _Optional[_Union[LoadOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
-
-class LoadOpen(_message.Message):
-    __slots__ = ("session_id", "worker_slot", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale")
-    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
-    WORKER_SLOT_FIELD_NUMBER: _ClassVar[int]
-    ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    LOAD_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
-    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
-    session_id: str
-    worker_slot: int
-    attach_token: int
-    load: int
-    slots: _containers.RepeatedScalarFieldContainer[str]
-    dtype: _tensor_pb2.Dtype
-    step: int
-    tensor_steps: _containers.RepeatedScalarFieldContainer[int]
-    loss_scale: _optimizer_pb2.LossScaleState
-    def __init__(self, session_id: _Optional[str] = ..., worker_slot: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[_state_pb2.LoadOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("session", "replayed")

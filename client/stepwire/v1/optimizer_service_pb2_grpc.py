@@ -96,7 +96,7 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CreateSession(self, request, context):
-        """Creates a session and its zeroed state, and gives slot 0 to the caller.
+        """Creates a session and its zeroed state, and gives the caller the hold of worker 0.
 
         Idempotent by `request_id`: while the session lives, the same id with the same config returns it again.
         Memory is reserved before it is allocated.
@@ -146,7 +146,7 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request_iterator, context):
-        """Attaches a client to a slot and takes its steps, one at a time, in order.
+        """Attaches a client as a worker and takes its steps, one at a time, in order.
 
         The first message carries `open` alone and is answered by `opened`. A step is `begin`, chunks that cover
         the flat space exactly once in any order, and `commit`; one message may carry all three. The answer is
@@ -164,12 +164,14 @@ class OptimizerServiceServicer(object):
         - INVALID_ARGUMENT/NON_FINITE_GRADIENT: under NON_FINITE_POLICY_REJECT (metadata: tensor).
         - ABORTED/STEP_MISMATCH: the step is beyond the next (metadata: expected_step, actual_step).
         - ABORTED/STEP_SUPERSEDED: the step is older than the last (same metadata).
-        - FAILED_PRECONDITION/FENCED: another client took the slot (metadata: slot).
+        - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
         - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch (metadata: epoch).
         - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
         - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this is not that step (metadata:
         unfinished_step).
-        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a transport or slot this server does not serve.
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a transport, worker or option that this server does not serve.
+        - ABORTED/STATE_CHANGED: the session's last load is not `StepBegin.load` (metadata: load, applied_load).
+        - DATA_LOSS/DURABLE_STEP_LOST: the server knows less than `AttachOpen.durable_step` (metadata: durable_step).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS (RetryInfo).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.

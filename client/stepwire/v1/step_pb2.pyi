@@ -21,36 +21,48 @@ REPLY_MODE_NONE: ReplyMode
 REPLY_MODE_CHANGED: ReplyMode
 
 class StepBegin(_message.Message):
-    __slots__ = ("step", "epoch", "gradient_dtype", "reply_dtype", "reply_mode", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply_chunk_bytes", "overlap", "in_shared_memory", "reply_first", "reply_base")
+    __slots__ = ("step", "epoch", "load", "base_step", "gradient_dtype", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply", "overlap", "in_shared_memory", "traceparent")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    REPLY_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    REPLY_MODE_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     MISSING_TENSORS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    REPLY_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
     IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    REPLY_FIRST_FIELD_NUMBER: _ClassVar[int]
-    REPLY_BASE_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
+    load: int
+    base_step: int
     gradient_dtype: _tensor_pb2.Dtype
-    reply_dtype: _tensor_pb2.Dtype
-    reply_mode: ReplyMode
     hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.Hyperparameters]
     loss_scale: float
     missing_tensors: _containers.RepeatedScalarFieldContainer[int]
     weight: float
-    reply_chunk_bytes: int
+    reply: ReplyOptions
     overlap: bool
     in_shared_memory: bool
-    reply_first: _containers.RepeatedScalarFieldContainer[int]
-    reply_base: int
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_mode: _Optional[_Union[ReplyMode, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply_chunk_bytes: _Optional[int] = ..., overlap: bool = ..., in_shared_memory: bool = ..., reply_first: _Optional[_Iterable[int]] = ..., reply_base: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[int] = ..., base_step: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply: _Optional[_Union[ReplyOptions, _Mapping]] = ..., overlap: bool = ..., in_shared_memory: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class ReplyOptions(_message.Message):
+    __slots__ = ("mode", "dtype", "chunk_bytes", "first", "base")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    mode: ReplyMode
+    dtype: _tensor_pb2.Dtype
+    chunk_bytes: int
+    first: _containers.RepeatedScalarFieldContainer[int]
+    base: int
+    def __init__(self, mode: _Optional[_Union[ReplyMode, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., first: _Optional[_Iterable[int]] = ..., base: _Optional[int] = ...) -> None: ...
 
 class StepCommit(_message.Message):
     __slots__ = ("clip_coefficient", "skip", "group_coefficients")
@@ -62,7 +74,7 @@ class StepCommit(_message.Message):
     group_coefficients: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, clip_coefficient: _Optional[float] = ..., skip: bool = ..., group_coefficients: _Optional[_Iterable[float]] = ...) -> None: ...
 
-class Staged(_message.Message):
+class GradientCheck(_message.Message):
     __slots__ = ("squared_norm", "non_finite_count", "group_squared_norms")
     SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     NON_FINITE_COUNT_FIELD_NUMBER: _ClassVar[int]

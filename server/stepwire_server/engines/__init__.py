@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from stepwire_server.engines.choice import Choice, choose_engines
-from stepwire_server.engines.cpu import CpuEngine
+from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.cuda import CudaEngine, CudaOptions
-from stepwire_server.engines.protocol import PARAM, Device, Engine, EngineState, Gradient, HostArray
+from stepwire_server.engines.protocol import PARAM, DeviceInfo, Engine, EngineState, Gradient, HostArray
 
 __all__ = [
     "PARAM",
@@ -13,7 +13,7 @@ __all__ = [
     "CpuEngine",
     "CudaEngine",
     "CudaOptions",
-    "Device",
+    "DeviceInfo",
     "Engine",
     "EngineState",
     "Gradient",

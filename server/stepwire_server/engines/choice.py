@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire_server.engines.cpu import CpuEngine
+from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.cuda import CudaEngine, CudaOptions
 from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
 from stepwire_server.engines.protocol import Engine

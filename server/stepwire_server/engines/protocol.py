@@ -4,7 +4,7 @@ An engine owns memory and kernels. It knows no session, no step number and no wi
 ranges, a rule with its scalars, and a place for the encoded answer.
 
 Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16, and for gradients
-`stepwire.blockwise.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in another
+`stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in another
 `Precision`.
 
 Where a step takes an array of the host for a payload or an answer, it may be given one of `ExportedMemory` of the same
@@ -27,7 +27,7 @@ from stepwire_server.rules import Precision, Recipe
 
 __all__ = [
     "PARAM",
-    "Device",
+    "DeviceInfo",
     "Done",
     "Engine",
     "EngineState",
@@ -37,7 +37,7 @@ __all__ = [
     "HostArray",
     "Pass",
     "Pending",
-    "Span",
+    "Range",
 ]
 
 HostArray = npt.NDArray[Any]
@@ -46,7 +46,7 @@ PARAM = "param"
 """The slot of the master parameters; every other slot is named by the rule."""
 
 
-Span = tuple[int, int]
+Range = tuple[int, int]
 """Flat elements `[start, end)`."""
 
 
@@ -64,7 +64,7 @@ class Pass(NamedTuple):
     seed: int = 0
 
 
-class Device(NamedTuple):
+class DeviceInfo(NamedTuple):
     """One place where state can live.
 
     Attributes:
@@ -303,15 +303,15 @@ class Engine(Protocol):
     """A device with its kernels."""
 
     @property
-    def device(self) -> Device:
+    def device(self) -> DeviceInfo:
         """Where this engine's arrays live."""
         ...
 
-    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> int:
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """Return the bytes that `allocate` takes."""
         ...
 
-    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> EngineState:
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> EngineState:
         """Allocate one zeroed array of `size` elements a slot.
 
         Args:

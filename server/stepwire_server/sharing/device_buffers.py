@@ -14,10 +14,10 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from stepwire.codecs import wire_bytes, wire_items
 from stepwire.v1 import transport_pb2
-from stepwire_server.session import Session
-from stepwire_server.sharing.memory import in_pages
+from stepwire.wire.dtypes import wire_bytes, wire_items
+from stepwire_server.host.sealed_memory import in_pages
+from stepwire_server.sessions.session import Session
 
 __all__ = ["DeviceBuffers", "Lender"]
 
@@ -58,8 +58,8 @@ class DeviceBuffers:
             ResourceExhaustedError: the budget or the device has no room.
             SessionNotFoundError, DataLossError: there is no sound session.
         """
-        plan = session.plan
-        size, gradient, reply = plan.layout.size, plan.gradient_dtype, plan.reply_dtype
+        config = session.config
+        size, gradient, reply = config.layout.size, config.gradient_dtype, config.reply_dtype
         self.session_id = session.session_id
         self.gradient_bytes = in_pages(wire_bytes(gradient, size))
         self.parameter_bytes = in_pages(size * reply.itemsize)

@@ -13,9 +13,9 @@ optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 
+from stepwire.arrays.trees import flattened  # noqa: E402
 from stepwire.errors import InvalidRequestError  # noqa: E402
 from stepwire.optax.leaves import is_traced, leaves_of  # noqa: E402
-from stepwire.trees import flattened  # noqa: E402
 
 
 class Pair(NamedTuple):

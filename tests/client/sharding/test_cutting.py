@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwire.layout import SMALLEST_IN_BLOCKS, TensorSpec, place
-from stepwire.sharding.cutting import GRAIN, Slice, cut
+from stepwire.sharding.partition import GRAIN, Slice, cut
 
 COUNTS = st.lists(st.integers(0, 300) | st.integers(GRAIN - 10, 5 * GRAIN), min_size=1, max_size=8)
 

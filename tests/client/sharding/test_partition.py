@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import Layout, TensorSpec, place
-from stepwire.sharding.cutting import GRAIN
-from stepwire.sharding.partition import Partition
+from stepwire.sharding.partition import GRAIN, Partition
 
 SPECS = st.lists(
     st.tuples(st.integers(0, 300) | st.integers(GRAIN, 3 * GRAIN), st.integers(0, 2), st.booleans()),

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 import stepwire
 import stepwire.torch
 from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
-from stepwire.torch.families import FAMILIES
+from stepwire.torch.rules import FAMILIES
 from tests.client.torch.torch_inputs import RULES, inputs
 from tests.client.torch.twins import parameters
 

@@ -11,8 +11,8 @@ import torch
 
 import stepwire
 from stepwire.torch import Adam
-from stepwire_server.app import Server
 from stepwire_server.config import ServerConfig
+from stepwire_server.server import Server
 from tests.client.torch.twins import assert_same_bits
 
 

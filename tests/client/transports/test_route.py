@@ -14,13 +14,13 @@ import pytest
 
 import stepwire
 import stepwire_server.testing
-from stepwire.addresses import boot_id
-from stepwire.calls import Calls
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Retry
 from stepwire.errors import UnavailableError, UnsupportedFeatureError
 from stepwire.results import TransportChoice
-from stepwire.retry import Retry
 from stepwire.transports.route import Route, Router
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.addresses import boot_id
 
 ONE = {"w": np.ones(3, np.float32)}
 

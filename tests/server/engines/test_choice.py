@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire_server.engines import CudaEngine, Device, choice, choose_engines
+from stepwire_server.engines import CudaEngine, DeviceInfo, choice, choose_engines
 from stepwire_server.engines.probe import Finding
 
 WELL = Finding("device", True, "a GPU")
@@ -36,7 +36,7 @@ class Engine:
         if not gpu.starts:
             raise RuntimeError("no context")
         self._gpu = gpu
-        self.device = Device(f"cuda:{index}", "GPU", 1 << 30)
+        self.device = DeviceInfo(f"cuda:{index}", "GPU", 1 << 30)
 
     def self_test(self) -> None:
         self._gpu.calls.append("test")

@@ -125,9 +125,9 @@ def test_8_bit_moments_are_those_of_the_cpu(gpu_engine, cpu_engine) -> None:
 _CLIENT = """
 import json, socket, sys
 import numpy as np
-from stepwire.transports.cuda_driver import CudaDriver
-from stepwire.transports.device_memory import DeviceMapping
-from stepwire.transports.device_views import DeviceView
+from stepwire.transports.cuda.driver import CudaDriver
+from stepwire.transports.cuda.memory import DeviceMapping
+from stepwire.transports.cuda.views import DeviceView
 
 told = json.loads(sys.stdin.readline())
 handle, uuid, size, at = bytes.fromhex(told["handle"]), bytes.fromhex(told["uuid"]), told["size"], told["at"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.blockwise import BLOCK, INT8, decode_blocks, encode_blocks
+from stepwire.wire.int8_blocks import BLOCK, INT8, decode_blocks, encode_blocks
 from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.protocol import EngineState, Gradient
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
@@ -191,7 +191,7 @@ def test_a_chunk_has_as_many_elements_as_is_said(engine: CpuEngine) -> None:
 
 
 def test_the_loops_over_codes_and_elements_are_vectorised(tmp_path: Any) -> None:
-    numba_kernels = pytest.importorskip("stepwire_server.engines.numba_kernels", exc_type=ImportError)
+    numba_kernels = pytest.importorskip("stepwire_server.engines.cpu.numba_kernels", exc_type=ImportError)
     kernel = numba_kernels.NumbaKernels(tmp_path).update(Recipe(RULES[0]), INT8, FLOAT32)
     (code,) = kernel.inspect_llvm().values()
     for operation in (r"sitofp <\d+ x i8>", r"fdiv <\d+ x float>"):

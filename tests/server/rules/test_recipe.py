@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from stepwire_server.engines.rule_source import functions_of_stages
+from stepwire_server.engines.compiled.rule_source import functions_of_stages
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from stepwire_server.rules.momentum import SGD, SGD_MOMENTUM
 

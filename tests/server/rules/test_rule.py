@@ -25,7 +25,7 @@ from stepwire.optimizers import (
     RAdam,
     RMSprop,
 )
-from stepwire_server.engines.rule_source import functions_of
+from stepwire_server.engines.compiled.rule_source import functions_of
 from stepwire_server.rules import ALL_RULES, Decay, Rule, rule_for, treatment
 
 OPTIMIZERS: list[Optimizer] = [

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stepwire.status import status_details
 from stepwire.v1 import transport_pb2
+from stepwire.wire.error_details import status_details
 from stepwire_server.sharing.handoff import HandoffServer, peer_uid
 
 PATIENCE_SECONDS = 30.0

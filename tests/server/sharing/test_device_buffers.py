@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import structlog.testing
 
-from stepwire.codecs import BFLOAT16, FLOAT32, INT8
 from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
 from stepwire.layout import TensorSpec
+from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8
+from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
-from stepwire_server.memory import MemoryBudget
-from stepwire_server.session import Session
+from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 from stepwire_server.sharing.loans import Loans
-from tests.server.plans import make_plan
+from tests.server.configs import make_config
 
 SIZE = 5000
 STATE_BYTES = 3 * 4 * SIZE
@@ -68,8 +68,8 @@ class Lent:
         self.engine = Exporting(threads=1, use_numba=False)
         self.engine.exported = []
         self.budget = MemoryBudget(budget_bytes)
-        plan = make_plan(TensorSpec("w", (SIZE,)), **fields)
-        self.session = Session("ab" * 16, plan, self.engine, self.budget, epoch=1, clock=lambda: 0.0)
+        config = make_config(TensorSpec("w", (SIZE,)), **fields)
+        self.session = Session("ab" * 16, config, self.engine, self.budget, epoch=1, clock=lambda: 0.0)
         self.loans = Loans(most_kept)
 
     def lend(self) -> DeviceBuffers:
@@ -201,8 +201,8 @@ def test_a_refusal_leaves_nothing() -> None:
 
 def test_a_session_on_the_cpu_has_none() -> None:
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(1 << 30)
-    plan = make_plan(TensorSpec("w", (SIZE,)))
-    session = Session("ab" * 16, plan, engine, budget, epoch=1, clock=lambda: 0.0)
+    config = make_config(TensorSpec("w", (SIZE,)))
+    session = Session("ab" * 16, config, engine, budget, epoch=1, clock=lambda: 0.0)
     with pytest.raises(UnsupportedFeatureError, match="the session lives on cpu"):
         DeviceBuffers(session, Loans())
     assert budget.reserved_bytes == STATE_BYTES

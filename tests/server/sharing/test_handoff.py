@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from stepwire.errors import AuthenticationError, PermissionDeniedError, StepwireError
-from stepwire.status import error_from_details
 from stepwire.v1 import transport_pb2
+from stepwire.wire.error_details import error_from_details
 from stepwire_server.sharing.handoff import HandoffServer, HandoffStatistics
 from tests.support.raw_handoff import Handed, fetch, held_by_process
 

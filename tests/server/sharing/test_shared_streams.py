@@ -13,7 +13,7 @@ import pytest
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2, transport_pb2
-from stepwire_server.app import Server
+from stepwire_server.server import Server
 from tests.support.raw_handoff import Fetched, fetch, held_by_process
 
 SHM, GRPC = transport_pb2.TRANSPORT_SHM, transport_pb2.TRANSPORT_GRPC
@@ -135,9 +135,9 @@ def test_a_pattern_that_is_none_or_is_not_there_ends_the_stream(live: Any, patte
     ("message", "field"),
     [
         (shared_step(2, gradient_dtype=2), "begin.gradient_dtype"),
-        (shared_step(2, reply_dtype=2), "begin.reply_dtype"),
+        (shared_step(2, reply={"dtype": 2}), "begin.reply.dtype"),
         (shared_step(2, overlap=True), "begin.overlap"),
-        (shared_step(2, reply_dtype=2, reply_mode=step_pb2.REPLY_MODE_CHANGED), "begin.reply_dtype"),
+        (shared_step(2, reply={"dtype": 2, "mode": step_pb2.REPLY_MODE_CHANGED}), "begin.reply.dtype"),
         (
             pb.AttachRequest(
                 begin=step_pb2.StepBegin(step=2, in_shared_memory=True),
@@ -285,7 +285,7 @@ def test_a_system_that_has_none_leads_to_messages(
 
 
 def test_descriptors_are_kept_for_connections(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwire_server.sharing.offering.resource.getrlimit", lambda _: (16, 16))
+    monkeypatch.setattr("stepwire_server.sharing.offer.resource.getrlimit", lambda _: (16, 16))
     assert "raise `ulimit -n`" in fallback(live)
 
 

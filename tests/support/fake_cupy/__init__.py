@@ -88,7 +88,7 @@ class FakeCupy:
 
     def fail_next(self, operation: str, error: BaseException, after: int = 0) -> None:
         """Make an operation raise an error, once; see `device.Failures`."""
-        self._driver.failures.plan(operation, error, after)
+        self._driver.failures.config(operation, error, after)
 
     def _compile(
         self,

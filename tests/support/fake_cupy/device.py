@@ -273,7 +273,7 @@ class Failures:
     def __init__(self) -> None:
         self._planned: dict[str, list[Any]] = {operation: [] for operation in self.OPERATIONS}
 
-    def plan(self, operation: str, error: BaseException, after: int = 0) -> None:
+    def config(self, operation: str, error: BaseException, after: int = 0) -> None:
         """Make an operation raise an error, once, after so many that do not."""
         assert operation in self._planned, f"{operation!r} is none of {', '.join(self.OPERATIONS)}"
         self._planned[operation] += [None] * after + [error]

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from stepwire_server.engines.compiled.cache import kernel_directory
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import COMPILE_OPTIONS
-from stepwire_server.engines.kernel_cache import kernel_directory
 
 __all__ = ["Compiler", "cubin_directory"]
 

@@ -16,21 +16,21 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from stepwire.errors import StepwireError, UnsupportedFeatureError
-from stepwire.transports.cuda_driver import CudaDriver, CudaFailure
-from stepwire_server.engines.chunks import name_of
-from stepwire_server.engines.commonest import commonest
+from stepwire.transports.cuda.driver import CudaDriver, CudaFailure
+from stepwire_server.engines.compiled.common_kernels import commonest
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
-from stepwire_server.engines.cuda.exported import CudaExportedMemory
-from stepwire_server.engines.cuda.figures import Cells
 from stepwire_server.engines.cuda.gradient import GradientCache
+from stepwire_server.engines.cuda.ipc_memory import CudaExportedMemory
 from stepwire_server.engines.cuda.kernels import CudaKernels
-from stepwire_server.engines.cuda.parts import CudaParts
-from stepwire_server.engines.cuda.slots import Slab
+from stepwire_server.engines.cuda.resources import CudaParts
 from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
-from stepwire_server.engines.protocol import PARAM, Device, HostArray, Span
+from stepwire_server.engines.cuda.state_arrays import Slab
+from stepwire_server.engines.cuda.sums import Cells
+from stepwire_server.engines.payloads import name_of
+from stepwire_server.engines.protocol import PARAM, DeviceInfo, HostArray, Range
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine", "CudaOptions"]
@@ -88,10 +88,10 @@ class CudaEngine:
         with device.current():
             device.up.synchronize()
         device.on_shortage(self._parts.gradients.trim)
-        self._device = Device(device.name, device.description, free_bytes, self._parts.working_bytes)
+        self._device = DeviceInfo(device.name, device.description, free_bytes, self._parts.working_bytes)
 
     @property
-    def device(self) -> Device:
+    def device(self) -> DeviceInfo:
         """The GPU, what of its memory was free, and what the engine took of that."""
         return self._device
 
@@ -100,11 +100,11 @@ class CudaEngine:
         """The way to the device, which can be told of pinned memory."""
         return self._parts.bus
 
-    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> int:
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
         return Slab(slots, size, kept).nbytes
 
-    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Span] = ()) -> CudaState:
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> CudaState:
         """See `Engine.allocate`. One allocation holds all slots."""
         slab, device = Slab(slots, size, kept), self._parts.device
         memory = device.allocate(slab.nbytes)

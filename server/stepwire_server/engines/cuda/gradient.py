@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire.blockwise import BLOCK, INT8
-from stepwire_server.engines.chunks import StagedChunk, bits_of, check_range, count_of
+from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
-from stepwire_server.engines.cuda.exported import DeviceArray
-from stepwire_server.engines.cuda.figures import Noted
+from stepwire_server.engines.cuda.ipc_memory import DeviceArray
+from stepwire_server.engines.cuda.sums import Noted
+from stepwire_server.engines.payloads import StagedChunk, bits_of, check_range, count_of
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.blockwise import BLOCK, INT8
-from stepwire_server.engines.chunks import STORED, bits_of, check_range, floats_of, name_of
+from stepwire.wire.int8_blocks import BLOCK, INT8
+from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.bus import Crossings
-from stepwire_server.engines.cuda.exported import DeviceArray, OnDevice
-from stepwire_server.engines.cuda.figures import CELL_BYTES, Figures, Noted
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
+from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
 from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
-from stepwire_server.engines.cuda.parts import CudaParts, Together
-from stepwire_server.engines.cuda.slots import CudaBlockSlot, CudaFlatSlot, CudaSlot
-from stepwire_server.engines.cuda.transfer import (
+from stepwire_server.engines.cuda.resources import CudaParts, Together
+from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaSlot
+from stepwire_server.engines.cuda.state_copies import (
     bring_bytes,
     bring_values,
     encode,
@@ -31,10 +30,11 @@ from stepwire_server.engines.cuda.transfer import (
     replace_slot,
     write_slot,
 )
-from stepwire_server.engines.on_host import direction_on_host, gradient_on_host, measured_slots
+from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, Noted
+from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
+from stepwire_server.engines.payloads import STORED, bits_of, check_range, floats_of, name_of
 from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
-from stepwire_server.engines.rounding import seeds_for
-from stepwire_server.engines.shares import GRAIN
+from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
 __all__ = ["CudaState"]

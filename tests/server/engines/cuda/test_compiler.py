@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stepwire_server.engines import kernel_cache
+from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.engines.cuda import compiler
 from stepwire_server.engines.cuda.compiler import Compiler, cubin_directory
 from stepwire_server.engines.cuda.device import CudaDevice

@@ -16,12 +16,12 @@ import pytest
 from stepwire.errors import DataLossError, ResourceExhaustedError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
-from stepwire.treatment import GradientTreatment, LossScaling
-from stepwire_server.engines import PARAM, CpuEngine, CudaEngine, Device
+from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
+from stepwire_server.engines import PARAM, CpuEngine, CudaEngine, DeviceInfo
 from stepwire_server.engines.cuda.engine import CudaOptions
-from stepwire_server.plan import SessionPlan
+from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, Precision, Recipe
-from tests.server.plans import make_plan
+from tests.server.configs import make_config
 from tests.server.pretended_gpus import (
     PretendedGpu,
     kernels_of_plan,
@@ -29,7 +29,7 @@ from tests.server.pretended_gpus import (
     machine_code,
     needs_compiler,
 )
-from tests.server.session_driver import Sink, everything, load, make_session, order_of, stage, take
+from tests.server.session_driver import Sink, everything, load, make_session, request_of, stage, take
 from tests.support import cuda_cases as cases
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
@@ -43,10 +43,10 @@ SHAPES = (TensorSpec("a", (3000,)), TensorSpec("b", (40,)), TensorSpec("c", (420
 GROUPS = (Adam().hyperparameters(), Adam(weight_decay=0.1).hyperparameters())
 
 
-def plan_of(**fields: Any) -> SessionPlan:
+def plan_of(**fields: Any) -> SessionConfig:
     optimizer = fields.setdefault("optimizer", Adam())
     decays = [optimizer, dataclasses.replace(optimizer, weight_decay=0.1)]
-    return make_plan(*SHAPES, groups=tuple(each.hyperparameters() for each in decays), **fields)
+    return make_config(*SHAPES, groups=tuple(each.hyperparameters() for each in decays), **fields)
 
 
 PLANS = {
@@ -74,7 +74,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def library(directory: pathlib.Path) -> Any:
     """Every kernel of the plans above."""
-    return library_of([kernel for plan in PLANS.values() for kernel in kernels_of_plan(plan)], directory)
+    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_plan(config)], directory)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,9 +96,9 @@ def reference() -> Iterator[CpuEngine]:
     engine.close()
 
 
-def gradient_of(plan: SessionPlan, seed: int) -> np.ndarray:
-    values = np.random.default_rng(seed).standard_normal(plan.layout.size).astype(np.float32)
-    for tensor, following in itertools.pairwise([*plan.layout.tensors, None]):
+def gradient_of(config: SessionConfig, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(config.layout.size).astype(np.float32)
+    for tensor, following in itertools.pairwise([*config.layout.tensors, None]):
         values[tensor.end : following.offset if following else None] = 0.0
     return values
 
@@ -113,7 +113,7 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 def test_device_is_described(fake) -> None:
     engine = CudaEngine(1, fake())
-    assert engine.device[:3] == Device("cuda:1", "Pretended GPU", 1 << 30)[:3]
+    assert engine.device[:3] == DeviceInfo("cuda:1", "Pretended GPU", 1 << 30)[:3]
 
 
 @pytest.mark.parametrize("options", [{}, {"slots": 5, "slot_bytes": 4096, "gradient_cache_bytes": 12_345}])
@@ -142,14 +142,14 @@ def test_a_device_that_cannot_compile_is_found_to_be_broken(fake, nothing_compil
 
 def test_any_thread_may_call(fake, library) -> None:
     """The current device is a matter of the thread; the stand-in refuses calls where none is set."""
-    plan, failures = PLANS["everything"], []
+    config, failures = PLANS["everything"], []
     engine = PretendedGpu(fake(library=library), index=1)
 
     def work() -> None:
         try:
-            session = make_session(plan, engine)
-            take(session, gradient_of(plan, 1))
-            take(session, gradient_of(plan, 2))
+            session = make_session(config, engine)
+            take(session, gradient_of(config, 1))
+            take(session, gradient_of(config, 2))
             assert not everything(session)[1][ACCUMULATED].any()
             session.close()
             engine.rest()
@@ -224,39 +224,39 @@ def test_an_engine_that_cannot_be_started_leaves_nothing(fake, operation) -> Non
 
 
 def test_memory_for_gradients_is_kept_for_the_next_and_given_back_in_need(fake, library) -> None:
-    plan = PLANS["plain"]
+    config = PLANS["plain"]
     cupy = fake(library=library, memory_bytes=2 << 20)
     engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
-    session = make_session(plan, engine)
-    before, gradient_bytes = cupy.used_bytes, 4 * plan.layout.size
-    take(session, gradient_of(plan, 1))
+    session = make_session(config, engine)
+    before, gradient_bytes = cupy.used_bytes, 4 * config.layout.size
+    take(session, gradient_of(config, 1))
     count = cupy.allocations
     assert cupy.used_bytes == before + gradient_bytes
-    take(session, gradient_of(plan, 2))
+    take(session, gradient_of(config, 2))
     assert (cupy.used_bytes, cupy.allocations) == (before + gradient_bytes, count), "the same memory again"
     engine.rest()
     assert cupy.used_bytes == before
-    take(session, gradient_of(plan, 3))
+    take(session, gradient_of(config, 3))
     wanted = (2 << 20) - before - gradient_bytes + 1024
     large = engine.allocate({PARAM: Precision.FLOAT32}, wanted // 1024 * 256)
     assert cupy.used_bytes == before + large.nbytes
     large.close()
-    take(session, gradient_of(plan, 4))
+    take(session, gradient_of(config, 4))
     session.close()
 
 
 def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:
     """The stand-in fills what is freed with garbage; so it is looked at on its way there."""
-    plan, cupy, seen = PLANS["plain"], fake(library=library), []
+    config, cupy, seen = PLANS["plain"], fake(library=library), []
     engine = PretendedGpu(cupy)
-    session, free = make_session(plan, engine), cupy._driver.memories.free
+    session, free = make_session(config, engine), cupy._driver.memories.free
 
     def watched(freed: Any) -> None:
         seen.append(bool(freed.bytes_at(freed.start, freed.size).any()))
         free(freed)
 
     cupy._driver.memories.free = watched
-    take(session, gradient_of(plan, 1))
+    take(session, gradient_of(config, 1))
     session.close()
     engine.rest()
     del cupy._driver.memories.free
@@ -264,16 +264,16 @@ def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:
 
 
 def test_a_session_that_finds_no_memory_leaves_the_one_beside_it_as_it_is(fake, library, reference) -> None:
-    plan = PLANS["plain"]
+    config = PLANS["plain"]
     cupy = fake(library=library, memory_bytes=2 << 20)
     engine = PretendedGpu(cupy, gradient_cache_bytes=1)
-    session, expected = make_session(plan, engine), make_session(plan, reference)
+    session, expected = make_session(config, engine), make_session(config, reference)
     before = cupy.used_bytes
     hog = engine.allocate({PARAM: Precision.FLOAT32}, ((2 << 20) - before) // 4 // 64 * 64)
     with pytest.raises(ResourceExhaustedError):
-        make_session(plan, engine)
+        make_session(config, engine)
     with pytest.raises(ResourceExhaustedError):
-        take(session, gradient_of(plan, 1))
+        take(session, gradient_of(config, 1))
     with pytest.raises(ResourceExhaustedError):
         load(session, everything(session)[1])
     hog.close()
@@ -281,7 +281,7 @@ def test_a_session_that_finds_no_memory_leaves_the_one_beside_it_as_it_is(fake, 
     assert session._budget.reserved_bytes == session.memory_bytes
     for step in (1, 2):
         for each in (session, expected):
-            take(each, gradient_of(plan, step))
+            take(each, gradient_of(config, step))
     assert same(everything(session), everything(expected))
     session.close()
 
@@ -319,39 +319,39 @@ def test_warming_up_compiles_what_most_sessions_need(fake, library, nothing_comp
     engine.warm_up()
     count = len(cupy.compiled)
     for optimizer, dtype in itertools.product([Adam(), AdamW()], [FLOAT32, BFLOAT16]):
-        plan = make_plan(*SHAPES[:1], optimizer=optimizer, gradient_dtype=dtype, reply_dtype=dtype)
-        session = make_session(plan, engine)
-        take(session, gradient_of(plan, 1))
+        config = make_config(*SHAPES[:1], optimizer=optimizer, gradient_dtype=dtype, reply_dtype=dtype)
+        session = make_session(config, engine)
+        take(session, gradient_of(config, 1))
         session.close()
     assert len(cupy.compiled) == count > 0
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_no_step_pull_or_load_compiles(fake, library, nothing_compiled, name) -> None:
-    plan, cupy = PLANS[name], fake("greedy", library=library)
+    config, cupy = PLANS[name], fake("greedy", library=library)
     engine = PretendedGpu(cupy)
-    session = make_session(plan, engine)
-    count, size = len(cupy.compiled), plan.layout.size
+    session = make_session(config, engine)
+    count, size = len(cupy.compiled), config.layout.size
     kernels = dict(engine._parts.kernels._functions)
     for step in range(1, 5):
         cuts = [0, *range(1024, size, 1024 * step), size]
-        record, _ = take(session, gradient_of(plan, step), list(itertools.pairwise(cuts)), reply_elements=1024)
+        record, _ = take(session, gradient_of(config, step), list(itertools.pairwise(cuts)), reply_elements=1024)
         assert not record.skipped
-    if plan.treatment.loss_scaling:
+    if config.treatment.loss_scaling:
         assert take(session, np.full(size, np.inf, np.float32))[0].skipped
     load(session, everything(session)[1], everything(session)[0])
-    take(session, gradient_of(plan, 9))
+    take(session, gradient_of(config, 9))
     assert len(cupy.compiled) == count
     assert engine._parts.kernels._functions == kernels
     session.close()
 
 
 def test_a_step_with_other_dtypes_compiles_before_it_begins(fake, nothing_compiled, library) -> None:
-    plan, cupy = PLANS["bfloat16"], fake(library=library)
+    config, cupy = PLANS["bfloat16"], fake(library=library)
     engine = PretendedGpu(cupy)
-    session = make_session(plan, engine)
+    session = make_session(config, engine)
     before = len(cupy.compiled)
-    staging = session.begin(order_of(session, reply_dtype=FLOAT32), 1)
+    staging = session.begin(request_of(session, reply_dtype=FLOAT32), 1)
     assert len(cupy.compiled) == before + 2, "with weight decay and without; nothing holds float32 moments here"
     staging.close()
     session.close()
@@ -367,32 +367,32 @@ def test_an_error_in_a_commit_damages_the_session_and_no_other(
     fake, library, reference, name, operation, after
 ) -> None:
     """It is all of the step, none of it, or damaged; the session beside shares the slots and goes on."""
-    plan, cupy = PLANS[name], fake("greedy", library=library)
+    config, cupy = PLANS[name], fake("greedy", library=library)
     engine = PretendedGpu(cupy)
-    broken, beside, expected, whole = (make_session(plan, each) for each in (engine, engine, reference, reference))
-    size, failure = plan.layout.size, RuntimeError("an illegal memory access was encountered")
+    broken, beside, expected, whole = (make_session(config, each) for each in (engine, engine, reference, reference))
+    size, failure = config.layout.size, RuntimeError("an illegal memory access was encountered")
     for each in (broken, beside, expected, whole):
-        take(each, gradient_of(plan, 1))
-    order = order_of(broken, reply_elements=1024)
-    gradient = gradient_of(plan, 2).astype(plan.gradient_dtype)
+        take(each, gradient_of(config, 1))
+    order = request_of(broken, reply_elements=1024)
+    gradient = gradient_of(config, 2).astype(config.gradient_dtype)
     staging = stage(broken, order, gradient, [(0, 2048), (2048, 4096), (4096, size)])
     cupy.fail_next(operation, failure, after)
     try:
-        broken.commit(order, staging, 1, Sink(size, plan.reply_dtype), 0.0)
+        broken.commit(order, staging, 1, Sink(size, config.reply_dtype), 0.0)
     except RuntimeError as problem:
         assert problem is failure
     cupy._driver.failures._planned[operation].clear()
     staging.close()
     try:
         if broken.snapshot().step == 2:
-            take(whole, gradient_of(plan, 2))
+            take(whole, gradient_of(config, 2))
         assert same(everything(broken), everything(whole))
     except DataLossError:
         with pytest.raises(DataLossError):
-            take(broken, gradient_of(plan, 2), step=2)
+            take(broken, gradient_of(config, 2), step=2)
     for step in (2, 3, 4):
         for each in (beside, expected):
-            take(each, gradient_of(plan, step))
+            take(each, gradient_of(config, step))
     assert same(everything(beside), everything(expected))
     broken.close()
     beside.close()
@@ -400,12 +400,12 @@ def test_an_error_in_a_commit_damages_the_session_and_no_other(
 
 @pytest.mark.parametrize("operation", ["kernel", "copy"])
 def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operation) -> None:
-    plan, cupy = PLANS["plain"], fake(library=library)
-    session = make_session(plan, PretendedGpu(cupy))
-    staging = stage(session, order_of(session), gradient_of(plan, 1), [(0, plan.layout.size)])
+    config, cupy = PLANS["plain"], fake(library=library)
+    session = make_session(config, PretendedGpu(cupy))
+    staging = stage(session, request_of(session), gradient_of(config, 1), [(0, config.layout.size)])
     cupy.fail_next(operation, RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"):
-        session.commit(order_of(session), staging, 1, Sink(plan.layout.size, FLOAT32), 0.0)
+        session.commit(request_of(session), staging, 1, Sink(config.layout.size, FLOAT32), 0.0)
     staging.close()
     with pytest.raises(DataLossError, match="step 1"):
         session.snapshot()
@@ -414,9 +414,9 @@ def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operati
 
 @pytest.mark.parametrize("operation", ["copy", "kernel", "memset"])
 def test_a_load_that_fails_half_way_damages_the_session_and_frees_its_memory(fake, library, operation) -> None:
-    plan, cupy = PLANS["8 bits"], fake("greedy", library=library)
-    session = make_session(plan, PretendedGpu(cupy))
-    take(session, gradient_of(plan, 1))
+    config, cupy = PLANS["8 bits"], fake("greedy", library=library)
+    session = make_session(config, PretendedGpu(cupy))
+    take(session, gradient_of(config, 1))
     before, (snapshot, slots) = cupy.used_bytes, everything(session)
     staged, room = session.stage_load(tuple(slots))
     for slot, values in slots.items():
@@ -438,10 +438,10 @@ def test_a_load_that_fails_half_way_damages_the_session_and_frees_its_memory(fak
 
 
 def test_an_engine_is_closed_twice_and_its_memory_goes_with_it(fake, library) -> None:
-    plan, cupy = PLANS["8 bits"], fake("greedy", library=library)
+    config, cupy = PLANS["8 bits"], fake("greedy", library=library)
     engine = PretendedGpu(cupy)
-    session = make_session(plan, engine)
-    take(session, gradient_of(plan, 1))
+    session = make_session(config, engine)
+    take(session, gradient_of(config, 1))
     for closed in (session, session, engine, engine):
         closed.close()
     gc.disable()

@@ -13,8 +13,8 @@ import pytest
 from stepwire.errors import ResourceExhaustedError
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import ALIGNMENT, CudaDevice
-from stepwire_server.engines.cuda.figures import Cells, Figures
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient, GradientCache
+from stepwire_server.engines.cuda.sums import Cells, Figures
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -23,7 +23,7 @@ SLOT = 1 << 8
 every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 
 
-class Place:
+class Device:
     """A device with what gradients need."""
 
     def __init__(self, cupy: Any, cache_bytes: int = 1 << 20) -> None:
@@ -54,7 +54,7 @@ class Place:
 @every_order
 @pytest.mark.parametrize("name", WIRE)
 def test_chunks_lie_where_their_elements_do(fake, read, unaligned, order, name) -> None:
-    place, dtype, size = Place(fake(order)), WIRE[name], 1000
+    place, dtype, size = Device(fake(order)), WIRE[name], 1000
     gradient = place.gradient(size)
     values = np.random.default_rng(0).standard_normal(size).astype(dtype)
     chunks = [(low, gradient.put(low, unaligned(values[low:high]))) for low, high in [(300, 1000), (0, 7), (7, 300)]]
@@ -73,7 +73,7 @@ def test_chunks_lie_where_their_elements_do(fake, read, unaligned, order, name) 
 
 @every_order
 def test_a_payload_may_change_as_soon_as_it_is_put(fake, read, order) -> None:
-    place = Place(fake(order))
+    place = Device(fake(order))
     gradient, payload = place.gradient(500), np.arange(500, dtype=np.float32)
     chunk = gradient.put(0, payload)
     payload[:] = -1.0
@@ -83,7 +83,7 @@ def test_a_payload_may_change_as_soon_as_it_is_put(fake, read, order) -> None:
 
 @every_order
 def test_a_pinned_payload_may_change_after_the_close(fake, read, order) -> None:
-    place = Place(fake(order))
+    place = Device(fake(order))
     gradient, payload, kept = place.gradient(500), np.arange(500, dtype=np.float32), place.device.allocate(2000)
     with place.bus.pin(payload.view(np.uint8)):
         place.keep(gradient.put(0, payload), kept)
@@ -94,14 +94,14 @@ def test_a_pinned_payload_may_change_after_the_close(fake, read, order) -> None:
 
 @pytest.mark.parametrize(("offset", "count"), [(-1, 1), (0, 11), (10, 1), (11, 0)])
 def test_chunks_outside_are_refused_before_anything_is_allocated(fake, offset, count) -> None:
-    place = Place(fake())
+    place = Device(fake())
     with pytest.raises(IndexError, match=r"of the gradient are outside its 10"):
         place.gradient(10).put(offset, np.zeros(count, np.float32))
     assert place.cached_bytes() == 0
 
 
 def test_empty_chunks_are_chunks(fake) -> None:
-    place = Place(fake())
+    place = Device(fake())
     gradient = place.gradient(10)
     assert len(gradient.put(10, np.zeros(0, np.float32))) == 0
     assert place.cached_bytes() == 40
@@ -115,7 +115,7 @@ def test_empty_chunks_are_chunks(fake) -> None:
 
 
 def test_closing_twice_gives_memory_back_once(fake) -> None:
-    place = Place(fake())
+    place = Device(fake())
     gradient = place.gradient(10)
     place.put(gradient, 1.0, 10)
     gradient.close()
@@ -128,14 +128,14 @@ def test_closing_twice_gives_memory_back_once(fake) -> None:
 
 
 def test_closing_without_a_chunk_takes_nothing(fake) -> None:
-    place = Place(fake())
+    place = Device(fake())
     place.gradient(10).close()
     assert (place.cached_bytes(), place.cupy.allocations) == (0, 4)
 
 
 @every_order
 def test_what_nobody_closed_is_closed_when_it_is_dropped(fake, order) -> None:
-    place = Place(fake(order), cache_bytes=40)
+    place = Device(fake(order), cache_bytes=40)
     chunk = place.put(place.gradient(10), 1.0, 10)
     before = place.cupy.allocations
     address = chunk.values.data.ptr
@@ -149,7 +149,7 @@ def test_what_nobody_closed_is_closed_when_it_is_dropped(fake, order) -> None:
 
 @every_order
 def test_sums_are_read_when_the_gradient_is_closed(fake, order) -> None:
-    place = Place(fake(order))
+    place = Device(fake(order))
     cells, gradient = Cells(place.device, 32), place.gradient(10)
     place.put(gradient, 1.0, 10)
     with place.device.computing():
@@ -169,7 +169,7 @@ def test_sums_are_read_when_the_gradient_is_closed(fake, order) -> None:
 def test_a_chunk_that_fails_half_way_leaves_memory_that_can_be_given_back(fake, read, order, cache_bytes) -> None:
     """Two slots of it may still be on their way: what is kept is theirs until then, and what is dropped too."""
     cupy = fake(order)
-    place, broken = Place(cupy, cache_bytes), cupy.cuda.runtime.CUDARuntimeError(719)
+    place, broken = Device(cupy, cache_bytes), cupy.cuda.runtime.CUDARuntimeError(719)
     gradient = place.gradient(5 * SLOT // 4)
     cupy.fail_next("copy", broken, after=2)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="launch failure"):
@@ -183,7 +183,7 @@ def test_a_chunk_that_fails_half_way_leaves_memory_that_can_be_given_back(fake, 
 
 
 def test_a_shortage_while_a_chunk_is_put_can_be_tried_again(fake) -> None:
-    place = Place(fake(memory_bytes=4 * SLOT + 100))
+    place = Device(fake(memory_bytes=4 * SLOT + 100))
     gradient = place.gradient(30)
     with pytest.raises(ResourceExhaustedError, match="for 120 bytes; 100 are free"):
         place.put(gradient, 1.0, 30)
@@ -197,7 +197,7 @@ def test_a_shortage_while_a_chunk_is_put_can_be_tried_again(fake) -> None:
 
 
 def test_memory_of_the_same_size_is_used_again(fake) -> None:
-    place = Place(fake())
+    place = Device(fake())
     addresses = []
     for _ in range(5):
         for size in (10, 20):
@@ -210,7 +210,7 @@ def test_memory_of_the_same_size_is_used_again(fake) -> None:
 
 
 def test_memory_of_another_size_is_not_used(fake) -> None:
-    place = Place(fake())
+    place = Device(fake())
     for size in (10, 9, 11):
         gradient = place.gradient(size)
         place.put(gradient, 1.0, size)
@@ -220,7 +220,7 @@ def test_memory_of_another_size_is_not_used(fake) -> None:
 
 @every_order
 def test_the_oldest_surplus_goes_and_is_zeroed_first(fake, read, order) -> None:
-    place, memories = Place(fake(order), cache_bytes=150), {}
+    place, memories = Device(fake(order), cache_bytes=150), {}
     turns: list[tuple[int, set[int]]] = [(10, {10}), (11, {10, 11}), (12, {10, 11, 12}), (15, {12, 15}), (40, set())]
     for size, kept in turns:
         gradient = place.gradient(size)
@@ -237,7 +237,7 @@ def test_the_oldest_surplus_goes_and_is_zeroed_first(fake, read, order) -> None:
 
 @every_order
 def test_all_that_no_step_uses_is_zeroed_and_given_back_when_asked(fake, read, order) -> None:
-    place, memories = Place(fake(order)), []
+    place, memories = Device(fake(order)), []
     gradients = [place.gradient(size) for size in (10, 11, 12)]
     chunks = [place.put(gradient, 5.0, gradient._size) for gradient in gradients]
     for gradient in gradients[:2]:
@@ -256,7 +256,7 @@ def test_all_that_no_step_uses_is_zeroed_and_given_back_when_asked(fake, read, o
 
 
 def test_a_shortage_is_mended_by_what_is_kept(fake) -> None:
-    place = Place(fake(memory_bytes=4 * SLOT + 1000))
+    place = Device(fake(memory_bytes=4 * SLOT + 1000))
     place.device.on_shortage(place.cache.trim)
     first = place.gradient(200)
     place.put(first, 1.0, 200)
@@ -270,7 +270,7 @@ def test_a_shortage_is_mended_by_what_is_kept(fake) -> None:
 
 @every_order
 def test_threads_share_what_is_kept(fake, read, together, order) -> None:
-    place = Place(fake(order), cache_bytes=400)
+    place = Device(fake(order), cache_bytes=400)
 
     def work(seed: int) -> None:
         for turn in range(8):
@@ -308,7 +308,7 @@ def forget(cupy: Any, function: str, method: str) -> None:
     setattr(owner, method, mutated)
 
 
-def steps_read(place: Place, read: Any, size: int = 100) -> list[set[float]]:
+def steps_read(place: Device, read: Any, size: int = 100) -> list[set[float]]:
     """Read the gradient of each of some steps on the stream of kernels, as late as may be."""
     kept = [place.device.allocate(4 * size) for _ in range(4)]
     for value, target in enumerate(kept):
@@ -322,7 +322,7 @@ def steps_read(place: Place, read: Any, size: int = 100) -> list[set[float]]:
 
 @every_order
 def test_a_gradient_is_not_overwritten_before_it_is_read(fake, read, order) -> None:
-    place = Place(fake(order))
+    place = Device(fake(order))
     assert steps_read(place, read) == [{0.0}, {1.0}, {2.0}, {3.0}]
     assert place.cached_bytes() == 400, "all steps had the same memory"
 
@@ -331,7 +331,7 @@ def test_a_gradient_is_not_overwritten_before_it_is_read(fake, read, order) -> N
 def test_without_one_wait_a_wrong_gradient_is_read_in_some_order(fake, read, settle, function, method) -> None:
     wrong = []
     for order in ORDERS:
-        place = Place(fake(order))
+        place = Device(fake(order))
         forget(place.cupy, function, method)
         wrong += [order] if str(steps_read(place, read)) != "[{0.0}, {1.0}, {2.0}, {3.0}]" else []
         settle(place.device)
@@ -344,7 +344,7 @@ def test_without_one_wait_a_wrong_gradient_is_read_in_some_order(fake, read, set
 def test_dropped_memory_is_zero_whatever_was_on_its_way(fake, settle, order, waits) -> None:
     """An upload that failed half way goes on, even if the close could not wait for it, but not behind the zeros."""
     cupy = fake(order)
-    place, broken = Place(cupy, cache_bytes=0), cupy.cuda.runtime.CUDARuntimeError(719)
+    place, broken = Device(cupy, cache_bytes=0), cupy.cuda.runtime.CUDARuntimeError(719)
     gradient = place.gradient(300)
     cupy.fail_next("copy", broken, after=2)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="launch failure"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.blockwise import BLOCK, INT8, decode_blocks
+from stepwire.wire.int8_blocks import BLOCK, INT8, decode_blocks
 from stepwire_server.engines import PARAM
 from stepwire_server.engines.cuda.source import update_kernel
 from stepwire_server.rules import Precision, Recipe

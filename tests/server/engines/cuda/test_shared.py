@@ -11,29 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.codecs import BFLOAT16, FLOAT32
 from stepwire.layout import TensorSpec
+from stepwire.wire.dtypes import BFLOAT16, FLOAT32
 from stepwire_server.engines import CpuEngine
-from stepwire_server.sharing import step as shared_step
-from stepwire_server.sharing.buffers import SharedBuffers
-from stepwire_server.sharing.step import MemorySink, stage_shared
-from tests.server.plans import make_plan
+from stepwire_server.sharing import shared_step
+from stepwire_server.sharing.host_buffers import SharedBuffers
+from stepwire_server.sharing.shared_step import MemoryReplyWriter, stage_shared
+from tests.server.configs import make_config
 from tests.server.pretended_gpus import PretendedGpu, kernels_of_plan, library_of, machine_code, needs_compiler
-from tests.server.session_driver import everything, load, make_session, order_of, take
+from tests.server.session_driver import everything, load, make_session, request_of, take
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
 pytestmark = needs_compiler
 
 SIZE = 3000
 PLANS = {
-    dtype.name: make_plan(TensorSpec("w", (SIZE,)), gradient_dtype=dtype, reply_dtype=dtype)
+    dtype.name: make_config(TensorSpec("w", (SIZE,)), gradient_dtype=dtype, reply_dtype=dtype)
     for dtype in (FLOAT32, BFLOAT16)
 }
 
 
 @pytest.fixture(scope="module")
 def library(directory: pathlib.Path) -> Any:
-    return library_of([kernel for plan in PLANS.values() for kernel in kernels_of_plan(plan)], directory)
+    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_plan(config)], directory)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,14 +47,14 @@ def gradient(step: int, dtype: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("order", ["lazy", "greedy", ("random", 3)], ids=str)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("config", PLANS.values(), ids=PLANS)
 def test_steps_in_shared_memory_are_the_cpus(
-    fake: Any, library: Any, monkeypatch: pytest.MonkeyPatch, plan: Any, order: Any, pinned: bool
+    fake: Any, library: Any, monkeypatch: pytest.MonkeyPatch, config: Any, order: Any, pinned: bool
 ) -> None:
     monkeypatch.setattr(shared_step, "_PIECE_ELEMENTS", 512)
     cupy = fake(order, library=library)
     with contextlib.closing(CpuEngine(threads=1, use_numba=False)) as cpu:
-        sessions = [make_session(plan, PretendedGpu(cupy)), make_session(plan, cpu)]
+        sessions = [make_session(config, PretendedGpu(cupy)), make_session(config, cpu)]
         for session in sessions:
             load(session, {"param": gradient(99, FLOAT32)})
         if not pinned:
@@ -63,14 +63,14 @@ def test_steps_in_shared_memory_are_the_cpus(
             assert not buffers.in_place
             assert cupy.registered_bytes == buffers.parameter_bytes + (buffers.gradient_bytes if pinned else 0)
             for step in range(1, 6):
-                buffers.gradient[:] = gradient(step, plan.gradient_dtype)
-                asked = order_of(sessions[0], shared=True, reply_elements=512)
+                buffers.gradient[:] = gradient(step, config.gradient_dtype)
+                asked = request_of(sessions[0], shared=True, reply_elements=512)
                 staging = sessions[0].begin(asked, 1)
                 stage_shared(buffers, staging, SIZE, sessions[0].depth)
-                record = sessions[0].commit(asked, staging, 1, MemorySink(buffers.parameters), 0.0)
+                record = sessions[0].commit(asked, staging, 1, MemoryReplyWriter(buffers.parameters), 0.0)
                 staging.close()
                 buffers.gradient[:] = 0  # nothing reads it any more
-                expected, answer = take(sessions[1], gradient(step, plan.gradient_dtype))
+                expected, answer = take(sessions[1], gradient(step, config.gradient_dtype))
                 assert record.grad_norm == expected.grad_norm
                 assert buffers.parameters.tobytes() == answer.tobytes()
         assert cupy.registered_bytes == 0

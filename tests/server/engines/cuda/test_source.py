@@ -24,7 +24,7 @@ from stepwire_server.engines.cuda.source import (
 )
 from stepwire_server.engines.cuda.source.memory import MEMORY
 from stepwire_server.engines.cuda.source.printer import print_call, print_function
-from stepwire_server.engines.rounding import round_stochastically
+from stepwire_server.engines.stochastic_rounding import round_stochastically
 from stepwire_server.rules import Precision, Stage
 from stepwire_server.rules.momentum import sgd
 from stepwire_server.rules.treatment import scaled

@@ -16,13 +16,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
+from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.source import (
     eight_bit_tables,
     measure_kernel,
     module_source,
     update_kernel,
 )
-from stepwire_server.engines.dynamic_code import (
+from stepwire_server.engines.int8_moments import (
     BLOCK,
     SIGNED_MAP,
     SIGNED_STEPS,
@@ -33,11 +35,9 @@ from stepwire_server.engines.dynamic_code import (
     encode_blocks,
     encode_with,
 )
-from stepwire_server.engines.numpy_kernels import NumpyKernels
-from stepwire_server.engines.on_host import measured_slots
+from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.engines.protocol import PARAM
-from stepwire_server.engines.rounding import seeds_for
-from stepwire_server.engines.shares import GRAIN
+from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 from tests.server.pretended_gpus import library_of
 from tests.support import cuda_cases as cases

@@ -14,7 +14,7 @@ from stepwire_server.engines.cuda.source.memory import Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import openings, preludes
 from stepwire_server.engines.cuda.source.prelude import THREADS
-from stepwire_server.engines.dynamic_code import BLOCK
+from stepwire_server.engines.int8_moments import BLOCK
 
 __all__ = ["BlockPass", "block_kernel", "block_kernels", "encoded"]
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from stepwire_server.engines.dynamic_code import SIGNED_MAP, SIGNED_STEPS, UNSIGNED_MAP, UNSIGNED_STEPS
+from stepwire_server.engines.int8_moments import SIGNED_MAP, SIGNED_STEPS, UNSIGNED_MAP, UNSIGNED_STEPS
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["DYNAMIC_CODE", "eight_bit_tables", "shared_tables"]

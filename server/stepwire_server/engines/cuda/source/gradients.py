@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from stepwire_server.engines.compiled.rule_source import functions_of_stages
 from stepwire_server.engines.cuda.source.memory import GRADIENTS, STORED, Array, decoder, gradient_array
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import flat_kernel, summing_kernel
 from stepwire_server.engines.cuda.source.printer import print_call
-from stepwire_server.engines.rule_source import functions_of_stages
 from stepwire_server.rules import Stage
 from stepwire_server.rules.treatment import added, scaled
 

@@ -148,7 +148,7 @@ __device__ __forceinline__ void fold_lanes(const double *totals, double *lanes, 
 }
 """.replace("LANES", str(LANES))
 
-# `stepwire.blockwise` in CUDA C. `Blocks` stands for a pointer to an element where there is none, with the same
+# `stepwire.wire.int8_blocks` in CUDA C. `Blocks` stands for a pointer to an element where there is none, with the same
 # functions: four neighbours whose place is a multiple of four have one word of codes and one maximum, which most of a
 # warp shares. What is loaded is decoded after all loads are under way.
 BLOCKS: Final = """\

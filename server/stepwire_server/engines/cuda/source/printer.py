@@ -12,7 +12,7 @@ import inspect
 import textwrap
 import types
 
-from stepwire_server.engines.rule_source import functions_of
+from stepwire_server.engines.compiled.rule_source import functions_of
 from stepwire_server.rules import Stage
 
 __all__ = ["print_call", "print_function"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepwire_server.engines.compiled.rule_source import functions_of_stages
 from stepwire_server.engines.cuda.source.blocks import BlockPass, block_kernel, encoded
 from stepwire_server.engines.cuda.source.dynamic_code import DYNAMIC_CODE, shared_tables
 from stepwire_server.engines.cuda.source.memory import STORED, Array, decoder, gradient_array
@@ -15,8 +16,7 @@ from stepwire_server.engines.cuda.source.passes import (
     summing_kernel,
 )
 from stepwire_server.engines.cuda.source.printer import print_call
-from stepwire_server.engines.on_host import measured_slots
-from stepwire_server.engines.rule_source import functions_of_stages
+from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe
 
 __all__ = ["measure_kernel", "update_kernel"]

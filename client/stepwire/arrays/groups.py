@@ -1,0 +1,71 @@
+"""From a user's parameter groups to the contract's: which tensor is in which, and what each has of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepwire.arrays.trees import expanded
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers import Optimizer
+from stepwire.optimizers.hyperparameters import number
+from stepwire.optimizers.schedules import Schedule, schedule_to_wire
+from stepwire.v1 import optimizer_pb2
+from stepwire.wire.messages import overrides_to_wire
+
+__all__ = ["grouped"]
+
+
+def grouped(
+    named: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], optimizer: Optimizer, schedule: Schedule | None
+) -> tuple[dict[str, int], list[optimizer_pb2.ParameterGroup]]:
+    """Return each tensor's group index and the groups' messages.
+
+    Args:
+        named: the tensors.
+        groups: mappings with "params", the names of its tensors or of branches that they are in, and what a group has
+            of its own; tensors in none form one more, first.
+        optimizer: whose numbers groups have that have none of their own.
+        schedule: of groups that have none of their own.
+
+    Raises:
+        InvalidRequestError: names the group, the field and the value.
+    """
+    membership: dict[str, int] = {}
+    members = [list(expanded(group.get("params", ()), named)) for group in groups]
+    listed = {name for names in members for name in names}
+    first = 0 if groups and listed >= set(named) else 1
+    messages = [_group_message({}, optimizer, schedule, "optimizer") for _ in range(first)]
+    for index, group in enumerate(groups):
+        field = f"groups[{index}]"
+        if "params" not in group:
+            raise InvalidRequestError.of(f"{field}.params", "is missing; name the group's tensors")
+        for name in members[index]:
+            if name not in named or name in membership:
+                problem = "is in two groups" if name in membership else "is not a parameter"
+                raise InvalidRequestError.of(f"{field}.params", f"{name!r} {problem}")
+            membership[name] = first + index
+        messages.append(_group_message(group, optimizer, schedule, field))
+    return {name: membership.get(name, 0) for name in named}, messages
+
+
+def _group_message(
+    group: Mapping[str, Any], optimizer: Optimizer, schedule: Schedule | None, field: str
+) -> optimizer_pb2.ParameterGroup:
+    overrides = {name: value for name, value in group.items() if name not in ("params", "schedule", "clip_grad_norm")}
+    message = optimizer_pb2.ParameterGroup(
+        overrides=overrides_to_wire(optimizer, optimizer.hyperparameters(), overrides, field)
+    )
+    own, place = group.get("schedule", schedule), f"{field}.schedule" if "schedule" in group else "schedule"
+    if own is not None:
+        if not isinstance(own, Schedule):
+            raise InvalidRequestError.of(place, f"{own!r:.80} is not a stepwire.Schedule")
+        own.check(place)
+        message.schedule.CopyFrom(schedule_to_wire(own))
+    if group.get("clip_grad_norm") is not None:
+        bound = number(group["clip_grad_norm"], f"{field}.clip_grad_norm")
+        if not 0.0 < bound < math.inf:
+            raise InvalidRequestError.of(f"{field}.clip_grad_norm", f"{bound!r}; it must be finite and > 0")
+        message.clip_grad_norm = bound
+    return message

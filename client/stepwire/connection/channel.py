@@ -1,0 +1,119 @@
+"""Calls over one channel: deadlines set, errors translated, and repeated where the contract permits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from stepwire.connection.retry import Deadline, Retry
+from stepwire.errors import InvalidRequestError
+from stepwire.wire.addresses import grpc_target
+from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire.wire.error_details import error_from_call
+
+__all__ = ["Calls"]
+
+_T = TypeVar("_T")
+_SERVICE: Final = "/stepwire.v1.OptimizerService/"
+_OPTIONS: Final = [
+    *BULK_OPTIONS,
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Steps are repeated by number (see `stepwire.connection.retry`), never by gRPC.
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Load balancers cut connections that are idle for about four minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Two clients of one process are two connections.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Calls:
+    """A channel to one server."""
+
+    def __init__(self, target: str, *, timeout_seconds: float, retry: Retry) -> None:
+        """Open the channel; it connects with the first call.
+
+        Raises:
+            InvalidRequestError: the timeout is not positive, or the target a Unix socket whose path cannot be one.
+        """
+        self.timeout_seconds = checked_timeout(timeout_seconds)
+        self.retry = retry
+        self.target = target
+        self.channel = grpc.insecure_channel(grpc_target(target), options=_OPTIONS)
+
+    def deadline(self, timeout_seconds: float | None) -> Deadline:
+        """Start a deadline; None means the client's default."""
+        return self.retry.deadline(
+            self.timeout_seconds if timeout_seconds is None else checked_timeout(timeout_seconds)
+        )
+
+    def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
+        """Call a unary method, again if need be, and return its decoded answer.
+
+        Raises:
+            StepwireError: the server's refusal, or no connection within the deadline.
+        """
+        call: Any = self.channel.unary_unary(
+            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+        )
+        data = request.SerializeToString()
+        return self._repeat(lambda deadline: call(data, timeout=deadline.remaining()), timeout_seconds)
+
+    def download(self, method: str, request: Any, take: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
+        """Call a server-streaming method once and hand its messages, undecoded, to `take`."""
+        call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
+        stream = call(request.SerializeToString(), timeout=deadline.remaining())
+        try:
+            with _translated():
+                return take(stream)
+        finally:
+            stream.cancel()
+
+    def upload(self, method: str, frames: Iterable[bytes], response: Any, deadline: Deadline) -> Any:
+        """Call a client-streaming method once and return its decoded answer."""
+        call: Any = self.channel.stream_unary(
+            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+        )
+        with _translated():
+            return call(iter(frames), timeout=deadline.remaining())
+
+    def close(self) -> None:
+        """Close the channel. Closing twice is harmless."""
+        self.channel.close()
+
+    def _repeat(self, attempt: Callable[[Deadline], _T], timeout_seconds: float | None) -> _T:
+        def translated(deadline: Deadline) -> _T:
+            with _translated():
+                return attempt(deadline)
+
+        return self.retry.call(translated, self.deadline(timeout_seconds))
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn a gRPC error into ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_from_call(error) from None
+
+
+def checked_timeout(seconds: float) -> float:
+    """Return the timeout if it is one.
+
+    Raises:
+        InvalidRequestError: it is not a positive number.
+    """
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise InvalidRequestError(
+            f"timeout: {seconds!r} is not a positive number of seconds", metadata={"field": "timeout"}
+        )
+    return float(seconds)

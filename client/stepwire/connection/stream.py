@@ -1,0 +1,122 @@
+"""One attached stream, from its opening to its end. A broken stream is thrown away, never mended."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import grpc
+
+from stepwire.connection.retry import Deadline
+from stepwire.connection.watchdog import Watchdog
+from stepwire.errors import DeadlineExceededError, Reason, StepwireError, UnavailableError
+from stepwire.v1 import attach_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.error_details import error_from_call
+from stepwire.wire.frames import Frame, read_frame
+
+__all__ = ["AttachedStream"]
+
+_METHOD: Final = "/stepwire.v1.OptimizerService/Attach"
+
+
+class _Outbox(Iterator[bytes]):
+    """Messages to send, made when gRPC asks for them: at most one waits beside the one on the wire.
+
+    gRPC takes from it in a thread of its own, so a large gradient is packed while its start is being sent.
+    """
+
+    def __init__(self) -> None:
+        self._batches: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
+        self._current: Iterator[bytes] = iter(())
+
+    def put(self, frames: Iterable[bytes]) -> None:
+        self._batches.put(iter(frames))
+
+    def close(self) -> None:
+        self._batches.put(None)
+
+    def __next__(self) -> bytes:
+        while (frame := next(self._current, None)) is None:
+            if (batch := self._batches.get()) is None:
+                raise StopIteration
+            self._current = batch
+        return frame
+
+
+class AttachedStream:
+    """A stream attached to a session's slot.
+
+    Attributes:
+        opened: what the server said on opening.
+    """
+
+    def __init__(self, channel: grpc.Channel, opening: attach_pb2.AttachOpen, deadline: Deadline) -> None:
+        """Attach.
+
+        Raises:
+            StepwireError: the server refused, or could not be reached before the deadline.
+        """
+        self._outbox = _Outbox()
+        stub: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+            _METHOD, request_serializer=None, response_deserializer=None
+        )
+        self._call = stub(self._outbox)
+        self._watchdog = Watchdog(self._call.cancel)
+        # Its two threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
+        if not self._call.add_callback(self._release):
+            self._release()
+        try:
+            first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
+        except BaseException:
+            self.close()
+            raise
+        self.opened: attach_pb2.AttachOpened = first.message.opened
+
+    def exchange(self, frames: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
+        """Send messages and yield the answers for as long as the caller asks.
+
+        Raises:
+            StepwireError: the server's refusal, a broken connection, or the deadline.
+        """
+        self._watchdog.arm(deadline.remaining())
+        if self._watchdog.barked:  # as the step before ended: too late for that one, and no fault of this one
+            raise UnavailableError("the stream was cancelled between two steps; attach again")
+        self._outbox.put(frames)
+        try:
+            while True:
+                yield read_frame(pb.AttachResponse, self._receive(deadline))
+        finally:
+            self._watchdog.disarm()
+
+    def send(self, frames: Iterable[bytes]) -> None:
+        """Send more messages within an exchange."""
+        self._outbox.put(frames)
+
+    def close(self) -> None:
+        """End the stream, letting the server finish what was sent. Closing twice is harmless."""
+        self._release()
+        self._call.cancel()
+
+    def _release(self) -> None:
+        self._outbox.close()
+        self._watchdog.close()
+
+    def _receive(self, deadline: Deadline) -> bytes:
+        try:
+            answer: bytes = next(self._call)
+            return answer
+        except StopIteration:
+            raise UnavailableError("the server ended the stream", reason=Reason.UNREACHABLE) from None
+        except grpc.RpcError as error:
+            raise self._told(error, deadline) from None
+
+    def _told(self, error: grpc.RpcError, deadline: Deadline) -> StepwireError:
+        if self._watchdog.barked:
+            return DeadlineExceededError(
+                f"no answer within {deadline.timeout_seconds} s; the step may have been applied: take it again with "
+                "the same gradients, or with a longer timeout",
+                metadata={"timeout_seconds": deadline.timeout_seconds},
+            )
+        return error_from_call(error)

@@ -1,0 +1,231 @@
+"""What happens to a gradient before the rule sees it: the record, its ranges, and its place in the contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Final, Literal, get_args
+
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import number
+from stepwire.v1 import optimizer_pb2 as pb
+
+__all__ = [
+    "LARGEST_SCALE",
+    "SMALLEST_SCALE",
+    "ClipFormula",
+    "GradientTreatment",
+    "LossScaling",
+    "MissingGradient",
+    "NonFinite",
+    "check_scale",
+    "treatment_from_wire",
+    "treatment_to_wire",
+]
+
+NonFinite = Literal["reject", "skip", "allow"]
+ClipFormula = Literal["torch", "optax", "keras"]
+MissingGradient = Literal["reject", "keep"]
+
+_NON_FINITE: Final = {
+    "reject": pb.NON_FINITE_POLICY_REJECT,
+    "skip": pb.NON_FINITE_POLICY_SKIP,
+    "allow": pb.NON_FINITE_POLICY_ALLOW,
+}
+_CLIP: Final = {"torch": pb.CLIP_FORMULA_TORCH, "optax": pb.CLIP_FORMULA_OPTAX, "keras": pb.CLIP_FORMULA_KERAS}
+_MISSING: Final = {"reject": pb.MISSING_GRADIENT_POLICY_REJECT, "keep": pb.MISSING_GRADIENT_POLICY_KEEP}
+_MOST_STEPS: Final = 2**32
+
+SMALLEST_SCALE: Final = 1e-37
+LARGEST_SCALE: Final = 1e37
+"""Bounds of a loss scale: within them float32 holds it and its reciprocal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossScaling:
+    """Dynamic loss scaling on the server, by the rule and with the defaults of `torch.amp.GradScaler`.
+
+    Attributes:
+        initial_scale: what the first gradient is multiplied by, in [1e-37, 1e37].
+        growth_factor: of the scale after `growth_interval` clean steps, finite, > 1.
+        backoff_factor: of the scale after a step with NaN or Inf, in (0, 1).
+        growth_interval: clean steps before growth, ≥ 1.
+    """
+
+    initial_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+    def check(self, field: str) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            InvalidRequestError: names the field, the value and the allowed range.
+        """
+        check_scale(self.initial_scale, f"{field}.initial_scale")
+        _check(self, field, "growth_factor", "finite and > 1", 1.0, math.inf)
+        _check(self, field, "backoff_factor", "in (0, 1)", 0.0, 1.0)
+        _check_count(self.growth_interval, f"{field}.growth_interval")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientTreatment:
+    """What happens to gradients, in this order: unscale, finite check, accumulation, norms, clipping.
+
+    Attributes:
+        non_finite: what to do with NaN and Inf: refuse the step, use up its number without an update, or apply it.
+            Default `"reject"`; with loss scaling `"skip"`, and nothing else.
+        clip_grad_norm: bound of the global norm, finite, > 0; None for none.
+        clip_formula: whose formula clips by norm; default torch's.
+        clip_grad_value: bound of each element's magnitude, finite, > 0; None for none.
+        accumulation_steps: gradients summed into one update, ≥ 1.
+        loss_scaling: dynamic loss scaling on the server; None for none.
+        missing_gradient: whether a step may leave tensors out: they, their moments and their t stay as they are.
+        parameter_average_decay: decay of the parameters' moving average, in (0, 1); None for none.
+        two_phase: the gradient is cut over several sessions, and their client decides what its norm decides: the server
+            keeps the bounds of norms for that client and does not apply them.
+    """
+
+    non_finite: NonFinite | None = None
+    clip_grad_norm: float | None = None
+    clip_formula: ClipFormula | None = None
+    clip_grad_value: float | None = None
+    accumulation_steps: int = 1
+    loss_scaling: LossScaling | None = None
+    missing_gradient: MissingGradient = "reject"
+    parameter_average_decay: float | None = None
+    two_phase: bool = False
+
+    @property
+    def policy(self) -> NonFinite:
+        """What is done with NaN and Inf."""
+        return self.non_finite or ("skip" if self.loss_scaling else "reject")
+
+    def check(self, field: str, *, group_clips: bool = False) -> None:
+        """Refuse what is out of range or contradictory.
+
+        Args:
+            field: the path of the record; empty where its fields are the user's own arguments.
+            group_clips: some group is clipped by its own norm.
+
+        Raises:
+            InvalidRequestError: names the field, the value and what is allowed.
+        """
+        _check_choice(self.non_finite, get_args(NonFinite), _path(field, "non_finite"), optional=True)
+        _check_choice(self.clip_formula, get_args(ClipFormula), _path(field, "clip_formula"), optional=True)
+        _check_choice(self.missing_gradient, get_args(MissingGradient), _path(field, "missing_gradient"))
+        for name in ("clip_grad_norm", "clip_grad_value"):
+            if getattr(self, name) is not None:
+                _check(self, field, name, "finite and > 0", 0.0, math.inf)
+        if self.parameter_average_decay is not None:
+            _check(self, field, "parameter_average_decay", "in (0, 1)", 0.0, 1.0)
+        _check_count(self.accumulation_steps, _path(field, "accumulation_steps"))
+        self._check_together(field, group_clips)
+
+    def _check_together(self, field: str, group_clips: bool) -> None:
+        if self.clip_formula is not None and self.clip_grad_norm is None and not group_clips:
+            raise InvalidRequestError.of(
+                _path(field, "clip_formula"), f"{self.clip_formula!r} without clip_grad_norm clips nothing"
+            )
+        if self.accumulation_steps > 1 and self.missing_gradient == "keep":
+            raise InvalidRequestError.of(
+                _path(field, "missing_gradient"),
+                "'keep' and accumulation_steps > 1 do not go together: send zeros for what has no gradient, or "
+                "accumulate on the client",
+            )
+        if self.loss_scaling is not None:
+            if not isinstance(self.loss_scaling, LossScaling):
+                raise InvalidRequestError.of(
+                    _path(field, "loss_scaling"), f"{self.loss_scaling!r:.80} is not a LossScaling"
+                )
+            self.loss_scaling.check(_path(field, "loss_scaling"))
+            if self.policy != "skip":
+                raise InvalidRequestError.of(
+                    _path(field, "non_finite"),
+                    f"{self.non_finite!r} contradicts loss_scaling, which skips steps with NaN or Inf; leave it out",
+                )
+
+
+def treatment_to_wire(treatment: GradientTreatment) -> pb.GradientTreatment:
+    """Encode a checked record."""
+    message = pb.GradientTreatment(
+        non_finite=_NON_FINITE[treatment.policy],
+        missing_gradient=_MISSING[treatment.missing_gradient],
+        accumulation_steps=treatment.accumulation_steps,
+        two_phase=treatment.two_phase,
+    )
+    if treatment.clip_formula is not None:
+        message.clip_formula = _CLIP[treatment.clip_formula]
+    for name in ("clip_grad_norm", "clip_grad_value", "parameter_average_decay"):
+        if getattr(treatment, name) is not None:
+            setattr(message, name, getattr(treatment, name))
+    if treatment.loss_scaling is not None:
+        message.loss_scaling.CopyFrom(pb.LossScaling(**dataclasses.asdict(treatment.loss_scaling)))
+    return message
+
+
+def treatment_from_wire(message: pb.GradientTreatment, field: str, *, group_clips: bool) -> GradientTreatment:
+    """Decode, fill in defaults, and check.
+
+    Raises:
+        InvalidRequestError: names the field, the value and what is allowed.
+    """
+    values: dict[str, Any] = {
+        "non_finite": _name(message.non_finite, _NON_FINITE, f"{field}.non_finite"),
+        "clip_formula": _name(message.clip_formula, _CLIP, f"{field}.clip_formula"),
+        "missing_gradient": _name(message.missing_gradient, _MISSING, f"{field}.missing_gradient") or "reject",
+        "accumulation_steps": message.accumulation_steps or 1,
+        "two_phase": message.two_phase,
+    }
+    for name in ("clip_grad_norm", "clip_grad_value", "parameter_average_decay"):
+        values[name] = getattr(message, name) if message.HasField(name) else None
+    if message.HasField("loss_scaling"):
+        given = {name.name: value for name, value in message.loss_scaling.ListFields()}
+        values["loss_scaling"] = LossScaling(**given)
+    treatment = GradientTreatment(**values)
+    treatment.check(field, group_clips=group_clips)
+    clips = group_clips or treatment.clip_grad_norm is not None
+    formula = treatment.clip_formula or ("torch" if clips else None)
+    return dataclasses.replace(treatment, non_finite=treatment.policy, clip_formula=formula)
+
+
+def check_scale(value: object, field: str) -> None:
+    """Refuse a loss scale whose reciprocal float32 does not hold.
+
+    Raises:
+        InvalidRequestError: names the field and the value.
+    """
+    if not SMALLEST_SCALE <= number(value, field) <= LARGEST_SCALE:
+        raise InvalidRequestError.of(field, f"{value!r}; a loss scale must be in [1e-37, 1e37]")
+
+
+def _path(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
+
+
+def _name(value: int, names: dict[Any, Any], field: str) -> Any:
+    if value == 0:
+        return None
+    for name, number_of in names.items():
+        if number_of == value:
+            return name
+    raise InvalidRequestError.of(field, f"{value} is unknown; use one of: {', '.join(map(str, names.values()))}")
+
+
+def _check(record: object, field: str, name: str, words: str, low: float, high: float) -> None:
+    value = getattr(record, name)
+    if not low < number(value, _path(field, name)) < high:
+        raise InvalidRequestError.of(_path(field, name), f"{name} is {value!r}; it must be {words}")
+
+
+def _check_count(value: object, field: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _MOST_STEPS:
+        raise InvalidRequestError.of(field, f"{value!r:.80} is not an integer in [1, 2^32)")
+
+
+def _check_choice(value: object, allowed: tuple[str, ...], field: str, *, optional: bool = False) -> None:
+    if not (optional and value is None) and value not in allowed:
+        raise InvalidRequestError(
+            f"{field}: {value!r:.80}; use one of: {', '.join(allowed)}", metadata={"field": field}
+        )

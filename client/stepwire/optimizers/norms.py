@@ -1,0 +1,146 @@
+"""The norms of one step's gradient, and what clipping by norm makes of them.
+
+A norm decides how far a gradient is clipped, and so every bit of the next parameters. It must not change when a tensor
+travels in other chunks, lies in another group, or is summed by another number of threads. So a norm here is the true
+norm of its float32 elements, correctly rounded to float32's 24 bits (whatever the exponent).
+
+An engine's sum in float64 is within 2⁻⁴⁵ of the truth. If both ends of that interval round to the same norm, it is the
+one. That fails about once in a million norms; then the sum is taken exactly, in integers.
+
+Clipping by norm has the form of each framework. c is the bound, n the norm.
+
+    torch   min(1, c / (n + 1e-6))       clip_grad_norm_
+    optax   1 where n < c, else c / n    clip_by_global_norm
+    keras   c·min(1 / n, 1 / c)          global_clipnorm
+
+Sources: the code of torch 2.13, optax 0.2.8 and Keras 3.15. A norm that is NaN gives NaN, as in all three.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from operator import mul
+from typing import NamedTuple
+
+from stepwire.optimizers.gradient_treatment import ClipFormula
+
+__all__ = ["RELATIVE_ERROR", "GradientNorms", "clip_coefficient", "gradient_norms", "rounded_norm", "with_factors"]
+
+RELATIVE_ERROR = 2.0**-45
+"""What an engine's sum of squares may be off by, relative to the sum: at most 128 roundings of 2⁻⁵³ each."""
+
+
+class GradientNorms(NamedTuple):
+    """Norms before clipping, and the factors of clipping.
+
+    Attributes:
+        groups: norm of each group's gradient.
+        total: norm of the whole gradient.
+        coefficients: the factor of each group, its own clipping and the global one together.
+        coefficient: the factor of clipping by the global norm.
+        left: norm of the whole gradient after clipping of groups and before clipping by the global norm.
+    """
+
+    groups: tuple[float, ...]
+    total: float
+    coefficients: tuple[float, ...]
+    coefficient: float
+    left: float
+
+    def clipped(self) -> tuple[float, ...]:
+        """Return the norm of each group's gradient after clipping by norm."""
+        return tuple(map(mul, self.groups, self.coefficients))
+
+
+def gradient_norms(
+    squared: Sequence[float],
+    exact: Callable[[Sequence[int]], Fraction],
+    bound: float | None,
+    group_bounds: Sequence[float | None],
+    formula: ClipFormula,
+) -> GradientNorms:
+    """Clip each group by its own norm, then all by the global norm of what that leaves.
+
+    Args:
+        squared: each group's sum of squares, within `RELATIVE_ERROR`.
+        exact: returns the exact sum of squares of some groups.
+        bound: of the global norm; None for none.
+        group_bounds: of each group's own norm.
+        formula: whose form of clipping.
+    """
+    everything = range(len(squared))
+    total = rounded_norm(math.fsum(squared), lambda: exact(everything))
+    if len(squared) == 1:
+        groups: tuple[float, ...] = (total,)
+        if bound is None and group_bounds[0] is None:
+            return GradientNorms(groups, total, (1.0,), 1.0, total)
+    else:
+        groups = tuple(rounded_norm(value, functools.partial(exact, [index])) for index, value in enumerate(squared))
+    own = tuple(
+        1.0 if limit is None else clip_coefficient(norm, limit, formula)
+        for norm, limit in zip(groups, group_bounds, strict=True)
+    )
+    norms = with_factors(GradientNorms(groups, total, (), 1.0, total), 1.0, own)
+    return norms if bound is None else with_factors(norms, clip_coefficient(norms.left, bound, formula), own)
+
+
+def clip_coefficient(norm: float, bound: float, formula: ClipFormula) -> float:
+    """Return the factor that clips a gradient of norm n to the bound c."""
+    if math.isnan(norm):
+        return math.nan
+    match formula:
+        case "torch":
+            return min(1.0, bound / (norm + 1e-6))
+        case "optax":
+            return 1.0 if norm < bound else bound / norm
+        case "keras":
+            return bound * min(1.0 / norm if norm else math.inf, 1.0 / bound)
+
+
+def with_factors(norms: GradientNorms, coefficient: float, own: Sequence[float]) -> GradientNorms:
+    """Return the norms of a part of a gradient with the factors that were found from all of it.
+
+    Args:
+        norms: of the part, unclipped.
+        coefficient: of clipping by the global norm.
+        own: of each group's own clipping; empty for none.
+    """
+    own = own or (1.0,) * len(norms.groups)
+    left = norms.total
+    if any(factor != 1.0 for factor in own):
+        left = math.hypot(*(norm * factor for norm, factor in zip(norms.groups, own, strict=True)))
+    return GradientNorms(norms.groups, norms.total, tuple(factor * coefficient for factor in own), coefficient, left)
+
+
+def rounded_norm(total: float, exact: Callable[[], Fraction]) -> float:
+    """Return the root of a sum of squares, correctly rounded to 24 bits.
+
+    Args:
+        total: the sum, within `RELATIVE_ERROR`; infinite or NaN is returned as it is.
+        exact: returns the sum exactly; called only where it matters.
+    """
+    if not math.isfinite(total) or total == 0.0:
+        return total
+    low, high = (
+        _rounded(math.sqrt(total * (1.0 - 2.0 * RELATIVE_ERROR))),
+        _rounded(math.sqrt(total * (1.0 + 2.0 * RELATIVE_ERROR))),
+    )
+    return low if low == high else _nearer(exact(), low, high)
+
+
+def _rounded(value: float) -> float:
+    """Round to 24 bits, ties to even."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2.0**24), exponent - 24)
+
+
+def _nearer(total: Fraction, low: float, high: float) -> float:
+    """Return which of two neighbours the root of `total` rounds to."""
+    middle = (Fraction(low) + Fraction(high)) / 2
+    if total != middle * middle:
+        return low if total < middle * middle else high
+    mantissa, _ = math.frexp(low)
+    return low if int(mantissa * 2.0**24) % 2 == 0 else high

@@ -1,0 +1,96 @@
+"""Opens a session's stream, over the best of the memories that its way offers, or over none."""
+
+from __future__ import annotations
+
+from stepwire.arrays.packing import Packer
+from stepwire.connection.retry import Deadline
+from stepwire.connection.stream import AttachedStream
+from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
+from stepwire.steps.shared import SharedArrays
+from stepwire.transports.available import MEMORIES
+from stepwire.transports.cuda.arrays import DeviceArrays
+from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
+from stepwire.transports.host.arrays import HostArrays
+from stepwire.transports.host.memory import SharedMemory, fetch
+from stepwire.transports.route import Route
+from stepwire.v1 import attach_pb2, transport_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+
+__all__ = ["open_stream"]
+
+
+def open_stream(
+    route: Route, opening: attach_pb2.AttachOpen, packer: Packer, deadline: Deadline
+) -> tuple[AttachedStream, SharedArrays | None]:
+    """Attach; what memory cannot be had is told to the route, and the next is tried.
+
+    Args:
+        route: the way to the server.
+        opening: who attaches; its token is that of the first attempt afterwards, because that one took the slot.
+        packer: knows the tensors.
+        deadline: of everything.
+
+    Raises:
+        UnsupportedFeatureError: memory was asked for by name and cannot be had.
+        StepwireError: the server refused, or cannot be reached.
+    """
+    way = route.way(deadline)
+    for name in way.memories:
+        opening.transport = MEMORIES[name]
+        stream = AttachedStream(way.calls.channel, opening, deadline)
+        try:
+            shared = _shared(stream, packer, deadline)
+            if isinstance(shared, SharedArrays):
+                route.settle(name)
+                return stream, shared
+            opening.attach_token = stream.opened.attach_token
+            route.refuse(name, shared)
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()  # and another in its place, because this one may hold memory that nobody uses
+    opening.transport = transport_pb2.TRANSPORT_GRPC
+    stream = AttachedStream(way.calls.channel, opening, deadline)
+    route.settle()
+    return stream, None
+
+
+def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> SharedArrays | str:
+    """Return the memory that the server shares with a stream, or why there is none.
+
+    Raises:
+        UnavailableError: the connection broke.
+    """
+    opened = stream.opened
+    if opened.transport not in MEMORIES.values() or not opened.HasField("handoff"):
+        return opened.transport_reason or "the server does not say why"
+    memory: SharedMemory | DeviceMemory
+    try:
+        if opened.transport == transport_pb2.TRANSPORT_CUDA_IPC:
+            memory = fetch_device(opened.handoff, packer.layout.size, deadline.remaining())
+        else:
+            memory = fetch(opened.handoff, packer.layout.size, deadline.remaining())
+    except StepwireError as failed:
+        return str(failed)
+    try:
+        if problem := _check(stream, memory, deadline):
+            memory.close()
+            return problem
+    except BaseException:
+        memory.close()
+        raise
+    return DeviceArrays(memory, packer) if isinstance(memory, DeviceMemory) else HostArrays(memory, packer)
+
+
+def _check(stream: AttachedStream, memory: SharedMemory | DeviceMemory, deadline: Deadline) -> str:
+    """Say why server and client do not see the same memory; empty if they do."""
+
+    def ask(pattern: bytes) -> bytes:
+        message = pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)).SerializeToString()
+        checked: bytes = next(stream.exchange([message], deadline)).message.checked.parameters
+        return checked
+
+    try:
+        return "" if memory.check(ask) else "the server sees other memory than it handed over"
+    except (InvalidRequestError, UnsupportedFeatureError) as refused:
+        return str(refused)

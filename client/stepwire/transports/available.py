@@ -1,0 +1,151 @@
+"""The ladder of transports: which there are, which was asked for, and what keeps a better one from being used.
+
+From the best: device memory shared on one GPU (`cuda_ipc`), memory shared on one host (`shm`), a Unix socket (`uds`),
+TCP. The first two move the bytes, and need a connection for the rest, which is a Unix socket or TCP. Everything here
+is a look at this machine; what works is found out by trying, in `stepwire.transports.route`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from stepwire.errors import InvalidRequestError
+from stepwire.transports.cuda.driver import cuda_in_use
+from stepwire.v1 import transport_pb2
+from stepwire.wire.addresses import boot_id, checked_unix_path
+
+__all__ = ["MEMORIES", "TRANSPORTS", "VARIABLE", "asked_transport", "memory_problem", "socket_problem"]
+
+TRANSPORTS: Final = ("cuda_ipc", "shm", "uds", "tcp")
+"""All of them, the best first."""
+MEMORIES: Final[Mapping[str, transport_pb2.Transport]] = {
+    "cuda_ipc": transport_pb2.TRANSPORT_CUDA_IPC,
+    "shm": transport_pb2.TRANSPORT_SHM,
+}
+"""Those that share memory, as `AttachOpen.transport` asks for them."""
+VARIABLE: Final = "STEPWIRE_TRANSPORT"
+_ONE_USER: Final = "run both as one user; in a container: docker run --user {uid}:{gid}"
+_NO_CUDA: Final = (
+    "this process does nothing on a GPU; use one before it attaches, or ask for it by name: transport='cuda_ipc'"
+)
+_SHARED_FOLDER: Final = (
+    "in a container share its folder, as with: docker run -v /run/stepwire:/run/stepwire, on both sides, and start the "
+    "server with: --unix-socket /run/stepwire/stepwire.sock --handoff-socket /run/stepwire/handoff.sock"
+)
+
+
+def asked_transport(transport: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the transport that is asked for: the argument, or, where it is "auto", what STEPWIRE_TRANSPORT says.
+
+    Raises:
+        InvalidRequestError: there is no such transport.
+    """
+    asked, field = transport, "transport"
+    if transport == "auto" and environment.get(VARIABLE):
+        asked, field = environment[VARIABLE], VARIABLE
+    if asked != "auto" and asked not in TRANSPORTS:
+        raise InvalidRequestError(
+            f"{field}: {asked!r} is no transport; use one of: auto, {', '.join(reversed(TRANSPORTS))}",
+            metadata={"field": field},
+        )
+    return asked
+
+
+def _machine_problem(local: transport_pb2.LocalAccess, own: str) -> str:
+    """Say why the server is not on this machine; empty if it is."""
+    if not local.boot_id:
+        return "the server does not tell which machine it runs on"
+    if local.boot_id != own:
+        return "the server runs on another machine, or under another kernel"
+    return ""
+
+
+def socket_problem(local: transport_pb2.LocalAccess, own_boot_id: str | None = None) -> str:
+    """Say why the server's Unix socket cannot be connected to, and what to do; empty if it can.
+
+    Args:
+        local: what the server offers.
+        own_boot_id: of this machine; None to read it.
+    """
+    if problem := _machine_problem(local, boot_id() if own_boot_id is None else own_boot_id):
+        return problem
+    if not local.unix_socket:
+        return "the server has no Unix socket; start it with: --unix-socket auto, or a path"
+    try:
+        path = checked_unix_path(local.unix_socket, "unix_socket")
+    except InvalidRequestError as refused:
+        return str(refused)
+    return _path_problem(path, socket.SOCK_STREAM)
+
+
+def memory_problem(
+    name: str,
+    local: transport_pb2.LocalAccess,
+    own_boot_id: str | None = None,
+    *,
+    named: bool = False,
+    uses_cuda: Callable[[], bool] = cuda_in_use,
+) -> str:
+    """Say why the server's memory cannot be had, as far as can be seen without trying; empty if it may be.
+
+    A program that does nothing on a GPU is left so unless it asks: CUDA's context would cost it more than shared memory
+    saves.
+
+    Args:
+        name: of `MEMORIES`.
+        local: what the server offers.
+        own_boot_id: of this machine; None to read it.
+        named: it was asked for by its name.
+        uses_cuda: whether this process computes on a GPU already.
+    """
+    if problem := _machine_problem(local, boot_id() if own_boot_id is None else own_boot_id):
+        return problem
+    if off := local.device_memory_off if name == "cuda_ipc" else local.shared_memory_off:
+        return off
+    if name == "cuda_ipc" and not named and not uses_cuda():
+        return _NO_CUDA
+    if not local.handoff_socket:
+        return "the server hands no memory over; start it with: --handoff-socket PATH"
+    try:
+        path = checked_unix_path(local.handoff_socket, "handoff_socket")
+    except InvalidRequestError as refused:
+        return str(refused)
+    return _path_problem(path, None)
+
+
+def _path_problem(path: str, kind: int | None) -> str:
+    """Say why a socket cannot be reached; it is connected to only where its kind is given."""
+    try:
+        os.stat(path)
+        if kind is None:
+            allowed = os.access(path, os.R_OK | os.W_OK)
+        else:
+            with socket.socket(socket.AF_UNIX, kind) as probe:
+                probe.setblocking(False)
+                probe.connect(path)
+            allowed = True
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the server's socket {path} cannot be seen from here; {_SHARED_FOLDER}"
+    except PermissionError:
+        allowed = False
+    except ConnectionRefusedError:
+        return f"nobody listens on the server's socket {path} here; {_SHARED_FOLDER}"
+    except BlockingIOError:  # there, and busy
+        allowed = True
+    except OSError as problem:
+        return f"the server's socket {path} cannot be connected to: {problem.strerror}"
+    return "" if allowed else f"the server's socket {path} is closed to uid {os.getuid()}; {_remedy(path)}"
+
+
+def _remedy(path: str) -> str:
+    """Name the user who may: the folder's owner, or the socket's, whichever can be seen."""
+    for place in (path, os.path.dirname(path)):
+        try:
+            owner = os.stat(place)
+        except OSError:
+            continue
+        return _ONE_USER.format(uid=owner.st_uid, gid=owner.st_gid)
+    return _ONE_USER.format(uid="UID", gid="GID") + ", those of the server"

@@ -1,0 +1,105 @@
+"""Tensors in device memory, as CuPy and torch take them without a copy, and what stands for them on the host.
+
+Unverified on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.transports.cuda.memory import DeviceMapping, device_failures
+from stepwire.wire.dtypes import BFLOAT16
+
+__all__ = ["DeviceView", "shows_parameters"]
+
+
+class DeviceView:
+    """A tensor in memory of the GPU that client and server share; see `__cuda_array_interface__`.
+
+    `cupy.asarray(view)` and `torch.as_tensor(view, device="cuda")` make arrays of the same memory, which they keep.
+    bfloat16 is shown as uint16, because the interface has no name for it: add `.view(torch.bfloat16)`.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: NumPy's, of an element.
+        offset: the byte where it begins in its mapping.
+        of_parameters: it shows parameters, which the server writes and nobody else should.
+    """
+
+    def __init__(
+        self,
+        mapping: DeviceMapping,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        *,
+        of_parameters: bool = False,
+    ) -> None:
+        """View elements from byte `offset` of a mapping on."""
+        self.mapping = mapping
+        self.offset = offset
+        self.shape = shape
+        self.dtype = dtype
+        self.of_parameters = of_parameters
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html.
+
+        `stream` is None: parameters are there when a step returns. `data` says that they may be written, too, because
+        torch refuses what may not.
+        """
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": "<u2" if self.dtype == BFLOAT16 else self.dtype.str,
+            "data": (self.mapping.address + self.offset if self.size else 0, False),
+            "strides": None,
+            "stream": None,
+        }
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Copy to the host, as NumPy asks for it.
+
+        Raises:
+            ValueError: it has to be no copy.
+            UnavailableError: the device failed.
+        """
+        if copy is False:
+            raise ValueError("an array of the host is always a copy of device memory")
+        values = np.empty(self.shape, self.dtype)
+        self.copy_to(values)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def copy_to(self, out: npt.NDArray[Any]) -> None:
+        """Copy to a contiguous array of the same shape and dtype, behind everything this process asked of the device.
+
+        Raises:
+            UnavailableError: the device failed.
+        """
+        with device_failures():
+            self.mapping.synchronize()
+            self.mapping.read(self.offset, out)
+
+    def is_same(self, other: DeviceView) -> bool:
+        """Tell whether both show the same memory in the same way."""
+        mine, others = ((view.mapping, view.offset, view.shape, view.dtype) for view in (self, other))
+        return mine == others
+
+    def __repr__(self) -> str:
+        """Say what it is."""
+        return f"DeviceView(shape={self.shape}, dtype={self.dtype.name})"
+
+
+def shows_parameters(array: Any) -> bool:
+    """Tell whether something is a view of parameters that a server shares, or shared before a connection broke."""
+    return isinstance(array, DeviceView) and array.of_parameters

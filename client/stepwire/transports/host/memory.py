@@ -1,0 +1,173 @@
+"""Memory that a server on this host shares: fetched over its Unix socket, checked, mapped.
+
+The server made the memory and sealed its size, so that neither side can take pages from the other in the middle of a
+step; a client that did not look at the seals would trust the server with more than its gradients. The connection over
+which it came stays open for as long as the memory is used: that is how the server knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import socket
+import stat
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.errors import UnavailableError
+from stepwire.transports.handoff import handed_over
+from stepwire.v1 import transport_pb2
+from stepwire.wire.dtypes import FLOAT32, dtype_from_wire, wire_bytes, wire_items
+
+__all__ = ["SharedMemory", "fetch", "lies_in_parameters"]
+
+_DESCRIPTORS: Final = 2
+_FIXED_SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PATTERN_BYTES: Final = 64
+_MADV_POPULATE_READ: Final = 22  # Linux 5.14
+
+_parameter_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+
+
+class SharedMemory:
+    """The gradient's memory and the parameters'. Closes twice without complaint; arrays keep what they show.
+
+    Attributes:
+        gradient: items of the session's gradient dtype, to be written.
+        parameters: `(size,)` of the session's reply dtype, read-only.
+        private: the same, writable: what is written is this process's own, and shown in the place of the server's until
+            `forget_writes`. A page that is written to is copied by the kernel; nobody else sees it.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        handoff: transport_pb2.Handoff,
+        gradient: mmap.mmap,
+        parameters: mmap.mmap,
+        size: int,
+    ) -> None:
+        """Take over what was fetched."""
+        gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
+        reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
+        self.gradient: npt.NDArray[Any] = np.frombuffer(gradient, gradient_dtype, wire_items(gradient_dtype, size))
+        self.private: npt.NDArray[Any] = np.frombuffer(parameters, reply_dtype, size)
+        self.parameters: npt.NDArray[Any] = self.private.view()
+        self.parameters.flags.writeable = False
+        self._pages = parameters
+        # Also when nobody closes it: a client was closed with its sessions attached, or everything was dropped.
+        self._let_go = weakref.finalize(self, connection.close)
+        self._start = np.frombuffer(gradient, np.uint8)
+        self._parameters_start = np.frombuffer(parameters, np.uint8)
+        _parameter_maps.add(parameters)
+        _open.add(self)
+
+    def check(self, ask: Callable[[bytes], bytes]) -> bool:
+        """Tell whether the server sees the same memory.
+
+        Args:
+            ask: sends a pattern and returns what the server sees at the start of the parameters' memory.
+        """
+        pattern = os.urandom(_PATTERN_BYTES)
+        start = self._start[:_PATTERN_BYTES]
+        start[:] = np.frombuffer(pattern, np.uint8)
+        try:
+            seen = ask(pattern)
+        finally:
+            start[:] = 0
+        return bool(seen) and seen == self._parameters_start[: len(seen)].tobytes()
+
+    def forget_writes(self) -> None:
+        """Show everywhere what the server has, also where `private` was written."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Tell the server that the memory is not used any more; it goes with the last array that shows it."""
+        self._let_go()
+
+    def forked(self) -> None:
+        """Leave the memory to the parent, in a child.
+
+        A child that writes a gradient would write the parent's, so here that becomes a segmentation fault. It may not
+        be unmapped: the addresses would be used again, and the arrays that the child inherited would show what is there
+        then. And the connection would outlive the parent in it.
+        """
+        self.close()
+        libc = ctypes.CDLL(None)
+        libc.mprotect(ctypes.c_void_p(self._start.ctypes.data), ctypes.c_size_t(self._start.nbytes), mmap.PROT_READ)
+
+
+def _after_fork() -> None:
+    for memory in list(_open):
+        memory.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def lies_in_parameters(array: npt.NDArray[Any]) -> bool:
+    """Tell whether an array shows parameters that a server shares, or shared before a connection broke."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    return isinstance(owner, mmap.mmap) and owner in _parameter_maps
+
+
+def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float) -> SharedMemory:
+    """Fetch, check and map the memory of a stream.
+
+    Args:
+        handoff: of `AttachOpened`.
+        size: elements of the flat space.
+        timeout_seconds: of everything; at most some seconds are used.
+
+    Raises:
+        StepwireError: the server's refusal, or that it cannot be reached, or that what it sent is not as it says.
+    """
+    with handed_over(handoff, timeout_seconds, _DESCRIPTORS) as handed:
+        gradient, parameters = _mapped(handed.descriptors, handoff, size)
+        return SharedMemory(handed.connection, handoff, gradient, parameters, size)
+
+
+def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -> tuple[mmap.mmap, mmap.mmap]:
+    gradient, parameters = descriptors
+    _check(gradient, handoff.gradient_bytes, _needed(handoff.gradient_dtype, size), "gradient")
+    _check(parameters, handoff.parameter_bytes, _needed(handoff.reply_dtype, size), "parameters")
+    shared = mmap.mmap(gradient, handoff.gradient_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    # Private, because frameworks write their parameters now and then: a shared mapping could only be read, and writing
+    # would end the process. Pages that are only read are the server's own all the same. MAP_POPULATE would copy them.
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    private = mmap.mmap(parameters, handoff.parameter_bytes, flags=mmap.MAP_PRIVATE, prot=access)
+    with contextlib.suppress(OSError):  # an older kernel: the first look at each page takes longer
+        private.madvise(_MADV_POPULATE_READ)
+    return shared, private
+
+
+def _needed(dtype: int, size: int) -> int:
+    return max(wire_bytes(dtype_from_wire(dtype, FLOAT32, "handoff", gradients=True), size), _PATTERN_BYTES)
+
+
+def _check(descriptor: int, said: int, needed: int, what: str) -> None:
+    """Refuse memory that is another than the server said, or that could become smaller.
+
+    Raises:
+        UnavailableError: it is.
+        OSError: it is no memory.
+    """
+    status, seals = os.fstat(descriptor), fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != said or said < needed:
+        raise UnavailableError(
+            f"the shared memory of the {what} has {status.st_size} bytes; the server says {said}, and it takes {needed}"
+        )
+    if seals & _FIXED_SIZE != _FIXED_SIZE:
+        raise UnavailableError(f"the size of the shared memory of the {what} is not sealed (seals {seals:#x})")

@@ -1,0 +1,152 @@
+"""Wire encodings: which dtypes travel, what they are called, and how many bytes they take.
+
+Everything on the wire is little-endian; so is every machine that CuPy and these wheels run on, and the
+import says so where it is not.
+
+An encoding is a NumPy dtype, whose items are what a payload consists of. An item of float32, bfloat16 and float16 is
+one element. An item of `INT8`, in which only gradients travel, is a block of `BLOCK` elements that starts at a multiple
+of `BLOCK` in the flat space: their largest magnitude, and a code for each (`blockwise` makes them and reads them). So
+sizes are computed by `wire_items` and `wire_bytes`, and never as a count times `itemsize`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.errors import InvalidRequestError
+from stepwire.v1 import tensor_pb2
+from stepwire.wire.int8_blocks import BLOCK, INT8
+
+__all__ = [
+    "BFLOAT16",
+    "BLOCK",
+    "FLOAT16",
+    "FLOAT32",
+    "INT8",
+    "dtype_from_wire",
+    "dtype_named",
+    "dtype_to_wire",
+    "elements_within",
+    "is_wire_dtype",
+    "wire_alignment",
+    "wire_bytes",
+    "wire_items",
+    "wire_name",
+]
+
+if sys.byteorder != "little":
+    raise ImportError("stepwire sends arrays as they lie in memory and needs a little-endian machine")
+
+FLOAT32: Final = np.dtype(np.float32)
+BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+FLOAT16: Final = np.dtype(np.float16)
+
+_TO_WIRE: Final[dict[np.dtype[Any], tensor_pb2.Dtype]] = {
+    FLOAT32: tensor_pb2.DTYPE_FLOAT32,
+    BFLOAT16: tensor_pb2.DTYPE_BFLOAT16,
+    FLOAT16: tensor_pb2.DTYPE_FLOAT16,
+    INT8: tensor_pb2.DTYPE_INT8_BLOCKWISE,
+}
+_FROM_WIRE: Final[dict[int, np.dtype[Any]]] = {value: dtype for dtype, value in _TO_WIRE.items()}
+_TO_NAME: Final[dict[np.dtype[Any], str]] = {
+    FLOAT32: "float32",
+    BFLOAT16: "bfloat16",
+    FLOAT16: "float16",
+    INT8: "int8",
+}
+_NAMED: Final = {name: dtype for dtype, name in _TO_NAME.items()}
+
+
+def is_wire_dtype(dtype: np.dtype[Any]) -> bool:
+    """Tell whether arrays of this dtype can be sent as they are, an element an item."""
+    return dtype in _TO_WIRE and dtype != INT8
+
+
+def wire_name(dtype: np.dtype[Any]) -> str:
+    """Return what an encoding is called: "float32", "bfloat16", "float16" or "int8"."""
+    return _TO_NAME[dtype]
+
+
+def wire_alignment(dtype: np.dtype[Any]) -> int:
+    """Return what the flat offset of each chunk in this encoding must be a multiple of."""
+    return BLOCK if dtype == INT8 else 1
+
+
+def wire_items(dtype: np.dtype[Any], count: int) -> int:
+    """Return the items of a payload of `count` elements, a last block that is not full included."""
+    return -(-count // BLOCK) if dtype == INT8 else count
+
+
+def wire_bytes(dtype: np.dtype[Any], count: int) -> int:
+    """Return the bytes of a payload of `count` elements."""
+    return wire_items(dtype, count) * dtype.itemsize
+
+
+def elements_within(dtype: np.dtype[Any], nbytes: int) -> int:
+    """Return the most elements that a payload of at most `nbytes` can hold."""
+    return nbytes // dtype.itemsize * wire_alignment(dtype)
+
+
+def dtype_to_wire(dtype: np.dtype[Any]) -> tensor_pb2.Dtype:
+    """Return the enum value of a wire dtype."""
+    return _TO_WIRE[dtype]
+
+
+def dtype_from_wire(value: int, default: np.dtype[Any], field: str, *, gradients: bool = False) -> np.dtype[Any]:
+    """Return the dtype of an enum value, `default` for DTYPE_UNSPECIFIED.
+
+    Args:
+        value: of the enum.
+        default: of the field.
+        field: the path that an error names.
+        gradients: the field is of gradients, which may be `INT8`.
+
+    Raises:
+        InvalidRequestError: an encoding this build does not have, or not here; the message names the field.
+    """
+    if value == tensor_pb2.DTYPE_UNSPECIFIED:
+        return default
+    dtype = _FROM_WIRE.get(value)
+    if dtype is None or (dtype == INT8 and not gradients):
+        raise InvalidRequestError(
+            f"{field}: encoding {value} is not served{_not_here(dtype)}; use one of {_names(gradients)}",
+            metadata={"field": field},
+        )
+    return dtype
+
+
+def dtype_named(dtype: npt.DTypeLike | str, field: str, *, gradients: bool = False) -> np.dtype[Any]:
+    """Return the wire dtype that a user named, such as "bfloat16" or `np.float32`.
+
+    Args:
+        dtype: "int8" stands for `INT8`; `np.int8` for nothing, because no array of it is sent.
+        field: the path that an error names.
+        gradients: the dtype is of gradients, which may be `INT8`.
+
+    Raises:
+        InvalidRequestError: not a wire dtype, or not here.
+    """
+    found: np.dtype[Any] | None = _NAMED.get(dtype) if isinstance(dtype, str) else None
+    if found is None:
+        with contextlib.suppress(TypeError):
+            found = np.dtype(dtype)
+    if found is None or found not in _TO_WIRE or (found == INT8 and not gradients):
+        raise InvalidRequestError(
+            f"{field}: dtype {dtype!r} cannot be sent{_not_here(found)}; use one of {_names(gradients)}",
+            metadata={"field": field},
+        )
+    return _FROM_WIRE[_TO_WIRE[found]]
+
+
+def _not_here(dtype: np.dtype[Any] | None) -> str:
+    return " here, only as the encoding of gradients" if dtype is not None and dtype == INT8 else ""
+
+
+def _names(gradients: bool) -> str:
+    return ", ".join(name for name, dtype in _NAMED.items() if gradients or dtype != INT8)

@@ -1,0 +1,99 @@
+"""The engine that keeps state in host memory and steps it with the processor's vector units."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
+from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
+from stepwire_server.engines.cpu.state import CpuKernels, CpuState
+from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
+from stepwire_server.engines.cpu.threads import Shares
+from stepwire_server.engines.protocol import DeviceInfo, ExportedMemory, HostArray, Range
+from stepwire_server.host import limits as host
+from stepwire_server.rules import Precision, Recipe
+
+__all__ = ["CpuEngine"]
+
+
+class CpuEngine:
+    """Flat arrays in host memory; large ranges are shared among threads. Thread-safe, unlike its states."""
+
+    def __init__(self, threads: int | None = None, use_numba: bool | None = None) -> None:
+        """Start an engine.
+
+        Args:
+            threads: threads that work on one call, the caller's included; None for one a processor.
+            use_numba: compile kernels (many times faster), or evaluate rules with NumPy; None for whatever
+                is installed.
+        """
+        if use_numba is None:
+            use_numba = importlib.util.find_spec("numba") is not None
+        self._kernels = _numba_kernels() if use_numba else NumpyKernels()
+        self._shares = Shares(threads or host.processor_count())
+        self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
+
+    @property
+    def device(self) -> DeviceInfo:
+        """The processor and its memory."""
+        return self._device
+
+    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
+        """See `Engine.state_bytes`."""
+        return sum(slot_bytes(precision, size, kept) for precision in slots.values())
+
+    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> CpuState:
+        """See `Engine.allocate`. Every page is touched here, so that no step has to wait for the system to map it."""
+        try:
+            made = {name: make_slot(name, precision, size, kept) for name, precision in slots.items()}
+        except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
+            needed_bytes = self.state_bytes(slots, size, kept)
+            raise ResourceExhaustedError(
+                f"no memory for {len(slots)} arrays of {size} elements ({needed_bytes} bytes); "
+                "close a session or use a machine with more memory",
+                metadata={"needed_bytes": needed_bytes},
+            ) from problem
+        return CpuState(self._kernels, self._shares, made, size)
+
+    def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
+        """See `Engine.prepare`."""
+        for each in recipe.variants:
+            self._kernels.update(each, gradient, reply)
+            if recipe.rule.direction is not None:
+                self._kernels.measure(each, gradient)
+        self._kernels.sum_of_squares(gradient, recipe.accumulates)
+        if recipe.accumulates:
+            self._kernels.accumulate(gradient)
+
+    def pin(self, memory: HostArray) -> AbstractContextManager[None]:
+        """See `Engine.pin`: it makes none."""
+        return nullcontext()
+
+    def export(self, nbytes: int) -> ExportedMemory:
+        """See `Engine.export`: there is no device whose memory it could be."""
+        raise UnsupportedFeatureError(
+            "the session lives on cpu, whose memory is the host's; use transport 'shm', or a session on a GPU",
+            metadata={"feature": "transport_cuda_ipc"},
+        )
+
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`: what is in the cache loads in no time, and the rest belongs to no session yet."""
+
+    def rest(self) -> None:
+        """See `Engine.rest`: nothing is kept."""
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._shares.close()
+
+
+def _numba_kernels() -> CpuKernels:
+    """Import Numba only where it is used: that takes a second."""
+    from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
+
+    return NumbaKernels()

@@ -1,0 +1,299 @@
+"""The arrays of one session in host memory, and the calls of kernels on ranges of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Slot
+from stepwire_server.engines.cpu.threads import GRAIN, Shares
+from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
+from stepwire_server.engines.payloads import StagedChunk, check_range, count_of, floats_of
+from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.stochastic_rounding import seeds_for
+from stepwire_server.rules import ACCUMULATED, Precision, Recipe
+
+__all__ = ["CpuGradient", "CpuKernels", "CpuState"]
+
+# Elements from which a second thread pays: handing it a share costs about 60 µs (0.9 ns an element to update,
+# 0.17 to sum, on one thread).
+LEAST_SHARED_UPDATE = 3 * GRAIN
+LEAST_SHARED_SUM = 16 * GRAIN
+
+_NOTHING: Done[None] = Done(None)
+_NO_SUMS: Done[tuple[float, ...]] = Done(())
+
+
+class CpuKernels(Protocol):
+    """What `NumbaKernels` and `NumpyKernels` have in common; the former documents it."""
+
+    def source(self, payload: HostArray) -> HostArray:
+        """View a chunk of any wire dtype as the kernels read it."""
+        ...
+
+    def target(self, out: HostArray) -> HostArray:
+        """View an array of any wire dtype as the kernels write it."""
+        ...
+
+    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Return the kernel that steps a range."""
+        ...
+
+    def sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
+        """Return the kernel that sums squares in blocks."""
+        ...
+
+    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return the kernel that sums the squares of parameters and direction in blocks."""
+        ...
+
+    def accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
+        """Return the kernel that adds gradients up."""
+        ...
+
+
+class _Call(NamedTuple):
+    """What the updates by one recipe have in common, whatever their range and their numbers.
+
+    Attributes:
+        kernel: steps a range.
+        arrays: of the state, as the kernel takes them.
+        seeds: how many the kernel takes.
+        sums: how many the kernel returns.
+    """
+
+    kernel: Callable[..., None]
+    arrays: tuple[HostArray, ...]
+    seeds: int
+    sums: int
+
+
+class CpuGradient:
+    """Chunks as they were received; see `GradientBuffer`."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        """View chunks as these kernels read them."""
+        self._kernels = kernels
+
+    def put(self, offset: int, payload: HostArray, count: int | None = None) -> StagedChunk:
+        """See `GradientBuffer.put`; nothing is copied, an unaligned chunk neither."""
+        return StagedChunk(payload.dtype, self._kernels.source(payload), count_of(payload, count))
+
+    def close(self) -> None:
+        """See `GradientBuffer.close`."""
+
+
+class CpuState:
+    """The arrays of one session; see `EngineState`."""
+
+    def __init__(self, kernels: CpuKernels, shares: Shares, slots: dict[str, Slot], size: int) -> None:
+        """Take over zeroed slots of `size` elements."""
+        self._kernels = kernels
+        self._shares = shares
+        self._slots = slots
+        self._size = size
+        # A step calls the same few kernels with the same arrays as the one before.
+        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None], _Call] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """See `EngineState.nbytes`."""
+        return sum(slot.nbytes for slot in self._slots.values())
+
+    @property
+    def depth(self) -> int:
+        """See `EngineState.depth`: what is asked for is done at once."""
+        return 1
+
+    def receive(self) -> CpuGradient:
+        """See `EngineState.receive`."""
+        return CpuGradient(self._kernels)
+
+    def sum_of_squares(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> Done[float]:
+        """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        kernel = self._kernels.sum_of_squares(chunk.dtype, accumulated is not None)
+        arrays = () if accumulated is None else self._slots[ACCUMULATED].arrays()
+        (total,) = self._sums(1, kernel, (*arrays, chunk.values, accumulated or 0, begin), end - begin, (factor,))
+        return Done(total)
+
+    def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
+        """See `EngineState.accumulate`."""
+        chunk = self._checked(gradient, begin, end, start)
+        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].arrays()
+
+        def work(first: int, size: int) -> None:
+            kernel(*arrays, chunk.values, start + first, begin + first, size, factor)
+
+        self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
+
+    def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Done[tuple[float, float]]:
+        """See `EngineState.measure`; the same bits with any number of threads."""
+        chunk = self._checked(gradient, begin, end, start)
+        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
+        kernel = self._kernels.measure(recipe, chunk.dtype)
+        param, direction = self._sums(2, kernel, (*arrays, chunk.values, at, begin), end - begin, step.scalars[:-1])
+        return Done((param, direction))
+
+    def fetch(
+        self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
+    ) -> HostArray:
+        """See `EngineState.fetch`."""
+        chunk = self._checked(gradient, begin, end, accumulated)
+        before = None if accumulated is None else self._read(ACCUMULATED, accumulated, end - begin)
+        return gradient_on_host(_floats(chunk, begin, end), factor, before)
+
+    def fetch_direction(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> HostArray:
+        """See `EngineState.fetch_direction`."""
+        chunk = self._checked(gradient, begin, end, start)
+        return direction_on_host(step, _floats(chunk, begin, end), lambda slot: self._read(slot, start, end - begin))
+
+    def update(
+        self,
+        step: Pass,
+        start: int,
+        gradient: Gradient,
+        begin: int,
+        end: int,
+        out: HostArray | None,
+    ) -> Done[tuple[float, ...]]:
+        """See `EngineState.update`."""
+        chunk, count = self._checked(gradient, begin, end, start), end - begin
+        target = None
+        if out is not None:
+            check_range("out", 0, count, len(out))
+            target = self._kernels.target(out)
+        at, (kernel, arrays, seeded, summed) = self._call(step.recipe, chunk.dtype, out, start, count)
+        seeds = seeds_for(step.seed, seeded) if seeded else ()
+        if not summed:
+
+            def work(first: int, size: int) -> None:
+                kernel(*arrays, chunk.values, target, at + first, begin + first, first, size, *seeds, *step.scalars)
+
+            self._shares.run(work, count, LEAST_SHARED_UPDATE)
+            return _NO_SUMS
+        share = count or 1 if count < LEAST_SHARED_UPDATE else self._shares.share(count)
+        sums = np.zeros((-(-count // share) or 1, summed))
+
+        def measured_work(first: int, size: int) -> None:
+            offsets = (at + first, begin + first, first, size)
+            kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
+
+        self._shares.run(measured_work, count, LEAST_SHARED_UPDATE)
+        return Done(tuple((sums[0] if share >= count else sums.sum(axis=0)).tolist()))
+
+    def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
+        """See `EngineState.read`."""
+        check_range("state", start, start + len(out), self._size)
+        owner = self._slots.get(slot.removesuffix("_scale"))
+        if slot not in self._slots and isinstance(owner, BlockSlot):
+            owner.read_scale(start, out)
+        else:
+            self._slots[slot].read(start, out)
+        return _NOTHING
+
+    def write(self, slot: str, start: int, values: HostArray) -> None:
+        """See `EngineState.write`."""
+        check_range("state", start, start + len(values), self._size)
+        self._slots[slot].write(start, values)
+
+    def copy(self, source: str, target: str) -> None:
+        """See `EngineState.copy`."""
+        self._slots[target].write(0, self._slots[source].arrays()[0])
+
+    def adopt(self, other: EngineState) -> None:
+        """See `EngineState.adopt`."""
+        assert isinstance(other, CpuState) and other._size == self._size
+        self._calls.clear()
+        for name, slot in other._slots.items():
+            own = self._slots.get(name)
+            if isinstance(own, BlockSlot):
+                scale = other._slots.get(f"{name}_scale")
+                own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
+            elif isinstance(own, FlatSlot) and not own.moved and own.values.dtype == slot.arrays()[0].dtype:
+                self._slots[name] = slot
+            elif own is not None:
+                own.write(0, slot.arrays()[0])
+        other.close()
+
+    def move(self, slot: str, memory: HostArray) -> bool:
+        """See `EngineState.move`."""
+        held = self._slots[slot]
+        assert isinstance(held, FlatSlot)
+        self._calls.clear()
+        held.move(memory)
+        return True
+
+    def settle(self) -> None:
+        """See `EngineState.settle`."""
+
+    def close(self) -> None:
+        """See `EngineState.close`."""
+        self._slots = {}
+        self._calls.clear()
+        self._size = 0
+
+    def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> StagedChunk:
+        assert isinstance(gradient, StagedChunk)
+        if not 0 <= begin <= end <= gradient.count:
+            check_range("gradient", begin, end, gradient.count)
+        if start is not None and not 0 <= start <= self._size + begin - end:
+            check_range("state", start, start + end - begin, self._size)
+        return gradient
+
+    def _call(
+        self, recipe: Recipe, gradient: np.dtype[Any], out: HostArray | None, start: int, size: int
+    ) -> tuple[int, _Call]:
+        """Return how to step a range, and where in the arrays it starts."""
+        key = (recipe, gradient, None if out is None else out.dtype)
+        if (call := self._calls.get(key)) is not None:
+            return start, call
+        held, at, arrays = self._arrays(recipe, start, size)
+        seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
+        call = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
+        if recipe.precision is not Precision.INT8:  # whose arrays depend on the range
+            self._calls[key] = call
+        return at, call
+
+    def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
+        """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
+        slots = [self._slots[PARAM], *[self._slots[slot] for slot in recipe.slots]]
+        if recipe.precision is Precision.INT8:
+            ranges = [slot.kept_range(start, size) if isinstance(slot, BlockSlot) else None for slot in slots]
+            if any(held is not None for held in ranges):
+                within = slice(start, start + size)
+                arrays = (
+                    slot.arrays()[0][within] if held is None else held for slot, held in zip(slots, ranges, strict=True)
+                )
+                return recipe.in_float32, 0, tuple(arrays)
+        return recipe, start, tuple(array for slot in slots for array in slot.arrays())
+
+    def _sums(
+        self,
+        count: int,
+        kernel: Callable[..., None],
+        before: tuple[Any, ...],
+        size: int,
+        scalars: tuple[float, ...],
+    ) -> tuple[float, ...]:
+        partials = np.zeros((count, -(-size // GRAIN)))
+
+        def work(first: int, share: int) -> None:
+            kernel(*before, first, share, GRAIN, partials, *scalars)
+
+        self._shares.run(work, size, LEAST_SHARED_SUM)
+        return tuple(map(math.fsum, partials.tolist()))
+
+    def _read(self, slot: str, start: int, size: int) -> HostArray:
+        values = np.empty(size, np.float32)
+        self._slots[slot].read(start, values)
+        return values
+
+
+def _floats(chunk: StagedChunk, begin: int, end: int) -> HostArray:
+    return floats_of(chunk.values.view(chunk.dtype), begin, end)

@@ -1,0 +1,62 @@
+"""What the sessions of one GPU share, and how what they ask for is put together. Unverified on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from stepwire_server.engines.cuda.bus import Bus
+from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.gradient import GradientCache
+from stepwire_server.engines.cuda.kernels import CudaKernels
+from stepwire_server.engines.cuda.sums import Cells
+from stepwire_server.engines.protocol import Pending
+
+__all__ = ["CudaParts", "Together"]
+
+Part = TypeVar("Part")
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaParts:
+    """One device with everything that is set up once.
+
+    Attributes:
+        device: memory and streams.
+        kernels: compiled code.
+        bus: the way to the device and back.
+        cells: room for sums.
+        gradients: memory for gradients.
+        tables: what kernels of 8-bit moments look up, on the device.
+    """
+
+    device: CudaDevice
+    kernels: CudaKernels
+    bus: Bus
+    cells: Cells
+    gradients: GradientCache
+    tables: Any
+
+    @property
+    def working_bytes(self) -> int:
+        """Device memory held besides sessions and gradients, at most; what is kept of the latter counts as free."""
+        return self.bus.device_bytes + self.cells.most_bytes + int(self.tables.nbytes)
+
+
+class Together(Generic[Part, Value]):
+    """Several pending parts of one result; see `Pending`."""
+
+    def __init__(self, parts: Sequence[Pending[Part]], combine: Callable[[list[Part]], Value]) -> None:
+        """Make the result of all parts with `combine`."""
+        self._parts = parts
+        self._combine = combine
+
+    def wait(self) -> Value:
+        """See `Pending`; after an error too, nothing is left on its way."""
+        with contextlib.ExitStack() as others:
+            for part in reversed(self._parts):
+                others.callback(part.wait)
+        return self._combine([part.wait() for part in self._parts])

@@ -1,0 +1,164 @@
+"""State arrays in and out of GPU memory, converted on the device wherever that makes less to carry.
+
+Unverified on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from stepwire_server.engines.cuda.bus import Crossings
+from stepwire_server.engines.cuda.ipc_memory import DeviceArray
+from stepwire_server.engines.cuda.kernels import launch
+from stepwire_server.engines.cuda.resources import CudaParts, Together
+from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaSlot
+from stepwire_server.engines.int8_moments import BLOCK, block_count
+from stepwire_server.engines.payloads import STORED, bits_of, convert
+from stepwire_server.engines.protocol import Done, HostArray, Pending
+
+__all__ = ["bring_bytes", "bring_values", "encode", "read_scale", "read_slot", "replace_slot", "write_slot"]
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def bring_values(
+    parts: CudaParts, crossings: Crossings, values: Any, dtype: np.dtype[Any], out: HostArray
+) -> Pending[None]:
+    """Encode device memory `(n,)` into `out`, `(n,)` of any wire dtype.
+
+    Args:
+        parts: the device.
+        crossings: of the session that asks.
+        values: what is read, as it is stored.
+        dtype: what that means.
+        out: where it goes before the wait ends.
+    """
+    most = parts.bus.slot_bytes // out.dtype.itemsize
+
+    def ask(part: Any, target: HostArray) -> Pending[None]:
+        return crossings.bring(
+            0, lambda memory: _convert(parts, part, dtype, memory, out.dtype), _bytes(bits_of(target))
+        )
+
+    spans = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
+    return Together([ask(values[span], out[span]) for span in spans], lambda _: None)
+
+
+def bring_bytes(parts: CudaParts, crossings: Crossings, memory: Any, out: HostArray) -> Pending[None]:
+    """Copy device memory into `out`, `(n,) uint8` both, before the wait ends."""
+
+    def ask(part: Any, target: HostArray) -> Pending[None]:
+        return crossings.bring(0, lambda slot: slot.data.copy_from_device_async(part.data, part.nbytes, None), target)
+
+    spans = [slice(low, min(low + parts.bus.slot_bytes, len(out))) for low in range(0, len(out), parts.bus.slot_bytes)]
+    return Together([ask(memory[span], out[span]) for span in spans], lambda _: None)
+
+
+def read_slot(parts: CudaParts, crossings: Crossings, slot: CudaSlot, start: int, out: HostArray) -> Pending[None]:
+    """Encode elements `[start, start + len(out))` of a slot into `out`; 8-bit ones at once."""
+    if isinstance(slot, CudaFlatSlot):
+        return bring_values(parts, crossings, slot.values[start : start + len(out)], slot.dtype, out)
+    most = (parts.bus.slot_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
+    for low in range(start, start + len(out), most):
+        high = min(low + most, start + len(out))
+        convert(_decoded(parts, crossings, slot, low, high), out[low - start : high - start])
+    return Done(None)
+
+
+def read_scale(
+    parts: CudaParts, crossings: Crossings, slot: CudaBlockSlot, start: int, out: HostArray
+) -> Pending[None]:
+    """Encode the maximum of each element's block into `out`; zero for elements that are float32."""
+    first, last = start // BLOCK, block_count(start + len(out))
+    maxima = np.empty(last - first, np.float32)
+    bring_values(parts, crossings, slot.absmax[first:last], _FLOAT32, maxima).wait()
+    values = maxima[np.arange(start, start + len(out)) // BLOCK - first]
+    for low, high, _ in slot.kept.within(start, start + len(out)):
+        values[low - start : high - start] = 0.0
+    convert(values, out)
+    return Done(None)
+
+
+def write_slot(parts: CudaParts, slot: CudaSlot, start: int, values: HostArray) -> None:
+    """Decode values of a wire dtype into elements `[start, start + len(values))`.
+
+    Raises:
+        TypeError: the slot is held in 8 bits: blocks are replaced as a whole.
+    """
+    if isinstance(slot, CudaBlockSlot):
+        raise TypeError("8-bit elements are replaced all at once")
+    most = parts.bus.slot_bytes // values.dtype.itemsize
+    for low in range(0, len(values), most):
+        part = values[low : low + most]
+        target = _as_bytes(slot.values[start + low : start + low + len(part)])
+
+        def use(memory: Any, target: Any = target) -> None:
+            source = memory.view(STORED[values.dtype])
+            _convert(parts, source, values.dtype, target, slot.dtype)
+
+        parts.bus.hand(_bytes(bits_of(part)), use)
+
+
+def encode(parts: CudaParts, source: Any, held: np.dtype[Any], out: DeviceArray) -> None:
+    """Encode device memory into exported memory, in a thread whose stream is `compute`."""
+    _convert(parts, source, held, out.memory, out.dtype)
+
+
+def replace_slot(parts: CudaParts, slot: CudaSlot, staged: CudaSlot, scale: CudaSlot | None) -> None:
+    """Replace a slot by one held as float32, which is used up; `scale` as in `slots.BlockSlot.replace`."""
+    assert isinstance(staged, CudaFlatSlot)
+    if isinstance(slot, CudaFlatSlot):
+        with parts.device.computing():
+            _convert(parts, staged.values, staged.dtype, _as_bytes(slot.values), slot.dtype)
+        return
+    with parts.device.computing():
+        for low, high, at in slot.kept.within(0, len(staged.values)):
+            span = staged.values[low:high]
+            slot.values[at : at + high - low].data.copy_from_device_async(span.data, span.nbytes, None)
+            span.data.memset_async(0, span.nbytes, None)
+        kernel = parts.kernels.of_blocks(f"encode_{slot.sign}_{'blocks' if scale is None else 'with'}")
+        given = [] if scale is None else [scale.range(0, len(staged.values))[0]]
+        arrays = [staged.values, *given, slot.codes, slot.absmax, parts.tables]
+        size = len(staged.values)
+        if size:
+            launch(kernel, parts.kernels.blocks_of_eight_bits(size), *arrays, np.int64(size))
+
+
+def _decoded(parts: CudaParts, crossings: Crossings, slot: CudaBlockSlot, start: int, end: int) -> HostArray:
+    """Return elements of an 8-bit slot as float32: as many as a slot of the bus holds."""
+    first = start // BLOCK * BLOCK
+    codes, absmax = slot.range(first, end - first)
+    kernel = parts.kernels.of_blocks(f"decode_{slot.sign}_blocks")
+
+    def make(memory: Any) -> None:
+        values = memory.view(np.float32)
+        blocks = parts.kernels.blocks_of_eight_bits(len(values))
+        launch(kernel, blocks, codes, absmax, values, parts.tables, np.int64(len(values)))
+        for low, high, at in slot.kept.within(first, end):
+            kept = slot.values[at : at + high - low]
+            values[low - first : high - first].data.copy_from_device_async(kept.data, kept.nbytes, None)
+
+    values = np.empty(end - first, np.float32)
+    crossings.bring(0, make, _bytes(values)).wait()
+    return values[start - first :]
+
+
+def _convert(parts: CudaParts, source: Any, held: np.dtype[Any], target: Any, wanted: np.dtype[Any]) -> None:
+    """Encode device memory into other, `(n,) uint8`, in a thread whose stream is `compute`."""
+    if held == wanted:
+        target.data.copy_from_device_async(source.data, source.nbytes, None)
+    elif len(source):
+        kernel = parts.kernels.of_gradients(f"convert_{held.name}_to_{wanted.name}")
+        values = target.view(STORED[wanted])
+        launch(kernel, parts.kernels.blocks(len(source)), source, values, np.int64(len(source)))
+
+
+def _as_bytes(values: Any) -> Any:
+    return values.view(np.uint8)
+
+
+def _bytes(values: HostArray) -> HostArray:
+    view: HostArray = values.view(np.uint8)
+    return view

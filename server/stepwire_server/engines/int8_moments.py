@@ -1,0 +1,273 @@
+"""The 8-bit code of moments: blocks of 256 elements, a float32 maximum each, and a code of 256 values.
+
+    absmax = max |x| over the block              code = the value of the map nearest to x·(1/absmax)
+    x ≈ map[code]·absmax
+
+The map ("dynamic tree": decimal exponent, linear fraction) has in decade i = 0 … 6 the values
+
+    10^(i−6) · (0.1 + 0.9·(j + ½)/n),   j = 0 … n−1,   n = 2ⁱ of each sign, or 2ⁱ⁺¹ without signs
+
+besides 0 and 1, sorted. Sources: Dettmers, Lewis, Shleifer & Zettlemoyer 2022, "8-bit Optimizers via Block-wise
+Quantization"; `create_dynamic_map` of bitsandbytes. Its last bits there depend on the processor (up to 2 ulp), since
+`torch.linspace` does; these are the ones of torch 2.13 on x86 with AVX2 or AVX-512, whose product and sum round once.
+
+Everything is defined on bits, so NumPy, Numba and CUDA agree on all of them:
+
+- x·(1/absmax) is two float32 operations, each rounded; the nearest value to that product is exact. A product halfway
+  between two values takes the one nearer to zero. −0 encodes as 0. The signed map has no −1, for which −0.993
+  stands in. The code without signs drops a sign.
+- absmax below 2⁻¹²⁶ (a subnormal) counts as 0: the block encodes as zeros, with absmax 0.
+- A block with an Inf or a NaN encodes as zeros with absmax NaN (0x7FC00000), and decodes to NaN throughout.
+- Encoding what was decoded, with the same normal absmax, returns the same codes.
+
+How a code is found without a search: the pattern of a float32, read as an integer, is in order of its value, and the
+map is coarse enough that a cell (all patterns with the same upper 15 or 16 bits) holds at most one boundary between
+codes. `steps[cell] + pattern` carries into the code's bits exactly from that boundary on: one look-up, one addition,
+one shift. Arithmetic per decade takes more instructions than a look-up, so that even decoding was slower, and cannot
+meet boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
+
+The functions from `decode_signed` on are scalar, for generated Numba kernels, as in `numba_codecs`, whose `as_bits`
+and `as_float` they call. The four tables have to be globals there: Numba then freezes them into constants, and only
+of a constant does LLVM know that the stores of a loop leave it alone, which it has to in order to vectorise; with
+tables as arguments a fused Adam kernel took much longer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+from numpy import arange, array, concatenate, float32, float64, int32, int64, searchsorted, sort, uint8, uint32, where
+
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.engines.scalar_codecs import as_bits, as_float
+
+__all__ = [
+    "BLOCK",
+    "NUMPY_NAMES",
+    "SIGNED_MAP",
+    "SIGNED_STEPS",
+    "UNSIGNED_MAP",
+    "UNSIGNED_STEPS",
+    "absmax_of",
+    "block_count",
+    "decode_blocks",
+    "decode_signed",
+    "decode_unsigned",
+    "dynamic_map",
+    "encode_blocks",
+    "encode_signed",
+    "encode_unsigned",
+    "encode_with",
+    "magnitude",
+    "mask_of",
+    "signed_steps",
+    "tables_source",
+    "unsigned_steps",
+]
+
+BLOCK = 256
+"""Elements that share one absmax."""
+
+# Elements that NumPy works on at a time: they and their intermediates stay in the second-level cache.
+_PIECE = 64 * BLOCK
+
+
+def dynamic_map(signed: bool) -> Any:
+    """Return the `(256,) float32` values of the code in ascending order; see the module."""
+    parts: list[Any] = [array([0.0, 1.0], float32)]
+    for decade in range(7):
+        count = 2**decade if signed else 2 ** (decade + 1)
+        index = arange(count + 1)
+        step = float64((float32(1.0) - float32(0.1)) / float32(count))
+        rising = float64(float32(0.1)) + step * index  # exact in float64, so the cast below is the only rounding
+        falling = 1.0 - step * (count - index)
+        edges = where(index < (count + 1) // 2, rising, falling).astype(float32)
+        values = float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / float32(2.0))
+        parts += [values, -values] if signed else [values]
+    return sort(concatenate(parts))
+
+
+def unsigned_steps(values: Any) -> Any:
+    """Return the `(32768,) uint32` table for which `(steps[b >> 16] + b) >> 17` is the code of the pattern b.
+
+    `values` are ascending from 0, up to 256 of them; a pattern past the last one has the last one's code.
+    """
+    middles = (values[1:].astype(float64) + values[:-1].astype(float64)) / 2.0
+    rounded = middles.astype(float32)
+    # The first pattern above each middle.
+    bounds = rounded.view(uint32).astype(int64) + where(rounded.astype(float64) > middles, 0, 1)
+    starts = arange(32768) << 16
+    codes = searchsorted(bounds, starts, side="right")
+    following = concatenate((bounds, [1 << 40]))[codes]
+    crossed = following < starts + (1 << 16)
+    steps = where(crossed, ((codes + 1) << 17) - following, (codes << 17) - starts)
+    return (steps & 0xFFFFFFFF).astype(uint32)
+
+
+def signed_steps(values: Any) -> Any:
+    """Return the `(32768,) uint32` table for which `(steps[k >> 17] + k) >> 18` is the code of the key k.
+
+    The key of a pattern is itself, with all bits but the sign flipped if that is set: keys of negative values ascend
+    too, above those of positive ones. `values` are those of the signed map.
+    """
+    middles = (values[1:].astype(float64) + values[:-1].astype(float64)) / 2.0
+    rounded = abs(middles).astype(float32)
+    bounds = rounded.view(uint32).astype(int64) + where(rounded.astype(float64) > abs(middles), 0, 1)
+    # Of a negative middle the last key below it, plus one: a tie belongs to the code nearer to zero on both sides.
+    bounds = where(middles < 0.0, (1 << 32) - bounds, bounds)
+    positive = bounds[middles > 0.0]
+    negative = bounds[middles < 0.0]
+    starts = arange(32768) << 17
+    below = searchsorted(negative, starts, side="right")
+    above = searchsorted(positive, starts, side="right") + len(negative)
+    codes = where(starts < 1 << 31, above, below)
+    following = where(
+        starts < 1 << 31,
+        concatenate((bounds, [1 << 40]))[above],
+        concatenate((negative, [1 << 40]))[below],
+    )
+    crossed = following < starts + (1 << 17)
+    steps = where(crossed, ((codes + 1) << 18) - following, (codes << 18) - starts)
+    return (steps & 0xFFFFFFFF).astype(uint32)
+
+
+SIGNED_MAP = dynamic_map(True)
+UNSIGNED_MAP = dynamic_map(False)
+SIGNED_STEPS = signed_steps(SIGNED_MAP)
+UNSIGNED_STEPS = unsigned_steps(UNSIGNED_MAP)
+
+NUMPY_NAMES = (
+    "arange",
+    "array",
+    "concatenate",
+    "float32",
+    "float64",
+    "int32",
+    "int64",
+    "searchsorted",
+    "sort",
+    "uint32",
+    "uint8",
+    "where",
+)
+"""What a generated module has to import from NumPy for `tables_source` and the scalar functions."""
+
+
+def tables_source() -> str:
+    """Write the statements that define the four tables in a generated module, without importing this one.
+
+    So a change of the code changes the text, which is all that Numba's cache depends on.
+    """
+    functions = [inspect.getsource(function) for function in (dynamic_map, unsigned_steps, signed_steps)]
+    return "\n\n".join(
+        [
+            *functions,
+            "SIGNED_MAP = dynamic_map(True)\n"
+            "UNSIGNED_MAP = dynamic_map(False)\n"
+            "SIGNED_STEPS = signed_steps(SIGNED_MAP)\n"
+            "UNSIGNED_STEPS = unsigned_steps(UNSIGNED_MAP)\n",
+        ]
+    )
+
+
+def block_count(size: int) -> int:
+    """Count the blocks of `size` elements, a shorter last one included."""
+    return -(-size // BLOCK)
+
+
+def encode_blocks(values: HostArray, signed: bool) -> tuple[HostArray, HostArray]:
+    """Encode `(n,) float32` into `(n,) uint8` codes and `(block_count(n),) float32` absmax."""
+    absmax = np.empty(block_count(len(values)), np.float32)
+    for low in range(0, len(values), _PIECE):
+        rows = _rows(values[low : low + _PIECE])
+        largest = (rows.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1)
+        largest[largest < 0x00800000] = 0
+        largest[largest >= 0x7F800000] = 0x7FC00000
+        absmax[low // BLOCK :][: len(largest)] = largest.view(np.float32)
+    return encode_with(values, absmax, signed), absmax
+
+
+def encode_with(values: HostArray, absmax: HostArray, signed: bool) -> HostArray:
+    """Encode `(n,) float32` into codes, given the absmax of each block; what exceeds it gets the last code.
+
+    Blocks whose absmax is zero, subnormal, negative or not finite encode as zeros.
+    """
+    codes = np.empty(len(values), np.uint8)
+    patterns = absmax.view(np.uint32)
+    used = (patterns >= 0x00800000) & (patterns < 0x7F800000)
+    masks = np.where(used, np.uint32(0xFFFFFFFF if signed else 0x7FFFFFFF), np.uint32(0))[:, None]
+    with np.errstate(all="ignore"):
+        scales = (np.float32(1.0) / absmax)[:, None]
+        for low in range(0, len(values), _PIECE):
+            rows = _rows(values[low : low + _PIECE])
+            blocks = slice(low // BLOCK, low // BLOCK + len(rows))
+            bits = (rows * scales[blocks]).view(np.uint32) & masks[blocks]
+            if signed:
+                bits ^= (bits.view(np.int32) >> 31).view(np.uint32) & np.uint32(0x7FFFFFFF)
+                found = (SIGNED_STEPS[bits >> 17] + bits) >> 18
+            else:
+                found = (UNSIGNED_STEPS[bits >> 16] + bits) >> 17
+            part = codes[low : low + _PIECE]
+            part[:] = found.reshape(-1)[: len(part)]
+    return codes
+
+
+def decode_blocks(codes: HostArray, absmax: HostArray, signed: bool) -> HostArray:
+    """Decode `(n,) uint8` codes and `(block_count(n),) float32` absmax into `(n,) float32`."""
+    values = np.empty(len(codes), np.float32)
+    table = SIGNED_MAP if signed else UNSIGNED_MAP
+    with np.errstate(all="ignore"):
+        for low in range(0, len(codes), _PIECE):
+            rows = _rows(codes[low : low + _PIECE])
+            factors = absmax[low // BLOCK :][: len(rows), None]
+            part = values[low : low + _PIECE]
+            part[:] = (table[rows] * factors).reshape(-1)[: len(part)]
+    return values
+
+
+def _rows(piece: HostArray) -> HostArray:
+    """Shape a contiguous piece into rows of one block; zeros, which change no absmax, fill the last one up."""
+    if len(piece) % BLOCK:
+        piece = np.concatenate((piece, np.zeros(-len(piece) % BLOCK, piece.dtype)))
+    return piece.reshape(-1, BLOCK)
+
+
+def decode_signed(code: Any, absmax: Any) -> Any:
+    """Return the value of a uint8 code with signs."""
+    return SIGNED_MAP[code] * absmax
+
+
+def decode_unsigned(code: Any, absmax: Any) -> Any:
+    """Return the value of a uint8 code without signs."""
+    return UNSIGNED_MAP[code] * absmax
+
+
+def magnitude(value: Any) -> Any:
+    """Return the pattern of |value|; the largest of a block is its absmax, in whatever order they are compared."""
+    return uint32(as_bits(value) & 0x7FFFFFFF)
+
+
+def absmax_of(largest: Any) -> Any:
+    """Return the absmax of a block whose largest magnitude has this pattern."""
+    normal = uint32(largest if largest >= 0x00800000 else uint32(0))
+    return as_float(normal if largest < 0x7F800000 else uint32(0x7FC00000))
+
+
+def mask_of(largest: Any) -> Any:
+    """Return the bits to keep of what is encoded with this absmax: all, or none where there is no use for them."""
+    return uint32(0xFFFFFFFF) if 0x00800000 <= largest < 0x7F800000 else uint32(0)
+
+
+def encode_signed(value: Any, scale: Any, mask: Any) -> Any:
+    """Return the code with signs; scale = 1 / absmax, mask = `mask_of(…)`."""
+    bits = uint32(as_bits(value * scale) & mask)
+    key = uint32(bits ^ uint32(uint32(int32(bits) >> 31) & 0x7FFFFFFF))
+    return uint8(uint32(SIGNED_STEPS[uint32(key >> 17)] + key) >> 18)
+
+
+def encode_unsigned(value: Any, scale: Any, mask: Any) -> Any:
+    """Return the code without signs; arguments as for `encode_signed`."""
+    bits = uint32(as_bits(value * scale) & uint32(mask & 0x7FFFFFFF))
+    return uint8(uint32(UNSIGNED_STEPS[uint32(bits >> 16)] + bits) >> 17)

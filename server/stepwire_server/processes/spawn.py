@@ -1,0 +1,87 @@
+"""Servers as processes of their own, for demos, benchmarks and tests that need the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from stepwire.errors import UnavailableError
+from stepwire_server.processes.port_file import await_ports
+
+__all__ = ["ServerProcess", "ServerProcesses", "server_process", "server_processes"]
+
+_START_SECONDS = 60.0
+_STANDARD_ERROR = 2
+
+
+class ServerProcess(NamedTuple):
+    """A running server: where clients connect, and its process id."""
+
+    target: str
+    pid: int
+
+
+class ServerProcesses(NamedTuple):
+    """Running servers: where clients connect to each, and the process id of their parent."""
+
+    targets: tuple[str, ...]
+    pid: int
+
+
+@contextlib.contextmanager
+def server_process(*flags: str) -> Iterator[ServerProcess]:
+    """Run `stepwire serve` on a free port for a block; it is terminated, and drains, at the end.
+
+    Args:
+        flags: further flags of the command.
+
+    Raises:
+        UnavailableError: it did not come up; its own message is on standard error.
+    """
+    with _serving(*flags) as (ports, pid):
+        yield ServerProcess(f"127.0.0.1:{ports[0]}", pid)
+
+
+@contextlib.contextmanager
+def server_processes(count: int, *flags: str) -> Iterator[ServerProcesses]:
+    """Run `stepwire serve --processes COUNT` on free ports for a block; all are terminated, and drain, at the end.
+
+    Args:
+        count: server processes.
+        flags: further flags of the command.
+
+    Raises:
+        UnavailableError: they did not all come up; their own messages are on standard error.
+    """
+    with _serving("--processes", str(count), *flags) as (ports, pid):
+        yield ServerProcesses(tuple(f"127.0.0.1:{port}" for port in ports), pid)
+
+
+@contextlib.contextmanager
+def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
+        port_file = pathlib.Path(folder, "port")
+        command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0"]
+        command += ["--port-file", str(port_file), "--log-level", "warning", *flags]
+        # A program that is killed ends nothing itself, and the server would stay for ever. Its log lines go to standard
+        # error here: standard output may be what a program reads.
+        environment = os.environ | {"STEPWIRE_PARENT_PID": str(os.getpid())}
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR, env=environment)
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)
+            if not ports:
+                raise UnavailableError(
+                    f"the server process did not start (exit code {process.poll()}); its message is above"
+                )
+            yield ports, process.pid
+        finally:
+            process.terminate()
+            process.wait()

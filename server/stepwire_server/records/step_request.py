@@ -1,0 +1,69 @@
+"""What a client asks of one step, in the domain's own terms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stepwire.optimizers import Hyperparameters
+
+__all__ = ["Decision", "StepRequest"]
+
+
+class Decision(NamedTuple):
+    """What the coordinator of several sessions found from the gradient that is cut over them.
+
+    Attributes:
+        coefficient: the factor of clipping by the global norm.
+        groups: the factor of each group's own clipping; empty where groups are not clipped.
+        skip: use up the step's number without an update.
+    """
+
+    coefficient: float = 1.0
+    groups: tuple[float, ...] = ()
+    skip: bool = False
+
+
+class StepRequest(NamedTuple):
+    """One step as its first message asks for it.
+
+    Attributes:
+        step: the number it will have once applied.
+        epoch: the epoch the client knows; 0 skips the check.
+        gradient_dtype: encoding of the chunks that follow.
+        reply_dtype: encoding of the answer.
+        reply: whether parameters are wanted at all.
+        reply_elements: most elements in a chunk of the answer.
+        groups: the numbers of each group in this step.
+        own_lr: for each group, whether the step brought its learning rate, which overrides the schedule's.
+        load: the last load the client knows; None skips the check.
+        loss_scale: what the gradient was multiplied by, as the client says.
+        missing: indices of tensors without a gradient.
+        reply_first: indices of tensors that are answered before the others, in this order.
+        reply_base: the step whose parameters the client holds, where only what changed is to be answered; else None.
+        overlap: apply chunks as they arrive.
+        shared: gradient and answer lie in the memory that the stream shares.
+        decision: of the coordinator, once it is known; None where there is none.
+    """
+
+    step: int
+    epoch: int
+    gradient_dtype: np.dtype[Any]
+    reply_dtype: np.dtype[Any]
+    reply: bool
+    reply_elements: int
+    groups: tuple[Hyperparameters, ...]
+    own_lr: tuple[bool, ...] = ()
+    load: int | None = None
+    loss_scale: float = 1.0
+    missing: frozenset[int] = frozenset()
+    reply_first: tuple[int, ...] = ()
+    reply_base: int | None = None
+    overlap: bool = False
+    shared: bool = False
+    decision: Decision | None = None
+
+    def numbered(self, step: int) -> StepRequest:
+        """Return the same request for another step; a third of what `_replace` costs."""
+        return StepRequest(step, *self[1:])

@@ -1,0 +1,52 @@
+"""Which tensors a step moves, and where they lie."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from stepwire.layout import Layout
+
+__all__ = ["Segment", "TensorSelection"]
+
+
+class Segment(NamedTuple):
+    """Flat elements `[start, end)` of one group, all of tensors that the step moves."""
+
+    start: int
+    end: int
+    group: int
+
+
+class TensorSelection:
+    """The tensors of a layout but for some.
+
+    Attributes:
+        layout: whose.
+        absent: indices of the tensors that stay as they are: no gradient is needed, and one that comes is ignored.
+    """
+
+    def __init__(self, layout: Layout, absent: frozenset[int]) -> None:
+        """Leave out the tensors with indices `absent`."""
+        self.layout = layout
+        self.absent = absent
+
+    @functools.cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The tensors that move, in layout order."""
+        return tuple(index for index in range(len(self.layout.tensors)) if index not in self.absent)
+
+    @functools.cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Where they lie: neighbours of one group merged, in flat order."""
+        found: list[Segment] = []
+        for index in self.indices:
+            tensor = self.layout.tensors[index]
+            if not tensor.count:
+                continue
+            last = found[-1] if found else None
+            if last and (last.end, last.group) == (tensor.offset, tensor.spec.group):
+                found[-1] = last._replace(end=tensor.end)
+            else:
+                found.append(Segment(tensor.offset, tensor.end, tensor.spec.group))
+        return tuple(found)

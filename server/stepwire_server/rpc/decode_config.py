@@ -1,0 +1,167 @@
+"""From the contract's messages to the domain's records; everything a client can get wrong is caught here."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import Final
+
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.layout import TensorSpec, place
+from stepwire.optimizers.gradient_treatment import treatment_from_wire
+from stepwire.optimizers.schedules import schedule_from_wire
+from stepwire.v1 import optimizer_pb2, session_pb2
+from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
+from stepwire.wire.messages import optimizer_from_wire, overrides_from_wire, seconds_from_wire, spec_from_wire
+from stepwire_server.config import ServerConfig
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.rpc.features import refuse_unserved
+from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
+
+__all__ = ["decode_page_token", "decode_request_id", "decode_session_config"]
+
+MAX_GROUPS: Final = 1024
+MAX_DIMENSIONS: Final = 16
+MAX_NAME_CHARACTERS: Final = 512
+MAX_LABEL_CHARACTERS: Final = 128
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PAGE_TOKEN: Final = re.compile(r"(?:[0-9a-f]{32})?")
+_PRECISIONS: Final = {
+    session_pb2.STATE_PRECISION_UNSPECIFIED: Precision.FLOAT32,
+    session_pb2.STATE_PRECISION_FLOAT32: Precision.FLOAT32,
+    session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS: Precision.BFLOAT16,
+    session_pb2.STATE_PRECISION_INT8_MOMENTS: Precision.INT8,
+}
+
+
+def decode_request_id(request_id: str) -> str:
+    """Check a request id.
+
+    Raises:
+        InvalidRequestError: it is empty, too long, or holds other characters.
+    """
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError.of("request_id", f"{request_id[:80]!r} is not 1 to 64 characters of [A-Za-z0-9._-]")
+    return request_id
+
+
+def decode_page_token(token: str) -> str:
+    """Check a page token, which is the id of the last session on the page before.
+
+    Raises:
+        InvalidRequestError: no page gave it.
+    """
+    if not _PAGE_TOKEN.fullmatch(token):
+        raise InvalidRequestError.of("page_token", f"{token[:80]!r} is not the `next_page_token` of a page")
+    return token
+
+
+def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConfig) -> SessionConfig:
+    """Validate a session's config.
+
+    Raises:
+        InvalidRequestError: a field is wrong; the message names it.
+        UnsupportedFeatureError: a field asks for what is not served.
+    """
+    refuse_unserved(message)
+    group_messages = list(message.groups) or [optimizer_pb2.ParameterGroup()]
+    if len(group_messages) > MAX_GROUPS:
+        raise InvalidRequestError.of("config.groups", f"{len(group_messages)} groups; at most {MAX_GROUPS} are allowed")
+    optimizer = optimizer_from_wire(message.optimizer, "config.optimizer")
+    base, precision = optimizer.hyperparameters(), _PRECISIONS[message.state_precision]
+    specs = _decode_specs(message, limits.max_tensors, len(group_messages))
+    clips = tuple(_decode_clip(group, f"config.groups[{index}]") for index, group in enumerate(group_messages))
+    config = SessionConfig(
+        layout=place(specs, len(group_messages), in_blocks=precision is Precision.INT8),
+        optimizer=optimizer,
+        groups=tuple(
+            optimizer.override(base, overrides_from_wire(group.overrides), f"config.groups[{index}].overrides")
+            for index, group in enumerate(group_messages)
+        ),
+        schedules=tuple(
+            schedule_from_wire(group.schedule, f"config.groups[{index}].schedule")
+            if group.HasField("schedule")
+            else None
+            for index, group in enumerate(group_messages)
+        ),
+        group_clips=clips,
+        treatment=treatment_from_wire(message.gradient, "config.gradient", group_clips=any(clips)),
+        precision=precision,
+        measures=message.telemetry in (session_pb2.TELEMETRY_LEVEL_UNSPECIFIED, session_pb2.TELEMETRY_LEVEL_FULL),
+        gradient_dtype=dtype_from_wire(message.gradient_dtype, FLOAT32, "config.gradient_dtype", gradients=True),
+        reply_dtype=dtype_from_wire(message.reply_dtype, FLOAT32, "config.reply_dtype"),
+        start_at_zero=message.initialization == session_pb2.INITIALIZATION_ZEROS,
+        lease_seconds=_decode_lease(message, limits.max_lease_seconds),
+        label=_decode_label(message.label),
+        device=message.device,
+        tells_norms=message.telemetry != session_pb2.TELEMETRY_LEVEL_NONE,
+    )
+    _check_precision(config)
+    return config
+
+
+def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_count: int) -> list[TensorSpec]:
+    if not 1 <= len(message.tensors) <= max_tensors:
+        raise _invalid_tensor("config.tensors", f"{len(message.tensors)} tensors; it must be 1 to {max_tensors}")
+    specs: list[TensorSpec] = []
+    names: set[str] = set()
+    for index, tensor in enumerate(message.tensors):
+        field = f"config.tensors[{index}]"
+        name = tensor.name
+        if problem := _text_problem(name, MAX_NAME_CHARACTERS):
+            raise _invalid_tensor(f"{field}.name", problem)
+        if not name or name in names:
+            raise _invalid_tensor(f"{field}.name", f"{name!r} is {'used twice' if name else 'empty'}")
+        if len(tensor.shape) > MAX_DIMENSIONS:
+            raise _invalid_tensor(f"{field}.shape", f"{len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS}")
+        if tensor.group >= group_count:
+            raise _invalid_tensor(f"{field}.group", f"{tensor.group}; there are {group_count} groups")
+        names.add(name)
+        specs.append(spec_from_wire(tensor))
+    return specs
+
+
+def _check_precision(config: SessionConfig) -> None:
+    coarse = [slot for slot in config.rule.slots if slot not in EIGHT_BIT_SLOTS]
+    if config.precision is Precision.INT8 and coarse:
+        raise InvalidRequestError.of(
+            "config.state_precision",
+            f"8-bit moments: this optimizer keeps {', '.join(coarse)}, which 8 bits do not hold well enough; use "
+            "float32 or bfloat16 moments",
+        )
+
+
+def _decode_clip(group: optimizer_pb2.ParameterGroup, field: str) -> float | None:
+    if not group.HasField("clip_grad_norm"):
+        return None
+    if not 0.0 < group.clip_grad_norm < math.inf:
+        raise InvalidRequestError.of(f"{field}.clip_grad_norm", f"{group.clip_grad_norm!r}; it must be finite and > 0")
+    return group.clip_grad_norm
+
+
+def _decode_lease(message: session_pb2.SessionConfig, most: float) -> float:
+    if not message.HasField("lease"):
+        return most
+    seconds = seconds_from_wire(message.lease)
+    if not 0 < seconds <= most:
+        raise InvalidRequestError.of("config.lease", f"{seconds} s; it must be above 0 and at most {most} s")
+    return seconds
+
+
+def _decode_label(label: str) -> str:
+    if problem := _text_problem(label, MAX_LABEL_CHARACTERS):
+        raise InvalidRequestError.of("config.label", problem)
+    return label
+
+
+def _text_problem(text: str, most: int) -> str | None:
+    if len(text) > most:
+        return f"{len(text)} characters; at most {most}"
+    if any(unicodedata.category(character).startswith("C") for character in text):
+        return f"{text[:80]!r} holds control characters"
+    return None
+
+
+def _invalid_tensor(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", reason=Reason.INVALID_TENSOR, metadata={"field": field})

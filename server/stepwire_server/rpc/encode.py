@@ -1,0 +1,145 @@
+"""From the domain's records to the contract's messages."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from stepwire.optimizers.gradient_treatment import treatment_to_wire
+from stepwire.optimizers.schedules import schedule_to_wire
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2, step_pb2
+from stepwire.wire.dtypes import dtype_to_wire
+from stepwire.wire.messages import (
+    duration_to_wire,
+    hyperparameters_to_wire,
+    layout_to_wire,
+    optimizer_to_wire,
+    spec_to_wire,
+)
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.step_result import GroupResult, StepResult
+from stepwire_server.rules import Precision
+from stepwire_server.sessions.session import Session
+from stepwire_server.steps.check_gradient import GradientCheck
+
+__all__ = ["encode_gradient_check", "encode_result", "encode_session"]
+
+_PRECISIONS = {
+    Precision.FLOAT32: session_pb2.STATE_PRECISION_FLOAT32,
+    Precision.BFLOAT16: session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
+    Precision.INT8: session_pb2.STATE_PRECISION_INT8_MOMENTS,
+}
+
+
+def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
+    """Encode a session as it stands.
+
+    Args:
+        session: which.
+        now: reading of the session's clock, which is monotonic; the wall clock is read here.
+        whole: with tensors, groups and layout.
+    """
+    wall, ledger = time.time(), session.ledger
+    message = session_pb2.Session(
+        session_id=session.session_id,
+        epoch=ledger.epoch,
+        applied_step=ledger.applied_step,
+        durable_step=ledger.durable_step,
+        applied_load=ledger.applied_load,
+        config=_encode_config(session.config, whole=whole),
+        memory_bytes=session.memory_bytes,
+        device=session.device,
+        ready=ledger.ready,
+        attached=ledger.worker.attached,
+        create_time=_timestamp(wall + session.created - now),
+        expire_time=_timestamp(wall + session.last_used + session.config.lease_seconds - now),
+        loss_scale=session.loss_scale,
+        state=session_pb2.LIFECYCLE_STATE_ACTIVE,
+    )
+    if whole:
+        message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))
+    return message
+
+
+def encode_gradient_check(verdict: GradientCheck, non_finite_count: int) -> bytes:
+    """Encode what a coordinator decides by."""
+    squares = verdict.squares.groups
+    check = step_pb2.GradientCheck(
+        squared_norm=math.fsum(squares), non_finite_count=non_finite_count, group_squared_norms=squares
+    )
+    return pb.AttachResponse(gradient_check=check).SerializeToString()
+
+
+def encode_result(record: StepResult, durable_step: int, result: step_pb2.StepResult) -> None:
+    """Encode what a step did into a message; in place, as a nested message that is assigned is copied."""
+    result.step = record.step
+    result.durable_step = durable_step
+    result.epoch = record.epoch
+    result.replayed = record.replayed
+    result.skipped = record.skipped
+    result.accumulated = record.accumulated
+    telemetry = result.telemetry
+    telemetry.grad_norm = record.grad_norm
+    telemetry.clipped_grad_norm = record.clipped_grad_norm
+    telemetry.clip_coefficient = record.clip_coefficient
+    telemetry.non_finite_count = record.non_finite_count
+    telemetry.receive_seconds = record.receive_seconds
+    telemetry.queue_seconds = record.queue_seconds
+    telemetry.apply_seconds = record.apply_seconds
+    if record.update_norm is not None and record.param_norm is not None:
+        telemetry.update_norm, telemetry.param_norm = record.update_norm, record.param_norm
+    if record.loss_scale is not None:
+        telemetry.loss_scale = record.loss_scale
+    for group in record.groups:
+        _encode_group(group, telemetry.groups.add())
+
+
+def _encode_group(group: GroupResult, message: step_pb2.GroupTelemetry) -> None:
+    message.grad_norm = group.grad_norm
+    message.t = group.t
+    message.clipped_grad_norm = group.clipped_grad_norm
+    message.clip_coefficient = group.clip_coefficient
+    message.hyperparameters.CopyFrom(hyperparameters_to_wire(group.hyperparameters))
+    if group.update_norm is not None and group.param_norm is not None:
+        message.update_norm, message.param_norm = group.update_norm, group.param_norm
+
+
+def _telemetry(config: SessionConfig) -> session_pb2.TelemetryLevel:
+    if not config.tells_norms:
+        return session_pb2.TELEMETRY_LEVEL_NONE
+    return session_pb2.TELEMETRY_LEVEL_FULL if config.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT
+
+
+def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.SessionConfig:
+    message = session_pb2.SessionConfig(
+        optimizer=optimizer_to_wire(config.optimizer),
+        gradient=treatment_to_wire(config.treatment),
+        durability=session_pb2.DURABILITY_MEMORY,
+        initialization=(session_pb2.INITIALIZATION_ZEROS if config.start_at_zero else session_pb2.INITIALIZATION_LOAD),
+        gradient_dtype=dtype_to_wire(config.gradient_dtype),
+        reply_dtype=dtype_to_wire(config.reply_dtype),
+        state_precision=_PRECISIONS[config.precision],
+        telemetry=_telemetry(config),
+        lease=duration_to_wire(config.lease_seconds),
+        label=config.label,
+        device=config.device,
+    )
+    if whole:
+        message.tensors.extend(spec_to_wire(tensor.spec) for tensor in config.layout.tensors)
+        for hyper, schedule, clip in zip(config.groups, config.schedules, config.group_clips, strict=True):
+            group_message = message.groups.add(overrides=hyperparameters_to_wire(hyper))
+            if schedule is not None:
+                group_message.schedule.CopyFrom(schedule_to_wire(schedule))
+            if clip is not None:
+                group_message.clip_grad_norm = clip
+    return message
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(datetime.datetime.fromtimestamp(seconds, datetime.UTC))
+    return message

@@ -1,0 +1,96 @@
+"""The one boundary where errors become statuses.
+
+Everything the server raises passes here: a `StepwireError` by the table, anything else as INTERNAL with an
+opaque id, its text going to the log alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeAlias, cast
+
+import grpc
+import structlog
+
+from stepwire.errors import Reason, ServerError, StepwireError
+from stepwire.wire.error_details import status_of
+
+__all__ = ["ErrorInterceptor"]
+
+_log = structlog.get_logger()
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class ErrorInterceptor(grpc.ServerInterceptor):
+    """Wraps every method of the server."""
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Wrap the handler that the server would use."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            return make(_guarded_stream(behavior, method), **serializers)
+        make_unary = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        return make_unary(_guarded_call(behavior, method), **serializers)
+
+
+def _guarded_call(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return behavior(request, context)
+        except Exception as error:
+            _abort(error, context, method)
+
+    return call
+
+
+def _guarded_stream(behavior: Callable[..., Iterator[Any]], method: str) -> Callable[..., Iterator[Any]]:
+    def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from behavior(request, context)
+        except Exception as error:
+            _abort(error, context, method)
+
+    return stream
+
+
+def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoReturn:
+    # When the client is gone, gRPC raises its own error out of the request iterator and knows it when it comes
+    # back; there is nobody left to tell. Any other error is told to gRPC all the same, which would log it with its
+    # trace if it were raised.
+    if isinstance(error, grpc.RpcError):
+        raise error
+    if not isinstance(error, StepwireError):
+        error = _unexpected(error, method)
+    _log.info("call refused", method=method, reason=str(error.reason), error=str(error))
+    context.abort_with_status(cast(grpc.Status, status_of(error)))
+
+
+def _unexpected(error: Exception, method: str) -> ServerError:
+    incident = secrets.token_hex(8)
+    _log.error("unexpected error", method=method, incident=incident, exc_info=error)
+    return ServerError(
+        f"internal error {incident}; the server's log explains it",
+        reason=Reason.INTERNAL,
+        metadata={"incident": incident},
+    )

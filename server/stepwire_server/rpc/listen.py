@@ -1,0 +1,132 @@
+"""Where a server listens: a TCP port, a Unix socket, or both."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Final
+
+import grpc
+import structlog
+
+from stepwire.errors import InvalidRequestError
+from stepwire.wire.addresses import checked_unix_path, grpc_target, unix_path, unix_target
+from stepwire_server.config import ServerConfig
+from stepwire_server.host.sockets import claim_socket
+
+__all__ = ["Listening", "check_bind"]
+
+_log = structlog.get_logger()
+
+_SOCKET_NAME: Final = "stepwire.sock"
+
+
+class Listening:
+    """The addresses of a server, taken until `close`. Closes twice without complaint.
+
+    Attributes:
+        target: where clients connect: `host:port`, or `unix:/path` where there is no port.
+        port: the TCP port; 0 where there is none.
+        unix_socket: path of the Unix socket; empty where there is none.
+    """
+
+    def __init__(self, server: grpc.Server, config: ServerConfig) -> None:
+        """Take the addresses that the settings name.
+
+        Raises:
+            InvalidRequestError: one is taken, or not to be had.
+        """
+        self._folders: list[pathlib.Path] = []
+        self.port, self.unix_socket = 0, ""
+        path = unix_path(config.bind)
+        if path is None:
+            self.port = _listen_tcp(server, config.bind)
+            self.target = f"{config.bind.rpartition(':')[0]}:{self.port}"
+            self._listen_besides(server, config.unix_socket)
+        else:
+            self.unix_socket = _listen_unix(server, checked_unix_path(path, "bind"), "bind")
+            self.target = unix_target(self.unix_socket)
+        self._inode = os.stat(self.unix_socket).st_ino if self.unix_socket else 0
+
+    def close(self) -> None:
+        """Remove what lies on the disk, unless another server has put its own there since gRPC removed it."""
+        with contextlib.suppress(OSError):
+            if self._inode and os.stat(self.unix_socket).st_ino == self._inode:
+                os.unlink(self.unix_socket)
+        self._inode = 0
+        while self._folders:
+            shutil.rmtree(self._folders.pop(), ignore_errors=True)
+
+    def _listen_besides(self, server: grpc.Server, choice: str) -> None:
+        """Listen on a Unix socket too. One that nobody asked for never keeps a server from starting."""
+        if choice == "off":
+            return
+        if choice != "auto":
+            self.unix_socket = _listen_unix(server, checked_unix_path(choice, "unix_socket"), "unix_socket")
+            return
+        try:
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="stepwire-"))  # of mode 0700
+            self._folders.append(folder)
+            path = checked_unix_path(str(folder / _SOCKET_NAME), "unix_socket")
+            self.unix_socket = _listen_unix(server, path, "unix_socket")
+        except (OSError, InvalidRequestError) as problem:
+            _log.warning("no unix socket", problem=str(problem), remedy="name one with --unix-socket PATH")
+
+
+def check_bind(config: ServerConfig) -> None:
+    """Refuse an address that is none, and plaintext beyond this machine.
+
+    Raises:
+        InvalidRequestError: the address is not understood, or not loopback without `insecure`.
+    """
+    if (path := unix_path(config.bind)) is not None:
+        checked_unix_path(path, "bind")
+        if config.unix_socket not in ("auto", "off"):
+            raise InvalidRequestError.of(
+                "unix_socket", f"{config.unix_socket!r} is a second one beside bind {config.bind!r}; name one"
+            )
+        return
+    host, separator, port = config.bind.rpartition(":")
+    # gRPC takes a port modulo 65536.
+    if not separator or not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise InvalidRequestError.of("bind", f"{config.bind!r} is not host:port or unix:/path")
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not config.insecure:
+        raise InvalidRequestError.of(
+            "bind",
+            f"{config.bind!r} is not a loopback address and the connection is not encrypted: gradients and "
+            "session ids would travel in the clear. Put a TLS proxy in front, or accept it with --insecure or "
+            "STEPWIRE_INSECURE=1",
+        )
+
+
+def _listen_unix(server: grpc.Server, path: str, field: str) -> str:
+    with claim_socket(path, field):
+        try:
+            server.add_insecure_port(grpc_target(unix_target(path)))
+        except RuntimeError:
+            raise InvalidRequestError.of(
+                field, f"cannot listen on {path!r}: its folder cannot be written; name another path"
+            ) from None
+    return path
+
+
+def _listen_tcp(server: grpc.Server, bind: str) -> int:
+    try:
+        port = server.add_insecure_port(bind)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise InvalidRequestError.of(
+            "bind",
+            f"cannot listen on {bind!r}: the port is taken or the address is not this machine's; choose another with "
+            "--bind host:port (port 0 takes a free one)",
+        )
+    return port

@@ -1,0 +1,183 @@
+"""State in and out of a session: pulls as of one step, loads all at once."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.optimizers.gradient_treatment import check_scale
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import state_pb2, tensor_pb2
+from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
+from stepwire.wire.frames import Frame, FrameBuffer
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.records.session_config import SCALE_SUFFIX
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.tensor_selection import TensorSelection
+from stepwire_server.rpc.attach import check_chunk, invalid_frame
+from stepwire_server.rpc.decode_step import decode_chunk_bytes
+from stepwire_server.rpc.features import unsupported
+from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.sessions.session import Session
+from stepwire_server.steps.coverage import Coverage, typed_payload
+
+__all__ = ["load", "pull"]
+
+_COUNTER_END = 2**53
+
+
+def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
+    """Yield the messages that answer a pull.
+
+    Raises:
+        InvalidRequestError: an unknown slot or encoding.
+        StateChangedError: a step or a load was committed meanwhile.
+        StepwireError: as `Session.snapshot`.
+    """
+    slots = _known_slots(session, list(request.slots) or [PARAM], "slots")
+    dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
+    most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
+    snapshot = session.snapshot()
+    size = session.config.layout.size
+    yield _header(snapshot, session.ledger.epoch).SerializeToString()
+    for slot in slots:
+        for offset in range(0, size, most):
+            count = min(most, size - offset)
+            header = pb.PullResponse(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
+            frame = FrameBuffer(header, count * dtype.itemsize)
+            session.read(snapshot, slot, offset, frame.payload(dtype))
+            yield frame.finish()
+
+
+def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
+    header = state_pb2.PullHeader(
+        step=snapshot.step, load=snapshot.load, epoch=epoch, tensor_steps=snapshot.tensor_steps
+    )
+    if snapshot.loss_scale is not None:
+        header.loss_scale.scale, header.loss_scale.clean_steps = snapshot.loss_scale
+    return pb.PullResponse(header=header)
+
+
+def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_bytes: int) -> bool:
+    """Take the messages of a load; False if it had been committed before.
+
+    Raises:
+        InvalidRequestError: messages out of order, unknown slots, chunks that do not cover a slot.
+        StepwireError: as `Session.admit_load` and `Session.stage_load`; the state is as before.
+    """
+    order: state_pb2.LoadOpen = opening.message.open
+    slots = _known_slots(session, list(order.slots), "open.slots")
+    _check_scales(session, slots)
+    steps = _known_steps(session, list(order.tensor_steps))
+    step = order.step if order.HasField("step") else None
+    _check_counter(step or 0, "open.step")
+    loss_scale = _known_loss_scale(session, order)
+    if order.worker != 0:
+        raise unsupported("open.worker", "aggregation")
+    if not session.admit_load(order.attach_token, order.load, step):
+        return False
+    staged, room = session.stage_load(slots)
+    with room:
+        try:
+            _receive(session, order, slots, frames, staged, max_chunk_bytes)
+            return session.commit_load(staged, slots, order.attach_token, order.load, step, steps, loss_scale)
+        finally:
+            staged.close()
+
+
+def _receive(
+    session: Session,
+    order: state_pb2.LoadOpen,
+    slots: tuple[str, ...],
+    frames: Iterator[Frame],
+    staged: EngineState,
+    max_chunk_bytes: int,
+) -> None:
+    dtype = dtype_from_wire(order.dtype, FLOAT32, "open.dtype")
+    everything = TensorSelection(session.config.layout, frozenset())
+    coverage = {slot: Coverage(session.config.layout.size) for slot in slots}
+    for frame in frames:
+        message: pb.LoadRequest = frame.message
+        if message.HasField("open"):
+            raise invalid_frame("open", "only the first message of a stream carries `open`")
+        if message.HasField("chunk"):
+            check_chunk(frame, max_chunk_bytes)
+            if message.slot not in coverage:
+                raise InvalidRequestError(
+                    f"slot: {message.slot[:64]!r} was not announced; open.slots is {list(slots)}",
+                    reason=Reason.INVALID_CONFIG,
+                    metadata={"field": "slot"},
+                )
+            values = typed_payload(frame.payload, message.chunk.count, dtype)
+            coverage[message.slot].add(message.chunk.offset, message.chunk.count)
+            _write(staged, message.slot, message.chunk.offset, values, everything)
+        elif frame.payload.size:
+            raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
+        if message.commit:
+            break
+    else:
+        raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
+    for slot in slots:
+        coverage[slot].require((start, end) for start, end, _ in everything.segments)
+
+
+def _write(staged: EngineState, slot: str, offset: int, values: HostArray, everything: TensorSelection) -> None:
+    """Put values in their place, but for the padding: it stays zero."""
+    segments = everything.segments
+    for start, end, _ in segments[bisect_right(segments, offset, key=lambda segment: segment.end) :]:
+        if start >= offset + len(values):
+            return
+        low, high = max(start, offset), min(end, offset + len(values))
+        staged.write(slot, low, values[low - offset : high - offset])
+
+
+def _known_loss_scale(session: Session, order: state_pb2.LoadOpen) -> LossScale | None:
+    if not order.HasField("loss_scale"):
+        return None
+    field = "open.loss_scale"
+    if session.loss_scale is None:
+        raise InvalidRequestError(f"{field}: the session has no loss scaling", metadata={"field": field})
+    check_scale(order.loss_scale.scale, f"{field}.scale")
+    return LossScale(order.loss_scale.scale, order.loss_scale.clean_steps)
+
+
+def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, ...]:
+    if not names:
+        raise InvalidRequestError(f"{field}: no slot is named", metadata={"field": field})
+    for index, name in enumerate(names):
+        if name not in session.slots or name in names[:index]:
+            raise InvalidRequestError(
+                f"{field}: {name[:64]!r} is {'named twice' if name in session.slots else 'unknown'}; this session "
+                f"has {', '.join(session.slots)}",
+                metadata={"field": field},
+            )
+    return tuple(names)
+
+
+def _check_scales(session: Session, slots: tuple[str, ...]) -> None:
+    for slot in slots:
+        owner = slot.removesuffix(SCALE_SUFFIX)
+        if slot not in session.config.slots and owner not in slots:
+            raise InvalidRequestError(
+                f"open.slots: {slot!r} says how {owner!r} is held and is loaded with it; name both",
+                metadata={"field": "open.slots"},
+            )
+
+
+def _known_steps(session: Session, steps: list[int]) -> list[int]:
+    tensors = len(session.config.layout.tensors)
+    if len(steps) not in (0, tensors):
+        raise InvalidRequestError(
+            f"open.tensor_steps: {len(steps)} entries; it must be 0 or {tensors}",
+            metadata={"field": "open.tensor_steps"},
+        )
+    for step in steps:
+        _check_counter(step, "open.tensor_steps")
+    return steps
+
+
+def _check_counter(value: int, field: str) -> None:
+    """Keep step counts where they can be counted on from, and where float64 holds them exactly."""
+    if value >= _COUNTER_END:
+        raise InvalidRequestError(f"{field}: {value} is not below 2^53", metadata={"field": field})

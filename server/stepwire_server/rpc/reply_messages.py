@@ -1,0 +1,92 @@
+"""Where the parameters of an answer go: into one message with the result, or chunk by chunk into their own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import tensor_pb2
+from stepwire.wire.frames import FrameBuffer, whole_message
+from stepwire.wire.patches import encode_patch
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.records.step_request import StepRequest
+
+__all__ = ["ChunkReplyWriter", "WholeReplyWriter"]
+
+
+class WholeReplyWriter:
+    """Takes a small answer whole, so that it can travel in one message with the result; see `ReplyWriter`."""
+
+    def __init__(self, request: StepRequest, size: int) -> None:
+        """Make room for `size` elements, if `request` wants an answer."""
+        self._values: HostArray = np.empty(size if request.reply else 0, request.reply_dtype)
+
+    def buffer(self, offset: int, count: int) -> HostArray:
+        """See `ReplyWriter`."""
+        return self._values[offset : offset + count]
+
+    def before(self) -> HostArray:
+        """See `ReplyWriter`; a small answer is no patch."""
+        raise AssertionError("a whole answer has no base")
+
+    def flush(self) -> None:
+        """See `ReplyWriter`."""
+
+    def message(self, header: pb.AttachResponse | pb.StepResponse) -> bytes:
+        """Put the answer behind the header's fields."""
+        if not self._values.size:
+            return header.SerializeToString()
+        if isinstance(header, pb.AttachResponse):
+            header.chunk.count = self._values.size
+        return whole_message(header, self._values)
+
+
+class ChunkReplyWriter:
+    """Takes an answer chunk by chunk, each computed straight into its outgoing message; see `ReplyWriter`."""
+
+    def __init__(self, request: StepRequest, send: Callable[[bytes], object]) -> None:
+        """Hand complete messages to `send`."""
+        self._request = request
+        self._send = send
+        self._unfinished: deque[_Chunk] = deque()
+
+    def buffer(self, offset: int, count: int) -> HostArray:
+        """See `ReplyWriter`."""
+        self._unfinished.append(_Chunk(offset, count, self._request))
+        return self._unfinished[-1].values
+
+    def before(self) -> HostArray:
+        """See `ReplyWriter`."""
+        chunk = self._unfinished[-1]
+        chunk.before = np.empty_like(chunk.values)
+        return chunk.before
+
+    def flush(self) -> None:
+        """See `ReplyWriter`."""
+        if (message := self._unfinished.popleft().message()) is not None:
+            self._send(message)
+
+
+class _Chunk:
+    """One chunk of an answer in the making."""
+
+    def __init__(self, offset: int, count: int, request: StepRequest) -> None:
+        self._place = tensor_pb2.Chunk(offset=offset, count=count)
+        self._frame = FrameBuffer(pb.AttachResponse(chunk=self._place), count * request.reply_dtype.itemsize)
+        self.values = self._frame.payload(request.reply_dtype)
+        self.before: HostArray | None = None
+
+    def message(self) -> bytes | None:
+        """Return the whole chunk, or a patch where that is smaller; None where nothing changed."""
+        if self.before is None:
+            return self._frame.finish()
+        before, after = self.before.view(np.uint16), self.values.view(np.uint16)
+        if np.array_equal(before, after):
+            return None
+        if (patch := encode_patch(before, after)) is None:
+            return self._frame.finish()
+        self._place.patch = True
+        return pb.AttachResponse(chunk=self._place, payload=patch).SerializeToString()

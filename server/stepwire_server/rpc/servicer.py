@@ -1,0 +1,252 @@
+"""The servicer: decode, one call, encode. Errors rise to the interceptor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+import structlog
+
+from stepwire.v1 import attach_pb2, server_pb2, transport_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
+from stepwire.wire.frames import Frame, read_frame, read_message
+from stepwire.wire.messages import duration_to_wire
+from stepwire_server.config import ServerConfig
+from stepwire_server.devices.pool import Device
+from stepwire_server.rpc import pull_and_load as transfer
+from stepwire_server.rpc.attach import StepStream, invalid_frame
+from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
+from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.encode import encode_session
+from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
+from stepwire_server.rpc.unary_step import step_once
+from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.session import Session
+from stepwire_server.sharing.offer import Shared, Sharing
+
+__all__ = ["OptimizerService"]
+
+_log = structlog.get_logger()
+
+_DEFAULT_PAGE = 100
+_LARGEST_PAGE = 1000
+_MEMORIES = {transport_pb2.TRANSPORT_SHM: "shm", transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc"}
+
+
+class OptimizerService:
+    """Serves `stepwire.v1.OptimizerService`."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        gate: Drain,
+        workers: Executor,
+        config: ServerConfig,
+        instance_id: str,
+        local: transport_pb2.LocalAccess,
+        sharing: Sharing,
+    ) -> None:
+        """Serve the sessions of `registry`; `local` and `sharing` are for clients on the same machine."""
+        self._registry = registry
+        self._gate = gate
+        self._workers = workers
+        self._config = config
+        self._instance_id = instance_id
+        self._local = local
+        self._sharing = sharing
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the method table.
+
+        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.wire.frames`. The others are
+        parsed here too: what gRPC's own deserializer cannot read is INTERNAL, and a client's mistake is not.
+        """
+        return grpc.method_handlers_generic_handler(
+            "stepwire.v1.OptimizerService",
+            {
+                "GetServerInfo": _unary(self.get_server_info, pb.GetServerInfoRequest),
+                "CreateSession": _unary(self.create_session, pb.CreateSessionRequest),
+                "GetSession": _unary(self.get_session, pb.GetSessionRequest),
+                "ListSessions": _unary(self.list_sessions, pb.ListSessionsRequest),
+                "DeleteSession": _unary(self.delete_session, pb.DeleteSessionRequest),
+                "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
+                "Step": grpc.unary_unary_rpc_method_handler(self.step),
+                "Pull": grpc.unary_stream_rpc_method_handler(self.pull),
+                "Load": grpc.stream_unary_rpc_method_handler(
+                    self.load, response_serializer=pb.LoadResponse.SerializeToString
+                ),
+            },
+        )
+
+    def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
+        """Tell what this server is and can do."""
+        config = self._config
+        return pb.GetServerInfoResponse(
+            version=__version__,
+            protocol_min=PROTOCOL_MIN,
+            protocol_max=PROTOCOL_MAX,
+            instance_id=self._instance_id,
+            devices=map(_device_info, self._registry.pool),
+            limits=server_pb2.Limits(
+                max_sessions=config.max_sessions,
+                max_tensors=config.max_tensors,
+                max_chunk_bytes=config.max_chunk_bytes,
+                max_unary_bytes=config.max_chunk_bytes,
+                max_streams=config.max_streams,
+                max_lease=duration_to_wire(config.max_lease_seconds),
+                step_idle=duration_to_wire(config.step_idle_seconds),
+            ),
+            features=[name for name in SERVED_FEATURES if name not in self._sharing.features_off],
+            sessions=self._registry.statistics().sessions,
+            draining=self._gate.closed,
+            local=self._local,
+        )
+
+    def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:
+        """Create a session."""
+        request_id = decode_request_id(request.request_id)
+        config = decode_session_config(request.config, self._config)
+        with self._gate:
+            created = self._registry.create(request_id, config)
+        return pb.CreateSessionResponse(
+            session=encode_session(created.session, self._registry.clock(), whole=True),
+            attach_token=created.token,
+            replayed=created.replayed,
+        )
+
+    def get_session(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> Any:
+        """Tell how a session stands."""
+        session = self._registry.get(request.session_id)
+        return pb.GetSessionResponse(session=encode_session(session, self._registry.clock(), whole=True))
+
+    def list_sessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> Any:
+        """List sessions."""
+        size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
+        sessions, token = self._registry.page(decode_page_token(request.page_token), size)
+        now = self._registry.clock()
+        return pb.ListSessionsResponse(
+            sessions=[encode_session(session, now, whole=False) for session in sessions],
+            next_page_token=token,
+        )
+
+    def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
+        """End a session."""
+        return pb.DeleteSessionResponse(applied_step=self._registry.delete(request.session_id).ledger.applied_step)
+
+    def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Attach a client and take its steps."""
+        frames = map(functools.partial(read_frame, pb.AttachRequest), messages)
+        with self._registry.stream(context.cancel) as attachment:
+            # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
+            # take every thread otherwise.
+            attachment.in_step = True
+            opening: attach_pb2.AttachOpen = _opening(frames).message.open
+            attachment.in_step = False
+            if opening.worker != 0:
+                raise unsupported("open.worker", "aggregation")
+            session = self._registry.get(opening.session_id)
+            with (
+                session.attached(attachment, opening.attach_token, opening.epoch) as token,
+                self._sharing.share(session, opening.transport) as shared,
+            ):
+                _log.info(
+                    "attached",
+                    session_id=session.session_id,
+                    transport=_transport_name(shared, context.peer()),
+                    reason=shared.reason,
+                )
+                yield _opened(session, token, shared).SerializeToString()
+                yield from StepStream(
+                    session,
+                    attachment,
+                    self._gate,
+                    self._workers,
+                    self._registry.clock,
+                    self._config.max_chunk_bytes,
+                    shared.buffers,
+                ).answers(frames)
+
+    def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+        """Take one step of a small session in one call."""
+        frame = read_frame(pb.StepRequest, data)
+        request: pb.StepRequest = frame.message
+        if request.worker != 0:
+            raise unsupported("worker", "aggregation")
+        session = self._registry.get(request.session_id)
+        with self._gate:
+            return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
+
+    def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Stream state out."""
+        request = read_message(pb.PullRequest, data)
+        return transfer.pull(self._registry.get(request.session_id), request, self._config.max_chunk_bytes)
+
+    def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
+        """Stream state in."""
+        with self._registry.upload(context.cancel) as seen:
+            frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
+            opening = _opening(frames)
+            session = self._registry.get(opening.message.open.session_id)
+            with self._gate:
+                loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
+        return pb.LoadResponse(
+            session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
+        )
+
+
+def _device_info(place: Device) -> server_pb2.DeviceInfo:
+    device, budget = place.engine.device, place.budget
+    return server_pb2.DeviceInfo(
+        name=device.name,
+        description=device.description,
+        memory_bytes=device.memory_bytes,
+        budget_bytes=budget.limit_bytes,
+        reserved_bytes=budget.reserved_bytes,
+    )
+
+
+def _opening(frames: Iterator[Frame]) -> Frame:
+    first = next(frames, None)
+    if first is None or not first.message.HasField("open"):
+        raise invalid_frame("open", "the first message of a stream must carry `open`")
+    others = [field.name for field, _ in first.message.ListFields() if field.name not in ("open", "padding")]
+    if others or first.payload.size:
+        raise invalid_frame(others[0] if others else "payload", "the first message of a stream carries `open` alone")
+    return first
+
+
+def _opened(session: Session, token: int, shared: Shared) -> pb.AttachResponse:
+    ledger = session.ledger
+    return pb.AttachResponse(
+        opened=attach_pb2.AttachOpened(
+            attach_token=token,
+            epoch=ledger.epoch,
+            applied_step=ledger.applied_step,
+            durable_step=ledger.durable_step,
+            applied_load=ledger.applied_load,
+            unfinished_step=session.unfinished_step,
+            ready=ledger.ready,
+            transport=shared.transport,
+            transport_reason=shared.reason,
+            handoff=shared.handoff,
+        )
+    )
+
+
+def _transport_name(shared: Shared, peer: str) -> str:
+    """Name the transport of a stream as clients do."""
+    if shared.transport in _MEMORIES:
+        return _MEMORIES[shared.transport]
+    return "uds" if peer.startswith("unix:") else "tcp"
+
+
+def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    def behavior(data: bytes, context: grpc.ServicerContext) -> bytes:
+        answer: bytes = method(read_message(request, data), context).SerializeToString()
+        return answer
+
+    return grpc.unary_unary_rpc_method_handler(behavior)

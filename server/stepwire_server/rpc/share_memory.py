@@ -1,0 +1,110 @@
+"""The wiring of shared memory: from settings to a running handoff, or to the reason why there is none."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from stepwire.errors import InvalidRequestError
+from stepwire.wire.error_details import status_details
+from stepwire_server.config import ServerConfig
+from stepwire_server.host.sockets import claim_socket
+from stepwire_server.sharing.handoff import HandoffServer, HandoffStatistics
+from stepwire_server.sharing.handoff_socket import HandoffListener
+from stepwire_server.sharing.loans import Loans
+from stepwire_server.sharing.offer import Sharing
+
+__all__ = ["HostSharing"]
+
+_log = structlog.get_logger()
+
+
+class HostSharing:
+    """What a server shares with the processes of its host. Closes twice without complaint.
+
+    Attributes:
+        sharing: offers it to those that attach.
+        path: of the socket that hands it over; empty where nothing is shared.
+        off: why no memory of the host is shared; empty where it is.
+        device_off: why no memory of a device is shared; empty where it is.
+    """
+
+    def __init__(
+        self, config: ServerConfig, clock: Callable[[], float] = time.monotonic, devices: Iterable[str] = ("cpu",)
+    ) -> None:
+        """Listen, if the settings want it. A socket that nobody asked for never keeps a server from starting.
+
+        Args:
+            config: of the server.
+            clock: what deadlines go by.
+            devices: names of those that sessions live on.
+
+        Raises:
+            InvalidRequestError: the socket that the settings name is taken, or not to be had.
+        """
+        self.path = ""
+        self.off, self.device_off = _why_off(config), _why_device_off(config, devices)
+        self._listener: HandoffListener | None = None
+        self._handoff: HandoffServer | None = None
+        self._loans = Loans()
+        if not (self.off and self.device_off):
+            self._listen(config, clock)
+        self.sharing = Sharing(self._handoff, self.off, self.device_off, self._loans)
+
+    def statistics(self) -> HandoffStatistics:
+        """Tell what the handoff is doing."""
+        return HandoffStatistics(0, 0, 0, False) if self._handoff is None else self._handoff.statistics()
+
+    def start(self) -> None:
+        """Hand over."""
+        if self._handoff is not None:
+            self._handoff.start()
+
+    def close(self) -> None:
+        """End what is handed over, and remove the socket; clients get a moment to close memory of devices."""
+        if self._listener is not None:
+            self._listener.close()
+        self._loans.close()
+        if self._handoff is not None:
+            self._handoff.close()
+
+    def _listen(self, config: ServerConfig, clock: Callable[[], float]) -> None:
+        others = [int(uid) for uid in config.handoff_uids.split(",") if uid]
+        claim = functools.partial(claim_socket, field="handoff_socket")
+        try:
+            self._listener = listener = HandoffListener(config.handoff_socket, claim, others)
+        except (OSError, InvalidRequestError) as problem:
+            if config.handoff_socket:
+                raise _refusal(config.handoff_socket, problem) from None
+            why = f"there is no socket to hand shared memory over: {problem}"
+            self.off, self.device_off = self.off or why, self.device_off or why
+            _log.warning("no shared memory", problem=str(problem), remedy="name a socket with --handoff-socket PATH")
+            return
+        self.path = listener.path
+        uids = {os.geteuid(), 0, *others}
+        self._handoff = HandoffServer(listener.path, listener.socket, uids, status_details, clock=clock)
+
+
+def _why_off(config: ServerConfig) -> str:
+    if not config.shared_memory:
+        return "shared memory is switched off on this server (--no-shared-memory)"
+    return "" if hasattr(os, "memfd_create") else "shared memory needs Linux"
+
+
+def _why_device_off(config: ServerConfig, devices: Iterable[str]) -> str:
+    if not any(device.startswith("cuda") for device in devices):
+        return "the server's sessions live on no GPU"
+    return "" if config.cuda_ipc else "CUDA IPC is switched off on this server (--no-cuda-ipc)"
+
+
+def _refusal(path: str, problem: Exception) -> InvalidRequestError:
+    if isinstance(problem, InvalidRequestError):
+        return problem
+    return InvalidRequestError(
+        f"handoff_socket: cannot listen on {path!r}: {problem}; name another path with --handoff-socket",
+        metadata={"field": "handoff_socket"},
+    )

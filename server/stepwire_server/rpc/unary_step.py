@@ -1,0 +1,47 @@
+"""One step of a small session in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.frames import Frame
+from stepwire_server.rpc.attach import invalid_frame
+from stepwire_server.rpc.decode_step import decode_step_request
+from stepwire_server.rpc.encode import encode_result
+from stepwire_server.rpc.reply_messages import WholeReplyWriter
+from stepwire_server.sessions.session import Session
+
+__all__ = ["step_once"]
+
+
+def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_bytes: int) -> bytes:
+    """Take the one step of a `StepRequest` and return its `StepResponse`.
+
+    Raises:
+        StepwireError: whatever is wrong with the step.
+    """
+    began = clock()
+    message: pb.StepRequest = frame.message
+    if session.config.treatment.two_phase:
+        raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
+    request = decode_step_request(message.begin, session.config, max_bytes)._replace(overlap=False, reply_base=None)
+    if request.shared:
+        raise invalid_frame("begin.in_shared_memory", "a call shares no memory; attach a stream instead")
+    size = session.config.layout.size
+    if max(frame.payload.size, size * request.reply_dtype.itemsize if request.reply else 0) > max_bytes:
+        raise invalid_frame(
+            "payload",
+            f"{size} elements are more than the {max_bytes} bytes of one call; attach a stream instead",
+        )
+    sink = WholeReplyWriter(request, size)
+    staging = session.begin(request, message.attach_token)
+    try:
+        if size or frame.payload.size:
+            staging.add(0, size, frame.payload)
+        record = session.commit(request, staging, message.attach_token, sink, began)
+    finally:
+        staging.close()
+    response = pb.StepResponse()
+    encode_result(record, session.ledger.durable_step, response.result)
+    return sink.message(response)

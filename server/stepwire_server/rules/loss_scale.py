@@ -1,0 +1,35 @@
+"""Dynamic loss scaling: `torch.amp.GradScaler`'s rule.
+
+s ← s·backoff      after a step with NaN or Inf, and the count of clean steps starts again
+s ← s·growth       after `growth_interval` clean steps, likewise, unless that is beyond its bounds
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stepwire.optimizers.gradient_treatment import LARGEST_SCALE, SMALLEST_SCALE, LossScaling
+
+__all__ = ["LossScale", "after_step"]
+
+
+class LossScale(NamedTuple):
+    """Where loss scaling stands.
+
+    Attributes:
+        scale: what the next gradient must have been multiplied by.
+        clean_steps: steps without NaN and Inf since it last changed.
+    """
+
+    scale: float
+    clean_steps: int = 0
+
+
+def after_step(now: LossScale, scaling: LossScaling, *, finite: bool) -> LossScale:
+    """Return where loss scaling stands after a step; the scale stays within its bounds."""
+    if not finite:
+        return LossScale(max(now.scale * scaling.backoff_factor, SMALLEST_SCALE))
+    if now.clean_steps + 1 < scaling.growth_interval:
+        return LossScale(now.scale, now.clean_steps + 1)
+    grown = now.scale * scaling.growth_factor
+    return LossScale(grown if grown <= LARGEST_SCALE else now.scale)

@@ -1,0 +1,234 @@
+"""Wiring: from settings to a running server, and from SIGTERM to a clean end."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from stepwire.v1 import transport_pb2
+from stepwire.wire.addresses import boot_id
+from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire_server.config import MIB, ServerConfig
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.engines import CudaOptions, choose_engines
+from stepwire_server.host.heap import HeapKeeper
+from stepwire_server.processes.port_file import write_ports
+from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.interceptor import ErrorInterceptor
+from stepwire_server.rpc.listen import Listening, check_bind
+from stepwire_server.rpc.servicer import OptimizerService
+from stepwire_server.rpc.share_memory import HostSharing
+from stepwire_server.sessions.registry import Registry
+
+__all__ = ["Server"]
+
+_log = structlog.get_logger()
+
+# Calls that are no attached streams; above both together gRPC refuses with RESOURCE_EXHAUSTED at once.
+_UNARY_CALLS: Final = 64
+_MESSAGE_HEADROOM: Final = 1 * MIB
+_LARGEST_CREATE_BYTES: Final = 32 * MIB
+_LAST_ANSWER_SECONDS: Final = 0.25
+_STREAM_END_SECONDS: Final = 2.0
+
+
+class Server:
+    """A stepwire server in this process. A context manager; closes twice without complaint.
+
+    Attributes:
+        registry: its sessions.
+        target: where clients connect: `host:port`, or `unix:/path` where there is no port.
+        port: the TCP port; 0 where there is none.
+        unix_socket: path of the Unix socket; empty where there is none.
+        handoff: what is shared with processes of this machine, or why nothing is.
+    """
+
+    def __init__(
+        self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, pool: DevicePool | None = None
+    ) -> None:
+        """Choose the devices and listen; nothing is served before `start`.
+
+        Args:
+            config: how to run.
+            clock: what leases, idle times and telemetry go by; tests pass their own.
+            pool: the devices, closed with the server; None to start those that `config` says.
+
+        Raises:
+            InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
+            UnsupportedFeatureError: a device is not there, or does not work.
+        """
+        self._config = config
+        check_bind(config)
+        self._places = pool or _started_places(config)
+        self._gate = Drain()
+        self.registry = Registry(
+            self._places,
+            max_sessions=config.max_sessions,
+            max_streams=config.max_streams,
+            step_idle_seconds=config.step_idle_seconds,
+            clock=clock,
+        )
+        self._workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
+        calls = config.max_streams + _UNARY_CALLS
+        self._handlers = ThreadPoolExecutor(calls, thread_name_prefix="call")
+        self._grpc = grpc.server(
+            self._handlers,
+            interceptors=[ErrorInterceptor()],
+            options=_options(config),
+            maximum_concurrent_rpcs=calls,
+        )
+        self._stopped = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        self._closed = False
+        self._listening: Listening | None = None
+        self._host_sharing: HostSharing | None = None
+        self._listening = listening = self._listen()
+        self.handoff = self._host_sharing = self._share(clock)
+        self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
+        service = OptimizerService(
+            self.registry,
+            self._gate,
+            self._workers,
+            config,
+            secrets.token_hex(8),
+            self._local_access(),
+            self.handoff.sharing,
+        )
+        self._grpc.add_generic_rpc_handlers((service.handlers(),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+
+    def start(self) -> None:
+        """Serve."""
+        self.handoff.start()
+        self._grpc.start()
+        self._sweeper.start()
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+        for name in ("", "stepwire.v1.OptimizerService"):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._config.port_file:
+            write_ports(pathlib.Path(self._config.port_file), [self.port])
+        _log.info("listening", target=self.target, unix_socket=self.unix_socket)
+
+    def drain(self) -> bool:
+        """Refuse new steps and wait for those under way; False if some outlast `drain_seconds`.
+
+        The last answers then get a moment to leave: a stream that is cancelled loses what is still on its way.
+        """
+        self._gate.close()
+        self._health.enter_graceful_shutdown()
+        _log.info("draining", seconds=self._config.drain_seconds)
+        empty = self._gate.wait_empty(self._config.drain_seconds)
+        self._stopped.wait(_LAST_ANSWER_SECONDS)
+        return empty
+
+    def close(self) -> None:
+        """Stop at once: cut what is under way and free everything."""
+        if self._closed:
+            return
+        self._closed = True
+        self._gate.close()
+        self._stopped.set()
+        stopped = self._grpc.stop(_STREAM_END_SECONDS)
+        self.registry.cancel_streams()
+        stopped.wait()
+        if self._listening is not None:
+            self._listening.close()
+        self._handlers.shutdown()
+        self._workers.shutdown()
+        if self._host_sharing is not None:
+            self._host_sharing.close()
+        self.registry.close()
+        self._places.close()
+        _log.info("stopped")
+
+    def __enter__(self) -> Server:
+        """Start for a block."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _listen(self) -> Listening:
+        try:
+            return Listening(self._grpc, self._config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _share(self, clock: Callable[[], float]) -> HostSharing:
+        try:
+            return HostSharing(self._config, clock, [place.name for place in self._places])
+        except BaseException:
+            self.close()
+            raise
+
+    def _local_access(self) -> transport_pb2.LocalAccess:
+        """Return what processes of this machine may use instead of TCP."""
+        return transport_pb2.LocalAccess(
+            unix_socket=self.unix_socket,
+            handoff_socket=self.handoff.path,
+            boot_id=boot_id(),
+            shared_memory_off=self.handoff.off,
+            device_memory_off=self.handoff.device_off,
+        )
+
+    def _sweep(self) -> None:
+        keeper = HeapKeeper()
+        while not self._stopped.wait(self._config.sweep_seconds):
+            for session_id in self.registry.sweep():
+                _log.info("lease ran out", session_id=session_id)
+            if keeper.look(self._places.released_bytes):
+                self._places.rest()
+
+    def _warm_up(self) -> None:
+        try:
+            self._places.warm_up()
+        except Exception as problem:  # what is wrong then is wrong for sessions too, and they say it to their clients
+            _log.warning("kernels could not be compiled ahead", problem=str(problem))
+
+
+def _started_places(config: ServerConfig) -> DevicePool:
+    """Start what the settings say, and log what that is and why."""
+    options = CudaOptions(config.gpu_bus_slots, config.gpu_bus_slot_bytes, config.gpu_gradient_cache_bytes)
+    choice = choose_engines(config.device, config.threads or None, options=options)
+    pool = DevicePool.of(choice.engines, config.memory_budget_bytes)
+    tell = _log.warning if choice.remarkable else _log.info
+    tell("devices chosen", devices=", ".join(place.name for place in pool), why=choice.why)
+    for place in pool:
+        _log.info(
+            "device",
+            name=place.name,
+            description=place.engine.device.description,
+            memory_bytes=place.engine.device.memory_bytes,
+            budget_bytes=place.budget.limit_bytes,
+        )
+    return pool
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    largest = max(config.max_chunk_bytes + _MESSAGE_HEADROOM, _LARGEST_CREATE_BYTES)
+    return [
+        *BULK_OPTIONS,
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

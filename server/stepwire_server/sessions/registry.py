@@ -1,0 +1,226 @@
+"""All sessions of a server: create, find, list, end, and sweep away what nobody uses."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.client_stream import Attachment
+from stepwire_server.sessions.ledger import session_not_found
+from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.workers import FIRST_TOKEN
+
+__all__ = ["Created", "Registry", "RegistryStatistics"]
+
+
+class Created(NamedTuple):
+    """A created session.
+
+    Attributes:
+        session: it.
+        token: of slot 0.
+        replayed: the request had created it before.
+    """
+
+    session: Session
+    token: int
+    replayed: bool
+
+
+class RegistryStatistics(NamedTuple):
+    """What the registry is doing: sessions alive, streams attached, bytes reserved of all budgets together."""
+
+    sessions: int
+    streams: int
+    reserved_bytes: int
+    budget_bytes: int
+
+
+class Registry:
+    """Owns the sessions. Thread-safe."""
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        *,
+        max_sessions: int,
+        max_streams: int,
+        step_idle_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """Start without sessions."""
+        self.pool = pool
+        self.clock = clock
+        self._max_sessions = max_sessions
+        self._max_streams = max_streams
+        self._step_idle_seconds = step_idle_seconds
+        self._lock = threading.Lock()
+        self._creation = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._by_request: dict[str, Session] = {}
+        self._streams: set[Attachment] = set()
+        self._uploads: set[Attachment] = set()
+
+    def create(self, request_id: str, config: SessionConfig) -> Created:
+        """Create a session, or return the one that this request created before.
+
+        Raises:
+            InvalidRequestError: the request id came before with another config.
+            UnsupportedFeatureError: the config names a device that the server does not have.
+            ResourceExhaustedError: too many sessions, or no memory for this one.
+        """
+        # One creation at a time: a repeated request that overtakes the first would otherwise make two, and two that
+        # look for the emptiest device would find the same. Allocating and compiling take a while, so the maps have a
+        # lock of their own that nobody holds for long.
+        with self._creation:
+            known = self._by_request.get(request_id)
+            if known is not None and not known.ledger.closed and not known.expired(self.clock()):
+                return self._created_before(request_id, known, config)
+            if len(self._sessions) >= self._max_sessions:
+                raise ResourceExhaustedError(
+                    f"the server holds {len(self._sessions)} sessions, its most; close some, or start it with a "
+                    "larger --max-sessions",
+                    reason=Reason.TOO_MANY_SESSIONS,
+                    metadata={"max_sessions": self._max_sessions},
+                )
+            engine, budget = self.pool.choose(config.device)
+            session = Session(secrets.token_hex(16), config, engine, budget, epoch=1, clock=self.clock)
+            token = session.take_slot()
+            with self._lock:
+                self._sessions[session.session_id] = session
+                self._by_request[request_id] = session
+            return Created(session, token, replayed=False)
+
+    def get(self, session_id: str) -> Session:
+        """Find a session.
+
+        Raises:
+            SessionNotFoundError: it does not exist, or its lease has run out.
+        """
+        session = self._sessions.get(session_id)
+        if session is None or session.expired(self.clock()):
+            raise session_not_found(session_id)
+        return session
+
+    def page(self, after: str, size: int) -> tuple[list[Session], str]:
+        """Return sessions ordered by id and the token of the next page, empty on the last."""
+        with self._lock:
+            ids = sorted(self._sessions)
+            first = bisect_right(ids, after)
+            chosen = [self._sessions[session_id] for session_id in ids[first : first + size]]
+        return chosen, chosen[-1].session_id if first + size < len(ids) else ""
+
+    def delete(self, session_id: str) -> Session:
+        """End a session and free its memory.
+
+        Raises:
+            SessionNotFoundError: it does not exist.
+        """
+        session = self.get(session_id)
+        self._end([session])
+        return session
+
+    @contextlib.contextmanager
+    def stream(self, cancel: Callable[[], object]) -> Iterator[Attachment]:
+        """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
+
+        Raises:
+            ResourceExhaustedError: the server has all the streams it takes.
+        """
+        attachment = Attachment(cancel, self.clock())
+        with self._lock:
+            if len(self._streams) >= self._max_streams:
+                raise ResourceExhaustedError(
+                    f"the server has {len(self._streams)} attached streams, its most; detach some, or start it with "
+                    "a larger --max-streams",
+                    reason=Reason.TOO_MANY_STREAMS,
+                    metadata={"max_streams": self._max_streams},
+                    retry_after_seconds=1.0,
+                )
+            self._streams.add(attachment)
+        try:
+            yield attachment
+        finally:
+            with self._lock:
+                self._streams.discard(attachment)
+
+    @contextlib.contextmanager
+    def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+        """Watch a load for a block; yields what to call, always true, with each message it brings.
+
+        The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
+        counted as streams, or a server with as many clients as it takes would refuse every load.
+        """
+        attachment = Attachment(cancel, self.clock())
+        attachment.in_step = True
+
+        def seen() -> bool:
+            attachment.last_seen = self.clock()
+            return True
+
+        with self._lock:
+            self._uploads.add(attachment)
+        try:
+            yield seen
+        finally:
+            with self._lock:
+                self._uploads.discard(attachment)
+
+    def sweep(self) -> list[str]:
+        """End expired sessions and cancel silent streams and loads; returns the ended ids."""
+        now = self.clock()
+        with self._lock:
+            expired = [session for session in self._sessions.values() if session.expired(now)]
+            silent = [
+                stream for stream in self._streams | self._uploads if stream.overdue(now, self._step_idle_seconds)
+            ]
+        for stream in silent:
+            stream.cancel()
+        self._end(expired)
+        return [session.session_id for session in expired]
+
+    def cancel_streams(self) -> None:
+        """End every attached stream that does not end by itself."""
+        with self._lock:
+            streams = [stream for stream in self._streams if not stream.ending]
+        for stream in streams:
+            stream.cancel()
+
+    def close(self) -> None:
+        """End every session. Closing twice is harmless."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        self._end(sessions)
+
+    def statistics(self) -> RegistryStatistics:
+        """Tell what the registry is doing."""
+        return RegistryStatistics(
+            len(self._sessions), len(self._streams), self.pool.reserved_bytes, self.pool.limit_bytes
+        )
+
+    def _created_before(self, request_id: str, session: Session, config: SessionConfig) -> Created:
+        if session.config != config:
+            raise InvalidRequestError(
+                f"request_id: {request_id!r} created another session before, with another config; use a new id",
+                metadata={"field": "request_id"},
+            )
+        return Created(session, FIRST_TOKEN, replayed=True)
+
+    def _end(self, sessions: list[Session]) -> None:
+        with self._lock:
+            for session in sessions:
+                self._sessions.pop(session.session_id, None)
+            ended = set(map(id, sessions))
+            self._by_request = {
+                request: session for request, session in self._by_request.items() if id(session) not in ended
+            }
+        with contextlib.ExitStack() as stack:  # a broken device keeps no other session from its end
+            for session in reversed(sessions):
+                stack.callback(session.close)

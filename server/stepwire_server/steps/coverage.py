@@ -1,0 +1,101 @@
+"""The ranges of the flat space that have arrived, and the bytes that claim to be theirs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+import numpy as np
+
+from stepwire.errors import InvalidRequestError, Reason
+from stepwire.wire.dtypes import wire_bytes, wire_name
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["Coverage", "typed_payload"]
+
+
+# A chunk costs a few hundred bytes of bookkeeping however few elements it brings, so their number is bounded:
+# freely for small sessions, and to one in 16 Ki elements beyond.
+_FREE_CHUNKS = 1024
+
+
+_ELEMENTS_PER_FURTHER_CHUNK = 16384
+
+
+class Coverage:
+    """Which parts of `[0, size)` have arrived. Refuses overlaps at once and gaps at the end."""
+
+    def __init__(self, size: int) -> None:
+        """Start with nothing."""
+        self._size = size
+        self._spans: list[tuple[int, int]] = []
+        self._max_chunks = _FREE_CHUNKS + size // _ELEMENTS_PER_FURTHER_CHUNK
+
+    def add(self, offset: int, count: int) -> int:
+        """Note a chunk and return its rank among those that have arrived.
+
+        Raises:
+            InvalidRequestError: it is empty, out of range, overlaps another, or is one too many.
+        """
+        end = offset + count
+        if count < 1 or end > self._size:
+            raise _invalid_chunk(offset, end, f"is not a non-empty part of [0, {self._size})")
+        if len(self._spans) == self._max_chunks:
+            raise _invalid_chunk(offset, end, f"is one more than the {self._max_chunks} allowed; send larger chunks")
+        rank = bisect_left(self._spans, (offset, end))
+        for neighbour in self._spans[max(rank - 1, 0) : rank + 1]:
+            if neighbour[0] < end and offset < neighbour[1]:
+                raise _invalid_chunk(offset, end, f"overlaps [{neighbour[0]}, {neighbour[1]}), sent before")
+        self._spans.insert(rank, (offset, end))
+        return rank
+
+    def require(self, needed: Iterable[tuple[int, int]]) -> None:
+        """Refuse a gap in what is needed: ranges in flat order.
+
+        Raises:
+            InvalidRequestError: names the first missing range.
+        """
+        if self._spans == [(0, self._size)]:
+            return
+        for start, end in needed:
+            reached = start
+            for low, high in self._spans[max(bisect_left(self._spans, (start, 0)) - 1, 0) :]:
+                if low > reached or reached >= end:
+                    break
+                reached = max(reached, high)
+            if reached < end:
+                raise self._gap(reached, end)
+
+    def _gap(self, start: int, end: int) -> InvalidRequestError:
+        following = bisect_left(self._spans, (start, 0))
+        end = min(end, self._spans[following][0]) if following < len(self._spans) else end
+        return InvalidRequestError(
+            f"elements [{start}, {end}) were not sent; chunks must cover [0, {self._size}), but for tensors without a "
+            "gradient",
+            reason=Reason.INVALID_TENSOR,
+            metadata={"field": "chunk", "missing_offset": start, "missing_end": end},
+        )
+
+
+def typed_payload(payload: HostArray, count: int, dtype: np.dtype[np.generic]) -> HostArray:
+    """View received bytes as items of an encoding that hold `count` elements.
+
+    Raises:
+        InvalidRequestError: the byte count is another.
+    """
+    if payload.size != wire_bytes(dtype, count):
+        raise InvalidRequestError(
+            f"chunk.count is {count} ({wire_bytes(dtype, count)} bytes of {wire_name(dtype)}) and the payload has "
+            f"{payload.size} bytes",
+            reason=Reason.INVALID_TENSOR,
+            metadata={"field": "chunk.count", "count": count, "payload_bytes": payload.size},
+        )
+    return payload.view(dtype)
+
+
+def _invalid_chunk(offset: int, end: int, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"chunk [{offset}, {end}) {problem}",
+        reason=Reason.INVALID_TENSOR,
+        metadata={"field": "chunk", "offset": offset, "end": end},
+    )

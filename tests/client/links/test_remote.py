@@ -1,0 +1,184 @@
+"""The hold on a slot, against a server that loses answers on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire.arrays.packing import Packer
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Deadline
+from stepwire.layout import TensorSpec, place
+from stepwire.links.remote import Attachment, StepCall
+from stepwire.transports.route import Route, Router
+from stepwire.v1 import attach_pb2, session_pb2, step_pb2, tensor_pb2, transport_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.dtypes import FLOAT32
+
+PATIENCE_SECONDS = 30.0
+OPENING = attach_pb2.AttachOpen(session_id="s", attach_token=7, epoch=1, transport=transport_pb2.TRANSPORT_GRPC)
+PACKER = Packer(place([TensorSpec("w", (5,))], 1))
+Script = Callable[[Iterator[pb.AttachRequest]], Iterator[pb.AttachResponse]]
+
+
+def opened(applied_step: int, *, token: int = 7, load: int = 1) -> pb.AttachResponse:
+    return pb.AttachResponse(
+        opened=attach_pb2.AttachOpened(attach_token=token, epoch=1, applied_step=applied_step, applied_load=load)
+    )
+
+
+def answer(step: int, elements: int = 5) -> pb.AttachResponse:
+    return pb.AttachResponse(
+        chunk=tensor_pb2.Chunk(offset=0, count=elements),
+        payload=np.full(elements, step, np.float32).tobytes(),
+        result=step_pb2.StepResult(step=step),
+    )
+
+
+class Server:
+    """Plays one script a stream, in turn, and keeps what it was sent."""
+
+    def __init__(self, scripted: Any, *scripts: Script) -> None:
+        self.received: list[list[pb.AttachRequest]] = []
+        self._scripts = list(scripts)
+        scripted.on("Attach", self._attach)
+
+    def _attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        received: list[pb.AttachRequest] = []
+        self.received.append(received)
+
+        def requests() -> Iterator[pb.AttachRequest]:
+            for data in messages:
+                received.append(pb.AttachRequest.FromString(data))
+                yield received[-1]
+
+        for response in self._scripts.pop(0)(requests()):
+            yield response.SerializeToString()
+
+
+def hold(calls: Calls, *, token: int = 7, applied_step: int = 3, chunk_bytes: int = 1 << 16) -> Attachment:
+    session = session_pb2.Session(session_id="s", epoch=1, applied_step=applied_step, applied_load=1)
+    return Attachment(Route(Router(calls, "tcp"), "s"), session, token, PACKER, chunk_bytes)
+
+
+def call(step: int) -> StepCall:
+    gradient = [np.arange(5, dtype=np.float32)]
+    return StepCall(step_pb2.StepBegin(step=step), gradient, FLOAT32, [np.zeros(5, np.float32)], FLOAT32)
+
+
+def deadline() -> Deadline:
+    return Deadline(PATIENCE_SECONDS)
+
+
+def serve_steps(applied_step: int) -> Script:
+    """Answer every commit."""
+
+    def script(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
+        next(requests)
+        yield opened(applied_step)
+        step = 0
+        for request in requests:
+            step = request.begin.step or step
+            if request.HasField("commit"):
+                yield answer(step)
+
+    return script
+
+
+def lose_the_answer(applied_step: int) -> Script:
+    """Take one step and end the stream without a word."""
+
+    def script(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
+        next(requests)
+        yield opened(applied_step)
+        for request in requests:
+            if request.HasField("commit"):
+                return
+
+    return script
+
+
+def test_a_step_is_begin_chunks_and_commit(scripted: Any, scripted_calls: Calls) -> None:
+    server = Server(scripted, serve_steps(3))
+    attachment, step = hold(scripted_calls, chunk_bytes=8), call(4)
+    assert attachment.take_step(step, deadline()).step == 4
+    attachment.detach()
+    _, *sent = server.received[0]
+    assert [(frame.HasField("begin"), frame.chunk.offset, frame.HasField("commit")) for frame in sent] == [
+        (True, 0, False),
+        (False, 2, False),
+        (False, 4, True),
+    ]
+    assert [np.frombuffer(frame.payload, np.float32).tolist() for frame in sent] == [[0, 1], [2, 3], [4]]
+    assert step.targets[0].tolist() == [4] * 5
+    assert attachment.applied_step == 4
+
+
+def test_a_step_whose_answer_was_lost_is_asked_for_without_its_gradient(scripted: Any, scripted_calls: Calls) -> None:
+    server = Server(scripted, lose_the_answer(3), serve_steps(4))
+    attachment, step = hold(scripted_calls), call(4)
+    with pytest.raises(stepwire.UnavailableError):
+        attachment.take_step(step, deadline())
+    assert attachment.applied_step == 3
+    assert attachment.take_step(step, deadline()).step == 4
+    attachment.detach()
+    assert server.received[1][0].open == OPENING
+    assert server.received[1][1:] == [pb.AttachRequest(begin=step.begin, commit=step_pb2.StepCommit())]
+    assert (attachment.applied_step, step.targets[0].tolist()) == (4, [4] * 5)
+
+
+def test_a_step_that_was_not_applied_is_sent_again_whole(scripted: Any, scripted_calls: Calls) -> None:
+    server = Server(scripted, lose_the_answer(3), serve_steps(3))
+    attachment, step = hold(scripted_calls), call(4)
+    with pytest.raises(stepwire.UnavailableError):
+        attachment.take_step(step, deadline())
+    attachment.take_step(step, deadline())
+    attachment.detach()
+    assert server.received[1][1:] == server.received[0][1:]
+
+
+@pytest.mark.parametrize("applied", [0, 2, 5, 9])
+def test_a_session_that_moved_on_its_own_is_not_stepped(scripted: Any, scripted_calls: Calls, applied: int) -> None:
+    server = Server(scripted, serve_steps(applied))
+    attachment = hold(scripted_calls)
+    with pytest.raises(stepwire.StepMismatchError) as refused:
+        attachment.take_step(call(4), deadline())
+    assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": "4"}
+    assert len(server.received[0]) == 1
+
+
+def test_who_takes_the_slot_learns_where_the_session_is(scripted: Any, scripted_calls: Calls) -> None:
+    server = Server(scripted, serve_steps(12))
+    attachment = hold(scripted_calls, token=0, applied_step=3)
+    attachment.attach(deadline())
+    attachment.detach()
+    assert server.received[0][0].open.attach_token == 0
+    assert (attachment.token, attachment.applied_step, attachment.applied_load) == (7, 12, 1)
+
+
+def test_attaching_twice_keeps_the_stream(scripted: Any, scripted_calls: Calls) -> None:
+    server = Server(scripted, serve_steps(3))
+    attachment = hold(scripted_calls)
+    assert attachment.attach(deadline()) is attachment.attach(deadline())
+    attachment.detach()
+    attachment.detach()
+    assert len(server.received) == 1
+
+
+def test_an_answer_with_a_hole_is_no_answer(scripted: Any, scripted_calls: Calls) -> None:
+    def holed(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
+        next(requests)
+        yield opened(3)
+        next(requests)
+        yield answer(4, elements=3)
+
+    Server(scripted, holed)
+    attachment = hold(scripted_calls)
+    with pytest.raises(stepwire.UnavailableError, match="the answer to step 4 lacks 2 elements"):
+        attachment.take_step(call(4), deadline())
+    assert attachment.applied_step == 3

@@ -1,0 +1,90 @@
+"""What a step asks for, whatever the steps before it asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire.arrays.packing import Packer
+from stepwire.errors import InvalidRequestError
+from stepwire.layout import TensorSpec, place
+from stepwire.steps.build import StepBuilder, StepOptions
+from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
+
+LAYOUT = place([TensorSpec("a", (3,)), TensorSpec("b", (2, 2)), TensorSpec("c", (4,), 1)], 2)
+GRADIENTS = {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float32), "c": np.ones(4, np.float32)}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.5},
+    {"hyperparameters": {"eps": 0.25}},
+    {"hyperparameters": [{"lr": 0.5}, {}]},
+    {"loss_scale": 8.0},
+    {"gradient_dtype": "bfloat16"},
+    {"reply_dtype": "bfloat16"},
+    {"reply_dtype": "bfloat16", "reply": "changed"},
+    {"reply": "none"},
+    {"reply_first": ("c", "a")},
+    {"overlap": True},
+]
+
+
+def make_builder() -> StepBuilder:
+    numbers = optimizer_pb2.Hyperparameters(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
+    config = session_pb2.SessionConfig(
+        optimizer=optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_ADAM),
+        groups=[optimizer_pb2.ParameterGroup(overrides=numbers)] * 2,
+        gradient=optimizer_pb2.GradientTreatment(missing_gradient=optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP),
+    )
+    message = session_pb2.Session(epoch=7, config=config)
+    return StepBuilder(message, Packer(LAYOUT), 1 << 20, error_feedback=False)
+
+
+def begin_of(builder: StepBuilder, options: dict[str, Any], left_out: tuple[str, ...] = ()) -> step_pb2.StepBegin:
+    gradients = {name: array for name, array in GRADIENTS.items() if name not in left_out}
+    return builder.build(gradients, StepOptions(**options))[0].begin
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "defaults")
+def test_what_a_step_asks_for_does_not_depend_on_the_steps_before(options: dict[str, Any]) -> None:
+    expected, builder = begin_of(make_builder(), options), make_builder()
+    for before in OPTIONS:
+        taken = begin_of(builder, before, left_out=("b",))
+        assert list(taken.missing_tensors) == [1]
+        taken.step, taken.reply_base = 3, 2  # as the session and the attachment write into it
+        assert begin_of(builder, options) == expected
+
+
+def test_a_step_asks_for_what_its_options_say() -> None:
+    begin = begin_of(make_builder(), {"lr": 0.5, "loss_scale": 8.0, "reply_dtype": "float16", "reply_first": ("c",)})
+    assert begin == step_pb2.StepBegin(
+        epoch=7,
+        gradient_dtype=tensor_pb2.DTYPE_FLOAT32,
+        hyperparameters=[optimizer_pb2.Hyperparameters(lr=0.5)] * 2,
+        reply=step_pb2.ReplyOptions(
+            mode=step_pb2.REPLY_MODE_PARAMETERS, dtype=tensor_pb2.DTYPE_FLOAT16, chunk_bytes=1 << 20, first=[2]
+        ),
+        loss_scale=8.0,
+    )
+
+
+def test_a_step_that_is_refused_leaves_no_trace_in_the_next() -> None:
+    builder = make_builder()
+    expected = begin_of(make_builder(), {})
+    for wrong in [{"lr": -1.0}, {"reply_first": ("a", "nothing")}, {"reply": "some"}]:
+        with pytest.raises(InvalidRequestError):
+            begin_of(builder, wrong)
+        assert begin_of(builder, {}) == expected
+
+
+def test_a_new_answer_lies_where_its_targets_do() -> None:
+    call, answer = make_builder().build(GRADIENTS, StepOptions())
+    assert isinstance(answer, dict)
+    for number, target in enumerate(call.targets):
+        target[...] = number
+    assert {name: array.tolist() for name, array in answer.items()} == {
+        "a": [0, 0, 0],
+        "b": [[1, 1], [1, 1]],
+        "c": [2, 2, 2, 2],
+    }

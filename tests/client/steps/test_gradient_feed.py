@@ -1,0 +1,101 @@
+"""Gradients that are made while they are sent: the order of chunks, the end, and giving up."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire.arrays.packing import Packer
+from stepwire.layout import TensorSpec, place
+from stepwire.steps.gradient_feed import GivenUp, GradientFeed
+
+NAMES = ("a", "b", "c")
+PATIENCE_SECONDS = 30.0
+
+
+@pytest.fixture
+def packer() -> Packer:
+    """Three tensors of 4, 6 and 2 elements, one after another."""
+    return Packer(place([TensorSpec(name, (count,)) for name, count in zip(NAMES, (4, 6, 2), strict=True)], 1))
+
+
+def values(start: int, count: int) -> Any:
+    return np.arange(start, start + count, dtype=np.float32)
+
+
+def empty(packer: Packer) -> list[Any]:
+    return [np.full(tensor.count, np.nan, np.float32) for tensor in packer.layout.tensors]
+
+
+def test_chunks_come_as_soon_as_all_that_lies_in_them_is_there(packer: Packer) -> None:
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    chunks = feed.chunks(packer.chunks(4), flat)  # [0, 4) of a; [4, 8) of b; [8, 12) of b and c
+    feed.give("c", values(10, 2))
+    feed.give("b", values(4, 6))
+    assert [next(chunks).offset, next(chunks).offset] == [4, 8]
+    feed.give("a", values(0, 4))
+    assert [chunk.offset for chunk in chunks] == [0]
+    assert np.concatenate(flat).tolist() == list(range(12))
+
+
+def test_a_chunk_waits_for_the_last_of_its_tensors(packer: Packer) -> None:
+    feed = GradientFeed(NAMES)
+    for name in ("a", "b"):
+        feed.give(name, values(0, 1))
+    with ThreadPoolExecutor(1) as thread:
+        whole = thread.submit(lambda: [chunk.offset for chunk in feed.chunks(packer.chunks(12), empty(packer))])
+        feed.give("c", values(0, 2))
+        assert whole.result(PATIENCE_SECONDS) == [0]
+
+
+def test_tensors_without_a_gradient_are_not_waited_for(packer: Packer) -> None:
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    flat[1] = flat[1][:0]
+    feed.give("c", values(0, 2))
+    assert next(feed.chunks(packer.chunks(4)[2:], flat)).offset == 8
+
+
+def test_a_device_is_waited_for_before_its_gradient_is_read(packer: Packer) -> None:
+    feed, flat, seen = GradientFeed(NAMES), empty(packer), []
+    gradient = np.zeros((2, 1), np.float32)
+
+    def arrive() -> None:
+        seen.append("waited")
+        gradient[:] = 7.0
+
+    feed.give("c", gradient, arrive)
+    flat[1] = flat[1][:0]
+    next(feed.chunks(packer.chunks(4)[2:], flat))
+    assert (seen, flat[2].tolist()) == (["waited"], [7.0, 7.0])
+
+
+def test_the_end_waits_for_the_commit() -> None:
+    feed = GradientFeed(NAMES)
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(feed.committed)
+        feed.commit()
+        assert ended.result(PATIENCE_SECONDS) is True
+
+
+def test_giving_up_ends_what_waits_and_the_exchange(packer: Packer) -> None:
+    feed, cancelled = GradientFeed(NAMES), threading.Event()
+    feed.bind(cancelled.set)
+    with ThreadPoolExecutor(2) as threads:
+        chunks = threads.submit(lambda: list(feed.chunks(packer.chunks(4), empty(packer))))
+        ended = threads.submit(feed.committed)
+        feed.abort()
+        assert (chunks.result(PATIENCE_SECONDS), ended.result(PATIENCE_SECONDS)) == ([], False)
+    assert cancelled.is_set()
+    with pytest.raises(GivenUp):
+        feed.check()
+
+
+def test_an_exchange_that_begins_after_giving_up_ends_at_once() -> None:
+    feed, cancelled = GradientFeed(NAMES), threading.Event()
+    feed.abort()
+    feed.bind(cancelled.set)
+    assert cancelled.is_set()

@@ -1,0 +1,35 @@
+"""Plans for tests of the domain: the contract's defaults, but for what a test says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepwire.layout import TensorSpec, place
+from stepwire.optimizers import Adam
+from stepwire.optimizers.gradient_treatment import GradientTreatment
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.rules import Precision
+
+
+def make_config(*specs: TensorSpec, **fields: Any) -> SessionConfig:
+    """Plan a session that starts from zeros; schedules and bounds are None for as many groups as there are."""
+    optimizer = fields.pop("optimizer", Adam())
+    groups = fields.pop("groups", (optimizer.hyperparameters(),))
+    in_blocks = fields.get("precision") is Precision.INT8
+    defaults: dict[str, Any] = {
+        "layout": place(specs, len(groups), in_blocks=in_blocks),
+        "optimizer": optimizer,
+        "groups": groups,
+        "schedules": (None,) * len(groups),
+        "group_clips": (None,) * len(groups),
+        "treatment": GradientTreatment(),
+        "precision": Precision.FLOAT32,
+        "measures": True,
+        "gradient_dtype": FLOAT32,
+        "reply_dtype": FLOAT32,
+        "start_at_zero": True,
+        "lease_seconds": 60.0,
+        "label": "",
+    }
+    return SessionConfig(**defaults | fields)

@@ -1,0 +1,263 @@
+"""Sums come to the host through cells that are used again, and none of them is lost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.sums import CELL_BYTES, Cells, Figures, Noted
+
+ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
+BATCH_BYTES = 32 * CELL_BYTES
+
+every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
+
+
+def figures(
+    device: CudaDevice, cells: Cells, value: int, count: int = 4, dtype: Any = np.uint8, noted: Noted | None = None
+) -> Figures[list[int]]:
+    """Ask for some numbers, every byte of which is `value`; they are noted apart from all others."""
+    with device.computing():
+        return Figures(
+            cells,
+            noted or Noted(1),
+            count,
+            dtype,
+            lambda sums: sums.data.memset_async(value, sums.nbytes),
+            lambda sums: sums.tolist(),
+        )
+
+
+def free_cells(cells: Cells) -> int:
+    return len(cells._free)
+
+
+@every_order
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(0, np.float32), (1, np.float64), (7, np.float32), (CELL_BYTES // 8, np.float64)]
+)
+def test_figures_are_what_the_kernel_left(fake, order, count, dtype) -> None:
+    device = CudaDevice(fake(order), 0)
+    cells, asked = Cells(device, 32), []
+    for value in (0x40, 0x41, 0x42):
+        asked.append(figures(device, cells, value, count, dtype))
+    for value, each in zip((0x40, 0x41, 0x42), asked, strict=True):
+        expected = np.full(count * np.dtype(dtype).itemsize, value, np.uint8).view(dtype)
+        assert each.wait() == expected.tolist()
+
+
+@every_order
+def test_figures_are_waited_for_in_any_order_and_twice(fake, order) -> None:
+    device = CudaDevice(fake(order), 0)
+    cells = Cells(device, 32)
+    asked = [figures(device, cells, value) for value in range(5)]
+    for value in (3, 0, 4, 1, 2, 3, 0):
+        assert asked[value].wait() == [value] * 4
+    assert free_cells(cells) == 32, "a cell is given back once"
+    again = [figures(device, cells, 10 + value) for value in range(5)]
+    assert [each.wait() for each in asked] == [[value] * 4 for value in range(5)], "they are not those of the next"
+    assert [each.wait()[0] for each in again] == [10, 11, 12, 13, 14]
+
+
+def test_figures_are_not_read_before_they_have_arrived(fake) -> None:
+    """Without the wait, they would be those of before."""
+    wrong = []
+    for order in ORDERS:
+        device = CudaDevice(fake(order), 0)
+        cells = Cells(device, 32)
+        event, whole = device.cupy.cuda.Event, device.cupy.cuda.Event.synchronize
+        event.synchronize = lambda self, whole=whole: (
+            None if sys._getframe(1).f_code.co_filename.endswith("cuda/figures.py") else whole(self)
+        )
+        wrong += [order] if [figures(device, cells, value).wait() for value in (1, 2)] != [[1] * 4, [2] * 4] else []
+        with device.current():
+            device.compute.synchronize()
+    assert "lazy" in wrong and "eager" not in wrong
+
+
+@every_order
+def test_a_cell_is_used_again_and_again(fake, order) -> None:
+    cupy = fake(order)
+    device = CudaDevice(cupy, 0)
+    cells = Cells(device, 32)
+    assert (cupy.allocations, cupy.used_bytes, cupy.pinned_bytes) == (1, BATCH_BYTES, BATCH_BYTES)
+    for turn in range(100):
+        assert figures(device, cells, turn).wait() == [turn] * 4
+    assert (cupy.allocations, cupy.used_bytes, cupy.pinned_bytes) == (1, BATCH_BYTES, BATCH_BYTES)
+
+
+@every_order
+def test_there_are_as_many_cells_as_have_been_needed_at_a_time(fake, order) -> None:
+    cupy = fake(order)
+    device = CudaDevice(cupy, 0)
+    cells = Cells(device, 32)
+    for _ in range(2):
+        asked = [figures(device, cells, value) for value in range(70)]
+        assert (cupy.allocations, cupy.used_bytes, cupy.pinned_bytes) == (3, 3 * BATCH_BYTES, 3 * BATCH_BYTES)
+        assert [each.wait() for each in asked] == [[value] * 4 for value in range(70)]
+    assert free_cells(cells) == 96
+    assert cupy.used_bytes < cells.most_bytes
+
+
+def test_cells_do_not_overlap(fake) -> None:
+    cells = Cells(CudaDevice(fake(), 0), 32)
+    taken = [cells.take(lambda: None) for _ in range(40)]
+    for side in ([cell.device.data.ptr for cell in taken], [cell.address for cell in taken]):
+        places = sorted(side)
+        assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= CELL_BYTES
+    assert all(cell.device.nbytes == cell.host.nbytes == CELL_BYTES for cell in taken)
+
+
+@pytest.mark.parametrize("failing", ["launch", "memset", "copy"])
+def test_what_is_not_launched_gives_its_cell_back(fake, failing) -> None:
+    cupy = fake()
+    device, broken = CudaDevice(cupy, 0), cupy.cuda.runtime.CUDARuntimeError(719)
+    cells = Cells(device, 32)
+
+    def launch(sums: Any) -> None:
+        raise broken
+
+    for _ in range(40):
+        with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
+            if failing == "launch":
+                with device.computing():
+                    Figures(cells, Noted(1), 1, np.uint8, launch, list)
+            else:
+                cupy.fail_next(failing, broken)
+                figures(device, cells, 1)
+        assert caught.value is broken
+    assert (free_cells(cells), cupy.allocations) == (32, 1)
+    assert figures(device, cells, 5).wait() == [5] * 4
+
+
+def test_a_wait_that_failed_may_be_tried_again(fake) -> None:
+    cupy = fake()
+    device, broken = CudaDevice(cupy, 0), cupy.cuda.runtime.CUDARuntimeError(719)
+    cells = Cells(device, 32)
+    asked = figures(device, cells, 5)
+    for _ in range(2):
+        cupy.fail_next("synchronize", broken)
+        with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
+            asked.wait()
+        assert caught.value is broken
+    assert free_cells(cells) == 31
+    assert asked.wait() == [5] * 4
+    assert free_cells(cells) == 32
+
+
+@pytest.fixture(params=["shortage of device memory", "shortage of pinned memory", "limit"])
+def one_batch(fake, monkeypatch, request) -> Callable[[], tuple[CudaDevice, Cells]]:
+    """Make a device where there are 32 cells and no more, for whatever reason."""
+
+    def make() -> tuple[CudaDevice, Cells]:
+        cupy = fake(memory_bytes=2 * BATCH_BYTES - (request.param == "shortage of device memory"))
+        device = CudaDevice(cupy, 0)
+        cells = Cells(device, 32)
+        if request.param == "limit":
+            monkeypatch.setattr("stepwire_server.engines.cuda.sums._MOST_BATCHES", 1)
+        if request.param == "shortage of pinned memory":
+            for _ in range(100):
+                cupy.fail_next("PinnedMemory", cupy.cuda.runtime.CUDARuntimeError(2))
+        return device, cells
+
+    return make
+
+
+def test_who_finds_no_cell_reads_its_own_results(one_batch, together) -> None:
+    device, cells = one_batch()
+    noted, asked = Noted(100), []
+
+    def ask() -> None:
+        for value in range(80):
+            asked.append(figures(device, cells, value, noted=noted))
+            assert free_cells(cells) == 31 - value % 32
+
+    together(ask)
+    assert [each.wait() for each in asked] == [[value] * 4 for value in range(80)]
+    assert free_cells(cells) == 32
+    assert device.cupy.used_bytes == device.cupy.pinned_bytes == BATCH_BYTES
+
+
+def test_who_finds_no_cell_and_has_none_waits_for_others(one_batch, together) -> None:
+    device, cells = one_batch()
+    noted, reached = Noted(100), threading.Event()
+    theirs = [figures(device, cells, value, noted=noted) for value in range(32)]
+    mine: list[list[int]] = []
+
+    class Mine(Noted):
+        def clear(self) -> None:
+            super().clear()
+            reached.set()
+
+    def give() -> None:
+        assert reached.wait(60.0)
+        assert theirs[7].wait() == [7] * 4
+
+    together(lambda: mine.append(figures(device, cells, 99, noted=Mine(1)).wait()), give)
+    assert mine == [[99] * 4]
+    noted.clear()
+    assert [each.wait()[0] for each in theirs] == list(range(32))
+    assert free_cells(cells) == 32
+
+
+def test_an_error_of_ones_own_results_costs_no_cell(one_batch, together) -> None:
+    device, cells = one_batch()
+    noted, broken = Noted(100), device.cupy.cuda.runtime.CUDARuntimeError(719)
+    theirs = [figures(device, cells, value, noted=noted) for value in range(32)]
+    device.cupy.fail_next("synchronize", broken)
+    with pytest.raises(device.cupy.cuda.runtime.CUDARuntimeError) as caught:
+        together(lambda: figures(device, cells, 99, noted=noted))
+    assert caught.value is broken
+    assert [each.wait()[0] for each in theirs] == list(range(32))
+    assert free_cells(cells) == 32
+
+
+@every_order
+def test_cells_are_shared_by_threads(fake, together, monkeypatch, order) -> None:
+    """More threads than cells for what each leaves unread."""
+    monkeypatch.setattr("stepwire_server.engines.cuda.sums._MOST_BATCHES", 1)
+    device = CudaDevice(fake(order), 0)
+    cells = Cells(device, 32)
+
+    def work(seed: int) -> None:
+        noted = Noted(15)
+        asked = [figures(device, cells, seed + turn, noted=noted) for turn in range(30)]
+        assert [each.wait()[0] for each in asked] == list(range(seed, seed + 30))
+        noted.clear()
+
+    together(*(lambda seed=seed: work(seed) for seed in (0, 50, 100, 150)))
+    assert free_cells(cells) == 32
+
+
+# --- results that are noted ---------------------------------------------------------------------------------------
+
+
+@every_order
+def test_at_most_so_many_are_left_unread_and_none_is_lost(fake, order) -> None:
+    cupy = fake(order)
+    device = CudaDevice(cupy, 0)
+    cells, noted = Cells(device, 32), Noted(3)
+    asked = []
+    for value in range(50):
+        asked.append(figures(device, cells, value, noted=noted))
+        assert free_cells(cells) == 32 - min(value + 1, 3)
+    assert [each.wait() for each in asked] == [[value] * 4 for value in range(50)]
+    assert (free_cells(cells), cupy.allocations) == (32, 1)
+    noted.clear()
+    assert free_cells(cells) == 32, "what was read is not given back again"
+
+
+def test_what_nobody_waits_for_gives_its_cells_back_when_all_is_read(fake) -> None:
+    device = CudaDevice(fake(), 0)
+    cells, noted = Cells(device, 32), Noted(20)
+    for value in range(10):
+        figures(device, cells, value, noted=noted)
+    assert free_cells(cells) == 22
+    noted.clear()
+    assert free_cells(cells) == 32

@@ -1,0 +1,227 @@
+"""The 8-bit code: its maps against their published values, its codes against a search, NumPy against Numba."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwire_server.engines import int8_moments as dynamic_code
+from stepwire_server.engines import scalar_codecs as numba_codecs
+from stepwire_server.engines.int8_moments import (
+    BLOCK,
+    SIGNED_MAP,
+    UNSIGNED_MAP,
+    block_count,
+    decode_blocks,
+    encode_blocks,
+    encode_with,
+)
+
+SIGNS = pytest.mark.parametrize("signed", [True, False])
+NAN = 0x7FC00000
+EXTREMES = np.array([2.0**-126, 2.0**-125, 1e-30, 1.0, 1e30, 2.0**126, 2.0**127, 3.4028235e38], np.float32)
+
+
+def map_of(signed: bool) -> np.ndarray:
+    return SIGNED_MAP if signed else UNSIGNED_MAP
+
+
+def nearest(scaled: np.ndarray, signed: bool) -> np.ndarray:
+    """Search all 256 values in float64; of two equally near ones take that nearer to zero."""
+    values = map_of(signed).astype(np.float64)
+    order = np.argsort(abs(values), kind="stable")
+    distances = abs(scaled.astype(np.float64)[:, None] - values[order][None, :])
+    return order[np.argmin(distances, axis=1)].astype(np.uint8)
+
+
+def middles(signed: bool) -> np.ndarray:
+    """Return the float32 nearest to each middle between two values and its neighbours on both sides."""
+    values = map_of(signed).astype(np.float64)
+    centres = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    return np.concatenate([np.nextafter(centres, np.float32(-2)), centres, np.nextafter(centres, np.float32(2))])
+
+
+def gauss(size: int, signed: bool, seed: int = 0) -> np.ndarray:
+    """Return normal values times a factor that differs from element to element by many decades."""
+    generator = np.random.default_rng(seed)
+    values = (generator.standard_normal(size) * np.exp(generator.uniform(-18, 2, size))).astype(np.float32)
+    return values if signed else abs(values)
+
+
+@SIGNS
+def test_map(signed: bool) -> None:
+    values = map_of(signed)
+    assert values.dtype == np.float32 and values.shape == (256,)
+    assert np.all(np.diff(values) > 0)
+    assert 0.0 in values and values[-1] == 1.0
+    assert not np.signbit(values[values == 0.0]).any()
+
+
+def test_ends_of_the_maps() -> None:
+    """As in bitsandbytes; the decimals are those that torch prints."""
+    assert SIGNED_MAP[0] == np.float32(-0.99296874) and SIGNED_MAP[127] == 0.0 and SIGNED_MAP[254] == -SIGNED_MAP[0]
+    assert SIGNED_MAP[128] == np.float32(5.5000004e-07)
+    assert UNSIGNED_MAP[0] == 0.0 and UNSIGNED_MAP[1] == np.float32(3.2500003e-07)
+    assert UNSIGNED_MAP[254] == np.float32(0.9964844)
+
+
+@SIGNS
+def test_map_is_the_published_formula(signed: bool) -> None:
+    """Evaluate the formula exactly; bitsandbytes does so in float32, a few roundings away."""
+    expected = [0.0, 1.0]
+    for decade in range(7):
+        count = 2 ** (decade if signed else decade + 1)
+        for j in range(count):
+            value = 10.0 ** (decade - 6) * (0.1 + 0.9 * (j + 0.5) / count)
+            expected += [value, -value] if signed else [value]
+    np.testing.assert_allclose(map_of(signed), np.sort(expected), rtol=3 * 2.0**-24)
+
+
+@SIGNS
+def test_encode_finds_the_nearest(signed: bool) -> None:
+    values = np.concatenate([map_of(signed), middles(signed), gauss(20_000, signed)])
+    values = np.clip(values, -1.0 if signed else 0.0, 1.0)
+    absmax = np.ones(block_count(len(values)), np.float32)
+    np.testing.assert_array_equal(encode_with(values, absmax, signed), nearest(values, signed))
+
+
+@SIGNS
+def test_encode_blocks_is_the_largest_and_the_nearest(signed: bool) -> None:
+    values = gauss(40 * BLOCK, signed)
+    codes, absmax = encode_blocks(values, signed)
+    np.testing.assert_array_equal(absmax, abs(values).reshape(-1, BLOCK).max(axis=1))
+    scaled = values * np.repeat(np.float32(1) / absmax, BLOCK)
+    np.testing.assert_array_equal(codes, nearest(scaled, signed))
+
+
+def test_exact_tie_goes_towards_zero() -> None:
+    """Between two float32 whose middle is a float32: powers of two apart."""
+    for signed in (True, False):
+        values = map_of(signed).astype(np.float64)
+        exact = (values[1:] + values[:-1]) / 2
+        ties = exact[exact == exact.astype(np.float32)].astype(np.float32)
+        assert len(ties) > 10
+        codes = encode_with(ties, np.ones(block_count(len(ties)), np.float32), signed)
+        chosen = abs(map_of(signed)[codes])
+        assert np.all(chosen < abs(ties))
+
+
+@SIGNS
+def test_codes_survive_decoding(signed: bool) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    generator = np.random.default_rng(1)
+    patterns = generator.integers(0x00800000, 0x7F800000, 3_000, dtype=np.uint32)
+    for absmax in np.concatenate([EXTREMES, patterns.view(np.float32)])[:, None]:
+        np.testing.assert_array_equal(encode_with(decode_blocks(codes, absmax, signed), absmax, signed), codes)
+
+
+@SIGNS
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 64 * 256 - 1, 64 * 256, 64 * 256 + 1, 40_000])
+def test_short_last_blocks(signed: bool, size: int) -> None:
+    values = gauss(size, signed)
+    codes, absmax = encode_blocks(values, signed)
+    assert len(codes) == size and len(absmax) == block_count(size) == -(-size // 256)
+    decoded = decode_blocks(codes, absmax, signed)
+    for low in range(0, size, BLOCK):
+        part = slice(low, min(low + BLOCK, size))
+        expected = encode_blocks(values[part].copy(), signed)
+        np.testing.assert_array_equal(codes[part], expected[0])
+        assert absmax[low // BLOCK] == expected[1][0] == abs(values[part]).max()
+        np.testing.assert_array_equal(decoded[part], map_of(signed)[codes[part]] * expected[1][0])
+
+
+@SIGNS
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1.1754942e-38])
+def test_blocks_of_zeros_and_subnormals_are_zeros(signed: bool, value: float) -> None:
+    codes, absmax = encode_blocks(np.full(300, value, np.float32), signed)
+    assert absmax.view(np.uint32).tolist() == [0, 0]
+    assert not decode_blocks(codes, absmax, signed).view(np.uint32).any()
+
+
+@SIGNS
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+def test_a_value_that_is_not_finite_makes_its_block_nan(signed: bool, value: float) -> None:
+    values = gauss(3 * BLOCK, signed)
+    values[BLOCK + 7] = value
+    codes, absmax = encode_blocks(values, signed)
+    assert absmax.view(np.uint32)[1] == NAN and np.isfinite(absmax[[0, 2]]).all()
+    assert set(codes[BLOCK : 2 * BLOCK].tolist()) == {127 if signed else 0}
+    assert np.isnan(decode_blocks(codes, absmax, signed)).reshape(3, BLOCK).all(axis=1).tolist() == [False, True, False]
+
+
+def test_values_outside_the_map() -> None:
+    one = np.ones(1, np.float32)
+    assert encode_with(np.float32([-1, -5, 5, -np.inf, np.inf]), one, True).tolist() == [0, 0, 255, 0, 255]
+    assert encode_with(np.float32([-1, -1e-9, 5, np.inf]), one, False).tolist() == [255, 0, 255, 255]
+
+
+_LOOPS = """
+@kernel
+def encode(values, codes, absmax):
+    for low in range(0, values.size, 256):
+        high = min(low + 256, values.size)
+        largest = uint32(0)
+        for i in range(low, high):
+            largest = max(largest, magnitude(values[i]))
+        absmax[low // 256] = absmax_of(largest)
+        scale = float32(1.0) / absmax[low // 256]
+        mask = mask_of(largest)
+        for i in range(low, high):
+            codes[i] = encode_{variant}(values[i], scale, mask)
+
+
+@kernel
+def decode(codes, absmax, values):
+    for i in range(codes.size):
+        values[i] = decode_{variant}(codes[i], absmax[i // 256])
+"""
+
+
+def generated(signed: bool) -> Any:
+    """Write a module as kernels are generated, from text alone, and compile it."""
+    numba = pytest.importorskip("numba")
+    scalar = [numba_codecs.as_bits, numba_codecs.as_float, dynamic_code.magnitude, dynamic_code.absmax_of]
+    scalar += [dynamic_code.mask_of, dynamic_code.encode_signed, dynamic_code.encode_unsigned]
+    scalar += [dynamic_code.decode_signed, dynamic_code.decode_unsigned]
+    text = "from __future__ import annotations\nfrom typing import Any\n"
+    text += f"from numpy import {', '.join(dynamic_code.NUMPY_NAMES)}\n" + dynamic_code.tables_source()
+    text += "".join(f"\n@helper\n{inspect.getsource(function)}" for function in scalar)
+    text += _LOOPS.format(variant="signed" if signed else "unsigned")
+    module = types.ModuleType("generated_dynamic_code")
+    module.__dict__["helper"] = numba.njit(error_model="numpy")
+    module.__dict__["kernel"] = numba.njit(error_model="numpy")
+    exec(compile(text, "<generated>", "exec"), module.__dict__)
+    return module
+
+
+@SIGNS
+def test_numba_agrees_bit_for_bit(signed: bool) -> None:
+    module = generated(signed)
+    generator = np.random.default_rng(2)
+    anything = generator.integers(0, 2**32, 4_000, dtype=np.uint32).view(np.float32)
+    anything = anything[np.isfinite(anything)]
+    tiny = generator.integers(0, 0x01000000, 2_000, dtype=np.uint32).view(np.float32)
+    special = gauss(2_000, signed)
+    special[::300] = [np.nan, np.inf, -np.inf, -np.nan, 0.0, -0.0, 1e-45]
+    near = np.concatenate([[np.float32(1.0)], middles(signed), EXTREMES, -EXTREMES, np.zeros(700, np.float32)])
+    for values in (anything, tiny, special, near, gauss(70_001, signed), np.float32([])):
+        codes, absmax = encode_blocks(values, signed)
+        other_codes, other_absmax = np.empty_like(codes), np.empty_like(absmax)
+        module.encode(values, other_codes, other_absmax)
+        np.testing.assert_array_equal(other_codes, codes)
+        np.testing.assert_array_equal(other_absmax.view(np.uint32), absmax.view(np.uint32))
+        decoded, other_decoded = decode_blocks(codes, absmax, signed), np.empty(len(codes), np.float32)
+        module.decode(codes, absmax, other_decoded)
+        number = ~np.isnan(decoded)
+        np.testing.assert_array_equal(number, ~np.isnan(other_decoded))
+        np.testing.assert_array_equal(other_decoded.view(np.uint32)[number], decoded.view(np.uint32)[number])
+
+
+def test_generated_tables_are_these() -> None:
+    module = generated(True)
+    for name in ("SIGNED_MAP", "UNSIGNED_MAP", "SIGNED_STEPS", "UNSIGNED_STEPS"):
+        np.testing.assert_array_equal(getattr(module, name), getattr(dynamic_code, name))

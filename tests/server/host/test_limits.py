@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+
+from stepwire_server.host import limits as host
+
+
+def test_processors_are_limited_by_the_quota_of_the_container(tmp_path) -> None:
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert host.processor_count(tmp_path) == min(2, len(os.sched_getaffinity(0)))
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert host.processor_count(tmp_path) == 1
+
+
+def test_processors_without_quota_are_those_of_the_process(tmp_path) -> None:
+    assert host.processor_count(tmp_path) == len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert host.processor_count(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_memory_is_limited_by_the_container(tmp_path) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host.memory_bytes(tmp_path) == machine
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.memory_bytes(tmp_path) == machine
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert host.memory_bytes(tmp_path) == 1_048_576
+
+
+def test_processor_name(tmp_path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert host.processor_name(file) == "CPU"
+    file.write_text("processor : 0\nmodel name : Abacus 3000\nmodel name : other\n")
+    assert host.processor_name(file) == "Abacus 3000"

@@ -1,0 +1,265 @@
+"""One session, as the contract describes it and nothing else: what each message must come to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
+from tests.server.model.operations import BEGIN_FAULTS, BEGIN_REFUSED, LAST, LAYOUTS, SLOTS, Begin, Config, Vector
+
+Status = tuple[str, str]
+
+INVALID_FRAME = ("INVALID_ARGUMENT", "INVALID_FRAME")
+INVALID_TENSOR = ("INVALID_ARGUMENT", "INVALID_TENSOR")
+INVALID_CONFIG = ("INVALID_ARGUMENT", "INVALID_CONFIG")
+NON_FINITE = ("INVALID_ARGUMENT", "NON_FINITE_GRADIENT")
+UNSUPPORTED = ("FAILED_PRECONDITION", "UNSUPPORTED_FEATURE")
+STALE_EPOCH = ("FAILED_PRECONDITION", "STALE_EPOCH")
+FENCED = ("FAILED_PRECONDITION", "FENCED")
+NOT_READY = ("FAILED_PRECONDITION", "SESSION_NOT_READY")
+NOT_FOUND = ("NOT_FOUND", "SESSION_NOT_FOUND")
+SUPERSEDED = ("ABORTED", "STEP_SUPERSEDED")
+MISMATCH = ("ABORTED", "STEP_MISMATCH")
+
+DTYPES: dict[int, Any] = {1: np.float32, 2: ml_dtypes.bfloat16, 3: np.float16}
+HALF_ULP = {1: 2.0**-24, 2: 2.0**-8, 3: 2.0**-11}
+
+
+@dataclasses.dataclass
+class Staged:
+    """A step under way."""
+
+    number: int
+    replay: bool
+    begin: Begin
+    seen: npt.NDArray[np.bool_]
+    values: Vector
+
+
+@dataclasses.dataclass
+class Answer:
+    """What the answer to a committed step must say; `record` is the stored answer of a replay."""
+
+    step: int
+    parameters: Vector | None
+    dtype: int
+    skipped: bool = False
+    non_finite: int = 0
+    grad_norms: tuple[float, ...] = ()
+    ts: tuple[int, ...] = ()
+    numbers: tuple[float, bool] = (0.0, False)
+    replay: bool = False
+
+
+class Model:
+    """One session, as the contract describes it."""
+
+    lr = 1.0 / 64
+    beta1, beta2, eps = 0.75, 0.875, 1.0 / 128
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.alive, self.ready = True, config.zeros
+        self.token, self.applied_step, self.applied_load = 1, 0, 0
+        self.record: Answer | None = None
+        self.slots = (*SLOTS, "max_exp_avg_sq") if config.amsgrad else SLOTS
+        self.spans: list[tuple[int, int, int]] = []
+        members = LAYOUTS[config.layout]
+        self.groups = 1 + max(group for _, group in members)
+        self.size = 0
+        for group in range(self.groups):
+            self.size = -(-self.size // 256) * 256
+            for shape, of in members:
+                if of == group:
+                    count = int(np.prod(shape))
+                    self.spans.append((self.size, self.size + count, group))
+                    self.size += count
+        self.state = {slot: np.zeros(self.size) for slot in self.slots}
+        self.t = [0] * len(self.spans)
+        self.inside = np.zeros(self.size, bool)
+        for start, end, _ in self.spans:
+            self.inside[start:end] = True
+        self.peak = 1.0
+
+    def message(self) -> session_pb2.SessionConfig:
+        """Make the config's message."""
+        c = self.config
+        return session_pb2.SessionConfig(
+            tensors=[
+                tensor_pb2.TensorSpec(name=f"t{index}", shape=shape, group=group)
+                for index, (shape, group) in enumerate(LAYOUTS[c.layout])
+            ],
+            groups=[optimizer_pb2.ParameterGroup()] * self.groups,
+            optimizer=optimizer_pb2.Optimizer(
+                rule=optimizer_pb2.RULE_ADAM,
+                formula=optimizer_pb2.FORMULA_TORCH if c.corrected else optimizer_pb2.FORMULA_NO_BIAS_CORRECTION,
+                amsgrad=optimizer_pb2.AMSGRAD_RAW if c.amsgrad else optimizer_pb2.AMSGRAD_NONE,
+                decoupled_weight_decay=c.decoupled,
+                hyperparameters=optimizer_pb2.Hyperparameters(
+                    lr=self.lr,
+                    beta1=self.beta1,
+                    beta2=self.beta2,
+                    eps=self.eps,
+                    weight_decay=c.weight_decay,
+                    maximize=c.maximize,
+                ),
+            ),
+            gradient=optimizer_pb2.GradientTreatment(non_finite=c.policy),  # type: ignore[arg-type]
+            initialization=session_pb2.INITIALIZATION_ZEROS if c.zeros else session_pb2.INITIALIZATION_LOAD,
+            gradient_dtype=c.gradient_dtype,  # type: ignore[arg-type]
+            reply_dtype=c.reply_dtype,  # type: ignore[arg-type]
+        )
+
+    # Dtypes of a step: its own, else the session's, else float32.
+
+    def gradient_dtype(self, begin: Begin) -> int:
+        return begin.gradient_dtype or self.config.gradient_dtype or 1
+
+    def reply_dtype(self, begin: Begin) -> int:
+        return begin.reply_dtype or self.config.reply_dtype or 1
+
+    def step_number(self, begin: Begin) -> int:
+        return min(max(self.applied_step + begin.delta, 0), LAST)
+
+    def is_replay(self, number: int) -> bool:
+        return number == self.applied_step and self.record is not None
+
+    @property
+    def allows_overlap(self) -> bool:
+        """Such steps are taken by tests/server/steps/test_overlap.py; here they are only refused."""
+        return self.config.policy == optimizer_pb2.NON_FINITE_POLICY_ALLOW
+
+    # Faults: what a message may be refused for.
+
+    def begin_faults(self, begin: Begin, token: int) -> set[Status]:
+        faults = self.holder_faults(token, begin.epoch)
+        number = self.step_number(begin)
+        if not self.ready:
+            faults.add(NOT_READY)
+        if number != self.applied_step + 1 and not self.is_replay(number):
+            faults.add(SUPERSEDED if number <= self.applied_step else MISMATCH)
+        if begin.fault in BEGIN_FAULTS:
+            faults.add(INVALID_CONFIG)
+        if begin.fault in BEGIN_REFUSED:
+            faults.add(UNSUPPORTED)
+        if begin.fault == "overlap" and not self.allows_overlap:
+            faults.add(INVALID_CONFIG)
+        if begin.fault == "patches" and self.reply_dtype(begin) != tensor_pb2.DTYPE_BFLOAT16:
+            faults.add(INVALID_CONFIG)
+        return faults
+
+    def holder_faults(self, token: int, epoch: int = 0) -> set[Status]:
+        faults = set()
+        if not self.alive:
+            faults.add(NOT_FOUND)
+        if token != self.token:
+            faults.add(FENCED)
+        if epoch not in (0, 1):
+            faults.add(STALE_EPOCH)
+        return faults
+
+    def stage(self, begin: Begin) -> Staged:
+        number = self.step_number(begin)
+        return Staged(number, self.is_replay(number), begin, np.zeros(self.size, bool), np.zeros(self.size))
+
+    def chunk_faults(self, staged: Staged, offset: int, count: int, payload: bytes) -> set[Status]:
+        """Refuse a chunk, or note it."""
+        if staged.replay:
+            return set()
+        dtype = np.dtype(DTYPES[self.gradient_dtype(staged.begin)])
+        if len(payload) != count * dtype.itemsize or count < 1 or offset + count > self.size:
+            return {INVALID_TENSOR}
+        if staged.seen[offset : offset + count].any():
+            return {INVALID_TENSOR}
+        staged.seen[offset : offset + count] = True
+        values = np.frombuffer(payload, dtype).astype(np.float64)
+        staged.values[offset : offset + count] = values / (staged.begin.loss_scale or 1.0)
+        return set()
+
+    def commit_faults(self, staged: Staged) -> set[Status]:
+        if staged.replay:
+            return set()
+        faults = set()
+        if not staged.seen[self.inside].all():
+            faults.add(INVALID_TENSOR)
+        if self.non_finite(staged) and self.config.policy in (0, 1):
+            faults.add(NON_FINITE)
+        return faults
+
+    def non_finite(self, staged: Staged) -> int:
+        return int((~np.isfinite(staged.values) & self.inside).sum())
+
+    # What is committed.
+
+    def commit(self, staged: Staged) -> Answer:
+        """Apply a step, or replay it; returns what must be answered."""
+        begin = staged.begin
+        wanted = begin.reply_mode != 2
+        dtype = self.reply_dtype(begin)
+        if staged.replay:
+            assert self.record is not None
+            parameters = self.state["param"].copy() if wanted else None
+            return dataclasses.replace(self.record, parameters=parameters, dtype=dtype, replay=True)
+        numbers = (
+            self.lr if begin.lr is None else begin.lr,
+            self.config.maximize if begin.maximize is None else begin.maximize,
+        )
+        count = self.non_finite(staged)
+        skipped = bool(count) and self.config.policy == 2
+        if not skipped:
+            with np.errstate(all="ignore"):
+                for index, (start, end, _) in enumerate(self.spans):
+                    self.t[index] += 1
+                    self.update(slice(start, end), staged.values[start:end], self.t[index], *numbers)
+        self.applied_step = staged.number
+        self.record = Answer(
+            step=staged.number,
+            parameters=self.state["param"].copy() if wanted else None,
+            dtype=dtype,
+            skipped=skipped,
+            non_finite=count,
+            grad_norms=tuple(self.norm(staged.values, group) for group in range(self.groups)),
+            ts=tuple(
+                max(t for t, (_, _, of) in zip(self.t, self.spans, strict=True) if of == group)
+                for group in range(self.groups)
+            ),
+            numbers=numbers,
+        )
+        return self.record
+
+    def norm(self, values: Vector, group: int) -> float:
+        """Take the Euclidean norm of a group's part."""
+        return float(np.sqrt(sum((values[start:end] ** 2).sum() for start, end, of in self.spans if of == group)))
+
+    def update(self, where: slice, g: Vector, t: int, lr: float, maximize: bool) -> None:
+        """Adam, from the paper and torch's documentation, in float64.
+
+        The first moment is moved towards g as torch moves it, which makes a difference only after infinity.
+        """
+        c, s = self.config, self.state
+        g = -g if maximize else g
+        p = s["param"][where]
+        if c.decoupled:
+            p = p * (1 - lr * c.weight_decay)
+        elif c.weight_decay:
+            g = g + c.weight_decay * p
+        m = s["exp_avg"][where]
+        m = s["exp_avg"][where] = m + (1 - self.beta1) * (g - m)
+        v = s["exp_avg_sq"][where] = self.beta2 * s["exp_avg_sq"][where] + (1 - self.beta2) * g * g
+        if c.amsgrad:
+            v = s["max_exp_avg_sq"][where] = np.maximum(s["max_exp_avg_sq"][where], v)
+        c1 = 1 - self.beta1**t if c.corrected else 1.0
+        c2 = 1 - self.beta2**t if c.corrected else 1.0
+        s["param"][where] = p - lr * (m / c1) / (np.sqrt(v / c2) + self.eps)
+        finite = np.abs(s["param"][where])
+        self.peak = max(self.peak, float(np.max(finite, initial=0.0, where=np.isfinite(finite))))
+
+    def tolerance(self, dtype: int, values: Vector) -> Vector:
+        """Float32 roundings of a dozen steps, at the largest value there was, and one of the encoding."""
+        tolerance: Vector = 4e-6 * self.peak + 1.01 * HALF_ULP[dtype] * np.abs(values) + 1e-7
+        return tolerance

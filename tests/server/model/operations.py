@@ -1,0 +1,249 @@
+"""What may be asked of a session, as records, and how hypothesis draws them: mostly right, often enough wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+LAST = 2**64 - 1
+Vector = npt.NDArray[np.float64]
+LAYOUTS: list[list[tuple[tuple[int, ...], int]]] = [
+    [((3,), 0)],
+    [((2, 2), 0), ((0, 5), 0), ((), 0)],
+    [((5,), 0), ((4,), 1), ((3,), 1)],
+    [((2,), 1), ((0,), 0)],
+    [((0, 3), 0)],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the session is created with."""
+
+    layout: int
+    policy: int
+    amsgrad: bool
+    decoupled: bool
+    weight_decay: float
+    maximize: bool
+    corrected: bool
+    zeros: bool
+    gradient_dtype: int
+    reply_dtype: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """What opens a step; `delta` 1 is the next, 0 the last again."""
+
+    delta: int = 1
+    epoch: int = 0
+    gradient_dtype: int = 0
+    reply_dtype: int = 0
+    reply_mode: int = 0
+    lr: float | None = None
+    maximize: bool | None = None
+    loss_scale: float | None = None
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Eighths, exact in every encoding, of which `bad` may replace one."""
+
+    seed: int
+    bad: float | None
+    where: int
+
+    def values(self, size: int) -> Vector:
+        values = np.random.default_rng(self.seed).integers(-8, 9, size) / 8.0
+        if self.bad is not None and size:
+            values[self.where % size] = self.bad
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    stream: int
+    token: str
+    epoch: int
+    worker: int
+    fault: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeStep:
+    """A step whose chunks cover the space, cut at `cuts` and sent in the order of `seed`; `slip` spoils one of them."""
+
+    stream: int
+    begin: Begin
+    gradient: Gradient
+    cuts: tuple[int, ...]
+    seed: int
+    in_one: bool
+    slip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One message of any kind."""
+
+    stream: int
+    begin: Begin | None
+    chunk: tuple[int, int] | None
+    extra_bytes: int
+    commit: bool
+    faults: tuple[str, ...]
+    gradient: Gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Close:
+    stream: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unary:
+    token: str
+    begin: Begin
+    gradient: Gradient
+    worker: int
+    extra_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    token: str
+    delta: int
+    slots: tuple[str, ...]
+    dtype: int
+    step_delta: int | None
+    tensor_steps: tuple[int, ...]
+    cut: int
+    fault: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    slots: tuple[str, ...]
+    dtype: int
+    chunk_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Delete:
+    pass
+
+
+SLOTS = ("param", "exp_avg", "exp_avg_sq")
+STREAMS = st.integers(0, 1)
+WIRE_DTYPES = st.sampled_from([0, 0, 1, 2, 3])
+TOKENS = st.sampled_from(["held"] * 8 + ["none", "none", "stale", "future"])
+CONFIGS = st.builds(
+    Config,
+    layout=st.integers(0, len(LAYOUTS) - 1),
+    policy=st.integers(0, 3),
+    amsgrad=st.booleans(),
+    decoupled=st.booleans(),
+    weight_decay=st.sampled_from([0.0, 0.125]),
+    maximize=st.booleans(),
+    corrected=st.booleans(),
+    zeros=st.sampled_from([True, True, True, False]),
+    gradient_dtype=st.integers(0, 3),
+    reply_dtype=st.integers(0, 3),
+)
+BEGIN_FAULTS = [
+    "lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes", "loss_scale", "missing_tensors",
+]  # fmt: skip
+BEGIN_REFUSED = ["weight", "reply_mode"]
+# Refused or not, as the session is.
+BEGIN_DEPENDING = ["overlap", "patches"]
+BEGINS = st.builds(
+    Begin,
+    delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
+    epoch=st.sampled_from([0] * 20 + [1] * 20 + [2, LAST]),
+    gradient_dtype=WIRE_DTYPES,
+    reply_dtype=WIRE_DTYPES,
+    reply_mode=st.sampled_from([0, 0, 1, 2]),
+    lr=st.sampled_from([None, None, 0.0, 0.125]),
+    maximize=st.sampled_from([None, None, False, True]),
+    loss_scale=st.sampled_from([None, None, None, 1.0, 0.5, 1024.0]),
+    fault=st.sampled_from([""] * 100 + BEGIN_FAULTS + BEGIN_REFUSED + BEGIN_DEPENDING),
+)
+GRADIENTS = st.builds(
+    Gradient,
+    seed=st.integers(0, 99),
+    bad=st.sampled_from([None] * 8 + [float("nan"), float("inf"), -float("inf")]),
+    where=st.integers(0, 300),
+)
+WHOLE_STEPS = st.builds(
+    WholeStep,
+    stream=STREAMS,
+    begin=BEGINS,
+    gradient=GRADIENTS,
+    cuts=st.lists(st.integers(1, 262), max_size=4).map(tuple),
+    seed=st.integers(0, 9),
+    in_one=st.booleans(),
+    slip=st.sampled_from([""] * 12 + ["left out", "twice", "short", "shifted", "empty"]),
+)
+FRAMES = st.builds(
+    Frame,
+    stream=STREAMS,
+    begin=st.none() | BEGINS,
+    chunk=st.none() | st.tuples(st.integers(0, 7), st.integers(0, 5)),
+    extra_bytes=st.sampled_from([0] * 8 + [-4, -1, 1, 4]),
+    commit=st.booleans(),
+    faults=st.lists(st.sampled_from(["open", "rows", "clip", "payload", "garbage"]), max_size=1).map(tuple)
+    | st.just(()),
+    gradient=GRADIENTS,
+)
+LOAD_FAULTS = [
+    "short", "gap", "overlap", "foreign slot", "no commit", "rows", "open", "payload", "garbage", "worker", "unopened",
+]  # fmt: skip
+OPERATIONS: st.SearchStrategy[Any] = st.one_of(
+    *[WHOLE_STEPS] * 6,
+    *[FRAMES] * 2,
+    st.builds(
+        Open,
+        stream=STREAMS,
+        token=TOKENS,
+        epoch=st.sampled_from([0, 0, 1, 1, 2]),
+        worker=st.sampled_from([0] * 9 + [1]),
+        fault=st.sampled_from([""] * 9 + ["begin", "payload", "unopened", "garbage"]),
+    ),
+    st.builds(Close, stream=STREAMS),
+    st.builds(
+        Unary,
+        token=TOKENS,
+        begin=BEGINS,
+        gradient=GRADIENTS,
+        worker=st.sampled_from([0] * 9 + [1]),
+        extra_bytes=st.sampled_from([0] * 8 + [-4, -1, 1, 4]),
+    ),
+    st.builds(
+        Load,
+        token=TOKENS,
+        delta=st.sampled_from([1] * 10 + [0] * 3 + [-1, 2, LAST]),
+        slots=st.permutations(SLOTS).map(tuple)
+        | st.sampled_from([(), ("param", "velocity"), ("exp_avg",) * 2, ("max_exp_avg_sq",), *[("param",)] * 8]),
+        dtype=st.sampled_from([0, 1, 2, 3] * 4 + [4]),
+        step_delta=st.sampled_from([None] * 8 + [0, 1, 5, -1, 2**53]),
+        tensor_steps=st.lists(st.sampled_from([0, 1, 2, 7, 7, 1000, 2**53]), max_size=3).map(tuple)
+        | st.sampled_from([()] * 8),
+        cut=st.integers(0, 300),
+        fault=st.sampled_from([""] * 12 + LOAD_FAULTS),
+        seed=st.integers(0, 99),
+    ),
+    st.builds(
+        Pull,
+        slots=st.permutations(SLOTS).map(tuple) | st.sampled_from([(), ("param",), ("velocity",), ("param",) * 2]),
+        dtype=st.sampled_from([0, 1, 2, 3] * 3 + [4]),
+        chunk_bytes=st.sampled_from([0, 4096] * 5 + [1]),
+    ),
+    st.sampled_from([Close(0), Close(1)] * 4 + [Delete()]),
+)

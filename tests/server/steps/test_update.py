@@ -1,0 +1,185 @@
+"""The numbers of one update: which learning rate, which recipe, which scalars, and the trust ratio of each tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwire.errors import InvalidRequestError
+from stepwire.layout import TensorSpec
+from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
+from stepwire.optimizers.gradient_treatment import GradientTreatment
+from stepwire.optimizers.schedules import Schedule
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.devices.budget import MemoryBudget
+from stepwire_server.engines import CpuEngine
+from stepwire_server.records.step_request import StepRequest
+from stepwire_server.rules import Decay, Precision, Recipe
+from stepwire_server.steps.gradient import GradientStaging
+from stepwire_server.steps.tensor_steps import CountedSegment, TensorSteps
+from stepwire_server.steps.update import (
+    SegmentPass,
+    between,
+    effective_groups,
+    gradient_factor,
+    passes,
+    recipe_for,
+    trusted,
+)
+from tests.server.configs import make_config
+
+SPEC = TensorSpec("w", (4,))
+
+
+def request(groups: Any, **fields: Any) -> StepRequest:
+    return StepRequest(1, 0, FLOAT32, FLOAT32, True, 1 << 20, tuple(groups))._replace(**fields)
+
+
+# --- learning rates -------------------------------------------------------------------------------------------
+
+TWO = (Adam(lr=0.5).hyperparameters(), Adam(lr=0.25).hyperparameters())
+
+
+@pytest.mark.parametrize(("updates", "expected"), [((0, 0), 0.5), ((1, 9), 0.375), ((2, 0), 0.25), ((9, 0), 0.0)])
+def test_a_schedule_counts_the_updates_of_its_own_group(updates: tuple[int, int], expected: float) -> None:
+    config = make_config(SPEC, groups=TWO, schedules=(Schedule.linear(4), None))
+    effective = effective_groups(config, request(TWO), updates)
+    assert effective == (TWO[0].replace({"lr": expected}), TWO[1])
+
+
+def test_a_steps_own_learning_rate_comes_before_the_schedules() -> None:
+    config = make_config(SPEC, groups=TWO, schedules=(Schedule.linear(4), Schedule.linear(4)))
+    effective = effective_groups(config, request(TWO, own_lr=(True, False)), (2, 2))
+    assert [numbers.lr for numbers in effective] == [0.5, 0.125]
+
+
+def test_without_schedules_the_orders_numbers_are_used_as_they_are() -> None:
+    wanted = request(TWO)
+    assert effective_groups(make_config(SPEC, groups=TWO), wanted, (3, 3)) is wanted.groups
+
+
+def test_a_scheduled_learning_rate_beyond_float64_is_refused_by_its_group() -> None:
+    groups = (TWO[0], TWO[1].replace({"lr": 1e300}))
+    config = make_config(SPEC, groups=groups, schedules=(None, Schedule.exponential(10.0)))
+    assert effective_groups(config, request(groups), (0, 0)) == groups
+    with pytest.raises(InvalidRequestError, match="after 9 updates is inf") as refused:
+        effective_groups(config, request(groups), (0, 9))
+    assert refused.value.metadata == {"field": "groups[1].schedule"}
+
+
+# --- recipes and scalars --------------------------------------------------------------------------------------
+
+
+def test_the_sign_of_maximize_is_part_of_the_factor() -> None:
+    assert gradient_factor(TWO[0], 0.25) == 0.25
+    assert gradient_factor(TWO[0].replace({"maximize": True}), 0.25) == -0.25
+
+
+def test_a_plain_session_has_a_plain_recipe() -> None:
+    config = make_config(SPEC, measures=False)
+    assert recipe_for(config, config.groups[0]) == Recipe(config.rule)
+
+
+def test_a_recipe_does_what_the_session_asks_for() -> None:
+    treatment = GradientTreatment(accumulation_steps=2, clip_grad_value=0.5, parameter_average_decay=0.75)
+    config = make_config(SPEC, optimizer=AdamW(), treatment=treatment, precision=Precision.BFLOAT16)
+    assert recipe_for(config, config.groups[0]) == Recipe(
+        config.rule,
+        Decay.BEFORE,
+        accumulates=True,
+        limits=True,
+        averages=True,
+        measures=True,
+        precision=config.precision,
+    )
+
+
+def test_no_decay_is_a_recipe_of_its_own() -> None:
+    """0 times an infinite parameter would be NaN."""
+    config = make_config(SPEC, optimizer=AdamW())
+    assert recipe_for(config, config.groups[0].replace({"weight_decay": 0.0})).decay is Decay.NONE
+
+
+def test_clipping_by_value_is_measured_even_where_the_session_measures_nothing() -> None:
+    """The clipped norm is part of every result."""
+    config = make_config(SPEC, treatment=GradientTreatment(clip_grad_value=1.0), measures=False)
+    assert recipe_for(config, config.groups[0]).measures
+
+
+def test_scalars_come_in_the_recipes_order() -> None:
+    treatment = GradientTreatment(clip_grad_value=0.5, parameter_average_decay=0.75)
+    config = make_config(SPEC, optimizer=AdamW(lr=0.5, weight_decay=0.25), treatment=treatment)
+    hyper = config.groups[0].replace({"maximize": True})
+    (run,) = passes(config, [hyper], [CountedSegment(0, 4, 0, 7)], 0.125, [0.0625])
+    named = dict(zip(run.step.recipe.scalars, run.step.scalars, strict=True))
+    assert (named["factor"], named["clip"], named["limit"]) == (-0.125, 0.0625, 0.5)
+    assert (named["decay_scalar"], named["average_rate"]) == (1 - 0.5 * 0.25, 0.25)
+    assert run.step.scalars[5:] == config.rule.scalars(hyper, 7)
+    assert (run.start, run.end, run.group, run.step.seed) == (0, 4, 0, 7)
+
+
+def test_each_run_has_the_numbers_of_its_group_and_its_t() -> None:
+    config = make_config(SPEC, groups=TWO)
+    runs = [CountedSegment(0, 4, 0, 3), CountedSegment(256, 300, 1, 8)]
+    first, second = passes(config, TWO, runs, 1.0, [0.5, 0.25])
+    assert first.step.scalars == (1.0, 0.5, *config.rule.scalars(TWO[0], 3))
+    assert second.step.scalars == (1.0, 0.25, *config.rule.scalars(TWO[1], 8))
+
+
+@given(st.lists(st.integers(0, 60), unique=True, max_size=12).map(sorted), st.integers(0, 60), st.integers(1, 60))
+def test_the_runs_of_a_range_are_those_that_share_elements_with_it(edges: list[int], low: int, count: int) -> None:
+    high = low + count
+    runs = [SegmentPass(*span, 0, None) for span in zip(edges[::2], edges[1::2], strict=False)]  # type: ignore[arg-type]
+    assert list(between(runs, low, high)) == [run for run in runs if max(run.start, low) < min(run.end, high)]
+
+
+# --- trust ratios ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [LAMB(lr=0.5, weight_decay=0.125), LARS(lr=0.5, weight_decay=0.125)])
+@pytest.mark.parametrize("cuts", [(), (2,), (1, 3, 7)])
+def test_each_tensor_of_a_layerwise_rule_has_a_ratio_of_its_own(optimizer: Any, cuts: tuple[int, ...]) -> None:
+    """However its gradient arrives: the norms are of the whole tensor."""
+    specs = (TensorSpec("a", (5,)), TensorSpec("b", (4,)), TensorSpec("zero", (3,)))
+    config = make_config(*specs, optimizer=optimizer)
+    state = CpuEngine(threads=1, use_numba=False).allocate(config.slots, 12)
+    params = np.random.default_rng(1).standard_normal(12).astype(np.float32)
+    params[9:] = 0.0
+    gradient = np.random.default_rng(2).standard_normal(12).astype(np.float32)
+    state.write("param", 0, params)
+    wanted = request(config.groups)
+    room = MemoryBudget(100).reserve(1, "it")
+    staging = GradientStaging(wanted, config.active, state, room, unscale=1.0, replay=False)
+    edges = [0, *cuts, 12]
+    for start, end in zip(edges, edges[1:], strict=False):
+        staging.add(start, end - start, np.frombuffer(gradient[start:end].tobytes(), np.uint8))
+    runs = TensorSteps(config, [0] * 3).runs(config.active)
+    steps = trusted(passes(config, config.groups, runs, 1.0, [1.0]), config.groups, staging, state)
+    hyper = config.groups[0]
+    p, g = params.astype(np.float64), gradient.astype(np.float64)
+    ratios = []
+    for start, end in ((0, 5), (5, 9), (9, 12)):
+        if isinstance(optimizer, LAMB):  # You et al., 2020, at t = 1: m / c1 = g and v / c2 = g²
+            direction = g / (np.abs(g) + hyper.eps) + hyper.weight_decay * p
+            norms = np.linalg.norm(p[start:end]), np.linalg.norm(direction[start:end])
+        else:  # optax.lars: the trust ratio of g + λ·p
+            norms = np.linalg.norm(p[start:end]), np.linalg.norm((g + hyper.weight_decay * p)[start:end])
+        ratios.append(1.0 if 0.0 in norms else optimizer.trust_coefficient * norms[0] / norms[1])
+    assert [run.step.scalars[-1] for run in steps] == pytest.approx(ratios, rel=1e-6)
+    assert [(run.start, run.end) for run in steps] == [(0, 5), (5, 9), (9, 12)]
+    held = np.empty(12, np.float32)
+    state.read("param", 0, held).wait()
+    assert held.tobytes() == params.tobytes(), "measuring changes nothing"
+
+
+def test_rules_that_are_not_layerwise_need_no_ratio() -> None:
+    config = make_config(SPEC, optimizer=SGD(lr=0.5))
+    assert config.rule.direction is None
+    (run,) = passes(config, config.groups, [CountedSegment(0, 4, 0, 1)], 1.0, [1.0])
+    assert len(run.step.scalars) == len(run.step.recipe.scalars)
+    assert math.prod(run.step.scalars[:2]) == 1.0
