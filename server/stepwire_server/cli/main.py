@@ -110,7 +110,7 @@ def serve(
     """
     flags = dict(locals())
     del flags["config"], flags["memory_budget"]
-    flags["memory_budget_bytes"] = None if memory_budget is None else parse_bytes(memory_budget)
+    flags["memory_budget"] = None if memory_budget is None else parse_bytes(memory_budget)
     settings = load_config(flags, file=config)
     configure_logging(settings.log_level, settings.log_json)
     kernel_cache.require_named_directory()

@@ -79,7 +79,7 @@ def _share(config: ServerConfig, machine: Machine, folder: pathlib.Path, index: 
         handoff_socket=_handoff_socket(config, folder, index),
         device=device,
         threads=max((config.threads or machine.processors) // config.processes, 1),
-        memory_budget_bytes=_budget(config, machine, device, sharers),
+        memory_budget=_budget(config, machine, device, sharers),
         port_file="",
     )
 
@@ -129,12 +129,12 @@ def _device(config: ServerConfig, machine: Machine, index: int) -> tuple[str, in
 
 def _budget(config: ServerConfig, machine: Machine, device: str, sharers: int) -> int:
     """Return a process's budget on each of its devices; 0, its own default, where it has them for itself."""
-    if config.memory_budget_bytes:
-        if config.memory_budget_bytes < sharers:
+    if config.memory_budget:
+        if config.memory_budget < sharers:
             raise InvalidRequestError.of(
-                "memory_budget_bytes", f"{config.memory_budget_bytes} bytes for {sharers} processes; give more"
+                "memory_budget", f"{config.memory_budget} bytes for {sharers} processes; give more"
             )
-        return config.memory_budget_bytes // sharers
+        return config.memory_budget // sharers
     if sharers == 1:
         return 0
     gpus = asked_gpus(device) or ((0,) if device != "cpu" and machine.gpu_memory_bytes else ())

@@ -43,7 +43,7 @@ class StepStream:
         self,
         session: Session,
         attachment: Attachment,
-        gate: Drain,
+        drain: Drain,
         workers: Executor,
         clock: Callable[[], float],
         max_chunk_bytes: int,
@@ -52,7 +52,7 @@ class StepStream:
         """Serve steps of `session` to the client that holds `attachment`, and perhaps shares memory."""
         self._session = session
         self._attachment = attachment
-        self._gate = gate
+        self._drain = drain
         self._workers = workers
         self._clock = clock
         self._max_chunk_bytes = max_chunk_bytes
@@ -69,11 +69,11 @@ class StepStream:
         """
         # A frame holds megabytes, so none stays in a variable longer than it takes to stage it.
         for opening in map(lambda frame: [frame], frames):
-            with self._gate:
+            with self._drain.admit():
                 yield from self._step(opening, frames)
-                self._attachment.ending = self._gate.closed
+                self._attachment.ending = self._drain.started
             if self._attachment.ending:
-                raise self._gate.refusal()
+                raise self._drain.refusal()
 
     def _step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()

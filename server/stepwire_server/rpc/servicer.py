@@ -43,7 +43,7 @@ class OptimizerService:
     def __init__(
         self,
         registry: Registry,
-        gate: Drain,
+        drain: Drain,
         workers: Executor,
         config: ServerConfig,
         instance_id: str,
@@ -52,7 +52,7 @@ class OptimizerService:
     ) -> None:
         """Serve the sessions of `registry`; `local` and `sharing` are for clients on the same machine."""
         self._registry = registry
-        self._gate = gate
+        self._drain = drain
         self._workers = workers
         self._config = config
         self._instance_id = instance_id
@@ -102,7 +102,7 @@ class OptimizerService:
             ),
             features=[name for name in SERVED_FEATURES if name not in self._sharing.features_off],
             sessions=self._registry.statistics().sessions,
-            draining=self._gate.closed,
+            draining=self._drain.started,
             local=self._local,
         )
 
@@ -110,7 +110,7 @@ class OptimizerService:
         """Create a session."""
         request_id = decode_request_id(request.request_id)
         config = decode_session_config(request.config, self._config)
-        with self._gate:
+        with self._drain.admit():
             created = self._registry.create(request_id, config)
         return pb.CreateSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
@@ -163,7 +163,7 @@ class OptimizerService:
                 yield from StepStream(
                     session,
                     attachment,
-                    self._gate,
+                    self._drain,
                     self._workers,
                     self._registry.clock,
                     self._config.max_chunk_bytes,
@@ -177,7 +177,7 @@ class OptimizerService:
         if request.worker != 0:
             raise unsupported("worker", "aggregation")
         session = self._registry.get(request.session_id)
-        with self._gate:
+        with self._drain.admit():
             return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
 
     def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -191,7 +191,7 @@ class OptimizerService:
             frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
             opening = _opening(frames)
             session = self._registry.get(opening.message.open.session_id)
-            with self._gate:
+            with self._drain.admit():
                 loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
