@@ -11,7 +11,7 @@ import resource
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from stepwire_server.config import MIB
+from stepwire_server.config import ENVIRONMENT, MIB
 from stepwire_server.doctor.port import examine_port
 from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
@@ -99,12 +99,12 @@ def _without_numba(name: str, problem: Exception) -> Finding:
     return Finding("processor", False, detail, "pip install --upgrade --force-reinstall 'stepwire[server]'")
 
 
-def examine_kernel_cache(environ: Mapping[str, str] = os.environ) -> Finding:
+def examine_kernel_cache(environment: Mapping[str, str] = ENVIRONMENT) -> Finding:
     """Say where compiled kernels are kept, and why not where they should be."""
-    directory, problems = _overhear(lambda: kernel_cache.kernel_directory(environ))
+    directory, problems = _overhear(lambda: kernel_cache.kernel_directory(environment))
     if not problems:
         return Finding("kernel cache", True, str(directory))
-    if environ.get("STEPWIRE_CACHE_DIR"):  # `serve` does not start
+    if environment.get("STEPWIRE_CACHE_DIR"):  # `serve` does not start
         return Finding("kernel cache", False, _text(problems[0]), _CACHE_REMEDY)
     detail = f"{_text(problems[0])}; kernels are kept in {directory} until the process ends"
     if directory.is_dir():

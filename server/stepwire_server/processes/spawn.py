@@ -69,11 +69,10 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
     with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
         port_file = pathlib.Path(folder, "port")
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0"]
-        command += ["--port-file", str(port_file), "--log-level", "warning", *flags]
-        # A program that is killed ends nothing itself, and the server would stay for ever. Its log lines go to standard
-        # error here: standard output may be what a program reads.
-        environment = os.environ | {"STEPWIRE_PARENT_PID": str(os.getpid())}
-        process = subprocess.Popen(command, stdout=_STANDARD_ERROR, env=environment)
+        # A program that is killed ends no process, and the server would stay for ever without --parent-pid.
+        command += ["--port-file", str(port_file), "--parent-pid", str(os.getpid()), "--log-level", "warning", *flags]
+        # Programs read the standard output of this process, so the log lines of the server go to standard error.
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR)
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)

@@ -30,7 +30,7 @@ import msgspec
 import structlog
 
 from stepwire.wire.addresses import unix_path
-from stepwire_server.config import ServerConfig, environment_of
+from stepwire_server.config import ENVIRONMENT, ServerConfig, environment_of
 from stepwire_server.processes.port_file import await_ports, write_ports
 
 __all__ = ["Supervisor"]
@@ -83,7 +83,7 @@ class Supervisor:
         folder: pathlib.Path,
         *,
         port_file: str = "",
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] = ENVIRONMENT,
         first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
     ) -> None:
         """Be ready to run.
