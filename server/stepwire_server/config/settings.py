@@ -142,7 +142,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         Meta(
             description="The path of a file that the server writes once it listens: a line for the port of each "
-            "process, 0 without a port; empty for no file.",
+            "process, 0 without a port. Empty means no file.",
             extra={"allowed": "a path, or empty"},
         ),
     ] = ""
