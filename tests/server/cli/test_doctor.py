@@ -20,7 +20,7 @@ def test_the_doctor_exits_with_1_where_something_needed_is_missing(command: Any,
     code, out, err = command("doctor", "--device", "cpu", "--bind", server.target)
     assert (code, err) == (1, "")
     assert f"WRONG   port           {server.target} cannot be listened on: Address already in use\n" in out
-    assert "                       -> see who listens with: ss -ltnp 'sport = :" in out
+    assert "                       -> find the process with: ss -ltnp 'sport = :" in out
 
 
 def test_a_gpu_is_needed_only_where_it_is_asked_for(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

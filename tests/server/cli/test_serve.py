@@ -18,7 +18,7 @@ BAD_SETTINGS = {
         ("--bind", "127.0.0.1:0", "--unix-socket", "/" + "x" * 107),
         "has 108 bytes, and a Unix socket's at most 107",
     ),
-    "two sockets": (("--bind", "unix:/x", "--unix-socket", "/y"), "unix_socket: '/y' is a second one beside bind"),
+    "two sockets": (("--bind", "unix:/x", "--unix-socket", "/y"), "unix_socket: '/y' is a second socket beside bind"),
     "no processes": (("--processes", "0"), "--processes is '0'; it must be a whole number from 1 to 1024"),
     "plaintext": (("--bind", "0.0.0.0:0"), "is not a loopback address"),
     "no device": (
