@@ -176,7 +176,7 @@ def run_demo(
         output: the folder for the plot; it is made if missing.
         device: the device of the server that is started.
         target: the address of a server that runs already; None starts one.
-        quiet: whether to leave the progress bar out.
+        quiet: True leaves the progress bar out.
 
     Raises:
         StepwireError: the server failed or could not be started.

@@ -48,7 +48,7 @@ class ServerStatistics(NamedTuple):
     """The state of a server.
 
     Attributes:
-        drain: the steps under way, and whether new steps are refused.
+        drain: the steps under way, and the refusal of new ones.
         registry: the sessions, streams and bytes.
         handoff: the memory that waits for clients on this machine.
     """
@@ -142,7 +142,7 @@ class Server:
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
 
         Returns:
-            Whether every step ended within `drain_seconds`.
+            True if every step ended within `drain_seconds`.
         """
         self._drain.start()
         self._health.enter_graceful_shutdown()

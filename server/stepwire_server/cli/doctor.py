@@ -29,7 +29,7 @@ def diagnose(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Check whether this machine can serve, and print a remedy for each problem.
+    """Check this machine for a server, and print a remedy for each problem.
 
     The exit code is 0 for a machine that can serve and 1 for one that cannot. Settings are read as `serve` reads them.
     With --target the command tries every transport to a running server from here.

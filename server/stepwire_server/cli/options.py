@@ -1,4 +1,4 @@
-"""The options of the commands: those made from the settings, and those of every command that asks a server."""
+"""The options of the commands: flags made from the settings, and the options of commands that ask a server."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ CONFIG_VARIABLE: Final = "STEPWIRE_CONFIG"
 _FOREIGN: Final = frozenset(
     (CONFIG_VARIABLE, "STEPWIRE_CACHE_DIR", "STEPWIRE_KERNELS", "STEPWIRE_TARGET", "STEPWIRE_TRANSPORT")
 )
-# Kubernetes makes these for every Service whose name starts with "stepwire", in every pod of its namespace. The whole
-# name is matched, so that a misspelt setting is still refused.
+# Kubernetes makes these in every pod for each Service of the namespace with a name such as "stepwire". The patterns
+# match whole names, so that a misspelt setting is still refused.
 _KUBERNETES: Final = re.compile(
     r"STEPWIRE(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -57,7 +57,7 @@ def kubernetes_variables(environment: Mapping[str, str] = ENVIRONMENT) -> list[s
 
 
 def named_bind(environment: Mapping[str, str] = ENVIRONMENT) -> str:
-    """Return the address that the environment gives a server; empty where it gives none."""
+    """Return the address in the environment for a server; empty for none."""
     return environment.get(SETTINGS["bind"].variable, "")
 
 

@@ -157,5 +157,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "info"
     log_json: Annotated[
         bool | None,
-        Meta(description="Write log lines as JSON; without this setting only where standard output is no terminal."),
+        Meta(description="Write log lines as JSON; by default lines are JSON unless standard output is a terminal."),
     ] = None

@@ -23,7 +23,7 @@ def configure_logging(level: str, as_json: bool | None) -> None:
 
     Args:
         level: the least level that is logged; other packages log nothing below warnings.
-        as_json: whether lines are JSON; None means only where standard output is not a terminal.
+        as_json: True for JSON, False for text; None means JSON unless standard output is a terminal.
     """
     json = not sys.stdout.isatty() if as_json is None else as_json
     shared: list[structlog.typing.Processor] = [
@@ -129,8 +129,8 @@ _BLOCK_LEVELS = _BlockLevels()
 def logging_to_stderr(level: str) -> Iterator[None]:
     """Send the log lines of servers to standard error for a block, and none of them to standard output.
 
-    A program that has configured structlog keeps its configuration, and its lines go where it sends them. Of blocks at
-    the same time the most talkative decides the level.
+    The configuration of a program that has configured structlog stays, and the lines go through it. Of several blocks
+    at the same time the most talkative decides the level.
 
     Args:
         level: the least level that is logged.

@@ -33,7 +33,7 @@ def await_ports(
     Args:
         process: the process.
         path: the port file.
-        patient: whether to go on waiting.
+        patient: False ends the wait.
 
     Returns:
         The ports; none if the process or the patience ends first.

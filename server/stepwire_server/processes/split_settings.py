@@ -54,8 +54,8 @@ def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list
     """Return the settings of each process.
 
     Ports count up from the port of `bind`, or are free ones. The path of a socket gets the number of the process as its
-    suffix. Threads and budget are divided among the processes, whether the settings name them or the machine gives
-    them; each process has one thread at least. GPUs are dealt out, whether the settings name them or all are visible.
+    suffix. Threads and budget are divided among the processes: those of the settings, or else those of the machine.
+    Each process has one thread at least. GPUs are dealt out: those of the settings, or else all visible ones.
 
     Args:
         config: the settings of the whole server.

@@ -15,7 +15,7 @@ class DrainStatistics(NamedTuple):
     """The state of a drain.
 
     Attributes:
-        started: whether new steps are refused.
+        started: True once new steps are refused.
         steps: the number of steps under way.
     """
 
@@ -44,7 +44,7 @@ class Drain:
 
     @property
     def started(self) -> bool:
-        """Whether new steps are refused."""
+        """True once new steps are refused."""
         return self._started
 
     def admit(self) -> Admission:
@@ -71,7 +71,7 @@ class Drain:
             timeout_seconds: the longest wait.
 
         Returns:
-            Whether no step is under way; False once the time is over.
+            True if no step is under way, False if the time ran out before.
         """
         with self._emptied:
             self._awaited = True
