@@ -13,11 +13,10 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import structlog
-
 from stepwire.errors import StateChangedError
 from stepwire_server.devices.pool import Device
 from stepwire_server.engines.protocol import HostArray
+from stepwire_server.observability.commits import tell
 from stepwire_server.records.committed import CommitSink, Committed
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
@@ -40,8 +39,6 @@ from stepwire_server.steps.result import Effect, Moment
 from stepwire_server.steps.step import Hold, Step
 
 __all__ = ["Session"]
-
-_log = structlog.get_logger()
 
 
 class Session:
@@ -297,12 +294,8 @@ class Session:
         """Note a step that has been applied, and tell the sinks."""
         self.ledger.commit_step(result)
         if self._sinks:
-            told = Committed(self.session_id, step.holder.worker, self.ledger.applied_load, step.request, result)
-            for sink in self._sinks:
-                try:
-                    sink(told)
-                except Exception:  # the step is applied, whatever becomes of its account
-                    _log.exception("sink failed", session_id=self.session_id, step=result.step)
+            load, request = self.ledger.applied_load, step.request
+            tell(self._sinks, Committed(self.session_id, step.holder.worker, load, request, result))
         return result
 
     def _replay(self, request: StepRequest, writer: ReplyWriter) -> StepResult:
