@@ -1,10 +1,9 @@
 """One session: admit a step, stage it, commit it whole or not at all, and answer a replay.
 
-The path of one gradient: `begin` checks the holder and the number, and makes a `Step` that chunks are added to outside the lock.
-`commit` acquires the lock, checks everything again, and only then touches the state, range by range, each range's reply
-being encoded in the same pass that updates it. Once the first range is touched the commit runs to its end whatever
-becomes of the client. A failure from there on is a broken device or a bug, and the session says so for ever after
-instead of going on half-updated.
+The path of one gradient: `begin` checks the holder and the number, and makes a `Step`. Chunks are added to it outside
+the lock. `commit` acquires the lock, checks everything again, and only then touches the state, range by range. Each
+range's reply is encoded in the same pass that updates it. Once the first range is touched, the commit runs to its end
+whatever becomes of the client. A failure from there on is a broken device or a bug. The session says so for ever after.
 """
 
 from __future__ import annotations

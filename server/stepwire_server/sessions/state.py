@@ -1,8 +1,8 @@
 """The state of a session: where its arrays reside, and the numbers beside them.
 
-Residency is what a session takes of a machine: arrays on a device and the reservation for them. The numbers are plain data: a
-`Snapshot` holds them all, as a pull tells them and a load brings them. Nothing here locks or knows the order of things:
-the session does.
+Residency is the session's share of a machine: arrays on a device, and the reservation for them. The numbers are plain
+data: a `Snapshot` holds them all, as a pull tells them and a load brings them. Nothing here locks or knows the order of
+steps: the session does.
 """
 
 from __future__ import annotations

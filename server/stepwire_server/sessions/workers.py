@@ -4,8 +4,8 @@ A hold of a worker is an object, and a step keeps the one that it began under. T
 the moment of the commit, so nothing commits that began under an older hold, whatever brings it: a stream, a unary call
 or a load. Each hold has the next generation, which travels as the `attach_token` (Kleppmann's fencing token).
 
-A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be on their
-way, and must not act on what the client does next. The answer with the new token may be lost as well; so older
+A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be
+on their way, and must not act on the client's next steps. The answer with the new token may be lost as well. So older
 tokens of the same client attach until the client has shown that it knows the newest.
 """
 

@@ -107,8 +107,8 @@ class OverlappedStep:
     def check(self, step: Step) -> GradientCheck:
         """Check that the attempt that finishes has brought everything, and measure it.
 
-        The sums of squares are those of this attempt. Their chunks are gone, so about once in a million steps the norm is one
-        float32 further from the exact one than elsewhere.
+        The sums of squares are those of this attempt. Their chunks are gone, so about once in a million steps the norm
+        is one float32 further from the exact one than elsewhere.
 
         Raises:
             InvalidRequestError: the chunks do not cover the step's segments; the step stays unfinished.
