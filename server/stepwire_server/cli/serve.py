@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import pathlib
-import queue
 import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -50,16 +51,15 @@ def _serve(settings: ServerConfig) -> int:
     from stepwire_server.server import Server  # here, because a parent of several processes must not load gRPC
 
     heap.configure()
-    # A queue, because a second signal inside the `set` of an event would wait for ever for the lock of the first.
-    stop: queue.SimpleQueue[None] = queue.SimpleQueue()
-    _on_signals(lambda: stop.put(None))
-    parent.follow(settings.parent_pid, lambda: stop.put(None))
+    stop = threading.Event()
+    _on_signals(stop.set)
+    parent.follow(settings.parent_pid, stop.set)
     with Server(settings) as server:
         # The objects of imports and start-up live as long as the process: the collector must not walk them again and
         # again in the middle of steps.
         gc.collect()
         gc.freeze()
-        stop.get()
+        stop.wait()
         return 0 if server.drain() else 1
 
 
@@ -78,5 +78,20 @@ def _supervise(settings: ServerConfig) -> int:
 
 
 def _on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` at every SIGTERM and SIGINT until the process ends, in a thread of its own.
+
+    The interpreter runs a handler in the main thread, but the kernel may deliver a signal to any thread. Delivered to
+    another one just before the main thread blocks, a signal would wait until the main thread wakes, so perhaps for
+    ever. The wakeup descriptor has no such gap: whichever thread gets the signal writes to it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, lambda *_: None)
+
+    def watch(reader: socket.socket, writer: socket.socket) -> None:  # the writer is kept, and so stays open
+        while reader.recv(1):
+            stop()
+
+    threading.Thread(target=watch, args=(reader, writer), name="signals", daemon=True).start()

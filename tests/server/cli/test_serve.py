@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -146,3 +148,24 @@ def test_variables_of_kubernetes_are_ignored_with_one_line(
         ["STEPWIRE_PORT", "STEPWIRE_SERVICE_HOST"],
     )
     assert served == [ServerConfig(log_json=True)]
+
+
+_PROGRAM = """
+import pathlib, signal, sys, threading, time
+from stepwire_server.cli.main import main
+
+def end(port_file):
+    while not port_file.exists():
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=end, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
+sys.argv = ["stepwire", "serve", "--device", "cpu", "--bind", "127.0.0.1:0", "--port-file", sys.argv[1]]
+main()
+"""
+
+
+def test_a_signal_ends_the_server_whichever_thread_gets_it(tmp_path: pathlib.Path) -> None:
+    """The kernel gives a signal to any thread, and the main thread may be about to block."""
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "port")]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
