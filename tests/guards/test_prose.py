@@ -29,7 +29,7 @@ MOST_DESIGN_LINES = 200
 QUESTION_WORDS = {"what", "who", "which", "whose"}
 # Words of former vocabularies: CONTRIBUTING.md has the one word that replaced each.
 RETIRED = re.compile(
-    r"\b(worker slots?|slot 0|SessionPlan|StepOrder|StepRecord|WorkerSlot|ReplySink|StepQueue|ballots?|verdicts?|crew)\b",
+    r"\b(worker slots?|slot 0|SessionPlan|StepOrder|StepRecord|WorkerSlot|ReplySink|StepQueue|ballots?|verdicts?)\b",
     re.IGNORECASE,
 )
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
