@@ -1,7 +1,6 @@
-"""Optimizer configurations: what a session is told at creation, and what a step may override.
+"""Optimizers: the records of a session's rule and its numbers, which a step may override.
 
-These are records only. The formulas live in the server's `rules`; the ranges are checked here, in one
-place, by client and server alike.
+The formulas are in the server's `rules`. Client and server check the ranges of numbers in this package alone.
 """
 
 from __future__ import annotations
@@ -39,4 +38,4 @@ __all__ = [
 OPTIMIZERS: Final[dict[str, type[Optimizer]]] = {
     kind.rule: kind for kind in (Adam, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad, Adadelta, Lion, LAMB, LARS)
 }
-"""Every rule by its name in the contract; AdamW is Adam with decoupled decay."""
+"""Every rule by its name in the contract. AdamW is Adam with decoupled decay."""

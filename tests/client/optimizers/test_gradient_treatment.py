@@ -42,7 +42,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (NAN, "nan"),
         ("1", "'1'"),
         (True, "True"),
-        (10**400, "not a number that a float can hold"),
+        (10**400, "not a number that a float can represent"),
     ],
     "clip_grad_value": [(0.0, "finite and > 0"), (-0.5, "-0.5"), (INF, "inf"), (NAN, "nan"), ([1.0], "[1.0]")],
     "clip_formula": [("tf", "use one of: torch, optax, keras"), (2, "2")],
