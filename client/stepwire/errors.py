@@ -17,8 +17,8 @@
     ├── DataLossError                DATA_LOSS
     └── ServerError                  INTERNAL
 
-The server raises these same classes. One interceptor writes `(code, reason, metadata)` into the status. The client reads
-the reason back into the class. Programs match the class or `reason`, never the text.
+The server raises these same classes. One interceptor writes `(code, reason, metadata)` into the status. The client
+reads the reason back into the class. Programs match the class or `reason`, never the text.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Span", "TensorSpec", "place"]
+__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Range", "TensorSpec", "place"]
 
 GROUP_ALIGNMENT = 256
 

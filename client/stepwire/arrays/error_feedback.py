@@ -6,9 +6,9 @@ The encoding delays the lost bits and does not drop them. Training with coarse g
 fine ones does. See Seide et al. 2014, "1-Bit Stochastic Gradient Descent", and Karimireddy et al. 2019, "Error Feedback
 Fixes SignSGD".
 
-**Exactly once.** A step that is repeated by its number has to bring the same bytes. So the residual of a step is pending
-until `accept`, which the session calls once the step is applied. The residual stays as before after any failure before
-`accept`, and the same gradients encode to the same bytes.
+**Exactly once.** A step that is repeated by its number has to bring the same bytes. So the residual of a step is
+pending until `accept`, which the session calls once the step is applied. The residual stays as before after any failure
+before `accept`, and the same gradients encode to the same bytes.
 
 **Cost.** Eight bytes an element on the client: the residual, and the pending residual.
 

@@ -15,7 +15,7 @@ from stepwire.layout import Layout
 from stepwire.wire.dtypes import BLOCK, FLOAT16, FLOAT32, INT8, is_wire_dtype, wire_alignment, wire_items
 from stepwire.wire.int8_blocks import BATCH, decode_blocks, encode_blocks
 
-__all__ = ["Arrays", "ChunkLayout", "Container", "Flat", "Packer", "Part", "named_arrays"]
+__all__ = ["Arrays", "ChunkLayout", "Container", "Flat", "PackedRange", "Packer", "named_arrays"]
 
 Arrays: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """A user's arrays: arrays by name, or a list with positions as names, or a tree of those (see `trees`)."""

@@ -91,17 +91,17 @@ class Adam(TwoBetas):
             allowed = " or ".join(repr(choice) for choice in _AMSGRAD[self.formula])
             raise InvalidRequestError.of(
                 "optimizer.amsgrad",
-                f"amsgrad is {self.amsgrad!r}, and the formula {self.formula!r} has only {allowed}. AMSGrad of torch and "
-                "Keras uses the raw second moment (True), AMSGrad of optax the corrected one ('corrected')",
+                f"amsgrad is {self.amsgrad!r} and the formula {self.formula!r}, which has only {allowed}. AMSGrad of "
+                "torch and Keras uses the raw second moment (True), AMSGrad of optax the corrected one ('corrected')",
             )
         if self.nesterov and (self.formula != "optax" or self.amsgrad):
             raise InvalidRequestError.of(
                 "optimizer.nesterov",
-                "nesterov is True; use formula='optax' and no amsgrad (torch's NAdam is `NAdam`)",
+                "nesterov is True; Adam has it with formula='optax' and without amsgrad (torch's NAdam is `NAdam`)",
             )
         if self.eps_root and self.formula != "optax":
             raise InvalidRequestError.of(
-                "optimizer.eps_root", f"eps_root is {self.eps_root!r}; only formula='optax' has an eps_root"
+                "optimizer.eps_root", f"eps_root is {self.eps_root!r}; only formula='optax' has it"
             )
 
 

@@ -131,8 +131,8 @@ class GradientTreatment:
         if self.accumulation_steps > 1 and self.missing_gradient == "keep":
             raise InvalidRequestError.of(
                 _path(field, "missing_gradient"),
-                "'keep' and accumulation_steps > 1 contradict each other; send zeros for tensors without a gradient, or "
-                "accumulate on the client",
+                "'keep' and accumulation_steps > 1 contradict each other; send zeros for tensors without a gradient, "
+                "or accumulate on the client",
             )
         if self.loss_scaling is not None:
             if not isinstance(self.loss_scaling, LossScaling):

@@ -94,8 +94,8 @@ class Hyperparameters:
             The copy.
 
         Raises:
-            InvalidRequestError: a name is unknown, the rule does not use a name, or a value is out of range. The message
-                has the name and the value.
+            InvalidRequestError: a name is unknown, the rule does not use a name, or a value is out of range. The
+                message has the name and the value.
         """
         values = dict(overrides)
         if "betas" in values and self.beta1 is not None:

@@ -64,8 +64,8 @@ class Schedule:
     A schedule counts updates: the group's first is at s = 0. Warm-up comes first. The kind's own shape begins at
     s = `warmup_steps`, and past its end a schedule keeps its last value. 0 means "not set", as in the contract.
 
-    The constructors, such as `Schedule.cosine(10_000, warmup_steps=500)`, check their arguments. `check` checks a record
-    made directly, under the path of its group.
+    The constructors, such as `Schedule.cosine(10_000, warmup_steps=500)`, check their arguments. `check` checks a
+    record made directly, under the path of its group.
 
     Attributes:
         kind: the shape.

@@ -47,7 +47,7 @@ def checked_unix_path(path: str, field: str) -> str:
     length = len(os.fsencode(absolute))
     if not absolute:
         raise InvalidRequestError.of(
-            field, f"{path!r} is not the path of a socket; give one such as /run/stepwire/stepwire.sock"
+            field, f"{path!r} is no path of a socket; give one such as /run/stepwire/stepwire.sock"
         )
     if length > MAX_UNIX_PATH_BYTES:
         raise InvalidRequestError.of(

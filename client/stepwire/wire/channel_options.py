@@ -6,10 +6,10 @@ from typing import Final
 
 __all__ = ["BULK_OPTIONS", "chunk_bytes_for"]
 
-# The flow-control window is fixed. With the probe on, gRPC grows the window over many round trips. It shrinks the window
-# when the reader pauses, as a server does between a gradient and its reply. Probe, window and frame size work together.
-# `make bench`, section "messages", compares them with other values, and with other sizes of messages. Every echo in a
-# comparison with a step runs under the same options.
+# The flow-control window is fixed. With the probe on, gRPC grows the window over many round trips. It shrinks the
+# window when the reader pauses, as a server does between a gradient and its reply. Probe, window and frame size work
+# together. `make bench`, section "messages", compares them with other values, and with other sizes of messages. Every
+# echo in a comparison with a step runs under the same options.
 BULK_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 8 << 20),
