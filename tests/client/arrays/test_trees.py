@@ -73,7 +73,9 @@ def test_keys_may_have_slashes() -> None:
 
 @pytest.mark.parametrize("tree", [{"a/b": {"c": 1}, "a": {"b/c": 1}}, {"": [1], "0": 2}, {"a/0": 1, "a": (2,)}])
 def test_two_arrays_of_one_name_are_refused(tree: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="two arrays have the name .*; rename the key, or pass a flat") as refused:
+    with pytest.raises(
+        InvalidRequestError, match="two arrays have the name .*; rename the key, or pass a flat"
+    ) as refused:
         flattened(tree, "gradients")
     assert refused.value.reason is Reason.INVALID_TENSOR
     assert refused.value.metadata == {"field": "gradients"}

@@ -184,7 +184,7 @@ def test_a_group_that_cannot_be_added_leaves_everything(client: stepwire.Client)
         for group, problem in (
             ({"params": [Parameter(torch.zeros(2, dtype=torch.float64))]}, "torch.float64"),
             ({"params": [Parameter(torch.zeros(2))], "capturable": True}, "CUDA graph"),
-            ({"params": [Parameter(torch.zeros(2))], "amsgrad": True}, "a session has one for all its groups"),
+            ({"params": [Parameter(torch.zeros(2))], "amsgrad": True}, "a session has one value for all its groups"),
         ):
             with pytest.raises((UnsupportedFeatureError, InvalidRequestError), match=problem):
                 pair.remote.add_param_group(group)

@@ -187,7 +187,9 @@ def test_shared_memory_needs_no_early_start(target: str, early: list[bool]) -> N
 
 
 def test_a_model_over_several_channels_is_refused(target: str) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError, match="send_in_backward: the model is cut over several"):
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="send_in_backward: the model is partitioned over several"
+    ):
         SGD(model().parameters(), lr=0.1, server=target, channels=2, send_in_backward=True)
 
 
@@ -197,5 +199,5 @@ def test_a_closed_optimizer_watches_no_more(target: str, early: list[bool]) -> N
     pair.backward(2)
     pair.early.close()
     pair.model(torch.ones(2, 120)).sum().backward()
-    with pytest.raises(stepwire.InvalidRequestError, match="the optimizer is closed"):
+    with pytest.raises(stepwire.InvalidRequestError, match="the optimizer: it is closed"):
         pair.early.step()

@@ -10,7 +10,7 @@ import torch
 
 import stepwire
 import stepwire.torch
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.twins import assert_same_bits, gradients, parameters
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -74,5 +74,5 @@ def test_schedulers_and_state_dicts_work(name: str, options: dict[str, Any], rem
 
 def test_every_family_is_a_public_class_and_every_class_a_family() -> None:
     classes = {name for name in stepwire.torch.__all__ if not name.startswith("Remote")}
-    assert classes == set(FAMILIES)
-    assert {name: getattr(stepwire.torch, name).family for name in classes} == FAMILIES
+    assert classes == set(TORCH_RULES)
+    assert {name: getattr(stepwire.torch, name).rule for name in classes} == TORCH_RULES

@@ -15,10 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import stepwire
 import stepwire.torch
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.twins import assert_same_bits, parameters, same_bits
 
-IN_TORCH = sorted(name for name in FAMILIES if hasattr(torch.optim, name))
+IN_TORCH = sorted(name for name in TORCH_RULES if hasattr(torch.optim, name))
 
 
 def one(remote: Any, name: str = "SGD", **options: Any) -> tuple[Any, Parameter]:

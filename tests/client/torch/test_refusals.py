@@ -16,7 +16,7 @@ from torch.nn import Parameter
 import stepwire
 import stepwire.torch
 from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.torch_inputs import RULES, inputs
 from tests.client.torch.twins import parameters
 
@@ -85,12 +85,12 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         (sparse_gradient, r"the gradient of .* is sparse .*Embedding\(sparse=False\)"),
     ],
     "float64": [
-        (made("Adam", of(2, dtype=dtype)), f"{dtype}, and a session holds float32")
+        (made("Adam", of(2, dtype=dtype)), f"{dtype}, and a session has float32")
         for dtype in (torch.float64, torch.complex128, torch.int32)
     ],
     "parameters of FSDP": [
         (made("Adam", lambda: [Parameter(Flattened(torch.zeros(2)))]), "Flattened, whose values are not in one tensor"),
-        (made("Adam", lambda: [FlatParameter(torch.zeros(2))]), r"sharded parameter \(FSDP, DTensor\)"),
+        (made("Adam", lambda: [FlatParameter(torch.zeros(2))]), r"shard of a parameter \(FSDP, DTensor\)"),
     ],
     "two parameters over one memory": [
         (made("Adam", overlapping), "shares memory with .*; tie parameters by using one Parameter twice"),
@@ -109,7 +109,7 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         (made("Adam", lambda: [{"params": [("w", of(2)()[0])]}, {"params": [("w", of(2)()[0])]}]), "give each its own")
     ],
     "groups that differ in": [
-        (made(rule, groups(name), **more), rf"param_groups\[1\]\['{name}'\] is True .* a session has one for all")
+        (made(rule, groups(name), **more), rf"param_groups\[1\]\['{name}'\] is True .* a session has one value for all")
         for rule, name, more in (
             ("Adam", "amsgrad", {}),
             ("SGD", "nesterov", {"momentum": 0.9}),
@@ -130,8 +130,11 @@ CASES: dict[str, list[tuple[Make, str]]] = {
             words,
         )
         for option, words in (
-            ("shared_views", "shared_views: the model is cut over several servers"),
-            ("send_in_backward", "send_in_backward: the model is cut over several servers or channels; leave it out"),
+            ("shared_views", "shared_views: the model is partitioned over several servers"),
+            (
+                "send_in_backward",
+                "send_in_backward: the model is partitioned over several servers or channels; leave the option out",
+            ),
         )
     ],
 }
@@ -182,9 +185,9 @@ def test_every_class_of_torch_is_served_or_in_the_table() -> None:
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    assert set(RULES) == classes & set(FAMILIES)
+    assert set(RULES) == classes & set(TORCH_RULES)
     named = {name for row in rows() if row in CLASSES for name in re.findall(r"`(\w+)`", row)}
-    assert classes - set(FAMILIES) == named
+    assert classes - set(TORCH_RULES) == named
 
 
 @pytest.mark.parametrize("rule", RULES)

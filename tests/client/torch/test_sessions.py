@@ -150,7 +150,7 @@ def test_a_session_of_another_model_or_optimizer_is_refused(what: str, target: s
     advance(owner, params, range(1, 3))
     change, words = DIFFERENT[what]
     with pytest.raises(
-        InvalidRequestError, match=f"session '{owner.session_id}' is not that of this optimizer: {words}"
+        InvalidRequestError, match=f"session: '{owner.session_id}' is not the session of this optimizer: {words}"
     ) as raised:
         change(target, owner.session_id)
     assert "leave `session` out for a new one" in str(raised.value)
@@ -184,7 +184,7 @@ def test_who_takes_a_session_fences_who_had_it(remote: Any, target: str) -> None
         advance(second, others, range(3, 4))
         before = [parameter.detach().clone() for parameter in params]
         with pytest.raises(
-            FencedError, match=f"To take it back, make this optimizer again with session='{first.session_id}'"
+            FencedError, match=f"To attach again, make this optimizer again with session='{first.session_id}'"
         ):
             advance(first, params, range(3, 4))
         assert_same_bits(params, before)

@@ -11,13 +11,13 @@ import torch
 from torch.nn import Parameter
 
 from stepwire.errors import InvalidRequestError
-from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 
 BITS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def held(values: torch.Tensor) -> HeldTensor:
-    return HeldTensor("w", Parameter(values))
+def held(values: torch.Tensor) -> ParameterTensor:
+    return ParameterTensor("w", Parameter(values))
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -131,6 +131,6 @@ def test_values_and_tensor_are_inverse(values: torch.Tensor) -> None:
 
 
 def test_values_of_another_shape_are_another_models() -> None:
-    with pytest.raises(InvalidRequestError, match=r"state has shape \(3,\) and the parameter \(2,\)") as raised:
+    with pytest.raises(InvalidRequestError, match=r"state: shape \(3,\) is not the parameter's \(2,\)") as raised:
         held(torch.zeros(2)).values(torch.zeros(3), "state")
     assert raised.value.metadata["field"] == "state"

@@ -240,5 +240,7 @@ def test_parameters_of_another_dtype_are_refused_later_too_and_nothing_is_moved(
 
 
 def test_a_model_over_several_channels_is_refused(target: str) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError, match="shared_views: the model is cut over several servers"):
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="shared_views: the model is partitioned over several servers"
+    ):
         Adam(model().parameters(), server=target, channels=2, shared_views=True)
