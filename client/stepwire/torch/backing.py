@@ -279,7 +279,8 @@ class Backing:
         """
         if self.closed:
             raise InvalidRequestError.of(
-                "optimizer", "it is closed; make a new one, with session=… if the old session was left on the server"
+                "optimizer",
+                "the optimizer is closed; make a new one, with session=… if its session was left on the server",
             )
 
     # --- state -------------------------------------------------------------------------------------------

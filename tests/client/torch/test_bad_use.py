@@ -148,7 +148,7 @@ def test_use_after_the_end(use: str, end: str, remote: Any) -> None:
     optimizer.step()
     before = [parameter.detach().clone() for parameter in params]
     getattr(optimizer, end)()
-    with pytest.raises(InvalidRequestError, match="optimizer: it is closed; make a new one, with session=…"):
+    with pytest.raises(InvalidRequestError, match="the optimizer is closed; make a new one, with session=…"):
         USES[use](optimizer)
     assert_same_bits(params, before)
     assert (optimizer.applied_step, len(optimizer.param_groups)) == (1, 1)

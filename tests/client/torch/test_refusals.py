@@ -172,7 +172,7 @@ def test_a_sharded_parameter_of_torch_itself_is_refused(target: str) -> None:
     try:
         sharded = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(
-            UnsupportedFeatureError, match=r"one rank's part .* \(FSDP, DTensor\); give the optimizer whole"
+            UnsupportedFeatureError, match=r"one rank's shard .* \(FSDP, DTensor\); give the optimizer whole"
         ):
             stepwire.torch.Adam([Parameter(sharded)], server=target)
     finally:
