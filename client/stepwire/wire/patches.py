@@ -52,15 +52,15 @@ def apply_patch(values: _Patterns, payload: bytes | memoryview | npt.NDArray[np.
     received = np.frombuffer(payload, np.uint8)
     mask_bytes = _mask_bytes(len(values))
     if received.size < mask_bytes:
-        raise _invalid(f"has {received.size} bytes and needs {mask_bytes} for the bits alone", values, received)
+        raise _invalid_patch(f"has {received.size} bytes and needs {mask_bytes} for the bits alone", values, received)
     bits = np.unpackbits(received[:mask_bytes], bitorder="little").view(np.bool_)
     if bits[len(values) :].any():
-        raise _invalid("marks values beyond the last as changed", values, received)
+        raise _invalid_patch("marks values beyond the last as changed", values, received)
     changed = bits[: len(values)]
     expected = mask_bytes + 2 * int(np.count_nonzero(changed))
     if received.size != expected:
         problem = f"has {received.size} bytes and the values it marks as changed need {expected}"
-        raise _invalid(problem, values, received)
+        raise _invalid_patch(problem, values, received)
     values[changed] = received[mask_bytes:].view(np.uint16)
 
 
@@ -68,9 +68,11 @@ def _mask_bytes(count: int) -> int:
     return -(-count // 8)
 
 
-def _invalid(problem: str, values: _Patterns, received: npt.NDArray[np.uint8]) -> InvalidRequestError:
-    return InvalidRequestError(
+def _invalid_patch(problem: str, values: _Patterns, received: npt.NDArray[np.uint8]) -> InvalidRequestError:
+    return InvalidRequestError.of(
+        "chunk.patch",
         f"the patch of {len(values)} values {problem}; request all parameters (REPLY_MODE_PARAMETERS) to continue",
         reason=Reason.INVALID_TENSOR,
-        metadata={"field": "chunk.patch", "count": len(values), "payload_bytes": int(received.size)},
+        count=len(values),
+        payload_bytes=int(received.size),
     )

@@ -199,5 +199,5 @@ def test_a_closed_optimizer_watches_no_more(target: str, early: list[bool]) -> N
     pair.backward(2)
     pair.early.close()
     pair.model(torch.ones(2, 120)).sum().backward()
-    with pytest.raises(stepwire.InvalidRequestError, match="the the optimizer is closed"):
+    with pytest.raises(stepwire.InvalidRequestError, match="the optimizer is closed"):
         pair.early.step()
