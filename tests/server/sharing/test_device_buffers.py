@@ -182,7 +182,9 @@ def test_what_waits_is_bounded() -> None:
     for buffers in kept:
         buffers.response()
         buffers.close()
-    with pytest.raises(ResourceExhaustedError, match="2 clients whose streams have ended still map") as full:
+    with pytest.raises(
+        ResourceExhaustedError, match="2 clients still map device memory after the end of their streams"
+    ) as full:
         lent.lend()
     assert full.value.metadata["kept"] == "2"
     kept[0].released()

@@ -194,7 +194,7 @@ def test_a_silent_connection_ends_at_its_deadline(
         clock.now += 0.2
         silent(server).close()  # something happens, so that the thread looks at the test's clock
         assert quiet.recv(1) == b""
-        assert server.statistics().holding == 1  # those that hold may be silent for ever
+        assert server.statistics().fetched == 1  # those that hold may be silent for ever
     quiet.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.host.sockets import claim_socket
-from stepwire_server.sharing.handoff_socket import HandoffListener
+from stepwire_server.sharing.handoff_socket import HandoffSocket
 from tests.support.raw_handoff import held_by_process
 
 claim = functools.partial(claim_socket, field="handoff_socket")
@@ -26,8 +26,8 @@ def mode(path: str | pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def listening(path: str = "", uids: tuple[int, ...] = ()) -> Iterator[HandoffListener]:
-    listener = HandoffListener(path, claim, uids)
+def listening(path: str = "", uids: tuple[int, ...] = ()) -> Iterator[HandoffSocket]:
+    listener = HandoffSocket(path, claim, uids)
     try:
         yield listener
     finally:
@@ -91,7 +91,7 @@ def test_a_live_socket_is_refused_and_a_dead_one_replaced(tmp_path: pathlib.Path
     with listening(path):
         before = held_by_process()[0]
         with pytest.raises(InvalidRequestError, match="another process does"):
-            HandoffListener(path, claim)
+            HandoffSocket(path, claim)
         assert held_by_process()[0] == before
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(path)
@@ -117,5 +117,5 @@ def test_a_path_that_is_too_long_leaves_nothing(temporary: pathlib.Path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     before = held_by_process()[0]
     with pytest.raises((OSError, InvalidRequestError)):
-        HandoffListener("", claim)
+        HandoffSocket("", claim)
     assert (list(deep.iterdir()), held_by_process()[0]) == ([], before)
