@@ -73,7 +73,7 @@ def test_overlapping_finds_what_a_search_of_all_finds(
 
 
 def test_placing_looks_at_each_tensor_once_however_many_groups() -> None:
-    """A request may name 65,536 tensors and 1,024 groups; their product would hold a handler for many seconds."""
+    """A request may name 65,536 tensors and 1,024 groups; work for each pair would block a handler for many seconds."""
     looks = 0
 
     class Watched(list[TensorSpec]):

@@ -1,4 +1,4 @@
-"""What an encoding takes off one gradient is added to the next, once for each step that was applied."""
+"""The encoding error of one gradient is added to the next, once for each applied step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTS = {tensor.spec.name: tensor.count for tensor in LAYOUT.tensors}
 
 
 def sent(packer: Packer, arrays: dict[str, Any], feedback: ErrorFeedback | None, most: int = 1 << 20) -> Any:
-    """Send a step in chunks; returns the blocks of the whole space and what they decode to."""
+    """Send a step in chunks; return the blocks of the whole space and their decoded values."""
     flat, _ = packer.present(arrays, "gradients", frozenset(COUNTS))
     space = np.zeros(wire_items(INT8, packer.layout.size), INT8)
     for offset, count, ranges in packer.chunks(most, INT8):

@@ -36,7 +36,7 @@ def numbered(dtype: npt.DTypeLike = np.float32) -> dict[str, npt.NDArray[Any]]:
 
 
 def pack(packer: Packer, arrays: Any, most: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """Send arrays through chunks of at most `most` elements into one flat array; what is not written stays NaN."""
+    """Send arrays through chunks of at most `most` elements into one flat array; unwritten elements stay NaN."""
     flat = packer.ordered(arrays, "gradients")
     space = np.full(packer.layout.size, np.nan, dtype)
     for offset, count, ranges in packer.chunks(most):
@@ -304,7 +304,7 @@ def test_chunks_start_where_the_layout_says(most: int) -> None:
 
 
 def in_blocks(packer: Packer, arrays: Any, most: int) -> npt.NDArray[np.float32]:
-    """Send arrays in chunks of blocks of 8 bits; returns what the whole space decodes to."""
+    """Send arrays in chunks of blocks of 8 bits; return the decoded values of the whole space."""
     flat, _ = packer.present(arrays, "gradients", frozenset(packer._indices))
     space = np.zeros(wire_items(INT8, packer.layout.size), INT8)
     for offset, count, ranges in packer.chunks(most, INT8):

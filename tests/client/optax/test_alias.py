@@ -83,7 +83,7 @@ def test_numbers_are_those_of_optax(server: stepwire.Client, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_those_of_optax(name: str) -> None:
-    """By name, kind, order and default, up to what says where the session lives."""
+    """By name, kind, order and default, except for the options of the session."""
     if optax.__version__ != VERSION:
         pytest.skip(f"signatures are those of optax {VERSION}, and this is {optax.__version__}")
     ours = inspect.signature(getattr(stepwire.optax, name)).parameters

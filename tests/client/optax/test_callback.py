@@ -1,4 +1,4 @@
-"""What JAX may not do to a step, and the words with which it is refused."""
+"""The transformations of JAX that a step refuses, and the words of the refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps by number: what comes twice, late or early."""
+"""Steps by number: twice, late or early."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_a_step_out_of_turn_is_refused(
 def test_a_step_that_failed_without_an_answer_may_come_again(
     one: TrackedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was applied and its answer lost: with the same gradient that is its outcome, with another one it is told."""
+    """The step was applied and its reply lost: the same gradient gets the reply, and another one an error."""
     step = one.session.step
 
     def lost(*arguments: Any, **options: Any) -> Any:
         step(*arguments, **options)
         one.session._attachment.detach()
         one.session._attachment.applied_step -= 1
-        raise UnavailableError("the answer was lost")
+        raise UnavailableError("the reply was lost")
 
     for gradient, message in ((ONES, None), ([2 * ONES[0]], "the server had applied it with the first")):
         monkeypatch.setattr(one.session, "step", lost)

@@ -131,7 +131,7 @@ LOOPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_in_and_out_of_jit_and_loops_the_bits_are_the_same(used: dict[str, Any], name: str) -> None:
-    """Those of a session that is stepped with the same gradients in NumPy."""
+    """The parameters of a session that is stepped with the same gradients in NumPy."""
     tx = stepwire.optax.adam(0.05, **used)
     grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parameters(seed) for seed in range(1, 7)))
     params, state = LOOPS[name](
@@ -234,7 +234,7 @@ def test_a_program_that_traces_constants_alone_steps_each_time_it_runs(used: dic
 
 
 def test_transformations_combine(used: dict[str, Any]) -> None:
-    """As the last of a chain; for a part of a tree; several sessions for several parts; every second step."""
+    """As the last of a chain; for a subtree; several sessions for several subtrees; every second step."""
     params, data = parameters(), batches(8)
 
     def outcome(tx: Any) -> Any:

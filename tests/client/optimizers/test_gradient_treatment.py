@@ -1,4 +1,4 @@
-"""What happens to gradients: every range and every contradiction, by its field, and the way over the wire."""
+"""The treatment of gradients: every range and every contradiction, by its field, and the way over the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges of every number, and what a step may override."""
+"""Ranges of every number, and the overrides of a step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_value_out_of_range_is_refused_with_its_place_and_the_range(name: str,
     assert error.metadata == {"field": f"begin.groups[1].hyperparameters.{name}"}
     assert repr(value)[:40] in str(error)
     assert words in str(error) or "is not a number that a float can represent" in str(error)
-    if value is not None:  # which says that the rule has no such number
+    if value is not None:  # None says that the rule has no such number
         changed = dataclasses.replace(EVERYTHING, **{name: value})
         assert refusal(lambda: changed.check("optimizer")).metadata == {"field": f"optimizer.{name}"}
 

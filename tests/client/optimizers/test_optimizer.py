@@ -1,4 +1,4 @@
-"""What holds for every optimizer: no option is ignored, none goes unchecked, and configurations are values."""
+"""Properties of every optimizer: no option is ignored or unchecked, and optimizers are values."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_overrides_are_checked_by_their_path(kind: type[Optimizer]) -> None:
     [("adadelta", "rho", 1.0), ("adagrad", "lr_decay", -1.0), ("nadam", "momentum_decay", -1.0)],
 )
 def test_a_number_is_called_what_its_rule_calls_it(rule: str, name: str, value: float) -> None:
-    """And not what the contract calls it, which has one name for those of several rules."""
+    """And not the contract's name, which is one for the numbers of several rules."""
     with pytest.raises(InvalidRequestError, match=rf"^optimizer\.{name}: {name} is {value}; it must be") as raised:
         OPTIMIZERS[rule](**{name: value})
     assert raised.value.metadata["field"] == f"optimizer.{name}"

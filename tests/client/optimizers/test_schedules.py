@@ -1,4 +1,4 @@
-"""Schedule records: what they refuse, and the way over the wire."""
+"""Schedule records: their refusals, and the way over the wire."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return Schedule(kind=kind, **fields)
 
 
-# --- what is whole --------------------------------------------------------------------------------------------
+# --- complete schedules --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", WHOLE)

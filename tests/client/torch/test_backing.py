@@ -19,7 +19,7 @@ BOUND = {"rtol": 8 * EPS, "atol": 8 * EPS}
 
 
 def made(rule: str, client: stepwire.Client, **options: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Return what makes both optimizers."""
+    """Return a function that makes both optimizers."""
     return lambda params, remote_params: (
         getattr(torch.optim, rule)(params, lr=0.01, **options),
         getattr(stepwire.torch, rule)(remote_params, lr=0.01, server=client, **options),
@@ -35,7 +35,7 @@ def clamp(params: list[Any]) -> None:
 
 
 def load_model(params: list[Any]) -> None:
-    """Do what `model.load_state_dict` does."""
+    """Change the parameters as `model.load_state_dict` does."""
     module = torch.nn.ParameterList(params)
     module.load_state_dict({str(k): values for k, values in enumerate(gradients([p.shape for p in params], 77))})
 
@@ -95,7 +95,7 @@ def test_nothing_is_uploaded_without_a_change(client: stepwire.Client, monkeypat
 
 
 def test_masters_survive_a_change_of_another_parameter(remote: Any) -> None:
-    """Only what the model shows otherwise than its masters is taken from the model."""
+    """Only values that differ from the rounding of their masters come from the model."""
     params = [Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = remote("SGD", params, lr=2.0**-10)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""State dicts that cannot be loaded are refused with what is wrong in them, and change nothing."""
+"""State dicts that cannot be loaded are refused with the reason, and change nothing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None
 
 
 def test_a_state_dict_of_another_optimizer(client: stepwire.Client) -> None:
-    """Torch takes it, and fails at the next step."""
+    """Torch accepts such a dict, and fails at the next step."""
     pair = twins("Adam", client)
     theirs = parameters()
     other = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)

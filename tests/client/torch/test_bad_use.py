@@ -1,4 +1,4 @@
-"""Bad use: the error names the parameter or the field and says what to do, and nothing was applied."""
+"""Bad use: the error names the parameter or the field and the remedy, and nothing was applied."""
 
 from __future__ import annotations
 

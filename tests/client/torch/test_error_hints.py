@@ -1,4 +1,4 @@
-"""Errors of connections and slots say what a user of an optimizer can do, and stay what they are for programs."""
+"""Errors of connections and workers have a hint for users of an optimizer, and are unchanged for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the session holds beyond what the model shows: masters live through loads, changes, overflows and moves."""
+"""The session's masters of a model with fewer bits, through loads, changes, overflows and moves."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_group_more_keeps_masters(remote: Any) -> None:
 
 
 def test_a_parameter_that_overflows_comes_back(remote: Any) -> None:
-    """Its master is 70,000, which a float16 shows as Inf; nothing that the model shows has changed, so it stays."""
+    """The master is 70,000, which rounds to Inf in float16; the model's value is unchanged, so the master stays."""
     parameter, other = (Parameter(torch.full((2,), 60_000.0, dtype=torch.float16)) for _ in range(2))
     optimizer = remote("SGD", [parameter, other], lr=10_000.0)
     seen = []

@@ -1,4 +1,4 @@
-"""What makes it an optimizer of torch: closures, hooks, signatures, files; and what must never copy a session."""
+"""The interface of torch's optimizers: closures, hooks, signatures, files; and the refusal of copies of a session."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_results_are_told(remote: Any) -> None:
 
 
 def test_hooks_of_a_step(remote: Any) -> None:
-    """Those of the optimizer and those of all, in torch's order; a hook may change gradients and numbers."""
+    """Hooks of the optimizer and of all optimizers, in torch's order; a hook may change gradients and numbers."""
     optimizer, parameter = one(remote)
     called = []
 

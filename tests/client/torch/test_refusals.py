@@ -1,4 +1,4 @@
-"""The table of docs/torch.md: every row of it is refused, and of what PyTorch tests nothing else is."""
+"""The table of docs/torch.md: every row is refused, and no other option of PyTorch's own tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[[str], Any]
 
 
 def rows() -> dict[str, str]:
-    """Return the reasons of the table by what is refused."""
+    """Return the reasons of the table, by the refused option."""
     section = DOCS.read_text().partition("## What is refused")[2]
     return dict(re.findall(r"^\| (?!what|---)(.+?) \| (.+?) \|$", section, re.MULTILINE))
 
@@ -48,7 +48,7 @@ class Flattened(torch.Tensor):
 
 
 class FlatParameter(Parameter):
-    """What FSDP calls its own."""
+    """A class with the name of FSDP's own parameters."""
 
 
 def overlapping() -> list[Any]:

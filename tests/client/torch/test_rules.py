@@ -1,4 +1,4 @@
-"""What each rule of torch is to a server, held against torch's own groups and states."""
+"""The server's rule for each rule of torch, compared with torch's own groups and states."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_half_precision_goes_on_from_the_masters(remote: Any, target: str) -> No
 
 
 def test_other_numbers_are_the_present_ones(remote: Any, target: str) -> None:
-    """The session was created with lr 1; what the groups say counts."""
+    """The session was created with lr 1; the groups' numbers count."""
     parameter = Parameter(torch.zeros(2))
     first = remote("SGD", [parameter], lr=1.0)
     first.detach()
@@ -112,7 +112,7 @@ Change = Callable[[str, str], Any]
 
 
 def opened(rule: str = "Adam", shapes: Any = SHAPES, names: str = "abc", **options: Any) -> Change:
-    """Return what opens a session with another model, optimizer or option."""
+    """Return a function that opens a session with another model, optimizer or option."""
 
     def found(target: str, session: str) -> Any:
         params = list(zip(names, parameters(shapes), strict=True))
@@ -144,7 +144,7 @@ DIFFERENT: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_a_session_of_another_model_or_optimizer_is_refused(what: str, target: str, remote: Any) -> None:
-    """The session stays its owner's: looking at it does not take it."""
+    """The session stays its owner's: a check does not attach."""
     params = parameters()
     owner = remote("Adam", list(zip("abc", params, strict=True)))
     advance(owner, params, range(1, 3))

@@ -14,7 +14,7 @@ from tests.client.torch.twins import assert_same_bits, gradients, parameters
 
 
 def test_under_another_default_device(remote: Any) -> None:
-    """`torch.set_default_device("cuda")` is what people do; the device "meta" is one that no value can be on."""
+    """Users call `torch.set_default_device("cuda")`; the device "meta" has no values at all."""
     params = [*parameters(), Parameter(gradients([(3, 2)], 0)[0].t())]
     twins = [Parameter(parameter.detach().clone()) for parameter in params]
     for parameter, twin in zip(params, twins, strict=True):
@@ -35,7 +35,7 @@ def test_under_another_default_device(remote: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_under_another_default_dtype(dtype: torch.dtype, remote: Any) -> None:
-    """Who loads large models sets bfloat16, which could not count to 257."""
+    """Users of large models set bfloat16 as default, which cannot count to 257."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

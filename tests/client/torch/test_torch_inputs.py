@@ -1,4 +1,4 @@
-"""Every configuration of PyTorch's own optimizer tests: equal to torch within rounding, or refused with a reason."""
+"""Every case of PyTorch's own optimizer tests: equal to torch within rounding, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain(rule: str) -> list[Input]:
 
 
 def optimizers(one: Input, client: stepwire.Client, params: Any, remote_params: Any) -> tuple[Any, Any]:
-    """Make torch's optimizer of a configuration, and ours."""
+    """Make torch's optimizer of a case, and ours."""
     return (
         getattr(torch.optim, one.rule)(params, **copy.deepcopy(one.arguments)),
         getattr(stepwire.torch, one.rule)(remote_params, server=client, **copy.deepcopy(one.arguments)),

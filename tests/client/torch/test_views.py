@@ -123,12 +123,12 @@ def test_what_is_written_behind_torchs_back_counts_when_it_is_uploaded(pair: Pai
 
 
 def test_a_parameter_that_is_given_other_memory_comes_home(pair: Pair) -> None:
-    """Answers are written where the views are; a parameter that lay elsewhere would not be trained any more."""
+    """Replies are written into the views; a parameter in other memory would not be trained any more."""
     pair.step(1)
     at = lying(pair)
     for network, _ in pair.both:
         weights = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
-        torch.nn.utils.vector_to_parameters(weights * 0.5, network.parameters())  # which assigns to `.data`
+        torch.nn.utils.vector_to_parameters(weights * 0.5, network.parameters())  # it assigns to `.data`
         network[0].weight.data = network[0].weight.data.t().contiguous().t()
     assert lying(pair) != at
     for step in range(2, 5):
@@ -145,7 +145,7 @@ def test_two_optimizers_take_turns_with_one_model(pair: Pair, target: str) -> No
         other.load_state_dict(saved)
     first, pair.shared = pair.shared, Adam(pair.model.parameters(), server=target, shared_views=True)
     pair.shared.load_state_dict(saved)
-    first.close()  # which gives the model memory of its own
+    first.close()  # it gives the model memory of its own
     for step in range(2, 5):
         pair.step(step)
         pair.compare()

@@ -1,4 +1,4 @@
-"""Which dtypes travel, and what they are called on the wire."""
+"""The dtypes that travel, and their names on the wire."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ TRAILER = "grpc-status-details-bin"
 
 
 class FinishedCall(grpc.RpcError, grpc.Call):
-    """A call as gRPC hands it over when it failed."""
+    """A failed call as gRPC raises it."""
 
     def __init__(self, code: grpc.StatusCode, details: str | None, trailers: Any) -> None:
         self._end = (code, details, trailers)

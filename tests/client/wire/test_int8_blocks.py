@@ -24,7 +24,7 @@ def encoded(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
 
 
 def check_errors(values: npt.NDArray[np.float32]) -> None:
-    """Compare each element with what it decodes to: half a code's width apart, but for roundings."""
+    """Compare each element with its decoded value: half a code's width apart, but for roundings."""
     decoded = decode_blocks(encoded(values), len(values))
     assert np.isfinite(decoded).all()
     for low in range(0, len(values), BLOCK):

@@ -1,4 +1,4 @@
-"""The handoff: each parcel once, to who has its token and is the right user; and nobody can keep others waiting."""
+"""The handoff: each parcel once, to the right user with its token; and no client can delay others."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_silent_connection_ends_at_its_deadline(
         clock.now += 0.2
         silent(server).close()  # something happens, so that the thread looks at the test's clock
         assert quiet.recv(1) == b""
-        assert server.statistics().fetched == 1  # those that hold may be silent for ever
+        assert server.statistics().fetched == 1  # clients that have fetched may be silent for ever
     quiet.close()
 
 
@@ -244,7 +244,7 @@ def test_descriptors_that_a_client_sends_are_not_taken(hand_over: Start, parcel:
     socket.send_fds(connection, [transport_pb2.HandoffRequest(token=token).SerializeToString()], [pipes[0]] * 50)
     _, descriptors, _, _ = socket.recv_fds(connection, 4096, 4)
     assert len(descriptors) == 2
-    assert held_by_process()[0] == before + 2 + 2  # both ends of the connection, and what was handed over
+    assert held_by_process()[0] == before + 2 + 2  # both ends of the connection, and the fetched parcel
     for descriptor in descriptors:
         os.close(descriptor)
     connection.close()

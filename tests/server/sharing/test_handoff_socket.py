@@ -1,4 +1,4 @@
-"""Where the handoff listens, who can reach it, and what it leaves on the disk."""
+"""The path of the handoff, its permissions, and the files on the disk."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_folder_of_the_users_session_comes_first(
 def test_named_users_can_reach_it(
     temporary: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # which is closed to them
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # a folder that is closed to other users
     with listening(uids=(1000,)) as listener:
         assert pathlib.Path(listener.path).parents[1] == temporary
         assert (mode(pathlib.Path(listener.path).parent), mode(listener.path)) == (0o711, 0o666)

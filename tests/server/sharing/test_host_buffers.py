@@ -1,4 +1,4 @@
-"""What a session shares: which memory its parameters lie in, what is accounted for, and what a refusal leaves."""
+"""The shared memory of a session: the place of its parameters, the reservations, and the state after a refusal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Shared:
         self.session.take_slot()
 
     def step(self, buffers: HostBuffers, gradient: np.ndarray, **fields: Any) -> Any:
-        """Take a step as a stream does."""
+        """Apply a step as a stream does."""
         buffers.gradient[:] = gradient
         request = request_of(self.session, shared=True, reply=not buffers.in_place, **fields)
         staging = self.session.begin(request, 1)

@@ -1,4 +1,4 @@
-"""Streams that share memory, seen from a client in raw messages: what is granted, what is refused, what is left."""
+"""Streams with shared memory, from a client in raw messages: grants, refusals, and the state after them."""
 
 from __future__ import annotations
 
@@ -247,11 +247,11 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
         assert shared.parameters().tobytes() == plain[-1].payload
 
 
-# --- where there is none -----------------------------------------------------------------------------------
+# --- no shared memory -----------------------------------------------------------------------------------
 
 
 def fallback(live: Any, transport: int = SHM) -> str:
-    """Attach and return why there is no memory; a step in messages is taken all the same."""
+    """Attach, apply a step in messages, and return the reason for no shared memory."""
     step = live.wire.get(live.id).applied_step + 1
     answers = live.wire.stream(
         "Attach", [live.opening(transport=transport), live.frame(begin=step, commit=True, payload=live.gradient(step))]
