@@ -131,7 +131,7 @@ def test_clearing_forgets_everything() -> None:
     assert not feedback.residual.any()
 
 
-def test_a_space_that_is_sent_as_a_whole_is_taken_over_without_a_copy() -> None:
+def test_a_space_that_is_sent_as_a_whole_is_accepted_without_a_copy() -> None:
     layout = place([TensorSpec("a", (700,))], 1)
     packer, feedback = Packer(layout), ErrorFeedback(layout.size)
     pending = feedback._pending

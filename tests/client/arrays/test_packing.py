@@ -104,7 +104,7 @@ def test_the_ranges_of_a_chunk_cover_its_tensors_exactly(offset: int, count: int
     assert found == {position: position for position in tensors & set(range(offset, offset + count))}
 
 
-def test_the_parts_of_a_chunk_are_remembered() -> None:
+def test_the_ranges_of_a_chunk_are_cached() -> None:
     packer = Packer(LAYOUT)
     assert packer.ranges(10, 250) == [PackedRange(0, 10, 12, 0), PackedRange(1, 0, 1, 2), PackedRange(3, 0, 4, 246)]
     assert packer.ranges(10, 250) is packer.ranges(10, 250)
@@ -175,14 +175,14 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
     assert str(refused.value) == f"gradients['w']: shape {shape} is not the session's (3, 4)"
 
 
-def test_an_answer_is_one_buffer_seen_as_arrays() -> None:
+def test_a_reply_is_one_buffer_seen_as_arrays() -> None:
     container = Packer(LAYOUT).empty(np.dtype(np.float16), as_list=False)
     assert isinstance(container, dict)
     assert {name: array.shape for name, array in container.items()} == SHAPES
     assert len({id(array.base) for array in container.values()}) == 1
 
 
-def test_an_answer_for_a_list_is_a_list_in_its_order() -> None:
+def test_a_reply_for_a_list_is_a_list_in_its_order() -> None:
     packer = Packer(place([TensorSpec(str(index), (index,), index % 2) for index in range(12)], 2))
     container = packer.empty(np.dtype(np.float32), as_list=True)
     assert isinstance(container, list)
@@ -190,7 +190,7 @@ def test_an_answer_for_a_list_is_a_list_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_room_for_an_answer_is_what_empty_and_targets_return(as_list: bool) -> None:
+def test_allocate_returns_the_results_of_empty_and_targets(as_list: bool) -> None:
     packer = Packer(place([TensorSpec(str(index), (index, 2), index % 2) for index in range(5)], 2))
     container, flat = packer.allocate(np.dtype(np.float16), as_list=as_list)
     for mine, target in zip(flat, packer.targets(container, "out"), strict=True):
@@ -318,7 +318,7 @@ MANY = place([TensorSpec(f"t{k}", (97 * k % 800,), k % 2) for k in range(60)], 2
 
 @pytest.mark.parametrize("most", [256, 511, 1000, 4096, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.float16])
-def test_blocks_hold_the_elements_wherever_chunks_are_cut(dtype: Any, most: int) -> None:
+def test_blocks_have_the_elements_wherever_chunks_end(dtype: Any, most: int) -> None:
     random = np.random.default_rng(3)
     arrays = {tensor.spec.name: random.standard_normal(tensor.count).astype(dtype) for tensor in MANY.tensors}
     flat = np.zeros(-(-MANY.size // BLOCK) * BLOCK, np.float32)

@@ -56,7 +56,9 @@ def test_vmap_is_refused(update: Update, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_grad_is_refused(update: Update, name: str) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"inside of grad: .* Apply jax.grad to the loss alone") as refused:
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"inside of grad: .* Apply jax.grad to the loss alone"
+    ) as refused:
         DIFFERENTIATED[name](update)
     assert refused.value.metadata["feature"] == "grad"
 

@@ -56,7 +56,7 @@ def test_a_step_out_of_turn_is_refused(
     assert one.step(2, ONES, None, np.float32)[0].tolist() == [-3.0] * 3
 
 
-def test_a_step_that_failed_without_an_answer_may_come_again(
+def test_a_step_that_failed_without_a_reply_may_come_again(
     one: TrackedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step was applied and its reply lost: the same gradient gets the reply, and another one an error."""

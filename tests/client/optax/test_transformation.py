@@ -324,7 +324,7 @@ def test_a_program_goes_on_where_its_session_is(target: str) -> None:
             other.step(resumed, resumed, again)
 
 
-def test_several_servers_hold_one_model(target: str) -> None:
+def test_several_servers_have_one_model(target: str) -> None:
     params = {"w": jnp.linspace(-1, 1, 200_000), "b": jnp.ones(3)}
     tx = stepwire.optax.adamw(0.01, server=[target, target])
     one = stepwire.optax.adamw(0.01, server=target)

@@ -105,7 +105,7 @@ def test_a_loss_scaling_is_a_record(value: Any) -> None:
         {"missing_gradient": "keep", "non_finite": "allow"},
     ],
 )
-def test_what_is_within_the_ranges_is_taken(fields: dict[str, Any]) -> None:
+def test_values_within_the_ranges_are_accepted(fields: dict[str, Any]) -> None:
     GradientTreatment(**fields).check("here")
 
 
@@ -188,7 +188,7 @@ def test_a_value_out_of_range_on_the_wire_is_refused_by_its_field() -> None:
         assert error.value.metadata == {"field": f"config.gradient.{name}"}
 
 
-def test_in_two_phases_the_bounds_of_norms_are_kept_for_who_decides() -> None:
+def test_in_two_phases_the_bounds_of_norms_are_kept_for_the_coordinator() -> None:
     treatment = GradientTreatment(two_phase=True, clip_grad_norm=2.0, clip_formula="optax", non_finite="skip")
     treatment.check("", group_clips=True)
     assert treatment_from_wire(treatment_to_wire(treatment), "gradient", group_clips=True) == treatment

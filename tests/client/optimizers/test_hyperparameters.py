@@ -49,7 +49,7 @@ def test_the_table_speaks_of_every_number() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), ALLOWED, ids=short)
-def test_a_value_in_range_is_taken(name: str, value: Any) -> None:
+def test_a_value_in_range_is_accepted(name: str, value: Any) -> None:
     changed = EVERYTHING.replace({name: value})
     assert getattr(changed, name) == value
     assert dataclasses.replace(changed, **{name: getattr(EVERYTHING, name)}) == EVERYTHING

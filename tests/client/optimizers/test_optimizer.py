@@ -116,7 +116,7 @@ def test_options_go_by_name(kind: type[Optimizer]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_configurations_are_values(kind: type[Optimizer]) -> None:
+def test_optimizers_are_values(kind: type[Optimizer]) -> None:
     assert kind(lr=0.5) == kind(lr=0.5)
     assert kind(lr=0.5) != kind(lr=0.25)
     assert hash(kind(lr=0.5)) == hash(kind(lr=0.5))

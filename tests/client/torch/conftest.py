@@ -42,9 +42,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port that nobody listens on, and that nobody else is given meanwhile."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener.getsockname()[1]
 
 
 Made = Callable[..., Any]

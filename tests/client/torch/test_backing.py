@@ -131,7 +131,7 @@ def test_a_change_of_shape_is_refused(remote: Any) -> None:
         *[("AdamW", precision) for precision in ("bfloat16", "int8")],
     ],
 )
-def test_a_group_more_takes_the_state_along(rule: str, precision: Any, client: stepwire.Client) -> None:
+def test_a_further_group_keeps_the_state(rule: str, precision: Any, client: stepwire.Client) -> None:
     """With moments of fewer bits, torch cannot be compared with; the same parameters without a group more can."""
     pair = Twins(made(rule, client), lambda: parameters(((33, 17), (129,), (65,))))
     alone = parameters(((33, 17), (129,), (65,)))

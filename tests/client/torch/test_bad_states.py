@@ -102,7 +102,7 @@ def test_nadam_refuses_a_product_that_its_numbers_do_not_make(client: stepwire.C
             pair.remote.load_state_dict(saved)
 
 
-def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None:
+def test_8_bit_moments_need_their_scales(client: stepwire.Client) -> None:
     params = parameters()
     with stepwire.torch.Adam(params, server=client, state_precision="int8") as optimizer:
         with pytest.raises(

@@ -38,7 +38,7 @@ def test_several_servers_and_a_client_are_named() -> None:
             raise UnavailableError("refused")
 
 
-def test_who_lost_a_session_can_take_it_back() -> None:
+def test_an_optimizer_that_lost_its_session_can_attach_again() -> None:
     with pytest.raises(
         FencedError, match=r"attached to the session \(worker 0\).* make this optimizer again with session='abc'"
     ) as raised:

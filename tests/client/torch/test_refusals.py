@@ -191,7 +191,7 @@ def test_every_class_of_torch_is_served_or_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_of_torchs_own_configurations_two_flags_are_refused(rule: str, target: str) -> None:
+def test_of_torchs_own_cases_two_flags_are_refused(rule: str, target: str) -> None:
     pytest.importorskip("expecttest", reason="torch's own tests need it (pip install expecttest)")
     reasons = {flag: rows()[f"`{flag}=True`"] for flag in FLAGS}
     refused = [one for one in inputs(rule) if any(one.arguments.get(flag) for flag in FLAGS)]

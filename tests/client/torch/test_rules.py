@@ -28,7 +28,7 @@ def test_nothing_in_torchs_groups_is_left_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IN_TORCH)
-def test_the_configuration_is_torchs_defaults(name: str) -> None:
+def test_the_record_has_torchs_defaults(name: str) -> None:
     theirs, ours = group(name), TORCH_RULES[name].optimizer_for([group(name)])
     assert ours == TORCH_RULES[name].optimizer(**{key: value for key, value in theirs.items() if key not in HOW})
 

@@ -93,7 +93,7 @@ def test_other_numbers_are_the_present_ones(remote: Any, target: str) -> None:
     assert parameter.tolist() == [-0.25] * 2
 
 
-def test_taking_ones_own_session_again_holds_no_streams(exits: contextlib.ExitStack) -> None:
+def test_attaching_to_ones_own_session_again_keeps_no_streams(exits: contextlib.ExitStack) -> None:
     from stepwire_server.testing import serving
 
     target = exits.enter_context(serving(threads=1, max_streams=6))
@@ -176,7 +176,7 @@ def test_a_handle_of_an_ended_session_leaves_the_present_one(remote: Any) -> Non
     assert optimizer.applied_step == 2
 
 
-def test_who_takes_a_session_fences_who_had_it(remote: Any, target: str) -> None:
+def test_an_optimizer_that_attaches_fences_the_one_before(remote: Any, target: str) -> None:
     params, others = parameters(), parameters()
     first = remote("Adam", params)
     advance(first, params, range(1, 3))

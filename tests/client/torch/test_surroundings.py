@@ -82,7 +82,7 @@ def test_under_no_grad(remote: Any) -> None:
     assert parameter.requires_grad
 
 
-def test_from_several_threads_steps_are_taken_one_by_one(remote: Any) -> None:
+def test_from_several_threads_steps_are_applied_one_by_one(remote: Any) -> None:
     parameter = Parameter(torch.zeros(3))
     optimizer = remote("SGD", [parameter], lr=1.0)
     parameter.grad = torch.ones(3)

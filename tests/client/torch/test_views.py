@@ -88,7 +88,7 @@ def test_a_step_copies_nothing(pair: Pair) -> None:
         assert parameter.data_ptr() == parameters[name].ctypes.data
 
 
-def test_gradients_that_were_replaced_or_dropped_are_taken_from_where_they_are(pair: Pair) -> None:
+def test_gradients_that_were_replaced_or_dropped_are_read_from_their_memory(pair: Pair) -> None:
     pair.step(1)
     for network, optimizer in pair.both:
         optimizer.zero_grad()
@@ -138,7 +138,7 @@ def test_a_parameter_that_is_given_other_memory_comes_home(pair: Pair) -> None:
     assert pair.model[0].weight.is_contiguous()
 
 
-def test_two_optimizers_take_turns_with_one_model(pair: Pair, target: str) -> None:
+def test_two_optimizers_alternate_with_one_model(pair: Pair, target: str) -> None:
     pair.step(1)
     saved = pair.shared.state_dict()
     with Adam(pair.model.parameters(), lr=0.5, server=target, transport="shm", shared_views=True) as other:

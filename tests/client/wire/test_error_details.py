@@ -85,7 +85,7 @@ def test_an_error_survives_the_way_there_and_back(retry_after: float | None) -> 
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "漢", "😀"])
-def test_long_values_are_cut_to_what_a_trailer_holds(letter: str) -> None:
+def test_long_values_are_shortened_to_the_limit_of_a_trailer(letter: str) -> None:
     """Text is percent-encoded and details may be in base64; past 8 KiB in all gRPC drops the status at random."""
     name = letter * 512
     error = errors.NonFiniteGradientError(f"tensor {name!r} " + name * 8, metadata={"tensor": name, "element": 3})

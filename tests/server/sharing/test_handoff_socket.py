@@ -79,7 +79,7 @@ def test_named_users_can_reach_it(
         assert (mode(pathlib.Path(listener.path).parent), mode(listener.path)) == (0o711, 0o666)
 
 
-def test_a_named_path_is_taken_and_left_clean(tmp_path: pathlib.Path) -> None:
+def test_a_named_path_is_used_and_left_clean(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "deep" / "handoff.sock"
     with listening(str(path)) as listener:
         assert (listener.path, mode(path)) == (str(path), 0o600)

@@ -75,9 +75,9 @@ def test_steps_in_shared_memory_are_those_of_messages(engine: CpuEngine, dtype: 
         np.testing.assert_array_equal(buffers.parameters.view(np.uint8), gradient(99, reply).view(np.uint8))
         for step in range(1, 21):
             record = shared.step(buffers, gradient(step, dtype))
-            expected, answer = take(plain.session, gradient(step, dtype))
+            expected, reply = take(plain.session, gradient(step, dtype))
             assert (record.step, record.grad_norm, record.groups) == (step, expected.grad_norm, expected.groups)
-            assert buffers.parameters.tobytes() == answer.tobytes()
+            assert buffers.parameters.tobytes() == reply.tobytes()
         snapshots = [everything(each.session) for each in (shared, plain)]
     assert snapshots[0][0] == snapshots[1][0]
     for slot, values in snapshots[1][1].items():
@@ -88,11 +88,11 @@ def test_memory_is_accounted_for_and_given_back(engine: CpuEngine) -> None:
     before = held_by_process()
     shared = Shared(engine, reply_dtype=BFLOAT16)
     buffers = HostBuffers(shared.session)
-    answers = in_pages(2 * SIZE)
-    assert (buffers.gradient_bytes, buffers.parameter_bytes) == (PAGES, answers)
-    assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + answers
+    replies = in_pages(2 * SIZE)
+    assert (buffers.gradient_bytes, buffers.parameter_bytes) == (PAGES, replies)
+    assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + replies
     staging = shared.session.begin(request_of(shared.session, shared=True), 1)
-    assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + answers  # a shared step reserves nothing
+    assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + replies  # a shared step reserves nothing
     staging.close()
     buffers.close()
     buffers.close()
@@ -140,17 +140,17 @@ def test_a_load_goes_where_the_client_sees_it(engine: CpuEngine, slots: tuple[st
         np.testing.assert_array_equal(buffers.parameters, everything(shared.session)[1]["param"])
 
 
-def test_a_replay_writes_the_answer_into_the_memory_of_the_new_stream(engine: CpuEngine) -> None:
+def test_a_replay_writes_the_reply_into_the_memory_of_the_new_stream(engine: CpuEngine) -> None:
     shared = Shared(engine, reply_dtype=BFLOAT16)
     start(shared.session)
     with contextlib.closing(HostBuffers(shared.session)) as lost:
         shared.step(lost, gradient(1))
-        answer = lost.parameters.copy()
+        reply = lost.parameters.copy()
     with contextlib.closing(HostBuffers(shared.session)) as buffers:
         buffers.parameters[:] = 0
         record = shared.step(buffers, gradient(7), step=1)
         assert (record.step, record.replayed) == (1, True)
-        assert buffers.parameters.tobytes() == answer.tobytes()
+        assert buffers.parameters.tobytes() == reply.tobytes()
 
 
 def test_int8_gradients_lie_there_in_their_blocks(engine: CpuEngine) -> None:
