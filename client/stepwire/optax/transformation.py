@@ -261,13 +261,13 @@ class _Remote:
             raise InvalidRequestError.of(
                 "grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}"
             )
-        reply = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
-        host = functools.partial(self._apply, leaves.names, reply)
+        reply_dtype = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
+        host = functools.partial(self._apply, leaves.names, reply_dtype)
         arguments = [state.session, state.count, *self._rate(state.count), *given.arrays]
         if not is_traced(jax.tree.leaves((arguments, leaves.arrays))):
             count, *reply = (jnp.asarray(array) for array in host(*map(np.asarray, arguments)))
         else:
-            shapes = [jax.ShapeDtypeStruct(array.shape, reply) for array in leaves.arrays]
+            shapes = [jax.ShapeDtypeStruct(array.shape, reply_dtype) for array in leaves.arrays]
             count, *reply = call_host(host, [jax.ShapeDtypeStruct((), jnp.int32), *shapes], arguments)
         return leaves, reply, RemoteState(count, state.session)
 
@@ -290,7 +290,7 @@ class _Remote:
         return self._encoded(session.session_id)
 
     def _apply(
-        self, names: Sequence[str], reply: np.dtype[Any], identity: Any, count: Any, *rest: Any
+        self, names: Sequence[str], reply_dtype: np.dtype[Any], identity: Any, count: Any, *rest: Any
     ) -> list[npt.NDArray[Any]]:
         """Apply the step after `count`; return its number and the parameters.
 
@@ -299,7 +299,7 @@ class _Remote:
         """
         rate, gradients = (float(rest[0]), rest[1:]) if _changes(self._learning_rate) else (None, rest)
         found = sessions.find(_decoded(identity), names, self._connection)
-        return [np.asarray(count + 1, np.int32), *found.step(int(count), gradients, rate, reply)]
+        return [np.asarray(count + 1, np.int32), *found.step(int(count), gradients, rate, reply_dtype)]
 
     def _encoded(self, session_id: str) -> npt.NDArray[np.uint8]:
         raw = session_id.encode("ascii")

@@ -75,9 +75,9 @@ def test_steps_in_shared_memory_are_those_of_messages(engine: CpuEngine, dtype: 
         np.testing.assert_array_equal(buffers.parameters.view(np.uint8), gradient(99, reply).view(np.uint8))
         for step in range(1, 21):
             record = shared.step(buffers, gradient(step, dtype))
-            expected, reply = take(plain.session, gradient(step, dtype))
+            expected, sent = take(plain.session, gradient(step, dtype))
             assert (record.step, record.grad_norm, record.groups) == (step, expected.grad_norm, expected.groups)
-            assert buffers.parameters.tobytes() == reply.tobytes()
+            assert buffers.parameters.tobytes() == sent.tobytes()
         snapshots = [everything(each.session) for each in (shared, plain)]
     assert snapshots[0][0] == snapshots[1][0]
     for slot, values in snapshots[1][1].items():
