@@ -3,8 +3,8 @@
     pip install 'stepwire[demo]'
     python examples/digits_numpy.py [--target HOST:PORT] [--quick]
 
-The model, its written-out gradients and the float64 Adam are those of `stepwire demo`, which feeds both optimizers the same
-gradients. The runs are independent, so that a difference at one step is in the gradients of all later steps.
+The model, its written-out gradients and the float64 Adam are those of `stepwire demo`, which feeds both optimizers the
+same gradients. The runs are independent, so that a difference at one step is in the gradients of all later steps.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.parameters import Parameters
-from stepwire.torch.tensors import ParameterTensor
+from stepwire.torch.tensors import ParameterTensor, version_of
 
 __all__ = ["BackwardSender", "Numbers"]
 
@@ -139,7 +139,7 @@ def _abort(begun: _Begun) -> None:
 
 def _mark(tensor: ParameterTensor) -> tuple[int, int]:
     gradient = tensor.parameter.grad
-    return gradient.data_ptr(), gradient._version
+    return gradient.data_ptr(), version_of(gradient)
 
 
 def _copy_event(tensor: ParameterTensor) -> Callable[[], object]:

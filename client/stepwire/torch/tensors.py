@@ -11,7 +11,7 @@ import torch
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 
-__all__ = ["ParameterTensor", "from_numpy", "to_numpy"]
+__all__ = ["ParameterTensor", "from_numpy", "to_numpy", "version_of"]
 
 _DTYPES: Final = {
     torch.float32: np.dtype(np.float32),
@@ -100,7 +100,7 @@ class ParameterTensor:
         return self._seen != self._mark()
 
     def _mark(self) -> tuple[object, ...]:
-        return self.parameter._version, *self._present_location()
+        return version_of(self.parameter), *self._present_location()
 
     def _present_location(self) -> tuple[object, ...]:
         # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
@@ -160,6 +160,12 @@ class ParameterTensor:
             )
         real = _real(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous()
         return to_numpy(real).reshape(self.shape)
+
+
+def version_of(tensor: Any) -> int:
+    """Return torch's count of a tensor's changes in place; torch has no public name for the count."""
+    version: int = tensor._version
+    return version
 
 
 def to_numpy(tensor: Any) -> npt.NDArray[Any]:
