@@ -21,13 +21,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from stepwire.optax.alias import adadelta, adam, adamax, adamw, amsgrad, lamb, lars, lion, nadam, nadamw, rmsprop, sgd
-from stepwire.optax.connection import RemoteOptions
+from stepwire.optax.connection import TransformationOptions
 from stepwire.optax.transformation import RemoteState, RemoteTransformation, remote
 
 __all__ = [
-    "RemoteOptions",
     "RemoteState",
     "RemoteTransformation",
+    "TransformationOptions",
     "adadelta",
     "adam",
     "adamax",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire.optax.connection import RemoteOptions
+from stepwire.optax.connection import TransformationOptions
 from stepwire.optax.transformation import LearningRate, RemoteTransformation, transformation, undecayed
 from stepwire.optimizers import LAMB, LARS, SGD, Adadelta, Adam, Adamax, AdamW, Lion, RMSprop
 
@@ -41,7 +41,7 @@ def adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam as `optax.adam` computes it.
 
@@ -54,7 +54,7 @@ def adam(
         eps_root: added inside the root.
         mu_dtype: None or float32; `state_precision="bfloat16"` has both moments in bfloat16.
         nesterov: look ahead by one step.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
 
     Returns:
         The transformation.
@@ -77,7 +77,7 @@ def nadam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam with Nesterov momentum as `optax.nadam` computes it; see `adam`."""
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, **options)
@@ -94,7 +94,7 @@ def adamw(
     mask: Any = None,
     *,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam with decoupled weight decay as `optax.adamw` computes it; see `adam`.
 
@@ -108,7 +108,7 @@ def adamw(
         weight_decay: factor of the decay, which is also proportional to the learning rate. A number, not a schedule.
         mask: the parameters that decay: a tree of bools, a prefix of such a tree, or a function of the parameters.
         nesterov: look ahead by one step.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
 
     Returns:
         The transformation.
@@ -137,7 +137,7 @@ def nadamw(
     mask: Any = None,
     *,
     nesterov: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Nesterov Adam with decoupled weight decay as `optax.nadamw` computes it; see `adamw`."""
     return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov, **options)
@@ -152,7 +152,7 @@ def amsgrad(
     mu_dtype: Any = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """AMSGrad of the bias-corrected second moment as `optax.amsgrad` computes it; see `adam`.
 
@@ -172,7 +172,7 @@ def adamax(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam by the largest gradient as `optax.adamax` computes it."""
     _check_numbers(b1=b1, b2=b2, eps=eps)
@@ -184,7 +184,7 @@ def sgd(
     momentum: float | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Gradient descent, perhaps with momentum, as `optax.sgd` computes it."""
     _check_dtype("accumulator_dtype", accumulator_dtype)
@@ -201,7 +201,7 @@ def lion(
     mu_dtype: Any = None,
     weight_decay: float = 1e-3,
     mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Lion as `optax.lion` computes it; `mask` as for `adamw`."""
     _check_dtype("mu_dtype", mu_dtype)
@@ -220,7 +220,7 @@ def rmsprop(
     momentum: float | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """RMSprop as `optax.rmsprop` computes it with `eps_in_sqrt=False`, which the caller has to pass.
 
@@ -249,7 +249,7 @@ def adadelta(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adadelta as `optax.adadelta` computes it; the mask as `adamw`'s.
 
@@ -273,7 +273,7 @@ def lamb(
     eps_root: float = 0.0,
     weight_decay: float = 0.0,
     mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """LAMB as `optax.lamb` computes it; `mask` as for `adamw`."""
     _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
@@ -290,7 +290,7 @@ def lars(
     trust_ratio_mask: Any = True,
     momentum: float = 0.9,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """LARS as `optax.lars` computes it; `weight_decay_mask` as `adamw`'s mask.
 

@@ -13,10 +13,10 @@ from stepwire.connecting import connect
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.gradient_treatment import ClipFormula, NonFinite
 
-__all__ = ["Connection", "RemoteOptions"]
+__all__ = ["Connection", "TransformationOptions"]
 
 
-class RemoteOptions(TypedDict, total=False):
+class TransformationOptions(TypedDict, total=False):
     """The keyword options of every constructor besides optax's own arguments.
 
     `server`, `transport`, `channels` and `timeout` are those of `stepwire.connect`. `server` may also be a
@@ -73,8 +73,8 @@ class Connection:
         Raises:
             InvalidRequestError: an option does not exist, or options contradict each other.
         """
-        if unknown := sorted(set(options) - set(RemoteOptions.__annotations__)):
-            allowed = ", ".join(RemoteOptions.__annotations__)
+        if unknown := sorted(set(options) - set(TransformationOptions.__annotations__)):
+            allowed = ", ".join(TransformationOptions.__annotations__)
             raise InvalidRequestError.of(unknown[0], f"there is no such option; use one of: {allowed}")
         server = options.get("server", "localhost:50051")
         given = tuple((name, options[name]) for name in _CONNECTING if name in options)

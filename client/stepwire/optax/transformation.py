@@ -16,7 +16,7 @@ import optax
 from stepwire.errors import InvalidRequestError
 from stepwire.optax import sessions
 from stepwire.optax.callback import call_host, check_place
-from stepwire.optax.connection import Connection, RemoteOptions
+from stepwire.optax.connection import Connection, TransformationOptions
 from stepwire.optax.leaves import Leaves, bools_by_name, is_traced, leaves_of
 from stepwire.optimizers import Optimizer
 from stepwire.session import Session
@@ -105,7 +105,7 @@ class RemoteTransformation(optax.GradientTransformationExtraArgs):
 
 
 def remote(
-    optimizer: Optimizer, learning_rate: LearningRate = None, **options: Unpack[RemoteOptions]
+    optimizer: Optimizer, learning_rate: LearningRate = None, **options: Unpack[TransformationOptions]
 ) -> RemoteTransformation:
     """Return the transformation of any of the server's rules, in the server's formula.
 
@@ -114,7 +114,7 @@ def remote(
     Args:
         optimizer: the rule and its numbers.
         learning_rate: a number, a schedule as optax has them, or a scalar of JAX's, instead of the optimizer's `lr`.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
 
     Returns:
         A transformation with updates that are the server's new parameters minus `params`. So the transformation comes
@@ -127,14 +127,14 @@ def remote(
 
 
 def transformation(
-    optimizer: Optimizer, learning_rate: LearningRate, options: RemoteOptions, groups: Groups | None
+    optimizer: Optimizer, learning_rate: LearningRate, options: TransformationOptions, groups: Groups | None
 ) -> RemoteTransformation:
     """Return the transformation of a rule with groups that may depend on the parameters.
 
     Args:
         optimizer: the rule and its numbers.
         learning_rate: as for `remote`.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
         groups: a function from the parameters to the groups; None for none.
 
     Returns:

@@ -12,7 +12,7 @@ from stepwire.optimizers.adaptive import Adadelta, Adagrad, RMSprop
 from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters
 from stepwire.optimizers.layerwise import LAMB, LARS
 from stepwire.optimizers.momentum import SGD, Lion
-from stepwire.optimizers.optimizer import Formula, Optimizer, Structure
+from stepwire.optimizers.optimizer import Formula, Optimizer, RuleStructure
 
 __all__ = [
     "LAMB",
@@ -32,7 +32,7 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "RMSprop",
-    "Structure",
+    "RuleStructure",
 ]
 
 OPTIMIZERS: Final[dict[str, type[Optimizer]]] = {

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import Hyperparameters
-from stepwire.optimizers.optimizer import Formula, Structure, TwoBetas
+from stepwire.optimizers.optimizer import Formula, RuleStructure, TwoBetas
 
 __all__ = ["Adam", "AdamW", "Adamax", "NAdam", "RAdam"]
 
@@ -63,7 +63,7 @@ class Adam(TwoBetas):
         super().__post_init__()
         self._check_structure()
 
-    def structure(self) -> Structure:
+    def structure(self) -> RuleStructure:
         """See `Optimizer.structure`."""
         names = {"False": "none", "True": "raw"}
         return super().structure()._replace(amsgrad=names.get(str(self.amsgrad), str(self.amsgrad)))

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, pair
 
-__all__ = ["Formula", "Optimizer", "Structure", "TwoBetas"]
+__all__ = ["Formula", "Optimizer", "RuleStructure", "TwoBetas"]
 
 Formula = Literal["torch", "keras", "optax", "no_bias_correction", "decay_after"]
 
 
-class Structure(NamedTuple):
+class RuleStructure(NamedTuple):
     """The options of an optimizer besides its numbers; fixed for the session's life.
 
     Attributes:
@@ -67,10 +67,10 @@ class Optimizer:
         numbers.check("optimizer", self.synonyms)
         self.check_numbers(numbers, "optimizer")
 
-    def structure(self) -> Structure:
+    def structure(self) -> RuleStructure:
         """Return the options of the optimizer besides its numbers."""
-        defaults = Structure(formula=self.published)
-        return defaults._replace(**{name: getattr(self, name) for name in Structure._fields if hasattr(self, name)})
+        defaults = RuleStructure(formula=self.published)
+        return defaults._replace(**{name: getattr(self, name) for name in RuleStructure._fields if hasattr(self, name)})
 
     def hyperparameters(self) -> Hyperparameters:
         """Return the numbers alone, as every group starts with them."""

@@ -11,7 +11,7 @@ import pytest
 
 import stepwire.optimizers
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.optimizers import OPTIMIZERS, OVERRIDABLE, AdamW, Formula, Optimizer, Structure
+from stepwire.optimizers import OPTIMIZERS, OVERRIDABLE, AdamW, Formula, Optimizer, RuleStructure
 
 KINDS = [*OPTIMIZERS.values(), AdamW]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -144,8 +144,8 @@ def test_structure_is_that_of_the_constructor(kind: type[Optimizer]) -> None:
     structure = optimizer.structure()
     assert structure.formula == getattr(optimizer, "formula", kind.published)
     assert structure.formula in get_args(Formula)
-    for name in set(Structure._fields) - {"formula", "amsgrad"}:
-        assert getattr(structure, name) == getattr(optimizer, name, Structure._field_defaults[name])
+    for name in set(RuleStructure._fields) - {"formula", "amsgrad"}:
+        assert getattr(structure, name) == getattr(optimizer, name, RuleStructure._field_defaults[name])
     assert structure.amsgrad == "none"
 
 
