@@ -288,7 +288,7 @@ def _send(end: socket.socket, response: transport_pb2.HandoffResponse, descripto
 
 def _wrong_user(uid: int) -> PermissionDeniedError:
     return PermissionDeniedError(
-        f"memory is shared with processes of the server's user, and this one is of uid {uid}; run both as one user, "
+        f"memory is shared with processes of the server's user, and this one is of uid {uid}. Run both as one user, "
         "or start the server with --handoff-uids",
         metadata={"uid": uid},
     )
