@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu_clock import Gpu, median, rounds
 from gpu_sections import ADAM, Figures, adam_pass, adam_slots, tiled
-from stepwire_server.steps.reply import Answer
+from stepwire_server.steps.reply import ReplyPipeline
 
 __all__ = ["bus"]
 
@@ -78,19 +78,19 @@ class _Trip:
 
     def step(self, received: Callable[[], Any] = lambda: None) -> None:
         """Take one step as `staging` and `commit` do; `received` is called between the ways up and down."""
-        state, step, spans = self._state, adam_pass(ADAM), range(0, self._size, self._elements)
+        state, step, offsets = self._state, adam_pass(ADAM), range(0, self._size, self._elements)
         with contextlib.closing(state.receive()) as gradient:
             chunks, sums = [], []
-            for low in spans:
+            for low in offsets:
                 chunks.append(gradient.put(low, self.source[low : low + self._elements]))
                 sums.append(state.sum_of_squares(chunks[-1], 0, len(chunks[-1]), 1.0))
             for pending in sums:
                 pending.wait()
             received()
-            with Answer(_Nowhere(), state.depth) as answer:
-                for low, chunk in zip(spans, chunks, strict=True):
+            with ReplyPipeline(_Nowhere(), state.depth) as pipeline:
+                for low, chunk in zip(offsets, chunks, strict=True):
                     out = self.target[low : low + len(chunk)]
-                    answer.add([state.update(step, low, chunk, 0, len(chunk), out)])
+                    pipeline.add([state.update(step, low, chunk, 0, len(chunk), out)])
             state.settle()
 
     def close(self) -> None:

@@ -74,11 +74,11 @@ class FusedAdam:
 
     def step_with_casts(self) -> None:
         """Take a step whose gradient comes, and whose parameters go, as bfloat16."""
-        received, answer = self._halves
+        received, reply = self._halves
         with self._side.current():
             self._parameters[0].grad.copy_(received)
             self._optimizer.step()
-            answer.copy_(self._parameters[0].detach())
+            reply.copy_(self._parameters[0].detach())
 
     def after(self, start: np.ndarray[Any, Any], gradients: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         """Return what becomes of parameters, `(n,) float32`, after a step with each gradient."""

@@ -4,8 +4,8 @@
         session = client.create_session({"w": w}, optimizer=stepwire.Adam(lr=1e-3))
         params = session.step({"w": gradient})
 
-Names are loaded when first used, so that the server's domain, which shares the errors and the layout with the
-client, never loads gRPC through this package.
+Names are loaded when first used. So the server's domain, which uses the errors and the layout of this package, never
+loads gRPC through this package.
 """
 
 from __future__ import annotations

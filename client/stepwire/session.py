@@ -369,7 +369,7 @@ class Session:
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
-        named, targets = self._packer.named_room(wire_dtype)
+        named, targets = self._packer.allocate_named(wire_dtype)
         self._pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, timeout)
         return self._structure.restored(named)
 
@@ -379,7 +379,7 @@ class Session:
         Raises:
             StepwireError: as `pull`.
         """
-        rooms = {slot: self._packer.named_room(FLOAT32) for slot in self._slots}
+        rooms = {slot: self._packer.allocate_named(FLOAT32) for slot in self._slots}
         header = self._pull({slot: targets for slot, (_, targets) in rooms.items()}, FLOAT32, timeout)
         names = [tensor.spec.name for tensor in self._packer.layout.tensors]
         return SessionState(

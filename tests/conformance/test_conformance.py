@@ -48,10 +48,10 @@ def channel() -> Iterator[grpc.Channel]:
 def test_the_server_computes_what_the_framework_computes(name: str, channel: grpc.Channel) -> None:
     case = CASES[name]
     last_step = None if name in LONG else max(10, case.checkpoints[1])
-    verdict = check(channel, case, last_step)
-    if verdict.outcome == NOT_SERVED:
-        pytest.skip(f"feature {verdict.detail!r} is not served")
-    assert verdict.outcome == PASSED, f"{verdict.share:.3g} of what is allowed: {verdict.detail} ({case.reference})"
+    result = check(channel, case, last_step)
+    if result.outcome == NOT_SERVED:
+        pytest.skip(f"feature {result.detail!r} is not served")
+    assert result.outcome == PASSED, f"{result.fraction:.3g} of what is allowed: {result.detail} ({case.reference})"
 
 
 # --- the vectors ----------------------------------------------------------------------------------------------
@@ -112,9 +112,9 @@ def test_torch_still_computes_the_vectors() -> None:
 
 
 def _share(case: StoredCase, answer: dict[str, np.ndarray], index: int) -> float:
-    """Return the part of what is allowed that an answer takes at a checkpoint."""
+    """Return the largest error at a checkpoint as a fraction of its bound."""
     actual = {name: values[index].astype(np.float32) for name, values in answer.items()}
-    return max(miss.share for miss in parameter_misses(case, index, actual))
+    return max(miss.fraction for miss in parameter_misses(case, index, actual))
 
 
 @pytest.mark.parametrize(

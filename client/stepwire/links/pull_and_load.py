@@ -36,7 +36,7 @@ def read_pull(
             chunk = message.chunk
             packer.read(
                 targets[message.slot],
-                packer.parts(chunk.offset, chunk.count),
+                packer.ranges(chunk.offset, chunk.count),
                 frame.payload.view(dtype),
             )
             missing -= chunk.count
@@ -52,9 +52,9 @@ def load_messages(
     opening.dtype = dtype_to_wire(FLOAT32)
     yield pb.LoadRequest(open=opening).SerializeToString()
     for slot, flat in sources.items():
-        for offset, count, parts in packer.chunks(chunk_bytes // FLOAT32.itemsize):
+        for offset, count, ranges in packer.chunks(chunk_bytes // FLOAT32.itemsize):
             header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * FLOAT32.itemsize)
-            packer.write(flat, parts, frame.payload(FLOAT32))
+            packer.write(flat, ranges, frame.payload(FLOAT32))
             yield frame.finish()
     yield pb.LoadRequest(commit=True).SerializeToString()

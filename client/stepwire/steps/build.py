@@ -186,7 +186,7 @@ class StepBuilder:
             return None, ()
         if options.out is not None and not _shows_parameters(options.out):
             return options.out, self._packer.targets(options.out, "out")
-        return self._packer.room(received, as_list=not isinstance(gradients, Mapping))
+        return self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
 
     def _index(self, name: str) -> int:
         if (index := self._indices.get(name)) is None:

@@ -108,11 +108,11 @@ class StepCall:
         """Return the chunks in the order in which they are sent: as they lie, or what is answered first first."""
         chunks = packer.chunks(elements_within(self.gradient_dtype, chunk_bytes), self.gradient_dtype)
         if self.missing:
-            chunks = [chunk for chunk in chunks if any(part.tensor not in self.missing for part in chunk.parts)]
+            chunks = [chunk for chunk in chunks if any(packed.tensor not in self.missing for packed in chunk.ranges)]
         if self.begin.overlap and self.begin.reply.first:
             ranks = {tensor: rank for rank, tensor in enumerate(self.begin.reply.first)}
             last = len(ranks)
-            chunks = sorted(chunks, key=lambda chunk: min(ranks.get(part.tensor, last) for part in chunk.parts))
+            chunks = sorted(chunks, key=lambda chunk: min(ranks.get(packed.tensor, last) for packed in chunk.ranges))
         return chunks
 
     def _gradient_messages(self, packer: Packer, chunks: Sequence[ChunkLayout]) -> Iterator[bytes]:
@@ -141,5 +141,5 @@ class StepCall:
         if ends:
             header.commit.CopyFrom(self.commit)
         frame = FrameBuffer(header, wire_bytes(dtype, chunk.elements))
-        packer.write(self.gradients, chunk.parts, frame.payload(dtype), chunk.offset, self.feedback)
+        packer.write(self.gradients, chunk.ranges, frame.payload(dtype), chunk.offset, self.feedback)
         return frame.finish()

@@ -89,7 +89,7 @@ class GradientFeed:
         It ends where the step is given up: gRPC would log an error raised in its thread.
         """
         absent = {index for index, array in enumerate(flat) if not array.size}
-        waiting = {place: {part.tensor for part in chunk.parts} - absent for place, chunk in enumerate(chunks)}
+        waiting = {place: {packed.tensor for packed in chunk.ranges} - absent for place, chunk in enumerate(chunks)}
         while waiting:
             if (place := self._next(waiting)) is None:
                 return

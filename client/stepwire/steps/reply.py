@@ -43,11 +43,11 @@ class ReplyReader:
         if call.held is not None:
             _hold(call.held, chunk, frame)
             return
-        parts = self._packer.parts(chunk.offset, chunk.count)
-        self._packer.read(call.targets, parts, frame.payload.view(call.reply_dtype))
+        ranges = self._packer.ranges(chunk.offset, chunk.count)
+        self._packer.read(call.targets, ranges, frame.payload.view(call.reply_dtype))
         self._missing -= chunk.count
         if call.on_tensor is not None:
-            for part in parts:
+            for part in ranges:
                 self._left[part.tensor] -= part.end - part.begin
                 if not self._left[part.tensor]:
                     call.on_tensor(part.tensor)
@@ -65,7 +65,7 @@ class ReplyReader:
             self._shared.take(call)
         if call.held is not None:
             size = self._packer.layout.size
-            self._packer.read(call.targets, self._packer.parts(0, size), call.held)
+            self._packer.read(call.targets, self._packer.ranges(0, size), call.held)
 
 
 def _hold(held: npt.NDArray[Any], chunk: tensor_pb2.Chunk, frame: Frame) -> None:

@@ -25,7 +25,7 @@ from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import Holder
-from stepwire_server.sharing.offer import Shared, Sharing
+from stepwire_server.sharing.offer import Sharing, StreamTransport
 
 __all__ = ["OptimizerService"]
 
@@ -209,7 +209,7 @@ def _opening(frames: Iterator[Frame]) -> Frame:
     return first
 
 
-def _opened(session: Session, holder: Holder, shared: Shared) -> pb.AttachResponse:
+def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.AttachResponse:
     ledger = session.ledger
     return pb.AttachResponse(
         opened=attach_pb2.AttachOpened(
@@ -227,7 +227,7 @@ def _opened(session: Session, holder: Holder, shared: Shared) -> pb.AttachRespon
     )
 
 
-def _transport_name(shared: Shared, peer: str) -> str:
+def _transport_name(shared: StreamTransport, peer: str) -> str:
     """Name the transport of a stream as clients do."""
     if shared.transport in _MEMORIES:
         return _MEMORIES[shared.transport]

@@ -14,7 +14,7 @@ from stepwire.wire.error_details import status_details
 from stepwire_server.config import ServerConfig
 from stepwire_server.host.sockets import claim_socket
 from stepwire_server.sharing.handoff import HandoffServer, HandoffStatistics
-from stepwire_server.sharing.handoff_socket import HandoffListener
+from stepwire_server.sharing.handoff_socket import HandoffSocket
 from stepwire_server.sharing.loans import Loans
 from stepwire_server.sharing.offer import Sharing
 
@@ -48,7 +48,7 @@ class HostSharing:
         """
         self.path = ""
         self.off, self.device_off = _why_off(config), _why_device_off(config, devices)
-        self._listener: HandoffListener | None = None
+        self._listener: HandoffSocket | None = None
         self._handoff: HandoffServer | None = None
         self._loans = Loans()
         if not (self.off and self.device_off):
@@ -76,7 +76,7 @@ class HostSharing:
         others = [int(uid) for uid in config.handoff_uids.split(",") if uid]
         claim = functools.partial(claim_socket, field="handoff_socket")
         try:
-            self._listener = listener = HandoffListener(config.handoff_socket, claim, others)
+            self._listener = listener = HandoffSocket(config.handoff_socket, claim, others)
         except (OSError, InvalidRequestError) as problem:
             if config.handoff_socket:
                 raise _refusal(config.handoff_socket, problem) from None

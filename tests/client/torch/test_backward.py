@@ -29,9 +29,9 @@ def early(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     finish = BackwardSender.finish
 
     def finished(self: BackwardSender, numbers: Any) -> Any:
-        answer = finish(self, numbers)
-        told.append(answer is not None)
-        return answer
+        reply = finish(self, numbers)
+        told.append(reply is not None)
+        return reply
 
     monkeypatch.setattr(BackwardSender, "finish", finished)
     return told
@@ -128,7 +128,7 @@ def scale(network: Any, optimizer: Any) -> None:
     [set_rate, clip, drop_one, replace_one, write_a_parameter, accumulate, scale],
     ids=lambda one: one.__name__,
 )
-def test_a_step_that_is_not_the_one_that_was_begun_is_taken_as_any_other(
+def test_a_step_that_is_not_the_one_that_was_begun_is_sent_as_any_other(
     pair: Pair, early: list[bool], meddle: Any
 ) -> None:
     pair.step(1)
@@ -187,7 +187,9 @@ def test_shared_memory_needs_no_early_start(target: str, early: list[bool]) -> N
 
 
 def test_a_model_over_several_channels_is_refused(target: str) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError, match="send_in_backward: the model is cut over several"):
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="send_in_backward: the model is partitioned over several"
+    ):
         SGD(model().parameters(), lr=0.1, server=target, channels=2, send_in_backward=True)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration of PyTorch's own optimizer tests: equal to torch within rounding, or refused with a reason."""
+"""Every case of PyTorch's own optimizer tests: equal to torch within rounding, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain(rule: str) -> list[Input]:
 
 
 def optimizers(one: Input, client: stepwire.Client, params: Any, remote_params: Any) -> tuple[Any, Any]:
-    """Make torch's optimizer of a configuration, and ours."""
+    """Make torch's optimizer of a case, and ours."""
     return (
         getattr(torch.optim, one.rule)(params, **copy.deepcopy(one.arguments)),
         getattr(stepwire.torch, one.rule)(remote_params, server=client, **copy.deepcopy(one.arguments)),
@@ -55,7 +55,7 @@ def optimizers(one: Input, client: stepwire.Client, params: Any, remote_params: 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_configuration_equals_torch(rule: str, client: stepwire.Client) -> None:
+def test_every_case_equals_torch(rule: str, client: stepwire.Client) -> None:
     for one in served(rule):
         pair = Twins(functools.partial(optimizers, one, client))
         with pair.remote:
@@ -94,10 +94,10 @@ def test_parameters_of_half_precision_have_masters_that_equal_torch(
                     master.grad, half.grad = gradient.float(), gradient
                 local.step()
                 remote.step()
-            held = remote.state_dict()["stepwire"]["masters"]
+            masters_now = remote.state_dict()["stepwire"]["masters"]
         for index, (half, master) in enumerate(zip(halves, masters, strict=True)):
-            torch.testing.assert_close(held[index], master.detach(), rtol=bound, atol=bound)
-            assert torch.equal(half.detach(), held[index].to(dtype)), one.description
+            torch.testing.assert_close(masters_now[index], master.detach(), rtol=bound, atol=bound)
+            assert torch.equal(half.detach(), masters_now[index].to(dtype)), one.description
 
 
 @pytest.mark.parametrize("rule", RULES)

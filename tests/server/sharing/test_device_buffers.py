@@ -91,7 +91,9 @@ class Lent:
     [(FLOAT32, FLOAT32, (20480, 20480)), (BFLOAT16, FLOAT32, (12288, 20480)), (INT8, BFLOAT16, (8192, 12288))],
     ids=str,
 )
-def test_both_parts_lie_in_one_allocation_of_whole_blocks(gradient: Any, reply: Any, parts: tuple[int, int]) -> None:
+def test_gradient_and_parameters_lie_in_one_allocation_of_whole_blocks(
+    gradient: Any, reply: Any, parts: tuple[int, int]
+) -> None:
     lent = Lent(gradient_dtype=gradient, reply_dtype=reply)
     buffers = lent.lend()
     (exported,) = lent.engine.exported
@@ -182,7 +184,9 @@ def test_what_waits_is_bounded() -> None:
     for buffers in kept:
         buffers.response()
         buffers.close()
-    with pytest.raises(ResourceExhaustedError, match="2 clients whose streams have ended still map") as full:
+    with pytest.raises(
+        ResourceExhaustedError, match="2 clients still map device memory after the end of their streams"
+    ) as full:
         lent.lend()
     assert full.value.metadata["kept"] == "2"
     kept[0].released()

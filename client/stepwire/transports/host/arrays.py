@@ -49,7 +49,7 @@ class HostArrays(SharedArrays):
         call.bring()
         gradient, layout = self._memory.gradient, self._packer.layout
         if gradient.dtype == INT8:
-            self._packer.write(call.gradients, self._packer.parts(0, layout.size), gradient, 0, call.feedback)
+            self._packer.write(call.gradients, self._packer.ranges(0, layout.size), gradient, 0, call.feedback)
             return
         places = [gradient[tensor.offset : tensor.end] for tensor in layout.tensors]
         moving = [

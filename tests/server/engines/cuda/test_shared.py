@@ -15,7 +15,7 @@ from stepwire.layout import TensorSpec
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32
 from stepwire_server.engines import CpuEngine
 from stepwire_server.sharing import shared_step
-from stepwire_server.sharing.host_buffers import SharedBuffers
+from stepwire_server.sharing.host_buffers import HostBuffers
 from stepwire_server.sharing.shared_step import MemoryReplyWriter, stage_shared
 from tests.server.configs import make_config
 from tests.server.pretended_gpus import PretendedGpu, kernels_of_plan, library_of, machine_code, needs_compiler
@@ -51,7 +51,7 @@ def gradient(step: int, dtype: Any) -> np.ndarray:
 def test_steps_in_shared_memory_are_the_cpus(
     fake: Any, library: Any, monkeypatch: pytest.MonkeyPatch, config: Any, order: Any, pinned: bool
 ) -> None:
-    monkeypatch.setattr(shared_step, "_PIECE_ELEMENTS", 512)
+    monkeypatch.setattr(shared_step, "_CHUNK_ELEMENTS", 512)
     cupy = fake(order, library=library)
     with contextlib.closing(CpuEngine(threads=1, use_numba=False)) as cpu:
         sessions = [make_session(config, PretendedGpu(cupy)), make_session(config, cpu)]
@@ -59,7 +59,7 @@ def test_steps_in_shared_memory_are_the_cpus(
             load(session, {"param": gradient(99, FLOAT32)})
         if not pinned:
             cupy.fail_next("hostRegister", CUDARuntimeError(2))
-        with contextlib.closing(SharedBuffers(sessions[0])) as buffers:
+        with contextlib.closing(HostBuffers(sessions[0])) as buffers:
             assert not buffers.in_place
             assert cupy.registered_bytes == buffers.parameter_bytes + (buffers.gradient_bytes if pinned else 0)
             for step in range(1, 6):
