@@ -113,13 +113,18 @@ def test_a_state_whose_gradient_would_never_fit_is_refused_at_once(engine: Watch
 
 
 @pytest.mark.parametrize("size", [SIZE, (1 << 20) + 3])
-def test_the_first_values_of_slots_are_those_of_the_optimizer(engine: WatchedEngine, size: int) -> None:
-    optimizer = Adagrad(initial_accumulator_value=0.25)
-    config = make_config(TensorSpec("w", (size,)), optimizer=optimizer, groups=(optimizer.hyperparameters(),) * 2)
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_adagrads_sum_starts_from_its_first_value(engine: WatchedEngine, value: float, size: int) -> None:
+    """In tensors; padding stays zero."""
+    optimizer = Adagrad(initial_accumulator_value=value)
+    specs = TensorSpec("a", (size,)), TensorSpec("b", (6,), 1)
+    config = make_config(*specs, optimizer=optimizer, groups=(optimizer.hyperparameters(),) * 2)
     state = SessionState(config, Device(engine, MemoryBudget(1 << 30)))
-    values = np.empty(config.layout.size, np.float32)
+    expected, values = np.zeros(config.layout.size, np.float32), np.empty(config.layout.size, np.float32)
+    for tensor in config.layout.tensors:
+        expected[tensor.offset : tensor.end] = value
     state.read("sum", 0, values)
-    assert (values[:size] == 0.25).all() and not values[size:].any()
+    assert values.tobytes() == expected.tobytes()
     state.close()
 
 
