@@ -240,8 +240,9 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
         memory = shared.fetch()
         memory.gradient[:1200] = np.frombuffer(gradient.tobytes(), np.uint8)
         shared.stream.send(shared_step(1))
-        staged = shared.answer()
-        assert staged.staged == plain[0].staged
+        first = shared.answer()
+        assert first.HasField("gradient_check")
+        assert first.gradient_check == plain[0].gradient_check
         shared.stream.send(half)
         assert shared.answer().result.telemetry.clip_coefficient == 0.5
         assert shared.parameters().tobytes() == plain[-1].payload
@@ -251,11 +252,12 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
 
 
 def fallback(live: Any, transport: int = SHM) -> str:
-    """Attach and return why there is no memory; a step in messages is taken all the same."""
+    """Attach and return the reason for no memory; a step in messages is applied all the same."""
     step = live.wire.get(live.id).applied_step + 1
     answers = live.wire.stream(
         "Attach", [live.opening(transport=transport), live.frame(begin=step, commit=True, payload=live.gradient(step))]
     )
+    live.attached(answers[0])
     opened, last = map(pb.AttachResponse.FromString, answers)
     assert (opened.opened.transport, opened.opened.HasField("handoff")) == (GRPC, False)
     assert last.result.step == step
@@ -265,11 +267,11 @@ def fallback(live: Any, transport: int = SHM) -> str:
 @pytest.mark.parametrize(
     ("call", "number"),
     [
-        ("memory.os.memfd_create", errno.EMFILE),
-        ("memory.os.posix_fallocate", errno.ENOSPC),
-        ("memory.mmap.mmap", errno.ENOMEM),
-        ("memory.fcntl.fcntl", errno.EINVAL),
-        ("offering.os.listdir", errno.ENOENT),
+        ("host.sealed_memory.os.memfd_create", errno.EMFILE),
+        ("host.sealed_memory.os.posix_fallocate", errno.ENOSPC),
+        ("host.sealed_memory.mmap.mmap", errno.ENOMEM),
+        ("host.sealed_memory.fcntl.fcntl", errno.EINVAL),
+        ("sharing.offer.os.listdir", errno.ENOENT),
     ],
 )
 def test_a_system_that_has_none_leads_to_messages(
@@ -279,7 +281,7 @@ def test_a_system_that_has_none_leads_to_messages(
         raise OSError(number, os.strerror(number))
 
     reserved = live.wire.reserved_bytes()
-    monkeypatch.setattr(f"stepwire_server.sharing.{call}", refuse)
+    monkeypatch.setattr(f"stepwire_server.{call}", refuse)
     assert os.strerror(number) in fallback(live)
     assert live.wire.reserved_bytes() == reserved
 
