@@ -179,7 +179,7 @@ def test_half_a_step_and_then_silence_is_cancelled_and_freed(server, raw, client
     ended.wait()
     assert server.registry.statistics().reserved_bytes == held.reserved_bytes
     assert same_bits(client.session(session).state(), before)
-    again = raw.attach(session, created.attach_token)
+    again = raw.attach(session, stream.token)
     assert again.receive().opened.applied_step == 0
     assert not again.step(step_message(1, GRADIENT)).replayed
 
