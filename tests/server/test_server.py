@@ -92,6 +92,19 @@ def test_a_server_says_which_devices_it_serves_and_why() -> None:
     assert (device["event"], device["name"], device["budget_bytes"]) == ("device", "cpu", 12345)
 
 
+@pytest.mark.parametrize(("level", "expected"), [("debug", [1, 2]), ("info", [])])
+def test_a_server_that_logs_at_debug_tells_each_commit(
+    connect: Any, make_config: Any, make_live: Any, level: str, expected: list[int]
+) -> None:
+    with capture_logs() as lines, make(log_level=level) as server, connect(server.target) as wire:
+        live = make_live(wire, wire.create(make_config((10,))))
+        for step in (1, 2, 2):
+            live.step(step)
+    committed = [line for line in lines if line["event"] == "committed"]
+    assert [line["step"] for line in committed] == expected
+    assert {(line["session_id"], line["log_level"]) for line in committed} <= {(live.id, "debug")}
+
+
 def test_two_servers_do_not_share_a_port() -> None:
     with make() as server, pytest.raises(InvalidRequestError, match="the port is taken"):
         make(bind=server.target)

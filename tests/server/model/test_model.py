@@ -1,10 +1,10 @@
 """Sequences of messages against a model of a session, written from the contract and nothing else.
 
 Hypothesis makes the sequences: steps good and bad, cut, shuffled, repeated, left half done; streams that open, fence
-one another and end; unary steps, loads and pulls with every fault that fits. The model knows what must come of each
-message: an answer with these numbers and these parameters, or one of a few statuses where a message has several
-faults at once. Parameters are compared with a float64 Adam within a tolerance, and bit for bit with what the server
-said before wherever nothing may have changed since.
+and displace one another and end; unary steps, loads and pulls with every fault that fits. The model knows the result of
+each message: an answer with these numbers and these parameters, or one of a few statuses where a message has several
+faults at once. Parameters are compared with a float64 Adam within a tolerance, and bit for bit with the server's
+earlier answers wherever nothing may have changed since.
 """
 
 from __future__ import annotations

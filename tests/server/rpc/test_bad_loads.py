@@ -320,12 +320,16 @@ def test_a_pull_that_asks_wrong_is_refused_by_its_field(live: Any, untouched: An
 
 def test_a_step_within_a_load_is_no_part_of_it(live: Any) -> None:
     """A load is staged beside the state, so a step that is committed meanwhile counts, and the load comes after it."""
-    stream = live.wire.open("Load")
+    steps, stream = live.wire.open(), live.wire.open("Load")
+    steps.send(live.opening())
+    live.attached(steps.receive())
     stream.send(live.load_opening(2, "exp_avg"), live.load_chunk("exp_avg", 0, ones(100)))
-    assert live.attach(live.frame(begin=step_pb2.StepBegin(step=2), commit=True))[0].result.step == 2
+    steps.send(live.frame(begin=step_pb2.StepBegin(step=2), commit=True))
+    assert pb.AttachResponse.FromString(steps.receive()).result.step == 2
     stream.send(live.load_chunk("exp_avg", 100, ones(163)), COMMIT)
     answer = pb.LoadResponse.FromString(stream.receive())
     stream.finish()
+    steps.cancel()
     assert (answer.session.applied_load, answer.session.applied_step) == (2, 2)
     loaded = np.frombuffer(live.wire.pull(live.id, "exp_avg")[1]["exp_avg"], np.float32)
     assert loaded[:17].tolist() + loaded[256:].tolist() == [1.0] * 24

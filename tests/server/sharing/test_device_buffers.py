@@ -14,10 +14,10 @@ from stepwire.layout import TensorSpec
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
-from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 from stepwire_server.sharing.loans import Loans
 from tests.server.configs import make_config
+from tests.server.session_driver import make_session
 
 SIZE = 5000
 STATE_BYTES = 3 * 4 * SIZE
@@ -69,7 +69,7 @@ class Lent:
         self.engine.exported = []
         self.budget = MemoryBudget(budget_bytes)
         config = make_config(TensorSpec("w", (SIZE,)), **fields)
-        self.session = Session("ab" * 16, config, self.engine, self.budget, epoch=1, clock=lambda: 0.0)
+        self.session = make_session(config, self.engine, budget=self.budget)
         self.loans = Loans(most_kept)
 
     def lend(self) -> DeviceBuffers:
@@ -206,7 +206,7 @@ def test_a_refusal_leaves_nothing() -> None:
 def test_a_session_on_the_cpu_has_none() -> None:
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(1 << 30)
     config = make_config(TensorSpec("w", (SIZE,)))
-    session = Session("ab" * 16, config, engine, budget, epoch=1, clock=lambda: 0.0)
+    session = make_session(config, engine, budget=budget)
     with pytest.raises(UnsupportedFeatureError, match="the session lives on cpu"):
         DeviceBuffers(session, Loans())
     assert budget.reserved_bytes == STATE_BYTES

@@ -21,7 +21,7 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.host_buffers import HostBuffers
 from stepwire_server.sharing.shared_step import MemoryReplyWriter, stage_shared
 from tests.server.configs import make_config
-from tests.server.session_driver import everything, load, request_of, take
+from tests.server.session_driver import apply_step, begin, everything, load, make_session, request_of
 from tests.support.raw_handoff import held_by_process
 
 SIZE = 5000
@@ -41,19 +41,15 @@ class Shared:
     def __init__(self, engine: CpuEngine, budget_bytes: int = 1 << 30, **fields: Any) -> None:
         self.budget = MemoryBudget(budget_bytes)
         config = make_config(TensorSpec("w", (SIZE,)), **fields)
-        self.session = Session("ab" * 16, config, engine, self.budget, epoch=1, clock=lambda: 0.0)
-        self.session.take_slot()
+        self.session = make_session(config, engine, budget=self.budget)
 
     def step(self, buffers: HostBuffers, gradient: np.ndarray, **fields: Any) -> Any:
         """Apply a step as a stream does."""
         buffers.gradient[:] = gradient
         request = request_of(self.session, shared=True, reply=not buffers.in_place, **fields)
-        staging = self.session.begin(request, 1)
-        try:
-            stage_shared(buffers, staging, SIZE, self.session.depth)
-            return self.session.commit(request, staging, 1, MemoryReplyWriter(buffers.parameters), 0.0)
-        finally:
-            staging.close()
+        with begin(self.session, request) as step:
+            stage_shared(buffers, step, SIZE, self.session.depth)
+            return self.session.commit(step, MemoryReplyWriter(buffers.parameters))
 
 
 def gradient(step: int, dtype: Any = FLOAT32) -> np.ndarray:
@@ -74,10 +70,10 @@ def test_steps_in_shared_memory_are_those_of_messages(engine: CpuEngine, dtype: 
         assert buffers.in_place == (reply == FLOAT32)
         np.testing.assert_array_equal(buffers.parameters.view(np.uint8), gradient(99, reply).view(np.uint8))
         for step in range(1, 21):
-            record = shared.step(buffers, gradient(step, dtype))
-            expected, sent = take(plain.session, gradient(step, dtype))
-            assert (record.step, record.grad_norm, record.groups) == (step, expected.grad_norm, expected.groups)
-            assert buffers.parameters.tobytes() == sent.tobytes()
+            result = shared.step(buffers, gradient(step, dtype))
+            expected, reply = apply_step(plain.session, gradient(step, dtype))
+            assert (result.step, result.grad_norm, result.groups) == (step, expected.grad_norm, expected.groups)
+            assert buffers.parameters.tobytes() == reply.tobytes()
         snapshots = [everything(each.session) for each in (shared, plain)]
     assert snapshots[0][0] == snapshots[1][0]
     for slot, values in snapshots[1][1].items():
@@ -91,14 +87,14 @@ def test_memory_is_accounted_for_and_given_back(engine: CpuEngine) -> None:
     replies = in_pages(2 * SIZE)
     assert (buffers.gradient_bytes, buffers.parameter_bytes) == (PAGES, replies)
     assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + replies
-    staging = shared.session.begin(request_of(shared.session, shared=True), 1)
+    step = begin(shared.session, request_of(shared.session, shared=True))
     assert shared.budget.reserved_bytes == STATE_BYTES + PAGES + replies  # a shared step reserves nothing
-    staging.close()
+    step.close()
     buffers.close()
     buffers.close()
     assert shared.budget.reserved_bytes == STATE_BYTES
     shared.session.close()
-    del buffers, staging
+    del buffers, step
     assert (shared.budget.reserved_bytes, held_by_process()) == (0, before)
 
 
@@ -119,7 +115,7 @@ def test_parameters_in_place_are_the_states_and_stay_there(engine: CpuEngine) ->
         np.testing.assert_array_equal(second.parameters, after)
         shared.step(second, gradient(2))
         np.testing.assert_array_equal(second.parameters, everything(shared.session)[1]["param"])
-        take(shared.session, gradient(3))  # a step in messages
+        apply_step(shared.session, gradient(3))  # a step in messages
         np.testing.assert_array_equal(second.parameters, everything(shared.session)[1]["param"])
     del first, second
     assert held_by_process()[1] == before[1] + 1
@@ -148,8 +144,8 @@ def test_a_replay_writes_the_reply_into_the_memory_of_the_new_stream(engine: Cpu
         reply = lost.parameters.copy()
     with contextlib.closing(HostBuffers(shared.session)) as buffers:
         buffers.parameters[:] = 0
-        record = shared.step(buffers, gradient(7), step=1)
-        assert (record.step, record.replayed) == (1, True)
+        result = shared.step(buffers, gradient(7), step=1)
+        assert (result.step, result.replayed) == (1, True)
         assert buffers.parameters.tobytes() == reply.tobytes()
 
 
@@ -158,11 +154,10 @@ def test_int8_gradients_lie_there_in_their_blocks(engine: CpuEngine) -> None:
     with contextlib.closing(HostBuffers(shared.session)) as buffers:
         blocks = -(-SIZE // 256)
         assert (len(buffers.gradient), buffers.gradient_bytes) == (blocks, in_pages(260 * blocks))
-        staging = shared.session.begin(request_of(shared.session, shared=True, reply=False), 1)
-        stage_shared(buffers, staging, SIZE, 1)
-        staging.complete()
-        assert staging.squared_norms() == [0.0]
-        staging.close()
+        with begin(shared.session, request_of(shared.session, shared=True, reply=False)) as step:
+            stage_shared(buffers, step, SIZE, 1)
+            step.gradient.complete()
+            assert step.gradient.squared_norms() == [0.0]
 
 
 def test_the_pattern_is_looked_for_where_the_gradient_lies(engine: CpuEngine) -> None:
@@ -177,17 +172,13 @@ def test_the_pattern_is_looked_for_where_the_gradient_lies(engine: CpuEngine) ->
 
 
 def test_a_tensor_of_nothing_can_be_shared(engine: CpuEngine) -> None:
-    config = make_config(TensorSpec("nothing", (0, 3)))
-    session = Session("ab" * 16, config, engine, MemoryBudget(1 << 20), epoch=1, clock=lambda: 0.0)
-    session.take_slot()
+    session = make_session(make_config(TensorSpec("nothing", (0, 3))), engine)
     with contextlib.closing(HostBuffers(session)) as buffers:
         assert (len(buffers.gradient), len(buffers.parameters)) == (0, 0)
         assert buffers.check(bytes(16)) == bytes(16)
-        request = request_of(session, shared=True, reply=False)
-        staging = session.begin(request, 1)
-        stage_shared(buffers, staging, 0, 1)
-        assert session.commit(request, staging, 1, MemoryReplyWriter(buffers.parameters), 0.0).step == 1
-        staging.close()
+        with begin(session, request_of(session, shared=True, reply=False)) as step:
+            stage_shared(buffers, step, 0, 1)
+            assert session.commit(step, MemoryReplyWriter(buffers.parameters)).step == 1
 
 
 @pytest.mark.parametrize("room", [0, PAGES - 1, PAGES, 2 * PAGES - 1])
@@ -207,7 +198,7 @@ def test_a_budget_without_room_leaves_everything_as_it_was(engine: CpuEngine, ro
         del refused
         assert held_by_process() == before
     assert shared.budget.reserved_bytes == STATE_BYTES
-    assert take(shared.session, gradient(1))[0].step == 1
+    assert apply_step(shared.session, gradient(1))[0].step == 1
 
 
 @pytest.mark.parametrize("call", ["os.memfd_create", "os.posix_fallocate", "os.dup", "mmap.mmap"])
@@ -236,7 +227,7 @@ def test_a_system_without_room_leaves_everything_as_it_was(
         failed = len(calls) > after
     assert failed or call == "os.dup"
     assert shared.budget.reserved_bytes == STATE_BYTES
-    moved = int(shared.session.moved_parameters() is not None)
+    moved = int(shared.session.memory.moved_parameters() is not None)
     assert held_by_process()[1] - before[1] == moved
     np.testing.assert_array_equal(everything(shared.session)[1]["param"], gradient(99))
     with contextlib.closing(HostBuffers(shared.session)) as buffers:
@@ -267,7 +258,7 @@ def test_a_gradient_that_becomes_finite_while_it_is_looked_at_was_not(
     shared = Shared(engine)
     start(shared.session)
     with contextlib.closing(HostBuffers(shared.session)) as buffers:
-        state = shared.session._state
+        state = shared.session._state.arrays
         original = type(state).fetch
 
         def mended(*arguments: Any) -> Any:

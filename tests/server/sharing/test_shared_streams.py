@@ -240,8 +240,9 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
         memory = shared.fetch()
         memory.gradient[:1200] = np.frombuffer(gradient.tobytes(), np.uint8)
         shared.stream.send(shared_step(1))
-        checked = shared.reply()
-        assert checked.gradient_check == plain[0].gradient_check
+        first = shared.reply()
+        assert first.HasField("gradient_check")
+        assert first.gradient_check == plain[0].gradient_check
         shared.stream.send(half)
         assert shared.reply().result.telemetry.clip_coefficient == 0.5
         assert shared.parameters().tobytes() == plain[-1].payload
@@ -251,11 +252,12 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
 
 
 def fallback(live: Any, transport: int = SHM) -> str:
-    """Attach, apply a step in messages, and return the reason for no shared memory."""
+    """Attach and return the reason for no memory; a step in messages is applied all the same."""
     step = live.wire.get(live.id).applied_step + 1
     replies = live.wire.stream(
         "Attach", [live.opening(transport=transport), live.frame(begin=step, commit=True, payload=live.gradient(step))]
     )
+    live.attached(replies[0])
     opened, last = map(pb.AttachResponse.FromString, replies)
     assert (opened.opened.transport, opened.opened.HasField("handoff")) == (GRPC, False)
     assert last.result.step == step
