@@ -7,12 +7,14 @@ The generator is greedy and deterministic: the same parameters give the same row
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 Parameters = Mapping[str, Sequence[Any]]
-Combination = frozenset[tuple[str, Any]]
+Item = tuple[str, Any]
+Combination = frozenset[Item]
 
 
 def _anything(row: Row) -> bool:
@@ -53,45 +55,57 @@ def pairwise(
     """Return rows that have all `combinations` among them.
 
     Args:
-        parameters: see `combinations`; of values that serve equally well, the first is chosen.
+        parameters: see `combinations`; of values that serve equally well, a row gets one that it has seldom met.
         wholly: see `combinations`.
         allowed: see `combinations`.
         given: rows to begin with.
     """
     rows = list(given)
     wanted = dict.fromkeys(missing(combinations(parameters, wholly, allowed), rows))
+    met: Counter[frozenset[Item]] = Counter()
     while wanted:
         row = dict(next(iter(wanted)))
         for name, values in parameters.items():
             if name not in row:
-                row[name] = _best(row, name, values, allowed, wanted)
+                row[name] = _best(row, name, [value for value in values if allowed({**row, name: value})], wanted, met)
         rows.append({name: row[name] for name in parameters})
+        met.update(map(frozenset, itertools.combinations(row.items(), 2)))
         for combination in [combination for combination in wanted if combination <= row.items()]:
             del wanted[combination]
     return rows
 
 
 def _best(
-    row: Row, name: str, values: Sequence[Any], allowed: Callable[[Row], bool], wanted: Iterable[Combination]
+    row: Row, name: str, values: Sequence[Any], wanted: Iterable[Combination], met: Counter[frozenset[Item]]
 ) -> Any:
-    """Choose the value with which a row gains most of what is wanted."""
-    known = row.items()
-    gains = {value: 0 for value in values if allowed({**row, name: value})}
+    """Choose the value with which a row gains most of what is wanted; of several, one that it has seldom met."""
+    known, gains = row.items(), Counter[Item]()
     for combination in wanted:
         rest = combination - known
         if len(rest) == 1:
-            ((other, value),) = rest
-            if other == name and value in gains:
-                gains[value] += 1
-    return max(gains, key=lambda value: gains[value])
+            gains.update(rest)
+    seldom = {value: -sum(met[frozenset((item, (name, value)))] for item in known) for value in values}
+    return max(values, key=lambda value: (gains[name, value], seldom[value]))
 
 
 def spread(rows: Iterable[Row], values: Sequence[Any]) -> list[Any]:
     """Return a value of one further parameter for each row, such that each value meets as much as possible."""
-    met: set[tuple[Any, tuple[str, Any]]] = set()
+    met: set[tuple[Any, Item]] = set()
     chosen: list[Any] = []
     for row in rows:
         value = min(values, key=lambda value: (sum((value, item) in met for item in row.items()), chosen.count(value)))
         met |= {(value, item) for item in row.items()}
         chosen.append(value)
+    return chosen
+
+
+def one_of_each(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return a row for each value of a parameter, such that they have many pairs of the other values among them."""
+    met: set[tuple[Item, ...]] = set()
+    chosen, left = [], list(rows)
+    while left:
+        best = max(left, key=lambda row: len(set(itertools.combinations(row.items(), 2)) - met))
+        met |= set(itertools.combinations(best.items(), 2))
+        chosen.append(best)
+        left = [row for row in left if row[name] != best[name]]
     return chosen
