@@ -19,6 +19,7 @@ from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.layerwise import LAMB
+from tests.support.pairwise import combinations, missing, pairwise
 
 RECIPE = Recipe(ALL_RULES[0])
 FULL = Recipe(ALL_RULES[0], accumulates=True, averages=True, measures=True, precision=Precision.BFLOAT16)
@@ -116,11 +117,22 @@ def test_a_step_follows_slots_that_were_adopted_or_moved(engine, pass_of, make_a
     assert (memory == got[PARAM]).all()
 
 
-def test_steps_of_other_kinds_do_not_take_each_others_kernels(engine, pass_of, make_arrays, fill, wire) -> None:
-    """Recipes, encodings of gradients and of answers alternate, and each step does what it does alone."""
+KINDS = {
+    "recipe": [RECIPE, Recipe(ALL_RULES[0], decay=Decay.BEFORE), Recipe(ALL_RULES[0], measures=True)],
+    "sent": ["float32", "bfloat16", "float16"],
+    "reply": ["float32", "bfloat16", "float16", None],
+}
+
+
+def test_kinds_have_every_pair_of_values() -> None:
+    assert missing(combinations(KINDS), pairwise(KINDS)) == []
+
+
+@pytest.mark.slow
+def test_steps_of_other_kinds_do_not_use_each_others_kernels(engine, pass_of, make_arrays, fill, wire) -> None:
+    """Recipes, encodings of gradients and of replies alternate, and each step does what it does alone."""
     arrays, size = make_arrays(RECIPE, 100), 100
-    recipes = [RECIPE, Recipe(ALL_RULES[0], decay=Decay.BEFORE), Recipe(ALL_RULES[0], measures=True)]
-    kinds = [(recipe, sent, reply) for recipe in recipes for sent in wire for reply in (*wire, None)]
+    kinds = [tuple(row.values()) for row in pairwise(KINDS)]
 
     def stepped(state, recipe, sent, reply):
         fill(state, arrays)
