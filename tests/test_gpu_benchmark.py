@@ -112,6 +112,7 @@ def described() -> dict[str, dict[str, str]]:
     return {"machine": {"cores": "2"}, "device": {"name": "Pretended GPU"}}
 
 
+@pytest.mark.slow
 def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, described) -> None:
     gpu, kept = make_gpu(torch=True), []
     results = bench.gpu.run(gpu, lambda results: kept.append(len(results.figures)), child)

@@ -138,7 +138,7 @@ template <class... A, int... I> static inline void call_with(void (*kernel)(A...
 template <class... A> static inline void apply(void (*kernel)(A...), void **arguments) {
     call_with(kernel, arguments, PlacesOf<sizeof...(A)>());
 }
-static void launch(void (*kernel)(void **), unsigned blocks, unsigned threads, void **arguments) {
+static inline void launch(void (*kernel)(void **), unsigned blocks, unsigned threads, void **arguments) {
     if (threads > MOST_THREADS) fail("too many threads");
     body = kernel;
     call = arguments;

@@ -88,12 +88,18 @@ def _best(
     return max(values, key=lambda value: (gains[name, value], seldom[value]))
 
 
-def spread(rows: Iterable[Row], values: Sequence[Any]) -> list[Any]:
-    """Return a value of one further parameter for each row, such that each value meets as much as possible."""
+def spread(rows: Sequence[Row], values: Sequence[Any]) -> list[Any]:
+    """Return a value of one further parameter for each row, such that each meets as much as possible of the others."""
+    rows_of = Counter(item for row in rows for item in row.items())
     met: set[tuple[Any, Item]] = set()
     chosen: list[Any] = []
+
+    def gain(value: Any, row: Row) -> tuple[float, int]:
+        """Count most what few rows have: there are few chances to meet it."""
+        return sum(1.0 / rows_of[item] for item in row.items() if (value, item) not in met), -chosen.count(value)
+
     for row in rows:
-        value = min(values, key=lambda value: (sum((value, item) in met for item in row.items()), chosen.count(value)))
+        value = max(values, key=lambda value: gain(value, row))
         met |= {(value, item) for item in row.items()}
         chosen.append(value)
     return chosen

@@ -1,8 +1,8 @@
 """A step with a gradient in blocks of 8 bits is, bit for bit, the step with the decoded gradient in float32.
 
-Both CPU engines keep to that, wherever a range begins and ends, and however it is cut into chunks. NumPy does the steps
-with the decoded gradient, because `test_parity` has shown that Numba gives the same bits for float32 and because kernels
-take long to compile. `cuda/test_int8_gradients` has the GPU's kernels.
+Both CPU engines keep to that, wherever a range begins and ends, and however it is cut into chunks. NumPy does the
+steps with the decoded gradient: Numba's kernels take long to compile, and `test_parity` shows that they give the same
+bits. `cuda/test_int8_gradients` has the GPU's kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPTION_PAIRS = combinations({name: values for name, values in PARAMETERS.items()
 COMPILED += [next(row for row in ROWS if pair <= row.items()) for pair in missing(OPTION_PAIRS, COMPILED)]
 NUMBA, NUMPY = ([Recipe(**row) for row in rows] for rows in (COMPILED, ROWS))
 UPDATES = [
-    *(("numba", recipe) for recipe in dict.fromkeys([*NUMBA, *WHOLE])),
+    *(pytest.param("numba", recipe, marks=pytest.mark.slow) for recipe in dict.fromkeys([*NUMBA, *WHOLE])),
     *(("numpy", recipe) for recipe in dict.fromkeys([*NUMPY, *PLAIN, *OPTIONS])),
 ]
 LAYERWISE = [recipe for recipe in PLAIN if recipe.rule.direction is not None]
@@ -109,8 +109,9 @@ def test_updates_have_every_pair_of_values() -> None:
     assert {recipe.rule.update for recipe in NUMBA} == {rule.update for rule in ALL_RULES}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "recipe"), UPDATES, indirect=["engine"], ids=lambda each: getattr(each, "name", each))
+@pytest.mark.parametrize(
+    ("engine", "recipe"), UPDATES, indirect=["engine"], ids=lambda each: getattr(each, "name", each)
+)
 def test_an_update_is_that_of_the_decoded_gradient(engine: CpuEngine, reference: CpuEngine, recipe: Recipe) -> None:
     """Sums of telemetry are the same numbers of one engine, and nearly the same of two."""
     arrays, step, blocks = cases.make_arrays(recipe, SIZE, odd=False), cases.step_of(recipe), of_gradient()

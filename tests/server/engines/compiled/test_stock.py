@@ -35,7 +35,9 @@ def each(work):
 """
 
 # Prints how many of the commonest kernels were found and how many compiled.
-PREPARE = FORKING + """
+PREPARE = (
+    FORKING
+    + """
 from stepwire_server.engines.cpu import engine as cpu
 from stepwire_server.engines.compiled import stock as kernel_stock
 from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
@@ -50,9 +52,12 @@ def prepare(cache, stock):
 
 each(prepare)
 """
+)
 
 # Steps random numbers with a kernel of a level, or of this very processor, and prints a digest of what became of them.
-STEP = FORKING + """
+STEP = (
+    FORKING
+    + """
 import hashlib, pathlib
 import numpy as np
 from stepwire_server.engines.compiled.common_kernels import commonest
@@ -75,6 +80,7 @@ def step(directory, name):
 
 each(step)
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def test_sums_of_squares_are_as_exact_as_norms_need(engine) -> None:
             assert abs(Fraction(total) - exact) <= Fraction(RELATIVE_ERROR) * exact
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_threads(
     make_arrays, pass_of, slots_of, fill, contents, assert_same_bits
 ) -> None:

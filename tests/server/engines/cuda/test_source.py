@@ -243,6 +243,7 @@ FIGURES = re.compile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; it compiles the kernels for real devices")
 @pytest.mark.parametrize("number", ARCHITECTURES)
 def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, record_property, number) -> None:

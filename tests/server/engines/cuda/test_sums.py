@@ -73,7 +73,7 @@ def test_figures_are_not_read_before_they_have_arrived(fake) -> None:
         cells = Cells(device, 32)
         event, whole = device.cupy.cuda.Event, device.cupy.cuda.Event.synchronize
         event.synchronize = lambda self, whole=whole: (
-            None if sys._getframe(1).f_code.co_filename.endswith("cuda/figures.py") else whole(self)
+            None if sys._getframe(1).f_code.co_filename.endswith("cuda/sums.py") else whole(self)
         )
         wrong += [order] if [figures(device, cells, value).wait() for value in (1, 2)] != [[1] * 4, [2] * 4] else []
         with device.current():
