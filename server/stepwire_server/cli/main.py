@@ -231,9 +231,9 @@ def kernels(
 
     A server finds them through STEPWIRE_KERNELS. On other processors nothing is compiled ahead.
     """
-    from stepwire_server.engines.compiled import stock as kernel_stock
+    from stepwire_server.engines import ahead
 
-    levels = kernel_stock.make(directory)
+    levels = ahead.make(directory)
     print(json.dumps({"levels": levels}) if as_json else f"{directory}: kernels for {', '.join(levels) or 'no level'}")
 
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = [
+    "GRAIN",
     "PARAM",
     "DeviceInfo",
     "Done",
@@ -44,6 +45,9 @@ HostArray = npt.NDArray[Any]
 
 PARAM = "param"
 """The slot of the master parameters; every other slot is named by the rule."""
+
+GRAIN = 65_536
+"""The elements of one block of a sum of squares; threads share ranges in multiples of them."""
 
 
 Range = tuple[int, int]

@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-
-from stepwire_server.engines.protocol import HostArray
+import numpy.typing as npt
 
 __all__ = ["SharedMemory", "in_pages"]
 
@@ -74,7 +73,7 @@ class SharedMemory:
         twin.nbytes, twin._map, twin._descriptor = self.nbytes, self._map, os.dup(self.descriptor)
         return twin
 
-    def array(self, dtype: np.dtype[Any], items: int) -> HostArray:
+    def array(self, dtype: np.dtype[Any], items: int) -> npt.NDArray[Any]:
         """Return the first items as an array, `(items,)`."""
         assert self._map is not None
         return np.frombuffer(self._map, dtype, items)

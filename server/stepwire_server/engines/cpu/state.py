@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Slot
-from stepwire_server.engines.cpu.threads import GRAIN, Shares
+from stepwire_server.engines.cpu.threads import Shares
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import StagedChunk, check_range, count_of, floats_of
-from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 

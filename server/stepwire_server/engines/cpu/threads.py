@@ -5,10 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable
 
-__all__ = ["GRAIN", "Shares"]
+from stepwire_server.engines.protocol import GRAIN
 
-GRAIN = 65_536
-"""The grain in which threads share a range, in elements, and one block of a sum of squares."""
+__all__ = ["Shares"]
 
 
 class Shares:

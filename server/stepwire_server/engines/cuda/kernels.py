@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import (
@@ -21,6 +20,7 @@ from stepwire_server.engines.cuda.source import (
     update_kernel,
 )
 from stepwire_server.engines.payloads import name_of
+from stepwire_server.engines.protocol import GRAIN
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["LANE_ELEMENTS", "CudaKernels", "grains", "head_of", "launch"]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from stepwire.wire.int8_blocks import BLOCK, INT8
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
@@ -33,7 +32,7 @@ from stepwire_server.engines.cuda.state_copies import (
 from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, Noted
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
 from stepwire_server.engines.payloads import STORED, bits_of, check_range, floats_of, name_of
-from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
+from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 

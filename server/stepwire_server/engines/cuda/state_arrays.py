@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from stepwire_server.engines.cpu.state_arrays import Kept, zero_code
 from stepwire_server.engines.cuda.device import CudaDevice, round_up
-from stepwire_server.engines.int8_moments import BLOCK, block_count
+from stepwire_server.engines.int8_moments import BLOCK, Kept, block_count, zero_code
 from stepwire_server.engines.protocol import Range
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 

@@ -15,7 +15,7 @@ from stepwire.errors import ResourceExhaustedError
 from stepwire.optimizers.norms import RELATIVE_ERROR
 from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.cpu.state import LEAST_SHARED_SUM, LEAST_SHARED_UPDATE
-from stepwire_server.engines.cpu.threads import GRAIN
+from stepwire_server.engines.protocol import GRAIN
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.layerwise import LAMB

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire_server.engines.cpu.threads import GRAIN, Shares
+from stepwire_server.engines.cpu.threads import Shares
+from stepwire_server.engines.protocol import GRAIN
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.source import (
     eight_bit_tables,
     measure_kernel,
@@ -37,7 +36,7 @@ from stepwire_server.engines.int8_moments import (
     encode_with,
 )
 from stepwire_server.engines.numpy_reference import measured_slots
-from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.protocol import GRAIN, PARAM
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 from tests.server.pretended_gpus import library_of

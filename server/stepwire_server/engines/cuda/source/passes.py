@@ -5,10 +5,10 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Sequence
 
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.source.memory import BLOCKS, LANES, Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.prelude import THREADS
+from stepwire_server.engines.protocol import GRAIN
 
 __all__ = [
     "element_call",
