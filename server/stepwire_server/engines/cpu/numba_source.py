@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stepwire_server.engines import int8_moments as dynamic_code
 from stepwire_server.engines import scalar_codecs as numba_codecs
@@ -135,6 +135,24 @@ _FOLD = """for term in range(1, 32):
         partials[{k}, block_low // block] = total"""
 
 
+class _Squares(NamedTuple):
+    """The work of a kernel that sums the squares of some float32 arrays.
+
+    Attributes:
+        arrays: the names of the arrays of the state.
+        gradient: the name of the gradient's wire dtype.
+        scalars: the names of the numbers that the body needs.
+        body: the statements for element i.
+        squared: the names of the arrays whose squares are summed.
+    """
+
+    arrays: Sequence[str]
+    gradient: str
+    scalars: Sequence[str]
+    body: Sequence[str]
+    squared: Sequence[str]
+
+
 def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -> str:
     """Write the module with the fused kernel `name`; `NumbaKernels.update` has its arguments."""
     arrays = _arrays(recipe)
@@ -172,7 +190,7 @@ def sum_source(name: str, gradient: str, accumulated: bool) -> str:
     value = f"added({value}, accumulated_now[i])" if accumulated else value
     functions: list[Callable[..., Any]] = [_codec("decode", gradient), scaled, added]
     arrays = ["accumulated_all"] if accumulated else []
-    return _summing(name, arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"], functions)
+    return _summing(name, _Squares(arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"]), functions)
 
 
 def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
@@ -185,7 +203,8 @@ def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
         *_slot_codecs(recipe),
         *functions_of_stages(stages),
     ]
-    return _summing(name, _arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"], functions)
+    work = _Squares(_arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"])
+    return _summing(name, work, functions)
 
 
 def accumulate_source(name: str, gradient: str) -> str:
@@ -210,16 +229,9 @@ def seeds_of(recipe: Recipe) -> list[str]:
     return [f"seed_{recipe.slots[slot]}" for slot in recipe.rule.slots if _rounds(recipe, slot)]
 
 
-def _summing(
-    name: str,
-    arrays: Sequence[str],
-    gradient: str,
-    scalars: Sequence[str],
-    body: Sequence[str],
-    squared: Sequence[str],
-    functions: Iterable[Callable[..., Any]],
-) -> str:
+def _summing(name: str, work: _Squares, functions: Iterable[Callable[..., Any]]) -> str:
     """Write a module with a kernel that sums the squares of some float32 arrays, in a fixed order."""
+    arrays, gradient, scalars, body, squared = work
     windowed = [array for array in arrays if array.endswith("_all")]
     views = [*(_view(array, "start", _PIECE) for array in windowed), _gradient_view(gradient, _PIECE)]
     scratch = _gradient_scratch(gradient, 1024)

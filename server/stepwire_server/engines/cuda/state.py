@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,34 @@ __all__ = ["CudaState"]
 
 _PARTIALS = CELL_BYTES // 8
 _UNREAD_SUMS = 8
+
+
+class _DeviceReply(NamedTuple):
+    """The place of a range's new parameters in memory of the device.
+
+    Attributes:
+        dtype: the wire dtype.
+        memory: `(n,)` as kernels write it.
+    """
+
+    dtype: np.dtype[Any]
+    memory: Any
+
+
+class _SummingCall(NamedTuple):
+    """A kernel that leaves a sum for each block of elements.
+
+    Attributes:
+        kernel: the kernel.
+        rows: the number of sums for each block.
+        numbers: the arguments after the size.
+        tables: the tables of 8 bits, where the kernel reads them.
+    """
+
+    kernel: Any
+    rows: int
+    numbers: Sequence[Any]
+    tables: Sequence[Any] = ()
 
 
 class CudaState:
@@ -85,7 +113,7 @@ class CudaState:
             if accumulated is not None:
                 arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
             numbers = [*place, np.float32(factor)]
-            asked.append(self._partials(1, kernel, arrays, high - low, numbers, chunk.gradient.noted))
+            asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.noted))
         return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
@@ -108,7 +136,8 @@ class CudaState:
             kernel = self._parts.kernels.measure(recipe, chunk.dtype)
             window, place = chunk.window(begin + low, begin + high)
             numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
-            asked.append(self._partials(2, kernel, [*arrays, window], high - low, numbers, self._noted, tables))
+            call = _SummingCall(kernel, 2, numbers, tables)
+            asked.append(self._partials(call, [*arrays, window], high - low, self._noted))
         return Together(asked, _two_sums)
 
     def update(
@@ -128,7 +157,7 @@ class CudaState:
             return self._step(step, start, chunk, begin, end, None)
         check_range("answer", 0, size, len(out))
         if isinstance(out, DeviceArray):
-            moved = self._step(step, start, chunk, begin, end, out.dtype, out.stored)
+            moved = self._step(step, start, chunk, begin, end, _DeviceReply(out.dtype, out.stored))
             return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
         parts = []
         for low, high in _cut(size, self._most_elements(out)):
@@ -142,28 +171,22 @@ class CudaState:
         moved: list[Pending[Any]] = []
 
         def make(memory: Any) -> None:
-            moved.append(self._step(step, start, chunk, begin, end, out.dtype, memory.view(STORED[out.dtype])))
+            reply = _DeviceReply(out.dtype, memory.view(STORED[out.dtype]))
+            moved.append(self._step(step, start, chunk, begin, end, reply))
 
         shift = start % LANE_ELEMENTS * out.dtype.itemsize
         crossing = self._crossings.bring(shift, make, bits_of(out).view(np.uint8))
         return [crossing, *moved]
 
     def _step(
-        self,
-        step: Pass,
-        start: int,
-        chunk: CudaChunk,
-        begin: int,
-        end: int,
-        reply: np.dtype[Any] | None,
-        answer: Any = None,
+        self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: _DeviceReply | None
     ) -> Pending[tuple[float, ...]]:
         """Run the fused kernel once."""
         size, kernels = end - begin, self._parts.kernels
         recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
         window, place = chunk.window(begin, end)
-        arrays += [window, *([] if answer is None else [answer])]
-        kernel = kernels.update(recipe, chunk.dtype, reply)
+        arrays += [window, *([] if reply is None else [reply.memory])]
+        kernel = kernels.update(recipe, chunk.dtype, None if reply is None else reply.dtype)
         in_blocks = recipe.precision is Precision.INT8
         seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
         head = 0 if in_blocks else head_of(arrays, size)
@@ -284,16 +307,10 @@ class CudaState:
         return recipe, [array for owner in owners for array in owner.range(start, size)]
 
     def _partials(
-        self,
-        rows: int,
-        kernel: Any,
-        arrays: Sequence[Any],
-        size: int,
-        numbers: Sequence[Any],
-        noted: Noted,
-        tables: Sequence[Any] = (),
+        self, call: _SummingCall, arrays: Sequence[Any], size: int, noted: Noted
     ) -> Figures[list[list[float]]]:
-        """Run a kernel that leaves a sum a block of elements, in each of some rows."""
+        """Run a kernel that leaves sums for each block of elements; the results are rows of those."""
+        kernel, rows, numbers, tables = call
         blocks = grains(size)
         with self._parts.device.computing():
             return Figures(

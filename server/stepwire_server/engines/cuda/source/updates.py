@@ -8,6 +8,8 @@ from stepwire_server.engines.cuda.source.dynamic_code import DYNAMIC_CODE, share
 from stepwire_server.engines.cuda.source.memory import STORED, Array, decoder, gradient_array
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import (
+    FlatPass,
+    SummingPass,
     element_call,
     element_function,
     flat_kernel,
@@ -44,7 +46,8 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     arrays = _element_arrays(recipe, gradient, reply)
     numbers = [f"unsigned int seed_{variable}" for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
     numbers += [f"float {scalar}" for scalar in recipe.scalars]
-    return flat_kernel(name, arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe))
+    work = FlatPass(arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe))
+    return flat_kernel(name, work)
 
 
 def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
@@ -64,8 +67,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
     arrays.append(gradient_array(gradient))
     pointers += [arrays[-1].pointer, "double *__restrict__ partials"]
     tables = sorted({f"{_sign(slot)}_map" for slot in slots if _in_blocks(recipe, slot)})
-    kernel = summing_kernel(
-        f"measure_{recipe.name}_{gradient}",
+    work = SummingPass(
         arrays,
         [*body, *map(print_call, recipe.direction_stages)],
         ("p", "u"),
@@ -75,6 +77,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
         shared_tables(tables) if tables else (),
         rows=1,
     )
+    kernel = summing_kernel(f"measure_{recipe.name}_{gradient}", work)
     return kernel._replace(preludes=(*kernel.preludes, DYNAMIC_CODE)) if tables else kernel
 
 
