@@ -33,7 +33,7 @@ STORED: dict[np.dtype[Any], Any] = {
 CONVERT_BLOCK = 16_384
 
 
-class StagedChunk:
+class GradientChunk:
     """The `Gradient` of both engines.
 
     Attributes:

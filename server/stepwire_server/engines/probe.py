@@ -87,7 +87,7 @@ class Surroundings(NamedTuple):
     visible: str | None = None
 
 
-class _Asked(NamedTuple):
+class _Subject(NamedTuple):
     cupy: Any
     device: int
     around: Surroundings
@@ -134,7 +134,7 @@ def examine_cuda(index: int, cupy: Any = None, around: Surroundings | None = Non
         cupy = cupy or importlib.import_module("cupy")
     except Exception as problem:  # an import runs whatever an installation holds
         return [Finding("cupy", False, f"CuPy cannot be imported: {_text(problem)}", _extras())]
-    asked = _Asked(cupy, index, around or look_around())
+    asked = _Subject(cupy, index, around or look_around())
     findings = [_guarded("cupy", _examine_cupy, asked)]
     for check, examine in _GROUND.items():
         if not findings[-1].ok:
@@ -145,7 +145,7 @@ def examine_cuda(index: int, cupy: Any = None, around: Surroundings | None = Non
     return findings
 
 
-def _guarded(check: str, examine: Callable[[_Asked], Finding], asked: _Asked) -> Finding:
+def _guarded(check: str, examine: Callable[[_Subject], Finding], asked: _Subject) -> Finding:
     try:
         return examine(asked)
     except Exception as problem:  # CuPy has no common base for what a broken installation raises
@@ -153,7 +153,7 @@ def _guarded(check: str, examine: Callable[[_Asked], Finding], asked: _Asked) ->
         return Finding(check, False, _text(problem), remedy, optional=check in _OPTIONAL)
 
 
-def _examine_cupy(asked: _Asked) -> Finding:
+def _examine_cupy(asked: _Subject) -> Finding:
     built = _version(asked.cupy.cuda.runtime.runtimeGetVersion())
     return Finding("cupy", True, f"CuPy {asked.cupy.__version__} for CUDA {built}")
 
@@ -161,7 +161,7 @@ def _examine_cupy(asked: _Asked) -> Finding:
 # --- the ground: without it nothing else makes sense ----------------------------------------------------------
 
 
-def _examine_driver(asked: _Asked) -> Finding:
+def _examine_driver(asked: _Subject) -> Finding:
     runtime = asked.cupy.cuda.runtime
     driver = runtime.driverGetVersion()
     if driver == 0:
@@ -185,7 +185,7 @@ def _no_driver(around: Surroundings) -> Finding:
     return Finding("driver", False, detail, _NO_DRIVER_REMEDY)
 
 
-def _no_start(asked: _Asked, driver: int, problem: Exception) -> Finding:
+def _no_start(asked: _Subject, driver: int, problem: Exception) -> Finding:
     status = getattr(problem, "status", None)
     if status == _INSUFFICIENT_DRIVER:
         return _old_driver(driver, asked.cupy.cuda.runtime.runtimeGetVersion())
@@ -204,7 +204,7 @@ def _old_driver(driver: int, needed: int) -> Finding:
     return Finding("driver", False, detail, remedy)
 
 
-def _examine_device(asked: _Asked) -> Finding:
+def _examine_device(asked: _Subject) -> Finding:
     runtime = asked.cupy.cuda.runtime
     count = runtime.getDeviceCount()
     if asked.device >= count:
@@ -220,7 +220,7 @@ def _examine_device(asked: _Asked) -> Finding:
     return Finding("device", True, detail + _shown(asked.around))
 
 
-def _no_such_device(asked: _Asked, count: int) -> Finding:
+def _no_such_device(asked: _Subject, count: int) -> Finding:
     seen = {0: "no device", 1: "one device, cuda:0"}.get(count, f"{count} devices, cuda:0 to cuda:{count - 1}")
     detail = f"there is no cuda:{asked.device}: CUDA sees {seen}{_shown(asked.around)}"
     remedy = _device_remedy(asked.around)
@@ -250,7 +250,7 @@ _GIVEN: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 7.0, 2.0**-140, 7.0)
 _RIGHT: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 0.0, 2.0**-140, 2.0**-141)
 
 
-def _examine_nvrtc(asked: _Asked) -> Finding:
+def _examine_nvrtc(asked: _Subject) -> Finding:
     cupy = asked.cupy
     with cupy.cuda.Device(asked.device):
         try:
@@ -277,7 +277,7 @@ def _run(cupy: Any, code: bytes) -> tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def _examine_pinned_memory(asked: _Asked) -> Finding:
+def _examine_pinned_memory(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         try:
             asked.cupy.cuda.PinnedMemory(_PINNED_BYTES)
@@ -287,7 +287,7 @@ def _examine_pinned_memory(asked: _Asked) -> Finding:
     return Finding("pinned memory", True, "1 MiB of host memory can be pinned")
 
 
-def _examine_ipc(asked: _Asked) -> Finding:
+def _examine_ipc(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         memory = asked.cupy.cuda.Memory(_PINNED_BYTES)
         try:
@@ -298,7 +298,7 @@ def _examine_ipc(asked: _Asked) -> Finding:
     return Finding("ipc", True, "device memory can be shared with other processes", optional=True)
 
 
-def _examine_free_memory(asked: _Asked) -> Finding:
+def _examine_free_memory(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         free_bytes, total_bytes = asked.cupy.cuda.runtime.memGetInfo()
     detail = f"{_gib(free_bytes)} of {_gib(total_bytes)} are free"
@@ -307,8 +307,8 @@ def _examine_free_memory(asked: _Asked) -> Finding:
     return Finding("free memory", enough, detail, "" if enough else _FREE_REMEDY, optional=True)
 
 
-_GROUND: Final[dict[str, Callable[[_Asked], Finding]]] = {"driver": _examine_driver, "device": _examine_device}
-_ABILITIES: Final[dict[str, Callable[[_Asked], Finding]]] = {
+_GROUND: Final[dict[str, Callable[[_Subject], Finding]]] = {"driver": _examine_driver, "device": _examine_device}
+_ABILITIES: Final[dict[str, Callable[[_Subject], Finding]]] = {
     "nvrtc": _examine_nvrtc,
     "pinned memory": _examine_pinned_memory,
     "ipc": _examine_ipc,

@@ -13,7 +13,7 @@ from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
-from stepwire_server.engines.cpu.threads import Shares
+from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.protocol import DeviceInfo, ExportedMemory, HostArray, Range
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
@@ -35,7 +35,7 @@ class CpuEngine:
         if use_numba is None:
             use_numba = importlib.util.find_spec("numba") is not None
         self._kernels = _numba_kernels() if use_numba else NumpyKernels()
-        self._shares = Shares(threads or host.processor_count())
+        self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
 
     @property
@@ -58,7 +58,7 @@ class CpuEngine:
                 "close a session or use a machine with more memory",
                 metadata={"needed_bytes": needed_bytes},
             ) from problem
-        return CpuState(self._kernels, self._shares, made, size)
+        return CpuState(self._kernels, self._threads, made, size)
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
@@ -89,7 +89,7 @@ class CpuEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._shares.close()
+        self._threads.close()
 
 
 def _numba_kernels() -> CpuKernels:

@@ -37,19 +37,19 @@ __all__ = ["CudaEngine", "CudaOptions"]
 
 
 class CudaOptions(NamedTuple):
-    """What of an engine's working memory can be chosen.
+    """The sizes of an engine's working memory.
 
     Attributes:
-        slots: pieces that may be on the bus at a time, each way; at least 3, or something always waits.
-        slot_bytes: bytes of each.
-        gradient_cache_bytes: device memory for gradients that is kept from one step to the next, until memory is short
-            or no step comes; 0 for a sixteenth of the memory.
-        cells: room for results that is there from the start: enough for as many clients as a server takes by default to
-            be silent in the middle of a step, and for all that commit at a time.
+        buffers: the number of pinned buffers of the bus, each way; with fewer than 3 something always waits.
+        buffer_bytes: the bytes of each buffer.
+        gradient_cache_bytes: the device memory for gradients that is kept from one step to the next, until memory is
+            short or no step comes; 0 for a sixteenth of the memory.
+        cells: the number of results that there is room for from the start. The default is enough for the most clients
+            of a server, each silent in the middle of a step, and for all commits at a time.
     """
 
-    slots: int = 4
-    slot_bytes: int = 8 << 20
+    buffers: int = 4
+    buffer_bytes: int = 8 << 20
     gradient_cache_bytes: int = 0
     cells: int = 320
 
@@ -75,7 +75,7 @@ class CudaEngine:
         device = CudaDevice(cupy or importlib.import_module("cupy"), index)
         self._libcuda = libcuda
         free_bytes = device.free_bytes()
-        tables, bus = eight_bit_tables(), Bus(device, options.slots, options.slot_bytes)
+        tables, bus = eight_bit_tables(), Bus(device, options.buffers, options.buffer_bytes)
         self._parts = CudaParts(
             device,
             CudaKernels(device, Compiler(device)),

@@ -13,8 +13,8 @@ from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray
-from stepwire_server.engines.cuda.sums import Noted
-from stepwire_server.engines.payloads import StagedChunk, bits_of, check_range, count_of
+from stepwire_server.engines.cuda.sums import UnreadFigures
+from stepwire_server.engines.payloads import GradientChunk, bits_of, check_range, count_of
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
@@ -57,7 +57,7 @@ class GradientCache:
         self._kept: deque[_Block] = deque()
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> _Block:
+    def acquire(self, nbytes: int) -> _Block:
         """Return memory of exactly this size, that `up` may write to.
 
         Raises:
@@ -73,7 +73,7 @@ class GradientCache:
             self._device.up.wait_event(found.idle)
         return found
 
-    def give(self, block: _Block) -> None:
+    def release(self, block: _Block) -> None:
         """Take memory back that nothing will be asked of any more, but kernels may still be reading."""
         with self._device.current():
             self._device.compute.wait_event(block.uploaded)
@@ -106,7 +106,7 @@ class GradientCache:
                 block.idle.synchronize()
 
 
-class CudaChunk(StagedChunk):
+class CudaChunk(GradientChunk):
     """A chunk in the memory of its gradient.
 
     Attributes:
@@ -135,12 +135,12 @@ class CudaGradient:
     of 8 bits stays in them. A chunk of exported memory stays where it is.
 
     Attributes:
-        noted: sums of its chunks.
+        unread: sums of its chunks.
     """
 
     def __init__(self, device: CudaDevice, bus: Bus, cache: GradientCache, size: int) -> None:
         """Prepare for `size` elements of what dtype the first chunk has."""
-        self.noted = Noted(_UNREAD_SUMS)
+        self.unread = UnreadFigures(_UNREAD_SUMS)
         self._device = device
         self._bus = bus
         self._cache = cache
@@ -157,7 +157,7 @@ class CudaGradient:
         if isinstance(payload, DeviceArray):
             return CudaChunk(payload.dtype, payload.stored, count, self)
         if self._block is None:
-            self._block = self._cache.take(nbytes)
+            self._block = self._cache.acquire(nbytes)
         block = self._block
         assert block.memory.nbytes == nbytes  # all chunks of a step are of one dtype
         bits = bits_of(payload[: -(-count // wide)])
@@ -176,11 +176,11 @@ class CudaGradient:
         if block is not None:
             try:
                 block.uploaded.synchronize()
-                self.noted.clear()
+                self.unread.clear()
             finally:
-                self._cache.give(block)
+                self._cache.release(block)
         else:
-            self.noted.clear()
+            self.unread.clear()
 
     def __del__(self) -> None:
         """Close what nobody closed; errors of a broken device have been seen elsewhere."""

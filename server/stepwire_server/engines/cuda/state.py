@@ -29,7 +29,7 @@ from stepwire_server.engines.cuda.state_copies import (
     replace_slot,
     write_slot,
 )
-from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, Noted
+from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, UnreadFigures
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
 from stepwire_server.engines.payloads import STORED, bits_of, check_range, floats_of, name_of
 from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
@@ -79,7 +79,7 @@ class CudaState:
         self._memory = memory
         self._slots = slots
         self._size = size
-        self._noted = Noted(_UNREAD_SUMS)
+        self._unread = UnreadFigures(_UNREAD_SUMS)
         self._settled = parts.device.event()
         self._crossings = Crossings(parts.bus)
 
@@ -91,7 +91,7 @@ class CudaState:
     @property
     def depth(self) -> int:
         """See `EngineState.depth`: one answer is computed, one crosses the bus, one is copied, one is in reserve."""
-        return self._parts.bus.slots
+        return self._parts.bus.buffers
 
     def receive(self) -> CudaGradient:
         """See `EngineState.receive`."""
@@ -113,7 +113,7 @@ class CudaState:
             if accumulated is not None:
                 arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
             numbers = [*place, np.float32(factor)]
-            asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.noted))
+            asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.unread))
         return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
@@ -137,7 +137,7 @@ class CudaState:
             window, place = chunk.window(begin + low, begin + high)
             numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
             call = _SummingCall(kernel, 2, numbers, tables)
-            asked.append(self._partials(call, [*arrays, window], high - low, self._noted))
+            asked.append(self._partials(call, [*arrays, window], high - low, self._unread))
         return Together(asked, _two_sums)
 
     def update(
@@ -199,7 +199,7 @@ class CudaState:
                 return Done(())
             return Figures(
                 self._parts.cells,
-                self._noted,
+                self._unread,
                 blocks * rows,
                 np.float32,
                 lambda sums: launch(kernel, blocks, *arrays, sums, *tables, *numbers),
@@ -268,7 +268,7 @@ class CudaState:
 
     def settle(self) -> None:
         """See `EngineState.settle`."""
-        self._noted.clear()
+        self._unread.clear()
         with self._parts.device.current():
             self._settled.record(self._parts.device.compute)
             self._settled.synchronize()
@@ -307,7 +307,7 @@ class CudaState:
         return recipe, [array for owner in owners for array in owner.range(start, size)]
 
     def _partials(
-        self, call: _SummingCall, arrays: Sequence[Any], size: int, noted: Noted
+        self, call: _SummingCall, arrays: Sequence[Any], size: int, unread: UnreadFigures
     ) -> Figures[list[list[float]]]:
         """Run a kernel that leaves sums for each block of elements; the results are rows of those."""
         kernel, rows, numbers, tables = call
@@ -315,7 +315,7 @@ class CudaState:
         with self._parts.device.computing():
             return Figures(
                 self._parts.cells,
-                noted,
+                unread,
                 rows * blocks,
                 np.float64,
                 lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *numbers),
@@ -327,7 +327,7 @@ class CudaState:
 
     def _most_elements(self, out: HostArray) -> int:
         """Return the elements of an answer that a slot of the bus holds, wherever they start."""
-        return (self._parts.bus.slot_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
+        return (self._parts.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
         if chunk.dtype == INT8:

@@ -35,7 +35,7 @@ def bring_values(
         dtype: what that means.
         out: where it goes before the wait ends.
     """
-    most = parts.bus.slot_bytes // out.dtype.itemsize
+    most = parts.bus.buffer_bytes // out.dtype.itemsize
 
     def ask(part: Any, target: HostArray) -> Pending[None]:
         return crossings.bring(
@@ -52,7 +52,9 @@ def bring_bytes(parts: CudaParts, crossings: Crossings, memory: Any, out: HostAr
     def ask(part: Any, target: HostArray) -> Pending[None]:
         return crossings.bring(0, lambda slot: slot.data.copy_from_device_async(part.data, part.nbytes, None), target)
 
-    spans = [slice(low, min(low + parts.bus.slot_bytes, len(out))) for low in range(0, len(out), parts.bus.slot_bytes)]
+    spans = [
+        slice(low, min(low + parts.bus.buffer_bytes, len(out))) for low in range(0, len(out), parts.bus.buffer_bytes)
+    ]
     return Together([ask(memory[span], out[span]) for span in spans], lambda _: None)
 
 
@@ -60,7 +62,7 @@ def read_slot(parts: CudaParts, crossings: Crossings, slot: CudaSlot, start: int
     """Encode elements `[start, start + len(out))` of a slot into `out`; 8-bit ones at once."""
     if isinstance(slot, CudaFlatSlot):
         return bring_values(parts, crossings, slot.values[start : start + len(out)], slot.dtype, out)
-    most = (parts.bus.slot_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
+    most = (parts.bus.buffer_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
     for low in range(start, start + len(out), most):
         high = min(low + most, start + len(out))
         convert(_decoded(parts, crossings, slot, low, high), out[low - start : high - start])
@@ -89,7 +91,7 @@ def write_slot(parts: CudaParts, slot: CudaSlot, start: int, values: HostArray) 
     """
     if isinstance(slot, CudaBlockSlot):
         raise TypeError("8-bit elements are replaced all at once")
-    most = parts.bus.slot_bytes // values.dtype.itemsize
+    most = parts.bus.buffer_bytes // values.dtype.itemsize
     for low in range(0, len(values), most):
         part = values[low : low + most]
         target = _as_bytes(slot.values[start + low : start + low + len(part)])

@@ -58,7 +58,7 @@ class Cells:
         """Device memory that they hold at most."""
         return _MOST_BATCHES * self._batch * CELL_BYTES
 
-    def take(self, own: Callable[[], None]) -> _Cell:
+    def acquire(self, own: Callable[[], None]) -> _Cell:
         """Return a cell that nothing uses.
 
         Args:
@@ -75,7 +75,7 @@ class Cells:
             self._given.wait_for(lambda: self._free)
             return self._free.popleft()
 
-    def give(self, cell: _Cell) -> None:
+    def release(self, cell: _Cell) -> None:
         """Take a cell back whose results have arrived."""
         with self._given:
             self._free.append(cell)
@@ -94,7 +94,7 @@ class Figures(Generic[Value]):
     def __init__(
         self,
         cells: Cells,
-        noted: Noted,
+        unread: UnreadFigures,
         count: int,
         dtype: Any,
         launch: Callable[[Any], None],
@@ -104,7 +104,7 @@ class Figures(Generic[Value]):
 
         Args:
             cells: where room comes from.
-            noted: where these results are noted, with all that the caller has not read.
+            unread: where these results are noted, with all that the caller has not read.
             count: how many figures there are.
             dtype: their dtype; `count` of them fit into `CELL_BYTES`.
             launch: runs the kernel, given where the figures go: device memory, `(count,)`.
@@ -113,7 +113,7 @@ class Figures(Generic[Value]):
         self._cells = cells
         self._read = read
         self._value: Value
-        cell = cells.take(noted.clear)
+        cell = cells.acquire(unread.clear)
         self._cell: _Cell | None = cell
         nbytes = count * np.dtype(dtype).itemsize
         self._figures: HostArray = cell.host[:nbytes].view(dtype)
@@ -122,20 +122,20 @@ class Figures(Generic[Value]):
             cell.device.data.copy_to_host_async(cell.address, nbytes, None)
             cell.arrived.record()
         except BaseException:
-            cells.give(cell)
+            cells.release(cell)
             raise
-        noted.add(self)
+        unread.add(self)
 
     def wait(self) -> Value:
         """See `Pending`."""
         if (cell := self._cell) is not None:
             cell.arrived.synchronize()
             self._value, self._cell = self._read(self._figures), None
-            self._cells.give(cell)
+            self._cells.release(cell)
         return self._value
 
 
-class Noted:
+class UnreadFigures:
     """Results that were asked for and may not have been read: few, so that cells suffice, and none of them lost."""
 
     def __init__(self, most: int) -> None:

@@ -116,11 +116,11 @@ def test_device_is_described(fake) -> None:
     assert engine.device[:3] == DeviceInfo("cuda:1", "Pretended GPU", 1 << 30)[:3]
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 5, "slot_bytes": 4096, "gradient_cache_bytes": 12_345}])
+@pytest.mark.parametrize("options", [{}, {"buffers": 5, "buffer_bytes": 4096, "gradient_cache_bytes": 12_345}])
 def test_working_bytes_are_what_the_engine_takes_at_most(fake, options) -> None:
     cupy, chosen = fake(), CudaOptions(**options)
     engine = CudaEngine(0, cupy, chosen)
-    assert engine.bus.device_bytes == 2 * chosen.slots * chosen.slot_bytes <= cupy.used_bytes
+    assert engine.bus.device_bytes == 2 * chosen.buffers * chosen.buffer_bytes <= cupy.used_bytes
     assert cupy.used_bytes <= engine.device.working_bytes
     assert engine._parts.gradients.most_bytes == (chosen.gradient_cache_bytes or (1 << 30) // 16)
 
