@@ -13,7 +13,7 @@ from stepwire_server.engines.protocol import HostArray
 __all__ = [
     "CONVERT_BLOCK",
     "STORED",
-    "StagedChunk",
+    "GradientChunk",
     "bits_of",
     "check_range",
     "convert",

@@ -32,6 +32,7 @@ __all__ = [
     "Done",
     "Engine",
     "EngineState",
+    "EngineStatistics",
     "ExportedMemory",
     "Gradient",
     "GradientBuffer",
@@ -82,6 +83,22 @@ class DeviceInfo(NamedTuple):
     description: str
     memory_bytes: int
     working_bytes: int = 0
+
+
+class EngineStatistics(NamedTuple):
+    """The memory and the threads of an engine at one moment.
+
+    Attributes:
+        allocated_bytes: the bytes of all state that is allocated, loads that are not committed included.
+        kept_gradient_bytes: the device memory of past gradients that is kept for the next step.
+        working_bytes: the device memory that the engine itself holds at most; see `DeviceInfo`.
+        threads: the number of threads of the processor that work on one call, the caller's included.
+    """
+
+    allocated_bytes: int
+    kept_gradient_bytes: int
+    working_bytes: int
+    threads: int
 
 
 Value = TypeVar("Value")
@@ -311,8 +328,12 @@ class Engine(Protocol):
         """Where this engine's arrays live."""
         ...
 
+    def statistics(self) -> EngineStatistics:
+        """Return the memory and the threads of the engine now."""
+        ...
+
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
-        """Return the bytes that `allocate` takes."""
+        """Return the bytes that `allocate` allocates."""
         ...
 
     def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> EngineState:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +16,7 @@ from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
 from stepwire_server.engines.cpu.threads import RangeThreads
-from stepwire_server.engines.protocol import DeviceInfo, ExportedMemory, HostArray, Range
+from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray, Range
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
 
@@ -37,11 +39,19 @@ class CpuEngine:
         self._kernels = _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
+        self._states: weakref.WeakSet[CpuState] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     @property
     def device(self) -> DeviceInfo:
         """The processor and its memory."""
         return self._device
+
+    def statistics(self) -> EngineStatistics:
+        """See `Engine.statistics`."""
+        with self._lock:
+            allocated_bytes = sum(state.nbytes for state in self._states)
+        return EngineStatistics(allocated_bytes, 0, 0, self._threads.threads)
 
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
@@ -58,7 +68,10 @@ class CpuEngine:
                 "close a session or use a machine with more memory",
                 metadata={"needed_bytes": needed_bytes},
             ) from problem
-        return CpuState(self._kernels, self._threads, made, size)
+        state = CpuState(self._kernels, self._threads, made, size)
+        with self._lock:
+            self._states.add(state)
+        return state
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -30,7 +32,7 @@ from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
 from stepwire_server.engines.cuda.sums import Cells
 from stepwire_server.engines.payloads import name_of
-from stepwire_server.engines.protocol import PARAM, DeviceInfo, HostArray, Range
+from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray, Range
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine", "CudaOptions"]
@@ -88,6 +90,8 @@ class CudaEngine:
         with device.current():
             device.up.synchronize()
         device.on_shortage(self._parts.gradients.trim)
+        self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._device = DeviceInfo(device.name, device.description, free_bytes, self._parts.working_bytes)
 
     @property
@@ -100,6 +104,12 @@ class CudaEngine:
         """The way to the device, which can be told of pinned memory."""
         return self._parts.bus
 
+    def statistics(self) -> EngineStatistics:
+        """See `Engine.statistics`; the thread that calls asks the device."""
+        with self._lock:
+            allocated_bytes = sum(state.nbytes for state in self._states)
+        return EngineStatistics(allocated_bytes, self._parts.gradients.kept_bytes, self._parts.working_bytes, 1)
+
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
         return Slab(slots, size, kept).nbytes
@@ -111,6 +121,8 @@ class CudaEngine:
         device.zero(memory)
         state = CudaState(self._parts, memory, slab.place(device, memory), size)
         state.settle()
+        with self._lock:
+            self._states.add(state)
         return state
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:

@@ -57,6 +57,12 @@ class GradientCache:
         self._kept: deque[_Block] = deque()
         self._lock = threading.Lock()
 
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes that no step uses now."""
+        with self._lock:
+            return self._held_bytes()
+
     def acquire(self, nbytes: int) -> _Block:
         """Return memory of exactly this size, that `up` may write to.
 
@@ -90,12 +96,15 @@ class GradientCache:
         self._drop(surplus)
 
     def _surplus(self) -> list[_Block]:
-        """Take out the oldest that are too much."""
-        surplus, total = [], sum(block.memory.nbytes for block in self._kept)
+        """Remove the oldest blocks beyond the bytes that are kept."""
+        surplus, total = [], self._held_bytes()
         while total > self.most_bytes:
             surplus.append(self._kept.popleft())
             total -= surplus[-1].memory.nbytes
         return surplus
+
+    def _held_bytes(self) -> int:
+        return sum(int(block.memory.nbytes) for block in self._kept)
 
     def _drop(self, blocks: list[_Block]) -> None:
         """Zero memory before whoever comes next gets it from the device."""

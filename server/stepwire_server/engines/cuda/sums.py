@@ -13,7 +13,7 @@ import numpy as np
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["CELL_BYTES", "Cells", "Figures", "Noted"]
+__all__ = ["CELL_BYTES", "Cells", "Figures", "UnreadFigures"]
 
 CELL_BYTES: Final = 32 << 10
 """What one call's results may take."""

@@ -53,6 +53,15 @@ def test_allocated_arrays_are_zero_and_counted(engine, contents, slots_of) -> No
         assert state.nbytes == 0
 
 
+def test_statistics_count_what_is_allocated_and_not_closed(engine) -> None:
+    before = engine.statistics()
+    state = engine.allocate(SLOTS, 1000)
+    during = engine.statistics()
+    state.close()
+    assert (during.allocated_bytes - before.allocated_bytes, during.threads) == (12_000, 2)
+    assert engine.statistics() == before == (before.allocated_bytes, 0, 0, 2)
+
+
 @pytest.mark.parametrize("size", [1 << 50, 1 << 62, 1 << 70])
 def test_too_much_memory_is_an_error_with_the_numbers(engine, size: int) -> None:
     with pytest.raises(ResourceExhaustedError, match=str(size)) as caught:

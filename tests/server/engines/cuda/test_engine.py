@@ -245,6 +245,19 @@ def test_memory_for_gradients_is_kept_for_the_next_and_given_back_in_need(fake, 
     session.close()
 
 
+def test_statistics_count_state_and_memory_that_is_kept(fake, library) -> None:
+    config, cupy = PLANS["plain"], fake(library=library)
+    engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
+    working_bytes = engine.device.working_bytes
+    assert engine.statistics() == (0, 0, working_bytes, 1)
+    session = make_session(config, engine)
+    take(session, gradient_of(config, 1))
+    assert engine.statistics() == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
+    engine.rest()
+    session.close()
+    assert engine.statistics() == (0, 0, working_bytes, 1)
+
+
 def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:
     """The stand-in fills what is freed with garbage; so it is looked at on its way there."""
     config, cupy, seen = PLANS["plain"], fake(library=library), []
