@@ -1,7 +1,7 @@
-"""Whether a GPU can serve, checked from the ground up: what was found, and the command that puts it right.
+"""The check of a GPU from the ground up: findings, and the commands that put things right.
 
-Nothing here raises, because a broken installation of CUDA fails in more ways than anybody has listed: what is not
-expected becomes a finding with its own words. Unverified on a GPU.
+Nothing here raises, because a broken installation of CUDA fails in more ways than anybody has listed. An error that is
+not expected becomes a finding in its own words. Unverified on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["Finding", "Surroundings", "asked_gpus", "examine_cuda", "look_around", "visible_gpus"]
 
-# What CUDA's runtime answers when it cannot start; every other number is shown as it comes.
+# Status numbers of CUDA's runtime that cannot start; every other number is shown as it comes.
 _INSUFFICIENT_DRIVER: Final = 35
 _NO_DEVICE: Final = 100
 
@@ -56,14 +56,14 @@ _START_REMEDIES: Final[dict[Any, str]] = {
 
 
 class Finding(NamedTuple):
-    """What one check found.
+    """The finding of one check.
 
     Attributes:
-        check: its short name, such as "driver".
-        ok: whether all is well.
-        detail: what was found, in one line.
-        remedy: the command or flag that puts it right; empty when all is well.
-        optional: not needed to serve.
+        check: the short name of the check, such as "driver".
+        ok: True where all is well.
+        detail: the finding, in one line.
+        remedy: the command or flag that puts it right; empty where all is well.
+        optional: True where a server does not need it.
     """
 
     check: str
@@ -74,12 +74,12 @@ class Finding(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What a machine shows of its GPUs to those who do not ask CUDA.
+    """The signs of a machine's GPUs that need no CUDA.
 
     Attributes:
-        driver_library: whether `libcuda.so.1`, which comes with the driver, loads.
-        device_nodes: whether there are device files of the driver's.
-        visible: `CUDA_VISIBLE_DEVICES`; None when it is not set.
+        driver_library: True where `libcuda.so.1`, which comes with the driver, loads.
+        device_nodes: True where there are device files of the driver.
+        visible: `CUDA_VISIBLE_DEVICES`; None where it is not set.
     """
 
     driver_library: bool
@@ -114,7 +114,7 @@ def asked_gpus(device: str) -> tuple[int, ...]:
 
 
 def visible_gpus(cupy: Any = None) -> range:
-    """Number the GPUs that CUDA shows; where it shows none, the first, whose findings then say what is missing."""
+    """Number the GPUs that CUDA shows; without any, the first stands in, and its findings name the fault."""
     try:
         cupy = cupy or importlib.import_module("cupy")
         return range(cupy.cuda.runtime.getDeviceCount() or 1)
@@ -128,7 +128,10 @@ def examine_cuda(index: int, cupy: Any = None, around: Surroundings | None = Non
     Args:
         index: the device, as CUDA numbers the visible ones.
         cupy: the CuPy module, or a stand-in; None imports it.
-        around: what the machine shows; None looks.
+        around: the signs of the machine; None to look for them.
+
+    Returns:
+        The findings, in the order of the checks.
     """
     try:
         cupy = cupy or importlib.import_module("cupy")
@@ -237,8 +240,8 @@ def _shown(around: Surroundings) -> str:
 
 # --- what a device that is there must be able to do -----------------------------------------------------------
 
-# The compiler must neither contract nor flush, or two engines would round differently: 0 = a·b + c for these three
-# holds only when the product is rounded first, and half of this subnormal number is another one.
+# The compiler must neither contract nor flush, or two engines would round differently. 0 = a·b + c holds for these
+# three only when the product is rounded first, and half of this subnormal number is another one.
 _SOURCE: Final = """extern "C" __global__ void stepwire_probe(float *x) {
     x[3] = x[0] * x[1] + x[2];
     x[5] = x[4] * 0.5f;
@@ -303,7 +306,7 @@ def _examine_free_memory(asked: _Subject) -> Finding:
         free_bytes, total_bytes = asked.cupy.cuda.runtime.memGetInfo()
     detail = f"{_gib(free_bytes)} of {_gib(total_bytes)} are free"
     enough = free_bytes >= min(_ENOUGH_BYTES, _ENOUGH_SHARE * total_bytes)
-    # A server takes what there is, and refuses sessions that do not fit.
+    # A server works with the memory there is, and refuses sessions that do not fit.
     return Finding("free memory", enough, detail, "" if enough else _FREE_REMEDY, optional=True)
 
 
@@ -332,7 +335,7 @@ def _nvrtc_remedy(cupy: Any) -> str:
 
 
 def _version(number: int) -> str:
-    """CUDA counts 13000 for 13.0."""
+    """Return a version as people write it: CUDA counts 13000 for 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -345,6 +348,6 @@ def _gib(count_bytes: int) -> str:
 
 
 def _text(problem: BaseException) -> str:
-    """An exception in one line of bearable length."""
+    """Return an exception in one line of bearable length."""
     words = " ".join(f"{type(problem).__name__}: {problem}".split())
     return words if len(words) <= _LONGEST_TEXT else f"{words[:_LONGEST_TEXT]}…"

@@ -1,10 +1,9 @@
 """The way of a server to kernels compiled ahead, as in a container image.
 
 A stock is a directory with one directory a level of processors (`levels`), each of which looks like a kernel cache.
-A server copies the files for its processor into its own cache and goes on from there. The stock is not used in place:
-Numba writes its cache beside the source, and a kernel cache belongs to one user alone, whose number nobody knew when
-the image was built. Numba's files are pickles, so a stock is read only where root and that user alone can write it.
-`ahead` makes a stock.
+A server copies the files for its processor into its own cache. The stock is not used in place, because Numba writes its
+cache beside the source. A kernel cache belongs to one user alone, whose number nobody knew when the image was built.
+Numba's files are pickles, so a stock is read only where root and that user alone can write it. `ahead` makes a stock.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _INDEX_SUFFIX = ".nbi"
 def stocked_level(environ: Mapping[str, str] = os.environ) -> tuple[Level, pathlib.Path] | None:
     """Return the level to compile for and where its kernels lie; None to compile for this very processor.
 
-    `$STEPWIRE_KERNELS` names the stock. Whoever has set NUMBA_CPU_NAME or NUMBA_CPU_FEATURES has the say.
+    `$STEPWIRE_KERNELS` names the stock. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES come before it.
     """
     stock = environ.get("STEPWIRE_KERNELS")
     if not stock or environ.get("NUMBA_CPU_NAME") or environ.get("NUMBA_CPU_FEATURES"):
@@ -43,11 +42,11 @@ def stocked_level(environ: Mapping[str, str] = os.environ) -> tuple[Level, pathl
 
 
 def fill(cache: pathlib.Path, stock: pathlib.Path) -> None:
-    """Copy into a kernel cache what it lacks of a stock. What cannot be copied is compiled when it is needed.
+    """Copy the files of a stock that a kernel cache lacks. A kernel that cannot be copied is compiled when needed.
 
     Args:
-        cache: of this user alone; see `kernel_cache`.
-        stock: of one level.
+        cache: the cache, of this user alone; see `cache`.
+        stock: the stock of one level.
     """
     try:
         cache.mkdir(mode=0o700, exist_ok=True)

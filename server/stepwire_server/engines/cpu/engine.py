@@ -24,15 +24,15 @@ __all__ = ["CpuEngine"]
 
 
 class CpuEngine:
-    """Flat arrays in host memory; large ranges are shared among threads. Thread-safe, unlike its states."""
+    """Flat arrays in host memory; threads divide large ranges among them. Thread-safe, unlike its states."""
 
     def __init__(self, threads: int | None = None, use_numba: bool | None = None) -> None:
         """Start an engine.
 
         Args:
-            threads: threads that work on one call, the caller's included; None for one a processor.
-            use_numba: compile kernels (many times faster), or evaluate rules with NumPy; None for whatever
-                is installed.
+            threads: the number of threads that work on one call, the caller's included; None for one a processor.
+            use_numba: compile kernels, which are many times faster, or evaluate rules with NumPy; None to compile
+                where Numba is installed.
         """
         if use_numba is None:
             use_numba = importlib.util.find_spec("numba") is not None
@@ -84,7 +84,7 @@ class CpuEngine:
             self._kernels.accumulate(gradient)
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:
-        """See `Engine.pin`: it makes none."""
+        """See `Engine.pin`: it makes no difference here."""
         return nullcontext()
 
     def export(self, nbytes: int) -> ExportedMemory:
@@ -95,10 +95,10 @@ class CpuEngine:
         )
 
     def warm_up(self) -> None:
-        """See `Engine.warm_up`: what is in the cache loads in no time, and the rest belongs to no session yet."""
+        """See `Engine.warm_up`: cached kernels load in no time, and the others belong to no session yet."""
 
     def rest(self) -> None:
-        """See `Engine.rest`: nothing is kept."""
+        """See `Engine.rest`: this engine keeps no memory between steps."""
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -106,7 +106,7 @@ class CpuEngine:
 
 
 def _numba_kernels() -> CpuKernels:
-    """Import Numba only where it is used: that takes a second."""
+    """Import Numba only where it is used, because the import lasts a second."""
     from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
 
     return NumbaKernels()

@@ -29,11 +29,11 @@ class Slot(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes that the slot holds."""
         ...
 
     def arrays(self) -> tuple[HostArray, ...]:
-        """Return the arrays that kernels take for this slot."""
+        """Return the arrays of this slot, as arguments of kernels."""
         ...
 
     def read(self, start: int, out: HostArray) -> None:
@@ -50,7 +50,7 @@ class FlatSlot:
 
     Attributes:
         values: `(n,)` float32, or uint16 with the patterns of bfloat16.
-        moved: they lie in memory of somebody else, and must stay there.
+        moved: the elements lie in memory of somebody else, and must stay there.
     """
 
     def __init__(self, precision: Precision, size: int) -> None:
@@ -73,7 +73,7 @@ class FlatSlot:
         convert(self._typed()[start : start + len(out)], out)
 
     def write(self, start: int, values: HostArray) -> None:
-        """See `Slot`; what bfloat16 cannot hold is rounded to nearest even."""
+        """See `Slot`; bfloat16 rounds to nearest even."""
         convert(values, self._typed()[start : start + len(values)])
 
     def move(self, memory: HostArray) -> None:

@@ -1,9 +1,10 @@
 """The engine that keeps state in GPU memory, on CuPy. Unverified on a GPU.
 
-A step crosses three streams: received bytes go up to the device while kernels run on what came before them, and the
-new parameters, encoded by the kernel, go down while the next range is computed. The tests run all of it through a
-stand-in for CuPy that executes the same generated kernels on the processor, in every order that streams and events
-allow, and compile the kernels for real devices.
+A step crosses three streams. Received bytes go up to the device while kernels run on the bytes before them. The kernel
+encodes the new parameters, which go down while the next range is computed.
+
+The tests run all of it through a stand-in for CuPy, which executes the same generated kernels on the processor. They
+try every order that streams and events allow, and compile the kernels for real devices.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class CudaOptions(NamedTuple):
         buffers: the number of pinned buffers of the bus, each way; with fewer than 3 something always waits.
         buffer_bytes: the bytes of each buffer.
         gradient_cache_bytes: the device memory for gradients that is kept from one step to the next, until memory is
-            short or no step comes; 0 for a sixteenth of the memory.
-        cells: the number of results that there is room for from the start. The default is enough for the most clients
-            of a server, each silent in the middle of a step, and for all commits at a time.
+            short or no step comes. 0 stands for a sixteenth of the memory.
+        cells: the number of results that there is room for from the start. The default suffices for the most clients
+            of a server, each silent in the middle of a step.
     """
 
     buffers: int = 4
@@ -96,12 +97,12 @@ class CudaEngine:
 
     @property
     def device(self) -> DeviceInfo:
-        """The GPU, what of its memory was free, and what the engine took of that."""
+        """The GPU, its free memory at the start, and the working memory of the engine."""
         return self._device
 
     @property
     def bus(self) -> Bus:
-        """The way to the device, which can be told of pinned memory."""
+        """The way to the device, where memory can be pinned."""
         return self._parts.bus
 
     def statistics(self) -> EngineStatistics:
@@ -138,7 +139,7 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:
-        """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through slots."""
+        """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through buffers."""
         with contextlib.ExitStack() as pinned:
             try:
                 pinned.enter_context(self._parts.bus.pin(memory))
@@ -171,7 +172,8 @@ class CudaEngine:
         """Compile and run a kernel, because a missing NVRTC shows only then.
 
         Raises:
-            Exception: whatever CuPy raises, or a StepwireError when the device computes wrongly.
+            StepwireError: the device computes wrongly.
+            Exception: the device or NVRTC failed; CuPy has no common base for its errors.
         """
         state = self.allocate({PARAM: Precision.FLOAT32}, 2)
         gradient = state.receive()

@@ -1,7 +1,7 @@
 """The arrays of one session in GPU memory, and the calls of kernels on ranges of them. Unverified on a GPU.
 
-All kernels go through the stream `compute`, and nothing else writes to state: what is asked for is done in the order in
-which it is asked, and what a kernel reads is there when it runs.
+All kernels go through the stream `compute`, and nothing else writes to state. So calls are carried out in their order,
+and a kernel finds all that it reads.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CudaState:
     """The arrays of one session; see `EngineState`. Unverified on a GPU."""
 
     def __init__(self, parts: CudaParts, memory: Any, slots: dict[str, CudaSlot], size: int) -> None:
-        """Take over slots of `size` elements that lie in `memory`."""
+        """Own slots of `size` elements that lie in `memory` from now on."""
         self._parts = parts
         self._memory = memory
         self._slots = slots
@@ -90,14 +90,14 @@ class CudaState:
 
     @property
     def depth(self) -> int:
-        """See `EngineState.depth`: one answer is computed, one crosses the bus, one is copied, one is in reserve."""
+        """See `EngineState.depth`: one reply is computed, one crosses the bus, one is copied, one is in reserve."""
         return self._parts.bus.buffers
 
     def receive(self) -> CudaGradient:
         """See `EngineState.receive`."""
         return CudaGradient(self._parts.device, self._parts.bus, self._parts.gradients, self._size)
 
-    # --- what a step asks for ----------------------------------------------------------------------------
+    # --- the calls of a step ----------------------------------------------------------------------------
 
     def sum_of_squares(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
@@ -155,19 +155,19 @@ class CudaState:
             return Done((0.0,) * len(step.recipe.sums))
         if out is None:
             return self._step(step, start, chunk, begin, end, None)
-        check_range("answer", 0, size, len(out))
+        check_range("reply", 0, size, len(out))
         if isinstance(out, DeviceArray):
             moved = self._step(step, start, chunk, begin, end, _DeviceReply(out.dtype, out.stored))
             return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
         parts = []
         for low, high in _cut(size, self._most_elements(out)):
-            parts += self._answered(step, start + low, chunk, begin + low, begin + high, out[low:high])
+            parts += self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
         return Together(parts, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
 
-    def _answered(
+    def _replied(
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, out: HostArray
     ) -> list[Pending[Any]]:
-        """Step a range that a slot of the bus holds, and bring the new parameters to the host."""
+        """Step a range that a buffer of the bus holds, and bring the new parameters to the host."""
         moved: list[Pending[Any]] = []
 
         def make(memory: Any) -> None:
@@ -206,7 +206,7 @@ class CudaState:
                 lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1, dtype=np.float64).tolist()),
             )
 
-    # --- what is rarely asked for, computed on the host --------------------------------------------------
+    # --- rare calls, computed on the host --------------------------------------------------
 
     def fetch(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
@@ -242,7 +242,7 @@ class CudaState:
             encode(self._parts, held.values[start : start + len(out)], held.dtype, out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
-        """See `EngineState.write`; what bfloat16 cannot hold is rounded to nearest even."""
+        """See `EngineState.write`; bfloat16 rounds to nearest even."""
         check_range("state", start, start + len(values), self._size)
         write_slot(self._parts, self._slots[slot], start, values)
 
@@ -291,7 +291,7 @@ class CudaState:
         return gradient
 
     def _arrays(self, recipe: Recipe, slots: Sequence[str], start: int, size: int) -> tuple[Recipe, list[Any]]:
-        """Return what kernels take of a range, and the recipe for how it is held."""
+        """Return the recipe for how a range is held, and the range as arguments of kernels."""
         owners = [self._slots[slot] for slot in slots]
         if recipe.precision is Precision.INT8:
             held = [owner.kept_range(start, size) for owner in owners if isinstance(owner, CudaBlockSlot)]
@@ -326,7 +326,7 @@ class CudaState:
         return [self._parts.tables] if recipe.precision is Precision.INT8 else []
 
     def _most_elements(self, out: HostArray) -> int:
-        """Return the elements of an answer that a slot of the bus holds, wherever they start."""
+        """Return the elements of a reply that a buffer of the bus holds, wherever they start."""
         return (self._parts.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
@@ -352,5 +352,5 @@ def _two_sums(parts: list[list[list[float]]]) -> tuple[float, float]:
 
 
 def _cut(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut `[0, size)` into parts of at most `most` elements."""
+    """Cut `[0, size)` into ranges of at most `most` elements."""
     return ((low, min(low + most, size)) for low in range(0, size, most))

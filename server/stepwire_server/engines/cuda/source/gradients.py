@@ -19,10 +19,10 @@ def gradient_kernels() -> list[Kernel]:
     """Write the kernels of gradients.
 
     `sum_<dtype>(gradient, partials, size, factor)` leaves the sum of the squares of each `GRAIN` elements, the last
-    perhaps fewer, in float64; `sum_accumulated_<dtype>` takes the accumulated gradient before all that.
+    perhaps fewer, in float64. `sum_accumulated_<dtype>` has the accumulated gradient as a first argument.
     `accumulate_<dtype>(accumulated, gradient, size, head, factor)` adds up; see `update_kernel` for the head.
-    `convert_<dtype>_to_<dtype>(source, target, size)` rounds to nearest even; only gradients are int8, and there is no
-    conversion. Of int8 the place of the first element in its block precedes the factor. Sizes and places are int64.
+    `convert_<dtype>_to_<dtype>(source, target, size)` rounds to nearest even. Only gradients are int8, which has no
+    conversion. For int8 the place of the first element in its block precedes the factor. Sizes and places are int64.
     """
     kernels = []
     for gradient in GRADIENTS:

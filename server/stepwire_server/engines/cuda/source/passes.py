@@ -24,11 +24,12 @@ __all__ = [
     "summing_kernel",
 ]
 
-# Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency;
-# three of those that measure, which spilled otherwise.
+# Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency.
+# Of kernels that measure, which spilled otherwise, three blocks stay there.
 #
-# What happens to an element is a function of its own, so that it is written once for both loops. The second one takes
-# what no vector holds: the head, up to where all arrays are aligned, and the tail; everything where they never are.
+# The work on an element is a function of its own, so that it is written once for both loops. The second loop works on
+# the elements outside vectors: the head, up to the first place where all arrays are aligned, and the tail. Without such
+# a place it works on all of them.
 _FLAT = """{element}
 extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({parameters}) {{
     const long long stride = (long long)gridDim.x * blockDim.x;
@@ -46,8 +47,8 @@ extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({para
 }}
 """
 
-# The order of additions is that of `numba_source`: element i of a block of `GRAIN` goes into lane i mod 1024, and the
-# lanes are folded; a block of threads makes one such sum after another. Accumulating in double is the contract of
+# The order of additions is that of `numba_source`. Element i of a block of `GRAIN` goes into lane i mod 1024, and then
+# the lanes are folded. A block of threads makes one such sum after another. Accumulating in double is the contract of
 # `sum_of_squares`. The square of a float is exact in double, so that the fused operation gives the bits of two.
 _SUMS = """
 extern "C" __global__ void __launch_bounds__({threads}, 4) {name}({parameters}) {{

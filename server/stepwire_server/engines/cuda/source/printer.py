@@ -1,8 +1,8 @@
 """Python functions of the subset that `Rule.update` allows, printed as CUDA C.
 
-A function that returns one value becomes one that returns a float; one that returns a tuple, of one element even,
-stores its results through references that follow its arguments. Every operation is parenthesised, so that C evaluates
-in the order of Python.
+A function that returns one value becomes one that returns a float. A function that returns a tuple, even of one
+element, stores its results through references that follow its arguments. Every operation is parenthesised, so that C
+evaluates in the order of Python.
 """
 
 from __future__ import annotations
