@@ -60,7 +60,7 @@ def bus(gpu: Gpu, size: int) -> Figures:
 
 
 class _Trip:
-    """A session with a gradient and an answer in host memory."""
+    """A session with a gradient and a reply in host memory."""
 
     def __init__(self, gpu: Gpu, size: int) -> None:
         self.source, self.target = tiled(size), np.zeros(size, np.float32)
@@ -77,20 +77,20 @@ class _Trip:
             yield
 
     def step(self, received: Callable[[], Any] = lambda: None) -> None:
-        """Take one step as `staging` and `commit` do; `received` is called between the ways up and down."""
-        state, step, offsets = self._state, adam_pass(ADAM), range(0, self._size, self._elements)
+        """Step as a gradient and a commit do; `received` is called between the ways up and down."""
+        state, step, ranges = self._state, adam_pass(ADAM), range(0, self._size, self._elements)
         with contextlib.closing(state.receive()) as gradient:
             chunks, sums = [], []
-            for low in offsets:
+            for low in ranges:
                 chunks.append(gradient.put(low, self.source[low : low + self._elements]))
                 sums.append(state.sum_of_squares(chunks[-1], 0, len(chunks[-1]), 1.0))
             for pending in sums:
                 pending.wait()
             received()
-            with ReplyPipeline(_Nowhere(), state.depth) as pipeline:
-                for low, chunk in zip(offsets, chunks, strict=True):
+            with ReplyPipeline(_Nowhere(), state.depth) as reply:
+                for low, chunk in zip(ranges, chunks, strict=True):
                     out = self.target[low : low + len(chunk)]
-                    pipeline.add([state.update(step, low, chunk, 0, len(chunk), out)])
+                    reply.add([state.update(step, low, chunk, 0, len(chunk), out)])
             state.settle()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class _Nowhere:
     """A `ReplyWriter` whose buffers are the caller's own."""
 
     def buffer(self, offset: int, count: int) -> Any:
-        """See `ReplyWriter`; nobody asks."""
+        """See `ReplyWriter`; no caller asks."""
         raise NotImplementedError
 
     def flush(self) -> None:

@@ -78,7 +78,7 @@ def make_gpu(bench: types.SimpleNamespace, fake: Callable[..., Any]) -> Iterator
 
     def make(*, torch: bool, **extent: Any) -> Any:
         cupy = fake()
-        engine = CudaEngine(0, cupy, CudaOptions(slots=3, slot_bytes=1 << 15, cells=32))
+        engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32))
         side = bench.gpu_torch.TorchSide(pytest.importorskip("torch"), "cpu", None) if torch else None
         chosen = bench.gpu_clock.Extent(**(TINY | extent))
         gpu = bench.gpu_clock.Gpu(engine, bench.gpu_clock.Clock(engine._parts.device, 4096), side, chosen)
@@ -112,6 +112,7 @@ def described() -> dict[str, dict[str, str]]:
     return {"machine": {"cores": "2"}, "device": {"name": "Pretended GPU"}}
 
 
+@pytest.mark.slow
 def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, described) -> None:
     gpu, kept = make_gpu(torch=True), []
     results = bench.gpu.run(gpu, lambda results: kept.append(len(results.figures)), child)

@@ -30,7 +30,7 @@ SERVER_LAYERS = [
     "host",
     "config",
 ]
-ENGINE_LAYERS = ["choice", "cpu", "cuda", "compiled", "probe", "protocol"]
+ENGINE_LAYERS = ["choice", "ahead", "cpu", "cuda", "compiled", "probe", "protocol"]
 CLIENT_LAYERS = [
     "torch",
     "optax",

@@ -74,7 +74,7 @@ def start(
         libcuda = FakeLibcuda(cupy._driver)
         monkeypatch.setattr(cuda_driver, "load_library", lambda *, only_if_loaded=False: libcuda)
         exits.callback(cupy.check)
-        engine = PlacedGpu(cupy, 0, slot_bytes=16 << 10, gradient_cache_bytes=1)
+        engine = PlacedGpu(cupy, 0, buffer_bytes=16 << 10, gradient_cache_bytes=1)
         idle_bytes = cupy.used_bytes
         pool = DevicePool.of([engine], 24 << 20)
         server = exits.enter_context(Server(ServerConfig(bind="127.0.0.1:0", **settings | options), pool=pool))

@@ -71,7 +71,7 @@ def start(
     def started(count: int = 1, budget_bytes: int = 4 << 20, order: Any = ("random", 7), **options: int) -> Gpus:
         cupy = pretended_cupy(directory, devices=count, memory_bytes=_MEMORY_BYTES, order=order)
         exits.callback(cupy.check)
-        sizes = {"slot_bytes": 16 << 10, "gradient_cache_bytes": 1} | options
+        sizes = {"buffer_bytes": 16 << 10, "gradient_cache_bytes": 1} | options
         engines = [PlacedGpu(cupy, index, **sizes) for index in range(count)]
         idle_bytes = cupy.used_bytes
         pool = DevicePool.of(engines, budget_bytes)

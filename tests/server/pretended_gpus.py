@@ -30,10 +30,10 @@ needs_compiler = pytest.mark.skipif(
 
 
 class PretendedGpu(CudaEngine):
-    """The GPU engine on a stand-in for CuPy, with slots so small that answers take several of them."""
+    """The GPU engine on a stand-in for CuPy, with buffers so small that a reply needs several of them."""
 
     def __init__(self, cupy: Any, index: int = 0, **options: int) -> None:
-        chosen = CudaOptions(**{"slots": 3, "slot_bytes": 2048, "cells": 32} | options)
+        chosen = CudaOptions(**{"buffers": 3, "buffer_bytes": 2048, "cells": 32} | options)
         super().__init__(index, cupy, chosen, cupy.libcuda)
 
 

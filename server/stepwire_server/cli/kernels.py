@@ -21,7 +21,7 @@ def kernels(
 
     A server finds the kernels through STEPWIRE_KERNELS. For other processors nothing is compiled ahead.
     """
-    from stepwire_server.engines.compiled import stock
+    from stepwire_server.engines import ahead
 
-    levels = stock.make(directory)
+    levels = ahead.make(directory)
     print(json.dumps({"levels": levels}) if as_json else f"{directory}: kernels for {', '.join(levels) or 'no level'}")

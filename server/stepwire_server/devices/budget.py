@@ -1,13 +1,28 @@
-"""The memory budget: bytes are reserved before they are allocated, and given back exactly once."""
+"""The memory budget: bytes are reserved before they are allocated, and released exactly once."""
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import NamedTuple
 
 from stepwire.errors import Reason, ResourceExhaustedError
 
-__all__ = ["MemoryBudget", "Reservation"]
+__all__ = ["BudgetStatistics", "MemoryBudget", "Reservation"]
+
+
+class BudgetStatistics(NamedTuple):
+    """The state of a budget at one moment.
+
+    Attributes:
+        limit_bytes: the bytes that can be reserved in all.
+        reserved_bytes: the bytes reserved now.
+        released_bytes: the bytes released since the start.
+    """
+
+    limit_bytes: int
+    reserved_bytes: int
+    released_bytes: int
 
 
 class MemoryBudget:
@@ -22,24 +37,32 @@ class MemoryBudget:
 
     @property
     def released_bytes(self) -> int:
-        """Bytes given back since the start: what may lie free in the heap."""
+        """The bytes released since the start, which may lie free in the heap."""
         return self._released_bytes
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes reserved now."""
+        """The bytes reserved now."""
         return self._reserved_bytes
 
+    def statistics(self) -> BudgetStatistics:
+        """Return the state of the budget now, all of one moment."""
+        with self._lock:
+            return BudgetStatistics(self.limit_bytes, self._reserved_bytes, self._released_bytes)
+
     def reserve(self, nbytes: int, purpose: str, *, retry_after_seconds: float | None = None) -> Reservation:
-        """Take bytes out of the budget.
+        """Reserve bytes of the budget.
 
         Args:
-            nbytes: how many.
-            purpose: what for, as the error says it.
-            retry_after_seconds: set where the shortage is likely to pass.
+            nbytes: the number of bytes.
+            purpose: the subject of the error's sentence, such as "the session".
+            retry_after_seconds: the time after which a client may try again; None where waiting does not help.
+
+        Returns:
+            The reservation, which the caller releases.
 
         Raises:
-            ResourceExhaustedError: they are not there; nothing was reserved.
+            ResourceExhaustedError: too few bytes are free; nothing was reserved.
         """
         with self._lock:
             available = self.limit_bytes - self._reserved_bytes
@@ -49,10 +72,14 @@ class MemoryBudget:
         return Reservation(self, nbytes)
 
     def require_possible(self, nbytes: int, purpose: str) -> None:
-        """Refuse what would not fit even if nothing else were there.
+        """Refuse a number of bytes that would not fit even if nothing else were there.
+
+        Args:
+            nbytes: the number of bytes.
+            purpose: the subject of the error's sentence.
 
         Raises:
-            ResourceExhaustedError: it is more than the whole budget.
+            ResourceExhaustedError: the number is more than the whole budget.
         """
         if nbytes > self.limit_bytes:
             raise self._shortage(nbytes, purpose, self.limit_bytes, None)
@@ -75,15 +102,15 @@ class MemoryBudget:
 
 
 class Reservation:
-    """Bytes taken out of a budget until `release`. A context manager."""
+    """Bytes of a budget that are reserved until `release`. A context manager."""
 
     def __init__(self, budget: MemoryBudget, nbytes: int) -> None:
-        """Hold bytes that `MemoryBudget.reserve` took."""
+        """Hold bytes that `MemoryBudget.reserve` has counted."""
         self._budget = budget
         self.nbytes = nbytes
 
     def release(self) -> None:
-        """Give the bytes back. Releasing twice is harmless."""
+        """Give the bytes back to the budget. Releasing twice is harmless."""
         nbytes, self.nbytes = self.nbytes, 0
         self._budget._give_back(nbytes)
 

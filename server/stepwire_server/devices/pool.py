@@ -1,4 +1,4 @@
-"""The devices of a server, each an engine with a budget of its own, and which of them a session lives on."""
+"""The devices of a server, each an engine with a budget of its own, and the choice of one for a session."""
 
 from __future__ import annotations
 
@@ -7,22 +7,36 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from stepwire.errors import UnsupportedFeatureError
-from stepwire_server.devices.budget import MemoryBudget
-from stepwire_server.engines.protocol import DeviceInfo, Engine
+from stepwire_server.devices.budget import BudgetStatistics, MemoryBudget
+from stepwire_server.engines.protocol import DeviceInfo, Engine, EngineStatistics
 
-__all__ = ["Device", "DevicePool", "default_budget"]
+__all__ = ["Device", "DevicePool", "DeviceStatistics", "default_budget"]
 
 _BUDGET_SHARE: Final = 0.8
-# Of a device's name as a client spells it; more would only fill the error.
+# The characters of a device's name that an error shows; more would only fill the error.
 _SHOWN_CHARACTERS: Final = 32
+
+
+class DeviceStatistics(NamedTuple):
+    """The state of one device at one moment.
+
+    Attributes:
+        name: the device's name, such as "cuda:0".
+        budget: the bytes that sessions have reserved there.
+        engine: the memory and the threads of its engine.
+    """
+
+    name: str
+    budget: BudgetStatistics
+    engine: EngineStatistics
 
 
 class Device(NamedTuple):
     """A device where sessions can live.
 
     Attributes:
-        engine: owns its memory and kernels.
-        budget: counts what sessions hold there.
+        engine: the owner of its memory and kernels.
+        budget: the account of the bytes that sessions hold there.
     """
 
     engine: Engine
@@ -33,15 +47,19 @@ class Device(NamedTuple):
         """The device's name, such as "cuda:0"."""
         return self.engine.device.name
 
+    def statistics(self) -> DeviceStatistics:
+        """Return the state of the device now."""
+        return DeviceStatistics(self.name, self.budget.statistics(), self.engine.statistics())
+
 
 class DevicePool:
     """All devices of a server, in the order in which they were asked for. Thread-safe, and never changes."""
 
-    def __init__(self, pool: Sequence[Device]) -> None:
-        """Hold at least one place; no two are of one device."""
-        self._places = tuple(pool)
-        self._by_name = {place.name: place for place in pool}
-        assert 0 < len(self._by_name) == len(self._places)
+    def __init__(self, devices: Sequence[Device]) -> None:
+        """Hold at least one device; each name occurs once."""
+        self._devices = tuple(devices)
+        self._by_name = {device.name: device for device in devices}
+        assert 0 < len(self._by_name) == len(self._devices)
 
     @classmethod
     def of(cls, engines: Sequence[Engine], budget_bytes: int = 0) -> DevicePool:
@@ -49,70 +67,85 @@ class DevicePool:
         return cls([Device(engine, MemoryBudget(budget_bytes or default_budget(engine.device))) for engine in engines])
 
     def __iter__(self) -> Iterator[Device]:
-        """Iterate over the places, in order."""
-        return iter(self._places)
+        """Iterate over the devices, in order."""
+        return iter(self._devices)
 
     def named(self, name: str) -> Device:
-        """Find a place by its device.
+        """Find a device by its name.
+
+        Args:
+            name: the name, as a client spells it.
+
+        Returns:
+            The device.
 
         Raises:
-            UnsupportedFeatureError: this server does not have it; the message lists what there is.
+            UnsupportedFeatureError: this server does not have the device; the message lists those that it has.
         """
-        if (place := self._by_name.get(name)) is None:
+        if (device := self._by_name.get(name)) is None:
             shown = name[:_SHOWN_CHARACTERS]
             raise UnsupportedFeatureError(
                 f"config.device asks for {shown!r}, and this server has {', '.join(self._by_name)}; name one of these, "
                 "or none for the one with the most free budget",
                 metadata={"field": "config.device", "feature": f"device_{shown}"},
             )
-        return place
+        return device
 
     def choose(self, name: str) -> Device:
-        """Return the place a client names, or, where it names none, the one with the most free budget.
+        """Return the device that a client names, or else the one with the most free budget.
 
-        By bytes, not by sessions: of many small ones and a large one, a device holds very different numbers. If the
-        session does not fit there, it fits nowhere. Between equals the first is taken, so a lone server fills up in
-        order.
+        Bytes decide, not sessions: of many small ones and a large one, a device holds very different numbers. A session
+        that does not fit there fits nowhere. Between equals the first is chosen, so a lone server fills up in order.
+
+        Args:
+            name: the device's name; empty for any.
+
+        Returns:
+            The device.
 
         Raises:
             UnsupportedFeatureError: as `named`.
         """
         if name:
             return self.named(name)
-        return max(self._places, key=lambda place: place.budget.limit_bytes - place.budget.reserved_bytes)
+        return max(self._devices, key=lambda device: device.budget.limit_bytes - device.budget.reserved_bytes)
+
+    def statistics(self) -> tuple[DeviceStatistics, ...]:
+        """Return the state of each device now, in order."""
+        return tuple(device.statistics() for device in self._devices)
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes reserved now, on all devices."""
-        return sum(place.budget.reserved_bytes for place in self._places)
+        """The bytes reserved now, on all devices."""
+        return sum(device.budget.reserved_bytes for device in self._devices)
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes that can be reserved, on all devices."""
-        return sum(place.budget.limit_bytes for place in self._places)
+        """The bytes that can be reserved, on all devices."""
+        return sum(device.budget.limit_bytes for device in self._devices)
 
     @property
     def released_bytes(self) -> int:
-        """Bytes given back since the start: messages of about as many have passed through the C heap."""
-        return sum(place.budget.released_bytes for place in self._places)
+        """The bytes released since the start: messages of about as many have passed through the C heap."""
+        return sum(device.budget.released_bytes for device in self._devices)
 
     def warm_up(self) -> None:
-        """Have every engine compile what most sessions need."""
-        for place in self._places:
-            place.engine.warm_up()
+        """Have every engine compile the kernels that most sessions need."""
+        for device in self._devices:
+            device.engine.warm_up()
 
     def rest(self) -> None:
-        """Have every engine give back what it only keeps for the next step."""
-        for place in self._places:
-            place.engine.rest()
+        """Have every engine give back the memory that it only keeps for the next step."""
+        for device in self._devices:
+            device.engine.rest()
 
     def close(self) -> None:
-        """Close every engine, whatever becomes of the others. Closing twice is harmless."""
+        """Close every engine, even where closing another fails. Closing twice is harmless."""
         with contextlib.ExitStack() as stack:
-            for place in self._places:
-                stack.callback(place.engine.close)
+            for device in self._devices:
+                stack.callback(device.engine.close)
 
 
 def default_budget(device: DeviceInfo) -> int:
-    """Return the bytes that sessions may hold on a device where nobody says: four fifths of what its engine leaves."""
+    """Return the bytes that sessions may hold on a device by default: four fifths of the memory its engine leaves."""
     return max(0, int((device.memory_bytes - device.working_bytes) * _BUDGET_SHARE))

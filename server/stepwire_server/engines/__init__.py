@@ -1,4 +1,4 @@
-"""Engines: where state lives and how a rule is run over it."""
+"""Engines: the memory of state, and the kernels that run a rule over it."""
 
 from __future__ import annotations
 

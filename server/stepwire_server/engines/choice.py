@@ -1,4 +1,4 @@
-"""Which engines a server runs on, and why."""
+"""The choice of a server's engines, and the reason for it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Choice(NamedTuple):
 
     Attributes:
         engines: ready for use, one a device, at least one; whoever asked closes them.
-        why: a sentence for the log, with what was left out.
-        remarkable: something that was installed for a purpose does not serve it: CuPy is there and a GPU is not used.
+        why: a sentence for the log, which names the GPUs left out.
+        remarkable: an installation does not serve its purpose: CuPy is there and a GPU is not used.
     """
 
     engines: tuple[Engine, ...]
@@ -42,16 +42,19 @@ def choose_engines(
     """Start the engines for a server's devices.
 
     Args:
-        device: `"cpu"`; `"cuda"` for every visible GPU that works; GPUs by number, such as `"cuda:0"` or
-            `"cuda:0,cuda:2"`, which all must work; or `"auto"`: as `"cuda"`, and the CPU where no GPU works.
-        threads: threads of the CPU engine; None for one a processor.
-        cupy: a stand-in for the CuPy module; None to import it if it is needed.
-        options: working memory of GPU engines.
+        device: `"cpu"`, or `"cuda"` for every visible GPU that works. GPUs by number, such as `"cuda:0,cuda:2"`, must
+            all work. `"auto"` is `"cuda"`, and the CPU where no GPU works.
+        threads: the threads of the CPU engine; None for one a processor.
+        cupy: a stand-in for the CuPy module; None to import CuPy where it is needed.
+        options: the working memory of GPU engines.
+
+    Returns:
+        The engines and the reason for them.
 
     Raises:
         InvalidRequestError: `device` is none of these.
-        UnsupportedFeatureError: GPUs were asked for and none works, or one that was asked for by number does not; the
-            message says what is missing and how to get it.
+        UnsupportedFeatureError: GPUs were asked for and none works, or a GPU asked for by number does not. The message
+            names the fault and the remedy.
     """
     numbers = _numbers(device)
     if device == "cpu":

@@ -8,39 +8,42 @@ The map ("dynamic tree": decimal exponent, linear fraction) has in decade i = 0 
     10^(i−6) · (0.1 + 0.9·(j + ½)/n),   j = 0 … n−1,   n = 2ⁱ of each sign, or 2ⁱ⁺¹ without signs
 
 besides 0 and 1, sorted. Sources: Dettmers, Lewis, Shleifer & Zettlemoyer 2022, "8-bit Optimizers via Block-wise
-Quantization"; `create_dynamic_map` of bitsandbytes. Its last bits there depend on the processor (up to 2 ulp), since
-`torch.linspace` does; these are the ones of torch 2.13 on x86 with AVX2 or AVX-512, whose product and sum round once.
+Quantization"; `create_dynamic_map` of bitsandbytes. The last bits of a map there depend on the processor (up to 2 ulp),
+as `torch.linspace` does. These are the bits of torch 2.13 on x86 with AVX2 or AVX-512, whose product and sum round
+once.
 
 Everything is defined on bits, so NumPy, Numba and CUDA agree on all of them:
 
 - x·(1/absmax) is two float32 operations, each rounded; the nearest value to that product is exact. A product halfway
-  between two values takes the one nearer to zero. −0 encodes as 0. The signed map has no −1, for which −0.993
+  between two values has the code of the one nearer to zero. −0 encodes as 0. The signed map has no −1, for which −0.993
   stands in. The code without signs drops a sign.
 - absmax below 2⁻¹²⁶ (a subnormal) counts as 0: the block encodes as zeros, with absmax 0.
 - A block with an Inf or a NaN encodes as zeros with absmax NaN (0x7FC00000), and decodes to NaN throughout.
 - Encoding what was decoded, with the same normal absmax, returns the same codes.
 
-How a code is found without a search: the pattern of a float32, read as an integer, is in order of its value, and the
-map is coarse enough that a cell (all patterns with the same upper 15 or 16 bits) holds at most one boundary between
-codes. `steps[cell] + pattern` carries into the code's bits exactly from that boundary on: one look-up, one addition,
-one shift. Arithmetic per decade takes more instructions than a look-up, so that even decoding was slower, and cannot
-meet boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
+A code is found without a search. The pattern of a float32, read as an integer, is in order of its value. A cell is all
+patterns with the same upper 15 or 16 bits. The map is so coarse that a cell holds at most one boundary between codes.
+`steps[cell] + pattern` carries into the code's bits exactly from that boundary on: one look-up, one addition, one
+shift. Arithmetic per decade needs more instructions than a look-up, so that even decoding was slower, and cannot meet
+boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
 
-The functions from `decode_signed` on are scalar, for generated Numba kernels, as in `numba_codecs`, whose `as_bits`
-and `as_float` they call. The four tables have to be globals there: Numba then freezes them into constants, and only
-of a constant does LLVM know that the stores of a loop leave it alone, which it has to in order to vectorise; with
+The functions from `decode_signed` on are scalar, for generated Numba kernels, as in `scalar_codecs`, whose `as_bits`
+and `as_float` they call. The four tables have to be globals there, because Numba freezes globals into constants. LLVM
+knows only of a constant that the stores of a loop leave it alone, without which the loop does not vectorise. With
 tables as arguments a fused Adam kernel took much longer.
 """
 
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy import arange, array, concatenate, float32, float64, int32, int64, searchsorted, sort, uint8, uint32, where
 
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.engines.protocol import HostArray, Range
 from stepwire_server.engines.scalar_codecs import as_bits, as_float
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "SIGNED_STEPS",
     "UNSIGNED_MAP",
     "UNSIGNED_STEPS",
+    "Kept",
     "absmax_of",
     "block_count",
     "decode_blocks",
@@ -65,13 +69,14 @@ __all__ = [
     "signed_steps",
     "tables_source",
     "unsigned_steps",
+    "zero_code",
 ]
 
 BLOCK = 256
 """Elements that share one absmax."""
 
 # Elements that NumPy works on at a time: they and their intermediates stay in the second-level cache.
-_PIECE = 64 * BLOCK
+_ELEMENTS = 64 * BLOCK
 
 
 def dynamic_map(signed: bool) -> Any:
@@ -109,8 +114,8 @@ def unsigned_steps(values: Any) -> Any:
 def signed_steps(values: Any) -> Any:
     """Return the `(32768,) uint32` table for which `(steps[k >> 17] + k) >> 18` is the code of the key k.
 
-    The key of a pattern is itself, with all bits but the sign flipped if that is set: keys of negative values ascend
-    too, above those of positive ones. `values` are those of the signed map.
+    The key of a pattern is the pattern itself; where its sign is set, all other bits are flipped. So keys of negative
+    values ascend too, above those of positive ones. `values` are those of the signed map.
     """
     middles = (values[1:].astype(float64) + values[:-1].astype(float64)) / 2.0
     rounded = abs(middles).astype(float32)
@@ -152,7 +157,7 @@ NUMPY_NAMES = (
     "uint8",
     "where",
 )
-"""What a generated module has to import from NumPy for `tables_source` and the scalar functions."""
+"""The names that a generated module imports from NumPy for `tables_source` and the scalar functions."""
 
 
 def tables_source() -> str:
@@ -180,8 +185,8 @@ def block_count(size: int) -> int:
 def encode_blocks(values: HostArray, signed: bool) -> tuple[HostArray, HostArray]:
     """Encode `(n,) float32` into `(n,) uint8` codes and `(block_count(n),) float32` absmax."""
     absmax = np.empty(block_count(len(values)), np.float32)
-    for low in range(0, len(values), _PIECE):
-        rows = _rows(values[low : low + _PIECE])
+    for low in range(0, len(values), _ELEMENTS):
+        rows = _rows(values[low : low + _ELEMENTS])
         largest = (rows.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1)
         largest[largest < 0x00800000] = 0
         largest[largest >= 0x7F800000] = 0x7FC00000
@@ -200,8 +205,8 @@ def encode_with(values: HostArray, absmax: HostArray, signed: bool) -> HostArray
     masks = np.where(used, np.uint32(0xFFFFFFFF if signed else 0x7FFFFFFF), np.uint32(0))[:, None]
     with np.errstate(all="ignore"):
         scales = (np.float32(1.0) / absmax)[:, None]
-        for low in range(0, len(values), _PIECE):
-            rows = _rows(values[low : low + _PIECE])
+        for low in range(0, len(values), _ELEMENTS):
+            rows = _rows(values[low : low + _ELEMENTS])
             blocks = slice(low // BLOCK, low // BLOCK + len(rows))
             bits = (rows * scales[blocks]).view(np.uint32) & masks[blocks]
             if signed:
@@ -209,7 +214,7 @@ def encode_with(values: HostArray, absmax: HostArray, signed: bool) -> HostArray
                 found = (SIGNED_STEPS[bits >> 17] + bits) >> 18
             else:
                 found = (UNSIGNED_STEPS[bits >> 16] + bits) >> 17
-            part = codes[low : low + _PIECE]
+            part = codes[low : low + _ELEMENTS]
             part[:] = found.reshape(-1)[: len(part)]
     return codes
 
@@ -219,19 +224,57 @@ def decode_blocks(codes: HostArray, absmax: HostArray, signed: bool) -> HostArra
     values = np.empty(len(codes), np.float32)
     table = SIGNED_MAP if signed else UNSIGNED_MAP
     with np.errstate(all="ignore"):
-        for low in range(0, len(codes), _PIECE):
-            rows = _rows(codes[low : low + _PIECE])
+        for low in range(0, len(codes), _ELEMENTS):
+            rows = _rows(codes[low : low + _ELEMENTS])
             factors = absmax[low // BLOCK :][: len(rows), None]
-            part = values[low : low + _PIECE]
+            part = values[low : low + _ELEMENTS]
             part[:] = (table[rows] * factors).reshape(-1)[: len(part)]
     return values
 
 
-def _rows(piece: HostArray) -> HostArray:
-    """Shape a contiguous piece into rows of one block; zeros, which change no absmax, fill the last one up."""
-    if len(piece) % BLOCK:
-        piece = np.concatenate((piece, np.zeros(-len(piece) % BLOCK, piece.dtype)))
-    return piece.reshape(-1, BLOCK)
+def _rows(values: HostArray) -> HostArray:
+    """Shape contiguous values into rows of one block; zeros, which change no absmax, fill the last one up."""
+    if len(values) % BLOCK:
+        values = np.concatenate((values, np.zeros(-len(values) % BLOCK, values.dtype)))
+    return values.reshape(-1, BLOCK)
+
+
+def zero_code(signed: bool) -> int:
+    """Return the code of zero."""
+    return int(encode_blocks(np.zeros(1, np.float32), signed)[0][0])
+
+
+class Kept:
+    """The ranges of a slot in 8 bits that are float32, one after another in an array of their own.
+
+    Attributes:
+        ranges: the ranges, in order.
+        count: the number of their elements.
+    """
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        """Lay the ranges out."""
+        self.ranges = tuple(ranges)
+        ends = np.cumsum([0, *(end - start for start, end in ranges)])
+        self._offsets = [int(end) for end in ends[:-1]]
+        self.count = int(ends[-1])
+
+    def at(self, start: int) -> int | None:
+        """Return the index of an element in that array, or None if the element is held in 8 bits."""
+        index = bisect_right(self.ranges, start, key=lambda kept: kept[0]) - 1
+        if index < 0 or start >= self.ranges[index][1]:
+            return None
+        return self._offsets[index] + start - self.ranges[index][0]
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the parts of `[start, end)` that lie in the array: start, end and the index of the first there."""
+        for low, high in self.ranges[bisect_right(self.ranges, start, key=lambda kept: kept[1]) :]:
+            if low >= end:
+                return
+            low, high = max(low, start), min(high, end)
+            at = self.at(low)
+            assert at is not None
+            yield low, high, at
 
 
 def decode_signed(code: Any, absmax: Any) -> Any:

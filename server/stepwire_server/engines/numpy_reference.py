@@ -1,4 +1,4 @@
-"""What kernels compute, computed by NumPy on copies: for the rare cases that ask for elements and not for sums."""
+"""The results of kernels, computed by NumPy on copies, for the rare cases that need elements and not sums."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def measured_slots(recipe: Recipe) -> tuple[str, ...]:
 
 
 def gradient_on_host(values: HostArray, factor: float, accumulated: HostArray | None) -> HostArray:
-    """Return what `EngineState.sum_of_squares` squares.
+    """Return the elements that `EngineState.sum_of_squares` squares.
 
     Args:
         values: the gradient, `(n,) float32`.
         factor: used as float32.
-        accumulated: what is added, `(n,) float32`; None for nothing.
+        accumulated: the accumulated gradient that is added, `(n,) float32`; None for none.
     """
     with np.errstate(all="ignore"):
         result = scaled(values, np.float32(factor))

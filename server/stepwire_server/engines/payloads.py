@@ -13,7 +13,7 @@ from stepwire_server.engines.protocol import HostArray
 __all__ = [
     "CONVERT_BLOCK",
     "STORED",
-    "StagedChunk",
+    "GradientChunk",
     "bits_of",
     "check_range",
     "convert",
@@ -22,7 +22,7 @@ __all__ = [
     "name_of",
 ]
 
-# Wire dtypes as kernels see them. Keyed by dtype and not by name, which takes NumPy 2 µs to compute.
+# Wire dtypes as kernels see them. The keys are dtypes and not names, because NumPy needs 2 µs for a name.
 STORED: dict[np.dtype[Any], Any] = {
     np.dtype(np.float32): np.dtype(np.float32),
     np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
@@ -33,13 +33,13 @@ STORED: dict[np.dtype[Any], Any] = {
 CONVERT_BLOCK = 16_384
 
 
-class StagedChunk:
+class GradientChunk:
     """The `Gradient` of both engines.
 
     Attributes:
         dtype: the wire dtype.
-        values: in the form and the memory that the engine's kernels read: `(n,)`, or the received bytes of blocks.
-        count: elements.
+        values: the elements in the form and the memory that kernels read: `(n,)`, or the received bytes of blocks.
+        count: the number of elements.
     """
 
     __slots__ = ("count", "dtype", "values")
@@ -62,15 +62,15 @@ def bits_of(array: HostArray) -> HostArray:
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
-    """Return what a wire dtype is called in the names of kernels and codecs."""
+    """Return the name of a wire dtype in the names of kernels and codecs."""
     return "int8" if dtype == INT8 else dtype.name
 
 
 def count_of(payload: HostArray, count: int | None) -> int:
-    """Return how many elements a payload brings: those that it holds, unless it is said to be fewer.
+    """Return the number of elements that a payload brings: all that it holds, or the count given.
 
     Raises:
-        IndexError: it does not hold as many; requests are validated long before.
+        IndexError: the payload does not hold as many; requests are validated long before.
     """
     most = len(payload) * (BLOCK if payload.dtype == INT8 else 1)
     check_range("payload", 0, most if count is None else count, most)
@@ -78,7 +78,7 @@ def count_of(payload: HostArray, count: int | None) -> int:
 
 
 def floats_of(payload: HostArray, begin: int, end: int) -> HostArray:
-    """Decode elements `[begin, end)` of a payload of any wire dtype to float32, which itself is not copied."""
+    """Decode elements `[begin, end)` of a payload of any wire dtype to float32; a payload of float32 is not copied."""
     if payload.dtype == INT8:
         return decode_range(payload, begin, end)
     return payload[begin:end].astype(np.float32, copy=False)

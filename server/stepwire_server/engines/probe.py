@@ -1,7 +1,7 @@
-"""Whether a GPU can serve, checked from the ground up: what was found, and the command that puts it right.
+"""The check of a GPU from the ground up: findings, and the commands that put things right.
 
-Nothing here raises, because a broken installation of CUDA fails in more ways than anybody has listed: what is not
-expected becomes a finding with its own words. Unverified on a GPU.
+Nothing here raises, because a broken installation of CUDA fails in more ways than anybody has listed. An error that is
+not expected becomes a finding in its own words. Unverified on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stepwire_server.config import ENVIRONMENT
 
 __all__ = ["Finding", "Surroundings", "asked_gpus", "examine_cuda", "look_around", "visible_gpus"]
 
-# What CUDA's runtime answers when it cannot start; every other number is shown as it comes.
+# Status numbers of CUDA's runtime that cannot start; every other number is shown as it comes.
 _INSUFFICIENT_DRIVER: Final = 35
 _NO_DEVICE: Final = 100
 
@@ -57,14 +57,14 @@ _START_REMEDIES: Final[dict[Any, str]] = {
 
 
 class Finding(NamedTuple):
-    """What one check found.
+    """The finding of one check.
 
     Attributes:
-        check: its short name, such as "driver".
-        ok: whether all is well.
-        detail: what was found, in one line.
-        remedy: the command or flag that puts it right; empty when all is well.
-        optional: not needed to serve.
+        check: the short name of the check, such as "driver".
+        ok: True where all is well.
+        detail: the finding, in one line.
+        remedy: the command or flag that puts it right; empty where all is well.
+        optional: True where a server does not need it.
     """
 
     check: str
@@ -75,12 +75,12 @@ class Finding(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What a machine shows of its GPUs to those who do not ask CUDA.
+    """The signs of a machine's GPUs that need no CUDA.
 
     Attributes:
-        driver_library: whether `libcuda.so.1`, which comes with the driver, loads.
-        device_nodes: whether there are device files of the driver's.
-        visible: `CUDA_VISIBLE_DEVICES`; None when it is not set.
+        driver_library: True where `libcuda.so.1`, which comes with the driver, loads.
+        device_nodes: True where there are device files of the driver.
+        visible: `CUDA_VISIBLE_DEVICES`; None where it is not set.
     """
 
     driver_library: bool
@@ -88,7 +88,7 @@ class Surroundings(NamedTuple):
     visible: str | None = None
 
 
-class _Asked(NamedTuple):
+class _Subject(NamedTuple):
     cupy: Any
     device: int
     around: Surroundings
@@ -115,7 +115,7 @@ def asked_gpus(device: str) -> tuple[int, ...]:
 
 
 def visible_gpus(cupy: Any = None) -> range:
-    """Number the GPUs that CUDA shows; where it shows none, the first, whose findings then say what is missing."""
+    """Number the GPUs that CUDA shows; without any, the first stands in, and its findings name the fault."""
     try:
         cupy = cupy or importlib.import_module("cupy")
         return range(cupy.cuda.runtime.getDeviceCount() or 1)
@@ -129,13 +129,16 @@ def examine_cuda(index: int, cupy: Any = None, around: Surroundings | None = Non
     Args:
         index: the device, as CUDA numbers the visible ones.
         cupy: the CuPy module, or a stand-in; None imports it.
-        around: what the machine shows; None looks.
+        around: the signs of the machine; None to look for them.
+
+    Returns:
+        The findings, in the order of the checks.
     """
     try:
         cupy = cupy or importlib.import_module("cupy")
     except Exception as problem:  # an import runs whatever an installation holds
         return [Finding("cupy", False, f"CuPy cannot be imported: {_text(problem)}", _extras())]
-    asked = _Asked(cupy, index, around or look_around())
+    asked = _Subject(cupy, index, around or look_around())
     findings = [_guarded("cupy", _examine_cupy, asked)]
     for check, examine in _GROUND.items():
         if not findings[-1].ok:
@@ -146,7 +149,7 @@ def examine_cuda(index: int, cupy: Any = None, around: Surroundings | None = Non
     return findings
 
 
-def _guarded(check: str, examine: Callable[[_Asked], Finding], asked: _Asked) -> Finding:
+def _guarded(check: str, examine: Callable[[_Subject], Finding], asked: _Subject) -> Finding:
     try:
         return examine(asked)
     except Exception as problem:  # CuPy has no common base for what a broken installation raises
@@ -154,7 +157,7 @@ def _guarded(check: str, examine: Callable[[_Asked], Finding], asked: _Asked) ->
         return Finding(check, False, _text(problem), remedy, optional=check in _OPTIONAL)
 
 
-def _examine_cupy(asked: _Asked) -> Finding:
+def _examine_cupy(asked: _Subject) -> Finding:
     built = _version(asked.cupy.cuda.runtime.runtimeGetVersion())
     return Finding("cupy", True, f"CuPy {asked.cupy.__version__} for CUDA {built}")
 
@@ -162,7 +165,7 @@ def _examine_cupy(asked: _Asked) -> Finding:
 # --- the ground: without it nothing else makes sense ----------------------------------------------------------
 
 
-def _examine_driver(asked: _Asked) -> Finding:
+def _examine_driver(asked: _Subject) -> Finding:
     runtime = asked.cupy.cuda.runtime
     driver = runtime.driverGetVersion()
     if driver == 0:
@@ -186,7 +189,7 @@ def _no_driver(around: Surroundings) -> Finding:
     return Finding("driver", False, detail, _NO_DRIVER_REMEDY)
 
 
-def _no_start(asked: _Asked, driver: int, problem: Exception) -> Finding:
+def _no_start(asked: _Subject, driver: int, problem: Exception) -> Finding:
     status = getattr(problem, "status", None)
     if status == _INSUFFICIENT_DRIVER:
         return _old_driver(driver, asked.cupy.cuda.runtime.runtimeGetVersion())
@@ -205,7 +208,7 @@ def _old_driver(driver: int, needed: int) -> Finding:
     return Finding("driver", False, detail, remedy)
 
 
-def _examine_device(asked: _Asked) -> Finding:
+def _examine_device(asked: _Subject) -> Finding:
     runtime = asked.cupy.cuda.runtime
     count = runtime.getDeviceCount()
     if asked.device >= count:
@@ -221,7 +224,7 @@ def _examine_device(asked: _Asked) -> Finding:
     return Finding("device", True, detail + _shown(asked.around))
 
 
-def _no_such_device(asked: _Asked, count: int) -> Finding:
+def _no_such_device(asked: _Subject, count: int) -> Finding:
     seen = {0: "no device", 1: "one device, cuda:0"}.get(count, f"{count} devices, cuda:0 to cuda:{count - 1}")
     detail = f"there is no cuda:{asked.device}: CUDA sees {seen}{_shown(asked.around)}"
     remedy = _device_remedy(asked.around)
@@ -238,8 +241,8 @@ def _shown(around: Surroundings) -> str:
 
 # --- what a device that is there must be able to do -----------------------------------------------------------
 
-# The compiler must neither contract nor flush, or two engines would round differently: 0 = a·b + c for these three
-# holds only when the product is rounded first, and half of this subnormal number is another one.
+# The compiler must neither contract nor flush, or two engines would round differently. 0 = a·b + c holds for these
+# three only when the product is rounded first, and half of this subnormal number is another one.
 _SOURCE: Final = """extern "C" __global__ void stepwire_probe(float *x) {
     x[3] = x[0] * x[1] + x[2];
     x[5] = x[4] * 0.5f;
@@ -251,7 +254,7 @@ _GIVEN: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 7.0, 2.0**-140, 7.0)
 _RIGHT: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 0.0, 2.0**-140, 2.0**-141)
 
 
-def _examine_nvrtc(asked: _Asked) -> Finding:
+def _examine_nvrtc(asked: _Subject) -> Finding:
     cupy = asked.cupy
     with cupy.cuda.Device(asked.device):
         try:
@@ -278,7 +281,7 @@ def _run(cupy: Any, code: bytes) -> tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def _examine_pinned_memory(asked: _Asked) -> Finding:
+def _examine_pinned_memory(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         try:
             asked.cupy.cuda.PinnedMemory(_PINNED_BYTES)
@@ -288,7 +291,7 @@ def _examine_pinned_memory(asked: _Asked) -> Finding:
     return Finding("pinned memory", True, "1 MiB of host memory can be pinned")
 
 
-def _examine_ipc(asked: _Asked) -> Finding:
+def _examine_ipc(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         memory = asked.cupy.cuda.Memory(_PINNED_BYTES)
         try:
@@ -299,17 +302,17 @@ def _examine_ipc(asked: _Asked) -> Finding:
     return Finding("ipc", True, "device memory can be shared with other processes", optional=True)
 
 
-def _examine_free_memory(asked: _Asked) -> Finding:
+def _examine_free_memory(asked: _Subject) -> Finding:
     with asked.cupy.cuda.Device(asked.device):
         free_bytes, total_bytes = asked.cupy.cuda.runtime.memGetInfo()
     detail = f"{_gib(free_bytes)} of {_gib(total_bytes)} are free"
     enough = free_bytes >= min(_ENOUGH_BYTES, _ENOUGH_SHARE * total_bytes)
-    # A server takes what there is, and refuses sessions that do not fit.
+    # A server works with the memory there is, and refuses sessions that do not fit.
     return Finding("free memory", enough, detail, "" if enough else _FREE_REMEDY, optional=True)
 
 
-_GROUND: Final[dict[str, Callable[[_Asked], Finding]]] = {"driver": _examine_driver, "device": _examine_device}
-_ABILITIES: Final[dict[str, Callable[[_Asked], Finding]]] = {
+_GROUND: Final[dict[str, Callable[[_Subject], Finding]]] = {"driver": _examine_driver, "device": _examine_device}
+_ABILITIES: Final[dict[str, Callable[[_Subject], Finding]]] = {
     "nvrtc": _examine_nvrtc,
     "pinned memory": _examine_pinned_memory,
     "ipc": _examine_ipc,
@@ -333,7 +336,7 @@ def _nvrtc_remedy(cupy: Any) -> str:
 
 
 def _version(number: int) -> str:
-    """CUDA counts 13000 for 13.0."""
+    """Return a version as people write it: CUDA counts 13000 for 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -346,6 +349,6 @@ def _gib(count_bytes: int) -> str:
 
 
 def _text(problem: BaseException) -> str:
-    """An exception in one line of bearable length."""
+    """Return an exception in one line of bearable length."""
     words = " ".join(f"{type(problem).__name__}: {problem}".split())
     return words if len(words) <= _LONGEST_TEXT else f"{words[:_LONGEST_TEXT]}…"

@@ -1,17 +1,16 @@
-"""What a session asks of an engine: flat arrays, and one fused pass over a range of them.
+"""The interface of engines: flat arrays, and one fused pass over a range of them.
 
-An engine owns memory and kernels. It knows no session, no step number and no wire: it is handed element
-ranges, a rule with its scalars, and a place for the encoded answer.
+An engine owns memory and kernels. It knows no session, no step number and no wire. Its callers give it element ranges,
+a rule with its scalars, and a place for the encoded reply.
 
-Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`) and float16, and for gradients
-`stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in another
-`Precision`.
+Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`), float16, and for gradients
+`stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in
+another `Precision`.
 
-Where a step takes an array of the host for a payload or an answer, it may be given one of `ExportedMemory` of the same
-engine.
+A payload or a reply is an array of the host, or one of `ExportedMemory` of the same engine.
 
-Calls are carried out in the order in which they are made, but a GPU carries them out later: what they answer comes as
-a `Pending`, and whoever asks has asked for the next before it waits for the first.
+Calls are carried out in the order in which they are made, but a GPU carries them out later. Their results come as a
+`Pending`. A caller asks for the next result before it waits for the first.
 """
 
 from __future__ import annotations
@@ -26,11 +25,13 @@ import numpy.typing as npt
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = [
+    "GRAIN",
     "PARAM",
     "DeviceInfo",
     "Done",
     "Engine",
     "EngineState",
+    "EngineStatistics",
     "ExportedMemory",
     "Gradient",
     "GradientBuffer",
@@ -45,6 +46,9 @@ HostArray = npt.NDArray[Any]
 PARAM = "param"
 """The slot of the master parameters; every other slot is named by the rule."""
 
+GRAIN = 65_536
+"""The elements of one block of a sum of squares; threads share ranges in multiples of them."""
+
 
 Range = tuple[int, int]
 """Flat elements `[start, end)`."""
@@ -54,7 +58,7 @@ class Pass(NamedTuple):
     """A recipe with the numbers of one step.
 
     Attributes:
-        recipe: what happens to each element.
+        recipe: the arithmetic of each element.
         scalars: the recipe's scalars, float64 on the host, used as float32.
         seed: 32 bits that differ from step to step, for stochastic rounding.
     """
@@ -65,13 +69,13 @@ class Pass(NamedTuple):
 
 
 class DeviceInfo(NamedTuple):
-    """One place where state can live.
+    """The description of a device.
 
     Attributes:
         name: `"cpu"` or `"cuda:0"`.
         description: the processor or GPU, in words.
-        memory_bytes: its memory: all of a processor's, of a GPU what was free when the engine started.
-        working_bytes: what the engine itself holds of it at most, besides sessions and their gradients.
+        memory_bytes: its memory: all of a processor's, and of a GPU's the memory free when the engine started.
+        working_bytes: the memory that the engine itself holds at most, besides sessions and their gradients.
     """
 
     name: str
@@ -80,29 +84,45 @@ class DeviceInfo(NamedTuple):
     working_bytes: int = 0
 
 
+class EngineStatistics(NamedTuple):
+    """The memory and the threads of an engine at one moment.
+
+    Attributes:
+        allocated_bytes: the bytes of all state that is allocated, loads that are not committed included.
+        kept_gradient_bytes: the device memory of past gradients that is kept for the next step.
+        working_bytes: the device memory that the engine itself holds at most; see `DeviceInfo`.
+        threads: the number of threads of the processor that work on one call, the caller's included.
+    """
+
+    allocated_bytes: int
+    kept_gradient_bytes: int
+    working_bytes: int
+    threads: int
+
+
 Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
 
 
 class Pending(Protocol[Value_co]):
-    """Something that was asked of an engine and may not be done yet."""
+    """A result that was asked of an engine and may not be there yet."""
 
     def wait(self) -> Value_co:
-        """Return it, when it is done. Asking again returns the same.
+        """Return the result, once it is there. Further calls return the same.
 
         Raises:
-            Exception: whatever the device failed with.
+            Exception: the device failed; CuPy has no common base for its errors.
         """
         ...
 
 
 class Done(Generic[Value]):
-    """What was done at once."""
+    """A result that was there at once."""
 
     __slots__ = ("_value",)
 
     def __init__(self, value: Value) -> None:
-        """Hold it."""
+        """Hold the result."""
         self._value = value
 
     def wait(self) -> Value:
@@ -111,7 +131,7 @@ class Done(Generic[Value]):
 
 
 class Gradient(Protocol):
-    """A staged chunk of gradient, held where the engine wants it. Opaque to everybody else."""
+    """A chunk of gradient in memory that the engine reads. Opaque to everybody else."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -124,16 +144,21 @@ class Gradient(Protocol):
 
 
 class GradientBuffer(Protocol):
-    """Where the chunks of one step's gradient are kept, all of one wire dtype. Not thread-safe."""
+    """The chunks of one step's gradient, all of one wire dtype. Not thread-safe."""
 
     def put(self, offset: int, payload: HostArray, count: int | None = None) -> Gradient:
-        """Take a received chunk: flat elements from `offset` on, contiguous but perhaps unaligned.
+        """Keep a received chunk.
 
-        Of blocks the offset is a multiple of theirs, and the chunk has `count` elements, of which the last block may
-        hold more; None for all that the payload holds.
+        The CPU engine keeps the received bytes as they are, unaligned or not. A GPU engine has copied them when this
+        returns, unless they lie in memory that is pinned. They must stay unchanged until `close`.
 
-        The CPU engine keeps the received bytes as they are, unaligned or not; a GPU engine has copied them when this
-        returns, unless they lie in memory that it knows as pinned. They must stay unchanged until `close`.
+        Args:
+            offset: the first flat element; for blocks a multiple of their size.
+            payload: the elements, contiguous but perhaps unaligned.
+            count: the number of elements, of which the last block may hold more; None for all of the payload.
+
+        Returns:
+            The chunk, for the calls of the state.
 
         Raises:
             ResourceExhaustedError: the device has no memory left.
@@ -155,7 +180,7 @@ class EngineState(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many answers it pays to have asked for before the first is waited for."""
+        """The number of replies that it pays to ask for before the first wait."""
         ...
 
     def receive(self) -> GradientBuffer:
@@ -219,8 +244,8 @@ class EngineState(Protocol):
             gradient: a chunk from `receive`.
             begin: first element within the chunk.
             end: one past the last element within the chunk.
-            out: where the new parameters go, encoded in its dtype, `(end - begin,)`, before the wait ends; None for
-                no answer.
+            out: the place of the new parameters, `(end - begin,)`; they are there, in its dtype, when the wait ends.
+                None for no reply.
 
         Returns:
             The recipe's `sums`, to about six digits: their order of additions is the processor's choice.
@@ -261,7 +286,7 @@ class EngineState(Protocol):
         """Wait until all that was asked for is done.
 
         Raises:
-            Exception: whatever the device failed with.
+            Exception: the device failed; CuPy has no common base for its errors.
         """
         ...
 
@@ -275,7 +300,7 @@ class ExportedMemory(Protocol):
 
     @property
     def handle(self) -> bytes:
-        """What the other process opens it by, 64 bytes."""
+        """The 64 bytes by which the other process opens the memory."""
         ...
 
     @property
@@ -284,9 +309,9 @@ class ExportedMemory(Protocol):
         ...
 
     def array(self, offset: int, dtype: np.dtype[Any], items: int) -> Any:
-        """Return items of a wire dtype from byte `offset` on, `(items,)`, as `GradientBuffer.put` and answers take it.
+        """Return items of a wire dtype from byte `offset` on, `(items,)`, for `GradientBuffer.put` and for replies.
 
-        An answer may be waited for as any; it is there for the other process when the wait, or `settle`, has ended.
+        A reply is there for the other process once the wait, or `settle`, has ended.
         """
         ...
 
@@ -304,11 +329,15 @@ class Engine(Protocol):
 
     @property
     def device(self) -> DeviceInfo:
-        """Where this engine's arrays live."""
+        """The device of this engine's arrays."""
+        ...
+
+    def statistics(self) -> EngineStatistics:
+        """Return the memory and the threads of the engine now."""
         ...
 
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
-        """Return the bytes that `allocate` takes."""
+        """Return the bytes that `allocate` allocates."""
         ...
 
     def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> EngineState:
@@ -325,13 +354,13 @@ class Engine(Protocol):
         ...
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
-        """Compile what steps need for these dtypes (reply None: no answer), so that none has to wait for it."""
+        """Compile the kernels of steps with these dtypes, so that no step has to wait; None stands for no reply."""
         ...
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:
         """Let the device reach this memory by itself for a block, `(n,) uint8`, where that makes a difference.
 
-        Nothing that was asked of the memory may be under way when the block ends.
+        No copy from or to the memory may be under way when the block ends.
         """
         ...
 
@@ -339,8 +368,8 @@ class Engine(Protocol):
         """Allocate memory that another process can open.
 
         Args:
-            nbytes: a multiple of 2 MiB: what is smaller may share a block with other allocations, all of which the
-                other process would see.
+            nbytes: a multiple of 2 MiB: a smaller allocation may lie in one block with others, and the other process
+                would see the whole block.
 
         Raises:
             UnsupportedFeatureError: the device cannot, or may not; the message says why, and what to do.
@@ -349,11 +378,11 @@ class Engine(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Compile what most sessions need, so that the first one need not wait for it."""
+        """Compile the kernels that most sessions need, so that the first session need not wait."""
         ...
 
     def rest(self) -> None:
-        """Give back memory that is only kept for the next step; for when no step has come for a while."""
+        """Give back memory that is only kept for the next step; for times without steps."""
         ...
 
     def close(self) -> None:

@@ -3,9 +3,9 @@
 Rounding to nearest would lose every change of a moment below 1/256 of it, and with it most of a slow average. So the
 lower 16 bits, as a fraction of the grain, are the probability of rounding up: add 16 random bits and cut.
 
-The random bits are a hash of the value's own pattern and of a seed that changes with the update and the slot. So they
-do not depend on where an element lies: no split of a tensor over chunks, groups or sessions changes a bit, and no state
-of a generator has to be kept. The price is that equal values in one update round alike.
+The random bits are a hash of the value's own pattern and of a seed that changes with the update and the slot. So the
+bits do not depend on the place of an element: no split of a tensor over chunks, groups or sessions changes one. Nor has
+the state of a generator to be kept. The price is that equal values in one update round alike.
 
 The hash is Wellons's "lowbias32" (hash prospector, 2018) without its last shift, which does not reach the upper bits.
 Hashes of one multiplication were 7 % cheaper, but neighbouring patterns rounded together.
@@ -41,7 +41,7 @@ def encode_bfloat16_stochastic(value: Any, seed: Any) -> Any:
 
 
 def round_stochastically(values: HostArray, seed: int) -> HostArray:
-    """Round float32 elements `(n,)` to bfloat16's patterns `(n,) uint16`: what the scalar function does to each."""
+    """Round float32 elements `(n,)` to bfloat16's patterns `(n,) uint16`, each as the scalar function does."""
     bits = values.view(uint32)
     with np.errstate(over="ignore"):
         rounded = bits + noise_of(bits, seed)

@@ -1,11 +1,13 @@
-"""The C heap, told what a server of large messages does with it.
+"""The settings of the C heap for a server of large messages.
 
-Messages of megabytes are allocated in one thread and freed in another. By default glibc gives threads arenas of
-their own, so memory that a gradient leaves behind is not there for the answer. And it gives back whatever lies free at
-the heap's end as soon as that is 128 KiB: the memory of a gradient, step by step, to be faulted in again, page by page,
-by the next. So: one arena, a fixed threshold for mapping, nothing given back while steps follow one another, and a
-trim when the server is at rest, which brings the resident memory down to the state that is held; benchmarks/main.py
-shows both figures. Elsewhere than glibc nothing happens.
+Messages of megabytes are allocated in one thread and freed in another. By default glibc gives threads arenas of their
+own, so memory that a gradient leaves behind is not there for the reply. By default glibc also gives back free memory at
+the heap's end, from 128 KiB on. Each step would give back the memory of its gradient, and the next step would fault it
+in again page by page.
+
+So there is one arena, a fixed threshold for mapping, and no memory given back while steps follow one another. A server
+at rest trims the heap, which brings the resident memory down to the state that is held. benchmarks/main.py shows both
+figures. Elsewhere than glibc nothing happens.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ __all__ = ["HeapKeeper", "configure"]
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-# glibc's own upper limit. Below it, messages come from the heap and are reused warm; mapping each anew would cost
-# a page fault every 4 KiB.
+# glibc's own upper limit. Below the limit, messages come from the heap and are reused warm. Mapping each anew would
+# cost a page fault every 4 KiB.
 _MAP_FROM_BYTES = 32 << 20
 _NEVER = -1
 _WORTH_BYTES = 32 << 20
@@ -37,7 +39,7 @@ def configure() -> None:
 class HeapKeeper:
     """Trims the heap once a server that has released much memory is at rest.
 
-    Not at once: the next step of a training loop would have to fault in again what was given back.
+    Trimming at once would make the next step of a training loop fault the memory in again.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,14 @@ class HeapKeeper:
         self._quiet_looks = 0
 
     def look(self, released_bytes: int) -> bool:
-        """Look at what has been released since the start, as often as convenient; tell whether it was trimmed."""
+        """Trim the heap if the server is at rest; callers look again and again, as often as convenient.
+
+        Args:
+            released_bytes: the bytes released since the start.
+
+        Returns:
+            True where the heap was trimmed.
+        """
         self._quiet_looks = self._quiet_looks + 1 if released_bytes == self._seen else 0
         self._seen = released_bytes
         if self._quiet_looks < _LOOKS_AT_REST or released_bytes - self._trimmed_at < _WORTH_BYTES:

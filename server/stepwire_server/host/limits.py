@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processors and memory, container limits included."""
+"""The processors and the memory that this process may use, container limits included."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def follow(pid: int, stop: Callable[[], None]) -> None:
     A parent that is killed cannot end its processes, and they would keep its ports for ever.
 
     Args:
-        pid: of the parent; 0 to follow nobody.
-        stop: what SIGTERM does.
+        pid: the process id of the parent; 0 to follow nobody.
+        stop: ends the server, as SIGTERM does.
     """
     if not pid:
         return

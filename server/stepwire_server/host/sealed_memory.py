@@ -1,9 +1,9 @@
 """Memory that other processes of this host can map: made by the server, never by a client.
 
-A client that names memory could name a file that shrinks, and the server would die of SIGBUS in the middle of
-somebody else's step. So the server makes it, reserves every page (what is not there is missed now, as an error), and
-seals its size. What a client can still do is scribble and, where it may write, punch holes; a hole reads as zeros, so
-either spoils that client's own gradient and nothing else.
+A client that names memory could name a file that shrinks, and the server would die of SIGBUS in the middle of somebody
+else's step. So the server makes the memory, reserves every page, and seals the size. A page that is not there is missed
+at once, as an error. A client can still scribble and, with write access, punch holes. A hole reads as zeros, so either
+spoils that client's own gradient and nothing else.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-
-from stepwire_server.engines.protocol import HostArray
+import numpy.typing as npt
 
 __all__ = ["SharedMemory", "in_pages"]
 
@@ -29,20 +28,20 @@ _F_SEAL_FUTURE_WRITE: Final = 0x10
 class SharedMemory:
     """Zeroed memory with a descriptor to hand out. A context manager; closes twice without complaint.
 
-    Arrays keep the mapping alive, so nothing that computes on one can lose it: it ends with the last of them, and the
-    memory itself when no process maps it.
+    Arrays keep the mapping alive, so no computation on one can lose it. The mapping ends with the last array, and the
+    memory itself once no process maps it.
 
     Attributes:
-        nbytes: a multiple of the page size.
+        nbytes: the bytes, a multiple of the page size.
     """
 
     def __init__(self, name: str, nbytes: int, *, read_only: bool = False) -> None:
         """Reserve, map and seal.
 
         Args:
-            name: how /proc shows it.
-            nbytes: rounded up to whole pages, at least one.
-            read_only: who gets the descriptor can map it only to be read.
+            name: the name of the memory in /proc.
+            nbytes: the bytes, rounded up to whole pages, at least one.
+            read_only: other processes can map the descriptor only to read.
 
         Raises:
             OSError: the system has no memory or no descriptors left.
@@ -60,7 +59,7 @@ class SharedMemory:
 
     @property
     def descriptor(self) -> int:
-        """What is handed out; whoever asks keeps the memory from being closed meanwhile."""
+        """The descriptor for other processes; the caller keeps the memory from being closed meanwhile."""
         assert self._descriptor is not None
         return self._descriptor
 
@@ -74,13 +73,13 @@ class SharedMemory:
         twin.nbytes, twin._map, twin._descriptor = self.nbytes, self._map, os.dup(self.descriptor)
         return twin
 
-    def array(self, dtype: np.dtype[Any], items: int) -> HostArray:
+    def array(self, dtype: np.dtype[Any], items: int) -> npt.NDArray[Any]:
         """Return the first items as an array, `(items,)`."""
         assert self._map is not None
         return np.frombuffer(self._map, dtype, items)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Close the descriptor and drop the mapping. Closing twice is harmless."""
         descriptor, self._descriptor, self._map = self._descriptor, None, None
         if descriptor is not None:
             os.close(descriptor)
@@ -102,10 +101,11 @@ def in_pages(nbytes: int) -> int:
 
 
 def _sealed(descriptor: int, *, read_only: bool) -> int:
-    """Fix the size for good, and what may be done with it; returns the descriptor to hand out.
+    """Fix the size for good, and the ways to map it; returns the descriptor for other processes.
 
-    The seal on future writing leaves our own mapping as it is. Where the kernel does not know it, a descriptor that was
-    opened to be read takes its place: that keeps from mistakes, not from a process of the same user that opens it anew.
+    The seal on future writing leaves our own mapping as it is. A kernel that does not know the seal gets a descriptor
+    that was opened to be read. That one guards against mistakes, not against a process of the same user that opens it
+    anew.
     """
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     handed_out = descriptor

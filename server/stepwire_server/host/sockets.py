@@ -1,4 +1,4 @@
-"""Unix sockets on the disk: whose turn it is at a path. Knows no gRPC."""
+"""Unix sockets on the disk: one server at a path at a time. Knows no gRPC."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ __all__ = ["claim_socket", "is_dead"]
 def claim_socket(path: str, field: str) -> Iterator[None]:
     """Make room for a Unix socket that is bound in the block: for this user alone, in a folder that is made if need be.
 
-    What a server that was killed left behind is removed; a socket that somebody listens on is not. gRPC itself
-    removes either. Servers that start at the same time look one after the other, because the folder is locked.
+    A socket that a killed server left behind is removed; a socket that somebody listens on is not. gRPC itself removes
+    either. Servers that start at the same time look one after the other, because the folder is locked.
 
-    The permissions come from the umask, which belongs to the whole process, because nothing else leaves no moment in
-    which others can connect: the kernel takes connections before anybody can change the mode of what was bound.
+    The permissions come from the umask, which belongs to the whole process. The kernel accepts connections before
+    anybody can change the mode of a bound socket, and no other way leaves no such moment.
+
+    Args:
+        path: the path of the socket.
+        field: the setting that the error names.
 
     Raises:
-        InvalidRequestError: the path is taken, or its folder cannot be written.
+        InvalidRequestError: the path is in use, or its folder cannot be written.
     """
     try:
         folder = pathlib.Path(path).parent

@@ -1,8 +1,8 @@
 """The formulas. A rule is one pure function of scalars; engines decide how it meets memory.
 
-A new optimizer is one function with its equation in the module's docstring, its row in `rule_for` and `ALL_RULES`, its
-record in `stepwire.optimizers`, and its conformance vectors. Rules check nothing: ranges are checked by
-`stepwire.optimizers`.
+A new optimizer needs one function with its equation in the module's docstring, and its row in `rule_for` and
+`ALL_RULES`. Its record belongs into `stepwire.optimizers`, and its conformance vectors beside the others. Rules check
+nothing: `stepwire.optimizers` checks ranges.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ALL_RULES: Final[tuple[Rule, ...]] = (
 )
 """Every rule, for tests and warm-up."""
 
-# Where decay acts for rules that leave no choice.
+# Rules that leave no choice, each with the place of its weight decay.
 _PLAIN: Final = {
     "adamax": (ADAMAX, Decay.GRADIENT),
     "adagrad": (ADAGRAD, Decay.GRADIENT),
@@ -67,11 +67,14 @@ def has_momentum(groups: Sequence[Hyperparameters]) -> bool:
 
 
 def rule_for(optimizer: Optimizer, momentum: bool) -> tuple[Rule, Decay]:
-    """Return a session's rule, and where weight decay acts in steps that have some.
+    """Return a session's rule and the place of its weight decay.
 
     Args:
-        optimizer: what the session was created with.
-        momentum: whether it keeps a momentum buffer, where that is a choice.
+        optimizer: the optimizer of the session.
+        momentum: True where the session keeps a momentum buffer; of effect where that is a choice.
+
+    Returns:
+        The rule, and the place of weight decay in steps that have some.
     """
     structure = optimizer.structure()
     decay = Decay.BEFORE if structure.decoupled_weight_decay else Decay.GRADIENT

@@ -16,7 +16,7 @@ For parameter p, gradient g, moments m and v (zero before the first step), c1 = 
       Nesterov            β1·m / (1 − β1ᵗ⁺¹) + (1 − β1)·g / c1 stands in for m / c1
     decay_after           torch's, with decoupled decay after the update        bitsandbytes
 
-Weight decay is outside these functions: `Decay` says where it acts.
+Weight decay is outside these functions: `Decay` names its place.
 
 torch's form is computed as Keras's with eps·√c2 for eps: the same number by one division and one rounded scalar less.
 In float32 the first updates are within 4.8 ulps of the formula then; dividing √v by √c2 would leave them within 5.5.
@@ -221,7 +221,7 @@ ADAM_RULES: Final = tuple(_RULES.values())
 
 
 def adam_rule_for(optimizer: Optimizer) -> tuple[Rule, Decay]:
-    """Return the rule of an `Adam`, and where its decay acts when there is some."""
+    """Return the rule of an `Adam` and the place of its weight decay."""
     structure = optimizer.structure()
     rule = _RULES[structure.formula, "nesterov" if structure.nesterov else structure.amsgrad]
     if structure.formula == "decay_after":

@@ -10,7 +10,7 @@ With m, v, c1, c2 as Adam's, and ψ the momentum decay:
     AdaMax   x ← max(β2·x, |g| + eps)
              p ← p − (lr / c1)·m / x
 
-torch keeps Πₜ as a running product; here it is the product for the present β1 and ψ, which is the same unless a step
+torch keeps Πₜ as a running product. Here it is the product for the present β1 and ψ, which is the same unless a step
 changes them. The RAdam paper rectifies where ρₜ > 4; torch's documentation says 5, and its code does so.
 
 Sources: Dozat 2016; Liu et al. 2020, algorithm 2; Kingma & Ba 2015, algorithm 2; the code of torch 2.13.
@@ -98,8 +98,8 @@ def _momentum(beta1: float, decay: float, t: int) -> float:
 def _momentum_product(beta1: float, decay: float, t: int) -> float:
     """Return μ1·…·μₜ. Steps come in order, so almost always only the last factor is new.
 
-    A session may start at any t, so the loop has to end early: as the warm-up is slow or soon over, the product falls
-    below what 1 − Πₜ can show, or μ becomes β1, within a few thousand factors.
+    A session may start at any t, so the loop has to end early. With a slow warm-up the product falls below the last bit
+    of 1 − Πₜ within a few thousand factors. With a fast one μ becomes β1 as soon.
     """
     known = _last_product.get((beta1, decay), (0, 1.0))
     start, product = known if known[0] <= t else (0, 1.0)

@@ -13,7 +13,7 @@ With mean square v, mean a, momentum buffer b, sum s, mean squared update d, all
                d ← ρ·d + (1 − ρ)·u²
                p ← p − lr·u
 
-Rounding can leave v − a² just below zero, where torch takes the root and gets NaN; here it counts as zero.
+Rounding can leave v − a² just below zero, whose root is NaN in torch; here it counts as zero.
 
 Sources: Hinton 2012, lecture 6e; Graves 2013, equation 40 (whose eps is inside the root; torch's is outside); Duchi,
 Hazan & Singer 2011; Zeiler 2012; the code of torch 2.13.

@@ -1,4 +1,4 @@
-"""Sums of squares without any rounding, for the norms that an engine's sum leaves in doubt (see `stepwire.optimizers.norms`)."""
+"""Sums of squares without any rounding, for norms that an engine's sum leaves in doubt; see `optimizers.norms`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BLOCK = 65_536
 def exact_sum_of_squares(blocks: Iterable[npt.NDArray[np.float32]]) -> Fraction:
     """Add the squares of float32 elements without any rounding.
 
-    x = ±m·2ᵉ with an integer m < 2²⁴, so x² = m²·2²ᵉ with m² < 2⁴⁸. The squares of one exponent are added as two
-    halves of 24 bits, whose sums over a block stay below 2⁵³ and are exact in float64; the exponents meet in Python's
+    x = ±m·2ᵉ with an integer m < 2²⁴, so x² = m²·2²ᵉ with m² < 2⁴⁸. The squares of one exponent are added as two halves
+    of 24 bits. Their sums over a block stay below 2⁵³ and are exact in float64. The exponents meet in Python's
     integers.
     """
     total = Fraction(0)

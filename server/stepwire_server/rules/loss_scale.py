@@ -14,11 +14,11 @@ __all__ = ["LossScale", "after_step"]
 
 
 class LossScale(NamedTuple):
-    """Where loss scaling stands.
+    """The state of loss scaling.
 
     Attributes:
-        scale: what the next gradient must have been multiplied by.
-        clean_steps: steps without NaN and Inf since it last changed.
+        scale: the factor by which the next gradient must have been multiplied.
+        clean_steps: the number of steps without NaN and Inf since the scale changed last.
     """
 
     scale: float
@@ -26,7 +26,7 @@ class LossScale(NamedTuple):
 
 
 def after_step(now: LossScale, scaling: LossScaling, *, finite: bool) -> LossScale:
-    """Return where loss scaling stands after a step; the scale stays within its bounds."""
+    """Return the state of loss scaling after a step; the scale stays within its bounds."""
     if not finite:
         return LossScale(max(now.scale * scaling.backoff_factor, SMALLEST_SCALE))
     if now.clean_steps + 1 < scaling.growth_interval:

@@ -42,19 +42,19 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What one pass does to each element; kernels belong to recipes that are equal but for `rule.scalars`.
+    """The arithmetic of one pass on each element; kernels belong to recipes that are equal but for `rule.scalars`.
 
     Variables are `p`, `g`, the rule's own names for its slots and scalars, and those of `rules.treatment`.
 
     Attributes:
         rule: the formula.
-        decay: where weight decay acts.
-        accumulates: micro-steps before are added to the gradient and cleared.
+        decay: the place of weight decay.
+        accumulates: the micro-steps before are added to the gradient and cleared.
         limits: the gradient is clipped by value.
         averages: a moving average of the parameters is kept.
-        measures: the pass returns the sums of the squares of the update and of the new parameters, and where it
-            `limits`, of the clipped gradient.
-        precision: how the rule's slots are held.
+        measures: the pass returns the sums of the squares of the update and of the new parameters; with `limits` also
+            that of the clipped gradient.
+        precision: the form in which the rule's slots are held.
     """
 
     rule: Rule
@@ -66,7 +66,7 @@ class Recipe:
     precision: Precision = Precision.FLOAT32
 
     def __hash__(self) -> int:
-        """Tell equal recipes by what a kernel depends on, once: every pass of a step looks its kernel up."""
+        """Hash the `key`, once: every pass of a step looks its kernel up."""
         return self._hash
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Recipe:
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
-        """What a kernel depends on."""
+        """The values that a kernel depends on."""
         flags = (self.accumulates, self.limits, self.averages, self.measures)
         return (self.rule.update, self.decay, *flags, self.precision)
 
@@ -94,7 +94,7 @@ class Recipe:
 
     @functools.cached_property
     def variants(self) -> tuple[Recipe, ...]:
-        """What the ranges of one session are stepped with: beside 8-bit moments, those of small tensors are float32."""
+        """The recipes for the ranges of one session: beside 8-bit moments, those of small tensors are float32."""
         return (self, self.in_float32) if self.precision is Precision.INT8 else (self,)
 
     @functools.cached_property
@@ -128,7 +128,7 @@ class Recipe:
 
     @functools.cached_property
     def treatment(self) -> tuple[Stage, ...]:
-        """What precedes the rule."""
+        """The stages before the rule."""
         stages = [Stage(scaled, ("g",), ("g", "factor"))]
         stages += [Stage(added, ("g",), ("g", "accumulated"))] if self.accumulates else []
         stages += [Stage(scaled, ("g",), ("g", "clip"))]

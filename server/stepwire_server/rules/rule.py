@@ -1,4 +1,4 @@
-"""What a formula is, to whoever runs it."""
+"""The interface of a formula to the code that runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value: TypeAlias = Any
 
 
 class Decay(enum.Enum):
-    """Where weight decay λ acts, outside the rule. Rules that place it themselves are run with `NONE`.
+    """The place of weight decay λ outside the rule. Rules with a place of their own are run with `NONE`.
 
     NONE: nowhere; a rule of its own, because g + 0·p would turn an infinite parameter into NaN.
     GRADIENT: g ← g + λ·p before the rule (L2).
@@ -41,13 +41,13 @@ class Rule:
 
     Attributes:
         name: unique among the rules.
-        update: `(p, g, *slots, *scalars) → (p, *slots)` for one element, in the subset that Numba compiles,
-            NumPy evaluates on arrays and the CUDA printer renders: assignments, + − * /, unary minus,
-            `sqrt`, `maximum`, `minimum`, `absolute`, `sign`, and calls of other such functions of this package.
-            No literals: every constant is a scalar argument, because `1.0 * p` is float64 to Numba and float32
-            to NumPy. Rules may share one `update` and differ in `scalars`; kernels belong to the `update`.
-        slots: names of the state arrays besides the parameters, in the order `update` takes them.
-        scalars: `(hyperparameters, t) → tuple` of the per-step scalars in the order `update` takes them,
+        update: `(p, g, *slots, *scalars) → (p, *slots)` for one element, in the subset that Numba compiles, NumPy
+            evaluates on arrays and the CUDA printer renders. The subset is assignments, + − * /, unary minus, `sqrt`,
+            `maximum`, `minimum`, `absolute`, `sign`, and calls of other such functions of this package. Every constant
+            is a scalar argument and no literal, because `1.0 * p` is float64 to Numba and float32 to NumPy. Rules may
+            have one `update` in common and differ in `scalars`; kernels belong to the `update`.
+        slots: the names of the state arrays besides the parameters, in the order of the arguments of `update`.
+        scalars: `(hyperparameters, t) → tuple` of the per-step scalars in the order of `update`,
             in float64; t counts this update, the first is 1.
         direction: for layerwise rules, `(p, g, *slots, *scalars) → u` with the scalars of `update` but the last,
             which is the trust ratio; None for the others.

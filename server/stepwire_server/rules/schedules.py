@@ -21,9 +21,8 @@ A warm-up before a kind is torch's SequentialLR with LinearLR first and the mile
 OneCycleLR's phases end at `pct_start · total_steps − 1` and `total_steps − 1`: these are w and T. Optax's end at
 `pct_start · transition_steps`, rounded down, and `transition_steps`.
 
-All but the powers are a mean of 1 and an end value, and are computed as such (`mix`): 1 and the end are then hit
-exactly, and no finite f overflows. Powers of γ > 1 stop at the largest float64, because lr = 0 times infinity would
-be NaN.
+All but the powers are a mean of 1 and an end value, and are computed as such (`mix`). So 1 and the end are hit exactly,
+and no finite f overflows. Powers of γ > 1 stop at the largest float64, because lr = 0 times infinity would be NaN.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ __all__ = ["factor"]
 
 
 def factor(schedule: Schedule, updates_before: int) -> float:
-    """Return what multiplies `lr` at the update that `updates_before` others came before; see the module's table.
+    """Return the factor of `lr` at the update after `updates_before` others; see the module's table.
 
     Args:
         schedule: a checked record.
-        updates_before: s, the group's updates so far, ≥ 0.
+        updates_before: s, the number of the group's updates so far, ≥ 0.
 
     Returns:
         A finite number ≥ 0.
     """
     if updates_before < schedule.warmup_steps:
-        part = updates_before / schedule.warmup_steps
-        return rise(part, schedule.warmup_start_factor, smooth=schedule.kind == "one_cycle")
+        done = updates_before / schedule.warmup_steps
+        return rise(done, schedule.warmup_start_factor, smooth=schedule.kind == "one_cycle")
     since = updates_before - schedule.warmup_steps
     match schedule.kind:
         case "constant":
@@ -70,9 +69,9 @@ def mix(weight: float, end: float) -> float:
     return weight + (1.0 - weight) * end
 
 
-def rise(part: float, start: float, *, smooth: bool) -> float:
-    """Go from `start` at part 0 towards 1: on a line, or on half a cosine."""
-    return mix((1.0 - math.cos(math.pi * part)) / 2.0 if smooth else part, start)
+def rise(done: float, start: float, *, smooth: bool) -> float:
+    """Go from `start` at 0 done towards 1: on a line, or on half a cosine."""
+    return mix((1.0 - math.cos(math.pi * done)) / 2.0 if smooth else done, start)
 
 
 def linear(x: float, final: float) -> float:
@@ -86,7 +85,7 @@ def cosine(x: float, final: float) -> float:
 
 
 def polynomial(x: float, final: float, power: float) -> float:
-    """Go from 1 to `final` as a power of what is left."""
+    """Go from 1 to `final` as a power of the rest."""
     return mix(math.pow(1.0 - x, power), final)
 
 
@@ -99,5 +98,5 @@ def exponential(drops: int, gamma: float) -> float:
 
 
 def _progress(schedule: Schedule, since: int) -> float:
-    span = schedule.total_steps - schedule.warmup_steps
-    return min(since, span) / span
+    whole = schedule.total_steps - schedule.warmup_steps
+    return min(since, whole) / whole

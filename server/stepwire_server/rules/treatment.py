@@ -1,6 +1,6 @@
-"""What happens around a rule, element by element: the rest of a step's arithmetic.
+"""The arithmetic around a rule, element by element.
 
-In this order, each part only where it is asked for:
+These stages follow one another in this order, each only where it is asked for:
 
     g ← g·f                   f = ±1 / loss scale: unscaling, and the sign of maximize
     g ← a + g                 a: the sum of the micro-steps before
@@ -9,7 +9,7 @@ In this order, each part only where it is asked for:
     weight decay, the rule, weight decay: see `Decay`
     e ← e + (1 − d)·(p − e)   d: decay of the parameters' moving average e
 
-NaN passes through every one of them.
+NaN passes through all of them.
 """
 
 from __future__ import annotations

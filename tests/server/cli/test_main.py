@@ -67,9 +67,9 @@ def test_a_server_that_cannot_be_reached_is_one_line_and_exit_code_2(command: An
 
 
 def test_kernels_are_compiled_ahead(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    from stepwire_server.engines.compiled import stock as kernel_stock
+    from stepwire_server.engines import ahead
 
-    monkeypatch.setattr(kernel_stock, "make", lambda directory: ["x86-64-v3"] if directory == tmp_path else [])
+    monkeypatch.setattr(ahead, "make", lambda directory: ["x86-64-v3"] if directory == tmp_path else [])
     assert command("kernels", str(tmp_path)) == Outcome(0, f"{tmp_path}: kernels for x86-64-v3\n", "")
     code, out, _ = command("kernels", "elsewhere", "--json")
     assert (code, json.loads(out)) == (0, {"levels": []})

@@ -10,7 +10,7 @@ from stepwire.errors import Reason, ResourceExhaustedError
 from stepwire_server.devices.budget import MemoryBudget
 
 
-def test_bytes_are_taken_and_given_back() -> None:
+def test_bytes_are_reserved_and_released() -> None:
     budget = MemoryBudget(100)
     first, second = budget.reserve(60, "a"), budget.reserve(40, "b")
     assert budget.reserved_bytes == 100
@@ -77,3 +77,12 @@ def test_threads_do_not_lose_a_byte() -> None:
     for thread in threads:
         thread.join()
     assert budget.reserved_bytes == 0
+
+
+def test_statistics_are_a_record_of_one_moment() -> None:
+    budget = MemoryBudget(100)
+    reservation = budget.reserve(60, "a")
+    before = budget.statistics()
+    reservation.release()
+    assert before == (100, 60, 0)
+    assert budget.statistics() == (100, 0, 60)

@@ -18,7 +18,7 @@ SIZE = 3001
 @pytest.fixture
 def engine(fake_cupy: Callable[..., Any]) -> Iterator[CudaEngine]:
     cupy = fake_cupy(memory_bytes=4 << 20)
-    engine = CudaEngine(0, cupy, CudaOptions(slots=3, slot_bytes=1 << 15, cells=32))
+    engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32))
     yield engine
     engine.close()
     cupy.check()

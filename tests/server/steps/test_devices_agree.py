@@ -348,8 +348,8 @@ def test_the_programs_use_every_optimizer_and_option() -> None:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_a_gpu_is_the_cpu_bit_for_bit(program: Program, on_cpu: Engine, library: Any, directory: pathlib.Path) -> None:
     cupy = pretended_cupy(directory, library=library, order=program.order)
-    slot_bytes, cache_bytes = (2048, 6144)[program.seed % 2], (1, 30_000, 60_000)[program.seed % 3]
-    gpu = PretendedGpu(cupy, slot_bytes=slot_bytes, gradient_cache_bytes=cache_bytes)
+    buffer_bytes, cache_bytes = (2048, 6144)[program.seed % 2], (1, 30_000, 60_000)[program.seed % 3]
+    gpu = PretendedGpu(cupy, buffer_bytes=buffer_bytes, gradient_cache_bytes=cache_bytes)
     before = cupy.used_bytes
     run(program, [on_cpu, gpu])
     gpu.rest()

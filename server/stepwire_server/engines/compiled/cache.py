@@ -1,9 +1,11 @@
-"""Where generated kernels live: real files, in a directory that only its owner can write.
+"""The directory of generated kernels: real files, in a directory that only its owner can write.
 
-Numba caches machine code beside the source file of a function, and throws it away when that file changes. So
-each generated module becomes a file named by the hash of its text: several versions of stepwire share the
-directory, and nothing is ever rewritten. The directory is trusted (Numba's cache holds pickles), so one that
-others own or can write is refused, and a private temporary one takes its place for the life of the process.
+Numba caches machine code beside the source file of a function, and throws it away when that file changes. So each
+generated module becomes a file named by the hash of its text. Several versions of stepwire use one directory, and no
+file is ever rewritten.
+
+The directory is trusted, because Numba's cache holds pickles. A directory that others own or can write is refused. A
+private temporary directory then stands in for the life of the process.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ _FIXED_TIME_SECONDS = 1_000_000_000
 def kernel_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
     """Return the directory for generated kernels, created with mode 0700 if missing.
 
-    It is `$STEPWIRE_CACHE_DIR`, else `$XDG_CACHE_HOME/stepwire`, else `~/.cache/stepwire`; or a temporary
-    directory, with a warning in the log, when that one cannot be written or is not the caller's alone.
+    The directory is `$STEPWIRE_CACHE_DIR`, else `$XDG_CACHE_HOME/stepwire`, else `~/.cache/stepwire`. A temporary
+    directory, with a warning in the log, stands in for one that cannot be written or is not the caller's alone.
     """
     try:
         wanted = _wanted(environ)
@@ -48,8 +50,8 @@ def kernel_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
 def require_named_directory(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Refuse a `STEPWIRE_CACHE_DIR` that cannot be used, before a server starts.
 
-    A server that was told where to write and cannot is a volume mounted wrongly, and would compile anew at every start;
-    only a directory that nobody named is done without.
+    A named directory that cannot be used is a volume mounted wrongly, and the server would compile anew at every start.
+    A server does without the directory only where nobody named one.
 
     Raises:
         InvalidRequestError: it cannot be made or written, or is not the caller's alone.

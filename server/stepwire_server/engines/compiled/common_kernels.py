@@ -1,4 +1,4 @@
-"""What most sessions ask for, so that it can be compiled before they do."""
+"""The kernels that most sessions need, so that they can be compiled ahead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def commonest(*, shared: bool = False) -> list[Asked]:
     """Return Adam as most sessions ask for it, with and without weight decay, in float32 and in bfloat16.
 
     Args:
-        shared: with those, too, whose parameters lie in memory shared on the host, which need no answer.
+        shared: include sessions whose parameters lie in memory shared on the host, which need no reply.
     """
     rule, decay = rule_for(AdamW(), momentum=False)
     dtypes = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]

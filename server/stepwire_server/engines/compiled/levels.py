@@ -1,8 +1,8 @@
-"""Levels of processors: what a kernel is compiled for that shall run on machines other than this one.
+"""Levels of processors: targets for kernels that run on machines other than the one that compiles them.
 
-Numba compiles for the very processor it runs on and finds what it kept by that processor's name, so a kernel of the
-machine that built a container image is of no use on the next. The levels that compilers agree on (x86-64-v2 to v4) are
-few enough to compile for all of them, and each processor has a highest one. Results do not differ: nothing in a kernel
+Numba compiles for the very processor it runs on, and finds a kept kernel by that processor's name. So a kernel of the
+machine that built a container image is of no use on the next machine. The levels that compilers agree on (x86-64-v2 to
+v4) are few enough to compile for all of them, and each processor has a highest one. Results do not differ: no kernel
 depends on the width of a vector.
 """
 
@@ -20,12 +20,12 @@ _V4: Final = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
 
 
 class Level(NamedTuple):
-    """What a range of processors can do.
+    """The abilities of a range of processors.
 
     Attributes:
-        name: as LLVM calls it.
-        needs: the abilities of a processor of this level, as LLVM calls them.
-        features: what LLVM is told besides the name; never empty, which Numba would take for this machine's.
+        name: the level's name in LLVM.
+        needs: the abilities of a processor of this level, by their names in LLVM.
+        features: the features that LLVM is told besides the name; with an empty text Numba would use this machine's.
     """
 
     name: str

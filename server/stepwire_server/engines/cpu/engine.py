@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,8 +15,8 @@ from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
-from stepwire_server.engines.cpu.threads import Shares
-from stepwire_server.engines.protocol import DeviceInfo, ExportedMemory, HostArray, Range
+from stepwire_server.engines.cpu.threads import RangeThreads
+from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray, Range
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
 
@@ -22,26 +24,34 @@ __all__ = ["CpuEngine"]
 
 
 class CpuEngine:
-    """Flat arrays in host memory; large ranges are shared among threads. Thread-safe, unlike its states."""
+    """Flat arrays in host memory; threads divide large ranges among them. Thread-safe, unlike its states."""
 
     def __init__(self, threads: int | None = None, use_numba: bool | None = None) -> None:
         """Start an engine.
 
         Args:
-            threads: threads that work on one call, the caller's included; None for one a processor.
-            use_numba: compile kernels (many times faster), or evaluate rules with NumPy; None for whatever
-                is installed.
+            threads: the number of threads that work on one call, the caller's included; None for one a processor.
+            use_numba: compile kernels, which are many times faster, or evaluate rules with NumPy; None to compile
+                where Numba is installed.
         """
         if use_numba is None:
             use_numba = importlib.util.find_spec("numba") is not None
         self._kernels = _numba_kernels() if use_numba else NumpyKernels()
-        self._shares = Shares(threads or host.processor_count())
+        self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
+        self._states: weakref.WeakSet[CpuState] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     @property
     def device(self) -> DeviceInfo:
         """The processor and its memory."""
         return self._device
+
+    def statistics(self) -> EngineStatistics:
+        """See `Engine.statistics`."""
+        with self._lock:
+            allocated_bytes = sum(state.nbytes for state in self._states)
+        return EngineStatistics(allocated_bytes, 0, 0, self._threads.threads)
 
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
@@ -58,7 +68,10 @@ class CpuEngine:
                 "close a session or use a machine with more memory",
                 metadata={"needed_bytes": needed_bytes},
             ) from problem
-        return CpuState(self._kernels, self._shares, made, size)
+        state = CpuState(self._kernels, self._threads, made, size)
+        with self._lock:
+            self._states.add(state)
+        return state
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
@@ -71,7 +84,7 @@ class CpuEngine:
             self._kernels.accumulate(gradient)
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:
-        """See `Engine.pin`: it makes none."""
+        """See `Engine.pin`: it makes no difference here."""
         return nullcontext()
 
     def export(self, nbytes: int) -> ExportedMemory:
@@ -82,18 +95,18 @@ class CpuEngine:
         )
 
     def warm_up(self) -> None:
-        """See `Engine.warm_up`: what is in the cache loads in no time, and the rest belongs to no session yet."""
+        """See `Engine.warm_up`: cached kernels load in no time, and the others belong to no session yet."""
 
     def rest(self) -> None:
-        """See `Engine.rest`: nothing is kept."""
+        """See `Engine.rest`: this engine keeps no memory between steps."""
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._shares.close()
+        self._threads.close()
 
 
 def _numba_kernels() -> CpuKernels:
-    """Import Numba only where it is used: that takes a second."""
+    """Import Numba only where it is used, because the import lasts a second."""
     from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
 
     return NumbaKernels()

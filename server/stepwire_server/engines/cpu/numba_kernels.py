@@ -1,9 +1,9 @@
 """Kernels for the CPU, compiled by Numba and kept for later processes.
 
-No fast-math and no fused multiply-add in what is kept: the loops vectorise as well without (memory is the limit), and
-an update gives the same bits wherever a range is split, whatever the alignment or the processor, and in NumPy too. The
-kernels are serial and release the GIL; Numba's own parallel loops abort the process when two threads enter one at once
-(its default threading layer).
+Kept results have neither fast-math nor a fused multiply-add. The loops vectorise as well without, because memory is the
+limit. An update gives the same bits wherever a range is split, for any alignment and any processor, and in NumPy too.
+The kernels are serial and release the GIL. Numba's own parallel loops abort the process when two threads enter one at
+once, by its default threading layer.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _PARTIALS = numba_types.Array(numba_types.float64, 2, "C")
 class NumbaKernels:
     """Compiled kernels, made when first asked for. Thread-safe.
 
-    Kernels take whole arrays and offsets, because slicing in Python costs more than a small step does. Offsets and
-    sizes are ints, scalars are floats.
+    Kernels have whole arrays and offsets as arguments, because slicing in Python costs more than a small step. Offsets
+    and sizes are ints, scalars are floats.
     """
 
     def __init__(self, directory: pathlib.Path | None = None) -> None:
@@ -64,8 +64,8 @@ class NumbaKernels:
         self._built: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._lock = threading.Lock()
 
-    # Gradients and replies are handed over as unaligned whatever they are, so that one compiled kernel serves
-    # them all: vector loads cost the same, and a chunk at an odd offset of a message needs no copy.
+    # Every gradient and reply is declared unaligned, so that one compiled kernel serves them all. Vector loads cost the
+    # same, and a chunk at an odd offset of a message needs no copy.
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""
@@ -93,8 +93,8 @@ class NumbaKernels:
     def sum_of_squares(self, gradient: np.dtype[Any], accumulated: bool) -> Callable[..., None]:
         """Return `kernel([accumulated,] gradient, start, begin, first, size, block, partials, factor)`.
 
-        Of the range that begins at `begin`, and at `start` of `accumulated`, it sums the elements
-        `[first, first + size)` in blocks of `block` and writes each sum to `partials[0, index of the block]`; `first`
+        The range begins at `begin` of the gradient and at `start` of `accumulated`. The kernel sums its elements
+        `[first, first + size)` in blocks of `block`, and writes each sum to `partials[0, index of the block]`. `first`
         is a multiple of `block`.
         """
         key = ("sum_of_squares", gradient, accumulated)
@@ -178,8 +178,8 @@ def prefer_wide_vectors() -> None:
     """Let the compiler use all of AVX-512 where the processor has it; on most it prefers half.
 
     The passes over 8-bit and bfloat16 moments are bound by arithmetic and gain; the others wait for memory either way.
-    Numba takes this setting for the whole process, and only before it first compiles; whoever has set
-    NUMBA_CPU_FEATURES has the say. Results do not change: no operation is reordered.
+    Numba reads this setting for the whole process, and only before it first compiles. NUMBA_CPU_FEATURES comes before
+    it. Results do not change: no operation is reordered.
     """
     settings: Any = numba.config
     codegen: Any = numba.core.codegen

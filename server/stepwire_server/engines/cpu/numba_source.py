@@ -1,15 +1,15 @@
 """The text of the modules that Numba compiles: codecs + stages + loop, in one file each.
 
-A rule's function is the only source of its formula. Numba cannot cache machine code across processes for
-a loop that receives the rule as an argument or closes over it (such functions have no stable identity), nor
-does it notice a change in another file. So all that a kernel consists of is written out as one module.
+A rule's function is the only source of its formula. A loop that receives the rule as an argument, or closes over it,
+has no stable identity. Numba could not cache the machine code of such a loop across processes, nor does Numba notice a
+change in another file. So a kernel and all that it calls are written out as one module.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stepwire_server.engines import int8_moments as dynamic_code
 from stepwire_server.engines import scalar_codecs as numba_codecs
@@ -61,7 +61,7 @@ from numpy import {imports}
 @{decorator}
 {kernel}'''
 
-_WHOLE, _PIECE = ("0", "size"), ("low", "high")
+_WHOLE, _BLOCKWISE = ("0", "size"), ("low", "high")
 
 _UPDATE = """def {name}({arguments}):
     {casts}
@@ -70,14 +70,13 @@ _UPDATE = """def {name}({arguments}):
         {body}
 """
 
-# A piece at a time, for what has something to do before it or after it. What travels in blocks is decoded into scratch
-# that stays in the first-level cache, so that the loop over the elements is that of float32 and vectorises like it.
+# Some elements at a time, for work before or after the loop over them. A gradient in blocks is decoded into scratch
+# that stays in the first-level cache. So the loop over the elements is that of float32 and vectorises like it.
 #
-# The sums of telemetry are in float32 within a block, which costs next to nothing beside the pass (in float64 it cost
-# a noticeable part of it), and in the order that suits the processor, since nothing that is kept depends on them.
-# `fastmath` of the decorator allows that reordering to the kernel's own additions; the stages are functions of their
-# own, compiled without.
-_PIECEWISE_UPDATE = """def {name}({arguments}):
+# The sums of telemetry are in float32 within a block, which costs next to nothing beside the pass; float64 cost a
+# noticeable part of it. Their order is free, because no state depends on them. `fastmath` of the decorator allows a
+# reordering of the kernel's own additions; the stages are functions of their own, compiled without it.
+_BLOCKWISE_UPDATE = """def {name}({arguments}):
     {casts}
     {scratch}
     for low in range(0, size, 4096):
@@ -107,9 +106,9 @@ _BLOCK_UPDATE = """def {name}({arguments}):
         {totals}
 """
 
-# Element i of a block goes into lane i mod 1024; lane j of 1024 goes into lane j mod 32 in order, and the 32 are
-# added in order: at most 128 roundings on the way of any element, which `exact_norm` relies on, and the same bits on
-# any processor and on a GPU, where each lane is a thread. `fastmath` is no faster: memory is the limit.
+# Element i of a block goes into lane i mod 1024. Lane j of 1024 goes into lane j mod 32 in order, and the 32 are added
+# in order. So any element is rounded at most 128 times, which `exact_norm` relies on, and the bits are the same on any
+# processor. On a GPU each lane is a thread. `fastmath` is no faster: memory is the limit.
 _SUM = """def {name}({arguments}):
     {casts}
     values = empty(1024, float32)
@@ -135,16 +134,34 @@ _FOLD = """for term in range(1, 32):
         partials[{k}, block_low // block] = total"""
 
 
+class _Squares(NamedTuple):
+    """The work of a kernel that sums the squares of some float32 arrays.
+
+    Attributes:
+        arrays: the names of the arrays of the state.
+        gradient: the name of the gradient's wire dtype.
+        scalars: the names of the numbers that the body needs.
+        body: the statements for element i.
+        squared: the names of the arrays whose squares are summed.
+    """
+
+    arrays: Sequence[str]
+    gradient: str
+    scalars: Sequence[str]
+    body: Sequence[str]
+    squared: Sequence[str]
+
+
 def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -> str:
     """Write the module with the fused kernel `name`; `NumbaKernels.update` has its arguments."""
     arrays = _arrays(recipe)
     numbers = [*seeds_of(recipe), *recipe.scalars]
     arguments = [*arrays, "gradient", "out", "start", "begin", "first", "size"]
     arguments += ["sums", *numbers] if recipe.measures else numbers
-    piecewise = recipe.measures or gradient == "int8"
-    text, indent, at = (_PIECEWISE_UPDATE, 12, _PIECE) if piecewise else (_UPDATE, 8, _WHOLE)
+    blockwise = recipe.measures or gradient == "int8"
+    text, indent, at = (_BLOCKWISE_UPDATE, 12, _BLOCKWISE) if blockwise else (_UPDATE, 8, _WHOLE)
     if in_blocks := [recipe.slots[slot] for slot in recipe.rule.slots if recipe.precision is Precision.INT8]:
-        text, indent, at = _BLOCK_UPDATE, 12, _PIECE
+        text, indent, at = _BLOCK_UPDATE, 12, _BLOCKWISE
     views = [_view(array, "start", at) for array in arrays if not array.endswith("_absmax")]
     views += [_gradient_view(gradient, at), *([_view("out", "first", at)] if reply is not None else [])]
     scratch = [f"{variable}_new = empty(256, float32)" for variable in in_blocks]
@@ -172,7 +189,7 @@ def sum_source(name: str, gradient: str, accumulated: bool) -> str:
     value = f"added({value}, accumulated_now[i])" if accumulated else value
     functions: list[Callable[..., Any]] = [_codec("decode", gradient), scaled, added]
     arrays = ["accumulated_all"] if accumulated else []
-    return _summing(name, arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"], functions)
+    return _summing(name, _Squares(arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"]), functions)
 
 
 def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
@@ -185,12 +202,13 @@ def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
         *_slot_codecs(recipe),
         *functions_of_stages(stages),
     ]
-    return _summing(name, _arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"], functions)
+    work = _Squares(_arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"])
+    return _summing(name, work, functions)
 
 
 def accumulate_source(name: str, gradient: str) -> str:
     """Write the module with the kernel `name`; `NumbaKernels.accumulate` has its arguments."""
-    text, indent, at = (_PIECEWISE_UPDATE, 8, _PIECE) if gradient == "int8" else (_UPDATE, 4, _WHOLE)
+    text, indent, at = (_BLOCKWISE_UPDATE, 8, _BLOCKWISE) if gradient == "int8" else (_UPDATE, 4, _WHOLE)
     kernel = text.format(
         name=name,
         arguments="accumulated_all, gradient, start, begin, size, factor",
@@ -210,18 +228,11 @@ def seeds_of(recipe: Recipe) -> list[str]:
     return [f"seed_{recipe.slots[slot]}" for slot in recipe.rule.slots if _rounds(recipe, slot)]
 
 
-def _summing(
-    name: str,
-    arrays: Sequence[str],
-    gradient: str,
-    scalars: Sequence[str],
-    body: Sequence[str],
-    squared: Sequence[str],
-    functions: Iterable[Callable[..., Any]],
-) -> str:
+def _summing(name: str, work: _Squares, functions: Iterable[Callable[..., Any]]) -> str:
     """Write a module with a kernel that sums the squares of some float32 arrays, in a fixed order."""
+    arrays, gradient, scalars, body, squared = work
     windowed = [array for array in arrays if array.endswith("_all")]
-    views = [*(_view(array, "start", _PIECE) for array in windowed), _gradient_view(gradient, _PIECE)]
+    views = [*(_view(array, "start", _BLOCKWISE) for array in windowed), _gradient_view(gradient, _BLOCKWISE)]
     scratch = _gradient_scratch(gradient, 1024)
     additions = []
     for k, values in enumerate(squared):
@@ -278,7 +289,7 @@ def _gradient_scratch(gradient: str, count: int) -> list[str]:
 
 
 def _gradient_view(gradient: str, at: tuple[str, str]) -> str:
-    """Write what makes `gradient_now` of a piece: a view, or, of blocks, the decoded elements."""
+    """Write the statement that makes `gradient_now`: a view, or the decoded elements of blocks."""
     if gradient != "int8":
         return _view("gradient", "begin", at)
     return f"decode_int8(gradient, begin + {at[0]}, begin + {at[1]}, gradient_now)"

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Slot
-from stepwire_server.engines.cpu.threads import GRAIN, Shares
+from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
-from stepwire_server.engines.payloads import StagedChunk, check_range, count_of, floats_of
-from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
+from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
 __all__ = ["CpuGradient", "CpuKernels", "CpuState"]
 
-# Elements from which a second thread pays: handing it a share costs about 60 µs (0.9 ns an element to update,
-# 0.17 to sum, on one thread).
+# Elements from which a second thread pays. Handing a range to it costs about 60 µs; on one thread an element costs 0.9
+# ns to update and 0.17 ns to sum.
 LEAST_SHARED_UPDATE = 3 * GRAIN
 LEAST_SHARED_SUM = 16 * GRAIN
 
@@ -28,7 +28,7 @@ _NO_SUMS: Done[tuple[float, ...]] = Done(())
 
 
 class CpuKernels(Protocol):
-    """What `NumbaKernels` and `NumpyKernels` have in common; the former documents it."""
+    """The interface of `NumbaKernels` and `NumpyKernels`; the former documents it."""
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""
@@ -56,13 +56,13 @@ class CpuKernels(Protocol):
 
 
 class _Call(NamedTuple):
-    """What the updates by one recipe have in common, whatever their range and their numbers.
+    """The call of a kernel that all updates by one recipe have in common.
 
     Attributes:
-        kernel: steps a range.
-        arrays: of the state, as the kernel takes them.
-        seeds: how many the kernel takes.
-        sums: how many the kernel returns.
+        kernel: the kernel that steps a range.
+        arrays: the arrays of the state, as arguments of the kernel.
+        seeds: the number of its seeds.
+        sums: the number of its sums.
     """
 
     kernel: Callable[..., None]
@@ -78,9 +78,9 @@ class CpuGradient:
         """View chunks as these kernels read them."""
         self._kernels = kernels
 
-    def put(self, offset: int, payload: HostArray, count: int | None = None) -> StagedChunk:
+    def put(self, offset: int, payload: HostArray, count: int | None = None) -> GradientChunk:
         """See `GradientBuffer.put`; nothing is copied, an unaligned chunk neither."""
-        return StagedChunk(payload.dtype, self._kernels.source(payload), count_of(payload, count))
+        return GradientChunk(payload.dtype, self._kernels.source(payload), count_of(payload, count))
 
     def close(self) -> None:
         """See `GradientBuffer.close`."""
@@ -89,10 +89,10 @@ class CpuGradient:
 class CpuState:
     """The arrays of one session; see `EngineState`."""
 
-    def __init__(self, kernels: CpuKernels, shares: Shares, slots: dict[str, Slot], size: int) -> None:
-        """Take over zeroed slots of `size` elements."""
+    def __init__(self, kernels: CpuKernels, threads: RangeThreads, slots: dict[str, Slot], size: int) -> None:
+        """Own zeroed slots of `size` elements from now on."""
         self._kernels = kernels
-        self._shares = shares
+        self._threads = threads
         self._slots = slots
         self._size = size
         # A step calls the same few kernels with the same arrays as the one before.
@@ -130,7 +130,7 @@ class CpuState:
         def work(first: int, size: int) -> None:
             kernel(*arrays, chunk.values, start + first, begin + first, size, factor)
 
-        self._shares.run(work, end - begin, LEAST_SHARED_UPDATE)
+        self._threads.run(work, end - begin, LEAST_SHARED_UPDATE)
 
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Done[tuple[float, float]]:
         """See `EngineState.measure`; the same bits with any number of threads."""
@@ -175,17 +175,17 @@ class CpuState:
             def work(first: int, size: int) -> None:
                 kernel(*arrays, chunk.values, target, at + first, begin + first, first, size, *seeds, *step.scalars)
 
-            self._shares.run(work, count, LEAST_SHARED_UPDATE)
+            self._threads.run(work, count, LEAST_SHARED_UPDATE)
             return _NO_SUMS
-        share = count or 1 if count < LEAST_SHARED_UPDATE else self._shares.share(count)
-        sums = np.zeros((-(-count // share) or 1, summed))
+        most = count or 1 if count < LEAST_SHARED_UPDATE else self._threads.range_size(count)
+        sums = np.zeros((-(-count // most) or 1, summed))
 
         def measured_work(first: int, size: int) -> None:
             offsets = (at + first, begin + first, first, size)
-            kernel(*arrays, chunk.values, target, *offsets, sums[first // share], *seeds, *step.scalars)
+            kernel(*arrays, chunk.values, target, *offsets, sums[first // most], *seeds, *step.scalars)
 
-        self._shares.run(measured_work, count, LEAST_SHARED_UPDATE)
-        return Done(tuple((sums[0] if share >= count else sums.sum(axis=0)).tolist()))
+        self._threads.run(measured_work, count, LEAST_SHARED_UPDATE)
+        return Done(tuple((sums[0] if most >= count else sums.sum(axis=0)).tolist()))
 
     def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""
@@ -238,8 +238,8 @@ class CpuState:
         self._calls.clear()
         self._size = 0
 
-    def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> StagedChunk:
-        assert isinstance(gradient, StagedChunk)
+    def _checked(self, gradient: Gradient, begin: int, end: int, start: int | None) -> GradientChunk:
+        assert isinstance(gradient, GradientChunk)
         if not 0 <= begin <= end <= gradient.count:
             check_range("gradient", begin, end, gradient.count)
         if start is not None and not 0 <= start <= self._size + begin - end:
@@ -283,10 +283,10 @@ class CpuState:
     ) -> tuple[float, ...]:
         partials = np.zeros((count, -(-size // GRAIN)))
 
-        def work(first: int, share: int) -> None:
-            kernel(*before, first, share, GRAIN, partials, *scalars)
+        def work(first: int, elements: int) -> None:
+            kernel(*before, first, elements, GRAIN, partials, *scalars)
 
-        self._shares.run(work, size, LEAST_SHARED_SUM)
+        self._threads.run(work, size, LEAST_SHARED_SUM)
         return tuple(map(math.fsum, partials.tolist()))
 
     def _read(self, slot: str, start: int, size: int) -> HostArray:
@@ -295,5 +295,5 @@ class CpuState:
         return values
 
 
-def _floats(chunk: StagedChunk, begin: int, end: int) -> HostArray:
+def _floats(chunk: GradientChunk, begin: int, end: int) -> HostArray:
     return floats_of(chunk.values.view(chunk.dtype), begin, end)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
-from stepwire_server.engines.int8_moments import BLOCK, block_count, decode_blocks, encode_blocks, encode_with
+from stepwire_server.engines.int8_moments import (
+    BLOCK,
+    Kept,
+    block_count,
+    decode_blocks,
+    encode_blocks,
+    encode_with,
+    zero_code,
+)
 from stepwire_server.engines.payloads import convert
 from stepwire_server.engines.protocol import HostArray, Range
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 
-__all__ = ["BlockSlot", "FlatSlot", "Kept", "Slot", "make_slot", "slot_bytes", "zero_code"]
+__all__ = ["BlockSlot", "FlatSlot", "Slot", "make_slot", "slot_bytes"]
 
 
 class Slot(Protocol):
@@ -22,11 +29,11 @@ class Slot(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes that the slot holds."""
         ...
 
     def arrays(self) -> tuple[HostArray, ...]:
-        """Return the arrays that kernels take for this slot."""
+        """Return the arrays of this slot, as arguments of kernels."""
         ...
 
     def read(self, start: int, out: HostArray) -> None:
@@ -43,7 +50,7 @@ class FlatSlot:
 
     Attributes:
         values: `(n,)` float32, or uint16 with the patterns of bfloat16.
-        moved: they lie in memory of somebody else, and must stay there.
+        moved: the elements lie in memory of somebody else, and must stay there.
     """
 
     def __init__(self, precision: Precision, size: int) -> None:
@@ -66,7 +73,7 @@ class FlatSlot:
         convert(self._typed()[start : start + len(out)], out)
 
     def write(self, start: int, values: HostArray) -> None:
-        """See `Slot`; what bfloat16 cannot hold is rounded to nearest even."""
+        """See `Slot`; bfloat16 rounds to nearest even."""
         convert(values, self._typed()[start : start + len(values)])
 
     def move(self, memory: HostArray) -> None:
@@ -78,39 +85,6 @@ class FlatSlot:
     def _typed(self) -> HostArray:
         typed: HostArray = self.values.view(ml_dtypes.bfloat16) if self.values.dtype == np.uint16 else self.values
         return typed
-
-
-class Kept:
-    """The ranges of a slot in 8 bits that are float32, one after another in an array of their own.
-
-    Attributes:
-        spans: the ranges, in order.
-        count: their elements.
-    """
-
-    def __init__(self, spans: Sequence[Range]) -> None:
-        """Lay the ranges out."""
-        self.spans = tuple(spans)
-        ends = np.cumsum([0, *(end - start for start, end in spans)])
-        self._offsets = [int(end) for end in ends[:-1]]
-        self.count = int(ends[-1])
-
-    def at(self, start: int) -> int | None:
-        """Return where in that array an element is, or None if it is held in 8 bits."""
-        index = bisect_right(self.spans, start, key=lambda span: span[0]) - 1
-        if index < 0 or start >= self.spans[index][1]:
-            return None
-        return self._offsets[index] + start - self.spans[index][0]
-
-    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield what of `[start, end)` is in the array: its parts, and where each begins there."""
-        for low, high in self.spans[bisect_right(self.spans, start, key=lambda span: span[1]) :]:
-            if low >= end:
-                return
-            low, high = max(low, start), min(high, end)
-            at = self.at(low)
-            assert at is not None
-            yield low, high, at
 
 
 class BlockSlot:
@@ -182,11 +156,6 @@ class BlockSlot:
             largest[~(largest >= np.float32(2.0**-126)) & ~np.isnan(largest)] = 0.0
             largest[~np.isfinite(largest)] = np.nan
             self.codes, self.absmax = encode_with(values, largest, self._signed), largest
-
-
-def zero_code(signed: bool) -> int:
-    """Return the code of zero."""
-    return int(encode_blocks(np.zeros(1, np.float32), signed)[0][0])
 
 
 def make_slot(name: str, precision: Precision, size: int, kept: Sequence[Range]) -> Slot:

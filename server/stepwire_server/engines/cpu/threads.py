@@ -1,21 +1,20 @@
-"""A few threads that share the large ranges of one engine."""
+"""A few threads that work together on the large ranges of one engine."""
 
 from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
 
-__all__ = ["GRAIN", "Shares"]
+from stepwire_server.engines.protocol import GRAIN
 
-GRAIN = 65_536
-"""The grain in which threads share a range, in elements, and one block of a sum of squares."""
+__all__ = ["RangeThreads"]
 
 
-class Shares:
-    """Threads that the callers of an engine share.
+class RangeThreads:
+    """The threads that the callers of an engine have in common.
 
     Attributes:
-        threads: those that work on one call, the caller's included.
+        threads: the number of threads that work on one call, the caller's included.
     """
 
     def __init__(self, threads: int) -> None:
@@ -24,26 +23,31 @@ class Shares:
         self._pool = concurrent.futures.ThreadPoolExecutor(max(threads - 1, 1), "stepwire-cpu")
 
     def run(self, work: Callable[[int, int], None], size: int, least: int) -> None:
-        """Call `work(first, size)` for shares that together make up `[0, size)`, and wait for all of them.
+        """Call `work(first, size)` for ranges that together make up `[0, size)`, and wait for all of them.
 
-        Ranges of fewer than `least` elements are not shared. Shares are few and large, one a thread and the first
-        for the caller: tasks of 1 MiB took twice as long. Workers only run kernels and wait for nobody, so
-        callers that queue here cannot deadlock.
+        Work on fewer than `least` elements stays with the caller. Ranges are few and large, one a thread and the first
+        for the caller: tasks of 1 MiB took twice as long. The threads run kernels alone and wait for nobody, so callers
+        that queue here cannot deadlock.
+
+        Args:
+            work: the work on one range; it is called in several threads at a time.
+            size: the number of elements.
+            least: the number of elements from which a second thread pays.
         """
-        share = size if size < least else self.share(size)
-        if share >= size:
+        most = size if size < least else self.range_size(size)
+        if most >= size:
             work(0, size)
             return
-        others = [self._pool.submit(work, low, min(share, size - low)) for low in range(share, size, share)]
+        others = [self._pool.submit(work, low, min(most, size - low)) for low in range(most, size, most)]
         try:
-            work(0, share)
+            work(0, most)
         finally:
             concurrent.futures.wait(others)
         for other in others:
             other.result()
 
-    def share(self, size: int) -> int:
-        """Return the elements of one thread's share of a range."""
+    def range_size(self, size: int) -> int:
+        """Return the number of elements that one thread works on, of `size` in all."""
         return GRAIN * -(-size // (GRAIN * self.threads))
 
     def close(self) -> None:

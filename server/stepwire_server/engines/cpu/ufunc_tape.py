@@ -1,9 +1,9 @@
 """A list of pure functions as a tape of NumPy ufuncs, so that a block is stepped without allocating anything.
 
-Evaluating a rule on arrays as it stands makes a fresh array for each operation: some fifteen a block, which push the
+Evaluating a rule on arrays as it stands makes a fresh array for each operation. Some fifteen a block would push the
 state out of the cache. So each list of stages is traced once, with stand-ins for its variables that note every ufunc
-they meet. The tape knows when each value is used last; operations share a few scratch arrays, and the last one of a
-variable writes where that variable lies. The order and the operands of all operations stay, so the bits do too.
+they meet. The tape knows the last use of each value. Operations use a few scratch arrays in turn, and the last one of a
+variable writes to the place of that variable. The order and the operands of all operations stay, so the bits do too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Tape:
         """Trace.
 
         Args:
-            stages: what to do.
+            stages: the stages, in order.
             arrays: the variables that are arrays.
             scalars: those that are scalars.
             stored: the arrays that results of their names are stored in; the others are only read.

@@ -28,15 +28,15 @@ class Compiler:
     """Compiles for one device. Thread-safe.
 
     Attributes:
-        compiled: how many modules were compiled and not found in a file.
+        compiled: the number of modules that were compiled and not found in a file.
     """
 
     def __init__(self, device: CudaDevice, directory: pathlib.Path | None = None) -> None:
         """Compile for a device.
 
         Args:
-            device: it.
-            directory: where machine code is kept; None for `cubin_directory()`.
+            device: the device.
+            directory: the directory of machine code; None for `cubin_directory()`.
         """
         self.compiled = 0
         self._device = device
@@ -50,11 +50,11 @@ class Compiler:
         """Return a module of machine code, with `get_function(name)`.
 
         Args:
-            name: begins the name of its file.
-            source: CUDA C.
+            name: the beginning of the name of its file.
+            source: the module in CUDA C.
 
         Raises:
-            Exception: NVRTC is missing, or does not take the source.
+            Exception: NVRTC is missing, or does not compile the source.
         """
         digest = hashlib.sha256(f"{self._target}\n{source}".encode()).hexdigest()
         path = self._directory / f"{name[:100]}_{digest[:16]}.cubin"
@@ -71,7 +71,7 @@ class Compiler:
         return module
 
     def _known(self, path: pathlib.Path) -> Any | None:
-        """Load a file's code, or return None where there is none that the driver takes."""
+        """Load a file's code, or return None where there is none that the driver loads."""
         module = self._device.cupy.cuda.Module()
         try:
             module.load(path.read_bytes())
@@ -86,7 +86,7 @@ class Compiler:
 def cubin_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
     """Return the directory for machine code: `$CUPY_CACHE_DIR`, else that of all generated kernels.
 
-    Either has to belong to this user alone; see `kernel_cache.kernel_directory`.
+    Either has to belong to this user alone; see `compiled.cache`.
     """
     chosen = environ.get("CUPY_CACHE_DIR")
     return kernel_directory({**environ, "STEPWIRE_CACHE_DIR": chosen} if chosen else environ)

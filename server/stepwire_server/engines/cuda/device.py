@@ -22,8 +22,8 @@ _OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation, which CuPy has no name f
 class CudaDevice:
     """A device with the three streams that all work on it goes through. Thread-safe. Unverified on a GPU.
 
-    Memory is allocated as it is, outside CuPy's pool: so what is accounted for is what is held, and a base address can
-    be shared with another process.
+    Memory is allocated outside CuPy's pool. So the bytes accounted for are the bytes held, and a base address can be
+    shared with another process.
 
     Attributes:
         cupy: the CuPy module, or a stand-in.
@@ -31,7 +31,7 @@ class CudaDevice:
         up: the stream of copies to the device.
         compute: the stream of kernels; nothing else changes state.
         down: the stream of copies to the host.
-        multiprocessors: how many the device has.
+        multiprocessors: the number of multiprocessors.
     """
 
     def __init__(self, cupy: Any, index: int) -> None:
@@ -56,17 +56,17 @@ class CudaDevice:
 
     @property
     def name(self) -> str:
-        """As sessions name it."""
+        """The device's name, such as "cuda:0"."""
         return f"cuda:{self.index}"
 
     @property
     def description(self) -> str:
-        """What the device is, in words."""
+        """The description of the device, in words."""
         name: bytes = self.cupy.cuda.runtime.getDeviceProperties(self.index)["name"]
         return name.decode()
 
     def free_bytes(self) -> int:
-        """Return what nobody holds of the device's memory now."""
+        """Return the bytes of the device's memory that are free now."""
         with self.current():
             free: int = self.cupy.cuda.Device(self.index).mem_info[0]
         return free

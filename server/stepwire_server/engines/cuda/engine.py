@@ -1,15 +1,18 @@
 """The engine that keeps state in GPU memory, on CuPy. Unverified on a GPU.
 
-A step crosses three streams: received bytes go up to the device while kernels run on what came before them, and the
-new parameters, encoded by the kernel, go down while the next range is computed. The tests run all of it through a
-stand-in for CuPy that executes the same generated kernels on the processor, in every order that streams and events
-allow, and compile the kernels for real devices.
+A step crosses three streams. Received bytes go up to the device while kernels run on the bytes before them. The kernel
+encodes the new parameters, which go down while the next range is computed.
+
+The tests run all of it through a stand-in for CuPy, which executes the same generated kernels on the processor. They
+try every order that streams and events allow, and compile the kernels for real devices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -30,26 +33,26 @@ from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
 from stepwire_server.engines.cuda.sums import Cells
 from stepwire_server.engines.payloads import name_of
-from stepwire_server.engines.protocol import PARAM, DeviceInfo, HostArray, Range
+from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray, Range
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine", "CudaOptions"]
 
 
 class CudaOptions(NamedTuple):
-    """What of an engine's working memory can be chosen.
+    """The sizes of an engine's working memory.
 
     Attributes:
-        slots: pieces that may be on the bus at a time, each way; at least 3, or something always waits.
-        slot_bytes: bytes of each.
-        gradient_cache_bytes: device memory for gradients that is kept from one step to the next, until memory is short
-            or no step comes; 0 for a sixteenth of the memory.
-        cells: room for results that is there from the start: enough for as many clients as a server takes by default to
-            be silent in the middle of a step, and for all that commit at a time.
+        buffers: the number of pinned buffers of the bus, each way; with fewer than 3 something always waits.
+        buffer_bytes: the bytes of each buffer.
+        gradient_cache_bytes: the device memory for gradients that is kept from one step to the next, until memory is
+            short or no step comes. 0 stands for a sixteenth of the memory.
+        cells: the number of results that there is room for from the start. The default suffices for the most clients
+            of a server, each silent in the middle of a step.
     """
 
-    slots: int = 4
-    slot_bytes: int = 8 << 20
+    buffers: int = 4
+    buffer_bytes: int = 8 << 20
     gradient_cache_bytes: int = 0
     cells: int = 320
 
@@ -75,7 +78,7 @@ class CudaEngine:
         device = CudaDevice(cupy or importlib.import_module("cupy"), index)
         self._libcuda = libcuda
         free_bytes = device.free_bytes()
-        tables, bus = eight_bit_tables(), Bus(device, options.slots, options.slot_bytes)
+        tables, bus = eight_bit_tables(), Bus(device, options.buffers, options.buffer_bytes)
         self._parts = CudaParts(
             device,
             CudaKernels(device, Compiler(device)),
@@ -88,17 +91,25 @@ class CudaEngine:
         with device.current():
             device.up.synchronize()
         device.on_shortage(self._parts.gradients.trim)
+        self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._device = DeviceInfo(device.name, device.description, free_bytes, self._parts.working_bytes)
 
     @property
     def device(self) -> DeviceInfo:
-        """The GPU, what of its memory was free, and what the engine took of that."""
+        """The GPU, its free memory at the start, and the working memory of the engine."""
         return self._device
 
     @property
     def bus(self) -> Bus:
-        """The way to the device, which can be told of pinned memory."""
+        """The way to the device, where memory can be pinned."""
         return self._parts.bus
+
+    def statistics(self) -> EngineStatistics:
+        """See `Engine.statistics`; the thread that calls asks the device."""
+        with self._lock:
+            allocated_bytes = sum(state.nbytes for state in self._states)
+        return EngineStatistics(allocated_bytes, self._parts.gradients.kept_bytes, self._parts.working_bytes, 1)
 
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
@@ -111,6 +122,8 @@ class CudaEngine:
         device.zero(memory)
         state = CudaState(self._parts, memory, slab.place(device, memory), size)
         state.settle()
+        with self._lock:
+            self._states.add(state)
         return state
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
@@ -126,7 +139,7 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:
-        """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through slots."""
+        """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through buffers."""
         with contextlib.ExitStack() as pinned:
             try:
                 pinned.enter_context(self._parts.bus.pin(memory))
@@ -159,7 +172,8 @@ class CudaEngine:
         """Compile and run a kernel, because a missing NVRTC shows only then.
 
         Raises:
-            Exception: whatever CuPy raises, or a StepwireError when the device computes wrongly.
+            StepwireError: the device computes wrongly.
+            Exception: the device or NVRTC failed; CuPy has no common base for its errors.
         """
         state = self.allocate({PARAM: Precision.FLOAT32}, 2)
         gradient = state.receive()

@@ -13,8 +13,8 @@ from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray
-from stepwire_server.engines.cuda.sums import Noted
-from stepwire_server.engines.payloads import StagedChunk, bits_of, check_range, count_of
+from stepwire_server.engines.cuda.sums import UnreadFigures
+from stepwire_server.engines.payloads import GradientChunk, bits_of, check_range, count_of
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
@@ -23,7 +23,7 @@ __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
 # a chunk is done by the time the next chunk has come.
 _UNREAD_SUMS: Final = 1
 
-# Where the codes lie in a block.
+# The first byte of the codes in a block.
 _CODES: Final = INT8.itemsize - BLOCK
 
 
@@ -42,12 +42,12 @@ class _Block:
 
 
 class GradientCache:
-    """Memory of gradients, up to some bytes of which outlive their step: allocating it takes longer than a small step.
+    """Memory of gradients. Up to some bytes outlive their step, because allocating lasts longer than a small step.
 
     Thread-safe.
 
     Attributes:
-        most_bytes: what is kept at most.
+        most_bytes: the bytes that are kept at most.
     """
 
     def __init__(self, device: CudaDevice, most_bytes: int) -> None:
@@ -57,8 +57,14 @@ class GradientCache:
         self._kept: deque[_Block] = deque()
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> _Block:
-        """Return memory of exactly this size, that `up` may write to.
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes that no step uses now."""
+        with self._lock:
+            return self._held_bytes()
+
+    def acquire(self, nbytes: int) -> _Block:
+        """Return memory of exactly this size, to which `up` may write.
 
         Raises:
             ResourceExhaustedError: the device has no memory left.
@@ -73,8 +79,8 @@ class GradientCache:
             self._device.up.wait_event(found.idle)
         return found
 
-    def give(self, block: _Block) -> None:
-        """Take memory back that nothing will be asked of any more, but kernels may still be reading."""
+    def release(self, block: _Block) -> None:
+        """Keep memory for the next step; kernels may still be reading it."""
         with self._device.current():
             self._device.compute.wait_event(block.uploaded)
             block.idle.record(self._device.compute)
@@ -84,21 +90,24 @@ class GradientCache:
         self._drop(surplus)
 
     def trim(self) -> None:
-        """Give back all that no step uses."""
+        """Give all memory that no step uses back to the device."""
         with self._lock:
             surplus, self._kept = list(self._kept), deque()
         self._drop(surplus)
 
     def _surplus(self) -> list[_Block]:
-        """Take out the oldest that are too much."""
-        surplus, total = [], sum(block.memory.nbytes for block in self._kept)
+        """Remove the oldest blocks beyond the bytes that are kept."""
+        surplus, total = [], self._held_bytes()
         while total > self.most_bytes:
             surplus.append(self._kept.popleft())
             total -= surplus[-1].memory.nbytes
         return surplus
 
+    def _held_bytes(self) -> int:
+        return sum(int(block.memory.nbytes) for block in self._kept)
+
     def _drop(self, blocks: list[_Block]) -> None:
-        """Zero memory before whoever comes next gets it from the device."""
+        """Zero memory before it goes back to the device."""
         for block in blocks:
             self._device.zero(block.memory)
             with self._device.current():
@@ -106,11 +115,11 @@ class GradientCache:
                 block.idle.synchronize()
 
 
-class CudaChunk(StagedChunk):
+class CudaChunk(GradientChunk):
     """A chunk in the memory of its gradient.
 
     Attributes:
-        gradient: what it belongs to.
+        gradient: the gradient that the chunk belongs to.
     """
 
     __slots__ = ("gradient",)
@@ -121,7 +130,7 @@ class CudaChunk(StagedChunk):
         self.gradient = gradient
 
     def window(self, begin: int, end: int) -> tuple[Any, list[np.int64]]:
-        """Return what kernels take of elements `[begin, end)`: an array, and of blocks the first one's place in its."""
+        """Return elements `[begin, end)` as arguments of kernels: an array, and for blocks the first one's place."""
         if self.dtype != INT8:
             return self.values[begin:end], []
         block, place = divmod(begin, BLOCK)
@@ -131,16 +140,16 @@ class CudaChunk(StagedChunk):
 class CudaGradient:
     """One step's gradient; see `GradientBuffer`. Chunks lie where their elements do in flat space.
 
-    So a chunk is aligned as the state is, and memory is taken once, however many chunks there are. What comes in blocks
-    of 8 bits stays in them. A chunk of exported memory stays where it is.
+    So a chunk is aligned as the state is, and memory is allocated once for all chunks. Blocks of 8 bits stay as they
+    are. A chunk of exported memory stays in its place.
 
     Attributes:
-        noted: sums of its chunks.
+        unread: the sums of its chunks that nobody has read.
     """
 
     def __init__(self, device: CudaDevice, bus: Bus, cache: GradientCache, size: int) -> None:
-        """Prepare for `size` elements of what dtype the first chunk has."""
-        self.noted = Noted(_UNREAD_SUMS)
+        """Prepare for `size` elements; their dtype is that of the first chunk."""
+        self.unread = UnreadFigures(_UNREAD_SUMS)
         self._device = device
         self._bus = bus
         self._cache = cache
@@ -157,7 +166,7 @@ class CudaGradient:
         if isinstance(payload, DeviceArray):
             return CudaChunk(payload.dtype, payload.stored, count, self)
         if self._block is None:
-            self._block = self._cache.take(nbytes)
+            self._block = self._cache.acquire(nbytes)
         block = self._block
         assert block.memory.nbytes == nbytes  # all chunks of a step are of one dtype
         bits = bits_of(payload[: -(-count // wide)])
@@ -165,7 +174,7 @@ class CudaGradient:
         with self._device.current():
             try:
                 self._bus.send(bits.view(np.uint8), values.view(np.uint8))
-            finally:  # what was asked for before an error may still be on its way
+            finally:  # copies asked for before an error may still be on their way
                 block.uploaded.record(self._device.up)
             self._device.compute.wait_event(block.uploaded)
         return CudaChunk(payload.dtype, values, count, self)
@@ -176,13 +185,13 @@ class CudaGradient:
         if block is not None:
             try:
                 block.uploaded.synchronize()
-                self.noted.clear()
+                self.unread.clear()
             finally:
-                self._cache.give(block)
+                self._cache.release(block)
         else:
-            self.noted.clear()
+            self.unread.clear()
 
     def __del__(self) -> None:
-        """Close what nobody closed; errors of a broken device have been seen elsewhere."""
+        """Close a gradient that nobody closed; errors of a broken device have been seen elsewhere."""
         with contextlib.suppress(Exception):
             self.close()

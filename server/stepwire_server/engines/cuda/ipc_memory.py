@@ -1,7 +1,7 @@
 """Device memory that another process opens, and arrays in it. Unverified on a GPU.
 
-It is an allocation of its own and never a part of a session's: who opens it may write all of it, and may hold it longer
-than the session lives.
+The memory is an allocation of its own and never a part of a session's. The other process may write all of it, and may
+hold it longer than the session lives.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _WHOLE_BLOCK_BYTES: Final = 2 << 20
 
 
 class DeviceArray:
-    """Items of a dtype in device memory, `(n,)`: as much of a NumPy array as a step asks for.
+    """Items of a dtype in device memory, `(n,)`, with the few methods of a NumPy array that a step needs.
 
     Attributes:
         memory: `(nbytes,) uint8` on the device.
         dtype: a wire dtype, or uint8.
-        size: items.
+        size: the number of items.
     """
 
     __slots__ = ("dtype", "memory", "size")
@@ -53,12 +53,12 @@ class DeviceArray:
 
     @property
     def stored(self) -> Any:
-        """The array as kernels take it."""
+        """The array, as an argument of kernels."""
         return self.memory.view(STORED[self.dtype])
 
 
 class OnDevice:
-    """What a state was asked to leave on the device; see `Pending`."""
+    """A result that a state leaves on the device; see `Pending`."""
 
     def __init__(self, state: EngineState) -> None:
         """Wait for all of a state."""
@@ -73,8 +73,8 @@ class CudaExportedMemory:
     """See `ExportedMemory`. Not thread-safe.
 
     Attributes:
-        handle: of CUDA IPC.
-        device_uuid: of the GPU.
+        handle: the handle of CUDA IPC.
+        device_uuid: the UUID of the GPU.
     """
 
     def __init__(self, device: CudaDevice, nbytes: int, device_uuid: bytes) -> None:

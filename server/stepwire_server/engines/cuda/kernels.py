@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import (
@@ -21,15 +20,17 @@ from stepwire_server.engines.cuda.source import (
     update_kernel,
 )
 from stepwire_server.engines.payloads import name_of
+from stepwire_server.engines.protocol import GRAIN
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["LANE_ELEMENTS", "CudaKernels", "grains", "head_of", "launch"]
 
 LANE_ELEMENTS: Final = 4
-"""Elements that a thread takes at a time: 16 bytes of float32."""
+"""The elements that a thread loads at a time: 16 bytes of float32."""
 
-# Kernels stride over the rest. Enough blocks to fill any GPU several times; those that measure leave a sum each, which
-# travels to the host; and those of 8 bits copy their tables first, so there are only as many as run at a time.
+# Kernels stride over the rest, and these are enough blocks to fill any GPU several times. Kernels that measure leave a
+# sum a block, which travels to the host, so they have fewer. Kernels of 8 bits copy their tables first, so they have as
+# many blocks as run at a time.
 _BLOCKS_A_MULTIPROCESSOR: Final = 64
 _BLOCKS_OF_EIGHT_BITS_A_MULTIPROCESSOR: Final = 3
 _MOST_MEASURING_BLOCKS: Final = 2048

@@ -1,4 +1,4 @@
-"""What the sessions of one GPU share, and how what they ask for is put together. Unverified on a GPU."""
+"""The resources that the sessions of one GPU have in common, and results of several parts. Unverified on a GPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class CudaParts:
     """One device with everything that is set up once.
 
     Attributes:
-        device: memory and streams.
-        kernels: compiled code.
+        device: the memory and the streams.
+        kernels: the compiled code.
         bus: the way to the device and back.
-        cells: room for sums.
-        gradients: memory for gradients.
-        tables: what kernels of 8-bit moments look up, on the device.
+        cells: the room for sums.
+        gradients: the memory of gradients.
+        tables: the tables of 8-bit moments, on the device.
     """
 
     device: CudaDevice
@@ -42,7 +42,7 @@ class CudaParts:
 
     @property
     def working_bytes(self) -> int:
-        """Device memory held besides sessions and gradients, at most; what is kept of the latter counts as free."""
+        """The device memory held besides sessions and gradients, at most; kept memory of gradients counts as free."""
         return self.bus.device_bytes + self.cells.most_bytes + int(self.tables.nbytes)
 
 
@@ -55,7 +55,7 @@ class Together(Generic[Part, Value]):
         self._combine = combine
 
     def wait(self) -> Value:
-        """See `Pending`; after an error too, nothing is left on its way."""
+        """See `Pending`; nothing is on its way afterwards, even after an error."""
         with contextlib.ExitStack() as others:
             for part in reversed(self._parts):
                 others.callback(part.wait)

@@ -1,7 +1,7 @@
 """The arrays of one session in GPU memory, and the calls of kernels on ranges of them. Unverified on a GPU.
 
-All kernels go through the stream `compute`, and nothing else writes to state: what is asked for is done in the order in
-which it is asked, and what a kernel reads is there when it runs.
+All kernels go through the stream `compute`, and nothing else writes to state. So calls are carried out in their order,
+and a kernel finds all that it reads.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepwire.wire.int8_blocks import BLOCK, INT8
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
@@ -30,10 +29,10 @@ from stepwire_server.engines.cuda.state_copies import (
     replace_slot,
     write_slot,
 )
-from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, Noted
+from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, UnreadFigures
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
 from stepwire_server.engines.payloads import STORED, bits_of, check_range, floats_of, name_of
-from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
+from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
@@ -43,16 +42,44 @@ _PARTIALS = CELL_BYTES // 8
 _UNREAD_SUMS = 8
 
 
+class _DeviceReply(NamedTuple):
+    """The place of a range's new parameters in memory of the device.
+
+    Attributes:
+        dtype: the wire dtype.
+        memory: `(n,)` as kernels write it.
+    """
+
+    dtype: np.dtype[Any]
+    memory: Any
+
+
+class _SummingCall(NamedTuple):
+    """A kernel that leaves a sum for each block of elements.
+
+    Attributes:
+        kernel: the kernel.
+        rows: the number of sums for each block.
+        numbers: the arguments after the size.
+        tables: the tables of 8 bits, where the kernel reads them.
+    """
+
+    kernel: Any
+    rows: int
+    numbers: Sequence[Any]
+    tables: Sequence[Any] = ()
+
+
 class CudaState:
     """The arrays of one session; see `EngineState`. Unverified on a GPU."""
 
     def __init__(self, parts: CudaParts, memory: Any, slots: dict[str, CudaSlot], size: int) -> None:
-        """Take over slots of `size` elements that lie in `memory`."""
+        """Own slots of `size` elements that lie in `memory` from now on."""
         self._parts = parts
         self._memory = memory
         self._slots = slots
         self._size = size
-        self._noted = Noted(_UNREAD_SUMS)
+        self._unread = UnreadFigures(_UNREAD_SUMS)
         self._settled = parts.device.event()
         self._crossings = Crossings(parts.bus)
 
@@ -63,14 +90,14 @@ class CudaState:
 
     @property
     def depth(self) -> int:
-        """See `EngineState.depth`: one answer is computed, one crosses the bus, one is copied, one is in reserve."""
-        return self._parts.bus.slots
+        """See `EngineState.depth`: one reply is computed, one crosses the bus, one is copied, one is in reserve."""
+        return self._parts.bus.buffers
 
     def receive(self) -> CudaGradient:
         """See `EngineState.receive`."""
         return CudaGradient(self._parts.device, self._parts.bus, self._parts.gradients, self._size)
 
-    # --- what a step asks for ----------------------------------------------------------------------------
+    # --- the calls of a step ----------------------------------------------------------------------------
 
     def sum_of_squares(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
@@ -86,7 +113,7 @@ class CudaState:
             if accumulated is not None:
                 arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
             numbers = [*place, np.float32(factor)]
-            asked.append(self._partials(1, kernel, arrays, high - low, numbers, chunk.gradient.noted))
+            asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.unread))
         return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
@@ -109,7 +136,8 @@ class CudaState:
             kernel = self._parts.kernels.measure(recipe, chunk.dtype)
             window, place = chunk.window(begin + low, begin + high)
             numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
-            asked.append(self._partials(2, kernel, [*arrays, window], high - low, numbers, self._noted, tables))
+            call = _SummingCall(kernel, 2, numbers, tables)
+            asked.append(self._partials(call, [*arrays, window], high - low, self._unread))
         return Together(asked, _two_sums)
 
     def update(
@@ -127,44 +155,38 @@ class CudaState:
             return Done((0.0,) * len(step.recipe.sums))
         if out is None:
             return self._step(step, start, chunk, begin, end, None)
-        check_range("answer", 0, size, len(out))
+        check_range("reply", 0, size, len(out))
         if isinstance(out, DeviceArray):
-            moved = self._step(step, start, chunk, begin, end, out.dtype, out.stored)
+            moved = self._step(step, start, chunk, begin, end, _DeviceReply(out.dtype, out.stored))
             return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
         parts = []
         for low, high in _cut(size, self._most_elements(out)):
-            parts += self._answered(step, start + low, chunk, begin + low, begin + high, out[low:high])
+            parts += self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
         return Together(parts, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
 
-    def _answered(
+    def _replied(
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, out: HostArray
     ) -> list[Pending[Any]]:
-        """Step a range that a slot of the bus holds, and bring the new parameters to the host."""
+        """Step a range that a buffer of the bus holds, and bring the new parameters to the host."""
         moved: list[Pending[Any]] = []
 
         def make(memory: Any) -> None:
-            moved.append(self._step(step, start, chunk, begin, end, out.dtype, memory.view(STORED[out.dtype])))
+            reply = _DeviceReply(out.dtype, memory.view(STORED[out.dtype]))
+            moved.append(self._step(step, start, chunk, begin, end, reply))
 
         shift = start % LANE_ELEMENTS * out.dtype.itemsize
         crossing = self._crossings.bring(shift, make, bits_of(out).view(np.uint8))
         return [crossing, *moved]
 
     def _step(
-        self,
-        step: Pass,
-        start: int,
-        chunk: CudaChunk,
-        begin: int,
-        end: int,
-        reply: np.dtype[Any] | None,
-        answer: Any = None,
+        self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: _DeviceReply | None
     ) -> Pending[tuple[float, ...]]:
         """Run the fused kernel once."""
         size, kernels = end - begin, self._parts.kernels
         recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
         window, place = chunk.window(begin, end)
-        arrays += [window, *([] if answer is None else [answer])]
-        kernel = kernels.update(recipe, chunk.dtype, reply)
+        arrays += [window, *([] if reply is None else [reply.memory])]
+        kernel = kernels.update(recipe, chunk.dtype, None if reply is None else reply.dtype)
         in_blocks = recipe.precision is Precision.INT8
         seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
         head = 0 if in_blocks else head_of(arrays, size)
@@ -177,14 +199,14 @@ class CudaState:
                 return Done(())
             return Figures(
                 self._parts.cells,
-                self._noted,
+                self._unread,
                 blocks * rows,
                 np.float32,
                 lambda sums: launch(kernel, blocks, *arrays, sums, *tables, *numbers),
                 lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1, dtype=np.float64).tolist()),
             )
 
-    # --- what is rarely asked for, computed on the host --------------------------------------------------
+    # --- rare calls, computed on the host --------------------------------------------------
 
     def fetch(
         self, gradient: Gradient, begin: int, end: int, factor: float, accumulated: int | None = None
@@ -220,7 +242,7 @@ class CudaState:
             encode(self._parts, held.values[start : start + len(out)], held.dtype, out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
-        """See `EngineState.write`; what bfloat16 cannot hold is rounded to nearest even."""
+        """See `EngineState.write`; bfloat16 rounds to nearest even."""
         check_range("state", start, start + len(values), self._size)
         write_slot(self._parts, self._slots[slot], start, values)
 
@@ -246,7 +268,7 @@ class CudaState:
 
     def settle(self) -> None:
         """See `EngineState.settle`."""
-        self._noted.clear()
+        self._unread.clear()
         with self._parts.device.current():
             self._settled.record(self._parts.device.compute)
             self._settled.synchronize()
@@ -269,7 +291,7 @@ class CudaState:
         return gradient
 
     def _arrays(self, recipe: Recipe, slots: Sequence[str], start: int, size: int) -> tuple[Recipe, list[Any]]:
-        """Return what kernels take of a range, and the recipe for how it is held."""
+        """Return the recipe for how a range is held, and the range as arguments of kernels."""
         owners = [self._slots[slot] for slot in slots]
         if recipe.precision is Precision.INT8:
             held = [owner.kept_range(start, size) for owner in owners if isinstance(owner, CudaBlockSlot)]
@@ -285,21 +307,15 @@ class CudaState:
         return recipe, [array for owner in owners for array in owner.range(start, size)]
 
     def _partials(
-        self,
-        rows: int,
-        kernel: Any,
-        arrays: Sequence[Any],
-        size: int,
-        numbers: Sequence[Any],
-        noted: Noted,
-        tables: Sequence[Any] = (),
+        self, call: _SummingCall, arrays: Sequence[Any], size: int, unread: UnreadFigures
     ) -> Figures[list[list[float]]]:
-        """Run a kernel that leaves a sum a block of elements, in each of some rows."""
+        """Run a kernel that leaves sums for each block of elements; the results are rows of those."""
+        kernel, rows, numbers, tables = call
         blocks = grains(size)
         with self._parts.device.computing():
             return Figures(
                 self._parts.cells,
-                noted,
+                unread,
                 rows * blocks,
                 np.float64,
                 lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *numbers),
@@ -310,8 +326,8 @@ class CudaState:
         return [self._parts.tables] if recipe.precision is Precision.INT8 else []
 
     def _most_elements(self, out: HostArray) -> int:
-        """Return the elements of an answer that a slot of the bus holds, wherever they start."""
-        return (self._parts.bus.slot_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
+        """Return the elements of a reply that a buffer of the bus holds, wherever they start."""
+        return (self._parts.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
         if chunk.dtype == INT8:
@@ -336,5 +352,5 @@ def _two_sums(parts: list[list[list[float]]]) -> tuple[float, float]:
 
 
 def _cut(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut `[0, size)` into parts of at most `most` elements."""
+    """Cut `[0, size)` into ranges of at most `most` elements."""
     return ((low, min(low + most, size)) for low in range(0, size, most))

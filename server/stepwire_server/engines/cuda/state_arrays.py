@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from stepwire_server.engines.cpu.state_arrays import Kept, zero_code
 from stepwire_server.engines.cuda.device import CudaDevice, round_up
-from stepwire_server.engines.int8_moments import BLOCK, block_count
+from stepwire_server.engines.int8_moments import BLOCK, Kept, block_count, zero_code
 from stepwire_server.engines.protocol import Range
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 
@@ -31,19 +30,19 @@ class CudaFlatSlot(NamedTuple):
     dtype: np.dtype[Any]
 
     def range(self, start: int, size: int) -> tuple[Any, ...]:
-        """Return what kernels take of elements `[start, start + size)`."""
+        """Return elements `[start, start + size)` as arguments of kernels."""
         return (self.values[start : start + size],)
 
 
 class CudaBlockSlot(NamedTuple):
-    """Elements in 8 bits, but for small tensors; see `slots.BlockSlot`.
+    """Elements in 8 bits, but for small tensors; see `cpu.state_arrays.BlockSlot`.
 
     Attributes:
         codes: device memory `(n,) uint8`.
         absmax: device memory `(n / 256,) float32`, rounded up.
         values: device memory `(kept.count,) float32`.
-        kept: which elements those are.
-        signed: the code has signs.
+        kept: the ranges of those elements.
+        signed: True where the code has signs.
     """
 
     codes: Any
@@ -54,11 +53,11 @@ class CudaBlockSlot(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """As kernels are named."""
+        """The sign in the names of kernels."""
         return "signed" if self.signed else "unsigned"
 
     def range(self, start: int, size: int) -> tuple[Any, ...]:
-        """Return what kernels take of elements `[start, start + size)`, which begin a block."""
+        """Return elements `[start, start + size)`, which begin a block, as arguments of kernels."""
         return self.codes[start : start + size], self.absmax[start // BLOCK : block_count(start + size)]
 
     def kept_range(self, start: int, size: int) -> Any | None:
@@ -71,7 +70,7 @@ CudaSlot = CudaFlatSlot | CudaBlockSlot
 
 
 class Slab:
-    """One allocation with all slots of a session, and the bytes it takes."""
+    """The layout of one allocation with all slots of a session."""
 
     def __init__(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range]) -> None:
         """Lay out slots of `size` elements; see `Engine.allocate`."""
@@ -81,7 +80,7 @@ class Slab:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the allocation."""
+        """The bytes of the allocation."""
         return sum(round_up(count * np.dtype(dtype).itemsize) for _, dtype, count in self._parts())
 
     def place(self, device: CudaDevice, memory: Any) -> dict[str, CudaSlot]:

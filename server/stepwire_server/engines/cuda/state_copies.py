@@ -1,4 +1,4 @@
-"""State arrays in and out of GPU memory, converted on the device wherever that makes less to carry.
+"""State arrays in and out of GPU memory, converted on the device where fewer bytes cross the bus then.
 
 Unverified on a GPU.
 """
@@ -29,21 +29,24 @@ def bring_values(
     """Encode device memory `(n,)` into `out`, `(n,)` of any wire dtype.
 
     Args:
-        parts: the device.
-        crossings: of the session that asks.
-        values: what is read, as it is stored.
-        dtype: what that means.
-        out: where it goes before the wait ends.
+        parts: the resources of the device.
+        crossings: the crossings of the session.
+        values: the elements as they are stored.
+        dtype: the wire dtype of the elements.
+        out: the place of the encoded elements, which are there when the wait ends.
+
+    Returns:
+        The copy on its way.
     """
-    most = parts.bus.slot_bytes // out.dtype.itemsize
+    most = parts.bus.buffer_bytes // out.dtype.itemsize
 
     def ask(part: Any, target: HostArray) -> Pending[None]:
         return crossings.bring(
             0, lambda memory: _convert(parts, part, dtype, memory, out.dtype), _bytes(bits_of(target))
         )
 
-    spans = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
-    return Together([ask(values[span], out[span]) for span in spans], lambda _: None)
+    ranges = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
+    return Together([ask(values[each], out[each]) for each in ranges], lambda _: None)
 
 
 def bring_bytes(parts: CudaParts, crossings: Crossings, memory: Any, out: HostArray) -> Pending[None]:
@@ -52,15 +55,16 @@ def bring_bytes(parts: CudaParts, crossings: Crossings, memory: Any, out: HostAr
     def ask(part: Any, target: HostArray) -> Pending[None]:
         return crossings.bring(0, lambda slot: slot.data.copy_from_device_async(part.data, part.nbytes, None), target)
 
-    spans = [slice(low, min(low + parts.bus.slot_bytes, len(out))) for low in range(0, len(out), parts.bus.slot_bytes)]
-    return Together([ask(memory[span], out[span]) for span in spans], lambda _: None)
+    most = parts.bus.buffer_bytes
+    ranges = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
+    return Together([ask(memory[each], out[each]) for each in ranges], lambda _: None)
 
 
 def read_slot(parts: CudaParts, crossings: Crossings, slot: CudaSlot, start: int, out: HostArray) -> Pending[None]:
     """Encode elements `[start, start + len(out))` of a slot into `out`; 8-bit ones at once."""
     if isinstance(slot, CudaFlatSlot):
         return bring_values(parts, crossings, slot.values[start : start + len(out)], slot.dtype, out)
-    most = (parts.bus.slot_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
+    most = (parts.bus.buffer_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
     for low in range(start, start + len(out), most):
         high = min(low + most, start + len(out))
         convert(_decoded(parts, crossings, slot, low, high), out[low - start : high - start])
@@ -89,7 +93,7 @@ def write_slot(parts: CudaParts, slot: CudaSlot, start: int, values: HostArray) 
     """
     if isinstance(slot, CudaBlockSlot):
         raise TypeError("8-bit elements are replaced all at once")
-    most = parts.bus.slot_bytes // values.dtype.itemsize
+    most = parts.bus.buffer_bytes // values.dtype.itemsize
     for low in range(0, len(values), most):
         part = values[low : low + most]
         target = _as_bytes(slot.values[start + low : start + low + len(part)])
@@ -107,7 +111,7 @@ def encode(parts: CudaParts, source: Any, held: np.dtype[Any], out: DeviceArray)
 
 
 def replace_slot(parts: CudaParts, slot: CudaSlot, staged: CudaSlot, scale: CudaSlot | None) -> None:
-    """Replace a slot by one held as float32, which is used up; `scale` as in `slots.BlockSlot.replace`."""
+    """Replace a slot by one held as float32, which is used up; `scale` as in `cpu.state_arrays.BlockSlot.replace`."""
     assert isinstance(staged, CudaFlatSlot)
     if isinstance(slot, CudaFlatSlot):
         with parts.device.computing():
@@ -115,9 +119,9 @@ def replace_slot(parts: CudaParts, slot: CudaSlot, staged: CudaSlot, scale: Cuda
         return
     with parts.device.computing():
         for low, high, at in slot.kept.within(0, len(staged.values)):
-            span = staged.values[low:high]
-            slot.values[at : at + high - low].data.copy_from_device_async(span.data, span.nbytes, None)
-            span.data.memset_async(0, span.nbytes, None)
+            moved = staged.values[low:high]
+            slot.values[at : at + high - low].data.copy_from_device_async(moved.data, moved.nbytes, None)
+            moved.data.memset_async(0, moved.nbytes, None)
         kernel = parts.kernels.of_blocks(f"encode_{slot.sign}_{'blocks' if scale is None else 'with'}")
         given = [] if scale is None else [scale.range(0, len(staged.values))[0]]
         arrays = [staged.values, *given, slot.codes, slot.absmax, parts.tables]
@@ -127,7 +131,7 @@ def replace_slot(parts: CudaParts, slot: CudaSlot, staged: CudaSlot, scale: Cuda
 
 
 def _decoded(parts: CudaParts, crossings: Crossings, slot: CudaBlockSlot, start: int, end: int) -> HostArray:
-    """Return elements of an 8-bit slot as float32: as many as a slot of the bus holds."""
+    """Return elements of an 8-bit slot as float32: as many as a buffer of the bus holds."""
     first = start // BLOCK * BLOCK
     codes, absmax = slot.range(first, end - first)
     kernel = parts.kernels.of_blocks(f"decode_{slot.sign}_blocks")

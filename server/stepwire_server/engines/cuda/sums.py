@@ -13,10 +13,10 @@ import numpy as np
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["CELL_BYTES", "Cells", "Figures", "Noted"]
+__all__ = ["CELL_BYTES", "Cells", "Figures", "UnreadFigures"]
 
 CELL_BYTES: Final = 32 << 10
-"""What one call's results may take."""
+"""The bytes of one call's results at most."""
 
 _MOST_BATCHES: Final = 7
 
@@ -34,10 +34,10 @@ class _Cell:
 
 
 class Cells:
-    """Room for results, kept for reuse: what has been needed at one time stays. Thread-safe.
+    """Room for results, kept for reuse: cells that have been needed at one time stay. Thread-safe.
 
-    Taking room never fails, since a commit may be half done: whoever finds none reads its own results, which frees
-    theirs, and waits for others to do so.
+    Acquiring a cell never fails, because a commit may be half done. A caller that finds none reads its own results,
+    which frees their cells, and waits for others to do so.
     """
 
     def __init__(self, device: CudaDevice, batch: int) -> None:
@@ -55,14 +55,17 @@ class Cells:
 
     @property
     def most_bytes(self) -> int:
-        """Device memory that they hold at most."""
+        """The device memory of the cells at most."""
         return _MOST_BATCHES * self._batch * CELL_BYTES
 
-    def take(self, own: Callable[[], None]) -> _Cell:
-        """Return a cell that nothing uses.
+    def acquire(self, own: Callable[[], None]) -> _Cell:
+        """Return a free cell.
 
         Args:
             own: reads all results that the caller has not read.
+
+        Returns:
+            The cell, until `release`.
         """
         with self._given:
             if not self._free and self._batches < _MOST_BATCHES:
@@ -75,8 +78,8 @@ class Cells:
             self._given.wait_for(lambda: self._free)
             return self._free.popleft()
 
-    def give(self, cell: _Cell) -> None:
-        """Take a cell back whose results have arrived."""
+    def release(self, cell: _Cell) -> None:
+        """Free a cell whose results have arrived."""
         with self._given:
             self._free.append(cell)
             self._given.notify()
@@ -94,7 +97,7 @@ class Figures(Generic[Value]):
     def __init__(
         self,
         cells: Cells,
-        noted: Noted,
+        unread: UnreadFigures,
         count: int,
         dtype: Any,
         launch: Callable[[Any], None],
@@ -103,17 +106,17 @@ class Figures(Generic[Value]):
         """Run a kernel in a thread whose stream is `compute`.
 
         Args:
-            cells: where room comes from.
-            noted: where these results are noted, with all that the caller has not read.
-            count: how many figures there are.
+            cells: the room for results.
+            unread: the results that the caller has not read, to which these are added.
+            count: the number of figures.
             dtype: their dtype; `count` of them fit into `CELL_BYTES`.
-            launch: runs the kernel, given where the figures go: device memory, `(count,)`.
-            read: makes the result of them, `(count,)` on the host.
+            launch: runs the kernel, given the place of the figures: device memory, `(count,)`.
+            read: makes the result of the figures, `(count,)` on the host.
         """
         self._cells = cells
         self._read = read
         self._value: Value
-        cell = cells.take(noted.clear)
+        cell = cells.acquire(unread.clear)
         self._cell: _Cell | None = cell
         nbytes = count * np.dtype(dtype).itemsize
         self._figures: HostArray = cell.host[:nbytes].view(dtype)
@@ -122,21 +125,21 @@ class Figures(Generic[Value]):
             cell.device.data.copy_to_host_async(cell.address, nbytes, None)
             cell.arrived.record()
         except BaseException:
-            cells.give(cell)
+            cells.release(cell)
             raise
-        noted.add(self)
+        unread.add(self)
 
     def wait(self) -> Value:
         """See `Pending`."""
         if (cell := self._cell) is not None:
             cell.arrived.synchronize()
             self._value, self._cell = self._read(self._figures), None
-            self._cells.give(cell)
+            self._cells.release(cell)
         return self._value
 
 
-class Noted:
-    """Results that were asked for and may not have been read: few, so that cells suffice, and none of them lost."""
+class UnreadFigures:
+    """Results that may not have been read: few, so that cells suffice, and none of them lost."""
 
     def __init__(self, most: int) -> None:
         """Leave at most `most` unread."""
@@ -144,7 +147,7 @@ class Noted:
         self._figures: deque[Figures[Any]] = deque()
 
     def add(self, figures: Figures[Any]) -> None:
-        """Note results; reads the oldest when there are too many."""
+        """Add results; the oldest are read when there are too many."""
         self._figures.append(figures)
         if len(self._figures) > self._most:
             self._figures.popleft().wait()

@@ -1,64 +1,18 @@
-"""Kernels compiled ahead: found by a process of another cache, copied whole, and trusted only where that is right."""
+"""Kernels compiled ahead are copied whole into a cache, and trusted only where nobody else could write them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import pathlib
-import subprocess
-import sys
-import types
 from collections.abc import Iterator
 
 import pytest
 
-from stepwire.errors import StepwireError
-from stepwire_server.engines.compiled import stock as kernel_stock
-from stepwire_server.engines.compiled.levels import LEVELS, level_of_this_processor
-from stepwire_server.engines.compiled.stock import fill, make, stocked_level
+from stepwire_server.engines.compiled.levels import level_of_this_processor
+from stepwire_server.engines.compiled.stock import fill, stocked_level
 
 pytest.importorskip("numba")
-
-# Prints how many of the commonest kernels were found and how many compiled.
-SCRIPT = """
-from stepwire_server.engines.cpu import engine as cpu
-from stepwire_server.engines.compiled import stock as kernel_stock
-from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
-kernels = NumbaKernels()
-cpu._numba_kernels = lambda: kernels
-kernel_stock.prepare_commonest()
-found = [kernel.stats for kernel in kernels._built.values()]
-print(sum(sum(each.cache_hits.values()) for each in found), sum(sum(each.cache_misses.values()) for each in found))
-"""
-
-# Steps random numbers with a kernel of a level, or of this very processor, and prints a digest of what became of them.
-STEP = """
-import hashlib, pathlib, sys
-import numpy as np
-from stepwire_server.engines.compiled.common_kernels import commonest
-from stepwire_server.engines.compiled.levels import LEVELS, aim
-from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
-level = next((level for level in LEVELS if level.name == sys.argv[2]), None)
-if level is not None:
-    aim(level)
-kernels, random = NumbaKernels(pathlib.Path(sys.argv[1])), np.random.default_rng(5)
-for recipe, gradient, reply in commonest():
-    arrays = [random.random(1003, np.float32) for _ in range(3)]
-    sent, out = random.random(1003, np.float32).astype(gradient), np.zeros(1003, reply)
-    kernel, sums = kernels.update(recipe, gradient, reply), np.zeros(2)
-    kernel(*arrays, kernels.source(sent), kernels.target(out), 0, 0, 0, 1003, sums, *[0.37] * len(recipe.scalars))
-    print(hashlib.sha256(b"".join(array.tobytes() for array in [*arrays, out])).hexdigest(), gradient)
-"""
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Make a stock, once."""
-    if level_of_this_processor() is None:
-        pytest.skip("this processor has no level")
-    directory = tmp_path_factory.mktemp("image") / "kernels"
-    assert make(directory) == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
-    return directory
 
 
 @pytest.fixture
@@ -71,50 +25,6 @@ def level_stock(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     (folder / "a.py").write_text("source")
     os.utime(folder / "a.py", (1e9, 1e9))
     yield folder
-
-
-def prepare(cache: pathlib.Path, stock: pathlib.Path) -> str:
-    environ = {**os.environ, "STEPWIRE_CACHE_DIR": str(cache), "STEPWIRE_KERNELS": str(stock)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=True)
-    return done.stdout.strip() + done.stderr
-
-
-def step(directory: pathlib.Path, level: str) -> str:
-    """Run `STEP` with the kernels in a directory; no level is this very processor."""
-    command = [sys.executable, "-c", STEP, str(directory), level]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_what_was_compiled_ahead_is_not_compiled_again(stock: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert prepare(tmp_path / "cache", stock) == "8 0"
-    assert prepare(tmp_path / "cache", stock) == "8 0", "and another time, from the cache"
-    (own,) = (tmp_path / "cache").iterdir()
-    assert own.stat().st_mode & 0o777 == 0o700
-    assert prepare(tmp_path / "other", tmp_path / "nothing").startswith("0 8"), "without a stock"
-
-
-def test_every_level_computes_the_same_bits(stock: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    own = level_of_this_processor()
-    assert own is not None
-    directories = {level.name: stock / level.name for level in LEVELS if level.needs <= own.needs}
-    found = {name: step(directory, name) for name, directory in [*directories.items(), ("", tmp_path)]}
-    assert found[""].count("\n") == 4
-    assert set(found.values()) == {found[""]}, found
-
-
-def test_a_stock_is_for_everybody_to_read(stock: pathlib.Path) -> None:
-    modes = {path.stat().st_mode & 0o777 for path in stock.rglob("*") if path.is_file()}
-    folders = {path.stat().st_mode & 0o777 for path in [stock, *stock.rglob("*")] if path.is_dir()}
-    assert (modes, folders) == ({0o644}, {0o755})
-
-
-def test_a_level_that_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    if level_of_this_processor() is None:
-        pytest.skip("this processor has no level")
-    failed = types.SimpleNamespace(returncode=1)
-    monkeypatch.setattr(kernel_stock.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(StepwireError, match="kernels for x86-64-v4 could not be compiled"):
-        make(tmp_path)
 
 
 def test_files_keep_their_times_and_never_replace_others(level_stock: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -163,9 +73,11 @@ def test_a_stock_of_another_user_is_not_read(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_level_is_this_processors_unless_somebody_has_chosen(stock: pathlib.Path) -> None:
-    level = level_of_this_processor()
-    assert level is not None
+def test_the_level_is_this_processors_unless_somebody_has_chosen(tmp_path: pathlib.Path) -> None:
+    level, stock = level_of_this_processor(), tmp_path
+    if level is None:
+        pytest.skip("this processor has no level")
+    (stock / level.name).mkdir()
     assert stocked_level({"STEPWIRE_KERNELS": str(stock)}) == (level, stock / level.name)
     assert stocked_level({}) is None
     assert stocked_level({"STEPWIRE_KERNELS": str(stock), "NUMBA_CPU_NAME": "generic"}) is None

@@ -15,10 +15,11 @@ from stepwire.errors import ResourceExhaustedError
 from stepwire.optimizers.norms import RELATIVE_ERROR
 from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.cpu.state import LEAST_SHARED_SUM, LEAST_SHARED_UPDATE
-from stepwire_server.engines.cpu.threads import GRAIN
+from stepwire_server.engines.protocol import GRAIN
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.layerwise import LAMB
+from tests.support.pairwise import combinations, missing, pairwise
 
 RECIPE = Recipe(ALL_RULES[0])
 FULL = Recipe(ALL_RULES[0], accumulates=True, averages=True, measures=True, precision=Precision.BFLOAT16)
@@ -50,6 +51,15 @@ def test_allocated_arrays_are_zero_and_counted(engine, contents, slots_of) -> No
         state.close()
         state.close()
         assert state.nbytes == 0
+
+
+def test_statistics_count_what_is_allocated_and_not_closed(engine) -> None:
+    before = engine.statistics()
+    state = engine.allocate(SLOTS, 1000)
+    during = engine.statistics()
+    state.close()
+    assert (during.allocated_bytes - before.allocated_bytes, during.threads) == (12_000, 2)
+    assert engine.statistics() == before == (before.allocated_bytes, 0, 0, 2)
 
 
 @pytest.mark.parametrize("size", [1 << 50, 1 << 62, 1 << 70])
@@ -116,11 +126,22 @@ def test_a_step_follows_slots_that_were_adopted_or_moved(engine, pass_of, make_a
     assert (memory == got[PARAM]).all()
 
 
-def test_steps_of_other_kinds_do_not_take_each_others_kernels(engine, pass_of, make_arrays, fill, wire) -> None:
-    """Recipes, encodings of gradients and of answers alternate, and each step does what it does alone."""
+KINDS = {
+    "recipe": [RECIPE, Recipe(ALL_RULES[0], decay=Decay.BEFORE), Recipe(ALL_RULES[0], measures=True)],
+    "sent": ["float32", "bfloat16", "float16"],
+    "reply": ["float32", "bfloat16", "float16", None],
+}
+
+
+def test_kinds_have_every_pair_of_values() -> None:
+    assert missing(combinations(KINDS), pairwise(KINDS)) == []
+
+
+@pytest.mark.slow
+def test_steps_of_other_kinds_do_not_use_each_others_kernels(engine, pass_of, make_arrays, fill, wire) -> None:
+    """Recipes, encodings of gradients and of replies alternate, and each step does what it does alone."""
     arrays, size = make_arrays(RECIPE, 100), 100
-    recipes = [RECIPE, Recipe(ALL_RULES[0], decay=Decay.BEFORE), Recipe(ALL_RULES[0], measures=True)]
-    kinds = [(recipe, sent, reply) for recipe in recipes for sent in wire for reply in (*wire, None)]
+    kinds = [tuple(row.values()) for row in pairwise(KINDS)]
 
     def stepped(state, recipe, sent, reply):
         fill(state, arrays)
@@ -190,6 +211,7 @@ def test_sums_of_squares_are_as_exact_as_norms_need(engine) -> None:
             assert abs(Fraction(total) - exact) <= Fraction(RELATIVE_ERROR) * exact
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_threads(
     make_arrays, pass_of, slots_of, fill, contents, assert_same_bits
 ) -> None:

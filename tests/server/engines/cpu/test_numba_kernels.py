@@ -42,6 +42,7 @@ def run_script(directory: pathlib.Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_second_process_loads_what_the_first_compiled(tmp_path) -> None:
     *counts, total = run_script(tmp_path / "cache")
     assert counts == ["0 1", "0 1"]
@@ -49,6 +50,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path) -> None:
     assert len(list((tmp_path / "cache").glob("*.py"))) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_does_not_stop_the_server(tmp_path) -> None:
     (tmp_path / "file").touch()
     assert run_script(tmp_path / "file")[:2] == ["0 1", "0 1"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Kept, make_slot, slot_bytes, zero_code
+from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, make_slot, slot_bytes
+from stepwire_server.engines.int8_moments import Kept, zero_code
 from stepwire_server.rules import Precision
 
 FLAT = [(Precision.FLOAT32, 4, np.float32), (Precision.BFLOAT16, 2, np.uint16)]
@@ -130,21 +131,21 @@ def test_single_elements_of_blocks_cannot_be_written() -> None:
 
 # --- what is kept as float32 ----------------------------------------------------------------------------------
 
-SPANS = [(10, 20), (20, 25), (300, 301), (512, 1024)]
+RANGES = [(10, 20), (20, 25), (300, 301), (512, 1024)]
 
 
 def test_kept_elements_are_counted_and_found_one_after_another() -> None:
-    kept = Kept(SPANS)
-    assert (kept.spans, kept.count) == (tuple(SPANS), 10 + 5 + 1 + 512)
+    kept = Kept(RANGES)
+    assert (kept.ranges, kept.count) == (tuple(RANGES), 10 + 5 + 1 + 512)
     places = [(element, kept.at(element)) for element in range(1100)]
     found = [(element, at) for element, at in places if at is not None]
     assert [at for _, at in found] == list(range(kept.count))
-    assert [element for element, _ in found] == [element for low, high in SPANS for element in range(low, high)]
+    assert [element for element, _ in found] == [element for low, high in RANGES for element in range(low, high)]
 
 
 def test_nothing_may_be_kept() -> None:
     kept = Kept(())
-    assert (kept.spans, kept.count, kept.at(0), list(kept.within(0, 1000))) == ((), 0, None, [])
+    assert (kept.ranges, kept.count, kept.at(0), list(kept.within(0, 1000))) == ((), 0, None, [])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_nothing_may_be_kept() -> None:
     ],
 )
 def test_the_kept_parts_of_a_range_are_found(start, end, parts) -> None:
-    assert list(Kept(SPANS).within(start, end)) == parts
+    assert list(Kept(RANGES).within(start, end)) == parts
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -1,4 +1,4 @@
-"""Bytes cross the bus unchanged, whatever the device takes its time for, and slots come back whatever goes wrong."""
+"""Bytes cross the bus unchanged, whatever the device takes its time for, and buffers come back whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stepwire_server.engines.cuda.bus import Bus, Crossings
 from stepwire_server.engines.cuda.device import CudaDevice
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
-SLOT = 1 << 8
+BUFFER = 1 << 8
 
 every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 
 
-def make(cupy: Any, slots: int = 2) -> tuple[CudaDevice, Bus]:
+def make(cupy: Any, buffers: int = 2) -> tuple[CudaDevice, Bus]:
     device = CudaDevice(cupy, 0)
-    return device, Bus(device, slots, SLOT)
+    return device, Bus(device, buffers, BUFFER)
 
 
 def drawn(count: int, seed: int = 0) -> np.ndarray:
@@ -48,7 +48,7 @@ def after_uploads(device: CudaDevice) -> None:
 
 
 @every_order
-@pytest.mark.parametrize("size", [0, 1, SLOT - 1, SLOT, SLOT + 1, 5 * SLOT + 3])
+@pytest.mark.parametrize("size", [0, 1, BUFFER - 1, BUFFER, BUFFER + 1, 5 * BUFFER + 3])
 def test_what_is_sent_may_change_as_soon_as_it_is_sent(fake, read, order, size) -> None:
     device, bus = make(fake(order))
     target = device.allocate(size)
@@ -64,7 +64,7 @@ def test_what_is_sent_may_change_as_soon_as_it_is_sent(fake, read, order, size) 
 
 @every_order
 def test_sends_arrive_where_they_belong(fake, read, order) -> None:
-    device, bus = make(fake(order), slots=3)
+    device, bus = make(fake(order), buffers=3)
     target, source = device.allocate(4000), drawn(4000)
     device.zero(target)
     with device.current():
@@ -77,17 +77,17 @@ def test_sends_arrive_where_they_belong(fake, read, order) -> None:
 
 
 @every_order
-@pytest.mark.parametrize("size", [0, 1, SLOT])
+@pytest.mark.parametrize("size", [0, 1, BUFFER])
 def test_what_is_handed_over_is_used_in_the_order_of_the_kernels(fake, read, order, size) -> None:
     device, bus = make(fake(order))
-    target = device.allocate(SLOT)
+    target = device.allocate(BUFFER)
     device.zero(target)
     for turn in range(5):
         source = drawn(size, turn)
         bus.hand(source, to(target))
         source[:] = 0xEE
         assert bus.hand(source[:0], lambda memory: None) is None
-    expected = np.concatenate((drawn(size, 4), np.zeros(SLOT - size, np.uint8)))
+    expected = np.concatenate((drawn(size, 4), np.zeros(BUFFER - size, np.uint8)))
     assert (read(device, target) == expected).all()
 
 
@@ -103,27 +103,27 @@ def test_what_is_handed_over_has_its_size_on_the_device(fake) -> None:
 
 @every_order
 @pytest.mark.parametrize("shift", [0, 3, 13])
-@pytest.mark.parametrize("size", [0, 1, SLOT - 13])
+@pytest.mark.parametrize("size", [0, 1, BUFFER - 13])
 def test_what_is_brought_is_there_after_the_wait(fake, settle, order, size, shift) -> None:
     device, bus = make(fake(order))
-    crossings, source = Crossings(bus), device.allocate(SLOT)
-    bus.send(drawn(SLOT), source)
+    crossings, source = Crossings(bus), device.allocate(BUFFER)
+    bus.send(drawn(BUFFER), source)
     after_uploads(device)
     places: list[int] = []
     for turn in range(3):
         part = source[turn : turn + size]
 
         def copy(memory: Any, part: Any = part) -> None:
-            places.append(memory.data.ptr % SLOT)
+            places.append(memory.data.ptr % BUFFER)
             assert memory.nbytes == size
             of(part)(memory)
 
         owned = np.full(size + 3, 0xEE, np.uint8)
         crossing = crossings.bring(shift, copy, owned[1 : size + 1])
-        assert not crossing.taken
+        assert not crossing.ended
         crossing.wait()
-        assert crossing.taken
-        assert owned.tolist() == [0xEE, *drawn(SLOT)[turn : turn + size], 0xEE, 0xEE]
+        assert crossing.ended
+        assert owned.tolist() == [0xEE, *drawn(BUFFER)[turn : turn + size], 0xEE, 0xEE]
         owned[:] = 0
         crossing.wait()
         assert not owned.any(), "asked again, it brings nothing anew"
@@ -132,10 +132,10 @@ def test_what_is_brought_is_there_after_the_wait(fake, settle, order, size, shif
 
 
 @every_order
-def test_a_session_with_more_on_its_way_than_there_are_slots_takes_its_oldest(fake, together, order) -> None:
-    device, bus = make(fake(order), slots=2)
-    crossings, source = Crossings(bus), device.allocate(SLOT)
-    bus.send(drawn(SLOT), source)
+def test_a_session_with_more_on_its_way_than_there_are_buffers_waits_for_its_oldest(fake, together, order) -> None:
+    device, bus = make(fake(order), buffers=2)
+    crossings, source = Crossings(bus), device.allocate(BUFFER)
+    bus.send(drawn(BUFFER), source)
     after_uploads(device)
     outs = np.full((5, 100), 0xEE, np.uint8)
     brought = []
@@ -143,28 +143,28 @@ def test_a_session_with_more_on_its_way_than_there_are_slots_takes_its_oldest(fa
     def bring_all() -> None:
         for turn in range(5):
             brought.append(crossings.bring(0, of(source[turn:]), outs[turn]))
-            assert [crossing.taken for crossing in brought] == [k < turn - 1 for k in range(turn + 1)]
+            assert [crossing.ended for crossing in brought] == [k < turn - 1 for k in range(turn + 1)]
             for k in range(turn - 1):
-                assert (outs[k] == drawn(SLOT)[k : k + 100]).all(), "it was brought when its slot was needed"
+                assert (outs[k] == drawn(BUFFER)[k : k + 100]).all(), "it was brought when its buffer was needed"
             assert (outs[turn] == 0xEE).all()
 
     together(bring_all)
     brought[3].wait()
     later = crossings.bring(0, of(source), np.empty(1, np.uint8))
-    assert not brought[4].taken, "a slot was free"
+    assert not brought[4].ended, "a buffer was free"
     crossings.clear()
-    assert later.taken and brought[4].taken
-    assert all((out == drawn(SLOT)[turn : turn + 100]).all() for turn, out in enumerate(outs))
+    assert later.ended and brought[4].ended
+    assert all((out == drawn(BUFFER)[turn : turn + 100]).all() for turn, out in enumerate(outs))
     crossings.clear()
 
 
 @every_order
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_two_sessions_share_the_slots_without_waiting_for_each_other(fake, settle, together, order, slots) -> None:
-    device, bus = make(fake(order), slots)
-    sources = [device.allocate(SLOT) for _ in range(2)]
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_two_sessions_share_the_buffers_without_waiting_for_each_other(fake, settle, together, order, buffers) -> None:
+    device, bus = make(fake(order), buffers)
+    sources = [device.allocate(BUFFER) for _ in range(2)]
     for seed, source in enumerate(sources):
-        bus.send(drawn(SLOT, seed), source)
+        bus.send(drawn(BUFFER, seed), source)
     after_uploads(device)
 
     def work(seed: int) -> None:
@@ -174,38 +174,38 @@ def test_two_sessions_share_the_slots_without_waiting_for_each_other(fake, settl
             waited = [crossings.bring(turn, of(sources[seed][turn:]), out) for turn, out in enumerate(outs)]
             for turn, crossing in reversed(list(enumerate(waited))):
                 crossing.wait()
-                assert (outs[turn] == drawn(SLOT, seed)[turn : turn + 50]).all()
+                assert (outs[turn] == drawn(BUFFER, seed)[turn : turn + 50]).all()
 
     together(lambda: work(0), lambda: work(1))
     settle(device)
 
 
 @every_order
-def test_one_slot_is_enough_for_all_directions_at_once(fake, settle, together, order) -> None:
-    device, bus = make(fake(order), slots=1)
-    kept = [device.allocate(3 * SLOT) for _ in range(2)]
+def test_one_buffer_is_enough_for_all_directions_at_once(fake, settle, together, order) -> None:
+    device, bus = make(fake(order), buffers=1)
+    kept = [device.allocate(3 * BUFFER) for _ in range(2)]
 
     def work(seed: int) -> None:
         crossings, memory = Crossings(bus), kept[seed]
         for turn in range(4):
-            bus.send(drawn(2 * SLOT, turn), memory[SLOT:])
-            bus.hand(drawn(SLOT, turn), to(memory))
+            bus.send(drawn(2 * BUFFER, turn), memory[BUFFER:])
+            bus.hand(drawn(BUFFER, turn), to(memory))
             after_uploads(device)
-            outs = np.empty((3, SLOT), np.uint8)
+            outs = np.empty((3, BUFFER), np.uint8)
             for part, out in enumerate(outs):
-                crossings.bring(0, of(memory[part * SLOT :]), out)
+                crossings.bring(0, of(memory[part * BUFFER :]), out)
             crossings.clear()
-            assert (outs[0] == drawn(SLOT, turn)).all()
-            assert (outs[1:].ravel() == drawn(2 * SLOT, turn)).all()
+            assert (outs[0] == drawn(BUFFER, turn)).all()
+            assert (outs[1:].ravel() == drawn(2 * BUFFER, turn)).all()
 
     together(lambda: work(0), lambda: work(1))
     settle(device)
 
 
-def test_who_waits_for_a_slot_gets_the_one_that_comes_back(fake, settle, together) -> None:
-    device, bus = make(fake(), slots=1)
-    source, out = device.allocate(SLOT), np.empty(4, np.uint8)
-    bus.send(drawn(SLOT), source)
+def test_who_waits_for_a_buffer_gets_the_one_that_comes_back(fake, settle, together) -> None:
+    device, bus = make(fake(), buffers=1)
+    source, out = device.allocate(BUFFER), np.empty(4, np.uint8)
+    bus.send(drawn(BUFFER), source)
     after_uploads(device)
     first, entered = Crossings(bus).bring(0, of(source), np.empty(1, np.uint8)), threading.Event()
 
@@ -218,7 +218,7 @@ def test_who_waits_for_a_slot_gets_the_one_that_comes_back(fake, settle, togethe
         first.wait()
 
     together(lambda: bus.bring(0, of(source), out, own).wait(), give)
-    assert (out == drawn(SLOT)[:4]).all()
+    assert (out == drawn(BUFFER)[:4]).all()
     settle(device)
 
 
@@ -228,11 +228,11 @@ def test_who_waits_for_a_slot_gets_the_one_that_comes_back(fake, settle, togethe
 @every_order
 def test_pinned_memory_crosses_by_itself(fake, settle, read, order) -> None:
     cupy = fake(order)
-    device, bus = make(cupy, slots=1)
-    source, out = drawn(5 * SLOT), np.full(SLOT, 0xEE, np.uint8)
-    target, taken = device.allocate(5 * SLOT - 2), bus._up.take()
+    device, bus = make(cupy, buffers=1)
+    source, out = drawn(5 * BUFFER), np.full(BUFFER, 0xEE, np.uint8)
+    target, ended = device.allocate(5 * BUFFER - 2), bus._up.acquire()
     with bus.pin(source), bus.pin(out):
-        assert cupy.registered_bytes == 6 * SLOT
+        assert cupy.registered_bytes == 6 * BUFFER
         bus.send(source[1:-1], target)
         after_uploads(device)
         crossing = Crossings(bus).bring(3, of(target), out[5:25])
@@ -242,14 +242,14 @@ def test_pinned_memory_crosses_by_itself(fake, settle, read, order) -> None:
         assert (out[5:25] == source[1:21]).all()
         assert (out[:5] == 0xEE).all() and (out[25:] == 0xEE).all()
         assert (read(device, target) == source[1:-1]).all()
-    bus._up.give(taken)
+    bus._up.release(ended)
     assert cupy.registered_bytes == 0
 
 
 def test_pinned_memory_must_stay_as_it_is_until_it_has_crossed(fake, read) -> None:
     """Which shows that it is not copied first."""
     device, bus = make(fake("lazy"))
-    source, target = drawn(SLOT), device.allocate(SLOT)
+    source, target = drawn(BUFFER), device.allocate(BUFFER)
     with bus.pin(source):
         bus.send(source, target)
         source[:] = 7
@@ -258,7 +258,7 @@ def test_pinned_memory_must_stay_as_it_is_until_it_has_crossed(fake, read) -> No
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 64), (63, 65), (127, 129), (128, 200), (150, 250), (0, 256)])
-def test_memory_that_is_not_all_pinned_goes_through_slots(fake, read, low, high) -> None:
+def test_memory_that_is_not_all_pinned_goes_through_buffers(fake, read, low, high) -> None:
     """The pinned parts are [64, 128) and [200, 256)."""
     device, bus = make(fake("lazy"))
     memory, target = drawn(256), device.allocate(256)
@@ -277,41 +277,41 @@ def test_memory_that_is_not_all_pinned_goes_through_slots(fake, read, low, high)
         assert (memory[low:high] == drawn(256)[low:high]).all()
 
 
-def test_memory_that_is_pinned_no_more_goes_through_slots(fake, read) -> None:
+def test_memory_that_is_pinned_no_more_goes_through_buffers(fake, read) -> None:
     device, bus = make(fake("lazy"))
-    source, target = drawn(SLOT), device.allocate(SLOT)
+    source, target = drawn(BUFFER), device.allocate(BUFFER)
     with bus.pin(source):
         pass
     bus.send(source, target)
     source[:] = 7
     after_uploads(device)
-    assert (read(device, target) == drawn(SLOT)).all()
+    assert (read(device, target) == drawn(BUFFER)).all()
 
 
 def test_memory_that_cannot_be_pinned_is_not(fake, read) -> None:
     cupy = fake()
     device, bus = make(cupy)
-    source, target = drawn(SLOT), device.allocate(SLOT)
+    source, target = drawn(BUFFER), device.allocate(BUFFER)
     cupy.fail_next("hostRegister", cupy.cuda.runtime.CUDARuntimeError(2))
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="out of memory"), bus.pin(source):
         pytest.fail("the block is not entered")
     bus.send(source, target)
     after_uploads(device)
-    assert (read(device, target) == drawn(SLOT)).all()
+    assert (read(device, target) == drawn(BUFFER)).all()
 
 
 def test_memory_is_pinned_no_more_after_an_error_in_the_block(fake) -> None:
     cupy = fake()
     _, bus = make(cupy)
-    with pytest.raises(KeyError), bus.pin(drawn(SLOT)):
+    with pytest.raises(KeyError), bus.pin(drawn(BUFFER)):
         raise KeyError
     assert cupy.registered_bytes == 0
 
 
 def test_what_is_pinned_may_change_while_it_is_looked_up(fake) -> None:
     """Another thread replaces the list between two looks at it."""
-    memory = drawn(SLOT)
-    lists = iter([[(0, 1), (memory.ctypes.data, memory.ctypes.data + SLOT)], [], []])
+    memory = drawn(BUFFER)
+    lists = iter([[(0, 1), (memory.ctypes.data, memory.ctypes.data + BUFFER)], [], []])
     _, bus = make(fake())
     bus.__class__ = type("Racing", (Bus,), {"_pinned": property(lambda self: next(lists))})
     assert bus._is_pinned(memory)
@@ -321,38 +321,38 @@ def test_what_is_pinned_may_change_while_it_is_looked_up(fake) -> None:
 
 
 def prove_usable(device: CudaDevice, bus: Bus, read: Any) -> None:
-    """Use every slot both ways; where one was lost, this would wait for ever."""
-    target, crossings = device.allocate(bus.slots * SLOT), Crossings(bus)
-    source = drawn(bus.slots * SLOT, 99)
-    taken = [bus._up.try_take() for _ in range(bus.slots)]
-    assert None not in taken, "a slot of the way up was lost"
-    for slot in taken:
-        bus._up.give(slot)
-    taken = [bus._down.try_take() for _ in range(bus.slots)]
-    assert None not in taken, "a slot of the way down was lost"
-    for slot in taken:
-        bus._down.give(slot)
+    """Use every buffer both ways; where one was lost, this would wait for ever."""
+    target, crossings = device.allocate(bus.buffers * BUFFER), Crossings(bus)
+    source = drawn(bus.buffers * BUFFER, 99)
+    ended = [bus._up.try_acquire() for _ in range(bus.buffers)]
+    assert None not in ended, "a buffer of the way up was lost"
+    for buffer in ended:
+        bus._up.release(buffer)
+    ended = [bus._down.try_acquire() for _ in range(bus.buffers)]
+    assert None not in ended, "a buffer of the way down was lost"
+    for buffer in ended:
+        bus._down.release(buffer)
     bus.send(source, target)
     after_uploads(device)
     bus.hand(source[:10], to(target[20:]))
     source[20:30] = source[:10]
     assert (read(device, target) == source).all()
-    outs = np.empty((bus.slots, SLOT), np.uint8)
+    outs = np.empty((bus.buffers, BUFFER), np.uint8)
     for k, out in enumerate(outs):
-        crossings.bring(0, of(target[k * SLOT :]), out)
+        crossings.bring(0, of(target[k * BUFFER :]), out)
     crossings.clear()
     assert (outs.ravel() == source).all()
 
 
 @every_order
 @pytest.mark.parametrize(("operation", "after"), [("copy", 0), ("copy", 3), ("synchronize", 0), ("synchronize", 3)])
-def test_a_send_that_fails_gives_its_slot_back(fake, read, settle, order, operation, after) -> None:
+def test_a_send_that_fails_gives_its_buffer_back(fake, read, settle, order, operation, after) -> None:
     cupy = fake(order)
     device, bus = make(cupy)
-    broken, target = cupy.cuda.runtime.CUDARuntimeError(719), device.allocate(5 * SLOT)
+    broken, target = cupy.cuda.runtime.CUDARuntimeError(719), device.allocate(5 * BUFFER)
     cupy.fail_next(operation, broken, after)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
-        bus.send(drawn(5 * SLOT), target)
+        bus.send(drawn(5 * BUFFER), target)
     assert caught.value is broken
     prove_usable(device, bus, read)
     settle(device)
@@ -360,7 +360,7 @@ def test_a_send_that_fails_gives_its_slot_back(fake, read, settle, order, operat
 
 @every_order
 @pytest.mark.parametrize("failing", ["copy", "synchronize", "use"])
-def test_what_cannot_be_used_gives_its_slot_back(fake, read, order, failing) -> None:
+def test_what_cannot_be_used_gives_its_buffer_back(fake, read, order, failing) -> None:
     cupy = fake(order)
     device, bus = make(cupy)
     broken = cupy.cuda.runtime.CUDARuntimeError(719)
@@ -370,7 +370,7 @@ def test_what_cannot_be_used_gives_its_slot_back(fake, read, order, failing) -> 
 
     if failing != "use":
         cupy.fail_next(failing, broken)
-    for _ in range(bus.slots if failing == "use" else 1):
+    for _ in range(bus.buffers if failing == "use" else 1):
         with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
             bus.hand(drawn(10), use)
         assert caught.value is broken
@@ -379,7 +379,7 @@ def test_what_cannot_be_used_gives_its_slot_back(fake, read, order, failing) -> 
 
 @every_order
 @pytest.mark.parametrize("failing", ["copy", "make"])
-def test_what_cannot_be_made_gives_its_slot_back(fake, read, order, failing) -> None:
+def test_what_cannot_be_made_gives_its_buffer_back(fake, read, order, failing) -> None:
     cupy = fake(order)
     device, bus = make(cupy)
     broken, crossings = cupy.cuda.runtime.CUDARuntimeError(719), Crossings(bus)
@@ -389,7 +389,7 @@ def test_what_cannot_be_made_gives_its_slot_back(fake, read, order, failing) -> 
             raise broken
         cupy.fail_next("copy", broken)
 
-    for _ in range(bus.slots):
+    for _ in range(bus.buffers):
         with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
             crossings.bring(0, make_nothing, np.empty(10, np.uint8))
         assert caught.value is broken
@@ -397,25 +397,25 @@ def test_what_cannot_be_made_gives_its_slot_back(fake, read, order, failing) -> 
 
 
 @every_order
-def test_a_wait_that_fails_gives_its_slot_back(fake, read, order) -> None:
+def test_a_wait_that_fails_gives_its_buffer_back(fake, read, order) -> None:
     cupy = fake(order)
     device, bus = make(cupy)
-    broken, source = cupy.cuda.runtime.CUDARuntimeError(719), device.allocate(SLOT)
+    broken, source = cupy.cuda.runtime.CUDARuntimeError(719), device.allocate(BUFFER)
     crossing = Crossings(bus).bring(0, of(source), np.empty(10, np.uint8))
     cupy.fail_next("synchronize", broken)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
         crossing.wait()
-    assert caught.value is broken and crossing.taken
+    assert caught.value is broken and crossing.ended
     prove_usable(device, bus, read)
 
 
 @every_order
-def test_after_an_error_a_session_holds_no_slots(fake, read, order) -> None:
-    """What it asked for before, nobody may ever wait for; and other sessions need the slots."""
+def test_after_an_error_a_session_holds_no_buffers(fake, read, order) -> None:
+    """What it asked for before, nobody may ever wait for; and other sessions need the buffers."""
     cupy = fake(order)
-    device, bus = make(cupy, slots=3)
-    source, crossings, outs = device.allocate(SLOT), Crossings(bus), np.empty((2, SLOT), np.uint8)
-    bus.send(drawn(SLOT), source)
+    device, bus = make(cupy, buffers=3)
+    source, crossings, outs = device.allocate(BUFFER), Crossings(bus), np.empty((2, BUFFER), np.uint8)
+    bus.send(drawn(BUFFER), source)
     after_uploads(device)
     brought = [crossings.bring(0, of(source), out) for out in outs]
     broken = ValueError("it cannot be made")
@@ -427,16 +427,16 @@ def test_after_an_error_a_session_holds_no_slots(fake, read, order) -> None:
     with pytest.raises(ValueError) as caught:
         crossings.bring(0, make_nothing, np.empty(1, np.uint8))
     assert caught.value is broken
-    assert [crossing.taken for crossing in brought] == [True, True]
-    assert (outs[1] == drawn(SLOT)).all()
+    assert [crossing.ended for crossing in brought] == [True, True]
+    assert (outs[1] == drawn(BUFFER)).all()
     prove_usable(device, bus, read)
 
 
 def test_rings_are_counted(fake) -> None:
     cupy = fake()
-    _, bus = make(cupy, slots=3)
-    assert cupy.used_bytes == bus.device_bytes == cupy.pinned_bytes == 6 * SLOT
-    assert (bus.slots, bus.slot_bytes) == (3, SLOT)
+    _, bus = make(cupy, buffers=3)
+    assert cupy.used_bytes == bus.device_bytes == cupy.pinned_bytes == 6 * BUFFER
+    assert (bus.buffers, bus.buffer_bytes) == (3, BUFFER)
 
 
 # --- what each wait is for ----------------------------------------------------------------------------------------
@@ -461,11 +461,11 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
-    Mutation("_filled", "synchronize", None, None, "a slot is refilled before its bytes are on the device"),
+    Mutation("_filled", "synchronize", None, None, "a buffer is refilled before its bytes are on the device"),
     Mutation("send", "record", "up", None, "the same, as nobody knows when they are"),
     Mutation("hand", "record", "up", None, "bytes are used before they are on the device"),
     Mutation("hand", "wait_event", None, None, "the same, as nobody waits"),
-    Mutation("hand", "record", "compute", None, "a slot is refilled before its bytes are used"),
+    Mutation("hand", "record", "compute", None, "a buffer is refilled before its bytes are used"),
     Mutation("hand", "record", "compute", "up", "the same, as only their copy is waited for"),
     Mutation("_ask_down", "record", "compute", None, "bytes leave the device before they are made"),
     Mutation("_ask_down", "wait_event", None, None, "the same, as nobody waits"),
@@ -495,19 +495,19 @@ def mutate(device: CudaDevice, mutation: Mutation) -> None:
 
 def traffic_is_right(device: CudaDevice, bus: Bus, read: Any) -> bool:
     """Send, hand and bring by turns, and tell whether every byte came where it belongs."""
-    sent, crossings = device.allocate(5 * SLOT), Crossings(bus)
-    handed = device.allocate(SLOT)
-    outs = np.full((5, SLOT), 0xEE, np.uint8)
+    sent, crossings = device.allocate(5 * BUFFER), Crossings(bus)
+    handed = device.allocate(BUFFER)
+    outs = np.full((5, BUFFER), 0xEE, np.uint8)
     for turn, out in enumerate(outs):
-        bus.send(drawn(SLOT, 10 + turn), sent[turn * SLOT : (turn + 1) * SLOT])
-        bus.hand(drawn(SLOT, turn), to(handed))
+        bus.send(drawn(BUFFER, 10 + turn), sent[turn * BUFFER : (turn + 1) * BUFFER])
+        bus.hand(drawn(BUFFER, turn), to(handed))
         crossings.bring(0, of(handed), out)
     crossings.clear()
     brought = outs.copy()  # before anything else is waited for
     after_uploads(device)
-    arrived = read(device, sent).reshape(5, SLOT)
+    arrived = read(device, sent).reshape(5, BUFFER)
     turns = range(5)
-    return all((brought[k] == drawn(SLOT, k)).all() and (arrived[k] == drawn(SLOT, 10 + k)).all() for k in turns)
+    return all((brought[k] == drawn(BUFFER, k)).all() and (arrived[k] == drawn(BUFFER, 10 + k)).all() for k in turns)
 
 
 @every_order

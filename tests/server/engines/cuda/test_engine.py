@@ -128,11 +128,11 @@ def test_device_is_described(fake) -> None:
     assert engine.device[:3] == DeviceInfo("cuda:1", "Pretended GPU", 1 << 30)[:3]
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 5, "slot_bytes": 4096, "gradient_cache_bytes": 12_345}])
+@pytest.mark.parametrize("options", [{}, {"buffers": 5, "buffer_bytes": 4096, "gradient_cache_bytes": 12_345}])
 def test_working_bytes_are_what_the_engine_takes_at_most(fake, options) -> None:
     cupy, chosen = fake(), CudaOptions(**options)
     engine = CudaEngine(0, cupy, chosen)
-    assert engine.bus.device_bytes == 2 * chosen.slots * chosen.slot_bytes <= cupy.used_bytes
+    assert engine.bus.device_bytes == 2 * chosen.buffers * chosen.buffer_bytes <= cupy.used_bytes
     assert cupy.used_bytes <= engine.device.working_bytes
     assert engine._parts.gradients.most_bytes == (chosen.gradient_cache_bytes or (1 << 30) // 16)
 
@@ -255,6 +255,19 @@ def test_memory_for_gradients_is_kept_for_the_next_and_given_back_in_need(fake, 
     large.close()
     apply_step(session, gradient_of(config, 4))
     session.close()
+
+
+def test_statistics_count_state_and_memory_that_is_kept(fake, library) -> None:
+    config, cupy = PLANS["plain"], fake(library=library)
+    engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
+    working_bytes = engine.device.working_bytes
+    assert engine.statistics() == (0, 0, working_bytes, 1)
+    session = make_session(config, engine)
+    take(session, gradient_of(config, 1))
+    assert engine.statistics() == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
+    engine.rest()
+    session.close()
+    assert engine.statistics() == (0, 0, working_bytes, 1)
 
 
 def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:

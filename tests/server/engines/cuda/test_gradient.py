@@ -155,7 +155,7 @@ def test_sums_are_read_when_the_gradient_is_closed(fake, order) -> None:
     with place.device.computing():
         sums = [
             Figures(
-                cells, gradient.noted, 1, np.uint8, lambda out: out.data.memset_async(9, out.nbytes), np.ndarray.tolist
+                cells, gradient.unread, 1, np.uint8, lambda out: out.data.memset_async(9, out.nbytes), np.ndarray.tolist
             )
             for _ in range(3)
         ]
@@ -288,8 +288,8 @@ def test_threads_share_what_is_kept(fake, read, together, order) -> None:
 # --- what each wait is for ----------------------------------------------------------------------------------------
 
 WAITS = {
-    ("take", "wait_event"): "an upload overtakes the kernels that read the gradient before",
-    ("give", "record"): "the same, as nobody knows when they are done",
+    ("acquire", "wait_event"): "an upload overtakes the kernels that read the gradient before",
+    ("release", "record"): "the same, as nobody knows when they are done",
     ("put", "wait_event"): "a kernel reads a chunk that is not there yet",
     ("put", "record"): "the same, as nobody knows when it is",
 }

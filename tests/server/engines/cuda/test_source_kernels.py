@@ -5,6 +5,7 @@ Lengths are odd, arrays aligned, aligned after up to three elements, and never; 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import subprocess
@@ -17,7 +18,6 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.source import (
     eight_bit_tables,
     measure_kernel,
@@ -36,7 +36,7 @@ from stepwire_server.engines.int8_moments import (
     encode_with,
 )
 from stepwire_server.engines.numpy_reference import measured_slots
-from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.protocol import GRAIN, PARAM
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 from tests.server.pretended_gpus import library_of
@@ -108,6 +108,12 @@ def scalars_of(step: Any) -> list[np.float32]:
     return [np.float32(scalar) for scalar in step.scalars]
 
 
+@functools.cache
+def name_of(case: cases.Case) -> str:
+    """Return the name of a case's kernel, without writing its text each time."""
+    return update_kernel(*case).name
+
+
 def check_update(library: Any, case: Any, size: int, head: int | None, odd: bool, blocks: int = 2) -> None:
     """Compare one launch of an update."""
     recipe, gradient, reply = case
@@ -123,7 +129,7 @@ def check_update(library: Any, case: Any, size: int, head: int | None, odd: bool
     arguments = [*pointers, *([sums] if recipe.measures else [])]
     arguments += [eight_bit_tables()] if recipe.precision is Precision.INT8 else []
     arguments += [np.int64(size), told, *(np.uint32(seed) for seed in seeds), *scalars_of(step)]
-    library.launch(update_kernel(*case).name, blocks, 256, tuple(arguments))
+    library.launch(name_of(case), blocks, 256, tuple(arguments))
 
     wanted_sums = np.zeros(len(recipe.sums))
     ranges = (0, 0, 0, size, *([wanted_sums] if recipe.measures else []))

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire_server.engines.cpu.state_arrays import zero_code
 from stepwire_server.engines.cuda.device import ALIGNMENT, CudaDevice, round_up
 from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, Slab
-from stepwire_server.engines.int8_moments import BLOCK, block_count
+from stepwire_server.engines.int8_moments import BLOCK, block_count, zero_code
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.rules import Precision
 
@@ -64,7 +63,7 @@ def test_an_8_bit_slot_takes_codes_maxima_and_what_is_kept_each_rounded_up(fake,
     count = sum(end - start for start, end in kept)
     assert [array.size for array in arrays_of(slot)] == [size, block_count(size), count]
     assert [array.dtype for array in arrays_of(slot)] == [np.uint8, np.float32, np.float32]
-    assert (slot.kept.count, slot.kept.spans, slot.signed) == (count, tuple(kept), True)
+    assert (slot.kept.count, slot.kept.ranges, slot.signed) == (count, tuple(kept), True)
 
 
 @pytest.mark.parametrize("size", [0, 1, 257, 1000])

@@ -19,7 +19,7 @@ ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 HELD = {"float32": Precision.FLOAT32, "bfloat16": Precision.BFLOAT16}
 SLOT = 1 << 12
-OPTIONS = CudaOptions(slots=3, slot_bytes=SLOT, cells=32)
+OPTIONS = CudaOptions(buffers=3, buffer_bytes=SLOT, cells=32)
 SIZE = 5 * SLOT // 4 + 77
 # One element, all of one, borders of a slot of float32 and of one of 16 bits, each from one side and across.
 RANGES = [(0, 0), (0, 1), (0, SIZE), (7, 7 + 1024), (1023, 1025), (1, 2049), (2047, 2050), (5, SIZE - 3), (SIZE, SIZE)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines.cuda.device import CudaDevice
-from stepwire_server.engines.cuda.sums import CELL_BYTES, Cells, Figures, Noted
+from stepwire_server.engines.cuda.sums import CELL_BYTES, Cells, Figures, UnreadFigures
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 BATCH_BYTES = 32 * CELL_BYTES
@@ -20,13 +20,18 @@ every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 
 
 def figures(
-    device: CudaDevice, cells: Cells, value: int, count: int = 4, dtype: Any = np.uint8, noted: Noted | None = None
+    device: CudaDevice,
+    cells: Cells,
+    value: int,
+    count: int = 4,
+    dtype: Any = np.uint8,
+    unread: UnreadFigures | None = None,
 ) -> Figures[list[int]]:
     """Ask for some numbers, every byte of which is `value`; they are noted apart from all others."""
     with device.computing():
         return Figures(
             cells,
-            noted or Noted(1),
+            unread or UnreadFigures(1),
             count,
             dtype,
             lambda sums: sums.data.memset_async(value, sums.nbytes),
@@ -73,7 +78,7 @@ def test_figures_are_not_read_before_they_have_arrived(fake) -> None:
         cells = Cells(device, 32)
         event, whole = device.cupy.cuda.Event, device.cupy.cuda.Event.synchronize
         event.synchronize = lambda self, whole=whole: (
-            None if sys._getframe(1).f_code.co_filename.endswith("cuda/figures.py") else whole(self)
+            None if sys._getframe(1).f_code.co_filename.endswith("cuda/sums.py") else whole(self)
         )
         wrong += [order] if [figures(device, cells, value).wait() for value in (1, 2)] != [[1] * 4, [2] * 4] else []
         with device.current():
@@ -107,7 +112,7 @@ def test_there_are_as_many_cells_as_have_been_needed_at_a_time(fake, order) -> N
 
 def test_cells_do_not_overlap(fake) -> None:
     cells = Cells(CudaDevice(fake(), 0), 32)
-    taken = [cells.take(lambda: None) for _ in range(40)]
+    taken = [cells.acquire(lambda: None) for _ in range(40)]
     for side in ([cell.device.data.ptr for cell in taken], [cell.address for cell in taken]):
         places = sorted(side)
         assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= CELL_BYTES
@@ -127,7 +132,7 @@ def test_what_is_not_launched_gives_its_cell_back(fake, failing) -> None:
         with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
             if failing == "launch":
                 with device.computing():
-                    Figures(cells, Noted(1), 1, np.uint8, launch, list)
+                    Figures(cells, UnreadFigures(1), 1, np.uint8, launch, list)
             else:
                 cupy.fail_next(failing, broken)
                 figures(device, cells, 1)
@@ -171,11 +176,11 @@ def one_batch(fake, monkeypatch, request) -> Callable[[], tuple[CudaDevice, Cell
 
 def test_who_finds_no_cell_reads_its_own_results(one_batch, together) -> None:
     device, cells = one_batch()
-    noted, asked = Noted(100), []
+    unread, asked = UnreadFigures(100), []
 
     def ask() -> None:
         for value in range(80):
-            asked.append(figures(device, cells, value, noted=noted))
+            asked.append(figures(device, cells, value, unread=unread))
             assert free_cells(cells) == 31 - value % 32
 
     together(ask)
@@ -186,33 +191,33 @@ def test_who_finds_no_cell_reads_its_own_results(one_batch, together) -> None:
 
 def test_who_finds_no_cell_and_has_none_waits_for_others(one_batch, together) -> None:
     device, cells = one_batch()
-    noted, reached = Noted(100), threading.Event()
-    theirs = [figures(device, cells, value, noted=noted) for value in range(32)]
+    unread, reached = UnreadFigures(100), threading.Event()
+    theirs = [figures(device, cells, value, unread=unread) for value in range(32)]
     mine: list[list[int]] = []
 
-    class Mine(Noted):
+    class Mine(UnreadFigures):
         def clear(self) -> None:
             super().clear()
             reached.set()
 
-    def give() -> None:
+    def release() -> None:
         assert reached.wait(60.0)
         assert theirs[7].wait() == [7] * 4
 
-    together(lambda: mine.append(figures(device, cells, 99, noted=Mine(1)).wait()), give)
+    together(lambda: mine.append(figures(device, cells, 99, unread=Mine(1)).wait()), release)
     assert mine == [[99] * 4]
-    noted.clear()
+    unread.clear()
     assert [each.wait()[0] for each in theirs] == list(range(32))
     assert free_cells(cells) == 32
 
 
 def test_an_error_of_ones_own_results_costs_no_cell(one_batch, together) -> None:
     device, cells = one_batch()
-    noted, broken = Noted(100), device.cupy.cuda.runtime.CUDARuntimeError(719)
-    theirs = [figures(device, cells, value, noted=noted) for value in range(32)]
+    unread, broken = UnreadFigures(100), device.cupy.cuda.runtime.CUDARuntimeError(719)
+    theirs = [figures(device, cells, value, unread=unread) for value in range(32)]
     device.cupy.fail_next("synchronize", broken)
     with pytest.raises(device.cupy.cuda.runtime.CUDARuntimeError) as caught:
-        together(lambda: figures(device, cells, 99, noted=noted))
+        together(lambda: figures(device, cells, 99, unread=unread))
     assert caught.value is broken
     assert [each.wait()[0] for each in theirs] == list(range(32))
     assert free_cells(cells) == 32
@@ -226,10 +231,10 @@ def test_cells_are_shared_by_threads(fake, together, monkeypatch, order) -> None
     cells = Cells(device, 32)
 
     def work(seed: int) -> None:
-        noted = Noted(15)
-        asked = [figures(device, cells, seed + turn, noted=noted) for turn in range(30)]
+        unread = UnreadFigures(15)
+        asked = [figures(device, cells, seed + turn, unread=unread) for turn in range(30)]
         assert [each.wait()[0] for each in asked] == list(range(seed, seed + 30))
-        noted.clear()
+        unread.clear()
 
     together(*(lambda seed=seed: work(seed) for seed in (0, 50, 100, 150)))
     assert free_cells(cells) == 32
@@ -242,22 +247,22 @@ def test_cells_are_shared_by_threads(fake, together, monkeypatch, order) -> None
 def test_at_most_so_many_are_left_unread_and_none_is_lost(fake, order) -> None:
     cupy = fake(order)
     device = CudaDevice(cupy, 0)
-    cells, noted = Cells(device, 32), Noted(3)
+    cells, unread = Cells(device, 32), UnreadFigures(3)
     asked = []
     for value in range(50):
-        asked.append(figures(device, cells, value, noted=noted))
+        asked.append(figures(device, cells, value, unread=unread))
         assert free_cells(cells) == 32 - min(value + 1, 3)
     assert [each.wait() for each in asked] == [[value] * 4 for value in range(50)]
     assert (free_cells(cells), cupy.allocations) == (32, 1)
-    noted.clear()
+    unread.clear()
     assert free_cells(cells) == 32, "what was read is not given back again"
 
 
 def test_what_nobody_waits_for_gives_its_cells_back_when_all_is_read(fake) -> None:
     device = CudaDevice(fake(), 0)
-    cells, noted = Cells(device, 32), Noted(20)
+    cells, unread = Cells(device, 32), UnreadFigures(20)
     for value in range(10):
-        figures(device, cells, value, noted=noted)
+        figures(device, cells, value, unread=unread)
     assert free_cells(cells) == 22
-    noted.clear()
+    unread.clear()
     assert free_cells(cells) == 32

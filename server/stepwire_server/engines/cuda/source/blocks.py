@@ -1,7 +1,7 @@
 """How warps go through blocks of 256 elements in 8 bits, and the kernels that convert them.
 
-A lane holds eight elements of its warp's block in registers, two groups of four neighbours, so that a warp moves whole
-lines of memory; the largest of the block is found by shuffles. So nothing waits for other warps, but for the tables.
+A lane holds eight elements of its warp's block in registers: two groups of four neighbours. So a warp moves whole lines
+of memory. Shuffles find the largest of the block, so that a warp waits for others with the tables alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepwire_server.engines.int8_moments import BLOCK
 
 __all__ = ["BlockPass", "block_kernel", "block_kernels", "encoded"]
 
-# The shorter last block has elements of nobody: they are loaded as zeros, count as zeros, and are not stored.
+# Past the end of the shorter last block there are no elements. Zeros stand in for them, and are not stored.
 _GROUPS: Final = """\
 __device__ __forceinline__ int place(int k) { return 128 * (k / 4) + 4 * (int)(threadIdx.x % 32) + k % 4; }
 
@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_group(Blocks from, float *to, int group, in
 }
 """
 
-# What waits for the maximum stays in registers until both groups are done, and nothing else does: with both groups
+# Elements that wait for the maximum stay in registers until both groups are done, and no others do. With both groups
 # loaded first, kernels with many arrays spilled.
 _BLOCKWISE = """{element}
 extern "C" __global__ void __launch_bounds__({threads}, 3) {name}({parameters}) {{
@@ -126,17 +126,17 @@ extern "C" __global__ void __launch_bounds__({threads}, 3) {name}({parameters}) 
 
 
 class BlockPass(NamedTuple):
-    """What a kernel does to a block of 256 elements; each lane of a warp has two groups of four.
+    """The work of a kernel on a block of 256 elements; each lane of a warp has two groups of four.
 
     Attributes:
-        arrays: what it goes through, of which each starts at a block.
-        tables: names of those it reads.
-        group: statements for each `group`, besides loading and storing `<variable>s`, four elements an array.
-        kept: declarations of what goes from the groups to the closing.
-        closing: statements after both groups; `block` is the number of the block.
-        coded: arrays of codes, which the closing stores.
-        before: statements before everything.
-        after: statements after everything, which all threads reach.
+        arrays: the arrays that the kernel goes through, of which each starts at a block.
+        tables: the names of the tables that the kernel reads.
+        group: the statements for each `group`, besides loading and storing `<variable>s`, four elements an array.
+        kept: the declarations of the values that go from the groups to the closing.
+        closing: the statements after both groups; `block` is the number of the block.
+        coded: the arrays of codes, which the closing stores.
+        before: the statements before everything.
+        after: the statements after everything, which all threads reach.
     """
 
     arrays: Sequence[Array]
@@ -153,9 +153,9 @@ def block_kernel(kernel: Kernel, parameters: Sequence[str], work: BlockPass) -> 
     """Write a kernel whose warps go through blocks of 256 elements, the last perhaps shorter.
 
     Args:
-        kernel: its name and functions; as its text, functions in CUDA C.
-        parameters: declarations, among them those of `tables` and `size`.
-        work: what it does to a block.
+        kernel: the name and the functions of the kernel; its text is functions in CUDA C.
+        parameters: the declarations of the parameters, among them `tables` and `size`.
+        work: the work on a block.
     """
     read = [array for array in [*work.arrays, *work.coded] if array.read]
     registers = [f"{array.kind} {array.variable}s[4];" for array in dict.fromkeys([*work.arrays, *read])]
@@ -188,10 +188,10 @@ def encoded(sign: str, values: str, largest: str, codes: str, absmax: str) -> st
 def block_kernels() -> list[Kernel]:
     """Write the conversions of blocks of 256 elements, the last perhaps shorter, to 8 bits and back; signed and not.
 
-    `decode_signed_blocks(codes, absmax, values, tables, size)`, `encode_signed_blocks(values, codes, absmax, tables,
-    size)`, which finds the absmax, and `encode_signed_with(values, scale, codes, absmax, tables, size)`, which takes it
-    from the scale of a block's first element as `BlockSlot.replace` does; `unsigned` likewise. Tables are those of
-    `eight_bit_tables`, values, scale and absmax float32, codes uint8, and the size is int64.
+    `decode_signed_blocks(codes, absmax, values, tables, size)` decodes. `encode_signed_blocks(values, codes, absmax,
+    tables, size)` finds the absmax. `encode_signed_with(values, scale, codes, absmax, tables, size)` reads it from the
+    scale of a block's first element, as `BlockSlot.replace` does; `unsigned` likewise. Tables are those of
+    `eight_bit_tables`. Values, scale and absmax are float32, codes are uint8, and the size is int64.
     """
     kernels = []
     for sign in ("signed", "unsigned"):

@@ -1,12 +1,12 @@
-"""The code of `dynamic_code` in CUDA C, and its tables as shared memory holds them.
+"""The code of `int8_moments` in CUDA C, and its tables as shared memory holds them.
 
-Its full tables would not fit there, but all magnitudes below the smallest boundary between codes have the code of zero,
-and all above the largest one the last code: a magnitude is clamped to those ends, and of the steps only the cells in
-between are kept, for the signed code those of positive keys and then, turned round, those of negative ones. With them
-every one of the 2³² patterns was given the code that the full tables give it.
+The full tables would not fit there. But all magnitudes below the smallest boundary between codes have the code of zero,
+and all above the largest one the last code. So a magnitude is clamped to those ends, and the tables hold the cells in
+between alone. The table of the signed code has the cells of positive keys and then, turned round, those of negative
+ones. With these tables each of the 2³² patterns had the code of the full tables.
 
-The sign is taken from the value and not from its product with the scale: a processor keeps the sign of a NaN, which a
-GPU drops.
+The sign is that of the value and not of its product with the scale: the product of a NaN keeps its sign on a processor
+and not on a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PARTS: Final[dict[str, HostArray]] = {
 
 
 def eight_bit_tables() -> HostArray:
-    """Return what kernels take as `tables`, `(n,) uint32`: both maps as patterns, and the steps between their ends."""
+    """Return the argument `tables` of kernels, `(n,) uint32`: both maps as patterns, and the steps between the ends."""
     return np.concatenate(list(_PARTS.values()))
 
 
@@ -56,8 +56,8 @@ def shared_tables(names: Iterable[str]) -> list[str]:
     return [*lines, "__syncthreads();"]
 
 
-# All functions are those of `dynamic_code`, but for `largest_given`: what stands for the largest magnitude of a block
-# whose maximum is given, as `BlockSlot.replace` takes it.
+# All functions but `largest_given` are those of `int8_moments`. `largest_given` stands for the largest magnitude of a
+# block with a given maximum, as in `BlockSlot.replace`.
 DYNAMIC_CODE: Final = (
     f"""\
 enum : unsigned int {{

@@ -80,12 +80,12 @@ def joined(lines: Iterable[str], indent: int) -> str:
     return ("\n" + " " * indent).join(lines)
 
 
-# `load_rows` gives a thread four neighbours of each of some rows of `LANES` elements, as the lanes of a sum lie; `left`
-# counts the elements from `from` on. Loads that do not wait for one another stand together, and the paths for short
-# and for unaligned rows apart, so that all of a thread's loads are under way before the first is used.
+# `load_rows` gives a thread four neighbours of each of some rows of `LANES` elements, as the lanes of a sum lie. `left`
+# counts the elements from `from` on. Loads that do not wait for one another stand together, apart from the paths for
+# short and for unaligned rows. So all loads of a thread are under way before the first is used.
 #
-# `fold_lanes` adds the lanes of a block of threads in the order of `numba_source`: lane j of 1024 into lane j mod 32,
-# and the 32 in order. All threads call it; its first barrier keeps the calls of one kernel apart.
+# `fold_lanes` adds the lanes of a block of threads in the order of `numba_source`. Lane j of 1024 goes into lane j mod
+# 32, and the 32 are added in order. All threads call it; its first barrier keeps the calls of one kernel apart.
 MEMORY: Final = """\
 template <class T> struct Four;
 template <> struct Four<float> { typedef float4 type; };
@@ -149,8 +149,8 @@ __device__ __forceinline__ void fold_lanes(const double *totals, double *lanes, 
 """.replace("LANES", str(LANES))
 
 # `stepwire.wire.int8_blocks` in CUDA C. `Blocks` stands for a pointer to an element where there is none, with the same
-# functions: four neighbours whose place is a multiple of four have one word of codes and one maximum, which most of a
-# warp shares. What is loaded is decoded after all loads are under way.
+# functions. Four neighbours from a multiple of four on have one word of codes and one maximum, which is that of most of
+# a warp. Decoding begins after all loads are under way.
 BLOCKS: Final = """\
 struct Blocks {
     const signed char *first;

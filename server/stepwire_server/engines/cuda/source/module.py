@@ -1,8 +1,8 @@
 """A module of CUDA C: kernels, what they call, and how it is compiled.
 
-The text needs no header, so that NVRTC, nvcc and a C++ compiler with a small shim all take it. Compiled with
-`COMPILE_OPTIONS` (no fused multiply-add; division, square root and subnormals are IEEE by default), the kernels give
-the CPU engine's bits: `a*b + c` rounds twice on both. Memory bounds the passes either way.
+The text needs no header, so that NVRTC, nvcc and a C++ compiler with a small shim all compile it. `COMPILE_OPTIONS`
+forbid a fused multiply-add; division, square root and subnormals are IEEE by default. So the kernels give the CPU
+engine's bits: `a*b + c` rounds twice on both. Memory bounds the passes either way.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Kernel(NamedTuple):
     """One kernel of a module.
 
     Attributes:
-        name: of its entry point.
-        text: CUDA C that needs the functions, the preludes, and those that every module begins with.
-        functions: Python functions that it calls, each after those it calls.
-        preludes: further CUDA C that stands once in a module, whichever of its kernels need it.
+        name: the name of the entry point.
+        text: the kernel in CUDA C, which needs the functions, the preludes, and those of every module.
+        functions: the Python functions that the kernel calls, each after those it calls.
+        preludes: further CUDA C that stands once in a module.
     """
 
     name: str

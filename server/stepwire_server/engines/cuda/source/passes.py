@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from stepwire_server.engines.cpu.threads import GRAIN
 from stepwire_server.engines.cuda.source.memory import BLOCKS, LANES, Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.prelude import THREADS
+from stepwire_server.engines.protocol import GRAIN
 
 __all__ = [
+    "FlatPass",
+    "SummingPass",
     "element_call",
     "element_function",
     "flat_kernel",
@@ -21,11 +24,12 @@ __all__ = [
     "summing_kernel",
 ]
 
-# Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency;
-# three of those that measure, which spilled otherwise.
+# Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency.
+# Of kernels that measure, which spilled otherwise, three blocks stay there.
 #
-# What happens to an element is a function of its own, so that it is written once for both loops. The second one takes
-# what no vector holds: the head, up to where all arrays are aligned, and the tail; everything where they never are.
+# The work on an element is a function of its own, so that it is written once for both loops. The second loop works on
+# the elements outside vectors: the head, up to the first place where all arrays are aligned, and the tail. Without such
+# a place it works on all of them.
 _FLAT = """{element}
 extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({parameters}) {{
     const long long stride = (long long)gridDim.x * blockDim.x;
@@ -43,8 +47,8 @@ extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({para
 }}
 """
 
-# The order of additions is that of `numba_source`: element i of a block of `GRAIN` goes into lane i mod 1024, and the
-# lanes are folded; a block of threads makes one such sum after another. Accumulating in double is the contract of
+# The order of additions is that of `numba_source`. Element i of a block of `GRAIN` goes into lane i mod 1024, and then
+# the lanes are folded. A block of threads makes one such sum after another. Accumulating in double is the contract of
 # `sum_of_squares`. The square of a float is exact in double, so that the fused operation gives the bits of two.
 _SUMS = """
 extern "C" __global__ void __launch_bounds__({threads}, 4) {name}({parameters}) {{
@@ -70,29 +74,57 @@ extern "C" __global__ void __launch_bounds__({threads}, 4) {name}({parameters}) 
 """
 
 
-def flat_kernel(
-    name: str,
-    arrays: Sequence[Array],
-    body: Iterable[str],
-    numbers: Sequence[str] = (),
-    functions: tuple[types.FunctionType, ...] = (),
-    sums: Sequence[str] = (),
-    finds_head: bool = False,
-) -> Kernel:
+class FlatPass(NamedTuple):
+    """The work of a kernel that does the same to each element.
+
+    Attributes:
+        arrays: the arrays that the kernel goes through.
+        body: the statements that turn the variables of the arrays read into those of the arrays written.
+        numbers: the declarations of the numbers that the body needs.
+        functions: the functions that the body calls.
+        sums: the float32 variables that the body adds to.
+        finds_head: the kernel uses vectors where all arrays are aligned as they are, and is told no head.
+    """
+
+    arrays: Sequence[Array]
+    body: Iterable[str]
+    numbers: Sequence[str] = ()
+    functions: tuple[types.FunctionType, ...] = ()
+    sums: Sequence[str] = ()
+    finds_head: bool = False
+
+
+class SummingPass(NamedTuple):
+    """The work of a kernel that sums squares.
+
+    Attributes:
+        arrays: the arrays that the kernel goes through.
+        body: the statements that make the variables of element k, at `at`, of the elements read: `<variable>s[k]`.
+        squared: the variables.
+        numbers: the declarations of the numbers that the body needs.
+        functions: the functions that the body calls.
+        pointers: the declarations of the pointers; None for the arrays and `partials`.
+        before: the statements before everything.
+        rows: the number of rows of lanes whose loads are under way at once.
+    """
+
+    arrays: Sequence[Array]
+    body: Sequence[str]
+    squared: Sequence[str]
+    numbers: Sequence[str]
+    functions: tuple[types.FunctionType, ...]
+    pointers: Sequence[str] | None = None
+    before: Sequence[str] = ()
+    rows: int = 4
+
+
+def flat_kernel(name: str, work: FlatPass) -> Kernel:
     """Write a kernel that does the same to each element, four at a time where they are aligned.
 
-    Its parameters are the arrays, where there are sums a pointer to those of each block of threads, the size, the
-    head, the places of arrays in blocks, and the numbers.
-
-    Args:
-        name: of the kernel.
-        arrays: what it goes through.
-        body: statements that turn the variables of what is read into those of what is written.
-        numbers: declarations of what else the body needs.
-        functions: what the body calls.
-        sums: variables of float32 that it adds to.
-        finds_head: instead of being told the head, use vectors where all arrays are aligned as they are.
+    Its parameters are the arrays, the sums, the size, the head, the places of arrays in blocks, and the numbers. The
+    sums are a pointer to those of each block of threads, where there are any.
     """
+    arrays, body, numbers, functions, sums, finds_head = work
     before = openings(arrays)
     before += [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
     before += ["const long long vectors = (size - head) / 4;", *(f"float {total} = 0.0f;" for total in sums)]
@@ -113,33 +145,13 @@ def flat_kernel(
     return Kernel(name, text, functions, preludes(arrays))
 
 
-def summing_kernel(
-    name: str,
-    arrays: Sequence[Array],
-    body: Sequence[str],
-    squared: Sequence[str],
-    numbers: Sequence[str],
-    functions: tuple[types.FunctionType, ...],
-    pointers: Sequence[str] | None = None,
-    before: Sequence[str] = (),
-    rows: int = 4,
-) -> Kernel:
+def summing_kernel(name: str, work: SummingPass) -> Kernel:
     """Write a kernel that sums the squares of variables over each `GRAIN` elements, in a fixed order.
 
-    Its parameters are the pointers, the size, the places of arrays in blocks and the numbers; `partials`, one of the
-    pointers, takes the sums of the first variable for each block of elements, then those of the next.
-
-    Args:
-        name: of the kernel.
-        arrays: what it goes through.
-        body: statements that make the variables of element k, which lies at `at`, of what is read: `<variable>s[k]`.
-        squared: the variables.
-        numbers: declarations of what else the body needs.
-        functions: what the body calls.
-        pointers: declarations; None for the arrays and `partials`.
-        before: statements before everything.
-        rows: rows of lanes whose loads are under way at once.
+    Its parameters are the pointers, the size, the places of arrays in blocks and the numbers. `partials`, one of the
+    pointers, gets the sums of the first variable for each block of elements, then those of the next.
     """
+    arrays, body, squared, numbers, functions, pointers, before, rows = work
     pointers = [*(array.pointer for array in arrays), "double *__restrict__ partials"] if pointers is None else pointers
     loads = [f"{array.kind} {array.variable}s[{4 * rows}];" for array in arrays]
     loads += [

@@ -12,8 +12,8 @@ __all__ = ["PRELUDE", "THREADS"]
 THREADS: Final = 256
 """Threads of a block; a power of two."""
 
-# NumPy's choices keep a NaN of either side. Of two zeros the first counts, as in Numba and in NumPy's scalar loops (its
-# vector loops take the second); sign(−0) is 0, as in NumPy. No state that steps have made depends on either.
+# NumPy's choices keep a NaN of either side. Of two zeros the first counts, as in Numba and in NumPy's scalar loops.
+# NumPy's vector loops choose the second. sign(−0) is 0, as in NumPy. No state that steps have made depends on either.
 #
 # `sum_block` is for telemetry, whose order of additions is free. All threads of a block call it, and the first of them
 # stores; its first barrier keeps the calls of one kernel apart.

@@ -1,13 +1,14 @@
 """Python functions of the subset that `Rule.update` allows, printed as CUDA C.
 
-A function that returns one value becomes one that returns a float; one that returns a tuple, of one element even,
-stores its results through references that follow its arguments. Every operation is parenthesised, so that C evaluates
-in the order of Python.
+A function that returns one value becomes one that returns a float. A function that returns a tuple, even of one
+element, stores its results through references that follow its arguments. Every operation is parenthesised, so that C
+evaluates in the order of Python.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -100,6 +101,7 @@ class _Printer:
         return SyntaxError(f"{self._name}: {ast.unparse(node)!r} is outside the subset that Rule.update allows")
 
 
+@functools.cache
 def _definition(function: object) -> ast.FunctionDef:
     assert isinstance(function, types.FunctionType)
     definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]

@@ -8,6 +8,8 @@ from stepwire_server.engines.cuda.source.dynamic_code import DYNAMIC_CODE, share
 from stepwire_server.engines.cuda.source.memory import STORED, Array, decoder, gradient_array
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import (
+    FlatPass,
+    SummingPass,
     element_call,
     element_function,
     flat_kernel,
@@ -25,17 +27,24 @@ _TABLES = "const unsigned int *__restrict__ tables"
 
 
 def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
-    """Write the fused kernel of a recipe, a gradient's dtype and a reply's (None: no answer).
+    """Write the fused kernel of a recipe, a gradient's dtype and a reply's; None stands for no reply.
 
-    It takes pointers to the parameters, the recipe's slots, the gradient and, where there is one, the answer, each at
-    the first element of the range; for a recipe that measures, to the float32 sums of each block of threads, one row
-    a sum. A slot in 8 bits has two pointers, to codes and to maxima, and the range starts at a block; the tables of
-    `eight_bit_tables` follow the sums. Then come the size as int64; as int64 the head, the elements before the first
-    that is aligned in all arrays, at most 3, or the size where there is none (8 bits: of no effect); a seed as uint32
-    for each slot held as bfloat16; and the recipe's scalars as float32.
+    The kernel's arguments are, in order:
 
-    A gradient in blocks ("int8") has a pointer to the code of the first element; the place of that element in its block
-    follows the head as int64. Blocks start at multiples of four bytes.
+    - pointers to the parameters, the recipe's slots, the gradient and the reply, each at the first element of the range
+    - a pointer to the float32 sums of each block of threads, one row a sum, where the recipe measures
+    - for 8 bits, the tables of `eight_bit_tables`
+    - the size as int64
+    - the head as int64; of no effect for 8 bits
+    - for a gradient in blocks, the place of the first element in its block as int64
+    - a seed as uint32 for each slot held as bfloat16
+    - the recipe's scalars as float32
+
+    A slot in 8 bits has two pointers, to codes and to maxima, and the range then starts at a block. The head is the
+    number of elements before the first that is aligned in all arrays, at most 3, or the size without such an element.
+
+    The pointer of a gradient in blocks ("int8") is that of the first element's code; blocks start at multiples of four
+    bytes.
     """
     name = f"{recipe.name}_{gradient}_to_{reply or 'nothing'}"
     functions = tuple(functions_of_stages(recipe.stages))
@@ -44,15 +53,21 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     arrays = _element_arrays(recipe, gradient, reply)
     numbers = [f"unsigned int seed_{variable}" for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
     numbers += [f"float {scalar}" for scalar in recipe.scalars]
-    return flat_kernel(name, arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe))
+    work = FlatPass(arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe))
+    return flat_kernel(name, work)
 
 
 def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
     """Write the kernel that squares the parameters and a layerwise rule's direction.
 
-    It takes pointers to the parameters, `measured_slots`, the gradient and the float64 sums of each `GRAIN` elements,
-    first all those of the parameters; for 8 bits to the tables; then the size as int64, for a gradient in blocks its
-    place, and the recipe's scalars but the last as float32. A slot in 8 bits has two pointers, as in `update_kernel`.
+    The kernel's arguments are, in order:
+
+    - pointers to the parameters, `measured_slots` and the gradient; a slot in 8 bits has two, as in `update_kernel`
+    - a pointer to the float64 sums of each `GRAIN` elements, first all those of the parameters
+    - for 8 bits, the tables of `eight_bit_tables`
+    - the size as int64
+    - for a gradient in blocks, the place of the first element in its block as int64
+    - the recipe's scalars but the last as float32
     """
     slots, body = measured_slots(recipe), [f"float p = ps[k], u, g = {decoder(gradient)}(gradients[k]);"]
     arrays, pointers = [Array("p", "float")], ["const float *__restrict__ p_all"]
@@ -64,8 +79,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
     arrays.append(gradient_array(gradient))
     pointers += [arrays[-1].pointer, "double *__restrict__ partials"]
     tables = sorted({f"{_sign(slot)}_map" for slot in slots if _in_blocks(recipe, slot)})
-    kernel = summing_kernel(
-        f"measure_{recipe.name}_{gradient}",
+    work = SummingPass(
         arrays,
         [*body, *map(print_call, recipe.direction_stages)],
         ("p", "u"),
@@ -75,6 +89,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
         shared_tables(tables) if tables else (),
         rows=1,
     )
+    kernel = summing_kernel(f"measure_{recipe.name}_{gradient}", work)
     return kernel._replace(preludes=(*kernel.preludes, DYNAMIC_CODE)) if tables else kernel
 
 
