@@ -21,7 +21,8 @@ __all__ = [
     "ServerInfo",
     "SessionConfig",
     "SessionInfo",
-    "SessionState",
+    "SessionStatistics",
+    "Snapshot",
     "StepResult",
     "TransportChoice",
 ]
@@ -168,21 +169,44 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class SessionState:
+class Snapshot:
     """The whole optimizer state of a session as of one step, in float32.
 
     Attributes:
         step: the session's applied step.
-        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. Beside an 8-bit
-            slot lies one of its blocks' maxima, such as `"exp_avg_scale"`.
-        tensor_steps: updates each tensor has had (Adam's t), by name.
-        loss_scale: the scale and the clean steps since it last changed; None without loss scaling.
+        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. An 8-bit slot has
+            a second slot with the maxima of its blocks, such as `"exp_avg_scale"`.
+        tensor_steps: the updates that each tensor has had (Adam's t), by name.
+        loss_scale: the scale, and the clean steps since its last change; None without loss scaling.
     """
 
     step: int
     slots: dict[str, dict[str, npt.NDArray[np.float32]]]
     tensor_steps: dict[str, int]
     loss_scale: tuple[float, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """The numbers that a client knows of its session, as of one moment.
+
+    Attributes:
+        applied_step: the last step known to be applied.
+        durable_step: the last step known to survive a loss of the server.
+        attached: a stream is attached, as far as is known.
+        streams_opened: the streams opened so far; more than one after a broken connection.
+        step_in_doubt: the number of a step that failed with an unknown outcome; None without one.
+        steps_in_flight: the background steps under way or waiting.
+        background_failures: the background steps that failed.
+    """
+
+    applied_step: int
+    durable_step: int
+    attached: bool
+    streams_opened: int
+    step_in_doubt: int | None = None
+    steps_in_flight: int = 0
+    background_failures: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -37,16 +37,16 @@ def session(raw: RawClient) -> Taken:
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Taken], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Taken], stepwire.Snapshot]:
     """Read all of a session's state."""
     return lambda taken: client.session(taken[0]).state()
 
 
 @pytest.fixture
-def expected(raw: RawClient, state: Callable[[Taken], stepwire.SessionState]) -> Callable[[int], stepwire.SessionState]:
+def expected(raw: RawClient, state: Callable[[Taken], stepwire.Snapshot]) -> Callable[[int], stepwire.Snapshot]:
     """Return the state after so many steps, each sent once."""
 
-    def after(steps: int) -> stepwire.SessionState:
+    def after(steps: int) -> stepwire.Snapshot:
         created = raw.create(_SIZE)
         for step in range(1, steps + 1):
             raw.step(created.session.session_id, created.attach_token, step, gradient(step))

@@ -28,7 +28,7 @@ def gradient(step: int) -> Vector:
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Taken], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Taken], stepwire.Snapshot]:
     """Read all of a session's state."""
     return lambda taken: client.session(taken[0]).state()
 

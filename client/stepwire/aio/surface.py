@@ -21,7 +21,15 @@ from stepwire.connection.retry import Retry
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
 from stepwire.optimizers.schedules import Schedule
-from stepwire.results import ServerInfo, SessionConfig, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.results import (
+    ServerInfo,
+    SessionConfig,
+    SessionInfo,
+    SessionStatistics,
+    Snapshot,
+    StepResult,
+    TransportChoice,
+)
 from stepwire.steps.build import OnReady, Overrides, Reply
 
 __all__ = ["AsyncClient", "AsyncSession", "connect"]
@@ -42,17 +50,17 @@ class AsyncSession(SessionBase):
 
     @property
     def last_result(self) -> StepResult | None:
-        """What the last step did; None before the first."""
+        """The result of the last step; None before the first."""
         return self.blocking.last_result
 
     @property
     def transport(self) -> TransportChoice | None:
-        """Which way gradients and parameters go, and why no better one; None before the first stream is attached."""
+        """The transport in use, the least one of several shards; None before the first stream is attached."""
         return self.blocking.transport
 
     @property
     def loss_scale(self) -> float | None:
-        """What the next gradient must be multiplied by, where the session scales losses by itself; else None."""
+        """The factor for the next loss, in a session that scales losses by itself; else None."""
         return self.blocking.loss_scale
 
     @property
@@ -62,13 +70,17 @@ class AsyncSession(SessionBase):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        """The state arrays of each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
         return self.blocking.slots
 
     @property
-    def configuration(self) -> SessionConfig:
-        """What the session was created as; useful where somebody else created it."""
-        return self.blocking.configuration
+    def config(self) -> SessionConfig:
+        """The config of the session's creation; useful in a client that did not create it."""
+        return self.blocking.config
+
+    async def statistics(self) -> SessionStatistics:
+        """Return the numbers that this client knows of the session; nothing is sent."""
+        return await self._worker.run(functools.partial(self.blocking.statistics))
 
     async def step(
         self,
@@ -88,46 +100,49 @@ class AsyncSession(SessionBase):
     ) -> Tree:
         """Apply one optimizer step, exactly once, and return the new parameters.
 
-        Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
-        once however often it arrives.
+        The client mends lost connections, and repeats the step by its number until `timeout`. The server applies it
+        once however often it arrives. After an error, the same gradients with the same options are the same step: call
+        again, and the step is applied, or its first reply returned. Other gradients are the next step, once the client
+        has learnt whether the failed one was applied.
 
         Args:
             gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
-                tree of them. Frozen tensors need none; with missing_gradient "keep" any may be left out or None, and
-                stay as they are; None in the place of a branch leaves out all that is in it.
+                tree of them. Frozen tensors need none. With missing_gradient "keep" any may be left out or None, and
+                stays as it is; None in the place of a branch leaves out all tensors of the branch.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
-            loss_scale: what the gradients were multiplied by; the server divides by it first.
-            gradient_dtype: how gradients travel, "int8" included; default as created.
-            reply_dtype: how parameters travel, and the dtype of the answer; default as created.
-            reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
-                the same parameters, of which only those travel that changed, where that is less. The client holds
-                them in bfloat16 for that.
+            loss_scale: the factor of the gradients; the server divides by it first.
+            gradient_dtype: the encoding of the gradients on the wire, "int8" included; default as created.
+            reply_dtype: the encoding of the parameters on the wire, and the dtype of the reply; default as created.
+            reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
+                the same parameters, but only the changed ones travel, if that is less. The client keeps them in
+                bfloat16.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
-                thread that takes the step; again where a broken connection has the answer repeated.
-            overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
-                the time of receiving and answering together. For sessions without clipping by norm and with
-                `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
-                until it succeeds; nothing else is possible before.
-            out: arrays to write the parameters into instead of new ones; when an error is raised their content is
-                undefined. What `shared_parameters` returned stands for the same as it is after the step.
+            on_tensor: a function of the name and the new values of each tensor, called as soon as they have arrived, in
+                the thread of the step; again if a broken connection has the reply repeated.
+            overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
+                receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
+                step that fails may then be half applied: take it again with the same gradients until it succeeds;
+                nothing else is possible before.
+            out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
+                arrays of `shared_parameters` stand for the same memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, nested like `gradients`, or, where those leave tensors out, as the session's were at
-            creation; `out` if given; with reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
+            The parameters, nested like `gradients`, or as at creation if tensors are left out; `out` if given; with
+            reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
             NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
-            FencedError: another client took the session's slot.
+            FencedError: another client acquired the session's worker.
             SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
-            StepMismatchError: the session moved without this client.
+            StepMismatchError: the session moved without this client, or some shards applied another step that failed.
+            DataLossError: the server has lost a durable step, or its state.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
-        return await self._worker.take(
+        return await self._worker.step(
             functools.partial(
                 self.blocking.step,
                 gradients,
@@ -150,13 +165,15 @@ class AsyncSession(SessionBase):
     ) -> None:
         """Attach a stream now instead of at the first step.
 
+        After a step that failed, `applied_step` then tells whether it was applied.
+
         Args:
             transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
-            take_over: take the slot from whoever holds it, and fence them.
+            take_over: acquire the worker from its holder, and fence the holder.
             timeout: seconds.
 
         Raises:
-            FencedError: another client took the slot, and `take_over` is not set.
+            FencedError: another client holds the worker, and `take_over` is not set.
             UnsupportedFeatureError: the transport cannot be had.
             StepwireError: as `step`.
         """
@@ -169,39 +186,42 @@ class AsyncSession(SessionBase):
         await self._worker.run(functools.partial(self.blocking.detach))
 
     async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
+        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
-        `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
-        zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+        `step` sends these arrays as they are, without a copy. They may be written whenever no step is under way, and
+        start as zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
-        Over `cuda_ipc` they are views of device memory, which `torch.as_tensor(view, device="cuda")` and
-        `cupy.asarray(view)` take without a copy.
+        Over `cuda_ipc` they are views of device memory. `torch.as_tensor(view, device="cuda")` and `cupy.asarray(view)`
+        make arrays of them without a copy.
 
         Args:
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
         return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
 
     async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
+        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
 
-        Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
-        was loaded, or stepped with other dtypes, `overlap` or `reply="changed"`, shows after the next step without, at
-        the latest. After a broken connection they may show what was: take those that `step` returns, or ask again.
+        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
+        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
+        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
+        returns, or ask again.
 
         Over `cuda_ipc` they are views of device memory, as gradients are.
 
         Args:
-            private: arrays that may be written. What is written is this process's own and hides what the server puts
-                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
+            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
+                page, until `forget_writes`; `load` makes them the server's too.
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
         return await self._worker.run(
@@ -209,7 +229,7 @@ class AsyncSession(SessionBase):
         )
 
     async def forget_writes(self) -> None:
-        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
+        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
         await self._worker.run(functools.partial(self.blocking.forget_writes))
 
     async def pull(
@@ -221,18 +241,19 @@ class AsyncSession(SessionBase):
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: of the answer.
+            dtype: the dtype of the returned arrays.
             timeout: seconds.
 
         Raises:
             InvalidRequestError: the session keeps no average.
+            StepMismatchError: the shards stayed at different steps.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         return await self._worker.run(
             functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
         )
 
-    async def state(self, *, timeout: float | None = None) -> SessionState:
+    async def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.
 
         Raises:
@@ -243,14 +264,16 @@ class AsyncSession(SessionBase):
     async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
+        A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
             StepwireError: as `step`.
         """
         await self._worker.run(functools.partial(self.blocking.load, parameters, timeout=timeout))
 
-    async def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
-        """Replace everything by what `state` returned, here or from another session of the same tensors.
+    async def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+        """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session.
@@ -263,10 +286,10 @@ class AsyncSession(SessionBase):
         await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server how the session stands.
+        """Ask the server for the state of the session; several servers are told of together.
 
         Raises:
-            SessionNotFoundError: it is gone.
+            SessionNotFoundError: the session is gone.
         """
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
 
@@ -280,14 +303,22 @@ class AsyncClient(ClientBase):
 
     @property
     def target(self) -> str:
-        """Where it connects to."""
+        """The target of the connection; several targets are joined by commas."""
         return self.blocking.target
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets of all connections, in order; sessions are sharded over several."""
+        return self.blocking.targets
+
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Ask the server what it is and can do.
+        """Ask the server for its properties; several servers are told of together.
+
+        Of several servers, the features are those that all serve, and limits are the least. Devices are those of all,
+        as `"host:port cuda:0"`.
 
         Raises:
-            UnavailableError: it cannot be reached.
+            UnavailableError: a server cannot be reached.
         """
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
 
@@ -395,19 +426,25 @@ class AsyncClient(ClientBase):
         )
 
     async def session(
-        self, session_id: str, *, like: Arrays | None = None, error_feedback: bool = False, timeout: float | None = None
+        self,
+        session_id: str | Sequence[str],
+        *,
+        like: Arrays | None = None,
+        error_feedback: bool = False,
+        timeout: float | None = None,
     ) -> AsyncSession:
-        """Return a session that exists; its first step or load takes the slot and fences who held it.
+        """Return a session that exists; its first step or load acquires the worker and fences the former holder.
 
         Args:
-            session_id: which.
-            like: parameters, or anything else that nests as they do: how `Session.pull` and the shared arrays are to
-                nest. Without, they are a flat dict of names: a server knows names, not what a client made them from.
+            session_id: the id; with shards `Session.session_id`, or the ids in it. The servers of a sharded session
+                must be those of its creation, in the same order.
+            like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
+                shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
         Raises:
-            InvalidRequestError: `like` is no container of arrays.
+            InvalidRequestError: `like` is no container of arrays, or these are not the shards of one model.
             SessionNotFoundError: it does not exist.
             UnavailableError: the server cannot be reached.
         """
@@ -422,7 +459,7 @@ class AsyncClient(ClientBase):
         )
 
     async def sessions(self, *, timeout: float | None = None) -> AsyncIterator[SessionInfo]:
-        """Yield the server's sessions, ordered by id.
+        """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
 
         Raises:
             UnavailableError: the server cannot be reached.
@@ -442,14 +479,15 @@ def connect(
     """Open a client; it connects with its first call.
 
     Args:
-        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
-            step it together (see `stepwire.ShardedClient`).
-        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+        target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
+            which step it together. A model that is too small to be cut lies on the first ones.
+        transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
-        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
+            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+        channels: connections to each target; with more than one, sessions are sharded over them as over several
+            servers.
         timeout: default seconds of a call with all its repetitions.
-        retry: how to pause between repetitions; tests pass their own clock.
+        retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.

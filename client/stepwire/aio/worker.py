@@ -47,7 +47,7 @@ class Worker:
         """
         return await self._outcome(self._submit(call))
 
-    async def take(self, step: Callable[[], _T]) -> _T:
+    async def step(self, step: Callable[[], _T]) -> _T:
         """Make a call that counts on those before it: a step.
 
         Raises:

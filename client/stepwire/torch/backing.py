@@ -11,7 +11,6 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.session import Session
-from stepwire.sharding.client import ShardedClient
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.mirror import Kept, Mirror
@@ -74,7 +73,7 @@ class Backing:
     def _check(self, parameters: Parameters) -> None:
         """Refuse options that cannot be had for these parameters, before anything is made."""
         for name in ("shared_views", "send_in_backward"):
-            if getattr(self._options, name) and isinstance(self._client, ShardedClient):
+            if getattr(self._options, name) and len(self._client.targets) > 1:
                 raise UnsupportedFeatureError(
                     f"{name}: the model is cut over several servers or channels; leave it out, or use one",
                     metadata={"field": name, "feature": f"torch_{name}"},
@@ -94,7 +93,7 @@ class Backing:
         """Use a session, which has the present values, from now on."""
         self.session, self.parameters = session, parameters
         parameters.follow()
-        configuration = session.configuration
+        configuration = session.config
         self._structure = self._family.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
@@ -195,6 +194,8 @@ class Backing:
         """Return what a step would say now; None where it is not sent in messages, or parameters must be sent first."""
         choice = self.session.transport
         if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+            return None
+        if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
             return None
         return self.overrides(self._groups), self._loss_scale
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
+from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Family, Group
@@ -81,7 +81,7 @@ class Mirror:
         """Offer no masters any more: after a step they are those of another time."""
         self._offered = {}
 
-    def state(self) -> SessionState:
+    def state(self) -> Snapshot:
         """Return the session's state.
 
         Raises:
@@ -107,7 +107,7 @@ class Mirror:
 
     def loadable(
         self, session: Session, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]
-    ) -> SessionState:
+    ) -> Snapshot:
         """Return what a session is to hold, this one or its successor: torch's state, and the model's values.
 
         Raises:
@@ -126,9 +126,9 @@ class Mirror:
             slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
         self.offer(kept)
         slots[PARAM] = self._values()
-        return SessionState(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+        return Snapshot(step=self._session.applied_step, slots=slots, tensor_steps=steps)
 
-    def carried(self, fresh: SessionState, parameters: Parameters) -> SessionState:
+    def carried(self, fresh: Snapshot, parameters: Parameters) -> Snapshot:
         """Return the state of a new session of other groups, with all that this one has of the same parameters.
 
         Args:
@@ -146,7 +146,7 @@ class Mirror:
             if slot in before.slots:
                 arrays |= {name: before.slots[slot][old] for name, old in names.items()}
         steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
-        return SessionState(step=before.step, slots=fresh.slots, tensor_steps=steps)
+        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps)
 
     def _values(self) -> Arrays:
         """Return the model's values; where offered masters, or else the session's, round to those, the masters."""

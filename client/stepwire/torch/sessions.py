@@ -63,9 +63,9 @@ def find_session(
     session = client.session(session_id, error_feedback=options.error_feedback)
     difference = (
         _of_tensors(session, parameters)
-        or _of_groups(session.configuration, parameters)
-        or _of_optimizer(session.configuration, family, groups)
-        or _of_options(session.configuration, options)
+        or _of_groups(session.config, parameters)
+        or _of_optimizer(session.config, family, groups)
+        or _of_options(session.config, options)
     )
     if difference:
         raise InvalidRequestError(

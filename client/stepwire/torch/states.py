@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
+from stepwire.results import Snapshot
 from stepwire.torch.rules import Family, Group
 from stepwire.torch.tensors import HeldTensor
 
@@ -26,7 +26,7 @@ _AGREEMENT: Final = 1e-4
 
 
 def exported(
-    state: SessionState, tensors: Sequence[HeldTensor], family: Family, groups: Mapping[str, Group]
+    state: Snapshot, tensors: Sequence[HeldTensor], family: Family, groups: Mapping[str, Group]
 ) -> list[dict[str, Any]]:
     """Return torch's state of each parameter, in order; empty where torch has none.
 
@@ -39,7 +39,7 @@ def exported(
     return [_entry(state, tensor, family, groups[tensor.name]) for tensor in tensors]
 
 
-def _entry(state: SessionState, tensor: HeldTensor, family: Family, group: Group) -> dict[str, Any]:
+def _entry(state: Snapshot, tensor: HeldTensor, family: Family, group: Group) -> dict[str, Any]:
     steps = state.tensor_steps[tensor.name]
     if not steps and not family.eager:
         return {}

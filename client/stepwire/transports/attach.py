@@ -6,13 +6,13 @@ from stepwire.arrays.packing import Packer
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream
 from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
-from stepwire.steps.shared import SharedArrays
 from stepwire.transports.available import MEMORIES
 from stepwire.transports.cuda.arrays import DeviceArrays
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
 from stepwire.transports.host.arrays import HostArrays
 from stepwire.transports.host.memory import SharedMemory, fetch
 from stepwire.transports.route import Route
+from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 

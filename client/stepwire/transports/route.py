@@ -53,7 +53,7 @@ class Router:
             asked: the transport for all sessions that ask for none of their own.
         """
         self.asked = asked
-        self._calls = calls
+        self.calls = calls
         self._lock = threading.Lock()
         self._by_path: dict[str, Calls] = {}
 
@@ -68,15 +68,15 @@ class Router:
             UnsupportedFeatureError: the transport that was asked for cannot be had; the message says why.
             UnavailableError: the server cannot be reached at all.
         """
-        on_socket = unix_path(self._calls.target) is not None
+        on_socket = unix_path(self.calls.target) is not None
         if asked == "tcp":
             if on_socket:
-                raise _cannot("tcp", f"the target {self._calls.target} has no port")
-            return Way(self._calls, "tcp", (), dict.fromkeys(TRANSPORTS[:-1], "transport 'tcp' was asked for"))
+                raise _cannot("tcp", f"the target {self.calls.target} has no port")
+            return Way(self.calls, "tcp", (), dict.fromkeys(TRANSPORTS[:-1], "transport 'tcp' was asked for"))
         if asked == "uds" and on_socket:
-            return Way(self._calls, "uds", (), dict.fromkeys(MEMORIES, "transport 'uds' was asked for"))
+            return Way(self.calls, "uds", (), dict.fromkeys(MEMORIES, "transport 'uds' was asked for"))
         info = self._ask(deadline)
-        calls, reasons = (self._calls, {}) if on_socket else self._connection(info, deadline)
+        calls, reasons = (self.calls, {}) if on_socket else self._connection(info, deadline)
         if asked == "uds" and reasons:
             raise _cannot("uds", reasons["uds"])
         memories = []
@@ -98,7 +98,7 @@ class Router:
 
     def _ask(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         try:
-            return _info(self._calls, deadline.remaining())
+            return _info(self.calls, deadline.remaining())
         except UnavailableError:
             raise
         except StepwireError:  # a server that does not answer this offers nothing beyond what it was named for
@@ -107,21 +107,21 @@ class Router:
     def _connection(self, info: pb.GetServerInfoResponse, deadline: Deadline) -> tuple[Calls, dict[str, str]]:
         """Return calls over the server's Unix socket if it answers there, else over TCP, and why."""
         if problem := socket_problem(info.local):
-            return self._calls, {"uds": problem}
+            return self.calls, {"uds": problem}
         calls = self._over(info.local.unix_socket)
         try:
             other = _info(calls, min(_TEST_SECONDS, deadline.remaining()))
         except StepwireError as failed:
-            return self._calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
+            return self.calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
         if not info.instance_id or other.instance_id != info.instance_id:
-            return self._calls, {"uds": f"another server answers on the socket {info.local.unix_socket}"}
+            return self.calls, {"uds": f"another server answers on the socket {info.local.unix_socket}"}
         return calls, {}
 
     def _over(self, path: str) -> Calls:
         with self._lock:
             if path not in self._by_path:
                 self._by_path[path] = Calls(
-                    unix_target(path), timeout_seconds=self._calls.timeout_seconds, retry=self._calls.retry
+                    unix_target(path), timeout_seconds=self.calls.timeout_seconds, retry=self.calls.retry
                 )
             return self._by_path[path]
 
@@ -142,6 +142,11 @@ class Route:
         self._session_id = session_id
         self._way: Way | None = None
         self._refused: dict[str, str] = {}
+
+    @property
+    def calls(self) -> Calls:
+        """Calls over the connection that the user named."""
+        return self._router.calls
 
     def way(self, deadline: Deadline) -> Way:
         """Return the way, finding it if there is none.

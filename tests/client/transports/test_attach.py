@@ -116,4 +116,4 @@ def test_the_slot_is_taken_once_however_many_streams_it_takes(
     monkeypatch.setattr(shared_memory.SharedMemory, "check", lambda self, ask: False)
     other.attach()
     assert other.step(GRADIENT)["b"].shape == (4,)
-    assert (other.applied_step, other._attachment.token) == (2, session._attachment.token + 1)
+    assert (other.applied_step, other._link.hold.token) == (2, session._link.hold.token + 1)

@@ -1,4 +1,4 @@
-"""The hold on a slot, against a server that loses answers on purpose."""
+"""The hold of a worker, against a server that loses replies on purpose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from stepwire.arrays.packing import Packer
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Deadline
 from stepwire.layout import TensorSpec, place
-from stepwire.links.remote import Attachment, StepCall
+from stepwire.links.hold import Hold
+from stepwire.steps.call import StepCall
+from stepwire.steps.description import SessionDescription
 from stepwire.transports.route import Route, Router
 from stepwire.v1 import attach_pb2, session_pb2, step_pb2, tensor_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -61,9 +63,9 @@ class Server:
             yield response.SerializeToString()
 
 
-def hold(calls: Calls, *, token: int = 7, applied_step: int = 3, chunk_bytes: int = 1 << 16) -> Attachment:
+def hold(calls: Calls, *, token: int = 7, applied_step: int = 3, chunk_bytes: int = 1 << 16) -> Hold:
     session = session_pb2.Session(session_id="s", epoch=1, applied_step=applied_step, applied_load=1)
-    return Attachment(Route(Router(calls, "tcp"), "s"), session, token, PACKER, chunk_bytes)
+    return Hold(Route(Router(calls, "tcp"), "s"), SessionDescription(session, PACKER, chunk_bytes), token)
 
 
 def call(step: int) -> StepCall:
@@ -105,9 +107,9 @@ def lose_the_answer(applied_step: int) -> Script:
 
 def test_a_step_is_begin_chunks_and_commit(scripted: Any, scripted_calls: Calls) -> None:
     server = Server(scripted, serve_steps(3))
-    attachment, step = hold(scripted_calls, chunk_bytes=8), call(4)
-    assert attachment.take_step(step, deadline()).step == 4
-    attachment.detach()
+    held, step = hold(scripted_calls, chunk_bytes=8), call(4)
+    assert held.step(step, deadline()).step == 4
+    held.detach()
     _, *sent = server.received[0]
     assert [(frame.HasField("begin"), frame.chunk.offset, frame.HasField("commit")) for frame in sent] == [
         (True, 0, False),
@@ -116,57 +118,57 @@ def test_a_step_is_begin_chunks_and_commit(scripted: Any, scripted_calls: Calls)
     ]
     assert [np.frombuffer(frame.payload, np.float32).tolist() for frame in sent] == [[0, 1], [2, 3], [4]]
     assert step.targets[0].tolist() == [4] * 5
-    assert attachment.applied_step == 4
+    assert held.applied_step == 4
 
 
 def test_a_step_whose_answer_was_lost_is_asked_for_without_its_gradient(scripted: Any, scripted_calls: Calls) -> None:
     server = Server(scripted, lose_the_answer(3), serve_steps(4))
-    attachment, step = hold(scripted_calls), call(4)
+    held, step = hold(scripted_calls), call(4)
     with pytest.raises(stepwire.UnavailableError):
-        attachment.take_step(step, deadline())
-    assert attachment.applied_step == 3
-    assert attachment.take_step(step, deadline()).step == 4
-    attachment.detach()
+        held.step(step, deadline())
+    assert held.applied_step == 3
+    assert held.step(step, deadline()).step == 4
+    held.detach()
     assert server.received[1][0].open == OPENING
     assert server.received[1][1:] == [pb.AttachRequest(begin=step.begin, commit=step_pb2.StepCommit())]
-    assert (attachment.applied_step, step.targets[0].tolist()) == (4, [4] * 5)
+    assert (held.applied_step, step.targets[0].tolist()) == (4, [4] * 5)
 
 
 def test_a_step_that_was_not_applied_is_sent_again_whole(scripted: Any, scripted_calls: Calls) -> None:
     server = Server(scripted, lose_the_answer(3), serve_steps(3))
-    attachment, step = hold(scripted_calls), call(4)
+    held, step = hold(scripted_calls), call(4)
     with pytest.raises(stepwire.UnavailableError):
-        attachment.take_step(step, deadline())
-    attachment.take_step(step, deadline())
-    attachment.detach()
+        held.step(step, deadline())
+    held.step(step, deadline())
+    held.detach()
     assert server.received[1][1:] == server.received[0][1:]
 
 
 @pytest.mark.parametrize("applied", [0, 2, 5, 9])
 def test_a_session_that_moved_on_its_own_is_not_stepped(scripted: Any, scripted_calls: Calls, applied: int) -> None:
     server = Server(scripted, serve_steps(applied))
-    attachment = hold(scripted_calls)
+    held = hold(scripted_calls)
     with pytest.raises(stepwire.StepMismatchError) as refused:
-        attachment.take_step(call(4), deadline())
+        held.step(call(4), deadline())
     assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": "4"}
     assert len(server.received[0]) == 1
 
 
-def test_who_takes_the_slot_learns_where_the_session_is(scripted: Any, scripted_calls: Calls) -> None:
+def test_a_client_that_acquires_the_worker_learns_where_the_session_is(scripted: Any, scripted_calls: Calls) -> None:
     server = Server(scripted, serve_steps(12))
-    attachment = hold(scripted_calls, token=0, applied_step=3)
-    attachment.attach(deadline())
-    attachment.detach()
+    held = hold(scripted_calls, token=0, applied_step=3)
+    held.attach(deadline())
+    held.detach()
     assert server.received[0][0].open.attach_token == 0
-    assert (attachment.token, attachment.applied_step, attachment.applied_load) == (7, 12, 1)
+    assert (held.token, held.applied_step, held.applied_load) == (7, 12, 1)
 
 
 def test_attaching_twice_keeps_the_stream(scripted: Any, scripted_calls: Calls) -> None:
     server = Server(scripted, serve_steps(3))
-    attachment = hold(scripted_calls)
-    assert attachment.attach(deadline()) is attachment.attach(deadline())
-    attachment.detach()
-    attachment.detach()
+    held = hold(scripted_calls)
+    assert held.attach(deadline()) is held.attach(deadline())
+    held.detach()
+    held.detach()
     assert len(server.received) == 1
 
 
@@ -178,7 +180,7 @@ def test_an_answer_with_a_hole_is_no_answer(scripted: Any, scripted_calls: Calls
         yield answer(4, elements=3)
 
     Server(scripted, holed)
-    attachment = hold(scripted_calls)
-    with pytest.raises(stepwire.UnavailableError, match="the answer to step 4 lacks 2 elements"):
-        attachment.take_step(call(4), deadline())
-    assert attachment.applied_step == 3
+    held = hold(scripted_calls)
+    with pytest.raises(stepwire.UnavailableError, match="the reply to step 4 lacks 2 elements"):
+        held.step(call(4), deadline())
+    assert held.applied_step == 3
