@@ -3,41 +3,48 @@
 A JAX program knows its session by the id in its state, which is data: it goes through `jit`, into checkpoints and back.
 What belongs to the id, the session itself and its connection, is found here.
 
-Numbers make a step happen once. A state says how many steps it has seen; the session knows how many it has taken, and
-the server again. JAX may run a callback twice, and a program may use a state twice; then the step with this number was
-taken before. If it was with the same gradient, its outcome is given again. If not, the two cannot both be step n, and
-the program is told. What the gradient was is known by a fingerprint, the sum of each tensor's bits: a pass at the speed
-of memory. Keeping the gradient would cost its memory, and a cryptographic hash several times the pass.
+Numbers make a step happen once. A state says how many steps it has seen; the session knows how many it has applied, and
+so does the server. JAX may run a callback twice, and a program may use a state twice. Then the step of this number was
+applied before. With the same gradient its outcome is given again. With another gradient both cannot be step n, and the
+program gets an error. The fingerprint of `stepwire.steps.doubt` tells gradients apart. A large gradient is
+fingerprinted while its step is under way, so that the step does not wait for the fingerprint.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.optax.connection import Connection
 from stepwire.session import Session
+from stepwire.steps.doubt import Fingerprint, fingerprint_of_arrays
 
-__all__ = ["Held", "adopt", "client", "fingerprint", "held", "is_held", "known", "let_go"]
+__all__ = ["Held", "adopt", "client", "held", "is_held", "known", "let_go"]
 
-Fingerprint = tuple[Any, ...]
+_LARGE_BYTES: Final = 1 << 20
 
 
-class _Taken(NamedTuple):
-    """The last step that was sent."""
+class _Step(NamedTuple):
+    """The last step that was sent.
+
+    Attributes:
+        step: its number.
+        fingerprint: the fingerprint of its gradient.
+        lr: its learning rate.
+    """
 
     step: int
-    gradient: Fingerprint
+    fingerprint: Fingerprint
+    lr: float | None
 
 
 class Held:
-    """A session and what its last step was. Thread-safe.
+    """A session and its last step. Thread-safe.
 
     Attributes:
         session: the session, attached.
@@ -49,49 +56,68 @@ class Held:
         session.attach()
         self.session = session
         self.names = tuple(names)
-        self._taken: _Taken | None = None
+        self._last: _Step | None = None
         self._lock = threading.Lock()
 
-    def take(
+    def step(
         self, count: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
     ) -> list[npt.NDArray[Any]]:
-        """Take the step after `count`, or give the outcome of that step again; return the parameters.
+        """Apply the step after `count`, or give the outcome of that step again; return the parameters.
 
         Raises:
-            StepMismatchError: the state is not the one that the session's next step follows on.
+            StepMismatchError: the session's next step does not follow on the state.
             StepwireError: as `Session.step`.
         """
         with self._lock:
             step, applied = count + 1, self.session.applied_step
-            this = _Taken(step, fingerprint(gradients, lr))
-            if step == applied and self._taken == this:
-                return self._ordered(self.session.pull(dtype=reply_dtype))
-            if step != applied + 1:
+            if self._last is not None and self._last.step == step:
+                if (given := self._again(_Step(step, fingerprint_of_arrays(gradients), lr), reply_dtype)) is not None:
+                    return given
+            elif step != applied + 1:
                 raise self._out_of_turn(count, applied)
-            before, self._taken = self._taken, this
-            named = dict(zip(self.names, gradients, strict=True))
-            answer = self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
-            if before is not None and before.step == step and before != this:
-                self._check_taken_now(step, before)
-            return answer
+            return self._apply(step, gradients, lr, reply_dtype)
 
-    def _check_taken_now(self, step: int, before: _Taken) -> None:
-        """Refuse the outcome of a step that failed before with another gradient, and was applied after all."""
-        result = self.session.last_result
-        if result is not None and result.replayed:
-            self._taken = before
-            raise StepMismatchError(
-                f"step {step} failed without an answer, and was taken again with another gradient; it turned out that "
-                "it had been applied with the first. Go on from there: "
-                "`params, state = tx.resume(session_id, params)`",
-                metadata={"actual_step": step, "expected_step": step + 1},
-            )
+    def _again(self, this: _Step, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]] | None:
+        """Return the outcome of the last step for the same step; None if its number is still to be applied.
+
+        Raises:
+            StepMismatchError: the number was applied with another gradient.
+        """
+        applied = self.session.applied_step
+        if applied == this.step and self._last == this:
+            return self._ordered(self.session.pull(dtype=reply_dtype))
+        if applied != this.step - 1:
+            raise self._out_of_turn(this.step - 1, applied)
+        if self._last == this:
+            return None
+        self.session.attach()  # tells whether the step that failed was applied
+        if self.session.applied_step < this.step:
+            return None
+        raise StepMismatchError(
+            f"step {this.step} failed without a reply, and was taken again with another gradient; it turned out that "
+            "it had been applied with the first. Go on from there: `params, state = tx.resume(session_id, params)`",
+            metadata={"actual_step": this.step, "expected_step": this.step + 1},
+        )
+
+    def _apply(
+        self, step: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
+    ) -> list[npt.NDArray[Any]]:
+        named = dict(zip(self.names, gradients, strict=True))
+        if sum(gradient.nbytes for gradient in gradients) < _LARGE_BYTES:
+            self._last = _Step(step, fingerprint_of_arrays(gradients), lr)
+            return self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
+        reply = self.session.step_async(named, lr=lr, reply_dtype=reply_dtype)
+        try:
+            self._last = _Step(step, fingerprint_of_arrays(gradients), lr)
+        finally:
+            reply.exception()  # the gradients belong to the step until it is over
+        return self._ordered(reply.result())
 
     def _ordered(self, named: Any) -> list[npt.NDArray[Any]]:
         return [named[name] for name in self.names]
 
     def _out_of_turn(self, count: int, applied: int) -> StepMismatchError:
-        if count + 1 == applied and self._taken is not None:
+        if count + 1 == applied and self._last is not None:
             what = "that step has been taken with another gradient: the same state was used for two updates"
         elif count < applied:
             what = "the state is an old one"
@@ -103,18 +129,6 @@ class Held:
             "`params, state = tx.resume(session_id, params)`",
             metadata={"expected_step": applied + 1, "actual_step": count + 1},
         )
-
-
-def fingerprint(gradients: Sequence[npt.NDArray[Any]], lr: float | None) -> Fingerprint:
-    """Return what tells two steps apart: the sums of the gradients' bits, tensor by tensor, and the learning rate."""
-    return lr, *(_sum_of_bits(gradient) for gradient in gradients)
-
-
-def _sum_of_bits(array: npt.NDArray[Any]) -> int:
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    whole = len(raw) - len(raw) % 8
-    words = raw[:whole].view(np.uint64)
-    return int(np.add.reduce(words)) + int.from_bytes(raw[whole:].tobytes(), "little")
 
 
 # --- the sessions of this process -------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class _Remote:
                 "grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}"
             )
         reply = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
-        host = functools.partial(self._take, leaves.names, reply)
+        host = functools.partial(self._step_on_host, leaves.names, reply)
         arguments = [state.session, state.count, *self._rate(state.count), *given.arrays]
         if not is_traced(jax.tree.leaves((arguments, leaves.arrays))):
             count, *answer = (jnp.asarray(array) for array in host(*map(np.asarray, arguments)))
@@ -268,7 +268,7 @@ class _Remote:
         held.adopt(session, names, self._connection)
         return self._encoded(session.session_id)
 
-    def _take(
+    def _step_on_host(
         self, names: Sequence[str], reply: np.dtype[Any], identity: Any, count: Any, *rest: Any
     ) -> list[npt.NDArray[Any]]:
         """Take the step after `count`; return its number and the parameters.
@@ -278,7 +278,7 @@ class _Remote:
         """
         rate, gradients = (float(rest[0]), rest[1:]) if _changes(self._learning_rate) else (None, rest)
         found = held.held(_decoded(identity), names, self._connection)
-        return [np.asarray(count + 1, np.int32), *found.take(int(count), gradients, rate, reply)]
+        return [np.asarray(count + 1, np.int32), *found.step(int(count), gradients, rate, reply)]
 
     def _encoded(self, session_id: str) -> npt.NDArray[np.uint8]:
         raw = session_id.encode("ascii")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
@@ -18,49 +17,14 @@ from stepwire.links.hold import Hold
 from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.route import Route, Router
-from stepwire.v1 import attach_pb2, session_pb2, step_pb2, tensor_pb2, transport_pb2
+from stepwire.v1 import attach_pb2, session_pb2, step_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32
+from tests.support.attach_scripts import Server, answer, lose_the_answer, opened, serve_steps
 
 PATIENCE_SECONDS = 30.0
 OPENING = attach_pb2.AttachOpen(session_id="s", attach_token=7, epoch=1, transport=transport_pb2.TRANSPORT_GRPC)
 PACKER = Packer(place([TensorSpec("w", (5,))], 1))
-Script = Callable[[Iterator[pb.AttachRequest]], Iterator[pb.AttachResponse]]
-
-
-def opened(applied_step: int, *, token: int = 7, load: int = 1) -> pb.AttachResponse:
-    return pb.AttachResponse(
-        opened=attach_pb2.AttachOpened(attach_token=token, epoch=1, applied_step=applied_step, applied_load=load)
-    )
-
-
-def answer(step: int, elements: int = 5) -> pb.AttachResponse:
-    return pb.AttachResponse(
-        chunk=tensor_pb2.Chunk(offset=0, count=elements),
-        payload=np.full(elements, step, np.float32).tobytes(),
-        result=step_pb2.StepResult(step=step),
-    )
-
-
-class Server:
-    """Plays one script a stream, in turn, and keeps what it was sent."""
-
-    def __init__(self, scripted: Any, *scripts: Script) -> None:
-        self.received: list[list[pb.AttachRequest]] = []
-        self._scripts = list(scripts)
-        scripted.on("Attach", self._attach)
-
-    def _attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        received: list[pb.AttachRequest] = []
-        self.received.append(received)
-
-        def requests() -> Iterator[pb.AttachRequest]:
-            for data in messages:
-                received.append(pb.AttachRequest.FromString(data))
-                yield received[-1]
-
-        for response in self._scripts.pop(0)(requests()):
-            yield response.SerializeToString()
 
 
 def hold(calls: Calls, *, token: int = 7, applied_step: int = 3, chunk_bytes: int = 1 << 16) -> Hold:
@@ -75,34 +39,6 @@ def call(step: int) -> StepCall:
 
 def deadline() -> Deadline:
     return Deadline(PATIENCE_SECONDS)
-
-
-def serve_steps(applied_step: int) -> Script:
-    """Answer every commit."""
-
-    def script(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
-        next(requests)
-        yield opened(applied_step)
-        step = 0
-        for request in requests:
-            step = request.begin.step or step
-            if request.HasField("commit"):
-                yield answer(step)
-
-    return script
-
-
-def lose_the_answer(applied_step: int) -> Script:
-    """Take one step and end the stream without a word."""
-
-    def script(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
-        next(requests)
-        yield opened(applied_step)
-        for request in requests:
-            if request.HasField("commit"):
-                return
-
-    return script
 
 
 def test_a_step_is_begin_chunks_and_commit(scripted: Any, scripted_calls: Calls) -> None:
