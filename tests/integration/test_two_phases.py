@@ -53,9 +53,9 @@ def staged(stream: RawStream, step: int = 1, gradient: Any = GRADIENT) -> step_p
     stream.send(step_message(step, gradient))
     answer = stream.receive()
     assert answer is not None
-    assert answer.HasField("staged")
+    assert answer.HasField("gradient_check")
     assert not answer.HasField("result")
-    return answer.staged
+    return answer.gradient_check
 
 
 def pulled(raw: RawClient, session_id: str) -> Any:
