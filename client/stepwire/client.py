@@ -67,7 +67,7 @@ class Client:
         return self._server.targets
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Ask the server for its properties; several servers are told of together.
+        """Ask the server, or all servers, for their properties.
 
         Of several servers, the features are those that all serve, and limits are the least. Devices are those of all,
         as `"host:port cuda:0"`.

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
-from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.snapshots import load_of, snapshot_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
 from stepwire.steps.background import BackgroundSteps
 from stepwire.steps.build import OnReady, Overrides, Reply, StepBuilder, StepOptions
@@ -143,8 +143,7 @@ class Session:
             gradient_dtype: the encoding of the gradients on the wire, "int8" included; default as created.
             reply_dtype: the encoding of the parameters on the wire, and the dtype of the reply; default as created.
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
-                the same parameters, but only the changed ones travel, if that is less. The client keeps them in
-                bfloat16.
+                the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
             on_tensor: a function of the name and the new values of each tensor, called as soon as they have arrived, in
                 the thread of the step; again if a broken connection has the reply repeated.
@@ -191,9 +190,7 @@ class Session:
         with self._link.lock:
             call, reply = self._builder.build(gradients, options)
             self._link.step(call, self._link.deadline(timeout))
-            if reply is not None:
-                return reply
-            return {} if isinstance(gradients, Mapping) else []
+            return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
         """Apply a step of nested gradients, or with a nested `out`: by the names, and back."""
@@ -266,8 +263,7 @@ class Session:
         `step` sends these arrays as they are, without a copy. They may be written whenever no step is under way, and
         start as zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
-        Over `cuda_ipc` they are views of device memory. `torch.as_tensor(view, device="cuda")` and `cupy.asarray(view)`
-        make arrays of them without a copy.
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 
         Args:
             timeout: seconds.
@@ -340,14 +336,7 @@ class Session:
         arrays = {slot: self._packer.named_room(FLOAT32) for slot in self.slots}
         targets = {slot: flat for slot, (_, flat) in arrays.items()}
         header = self._link.pull(targets, FLOAT32, self._link.deadline(timeout))
-        names = [tensor.spec.name for tensor in self._packer.layout.tensors]
-        scale = header.loss_scale
-        return Snapshot(
-            step=header.step,
-            slots={slot: named for slot, (named, _) in arrays.items()},
-            tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
-            loss_scale=(scale.scale, scale.clean_steps) if header.HasField("loss_scale") else None,
-        )
+        return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._link.description)
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
@@ -373,20 +362,14 @@ class Session:
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        if set(state.slots) != set(self.slots):
-            problem = f"has {sorted(state.slots)}, the session has {sorted(self.slots)}"
-            raise InvalidRequestError.of("state.slots", problem)
-        sources = {slot: self._packer.ordered(state.slots[slot], f"state.slots[{slot!r}]") for slot in self.slots}
-        if missing := [name for name in self.shapes if name not in state.tensor_steps]:
-            raise InvalidRequestError.of("state.tensor_steps", f"{missing[0]!r} is missing")
-        steps = [state.tensor_steps[name] for name in self.shapes]
+        load = load_of(state, self._link.description)
         with self._link.lock:
-            self._link.load(Load(sources, state.step, steps, state.loss_scale), self._link.deadline(timeout))
+            self._link.load(load, self._link.deadline(timeout))
             if state.loss_scale is not None:
                 self._loaded_scale, self._result_before_load = state.loss_scale[0], self._link.last_result
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server for the state of the session; several servers are told of together.
+        """Ask the server, or all servers of a sharded session, for the state of the session.
 
         Raises:
             SessionNotFoundError: the session is gone.

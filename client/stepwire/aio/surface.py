@@ -115,8 +115,7 @@ class AsyncSession(SessionBase):
             gradient_dtype: the encoding of the gradients on the wire, "int8" included; default as created.
             reply_dtype: the encoding of the parameters on the wire, and the dtype of the reply; default as created.
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
-                the same parameters, but only the changed ones travel, if that is less. The client keeps them in
-                bfloat16.
+                the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
             on_tensor: a function of the name and the new values of each tensor, called as soon as they have arrived, in
                 the thread of the step; again if a broken connection has the reply repeated.
@@ -191,8 +190,7 @@ class AsyncSession(SessionBase):
         `step` sends these arrays as they are, without a copy. They may be written whenever no step is under way, and
         start as zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
-        Over `cuda_ipc` they are views of device memory. `torch.as_tensor(view, device="cuda")` and `cupy.asarray(view)`
-        make arrays of them without a copy.
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 
         Args:
             timeout: seconds.
@@ -286,7 +284,7 @@ class AsyncSession(SessionBase):
         await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server for the state of the session; several servers are told of together.
+        """Ask the server, or all servers of a sharded session, for the state of the session.
 
         Raises:
             SessionNotFoundError: the session is gone.
@@ -312,7 +310,7 @@ class AsyncClient(ClientBase):
         return self.blocking.targets
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Ask the server for its properties; several servers are told of together.
+        """Ask the server, or all servers, for their properties.
 
         Of several servers, the features are those that all serve, and limits are the least. Devices are those of all,
         as `"host:port cuda:0"`.
