@@ -35,7 +35,7 @@ class Session:
     Thread-safe; steps are applied one at a time. As a context manager it ends the session on the server; `detach`
     leaves it there for another client, or for later.
 
-    A client of several targets makes sharded sessions. They give the same parameters, bit for bit. A load that fails
+    A client of several targets makes sharded sessions, which give the same parameters, bit for bit. A load that fails
     may have been committed on some servers: load again. A step that fails may have been applied on some servers: the
     same gradients again finish it, and `load_state` replaces it. `on_tensor` is called in the threads of shards.
 
@@ -136,7 +136,7 @@ class Session:
         Args:
             gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
                 tree of them. Frozen tensors need none. With missing_gradient "keep" any may be left out or None, and
-                stays as it is; None in the place of a branch leaves out all tensors of the branch.
+                stays as it is. None in the place of a branch leaves out all its tensors.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
             loss_scale: the factor of the gradients; the server divides by it first.
@@ -145,18 +145,18 @@ class Session:
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
                 the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: a function of the name and the new values of each tensor, called as soon as they have arrived, in
-                the thread of the step; again if a broken connection has the reply repeated.
+            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
+                arrival, and again if a broken connection has the reply repeated.
             overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
-                step that fails may then be half applied: take it again with the same gradients until it succeeds;
-                nothing else is possible before.
+                step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
+                else is possible before.
             out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
                 arrays of `shared_parameters` stand for the same memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, nested like `gradients`, or as at creation if tensors are left out; `out` if given; with
+            The parameters, nested like `gradients`, or as at creation if tensors are left out; or `out`, if given. With
             reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
@@ -179,7 +179,7 @@ class Session:
             reply_first=reply_first,
             on_tensor=on_tensor,
             overlap=overlap,
-            out=cast(Any, out),  # a tree is taken apart before it is built into a call
+            out=cast(Any, out),  # a tree is flattened before it is built into a call
         )
         return self.apply(gradients, options, timeout)
 
@@ -237,7 +237,7 @@ class Session:
         After a step that failed, `applied_step` then tells whether it was applied.
 
         Args:
-            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
+            transport: a transport of `stepwire.connect`, for this session from now on; None leaves it as it is.
             take_over: acquire the worker from its holder, and fence the holder.
             timeout: seconds.
 
@@ -260,8 +260,8 @@ class Session:
     def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
-        `step` sends these arrays as they are, without a copy. They may be written whenever no step is under way, and
-        start as zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
         Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 

@@ -108,7 +108,7 @@ class AsyncSession(SessionBase):
         Args:
             gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
                 tree of them. Frozen tensors need none. With missing_gradient "keep" any may be left out or None, and
-                stays as it is; None in the place of a branch leaves out all tensors of the branch.
+                stays as it is. None in the place of a branch leaves out all its tensors.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
             loss_scale: the factor of the gradients; the server divides by it first.
@@ -117,18 +117,18 @@ class AsyncSession(SessionBase):
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
                 the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: a function of the name and the new values of each tensor, called as soon as they have arrived, in
-                the thread of the step; again if a broken connection has the reply repeated.
+            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
+                arrival, and again if a broken connection has the reply repeated.
             overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
-                step that fails may then be half applied: take it again with the same gradients until it succeeds;
-                nothing else is possible before.
+                step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
+                else is possible before.
             out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
                 arrays of `shared_parameters` stand for the same memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, nested like `gradients`, or as at creation if tensors are left out; `out` if given; with
+            The parameters, nested like `gradients`, or as at creation if tensors are left out; or `out`, if given. With
             reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
@@ -167,7 +167,7 @@ class AsyncSession(SessionBase):
         After a step that failed, `applied_step` then tells whether it was applied.
 
         Args:
-            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
+            transport: a transport of `stepwire.connect`, for this session from now on; None leaves it as it is.
             take_over: acquire the worker from its holder, and fence the holder.
             timeout: seconds.
 
@@ -187,8 +187,8 @@ class AsyncSession(SessionBase):
     async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
-        `step` sends these arrays as they are, without a copy. They may be written whenever no step is under way, and
-        start as zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
         Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 
@@ -350,34 +350,35 @@ class AsyncClient(ClientBase):
         """Create an optimizer on the server and load the parameters into it.
 
         Args:
-            parameters: a dict, or a list whose names are "0", "1", …, or a tree of dicts, lists and tuples, whose
-                names are paths such as "encoder/0/w"; float32, bfloat16 or float16. Masters are float32 on the server.
+            parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
+                a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
+                paths such as "encoder/0/w".
             optimizer: default `Adam()`.
-            groups: as torch's: mappings with `"params"`, the names of a group's tensors, or of branches that stand for
-                all tensors in them, the hyper-parameters it has of its own, and, where wanted, its own `"schedule"` and
-                `"clip_grad_norm"`. Tensors in no group form one more, first, with the optimizer's values.
+            groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
+                keys are the group's own hyper-parameters, its `"schedule"` and its `"clip_grad_norm"`. Tensors in no
+                group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
-            frozen: names of tensors, or of branches, that are held and never stepped.
-            gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
-                with a common factor, a quarter of the bytes.
-            error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
-                next; eight bytes a parameter.
-            reply_dtype: how parameters come back, and their dtype.
-            state_precision: how the server holds the optimizer's moments; parameters are always float32.
-            non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
-                its number without an update (the default with loss scaling), or `"allow"`: apply it.
+            frozen: names of tensors, or of branches, that the server keeps and never steps.
+            gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
+                blocks of 256 with a common factor, a quarter of the bytes.
+            error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
+                eight bytes a parameter.
+            reply_dtype: the encoding of parameters on the wire, and their dtype.
+            state_precision: the precision of the optimizer's moments on the server; parameters are always float32.
+            non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
+                the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
-            clip_formula: whose form of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
+            clip_formula: the formula of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
             clip_grad_value: bound of each gradient element's magnitude.
             accumulation_steps: gradients summed into one update.
             loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
-            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
+            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: no step may.
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
-            telemetry: what each result tells: `"full"`, the `"gradient"`'s norms only, or `"none"`: where nothing else
-                needs the gradient's norm (as clipping by norm and any `non_finite` but "allow" do), the pass that
-                computes it is left out, and norms are 0.
-            lease_seconds: how long the session lives unused; default the server's longest.
-            device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
+            telemetry: the measurements in each result: `"full"`, the `"gradient"`'s norms only, or `"none"`. With
+                `"none"` norms are 0, and the pass that computes them is left out. Clipping by norm and any `non_finite`
+                but "allow" need that pass all the same.
+            lease_seconds: the life of the session without use; default the server's longest.
+            device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
             label: text for listings.
             request_id: makes a creation repeatable by another process; default random.
@@ -434,8 +435,8 @@ class AsyncClient(ClientBase):
         """Return a session that exists; its first step or load acquires the worker and fences the former holder.
 
         Args:
-            session_id: the id; with shards `Session.session_id`, or the ids in it. The servers of a sharded session
-                must be those of its creation, in the same order.
+            session_id: the session's id; with shards `Session.session_id`, or the ids in it. The servers of a sharded
+                session must be those of its creation, in the same order.
             like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             error_feedback: as for `create_session`; starts with nothing kept.
@@ -443,7 +444,7 @@ class AsyncClient(ClientBase):
 
         Raises:
             InvalidRequestError: `like` is no container of arrays, or these are not the shards of one model.
-            SessionNotFoundError: it does not exist.
+            SessionNotFoundError: there is no such session.
             UnavailableError: the server cannot be reached.
         """
         return self._adopt(

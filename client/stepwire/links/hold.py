@@ -149,7 +149,7 @@ class Hold:
         return result
 
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
-        """Take the numbers of the server over: they are those that the next step and load follow on."""
+        """Adopt the numbers of the server, which the next step and the next load follow on."""
         if self.token == 0:
             self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
             self.load_in_doubt = 0

@@ -1,7 +1,7 @@
 """The seam between a session and its server: a `Session` speaks through a `SessionLink`, and knows no other way.
 
 `RemoteLink` is the link to one server, and `ShardedLink` the link to the servers of a sharded session. A test may bring
-a fake. A link takes checked calls and arrays in layout order; names and trees are the session's.
+a fake. A link works on checked calls and on arrays in layout order; names and trees are the session's.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class RemoteServer(ServerLink):
         request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
         response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
         # An earlier request of this id may come from another process. Then the first step acquires the worker anew:
-        # two holders of one token would take each other's steps for their own.
+        # two holders of one token would mistake each other's steps for their own.
         token = 0 if response.replayed else response.attach_token
         return self._link(response.session, chunk_bytes, token, error_feedback)
 
@@ -123,7 +123,7 @@ class RemoteServer(ServerLink):
         return RemoteLink(route, SessionDescription.of(message, chunk_bytes), token, error_feedback=error_feedback)
 
     def _chunk_bytes(self, timeout: float | None) -> int:
-        """Return the largest chunk that the server takes, after one check that the server speaks our protocol."""
+        """Return the largest chunk that the server accepts, after one check that the server speaks our protocol."""
         if self._info is None:
             info = self.info(timeout)
             if info.protocol_min > PROTOCOL_MAX or info.protocol_max < PROTOCOL_MIN:

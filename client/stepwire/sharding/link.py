@@ -43,7 +43,7 @@ class ShardedLink(SessionLink):
     """The link to one model over several sessions.
 
     - A load that fails may have been committed on some servers: load again.
-    - A step that fails may have been applied on some servers: take it again with the same gradients, or load. If the
+    - A step that fails may have been applied on some servers: repeat it with the same gradients, or load. If the
       client ends in between, shards stay at different steps. Then `applied_step`, steps and pulls raise
       StepMismatchError, until a state is loaded into all shards.
     - `on_tensor` is called in the threads of shards, one call at a time.
@@ -161,7 +161,7 @@ class ShardedLink(SessionLink):
     # --- steps -------------------------------------------------------------------------------------------
 
     def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
-        """Apply a step on all shards, each as often as it takes, and combine their results.
+        """Apply a step on all shards, each exactly once, and combine their results.
 
         Raises:
             UnsupportedFeatureError: the gradient is still being made.
@@ -331,7 +331,7 @@ class ShardedLink(SessionLink):
 
     def _half_applied(self, step: int, steps: Sequence[int]) -> StepMismatchError:
         return StepMismatchError(
-            f"step {step} failed and was applied on some servers: {self._where(steps)}. Take it again with the same "
+            f"step {step} failed and was applied on some servers: {self._where(steps)}. Repeat it with the same "
             f"gradients, which finishes it everywhere, or load one state into all shards with load_state, its step not "
             f"below {step}; nothing of this gradient was sent",
             metadata=_numbers(steps),

@@ -81,7 +81,7 @@ class Partition:
         """Return the whole again from the layouts of the shards' sessions, in order.
 
         Raises:
-            InvalidRequestError: they are not the shards of one model in order.
+            InvalidRequestError: the sessions are not the shards of one model in order.
         """
         found: dict[str, list[tuple[Origin, TensorSpec]]] = {}
         for origin, spec in _in_flat_order(layouts):

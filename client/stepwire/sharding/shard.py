@@ -84,7 +84,7 @@ class Shard:
             return self.link.step_by_number(self._own(call, coordinator, on_tensor, deadline), deadline)
 
     def resolve(self, *, applied: bool) -> None:
-        """Take the outcome of a step in doubt over, as the server said it."""
+        """Adopt the outcome of a step in doubt, as the server said it."""
         hold, feedback = self.link.hold, self.link.carry.feedback
         hold.applied_step = hold.step_on_server
         if feedback is not None:

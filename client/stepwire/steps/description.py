@@ -28,7 +28,7 @@ class SessionDescription(NamedTuple):
 
     @classmethod
     def of(cls, message: session_pb2.Session, max_chunk_bytes: int) -> SessionDescription:
-        """Describe a session of a server that takes chunks of at most `max_chunk_bytes`."""
+        """Describe a session of a server with chunks of at most `max_chunk_bytes`."""
         packer = Packer(layout_from_wire(message.layout))
         return cls(message, packer, chunk_bytes_for(packer.layout.size * FLOAT32.itemsize, max_chunk_bytes))
 

@@ -1,18 +1,18 @@
 """A step whose outcome is unknown: its number, and a fingerprint that tells its repetition from another step.
 
-A call that fails does not say whether its step was applied: perhaps only the reply was lost. The next call asks:
+A call that fails does not say whether its step was applied: perhaps only the reply was lost. The next call decides:
 
-- The same gradient with the same options is the same step. It is repeated by its number, and the server applies it, or
+- The same gradient with the same options is the same step, repeated by its number. The server applies the step, or
   returns its first reply.
 - Any other gradient is another step. `AttachOpened.applied_step` says whether the step in doubt was applied. After
-  `opened` no older stream of the worker commits anything, so that answer stays true. Then the other gradient becomes
-  the next step.
+  `opened` no older stream of the worker commits anything, so the number stays true. Then the other gradient becomes the
+  next step.
 
-Without the second case, a new gradient would take the reply of the old one for its own, and would never be applied.
+Without the second case, a new gradient would get the reply of the old one, and would never be applied.
 
 A fingerprint is computed after a failure alone: a good step does not pay for it. Each tensor has a CRC-32, which
-depends on positions, and the sum of its words. Both together pass over the gradient at several gigabytes a second; a
-cryptographic hash would take four times as long, and keeping the gradient would take its memory.
+depends on positions, and the sum of its words. Both together pass over the gradient at several gigabytes a second. A
+cryptographic hash would need four times as long, and a copy of the gradient would need its memory.
 """
 
 from __future__ import annotations

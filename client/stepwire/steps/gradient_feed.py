@@ -83,7 +83,7 @@ class GradientFeed:
         """Refuse to go on with a step that was given up.
 
         Raises:
-            GivenUp: it was.
+            GivenUp: the step was given up.
         """
         if self._aborted:
             raise GivenUp

@@ -14,7 +14,7 @@ __all__ = ["can_carry", "read_shared_reply", "shared_message"]
 def can_carry(shared: SharedArrays, call: StepCall) -> bool:
     """Tell whether a step can go over shared memory.
 
-    It can in the session's own dtypes, if the server applies it and replies to it as a whole.
+    Such a step has the session's own dtypes, and the server applies it, and replies to it, as a whole.
     """
     begin = call.begin
     return (

@@ -153,7 +153,7 @@ def test_steps_behind_one_that_fails_are_not_taken(seen: bool) -> None:
         for each in behind:
             error = each.exception()
             assert isinstance(error, UnavailableError)
-            assert "the one before it failed; take that one again" in str(error)
+            assert "the one before it failed; repeat that one" in str(error)
             assert error.__cause__ is failure
         assert taken == []
         assert await worker.step(lambda: 3) == 3
