@@ -488,7 +488,7 @@ def test_the_servers_are_told_of_together(servers: list[Server], opened: Opened)
 
 def test_a_creation_that_one_server_refuses_leaves_nothing(servers: list[Server], opened: Opened) -> None:
     before = [server.registry.statistics().sessions for server in servers]
-    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", memory_budget_bytes=1 << 16)) as small:
+    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", memory_budget=1 << 16)) as small:
         with pytest.raises(stepwire.ResourceExhaustedError):
             opened((servers[0].target, small.target)).create_session(arrays(SHAPES, 0))
     assert [server.registry.statistics().sessions for server in servers] == before

@@ -281,7 +281,7 @@ def server() -> Iterator[Server]:
         device="cpu",
         threads=1,
         max_chunk_bytes=CHUNK_BYTES,
-        memory_budget_bytes=BUDGET_BYTES,
+        memory_budget=BUDGET_BYTES,
         max_tensors=64,
         sweep_seconds=0.05,
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
+from stepwire_server.config import ENVIRONMENT
+
 __all__ = ["HandoffListener"]
 
 _NAME: Final = "handoff.sock"
@@ -71,7 +73,7 @@ class HandoffListener:
 
 def _private_folder(uids: Sequence[int]) -> str:
     """Make a folder of mode 0700; one that other named users can go through has 0711."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    runtime = ENVIRONMENT.get("XDG_RUNTIME_DIR", "")
     # The folder of this user's session is closed to all others.
     usable = runtime and not uids and os.access(runtime, os.W_OK | os.X_OK)
     folder = tempfile.mkdtemp(prefix="stepwire-", dir=runtime if usable else None)

@@ -28,7 +28,7 @@ Make = Callable[[str], Any]
 
 def rows() -> dict[str, str]:
     """Return the reasons of the table by what is refused."""
-    section = DOCS.read_text().partition("## What is refused")[2]
+    section = DOCS.read_text().partition("## Refused options and parameters")[2]
     return dict(re.findall(r"^\| (?!what|---)(.+?) \| (.+?) \|$", section, re.MULTILINE))
 
 

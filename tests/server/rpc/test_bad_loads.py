@@ -284,7 +284,7 @@ def test_a_load_that_does_not_fit_the_budget_is_refused_before_it_is_staged(
     """State of 3 x 40,000 bytes and a gradient fit; a second state beside it does not."""
     import stepwire_server.testing
 
-    with stepwire_server.testing.serving(memory_budget_bytes=200_000) as target, connect(target) as wire:
+    with stepwire_server.testing.serving(memory_budget=200_000) as target, connect(target) as wire:
         live = make_live(wire, wire.create(make_config((10_000,))))
         before = live.fingerprint()
         chunks = [live.load_chunk(slot) for slot in ("param", "exp_avg", "exp_avg_sq")]

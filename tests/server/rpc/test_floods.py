@@ -210,7 +210,7 @@ def test_sessions_beyond_the_most_are_refused_and_unused_ones_make_room(
 def test_memory_beyond_the_budget_is_refused_and_comes_back(
     serve: Any, connect: Any, make_live: Any, make_config: Any, refusal: Any
 ) -> None:
-    with serve(memory_budget_bytes=100_000) as server, connect(server.target) as wire:
+    with serve(memory_budget=100_000) as server, connect(server.target) as wire:
         live = make_live(wire, wire.create(make_config((4000,))))
         assert wire.reserved_bytes() == 48_000
         refused = refusal(
@@ -229,7 +229,7 @@ def test_memory_beyond_the_budget_is_refused_and_comes_back(
 def test_a_session_whose_step_could_never_fit_is_refused_at_creation(
     serve: Any, connect: Any, make_config: Any, refusal: Any
 ) -> None:
-    with serve(memory_budget_bytes=100_000) as server, connect(server.target) as wire:
+    with serve(memory_budget=100_000) as server, connect(server.target) as wire:
         refusal(lambda: wire.create(make_config((7000,))), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", "112000")
         assert wire.reserved_bytes() == 0
 

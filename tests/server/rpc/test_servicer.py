@@ -22,7 +22,7 @@ def test_a_server_tells_its_limits(serve: Any, connect: Any) -> None:
         "max_lease_seconds": 8.5,
         "step_idle_seconds": 9.5,
     }
-    with serve(**settings, memory_budget_bytes=12345) as server, connect(server.target) as wire:
+    with serve(**settings, memory_budget=12345) as server, connect(server.target) as wire:
         info = wire.info()
     assert {field.name: value for field, value in info.limits.ListFields()} == settings | {"max_unary_bytes": 70_000}
     assert (info.version, info.protocol_min, info.protocol_max) == (__version__, PROTOCOL_MIN, PROTOCOL_MAX)

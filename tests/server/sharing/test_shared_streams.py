@@ -291,7 +291,7 @@ def test_descriptors_are_kept_for_connections(live: Any, monkeypatch: pytest.Mon
 
 def test_a_budget_that_has_none_leads_to_messages(wire: Any, make_config: Any, make_live: Any, serve: Any) -> None:
     size = 64 << 10
-    with serve(memory_budget_bytes=16 * size + 100) as server, type(wire)(server.target) as own:
+    with serve(memory_budget=16 * size + 100) as server, type(wire)(server.target) as own:
         live = make_live(own, own.create(make_config((size,), reply_dtype=2)))
         assert "the shared memory of the parameters needs" in fallback(live)
 

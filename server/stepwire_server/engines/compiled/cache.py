@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 
 from stepwire.errors import InvalidRequestError
+from stepwire_server.config import ENVIRONMENT
 
 __all__ = ["kernel_directory", "require_named_directory", "store"]
 
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 _FIXED_TIME_SECONDS = 1_000_000_000
 
 
-def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
+def kernel_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
     """Return the directory for generated kernels, created with mode 0700 if missing.
 
     It is `$STEPWIRE_CACHE_DIR`, else `$XDG_CACHE_HOME/stepwire`, else `~/.cache/stepwire`; or a temporary
@@ -44,7 +45,7 @@ def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
     return wanted
 
 
-def require_named_directory(environ: Mapping[str, str] = os.environ) -> None:
+def require_named_directory(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Refuse a `STEPWIRE_CACHE_DIR` that cannot be used, before a server starts.
 
     A server that was told where to write and cannot is a volume mounted wrongly, and would compile anew at every start;

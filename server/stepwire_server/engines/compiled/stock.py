@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from stepwire.errors import StepwireError
+from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.levels import LEVELS, Level, level_of_this_processor
 
 __all__ = ["fill", "make", "prepare_commonest", "stocked_level"]
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 _INDEX_SUFFIX = ".nbi"
 
 
-def stocked_level(environ: Mapping[str, str] = os.environ) -> tuple[Level, pathlib.Path] | None:
+def stocked_level(environ: Mapping[str, str] = ENVIRONMENT) -> tuple[Level, pathlib.Path] | None:
     """Return the level to compile for and where its kernels lie; None to compile for this very processor.
 
     `$STEPWIRE_KERNELS` names the stock. Whoever has set NUMBA_CPU_NAME or NUMBA_CPU_FEATURES has the say.
@@ -87,7 +88,7 @@ def _compile(stock: pathlib.Path, level: Level) -> None:
         "NUMBA_CPU_FEATURES": level.features,
     }
     code = f"from {__name__} import prepare_commonest; prepare_commonest()"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **own}, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, **own}, check=False)
     if done.returncode:
         raise StepwireError(f"kernels for {level.name} could not be compiled; the message is above")
 
