@@ -136,8 +136,8 @@ def test_nan_is_counted_for_the_coordinator(create: Any) -> None:
     ("message", "text"),
     [
         (commit(), "the second commit brings `clip_coefficient`"),
-        (step_message(1, GRADIENT, slice(0, 4), begin=False), "after `staged` comes a commit alone"),
-        (pb.AttachRequest(), "after `staged` comes a commit alone"),
+        (step_message(1, GRADIENT, slice(0, 4), begin=False), "after `gradient_check` comes a commit alone"),
+        (pb.AttachRequest(), "after `gradient_check` comes a commit alone"),
     ],
 )
 def test_only_a_decision_follows_the_first_half(create: Any, message: pb.AttachRequest, text: str) -> None:

@@ -30,7 +30,8 @@ class Hold:
         durable_step: the largest durable step that the server has told.
         step_on_server: the last applied step, as the server said itself.
         unfinished_step: the step that is half applied, as the server said at the last attach; 0 for none.
-        in_doubt: True after a step failed that may have been applied; the next attach tells.
+        in_doubt: True after a step or an attach failed. Perhaps the server applied the step, or has given out another
+            token; the next attach tells.
         shared: the memory that the stream shares; None without a stream, or without shared memory.
         streams_opened: the number of streams opened so far.
     """
@@ -73,6 +74,7 @@ class Hold:
                 epoch=self.epoch,
                 durable_step=self.durable_step,
             )
+            self.in_doubt = True
             stream, self.shared = open_stream(self._route, opening, self._packer, deadline)
             self._learn(stream.opened)
             self._stream = stream

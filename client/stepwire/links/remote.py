@@ -253,13 +253,12 @@ class RemoteLink(SessionLink):
     def _send_load(self, load: Load, opening: state_pb2.LoadOpen, deadline: Deadline) -> bool:
         """Send the next load until it is committed; True if the server had committed its number before."""
         hold, description = self._hold, self._description
-        opening.session_id, opening.attach_token = description.session_id, hold.token
-        opening.load = hold.applied_load + 1
+        opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
         def attempt(left: Deadline) -> pb.LoadResponse:
             if hold.epoch == 0:
                 hold.attach(left)
-            opening.epoch = hold.epoch
+            opening.attach_token, opening.epoch = hold.token, hold.epoch
             messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
             response: pb.LoadResponse = self._route.way(left).calls.upload("Load", messages, pb.LoadResponse, left)
             return response

@@ -14,6 +14,7 @@ from stepwire.arrays.packing import Packer
 from stepwire.connection.channel import Calls
 from stepwire.errors import DeadlineExceededError, FencedError, Reason
 from stepwire.layout import TensorSpec, place
+from stepwire.links import hold as hold_module
 from stepwire.links.link import Load
 from stepwire.links.remote import RemoteLink
 from stepwire.steps.call import StepCall
@@ -406,3 +407,22 @@ def test_a_step_of_another_holder_is_not_taken_for_ones_own(scripted: Any, scrip
     assert server.received[0][0].open == attach_pb2.AttachOpen(
         session_id="s", attach_token=7, epoch=1, transport=server.received[0][0].open.transport
     )
+
+
+def test_a_load_after_an_attach_that_failed_learns_its_token_first(create: Create) -> None:
+    """The server had given out another token, and the reply with it was lost."""
+    session = create()
+    session.step(ONES)
+    session.detach()
+    with pytest.MonkeyPatch.context() as patched:
+        open_stream = hold_module.open_stream
+
+        def lost(*arguments: Any) -> Any:
+            open_stream(*arguments)[0].close()
+            raise DeadlineExceededError("the reply was lost")
+
+        patched.setattr(hold_module, "open_stream", lost)
+        with pytest.raises(DeadlineExceededError):
+            session.attach()
+    session.load({"w": np.full(3, 10.0, np.float32)})
+    assert first(session.step(ONES)) == 9.0
