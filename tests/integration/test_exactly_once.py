@@ -39,16 +39,16 @@ def session(raw: RawClient) -> Held:
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Held], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Held], stepwire.Snapshot]:
     """Read all of a session's state."""
     return lambda held: client.session(held[0]).state()
 
 
 @pytest.fixture
-def expected(raw: RawClient, state: Callable[[Held], stepwire.SessionState]) -> Callable[[int], stepwire.SessionState]:
+def expected(raw: RawClient, state: Callable[[Held], stepwire.Snapshot]) -> Callable[[int], stepwire.Snapshot]:
     """Return the state after so many steps, each sent once."""
 
-    def after(steps: int) -> stepwire.SessionState:
+    def after(steps: int) -> stepwire.Snapshot:
         created = raw.create(_SIZE)
         for step in range(1, steps + 1):
             raw.step(created.session.session_id, created.attach_token, step, gradient(step))

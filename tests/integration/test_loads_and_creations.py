@@ -28,7 +28,7 @@ def gradient(step: int) -> Vector:
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Held], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Held], stepwire.Snapshot]:
     """Read all of a session's state."""
     return lambda held: client.session(held[0]).state()
 

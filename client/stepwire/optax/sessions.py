@@ -6,34 +6,41 @@ checkpoints. This module finds the session and the connection of an id.
 Numbers make a step happen once. A state has the number of its steps; so have the session and the server. JAX may run a
 callback twice, and a program may use a state twice. Then the step of that number is applied already. With the same
 gradient, the call returns the same parameters again. With another gradient, only one of the two can be step n, and the
-call raises an error. A fingerprint tells gradients apart: the sum of each tensor's bits, a pass at the speed of memory.
-A copy of the gradient would cost its memory, and a cryptographic hash several times the pass.
+call raises an error. The fingerprint of `stepwire.steps.doubt` tells gradients apart. A large gradient is fingerprinted
+while its step is under way, so that the step does not wait for the fingerprint.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.optax.connection import Connection
 from stepwire.session import Session
+from stepwire.steps.doubt import Fingerprint, fingerprint_of_arrays
 
-__all__ = ["TrackedSession", "client", "find", "fingerprint", "forget", "is_tracked", "track", "tracked"]
+__all__ = ["TrackedSession", "client", "find", "forget", "is_tracked", "track", "tracked"]
 
-Fingerprint = tuple[Any, ...]
+_LARGE_BYTES: Final = 1 << 20
 
 
 class _SentStep(NamedTuple):
-    """The last step that was sent."""
+    """The last step that was sent.
+
+    Attributes:
+        step: its number.
+        fingerprint: the fingerprint of its gradient.
+        lr: its learning rate.
+    """
 
     step: int
-    gradient: Fingerprint
+    fingerprint: Fingerprint
+    lr: float | None
 
 
 class TrackedSession:
@@ -55,45 +62,58 @@ class TrackedSession:
     def step(
         self, count: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
     ) -> list[npt.NDArray[Any]]:
-        """Apply the step after `count`, or repeat the reply of that step; return the parameters.
-
-        Args:
-            count: the number of steps of the state.
-            gradients: the gradient of each tensor, in the order of `names`.
-            lr: the learning rate of the step; None for the session's own.
-            reply_dtype: the wire dtype of the parameters.
-
-        Returns:
-            The parameters after the step, in the order of `names`.
+        """Apply the step after `count`, or give the outcome of that step again; return the parameters.
 
         Raises:
-            StepMismatchError: the session's next step is not the step after the state.
+            StepMismatchError: the session's next step does not follow on the state.
             StepwireError: as `Session.step`.
         """
         with self._lock:
             step, applied = count + 1, self.session.applied_step
-            sent = _SentStep(step, fingerprint(gradients, lr))
-            if step == applied and self._last == sent:
-                return self._ordered(self.session.pull(dtype=reply_dtype))
-            if step != applied + 1:
+            if self._last is not None and self._last.step == step:
+                if (
+                    given := self._again(_SentStep(step, fingerprint_of_arrays(gradients), lr), reply_dtype)
+                ) is not None:
+                    return given
+            elif step != applied + 1:
                 raise self._out_of_turn(count, applied)
-            before, self._last = self._last, sent
-            named = dict(zip(self.names, gradients, strict=True))
-            reply = self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
-            if before is not None and before.step == step and before != sent:
-                self._check_not_replayed(step, before)
-            return reply
+            return self._apply(step, gradients, lr, reply_dtype)
 
-    def _check_not_replayed(self, step: int, before: _SentStep) -> None:
-        """Refuse the reply of a step that failed before with another gradient, and was applied nevertheless."""
-        result = self.session.last_result
-        if result is not None and result.replayed:
-            self._last = before
-            raise StepMismatchError(
-                f"step {step} failed without a reply and was sent again with another gradient, but the server had "
-                "applied it with the first. Continue from that step: `params, state = tx.resume(session_id, params)`",
-                metadata={"actual_step": step, "expected_step": step + 1},
-            )
+    def _again(self, this: _SentStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]] | None:
+        """Return the parameters again for the same step; None if its number is still to be applied.
+
+        Raises:
+            StepMismatchError: the number was applied with another gradient.
+        """
+        applied = self.session.applied_step
+        if applied == this.step and self._last == this:
+            return self._ordered(self.session.pull(dtype=reply_dtype))
+        if applied != this.step - 1:
+            raise self._out_of_turn(this.step - 1, applied)
+        if self._last == this:
+            return None
+        self.session.attach()  # tells whether the step that failed was applied
+        if self.session.applied_step < this.step:
+            return None
+        raise StepMismatchError(
+            f"step {this.step} failed without a reply, and was sent again with another gradient, but the server had "
+            "applied it with the first. Continue from that step: `params, state = tx.resume(session_id, params)`",
+            metadata={"actual_step": this.step, "expected_step": this.step + 1},
+        )
+
+    def _apply(
+        self, step: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
+    ) -> list[npt.NDArray[Any]]:
+        named = dict(zip(self.names, gradients, strict=True))
+        if sum(gradient.nbytes for gradient in gradients) < _LARGE_BYTES:
+            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
+            return self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
+        reply = self.session.step_async(named, lr=lr, reply_dtype=reply_dtype)
+        try:
+            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
+        finally:
+            reply.exception()  # the gradients belong to the step until it is over
+        return self._ordered(reply.result())
 
     def _ordered(self, named: Any) -> list[npt.NDArray[Any]]:
         return [named[name] for name in self.names]
@@ -111,18 +131,6 @@ class TrackedSession:
             "`params, state = tx.resume(session_id, params)`",
             metadata={"expected_step": applied + 1, "actual_step": count + 1},
         )
-
-
-def fingerprint(gradients: Sequence[npt.NDArray[Any]], lr: float | None) -> Fingerprint:
-    """Return a value that tells two steps apart: the sum of the bits of each gradient, and the learning rate."""
-    return lr, *(_sum_of_bits(gradient) for gradient in gradients)
-
-
-def _sum_of_bits(array: npt.NDArray[Any]) -> int:
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    whole = len(raw) - len(raw) % 8
-    words = raw[:whole].view(np.uint64)
-    return int(np.add.reduce(words)) + int.from_bytes(raw[whole:].tobytes(), "little")
 
 
 # --- the sessions of this process -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.session import Session
-from stepwire.sharding.client import ShardedClient
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.mirror import ExtraState, Mirror
@@ -79,7 +78,7 @@ class Backing:
     def _check(self, parameters: Parameters) -> None:
         """Refuse options that do not work with these parameters, before a session exists."""
         for name in ("shared_views", "send_in_backward"):
-            if getattr(self._options, name) and isinstance(self._client, ShardedClient):
+            if getattr(self._options, name) and len(self._client.targets) > 1:
                 raise UnsupportedFeatureError(
                     f"{name}: the model is partitioned over several servers or channels; leave the option out, or use "
                     "one server and one channel",
@@ -100,7 +99,7 @@ class Backing:
         """Use a session from now on; its parameters are the present values."""
         self.session, self.parameters = session, parameters
         parameters.follow()
-        configuration = session.configuration
+        configuration = session.config
         self._structure = self._rule.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
@@ -209,6 +208,8 @@ class Backing:
         """Return the numbers of a step; None if no messages carry gradients, or parameters must be sent first."""
         choice = self.session.transport
         if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+            return None
+        if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
             return None
         return self.overrides(self._groups), self._loss_scale
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
+from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Group, TorchRule
@@ -88,7 +88,7 @@ class Mirror:
         """Forget the offered masters: they are older than a step."""
         self._offered = {}
 
-    def state(self) -> SessionState:
+    def state(self) -> Snapshot:
         """Return the session's state.
 
         Raises:
@@ -114,7 +114,7 @@ class Mirror:
 
     def loadable(
         self, session: Session, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]
-    ) -> SessionState:
+    ) -> Snapshot:
         """Return the state to load into a session: torch's state, and the model's values.
 
         Args:
@@ -139,9 +139,9 @@ class Mirror:
             slots[slot] = {name: to_numpy(values.cpu()) for name, values in extra.slots[slot].items()}
         self.offer(extra)
         slots[PARAM] = self._values()
-        return SessionState(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+        return Snapshot(step=self._session.applied_step, slots=slots, tensor_steps=steps)
 
-    def carried(self, fresh: SessionState, parameters: Parameters) -> SessionState:
+    def carried(self, fresh: Snapshot, parameters: Parameters) -> Snapshot:
         """Return the state of a new session of other groups, with this session's state of the parameters of both.
 
         Args:
@@ -159,7 +159,7 @@ class Mirror:
             if slot in before.slots:
                 arrays |= {name: before.slots[slot][old] for name, old in names.items()}
         steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
-        return SessionState(step=before.step, slots=fresh.slots, tensor_steps=steps)
+        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps)
 
     def _values(self) -> Arrays:
         """Return the model's values, each replaced by a master that rounds to it: an offered one or the session's."""

@@ -72,9 +72,9 @@ def find_session(
     session = client.session(session_id, error_feedback=options.error_feedback)
     difference = (
         _of_tensors(session, parameters)
-        or _of_groups(session.configuration, parameters)
-        or _of_optimizer(session.configuration, rule, groups)
-        or _of_options(session.configuration, options)
+        or _of_groups(session.config, parameters)
+        or _of_optimizer(session.config, rule, groups)
+        or _of_options(session.config, options)
     )
     if difference:
         raise InvalidRequestError.of(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
+from stepwire.results import Snapshot
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.tensors import ParameterTensor
 
@@ -26,7 +26,7 @@ _AGREEMENT: Final = 1e-4
 
 
 def exported(
-    state: SessionState, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
+    state: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
 ) -> list[dict[str, Any]]:
     """Return torch's state of each parameter, in order; empty for a parameter without state.
 
@@ -39,7 +39,7 @@ def exported(
     return [_entry(state, tensor, rule, groups[tensor.name]) for tensor in tensors]
 
 
-def _entry(state: SessionState, tensor: ParameterTensor, rule: TorchRule, group: Group) -> dict[str, Any]:
+def _entry(state: Snapshot, tensor: ParameterTensor, rule: TorchRule, group: Group) -> dict[str, Any]:
     steps = state.tensor_steps[tensor.name]
     if not steps and not rule.eager:
         return {}

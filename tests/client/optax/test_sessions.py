@@ -17,7 +17,8 @@ import stepwire.optax  # noqa: E402
 from stepwire.errors import SessionNotFoundError, StepMismatchError, UnavailableError  # noqa: E402
 from stepwire.optax import sessions  # noqa: E402
 from stepwire.optax.connection import Connection  # noqa: E402
-from stepwire.optax.sessions import TrackedSession, fingerprint  # noqa: E402
+from stepwire.optax.sessions import TrackedSession  # noqa: E402
+from tests.support.lost_replies import lost_replies  # noqa: E402
 
 ONES = [np.ones(3, np.float32)]
 
@@ -56,24 +57,12 @@ def test_a_step_out_of_turn_is_refused(
     assert one.step(2, ONES, None, np.float32)[0].tolist() == [-3.0] * 3
 
 
-def test_a_step_that_failed_without_a_reply_may_come_again(
-    one: TrackedSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step was applied and its reply lost: the same gradient gets the reply, and another one an error."""
-    step = one.session.step
-
-    def lost(*arguments: Any, **options: Any) -> Any:
-        step(*arguments, **options)
-        one.session._attachment.detach()
-        one.session._attachment.applied_step -= 1
-        raise UnavailableError("the reply was lost")
-
+def test_a_step_that_failed_without_an_answer_may_come_again(one: TrackedSession) -> None:
+    """It was applied and its answer lost: with the same gradient that is its outcome, with another one it is told."""
     for gradient, message in ((ONES, None), ([2 * ONES[0]], "the server had applied it with the first")):
-        monkeypatch.setattr(one.session, "step", lost)
         count = one.session.applied_step
-        with pytest.raises(UnavailableError):
+        with lost_replies(), pytest.raises(UnavailableError):
             one.step(count, ONES, None, np.float32)
-        monkeypatch.setattr(one.session, "step", step)
         if message is None:
             assert one.step(count, gradient, None, np.float32)[0].tolist() == [-1.0] * 3
         else:
@@ -118,18 +107,29 @@ def test_a_state_from_another_process_finds_its_session(client: stepwire.Client)
         tx.step(params, {"w": jnp.ones(3)}, state)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("count", [0, 1, 3, 8, 1001])
-def test_fingerprints_tell_gradients_apart(dtype: Any, count: int) -> None:
-    array = np.random.default_rng(count).standard_normal(count).astype(dtype)
-    assert fingerprint([array], 0.1) == fingerprint([array.copy()], 0.1)
-    assert fingerprint([array], 0.1) != fingerprint([array], 0.2) != fingerprint([array], None)
-    for at in {0, count - 1} if count else ():
-        other = array.copy()
-        other[at] = -other[at]
-        assert fingerprint([other], 0.1) != fingerprint([array], 0.1)
-    if count:
-        assert fingerprint([array, np.zeros_like(array)], None) != fingerprint([np.zeros_like(array), array], None)
+@pytest.mark.parametrize("size", [3, 1 << 19], ids=["small", "large"])
+def test_a_step_that_failed_and_was_not_applied_makes_room_for_another_gradient(
+    client: stepwire.Client, size: int
+) -> None:
+    """A large gradient is fingerprinted while its step is under way."""
+    session = client.create_session({"w": np.zeros(size, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
+    held_session, gradient = TrackedSession(session, ["w"]), np.ones(size, np.float32)
+    with lost_replies(applied=False), pytest.raises(UnavailableError):
+        held_session.step(0, [gradient], None, np.float32)
+    assert held_session.step(0, [2 * gradient], None, np.float32)[0].tolist() == [-2.0] * size
+    with pytest.raises(StepMismatchError, match="with another gradient"):
+        held_session.step(0, [gradient], None, np.float32)
+    assert held_session.step(0, [2 * gradient], None, np.float32)[0].tolist() == [-2.0] * size
+    assert session.info().applied_step == 1
+    session.close()
+
+
+def test_a_state_used_for_a_permuted_gradient_is_told(one: TrackedSession) -> None:
+    first = np.float32([1, 2, 3])
+    one.step(0, [first], None, np.float32)
+    for other in (first[::-1].copy(), -first):
+        with pytest.raises(StepMismatchError, match="with another gradient"):
+            one.step(0, [other], None, np.float32)
 
 
 def test_connections_are_shared_and_closed_with_the_last_session(target: str) -> None:
@@ -139,7 +139,7 @@ def test_connections_are_shared_and_closed_with_the_last_session(target: str) ->
     params = {"w": jnp.ones(2)}
     first, second = one.init(params), other.init(params)
     client = sessions.client(connection)
-    assert one.session(first)._calls is other.session(second)._calls is client._calls
+    assert one.session(first)._link._route.calls is other.session(second)._link._route.calls is client._server.calls
     one.close(first)
     assert sessions.client(connection) is client
     other.close(second)

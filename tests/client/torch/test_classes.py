@@ -43,7 +43,7 @@ def test_steps_are_those_of_a_session(name: str, options: dict[str, Any], remote
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_defaults_are_those_of_the_record(name: str, options: dict[str, Any], remote: Any) -> None:
     optimizer = remote(name, parameters())
-    assert optimizer.session.configuration.optimizer == getattr(stepwire, name)()
+    assert optimizer.session.config.optimizer == getattr(stepwire, name)()
     assert set(options) <= set(optimizer.defaults)
 
 

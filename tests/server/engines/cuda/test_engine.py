@@ -263,7 +263,7 @@ def test_statistics_count_state_and_memory_that_is_kept(fake, library) -> None:
     working_bytes = engine.device.working_bytes
     assert engine.statistics() == (0, 0, working_bytes, 1)
     session = make_session(config, engine)
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     assert engine.statistics() == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
     engine.rest()
     session.close()
