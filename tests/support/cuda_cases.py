@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -15,13 +14,12 @@ from stepwire.wire.int8_blocks import BLOCK, INT8, encode_blocks
 from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
+from tests.support.pairwise import Row, pairwise
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 GRADIENTS = [*WIRE, "int8"]
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())
 EIGHT_BIT_RULES = [rule for rule in RULES if set(rule.slots) <= EIGHT_BIT_SLOTS.keys()]
-OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.FLOAT32, Precision.BFLOAT16)))
-EIGHT_BIT_OPTIONS = list(itertools.product(*[(False, True)] * 4, (Precision.INT8,)))
 SEED = 0xDEADBEEF
 NUMBERS = Hyperparameters(
     lr=0.02,
@@ -56,24 +54,46 @@ class Case(NamedTuple):
         return f"{self.recipe.name}-{self.gradient}-{self.reply}"
 
 
-def _cases() -> Iterator[Case]:
-    """Every rule with every decay, and one rule with every option, with the rest taken in turn; 8 bits where served."""
-    wires = list(itertools.product(WIRE, [None, *WIRE]))
-    plain = Case(Recipe(RULES[0]), "float32", "float32")
-    yield plain
-    for k, (rule, decay) in enumerate(itertools.product(RULES, Decay)):
-        yield Case(Recipe(rule, decay, *OPTIONS[(11 * k + 5) % 32]), *wires[7 * k % 12])
-    for k, options in enumerate(OPTIONS[1:]):
-        yield Case(Recipe(RULES[0], Decay.NONE, *options), *wires[5 * k % 12])
-    for k, options in enumerate(EIGHT_BIT_OPTIONS):
-        yield Case(Recipe(RULES[0], Decay.NONE, *options), *wires[5 * k % 12])
-    for k, rule in enumerate(EIGHT_BIT_RULES):
-        yield Case(Recipe(rule, list(Decay)[k % 4], *EIGHT_BIT_OPTIONS[7 * k % 16]), *wires[7 * k % 12])
-    for gradient, reply in wires:
-        yield Case(plain.recipe, gradient, reply)
+PLAIN = [Recipe(rule) for rule in RULES]
+FLAGS = ("accumulates", "limits", "averages", "measures")
+PARAMETERS = {
+    "rule": RULES,
+    "decay": list(Decay),
+    **dict.fromkeys(FLAGS, (False, True)),
+    "precision": list(Precision),
+    "gradient": list(WIRE),
+    "reply": [None, *WIRE],
+}
+WHOLLY = [(*FLAGS, "precision")]
+"""Every set of flags occurs in every precision."""
 
 
-CASES = list({case.name: case for case in _cases()}.values())
+def is_served(row: Row) -> bool:
+    """Tell whether a rule has no slot that cannot be held in 8 bits, where the row asks for those."""
+    return row.get("precision") is not Precision.INT8 or row.get("rule", RULES[0]) in EIGHT_BIT_RULES
+
+
+def _row(case: Case) -> Row:
+    recipe = case.recipe
+    flags = {flag: getattr(recipe, flag) for flag in FLAGS}
+    held = {"precision": recipe.precision, "gradient": case.gradient, "reply": case.reply}
+    return {"rule": recipe.rule, "decay": recipe.decay, **flags, **held}
+
+
+def rows_of(cases: list[Case]) -> list[Row]:
+    """Return the values of the parameters in some cases."""
+    return [_row(case) for case in cases]
+
+
+def _cases() -> list[Case]:
+    """Return every rule alone; every pair of values of two parameters without 8 bits; and every pair with them."""
+    precise = PARAMETERS | {"precision": [Precision.FLOAT32, Precision.BFLOAT16]}
+    rows = rows_of([Case(recipe, "float32", "float32") for recipe in PLAIN])
+    rows = pairwise(PARAMETERS, WHOLLY, is_served, pairwise(precise, WHOLLY, given=rows))
+    return [Case(Recipe(*list(row.values())[:-2]), row["gradient"], row["reply"]) for row in rows]
+
+
+CASES = _cases()
 LAYERWISE = [case for case in CASES if case.recipe.rule.direction is not None]
 _ALL = (True, True, True, True)
 IN_BLOCKS = [
@@ -93,12 +113,7 @@ IN_BLOCKS = [
 """Gradients in blocks of 8 bits: a kernel reads them so, whatever else it does."""
 
 LAYERWISE_IN_BLOCKS = [case for case in IN_BLOCKS if case.recipe.rule.direction is not None]
-PLAIN = [Recipe(rule, Decay.NONE) for rule in RULES]
-MEASURED = [
-    (recipe, gradient)
-    for k, recipe in enumerate(recipe for recipe in PLAIN if recipe.rule.direction is not None)
-    for gradient in list(WIRE)[k : k + 1]
-] + [(case.recipe, case.gradient) for case in LAYERWISE]
+MEASURED = [(case.recipe, case.gradient) for case in LAYERWISE]
 OWN = [
     Recipe(ALL_RULES[0]),
     Recipe(ALL_RULES[0], precision=Precision.BFLOAT16),
@@ -111,14 +126,10 @@ BARE = next(rule for rule in ALL_RULES if not rule.slots)
 """A rule without state of its own."""
 
 KERNELS = [
-    *[update_kernel(*case) for case in [*CASES, *IN_BLOCKS]],
-    *[update_kernel(case.recipe.in_float32, case.gradient, case.reply) for case in [*CASES, *IN_BLOCKS]],
-    *[update_kernel(recipe, "float32", "float32") for recipe in PLAIN],
-    *[measure_kernel(*pair) for pair in MEASURED],
+    *[update_kernel(recipe, *case[1:]) for case in [*CASES, *IN_BLOCKS] for recipe in case.recipe.variants],
+    *[update_kernel(each, "float32", to) for recipe in OWN for each in recipe.variants for to in PARAMETERS["reply"]],
+    *[measure_kernel(each, gradient) for recipe, gradient in MEASURED for each in recipe.variants],
     *[measure_kernel(case.recipe, case.gradient) for case in LAYERWISE_IN_BLOCKS],
-    *[measure_kernel(recipe.in_float32, gradient) for recipe, gradient in MEASURED],
-    *[update_kernel(recipe, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
-    *[update_kernel(recipe.in_float32, "float32", reply) for recipe in OWN for reply in (None, *WIRE)],
     update_kernel(Recipe(BARE), "float32", "float32"),
 ]
 """What the cases run, besides the kernels that no recipe changes; some are named twice."""

@@ -2,6 +2,8 @@
 
 The threads of a block are contexts of one thread of the processor, which barriers and shuffles switch; blocks run one
 after another. Vectors that are not aligned, and threads that would wait for ever, abort with a message.
+
+The header is C but for two templates, because the headers of C++ take longer to read than a kernel to compile.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import fcntl
+import functools
 import hashlib
 import pathlib
 import re
@@ -21,13 +24,12 @@ import numpy as np
 COMPILER = shutil.which("g++")
 
 HEADER = r"""
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-#include <utility>
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -38,34 +40,61 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) ushort4 { unsigned short x, y, z, w; };
 struct alignas(4) uchar4 { unsigned char x, y, z, w; };
 static thread_local Index gridDim, blockDim, blockIdx, threadIdx;
-static inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-static inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 
 [[noreturn]] static void fail(const char *what) {
-    std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
-    std::abort();
+    fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+    abort();
 }
 template <class T> static inline T __ldcs(const T *from) {
-    if ((std::size_t)from % sizeof(T)) fail("a load is not aligned");
+    if ((size_t)from % sizeof(T)) fail("a load is not aligned");
     T value;
-    std::memcpy(&value, (const void *)from, sizeof(T));
+    memcpy(&value, (const void *)from, sizeof(T));
     return value;
 }
 template <class T> static inline void __stcs(T *to, T value) {
-    if ((std::size_t)to % sizeof(T)) fail("a store is not aligned");
-    std::memcpy((void *)to, &value, sizeof(T));
+    if ((size_t)to % sizeof(T)) fail("a store is not aligned");
+    memcpy((void *)to, &value, sizeof(T));
 }
 
 static constexpr unsigned WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 1 << 15;
 enum Stop { AT_BLOCK, AT_WARP, AT_END };
-static thread_local ucontext_t scheduler, contexts[MOST_THREADS];
+
+// A context goes round a loop for as long as its thread of the processor lives: a thread of a block each turn. Jumps
+// make no system call, unlike the functions of ucontext, which a context needs for its first turn alone.
+struct Stacks {
+    char *memory = (char *)malloc(MOST_THREADS * STACK_BYTES);
+    ~Stacks() { free(memory); }
+};
+static thread_local Stacks stacks;
+static thread_local bool begun[MOST_THREADS];
+static thread_local jmp_buf scheduler, contexts[MOST_THREADS];
 static thread_local Stop stops[MOST_THREADS];
-static thread_local void (*body)(void *);
-static thread_local void *call;
-static void enter() { body(call); stops[threadIdx.x] = AT_END; }
+static thread_local void (*body)(void **);
+static thread_local void **call;
 static inline void stop(Stop at) {
     stops[threadIdx.x] = at;
-    swapcontext(&contexts[threadIdx.x], &scheduler);
+    if (!_setjmp(contexts[threadIdx.x])) _longjmp(scheduler, 1);
+}
+static void turns() {
+    for (;;) {
+        body(call);
+        stop(AT_END);
+    }
+}
+static void resume(unsigned t) {
+    threadIdx = {t, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (begun[t]) _longjmp(contexts[t], 1);
+    begun[t] = true;
+    ucontext_t first;
+    getcontext(&first);
+    first.uc_stack.ss_sp = stacks.memory + t * STACK_BYTES;
+    first.uc_stack.ss_size = STACK_BYTES;
+    first.uc_link = nullptr;
+    makecontext(&first, turns, 0);
+    setcontext(&first);
 }
 static inline void __syncthreads() { stop(AT_BLOCK); }
 static inline void __syncwarp() { stop(AT_WARP); }
@@ -85,22 +114,14 @@ static inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lane_m
 static Stop run_warp(unsigned first, unsigned end) {
     do
         for (unsigned t = first; t < end; ++t) {
-            threadIdx = {t, 0, 0};
-            swapcontext(&scheduler, &contexts[t]);
+            resume(t);
             if (stops[t] != stops[first]) fail("lanes of a warp wait for one another in vain");
         }
     while (stops[first] == AT_WARP);
     return stops[first];
 }
-static void run_block(unsigned threads, char *stacks) {
-    for (unsigned t = 0; t < threads; ++t) {
-        exchanges[t] = 0;
-        getcontext(&contexts[t]);
-        contexts[t].uc_stack.ss_sp = stacks + t * STACK_BYTES;
-        contexts[t].uc_stack.ss_size = STACK_BYTES;
-        contexts[t].uc_link = &scheduler;
-        makecontext(&contexts[t], enter, 0);
-    }
+static void run_block(unsigned threads) {
+    for (unsigned t = 0; t < threads; ++t) exchanges[t] = 0;
     for (bool goes_on = true; goes_on;)
         for (unsigned first = 0; first < threads; first += WARP) {
             const bool waits = run_warp(first, first + WARP < threads ? first + WARP : threads) == AT_BLOCK;
@@ -109,31 +130,30 @@ static void run_block(unsigned threads, char *stacks) {
         }
 }
 
-template <class... A> struct Call {
-    void (*kernel)(A...);
-    void **arguments;
-    template <std::size_t... I> void run(std::index_sequence<I...>) { kernel(*static_cast<A *>(arguments[I])...); }
-    static void enter(void *self) { static_cast<Call *>(self)->run(std::index_sequence_for<A...>()); }
-};
-template <class... A>
-static void launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments) {
+template <int... I> struct Places {};
+template <int count> using PlacesOf = Places<__integer_pack(count)...>;
+template <class... A, int... I> static inline void call_with(void (*kernel)(A...), void **arguments, Places<I...>) {
+    kernel(*(A *)arguments[I]...);
+}
+template <class... A> static inline void apply(void (*kernel)(A...), void **arguments) {
+    call_with(kernel, arguments, PlacesOf<sizeof...(A)>());
+}
+static void launch(void (*kernel)(void **), unsigned blocks, unsigned threads, void **arguments) {
     if (threads > MOST_THREADS) fail("too many threads");
-    Call<A...> made{kernel, arguments};
-    body = Call<A...>::enter;
-    call = &made;
+    body = kernel;
+    call = arguments;
     gridDim = {blocks, 1, 1};
     blockDim = {threads, 1, 1};
-    std::unique_ptr<char[]> stacks(new char[threads * STACK_BYTES]);
     for (unsigned b = 0; b < blocks; ++b) {
         blockIdx = {b, 0, 0};
-        run_block(threads, stacks.get());
+        run_block(threads);
     }
 }
 """
 
 LAUNCHER = """
 extern "C" void launch_{name}(unsigned blocks, unsigned threads, void **arguments) {{
-    launch({name}, blocks, threads, arguments);
+    launch([](void **given) {{ apply({name}, given); }}, blocks, threads, arguments);
 }}
 """
 
@@ -155,6 +175,7 @@ class Library:
         self._launchers[name](blocks, threads, pointers)
 
 
+@functools.cache
 def _load(source: str, directory: pathlib.Path) -> tuple[ctypes.CDLL, list[str]]:
     names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', source)
     text = HEADER + source + "".join(LAUNCHER.format(name=name) for name in names)
@@ -169,6 +190,7 @@ def _load(source: str, directory: pathlib.Path) -> tuple[ctypes.CDLL, list[str]]
 def _compile(stem: pathlib.Path, text: str) -> None:
     stem.with_suffix(".cc").write_text(text)
     command = [str(COMPILER), "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+    command += ["-nostdinc++", "-U_FORTIFY_SOURCE"]  # which takes jumps between stacks for errors
     command += ["-fPIC", "-shared", "-o", str(stem.with_suffix(".tmp")), str(stem.with_suffix(".cc"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,15 @@ def directory(kernel_directory: pathlib.Path) -> pathlib.Path:
     return kernel_directory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def young_objects() -> Iterator[None]:
+    """Leave what there is before a module to itself: a search for cycles then takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def fake(request: pytest.FixtureRequest, directory: pathlib.Path) -> Iterator[Fake]:
     """Make stand-ins for CuPy: `fake(order="lazy", **options)`.
@@ -42,7 +51,7 @@ def fake(request: pytest.FixtureRequest, directory: pathlib.Path) -> Iterator[Fa
     if request.session.testsfailed > failed:
         return  # the traceback holds the test's variables; and the first failure is the one to read
     if any(map(_held, made)):
-        gc.collect()  # what is in cycles; it takes longer than most tests
+        gc.collect()  # what is in cycles
     for cupy in made:
         cupy.check()
         assert _held(cupy) == 0, "memory was left behind"

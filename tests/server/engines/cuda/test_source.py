@@ -30,6 +30,7 @@ from stepwire_server.rules.momentum import sgd
 from stepwire_server.rules.treatment import scaled
 from tests.support import cuda_cases as cases
 from tests.support import cuda_shim as shim
+from tests.support.pairwise import spread
 
 NVCC = shutil.which("nvcc")
 CASES = [*cases.CASES, *cases.IN_BLOCKS]
@@ -37,6 +38,7 @@ UPDATES = [update_kernel(*case) for case in CASES]
 LAYERWISE = [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS]
 MEASURES = [measure_kernel(recipe, gradient) for recipe, gradient, _ in LAYERWISE]
 KERNELS = UPDATES + MEASURES + gradient_kernels() + block_kernels()
+ARCHITECTURES = ("75", "90", "100")
 
 
 def square(x: Any) -> Any:
@@ -202,6 +204,24 @@ def test_choices_and_stochastic_rounding_are_those_of_numpy(tmp_path) -> None:
     cases.assert_same_bits(rounded.view(dtype), round_stochastically(a, cases.SEED).view(dtype))
 
 
+def cases_of(architecture: str) -> list[cases.Case]:
+    """Return the cases that are compiled for an architecture: a third, and those with most to hold at once."""
+    chosen = spread(cases.rows_of(CASES), ARCHITECTURES)
+    return [
+        case
+        for case, number in zip(CASES, chosen, strict=True)
+        if number == architecture or all(getattr(case.recipe, flag) for flag in cases.FLAGS)
+    ]
+
+
+def test_every_architecture_meets_every_value_of_a_case() -> None:
+    parameters = {**cases.PARAMETERS, "gradient": cases.GRADIENTS}
+    for number in ARCHITECTURES:
+        found = {item for row in cases.rows_of(cases_of(number)) for item in row.items()}
+        assert found == {(name, value) for name, values in parameters.items() for value in values}
+    assert {case for number in ARCHITECTURES for case in cases_of(number)} == set(CASES)
+
+
 def nvcc(*arguments: str) -> str:
     """Run nvcc with the options of the engine; return what it and the assembler say."""
     done = subprocess.run([str(NVCC), *arguments], capture_output=True, text=True)
@@ -224,23 +244,26 @@ FIGURES = re.compile(
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; it compiles the kernels for real devices")
-@pytest.mark.parametrize("number", ["75", "90", "100"])
+@pytest.mark.parametrize("number", ARCHITECTURES)
 def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, record_property, number) -> None:
-    """For Turing, Hopper and Blackwell.
+    """For one of Turing, Hopper and Blackwell, and each of these compiles every rule and option.
 
     With 64 registers a multiprocessor holds four blocks of 256 threads; with 80, as where much is held at once, three.
     """
     if f"compute_{number}\n" not in nvcc("--list-gpu-arch"):
         pytest.skip(f"this nvcc does not know sm_{number}")
-    modules = {tmp_path / f"kernels_{k}.cu": KERNELS[k::2] for k in range(2)}
+    chosen = cases_of(number)
+    kernels = [update_kernel(*case) for case in chosen] + gradient_kernels() + block_kernels()
+    kernels += [measure_kernel(case.recipe, case.gradient) for case in chosen if case in LAYERWISE]
+    modules = {tmp_path / f"kernels_{k}.cu": kernels[k::2] for k in range(2)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda item: compiled(number, item[1], item[0]), modules.items()))
     figures = {name: numbers for name, *numbers in FIGURES.findall("\n".join(outputs))}
-    assert figures.keys() == {kernel.name for kernel in KERNELS}
+    assert figures.keys() == {kernel.name for kernel in kernels}
     assert {tuple(numbers[:3]) for numbers in figures.values()} == {("0", "0", "0")}
     registers = {name: int(numbers[3]) for name, numbers in figures.items()}
-    eight_bit = {update_kernel(*case).name for case in CASES if case.recipe.precision is Precision.INT8}
-    measuring = {update_kernel(*case).name for case in CASES if case.recipe.measures} - eight_bit
+    eight_bit = {update_kernel(*case).name for case in chosen if case.recipe.precision is Precision.INT8}
+    measuring = {update_kernel(*case).name for case in chosen if case.recipe.measures} - eight_bit
     others = registers.keys() - eight_bit - measuring
     for kind, bound, names in [("float", 64, others), ("measuring", 80, measuring), ("int8", 80, eight_bit)]:
         most = max(registers[name] for name in names)

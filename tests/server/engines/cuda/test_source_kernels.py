@@ -5,6 +5,7 @@ Lengths are odd, arrays aligned, aligned after up to three elements, and never; 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import subprocess
@@ -108,6 +109,12 @@ def scalars_of(step: Any) -> list[np.float32]:
     return [np.float32(scalar) for scalar in step.scalars]
 
 
+@functools.cache
+def name_of(case: cases.Case) -> str:
+    """Return the name of a case's kernel, without writing its text each time."""
+    return update_kernel(*case).name
+
+
 def check_update(library: Any, case: Any, size: int, head: int | None, odd: bool, blocks: int = 2) -> None:
     """Compare one launch of an update."""
     recipe, gradient, reply = case
@@ -123,7 +130,7 @@ def check_update(library: Any, case: Any, size: int, head: int | None, odd: bool
     arguments = [*pointers, *([sums] if recipe.measures else [])]
     arguments += [eight_bit_tables()] if recipe.precision is Precision.INT8 else []
     arguments += [np.int64(size), told, *(np.uint32(seed) for seed in seeds), *scalars_of(step)]
-    library.launch(update_kernel(*case).name, blocks, 256, tuple(arguments))
+    library.launch(name_of(case), blocks, 256, tuple(arguments))
 
     wanted_sums = np.zeros(len(recipe.sums))
     ranges = (0, 0, 0, size, *([wanted_sums] if recipe.measures else []))

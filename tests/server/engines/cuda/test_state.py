@@ -21,6 +21,7 @@ from tests.server.pretended_gpus import (
     pretended_cupy,
 )
 from tests.support import cuda_cases as cases
+from tests.support.pairwise import combinations, missing
 
 pytestmark = needs_compiler
 
@@ -114,6 +115,8 @@ def test_no_order_of_the_device_changes_a_bit(start, reference, order) -> None:
 
 
 def test_cases_leave_no_rule_decay_or_option_out() -> None:
+    wanted = combinations(cases.PARAMETERS, cases.WHOLLY, cases.is_served)
+    assert missing(wanted, cases.rows_of(cases.CASES)) == []
     recipes = [case.recipe for case in cases.CASES]
     plain = [recipe for recipe in recipes if recipe.precision is not Precision.INT8]
     assert {(recipe.rule.update, recipe.decay) for recipe in plain} == {

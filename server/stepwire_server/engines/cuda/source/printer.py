@@ -8,6 +8,7 @@ in the order of Python.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -100,6 +101,7 @@ class _Printer:
         return SyntaxError(f"{self._name}: {ast.unparse(node)!r} is outside the subset that Rule.update allows")
 
 
+@functools.cache
 def _definition(function: object) -> ast.FunctionDef:
     assert isinstance(function, types.FunctionType)
     definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
