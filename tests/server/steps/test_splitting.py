@@ -60,7 +60,7 @@ def engines(optimizers: Sequence[Optimizer], precisions: Sequence[str]) -> pytes
     cases = [("numpy", each, precision) for each in optimizers for precision in served(each, precisions)]
     for turn, optimizer in enumerate(optimizers):
         choice = served(optimizer, precisions)
-        cases.append(("numba", optimizer, choice[turn % len(choice)]))
+        cases.append(("numba", optimizer, choice[-1 - turn % len(choice)]))
     return pytest.mark.parametrize(
         ("engine", "optimizer", "precision"),
         cases,
