@@ -76,6 +76,7 @@ class Reason(enum.StrEnum):
     TOO_MANY_SESSIONS = "TOO_MANY_SESSIONS"
     TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     SHUTTING_DOWN = "SHUTTING_DOWN"
+    STREAM_DISPLACED = "STREAM_DISPLACED"
     UNREACHABLE = "UNREACHABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
@@ -246,6 +247,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.TOO_MANY_SESSIONS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.TOO_MANY_STREAMS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.STREAM_DISPLACED: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.DEADLINE_EXCEEDED: ErrorRow("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),

@@ -23,7 +23,9 @@ from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
+from stepwire_server.observability.commits import log_committed
 from stepwire_server.processes.port_file import write_ports
+from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from stepwire_server.rpc.listen import Listening, check_bind
@@ -78,8 +80,9 @@ class Server:
             max_streams=config.max_streams,
             step_idle_seconds=config.step_idle_seconds,
             clock=clock,
+            sinks=(log_committed,) if config.log_level == "debug" else (),
         )
-        self._workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
+        self._commit_threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
         calls = config.max_streams + _UNARY_CALLS
         self._handlers = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._grpc = grpc.server(
@@ -98,12 +101,11 @@ class Server:
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
         service = OptimizerService(
             self.registry,
-            self._gate,
-            self._workers,
+            Serving(self._gate, self._commit_threads, clock, config.max_chunk_bytes),
             config,
-            secrets.token_hex(8),
-            self._local_access(),
             self.handoff.sharing,
+            instance_id=secrets.token_hex(8),
+            local=self._local_access(),
         )
         self._grpc.add_generic_rpc_handlers((service.handlers(),))
         self._health = health.HealthServicer()
@@ -146,7 +148,7 @@ class Server:
         if self._listening is not None:
             self._listening.close()
         self._handlers.shutdown()
-        self._workers.shutdown()
+        self._commit_threads.shutdown()
         if self._host_sharing is not None:
             self._host_sharing.close()
         self.registry.close()

@@ -65,11 +65,11 @@ class DeviceBuffers:
         self.parameter_bytes = in_pages(size * reply.itemsize)
         nbytes = -(-(self.gradient_bytes + self.parameter_bytes) // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
         with contextlib.ExitStack() as held:
-            held.enter_context(session.room(nbytes, "the device memory that is shared with the client"))
-            self._memory = held.enter_context(contextlib.closing(session.export(nbytes)))
+            held.enter_context(session.memory.room(nbytes, "the device memory that is shared with the client"))
+            self._memory = held.enter_context(contextlib.closing(session.memory.export(nbytes)))
             self.gradient: Any = self._memory.array(0, gradient, wire_items(gradient, size))
             self.parameters: Any = self._memory.array(self.gradient_bytes, reply, size)
-            session.read_parameters(self.parameters)
+            session.memory.read_parameters(self.parameters)
             self._held = held.pop_all()
         self._lender = lender
         self._lock = threading.Lock()  # of the three below

@@ -53,36 +53,36 @@ class SharedBuffers:
         self.gradient_bytes = in_pages(wire_bytes(config.gradient_dtype, config.layout.size))
         self.parameter_bytes = in_pages(config.layout.size * config.reply_dtype.itemsize)
         with contextlib.ExitStack() as held:
-            held.enter_context(session.room(self.gradient_bytes, "the shared memory of the gradient"))
+            held.enter_context(session.memory.room(self.gradient_bytes, "the shared memory of the gradient"))
             gradient = held.enter_context(SharedMemory("stepwire-gradient", self.gradient_bytes))
-            held.enter_context(session.pin(gradient.array(_BYTES, gradient.nbytes)))
+            held.enter_context(session.memory.pin(gradient.array(_BYTES, gradient.nbytes)))
             parameters = self._parameters(session, held)
             self._memory = (gradient, parameters)
             items = wire_items(config.gradient_dtype, config.layout.size)
             self.gradient: HostArray = gradient.array(config.gradient_dtype, items)
             self.parameters: HostArray = parameters.array(config.reply_dtype, config.layout.size)
             if not self.in_place:
-                session.read_parameters(self.parameters)
+                session.memory.read_parameters(self.parameters)
             self._held = held.pop_all()
 
     def _parameters(self, session: Session, held: contextlib.ExitStack) -> SharedMemory:
         """Return the memory of the state's own parameters, moving them there, or else memory for answers."""
         self.in_place = session.config.reply_dtype == FLOAT32
-        if self.in_place and (moved := session.moved_parameters()) is not None:
+        if self.in_place and (moved := session.memory.moved_parameters()) is not None:
             return held.enter_context(moved)
         with contextlib.ExitStack() as own:
-            own.enter_context(session.room(self.parameter_bytes, "the shared memory of the parameters"))
+            own.enter_context(session.memory.room(self.parameter_bytes, "the shared memory of the parameters"))
             memory = SharedMemory("stepwire-parameters", self.parameter_bytes, read_only=True)
             with contextlib.ExitStack() as undo:
                 undo.callback(memory.close)
-                self.in_place = self.in_place and session.move_parameters(memory)
+                self.in_place = self.in_place and session.memory.move_parameters(memory)
                 undo.pop_all()
             if not self.in_place:
                 own.enter_context(memory)
-                own.enter_context(session.pin(memory.array(_BYTES, memory.nbytes)))
+                own.enter_context(session.memory.pin(memory.array(_BYTES, memory.nbytes)))
                 held.enter_context(own.pop_all())
                 return memory
-        moved = session.moved_parameters()  # the room is free again: what the state held before was given back
+        moved = session.memory.moved_parameters()  # the room is free again: what the state held before was given back
         assert moved is not None
         return held.enter_context(moved)
 

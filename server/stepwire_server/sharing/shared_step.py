@@ -8,8 +8,8 @@ import numpy as np
 
 from stepwire.wire.dtypes import BLOCK, wire_bytes
 from stepwire_server.engines.protocol import HostArray
-from stepwire_server.steps.gradient import GradientStaging
 from stepwire_server.steps.reply import split_range
+from stepwire_server.steps.step import Step
 
 __all__ = ["MemoryReplyWriter", "StreamMemory", "stage_shared"]
 
@@ -46,7 +46,7 @@ class StreamMemory(Protocol):
         ...
 
 
-def stage_shared(buffers: StreamMemory, staging: GradientStaging, size: int, depth: int) -> None:
+def stage_shared(buffers: StreamMemory, step: Step, size: int, depth: int) -> None:
     """Stage the gradient where it lies.
 
     Nothing is copied on the CPU, so a client that changes its gradient during the step gets an update of whatever was
@@ -54,17 +54,17 @@ def stage_shared(buffers: StreamMemory, staging: GradientStaging, size: int, dep
 
     Args:
         buffers: hold it.
-        staging: of the step.
+        step: the step.
         size: elements of the flat space.
         depth: of the session's state; above 1 the gradient is staged in pieces, unless it lies on the device.
     """
     if not size:
         return
-    received, dtype = buffers.gradient.view(np.uint8), staging.request.gradient_dtype
+    received, dtype = buffers.gradient.view(np.uint8), step.request.gradient_dtype
     whole = depth == 1 or buffers.on_device
     for low, high in split_range(0, size, size if whole else _PIECE_ELEMENTS):
         assert low % BLOCK == 0
-        staging.add(low, high - low, received[wire_bytes(dtype, low) : wire_bytes(dtype, high)])
+        step.add(low, high - low, received[wire_bytes(dtype, low) : wire_bytes(dtype, high)])
 
 
 class MemoryReplyWriter:
