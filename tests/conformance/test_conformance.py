@@ -45,7 +45,7 @@ def channel() -> Iterator[grpc.Channel]:
         yield channel
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
 def test_the_server_computes_what_the_framework_computes(name: str, channel: grpc.Channel) -> None:
     case = CASES[name]
     last_step = None if name in LONG else max(10, case.checkpoints[1])
@@ -102,6 +102,7 @@ def test_tensors_come_back_as_they_were_written(tmp_path: pathlib.Path) -> None:
         assert found[key].tobytes() == value.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_torch_still_computes_the_vectors() -> None:
     command = [sys.executable, str(ROOT / "conformance" / "generate.py"), "--check", "--framework", "torch"]

@@ -21,6 +21,8 @@ from tests.integration.proxy import Proxy
 from tests.integration.training import OVERLAPPED, PATCHED, SMALL, WIDE, Model, bits, same_bits, telemetry
 from tests.support.pairwise import pairwise
 
+pytestmark = pytest.mark.slow
+
 _SEED = 1_812_06
 
 MODELS = {model.name: model for model in (SMALL, WIDE, OVERLAPPED, PATCHED)}

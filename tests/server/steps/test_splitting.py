@@ -61,12 +61,17 @@ def engines(optimizers: Sequence[Optimizer], precisions: Sequence[str]) -> pytes
     for turn, optimizer in enumerate(optimizers):
         choice = served(optimizer, precisions)
         cases.append(("numba", optimizer, choice[-1 - turn % len(choice)]))
-    return pytest.mark.parametrize(
-        ("engine", "optimizer", "precision"),
-        cases,
-        indirect=["engine"],
-        ids=[f"{engine}-{optimizer.rule}-{precision}" for engine, optimizer, precision in cases],
-    )
+    named = [
+        pytest.param(
+            engine,
+            optimizer,
+            precision,
+            marks=pytest.mark.slow if engine == "numba" else (),
+            id=f"{engine}-{optimizer.rule}-{precision}",
+        )
+        for engine, optimizer, precision in cases
+    ]
+    return pytest.mark.parametrize(("engine", "optimizer", "precision"), named, indirect=["engine"])
 
 
 @pytest.fixture(scope="module")
