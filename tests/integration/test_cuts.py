@@ -126,7 +126,7 @@ def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
     """One to three cuts a step, in order or abrupt, at any byte of a message or of a frame's header."""
     traffic = undisturbed(twins, proxy)
     chance = random.Random(_SEED)
-    while proxy.cuts < 60:
+    while proxy.cuts < 40:
         cuts = proxy.cuts
         proxy.arm(*(random_cut(chance, traffic, first=index == 0) for index in range(chance.randint(1, 3))))
         twins.step()
