@@ -42,19 +42,22 @@ class CaseResult:
     detail: str = ""
 
 
-def check(channel: grpc.Channel, case: StoredCase, last_step: int | None = None) -> CaseResult:
+def check(
+    channel: grpc.Channel, case: StoredCase, last_step: int | None = None, *, always_reply: bool = False
+) -> CaseResult:
     """Run a case up to its last checkpoint, or up to `last_step` if that comes before.
 
     Args:
         channel: the channel to the server.
         case: the case.
         last_step: the last step to run; later checkpoints are omitted.
+        always_reply: every step is answered with the parameters, not the steps of checkpoints alone.
 
     Returns:
         The result of the case.
     """
     try:
-        misses = list(_misses(channel, case, last_step))
+        misses = list(_misses(channel, case, last_step, always_reply))
     except NotServedError as error:
         return CaseResult(case.name, case.rule, NOT_SERVED, detail=str(error))
     except grpc.RpcError as error:
@@ -75,7 +78,7 @@ def check(channel: grpc.Channel, case: StoredCase, last_step: int | None = None)
     )
 
 
-def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None) -> Iterator[Miss]:
+def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None, always_reply: bool) -> Iterator[Miss]:
     checkpoints = [step for step in case.checkpoints if last_step is None or step <= last_step]
     with RemoteSession(channel, case) as session:
         for slot in case.slots:
@@ -83,7 +86,7 @@ def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None) -> I
                 yield Miss(f"the server keeps no slot {slot!r}, only {session.slots}", math.inf)
                 return
         for number in range(1, max(checkpoints) + 1):
-            result, parameters = session.step(number, reply=number in checkpoints)
+            result, parameters = session.step(number, reply=always_reply or number in checkpoints)
             yield from _flag_misses(case, result)
             if number in checkpoints:
                 yield from _checkpoint_misses(session, case, number, result, parameters)

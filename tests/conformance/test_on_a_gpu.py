@@ -24,7 +24,7 @@ from tests.server.pretended_gpus import (
     pretended_cupy,
 )
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 ALL = {case.name: case for case in stored_cases()}
 STEPS = 10

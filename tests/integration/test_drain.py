@@ -18,6 +18,8 @@ from tests.integration.processes import ServerProcess, run_command
 from tests.integration.training import TINY
 from tests.support.raw import RawClient, RawStream, Refused, Vector, step_message
 
+pytestmark = pytest.mark.slow
+
 _SIZE = 100
 GRADIENT = np.random.default_rng(11).standard_normal(_SIZE, np.float32)
 REST = slice(50, _SIZE)

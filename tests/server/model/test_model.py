@@ -17,6 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stepwire_server.config import MIB, ServerConfig
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.engines import CpuEngine
+from stepwire_server.server import Server
 from tests.server.model.operations import CONFIGS, OPERATIONS, Config
 from tests.server.model.runner import Run
 
@@ -25,8 +29,14 @@ LEAST_OPERATIONS, MOST_OPERATIONS = 4, 20
 
 
 @pytest.fixture(scope="module")
-def channel(server: Any, connect: Any) -> Iterator[Any]:
-    with connect(server.target) as wire:
+def channel(connect: Any) -> Iterator[Any]:
+    """A channel to a server on NumPy.
+
+    Kernels of Numba have the same bits (`test_parity`), and would have to be compiled for every config that is drawn.
+    """
+    config = ServerConfig(bind="127.0.0.1:0", max_chunk_bytes=64 << 10, max_tensors=64, sweep_seconds=0.05)
+    pool = DevicePool.of([CpuEngine(threads=1, use_numba=False)], 256 * MIB)
+    with Server(config, pool=pool) as server, connect(server.target) as wire:
         yield wire
 
 
