@@ -52,7 +52,7 @@ class Twins:
         self.steps = itertools.count(1)
 
     def step(self) -> None:
-        """Take the next step in both; the answers are the same, telemetry included."""
+        """Apply the next step in both; the answers are the same, telemetry included."""
         gradient = self.model.gradient(next(self.steps))
         assert bits(self.disturbed.step(gradient, **self.model.steps)) == bits(self.calm.step(gradient))
         assert telemetry(self.disturbed.last_result) == telemetry(self.calm.last_result)

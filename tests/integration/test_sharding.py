@@ -130,7 +130,7 @@ class Pair:
         self.exact = options.get("non_finite") != "allow" or bool(options.get("clip_grad_norm"))
 
     def step(self, gradient: Arrays, **options: Any) -> None:
-        """Take a step in both; answers and results are the same."""
+        """Apply a step in both; answers and results are the same."""
         expected = self.whole.step(gradient, **options)
         assert bits(self.cut.step(gradient, **options)) == bits(expected)
         self.compare_results()

@@ -61,12 +61,12 @@ class Twins:
         self.model = model
         self.shared = model.create(shared, **options)
         self.plain = model.create(plain, **options)
-        self.taken = 0
+        self.applied = 0
 
     def step(self, way: str = "arrays", **options: Any) -> None:
-        """Take the next step in both, the gradient and the answer lying where `way` says."""
-        self.taken += 1
-        gradient = self.model.gradient(self.taken)
+        """Apply the next step in both, the gradient and the reply lying as `way` says."""
+        self.applied += 1
+        gradient = self.model.gradient(self.applied)
         given: Any = gradient
         if way != "arrays":
             given = self.shared.shared_gradients()
@@ -249,7 +249,7 @@ def test_a_cut_anywhere_in_a_step(
         answer = twins.shared.step(views if way == "old views" else gradient, out=out)
         proxy.disarm()
         assert bits(answer) == bits(twins.plain.step(gradient))
-        twins.taken += 1
+        twins.applied += 1
         if proxy.cuts == cuts:
             break
     assert after >= 2
@@ -271,7 +271,7 @@ def test_a_step_whose_answer_is_lost_is_answered_in_the_new_memory(
     assert bits(answer) == bits(twins.plain.step(WIDE.gradient(2)))
     assert not np.shares_memory(answer["w"], out["w"])  # of a memory that is gone; the answer lies in the new
     assert bits(twins.shared.shared_parameters()) == bits(answer)
-    twins.taken = 2
+    twins.applied = 2
     twins.step("in place")
     twins.compare()
 
@@ -320,7 +320,7 @@ def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
         assert server.handoff.statistics()[:1] == (0,)
         twins.plain.step(ones)
         twins.shared.attach(take_over=True)
-        twins.taken = 2 * round_ + 2
+        twins.applied = 2 * round_ + 2
         twins.step("arrays")
         twins.shared.detach()
         ends.wait()

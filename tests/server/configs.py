@@ -1,4 +1,4 @@
-"""Plans for tests of the domain: the contract's defaults, but for what a test says."""
+"""Configs for tests of the domain: the contract's defaults, but for the fields that a test names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepwire_server.rules import Precision
 
 
 def make_config(*specs: TensorSpec, **fields: Any) -> SessionConfig:
-    """Plan a session that starts from zeros; schedules and bounds are None for as many groups as there are."""
+    """Make the config of a session that starts from zeros; schedules and bounds are None for each group."""
     optimizer = fields.pop("optimizer", Adam())
     groups = fields.pop("groups", (optimizer.hyperparameters(),))
     in_blocks = fields.get("precision") is Precision.INT8

@@ -233,7 +233,7 @@ class Live:
             self.token = pb.AttachResponse.FromString(message).opened.attach_token
 
     def step(self, step: int, gradient: npt.NDArray[Any] | None = None) -> step_pb2.StepResult:
-        """Take a step."""
+        """Apply a step."""
         gradient = self.gradient(step) if gradient is None else gradient
         return self.attach(self.frame(begin=step, commit=True, payload=gradient))[-1].result
 

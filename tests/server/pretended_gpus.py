@@ -51,10 +51,10 @@ def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | N
             yield measure_kernel(each, gradient.name)
 
 
-def kernels_of_plan(plan: SessionConfig) -> Iterator[Kernel]:
-    """Yield what steps of a plan run, in its own dtypes."""
-    for recipe in plan.recipes:
-        yield from kernels_of(recipe, plan.gradient_dtype, plan.reply_dtype)
+def kernels_of_config(config: SessionConfig) -> Iterator[Kernel]:
+    """Yield the kernels that steps of a session run, in its own dtypes."""
+    for recipe in config.recipes:
+        yield from kernels_of(recipe, config.gradient_dtype, config.reply_dtype)
 
 
 def library_of(kernels: Iterable[Kernel], directory: pathlib.Path) -> Any:

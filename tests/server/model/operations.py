@@ -186,7 +186,7 @@ BEGINS = st.builds(
     Begin,
     delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
     epoch=st.sampled_from([0] * 20 + [1] * 20 + [2, LAST]),
-    load_delta=st.sampled_from([None] * 12 + [0] * 12 + [1, -1, LAST]),
+    load_delta=st.sampled_from([None] * 8 + [0] * 8 + [1, -1, LAST]),
     gradient_dtype=WIRE_DTYPES,
     reply_dtype=WIRE_DTYPES,
     reply_mode=st.sampled_from([0, 0, 1, 2]),

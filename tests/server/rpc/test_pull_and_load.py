@@ -38,8 +38,8 @@ def test_a_pull_is_a_header_and_then_each_slot_in_order(
     assert (first.header.step, first.header.load, first.header.epoch) == (1, 0, 1)
     assert list(first.header.tensor_steps) == [1]
     most = (chunk_bytes or 65536) // np.dtype(DTYPES[dtype]).itemsize
-    spans = [(slot, offset) for slot in ("exp_avg_sq", "param") for offset in range(0, 5_000, most)]
-    assert [(chunk.slot, chunk.chunk.offset) for chunk in chunks] == spans
+    ranges = [(slot, offset) for slot in ("exp_avg_sq", "param") for offset in range(0, 5_000, most)]
+    assert [(chunk.slot, chunk.chunk.offset) for chunk in chunks] == ranges
     _, masters = wire.pull(live.id, "param", "exp_avg_sq")
     for slot in ("param", "exp_avg_sq"):
         pulled = b"".join(chunk.payload for chunk in chunks if chunk.slot == slot)
@@ -94,10 +94,10 @@ def test_a_pull_without_slots_is_of_the_parameters(live: Any) -> None:
 def test_a_load_is_pulled_as_it_was_sent(live: Any, dtype: int, cuts: tuple[int, ...]) -> None:
     """In any encoding, cut and ordered in any way, several slots mixed."""
     wanted = {slot: eighths(live.size, seed) for seed, slot in enumerate(("exp_avg", "param"))}
-    spans = [(start, end) for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
+    ranges = [(start, end) for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
     chunks = [
         live.load_chunk(slot, start, values[start:end].astype(DTYPES[dtype]))
-        for start, end in spans
+        for start, end in ranges
         for slot, values in wanted.items()
     ]
     before = live.wire.pull(live.id, "exp_avg_sq")[1]

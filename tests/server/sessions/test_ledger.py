@@ -99,14 +99,14 @@ def test_a_load_may_not_move_the_step_back() -> None:
 
 
 def test_a_step_that_a_load_has_set_cannot_be_replayed() -> None:
-    """There is no record of it: another session took it."""
+    """No result of it is known here: another session applied it."""
     ledger = ledger_at(5)
     ledger.commit_load(load(1, 9))
     with pytest.raises(errors.StepMismatchError):
         ledger.admit_step(step(9, 0), holder(ledger))
 
 
-def test_a_load_that_leaves_the_step_leaves_its_record() -> None:
+def test_a_load_that_leaves_the_step_leaves_its_result() -> None:
     ledger = ledger_at(5)
     for number, moved in ((1, None), (2, 5)):
         ledger.commit_load(load(number, moved))
