@@ -156,7 +156,7 @@ def main() -> None:
     if not cupy.cuda.is_available():
         sys.exit("no GPU benchmark: CUDA sees no device")
     engine = CudaEngine(0, cupy)
-    device = engine._parts.device
+    device = engine._resources.device
     torch = TorchSide.installed(device.index, device.compute.ptr)
     gpu = Gpu(engine, Clock(device, extent.wiped_bytes), torch, extent)
     described = {"machine": machine.describe(), "device": _describe(gpu)}

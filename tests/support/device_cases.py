@@ -73,7 +73,7 @@ def check_shortage(engine: Engine, reference: Engine, size: int) -> None:
     """Let memory run out before a session, and before a gradient; whoever holds memory goes on as if nothing was."""
     want, _ = run(reference, ADAM, size, 0, 3, CHUNK_ELEMENTS)
     gradient, out = numbers(size, 0), np.empty(size, np.float32)
-    device = engine._parts.device
+    device = engine._resources.device
     with contextlib.closing(engine.allocate(cases.slots_of(ADAM), size)) as state:
         state.write(PARAM, 0, numbers(size, 1))
         stepped(state, ADAM, 1, gradient, out, CHUNK_ELEMENTS)
@@ -93,7 +93,7 @@ def check_shortage(engine: Engine, reference: Engine, size: int) -> None:
 
 def bytes_of(engine: Any, memory: Any) -> np.ndarray:
     """Copy device memory to the host, whoever it belongs to."""
-    device = engine._parts.device
+    device = engine._resources.device
     host = device.pinned(memory.nbytes)
     with device.current():
         memory.data.copy_to_host_async(host.ctypes.data, memory.nbytes, device.compute)
@@ -120,7 +120,7 @@ def check_zeroed(engine: Any, size: int) -> None:
 
 def check_accounting(engine: Any, recipe: Recipe, size: int) -> None:
     """Compare what a session says it takes with what the driver has less of."""
-    device, slots = engine._parts.device, cases.slots_of(recipe)
+    device, slots = engine._resources.device, cases.slots_of(recipe)
     engine.rest()
     before = device.free_bytes()
     state = engine.allocate(slots, size)
