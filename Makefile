@@ -18,8 +18,12 @@ examples: .venv-examples/stamp
 	.venv-examples/bin/pip install --quiet --disable-pip-version-check -e '.[demo,jax]' torch==2.13.0
 	touch $@
 
+# One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
+# gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
+# where Python may keep its bytecode. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 test: .venv/stamp-dev
-	$(BIN)/python -m pytest -q -n auto
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto aio

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-__all__ = ["Child", "answer", "child", "python"]
+__all__ = ["Child", "child", "output_of", "python"]
 
 _END_SECONDS = 10.0
 
@@ -21,10 +21,10 @@ class Child:
         self.pid = process.pid
 
     def read(self) -> str:
-        """Wait for the next line that it prints.
+        """Wait for the next line that the process prints.
 
         Raises:
-            RuntimeError: it ended instead; what it had to say is on standard error.
+            RuntimeError: the process ended instead; its message is on standard error.
         """
         assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
@@ -32,7 +32,7 @@ class Child:
         return line.strip()
 
     def ask(self, line: str) -> str:
-        """Send a line and wait for the one it answers."""
+        """Send a line and wait for the line of the reply."""
         assert self._process.stdin is not None
         print(line, file=self._process.stdin, flush=True)
         return self.read()
@@ -61,10 +61,10 @@ def child(command: Sequence[str]) -> Iterator[Child]:
         process.stdout.close()
 
 
-def answer(command: Sequence[str]) -> str:
-    """Run a process to its end and return what it printed.
+def output_of(command: Sequence[str]) -> str:
+    """Run a process to its end and return its output.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it had to say is on standard error.
+        subprocess.CalledProcessError: the process failed; its message is on standard error.
     """
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -1,7 +1,7 @@
 """Contests: contenders that do the same job, timed in alternating rounds of one run.
 
-A small virtual machine wanders by half from one minute to the next, so that only what was timed side by side can be
-compared: every ratio is taken round by round, and its median is quoted.
+The speed of a small virtual machine wanders by half from one minute to the next, so only times of one round can be
+compared. Every ratio is of one round, and the median of the rounds is quoted.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ __all__ = [
     "Absent",
     "Action",
     "Contender",
-    "Outcome",
+    "ContestResult",
     "Ratios",
     "batch_of",
     "failure",
-    "hold",
     "needed",
     "ratio",
+    "run_contest",
     "timed",
 ]
 
 Action = Callable[[], Any]
 Ratios = Mapping[str, tuple[str, tuple[str, ...]]]
-"""Figures, and the times they are the ratio of: one to the sum of others."""
+"""Ratios by the name of their figure: the time of one contender, divided by the sum of others."""
 Prepare = Callable[[contextlib.ExitStack, int], Action]
-# Some contenders leave threads that wait for more work on every core for a while (OpenMP): nobody else shall pay for
-# that.
+# Some contenders leave threads that wait for work on every core for a while (OpenMP). The pause keeps them out of the
+# next time.
 _PAUSE_SECONDS = 0.02
 FAILED = "failed:"
 _BATCHES = ((2_000, 100), (20_000, 50), (2_000_000, 5))
 
 
 class Absent(Exception):
-    """A contender cannot take part here; the message says why."""
+    """A contender cannot run on this machine; the message has the reason."""
 
 
 class Contender(NamedTuple):
-    """Who takes part.
+    """One contender.
 
     Attributes:
-        name: what figures are called by.
-        prepare: `(stack, size) → action`: makes ready a job of `size` parameters and hands to the stack what must be
-            closed at the end.
+        name: the name of its figures.
+        prepare: `(stack, size) → action`: prepares a job of `size` parameters, and registers its resources at the
+            stack.
     """
 
     name: str
     prepare: Prepare
 
 
-class Outcome(NamedTuple):
-    """What a contest found.
+class ContestResult(NamedTuple):
+    """The result of a contest.
 
     Attributes:
-        size: parameters of the job.
-        times: seconds of the job by contender, a round each; those of a round belong together.
-        left_out: why a contender has none: what is not there, or `failure` of what went wrong.
+        size: the number of parameters of the job.
+        times: the seconds of the job by contender, one for each round.
+        left_out: the reason why a contender has no times: a missing package, or the `failure` of an exception.
     """
 
     size: int
@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
     left_out: dict[str, str]
 
     def figures(self) -> dict[str, Any]:
-        """Return the median of each contender in milliseconds, and who was left out."""
+        """Return the median of each contender in milliseconds, and the reasons of contenders without times."""
         medians = {f"{name} ms": statistics.median(values) * 1e3 for name, values in self.times.items()}
         rounds = max(map(len, self.times.values()), default=0)
         return {"parameters": self.size, "rounds": rounds, **medians} | {
@@ -81,7 +81,7 @@ class Outcome(NamedTuple):
         }
 
     def ratios(self, wanted: Ratios) -> dict[str, float]:
-        """Return the median ratios of contenders to sums of others, where all of them took part."""
+        """Return the median ratios of contenders to sums of others, if all of them have times."""
         return {
             figure: ratio(self.times, one, *others)
             for figure, (one, others) in wanted.items()
@@ -96,11 +96,11 @@ def ratio(times: dict[str, list[float]], one: str, *others: str) -> float:
 
 
 def batch_of(size: int) -> int:
-    """Return how often a job of so many parameters is done in one round: often where it is short."""
+    """Return the repetitions of a job of so many parameters in one round: more for a short job."""
     return next((batch for largest, batch in _BATCHES if size <= largest), 1)
 
 
-def hold(contenders: Sequence[Contender], size: int, *, rounds: int, batch: int = 1) -> Outcome:
+def run_contest(contenders: Sequence[Contender], size: int, *, rounds: int, batch: int = 1) -> ContestResult:
     """Time every contender in every round; a round's time is the median of its batch."""
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -116,26 +116,26 @@ def hold(contenders: Sequence[Contender], size: int, *, rounds: int, batch: int 
         ready.clear()
     gc.collect()
     kept = {name: values for name, values in times.items() if name not in left_out}
-    return Outcome(size, kept, left_out)
+    return ContestResult(size, kept, left_out)
 
 
 def failure(problem: Exception) -> str:
-    """Return what stands in the place of a figure that something went wrong with; see `report.failures`."""
+    """Return the text in place of a figure that could not be measured; see `report.failures`."""
     return f"{FAILED} {type(problem).__name__}: {str(problem).partition(chr(10))[0]:.200}"
 
 
 def timed(action: Action) -> float:
-    """Return the seconds that an action takes."""
+    """Return the seconds of an action."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def needed(module: str) -> Any:
-    """Import what only some machines have.
+    """Return a module that only some machines have.
 
     Raises:
-        Absent: it is not installed.
+        Absent: the module is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -145,7 +145,7 @@ def needed(module: str) -> Any:
 
 def _round(action: Action, batch: int) -> float:
     time.sleep(_PAUSE_SECONDS)
-    if batch > 1:  # what a short job finds in the caches is its own; a long one finds nothing anyway
+    if batch > 1:  # fills the caches with a short job's own data; a long job's data do not fit
         action()
     return statistics.median(timed(action) for _ in range(batch))
 
@@ -158,7 +158,7 @@ def _warmed(action: Action) -> Action:
 
 @contextlib.contextmanager
 def _excused(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Leave a contender out where it cannot take part, and aloud where it fails."""
+    """Leave a contender out if it cannot run here, and print the error if it fails."""
     try:
         yield
     except Absent as reason:

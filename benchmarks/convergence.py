@@ -2,9 +2,9 @@
 
     python benchmarks/convergence.py [--quick]
 
-Two models, in NumPy, stepped by a real server: an MLP on scikit-learn's digits, and a character-level language model on
-text that ships with Python (the topics of its help, PSF licence). Everything but the precision is the same for a seed,
-so the differences between precisions are to be seen against the spread over seeds.
+A real server steps two models in NumPy. One is an MLP on scikit-learn's digits. The other is a character-level language
+model on text that ships with Python (the topics of its help, PSF licence). Everything but the precision is the same for
+a seed, so that the spread over seeds is the measure of differences between precisions.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Task(NamedTuple):
     """A model with its data.
 
     Attributes:
-        initial: makes the parameters.
+        initial: a function that makes the parameters.
         loss: `(parameters, inputs, targets) → (mean loss, gradients)`.
-        batches: yields `(inputs, targets)`.
-        held_out: what the final loss is of.
+        batches: a function that yields `(inputs, targets)`.
+        held_out: the data of the final loss.
         lr: Adam's learning rate.
     """
 

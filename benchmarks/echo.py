@@ -1,9 +1,11 @@
-"""The floor: raw gRPC moving the same bytes in the same messages, with no optimizer behind it.
+"""The floor: raw gRPC moving the same bytes in the same messages, without an optimizer.
 
-`python echo.py [OPTION=VALUE …]` serves three methods in a process of its own, over TCP and over a Unix socket, with
-options of gRPC, until its standard input ends, and prints its port and its path: `Echo` answers each message with a
-message of the size that its first bytes ask for; `Duplex` sends each message back as it arrives; `PushPull` takes
-messages until one is marked last and then sends them all back.
+`python echo.py [OPTION=VALUE …]` serves three methods over TCP and over a Unix socket, with options of gRPC, until its
+standard input ends. The process prints its port and its path.
+
+- `Echo` replies to each message with a message of the size in its first bytes.
+- `Duplex` sends each message back as it arrives.
+- `PushPull` receives messages up to the one that is marked last, and then sends them all back.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ Options = Sequence[tuple[str, int]]
 
 
 class EchoTargets(NamedTuple):
-    """Where the echo server listens.
+    """The addresses of the echo server.
 
     Attributes:
-        tcp: host and port.
-        unix: a path, as gRPC writes it.
+        tcp: the host and the port.
+        unix: the path, as gRPC writes it.
     """
 
     tcp: str
@@ -47,10 +49,10 @@ class EchoTargets(NamedTuple):
 
 
 def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    answers: dict[int, bytes] = {}
+    replies: dict[int, bytes] = {}
     for message in messages:
         size = int.from_bytes(message[:_SIZE_BYTES], "little")
-        yield answers.setdefault(size, bytes(size))
+        yield replies.setdefault(size, bytes(size))
 
 
 def _duplex(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -104,13 +106,13 @@ class EchoStream:
         self._call = stream(iter(self._outbox.get, None))
 
     def round_trip(self, message: bytes) -> bytes:
-        """Send one message and return its answer."""
+        """Send one message and return its reply."""
         self._outbox.put(message)
-        answer: bytes = next(self._call)
-        return answer
+        reply: bytes = next(self._call)
+        return reply
 
     def exchange(self, messages: Sequence[bytes]) -> None:
-        """Send messages and receive as many, in the order that the method has."""
+        """Send messages and receive as many, in the order of the method."""
         for message in messages:
             self._outbox.put(message)
         for _ in messages:
@@ -123,9 +125,9 @@ class EchoStream:
         self._channel.close()
 
 
-def sized_message(request_bytes: int, answer_bytes: int) -> bytes:
-    """Return a message of one size that asks for an answer of another."""
-    return answer_bytes.to_bytes(_SIZE_BYTES, "little") + bytes(request_bytes - _SIZE_BYTES)
+def sized_message(request_bytes: int, reply_bytes: int) -> bytes:
+    """Return a message of one size that requests a reply of another size."""
+    return reply_bytes.to_bytes(_SIZE_BYTES, "little") + bytes(request_bytes - _SIZE_BYTES)
 
 
 def bulk_messages(payload_bytes: int, chunk_bytes: int = _CHUNK_BYTES) -> list[bytes]:

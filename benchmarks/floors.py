@@ -1,7 +1,7 @@
-"""What a step cannot be faster than: the same bytes moved with no optimizer behind them, and the parts of a step alone.
+"""The floors of a step: the same bytes moved without an optimizer, and the other work of a step alone.
 
-A step moves a gradient up and parameters down. "Push, pull" is all up and then all down; "duplex" is each block or
-message back as it comes.
+A step moves a gradient up and parameters down. "Push, pull" moves all bytes up and then all bytes down. "Duplex" sends
+each block or message back as it comes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COPIES = "one copy each side"
 
 
 def socket_floors(at: Addresses) -> list[Contender]:
-    """Return plain sockets, and the copies through shared memory that need none."""
+    """Return plain sockets, and copies through shared memory."""
     return [
         Contender("raw TCP push, pull", _sockets(at.tcp, SocketStream.push_pull)),
         Contender("raw TCP duplex", _sockets(at.tcp, SocketStream.duplex)),
@@ -51,12 +51,12 @@ def grpc_floors(at: EchoTargets) -> list[Contender]:
 
 
 def parts() -> list[Contender]:
-    """Return the parts of a step that are no transfer."""
+    """Return the work of a step without the transfer."""
     return [Contender(ENGINE, _engine), Contender(COPIES, _copies)]
 
 
 def engine_step(size: int, gradient: np.ndarray[Any, Any]) -> tuple[CpuEngine, Action]:
-    """The engine's own pass over everything, in this process: decode, rule, and encode into an answer."""
+    """The engine's own pass over all elements, in this process: decode, rule, and encode into a reply."""
     rule, _ = rule_for(stepwire.Adam(), momentum=False)
     recipe, engine = Recipe(rule, measures=True), CpuEngine()
     state = engine.allocate(dict.fromkeys((PARAM, *rule.slots), Precision.FLOAT32), size)

@@ -1,12 +1,12 @@
 """A peer: the messages of Flower, a gradient up in a `FitRes` and parameters down in a `FitIns`, with no optimizer.
 
-Both sides turn arrays to records and records to arrays with Flower's own functions, as a `NumPyClient` does, and speak
-Flower's own gRPC service, with its own connection on the client's side. No simulation engine and no SuperLink take
-part.
+Both sides convert arrays to records and back with Flower's own functions, as a `NumPyClient` does. They use Flower's
+own gRPC service, with its own connection on the client's side. There is no simulation engine and no SuperLink.
 
-Flower's requirements exclude versions that stepwire's server needs, so it has an environment of its own, whose Python
-is named by `STEPWIRE_BENCH_FLOWER_PYTHON` (`make bench-peers` makes one). There, `python flower_messages.py serve SIZE`
-prints its port, and `python flower_messages.py drive PORT SIZE` makes a round trip for each line that it reads.
+Flower's requirements exclude versions that stepwire's server needs, so Flower has an environment of its own.
+`STEPWIRE_BENCH_FLOWER_PYTHON` names its Python (`make bench-peers` makes the environment). In that environment,
+`python flower_messages.py serve SIZE` prints its port. `python flower_messages.py drive PORT SIZE` makes a round trip
+for each line that it reads.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["contenders"]
 
 _PYTHON = "STEPWIRE_BENCH_FLOWER_PYTHON"
 _DEFAULT_PYTHON = pathlib.Path(__file__).parents[1] / ".venv-flower" / "bin" / "python"
-_EXAMPLES = 64  # what a FitRes says that its gradient is of
+_EXAMPLES = 64  # the number of examples in a FitRes
 
 
 def contenders() -> list[Any]:
     """Return the round trip."""
-    from contest import Contender  # the environment of Flower has neither stepwire nor what the contest needs
+    from contest import Contender  # the environment of Flower has neither stepwire nor the contest's packages
 
     return [Contender("Flower messages", _round_trip)]
 
@@ -60,7 +60,7 @@ def _interpreter() -> str:
 
 
 def serve(size: int) -> None:
-    """Answer each gradient with parameters, both decoded and encoded, until standard input ends."""
+    """Reply to each gradient with parameters, both decoded and encoded, until standard input ends."""
     import grpc
     import numpy as np
     from flwr.common import serde

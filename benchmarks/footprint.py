@@ -1,9 +1,9 @@
-"""What a session costs before its first step: bytes of state a parameter, and seconds until its kernels are ready.
+"""The cost of a session before its first step: bytes of state a parameter, and seconds until its kernels are ready.
 
     python benchmarks/footprint.py [--quick]
 
-Seconds are those of `CpuEngine.prepare` for a session's defaults (Adam with telemetry, float32 in and out); the import
-of Numba comes before. Each is measured in a process of its own, since Numba's start is a part of it.
+Seconds are those of `CpuEngine.prepare` for a session's defaults (Adam with telemetry, float32 in and out), after the
+import of Numba. Each time is measured in a process of its own, since it includes the start of Numba.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _bytes_at_rest(size: int = 100_000_000) -> dict[str, float]:
-    """Return what the engine reserves for one tensor and Adam's moments, a parameter, for each precision."""
+    """Return the engine's bytes a parameter for one tensor and Adam's moments, for each precision."""
     engine = CpuEngine(1, use_numba=False)
     figures = {}
     for precision in Precision:
@@ -81,7 +81,7 @@ def _bytes_at_rest(size: int = 100_000_000) -> dict[str, float]:
 
 
 def _compiled_and_cached() -> tuple[Preparation, Preparation]:
-    """Make the kernels in a process that finds no cache, and in one that finds what the first has left."""
+    """Make the kernels in a process with an empty cache, and in a process with the cache of the first."""
     with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
         return _in_child(folder), _in_child(folder)
 

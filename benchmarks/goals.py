@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Goal", "lines", "verdict"]
+__all__ = ["Goal", "lines", "status"]
 
 
 class Goal(NamedTuple):
     """A figure and its bound.
 
     Attributes:
-        section: where the figure is.
-        figure: its name there.
-        bound: what it must not exceed.
-        at_least: it must reach the bound instead.
+        section: the section of the figure.
+        figure: the name of the figure in its section.
+        bound: the largest figure that meets the goal.
+        at_least: True if the bound is the smallest figure instead.
     """
 
     section: str
@@ -24,8 +24,8 @@ class Goal(NamedTuple):
     at_least: bool = False
 
 
-def verdict(goal: Goal, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tell whether a goal was met: "met", "missed", or why that is not known."""
+def status(goal: Goal, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the status of a goal: "met", "missed", or the reason why the figure is not measured."""
     section = results.get(goal.section)
     if section is None:
         return "not measured: no such section in this run"
@@ -37,12 +37,12 @@ def verdict(goal: Goal, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def lines(goals: Sequence[Goal], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line a goal: figure, bound, verdict."""
+    """Return a line for each goal: figure, bound, status."""
     names = [f"{goal.section}: {goal.figure}" for goal in goals]
     width = max(map(len, names), default=0)
     return [
         f"  {name:<{width}}  {_reached(goal, results)} {'>=' if goal.at_least else '<='} {goal.bound:g}  "
-        f"{verdict(goal, results)}"
+        f"{status(goal, results)}"
         for name, goal in zip(names, goals, strict=True)
     ]
 

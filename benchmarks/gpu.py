@@ -140,8 +140,8 @@ def _judged(results: Results) -> Iterator[str]:
                 if value is None:
                     yield f"  {name:<50} not measured: {results.reason(section)}"
                 else:
-                    sign, verdict = ">=" if goal.at_least else "<=", "met" if goal.met(value) else "missed"
-                    yield f"  {name:<50} {value:.3f} {sign} {goal.bound}  {verdict}"
+                    sign, status = ">=" if goal.at_least else "<=", "met" if goal.met(value) else "missed"
+                    yield f"  {name:<50} {value:.3f} {sign} {goal.bound}  {status}"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The CPU engine's pass beside `torch.optim.Adam` and a plain copy: one process, alternating rounds.
 
-torch is measured where it is installed (2.13.0 is what the goals speak of); the rest runs without.
+torch is measured if it is installed (the goals are for 2.13.0); the other figures do not need torch.
 """
 
 from __future__ import annotations
@@ -146,5 +146,5 @@ def _torch_step(torch: Any, gradients: list[np.ndarray[Any, Any]], **form: bool)
 def _torch_casts(torch: Any, gradient: np.ndarray[Any, Any]) -> Callable[[], Any]:
     """Return the casts that torch needs where gradients come and parameters go as bfloat16; nothing is allocated."""
     parameters, gradients = torch.from_numpy(gradient.copy()), torch.from_numpy(gradient.copy())
-    halves, answer = parameters.bfloat16(), parameters.bfloat16()
-    return lambda: (gradients.copy_(halves), answer.copy_(parameters))
+    halves, reply = parameters.bfloat16(), parameters.bfloat16()
+    return lambda: (gradients.copy_(halves), reply.copy_(parameters))

@@ -1,4 +1,4 @@
-"""A peer: `torch.optim.Adam` in the client's own process, with nothing to send; what a service competes with."""
+"""A peer: `torch.optim.Adam` in the client's own process, with nothing to send; the competitor of every service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contest import Action, Contender, needed
 
 __all__ = ["contenders"]
 
-# What torch chooses for one tensor on a processor when it is asked for nothing: neither foreach nor fused.
+# Torch's default for one tensor on a processor is neither foreach nor fused.
 _DEFAULT: dict[str, Any] = {}
 _FUSED: dict[str, Any] = {"fused": True}
 

@@ -3,8 +3,8 @@
     python benchmarks/main.py [--quick] [--json FILE] [--only SECTION …]
 
 Quick mode runs every section in a short form; its figures are for checking the benchmark, not for quoting. A section
-that fails does so aloud and leaves the others alone; the exit code is then 1. `peers.py` compares with other people's
-work, `wire_encodings.py` and `convergence.py` tell what rounding costs in training.
+that fails prints its error and does not stop the others; the exit code is then 1. `peers.py` compares with other
+projects, `wire_encodings.py` and `convergence.py` measure the cost of rounding in training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _QUICK_LARGE = 1_000_000
 _QUICK_SIZES = (1_000, 100_000)
 _QUICK_VARIANTS = ("tcp", "shm in place")
 _OCCUPIED = (*TRANSPORTS, "tcp overlap", "tcp bfloat16", "tcp int8 up, bfloat16 down")
-# Memory that a step may take beyond what it must, and what 10,000 steps may leave: pages that the allocator keeps.
+# The largest memory of a step beyond its need, and the largest growth after 10,000 steps: pages that the allocator
+# keeps.
 _EXCESS_MIB = 64.0
 _GROWTH_KIB = 1024.0
 _LARGE_STEPS, _SMALL_STEPS = "transports 32M", "transports 1k"
@@ -90,7 +91,7 @@ class Run:
         Args:
             quick: a short form.
             only: beginnings of the names of the sections that are wanted; empty for all.
-            path: where the figures are kept, after every section.
+            path: the file of the figures, written after every section.
         """
         self.results: dict[str, Figures] = {}
         self._quick = quick
@@ -150,16 +151,16 @@ class Run:
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(server_process("--device", "cpu")) for _ in range(2)]
             echo, sockets = stack.enter_context(echo_process()), stack.enter_context(socket_server())
-            taking_part = transports.contenders([server.target for server in servers], echo, sockets)
+            entrants = transports.contenders([server.target for server in servers], echo, sockets)
             for size, name in names.items():
-                self._section(name, functools.partial(self._contest, taking_part, size))
+                self._section(name, functools.partial(self._contest, entrants, size))
 
     @property
     def _sizes(self) -> tuple[int, ...]:
         return _QUICK_SIZES if self._quick else _SIZES
 
-    def _contest(self, taking_part: Sequence[Contender], size: int) -> Figures:
-        return transports.transports(taking_part, size=size, rounds=2 if self._quick else 9)
+    def _contest(self, entrants: Sequence[Contender], size: int) -> Figures:
+        return transports.transports(entrants, size=size, rounds=2 if self._quick else 9)
 
     def _memory(self, server: ServerProcess, variant: str) -> dict[str, float]:
         return occupancy.memory(server, variant, size=self._large, looks=self._looks)
@@ -202,13 +203,13 @@ def _by_variant(names: Sequence[str], measure: Callable[..., Figures]) -> Figure
     return figures
 
 
-def _guarded(place: str, measure: Callable[[], Figures]) -> Figures:
-    """Measure; where that fails, return what failed in the place of the figures, and say it aloud."""
+def _guarded(name: str, measure: Callable[[], Figures]) -> Figures:
+    """Return the figures of a measurement; after a failure, print the error and return the failure instead."""
     try:
         return measure()
     except Exception as problem:
         traceback.print_exc()
-        return {place: failure(problem)}
+        return {name: failure(problem)}
 
 
 def _with_server(measure: Callable[[ServerProcess], Any]) -> Any:

@@ -22,9 +22,9 @@ _SIZES = {"64 KiB": 64 << 10, "256 KiB": 256 << 10, "1 MiB": 1 << 20, "2 MiB": 2
 
 def messages(*, size: int, rounds: int) -> dict[str, Any]:
     """Move `size` float32 up and as many down in each way; return the times and their ratios to ours."""
-    outcome = contest.hold(_contenders(), size, rounds=rounds, batch=contest.batch_of(size))
-    ratios: Ratios = {f"{name} to ours": (name, (_OURS,)) for name in outcome.times if name != _OURS}
-    return outcome.figures() | outcome.ratios(ratios)
+    result = contest.run_contest(_contenders(), size, rounds=rounds, batch=contest.batch_of(size))
+    ratios: Ratios = {f"{name} to ours": (name, (_OURS,)) for name in result.times if name != _OURS}
+    return result.figures() | result.ratios(ratios)
 
 
 def _contenders() -> list[Contender]:

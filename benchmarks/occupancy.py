@@ -1,7 +1,7 @@
-"""What a step occupies: memory of client and server at their peaks, and whether many steps leave anything behind.
+"""The occupancy of a step: peak memory of client and server, and their growth over many steps.
 
-Clients are processes of their own, so that what else a benchmark holds is not counted. Resident memory is that of
-`/proc`, shared memory included on either side that maps it.
+Clients are processes of their own, without the other memory of a benchmark. Resident memory is that of `/proc`, shared
+memory included on either side that maps it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import machine
 import variants
-from child import answer, python
+from child import output_of, python
 from stepwire_server.processes.spawn import ServerProcess
 
 __all__ = ["growth", "memory", "settled_resident_bytes"]
@@ -30,27 +30,27 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 260 / 256}
 
 
 class Footing(NamedTuple):
-    """What one process holds at a moment: bytes of resident memory, and open descriptors."""
+    """The occupancy of one process at a moment: bytes of resident memory, and open descriptors."""
 
     resident_bytes: int
     descriptors: int
 
     @classmethod
     def of(cls, pid: int) -> Footing:
-        """Look at a process."""
+        """Return the present occupancy of a process."""
         return cls(machine.resident_bytes(pid), len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir())))
 
 
 def memory(server: ServerProcess, variant: str, *, size: int, looks: int = 16) -> dict[str, float]:
-    """Return by how many MiB client and server exceed, in a step, what they must hold.
+    """Return the MiB of a step beyond the need of client and server.
 
-    Of the client: its arrays. Of the server: what it holds at rest, and the gradient that it receives.
+    The client needs its arrays. The server needs its memory at rest, and the gradient that it receives.
     """
     return _in_client(_MEMORY, server, variant, size, looks)
 
 
 def growth(server: ServerProcess, variant: str, *, size: int = 10_000, steps: int = 10_000) -> dict[str, float]:
-    """Return how much larger client and server are after many steps: memory in KiB, and descriptors."""
+    """Return the growth of client and server over many steps: memory in KiB, and descriptors."""
     return _in_client(_GROWTH, server, variant, size, steps)
 
 
@@ -65,7 +65,7 @@ def settled_resident_bytes(pid: int, looks: int = 16, pause_seconds: float = 0.5
 
 def _in_client(kind: str, server: ServerProcess, variant: str, size: int, count: int) -> dict[str, float]:
     figures: dict[str, float] = json.loads(
-        answer(python(__file__, kind, server.target, server.pid, variant, size, count))
+        output_of(python(__file__, kind, server.target, server.pid, variant, size, count))
     )
     return figures
 
@@ -79,7 +79,7 @@ def _memory(server: ServerProcess, variant: str, size: int, looks: int) -> dict[
     with contextlib.ExitStack() as stack:
         job = variants.open_job(stack, chosen, [server.target], size)
         _steps(job.step, 2)
-        variants.gradient_of.cache_clear()  # where the gradient was made in place, nobody else holds it
+        variants.gradient_of.cache_clear()  # a gradient made in place has no other reference
         rest = settled_resident_bytes(server.pid, looks)
         gc.collect()
         for pid in (me, server.pid):

@@ -2,9 +2,9 @@
 
     python benchmarks/page.py [RESULTS.json …]
 
-Tables stand between markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; whatever else is on the page is left
-alone, and so is a table whose sections no file has. Without arguments, all that `main.py`, `peers.py` and
-`wire_encodings.py` have left in `benchmarks/results` is read.
+Tables stand between markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. The rest of the page does not change,
+nor does a table without its sections in the files. Without arguments, the program reads the results of `main.py`,
+`peers.py` and `wire_encodings.py` in `benchmarks/results`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PLOT = _ROOT / "docs" / "images" / "steps.png"
 
 
 def filled(page: str, name: str, text: str) -> str:
-    """Return a page with what stands between the markers of a name replaced.
+    """Return a page with another text between the markers of a name.
 
     Raises:
         LookupError: the page has no such markers.

@@ -1,9 +1,8 @@
-"""`make bench-peers`: stepwire beside what else people use for the same job, in one run on one described machine.
+"""`make bench-peers`: stepwire beside other software for the same job, in one run on one described machine.
 
     python benchmarks/peers.py [--quick] [--json FILE]
 
-A peer that is not installed here is left out, with the reason. Quick mode is for checking the benchmark, not for
-quoting.
+A peer that is not installed is left out, with the reason. Quick mode is for checking the benchmark, not for quoting.
 """
 
 from __future__ import annotations
@@ -56,24 +55,24 @@ GOALS = (
 
 
 def run(*, quick: bool) -> dict[str, dict[str, Any]]:
-    """Hold a contest at every size and return the sections."""
+    """Run a contest at every size and return the sections."""
     results = {}
     with contextlib.ExitStack() as stack:
         server, echo = stack.enter_context(server_process("--device", "cpu")), stack.enter_context(echo_process())
-        taking_part = [
+        entrants = [
             *floors.socket_floors(stack.enter_context(socket_server())),
             *floors.grpc_floors(echo),
             *(variants.contender(variants.named(name), [server.target]) for name in OURS),
             *peers(),
         ]
         for size in _QUICK_SIZES if quick else _SIZES:
-            outcome = contest.hold(taking_part, size, rounds=2 if quick else 9, batch=contest.batch_of(size))
-            results[section_name(_KIND, size)] = outcome.figures() | outcome.ratios(RATIOS)
+            result = contest.run_contest(entrants, size, rounds=2 if quick else 9, batch=contest.batch_of(size))
+            results[section_name(_KIND, size)] = result.figures() | result.ratios(RATIOS)
     return results
 
 
 def peers() -> list[Contender]:
-    """Return everybody else."""
+    """Return the contenders of other software."""
     return [
         *local_torch.contenders(),
         *arrow_flight.contenders(),
@@ -83,7 +82,7 @@ def peers() -> list[Contender]:
 
 
 def main() -> None:
-    """Run, print, and write JSON where asked; exit with 1 if somebody failed who was there."""
+    """Run, print, and write JSON with `--json`; exit with 1 if an installed contender failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short form, to check the benchmark itself")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")

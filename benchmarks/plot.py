@@ -1,4 +1,4 @@
-"""The plot of docs/performance.md: what one large step takes, over every transport and beside floors and peers."""
+"""The plot of docs/performance.md: the time of one large step, over every transport and beside floors and peers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A peer: a parameter server as people write it with Ray, an actor that holds parameters and torch's fused Adam.
+"""A peer: a common parameter server with Ray, an actor with parameters and torch's fused Adam.
 
 The gradient goes in and the parameters come out through Ray's object store, which is shared memory. A worker then sets
-its model's weights, as in the examples of Ray's documentation; read in place, it makes do with what lies in the store
-and cannot be written.
+its model's weights, as in the examples of Ray's documentation. A worker that reads in place uses the read-only arrays
+of the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["contenders"]
 
 
 def contenders() -> list[Contender]:
-    """Return the actor with a worker that takes the parameters into its own arrays, and one that does not."""
+    """Return the actor with a worker that copies the parameters into its own arrays, and with one that does not."""
     return [Contender("Ray actor", _into_arrays), Contender("Ray actor, read in place", _in_place)]
 
 

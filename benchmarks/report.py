@@ -16,7 +16,7 @@ __all__ = ["failures", "keep", "text"]
 
 
 def text(results: Mapping[str, Mapping[str, Any]], aims: Sequence[Goal]) -> str:
-    """Lay the figures out, and the goals with what was reached."""
+    """Return the text of the figures, and of the goals with their figures."""
     printed = [f"{name:>10}  {value}" for name, value in machine.describe().items()]
     for section, figures in results.items():
         width = max(map(len, figures), default=0)
@@ -32,7 +32,7 @@ def keep(results: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
 
 
 def failures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what went wrong: the places of figures that hold a failure instead."""
+    """Return the names of the figures with a failure in their place."""
     return [
         f"{section}: {name.removesuffix(' left out')}"
         for section, figures in results.items()

@@ -1,4 +1,4 @@
-"""What `make bench` measures. Each function returns its figures by name; `main` prints them."""
+"""The measurements of `make bench`. Each function returns its figures by name; `main` prints them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.processes.spawn import ServerProcess
 
 Figures = dict[str, Any]
-# What the messages of a step hold besides the payload, in bytes: header fields, padding, tag and length.
-_FRAME_OVERHEAD = {"request": 48, "answer": 224}
+# The bytes of a step's messages besides the payload: header fields, padding, tag and length.
+_FRAME_OVERHEAD = {"request": 48, "reply": 224}
 
 
 def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: int = 40, batch: int = 100) -> Figures:
@@ -28,7 +28,7 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
     gradient = {"w": np.full(size, 0.01, np.float32)}
     out = {"w": np.empty(size, np.float32)}
     payload = size * FLOAT32.itemsize
-    message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["answer"])
+    message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["reply"])
     raw = EchoStream(echo, "Echo")
     times: dict[str, list[float]] = {"step": [], "echo": []}
     with stepwire.connect(server.target, transport="tcp") as client, client.create_session(gradient) as session:
@@ -54,7 +54,7 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
 
 
 def large_step(server: ServerProcess, echo: str, *, size: int, rounds: int = 7) -> Figures:
-    """The step of a large model against the sum of its parts, round by round in one run."""
+    """The step of a large model against the sum of its components, round by round in one run."""
     rng = np.random.default_rng(0)
     gradient = {"w": rng.standard_normal(size, np.float32)}
     out = {"w": np.zeros(size, np.float32)}
@@ -94,7 +94,7 @@ def large_step(server: ServerProcess, echo: str, *, size: int, rounds: int = 7) 
 
 
 def memory(server: ServerProcess, *, size: int, looks: int = 16) -> Figures:
-    """Server memory a parameter, beyond what the server held before the session."""
+    """Server memory a parameter, beyond the server's memory before the session."""
     with stepwire.connect(server.target, transport="tcp") as client:
         with client.create_session({"w": np.ones(1000, np.float32)}) as warm:
             warm.step({"w": np.ones(1000, np.float32)})
@@ -114,7 +114,7 @@ def concurrency(
 ) -> Figures:
     """Steps a second of several clients at once, and raw echoes of the same bytes by as many streams."""
     payload = size * FLOAT32.itemsize
-    message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["answer"])
+    message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["reply"])
     figures: Figures = {"parameters": size}
     for count in clients:
         each = max(steps // count, 10)

@@ -2,9 +2,9 @@
 
     python benchmarks/shaped_link.py [--quick]
 
-Two network namespaces with a pair of virtual interfaces between them, each end shaped by a token bucket; the server is
-in one, the client in the other. That takes root, `ip` and `tc`; without them the section says so and is skipped. The
-namespaces are removed in every case, and what a run that was killed has left is removed by the next.
+A pair of virtual interfaces connects two network namespaces, and a token bucket shapes each end. The server is in one
+namespace, the client in the other. The section needs root, `ip` and `tc`; without them it is skipped with the reason.
+The namespaces are removed in every case. A run also removes the namespaces of a run that was killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 import contest
 import variants
-from child import answer, child, python
+from child import child, output_of, python
 from contest import Action, Contender, Ratios
 from sockets import SocketStream, addresses
 
@@ -38,7 +38,7 @@ _NAMES = ("stepwire-bench-server", "stepwire-bench-client")
 _HOSTS = ("10.213.77.1", "10.213.77.2")
 _LINK = "stepwire0"
 _START_SECONDS = 60.0
-# Beyond a burst the bucket passes bytes at its rate; a burst must hold what the kernel hands over at a time.
+# Beyond a burst the bucket passes bytes at its rate. A burst must be larger than the kernel's largest unit.
 _BUCKET = ("rate", _RATE, "burst", "256kb", "latency", "50ms")
 _FLOAT32, _BFLOAT16, _INT8 = 4.0, 2.0, 260 / 256
 
@@ -47,9 +47,9 @@ class Case(NamedTuple):
     """A step over the link.
 
     Attributes:
-        variant: its name.
-        up: bytes an element of the gradient takes.
-        down: bytes an element of the parameters takes.
+        variant: the name of the variant.
+        up: the bytes of an element of the gradient.
+        down: the bytes of an element of the parameters.
     """
 
     variant: str
@@ -82,7 +82,7 @@ def shaped_link(*, size: int, rounds: int) -> dict[str, Any]:
         ):
             printed = raw.read()
             command = python(__file__, "--client", target, printed, size, rounds)
-            figures: dict[str, Any] = json.loads(answer(_inside(1, command)))
+            figures: dict[str, Any] = json.loads(output_of(_inside(1, command)))
     except subprocess.CalledProcessError as problem:
         return {"skipped": f"{' '.join(map(str, problem.cmd[:6]))} … failed; its message is above"}
     return {"rate": _RATE, **figures}
@@ -108,10 +108,10 @@ def main() -> None:
 
 def _measure(target: str, printed: str, size: int, rounds: int) -> dict[str, Any]:
     at = addresses(printed, _HOSTS[0]).tcp
-    taking_part = [Contender(f"link for {case.variant}", _link_time(at, case)) for case in _CASES if case.up]
-    taking_part += [variants.contender(variants.named(case.variant), [target]) for case in _CASES]
-    outcome = contest.hold(taking_part, size, rounds=rounds)
-    return outcome.figures() | outcome.ratios(RATIOS)
+    entrants = [Contender(f"link for {case.variant}", _link_time(at, case)) for case in _CASES if case.up]
+    entrants += [variants.contender(variants.named(case.variant), [target]) for case in _CASES]
+    result = contest.run_contest(entrants, size, rounds=rounds)
+    return result.figures() | result.ratios(RATIOS)
 
 
 def _link_time(at: tuple[str, int], case: Case) -> Callable[[contextlib.ExitStack, int], Action]:
@@ -132,11 +132,11 @@ _SOCKETS = pathlib.Path(__file__).with_name("sockets.py")
 
 
 def _obstacle() -> str:
-    """Return why there can be no link here; empty where there can."""
+    """Return the reason why this machine can have no link; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
-        return f"{missing[0]} is not installed; it is part of iproute2"
+        return f"{missing[0]} is not installed; install iproute2"
     tried = subprocess.run(["ip", "netns", "add", _NAMES[0]], capture_output=True, text=True, check=False)
     if tried.returncode and "exists" not in tried.stderr:
         return f"no network namespace can be made here: {tried.stderr.strip()}"
@@ -146,7 +146,7 @@ def _obstacle() -> str:
 
 @contextlib.contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Let SIGTERM end a block as an exception does, so that what was made is removed."""
+    """Let SIGTERM end a block as an exception does, so that the block cleans up."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

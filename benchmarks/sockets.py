@@ -22,17 +22,17 @@ __all__ = ["Addresses", "SocketStream", "addresses", "socket_server"]
 
 _REQUEST = struct.Struct("<?QQ")
 _BLOCK_BYTES = 1 << 20
-# What fits into the buffers of both sockets: no second thread is needed to send it.
+# A message of this size fits into the buffers of both sockets, so that one thread can send it.
 _SMALL_BYTES = 64 << 10
 _BUFFER_BYTES = 4 << 20
 
 
 class Addresses(NamedTuple):
-    """Where the server listens.
+    """The addresses of the server.
 
     Attributes:
-        tcp: host and port.
-        unix: a path.
+        tcp: the host and the port.
+        unix: the path.
     """
 
     tcp: tuple[str, int]
@@ -80,7 +80,7 @@ def socket_server() -> Iterator[Addresses]:
 
 
 def addresses(printed: str, host: str) -> Addresses:
-    """Read what a server on a host has printed."""
+    """Return the addresses in the output of a server on a host."""
     port, path = printed.split(maxsplit=1)
     return Addresses((host, int(port)), path)
 
@@ -102,10 +102,10 @@ def _accept(listening: socket.socket) -> None:
     while True:
         connection, _ = listening.accept()
         _quicken(connection)
-        threading.Thread(target=_answer, args=(connection,), daemon=True).start()
+        threading.Thread(target=_reply, args=(connection,), daemon=True).start()
 
 
-def _answer(connection: socket.socket) -> None:
+def _reply(connection: socket.socket) -> None:
     held, request = bytearray(), memoryview(bytearray(_REQUEST.size))
     with contextlib.suppress(OSError, EOFError), connection:
         while True:

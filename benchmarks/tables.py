@@ -26,15 +26,15 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _goals(aims: Sequence[Goal]) -> Callable[[Results], str]:
     def table(results: Results) -> str:
-        judged = [(goal, goals.verdict(goal, results)) for goal in aims]
+        statuses = [(goal, goals.status(goal, results)) for goal in aims]
         rows = [
             [
                 goal.section,
                 goal.figure,
-                _number(results[goal.section][goal.figure]) if verdict in ("met", "missed") else _ABSENT,
-                f"{'≥' if goal.at_least else '≤'} {goal.bound:g}, {'**missed**' if verdict == 'missed' else verdict}",
+                _number(results[goal.section][goal.figure]) if status in ("met", "missed") else _ABSENT,
+                f"{'≥' if goal.at_least else '≤'} {goal.bound:g}, {'**missed**' if status == 'missed' else status}",
             ]
-            for goal, verdict in judged
+            for goal, status in statuses
             if goal.section in results
         ]
         return grid(("section", "figure", "measured", "goal"), rows) if rows else ""
@@ -164,4 +164,4 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "many small": _section("many_small"),
     "encodings": _encodings,
 }
-"""What can stand on the page, by the name of its markers."""
+"""The tables of the page, by the name of their markers."""

@@ -28,21 +28,21 @@ RATIOS: Ratios = {
 
 
 def torch_step(target: str, echo: EchoTargets, *, size: int, rounds: int) -> dict[str, Any]:
-    """Hold the contest at about `size` parameters; the gradients are there already, so only `step` is timed."""
+    """Run the contest at about `size` parameters, with gradients made before, so that only `step` is timed."""
     contenders = [
         Contender("local fused", _local(fused=True)),
         Contender("local default", _local()),
         Contender("shm", _remote(target, "shm")),
         Contender("shm views", _remote(target, "shm", shared_views=True)),
-        # As torch: nobody looks at the gradient before it is applied.
+        # As in torch, there is no check of the gradient before the update.
         Contender("shm views, bare", _remote(target, "shm", shared_views=True, non_finite="allow", telemetry="none")),
         Contender("tcp", _remote(target, "tcp")),
         *(each for each in floors.grpc_floors(echo) if each.name == "raw gRPC push, pull"),
         *floors.parts(),
     ]
     whole = sum(int(np.prod(shape)) for shape in shapes(size))
-    outcome = contest.hold(contenders, whole, rounds=rounds, batch=contest.batch_of(whole))
-    return outcome.figures() | outcome.ratios(RATIOS) | {"tensors": len(list(shapes(size)))}
+    result = contest.run_contest(contenders, whole, rounds=rounds, batch=contest.batch_of(whole))
+    return result.figures() | result.ratios(RATIOS) | {"tensors": len(list(shapes(size)))}
 
 
 def shapes(size: int) -> Iterator[tuple[int, ...]]:
@@ -82,7 +82,7 @@ def _remote(target: str, transport: str, **options: Any) -> Callable[[contextlib
 
         parameters = _parameters(size)
         optimizer = stack.enter_context(Adam(parameters, server=target, transport=transport, **options))
-        for parameter in parameters:  # where gradients lie in shared memory, a backward pass puts them there
+        for parameter in parameters:  # a backward pass puts gradients into shared memory
             gradient, parameter.grad = parameter.grad, None
             (parameter * gradient).sum().backward()
         return lambda: optimizer.step()

@@ -45,14 +45,14 @@ def contenders(targets: Sequence[str], echo: EchoTargets, sockets: Addresses) ->
     ]
 
 
-def transports(taking_part: Sequence[Contender], *, size: int, rounds: int) -> dict[str, Any]:
-    """Hold the contest at one size and return its figures."""
-    outcome = contest.hold(taking_part, size, rounds=rounds, batch=contest.batch_of(size))
-    return outcome.figures() | outcome.ratios(RATIOS)
+def transports(entrants: Sequence[Contender], *, size: int, rounds: int) -> dict[str, Any]:
+    """Run the contest at one size and return its figures."""
+    result = contest.run_contest(entrants, size, rounds=rounds, batch=contest.batch_of(size))
+    return result.figures() | result.ratios(RATIOS)
 
 
 def section_name(kind: str, size: int) -> str:
-    """Return what a contest at a size is called: `section_name("transports", 32_000_000)` is "transports 32M"."""
+    """Return the name of a contest at a size: `section_name("transports", 32_000_000)` is "transports 32M"."""
     for unit, letter in ((1_000_000, "M"), (1_000, "k")):
         if size % unit == 0:
             return f"{kind} {size // unit}{letter}"

@@ -1,4 +1,4 @@
-"""The ways in which a step can be asked for: over which transport, in which encoding, and what comes back."""
+"""The variants of a step: its transport, its encodings, and its reply."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Variant(NamedTuple):
     """One way to step.
 
     Attributes:
-        name: what figures are called by.
-        transport: of the connection.
-        gradient_dtype: how gradients travel.
-        reply_dtype: how parameters travel, and the dtype of the answer.
-        held: the dtype of the user's gradient; None for the one that travels, where NumPy has it.
-        options: of every step.
-        in_place: the gradient is made in memory that the server shares, and the parameters are read there.
-        servers: processes that the model is cut over.
+        name: the name of its figures.
+        transport: the transport of the connection.
+        gradient_dtype: the wire dtype of gradients.
+        reply_dtype: the wire dtype of parameters in replies.
+        array_dtype: the dtype of the user's gradient; None for the wire dtype, or float32 if NumPy does not have it.
+        options: the options of every step.
+        in_place: True if the gradient and the parameters are in memory that the server shares.
+        servers: the number of server processes that the model is partitioned over.
         lr: Adam's learning rate.
     """
 
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     transport: str = "tcp"
     gradient_dtype: str = "float32"
     reply_dtype: str = "float32"
-    held: str | None = None
+    array_dtype: str | None = None
     options: Mapping[str, Any] = _NO_OPTIONS
     in_place: bool = False
     servers: int = 1
@@ -51,8 +51,8 @@ class Job(NamedTuple):
 
     Attributes:
         session: the session.
-        step: takes one step.
-        arrays: what the user holds: the gradient, and the parameters where they are the user's own.
+        step: a function that applies one step.
+        arrays: the user's arrays: the gradient, and the parameters if they are the user's own.
     """
 
     session: Any
@@ -62,8 +62,8 @@ class Job(NamedTuple):
 
 _HALVES: Any = {"gradient_dtype": "bfloat16", "reply_dtype": "bfloat16"}
 _OVERLAP = types.MappingProxyType({"overlap": True})
-# A learning rate at which most steps leave a parameter where it was in bfloat16: that of fine-tuning, and what replies
-# of changes are for.
+# A learning rate of fine-tuning, at which most steps do not change a bfloat16 parameter: the case of replies of
+# changes.
 _FINE_LR = 1e-6
 
 VARIANTS: tuple[Variant, ...] = (
@@ -74,7 +74,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("tcp overlap", options=_OVERLAP),
     Variant("uds overlap", "uds", options=_OVERLAP),
     Variant("tcp bfloat16", **_HALVES),
-    Variant("tcp bfloat16 of float32 arrays", **_HALVES, held="float32"),
+    Variant("tcp bfloat16 of float32 arrays", **_HALVES, array_dtype="float32"),
     Variant("tcp bfloat16 overlap", **_HALVES, options=_OVERLAP),
     Variant("tcp int8 up, bfloat16 down", gradient_dtype="int8", reply_dtype="bfloat16"),
     Variant("tcp no reply", options=types.MappingProxyType({"reply": "none"})),
@@ -91,7 +91,7 @@ def named(name: str) -> Variant:
 
 
 def contender(variant: Variant, targets: Sequence[str]) -> Contender:
-    """Return a step of some size by a variant, against as many of the servers as it takes."""
+    """Return a step of some size by a variant, against the first servers that the variant needs."""
 
     def prepare(stack: contextlib.ExitStack, size: int) -> Action:
         return open_job(stack, variant, targets, size).step
@@ -100,7 +100,7 @@ def contender(variant: Variant, targets: Sequence[str]) -> Contender:
 
 
 def open_job(stack: contextlib.ExitStack, variant: Variant, targets: Sequence[str], size: int) -> Job:
-    """Make a session and what it steps with; both end with the stack."""
+    """Return a session with its step and its arrays; all end with the stack."""
     target: Any = targets[0] if variant.servers == 1 else list(targets[: variant.servers])
     client = stack.enter_context(stepwire.connect(target, transport=variant.transport))
     session: Any = client.create_session(
@@ -108,9 +108,7 @@ def open_job(stack: contextlib.ExitStack, variant: Variant, targets: Sequence[st
         optimizer=stepwire.Adam(lr=variant.lr),
         gradient_dtype=variant.gradient_dtype,
         reply_dtype=variant.reply_dtype,
-        non_finite="allow"
-        if variant.options.get("overlap")
-        else "reject",  # what is applied as it comes is not refused
+        non_finite="allow" if variant.options.get("overlap") else "reject",  # a step with overlap cannot be refused
     )
     stack.enter_context(session)
     session.attach(transport=variant.transport)
@@ -118,21 +116,21 @@ def open_job(stack: contextlib.ExitStack, variant: Variant, targets: Sequence[st
 
 
 def parameters_of(size: int) -> np.ndarray[Any, Any]:
-    """Return what a model starts from: normal, of a deviation that initialisers use."""
+    """Return the initial parameters of a model: normal, with the deviation of common initialisers."""
     return np.random.default_rng(1).standard_normal(size, np.float32) * np.float32(_DEVIATION)
 
 
 @functools.lru_cache(maxsize=2)
 def gradient_of(size: int, dtype: str = "float32") -> np.ndarray[Any, Any]:
-    """Return a gradient, the same one to all who ask."""
+    """Return a gradient, the same one at every call."""
     values = np.random.default_rng(0).standard_normal(size, np.float32)
     return values if dtype == "float32" else values.astype(BFLOAT16)
 
 
 def _with_arrays(session: Any, variant: Variant, size: int) -> Job:
-    """Step with the user's own arrays: what is copied on the way is a part of the step."""
-    held = variant.held or ("float32" if variant.gradient_dtype == "int8" else variant.gradient_dtype)
-    gradient = {"w": gradient_of(size, held)}
+    """Return a job with the user's own arrays, with copies in each step."""
+    array_dtype = variant.array_dtype or ("float32" if variant.gradient_dtype == "int8" else variant.gradient_dtype)
+    gradient = {"w": gradient_of(size, array_dtype)}
     if variant.options.get("reply") == "none":
         return Job(session, lambda: session.step(gradient, **variant.options), (gradient,))
     out = {"w": parameters_of(size).astype(FLOAT32 if variant.reply_dtype == "float32" else BFLOAT16)}
@@ -140,7 +138,7 @@ def _with_arrays(session: Any, variant: Variant, size: int) -> Job:
 
 
 def _in_place(session: Any, variant: Variant, size: int) -> Job:
-    """Step with a gradient that was made in shared memory; the parameters are read where the server wrote them."""
+    """Return a job with a gradient and parameters in shared memory."""
     gradient, parameters = session.shared_gradients(), session.shared_parameters()
     np.copyto(gradient["w"], gradient_of(size))
     step = functools.partial(session.step, gradient, out=parameters, **variant.options)

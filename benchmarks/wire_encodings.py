@@ -2,8 +2,8 @@
 
     python benchmarks/wire_encodings.py [--quick] [--only TASK …] [--json FILE]
 
-The tasks of `convergence.py`, stepped by a real server; everything but the encoding is the same for a seed. Where
-parameters come back in an encoding, the gradient is computed from what came back: that is what a client has.
+A real server steps the tasks of `convergence.py`; everything but the encoding is the same for a seed. The gradient is
+computed from the parameters of the reply, in its encoding, as on a client.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _STEP: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Encoding(NamedTuple):
-    """How messages are encoded.
+    """The encoding of messages.
 
     Attributes:
-        name: what figures are called by.
-        session: options of the session.
-        step: options of every step.
+        name: the name of its figures.
+        session: the options of the session.
+        step: the options of every step.
     """
 
     name: str
@@ -51,9 +51,9 @@ ENCODINGS = (
     Encoding("int8 up with error feedback, bfloat16 down", {**_INT8, "error_feedback": True}),
     Encoding("bfloat16, changes only", {"gradient_dtype": "bfloat16", "reply_dtype": "bfloat16"}, {"reply": "changed"}),
 )
-"""The first is what the others are compared with."""
+"""All encodings; the others are compared with the first."""
 
-# How a task is made, and its steps in the short form and in the full one.
+# The function that makes a task, and its steps in the short form and in the full form.
 _TASKS = {"digits": (digits, 20, 800), "language_model": (language_model, 5, 1500)}
 
 

@@ -1,4 +1,4 @@
-"""A case to generate: what it is called, what a server is told, and the reference that computes the answer."""
+"""A case to generate: its name, the config of its session, and the reference that computes the expected numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reference(Protocol):
     """An optimizer of some framework, over named tensors."""
 
     def step(self, number: int, gradients: Mapping[str, np.ndarray | None]) -> Json:
-        """Take one step; None is a tensor without a gradient. Returns `Telemetry` in JSON, as far as known."""
+        """Apply one step; None is a tensor without a gradient. Return `Telemetry` in JSON, as far as known."""
 
     def parameters(self) -> Tensors:
         """Return the parameters."""
@@ -29,11 +29,11 @@ class Reference(Protocol):
         """Return the optimizer's own state by the names that stepwire gives it."""
 
     def tensor_steps(self) -> dict[str, int]:
-        """Return the updates each tensor has had, or nothing where the framework does not count."""
+        """Return the number of updates of each tensor; empty if the framework does not count."""
 
 
 Steps = Sequence[Json]
-"""What is special about some steps; see "steps" in the README."""
+"""The special steps of a case; see "steps" in the README."""
 
 Build = Callable[[Tensors, str], Reference]
 

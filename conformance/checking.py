@@ -1,4 +1,4 @@
-"""Runs one case on a server and says how it went."""
+"""Runs one case on a server and returns its result."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from conformance.remote_session import NotServedError, RemoteSession
 from conformance.stored_case import StoredCase, Tensors
 from stepwire.v1 import step_pb2
 
-__all__ = ["FAILED", "NOT_SERVED", "PASSED", "Verdict", "check"]
+__all__ = ["FAILED", "NOT_SERVED", "PASSED", "CaseResult", "check"]
 
 PASSED, FAILED, NOT_SERVED = "passed", "FAILED", "not served"
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """How a case went.
+class CaseResult:
+    """The result of a case.
 
     Attributes:
-        case: the case's name.
-        rule: its rule, without prefix.
+        case: the name of the case.
+        rule: the rule of the case, without prefix.
         outcome: one of PASSED, FAILED and NOT_SERVED.
-        ulps: worst error of an update at the first checkpoints, in ulps of the update.
-        relative: worst error of a parameter later, by its tensor's scale.
-        share: worst part of what is allowed, of parameters, state and telemetry; at most 1 when passed.
-        detail: what was worst, or the feature that is not served.
+        ulps: the worst error of an update at the first checkpoints, in ulps of the update.
+        relative: the worst error of a later parameter, by its tensor's scale.
+        fraction: the worst error of parameters, state and telemetry as a fraction of its bound; at most 1 when passed.
+        detail: the number with the worst error, or the feature that is not served.
     """
 
     case: str
@@ -38,39 +38,47 @@ class Verdict:
     outcome: str
     ulps: float = 0.0
     relative: float = 0.0
-    share: float = 0.0
+    fraction: float = 0.0
     detail: str = ""
 
 
-def check(channel: grpc.Channel, case: StoredCase, last_step: int | None = None) -> Verdict:
+def check(
+    channel: grpc.Channel, case: StoredCase, last_step: int | None = None, *, always_reply: bool = False
+) -> CaseResult:
     """Run a case up to its last checkpoint, or up to `last_step` if that comes before.
 
     Args:
-        channel: to the server.
-        case: what to run.
-        last_step: checkpoints beyond it are left out.
+        channel: the channel to the server.
+        case: the case.
+        last_step: the last step to run; later checkpoints are omitted.
+        always_reply: every step is answered with the parameters, not the steps of checkpoints alone.
+
+    Returns:
+        The result of the case.
     """
     try:
-        misses = list(_misses(channel, case, last_step))
+        misses = list(_misses(channel, case, last_step, always_reply))
     except NotServedError as error:
-        return Verdict(case.name, case.rule, NOT_SERVED, detail=str(error))
+        return CaseResult(case.name, case.rule, NOT_SERVED, detail=str(error))
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call)
-        return Verdict(case.name, case.rule, FAILED, share=math.inf, detail=f"{error.code().name}: {error.details()}")
-    worst = max(misses, key=lambda miss: miss.share)
+        return CaseResult(
+            case.name, case.rule, FAILED, fraction=math.inf, detail=f"{error.code().name}: {error.details()}"
+        )
+    worst = max(misses, key=lambda miss: miss.fraction)
     parameters = [miss for miss in misses if miss.of_parameters]
-    return Verdict(
+    return CaseResult(
         case.name,
         case.rule,
-        PASSED if worst.share <= 1 else FAILED,
+        PASSED if worst.fraction <= 1 else FAILED,
         ulps=max((miss.ulps for miss in parameters), default=0.0),
         relative=max((miss.relative for miss in parameters), default=0.0),
-        share=worst.share,
-        detail=worst.what,
+        fraction=worst.fraction,
+        detail=worst.label,
     )
 
 
-def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None) -> Iterator[Miss]:
+def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None, always_reply: bool) -> Iterator[Miss]:
     checkpoints = [step for step in case.checkpoints if last_step is None or step <= last_step]
     with RemoteSession(channel, case) as session:
         for slot in case.slots:
@@ -78,14 +86,14 @@ def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None) -> I
                 yield Miss(f"the server keeps no slot {slot!r}, only {session.slots}", math.inf)
                 return
         for number in range(1, max(checkpoints) + 1):
-            result, parameters = session.step(number, reply=number in checkpoints)
+            result, parameters = session.step(number, reply=always_reply or number in checkpoints)
             yield from _flag_misses(case, result)
             if number in checkpoints:
                 yield from _checkpoint_misses(session, case, number, result, parameters)
 
 
 def _flag_misses(case: StoredCase, result: step_pb2.StepResult) -> Iterator[Miss]:
-    """Check what a result says of its step, apart from numbers."""
+    """Check the flags of a result."""
     every = max(1, case.config.gradient.accumulation_steps)
     expected = {
         "replayed": False,
@@ -107,7 +115,7 @@ def _checkpoint_misses(
         yield from state_misses(case, index, slot, states[slot])
     for name, values in states["param"].items():
         if not np.array_equal(values, parameters[name]):
-            yield Miss(f"{name} pulled after step {number} is not what the step answered", math.inf)
+            yield Miss(f"{name} pulled after step {number} differs from the reply of the step", math.inf)
     for name, count in case.tensor_steps(number).items():
         if counts[name] != count:
             yield Miss(f"{name} has had {counts[name]} updates after step {number}, expected {count}", math.inf)

@@ -2,8 +2,8 @@
 
     python conformance/generate.py [--check] [--framework torch|optax|keras|hand]... [--only PATTERN]
 
-Needs torch 2.13.0, optax 0.2.8 and Keras 3.15.1 with jax, as far as their cases are asked for. Nothing here imports
-stepwire: what the vectors say is what the frameworks compute.
+The program needs torch 2.13.0, optax 0.2.8 and Keras 3.15.1 with jax, each for its own cases. The program does not
+import stepwire: the frameworks alone compute the vectors.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _text(entries: list[Json]) -> str:
 
 
 def differences(wanted: Iterable[Case]) -> Iterator[str]:
-    """Yield what differs between the stored vectors and the frameworks installed here."""
+    """Yield the differences between the stored vectors and the installed frameworks."""
     files: dict[str, tuple[dict[str, Json], Tensors]] = {}
     for case in wanted:
         if case.family not in files:

@@ -51,7 +51,7 @@ class UncorrectedAdam:
         self._decay, self._decoupled, self._sign = weight_decay, decoupled, -1.0 if maximize else 1.0
 
     def step(self, number: int, gradients: Mapping[str, np.ndarray | None]) -> Json:
-        """Take one step."""
+        """Apply one step."""
         for name, p in self._p.items():
             g = self._sign * np.asarray(gradients[name], p.dtype)
             if self._decoupled:
@@ -77,5 +77,5 @@ class UncorrectedAdam:
 
 
 def uncorrected_build(**options: float | bool) -> Build:
-    """Return what builds this reference from parameters and a precision."""
+    """Return a function that builds this reference from parameters and a precision."""
     return lambda initial, dtype: UncorrectedAdam(initial, dtype, **options)  # type: ignore[arg-type]

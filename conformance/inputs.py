@@ -1,10 +1,10 @@
-"""What every case starts from: parameters and a cycle of stored gradients, the same on every machine.
+"""The inputs of every case: parameters and a cycle of stored gradients, the same on every machine.
 
-The numbers are chosen so that a check in units in the last place means something. Magnitudes span five decades, so
-that a term of the denominator in the wrong place shows. Some parameters are zero, so that after the first step they
-*are* the update and nothing of it is hidden by their own rounding. Some gradients are exactly zero, one element's
-always. In the first two gradients each element has the sign of its parameter: sums of gradient, decay and momentum
-then do not cancel, and a float32 implementation can be held to a few ulps. Every later gradient has a random sign.
+The numbers make a check in units in the last place meaningful. Magnitudes cover five decades, so that a misplaced term
+of the denominator shows. Some parameters are zero. After the first step they *are* the update, without a rounding of
+their own. Some gradients are exactly zero, and one element's gradients always. In the first two gradients each element
+has the sign of its parameter. Then sums of gradient, decay and momentum do not cancel, and the bound for a float32
+implementation can be a few ulps. Every later gradient has a random sign.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["CYCLE", "SHAPES", "Tensors", "blocks", "half_gradients", "small"]
 Tensors = dict[str, np.ndarray]
 
 CYCLE: Final = 20
-"""Stored gradients a tensor: the gradient of step t is number (t - 1) % CYCLE."""
+"""The number of stored gradients of a tensor: the gradient of step t is number (t - 1) % CYCLE."""
 
 SHAPES: Final[dict[str, tuple[int, ...]]] = {"weight": (5, 7), "bias": (3,), "scale": ()}
 
@@ -42,7 +42,7 @@ def small() -> tuple[Tensors, Tensors]:
 
 
 def half_gradients(gradients: Tensors) -> Tensors:
-    """Return gradients that bfloat16 and float16 both hold exactly: 7 bits after the point, 2^-13 or more."""
+    """Return gradients that are exact in bfloat16 and float16: 7 bits after the point, 2^-13 or more."""
     rounded = {}
     for name, gradient in gradients.items():
         mantissa, exponent = np.frexp(gradient)
@@ -52,7 +52,7 @@ def half_gradients(gradients: Tensors) -> Tensors:
 
 
 def blocks() -> tuple[Tensors, Tensors]:
-    """Return one tensor large enough to be held in 8-bit blocks, and a cycle of 4 gradients of one magnitude."""
+    """Return one tensor large enough for 8-bit blocks, and a cycle of 4 gradients of one magnitude."""
     random = np.random.Generator(np.random.PCG64(8))
     initial = {"matrix": random.standard_normal((64, 64)).astype(np.float32)}
     gradient = random.uniform(0.5, 2.0, (4, 64, 64)) * np.where(random.random((64, 64)) < 0.5, -1.0, 1.0)

@@ -47,7 +47,7 @@ class KerasReference:
         self._compiled = jax.jit(lambda state, grads, values: optimizer.stateless_apply(state, grads, values))
 
     def step(self, number: int, gradients: Mapping[str, np.ndarray | None]) -> Json:
-        """Take one step."""
+        """Apply one step."""
         values = [jnp.asarray(gradients[name], self._dtype) for name in self._names]
         self._values, self._state = self._compiled(self._state, values, self._values)
         return {}
@@ -75,5 +75,5 @@ class KerasReference:
 
 
 def keras_build(make: Callable[[], keras.optimizers.Optimizer]) -> Build:
-    """Return what builds this reference from parameters and a precision."""
+    """Return a function that builds this reference from parameters and a precision."""
     return lambda initial, dtype: KerasReference(initial, dtype, make)

@@ -45,7 +45,7 @@ class OptaxReference:
         self._compiled = update
 
     def step(self, number: int, gradients: Mapping[str, np.ndarray | None]) -> Json:
-        """Take one step."""
+        """Apply one step."""
         values = {name: jnp.asarray(gradients[name], self._dtype) for name in self._parameters}
         self._parameters, self._state = self._compiled(self._parameters, self._state, values)
         return {}
@@ -55,7 +55,7 @@ class OptaxReference:
         return {name: np.asarray(value) for name, value in self._parameters.items()}
 
     def slots(self) -> dict[str, Tensors]:
-        """Return the moments. A trace holds what is added to the parameters; a momentum buffer is subtracted."""
+        """Return the moments. A trace is added to the parameters; a momentum buffer is subtracted."""
         found: dict[str, Tensors] = {}
         for record in _records(self._state):
             for field, slot in _SLOTS.items():
@@ -80,5 +80,5 @@ def _records(state: Any) -> list[Any]:
 
 
 def optax_build(make: Callable[[], optax.GradientTransformation]) -> Build:
-    """Return what builds this reference from parameters and a precision."""
+    """Return a function that builds this reference from parameters and a precision."""
     return lambda initial, dtype: OptaxReference(initial, dtype, make)

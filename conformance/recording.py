@@ -1,4 +1,4 @@
-"""Runs a case's reference over its steps and writes down what it answers."""
+"""Runs a case's reference over its steps and records the numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stored_inputs(bank: str) -> tuple[Tensors, Tensors]:
 
 
 def record(case: Case) -> tuple[Json, Tensors]:
-    """Run a case in float64 and in float32; returns its JSON and its expected tensors."""
+    """Run a case in float64 and in float32; return its JSON and its expected tensors."""
     entry: Json = {
         "name": case.name,
         "reference": case.reference,
@@ -55,7 +55,7 @@ def record(case: Case) -> tuple[Json, Tensors]:
 
 
 def _run(case: Case, dtype: str) -> tuple[list[dict[str, Tensors]], Json]:
-    """Take every step of a case; returns the slots and the telemetry at each checkpoint."""
+    """Apply every step of a case; return the slots and the telemetry at each checkpoint."""
     initial, gradients = stored_inputs(case.bank)
     reference = case.build(initial, dtype)
     snapshots, telemetry, counts = [], {}, {}

@@ -1,4 +1,4 @@
-"""One session of a server, driven by generated code alone, as another language would."""
+"""One session of a server, stepped by generated code alone, as in another language."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _float32(values: np.ndarray) -> bytes:
 
 
 def _bfloat16(values: np.ndarray) -> bytes:
-    """Keep the upper halves: the gradients of these cases have nothing below."""
+    """Keep the upper halves: the lower halves of these cases' gradients are zero."""
     return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
 
 
@@ -74,8 +74,8 @@ class RemoteSession:
     """The session of a case, with its parameters loaded. A context manager that deletes it.
 
     Args:
-        channel: to the server.
-        case: what to create and load.
+        channel: the channel to the server.
+        case: the case, with the config and the parameters of the session.
 
     Raises:
         NotServedError: the server does not serve an option of the case.
@@ -112,20 +112,20 @@ class RemoteSession:
         return list(self._layout.slots)
 
     def step(self, number: int, *, reply: bool) -> tuple[step_pb2.StepResult, Tensors]:
-        """Take a step with the case's gradient; returns the result and, if asked, the parameters."""
+        """Apply a step with the case's gradient; return the result, and the parameters with `reply`."""
         special = self._case.special(number)
         begin = special.begin
         begin.step = number
         begin.reply.mode = step_pb2.REPLY_MODE_PARAMETERS if reply else step_pb2.REPLY_MODE_NONE
         payload = self._encode(self._gradient(number, special.factor, special.first_element, begin.missing_tensors))
         request = pb.StepRequest(session_id=self._id, attach_token=self._token, begin=begin, payload=payload)
-        answer = _call(self._stub.Step, request)
-        if answer.result.telemetry.HasField("loss_scale"):
-            self._scale = answer.result.telemetry.loss_scale
-        return answer.result, self._unpacked(np.frombuffer(answer.payload, "<f4")) if reply else {}
+        response = _call(self._stub.Step, request)
+        if response.result.telemetry.HasField("loss_scale"):
+            self._scale = response.result.telemetry.loss_scale
+        return response.result, self._unpacked(np.frombuffer(response.payload, "<f4")) if reply else {}
 
     def _gradient(self, number: int, factor: float, first: float | None, missing: Sequence[int]) -> np.ndarray:
-        """Return the flat gradient as it travels; a missing tensor is NaN, which the server must not look at."""
+        """Return the flat gradient as it travels; a missing tensor is NaN, which the server must not read."""
         cycle = {name: values[(number - 1) % len(values)] for name, values in self._case.gradients.items()}
         flat = self._packed(cycle) * np.float32(factor * (self._scale or 1.0))
         for index in missing:
@@ -150,7 +150,7 @@ class RemoteSession:
         }
 
     def pull(self, slots: Sequence[str]) -> tuple[dict[str, Tensors], dict[str, int]]:
-        """Return state, and the updates that each tensor has had."""
+        """Return state, and the number of updates of each tensor."""
         arrays = {slot: np.full(self._layout.size, np.nan, np.float32) for slot in slots}
         counts: dict[str, int] = {}
         for message in self._pulled(slots):

@@ -1,4 +1,4 @@
-"""A stored case as a runner wants it: the config parsed, the tensors at hand, the special steps looked up."""
+"""A stored case for a runner: the parsed config, the tensors, and the special steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """What is special about one step: fields of its `StepBegin`, and what is done to the stored gradient."""
+    """The specialities of one step: fields of its `StepBegin`, and changes of the stored gradient."""
 
     begin: step_pb2.StepBegin
     factor: float = 1.0
@@ -53,16 +53,16 @@ class StoredCase:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """State arrays with expected values, "param" left out."""
+        """The state arrays with expected values, without "param"."""
         return tuple(self.entry["slots"])
 
     @property
     def poisons(self) -> bool:
-        """Some gradients hold NaN or Inf."""
+        """True if some gradients contain NaN or Inf."""
         return any("first_element" in special for special in self.entry["steps"])
 
     def special(self, number: int) -> Special:
-        """Return what is special about a step: the entries that name it, merged."""
+        """Return the specialities of a step, merged from all entries that apply to the step."""
         begin, factor, first_element = step_pb2.StepBegin(), 1.0, None
         for entry in self.entry["steps"]:
             first, last, every = entry["first"], entry.get("last", number), entry.get("every", 1)

@@ -1,7 +1,7 @@
 """Safetensors in twenty lines each way: 8 bytes of header length, a JSON header, then the elements.
 
-The format is little-endian and row-major throughout, https://huggingface.co/docs/safetensors. Reading it by hand
-keeps the vectors free of any dependency; a test of the generator reads the same files with the official package.
+The format is little-endian and row-major throughout, https://huggingface.co/docs/safetensors. This reader keeps the
+vectors free of any dependency. A test of the generator reads the same files with the official package.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write tensors in the order of their keys, so that equal tensors make equal files."""
-    header, pieces, offset = {}, [], 0
+    header, payloads, offset = {}, [], 0
     for key in sorted(tensors):
-        piece = np.asarray(tensors[key], order="C")
-        end = offset + piece.nbytes
-        header[key] = {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": [offset, end]}
-        pieces.append(piece.tobytes())
+        array = np.asarray(tensors[key], order="C")
+        end = offset + array.nbytes
+        header[key] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        payloads.append(array.tobytes())
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(payloads))

@@ -1,7 +1,7 @@
-"""How far from the float64 answer float32 arithmetic may end: the numbers of every case's "tolerance".
+"""The bounds of float32 arithmetic's error from the float64 numbers: every case's "tolerance".
 
-Counted from the roundings of a straightforward float32 step whose scalars are computed in float64, then checked
-against the frameworks' own float32 runs, which the vectors keep. A wrong formula misses by thousands of ulps.
+The bounds count the roundings of a plain float32 step with scalars in float64. The frameworks' own float32 runs, which
+the vectors keep, confirm the bounds. A wrong formula misses by thousands of ulps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _update_ulps(config: Json) -> float:
 
 
 def _decays_apart(config: Json) -> bool:
-    """Decay may multiply the parameter by a factor of its own. Lion's and optax's may also be part of the update."""
+    """Tell whether decay may multiply the parameter by its own factor; Lion and optax may add it to the update too."""
     optimizer = config["optimizer"]
     lion = optimizer["rule"] == "RULE_LION" and "weightDecay" in optimizer.get("hyperparameters", {})
     return lion or bool(optimizer.get("decoupledWeightDecay"))
@@ -49,6 +49,6 @@ def _parameter_ulps(config: Json) -> float:
 
 
 def _relative(config: Json) -> float:
-    """Allow more where every step rounds the same way: a constant factor of the parameter, or a constant step."""
+    """Allow more if every step rounds the same way: with a constant factor of the parameter, or a constant step."""
     constant = config["optimizer"]["rule"] in ("RULE_LION", "RULE_ADAMAX")
     return 5e-5 if constant or _decays_apart(config) else 1e-5

@@ -57,18 +57,21 @@ def torch_case(
     words: str = "",
     **case: Any,
 ) -> Case:
-    """Write a case whose answer torch computes.
+    """Return a case with torch as reference.
 
     Args:
-        name: of the case.
-        family: the file it goes into.
-        rule: without its prefix.
-        hyper: hyper-parameters that are set.
+        name: the name of the case.
+        family: the name of the file of the case.
+        rule: the rule, without its prefix.
+        hyper: the hyper-parameters that are set.
         optimizer: further fields of `Optimizer`.
         config: further arguments of `session_config`.
         reference: further arguments of `TorchReference`.
-        words: what `TorchReference` does besides stepping.
+        words: the description of further operations of `TorchReference`.
         case: further fields of `Case`.
+
+    Returns:
+        The case.
     """
     options = dict(optimizer or {})
     arguments = keywords(rule, {**(hyper or {}), **options})

@@ -40,7 +40,7 @@ class DecayAfter(torch.optim.Adam):
     """torch's Adam with bitsandbytes' order: the update first, then p = p (1 - lr wd)."""
 
     def __init__(self, params: Any, decay: float, **options: Any) -> None:
-        """Keep the decay from torch, which would take it off first."""
+        """Keep the decay from torch, which would decay before the update."""
         super().__init__(params, **options)
         self._decay = decay
 
@@ -60,18 +60,19 @@ class TorchReference:
     Args:
         initial: the parameters.
         dtype: "float64" or "float32".
-        make: builds the optimizer from what torch calls `params`.
-        groups: names of each parameter group; by default all are in one.
-        group_options: options of each group.
-        clip: largest global norm, for `clip_grad_norm_`.
-        clip_groups: the same for each group on its own, before that; None leaves a group alone.
-        clip_value: bound for `clip_grad_value_`, after that.
-        accumulate: backward passes to one step of the optimizer.
-        overrides: options by step number, one mapping for all groups or one a group, for that step only.
-        schedule: builds a learning-rate scheduler, or what steps like one, and says after how many updates it ends.
-        scaler: a gradient scaler's options; gradients then come unscaled and are scaled here, as a loss would be.
-        average: decay of an exponential moving average of the parameters.
-        skip_non_finite: leave out a step whose gradient has NaN or Inf, as a gradient scaler does.
+        make: a function that builds the optimizer from torch's `params`.
+        groups: the names of each parameter group; by default all are in one.
+        group_options: the options of each group.
+        clip: the largest global norm, for `clip_grad_norm_`.
+        clip_groups: the largest norm of each group alone, clipped before the global norm; None for no bound.
+        clip_value: the bound for `clip_grad_value_`, clipped after the norms.
+        accumulate: the number of backward passes for one step of the optimizer.
+        overrides: the options of single steps by number, one mapping for all groups or one for each group.
+        schedule: a function that builds a learning-rate scheduler, or an object that steps like one, and returns the
+            number of updates after which the schedule ends.
+        scaler: the options of a gradient scaler. Gradients then come unscaled and are scaled here, as a loss would be.
+        average: the decay of an exponential moving average of the parameters.
+        skip_non_finite: skip a step with a gradient of NaN or Inf, as a gradient scaler does.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class TorchReference:
     ) -> None:
         """Build the optimizer."""
         kind = getattr(torch, dtype)
-        # NAdam keeps the product of its momenta in the default type, whatever the parameters are.
+        # NAdam keeps the product of its momenta in the default type, with parameters of any type.
         torch.set_default_dtype(kind)
         self._all = {name: torch.nn.Parameter(torch.tensor(value, dtype=kind)) for name, value in initial.items()}
         self._groups = [list(names) for names in groups or [list(initial)]]
@@ -161,7 +162,7 @@ class TorchReference:
         return [_norm(p.grad for p in self._members(group)) for group in range(len(self._groups))]
 
     def _telemetry(self, before: list[float], between: list[float], after: list[float]) -> Json:
-        """Describe the clipping. What the contract leaves open is left out: see the README's "telemetry"."""
+        """Describe the clipping, without the numbers that the contract leaves open: see the README's "telemetry"."""
         telemetry: Json = {
             "gradNorm": math.hypot(*before),
             "groups": [{"gradNorm": norm} for norm in before],
@@ -201,13 +202,15 @@ class TorchReference:
         return {name: parameter.detach().numpy().copy() for name, parameter in self._all.items()}
 
     def slots(self) -> dict[str, Tensors]:
-        """Return the state that torch holds, of the tensors for which it holds any."""
+        """Return torch's state of the tensors that have a state."""
         states = {name: self._optimizer.state.get(parameter, {}) for name, parameter in self._all.items()}
         found: dict[str, Tensors] = {}
         for slot in _SLOTS:
-            held = {name: state[slot] for name, state in states.items() if isinstance(state.get(slot), torch.Tensor)}
-            if held:
-                found[slot] = {name: value.numpy().copy() for name, value in held.items()}
+            values_by_name = {
+                name: state[slot] for name, state in states.items() if isinstance(state.get(slot), torch.Tensor)
+            }
+            if values_by_name:
+                found[slot] = {name: value.numpy().copy() for name, value in values_by_name.items()}
         if self._decay is not None:
             found["param_average"] = {
                 name: value.numpy().copy() for name, value in zip(self._all, self._average, strict=True)
@@ -221,5 +224,5 @@ class TorchReference:
 
 
 def torch_build(make: Make, **options: Any) -> Build:
-    """Return what builds this reference from parameters and a precision."""
+    """Return a function that builds this reference from parameters and a precision."""
     return lambda initial, dtype: TorchReference(initial, dtype, make, **options)

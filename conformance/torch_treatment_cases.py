@@ -1,4 +1,4 @@
-"""What torch does to gradients before its optimizers see them: clipping, accumulation, scaling, absence, precision."""
+"""Torch's treatment of gradients before its optimizers: clipping, accumulation, scaling, absence, precision."""
 
 from __future__ import annotations
 

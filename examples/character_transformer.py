@@ -1,7 +1,7 @@
-"""A character-level transformer in plain PyTorch, and the text that it learns; nothing here knows who optimizes it.
+"""A character-level transformer in plain PyTorch, and the text that it learns, independent of the optimizer.
 
 The text ships with Python itself: the topics of its help, which are the language reference (PSF licence), about 450,000
-characters. It differs a little between versions of Python, and so do the losses.
+characters. The text and the losses differ a little between versions of Python.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HELD_OUT = 0.1
 
 
 class Text(NamedTuple):
-    """Text as indices into its alphabet, `(n,) int64`: the part to learn, and the part that tests."""
+    """Text as indices into its alphabet, `(n,) int64`: training text and held-out text."""
 
     alphabet: str
     training: Tensor
@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
     @classmethod
     def of_python(cls) -> Text:
-        """Take the topics of Python's help, in the order of their names."""
+        """Return the topics of Python's help, in the order of their names."""
         topics = pydoc_data.topics.topics
         text = "\n".join(topics[name] for name in sorted(topics))
         alphabet = "".join(sorted(set(text)))
@@ -38,17 +38,17 @@ class Text(NamedTuple):
         return cls(alphabet, encoded[:cut], encoded[cut:])
 
     def batch(self, step: int, *, size: int, length: int) -> tuple[Tensor, Tensor]:
-        """Draw the batch of a step: `(size, length)` characters and those that follow.
+        """Return the batch of a step: `(size, length)` characters, and the characters after each.
 
-        It is drawn from the number of the step alone, not from a generator that has a past. So a process that goes on
-        where another was killed has nothing to restore.
+        The number of the step alone decides the batch, and no generator with a past. So a process that continues after
+        a kill has nothing to restore.
         """
         generator = torch.Generator().manual_seed(_SEED * 1_000_000 + step)
         starts = torch.randint(len(self.training) - length, (size,), generator=generator)
         return _windows(self.training, starts, length)
 
     def test(self, *, size: int, length: int) -> tuple[Tensor, Tensor]:
-        """Take windows that are spread evenly over the held-out part."""
+        """Return windows at even distances in the held-out text."""
         starts = torch.linspace(0, len(self.held_out) - length - 1, size).long()
         return _windows(self.held_out, starts, length)
 
@@ -59,7 +59,7 @@ def _windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
-    """Attention over what came before, then a layer of its own for each position; both add to their input."""
+    """Attention over earlier positions, then a layer for each position alone; both add to their input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

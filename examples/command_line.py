@@ -1,4 +1,4 @@
-"""What all examples have on their command line, the server that they use, and the bar that shows how far they are."""
+"""The command line of all examples, their server, and their progress bar."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def command_line(
     least_steps: int = 1,
     also: argparse.ArgumentParser | None = None,
 ) -> argparse.Namespace:
-    """Read the flags, those of `also` among them; `steps` and `plot` are filled in, `plot` is empty for none."""
+    """Return the parsed flags, with those of `also`, and with defaults for `steps` and `plot` (empty for none)."""
     form, parents = argparse.RawDescriptionHelpFormatter, [] if also is None else [also]
     parser = argparse.ArgumentParser(description=description, formatter_class=form, parents=parents)
-    parser.add_argument("--target", help="a running server, host:port; default: one of its own, for as long as it runs")
+    parser.add_argument("--target", help="a running server, host:port; default: a server of the program's own")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each run; default {steps}")
     parser.add_argument(
         "--quick", action="store_true", help=f"the short form that CI runs: {quick_steps} steps, no plot"
     )
-    parser.add_argument("--plot", help=f"where the plot goes; default {plot}, with --quick none")
-    parser.add_argument("--json", action="store_true", help="print what a program may read")
+    parser.add_argument("--plot", help=f"the file of the plot; default {plot}, with --quick none")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     options = parser.parse_args()
     if options.steps is None:
         options.steps = quick_steps if options.quick else steps
@@ -46,7 +46,7 @@ def command_line(
 
 @contextlib.contextmanager
 def a_server(target: str | None) -> Iterator[str]:
-    """Give the server that was asked for, or a process of our own that ends with the block."""
+    """Yield the target of a running server, or of a new process that ends with the block."""
     if target is not None:
         yield target
         return
@@ -55,6 +55,6 @@ def a_server(target: str | None) -> Iterator[str]:
 
 
 def progress_bar(options: argparse.Namespace) -> Progress:
-    """Make a bar on standard error, so that standard output is the result alone."""
+    """Return a bar on standard error, so that standard output is the result alone."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), disable=options.json)

@@ -1,4 +1,4 @@
-"""The loss curves of a local run and of runs on a server, side by side: a table, a plot, and what must hold of them."""
+"""The loss curves of a local run and of runs on a server: a table, a plot, and checks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ROWS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What an example found.
+    """The results of an example.
 
     Attributes:
-        title: of the plot.
-        curves: the loss at each step, by step, of each run; the local one first.
+        title: the title of the plot.
+        curves: the losses by step of each run; the local run first.
         facts: other results, in the order in which they are printed.
-        checks: what must hold, and whether it does.
-        marks: what happened at a step, for the plot.
+        checks: the conditions by their text; True for a condition that is met.
+        marks: the events in the plot, by step.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Comparison:
     marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def show(self, options: argparse.Namespace) -> int:
-        """Print it, save the plot, and return the exit code: 1 where a check fails."""
+        """Print the comparison, save the plot, and return the exit code: 1 if a check fails."""
         plot = str(self._plot(pathlib.Path(options.plot))) if options.plot else None
         if options.json:
             print(json.dumps(self._summary(plot)))
@@ -42,7 +42,7 @@ class Comparison:
         return 0 if all(self.checks.values()) else 1
 
     def text(self) -> str:
-        """Lay out the curves, with the difference of the first two, the facts and the checks."""
+        """Return the curves with the difference of the first two, the facts and the checks."""
         local, *others = self.curves
         lines = ["".join([f"{'step':>6}", *(f"{name:>18}" for name in self.curves), f"{'difference':>14}"])]
         for step in self._rows():
@@ -67,7 +67,7 @@ class Comparison:
         return {"curves": curves, "facts": dict(self.facts), "checks": dict(self.checks), "plot": plot}
 
     def _plot(self, path: pathlib.Path) -> pathlib.Path:
-        """Draw the curves over each other, each narrower than the one before, and what divides them below."""
+        """Draw the curves over each other, each narrower than the one before, and their differences below."""
         import matplotlib
 
         matplotlib.use("Agg")

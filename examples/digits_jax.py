@@ -3,7 +3,7 @@
     pip install 'stepwire[demo,jax]'
     python examples/digits_jax.py [--target HOST:PORT] [--quick]
 
-Both runs are one function. What differs is the gradient transformation.
+Both runs are one function. Only the gradient transformation differs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def accuracy(params: Any, digits: Digits) -> float:
-    """Return the share of test images classified right."""
+    """Return the fraction of test images classified right."""
     return float((logits_of(params, digits.test_x).argmax(axis=1) == digits.test_y).mean())
 
 

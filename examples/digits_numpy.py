@@ -3,8 +3,8 @@
     pip install 'stepwire[demo]'
     python examples/digits_numpy.py [--target HOST:PORT] [--quick]
 
-The model, its gradients by hand and the float64 Adam are those of `stepwire demo`, which feeds both optimizers the same
-gradients. Here each run goes its own way, so that a difference made at one step is in the gradients of all later ones.
+The model, its written-out gradients and the float64 Adam are those of `stepwire demo`, which feeds both optimizers the
+same gradients. The runs are independent, so that a difference at one step is in the gradients of all later steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LR = 3e-3
 def train(
     model: MLP, digits: Digits, step: Callable[[Parameters], Parameters], steps: Iterable[int]
 ) -> dict[int, float]:
-    """Train a model and return the loss at each step; `step` makes parameters of gradients, wherever it does that."""
+    """Train a model and return the loss at each step; `step` returns new parameters for gradients."""
     rng, losses = np.random.default_rng(SEED), {}
     for number in steps:
         losses[number], gradients = model.loss_and_gradients(*digits.batch(rng))

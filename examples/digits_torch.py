@@ -3,7 +3,7 @@
     pip install 'stepwire[demo]' torch
     python examples/digits_torch.py [--target HOST:PORT] [--quick]
 
-Both runs are one function. What differs is the class that is imported, and `server=`.
+Both runs are one function. Only the imported class and `server=` differ.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Return the share of test images classified right."""
+    """Return the fraction of test images classified right."""
     with torch.no_grad():
         found = model(torch.from_numpy(digits.test_x)).argmax(dim=1)
     return (found == torch.from_numpy(digits.test_y)).double().mean().item()

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, which may be killed."""
+"""A training run in a process of its own, which a program may kill."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["TrainingProcess"]
 
 
 class TrainingProcess:
-    """Runs `train(*arguments, report=…, **options)` elsewhere; hands over what it reports, and at last what it returns.
+    """Runs `train(*arguments, report=…, **options)` in another process, and returns its reports and its value.
 
-    The process is started anew, not forked: it has nothing of this one, like one on another day or another machine.
+    The process is started anew, not forked: it has nothing of this process, as on another day or another machine.
 
-    It is never more than one report ahead of who reads them. So one that is killed at a report is hit somewhere in the
-    work that leads to the next, and never at its end because the reader was slow.
+    The process is never more than one report ahead of the reader. So a kill at a report hits the work for the next
+    report, and never the end of the run because of a slow reader.
     """
 
     def __init__(self, train: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -27,42 +27,42 @@ class TrainingProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, train, arguments, options))
         self._process.start()
-        theirs.close()  # so that the pipe ends when the process does, however it does
-        self._returned: list[Any] = []
+        theirs.close()  # so that the pipe ends with the process, after any kind of end
+        self._values: list[Any] = []
         self._killed = False
 
     def reports(self) -> Iterator[Any]:
-        """Yield what the function reports until it returns or its process ends."""
+        """Yield the reports of the function until it returns or its process ends."""
         while True:
             try:
                 kind, value = self._pipe.recv()
-            except (EOFError, OSError):  # OSError: it ended while it wrote
+            except (EOFError, OSError):  # OSError: the process ended during a write
                 return
             if kind == "returned":
-                self._returned.append(value)
+                self._values.append(value)
                 return
             yield value
             if not self._killed:
-                with contextlib.suppress(OSError):  # it has ended, which the next turn finds
+                with contextlib.suppress(OSError):  # the process has ended; the next iteration returns
                     self._pipe.send("read")
 
     def kill(self) -> None:
-        """Kill the process with SIGKILL, wherever it is; what it has reported already is still there to be read."""
+        """Kill the process with SIGKILL; `reports` still yields the reports that it has sent."""
         self._killed = True
         self._process.kill()
 
     @property
-    def outcome(self) -> Any:
-        """What the function returned, once `reports` is exhausted."""
-        if not self._returned:
+    def returned(self) -> Any:
+        """The value of the function, once `reports` is exhausted."""
+        if not self._values:
             raise RuntimeError(
                 f"the training process returned nothing (exit code {self.exit_code}); see its own message"
             )
-        return self._returned[0]
+        return self._values[0]
 
     @property
     def exit_code(self) -> int | None:
-        """Negative: the number of the signal that ended it."""
+        """The exit code of the process; negative for the number of a signal."""
         self._process.join()
         return self._process.exitcode
 
@@ -85,7 +85,7 @@ def _run(pipe: Connection, train: Callable[..., Any], arguments: tuple[Any, ...]
         nonlocal first
         pipe.send(("reported", value))
         if not first:
-            pipe.recv()  # the one before has been read
+            pipe.recv()  # the reader has the report before
         first = False
 
     pipe.send(("returned", train(*arguments, report=report, **options)))

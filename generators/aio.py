@@ -18,7 +18,7 @@ TARGET = CLIENT / "aio" / "surface.py"
 
 # What is no method of the asynchronous classes: `close` is written by hand, and asyncio has its own way of doing what
 # the others are for.
-NOT_AWAITED = {"close", "step_async", "take"}
+NOT_AWAITED = {"apply", "close", "shards", "step_async"}
 
 HEADER = '''"""The asynchronous client: generated from the synchronous one by `make aio`; do not edit.
 
@@ -92,7 +92,7 @@ def _method(node: ast.FunctionDef, wrapped: str) -> str:
     if any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list):
         return _lines("@property", f"def {node.name}(self) -> {_returns(node)}:", f"    {doc}", f"    return {own}")
     call = f"functools.partial({', '.join([own, *_passed_on(node.args)])})"
-    returns, way = _returns(node), {"step": "take", "create_session": "create"}.get(node.name, "run")
+    returns, way = _returns(node), {"step": "step", "create_session": "create"}.get(node.name, "run")
     if returns.startswith("Iterator["):
         return _lines(
             f"async def {node.name}({ast.unparse(node.args)}) -> Async{returns}:",

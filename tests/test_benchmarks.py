@@ -83,31 +83,31 @@ def clock(bench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def test_contenders_take_turns_in_every_round(bench, clock) -> None:
     log: list[str] = []
-    taking_part = [clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)]
-    bench.contest.hold(taking_part, 10, rounds=2)
+    entrants = [clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)]
+    bench.contest.run_contest(entrants, 10, rounds=2)
     assert "".join(log) == "aabb" + "ab" * 2  # two jobs each to warm up, and then the rounds
     log.clear()
-    bench.contest.hold([clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)], 10, rounds=2, batch=2)
+    bench.contest.run_contest([clock("a", *[1.0] * 9, log=log), clock("b", *[1.0] * 9, log=log)], 10, rounds=2, batch=2)
     assert "".join(log) == "aabb" + "aaabbb" * 2  # one of a batch is not counted
 
 
 def test_a_round_is_the_median_of_its_batch_and_a_figure_that_of_its_rounds(bench, clock) -> None:
     warm, unseen = (9.0, 9.0), 9.0
     job = clock("job", *warm, unseen, 1.0, 5.0, 2.0, unseen, 7.0, 3.0, 4.0, unseen, 8.0, 8.0, 8.0)
-    outcome = bench.contest.hold([job], 10, rounds=3, batch=3)
-    assert outcome.times == {"job": [2.0, 4.0, 8.0]}
-    assert outcome.figures() == {"parameters": 10, "rounds": 3, "job ms": 4000.0}
+    result = bench.contest.run_contest([job], 10, rounds=3, batch=3)
+    assert result.times == {"job": [2.0, 4.0, 8.0]}
+    assert result.figures() == {"parameters": 10, "rounds": 3, "job ms": 4000.0}
 
 
 def test_ratios_are_taken_round_by_round(bench, clock) -> None:
-    outcome = bench.contest.hold(
+    result = bench.contest.run_contest(
         [clock("step", 1, 1, 2.0, 30.0, 9.0), clock("wire", 1, 1, 1.0, 10.0, 2.0), clock("rest", 1, 1, 1.0, 20.0, 1.0)],
         10,
         rounds=3,
     )
     wanted = {"to wire": ("step", ("wire",)), "to parts": ("step", ("wire", "rest")), "to none": ("step", ("none",))}
-    assert outcome.ratios(wanted) == {"to wire": 3.0, "to parts": 1.0}  # 2, 3, 4.5 and 1, 1, 3
-    assert outcome.ratios({"to wire": ("none", ("wire",))}) == {}
+    assert result.ratios(wanted) == {"to wire": 3.0, "to parts": 1.0}  # 2, 3, 4.5 and 1, 1, 3
+    assert result.ratios({"to wire": ("none", ("wire",))}) == {}
 
 
 def test_who_is_not_there_is_left_out_and_who_fails_is_told(bench, clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,16 +124,16 @@ def test_who_is_not_there_is_left_out_and_who_fails_is_told(bench, clock, capsys
         return [1, 2, 3].pop
 
     make = bench.contest.Contender
-    taking_part = [make("absent", absent), make("broken", broken), make("tires", tires), clock("well", *[1.0] * 4)]
-    outcome = bench.contest.hold(taking_part, 10, rounds=2)
-    assert outcome.times == {"well": [1.0, 1.0]}
-    assert outcome.left_out == {
+    entrants = [make("absent", absent), make("broken", broken), make("tires", tires), clock("well", *[1.0] * 4)]
+    result = bench.contest.run_contest(entrants, 10, rounds=2)
+    assert result.times == {"well": [1.0, 1.0]}
+    assert result.left_out == {
         "absent": "it is not installed",
         "broken": "failed: IndexError: pop from empty list",
         "tires": "failed: IndexError: pop from empty list",
     }
     assert closed == ["absent 10"]
-    figures = outcome.figures()
+    figures = result.figures()
     assert figures["absent left out"] == "it is not installed"
     assert bench.report.failures({"s": figures, "other": {"skipped": "no root"}}) == ["s: broken", "s: tires"]
     told = capsys.readouterr().err
@@ -155,7 +155,7 @@ RESULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("section", "figure", "bound", "at_least", "verdict"),
+    ("section", "figure", "bound", "at_least", "status"),
     [
         ("steps", "ratio", 1.05, False, "met"),
         ("steps", "ratio", 1.04, False, "missed"),
@@ -166,11 +166,11 @@ RESULTS: dict[str, dict[str, Any]] = {
         ("none", "ratio", 1.0, False, "not measured: no such section in this run"),
     ],
 )
-def test_a_goal_is_met_missed_or_not_measured(bench, section, figure, bound, at_least, verdict) -> None:
+def test_a_goal_is_met_missed_or_not_measured(bench, section, figure, bound, at_least, status) -> None:
     goal = bench.goals.Goal(section, figure, bound, at_least)
-    assert bench.goals.verdict(goal, RESULTS) == verdict
+    assert bench.goals.status(goal, RESULTS) == status
     (line,) = bench.goals.lines([goal], RESULTS)
-    assert line.endswith(f"{'>=' if at_least else '<='} {bound:g}  {verdict}")
+    assert line.endswith(f"{'>=' if at_least else '<='} {bound:g}  {status}")
     assert line.startswith(f"  {section}: {figure}  ")
 
 
@@ -189,13 +189,13 @@ def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
 
 def test_every_ratio_is_of_contenders_that_take_part(bench) -> None:
     echo, sockets = bench.echo.EchoTargets("t", "u"), bench.sockets.Addresses(("h", 1), "p")
-    taking_part = [one.name for one in bench.transports.contenders(["t", "t"], echo, sockets)]
-    assert len(taking_part) == len(set(taking_part))
+    entrants = [one.name for one in bench.transports.contenders(["t", "t"], echo, sockets)]
+    assert len(entrants) == len(set(entrants))
     asked = {name for one, others in bench.transports.RATIOS.values() for name in (one, *others)}
-    assert asked <= set(taking_part)
+    assert asked <= set(entrants)
     beside = [one.name for one in bench.peers.peers()]
     asked = {name for one, others in bench.peers.RATIOS.values() for name in (one, *others)}
-    assert asked <= {*beside, *bench.peers.OURS} and set(bench.peers.OURS) <= set(taking_part)
+    assert asked <= {*beside, *bench.peers.OURS} and set(bench.peers.OURS) <= set(entrants)
 
 
 def test_sections_are_named_by_their_size(bench) -> None:
@@ -355,9 +355,7 @@ def test_a_link_that_cannot_be_made_says_why(bench, monkeypatch: pytest.MonkeyPa
     assert bench.shaped_link.shaped_link(size=10, rounds=1) == {"skipped": "network namespaces need root"}
     monkeypatch.setattr(bench.shaped_link.os, "geteuid", lambda: 0)
     monkeypatch.setattr(bench.shaped_link.shutil, "which", lambda name: None)
-    assert bench.shaped_link.shaped_link(size=10, rounds=1) == {
-        "skipped": "ip is not installed; it is part of iproute2"
-    }
+    assert bench.shaped_link.shaped_link(size=10, rounds=1) == {"skipped": "ip is not installed; install iproute2"}
 
 
 def test_encodings_are_compared_seed_by_seed(bench) -> None:

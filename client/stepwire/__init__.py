@@ -4,8 +4,8 @@
         session = client.create_session({"w": w}, optimizer=stepwire.Adam(lr=1e-3))
         params = session.step({"w": gradient})
 
-Names are loaded when first used, so that the server's domain, which shares the errors and the layout with the
-client, never loads gRPC through this package.
+Names are loaded when first used. So the server's domain, which uses the errors and the layout of this package, never
+loads gRPC through this package.
 """
 
 from __future__ import annotations
@@ -56,9 +56,17 @@ if TYPE_CHECKING:
     )
     from stepwire.optimizers.gradient_treatment import LossScaling
     from stepwire.optimizers.schedules import Schedule
-    from stepwire.results import GroupResult, ServerInfo, SessionInfo, SessionState, StepResult, TransportChoice
+    from stepwire.results import (
+        GroupResult,
+        ServerInfo,
+        SessionConfig,
+        SessionInfo,
+        SessionStatistics,
+        Snapshot,
+        StepResult,
+        TransportChoice,
+    )
     from stepwire.session import Session
-    from stepwire.sharding import ShardedClient, ShardedSession
 
 __all__ = [
     "LAMB",
@@ -92,12 +100,12 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "Session",
+    "SessionConfig",
     "SessionInfo",
     "SessionNotFoundError",
     "SessionNotReadyError",
-    "SessionState",
-    "ShardedClient",
-    "ShardedSession",
+    "SessionStatistics",
+    "Snapshot",
     "StateChangedError",
     "StepMismatchError",
     "StepResult",
@@ -116,15 +124,15 @@ _HOMES = {
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "GroupResult": "results",
     "ServerInfo": "results",
+    "SessionConfig": "results",
     "SessionInfo": "results",
-    "SessionState": "results",
+    "SessionStatistics": "results",
+    "Snapshot": "results",
     "StepResult": "results",
     "TransportChoice": "results",
     "Retry": "connection.retry",
     "Schedule": "optimizers.schedules",
     "Session": "session",
-    "ShardedClient": "sharding",
-    "ShardedSession": "sharding",
     "LossScaling": "optimizers.gradient_treatment",
 }
 

@@ -1,22 +1,23 @@
-"""The client: a connection to one server, and the sessions made through it."""
+"""The client: a connection to one server or several, and the sessions made through it."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import grouped
 from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.trees import Flattened, Structure, expanded, flattened, structure_like
-from stepwire.connection.channel import Calls
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.arrays.trees import expanded, flattened, structure_like
+from stepwire.errors import InvalidRequestError
 from stepwire.layout import TensorSpec
+from stepwire.links.link import Load, SessionLink
+from stepwire.links.server import ServerLink
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.optimizers.gradient_treatment import (
     ClipFormula,
@@ -29,16 +30,12 @@ from stepwire.optimizers.gradient_treatment import (
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import PRECISIONS, ServerInfo, SessionInfo
 from stepwire.session import Session
-from stepwire.transports.route import Router
-from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2
-from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
+from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import duration_to_wire, optimizer_to_wire, spec_to_wire
 
 __all__ = ["Client"]
 
-_S = TypeVar("_S", bound=Session)
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
@@ -50,27 +47,35 @@ _TELEMETRY = {
 
 
 class Client:
-    """A connection to one server. Thread-safe. A context manager; closes twice without complaint."""
+    """A connection to one server, or to several. Thread-safe. A context manager; closes twice without complaint.
 
-    def __init__(self, calls: Calls, transport: str = "auto") -> None:
-        """Use an open channel; see `stepwire.connect`."""
-        self._calls = calls
-        self._router = Router(calls, transport)
-        self._info: ServerInfo | None = None
+    With several targets, sessions are sharded over them: see `stepwire.connect`.
+    """
+
+    def __init__(self, server: ServerLink) -> None:
+        """Use a link to the server, or to several; see `stepwire.connect`."""
+        self._server = server
 
     @property
     def target(self) -> str:
-        """Where it connects to."""
-        return self._calls.target
+        """The target of the connection; several targets are joined by commas."""
+        return ",".join(self._server.targets)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets of all connections, in order; sessions are sharded over several."""
+        return self._server.targets
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Ask the server what it is and can do.
+        """Ask the server, or all servers, for their properties.
+
+        Of several servers, the features are those that all serve, and limits are the least. Devices are those of all,
+        as `"host:port cuda:0"`.
 
         Raises:
-            UnavailableError: it cannot be reached.
+            UnavailableError: a server cannot be reached.
         """
-        answer = self._calls.unary("GetServerInfo", pb.GetServerInfoRequest(), pb.GetServerInfoResponse, timeout)
-        return ServerInfo.from_wire(answer)
+        return self._server.info(timeout)
 
     def create_session(
         self,
@@ -102,34 +107,35 @@ class Client:
         """Create an optimizer on the server and load the parameters into it.
 
         Args:
-            parameters: a dict, or a list whose names are "0", "1", …, or a tree of dicts, lists and tuples, whose
-                names are paths such as "encoder/0/w"; float32, bfloat16 or float16. Masters are float32 on the server.
+            parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
+                a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
+                paths such as "encoder/0/w".
             optimizer: default `Adam()`.
-            groups: as torch's: mappings with `"params"`, the names of a group's tensors, or of branches that stand for
-                all tensors in them, the hyper-parameters it has of its own, and, where wanted, its own `"schedule"` and
-                `"clip_grad_norm"`. Tensors in no group form one more, first, with the optimizer's values.
+            groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
+                keys are the group's own hyper-parameters, its `"schedule"` and its `"clip_grad_norm"`. Tensors in no
+                group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
-            frozen: names of tensors, or of branches, that are held and never stepped.
-            gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
-                with a common factor, a quarter of the bytes.
-            error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
-                next; eight bytes a parameter.
-            reply_dtype: how parameters come back, and their dtype.
-            state_precision: how the server holds the optimizer's moments; parameters are always float32.
-            non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
-                its number without an update (the default with loss scaling), or `"allow"`: apply it.
+            frozen: names of tensors, or of branches, that the server keeps and never steps.
+            gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
+                blocks of 256 with a common factor, a quarter of the bytes.
+            error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
+                eight bytes a parameter.
+            reply_dtype: the encoding of parameters on the wire, and their dtype.
+            state_precision: the precision of the optimizer's moments on the server; parameters are always float32.
+            non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
+                the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
-            clip_formula: whose form of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
+            clip_formula: the formula of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
             clip_grad_value: bound of each gradient element's magnitude.
             accumulation_steps: gradients summed into one update.
             loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
-            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
+            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: no step may.
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
-            telemetry: what each result tells: `"full"`, the `"gradient"`'s norms only, or `"none"`: where nothing else
-                needs the gradient's norm (as clipping by norm and any `non_finite` but "allow" do), the pass that
-                computes it is left out, and norms are 0.
-            lease_seconds: how long the session lives unused; default the server's longest.
-            device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
+            telemetry: the measurements in each result: `"full"`, the `"gradient"`'s norms only, or `"none"`. With
+                `"none"` norms are 0, and the pass that computes them is left out. Clipping by norm and any `non_finite`
+                but "allow" need that pass all the same.
+            lease_seconds: the life of the session without use; default the server's longest.
+            device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
             label: text for listings.
             request_id: makes a creation repeatable by another process; default random.
@@ -156,24 +162,11 @@ class Client:
             parameter_average_decay=parameter_average_decay,
         )
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
-        for field, choice, allowed in (
-            ("state_precision", state_precision, PRECISIONS),
-            ("telemetry", telemetry, _TELEMETRY),
-        ):
-            if choice not in allowed:
-                raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")
-        frozen = list(expanded(frozen, named))
-        if unknown := [name for name in frozen if name not in named]:
-            raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
-        if lease_seconds is not None and not 0 < lease_seconds < _LONGEST_LEASE_SECONDS:
-            raise InvalidRequestError.of("lease_seconds", f"{lease_seconds!r} is not a positive number of seconds")
+        _check_choice("state_precision", state_precision, PRECISIONS)
+        _check_choice("telemetry", telemetry, _TELEMETRY)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
-        check_feedback(sent, error_feedback)
         config = session_pb2.SessionConfig(
-            tensors=[
-                spec_to_wire(TensorSpec(name, array.shape, membership[name], name in frozen))
-                for name, array in named.items()
-            ],
+            tensors=_specs(named, membership, frozen),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
@@ -181,55 +174,58 @@ class Client:
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
-            lease=None if lease_seconds is None else duration_to_wire(lease_seconds),
+            lease=_lease(lease_seconds),
             device=device,
             label=label,
         )
-        return self._create(config, tree, request_id, timeout, error_feedback=error_feedback)
+        check_feedback(sent, error_feedback)
+        link = self._server.create(config, request_id, timeout, error_feedback=error_feedback)
+        try:
+            self._initialize(link, tree.named, timeout)
+        except BaseException:
+            if request_id is None:  # nobody else knows the session, so nobody would end it
+                link.close()
+            raise
+        return Session(link, tree.structure)
 
     def session(
         self,
-        session_id: str,
+        session_id: str | Sequence[str],
         *,
         like: Arrays | None = None,
         error_feedback: bool = False,
         timeout: float | None = None,
     ) -> Session:
-        """Return a session that exists; its first step or load takes the slot and fences who held it.
+        """Return a session that exists; its first step or load acquires the worker and fences the former holder.
 
         Args:
-            session_id: which.
-            like: parameters, or anything else that nests as they do: how `Session.pull` and the shared arrays are to
-                nest. Without, they are a flat dict of names: a server knows names, not what a client made them from.
+            session_id: the session's id; with shards `Session.session_id`, or the ids in it. The servers of a sharded
+                session must be those of its creation, in the same order.
+            like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
+                shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
         Raises:
-            InvalidRequestError: `like` is no container of arrays.
-            SessionNotFoundError: it does not exist.
+            InvalidRequestError: `like` is no container of arrays, or these are not the shards of one model.
+            SessionNotFoundError: there is no such session.
             UnavailableError: the server cannot be reached.
         """
         structure = structure_like(like)
-        return self._find(Session, session_id, timeout, structure=structure, error_feedback=error_feedback)
+        joined = session_id if isinstance(session_id, str) else ",".join(session_id)
+        return Session(self._server.find(joined, timeout, error_feedback=error_feedback), structure)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
-        """Yield the server's sessions, ordered by id.
+        """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
 
         Raises:
             UnavailableError: the server cannot be reached.
         """
-        token = ""
-        while True:
-            request = pb.ListSessionsRequest(page_token=token)
-            page = self._calls.unary("ListSessions", request, pb.ListSessionsResponse, timeout)
-            yield from map(SessionInfo.from_wire, page.sessions)
-            if not (token := page.next_page_token):
-                return
+        return self._server.sessions(timeout)
 
     def close(self) -> None:
         """Close the connection; sessions stay on the server until their leases run out."""
-        self._router.close()
-        self._calls.close()
+        self._server.close()
 
     def __enter__(self) -> Client:
         """Use the client for a block."""
@@ -241,77 +237,42 @@ class Client:
         """Close."""
         self.close()
 
-    # --- what both kinds of clients make sessions by -----------------------------------------------------
+    def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
+        """Load the parameters of a new session, unless it has some from an earlier request."""
+        parameters = Load({"param": link.description.packer.ordered(named, "parameters")})
+        with link.lock:
+            link.initialize(parameters, link.deadline(timeout))
 
-    def _make(
-        self,
-        kind: type[_S],
-        config: session_pb2.SessionConfig,
-        request_id: str | None,
-        timeout: float | None,
-        *,
-        structure: Structure,
-        error_feedback: bool,
-    ) -> tuple[_S, bool]:
-        """Create a session from its config, and load nothing; tell whether it has parameters all the same.
 
-        Raises:
-            StepwireError: as `create_session`.
-        """
-        chunk_bytes = self._chunk_bytes(timeout)
-        request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
-        answer = self._calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
-        # Where the request came before, perhaps from another process, the first step takes the slot anew: two
-        # holders of one token would take each other's steps for their own.
-        token = 0 if answer.replayed else answer.attach_token
-        options: dict[str, Any] = {"structure": structure, "error_feedback": error_feedback}
-        return kind(self._calls, self._router, answer.session, token, chunk_bytes, **options), answer.session.ready
+def _specs(
+    named: Mapping[str, npt.NDArray[Any]], membership: Mapping[str, int], frozen: Sequence[str]
+) -> list[tensor_pb2.TensorSpec]:
+    """Return the tensors of a session.
 
-    def _find(
-        self, kind: type[_S], session_id: str, timeout: float | None, *, structure: Structure, error_feedback: bool
-    ) -> _S:
-        """Return a session that exists.
+    Raises:
+        InvalidRequestError: a frozen tensor is not a parameter.
+    """
+    fixed = list(expanded(frozen, named))
+    if unknown := [name for name in fixed if name not in named]:
+        raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
+    return [
+        spec_to_wire(TensorSpec(name, array.shape, membership[name], name in fixed)) for name, array in named.items()
+    ]
 
-        Raises:
-            StepwireError: as `session`.
-        """
-        chunk_bytes = self._chunk_bytes(timeout)
-        request = pb.GetSessionRequest(session_id=session_id)
-        answer = self._calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
-        options: dict[str, Any] = {"structure": structure, "error_feedback": error_feedback}
-        return kind(self._calls, self._router, answer.session, 0, chunk_bytes, **options)
 
-    def _create(
-        self,
-        config: session_pb2.SessionConfig,
-        parameters: Flattened,
-        request_id: str | None,
-        timeout: float | None,
-        *,
-        error_feedback: bool,
-    ) -> Session:
-        """Create what `create_session` has checked, and load it."""
-        session, ready = self._make(
-            Session, config, request_id, timeout, structure=parameters.structure, error_feedback=error_feedback
-        )
-        if not ready:
-            try:
-                session.load(parameters.named, timeout=timeout)
-            except BaseException:
-                if request_id is None:  # nobody else knows the session, so nobody would end it
-                    session.close()
-                raise
-        return session
+def _check_choice(field: str, choice: str, allowed: Mapping[str, object]) -> None:
+    if choice not in allowed:
+        raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")
 
-    def _chunk_bytes(self, timeout: float | None) -> int:
-        """Return the largest chunk that the server takes, after checking once that the server speaks our protocol."""
-        if self._info is None:
-            info = self.info(timeout=timeout)
-            if info.protocol_min > PROTOCOL_MAX or info.protocol_max < PROTOCOL_MIN:
-                raise UnsupportedFeatureError(
-                    f"the server {info.version} speaks protocol {info.protocol_min} to {info.protocol_max}, this "
-                    f"client {PROTOCOL_MIN} to {PROTOCOL_MAX}; bring the older of the two up to date",
-                    metadata={"field": "protocol", "feature": "protocol"},
-                )
-            self._info = info
-        return self._info.max_chunk_bytes
+
+def _lease(seconds: float | None) -> duration_pb2.Duration | None:
+    """Return a lease as the contract has it; None for the server's longest.
+
+    Raises:
+        InvalidRequestError: the lease is not a positive number.
+    """
+    if seconds is None:
+        return None
+    if not 0 < seconds < _LONGEST_LEASE_SECONDS:
+        raise InvalidRequestError.of("lease_seconds", f"{seconds!r} is not a positive number of seconds")
+    return duration_to_wire(seconds)

@@ -8,7 +8,8 @@ from stepwire.client import Client
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Retry
 from stepwire.errors import InvalidRequestError
-from stepwire.sharding.client import ShardedClient
+from stepwire.links.server import RemoteServer
+from stepwire.sharding.server import ShardedServer
 from stepwire.transports.available import asked_transport
 
 __all__ = ["connect"]
@@ -25,22 +26,23 @@ def connect(
     """Open a client; it connects with its first call.
 
     Args:
-        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
-            step it together (see `stepwire.ShardedClient`).
-        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+        target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
+            which step it together. A model that is too small to be cut lies on the first ones.
+        transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
-        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
+            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+        channels: connections to each target; with more than one, sessions are sharded over them as over several
+            servers.
         timeout: default seconds of a call with all its repetitions.
-        retry: how to pause between repetitions; tests pass their own clock.
+        retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
     """
     asked = asked_transport(transport)
     targets = _targets(target, channels)
-    clients = [Client(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
-    return clients[0] if len(clients) == 1 else ShardedClient(clients)
+    servers = [RemoteServer(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
+    return Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
 
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:

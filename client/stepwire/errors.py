@@ -1,4 +1,4 @@
-"""Every error stepwire raises, and the one table that carries them over the wire.
+"""The errors that stepwire raises, and the table that carries them over the wire.
 
     StepwireError
     ├── InvalidRequestError          INVALID_ARGUMENT
@@ -17,9 +17,8 @@
     ├── DataLossError                DATA_LOSS
     └── ServerError                  INTERNAL
 
-The server raises these same classes; one interceptor writes `(code, reason, metadata)` into the
-status, and the client reads the reason back into the class. Programs match the class or `reason`,
-never the text.
+The server raises these same classes. One interceptor writes `(code, reason, metadata)` into the status. The client
+reads the reason back into the class. Programs match the class or `reason`, never the text.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ ERROR_DOMAIN = "stepwire"
 
 
 class Reason(enum.StrEnum):
-    """What went wrong, as programs read it: `ErrorInfo.reason` on the wire."""
+    """The cause of an error for programs: `ErrorInfo.reason` on the wire."""
 
     INVALID_TENSOR = "INVALID_TENSOR"
     INVALID_CONFIG = "INVALID_CONFIG"
@@ -76,6 +75,7 @@ class Reason(enum.StrEnum):
     TOO_MANY_SESSIONS = "TOO_MANY_SESSIONS"
     TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     SHUTTING_DOWN = "SHUTTING_DOWN"
+    STREAM_DISPLACED = "STREAM_DISPLACED"
     UNREACHABLE = "UNREACHABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
@@ -86,13 +86,13 @@ class Reason(enum.StrEnum):
 
 
 class StepwireError(Exception):
-    """Base of every error stepwire raises.
+    """The base of every error that stepwire raises.
 
     Attributes:
-        reason: what went wrong, for programs.
+        reason: the cause, for programs.
         metadata: the values involved (`field`, `tensor`, `expected_step`, …), all strings.
-        retry_after_seconds: when a retry may succeed; None when a retry will not help or the
-            server cannot tell.
+        retry_after_seconds: the time after which a retry may succeed. None when a retry will not help or the server
+            cannot tell.
     """
 
     default_reason = Reason.INTERNAL
@@ -105,7 +105,14 @@ class StepwireError(Exception):
         metadata: Mapping[str, object] | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
-        """Keep the message and the values it speaks of."""
+        """Keep the message and its values.
+
+        Args:
+            message: the cause with its values, and the next action.
+            reason: the cause for programs; the class's own by default.
+            metadata: the values involved.
+            retry_after_seconds: the time after which a retry may succeed.
+        """
         super().__init__(message)
         self.reason = reason or self.default_reason
         self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
@@ -113,7 +120,7 @@ class StepwireError(Exception):
 
 
 class InvalidRequestError(StepwireError):
-    """The request is malformed; `metadata["field"]` says where. Sending it again will not help."""
+    """The request is malformed; `metadata["field"]` names the field. Sending the request again will not help."""
 
     default_reason = Reason.INVALID_CONFIG
 
@@ -121,27 +128,30 @@ class InvalidRequestError(StepwireError):
     def of(
         cls, field: str, problem: str, *, reason: Reason = Reason.INVALID_CONFIG, **metadata: object
     ) -> InvalidRequestError:
-        """Return the error of one field: `problem` says its value and the next action.
+        """Return the error of one field.
 
         Args:
-            field: the path of the field, such as `"groups[1].lr"`; the message starts with it.
-            problem: the rest of the message.
-            reason: what went wrong, for programs.
+            field: the path of the field, such as `"groups[1].lr"`. The message starts with the path.
+            problem: the rest of the message: the value and the next action.
+            reason: the cause, for programs.
             metadata: further values.
+
+        Returns:
+            The error, with the field in its metadata.
         """
         return cls(f"{field}: {problem}", reason=reason, metadata={"field": field, **metadata})
 
 
 class NonFiniteGradientError(InvalidRequestError):
-    """A gradient holds NaN or Inf; `metadata["tensor"]` names the first one. Nothing was applied."""
+    """A gradient contains NaN or Inf; `metadata["tensor"]` names the first one. Nothing was applied."""
 
     default_reason = Reason.NON_FINITE_GRADIENT
 
 
 class SessionNotFoundError(StepwireError):
-    """No such session: never created, closed, expired, or lost with its server. It will not return.
+    """There is no such session: never created, closed, expired, or lost with its server. The session will not return.
 
-    A client adds `metadata["last_known_step"]`, the last step it saw applied.
+    A client adds `metadata["last_known_step"]`, the last step that it knows to be applied.
     """
 
     default_reason = Reason.SESSION_NOT_FOUND
@@ -154,25 +164,25 @@ class StepMismatchError(StepwireError):
 
 
 class StateChangedError(StepwireError):
-    """The state changed while it was being read; read it again."""
+    """The state changed during the read; read the state again."""
 
     default_reason = Reason.STATE_CHANGED
 
 
 class FencedError(StepwireError):
-    """Another client took this session's slot, or the session lives in a newer epoch."""
+    """Another client attached as this worker, or the session lives in a newer epoch."""
 
     default_reason = Reason.FENCED
 
 
 class UnsupportedFeatureError(StepwireError):
-    """This server cannot do what the session asks for; `metadata["field"]` names the option."""
+    """This server does not have an option of the session; `metadata["field"]` names the option."""
 
     default_reason = Reason.UNSUPPORTED_FEATURE
 
 
 class SessionNotReadyError(StepwireError):
-    """The session's parameters have not been loaded yet, or a step was broken off half applied."""
+    """The session's parameters have not been loaded yet, or a step was interrupted half applied."""
 
     default_reason = Reason.SESSION_NOT_READY
 
@@ -190,19 +200,19 @@ class UnavailableError(StepwireError):
 
 
 class DeadlineExceededError(UnavailableError):
-    """The call's deadline passed; the step may or may not have been applied (retry it by number)."""
+    """The call's deadline passed. The step may or may not have been applied; retry the step by its number."""
 
     default_reason = Reason.DEADLINE_EXCEEDED
 
 
 class AuthenticationError(StepwireError):
-    """The server wants a token, or a better one."""
+    """The server needs a token, or another token."""
 
     default_reason = Reason.UNAUTHENTICATED
 
 
 class PermissionDeniedError(StepwireError):
-    """The token is valid and does not allow this."""
+    """The token is valid and does not allow the request."""
 
     default_reason = Reason.PERMISSION_DENIED
 
@@ -220,14 +230,20 @@ class ServerError(StepwireError):
 
 
 class ErrorRow(NamedTuple):
-    """One row of the table: how a reason travels, and whether the client repeats the request itself."""
+    """One row of the table.
+
+    Attributes:
+        code: the name of the gRPC status code that carries the reason.
+        exception: the class that the client raises.
+        retryable: True if the client repeats the request by itself.
+    """
 
     code: str
     exception: type[StepwireError]
     retryable: bool = False
 
 
-# The table. `retryable` is for errors that carry no RetryInfo; RetryInfo always permits a retry.
+# `retryable` is for errors without RetryInfo. RetryInfo always permits a retry.
 ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.INVALID_TENSOR: ErrorRow("INVALID_ARGUMENT", InvalidRequestError),
     Reason.INVALID_CONFIG: ErrorRow("INVALID_ARGUMENT", InvalidRequestError),
@@ -246,6 +262,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.TOO_MANY_SESSIONS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.TOO_MANY_STREAMS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.STREAM_DISPLACED: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.DEADLINE_EXCEEDED: ErrorRow("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),
@@ -255,7 +272,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
 }
 
-# Statuses that arrive without ErrorInfo: from gRPC itself, a proxy, or a server that died.
+# The reasons of statuses without ErrorInfo: from gRPC itself, a proxy, or a server that died.
 _REASON_OF_BARE_CODE: dict[str, Reason] = {
     "CANCELLED": Reason.UNREACHABLE,
     "UNAVAILABLE": Reason.UNREACHABLE,
@@ -274,7 +291,14 @@ def error_from_reason(
     metadata: Mapping[str, str],
     retry_after_seconds: float | None = None,
 ) -> StepwireError:
-    """Build the exception that the table names for a reason; a reason from a newer server is a ServerError."""
+    """Return the exception that the table names for a reason; a `ServerError` for a reason of a newer server.
+
+    Args:
+        reason: the reason's name on the wire.
+        message: the text of the error.
+        metadata: the values involved.
+        retry_after_seconds: the time after which a retry may succeed.
+    """
     try:
         known = Reason(reason)
     except ValueError:
@@ -285,5 +309,5 @@ def error_from_reason(
 
 
 def error_from_code(code: str, message: str) -> StepwireError:
-    """Build the exception for a bare gRPC status name such as "UNAVAILABLE"."""
+    """Return the exception of a bare gRPC status name such as "UNAVAILABLE"."""
     return error_from_reason(_REASON_OF_BARE_CODE.get(code, Reason.INTERNAL), f"{message} ({code})", {})

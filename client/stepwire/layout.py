@@ -1,8 +1,8 @@
-"""The flat address space: where each tensor lies, counted in elements.
+"""The flat address space: the offset of each tensor, counted in elements.
 
-Groups lie in index order, the tensors of a group one after another in the order given. A group starts at a
-multiple of `GROUP_ALIGNMENT`, so that vector loads and blockwise codes never straddle two groups; so does each tensor
-whose moments are held in blocks. The padding between is never stepped.
+Groups lie in index order. The tensors of a group lie one after another, in the order given. A group starts at a
+multiple of `GROUP_ALIGNMENT`, so that vector loads and blocks of codes never straddle two groups. A tensor with moments
+in blocks starts at such a multiple too. The padding between tensors is never stepped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Span", "TensorSpec", "place"]
+__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Range", "TensorSpec", "place"]
 
 GROUP_ALIGNMENT = 256
 
 SMALLEST_IN_BLOCKS = 4096
-"""Tensors of fewer elements keep float32 moments where the others have blockwise ones."""
+"""Tensors of fewer elements keep float32 moments in a session with 8-bit moments in blocks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class TensorSpec:
     """One tensor as the client names it.
 
     Attributes:
-        name: unique within the session.
-        shape: extents, outermost first.
-        group: index of its parameter group.
-        frozen: held, never stepped.
+        name: the tensor's name, unique within the session.
+        shape: the extents, outermost first.
+        group: the index of the tensor's parameter group.
+        frozen: True for a tensor that the server keeps and never steps.
     """
 
     name: str
@@ -39,13 +39,13 @@ class TensorSpec:
 
     @property
     def count(self) -> int:
-        """Elements: the product of the shape, 1 for a scalar."""
+        """The number of elements: the product of the shape, 1 for a scalar."""
         return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor lies: flat elements `[offset, offset + count)`."""
+    """The place of one tensor: flat elements `[offset, offset + count)`."""
 
     spec: TensorSpec
     offset: int
@@ -58,7 +58,7 @@ class Placement:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+class Range:
     """A range of flat elements `[offset, offset + count)`."""
 
     offset: int
@@ -72,17 +72,17 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The whole space.
+    """The flat space of one session.
 
     Attributes:
-        tensors: ordered by offset.
-        groups: in index order.
-        size: elements, padding included.
-        chunk_alignment: chunks of a step start at multiples of this.
+        tensors: the tensors, by offset.
+        groups: the range of each group, in index order.
+        size: the number of elements, padding included.
+        chunk_alignment: the number of elements that the offset of every chunk is a multiple of.
     """
 
     tensors: tuple[Placement, ...]
-    groups: tuple[Span, ...]
+    groups: tuple[Range, ...]
     size: int
     chunk_alignment: int = 1
 
@@ -91,7 +91,7 @@ class Layout:
         return [tensor.offset for tensor in self.tensors]
 
     def overlapping(self, start: int, end: int) -> Iterator[Placement]:
-        """Yield the non-empty tensors that share elements with `[start, end)`, in order."""
+        """Yield the non-empty tensors that overlap `[start, end)`, in order."""
         first = max(bisect_right(self._offsets, start) - 1, 0)
         for tensor in self.tensors[first:]:
             if tensor.offset >= end:
@@ -105,18 +105,22 @@ class Layout:
 
 
 def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = False) -> Layout:
-    """Lay tensors out; deterministic, so that a client may compute it too.
+    """Lay tensors out. The layout is deterministic, so that a client may compute it too.
 
     Args:
         specs: the tensors, in order.
-        group_count: how many groups there are.
-        in_blocks: moments are held in blocks, which start with each tensor of `SMALLEST_IN_BLOCKS` elements or more.
+        group_count: the number of groups.
+        in_blocks: True for a session with moments in blocks: each tensor of at least `SMALLEST_IN_BLOCKS` elements
+            starts a block.
+
+    Returns:
+        The layout.
     """
     members: list[list[TensorSpec]] = [[] for _ in range(group_count)]
     for spec in specs:
         members[spec.group].append(spec)
     tensors: list[Placement] = []
-    groups: list[Span] = []
+    groups: list[Range] = []
     end = 0
     for group in members:
         start = end = _aligned(end)
@@ -124,7 +128,7 @@ def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = Fa
             offset = _aligned(end) if in_blocks and spec.count >= SMALLEST_IN_BLOCKS else end
             tensors.append(Placement(spec, offset, spec.count))
             end = offset + spec.count
-        groups.append(Span(start, end - start))
+        groups.append(Range(start, end - start))
     return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_blocks else 1)
 
 

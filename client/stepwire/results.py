@@ -1,4 +1,4 @@
-"""What the server tells about a step, a session and itself, as plain records."""
+"""Records of a step, of a session and of the server, as plain data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ __all__ = [
     "ServerInfo",
     "SessionConfig",
     "SessionInfo",
-    "SessionState",
+    "SessionStatistics",
+    "Snapshot",
     "StepResult",
     "TransportChoice",
 ]
@@ -32,19 +33,19 @@ PRECISIONS = {
     "bfloat16": session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
     "int8": session_pb2.STATE_PRECISION_INT8_MOMENTS,
 }
-"""The contract's values of what `create_session` calls `state_precision`."""
+"""The contract's values of the option `state_precision` of `Client.create_session`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionConfig:
-    """What a session runs.
+    """The config of one session.
 
     Attributes:
-        optimizer: the rule, with the numbers of groups that have none of their own.
-        groups: the numbers of each group.
-        membership: the group of each tensor, by name.
-        treatment: what happens to gradients first.
-        state_precision: how moments are held, as `create_session` calls it.
+        optimizer: the rule, with the hyper-parameters of groups that have none of their own.
+        groups: the hyper-parameters of each group.
+        membership: the index of the group of each tensor, by name.
+        treatment: the treatment of gradients before the rule.
+        state_precision: the precision of moments, one of `PRECISIONS`.
     """
 
     optimizer: Optimizer
@@ -70,7 +71,7 @@ class SessionConfig:
         )
 
     def arguments(self, group: int) -> dict[str, Any]:
-        """Return a group's numbers by the names of the optimizer's constructor."""
+        """Return a group's hyper-parameters by the names of the optimizer's constructor."""
         return self.optimizer.arguments(self.groups[group])
 
 
@@ -79,13 +80,13 @@ class GroupResult:
     """One parameter group in one step.
 
     Attributes:
-        grad_norm: Euclidean norm of the group's gradient before clipping.
-        hyperparameters: the values that were used; a scheduled learning rate is in its place.
-        t: updates the group has had, this one included.
-        clipped_grad_norm: after clipping.
+        grad_norm: the Euclidean norm of the group's gradient before clipping.
+        hyperparameters: the values of this step; a scheduled learning rate is in its place.
+        t: the updates that the group has had, this one included.
+        clipped_grad_norm: the norm after clipping.
         clip_coefficient: the factor of clipping by norm, the group's own and the global one together.
-        update_norm: of its parameters' change; None where it was not measured or nothing was updated.
-        param_norm: of its parameters after the step; None likewise.
+        update_norm: the norm of the parameters' change; None without a measurement, or without an update.
+        param_norm: the norm of the parameters after the step; None likewise.
     """
 
     grad_norm: float
@@ -99,27 +100,27 @@ class GroupResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step did.
+    """The effect of one step.
 
     Attributes:
-        step: its number.
+        step: the number of the step.
         durable_step: the last step that survives a loss of the server; 0 if none does.
-        epoch: the epoch that applied it.
-        replayed: it had been applied before, and its answer was lost.
-        skipped: nothing was updated because the gradient was not finite.
-        grad_norm: Euclidean norm of the whole gradient, unscaled, before clipping.
-        non_finite_count: gradient elements that were NaN or Inf.
+        epoch: the epoch of the session that applied the step.
+        replayed: True if the step had been applied before, and its reply was lost.
+        skipped: True if nothing was updated, because the gradient was not finite.
+        grad_norm: the Euclidean norm of the whole gradient, unscaled, before clipping.
+        non_finite_count: the gradient elements that were NaN or Inf.
         groups: one entry a group.
-        receive_seconds: from the step's first message to its commit, on the server.
-        queue_seconds: waiting for the session and the engine.
-        apply_seconds: decode, rule and encode.
-        previous_send_seconds: sending the answer of the step before; None on the first step of a stream.
-        accumulated: the gradient was added to those before it and nothing was updated.
-        clipped_grad_norm: after clipping.
+        receive_seconds: the time from the step's first message to its commit, on the server.
+        queue_seconds: the time of waiting for the session and the engine.
+        apply_seconds: the time of decoding, of the rule and of encoding.
+        previous_send_seconds: the time of sending the reply before; None on the first step of a stream.
+        accumulated: True if the gradient was added to those before it, and nothing was updated.
+        clipped_grad_norm: the norm after clipping.
         clip_coefficient: the factor of clipping by the global norm.
-        update_norm: of the parameters' change; None where it was not measured or nothing was updated.
-        param_norm: of the parameters after the step; None likewise.
-        loss_scale: what the next gradient must be multiplied by; None without loss scaling.
+        update_norm: the norm of the parameters' change; None without a measurement, or without an update.
+        param_norm: the norm of the parameters after the step; None likewise.
+        loss_scale: the factor for the next loss; None without loss scaling.
     """
 
     step: int
@@ -168,15 +169,15 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class SessionState:
+class Snapshot:
     """The whole optimizer state of a session as of one step, in float32.
 
     Attributes:
         step: the session's applied step.
-        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. Beside an 8-bit
-            slot lies one of its blocks' maxima, such as `"exp_avg_scale"`.
-        tensor_steps: updates each tensor has had (Adam's t), by name.
-        loss_scale: the scale and the clean steps since it last changed; None without loss scaling.
+        slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. An 8-bit slot has
+            a second slot with the maxima of its blocks, such as `"exp_avg_scale"`.
+        tensor_steps: the updates that each tensor has had (Adam's t), by name.
+        loss_scale: the scale, and the clean steps since its last change; None without loss scaling.
     """
 
     step: int
@@ -186,21 +187,44 @@ class SessionState:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """The numbers that a client knows of its session, as of one moment.
+
+    Attributes:
+        applied_step: the last step known to be applied.
+        durable_step: the last step known to survive a loss of the server.
+        attached: a stream is attached, as far as is known.
+        streams_opened: the streams opened so far; more than one after a broken connection.
+        step_in_doubt: the number of a step that failed with an unknown outcome; None without one.
+        steps_in_flight: the background steps under way or waiting.
+        background_failures: the background steps that failed.
+    """
+
+    applied_step: int
+    durable_step: int
+    attached: bool
+    streams_opened: int
+    step_in_doubt: int | None = None
+    steps_in_flight: int = 0
+    background_failures: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SessionInfo:
     """A session as the server lists it.
 
     Attributes:
-        session_id: who knows it may use the session.
+        session_id: the session's id, the right to use the session.
         label: the creator's text.
-        epoch: which incarnation of the server owns it.
+        epoch: the incarnation of the server that owns the session.
         applied_step: the last committed step.
         durable_step: the last step that survives a loss of the server.
-        memory_bytes: bytes of state.
-        device: where it lives.
-        ready: steps are taken.
-        attached: a stream is attached.
-        create_time: when it was created.
-        expire_time: when it ends unless it is used before.
+        memory_bytes: the bytes of its state.
+        device: the device of its state.
+        ready: True once the session has parameters, and so accepts steps.
+        attached: True while a stream is attached.
+        create_time: the time of its creation.
+        expire_time: the time of its end, unless the session is used before.
     """
 
     session_id: str
@@ -235,18 +259,18 @@ class SessionInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransportChoice:
-    """Which way a session's bulk data goes, and why no better one.
+    """The transport of a session's gradients and parameters, and the reasons against the better ones.
 
     Attributes:
         name: "cuda_ipc", "shm", "uds" or "tcp".
-        reasons: for each better transport: why it is not in use, and what to do if it should be.
+        reasons: for each better transport the reason against it, and the remedy.
     """
 
     name: str
     reasons: dict[str, str]
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return the choice and its reasons in one line."""
         names: dict[str, list[str]] = {}
         for name, why in self.reasons.items():
             names.setdefault(why, []).append(name)
@@ -255,18 +279,18 @@ class TransportChoice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server is and can do.
+    """The properties of a server.
 
     Attributes:
-        version: of its distribution.
-        protocol_min: oldest protocol version it speaks.
-        protocol_max: newest.
-        instance_id: random for each start of the server.
-        devices: where sessions can live, by name: description and bytes in all, allowed and reserved.
-        features: optional features it serves.
-        sessions: sessions alive.
-        max_chunk_bytes: payload of one message.
-        draining: it takes no new steps.
+        version: the version of its distribution.
+        protocol_min: the oldest protocol version that it speaks.
+        protocol_max: the newest protocol version that it speaks.
+        instance_id: an id that is random for each start of the server.
+        devices: the devices of sessions, by name: description and bytes in all, allowed and reserved.
+        features: the optional features that it serves.
+        sessions: the number of sessions alive.
+        max_chunk_bytes: the largest payload of one message.
+        draining: True once the server refuses new steps.
     """
 
     version: str
@@ -281,7 +305,7 @@ class ServerInfo:
 
     @classmethod
     def from_wire(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
-        """Decode a server's answer."""
+        """Decode a server's response."""
         return cls(
             version=message.version,
             protocol_min=message.protocol_min,

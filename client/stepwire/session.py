@@ -1,117 +1,84 @@
-"""The client's end of a session: steps by number, pulls, loads, and coming back after a broken connection."""
+"""The user's surface of one session: steps, state, shared memory and the end, over whatever link there is."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.arrays.packing import Arrays, Flat, Packer
+from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
-from stepwire.connection.channel import Calls
-from stepwire.connection.retry import Deadline
-from stepwire.errors import (
-    InvalidRequestError,
-    Reason,
-    SessionNotFoundError,
-    UnavailableError,
-    UnsupportedFeatureError,
-)
-from stepwire.links.pull_and_load import load_messages, read_pull
-from stepwire.links.remote import Attachment
-from stepwire.results import SessionConfig, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.links.link import Load, SessionLink
+from stepwire.links.snapshots import load_of, snapshot_of
+from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
 from stepwire.steps.background import BackgroundSteps
 from stepwire.steps.build import OnReady, Overrides, Reply, StepBuilder, StepOptions
-from stepwire.steps.shared import SharedArrays
 from stepwire.transports.available import asked_transport
-from stepwire.transports.route import Route, Router
-from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, state_pb2, step_pb2
-from stepwire.wire.channel_options import chunk_bytes_for
-from stepwire.wire.dtypes import FLOAT32, dtype_named, dtype_to_wire
-from stepwire.wire.messages import layout_from_wire
+from stepwire.v1 import step_pb2
+from stepwire.wire.dtypes import FLOAT32, dtype_named
 
 __all__ = ["Session"]
 
-_T = TypeVar("_T")
 _PARAM = "param"
 _AVERAGE = "param_average"
-_CLOSE_TIMEOUT_SECONDS = 5.0
 
 
 class Session:
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
-    Thread-safe; steps are taken one at a time. As a context manager it ends the session on the server; `detach`
-    leaves it there for somebody else, or for later.
+    Thread-safe; steps are applied one at a time. As a context manager it ends the session on the server; `detach`
+    leaves it there for another client, or for later.
+
+    A client of several targets makes sharded sessions, which give the same parameters, bit for bit. A load that fails
+    may have been committed on some servers: load again. A step that fails may have been applied on some servers: the
+    same gradients again finish it, and `load_state` replaces it. `on_tensor` is called in the threads of shards.
 
     Attributes:
-        session_id: who knows it may use the session.
+        session_id: the session's id, the right to use the session; with shards their ids in order, joined by commas.
     """
 
-    def __init__(
-        self,
-        calls: Calls,
-        router: Router,
-        message: session_pb2.Session,
-        token: int,
-        chunk_bytes: int,
-        *,
-        structure: Structure,
-        error_feedback: bool = False,
-    ) -> None:
-        """Speak for a session that the server described; token 0 takes its slot when first needed.
-
-        `structure` is what parameters come back in where no arrays of the user's say another.
-        """
-        self.session_id = message.session_id
-        self._calls = calls
-        self._packer = Packer(layout_from_wire(message.layout))
-        self._slots = tuple(message.layout.slots)
-        self._config = message.config
-        self._loss_scale = message.loss_scale if message.HasField("loss_scale") else None
+    def __init__(self, link: SessionLink, structure: Structure) -> None:
+        """Use a link to a session, and `structure` for parameters that no arrays of the user's define otherwise."""
+        self.session_id = link.description.session_id
+        self._link = link
         self._structure = structure
-        chunk_bytes = chunk_bytes_for(self._packer.layout.size * FLOAT32.itemsize, chunk_bytes)
-        self._chunk_bytes = chunk_bytes
-        self._steps = StepBuilder(message, self._packer, chunk_bytes, error_feedback=error_feedback)
-        self._queue: BackgroundSteps | None = None
-        self._route = Route(router, message.session_id)
-        self._attachment = Attachment(self._route, message, token, self._packer, chunk_bytes)
-        self._last_result: step_pb2.StepResult | None = None  # decoded when asked for
-        self._load_in_doubt = 0  # the number of a load that failed, and may have been committed
-        self._lock = threading.RLock()
-        self._lock_of_queue = threading.Lock()
+        self._packer = link.description.packer
+        self._builder = StepBuilder(link.description, link.carry)
+        message = link.description.message
+        self._loaded_scale = message.loss_scale if message.HasField("loss_scale") else None
+        self._result_before_load: step_pb2.StepResult | None = None
+        self._background: BackgroundSteps | None = None
+        self._background_lock = threading.Lock()
 
     @property
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
-        return self._attachment.applied_step
+        return self._link.applied_step
 
     @property
     def last_result(self) -> StepResult | None:
-        """What the last step did; None before the first."""
-        return None if self._last_result is None else StepResult.from_wire(self._last_result)
+        """The result of the last step; None before the first."""
+        last = self._link.last_result
+        return None if last is None else StepResult.from_wire(last)
 
     @property
     def transport(self) -> TransportChoice | None:
-        """Which way gradients and parameters go, and why no better one; None before the first stream is attached."""
-        return self._route.choice
+        """The transport in use, the least one of several shards; None before the first stream is attached."""
+        return self._link.transport
 
     @property
     def loss_scale(self) -> float | None:
-        """What the next gradient must be multiplied by, where the session scales losses by itself; else None."""
-        last = self._last_result
-        return (
-            last.telemetry.loss_scale
-            if last is not None and last.telemetry.HasField("loss_scale")
-            else self._loss_scale
-        )
+        """The factor for the next loss, in a session that scales losses by itself; else None."""
+        last = self._link.last_result
+        if last is None or last is self._result_before_load or not last.telemetry.HasField("loss_scale"):
+            return self._loaded_scale
+        return last.telemetry.loss_scale
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -120,13 +87,26 @@ class Session:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
-        return self._slots
+        """The state arrays of each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        return self._link.description.slots
 
     @property
-    def configuration(self) -> SessionConfig:
-        """What the session was created as; useful where somebody else created it."""
-        return SessionConfig.from_wire(self._config)
+    def config(self) -> SessionConfig:
+        """The config of the session's creation; useful in a client that did not create it."""
+        return SessionConfig.from_wire(self._link.description.message.config)
+
+    @property
+    def shards(self) -> tuple[Session, ...]:
+        """The sessions of the shards, for their own `info`, `transport` and `last_result`; one without sharding."""
+        return tuple(Session(part, Structure()) for part in self._link.parts)
+
+    def statistics(self) -> SessionStatistics:
+        """Return the numbers that this client knows of the session; nothing is sent."""
+        statistics = self._link.statistics()
+        if (background := self._background) is None:
+            return statistics
+        counts = background.statistics()
+        return dataclasses.replace(statistics, steps_in_flight=counts.in_flight, background_failures=counts.failed)
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -148,43 +128,45 @@ class Session:
     ) -> Tree:
         """Apply one optimizer step, exactly once, and return the new parameters.
 
-        Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
-        once however often it arrives.
+        The client mends lost connections, and repeats the step by its number until `timeout`. The server applies it
+        once however often it arrives. After an error, the same gradients with the same options are the same step: call
+        again, and the step is applied, or its first reply returned. Other gradients are the next step, once the client
+        has learnt whether the failed one was applied.
 
         Args:
             gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
-                tree of them. Frozen tensors need none; with missing_gradient "keep" any may be left out or None, and
-                stay as they are; None in the place of a branch leaves out all that is in it.
+                tree of them. Frozen tensors need none. With missing_gradient "keep" any may be left out or None, and
+                stays as it is. None in the place of a branch leaves out all its tensors.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
-            loss_scale: what the gradients were multiplied by; the server divides by it first.
-            gradient_dtype: how gradients travel, "int8" included; default as created.
-            reply_dtype: how parameters travel, and the dtype of the answer; default as created.
-            reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
-                the same parameters, of which only those travel that changed, where that is less. The client holds
-                them in bfloat16 for that.
+            loss_scale: the factor of the gradients; the server divides by it first.
+            gradient_dtype: the encoding of the gradients on the wire, "int8" included; default as created.
+            reply_dtype: the encoding of the parameters on the wire, and the dtype of the reply; default as created.
+            reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
+                the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
-                thread that takes the step; again where a broken connection has the answer repeated.
-            overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
-                the time of receiving and answering together. For sessions without clipping by norm and with
-                `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
-                until it succeeds; nothing else is possible before.
-            out: arrays to write the parameters into instead of new ones; when an error is raised their content is
-                undefined. What `shared_parameters` returned stands for the same as it is after the step.
+            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
+                arrival, and again if a broken connection has the reply repeated.
+            overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
+                receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
+                step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
+                else is possible before.
+            out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
+                arrays of `shared_parameters` stand for the same memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, nested like `gradients`, or, where those leave tensors out, as the session's were at
-            creation; `out` if given; with reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
+            The parameters, nested like `gradients`, or as at creation if tensors are left out; or `out`, if given. With
+            reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
             NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
-            FencedError: another client took the session's slot.
+            FencedError: another client acquired the session's worker.
             SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
-            StepMismatchError: the session moved without this client.
+            StepMismatchError: the session moved without this client, or some shards applied another step that failed.
+            DataLossError: the server has lost a durable step, or its state.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
         options = StepOptions(
@@ -197,160 +179,131 @@ class Session:
             reply_first=reply_first,
             on_tensor=on_tensor,
             overlap=overlap,
-            out=cast(Any, out),  # a tree is taken apart before it is built into a call
+            out=cast(Any, out),  # a tree is flattened before it is built into a call
         )
-        return self.take(gradients, options, timeout)
+        return self.apply(gradients, options, timeout)
 
-    def take(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Tree:
-        """Take a step whose options are a record; see `step`."""
+    def apply(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Tree:
+        """Apply a step whose options are a record; see `step`."""
         if is_nested(gradients) or is_nested(options.out):
-            return self._take_nested(gradients, options, timeout)
-        with self._lock:
-            call, answer = self._steps.build(gradients, options)
-            deadline = self._calls.deadline(timeout)
-            if self._attachment.token == 0:  # only who holds the slot knows which step is the next
-                self._repeat(self._attachment.attach, deadline)
-            call.begin.step = self._attachment.applied_step + 1
-            try:
-                result = self._repeat(lambda left: self._attachment.take_step(call, left), deadline)
-            except BaseException:
-                self._steps.failed(call)
-                raise
-            self._steps.applied(call, result)
-            self._last_result = result
-            if answer is not None:
-                return answer
-            return {} if isinstance(gradients, Mapping) else []
+            return self._apply_nested(gradients, options, timeout)
+        with self._link.lock:
+            call, reply = self._builder.build(gradients, options)
+            self._link.step(call, self._link.deadline(timeout))
+            return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
-    def _take_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
-        """Take a step of which something nests: by the names, and back."""
+    def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
+        """Apply a step of nested gradients, or with a nested `out`: by the names, and back."""
         given = flattened(gradients, "gradients")
         out = None if options.out is None else flattened(options.out, "out").named
-        answer = self.take(given.named, dataclasses.replace(options, out=out), timeout)
-        if options.out is not None and answer is out:
+        reply = self.apply(given.named, dataclasses.replace(options, out=out), timeout)
+        if options.out is not None and reply is out:
             return options.out
-        assert isinstance(answer, dict)
-        return given.structure.restored(answer, self._structure)
+        assert isinstance(reply, dict)
+        return given.structure.restored(reply, self._structure)
 
     def step_async(
         self, gradients: Arrays, *, steps_in_flight: int = 2, timeout: float | None = None, **options: Any
     ) -> Future[Tree]:
-        """Take a step in the background, so that the next batch can be prepared meanwhile.
+        """Apply a step in the background, so that the next batch can be prepared meanwhile.
 
-        Steps are taken one after another in the order of the calls. The gradients, and `out`, must not change until
-        the future is done. Where a step fails, those waiting behind it are cancelled.
+        Steps are applied in the order of the calls. The gradients, and `out`, must not change until the future is done.
+        A step that fails cancels those behind it.
 
         Args:
             gradients: as for `step`.
-            steps_in_flight: how many may be under way or waiting; this call waits while there are so many. Fixed by
-                the first call.
-            timeout: seconds for the step itself, without the time it waits for others.
+            steps_in_flight: the most steps under way or waiting; this call waits for a vacancy. Fixed by the first
+                call.
+            timeout: seconds for the step itself, without the time that it waits for others.
             options: the other arguments of `step`.
 
         Returns:
-            A future of what `step` returns or raises.
+            A future of the result, or the error, of `step`.
 
         Raises:
             InvalidRequestError: `steps_in_flight` is not a positive integer.
             TypeError: an option that `step` does not have.
         """
         chosen = StepOptions(**options)
-        with self._lock_of_queue:
-            if self._queue is None:
-                self._queue = BackgroundSteps(steps_in_flight)
-            queue = self._queue
-        return queue.submit(lambda: self.take(gradients, chosen, timeout))
+        with self._background_lock:
+            if self._background is None:
+                self._background = BackgroundSteps(steps_in_flight)
+            background = self._background
+        return background.submit(lambda: self.apply(gradients, chosen, timeout))
 
     def attach(self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None) -> None:
         """Attach a stream now instead of at the first step.
 
+        After a step that failed, `applied_step` then tells whether it was applied.
+
         Args:
-            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
-            take_over: take the slot from whoever holds it, and fence them.
+            transport: a transport of `stepwire.connect`, for this session from now on; None leaves it as it is.
+            take_over: acquire the worker from its holder, and fence the holder.
             timeout: seconds.
 
         Raises:
-            FencedError: another client took the slot, and `take_over` is not set.
+            FencedError: another client holds the worker, and `take_over` is not set.
             UnsupportedFeatureError: the transport cannot be had.
             StepwireError: as `step`.
         """
         asked = None if transport is None else asked_transport(transport)
-        with self._lock:
-            before = self._route.asked
-            if asked is not None and asked != before:
-                self.detach()
-                self._route.ask(asked)
-            if take_over:
-                self.detach()
-                self._attachment.token = 0
-            try:
-                self._repeat(self._attachment.attach, self._calls.deadline(timeout))
-            except UnsupportedFeatureError:
-                self._route.ask(before)
-                raise
+        with self._link.lock:
+            self._link.attach(self._link.deadline(timeout), transport=asked, take_over=take_over)
 
     def detach(self) -> None:
         """Close the stream and leave the session on the server. Detaching twice is harmless."""
-        with self._lock:
-            self._attachment.detach()
+        with self._link.lock:
+            self._link.detach()
 
     # --- shared memory -----------------------------------------------------------------------------------
 
     def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
+        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
-        `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
-        zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
-        Over `cuda_ipc` they are views of device memory, which `torch.as_tensor(view, device="cuda")` and
-        `cupy.asarray(view)` take without a copy.
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 
         Args:
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
-        return self._structure.restored(self._shared(timeout).gradients())
+        with self._link.lock:
+            return self._structure.restored(self._link.shared(self._link.deadline(timeout)).gradients())
 
     def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
+        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
 
-        Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
-        was loaded, or stepped with other dtypes, `overlap` or `reply="changed"`, shows after the next step without, at
-        the latest. After a broken connection they may show what was: take those that `step` returns, or ask again.
+        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
+        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
+        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
+        returns, or ask again.
 
         Over `cuda_ipc` they are views of device memory, as gradients are.
 
         Args:
-            private: arrays that may be written. What is written is this process's own and hides what the server puts
-                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
+            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
+                page, until `forget_writes`; `load` makes them the server's too.
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
-        return self._structure.restored(self._shared(timeout).parameters(private=private))
+        with self._link.lock:
+            shared = self._link.shared(self._link.deadline(timeout))
+            return self._structure.restored(shared.parameters(private=private))
 
     def forget_writes(self) -> None:
-        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
-        with self._lock:
-            if self._attachment.shared is not None:
-                self._attachment.shared.forget_writes()
-
-    def _shared(self, timeout: float | None) -> SharedArrays:
-        with self._lock:
-            self._repeat(self._attachment.attach, self._calls.deadline(timeout))
-            if self._attachment.shared is None:
-                choice = self._route.choice
-                reason = "" if choice is None else choice.reasons.get("shm", f"it uses {choice.name!r}")
-                raise UnsupportedFeatureError(
-                    f"the session shares no memory with its server: {reason}; pass arrays of your own to `step`",
-                    metadata={"field": "transport", "feature": "transport_shm"},
-                )
-            return self._attachment.shared
+        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
+        with self._link.lock:
+            self._link.forget_writes()
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -361,48 +314,45 @@ class Session:
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: of the answer.
+            dtype: the dtype of the returned arrays.
             timeout: seconds.
 
         Raises:
             InvalidRequestError: the session keeps no average.
+            StepMismatchError: the shards stayed at different steps.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
-        named, targets = self._packer.named_room(wire_dtype)
-        self._pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, timeout)
+        named, targets = self._packer.allocate_named(wire_dtype)
+        self._link.pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, self._link.deadline(timeout))
         return self._structure.restored(named)
 
-    def state(self, *, timeout: float | None = None) -> SessionState:
+    def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.
 
         Raises:
             StepwireError: as `pull`.
         """
-        rooms = {slot: self._packer.named_room(FLOAT32) for slot in self._slots}
-        header = self._pull({slot: targets for slot, (_, targets) in rooms.items()}, FLOAT32, timeout)
-        names = [tensor.spec.name for tensor in self._packer.layout.tensors]
-        return SessionState(
-            step=header.step,
-            slots={slot: named for slot, (named, _) in rooms.items()},
-            tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
-            loss_scale=(
-                (header.loss_scale.scale, header.loss_scale.clean_steps) if header.HasField("loss_scale") else None
-            ),
-        )
+        arrays = {slot: self._packer.allocate_named(FLOAT32) for slot in self.slots}
+        targets = {slot: flat for slot, (_, flat) in arrays.items()}
+        header = self._link.pull(targets, FLOAT32, self._link.deadline(timeout))
+        return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._link.description)
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
+
+        A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
 
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
             StepwireError: as `step`.
         """
         named = flattened(parameters, "parameters").named
-        self._load({_PARAM: self._packer.ordered(named, "parameters")}, state_pb2.LoadOpen(), timeout)
+        with self._link.lock:
+            self._link.load(Load({_PARAM: self._packer.ordered(named, "parameters")}), self._link.deadline(timeout))
 
-    def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
-        """Replace everything by what `state` returned, here or from another session of the same tensors.
+    def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+        """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session.
@@ -412,55 +362,31 @@ class Session:
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        if set(state.slots) != set(self._slots):
-            raise InvalidRequestError(
-                f"state.slots: has {sorted(state.slots)}, the session has {sorted(self._slots)}",
-                metadata={"field": "state.slots"},
-            )
-        sources = {slot: self._packer.ordered(state.slots[slot], f"state.slots[{slot!r}]") for slot in self._slots}
-        missing = [name for name in self.shapes if name not in state.tensor_steps]
-        if missing:
-            raise InvalidRequestError(
-                f"state.tensor_steps: {missing[0]!r} is missing", metadata={"field": "state.tensor_steps"}
-            )
-        steps = [state.tensor_steps[tensor.spec.name] for tensor in self._packer.layout.tensors]
-        opening = state_pb2.LoadOpen(step=state.step, tensor_steps=steps)
-        if state.loss_scale is not None:
-            opening.loss_scale.scale, opening.loss_scale.clean_steps = state.loss_scale
-        self._load(sources, opening, timeout)
-        if state.loss_scale is not None:
-            self._loss_scale, self._last_result = state.loss_scale[0], None
+        load = load_of(state, self._link.description)
+        with self._link.lock:
+            self._link.load(load, self._link.deadline(timeout))
+            if state.loss_scale is not None:
+                self._loaded_scale, self._result_before_load = state.loss_scale[0], self._link.last_result
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server how the session stands.
+        """Ask the server, or all servers of a sharded session, for the state of the session.
 
         Raises:
-            SessionNotFoundError: it is gone.
+            SessionNotFoundError: the session is gone.
         """
-        answer = self._calls.unary(
-            "GetSession", pb.GetSessionRequest(session_id=self.session_id), pb.GetSessionResponse, timeout
-        )
-        return SessionInfo.from_wire(answer.session)
+        return self._link.info(self._link.deadline(timeout))
 
     def close(self) -> None:
         """End the session on the server and free its memory there. Closing twice is harmless.
 
         A server that cannot be reached ends it when its lease runs out.
         """
-        with self._lock_of_queue:
-            queue, self._queue = self._queue, None
-        if queue is not None:
-            queue.close()
-        self.detach()
-        try:
-            self._calls.unary(
-                "DeleteSession",
-                pb.DeleteSessionRequest(session_id=self.session_id),
-                pb.DeleteSessionResponse,
-                _CLOSE_TIMEOUT_SECONDS,
-            )
-        except (SessionNotFoundError, UnavailableError, ValueError):  # ValueError: the channel is closed
-            pass
+        with self._background_lock:
+            background, self._background = self._background, None
+        if background is not None:
+            background.close()
+        with self._link.lock:
+            self._link.close()
 
     def __enter__(self) -> Session:
         """Use the session for a block and end it after."""
@@ -471,70 +397,3 @@ class Session:
     ) -> None:
         """Close."""
         self.close()
-
-    # --- with retries ------------------------------------------------------------------------------------
-
-    def _pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], timeout: float | None) -> state_pb2.PullHeader:
-        request = pb.PullRequest(
-            session_id=self.session_id,
-            slots=targets,
-            dtype=dtype_to_wire(dtype),
-            chunk_bytes=self._chunk_bytes,
-        )
-        header: state_pb2.PullHeader = self._repeat(
-            lambda deadline: self._route.way(deadline).calls.download(
-                "Pull", request, lambda messages: read_pull(messages, self._packer, dtype, targets), deadline
-            ),
-            self._calls.deadline(timeout),
-        )
-        return header
-
-    def _load(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, timeout: float | None) -> None:
-        with self._lock:
-            deadline = self._calls.deadline(timeout)
-            if self._attachment.token == 0 or self._attachment.in_doubt:
-                self._repeat(self._attachment.attach, deadline)
-            keeps_step = not opening.HasField("step")
-            opening.slots.extend(sources)
-            while True:
-                if keeps_step:  # said all the same, so that a load that arrives after a step is refused
-                    opening.step = self._attachment.step_on_server
-                replayed = self._send_load(sources, opening, deadline)
-                if not replayed or opening.load != self._load_in_doubt:
-                    return
-                # An earlier call that failed had been committed after all, and this one was taken for its repetition.
-
-    def _send_load(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, deadline: Deadline) -> bool:
-        """Send the next load until it is committed; True if the server says that it had been before."""
-        opening.session_id, opening.attach_token = self.session_id, self._attachment.token
-        opening.load = self._attachment.applied_load + 1
-        try:
-            answer: pb.LoadResponse = self._repeat(
-                lambda left: self._route.way(left).calls.upload(
-                    "Load", load_messages(opening, self._packer, sources, self._chunk_bytes), pb.LoadResponse, left
-                ),
-                deadline,
-            )
-        except BaseException:
-            self._load_in_doubt = opening.load
-            raise
-        self._attachment.loaded(opening.load, answer.session.applied_step)
-        self._steps.loaded()
-        return answer.replayed
-
-    def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
-        try:
-            return self._calls.retry.call(lambda left: self._on_route(attempt, left), deadline)
-        except SessionNotFoundError as error:
-            raise SessionNotFoundError(
-                f"{error} (the last step this client knows to be applied is {self.applied_step})",
-                metadata={**error.metadata, "last_known_step": self.applied_step},
-            ) from None
-
-    def _on_route(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
-        try:
-            return attempt(deadline)
-        except UnavailableError as error:
-            if error.reason == Reason.UNREACHABLE:
-                self._route.lost()
-            raise

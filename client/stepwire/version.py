@@ -1,4 +1,4 @@
-"""The distribution's version and the protocol versions it speaks."""
+"""The distribution's version and its protocol versions."""
 
 __all__ = ["PROTOCOL_MAX", "PROTOCOL_MIN", "__version__"]
 

@@ -1,4 +1,4 @@
-"""`python -m stepwire_server`: the command `stepwire`, for where it is not on the PATH."""
+"""`python -m stepwire_server`: the command `stepwire`, for a machine without it on the PATH."""
 
 from stepwire_server.cli.main import main
 

@@ -1,7 +1,7 @@
-"""`stepwire demo`: the main job, visibly. A server, in a process of its own unless one runs, and a client that trains.
+"""The demo: a client trains a small network against a server in another process.
 
-The client holds the model, computes its gradients in NumPy and keeps no optimizer; beside it a float64 Adam,
-written from the paper, is fed the same gradients, so that the difference can be told at the end.
+The client holds the model, computes its gradients in NumPy and keeps no optimizer. Beside it a float64 Adam, written
+from the paper, gets the same gradients, so that the report can tell the difference at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ _LR = 3e-3
 
 
 class Digits(NamedTuple):
-    """The handwritten digits bundled with scikit-learn: 1,797 images of 8 × 8, `(n, 64) float32` in [0, 1]."""
+    """The handwritten digits bundled with scikit-learn: 1,797 images of 8 × 8.
+
+    Attributes:
+        train_x: the images to train on, `(n, 64) float32` in [0, 1].
+        train_y: their digits, `(n,) int64`.
+        test_x: the images to test on, as `train_x`.
+        test_y: their digits, as `train_y`.
+    """
 
     train_x: npt.NDArray[np.float32]
     train_y: npt.NDArray[np.int64]
@@ -40,7 +47,7 @@ class Digits(NamedTuple):
 
     @classmethod
     def load(cls) -> Digits:
-        """Read and split the data: every fifth image tests."""
+        """Read the data, and set every fifth image aside for tests."""
         from sklearn.datasets import load_digits
 
         data = load_digits()
@@ -50,13 +57,13 @@ class Digits(NamedTuple):
         return cls(x[~test], y[~test], x[test], y[test])
 
     def batch(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Draw a training batch."""
+        """Draw a training batch: 128 images and their digits."""
         drawn = rng.integers(0, len(self.train_y), _BATCH)
         return self.train_x[drawn], self.train_y[drawn]
 
 
 class MLP:
-    """A network with one hidden layer and softmax cross-entropy, gradients by hand."""
+    """A network with one hidden layer, softmax cross-entropy, and gradients by hand."""
 
     def __init__(self, sizes: tuple[int, int, int], rng: np.random.Generator) -> None:
         """Draw He-initialised float32 parameters."""
@@ -92,12 +99,12 @@ class MLP:
         return float(-log_probabilities[np.arange(len(y)), y].mean()), gradients
 
     def accuracy(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> float:
-        """Return the share of images classified right."""
+        """Return the fraction of images that are classified right."""
         return float((self.logits(x)[1].argmax(axis=1) == y).mean())
 
 
 class ReferenceAdam:
-    """Adam in float64, from the paper's algorithm 1: what the server is compared with."""
+    """Adam in float64, written from algorithm 1 of the paper: the reference for the server."""
 
     def __init__(self, parameters: Parameters, lr: float) -> None:
         """Start from copies of the parameters."""
@@ -125,16 +132,16 @@ class ReferenceAdam:
 
 @dataclasses.dataclass(frozen=True)
 class DemoReport:
-    """What the demo found.
+    """The findings of the demo.
 
     Attributes:
-        device: where the optimizer state was.
-        transport: how the gradients got there.
-        steps: optimizer steps taken.
-        steps_per_second: with the client's own gradient computation.
-        test_accuracy: share of test images classified right.
-        largest_difference: between the parameters trained through the server and the float64 reference.
-        plot: path of the loss curves.
+        device: the device of the optimizer state, such as "cpu".
+        transport: the name of the transport, such as "shm".
+        steps: the number of optimizer steps.
+        steps_per_second: the speed, computation of the gradients included.
+        test_accuracy: the fraction of test images that are classified right.
+        largest_difference: the largest difference between a parameter and the float64 reference.
+        plot: the path of the loss curves.
     """
 
     device: str
@@ -146,7 +153,7 @@ class DemoReport:
     plot: str
 
     def text(self) -> str:
-        """Say it in words."""
+        """Return the findings as lines of text."""
         return "\n".join(
             (
                 f"optimizer state on      {self.device}, reached by {self.transport}",
@@ -165,11 +172,11 @@ def run_demo(
     """Train against a server in another process and report.
 
     Args:
-        steps: optimizer steps.
-        output: folder for the plot, made if need be.
-        device: of the server that is started.
-        target: a server that runs already; None to start one.
-        quiet: no progress bar.
+        steps: the number of optimizer steps.
+        output: the folder for the plot; it is made if missing.
+        device: the device of the server that is started.
+        target: the address of a server that runs already; None starts one.
+        quiet: True leaves the progress bar out.
 
     Raises:
         StepwireError: the server failed or could not be started.
@@ -182,7 +189,7 @@ def run_demo(
     test_losses: list[tuple[int, float]] = []
     with _server(target, device) as address, stepwire.connect(address) as client:
         with client.create_session(model.parameters, optimizer=stepwire.Adam(lr=_LR), label="digits demo") as session:
-            where, started = session.info().device, time.perf_counter()
+            device, started = session.info().device, time.perf_counter()
             for step in _progress(steps, quiet):
                 loss, gradients = model.loss_and_gradients(*digits.batch(rng))
                 parameters = session.step(gradients)
@@ -196,7 +203,7 @@ def run_demo(
             assert session.transport is not None
             transport = session.transport.name
     return DemoReport(
-        device=where,
+        device=device,
         transport=transport,
         steps=steps,
         steps_per_second=steps / seconds,
@@ -208,7 +215,7 @@ def run_demo(
 
 @contextlib.contextmanager
 def _server(target: str | None, device: str) -> Iterator[str]:
-    """Yield the address of a server: the one that runs at `target`, or one of its own."""
+    """Yield the address of a server: `target`, or a new server until the block ends."""
     if target is not None:
         yield target
         return

@@ -1,4 +1,4 @@
-"""Wiring: from settings to a running server, and from SIGTERM to a clean end."""
+"""The wiring of a server: from settings to a server that runs, and from SIGTERM to a clean end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 import grpc
 import structlog
@@ -23,35 +23,52 @@ from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
+from stepwire_server.observability.commits import log_committed
 from stepwire_server.processes.port_file import write_ports
-from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.attach import Serving
+from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
-from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.registry import Registry, RegistryStatistics
+from stepwire_server.sharing.handoff import HandoffStatistics
 
-__all__ = ["Server"]
+__all__ = ["Server", "ServerStatistics"]
 
 _log = structlog.get_logger()
 
-# Calls that are no attached streams; above both together gRPC refuses with RESOURCE_EXHAUSTED at once.
+# The calls besides attached streams. gRPC refuses a call beyond both together with RESOURCE_EXHAUSTED at once.
 _UNARY_CALLS: Final = 64
 _MESSAGE_HEADROOM: Final = 1 * MIB
 _LARGEST_CREATE_BYTES: Final = 32 * MIB
-_LAST_ANSWER_SECONDS: Final = 0.25
+_LAST_REPLY_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
+
+
+class ServerStatistics(NamedTuple):
+    """The state of a server.
+
+    Attributes:
+        drain: the steps under way, and the refusal of new ones.
+        registry: the sessions, streams and bytes.
+        handoff: the memory that waits for clients on this machine.
+    """
+
+    drain: DrainStatistics
+    registry: RegistryStatistics
+    handoff: HandoffStatistics
 
 
 class Server:
     """A stepwire server in this process. A context manager; closes twice without complaint.
 
     Attributes:
-        registry: its sessions.
-        target: where clients connect: `host:port`, or `unix:/path` where there is no port.
-        port: the TCP port; 0 where there is none.
-        unix_socket: path of the Unix socket; empty where there is none.
-        handoff: what is shared with processes of this machine, or why nothing is.
+        registry: the sessions.
+        target: the address for clients: `host:port`, or `unix:/path` without a port.
+        port: the TCP port; 0 without a port.
+        unix_socket: the path of the Unix socket; empty without a socket.
+        handoff: the memory that is shared with processes of this machine, or the reason why none is.
     """
 
     def __init__(
@@ -60,26 +77,27 @@ class Server:
         """Choose the devices and listen; nothing is served before `start`.
 
         Args:
-            config: how to run.
-            clock: what leases, idle times and telemetry go by; tests pass their own.
-            pool: the devices, closed with the server; None to start those that `config` says.
+            config: the settings.
+            clock: the clock of leases, idle times and telemetry, in seconds; tests pass their own.
+            pool: the devices, closed with the server; None starts the devices that `config` names.
 
         Raises:
             InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
-            UnsupportedFeatureError: a device is not there, or does not work.
+            UnsupportedFeatureError: a device is missing, or does not work.
         """
         self._config = config
         check_bind(config)
-        self._places = pool or _started_places(config)
-        self._gate = Drain()
+        self._pool = pool or _start_devices(config)
+        self._drain = Drain()
         self.registry = Registry(
-            self._places,
+            self._pool,
             max_sessions=config.max_sessions,
             max_streams=config.max_streams,
             step_idle_seconds=config.step_idle_seconds,
             clock=clock,
+            sinks=(log_committed,) if config.log_level == "debug" else (),
         )
-        self._workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
+        self._commit_threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
         calls = config.max_streams + _UNARY_CALLS
         self._handlers = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._grpc = grpc.server(
@@ -98,19 +116,18 @@ class Server:
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
         service = OptimizerService(
             self.registry,
-            self._gate,
-            self._workers,
+            Serving(self._drain, self._commit_threads, clock, config.max_chunk_bytes),
             config,
-            secrets.token_hex(8),
-            self._local_access(),
             self.handoff.sharing,
+            instance_id=secrets.token_hex(8),
+            local=self._local_access(),
         )
         self._grpc.add_generic_rpc_handlers((service.handlers(),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def start(self) -> None:
-        """Serve."""
+        """Serve from now on."""
         self.handoff.start()
         self._grpc.start()
         self._sweeper.start()
@@ -122,23 +139,26 @@ class Server:
         _log.info("listening", target=self.target, unix_socket=self.unix_socket)
 
     def drain(self) -> bool:
-        """Refuse new steps and wait for those under way; False if some outlast `drain_seconds`.
+        """Refuse new steps and wait for the steps under way.
 
-        The last answers then get a moment to leave: a stream that is cancelled loses what is still on its way.
+        The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
+
+        Returns:
+            True if every step ended within `drain_seconds`.
         """
-        self._gate.close()
+        self._drain.start()
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
-        empty = self._gate.wait_empty(self._config.drain_seconds)
-        self._stopped.wait(_LAST_ANSWER_SECONDS)
+        empty = self._drain.wait(self._config.drain_seconds)
+        self._stopped.wait(_LAST_REPLY_SECONDS)
         return empty
 
     def close(self) -> None:
-        """Stop at once: cut what is under way and free everything."""
+        """Stop at once: end the steps under way and free everything. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True
-        self._gate.close()
+        self._drain.start()
         self._stopped.set()
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
         self.registry.cancel_streams()
@@ -146,12 +166,16 @@ class Server:
         if self._listening is not None:
             self._listening.close()
         self._handlers.shutdown()
-        self._workers.shutdown()
+        self._commit_threads.shutdown()
         if self._host_sharing is not None:
             self._host_sharing.close()
         self.registry.close()
-        self._places.close()
+        self._pool.close()
         _log.info("stopped")
+
+    def statistics(self) -> ServerStatistics:
+        """Return the state as of now."""
+        return ServerStatistics(self._drain.statistics(), self.registry.statistics(), self.handoff.statistics())
 
     def __enter__(self) -> Server:
         """Start for a block."""
@@ -173,13 +197,13 @@ class Server:
 
     def _share(self, clock: Callable[[], float]) -> HostSharing:
         try:
-            return HostSharing(self._config, clock, [place.name for place in self._places])
+            return HostSharing(self._config, clock, [device.name for device in self._pool])
         except BaseException:
             self.close()
             raise
 
     def _local_access(self) -> transport_pb2.LocalAccess:
-        """Return what processes of this machine may use instead of TCP."""
+        """Return the ways besides TCP for processes of this machine."""
         return transport_pb2.LocalAccess(
             unix_socket=self.unix_socket,
             handoff_socket=self.handoff.path,
@@ -193,30 +217,31 @@ class Server:
         while not self._stopped.wait(self._config.sweep_seconds):
             for session_id in self.registry.sweep():
                 _log.info("lease ran out", session_id=session_id)
-            if keeper.look(self._places.released_bytes):
-                self._places.rest()
+            if keeper.look(self._pool.released_bytes):
+                self._pool.rest()
 
     def _warm_up(self) -> None:
         try:
-            self._places.warm_up()
-        except Exception as problem:  # what is wrong then is wrong for sessions too, and they say it to their clients
+            self._pool.warm_up()
+        except Exception as problem:  # sessions meet the same problem, and tell it to their clients
             _log.warning("kernels could not be compiled ahead", problem=str(problem))
 
 
-def _started_places(config: ServerConfig) -> DevicePool:
-    """Start what the settings say, and log what that is and why."""
-    options = CudaOptions(config.gpu_bus_slots, config.gpu_bus_slot_bytes, config.gpu_gradient_cache_bytes)
+def _start_devices(config: ServerConfig) -> DevicePool:
+    """Start the devices that the settings name, and log the choice with its reason."""
+    options = CudaOptions(config.gpu_bus_buffers, config.gpu_bus_buffer_bytes, config.gpu_gradient_cache_bytes)
     choice = choose_engines(config.device, config.threads or None, options=options)
-    pool = DevicePool.of(choice.engines, config.memory_budget_bytes)
-    tell = _log.warning if choice.remarkable else _log.info
-    tell("devices chosen", devices=", ".join(place.name for place in pool), why=choice.why)
-    for place in pool:
+    pool = DevicePool.of(choice.engines, config.memory_budget)
+    log = _log.warning if choice.remarkable else _log.info
+    log("devices chosen", devices=", ".join(device.name for device in pool), why=choice.why)
+    for device in pool:
+        info = device.engine.device
         _log.info(
             "device",
-            name=place.name,
-            description=place.engine.device.description,
-            memory_bytes=place.engine.device.memory_bytes,
-            budget_bytes=place.budget.limit_bytes,
+            name=info.name,
+            description=info.description,
+            memory_bytes=info.memory_bytes,
+            budget_bytes=device.budget.limit_bytes,
         )
     return pool
 

@@ -10,6 +10,7 @@ import pytest
 
 import stepwire
 import stepwire_server.testing
+from stepwire.links.remote import RemoteLink
 from stepwire.optimizers import Formula
 from stepwire.optimizers.gradient_treatment import LossScaling
 from stepwire.optimizers.schedules import Schedule
@@ -148,7 +149,7 @@ def test_a_session_lives_on_the_device_that_is_named(client: stepwire.Client) ->
         ({"lease_seconds": -1.0}, "lease_seconds"),
         ({"lease_seconds": 0.0}, "lease_seconds"),
         ({"lease_seconds": float("nan")}, "lease_seconds"),
-        ({"lease_seconds": 1e9}, "config.lease_seconds"),
+        ({"lease_seconds": 1e9}, "config.lease"),
         ({"label": "x" * 129}, "config.label"),
         ({"label": "two\nlines"}, "config.label"),
         ({"request_id": "has space"}, "request_id"),
@@ -177,14 +178,14 @@ def test_an_option_that_is_not_served_is_refused_at_creation(
     client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the server: this client has no name for what that one does not serve, so its config is changed on the way."""
-    unary = client._calls.unary
+    unary = client._server.calls.unary
 
     def changed(method: str, request: Any, *arguments: Any) -> Any:
         if method == "CreateSession":
             request.config.durability = session_pb2.DURABILITY_JOURNAL
         return unary(method, request, *arguments)
 
-    monkeypatch.setattr(client._calls, "unary", changed)
+    monkeypatch.setattr(client._server.calls, "unary", changed)
     with pytest.raises(stepwire.UnsupportedFeatureError) as refused:
         client.create_session(ONE)
     assert refused.value.metadata == {"field": "config.durability", "feature": "durability_journal"}
@@ -267,7 +268,7 @@ def test_a_session_whose_parameters_cannot_be_loaded_is_not_left_behind(
     def failing(*arguments: Any, **options: Any) -> None:
         raise stepwire.DeadlineExceededError("late")
 
-    monkeypatch.setattr(stepwire.Session, "load", failing)
+    monkeypatch.setattr(RemoteLink, "load", failing)
     with pytest.raises(stepwire.DeadlineExceededError):
         client.create_session(ONE)
     assert client.info().sessions == before

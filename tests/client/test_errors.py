@@ -1,4 +1,4 @@
-"""The table between causes, statuses and exception classes. That it is total is `tests/test_guards.py`'s part."""
+"""The table of causes, statuses and exception classes; `tests/guards/test_errors.py` proves that it is total."""
 
 from __future__ import annotations
 

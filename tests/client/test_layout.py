@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire.layout import GROUP_ALIGNMENT, Placement, Span, TensorSpec, place
+from stepwire.layout import GROUP_ALIGNMENT, Placement, Range, TensorSpec, place
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
@@ -34,14 +34,14 @@ def test_groups_lie_in_index_order_from_aligned_starts() -> None:
         ("b", 256, 259),
         ("c", 259, 260),
     ]
-    assert layout.groups == (Span(0, 9), Span(256, 4), Span(512, 0))
+    assert layout.groups == (Range(0, 9), Range(256, 4), Range(512, 0))
     assert layout.size == 512
     assert layout.tensor_indices() == {"a": 0, "d": 1, "b": 2, "c": 3}
 
 
 def test_a_full_group_needs_no_padding() -> None:
     layout = place([TensorSpec("a", (256,), 0), TensorSpec("b", (1,), 1)], 2)
-    assert layout.groups == (Span(0, 256), Span(256, 1))
+    assert layout.groups == (Range(0, 256), Range(256, 1))
     assert layout.size == 257
 
 
@@ -73,7 +73,7 @@ def test_overlapping_finds_what_a_search_of_all_finds(
 
 
 def test_placing_looks_at_each_tensor_once_however_many_groups() -> None:
-    """A request may name 65,536 tensors and 1,024 groups; their product would hold a handler for many seconds."""
+    """A request may name 65,536 tensors and 1,024 groups; work for each pair would block a handler for many seconds."""
     looks = 0
 
     class Watched(list[TensorSpec]):
@@ -98,7 +98,7 @@ def test_large_tensors_in_blocks_start_where_blocks_do() -> None:
         ("d", 8448, 5000),
         ("e", 13448, 1),
     ]
-    assert (layout.size, layout.groups, layout.chunk_alignment) == (13449, (Span(0, 13449),), 256)
+    assert (layout.size, layout.groups, layout.chunk_alignment) == (13449, (Range(0, 13449),), 256)
 
 
 def test_without_blocks_chunks_may_start_anywhere() -> None:

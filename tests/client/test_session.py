@@ -49,7 +49,7 @@ def bits(arrays: Any) -> dict[str, bytes]:
     return {str(name): array.tobytes() for name, array in named}
 
 
-def state_bits(state: stepwire.SessionState) -> tuple[Any, ...]:
+def state_bits(state: stepwire.Snapshot) -> tuple[Any, ...]:
     return state.step, state.tensor_steps, {slot: bits(arrays) for slot, arrays in state.slots.items()}
 
 
@@ -354,7 +354,7 @@ def test_tensors_with_counts_of_their_own_keep_them(client: stepwire.Client, ref
     """A loaded state may hold a different t for each tensor; each is corrected by its own."""
     parameters, zeros = draw(0), {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     counts = {"w": 0, "s": 5, "e": 2, "b": 9}
-    state = stepwire.SessionState(9, {"param": parameters, "exp_avg": zeros, "exp_avg_sq": zeros}, counts)
+    state = stepwire.Snapshot(9, {"param": parameters, "exp_avg": zeros, "exp_avg_sq": zeros}, counts)
     with client.create_session(draw(7)) as session:
         session.load_state(state)
         answer = session.step(draw(1))
@@ -411,7 +411,7 @@ def test_a_state_that_does_not_fit_is_refused(
         state = session.state()
         values = {"step": 5, "slots": state.slots, "tensor_steps": state.tensor_steps} | change(state)
         with pytest.raises(stepwire.InvalidRequestError) as refused:
-            session.load_state(stepwire.SessionState(**values))
+            session.load_state(stepwire.Snapshot(**values))
         assert refused.value.metadata["field"] == field
         assert state_bits(session.state()) == state_bits(state)
 

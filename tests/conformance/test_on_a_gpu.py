@@ -24,7 +24,7 @@ from tests.server.pretended_gpus import (
     pretended_cupy,
 )
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 ALL = {case.name: case for case in stored_cases()}
 STEPS = 10
@@ -70,5 +70,5 @@ def test_every_rule_and_every_formula_of_adam_is_among_them() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_gpu_computes_what_the_framework_computes(name: str, channel: grpc.Channel) -> None:
     case = CASES[name]
-    verdict = check(channel, case, max(STEPS, case.checkpoints[1]))
-    assert verdict.outcome == PASSED, f"{verdict.share:.3g} of what is allowed: {verdict.detail} ({case.reference})"
+    result = check(channel, case, max(STEPS, case.checkpoints[1]))
+    assert result.outcome == PASSED, f"{result.fraction:.3g} of what is allowed: {result.detail} ({case.reference})"

@@ -9,6 +9,8 @@ import pytest
 
 from stepwire_server.testing import serving
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 

@@ -33,9 +33,10 @@ def example(module: Callable[[str], ModuleType]) -> Any:
 
 def config(example: Any, precision: str, steps: int = 6) -> Any:
     size = {"batch": 2, "length": 16, "width": 16, "layers": 1}
-    return example.Plan(steps=steps, warm_up=2, lr=2e-3, **size, precision=precision, threads=1)
+    return example.Settings(steps=steps, warm_up=2, lr=2e-3, **size, precision=precision, threads=1)
 
 
+@pytest.mark.slow
 def test_the_server_trains_as_torch_does_and_a_kill_changes_no_bit(run_quickly: Any) -> None:
     summary = run_quickly("language_model.py")
     local, remote, killed, fused = summary["curves"].values()

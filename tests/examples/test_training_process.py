@@ -32,7 +32,7 @@ def process(module: Callable[[str], ModuleType]) -> Any:
 def test_reports_come_in_order_and_the_outcome_last(process: Any) -> None:
     with process(count, 5) as training:
         assert list(training.reports()) == [1, 2, 3, 4, 5]
-        assert training.outcome == "done"
+        assert training.returned == "done"
         assert training.exit_code == 0
 
 
@@ -46,14 +46,14 @@ def test_a_killed_process_leaves_what_it_had_reported(process: Any) -> None:
         assert seen in ([1, 2, 3], [1, 2, 3, 4])  # one ahead at the most, as fast as it is
         assert training.exit_code == -signal.SIGKILL
         with pytest.raises(RuntimeError, match=r"returned nothing \(exit code -9\)"):
-            training.outcome  # noqa: B018
+            training.returned  # noqa: B018
 
 
 def test_a_process_that_fails_has_no_outcome(process: Any) -> None:
     with process(fail) as training:
         assert list(training.reports()) == [1]
         with pytest.raises(RuntimeError, match=r"returned nothing \(exit code 3\); see its own message"):
-            training.outcome  # noqa: B018
+            training.returned  # noqa: B018
 
 
 def test_an_error_here_ends_the_process(process: Any) -> None:

@@ -21,12 +21,12 @@ SERVER_LAYERS = [
     "sharing",
     "sessions",
     "steps",
+    "observability",
     "records",
     "processes",
     "devices",
     "engines",
     "rules",
-    "observability",
     "host",
     "config",
 ]

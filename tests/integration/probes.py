@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stepwire_server.sessions.client_stream import Attachment
+from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 from tests.integration.events import Happenings
@@ -19,10 +19,10 @@ def stream_ends(registry: Registry) -> Happenings:
     ends, stream = Happenings(), registry.stream
 
     @contextlib.contextmanager
-    def told(cancel: Callable[[], object]) -> Iterator[Attachment]:
+    def told(cancel: Callable[[], object]) -> Iterator[ClientStream]:
         try:
-            with stream(cancel) as attachment:
-                yield attachment
+            with stream(cancel) as attached:
+                yield attached
         finally:
             ends.note()
 
@@ -32,27 +32,28 @@ def stream_ends(registry: Registry) -> Happenings:
 
 def chunks_staged(session: Session) -> Happenings:
     """Tell of each chunk of gradient that a step of the session has taken in; what its stream does next is wait."""
-    return _observe_staging(session, "add")
+    return _observe_steps(session, "add")
 
 
 def steps_over(session: Session) -> Happenings:
     """Tell of each step on a stream of the session that is over for the server, answer and all."""
-    return _observe_staging(session, "close")
+    return _observe_steps(session, "close")
 
 
-def _observe_staging(session: Session, name: str) -> Happenings:
+def _observe_steps(session: Session, name: str) -> Happenings:
     happenings, begin = Happenings(), session.begin
 
     def observed(*arguments: Any) -> Any:
-        staging = begin(*arguments)
-        original = getattr(staging, name)
+        step = begin(*arguments)
+        gradient = step.gradient
+        original = getattr(gradient, name)
 
         def told(*values: Any) -> None:
             original(*values)
             happenings.note()
 
-        setattr(staging, name, told)
-        return staging
+        setattr(gradient, name, told)
+        return step
 
     session.begin = observed  # type: ignore[method-assign]
     return happenings

@@ -121,7 +121,7 @@ def test_half_a_step_leaves_no_trace(
         stream = behind.attach(session, token)
         stream.receive()
         whole = [step_message(1, GRADIENT, HALF, commit=False), step_message(1, GRADIENT, REST, begin=False)]
-        assert stream.take(*whole).step == 1
+        assert stream.step(*whole).step == 1
         over.wait()
         before, attached = client.session(session).state(), server.registry.statistics()
 
@@ -134,6 +134,6 @@ def test_half_a_step_leaves_no_trace(
         assert server.registry.statistics() == attached._replace(streams=0)
         assert not client.session(session).info().attached
         assert same_bits(client.session(session).state(), before)
-        stream = behind.attach(session, token)
+        stream = behind.attach(session, stream.token)
         assert stream.receive().opened.applied_step == 1
-        assert stream.take(step_message(1, GRADIENT, slice(0, 0))).replayed
+        assert stream.step(step_message(1, GRADIENT, slice(0, 0))).replayed

@@ -213,7 +213,7 @@ def test_shared_memory_is_part_of_the_budget(start: Any) -> None:
 
 
 def test_what_the_budget_has_no_room_for_goes_another_way(start: Any) -> None:
-    shared = start("auto", memory_budget_bytes=0)
+    shared = start("auto", memory_budget=0)
     shared.libcuda.initialized, shared.libcuda.contexts = True, [1]
     hog = next(iter(shared.server.registry.pool)).budget.reserve((24 << 20) - (1 << 20), "a test")
     with SMALL.create(shared.client) as session:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 import pytest
@@ -19,12 +19,27 @@ from tests.integration.http2 import Unit
 from tests.integration.link import Cut, Direction, Traffic
 from tests.integration.proxy import Proxy
 from tests.integration.training import OVERLAPPED, PATCHED, SMALL, WIDE, Model, bits, same_bits, telemetry
+from tests.support.pairwise import pairwise
+
+pytestmark = pytest.mark.slow
 
 _SEED = 1_812_06
 
-models = pytest.mark.parametrize("model", [SMALL, WIDE, OVERLAPPED, PATCHED], ids=lambda model: model.name)
-plain_models = pytest.mark.parametrize("model", [SMALL, WIDE], ids=lambda model: model.name)
-directions = pytest.mark.parametrize("direction", ["up", "down"])
+MODELS = {model.name: model for model in (SMALL, WIDE, OVERLAPPED, PATCHED)}
+PLAIN = ["small", "wide"]
+NETWORKS = ["tcp", "uds"]
+DIRECTIONS: list[Direction] = ["up", "down"]
+
+
+def pairs(**parameters: Sequence[object]) -> pytest.MarkDecorator:
+    """Try every pair of values: over TCP and over a Unix socket, with every model, and of what else a test names."""
+    rows = pairwise({"proxy": NETWORKS, **parameters})
+    return pytest.mark.parametrize(
+        list(rows[0]),
+        [[MODELS[value] if name == "model" else value for name, value in row.items()] for row in rows],
+        indirect=["proxy"],
+        ids=["-".join(map(str, row.values())) for row in rows],
+    )
 
 
 class Twins:
@@ -62,9 +77,7 @@ def undisturbed(twins: Twins, proxy: Proxy) -> dict[Direction, Traffic]:
     return traffic
 
 
-@models
-@directions
-@pytest.mark.parametrize("unit", ["frame", "message"])
+@pairs(model=list(MODELS), direction=DIRECTIONS, unit=["frame", "message"])
 def test_a_cut_at_every_boundary_of_a_step(twins: Twins, proxy: Proxy, direction: Direction, unit: Unit) -> None:
     boundaries = 1 + len(undisturbed(twins, proxy)[direction].messages)
     for after in itertools.count():
@@ -79,13 +92,14 @@ def test_a_cut_at_every_boundary_of_a_step(twins: Twins, proxy: Proxy, direction
     twins.compare()
 
 
-@plain_models
-@directions
-@pytest.mark.parametrize("extra_bytes", [0, 4], ids=["between_frames", "within_headers"])
+@pairs(model=PLAIN, direction=DIRECTIONS, extra_bytes=[0, 4])
 def test_a_cut_at_every_frame_of_a_connection(
     twins: Twins, proxy: Proxy, direction: Direction, extra_bytes: int
 ) -> None:
-    """From the connection's first byte through the attach to the end of the step's answer."""
+    """From the connection's first byte through the attach to the end of the step's answer.
+
+    A cut is between two frames, or within the headers of one.
+    """
     for after in itertools.count():
         cuts = proxy.cuts
         twins.step()
@@ -107,12 +121,12 @@ hangs_on_cut_frames = pytest.mark.skipif(
 
 
 @hangs_on_cut_frames
-@models
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
     """One to three cuts a step, in order or abrupt, at any byte of a message or of a frame's header."""
     traffic = undisturbed(twins, proxy)
     chance = random.Random(_SEED)
-    while proxy.cuts < 60:
+    while proxy.cuts < 40:
         cuts = proxy.cuts
         proxy.arm(*(random_cut(chance, traffic, first=index == 0) for index in range(chance.randint(1, 3))))
         twins.step()
@@ -121,8 +135,7 @@ def test_cuts_at_random_bytes(twins: Twins, proxy: Proxy) -> None:
     twins.compare()
 
 
-@plain_models
-@directions
+@pairs(model=PLAIN, direction=DIRECTIONS)
 def test_a_creation_cut_anywhere_makes_one_session(
     server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client], model: Model, direction: Direction
 ) -> None:
@@ -143,8 +156,7 @@ def test_a_creation_cut_anywhere_makes_one_session(
     assert after >= 4
 
 
-@plain_models
-@directions
+@pairs(model=PLAIN, direction=DIRECTIONS)
 def test_a_load_of_state_cut_anywhere_is_loaded_once(twins: Twins, proxy: Proxy, direction: Direction) -> None:
     """All of the state of one session becomes that of another, which then steps as the first does."""
     for after in itertools.count():

@@ -18,6 +18,8 @@ from tests.integration.processes import ServerProcess, run_command
 from tests.integration.training import TINY
 from tests.support.raw import RawClient, RawStream, Refused, Vector, step_message
 
+pytestmark = pytest.mark.slow
+
 _SIZE = 100
 GRADIENT = np.random.default_rng(11).standard_normal(_SIZE, np.float32)
 REST = slice(50, _SIZE)
@@ -81,7 +83,7 @@ def test_a_step_under_way_finishes_and_new_ones_are_refused(process: ServerProce
     process.wait_for("draining")
     assert raw.info().draining
     assert run_command("health", "--target", process.target) == 1
-    assert_refused(lambda: idle.take(step_message(1, GRADIENT)))
+    assert_refused(lambda: idle.step(step_message(1, GRADIENT)))
     assert_refused(lambda: raw.step(other.session.session_id, other.attach_token, 1, GRADIENT))
     assert_refused(lambda: raw.create(_SIZE))
     assert_refused(lambda: raw.load(other.session.session_id, other.attach_token, 1, GRADIENT))
@@ -137,7 +139,7 @@ def test_the_real_client_is_told_that_the_server_goes_away(
     assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.SHUTTING_DOWN, 1.0)
     assert session.applied_step == 1
     assert session.state().step == 1
-    assert busy.take(step_message(1, GRADIENT, REST, begin=False)).step == 1
+    assert busy.step(step_message(1, GRADIENT, REST, begin=False)).step == 1
     assert process.exit_code() == 0
 
 

@@ -20,8 +20,10 @@ from tests.support.raw import RawClient, RawStream, Refused, Vector, commit, set
 _SIZE = 12
 _SEED = 77
 
-Taken = tuple[str, int]
-"""A session's id and the token of its slot."""
+Held = tuple[str, int]
+"""A session's id and the token of its worker."""
+
+DISPLACED = ("UNAVAILABLE", "STREAM_DISPLACED")
 
 
 def gradient(step: int) -> Vector:
@@ -30,23 +32,23 @@ def gradient(step: int) -> Vector:
 
 
 @pytest.fixture
-def session(raw: RawClient) -> Taken:
+def session(raw: RawClient) -> Held:
     """A session that starts at zeros."""
     created = raw.create(_SIZE)
     return created.session.session_id, created.attach_token
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Taken], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Held], stepwire.Snapshot]:
     """Read all of a session's state."""
-    return lambda taken: client.session(taken[0]).state()
+    return lambda held: client.session(held[0]).state()
 
 
 @pytest.fixture
-def expected(raw: RawClient, state: Callable[[Taken], stepwire.SessionState]) -> Callable[[int], stepwire.SessionState]:
+def expected(raw: RawClient, state: Callable[[Held], stepwire.Snapshot]) -> Callable[[int], stepwire.Snapshot]:
     """Return the state after so many steps, each sent once."""
 
-    def after(steps: int) -> stepwire.SessionState:
+    def after(steps: int) -> stepwire.Snapshot:
         created = raw.create(_SIZE)
         for step in range(1, steps + 1):
             raw.step(created.session.session_id, created.attach_token, step, gradient(step))
@@ -131,19 +133,20 @@ def halves(step: int) -> list[pb.AttachRequest]:
     ]
 
 
-def attached(client: RawClient, session: Taken) -> RawStream:
+def attached(client: RawClient, session: Held) -> RawStream:
     """Attach with the session's token, as a client that comes back."""
     stream = client.attach(*session)
-    assert stream.receive().opened.attach_token == session[1]
+    stream.receive()
+    assert stream.token > session[1]
     return stream
 
 
 @pytest.mark.parametrize("sent_in_time", [0, 1, 2])
 @pytest.mark.parametrize("steps_meanwhile", [1, 2, 5])
-def test_a_delayed_step_is_a_replay_or_superseded(
+def test_a_delayed_step_of_an_older_stream_is_refused(
     raw, behind, proxy, server, session, state, expected, sent_in_time: int, steps_meanwhile: int
 ) -> None:
-    """The delayed stream sends step 1, wholly or but for its first messages, after another has taken it and gone on."""
+    """The delayed stream sends step 1, whole or but for its first messages, after a newer stream has gone on."""
     messages = halves(1)
     late = attached(behind, session)
     if sent_in_time:
@@ -157,34 +160,68 @@ def test_a_delayed_step_is_a_replay_or_superseded(
         late.send(message)
     proxy.wait_held("up")
 
-    on_time = attached(raw, session)
-    results = [on_time.take(step_message(step, gradient(step))) for step in range(1, steps_meanwhile + 1)]
+    on_time = attached(raw, (session[0], late.token))
+    results = [on_time.step(step_message(step, gradient(step))) for step in range(1, steps_meanwhile + 1)]
     assert [result.replayed for result in results] == [False] * steps_meanwhile
 
     proxy.release("up")
+    with pytest.raises(Refused) as refused:
+        late.receive()
+    assert refused.value.row == DISPLACED
+    assert refused.value.metadata == {
+        "worker": "0",
+        "token": str(late.token),
+        "current_token": str(on_time.token),
+    }
+    assert same_bits(state(session), expected(steps_meanwhile))
+    assert on_time.step(step_message(steps_meanwhile + 1, gradient(steps_meanwhile + 1))).step == steps_meanwhile + 1
+
+
+@pytest.mark.parametrize("steps_meanwhile", [1, 2, 5])
+def test_a_delayed_call_is_a_replay_or_superseded(
+    raw, behind, proxy, session, state, expected, steps_meanwhile: int
+) -> None:
+    """The delayed call brings step 1 after another one with the same token has brought it, and gone on."""
+    behind.info()  # its connection is there
+    proxy.hold("up")
+    late = behind.step_later(*session, 1, gradient(1))
+    proxy.wait_held("up")
+    answers = [raw.step(*session, step, gradient(step)) for step in range(1, steps_meanwhile + 1)]
+    assert [answer.result.replayed for answer in answers] == [False] * steps_meanwhile
+
+    proxy.release("up")
     if steps_meanwhile == 1:
-        answer = late.receive()
+        answer = settle(late)
         assert answer.result.replayed
-        assert answer.result.telemetry == results[0].telemetry
+        assert answer.result.telemetry == answers[0].result.telemetry
         assert np.frombuffer(answer.payload, np.float32).tobytes() == state(session).slots["param"]["w"].tobytes()
     else:
         with pytest.raises(Refused) as refused:
-            late.receive()
+            settle(late)
         assert refused.value.row == ("ABORTED", "STEP_SUPERSEDED")
         assert refused.value.metadata == {"expected_step": str(steps_meanwhile + 1), "actual_step": "1"}
     assert same_bits(state(session), expected(steps_meanwhile))
-    assert on_time.take(step_message(steps_meanwhile + 1, gradient(steps_meanwhile + 1))).step == steps_meanwhile + 1
 
 
-def test_of_two_streams_with_one_step_the_first_to_commit_applies_it(raw, server, session, state, expected) -> None:
+@pytest.mark.parametrize("first", ["older", "newer"])
+def test_of_two_streams_with_one_step_the_newer_applies_it(raw, server, session, state, expected, first: str) -> None:
+    """Whichever commits first: the older one was displaced in the middle of its step."""
     arrived = chunks_staged(server.registry.get(session[0]))
-    one, other = attached(raw, session), attached(raw, session)
-    for stream in (one, other):
-        for message in halves(1)[:2]:
-            stream.send(message)
-    arrived.wait(4)
-    assert not other.take(commit()).replayed
-    assert one.take(commit()).replayed
+    older = attached(raw, session)
+    for message in halves(1)[:2]:
+        older.send(message)
+    arrived.wait(2)
+    newer = attached(raw, (session[0], older.token))
+    for message in halves(1)[:2]:
+        newer.send(message)
+    arrived.wait(2)
+    if first == "newer":
+        assert not newer.step(commit()).replayed
+    with pytest.raises(Refused) as refused:
+        older.step(commit())
+    assert refused.value.row == DISPLACED
+    if first == "older":
+        assert not newer.step(commit()).replayed
     assert same_bits(state(session), expected(1))
 
 
@@ -193,8 +230,11 @@ def test_a_third_stream_ends_the_first_that_stayed_silent(raw, session) -> None:
     with pytest.raises(Refused) as refused:
         first.receive()
     assert refused.value.code == "CANCELLED"
-    assert third.take(step_message(1, gradient(1))).step == 1
-    assert second.take(step_message(1, gradient(1))).replayed
+    assert third.step(step_message(1, gradient(1))).step == 1
+    with pytest.raises(Refused) as refused:
+        second.step(step_message(1, gradient(1)))
+    assert refused.value.row == DISPLACED
+    assert attached(raw, (session[0], third.token)).step(step_message(1, gradient(1))).replayed
 
 
 def ends_the_answer(message: bytes) -> bool:
@@ -226,24 +266,24 @@ def test_what_a_client_gave_up_on_arrives_late_and_changes_nothing(
         both()
         for _ in range(meanwhile):
             both()
-        answers = stranded.deliver(ends_the_answer)
-        if meanwhile:
-            assert answers == []  # a refusal
-        else:
-            result = pb.AttachResponse.FromString(answers[-1]).result
-            assert (result.step, result.replayed) == (disturbed.applied_step, True)
+        assert stranded.deliver(ends_the_answer) == []  # a refusal: the client has a newer stream
         assert same_bits(disturbed.state(), calm.state())
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
 
 
-def step_in_a_call(raw: RawClient, session: Taken, step: int) -> None:
-    raw.step(*session, step, gradient(1))
+Way = tuple[int, Callable[[int], object]]
+"""The newest token, and the way to bring a step."""
 
 
-def step_on_a_stream(raw: RawClient, session: Taken, step: int) -> None:
-    attached(raw, session).take(step_message(step, gradient(1)))
+def step_in_a_call(raw: RawClient, session: Held) -> Way:
+    return session[1], lambda step: raw.step(*session, step, gradient(1))
+
+
+def step_on_a_stream(raw: RawClient, session: Held) -> Way:
+    stream = attached(raw, session)
+    return stream.token, lambda step: stream.step(step_message(step, gradient(1)))
 
 
 @pytest.mark.parametrize("way", [step_in_a_call, step_on_a_stream])
@@ -266,10 +306,11 @@ def test_a_number_that_is_not_next(raw, session, state, way, applied: int, step:
     for number in range(1, applied + 1):
         raw.step(*session, number, gradient(number))
     before = state(session)
+    token, bring = way(raw, session)
     with pytest.raises(Refused) as refused:
-        way(raw, session, step)
+        bring(step)
     assert refused.value.row == ("ABORTED", reason)
     assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": str(step)}
     assert refused.value.retry_after_seconds is None
     assert same_bits(state(session), before)
-    assert raw.step(*session, applied + 1, gradient(1)).result.step == applied + 1
+    assert raw.step(session[0], token, applied + 1, gradient(1)).result.step == applied + 1

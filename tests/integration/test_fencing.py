@@ -22,7 +22,7 @@ ONES = np.ones(12, np.float32)
 
 @pytest.fixture
 def first(server: Server, connect: Connect) -> stepwire.Session:
-    """The session's creator, who has taken a step."""
+    """The session's creator, after a step."""
     session = TINY.create(connect(server.target))
     session.step(TINY.gradient(1))
     return session
@@ -35,11 +35,11 @@ def second(server: Server, connect: Connect, first: stepwire.Session) -> stepwir
 
 
 def assert_fenced(act: Callable[[], object]) -> None:
-    """The act is refused because another client took the slot."""
+    """The act is refused because another client holds the worker."""
     with pytest.raises(stepwire.FencedError) as refused:
         act()
     assert refused.value.reason == Reason.FENCED
-    assert refused.value.metadata["slot"] == "0"
+    assert refused.value.metadata["worker"] == "0"
 
 
 def test_a_second_client_fences_the_first(first, second) -> None:
@@ -124,7 +124,7 @@ def test_a_fenced_token_is_refused_in_every_call(raw: RawClient, client) -> None
             with pytest.raises(Refused) as refused:
                 act()
             assert refused.value.row == ("FAILED_PRECONDITION", "FENCED")
-            assert refused.value.metadata == {"slot": "0", "token": str(token), "current_token": str(new)}
+            assert refused.value.metadata == {"worker": "0", "token": str(token), "current_token": str(new)}
     assert same_bits(client.session(session).state(), before)
     assert raw.step(session, new, 2, ONES).result.step == 2
 
@@ -157,10 +157,12 @@ def test_another_epoch_is_refused_in_every_call(raw: RawClient, client) -> None:
     before = client.session(session).state()
     stream = raw.attach(session, token)
     stream.receive()
+    token = stream.token
     for act in (
         lambda: raw.attach(session, token, epoch=epoch + 1).receive(),
         lambda: raw.step(session, token, 1, ONES, epoch=epoch + 1),
-        lambda: stream.take(step_message(1, ONES, epoch=epoch + 1)),
+        lambda: raw.load(session, token, 1, ONES, epoch=epoch + 1),
+        lambda: stream.step(step_message(1, ONES, epoch=epoch + 1)),
     ):
         with pytest.raises(Refused) as refused:
             act()
@@ -170,15 +172,15 @@ def test_another_epoch_is_refused_in_every_call(raw: RawClient, client) -> None:
     assert raw.step(session, token, 1, ONES, epoch=epoch).result.epoch == epoch
 
 
-def test_taking_a_slot_again_and_again_leaves_nothing_behind(raw: RawClient, server: Server) -> None:
+def test_acquiring_a_worker_again_and_again_leaves_nothing_behind(raw: RawClient, server: Server) -> None:
     created = raw.create()
     session = created.session.session_id
     held = server.registry.statistics()
     ended = stream_ends(server.registry)
     streams = []
-    for taking in range(10):
+    for number in range(10):
         streams.append(raw.attach(session))
-        assert streams[-1].receive().opened.attach_token == created.attach_token + 1 + taking
+        assert streams[-1].receive().opened.attach_token == created.attach_token + 1 + number
     for stream in streams:
         stream.cancel()
     ended.wait(len(streams))

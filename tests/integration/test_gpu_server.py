@@ -211,7 +211,7 @@ def test_a_stream_that_breaks_inside_a_step_leaves_no_gradient_behind(start: Any
         getattr(stream, how)()
         ended.wait()
         assert gpus.cupy.used_bytes == before
-        assert raw.step(session, token, 1, gradient()).result.step == 1
+        assert raw.step(session, stream.token, 1, gradient()).result.step == 1
         assert gpus.cupy.used_bytes == before
 
 

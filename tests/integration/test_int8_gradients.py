@@ -46,6 +46,7 @@ def create(client: stepwire.Client, **options: Any) -> stepwire.Session:
     return client.create_session(arrays(0), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize(
     "options",

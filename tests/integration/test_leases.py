@@ -179,9 +179,9 @@ def test_half_a_step_and_then_silence_is_cancelled_and_freed(server, raw, client
     ended.wait()
     assert server.registry.statistics().reserved_bytes == held.reserved_bytes
     assert same_bits(client.session(session).state(), before)
-    again = raw.attach(session, created.attach_token)
+    again = raw.attach(session, stream.token)
     assert again.receive().opened.applied_step == 0
-    assert not again.take(step_message(1, GRADIENT)).replayed
+    assert not again.step(step_message(1, GRADIENT)).replayed
 
 
 def test_a_slow_step_is_left_alone_while_it_moves(server, clock, created, stream) -> None:
@@ -201,7 +201,7 @@ def test_a_slow_step_is_left_alone_while_it_moves(server, clock, created, stream
 def test_a_stream_between_steps_may_be_silent_for_ever(server, clock, created, stream) -> None:
     over = steps_over(server.registry.get(created.session.session_id))
     for step in (1, 2, 3):
-        assert stream.take(step_message(step, GRADIENT)).step == step
+        assert stream.step(step_message(step, GRADIENT)).step == step
         over.wait()
         clock.advance(1000 * _IDLE_SECONDS)
         assert server.registry.sweep() == []
@@ -213,7 +213,7 @@ def test_a_fenced_stream_that_stays_silent_is_cancelled(server, raw, clock, crea
     clock.advance(_IDLE_SECONDS + _INSTANT)
     server.registry.sweep()
     assert_cancelled(stream)
-    assert holder.take(step_message(1, GRADIENT)).step == 1
+    assert holder.step(step_message(1, GRADIENT)).step == 1
 
 
 def test_the_stream_of_an_ended_session_is_told_or_cancelled(server, raw, clock, created, stream) -> None:
@@ -224,7 +224,7 @@ def test_the_stream_of_an_ended_session_is_told_or_cancelled(server, raw, clock,
         raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session.session.session_id))
     assert server.registry.statistics().reserved_bytes == 0
     with pytest.raises(Refused) as refused:
-        speaks.take(step_message(1, GRADIENT))
+        speaks.step(step_message(1, GRADIENT))
     assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")
     clock.advance(_IDLE_SECONDS + _INSTANT)
     server.registry.sweep()

@@ -18,8 +18,8 @@ from tests.support.raw import RawClient, Refused, Vector
 _SIZE = 12
 _SEED = 78
 
-Taken = tuple[str, int]
-"""A session's id and the token of its slot."""
+Held = tuple[str, int]
+"""A session's id and the token of its worker."""
 
 
 def gradient(step: int) -> Vector:
@@ -28,9 +28,9 @@ def gradient(step: int) -> Vector:
 
 
 @pytest.fixture
-def state(client: stepwire.Client) -> Callable[[Taken], stepwire.SessionState]:
+def state(client: stepwire.Client) -> Callable[[Held], stepwire.Snapshot]:
     """Read all of a session's state."""
-    return lambda taken: client.session(taken[0]).state()
+    return lambda held: client.session(held[0]).state()
 
 
 def ends_the_answer(message: bytes) -> bool:
@@ -42,7 +42,7 @@ def ends_the_answer(message: bytes) -> bool:
 
 
 @pytest.fixture
-def unloaded(raw: RawClient) -> Taken:
+def unloaded(raw: RawClient) -> Held:
     """A session that waits for its parameters."""
     created = raw.create(_SIZE, zeros=False)
     return created.session.session_id, created.attach_token
@@ -113,12 +113,12 @@ def test_a_creation_sent_by_many_at_once_makes_one_session(server, connect) -> N
 
 def test_a_creation_repeated_after_steps_finds_the_session_as_it_is(raw, state) -> None:
     first = raw.create(_SIZE, request_id="once")
-    taken = first.session.session_id, first.attach_token
-    raw.step(*taken, 1, gradient(1))
-    before = state(taken)
+    held = first.session.session_id, first.attach_token
+    raw.step(*held, 1, gradient(1))
+    before = state(held)
     again = raw.create(_SIZE, request_id="once")
-    assert (again.session.session_id, again.session.applied_step) == (taken[0], 1)
-    assert same_bits(state(taken), before)
+    assert (again.session.session_id, again.session.applied_step) == (held[0], 1)
+    assert same_bits(state(held), before)
 
 
 def test_another_config_under_the_same_request_id_is_refused(raw, server) -> None:

@@ -89,7 +89,7 @@ def test_a_list_is_told_by_position(client: stepwire.Client) -> None:
     ("options", "text"),
     [
         ({"reply": "all"}, "reply: 'all'; use one of: parameters, none, changed"),
-        ({"reply": "changed", "reply_dtype": "float32"}, "reply: 'changed' is for bfloat16 answers"),
+        ({"reply": "changed", "reply_dtype": "float32"}, "reply: 'changed' is for bfloat16 replies"),
         ({"reply": "none", "out": {}}, "out: nothing is written to it"),
         ({"reply": "none", "on_tensor": print}, "on_tensor: tensors do not arrive one by one with reply='none'"),
         ({"reply_first": ["x"]}, "reply_first: 'x' is not a tensor of this session"),

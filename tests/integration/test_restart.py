@@ -13,6 +13,8 @@ from tests.integration.processes import ServerProcess
 from tests.integration.proxy import Proxy
 from tests.integration.training import TINY
 
+pytestmark = pytest.mark.slow
+
 Connect = Callable[[str], stepwire.Client]
 
 

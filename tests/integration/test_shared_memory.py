@@ -98,6 +98,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_fifty_steps_have_the_same_bits(server: Server, share: Any, client: Any, options: dict[str, Any]) -> None:
     twins = Twins(SMALL, share(server.target), client, **options)

@@ -1,4 +1,4 @@
-"""Two-phase commits over a real connection: what is staged and decided, and what a break between the two leaves."""
+"""Two-phase commits over a real connection: the check, the decision, and a break between the two."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def decision(**fields: Any) -> pb.AttachRequest:
     return pb.AttachRequest(commit=step_pb2.StepCommit(**fields))
 
 
-def staged(stream: RawStream, step: int = 1, gradient: Any = GRADIENT) -> step_pb2.GradientCheck:
+def checked(stream: RawStream, step: int = 1, gradient: Any = GRADIENT) -> step_pb2.GradientCheck:
     stream.send(step_message(step, gradient))
     answer = stream.receive()
     assert answer is not None
-    assert answer.HasField("staged")
+    assert answer.HasField("gradient_check")
     assert not answer.HasField("result")
-    return answer.staged
+    return answer.gradient_check
 
 
 def pulled(raw: RawClient, session_id: str) -> Any:
@@ -65,21 +65,21 @@ def pulled(raw: RawClient, session_id: str) -> Any:
 
 def test_the_first_half_tells_the_sums_and_changes_nothing(raw: RawClient, create: Any) -> None:
     session_id, stream = create()
-    sums = staged(stream)
+    sums = checked(stream)
     squares = GRADIENT.astype(np.float64) ** 2
     expected = [math.fsum(squares[:256]), math.fsum(squares[256:])]
     assert list(sums.group_squared_norms) == pytest.approx(expected, rel=1e-14)
     assert sums.squared_norm == math.fsum(sums.group_squared_norms)
     assert sums.non_finite_count == 0
     assert not pulled(raw, session_id).any()
-    assert stream.take(decision(clip_coefficient=1.0)).step == 1
+    assert stream.step(decision(clip_coefficient=1.0)).step == 1
     assert pulled(raw, session_id).all()
 
 
 def test_the_second_half_brings_the_factors(raw: RawClient, create: Any, client: stepwire.Client) -> None:
     session_id, stream = create()
-    staged(stream)
-    result = stream.take(decision(clip_coefficient=0.5, group_coefficients=[1.0, 0.25]))
+    checked(stream)
+    result = stream.step(decision(clip_coefficient=0.5, group_coefficients=[1.0, 0.25]))
     groups = result.telemetry.groups
     assert result.telemetry.clip_coefficient == 0.5
     assert [group.clip_coefficient for group in groups] == [0.5, 0.125]
@@ -98,7 +98,7 @@ def test_the_second_half_brings_the_factors(raw: RawClient, create: Any, client:
 
 def test_a_repeated_step_brings_its_factor_at_once(raw: RawClient, create: Any) -> None:
     session_id, stream = create()
-    staged(stream)
+    checked(stream)
     stream.cancel()
     again = raw.attach(session_id)
     opened = again.receive()
@@ -106,20 +106,20 @@ def test_a_repeated_step_brings_its_factor_at_once(raw: RawClient, create: Any) 
     assert opened.opened.applied_step == 0
     known = step_message(1, GRADIENT)
     known.commit.clip_coefficient = 0.5
-    first = again.take(known)
+    first = again.step(known)
     assert (first.step, first.replayed, first.telemetry.clip_coefficient) == (1, False, 0.5)
-    replay = again.take(step_message(1, GRADIENT))
+    replay = again.step(step_message(1, GRADIENT))
     assert (replay.step, replay.replayed, replay.telemetry.clip_coefficient) == (1, True, 0.5)
 
 
 def test_one_shard_skips_because_another_must(raw: RawClient, create: Any) -> None:
     session_id, stream = create(non_finite=SKIP)
-    staged(stream)
-    result = stream.take(decision(skip=True))
+    checked(stream)
+    result = stream.step(decision(skip=True))
     assert (result.step, result.skipped, result.telemetry.non_finite_count) == (1, True, 0)
     assert not pulled(raw, session_id).any()
-    staged(stream, 2)
-    result = stream.take(decision(clip_coefficient=1.0))
+    checked(stream, 2)
+    result = stream.step(decision(clip_coefficient=1.0))
     assert (result.step, result.skipped, result.telemetry.groups[0].t) == (2, False, 1)
 
 
@@ -127,7 +127,7 @@ def test_nan_is_counted_for_the_coordinator(create: Any) -> None:
     _, stream = create(non_finite=SKIP)
     bad = GRADIENT.copy()
     bad[[3, 400]] = np.nan, np.inf
-    sums = staged(stream, 1, bad)
+    sums = checked(stream, 1, bad)
     assert sums.non_finite_count == 2
     assert not math.isfinite(sums.squared_norm)
 
@@ -136,15 +136,15 @@ def test_nan_is_counted_for_the_coordinator(create: Any) -> None:
     ("message", "text"),
     [
         (commit(), "the second commit brings `clip_coefficient`"),
-        (step_message(1, GRADIENT, slice(0, 4), begin=False), "after `staged` comes a commit alone"),
-        (pb.AttachRequest(), "after `staged` comes a commit alone"),
+        (step_message(1, GRADIENT, slice(0, 4), begin=False), "after `gradient_check` comes a commit alone"),
+        (pb.AttachRequest(), "after `gradient_check` comes a commit alone"),
     ],
 )
 def test_only_a_decision_follows_the_first_half(create: Any, message: pb.AttachRequest, text: str) -> None:
     _, stream = create()
-    staged(stream)
+    checked(stream)
     with pytest.raises(Refused, match=text) as refused:
-        stream.take(message)
+        stream.step(message)
     assert refused.value.row == ("INVALID_ARGUMENT", "INVALID_FRAME")
 
 
@@ -158,7 +158,7 @@ def test_such_a_session_takes_no_step_in_one_call(raw: RawClient, create: Any) -
 def test_the_bounds_are_the_coordinators_to_apply(raw: RawClient, create: Any) -> None:
     """The session keeps them, for a client that takes over, and clips by what its commit brings."""
     session_id, stream = create(clip_grad_norm=0.25)
-    staged(stream)
-    assert stream.take(decision(clip_coefficient=1.0)).telemetry.clip_coefficient == 1.0
+    checked(stream)
+    assert stream.step(decision(clip_coefficient=1.0)).telemetry.clip_coefficient == 1.0
     config = raw.call("GetSession", pb.GetSessionRequest(session_id=session_id)).session.config
     assert (config.gradient.clip_grad_norm, config.gradient.two_phase) == (0.25, True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import stepwire
-from stepwire.results import SessionState, StepResult
+from stepwire.results import Snapshot, StepResult
 
 __all__ = ["OVERLAPPED", "PATCHED", "SMALL", "TINY", "WIDE", "Model", "bits", "same_bits", "telemetry"]
 
@@ -79,7 +79,7 @@ def bits(arrays: Mapping[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]) -> dic
     return {str(name): (array.dtype.name, array.tobytes()) for name, array in named}
 
 
-def same_bits(one: SessionState, other: SessionState) -> bool:
+def same_bits(one: Snapshot, other: Snapshot) -> bool:
     """Tell whether two states are equal in every bit and count."""
     return (one.step, one.tensor_steps) == (other.step, other.tensor_steps) and {
         slot: bits(arrays) for slot, arrays in one.slots.items()

@@ -176,12 +176,12 @@ def _path(method: str) -> str:
 
 
 class Live:
-    """A session on the server, seen from a raw client that holds its slot.
+    """A session on the server, seen from a raw client that holds its worker.
 
     Attributes:
         wire: the client.
-        id: the session's.
-        token: the slot's.
+        id: the session's id.
+        token: the newest `attach_token` that the client knows.
         size: elements of its flat space.
     """
 
@@ -218,10 +218,19 @@ class Live:
         return message
 
     def attach(self, *frames: Sent) -> list[pb.AttachResponse]:
-        """Open a stream, send everything, end it, and return the answers but the opening's."""
-        return [
-            pb.AttachResponse.FromString(answer) for answer in self.wire.stream("Attach", [self.opening(), *frames])[1:]
-        ]
+        """Open a stream, send everything, end it, and return the replies but the opening's."""
+        try:
+            replies = self.wire.stream("Attach", [self.opening(), *frames])
+        except Refused as refused:
+            self.attached(*refused.answers[:1])
+            raise
+        self.attached(*replies[:1])
+        return [pb.AttachResponse.FromString(reply) for reply in replies[1:]]
+
+    def attached(self, *opened: bytes) -> None:
+        """Note the newest token, from the first message of a stream; nothing where none came."""
+        for message in opened:
+            self.token = pb.AttachResponse.FromString(message).opened.attach_token
 
     def step(self, step: int, gradient: npt.NDArray[Any] | None = None) -> step_pb2.StepResult:
         """Take a step."""
@@ -281,7 +290,7 @@ def server() -> Iterator[Server]:
         device="cpu",
         threads=1,
         max_chunk_bytes=CHUNK_BYTES,
-        memory_budget_bytes=BUDGET_BYTES,
+        memory_budget=BUDGET_BYTES,
         max_tensors=64,
         sweep_seconds=0.05,
     )

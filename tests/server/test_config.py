@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import msgspec
 import pytest
 
 from stepwire.errors import InvalidRequestError
-from stepwire_server.config import MIB, ServerConfig, environment_of, load_config
+from stepwire_server.config import MIB, ServerConfig, environment_of, kubernetes_variables, load_config, named_bind
+from stepwire_server.config.parse import SETTINGS, format_bytes, parse_bytes
+from tests.guards.source import SERVER, modules
 
 # A value of each setting that is not the default: as the environment has it, and as it is meant.
 SAMPLES: dict[str, tuple[str, Any]] = {
@@ -19,9 +22,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "device": ("cuda:3,cuda:0", "cuda:3,cuda:0"),
     "threads": ("7", 7),
     "max_sessions": ("5", 5),
-    "memory_budget_bytes": ("123456789012", 123456789012),
-    "gpu_bus_slots": ("5", 5),
-    "gpu_bus_slot_bytes": ("65536", 65536),
+    "memory_budget": ("123456789012", 123456789012),
+    "gpu_bus_buffers": ("5", 5),
+    "gpu_bus_buffer_bytes": ("65536", 65536),
     "gpu_gradient_cache_bytes": ("7", 7),
     "max_streams": ("6", 6),
     "max_tensors": ("8", 8),
@@ -42,6 +45,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
 }
 
 
+SAMPLES_IN_ORDER = [field.name for field in msgspec.structs.fields(ServerConfig)]
+
+
 def load(flags: dict[str, Any] | None = None, environment: dict[str, str] | None = None, **options: Any) -> Any:
     return load_config(flags or {}, environment=environment or {}, **options)
 
@@ -57,7 +63,7 @@ def toml(value: Any) -> str:
 
 
 def test_there_is_a_sample_of_every_setting() -> None:
-    assert set(SAMPLES) == {field.name for field in msgspec.structs.fields(ServerConfig)}
+    assert set(SAMPLES) == set(SAMPLES_IN_ORDER)
     assert all(getattr(ServerConfig(), name) != value for name, (_, value) in SAMPLES.items())
 
 
@@ -121,22 +127,84 @@ def test_settings_survive_the_environment_of_another_process(flags: dict[str, An
     assert environment["PATH"] == "/bin"
 
 
-@pytest.mark.parametrize("name", ["STEPWIRE_THREAD", "STEPWIRE_MEMORY_BUDGET", "STEPWIRE_", "STEPWIRE_FOO_BAR"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "STEPWIRE_THREAD",
+        "STEPWIRE_MEMORY_BUDGET_BYTES",
+        "STEPWIRE_",
+        "STEPWIRE_FOO_BAR",
+        "STEPWIRE_PORT",
+        "STEPWIRE_PORT_FIEL",
+        "STEPWIRE_SERVICE",
+    ],
+)
 def test_an_unknown_variable_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"environment variable {name} is unknown; use one of: STEPWIRE_BIND"):
         load(environment={name: "1"})
 
 
-@pytest.mark.parametrize("text", ["thread = 3", "[server]\nthreads = 3", "memory_budget = '8G'"])
-def test_an_unknown_key_is_refused(tmp_path: pathlib.Path, text: str) -> None:
-    with pytest.raises(InvalidRequestError, match="unknown field") as refused:
-        load(file=write(tmp_path, text))
+KUBERNETES = {
+    "STEPWIRE_SERVICE_HOST": "10.0.0.7",
+    "STEPWIRE_SERVICE_PORT": "50051",
+    "STEPWIRE_SERVICE_PORT_GRPC": "50051",
+    "STEPWIRE_PORT": "tcp://10.0.0.7:50051",
+    "STEPWIRE_PORT_50051_TCP": "tcp://10.0.0.7:50051",
+    "STEPWIRE_PORT_50051_TCP_PROTO": "tcp",
+    "STEPWIRE_PORT_50051_TCP_PORT": "50051",
+    "STEPWIRE_PORT_50051_TCP_ADDR": "10.0.0.7",
+    "STEPWIRE_GPU_0_SERVICE_HOST": "10.0.0.8",
+    "STEPWIRE_GPU_0_PORT": "udp://10.0.0.8:1",
+    "STEPWIRE_GPU_0_PORT_1_UDP_ADDR": "10.0.0.8",
+}
+
+
+def test_variables_that_kubernetes_makes_of_a_service_are_ignored() -> None:
+    environment = KUBERNETES | {"STEPWIRE_THREADS": "3", "STEPWIRE_PORT_FILE": "/run/port", "OTHER_PORT": "tcp://h:1"}
+    assert load(environment=environment) == ServerConfig(threads=3, port_file="/run/port")
+    assert kubernetes_variables(environment) == sorted(KUBERNETES)
+    assert not set(environment_of(ServerConfig(), environment)) & set(KUBERNETES)
+
+
+def test_a_port_without_the_address_of_a_service_is_an_unknown_variable() -> None:
+    with pytest.raises(InvalidRequestError, match="environment variable STEPWIRE_PORT is unknown"):
+        load(environment={"STEPWIRE_PORT": "50051"})
+    assert kubernetes_variables({"STEPWIRE_PORT": "50051"}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("thread = 3", "thread"), ("[server]\nthreads = 3", "server"), ("slots = '8G'", "slots")]
+)
+def test_an_unknown_key_is_refused_with_its_file_and_the_known_ones(
+    tmp_path: pathlib.Path, text: str, key: str
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidRequestError) as refused:
+        load(file=path)
+    assert str(refused.value) == (
+        f"settings file {str(path)!r}: the key {key!r} is unknown; use one of: {', '.join(SAMPLES_IN_ORDER)}"
+    )
     assert refused.value.metadata == {"field": "settings"}
 
 
 def test_an_unknown_flag_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="unknown field `thread`"):
+    with pytest.raises(InvalidRequestError, match="the setting 'thread' is unknown; use one of: bind, "):
         load({"thread": 3})
+
+
+def test_the_environment_may_name_the_address() -> None:
+    assert named_bind({"STEPWIRE_BIND": "h:1"}) == "h:1"
+    assert named_bind({}) == ""
+
+
+def test_the_environment_is_read_in_one_room() -> None:
+    """Engines and what they stand on take it as an argument, whose default it is."""
+    reading = {
+        str(path.relative_to(SERVER))
+        for path in modules(SERVER)
+        if re.search(r"\b(os\.environ|os\.getenv|from os import .*environ)\b", path.read_text())
+    }
+    assert reading == {"config/environment.py"}
 
 
 WRONG = {
@@ -146,10 +214,10 @@ WRONG = {
     "device": ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:0,", "cuda:0,1", "cpu,cuda:0", "cuda,cuda:1", 5],
     "threads": [-1, "many", 1.5, ""],
     "max_sessions": [0, -5, "x"],
-    "memory_budget_bytes": [-1, "8G", 1.5],
-    "gpu_bus_slots": [0, 2, 65],
-    "gpu_bus_slot_bytes": [0, 65535, 256 * MIB + 1],
-    "gpu_gradient_cache_bytes": [-1, "1G"],
+    "memory_budget": [-1, "-1G", "8X", "G", "", 1.5, "1.5"],
+    "gpu_bus_buffers": [0, 2, 65],
+    "gpu_bus_buffer_bytes": [0, 65535, 256 * MIB + 1, "63K", "1G"],
+    "gpu_gradient_cache_bytes": [-1, "1GG", "1e999G"],
     "max_streams": [0],
     "max_tensors": [0],
     "max_chunk_bytes": [0, 65535, 64 * MIB + 1],
@@ -174,16 +242,91 @@ WRONG = {
     [pytest.param(name, value, id=f"{name}={value!r}") for name, values in WRONG.items() for value in values],
 )
 def test_a_wrong_value_is_refused_by_its_name(name: str, value: Any, tmp_path: pathlib.Path) -> None:
-    """From whichever place it comes."""
+    """From every source, which the message names with the value and what is allowed."""
+    rest = f" is {value!r}; it must be {SETTINGS[name].allowed}"
     if value is not None:
-        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
+        with pytest.raises(InvalidRequestError) as refused:
             load({name: value})
+        assert str(refused.value) == f"--{name.replace('_', '-')}{rest}"
+        assert refused.value.metadata == {"field": name}
     if isinstance(value, str):
-        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
+        with pytest.raises(InvalidRequestError) as refused:
             load(environment={f"STEPWIRE_{name.upper()}": value})
+        assert str(refused.value) == f"STEPWIRE_{name.upper()}{rest}"
     if isinstance(value, (str, int)):
-        with pytest.raises(InvalidRequestError, match=rf"settings: .*\$\.{name}"):
-            load(file=write(tmp_path, f"{name} = {value!r}\n"))
+        path = write(tmp_path, f"{name} = {value!r}\n")
+        with pytest.raises(InvalidRequestError) as refused:
+            load(file=path)
+        assert str(refused.value) == f"settings file {str(path)!r}: {name}{rest}"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("processes", "a whole number from 1 to 1024"),
+        ("max_sessions", "a whole number from 1 up"),
+        ("device", "auto, cpu, cuda, or GPUs by number such as cuda:0 or cuda:0,cuda:2"),
+        ("gpu_bus_buffer_bytes", "a number of bytes from 64KiB to 256MiB, such as 8M, 8MiB or 8388608"),
+        ("memory_budget", "a number of bytes from 0 up, such as 8M, 8MiB or 8388608"),
+        ("drain_seconds", "a number of seconds above 0 and not above 1000000000"),
+        ("log_level", "debug, info, warning or error"),
+        ("log_json", "true or false"),
+        ("insecure", "true or false"),
+    ],
+)
+def test_what_is_allowed_is_told_in_words(name: str, allowed: str) -> None:
+    assert SETTINGS[name].allowed == allowed
+
+
+def test_every_setting_is_described() -> None:
+    for setting in SETTINGS.values():
+        assert setting.description.endswith("."), setting
+        assert all(len(sentence.split()) <= 25 for sentence in setting.description.split(". ")), setting
+
+
+BYTES = [name for name in SAMPLES_IN_ORDER if SETTINGS[name].unit == "bytes"]
+
+
+def test_sizes_are_these() -> None:
+    assert BYTES == ["memory_budget", "gpu_bus_buffer_bytes", "gpu_gradient_cache_bytes", "max_chunk_bytes"]
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_sizes_are_read_alike_from_every_source(name: str, tmp_path: pathlib.Path) -> None:
+    assert getattr(load({name: "1M"}), name) == MIB
+    assert getattr(load(environment={SETTINGS[name].variable: "1MiB"}), name) == MIB
+    assert getattr(load(file=write(tmp_path, f"{name} = '1mb'\n")), name) == MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("123", 123),
+        ("8G", 8 << 30),
+        ("512MiB", 512 << 20),
+        ("512mb", 512 << 20),
+        ("1.5k", 1536),
+        (" 2T ", 2 << 40),
+        ("7B", 7),
+    ],
+)
+def test_bytes_are_read_as_people_write_them(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+    assert parse_bytes(format_bytes(expected)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "many", "8X", "1e999", "1e999G", "inf", "nan", "nanG", "8GG", "0x10", "1.5"])
+def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count_bytes", "text"), [(0, "0"), (1000, "1000"), (65536, "64KiB"), (8 * MIB, "8MiB"), (3 << 40, "3TiB")]
+)
+def test_bytes_are_written_as_people_read_them(count_bytes: int, text: str) -> None:
+    assert format_bytes(count_bytes) == text
 
 
 @pytest.mark.parametrize("content", [b"threads = ", b"threads = 1\nthreads = 2\n", b"\xff\xfe"])

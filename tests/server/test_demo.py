@@ -17,6 +17,7 @@ from stepwire_server import demo
 STEPS = 60
 
 
+@pytest.mark.slow
 def test_a_short_demo_trains_and_agrees_with_a_local_adam(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "stepwire_server", "demo", "--device", "cpu", "--json"]

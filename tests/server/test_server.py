@@ -86,10 +86,23 @@ def test_a_server_that_cannot_listen_closes_its_devices() -> None:
 
 def test_a_server_says_which_devices_it_serves_and_why() -> None:
     with capture_logs() as lines:
-        make(memory_budget_bytes=12345).close()
+        make(memory_budget=12345).close()
     chosen, device, *_ = lines
     assert (chosen["event"], chosen["devices"], chosen["why"]) == ("devices chosen", "cpu", "the CPU was asked for")
     assert (device["event"], device["name"], device["budget_bytes"]) == ("device", "cpu", 12345)
+
+
+@pytest.mark.parametrize(("level", "expected"), [("debug", [1, 2]), ("info", [])])
+def test_a_server_that_logs_at_debug_tells_each_commit(
+    connect: Any, make_config: Any, make_live: Any, level: str, expected: list[int]
+) -> None:
+    with capture_logs() as lines, make(log_level=level) as server, connect(server.target) as wire:
+        live = make_live(wire, wire.create(make_config((10,))))
+        for step in (1, 2, 2):
+            live.step(step)
+    committed = [line for line in lines if line["event"] == "committed"]
+    assert [line["step"] for line in committed] == expected
+    assert {(line["session_id"], line["log_level"]) for line in committed} <= {(live.id, "debug")}
 
 
 def test_two_servers_do_not_share_a_port() -> None:
@@ -148,10 +161,21 @@ def test_draining_and_closing_end_every_device(connect: Any, make_config: Any, m
         for _ in engines:
             make_live(wire, wire.create(make_config((10,)))).step(1)
         assert server.drain() is True
-        assert [place.budget.reserved_bytes for place in pool] == [120, 120], "what is there can still be pulled"
+        assert [device.budget.reserved_bytes for device in pool] == [120, 120], "what is there can still be pulled"
     server.close()
-    assert [place.budget.reserved_bytes for place in pool] == [0, 0]
+    assert [device.budget.reserved_bytes for device in pool] == [0, 0]
     assert [engine.closed for engine in engines] == [1, 1]
+
+
+def test_a_server_tells_what_it_is_doing(connect: Any, make_config: Any, make_live: Any) -> None:
+    with make(memory_budget=10_000) as server, connect(server.target) as wire:
+        make_live(wire, wire.create(make_config((10,)))).step(1)
+        doing = server.statistics()
+        assert doing.registry == server.registry.statistics()
+        assert doing.registry[2:] == (120, 10_000)
+        assert (doing.drain, doing.handoff) == ((False, 0), server.handoff.statistics())
+        server.drain()
+        assert server.statistics().drain == (True, 0)
 
 
 def test_a_server_that_was_never_started_can_be_closed() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
+import structlog
 
 import stepwire
 import stepwire_server.testing
@@ -32,3 +37,65 @@ def test_servers_of_one_process_are_apart() -> None:
     ):
         assert one != other
         assert here.info().instance_id != there.info().instance_id
+
+
+_PROGRAM = """
+import json, sys
+import structlog, stepwire, stepwire_server.testing
+from stepwire_server.testing import serving
+
+def ask(**settings):
+    with serving(**settings) as target, stepwire.connect(target) as client:
+        client.info()
+
+ask()
+print("served", file=sys.stderr)
+ask(log_level="info")
+print(json.dumps(structlog.is_configured()))
+"""
+
+
+def test_the_log_goes_to_standard_error_and_is_quiet_by_default() -> None:
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout) is False, "and structlog is as it was"
+    quiet, told = done.stderr.split("served\n")
+    assert quiet == ""
+    assert "listening" in told
+    assert "stopped" in told
+
+
+@pytest.fixture
+def unconfigured() -> None:
+    """A program that has not configured structlog; the configuration of the tests comes back by itself."""
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_of_several_servers_the_most_talkative_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, talkative = stepwire_server.testing.serving(), stepwire_server.testing.serving(log_level="info")
+    quiet.__enter__()
+    assert capsys.readouterr() == ("", "")
+    talkative.__enter__()
+    assert "listening" in capsys.readouterr().err
+    quiet.__exit__(None, None, None)
+    assert "stopped" in capsys.readouterr().err
+    talkative.__exit__(None, None, None)
+    captured = capsys.readouterr()
+    assert (captured.out, "stopped" in captured.err, structlog.is_configured()) == ("", True, False)
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_a_program_that_configures_structlog_keeps_its_configuration() -> None:
+    lines: list[str] = []
+
+    def keep(logger: object, method: str, event: structlog.typing.EventDict) -> str:
+        lines.append(event["event"])
+        raise structlog.DropEvent
+
+    with stepwire_server.testing.serving(log_level="info"):
+        structlog.configure(processors=[keep])
+    assert lines == ["stopped"]
+    assert structlog.get_config()["processors"] == [keep]
+    with stepwire_server.testing.serving():
+        assert "listening" in lines, "whatever the level: the lines are the program's"
+    assert structlog.get_config()["processors"] == [keep]

@@ -57,7 +57,7 @@ def _refusals() -> Iterator[None]:
 def step_message(
     step: int, gradient: Vector, part: slice = slice(None), *, begin: bool = True, commit: bool = True, epoch: int = 0
 ) -> pb.AttachRequest:
-    """Build a message of a step: a part of the gradient, and what opens and ends the step."""
+    """Build a message of a step: a range of the gradient, with the opening and the end of the step."""
     message = pb.AttachRequest(payload=gradient[part].tobytes())
     start, end, _ = part.indices(len(gradient))
     message.chunk.CopyFrom(tensor_pb2.Chunk(offset=start, count=end - start))
@@ -74,10 +74,15 @@ def commit() -> pb.AttachRequest:
 
 
 class RawStream:
-    """An attached stream that says what it is told to."""
+    """An attached stream that sends the messages that it is given.
+
+    Attributes:
+        token: the token of its attach, once the server's first message has been received; 0 before.
+    """
 
     def __init__(self, stub: OptimizerServiceStub, opening: attach_pb2.AttachOpen) -> None:
         self._outbox: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
+        self.token = 0
         self._call = stub.Attach(iter(self._outbox.get, None), timeout=PATIENCE_SECONDS)
         self.send(pb.AttachRequest(open=opening))
 
@@ -88,9 +93,12 @@ class RawStream:
     def receive(self) -> pb.AttachResponse | None:
         """Return the next message; None when the server has ended the stream well."""
         with _refusals():
-            return next(self._call, None)
+            message: pb.AttachResponse | None = next(self._call, None)
+        if message is not None and message.HasField("opened"):
+            self.token = message.opened.attach_token
+        return message
 
-    def take(self, *messages: pb.AttachRequest) -> step_pb2.StepResult:
+    def step(self, *messages: pb.AttachRequest) -> step_pb2.StepResult:
         """Send a step's messages and return its result."""
         for message in messages:
             self.send(message)
@@ -143,12 +151,12 @@ class RawClient:
         return answer
 
     def step(self, session_id: str, token: int, step: int, gradient: Vector, *, epoch: int = 0) -> pb.StepResponse:
-        """Take a step in one call."""
+        """Apply a step in one call."""
         answer: pb.StepResponse = self.call("Step", step_request(session_id, token, step, gradient, epoch=epoch))
         return answer
 
     def step_later(self, session_id: str, token: int, step: int, gradient: Vector) -> grpc.Future:
-        """Begin to take a step in one call; `settle` awaits its answer."""
+        """Begin to apply a step in one call; `settle` awaits its answer."""
         future: grpc.Future = self._stub.Step.future(
             step_request(session_id, token, step, gradient), timeout=PATIENCE_SECONDS
         )
@@ -160,15 +168,13 @@ class RawClient:
         self._streams.append(stream)
         return stream
 
-    def load(self, session_id: str, token: int, load: int, values: Vector, slot: str = "param") -> pb.LoadResponse:
-        """Load one slot."""
+    def load(self, session_id: str, token: int, load: int, values: Vector, *, epoch: int = 0) -> pb.LoadResponse:
+        """Load the parameters."""
+        opening = state_pb2.LoadOpen(session_id=session_id, attach_token=token, load=load, epoch=epoch, slots=["param"])
+        chunk = tensor_pb2.Chunk(offset=0, count=len(values))
         messages = [
-            pb.LoadRequest(
-                open=state_pb2.LoadOpen(session_id=session_id, attach_token=token, load=load, slots=[slot]),
-            ),
-            pb.LoadRequest(
-                slot=slot, chunk=tensor_pb2.Chunk(offset=0, count=len(values)), commit=True, payload=values.tobytes()
-            ),
+            pb.LoadRequest(open=opening),
+            pb.LoadRequest(slot="param", chunk=chunk, commit=True, payload=values.tobytes()),
         ]
         answer: pb.LoadResponse = self.call("Load", iter(messages))
         return answer

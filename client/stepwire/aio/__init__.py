@@ -4,8 +4,8 @@
         async with await client.create_session({"w": w}, optimizer=stepwire.Adam(lr=1e-3)) as session:
             params = await session.step({"w": gradient})
 
-The methods are those of `stepwire.Client` and `stepwire.Session`, made from them by `make aio`. docs/numpy.md tells
-what a cancelled step is, and why there are threads behind it.
+The methods are those of `stepwire.Client` and `stepwire.Session`, made from them by `make aio`. docs/numpy.md
+tells about cancelled steps, and about the threads behind the calls.
 """
 
 from __future__ import annotations

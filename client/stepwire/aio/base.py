@@ -1,4 +1,4 @@
-"""What the asynchronous classes have beside the methods that are generated: their threads, and their ends."""
+"""The bases of the asynchronous classes, beside the generated methods: their threads, and their ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SessionBase:
     """The asynchronous face of one session.
 
     Attributes:
-        blocking: the synchronous session, for what is not here; its calls block.
+        blocking: the synchronous session, for its other methods; its calls block.
     """
 
     def __init__(self, session: Session) -> None:
@@ -29,17 +29,17 @@ class SessionBase:
 
     @property
     def session_id(self) -> str:
-        """Who knows it may use the session."""
+        """The session's id, the right to use the session."""
         return self.blocking.session_id
 
     async def settled(self) -> int:
         """Wait until no call is under way, and return the last step known to be applied.
 
-        After a step whose await was cancelled this tells what became of it: it was applied if the number has grown.
+        After a step whose await was cancelled, a larger number says that the step was applied.
 
         Raises:
-            StepwireError: it failed, and this is why; take it again with the same gradients. The next step raises it
-                otherwise.
+            StepwireError: the error of that step; repeat it with the same gradients. Otherwise the next step raises the
+                error.
         """
         applied = await self._worker.run(lambda: self.blocking.applied_step)
         self._worker.check_seen()
@@ -67,7 +67,7 @@ class ClientBase:
     """The asynchronous face of one client.
 
     Attributes:
-        blocking: the synchronous client, for what is not here; its calls block.
+        blocking: the synchronous client, for its other methods; its calls block.
     """
 
     def __init__(self, client: Client) -> None:

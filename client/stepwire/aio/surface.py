@@ -21,7 +21,15 @@ from stepwire.connection.retry import Retry
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
 from stepwire.optimizers.schedules import Schedule
-from stepwire.results import ServerInfo, SessionConfig, SessionInfo, SessionState, StepResult, TransportChoice
+from stepwire.results import (
+    ServerInfo,
+    SessionConfig,
+    SessionInfo,
+    SessionStatistics,
+    Snapshot,
+    StepResult,
+    TransportChoice,
+)
 from stepwire.steps.build import OnReady, Overrides, Reply
 
 __all__ = ["AsyncClient", "AsyncSession", "connect"]
@@ -42,17 +50,17 @@ class AsyncSession(SessionBase):
 
     @property
     def last_result(self) -> StepResult | None:
-        """What the last step did; None before the first."""
+        """The result of the last step; None before the first."""
         return self.blocking.last_result
 
     @property
     def transport(self) -> TransportChoice | None:
-        """Which way gradients and parameters go, and why no better one; None before the first stream is attached."""
+        """The transport in use, the least one of several shards; None before the first stream is attached."""
         return self.blocking.transport
 
     @property
     def loss_scale(self) -> float | None:
-        """What the next gradient must be multiplied by, where the session scales losses by itself; else None."""
+        """The factor for the next loss, in a session that scales losses by itself; else None."""
         return self.blocking.loss_scale
 
     @property
@@ -62,13 +70,17 @@ class AsyncSession(SessionBase):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """What the server holds for each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
+        """The state arrays of each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
         return self.blocking.slots
 
     @property
-    def configuration(self) -> SessionConfig:
-        """What the session was created as; useful where somebody else created it."""
-        return self.blocking.configuration
+    def config(self) -> SessionConfig:
+        """The config of the session's creation; useful in a client that did not create it."""
+        return self.blocking.config
+
+    async def statistics(self) -> SessionStatistics:
+        """Return the numbers that this client knows of the session; nothing is sent."""
+        return await self._worker.run(functools.partial(self.blocking.statistics))
 
     async def step(
         self,
@@ -88,46 +100,48 @@ class AsyncSession(SessionBase):
     ) -> Tree:
         """Apply one optimizer step, exactly once, and return the new parameters.
 
-        Lost connections are mended and the step is repeated by its number until `timeout`; the server applies it
-        once however often it arrives.
+        The client mends lost connections, and repeats the step by its number until `timeout`. The server applies it
+        once however often it arrives. After an error, the same gradients with the same options are the same step: call
+        again, and the step is applied, or its first reply returned. Other gradients are the next step, once the client
+        has learnt whether the failed one was applied.
 
         Args:
             gradients: one array a tensor, in the shapes of creation: float32, bfloat16 or float16; a dict, a list, or a
-                tree of them. Frozen tensors need none; with missing_gradient "keep" any may be left out or None, and
-                stay as they are; None in the place of a branch leaves out all that is in it.
+                tree of them. Frozen tensors need none. With missing_gradient "keep" any may be left out or None, and
+                stays as it is. None in the place of a branch leaves out all its tensors.
             lr: the learning rate of this step, for all groups; overrides a schedule.
             hyperparameters: other values for this step: one mapping, or one a group.
-            loss_scale: what the gradients were multiplied by; the server divides by it first.
-            gradient_dtype: how gradients travel, "int8" included; default as created.
-            reply_dtype: how parameters travel, and the dtype of the answer; default as created.
-            reply: `"parameters"`; `"none"`: no answer, `pull` when they are needed; `"changed"`, for bfloat16 answers:
-                the same parameters, of which only those travel that changed, where that is less. The client holds
-                them in bfloat16 for that.
+            loss_scale: the factor of the gradients; the server divides by it first.
+            gradient_dtype: the encoding of the gradients on the wire, "int8" included; default as created.
+            reply_dtype: the encoding of the parameters on the wire, and the dtype of the reply; default as created.
+            reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
+                the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: called with the name and the new values of each tensor as soon as they have arrived, in the
-                thread that takes the step; again where a broken connection has the answer repeated.
-            overlap: the server applies each part of the gradient as it arrives instead of all at the end, which takes
-                the time of receiving and answering together. For sessions without clipping by norm and with
-                `non_finite="allow"`. A step that fails may then be half applied: take it again with the same gradients
-                until it succeeds; nothing else is possible before.
-            out: arrays to write the parameters into instead of new ones; when an error is raised their content is
-                undefined. What `shared_parameters` returned stands for the same as it is after the step.
+            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
+                arrival, and again if a broken connection has the reply repeated.
+            overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
+                receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
+                step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
+                else is possible before.
+            out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
+                arrays of `shared_parameters` stand for the same memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
-            The parameters, nested like `gradients`, or, where those leave tensors out, as the session's were at
-            creation; `out` if given; with reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
+            The parameters, nested like `gradients`, or as at creation if tensors are left out; or `out`, if given. With
+            reply "none" an empty dict, list or tuple. `last_result` has the telemetry.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; nothing was sent or applied.
             NonFiniteGradientError: NaN or Inf under the policy `reject`; nothing was applied.
-            FencedError: another client took the session's slot.
+            FencedError: another client acquired the session's worker.
             SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
-            StepMismatchError: the session moved without this client.
+            StepMismatchError: the session moved without this client, or some shards applied another step that failed.
+            DataLossError: the server has lost a durable step, or its state.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
-        return await self._worker.take(
+        return await self._worker.step(
             functools.partial(
                 self.blocking.step,
                 gradients,
@@ -150,13 +164,15 @@ class AsyncSession(SessionBase):
     ) -> None:
         """Attach a stream now instead of at the first step.
 
+        After a step that failed, `applied_step` then tells whether it was applied.
+
         Args:
-            transport: as `stepwire.connect` takes it, for this session from now on; None leaves it as it is.
-            take_over: take the slot from whoever holds it, and fence them.
+            transport: a transport of `stepwire.connect`, for this session from now on; None leaves it as it is.
+            take_over: acquire the worker from its holder, and fence the holder.
             timeout: seconds.
 
         Raises:
-            FencedError: another client took the slot, and `take_over` is not set.
+            FencedError: another client holds the worker, and `take_over` is not set.
             UnsupportedFeatureError: the transport cannot be had.
             StepwireError: as `step`.
         """
@@ -169,39 +185,41 @@ class AsyncSession(SessionBase):
         await self._worker.run(functools.partial(self.blocking.detach))
 
     async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server takes gradients from, attaching first if need be.
+        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
-        `step` sends these as they are, without a copy. They may be written whenever no step is under way, and start as
-        zeros. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
 
-        Over `cuda_ipc` they are views of device memory, which `torch.as_tensor(view, device="cuda")` and
-        `cupy.asarray(view)` take without a copy.
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
 
         Args:
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
         return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
 
     async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters where the server puts them, attaching first if need be.
+        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
 
-        Each step changes them in place, also while it is being taken; given as `out` they make its answer no copy. What
-        was loaded, or stepped with other dtypes, `overlap` or `reply="changed"`, shows after the next step without, at
-        the latest. After a broken connection they may show what was: take those that `step` returns, or ask again.
+        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
+        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
+        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
+        returns, or ask again.
 
         Over `cuda_ipc` they are views of device memory, as gradients are.
 
         Args:
-            private: arrays that may be written. What is written is this process's own and hides what the server puts
-                there, page by page, until `forget_writes`; `load` it, and it is the server's too.
+            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
+                page, until `forget_writes`; `load` makes them the server's too.
             timeout: seconds.
 
         Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory; the message says why.
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
             StepwireError: as `attach`.
         """
         return await self._worker.run(
@@ -209,7 +227,7 @@ class AsyncSession(SessionBase):
         )
 
     async def forget_writes(self) -> None:
-        """Show the server's parameters in all that `shared_parameters` returned, also where `private` was written."""
+        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
         await self._worker.run(functools.partial(self.blocking.forget_writes))
 
     async def pull(
@@ -221,18 +239,19 @@ class AsyncSession(SessionBase):
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: of the answer.
+            dtype: the dtype of the returned arrays.
             timeout: seconds.
 
         Raises:
             InvalidRequestError: the session keeps no average.
+            StepMismatchError: the shards stayed at different steps.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         return await self._worker.run(
             functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
         )
 
-    async def state(self, *, timeout: float | None = None) -> SessionState:
+    async def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.
 
         Raises:
@@ -243,14 +262,16 @@ class AsyncSession(SessionBase):
     async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
+        A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
             StepwireError: as `step`.
         """
         await self._worker.run(functools.partial(self.blocking.load, parameters, timeout=timeout))
 
-    async def load_state(self, state: SessionState, *, timeout: float | None = None) -> None:
-        """Replace everything by what `state` returned, here or from another session of the same tensors.
+    async def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+        """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session.
@@ -263,10 +284,10 @@ class AsyncSession(SessionBase):
         await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server how the session stands.
+        """Ask the server, or all servers of a sharded session, for the state of the session.
 
         Raises:
-            SessionNotFoundError: it is gone.
+            SessionNotFoundError: the session is gone.
         """
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
 
@@ -280,14 +301,22 @@ class AsyncClient(ClientBase):
 
     @property
     def target(self) -> str:
-        """Where it connects to."""
+        """The target of the connection; several targets are joined by commas."""
         return self.blocking.target
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets of all connections, in order; sessions are sharded over several."""
+        return self.blocking.targets
+
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Ask the server what it is and can do.
+        """Ask the server, or all servers, for their properties.
+
+        Of several servers, the features are those that all serve, and limits are the least. Devices are those of all,
+        as `"host:port cuda:0"`.
 
         Raises:
-            UnavailableError: it cannot be reached.
+            UnavailableError: a server cannot be reached.
         """
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
 
@@ -321,34 +350,35 @@ class AsyncClient(ClientBase):
         """Create an optimizer on the server and load the parameters into it.
 
         Args:
-            parameters: a dict, or a list whose names are "0", "1", …, or a tree of dicts, lists and tuples, whose
-                names are paths such as "encoder/0/w"; float32, bfloat16 or float16. Masters are float32 on the server.
+            parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
+                a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
+                paths such as "encoder/0/w".
             optimizer: default `Adam()`.
-            groups: as torch's: mappings with `"params"`, the names of a group's tensors, or of branches that stand for
-                all tensors in them, the hyper-parameters it has of its own, and, where wanted, its own `"schedule"` and
-                `"clip_grad_norm"`. Tensors in no group form one more, first, with the optimizer's values.
+            groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
+                keys are the group's own hyper-parameters, its `"schedule"` and its `"clip_grad_norm"`. Tensors in no
+                group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
-            frozen: names of tensors, or of branches, that are held and never stepped.
-            gradient_dtype: how gradients travel: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`: blocks of 256
-                with a common factor, a quarter of the bytes.
-            error_feedback: with `"int8"`, keep on the client what the encoding took off a gradient, and add it to the
-                next; eight bytes a parameter.
-            reply_dtype: how parameters come back, and their dtype.
-            state_precision: how the server holds the optimizer's moments; parameters are always float32.
-            non_finite: what to do with NaN and Inf in a gradient: `"reject"` the step (the default), `"skip"`: use up
-                its number without an update (the default with loss scaling), or `"allow"`: apply it.
+            frozen: names of tensors, or of branches, that the server keeps and never steps.
+            gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
+                blocks of 256 with a common factor, a quarter of the bytes.
+            error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
+                eight bytes a parameter.
+            reply_dtype: the encoding of parameters on the wire, and their dtype.
+            state_precision: the precision of the optimizer's moments on the server; parameters are always float32.
+            non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
+                the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
-            clip_formula: whose form of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
+            clip_formula: the formula of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
             clip_grad_value: bound of each gradient element's magnitude.
             accumulation_steps: gradients summed into one update.
             loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
-            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: it may not.
+            missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: no step may.
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.
-            telemetry: what each result tells: `"full"`, the `"gradient"`'s norms only, or `"none"`: where nothing else
-                needs the gradient's norm (as clipping by norm and any `non_finite` but "allow" do), the pass that
-                computes it is left out, and norms are 0.
-            lease_seconds: how long the session lives unused; default the server's longest.
-            device: where the state lives, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
+            telemetry: the measurements in each result: `"full"`, the `"gradient"`'s norms only, or `"none"`. With
+                `"none"` norms are 0, and the pass that computes them is left out. Clipping by norm and any `non_finite`
+                but "allow" need that pass all the same.
+            lease_seconds: the life of the session without use; default the server's longest.
+            device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
             label: text for listings.
             request_id: makes a creation repeatable by another process; default random.
@@ -395,20 +425,26 @@ class AsyncClient(ClientBase):
         )
 
     async def session(
-        self, session_id: str, *, like: Arrays | None = None, error_feedback: bool = False, timeout: float | None = None
+        self,
+        session_id: str | Sequence[str],
+        *,
+        like: Arrays | None = None,
+        error_feedback: bool = False,
+        timeout: float | None = None,
     ) -> AsyncSession:
-        """Return a session that exists; its first step or load takes the slot and fences who held it.
+        """Return a session that exists; its first step or load acquires the worker and fences the former holder.
 
         Args:
-            session_id: which.
-            like: parameters, or anything else that nests as they do: how `Session.pull` and the shared arrays are to
-                nest. Without, they are a flat dict of names: a server knows names, not what a client made them from.
+            session_id: the session's id; with shards `Session.session_id`, or the ids in it. The servers of a sharded
+                session must be those of its creation, in the same order.
+            like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
+                shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
         Raises:
-            InvalidRequestError: `like` is no container of arrays.
-            SessionNotFoundError: it does not exist.
+            InvalidRequestError: `like` is no container of arrays, or these are not the shards of one model.
+            SessionNotFoundError: there is no such session.
             UnavailableError: the server cannot be reached.
         """
         return self._adopt(
@@ -422,7 +458,7 @@ class AsyncClient(ClientBase):
         )
 
     async def sessions(self, *, timeout: float | None = None) -> AsyncIterator[SessionInfo]:
-        """Yield the server's sessions, ordered by id.
+        """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
 
         Raises:
             UnavailableError: the server cannot be reached.
@@ -442,14 +478,15 @@ def connect(
     """Open a client; it connects with its first call.
 
     Args:
-        target: `host:port`, or `unix:/path`; or several of them: then each session is cut over all these servers, which
-            step it together (see `stepwire.ShardedClient`).
-        transport: how gradients and parameters travel: `"auto"`, the best that works (see `Session.transport`), or one
+        target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
+            which step it together. A model that is too small to be cut lies on the first ones.
+        transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). Where this is "auto", the environment variable STEPWIRE_TRANSPORT may say another.
-        channels: connections to each target; with more than one, sessions are cut over them as over several servers.
+            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+        channels: connections to each target; with more than one, sessions are sharded over them as over several
+            servers.
         timeout: default seconds of a call with all its repetitions.
-        retry: how to pause between repetitions; tests pass their own clock.
+        retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.

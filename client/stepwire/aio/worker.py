@@ -1,10 +1,9 @@
-"""A thread in which blocking calls are made one after another, and what becomes of those that nobody waits for.
+"""A thread for blocking calls, one after another, and the outcomes of calls that nobody waits for.
 
-A call can be taken back before it is made, and not after: a step that is under way is on the wire, and the server
-applies it or not whatever its client wishes. So a cancelled await leaves the call to its end, and its outcome is not
-lost: the object's own record has it, and where the call was a step and failed, the next step is told first. Without
-that, a step that failed unseen, and may have been applied all the same, would have the next one taken for its
-repetition.
+A call can be cancelled before its turn, and not after: a step under way is on the wire, and the server applies it or
+not, whatever its client wishes. So a cancelled await leaves the call to its end. Its outcome is not lost: the object's
+own record has it. If the call was a step and failed, the next step raises that error first. Without that, the next
+gradient would follow on a step that failed unseen.
 """
 
 from __future__ import annotations
@@ -43,28 +42,28 @@ class Worker:
 
         Raises:
             RuntimeError: the worker is closed.
-            BaseException: what the call raises.
+            BaseException: the error of the call.
         """
         return await self._outcome(self._submit(call))
 
-    async def take(self, step: Callable[[], _T]) -> _T:
-        """Make a call that counts on those before it: a step.
+    async def step(self, step: Callable[[], _T]) -> _T:
+        """Make a call that counts on the calls before it: a step.
 
         Raises:
             RuntimeError: the worker is closed.
-            UnavailableError: a step that this one stood behind has failed, and this one was not taken.
-            BaseException: what the step raises, or, once, what one raised whose await was cancelled.
+            UnavailableError: a step before this one failed, and this one was not sent.
+            BaseException: the error of the step, or, once, the error of a step whose await was cancelled.
         """
         self.check_seen()
-        taken = self._submit(functools.partial(self._in_turn, step, self._failures))
-        return await self._outcome(taken, self._left_alone)
+        submitted = self._submit(functools.partial(self._in_turn, step, self._failures))
+        return await self._outcome(submitted, self._left_alone)
 
     async def create(self, call: Callable[[], Session], *, kept: bool) -> Session:
         """Make a call that makes a session. If its await is cancelled, the session is ended, unless it is to be kept.
 
         Raises:
             RuntimeError: the worker is closed.
-            BaseException: what the call raises.
+            BaseException: the error of the call.
         """
         return await self._outcome(self._submit(call), None if kept else _end)
 
@@ -96,7 +95,7 @@ class Worker:
         self._pool.shutdown(wait=True)
 
     def check_seen(self) -> None:
-        """Raise, once, what a step raised whose await was cancelled."""
+        """Raise, once, the error of a step whose await was cancelled."""
         with self._lock:
             unseen, self._unseen = self._unseen, None
         if unseen is not None:
@@ -124,8 +123,8 @@ class Worker:
             if failures != self._failures:
                 self._unseen = None
                 raise UnavailableError(
-                    "this step was not taken, because the one before it failed; take that one again with its "
-                    "gradients, and then this one",
+                    "this step was not sent, because the one before it failed; repeat that one with its gradients, "
+                    "and then this one",
                 ) from self._failure
         try:
             return step()

@@ -1,4 +1,4 @@
-"""A user's arrays: checked, named, packed into flat chunks, and what an encoding took off them."""
+"""A user's arrays: checks, names, packing into flat chunks, and error feedback."""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""Error feedback: what an encoding took off one gradient is added to the next.
+"""Error feedback: the encoding error of one gradient is added to the next gradient.
 
     e = g + r              sent: encode(e)              r' = e − decode(encode(e))
 
-So nothing is lost for good, only late, and training with coarse gradients converges as it does with fine ones (Seide
-et al. 2014, "1-Bit Stochastic Gradient Descent"; Karimireddy et al. 2019, "Error Feedback Fixes SignSGD").
+The encoding delays the lost bits and does not drop them. Training with coarse gradients converges as training with
+fine ones does. See Seide et al. 2014, "1-Bit Stochastic Gradient Descent", and Karimireddy et al. 2019, "Error Feedback
+Fixes SignSGD".
 
-**Exactly once.** A step that is repeated by its number has to bring the same bytes. So what a step leaves is pending
-until `accept`, which the session calls when the step was applied; whatever goes wrong before then, the residual is what
-it was, and the same gradients encode to the same bytes.
+**Exactly once.** A step that is repeated by its number has to bring the same bytes. So the residual of a step is
+pending until `accept`, which the session calls once the step is applied. The residual stays as before after any failure
+before `accept`, and the same gradients encode to the same bytes.
 
-**What it costs.** Eight bytes an element on the client: the residual, and the pending one.
+**Cost.** Eight bytes an element on the client: the residual, and the pending residual.
 
-**What it does not do.** The residual belongs to the gradients before it: after parameters have been loaded it is stale,
-and `clear` forgets it. It is on the client alone, so that a client that starts again starts without. Elements whose
-gradient a step leaves out keep theirs, and it grows stale with them. It is of the scaled gradient, so that a change of
-the loss scale makes it too large or too small for one step. Where steps accumulate on the server it is fed back from
-each part of the sum to the next, as if they were updates.
+**Limits.** The residual belongs to the gradients before it. The residual is stale after a load of parameters, and
+`clear` forgets the residual. The residual is on the client alone: a client that starts again starts without one.
+Elements keep their residual through a step without their gradient. The residual is of the scaled gradient, so a change
+of the loss scale makes the residual too large or too small for one step. With accumulation on the server, the residual
+of each gradient of the sum goes to the next one.
 """
 
 from __future__ import annotations
@@ -37,63 +38,63 @@ class ErrorFeedback:
     """The residual of one session's gradients. Not thread-safe: the session serialises its steps.
 
     Attributes:
-        residual: what is added to the next gradient, `(size,) float32`; always finite.
+        residual: the addend of the next gradient, `(size,) float32`; always finite.
     """
 
     def __init__(self, size: int) -> None:
-        """Start with nothing left over from `size` flat elements."""
+        """Start with a residual of zeros for `size` flat elements."""
         self.residual: _Floats = np.zeros(size, np.float32)
         self._pending: _Floats = np.empty(size, np.float32)
-        self._spans: list[tuple[int, int]] = []
+        self._ranges: list[tuple[int, int]] = []
 
     def keep(self, offset: int, wanted: _Floats, sent: _Floats) -> None:
-        """Note what flat elements from `offset` on should have been, residual included, and what they will decode to.
+        """Keep the encoding error of flat elements as the pending residual.
 
-        A block that is not finite leaves nothing: the residual it should add to will not be known either.
+        A block that is not finite leaves a residual of 0, since its error is not known.
 
         Args:
-            offset: first flat element.
-            wanted: `(n,) float32`.
-            sent: `(n,) float32`.
+            offset: the first flat element.
+            wanted: the values before the encoding, residual included, `(n,) float32`.
+            sent: the values that the receiver decodes, `(n,) float32`.
         """
         left = self._pending[offset : offset + len(wanted)]
         with np.errstate(all="ignore"):
             np.subtract(wanted, sent, out=left)
         if not np.isfinite(left).all():
             left[~np.isfinite(left)] = 0.0
-        if self._spans and self._spans[-1][1] == offset:
-            self._spans[-1] = (self._spans[-1][0], offset + len(wanted))
+        if self._ranges and self._ranges[-1][1] == offset:
+            self._ranges[-1] = (self._ranges[-1][0], offset + len(wanted))
         else:
-            self._spans.append((offset, offset + len(wanted)))
+            self._ranges.append((offset, offset + len(wanted)))
 
     def accept(self) -> None:
-        """Take over what the last sending left: the step was applied."""
-        if self._spans == [(0, len(self.residual))]:
+        """Make the pending residual the residual: the step was applied."""
+        if self._ranges == [(0, len(self.residual))]:
             self.residual, self._pending = self._pending, self.residual
         else:
-            for low, high in self._spans:
+            for low, high in self._ranges:
                 self.residual[low:high] = self._pending[low:high]
-        self._spans.clear()
+        self._ranges.clear()
 
     def discard(self) -> None:
-        """Forget what sendings left since `accept`: the step was skipped, or failed, or is sent again."""
-        self._spans.clear()
+        """Forget the pending residual: the step was skipped, failed, or is sent again."""
+        self._ranges.clear()
 
     def clear(self) -> None:
-        """Forget the residual too."""
+        """Forget the residual and the pending residual."""
         self.discard()
         self.residual[:] = 0.0
 
 
 def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool) -> None:
-    """Refuse error feedback for an encoding of gradients that takes nothing off, or too little to be kept.
+    """Refuse error feedback for gradients in another encoding than int8.
 
     Raises:
-        InvalidRequestError: it would take memory and do nothing.
+        InvalidRequestError: error feedback would use memory and change nothing.
     """
     if error_feedback and gradient_dtype != INT8:
-        raise InvalidRequestError(
-            f"error_feedback: the session's gradients travel as {gradient_dtype.name}, and only of 'int8' is anything "
-            "kept; create the session with gradient_dtype 'int8', or without error feedback",
-            metadata={"field": "error_feedback"},
+        raise InvalidRequestError.of(
+            "error_feedback",
+            f"the session's gradients travel as {gradient_dtype.name}, and only 'int8' has error feedback; create the "
+            "session with gradient_dtype 'int8', or without error feedback",
         )

@@ -1,4 +1,4 @@
-"""From a user's parameter groups to the contract's: which tensor is in which, and what each has of its own."""
+"""From a user's parameter groups to the contract's: the members of each group, and each group's own options."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ def grouped(
     """Return each tensor's group index and the groups' messages.
 
     Args:
-        named: the tensors.
-        groups: mappings with "params", the names of its tensors or of branches that they are in, and what a group has
-            of its own; tensors in none form one more, first.
-        optimizer: whose numbers groups have that have none of their own.
-        schedule: of groups that have none of their own.
+        named: the tensors, by name.
+        groups: mappings with "params", the names of tensors or of branches, and the group's own options. The tensors in
+            no mapping form one more group, the first.
+        optimizer: the optimizer; its numbers are the defaults of every group.
+        schedule: the schedule of groups without their own.
+
+    Returns:
+        The group index of each tensor by name, and one message for each group.
 
     Raises:
-        InvalidRequestError: names the group, the field and the value.
+        InvalidRequestError: an option of a group is missing, unknown or out of range. The message names the group, the
+            field and the value.
     """
     membership: dict[str, int] = {}
     members = [list(expanded(group.get("params", ()), named)) for group in groups]
@@ -57,11 +61,11 @@ def _group_message(
     message = optimizer_pb2.ParameterGroup(
         overrides=overrides_to_wire(optimizer, optimizer.hyperparameters(), overrides, field)
     )
-    own, place = group.get("schedule", schedule), f"{field}.schedule" if "schedule" in group else "schedule"
+    own, path = group.get("schedule", schedule), f"{field}.schedule" if "schedule" in group else "schedule"
     if own is not None:
         if not isinstance(own, Schedule):
-            raise InvalidRequestError.of(place, f"{own!r:.80} is not a stepwire.Schedule")
-        own.check(place)
+            raise InvalidRequestError.of(path, f"{own!r:.80} is not a stepwire.Schedule")
+        own.check(path)
         message.schedule.CopyFrom(schedule_to_wire(own))
     if group.get("clip_grad_norm") is not None:
         bound = number(group["clip_grad_norm"], f"{field}.clip_grad_norm")

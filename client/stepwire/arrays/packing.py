@@ -1,4 +1,4 @@
-"""Between a user's arrays and flat chunks: which part of which tensor lies where in each message."""
+"""Packing of a user's arrays into flat chunks: the ranges of tensors that lie in each message."""
 
 from __future__ import annotations
 
@@ -13,40 +13,47 @@ from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
 from stepwire.wire.dtypes import BLOCK, FLOAT16, FLOAT32, INT8, is_wire_dtype, wire_alignment, wire_items
-from stepwire.wire.int8_blocks import PIECE, decode_blocks, encode_blocks
+from stepwire.wire.int8_blocks import BATCH, decode_blocks, encode_blocks
 
-__all__ = ["Arrays", "ChunkLayout", "Container", "Flat", "Packer", "Part", "named_arrays"]
+__all__ = ["Arrays", "ChunkLayout", "Container", "Flat", "PackedRange", "Packer", "named_arrays"]
 
 Arrays: TypeAlias = Mapping[str, Any] | Sequence[Any]
-"""What users pass: arrays by name, or a list whose names are their positions, or a tree of those (see `trees`)."""
+"""A user's arrays: arrays by name, or a list with positions as names, or a tree of those (see `trees`)."""
 
 Container: TypeAlias = dict[str, Any] | list[Any]
-"""What a flat answer is: arrays in a dict where the user passed a mapping, in a list where it was a sequence."""
+"""The arrays of a reply: a dict if the user passed a mapping, a list if the user passed a sequence."""
 
 
 Flat: TypeAlias = Sequence[npt.NDArray[Any]]
 """1-D arrays in layout order."""
 
 
-class Part(NamedTuple):
-    """Elements `[begin, end)` of tensor `tensor` lie at `[at, at + end - begin)` of a chunk."""
+class PackedRange(NamedTuple):
+    """Elements `[begin, end)` of tensor `tensor` lie at `[position, position + end - begin)` of a chunk."""
 
     tensor: int
     begin: int
     end: int
-    at: int
+    position: int
 
 
 class ChunkLayout(NamedTuple):
-    """Flat elements `[offset, offset + elements)` and what lies in them."""
+    """One chunk: flat elements `[offset, offset + elements)`, and the ranges of tensors in them."""
 
     offset: int
     elements: int
-    parts: list[Part]
+    ranges: list[PackedRange]
 
 
 def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
     """Name the arrays and check that each can be sent.
+
+    Args:
+        arrays: the user's arrays, by name or by position.
+        field: the path that an error names.
+
+    Returns:
+        The arrays by name.
 
     Raises:
         InvalidRequestError: not a mapping or a sequence, or a dtype that is not float32, bfloat16 or float16.
@@ -79,7 +86,7 @@ class Packer:
     """Packs and unpacks the arrays of one session.
 
     Attributes:
-        layout: where the tensors lie.
+        layout: the layout of the session.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -89,33 +96,33 @@ class Packer:
         self._shapes = [(tensor.spec.name, tensor.spec.shape) for tensor in layout.tensors]
         # Every step has the same chunks.
         self._chunks: dict[tuple[int, int], Sequence[ChunkLayout]] = {}
-        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._ranges: dict[tuple[int, int], list[PackedRange]] = {}
 
     def chunks(self, most: int, dtype: np.dtype[Any] = FLOAT32) -> Sequence[ChunkLayout]:
         """Return the chunks of at most `most` elements, in order, each aligned as the layout and the encoding ask."""
-        kind = (most, wire_alignment(dtype))
-        if (known := self._chunks.get(kind)) is None:
-            known = self._chunks[kind] = tuple(self._cut(*kind))
+        key = (most, wire_alignment(dtype))
+        if (known := self._chunks.get(key)) is None:
+            known = self._chunks[key] = tuple(self._split(*key))
         return known
 
-    def _cut(self, most: int, alignment: int) -> Iterator[ChunkLayout]:
+    def _split(self, most: int, alignment: int) -> Iterator[ChunkLayout]:
         size = self.layout.size
         most -= most % max(self.layout.chunk_alignment, alignment)
         for offset in range(0, size, most):
             count = min(most, size - offset)
-            yield ChunkLayout(offset, count, self.parts(offset, count))
+            yield ChunkLayout(offset, count, self.ranges(offset, count))
 
-    def parts(self, offset: int, count: int) -> list[Part]:
-        """Return what lies in flat elements `[offset, offset + count)`; remembered."""
-        if (known := self._parts.get((offset, count))) is None:
-            known = self._parts[offset, count] = list(self._find_parts(offset, offset + count))
+    def ranges(self, offset: int, count: int) -> list[PackedRange]:
+        """Return the ranges of tensors in flat elements `[offset, offset + count)`, from a cache."""
+        if (known := self._ranges.get((offset, count))) is None:
+            known = self._ranges[offset, count] = list(self._find_ranges(offset, offset + count))
         return known
 
-    def _find_parts(self, offset: int, end: int) -> Iterator[Part]:
+    def _find_ranges(self, offset: int, end: int) -> Iterator[PackedRange]:
         for tensor in self.layout.overlapping(offset, end):
             first = max(offset - tensor.offset, 0)
             last = min(end - tensor.offset, tensor.count)
-            yield Part(self._indices[tensor.spec.name], first, last, tensor.offset + first - offset)
+            yield PackedRange(self._indices[tensor.spec.name], first, last, tensor.offset + first - offset)
 
     def ordered(self, arrays: Arrays, field: str) -> list[npt.NDArray[Any]]:
         """Return checked 1-D views (copies of non-contiguous arrays) in layout order.
@@ -128,12 +135,15 @@ class Packer:
     def present(
         self, arrays: Arrays, field: str, optional: frozenset[str]
     ) -> tuple[list[npt.NDArray[Any]], frozenset[int]]:
-        """Return views as `ordered` does, empty ones where a tensor has no array, and the indices of those tensors.
+        """Return views as `ordered` does, with an empty view for each tensor without an array.
 
         Args:
-            arrays: the user's; a tensor is left out, or None.
+            arrays: the user's arrays; a tensor without an array is absent, or None.
             field: the path that an error names.
-            optional: the names that may be left out.
+            optional: the names that may be absent.
+
+        Returns:
+            The views, and the indices of the tensors without an array.
 
         Raises:
             InvalidRequestError: as `ordered`.
@@ -178,26 +188,26 @@ class Packer:
     def write(
         self,
         flat: Flat,
-        parts: Sequence[Part],
+        ranges: Sequence[PackedRange],
         chunk: npt.NDArray[Any],
         offset: int = 0,
         feedback: ErrorFeedback | None = None,
     ) -> None:
-        """Encode parts into a chunk; elements between tensors, and those of a tensor without a gradient, become zero.
+        """Encode ranges into a chunk. Padding, and the elements of a tensor without a gradient, become zero.
 
-        What float16 cannot hold becomes infinite, as the contract says, and is no reason for a warning: this runs in
-        gRPC's sending thread, where a warning that the user has made an error would break the stream.
+        A value beyond float16 becomes infinite, as the contract says, without a warning. This method runs in gRPC's
+        sending thread, and a warning that the user has made an error would break the stream there.
 
         Args:
-            flat: 1-D arrays in layout order, empty where a tensor has no gradient.
-            parts: what lies in the chunk.
-            chunk: items of the encoding.
-            offset: first flat element; what `feedback` needs.
-            feedback: with `INT8`, adds what earlier steps have left over, and keeps what this one leaves.
+            flat: 1-D arrays in layout order, empty for a tensor without a gradient.
+            ranges: the ranges of the chunk.
+            chunk: the items of the encoding; filled.
+            offset: the first flat element of the chunk, for `feedback`.
+            feedback: with `INT8`, the error feedback: its residual is added, and the new encoding error is kept.
         """
-        present = [part for part in parts if part.end <= len(flat[part.tensor])]
-        if chunk.dtype == INT8:  # whose blocks would be coarser, or not finite, for what a frozen tensor brings
-            stepped = [part for part in present if not self.layout.tensors[part.tensor].spec.frozen]
+        present = [packed for packed in ranges if packed.end <= len(flat[packed.tensor])]
+        if chunk.dtype == INT8:  # the gradient of a frozen tensor would make the blocks coarser, or not finite
+            stepped = [packed for packed in present if not self.layout.tensors[packed.tensor].spec.frozen]
             _write_blocks(flat, stepped, chunk, offset, feedback)
         elif chunk.dtype == FLOAT16:
             with np.errstate(over="ignore"):
@@ -205,22 +215,23 @@ class Packer:
         else:
             _copy(flat, present, chunk)
 
-    def read(self, flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
-        """Decode a chunk into parts."""
-        for part in parts:
-            flat[part.tensor][part.begin : part.end] = chunk[part.at : part.at + part.end - part.begin]
+    def read(self, flat: Flat, ranges: Sequence[PackedRange], chunk: npt.NDArray[Any]) -> None:
+        """Decode a chunk into its ranges of `flat`."""
+        for packed in ranges:
+            last = packed.position + packed.end - packed.begin
+            flat[packed.tensor][packed.begin : packed.end] = chunk[packed.position : last]
 
     def empty(self, dtype: np.dtype[Any], *, as_list: bool) -> Container:
-        """Allocate arrays for an answer, as views of one flat buffer: a list where the user passed one."""
-        return self.room(dtype, as_list=as_list)[0]
+        """Return new arrays for a reply, as views of one flat buffer: a list with `as_list`, else a dict."""
+        return self.allocate(dtype, as_list=as_list)[0]
 
-    def room(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
-        """Return what `empty` does, and the same as `targets` does."""
-        named, flat = self.named_room(dtype)
+    def allocate(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
+        """Return new arrays as `empty` does, and 1-D views of them as `targets` does."""
+        named, flat = self.allocate_named(dtype)
         return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
 
-    def named_room(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:
-        """Return what `room` does, by name."""
+    def allocate_named(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:
+        """Return new arrays as `allocate` does, by name."""
         buffer = np.empty(self.layout.size, dtype)
         flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
         return {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}, flat
@@ -229,7 +240,7 @@ class Packer:
         """Return writable 1-D views of a user's arrays in layout order.
 
         Raises:
-            InvalidRequestError: they do not match, or are read-only or not contiguous.
+            InvalidRequestError: the arrays do not match the layout, or are read-only or not contiguous.
         """
         arrays = self._checked(named_arrays(out, field), field)
         for (name, _), array in zip(self._shapes, arrays, strict=True):
@@ -247,57 +258,57 @@ class Packer:
         return [array.reshape(-1) for array in arrays]
 
 
-def _copy(flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any]) -> None:
+def _copy(flat: Flat, ranges: Sequence[PackedRange], chunk: npt.NDArray[Any]) -> None:
     done = 0
-    for part in parts:
-        if part.at > done:
-            chunk[done : part.at] = 0
-        done = part.at + part.end - part.begin
-        chunk[part.at : done] = flat[part.tensor][part.begin : part.end]
+    for packed in ranges:
+        if packed.position > done:
+            chunk[done : packed.position] = 0
+        done = packed.position + packed.end - packed.begin
+        chunk[packed.position : done] = flat[packed.tensor][packed.begin : packed.end]
     if done < len(chunk):
         chunk[done:] = 0
 
 
 def _write_blocks(
-    flat: Flat, parts: Sequence[Part], chunk: npt.NDArray[Any], offset: int, feedback: ErrorFeedback | None
+    flat: Flat, ranges: Sequence[PackedRange], chunk: npt.NDArray[Any], offset: int, feedback: ErrorFeedback | None
 ) -> None:
-    """Gather a piece that stays in the cache, and encode it from there, until the chunk is full."""
-    values = np.empty(min(PIECE, len(chunk) * BLOCK), np.float32)
-    for low in range(0, len(chunk) * BLOCK, PIECE):
-        piece = values[: min(PIECE, len(chunk) * BLOCK - low)]
-        within = list(_parts_within(parts, low, low + len(piece)))
-        _copy(flat, within, piece)
-        blocks = chunk[low // BLOCK :][: wire_items(INT8, len(piece))]
+    """Gather batches that stay in the processor's cache, and encode each from there."""
+    values = np.empty(min(BATCH, len(chunk) * BLOCK), np.float32)
+    for low in range(0, len(chunk) * BLOCK, BATCH):
+        batch = values[: min(BATCH, len(chunk) * BLOCK - low)]
+        within = list(_ranges_within(ranges, low, low + len(batch)))
+        _copy(flat, within, batch)
+        blocks = chunk[low // BLOCK :][: wire_items(INT8, len(batch))]
         if feedback is None:
-            encode_blocks(piece, blocks)
+            encode_blocks(batch, blocks)
         else:
-            _encode_with_feedback(piece, blocks, within, offset + low, feedback)
+            _encode_with_feedback(batch, blocks, within, offset + low, feedback)
 
 
 def _encode_with_feedback(
-    piece: npt.NDArray[np.float32],
+    batch: npt.NDArray[np.float32],
     blocks: npt.NDArray[Any],
-    parts: Sequence[Part],
+    ranges: Sequence[PackedRange],
     offset: int,
     feedback: ErrorFeedback,
 ) -> None:
-    spans = [(part.at, part.at + part.end - part.begin) for part in parts]
+    bounds = [(packed.position, packed.position + packed.end - packed.begin) for packed in ranges]
     with np.errstate(over="ignore", invalid="ignore"):
-        for begin, end in spans:
-            piece[begin:end] += feedback.residual[offset + begin : offset + end]
-    encode_blocks(piece, blocks)
-    sent = decode_blocks(blocks, len(piece))
-    for begin, end in spans:
-        feedback.keep(offset + begin, piece[begin:end], sent[begin:end])
+        for begin, end in bounds:
+            batch[begin:end] += feedback.residual[offset + begin : offset + end]
+    encode_blocks(batch, blocks)
+    sent = decode_blocks(blocks, len(batch))
+    for begin, end in bounds:
+        feedback.keep(offset + begin, batch[begin:end], sent[begin:end])
 
 
-def _parts_within(parts: Sequence[Part], low: int, high: int) -> Iterator[Part]:
-    """Yield what of some parts lies in elements `[low, high)` of their chunk, counted from `low`."""
-    first = max(bisect_right(parts, low, key=lambda part: part.at) - 1, 0)
-    for part in parts[first:]:
-        if part.at >= high:
+def _ranges_within(ranges: Sequence[PackedRange], low: int, high: int) -> Iterator[PackedRange]:
+    """Yield the overlap of ranges with elements `[low, high)` of their chunk, with positions counted from `low`."""
+    first = max(bisect_right(ranges, low, key=lambda packed: packed.position) - 1, 0)
+    for packed in ranges[first:]:
+        if packed.position >= high:
             return
-        skipped = max(low - part.at, 0)
-        begin, end = part.begin + skipped, min(part.end, part.begin + high - part.at)
+        skipped = max(low - packed.position, 0)
+        begin, end = packed.begin + skipped, min(packed.end, packed.begin + high - packed.position)
         if begin < end:
-            yield Part(part.tensor, begin, end, part.at + skipped - low)
+            yield PackedRange(packed.tensor, begin, end, packed.position + skipped - low)

@@ -1,13 +1,12 @@
-"""Arrays that nest: dicts, lists and tuples of arrays in any depth, and the flat names that a session knows them by.
+"""Trees of arrays: dicts, lists and tuples in any depth, and the flat names of their arrays in a session.
 
 A tensor's name is its path, keys and positions joined by slashes: the first weight of `{"encoder": [{"w": …}]}` is
-`encoder/0/w`. Slashes rather than dots, because dots are in the names that PyTorch gives, so that a tree of state
-dicts has unambiguous paths, and because JAX's libraries print paths so. Keys may have slashes in them, as Haiku's have:
-nobody takes a name apart, since a tree is put together again by the structure that it had. Only where two arrays would
-have one name is a tree refused.
+`encoder/0/w`. Dots would be ambiguous in a tree of PyTorch's state dicts, and JAX's libraries print paths with slashes.
+Keys may contain slashes, as Haiku's keys do. No code splits a name, since a tree is restored by its structure alone. A
+tree is refused only if two of its arrays have one name.
 
-What is no dict, list or tuple is a leaf, and must be an array. So a list of numbers is a list of scalars here, as in
-JAX, where NumPy would make one array of it.
+Everything but a dict, a list or a tuple is a leaf, and must be an array. So a list of numbers is a list of scalars, as
+in JAX. NumPy would make one array of the list.
 """
 
 from __future__ import annotations
@@ -22,25 +21,28 @@ __all__ = ["SEPARATOR", "Flattened", "Structure", "Tree", "expanded", "flattened
 SEPARATOR: Final = "/"
 
 Tree: TypeAlias = dict[str, Any] | list[Any] | tuple[Any, ...]
-"""What users get back: arrays in the dicts, lists and tuples in which they passed theirs."""
+"""The arrays that users get back, in dicts, lists and tuples like their own."""
 
 _BRANCHES: Final = (Mapping, list, tuple)
 
 
 class Structure:
-    """How a user's arrays nest."""
+    """The nesting of a user's arrays."""
 
     def __init__(self, skeleton: Any = None) -> None:
-        """Keep a tree that has names in the place of arrays; None is a flat dict, whatever its names."""
+        """Keep a tree with names in the place of arrays; None is a flat dict of any names."""
         self._skeleton = skeleton
         self._names = frozenset(_leaves(skeleton))
 
     def restored(self, named: dict[str, Any], otherwise: Structure | None = None) -> Tree:
-        """Return arrays by name in this structure; no arrays at all as its empty outermost container.
+        """Return arrays by name in this structure; the empty outermost container for no arrays.
 
         Args:
-            named: the arrays.
-            otherwise: the structure to use where this one does not have these names.
+            named: the arrays, by name.
+            otherwise: the structure to use if the names are not those of this structure.
+
+        Returns:
+            The tree.
         """
         if self._skeleton is None:
             return named
@@ -53,16 +55,16 @@ class Structure:
 
 
 class Flattened(NamedTuple):
-    """A tree taken apart: its leaves by name, in order, and how they nested."""
+    """A flattened tree: its leaves by name, in order, and its structure."""
 
     named: dict[str, Any]
     structure: Structure
 
 
 def is_nested(arrays: object) -> bool:
-    """Tell whether a container has others in it. Its cost does not grow with each array, only with each type there is.
+    """Tell whether a container has others in it. The cost grows with the number of types, not of arrays.
 
-    A tuple counts, since it is to come back as one, and lists are what flat sequences come back as.
+    A tuple counts as nested: it has to come back as a tuple, and flat sequences come back as lists.
     """
     if isinstance(arrays, tuple):
         return True
@@ -71,11 +73,14 @@ def is_nested(arrays: object) -> bool:
 
 
 def flattened(arrays: object, field: str) -> Flattened:
-    """Take a tree apart; leaves are not looked at.
+    """Flatten a tree. The leaves are not checked.
 
     Args:
         arrays: a dict, a list or another sequence, or a tree of dicts, lists and tuples.
         field: the path that an error names.
+
+    Returns:
+        The leaves by name, and the structure.
 
     Raises:
         InvalidRequestError: not a container, a key that is no string, or two leaves of one name.
@@ -90,11 +95,11 @@ def flattened(arrays: object, field: str) -> Flattened:
             _check_key(key, field)
         return Flattened(dict(arrays), Structure())
     branch = arrays if isinstance(arrays, _BRANCHES) else list(arrays)
-    return Flattened(named, Structure(_taken_apart(branch, "", field, named)))
+    return Flattened(named, Structure(_split_up(branch, "", field, named)))
 
 
 def structure_like(arrays: object | None) -> Structure:
-    """Return how the argument `like` nests; without one, as a flat dict.
+    """Return the structure of the argument `like`; that of a flat dict for None.
 
     Raises:
         InvalidRequestError: as `flattened`.
@@ -103,27 +108,27 @@ def structure_like(arrays: object | None) -> Structure:
 
 
 def expanded(names: Iterable[str], tensors: Collection[str]) -> Iterator[str]:
-    """Yield names of tensors; the name of a branch stands for all tensors in it, and an unknown one for itself."""
+    """Yield names of tensors. The name of a branch stands for all its tensors, and an unknown name for itself."""
     for name in names:
         inside = [] if name in tensors else [each for each in tensors if each.startswith(f"{name}{SEPARATOR}")]
         yield from inside or (name,)
 
 
-def _taken_apart(node: Any, path: str, field: str, named: dict[str, Any]) -> Any:
-    """Put the leaves into `named`; return the node with names in their place."""
+def _split_up(node: Any, path: str, field: str, named: dict[str, Any]) -> Any:
+    """Put the leaves of a node into `named`; return the node with names in place of its leaves."""
     prefix = path + SEPARATOR if path else ""
     if isinstance(node, Mapping):
         for key in node:
             _check_key(key, field)
-        return {key: _taken_apart(child, prefix + key, field, named) for key, child in node.items()}
+        return {key: _split_up(child, prefix + key, field, named) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
-        children = [_taken_apart(child, f"{prefix}{position}", field, named) for position, child in enumerate(node)]
+        children = [_split_up(child, f"{prefix}{position}", field, named) for position, child in enumerate(node)]
         return children if isinstance(node, list) else _tuple_like(node, children)
     if path in named:
         raise InvalidRequestError.of(
             field,
-            f"two arrays have the name {path!r}: keys are joined by {SEPARATOR!r}, and here one has that in it, or "
-            "is empty; rename it, or pass a flat dict of names of your own",
+            f"two arrays have the name {path!r}: a key is empty or contains {SEPARATOR!r}; rename the key, or pass a "
+            "flat dict of your own names",
             reason=Reason.INVALID_TENSOR,
         )
     named[path] = node
@@ -148,7 +153,7 @@ def _leaves(node: Any) -> Iterator[str]:
 
 
 def _tuple_like(node: tuple[Any, ...], children: list[Any]) -> tuple[Any, ...]:
-    """Return a tuple of the same kind: named tuples take their fields one by one."""
+    """Return a tuple of the same kind; the constructor of a named tuple has one argument for each field."""
     return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
 
 

@@ -1,4 +1,4 @@
-"""Calls over one channel: deadlines set, errors translated, and repeated where the contract permits."""
+"""Calls over one channel: deadlines set, errors translated, and repeated if the contract permits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Calls:
         )
 
     def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
-        """Call a unary method, again if need be, and return its decoded answer.
+        """Call a unary method, again if need be, and return its decoded response.
 
         Raises:
             StepwireError: the server's refusal, or no connection within the deadline.
@@ -67,18 +67,18 @@ class Calls:
         data = request.SerializeToString()
         return self._repeat(lambda deadline: call(data, timeout=deadline.remaining()), timeout_seconds)
 
-    def download(self, method: str, request: Any, take: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
-        """Call a server-streaming method once and hand its messages, undecoded, to `take`."""
+    def download(self, method: str, request: Any, read: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
+        """Call a server-streaming method once and hand its messages, undecoded, to `read`."""
         call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
         stream = call(request.SerializeToString(), timeout=deadline.remaining())
         try:
             with _translated():
-                return take(stream)
+                return read(stream)
         finally:
             stream.cancel()
 
     def upload(self, method: str, frames: Iterable[bytes], response: Any, deadline: Deadline) -> Any:
-        """Call a client-streaming method once and return its decoded answer."""
+        """Call a client-streaming method once and return its decoded response."""
         call: Any = self.channel.stream_unary(
             _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
         )
@@ -107,13 +107,11 @@ def _translated() -> Iterator[None]:
 
 
 def checked_timeout(seconds: float) -> float:
-    """Return the timeout if it is one.
+    """Return a timeout in seconds.
 
     Raises:
-        InvalidRequestError: it is not a positive number.
+        InvalidRequestError: the timeout is not a positive number.
     """
     if not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise InvalidRequestError(
-            f"timeout: {seconds!r} is not a positive number of seconds", metadata={"field": "timeout"}
-        )
+        raise InvalidRequestError.of("timeout", f"{seconds!r} is not a positive number of seconds")
     return float(seconds)

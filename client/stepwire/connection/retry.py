@@ -1,7 +1,7 @@
 """Deadlines and retries: full jitter inside one deadline, with clock, sleep and randomness as arguments.
 
-gRPC's own retry is off: it silently stops above 256 KiB a call, and it cannot know that a step is safe to repeat
-by its number. Ours repeats whole calls, which every call of the contract permits.
+gRPC's own retry is off: it silently stops above 256 KiB a call, and knows of no step that is safe to repeat by its
+number. This retry repeats whole calls, which every call of the contract permits.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _METHOD: Final = "/stepwire.v1.OptimizerService/Attach"
 class _Outbox(Iterator[bytes]):
     """Messages to send, made when gRPC asks for them: at most one waits beside the one on the wire.
 
-    gRPC takes from it in a thread of its own, so a large gradient is packed while its start is being sent.
+    gRPC reads the outbox in a thread of its own, so a large gradient is packed while its start is being sent.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class _Outbox(Iterator[bytes]):
 
 
 class AttachedStream:
-    """A stream attached to a session's slot.
+    """A stream attached to a session's worker.
 
     Attributes:
-        opened: what the server said on opening.
+        opened: the server's first message.
     """
 
     def __init__(self, channel: grpc.Channel, opening: attach_pb2.AttachOpen, deadline: Deadline) -> None:
@@ -75,7 +75,7 @@ class AttachedStream:
         self.opened: attach_pb2.AttachOpened = first.message.opened
 
     def exchange(self, frames: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
-        """Send messages and yield the answers for as long as the caller asks.
+        """Send messages and yield the replies for as long as the caller asks.
 
         Raises:
             StepwireError: the server's refusal, a broken connection, or the deadline.
@@ -105,17 +105,17 @@ class AttachedStream:
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
-            answer: bytes = next(self._call)
-            return answer
+            reply: bytes = next(self._call)
+            return reply
         except StopIteration:
             raise UnavailableError("the server ended the stream", reason=Reason.UNREACHABLE) from None
         except grpc.RpcError as error:
-            raise self._told(error, deadline) from None
+            raise self._translated(error, deadline) from None
 
-    def _told(self, error: grpc.RpcError, deadline: Deadline) -> StepwireError:
+    def _translated(self, error: grpc.RpcError, deadline: Deadline) -> StepwireError:
         if self._watchdog.barked:
             return DeadlineExceededError(
-                f"no answer within {deadline.timeout_seconds} s; the step may have been applied: take it again with "
+                f"no reply within {deadline.timeout_seconds} s; the step may have been applied: send it again with "
                 "the same gradients, or with a longer timeout",
                 metadata={"timeout_seconds": deadline.timeout_seconds},
             )

@@ -1,8 +1,7 @@
 """A deadline for something that blocks without one: the next message of a long-lived stream.
 
-Starting a timer thread for each step would cost more than a small step. One sleeping thread per stream costs
-nothing: a step only notes when it should be over, and the thread, when it wakes at an earlier note, sees the newer
-one and sleeps on.
+A timer thread for each step would cost more than a small step. One sleeping thread a stream costs nothing. A step only
+notes its deadline. The thread wakes at an earlier deadline, sees the newer one, and sleeps on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The link of a session to its server: the seam that `Session` speaks through."""
+"""The links of a session and of a client to their servers: the seams that `Session` and `Client` speak through."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ __all__ = ["load_messages", "read_pull"]
 def read_pull(
     messages: Iterator[bytes], packer: Packer, dtype: np.dtype[Any], targets: Mapping[str, Flat]
 ) -> state_pb2.PullHeader:
-    """Decode the answer to a pull into the target arrays of each slot.
+    """Decode the messages of a pull into the target arrays of each slot.
 
     Raises:
-        UnavailableError: the server ended the stream before everything had come.
+        UnavailableError: the server ended the stream early.
     """
     header: state_pb2.PullHeader | None = None
     missing = packer.layout.size * len(targets)
@@ -36,7 +36,7 @@ def read_pull(
             chunk = message.chunk
             packer.read(
                 targets[message.slot],
-                packer.parts(chunk.offset, chunk.count),
+                packer.ranges(chunk.offset, chunk.count),
                 frame.payload.view(dtype),
             )
             missing -= chunk.count
@@ -48,13 +48,13 @@ def read_pull(
 def load_messages(
     opening: state_pb2.LoadOpen, packer: Packer, sources: Mapping[str, Flat], chunk_bytes: int
 ) -> Iterator[bytes]:
-    """Yield the messages of a load of float32 values, made as they are asked for."""
+    """Yield the messages of a load of float32 values, each made on demand."""
     opening.dtype = dtype_to_wire(FLOAT32)
     yield pb.LoadRequest(open=opening).SerializeToString()
     for slot, flat in sources.items():
-        for offset, count, parts in packer.chunks(chunk_bytes // FLOAT32.itemsize):
+        for offset, count, ranges in packer.chunks(chunk_bytes // FLOAT32.itemsize):
             header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * FLOAT32.itemsize)
-            packer.write(flat, parts, frame.payload(FLOAT32))
+            packer.write(flat, ranges, frame.payload(FLOAT32))
             yield frame.finish()
     yield pb.LoadRequest(commit=True).SerializeToString()

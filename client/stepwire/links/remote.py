@@ -1,131 +1,329 @@
-"""The client's hold on a session's slot: its stream, mended when it breaks, and the steps taken over it."""
+"""The link to a session on one server: steps by number, pulls, loads, and all of them again after a break."""
 
 from __future__ import annotations
 
-from stepwire.arrays.packing import Packer
-from stepwire.connection.retry import Deadline
-from stepwire.connection.stream import AttachedStream
-from stepwire.errors import StepMismatchError
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stepwire.arrays.packing import Flat
+from stepwire.connection.retry import Deadline, Retry
+from stepwire.errors import FencedError, Reason, SessionNotFoundError, UnavailableError, UnsupportedFeatureError
+from stepwire.links.hold import Hold
+from stepwire.links.link import Load, SessionLink
+from stepwire.links.pull_and_load import load_messages, read_pull
+from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
-from stepwire.steps.reply import ReplyReader
-from stepwire.steps.shared import SharedArrays
-from stepwire.transports.attach import open_stream
+from stepwire.steps.carry import Carry
+from stepwire.steps.description import SessionDescription
+from stepwire.steps.doubt import Doubt, unfinished
 from stepwire.transports.route import Route
-from stepwire.v1 import attach_pb2, session_pb2, step_pb2
+from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import state_pb2, step_pb2
+from stepwire.wire.dtypes import dtype_to_wire
 
-__all__ = ["Attachment"]
+__all__ = ["RemoteLink"]
+
+_T = TypeVar("_T")
+_CLOSE_TIMEOUT_SECONDS = 5.0
+_LEAST_SECONDS = 1e-3
 
 
-class Attachment:
-    """Holds the slot. The session serialises its calls.
-
-    Attributes:
-        token: proves possession of the slot; 0 before it was taken.
-        epoch: the session's epoch.
-        applied_step: the last step known to be applied.
-        applied_load: the last load known to be applied.
-        step_on_server: the last step applied on the server, as it said itself.
-        shared: the memory that the stream shares, while it is attached and shares any.
-        in_doubt: since then a step has failed that may have been applied; attaching tells.
-    """
+class RemoteLink(SessionLink):
+    """The link to a session on one server."""
 
     def __init__(
-        self, route: Route, session: session_pb2.Session, token: int, packer: Packer, chunk_bytes: int
+        self, route: Route, description: SessionDescription, token: int, *, error_feedback: bool = False
     ) -> None:
-        """Be ready to attach to a session as the server described it."""
-        self.token = token
-        self.epoch = session.epoch
-        self.applied_step = session.applied_step
-        self.applied_load = session.applied_load
-        self._session_id = session.session_id
+        """Link to a session as its server described it.
+
+        Args:
+            route: the way to the server.
+            description: the session.
+            token: the proof of the hold of its worker; 0 acquires the worker when a step or a load needs it.
+            error_feedback: keep the encoding error of each gradient for the next one.
+
+        Raises:
+            InvalidRequestError: error feedback of an encoding that has none.
+        """
         self._route = route
-        self._packer = packer
-        self._chunk_bytes = chunk_bytes
-        self._stream: AttachedStream | None = None
-        self.shared: SharedArrays | None = None
-        self.step_on_server = session.applied_step
-        self.in_doubt = False
+        self._description = description
+        size = description.packer.layout.size
+        self._carry = Carry(description.message, size, error_feedback=error_feedback)
+        self._hold = Hold(route, description, token)
+        self._doubt: Doubt | None = None
+        self._last_result: step_pb2.StepResult | None = None
+        self._lock = threading.RLock()
 
     @property
-    def attached(self) -> bool:
-        """There is a stream; that it has broken is only seen when it is used."""
-        return self._stream is not None
+    def description(self) -> SessionDescription:
+        """See `SessionLink.description`."""
+        return self._description
 
-    def attach(self, deadline: Deadline) -> AttachedStream:
-        """Return the stream, attaching if there is none; without a token that takes the slot.
+    @property
+    def lock(self) -> threading.RLock:
+        """See `SessionLink.lock`."""
+        return self._lock
 
-        Raises:
-            FencedError: another client took the slot.
-            StepwireError: the server refused or cannot be reached.
-        """
-        if self._stream is None:
-            opening = attach_pb2.AttachOpen(session_id=self._session_id, attach_token=self.token, epoch=self.epoch)
-            stream, self.shared = open_stream(self._route, opening, self._packer, deadline)
-            if self.token == 0:
-                self.applied_step, self.applied_load = stream.opened.applied_step, stream.opened.applied_load
-            self.token = stream.opened.attach_token
-            self.step_on_server, self.in_doubt = stream.opened.applied_step, False
-            self._stream = stream
-        return self._stream
+    @property
+    def carry(self) -> Carry:
+        """See `SessionLink.carry`."""
+        return self._carry
+
+    @property
+    def parts(self) -> tuple[SessionLink, ...]:
+        """Return the link itself: the session is not sharded."""
+        return (self,)
+
+    @property
+    def hold(self) -> Hold:
+        """The hold of the session's worker, for a link that steps several sessions as one."""
+        return self._hold
+
+    @property
+    def retry(self) -> Retry:
+        """The repetition of calls, for a link that repeats several sessions as one."""
+        return self._route.calls.retry
+
+    @property
+    def target(self) -> str:
+        """The target that the client connected to."""
+        return self._route.calls.target
+
+    @property
+    def applied_step(self) -> int:
+        """The last step known to be applied."""
+        return self._hold.applied_step
+
+    @property
+    def last_result(self) -> step_pb2.StepResult | None:
+        """See `SessionLink.last_result`."""
+        return self._last_result
+
+    @property
+    def transport(self) -> TransportChoice | None:
+        """See `SessionLink.transport`."""
+        return self._route.choice
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        """See `SessionLink.deadline`."""
+        return self._route.calls.deadline(timeout)
+
+    # --- streams -----------------------------------------------------------------------------------------
+
+    def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
+        """See `SessionLink.attach`. After it, `applied_step` tells the outcome of a step in doubt."""
+        hold, before = self._hold, self._route.asked
+        if transport is not None and transport != before:
+            hold.detach()
+            self._route.ask(transport)
+        doubt, token = self._doubt, hold.token
+        if take_over:
+            hold.release()
+            self._doubt = None  # the last step may be that of a holder in between
+        try:
+            self._repeat(hold.attach, deadline)
+        except UnsupportedFeatureError:
+            self._route.ask(before)
+            raise
+        if take_over and hold.token == token + 1:  # nobody held the worker in between
+            self._doubt = doubt
+        if self._doubt is not None and hold.step_on_server == self._doubt.step:
+            hold.applied_step = hold.step_on_server
 
     def detach(self) -> None:
-        """Drop the stream, if any; the slot stays ours until another client takes it."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        if self.shared is not None:
-            self.shared.close()
-            self.shared = None
+        """See `SessionLink.detach`."""
+        self._hold.detach()
 
-    def loaded(self, load: int, applied_step: int) -> None:
-        """Note a committed load and the step it left the session at."""
-        self.applied_load = load
-        self.applied_step = self.step_on_server = applied_step
+    def shared(self, deadline: Deadline) -> SharedArrays:
+        """See `SessionLink.shared`."""
+        self.attach(deadline)
+        if self._hold.shared is None:
+            choice = self._route.choice
+            reason = "" if choice is None else choice.reasons.get("shm", f"it uses {choice.name!r}")
+            raise UnsupportedFeatureError(
+                f"the session shares no memory with its server: {reason}; pass arrays of your own to `step`",
+                metadata={"field": "transport", "feature": "transport_shm"},
+            )
+        return self._hold.shared
 
-    def take_step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
-        """Send a step once and read its answer; whatever fails, the stream is dropped.
+    def forget_writes(self) -> None:
+        """See `SessionLink.forget_writes`."""
+        if self._hold.shared is not None:
+            self._hold.shared.forget_writes()
+
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """See `SessionLink.step`."""
+        call.begin.step = self._number(call, deadline)
+        try:
+            result = self.step_by_number(call, deadline)
+        except BaseException:
+            self._doubt = Doubt.after(call)
+            raise
+        self._doubt = None
+        return result
+
+    def step_by_number(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Send a call that has its number, until its reply is read.
 
         Raises:
-            StepMismatchError: the session moved without this client.
-            StepwireError: the server's refusal, a broken connection, or the deadline.
+            StepwireError: as `step`; the outcome is unknown to this link.
         """
         try:
-            stream = self.attach(deadline)
-            result = self._exchange(stream, call, deadline)
+            result = self._repeat(lambda left: self._hold.step(call, left), deadline)
         except BaseException:
-            self.detach()
-            self.in_doubt = True
-            call.begin.reply.ClearField("base")  # a part of the answer may have changed what is held
+            self._carry.failed(call)
             raise
-        self.applied_step = self.step_on_server = result.step
+        self._carry.applied(call, result)
+        self._last_result = result
         return result
 
-    def _exchange(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
-        """Send the step, or, where it was applied and only its answer was lost, no gradient; read the answer."""
-        step, applied = call.begin.step, self.step_on_server
-        if applied not in (step - 1, step):
-            raise StepMismatchError(
-                f"this client is about to take step {step} and the session is at step {applied}: it moved without "
-                "this client; pull the parameters and go on from there with a new Session object",
-                metadata={"expected_step": applied + 1, "actual_step": step},
-            )
-        if call.feed is not None:
-            call.feed.bind(stream.close)
-        shared = self.shared if self.shared is not None and self.shared.carries(call) else None
-        arrival = ReplyReader(self._packer, call, shared)
-        messages = (
-            call.messages(self._packer, self._chunk_bytes, again=applied == step)
-            if shared is None
-            else iter([shared.message(call, again=applied == step)])
+    def _number(self, call: StepCall, deadline: Deadline) -> int:
+        """Return the number of a call, once a step in doubt is settled."""
+        if self._doubt is None:
+            if self._hold.token == 0:  # only the holder of the worker knows the next step
+                self._repeat(self._hold.attach, deadline)
+        elif self._doubt.covers(call):
+            call.sent = True
+            return self._doubt.step
+        else:
+            self._resolve(self._doubt, deadline)
+        return self._hold.applied_step + 1
+
+    def _resolve(self, doubt: Doubt, deadline: Deadline) -> None:
+        """Learn the outcome of a step in doubt.
+
+        Raises:
+            SessionNotReadyError: the step is half applied.
+            StepMismatchError: the session moved without this client.
+            StepwireError: as `attach`.
+        """
+        hold = self._hold
+        self._repeat(hold.attach, deadline)
+        hold.check(doubt.step, sent=True)
+        if hold.unfinished_step:
+            raise unfinished(hold.unfinished_step)
+        hold.applied_step = hold.step_on_server
+        doubt.resolve(applied=hold.step_on_server == doubt.step)
+        self._doubt = None
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """See `SessionLink.pull`."""
+        request = pb.PullRequest(
+            session_id=self._description.session_id,
+            slots=targets,
+            dtype=dtype_to_wire(dtype),
+            chunk_bytes=self._description.chunk_bytes,
         )
-        for frame in stream.exchange(messages, deadline):
-            message: pb.AttachResponse = frame.message
-            arrival.take(frame)
-            if message.HasField("gradient_check"):
-                stream.send([call.decided(message.gradient_check)])
-            if message.HasField("result"):
+        packer = self._description.packer
+        return self._repeat(
+            lambda left: self._route.way(left).calls.download(
+                "Pull", request, lambda messages: read_pull(messages, packer, dtype, targets), left
+            ),
+            deadline,
+        )
+
+    def load(self, load: Load, deadline: Deadline) -> None:
+        """See `SessionLink.load`."""
+        hold = self._hold
+        if hold.token == 0 or hold.in_doubt:
+            self._repeat(hold.attach, deadline)
+        opening, in_doubt = load.opening(), hold.load_in_doubt
+        while True:
+            if load.step is None:  # said all the same, so that a load that arrives after a step is refused
+                opening.step = hold.step_on_server
+            replayed = self._send_load(load, opening, deadline)
+            if not replayed or opening.load != in_doubt:
                 break
-        arrival.finish()
-        result: step_pb2.StepResult = message.result
-        return result
+            # An earlier load, which had failed, was committed, and the server took this load for its repetition.
+        self._doubt = None
+
+    def initialize(self, load: Load, deadline: Deadline) -> None:
+        """See `SessionLink.initialize`."""
+        if not self._description.message.ready:
+            self.load(load, deadline)
+
+    def _send_load(self, load: Load, opening: state_pb2.LoadOpen, deadline: Deadline) -> bool:
+        """Send the next load until it is committed; True if the server had committed its number before."""
+        hold, description = self._hold, self._description
+        opening.session_id, opening.load = description.session_id, hold.applied_load + 1
+
+        def attempt(left: Deadline) -> pb.LoadResponse:
+            if hold.epoch == 0:
+                hold.attach(left)
+            opening.attach_token, opening.epoch = hold.token, hold.epoch
+            messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
+            response: pb.LoadResponse = self._route.way(left).calls.upload("Load", messages, pb.LoadResponse, left)
+            return response
+
+        try:
+            response = self._repeat(attempt, deadline)
+        except BaseException:
+            hold.load_in_doubt = opening.load
+            raise
+        hold.loaded(opening.load, response.session.applied_step)
+        self._carry.loaded()
+        return response.replayed
+
+    def info(self, deadline: Deadline) -> SessionInfo:
+        """See `SessionLink.info`."""
+        request = pb.GetSessionRequest(session_id=self._description.session_id)
+        seconds = max(deadline.remaining(), _LEAST_SECONDS)
+        response = self._route.calls.unary("GetSession", request, pb.GetSessionResponse, seconds)
+        return SessionInfo.from_wire(response.session)
+
+    def statistics(self) -> SessionStatistics:
+        """See `SessionLink.statistics`."""
+        hold = self._hold
+        return SessionStatistics(
+            applied_step=hold.applied_step,
+            durable_step=hold.durable_step,
+            attached=hold.attached,
+            streams_opened=hold.streams_opened,
+            step_in_doubt=None if self._doubt is None else self._doubt.step,
+        )
+
+    def close(self) -> None:
+        """See `SessionLink.close`."""
+        self._hold.detach()
+        try:
+            self._route.calls.unary(
+                "DeleteSession",
+                pb.DeleteSessionRequest(session_id=self._description.session_id),
+                pb.DeleteSessionResponse,
+                _CLOSE_TIMEOUT_SECONDS,
+            )
+        except (SessionNotFoundError, UnavailableError, ValueError):  # ValueError: the channel is closed
+            pass
+
+    # --- repetition --------------------------------------------------------------------------------------
+
+    def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
+        try:
+            return self._route.calls.retry.call(lambda left: self._on_route(attempt, left), deadline)
+        except SessionNotFoundError as error:
+            raise SessionNotFoundError(
+                f"{error} (the last step this client knows to be applied is {self.applied_step})",
+                metadata={**error.metadata, "last_known_step": self.applied_step},
+            ) from None
+
+    def _on_route(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
+        """Make one attempt, and a second one at once if the session has moved to another epoch."""
+        try:
+            return attempt(deadline)
+        except UnavailableError as error:
+            if error.reason == Reason.UNREACHABLE:
+                self._route.lost()
+            raise
+        except FencedError as error:
+            if error.reason != Reason.STALE_EPOCH or self._hold.epoch == 0:
+                raise
+            self._hold.forget_epoch()
+            return attempt(deadline)

@@ -5,8 +5,8 @@
     updates, state = tx.update(grads, state, params)     # one step, under `jax.jit` too
     params = optax.apply_updates(params, updates)
 
-`params, state = tx.step(params, grads, state)` does the last two lines and gives the server's parameters to the bit.
-docs/jax.md tells the rest.
+`params, state = tx.step(params, grads, state)` does the last two lines and returns the server's parameters to the bit.
+docs/jax.md is the manual.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from stepwire.optax.alias import adadelta, adam, adamax, adamw, amsgrad, lamb, lars, lion, nadam, nadamw, rmsprop, sgd
-from stepwire.optax.connection import RemoteOptions
+from stepwire.optax.connection import TransformationOptions
 from stepwire.optax.transformation import RemoteState, RemoteTransformation, remote
 
 __all__ = [
-    "RemoteOptions",
     "RemoteState",
     "RemoteTransformation",
+    "TransformationOptions",
     "adadelta",
     "adam",
     "adamax",
@@ -43,7 +43,7 @@ __all__ = [
     "sgd",
 ]
 
-# What optax has under names that the server's rules have too, and means something else by.
+# The rules of optax that differ from the server's rules of the same names.
 _DIFFERENT = {
     "adagrad": "optax adds eps inside the root, the server's rule (torch's) outside; "
     "`remote(stepwire.Adagrad(...), learning_rate)` is that one",
@@ -54,7 +54,7 @@ _DIFFERENT = {
 
 
 def __getattr__(name: str) -> object:
-    """Say why a name of optax's is not here."""
+    """Raise an error with the reason why a rule of optax is not in this package."""
     if name in _DIFFERENT:
         raise AttributeError(f"module 'stepwire.optax' has no attribute {name!r}: {_DIFFERENT[name]}")
     raise AttributeError(f"module 'stepwire.optax' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The constructors, by optax's names, with optax's arguments, defaults and formulas.
 
-What optax means by an argument and a server does not do is refused, by name; nothing is ignored. Rules that go by one
-name in both and differ are not here (see the package).
+An argument of optax that a server does not serve is refused by name; no argument is ignored. This module does not have
+the rules that differ between optax and the server under one name (see the package).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire.optax.connection import RemoteOptions
+from stepwire.optax.connection import TransformationOptions
 from stepwire.optax.transformation import LearningRate, RemoteTransformation, transformation, undecayed
 from stepwire.optimizers import LAMB, LARS, SGD, Adadelta, Adam, Adamax, AdamW, Lion, RMSprop
 
@@ -41,23 +41,26 @@ def adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam as `optax.adam` computes it.
 
     Args:
         learning_rate: a number, a schedule, or a scalar of JAX's.
-        b1: weight of the past in the first moment, in [0, 1). Larger is smoother and steadier, smaller follows the
-            gradient more closely.
+        b1: weight of the past in the first moment, in [0, 1). A larger weight is smoother and steadier, a smaller one
+            follows the gradient more closely.
         b2: weight of the past in the second moment, in [0, 1).
         eps: added to the root.
         eps_root: added inside the root.
         mu_dtype: None or float32; `state_precision="bfloat16"` has both moments in bfloat16.
         nesterov: look ahead by one step.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
+
+    Returns:
+        The transformation.
 
     Raises:
-        InvalidRequestError: a value out of range, or one that is traced.
+        InvalidRequestError: a value is out of range, or traced.
     """
     _check_dtype("mu_dtype", mu_dtype)
     _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
@@ -74,7 +77,7 @@ def nadam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam with Nesterov momentum as `optax.nadam` computes it; see `adam`."""
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, **options)
@@ -91,7 +94,7 @@ def adamw(
     mask: Any = None,
     *,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam with decoupled weight decay as `optax.adamw` computes it; see `adam`.
 
@@ -102,10 +105,13 @@ def adamw(
         eps: added to the root.
         eps_root: added inside the root.
         mu_dtype: None or float32.
-        weight_decay: times the learning rate and the parameter, taken off the parameter. A number: no schedule.
-        mask: a tree of bools, a prefix of one, or a function of the parameters: where weights decay.
+        weight_decay: factor of the decay, which is also proportional to the learning rate. A number, not a schedule.
+        mask: the parameters that decay: a tree of bools, a prefix of such a tree, or a function of the parameters.
         nesterov: look ahead by one step.
-        options: see `RemoteOptions`.
+        options: see `TransformationOptions`.
+
+    Returns:
+        The transformation.
     """
     _check_dtype("mu_dtype", mu_dtype)
     _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
@@ -131,7 +137,7 @@ def nadamw(
     mask: Any = None,
     *,
     nesterov: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Nesterov Adam with decoupled weight decay as `optax.nadamw` computes it; see `adamw`."""
     return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov, **options)
@@ -146,12 +152,12 @@ def amsgrad(
     mu_dtype: Any = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """AMSGrad of the bias-corrected second moment as `optax.amsgrad` computes it; see `adam`.
 
     Raises:
-        UnsupportedFeatureError: without one of the bias corrections.
+        UnsupportedFeatureError: a bias correction is off.
     """
     _check_dtype("mu_dtype", mu_dtype)
     _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
@@ -166,7 +172,7 @@ def adamax(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adam by the largest gradient as `optax.adamax` computes it."""
     _check_numbers(b1=b1, b2=b2, eps=eps)
@@ -178,12 +184,12 @@ def sgd(
     momentum: float | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Gradient descent, perhaps with momentum, as `optax.sgd` computes it."""
     _check_dtype("accumulator_dtype", accumulator_dtype)
     _check_numbers(momentum=0.0 if momentum is None else momentum)
-    looks_ahead = nesterov and bool(momentum)  # without momentum there is nothing to look ahead along
+    looks_ahead = nesterov and bool(momentum)  # Nesterov's rule needs a momentum
     rule = SGD(momentum=momentum or 0.0, nesterov=looks_ahead)
     return transformation(rule, learning_rate, options, None)
 
@@ -195,7 +201,7 @@ def lion(
     mu_dtype: Any = None,
     weight_decay: float = 1e-3,
     mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Lion as `optax.lion` computes it; `mask` as for `adamw`."""
     _check_dtype("mu_dtype", mu_dtype)
@@ -214,13 +220,13 @@ def rmsprop(
     momentum: float | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
-    """RMSprop as `optax.rmsprop` computes it with `eps_in_sqrt=False`, which must be said.
+    """RMSprop as `optax.rmsprop` computes it with `eps_in_sqrt=False`, which the caller has to pass.
 
     Raises:
-        UnsupportedFeatureError: eps inside the root (optax's default), Nesterov momentum, bias correction, another
-            initial value than 0, or momentum with a learning rate that changes, which optax takes into its buffer.
+        UnsupportedFeatureError: eps inside the root (optax's default), Nesterov momentum, bias correction, or another
+            initial value than 0. Also momentum with a learning rate that changes, which optax's buffer contains.
     """
     _check_numbers(decay=decay, eps=eps, momentum=0.0 if momentum is None else momentum)
     _only("eps_in_sqrt", eps_in_sqrt, False, "the server's RMSprop adds eps to the root, as torch's does")
@@ -230,8 +236,8 @@ def rmsprop(
     if momentum and (callable(learning_rate) or isinstance(learning_rate, jax.Array)):
         raise _unserved(
             "momentum",
-            "with a learning rate that changes, optax's buffer has the rates in it and the server's does not; use a "
-            "number, or no momentum",
+            "optax's buffer contains the learning rates of all steps, and the server's does not; use a number as "
+            "learning rate, or no momentum",
         )
     rule = RMSprop(alpha=decay, eps=eps, centered=centered, momentum=momentum or 0.0)
     return transformation(rule, learning_rate, options, None)
@@ -243,18 +249,17 @@ def adadelta(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """Adadelta as `optax.adadelta` computes it; the mask as `adamw`'s.
 
     Raises:
-        InvalidRequestError: no learning rate: optax then leaves its sign out too, and ascends.
+        InvalidRequestError: there is no learning rate. Optax also omits its sign then, and ascends.
     """
     _check_numbers(rho=rho, eps=eps, weight_decay=weight_decay)
     if learning_rate is None:
-        raise InvalidRequestError(
-            "learning_rate: is None, with which optax.adadelta ascends; 1.0 is what the paper has",
-            metadata={"field": "learning_rate"},
+        raise InvalidRequestError.of(
+            "learning_rate", "is None, with which optax.adadelta ascends; use 1.0 for the rule of the paper"
         )
     rule = Adadelta(rho=rho, eps=eps, weight_decay=weight_decay)
     return transformation(rule, learning_rate, options, undecayed(weight_decay_mask, "weight_decay_mask"))
@@ -268,7 +273,7 @@ def lamb(
     eps_root: float = 0.0,
     weight_decay: float = 0.0,
     mask: Any = None,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """LAMB as `optax.lamb` computes it; `mask` as for `adamw`."""
     _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
@@ -285,7 +290,7 @@ def lars(
     trust_ratio_mask: Any = True,
     momentum: float = 0.9,
     nesterov: bool = False,
-    **options: Unpack[RemoteOptions],
+    **options: Unpack[TransformationOptions],
 ) -> RemoteTransformation:
     """LARS as `optax.lars` computes it; `weight_decay_mask` as `adamw`'s mask.
 
@@ -305,30 +310,30 @@ def lars(
 
 
 def _check_numbers(**numbers: Any) -> None:
-    """Refuse scalars of JAX's: they may change from step to step, and only the learning rate is sent with each.
+    """Refuse scalars of JAX's, which may change from step to step: every step sends the learning rate alone.
 
     Raises:
-        InvalidRequestError: names the argument and the way out.
+        InvalidRequestError: the message names the argument and the remedy.
     """
     for name, value in numbers.items():
         if isinstance(value, jax.Array):
-            raise InvalidRequestError(
-                f"{name}: is a scalar of JAX's, which may change from step to step, and only learning_rate is sent "
-                "with each; pass a Python number, and with optax.inject_hyperparams a function of learning_rate alone",
-                metadata={"field": name},
+            raise InvalidRequestError.of(
+                name,
+                "is a scalar of JAX's, which may change from step to step, and every step sends learning_rate alone. "
+                "Pass a Python number, and with optax.inject_hyperparams a function of learning_rate alone",
             )
 
 
 def _check_dtype(field: str, dtype: Any) -> None:
     if dtype is not None and np.dtype(dtype) != np.float32:
-        raise _unserved(field, f"is {dtype!r}, and moments are float32; state_precision='bfloat16' has all in bfloat16")
+        raise _unserved(field, f"is {dtype!r}, and moments are float32; use state_precision='bfloat16' for all moments")
 
 
 def _only(field: str, value: Any, served: Any, why: str) -> None:
-    """Refuse another value of an argument than the one that the server's rule has.
+    """Refuse another value of an argument than the server's.
 
     Raises:
-        UnsupportedFeatureError: names the argument, its value and the one to use.
+        UnsupportedFeatureError: the message names the argument, its value and the value to use.
     """
     if value is not served and (isinstance(served, bool) or value != served):
         raise _unserved(field, f"is {value!r:.80}, and {why}; use {field}={served!r}")

@@ -1,8 +1,8 @@
-"""Calls of the host from inside a JAX program, in order and once each, and the refusal of what would repeat them.
+"""Calls of the host from a JAX program, in order and once each, and the refusal of transformations that repeat calls.
 
-`io_callback(ordered=True)` is the one callback of JAX's that is neither dropped, repeated nor moved past another. What
-it cannot be is transformed: a batch of steps of one optimizer, or the derivative of a step on a server, does not exist.
-JAX's own refusals speak of callbacks; these say what to do.
+JAX neither drops, repeats nor reorders the calls of `io_callback(ordered=True)`, and of no other callback. Such a call
+cannot be transformed: a batch of steps of one optimizer and the derivative of a remote step do not exist.
+JAX's own errors name the callback; the errors of this module name the remedy.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ __all__ = ["call_host", "check_place"]
 
 
 def call_host(host: Callable[..., Any], results: Any, arguments: Sequence[Any]) -> Any:
-    """Return what a function of the host makes of NumPy arrays, each time the program that is being traced runs.
+    """Return the results of a host function, which runs each time that the traced program runs.
 
     Args:
-        host: takes the arguments as NumPy arrays and returns arrays of NumPy's, nested like `results`.
-        results: `jax.ShapeDtypeStruct`s.
-        arguments: arrays.
+        host: a function of NumPy arrays that returns NumPy arrays, nested like `results`.
+        results: the shapes and dtypes of the results, as `jax.ShapeDtypeStruct`s.
+        arguments: the arguments, as JAX arrays.
+
+    Returns:
+        The results, as JAX arrays.
 
     Raises:
-        UnsupportedFeatureError: when JAX vectorises or differentiates this.
+        UnsupportedFeatureError: JAX vectorises or differentiates the call.
     """
 
     def on_host(*arrays: Any) -> Any:
@@ -42,8 +45,8 @@ def call_host(host: Callable[..., Any], results: Any, arguments: Sequence[Any]) 
     def batched(axis_size: int, in_batched: Any, *arrays: Any) -> NoReturn:
         raise _refused(
             "vmap",
-            "a session is one optimizer and takes one step at a time. Average the gradients over the batch and update "
-            "once, outside of jax.vmap; for several models, make a transformation and a state for each",
+            "a session is one optimizer and applies one step at a time. Average the gradients over the batch and "
+            "update once, outside of jax.vmap; for several models, make a transformation and a state for each",
         )
 
     @jax.custom_jvp  # type: ignore[untyped-decorator]
@@ -54,7 +57,7 @@ def call_host(host: Callable[..., Any], results: Any, arguments: Sequence[Any]) 
     def differentiated(primals: Any, tangents: Any) -> NoReturn:
         raise _refused(
             "grad",
-            "the step is computed on a server, and has no derivative here. Take jax.grad of the loss alone and update "
+            "the step is computed on a server, and has no derivative. Apply jax.grad to the loss alone and update "
             "outside of it, or put jax.lax.stop_gradient around the gradients",
         )
 
@@ -62,22 +65,24 @@ def call_host(host: Callable[..., Any], results: Any, arguments: Sequence[Any]) 
 
 
 def check_place() -> None:
-    """Refuse to be traced where several devices or processes would each call the host.
+    """Refuse a trace in which several devices or processes would each call the host.
 
     Raises:
-        UnsupportedFeatureError: inside `pmap` or `shard_map`, or in a program of several processes.
+        UnsupportedFeatureError: the caller is inside `pmap` or `shard_map`, or in a program of several processes.
     """
     if jax.process_count() > 1:
         raise _refused(
             "processes",
-            f"this program has {jax.process_count()} processes, and each would take the step. Gather the gradients in "
-            "one process and let that one step",
+            f"this program has {jax.process_count()} processes, and each would send the step. Gather the gradients in "
+            "one process, and step in that process alone",
         )
-    mesh = getattr(jax.sharding, "get_abstract_mesh", None)  # before it, JAX refused ordered callbacks in pmap itself
+    mesh = getattr(
+        jax.sharding, "get_abstract_mesh", None
+    )  # older releases refuse ordered callbacks in pmap themselves
     if mesh is not None and mesh().manual_axes:
         raise _refused(
             "pmap",
-            "each device would take the step. Average the gradients in there (jax.lax.pmean), return them, and update "
+            "each device would send the step. Average the gradients inside (jax.lax.pmean), return them, and update "
             "outside of jax.pmap or jax.shard_map; under jax.jit arrays may be sharded over devices",
         )
 

@@ -1,4 +1,4 @@
-"""Where a transformation's session lives, and how it is made."""
+"""The server of a transformation's session, and the options of the session."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stepwire.connecting import connect
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.gradient_treatment import ClipFormula, NonFinite
 
-__all__ = ["Connection", "RemoteOptions"]
+__all__ = ["Connection", "TransformationOptions"]
 
 
-class RemoteOptions(TypedDict, total=False):
-    """What every constructor takes by keyword beside optax's own arguments.
+class TransformationOptions(TypedDict, total=False):
+    """The keyword options of every constructor besides optax's own arguments.
 
-    `server`, `transport`, `channels` and `timeout` are those of `stepwire.connect`; `server` may also be a
-    `stepwire.Client`, which stays the caller's to close. The others are those of `Client.create_session`, where names
-    of tensors are paths such as "encoder/0/w". Different are the defaults of `clip_formula`, "optax", and of
-    `gradient_dtype` and `reply_dtype`: where all parameters are bfloat16, or all float16, that, else float32.
+    `server`, `transport`, `channels` and `timeout` are those of `stepwire.connect`. `server` may also be a
+    `stepwire.Client`, which the caller closes. The other options are those of `Client.create_session`, with paths such
+    as "encoder/0/w" as names of tensors. Three defaults differ. The default of `clip_formula` is "optax". That of
+    `gradient_dtype` and `reply_dtype` is the parameters' dtype if all are bfloat16 or all float16, else float32.
 
-    What is not here has its own way in JAX: schedules are callables, as optax has them; losses are scaled, and
-    gradients masked, in the program.
+    JAX has its own way for other options: schedules are callables, as optax has them, and the program scales losses and
+    masks gradients.
     """
 
     server: str | Sequence[str] | Client
@@ -56,11 +56,11 @@ _ID_BYTES: Final = 33  # of one session's id, and the comma that joins the ids o
 
 @dataclasses.dataclass(frozen=True)
 class Connection:
-    """Which servers, and the way to them. Equal ones share a client.
+    """The servers of a transformation, and the options of the connection. Equal connections have one client.
 
     Attributes:
-        server: targets, or a client of the user's.
-        options: the arguments of `stepwire.connect` beside the target.
+        server: the targets, or the user's client.
+        options: the arguments of `stepwire.connect` besides the target.
     """
 
     server: tuple[str, ...] | Client
@@ -68,19 +68,19 @@ class Connection:
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> tuple[Connection, dict[str, Any]]:
-        """Take the connection out of a constructor's options; return it and the options of the session.
+        """Return the connection in a constructor's options, and the options of the session.
 
         Raises:
-            InvalidRequestError: an option that does not exist, or ones that contradict each other.
+            InvalidRequestError: an option does not exist, or options contradict each other.
         """
-        if unknown := sorted(set(options) - set(RemoteOptions.__annotations__)):
-            allowed = ", ".join(RemoteOptions.__annotations__)
+        if unknown := sorted(set(options) - set(TransformationOptions.__annotations__)):
+            allowed = ", ".join(TransformationOptions.__annotations__)
             raise InvalidRequestError.of(unknown[0], f"there is no such option; use one of: {allowed}")
         server = options.get("server", "localhost:50051")
         given = tuple((name, options[name]) for name in _CONNECTING if name in options)
         if isinstance(server, Client) and given:
             raise InvalidRequestError.of(
-                given[0][0], "the client given as `server` is connected already; give it to `connect`"
+                given[0][0], "the client given as `server` is connected already; give the option to `connect`"
             )
         targets = server if isinstance(server, Client) else (server,) if isinstance(server, str) else tuple(server)
         rest = {name: value for name, value in options.items() if name not in ("server", *_CONNECTING)}
@@ -88,18 +88,18 @@ class Connection:
 
     @property
     def owned(self) -> bool:
-        """The client is made, and so closed, here."""
+        """True if `open` makes the client, and stepwire closes it."""
         return not isinstance(self.server, Client)
 
     @property
     def id_bytes(self) -> int:
-        """How long a session's id can be: known before there is one, because JAX fixes shapes when it traces."""
+        """The largest length of a session's id in bytes, known in advance because JAX fixes shapes in a trace."""
         if isinstance(self.server, Client):
             return _ID_BYTES * (self.server.target.count(",") + 1)
         return _ID_BYTES * len(self.server) * int(dict(self.options).get("channels", 1))
 
     def open(self) -> Client:
-        """Return a client.
+        """Return the client of the connection: the user's, or a new one.
 
         Raises:
             InvalidRequestError: as `stepwire.connect`.

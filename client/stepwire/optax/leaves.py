@@ -1,4 +1,4 @@
-"""The leaves of JAX's trees, with the names that the server knows them by."""
+"""The leaves of JAX's trees, with their names on the server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ALONE: Final = "params"  # parameters that are one array have no path
 
 
 class Leaves(NamedTuple):
-    """A tree taken apart.
+    """A flattened tree.
 
     Attributes:
-        names: paths, as `stepwire.arrays.trees` has them: "encoder/0/w".
+        names: the paths, such as "encoder/0/w"; see `stepwire.arrays.trees`.
         arrays: the leaves in the same order.
-        structure: JAX's.
+        structure: JAX's structure of the tree.
     """
 
     names: list[str]
@@ -33,16 +33,23 @@ class Leaves(NamedTuple):
 
     @property
     def wire_dtype(self) -> np.dtype[Any]:
-        """How such leaves travel without loss: as they are where all are of one half precision, else in float32."""
+        """The wire dtype without a loss: the dtype of the leaves if all have the same, else float32."""
         dtypes = {np.dtype(array.dtype) for array in self.arrays}
         return dtypes.pop() if len(dtypes) == 1 else FLOAT32
 
 
 def leaves_of(tree: Any, field: str) -> Leaves:
-    """Take a tree apart.
+    """Flatten a tree.
+
+    Args:
+        tree: the tree of arrays.
+        field: the path that an error names.
+
+    Returns:
+        The leaves, with their names.
 
     Raises:
-        InvalidRequestError: there is no leaf, two have one name, or a dtype is none that parameters can have.
+        InvalidRequestError: there is no leaf, two leaves have one name, or parameters cannot have the dtype of a leaf.
     """
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [SEPARATOR.join(map(_key, path)) or _ALONE for path, _ in found]
@@ -64,10 +71,18 @@ def leaves_of(tree: Any, field: str) -> Leaves:
 
 
 def bools_by_name(mask: Any, params: Any, field: str) -> dict[str, bool]:
-    """Return a mask of optax's, a tree of bools, a prefix of one, or a function of the parameters, by names.
+    """Return the bools of optax's mask by the names of the parameters.
+
+    Args:
+        mask: a tree of bools, a prefix of such a tree, or a function of the parameters.
+        params: the parameters.
+        field: the path that an error names.
+
+    Returns:
+        The bool of each parameter, by name.
 
     Raises:
-        InvalidRequestError: it does not fit the parameters, or its leaves are no bools.
+        InvalidRequestError: the mask does not fit the parameters, or its leaves are no bools.
     """
     chosen = mask(params) if callable(mask) else mask
     try:
@@ -83,10 +98,10 @@ def bools_by_name(mask: Any, params: Any, field: str) -> dict[str, bool]:
 
 
 def is_traced(values: Sequence[Any]) -> bool:
-    """Tell whether JAX is tracing what is being done to these values.
+    """Tell whether JAX traces operations on these values.
 
-    That no value is a tracer is not enough: inside `jit` a program may use constants alone, and what is done to them
-    there is to be done each time it runs. New arrays are traced wherever something is.
+    A tracer among the values is not necessary: inside `jit` a program may use constants alone, and its operations have
+    to happen at each run. A new array is a tracer in every trace.
     """
     return any(isinstance(value, jax.core.Tracer) for value in (*values, jnp.zeros((), jnp.int32)))
 

@@ -1,126 +1,142 @@
-"""The sessions of this process that optax states speak of, and the numbering of their steps. NumPy alone.
+"""The sessions of this process by the ids in optax states, and the numbering of their steps. NumPy alone.
 
-A JAX program knows its session by the id in its state, which is data: it goes through `jit`, into checkpoints and back.
-What belongs to the id, the session itself and its connection, is found here.
+A JAX program knows its session by the id in its state. The state is data, which goes through `jit` and into
+checkpoints. This module finds the session and the connection of an id.
 
-Numbers make a step happen once. A state says how many steps it has seen; the session knows how many it has taken, and
-the server again. JAX may run a callback twice, and a program may use a state twice; then the step with this number was
-taken before. If it was with the same gradient, its outcome is given again. If not, the two cannot both be step n, and
-the program is told. What the gradient was is known by a fingerprint, the sum of each tensor's bits: a pass at the speed
-of memory. Keeping the gradient would cost its memory, and a cryptographic hash several times the pass.
+Numbers make a step happen once. A state has the number of its steps; so have the session and the server. JAX may run a
+callback twice, and a program may use a state twice. Then the step of that number is applied already. With the same
+gradient, the call returns the same parameters again. With another gradient, only one of the two can be step n, and the
+call raises an error. The fingerprint of `stepwire.steps.doubt` tells gradients apart. A large gradient is fingerprinted
+while its step is under way, so that the step does not wait for the fingerprint.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.optax.connection import Connection
 from stepwire.session import Session
+from stepwire.steps.doubt import Fingerprint, fingerprint_of_arrays
 
-__all__ = ["Held", "adopt", "client", "fingerprint", "held", "is_held", "known", "let_go"]
+__all__ = ["TrackedSession", "client", "find", "forget", "is_tracked", "track", "tracked"]
 
-Fingerprint = tuple[Any, ...]
+_LARGE_BYTES: Final = 1 << 20
 
 
-class _Taken(NamedTuple):
-    """The last step that was sent."""
+class _SentStep(NamedTuple):
+    """The last step that was sent.
+
+    Attributes:
+        step: its number.
+        fingerprint: the fingerprint of its gradient.
+        lr: its learning rate.
+    """
 
     step: int
-    gradient: Fingerprint
+    fingerprint: Fingerprint
+    lr: float | None
 
 
-class Held:
-    """A session and what its last step was. Thread-safe.
+class TrackedSession:
+    """A session and the record of its last step. Thread-safe.
 
     Attributes:
         session: the session, attached.
-        names: its tensors, in the order of the leaves of the parameters.
+        names: the names of its tensors, in the order of the leaves of the parameters.
     """
 
     def __init__(self, session: Session, names: Sequence[str]) -> None:
-        """Attach, so that nobody else moves the session."""
+        """Attach to the session, so that no other client steps it."""
         session.attach()
         self.session = session
         self.names = tuple(names)
-        self._taken: _Taken | None = None
+        self._last: _SentStep | None = None
         self._lock = threading.Lock()
 
-    def take(
+    def step(
         self, count: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
     ) -> list[npt.NDArray[Any]]:
-        """Take the step after `count`, or give the outcome of that step again; return the parameters.
+        """Apply the step after `count`, or give the outcome of that step again; return the parameters.
 
         Raises:
-            StepMismatchError: the state is not the one that the session's next step follows on.
+            StepMismatchError: the session's next step does not follow on the state.
             StepwireError: as `Session.step`.
         """
         with self._lock:
             step, applied = count + 1, self.session.applied_step
-            this = _Taken(step, fingerprint(gradients, lr))
-            if step == applied and self._taken == this:
-                return self._ordered(self.session.pull(dtype=reply_dtype))
-            if step != applied + 1:
+            if self._last is not None and self._last.step == step:
+                if (
+                    given := self._again(_SentStep(step, fingerprint_of_arrays(gradients), lr), reply_dtype)
+                ) is not None:
+                    return given
+            elif step != applied + 1:
                 raise self._out_of_turn(count, applied)
-            before, self._taken = self._taken, this
-            named = dict(zip(self.names, gradients, strict=True))
-            answer = self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
-            if before is not None and before.step == step and before != this:
-                self._check_taken_now(step, before)
-            return answer
+            return self._apply(step, gradients, lr, reply_dtype)
 
-    def _check_taken_now(self, step: int, before: _Taken) -> None:
-        """Refuse the outcome of a step that failed before with another gradient, and was applied after all."""
-        result = self.session.last_result
-        if result is not None and result.replayed:
-            self._taken = before
-            raise StepMismatchError(
-                f"step {step} failed without an answer, and was taken again with another gradient; it turned out that "
-                "it had been applied with the first. Go on from there: "
-                "`params, state = tx.resume(session_id, params)`",
-                metadata={"actual_step": step, "expected_step": step + 1},
-            )
+    def _again(self, this: _SentStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]] | None:
+        """Return the parameters again for the same step; None if its number is still to be applied.
+
+        Raises:
+            StepMismatchError: the number was applied with another gradient.
+        """
+        applied = self.session.applied_step
+        if applied == this.step and self._last == this:
+            return self._ordered(self.session.pull(dtype=reply_dtype))
+        if applied != this.step - 1:
+            raise self._out_of_turn(this.step - 1, applied)
+        if self._last == this:
+            return None
+        self.session.attach()  # tells whether the step that failed was applied
+        if self.session.applied_step < this.step:
+            return None
+        raise StepMismatchError(
+            f"step {this.step} failed without a reply, and was sent again with another gradient, but the server had "
+            "applied it with the first. Continue from that step: `params, state = tx.resume(session_id, params)`",
+            metadata={"actual_step": this.step, "expected_step": this.step + 1},
+        )
+
+    def _apply(
+        self, step: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
+    ) -> list[npt.NDArray[Any]]:
+        named = dict(zip(self.names, gradients, strict=True))
+        if sum(gradient.nbytes for gradient in gradients) < _LARGE_BYTES:
+            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
+            return self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
+        reply = self.session.step_async(named, lr=lr, reply_dtype=reply_dtype)
+        try:
+            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
+        finally:
+            reply.exception()  # the gradients belong to the step until it is over
+        return self._ordered(reply.result())
 
     def _ordered(self, named: Any) -> list[npt.NDArray[Any]]:
         return [named[name] for name in self.names]
 
     def _out_of_turn(self, count: int, applied: int) -> StepMismatchError:
-        if count + 1 == applied and self._taken is not None:
-            what = "that step has been taken with another gradient: the same state was used for two updates"
+        if count + 1 == applied and self._last is not None:
+            problem = "that step was applied with another gradient, because one state was used for two updates"
         elif count < applied:
-            what = "the state is an old one"
+            problem = "the state is an old one"
         else:
-            what = "the state is ahead of it"
+            problem = "the state is ahead of the session"
         return StepMismatchError(
-            f"the optax state has seen {count} steps, and the session {self.session.session_id} is at step {applied}: "
-            f"{what}. Use the state that the last update returned, or go on from where the session is: "
+            f"the optax state is at step {count}, and the session {self.session.session_id} is at step {applied}: "
+            f"{problem}. Use the state that the last update returned, or continue from the session's step: "
             "`params, state = tx.resume(session_id, params)`",
             metadata={"expected_step": applied + 1, "actual_step": count + 1},
         )
 
 
-def fingerprint(gradients: Sequence[npt.NDArray[Any]], lr: float | None) -> Fingerprint:
-    """Return what tells two steps apart: the sums of the gradients' bits, tensor by tensor, and the learning rate."""
-    return lr, *(_sum_of_bits(gradient) for gradient in gradients)
-
-
-def _sum_of_bits(array: npt.NDArray[Any]) -> int:
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    whole = len(raw) - len(raw) % 8
-    words = raw[:whole].view(np.uint64)
-    return int(np.add.reduce(words)) + int.from_bytes(raw[whole:].tobytes(), "little")
-
-
 # --- the sessions of this process -------------------------------------------------------------------------------
 
 _lock = threading.RLock()
-_held: dict[str, tuple[Held, Connection]] = {}
+_tracked: dict[str, tuple[TrackedSession, Connection]] = {}
 _clients: dict[Connection, Client] = {}
 
 
@@ -132,55 +148,55 @@ def client(connection: Connection) -> Client:
         return known
 
 
-def adopt(session: Session, names: Sequence[str], connection: Connection) -> Held:
-    """Hold a session from now on."""
-    new = Held(session, names)
+def track(session: Session, names: Sequence[str], connection: Connection) -> TrackedSession:
+    """Track a session from now on."""
+    new = TrackedSession(session, names)
     with _lock:
-        _held[session.session_id] = new, connection
+        _tracked[session.session_id] = new, connection
     return new
 
 
-def held(session_id: str, names: Sequence[str], connection: Connection) -> Held:
-    """Return a session that is held, or find it on the server: of a state that came from another process.
+def find(session_id: str, names: Sequence[str], connection: Connection) -> TrackedSession:
+    """Return a tracked session, or track a session of the server whose state comes from another process.
 
     Raises:
-        SessionNotFoundError: it does not exist.
+        SessionNotFoundError: the session does not exist.
         StepwireError: as `Client.session`.
     """
-    with _lock:  # for all of it: two that find one session would fence each other
-        if (known := _held.get(session_id)) is not None:
+    with _lock:  # also during the call: two threads with the same session would fence each other
+        if (known := _tracked.get(session_id)) is not None:
             return known[0]
-        return adopt(client(connection).session(session_id), names, connection)
+        return track(client(connection).session(session_id), names, connection)
 
 
-def is_held(session_id: str) -> bool:
-    """Tell whether a session is held."""
-    return session_id in _held
+def is_tracked(session_id: str) -> bool:
+    """Tell whether a session is tracked."""
+    return session_id in _tracked
 
 
-def known(session_id: str) -> Held:
-    """Return a session that is held.
+def tracked(session_id: str) -> TrackedSession:
+    """Return a tracked session.
 
     Raises:
-        InvalidRequestError: it is not: closed, or of another process.
+        InvalidRequestError: the session is not tracked: it was closed, or is of another process.
     """
     with _lock:
-        if session_id not in _held:
-            raise InvalidRequestError(
-                f"state: this process holds no session {session_id!r}: it was closed, or comes from another process; "
-                "`params, state = tx.resume(session_id, params)` takes it over",
-                metadata={"field": "state"},
+        if session_id not in _tracked:
+            raise InvalidRequestError.of(
+                "state",
+                f"this process has no session {session_id!r}, which was closed or comes from another process; call "
+                "`params, state = tx.resume(session_id, params)`",
             )
-        return _held[session_id][0]
+        return _tracked[session_id][0]
 
 
-def let_go(session_id: str) -> None:
-    """Hold a session no more, and close the connection that was opened for it and serves no other."""
+def forget(session_id: str) -> None:
+    """Track a session no more, and close its connection if this module opened it and no other session uses it."""
     with _lock:
-        if (known := _held.pop(session_id, None)) is None:
+        if (known := _tracked.pop(session_id, None)) is None:
             return
         connection = known[1]
-        if not connection.owned or any(other == connection for _, other in _held.values()):
+        if not connection.owned or any(other == connection for _, other in _tracked.values()):
             return
         left = _clients.pop(connection, None)
     if left is not None:

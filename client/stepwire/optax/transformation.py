@@ -1,4 +1,4 @@
-"""An optax gradient transformation whose step is taken by a server."""
+"""An optax gradient transformation with its step on a server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy.typing as npt
 import optax
 
 from stepwire.errors import InvalidRequestError
-from stepwire.optax import sessions as held
+from stepwire.optax import sessions
 from stepwire.optax.callback import call_host, check_place
-from stepwire.optax.connection import Connection, RemoteOptions
+from stepwire.optax.connection import Connection, TransformationOptions
 from stepwire.optax.leaves import Leaves, bools_by_name, is_traced, leaves_of
 from stepwire.optimizers import Optimizer
 from stepwire.session import Session
@@ -25,18 +25,18 @@ from stepwire.wire.dtypes import dtype_named
 __all__ = ["LearningRate", "RemoteState", "RemoteTransformation", "remote", "undecayed"]
 
 LearningRate: TypeAlias = Any
-"""A number; a function of the count of steps, as optax's schedules are; or a scalar of JAX's, sent with each step."""
+"""A number; a function of the number of steps, as optax's schedules are; or a scalar of JAX's, sent with each step."""
 
 Groups: TypeAlias = Callable[[Any], Sequence[dict[str, Any]]]
-"""From parameters to the groups of their session."""
+"""A function from parameters to the groups of their session."""
 
 
 class RemoteState(NamedTuple):
-    """What a JAX program carries of its session: data, which goes through `jit` and into checkpoints.
+    """The reference of a JAX program to its session: data, which goes through `jit` and into checkpoints.
 
     Attributes:
-        count: () int32, the steps that were taken.
-        session: (k,) uint8, the session's id, filled up with zeros.
+        count: () int32, the number of applied steps.
+        session: (k,) uint8, the session's id, padded with zeros.
     """
 
     count: Any
@@ -44,88 +44,109 @@ class RemoteState(NamedTuple):
 
 
 class RemoteTransformation(optax.GradientTransformationExtraArgs):
-    """A gradient transformation, with what there is to do with its session beside `init` and `update`.
+    """A gradient transformation with operations on its session besides `init` and `update`.
 
-    Made by `remote`, and by the functions of optax's names.
+    `remote` and the functions of optax's names return such transformations.
     """
 
     _remote: _Remote
 
     def step(self, params: Any, grads: Any, state: RemoteState) -> tuple[Any, RemoteState]:
-        """Take one step and return the server's parameters as they are, and the next state; under `jax.jit` too.
+        """Apply one step and return the server's parameters to the bit, and the next state; under `jax.jit` too.
 
-        `optax.apply_updates(params, updates)` after `update` gives them up to rounding.
+        `optax.apply_updates(params, updates)` after `update` gives the same parameters up to rounding.
+
+        Args:
+            params: the parameters, for their structure and dtypes.
+            grads: the gradients, in the same structure.
+            state: the state of the step before.
+
+        Returns:
+            The parameters after the step, and the next state.
 
         Raises:
-            StepMismatchError: the state is not the one that the session's next step follows on.
+            StepMismatchError: the session's next step is not the step after the state.
             StepwireError: as `update`.
         """
         return self._remote.step(params, grads, state)
 
     def resume(self, session_id: str, params: Any) -> tuple[Any, RemoteState]:
-        """Go on with a session that exists: return its parameters and the state at the step that it is at.
+        """Attach to an existing session, and return its parameters and its state.
 
-        Takes the session's slot, and fences who held it.
+        A client that was attached before is fenced.
 
         Args:
-            session_id: which; `tx.session(state).session_id` told it.
-            params: of the session's names, shapes and dtypes; their values do not matter.
+            session_id: the id of the session, from `tx.session(state).session_id`.
+            params: parameters of the session's names, shapes and dtypes; their values do not matter.
+
+        Returns:
+            The session's parameters, and the state at the session's step.
 
         Raises:
             InvalidRequestError: the session has other tensors.
-            SessionNotFoundError: it does not exist.
+            SessionNotFoundError: the session does not exist.
         """
         return self._remote.resume(session_id, params)
 
     def session(self, state: RemoteState) -> Session:
         """Return the session of a state, for `state()`, `last_result`, `pull(average=True)` and the like.
 
-        Steps are for `update` alone: the state would not know of others.
+        Use `update` alone for steps: the state does not count other steps.
 
         Raises:
-            InvalidRequestError: it was closed, or the state comes from another process and has not been used in this.
+            InvalidRequestError: the session was closed, or the state comes from another process and was not used in
+                this one.
         """
         return self._remote.session(state)
 
     def close(self, state: RemoteState) -> None:
-        """End the session on its server, and the connection if nothing else uses it. Closing twice is harmless."""
+        """Close the session, and its connection if no other session uses it. Closing twice is harmless."""
         self._remote.close(state)
 
 
 def remote(
-    optimizer: Optimizer, learning_rate: LearningRate = None, **options: Unpack[RemoteOptions]
+    optimizer: Optimizer, learning_rate: LearningRate = None, **options: Unpack[TransformationOptions]
 ) -> RemoteTransformation:
-    """Return the transformation of any rule that a server has, in its own formula.
+    """Return the transformation of any of the server's rules, in the server's formula.
 
-    The functions of optax's names, such as `adam`, are this with the formula that optax has.
+    The functions of optax's names, such as `adam`, return transformations in optax's formula.
 
     Args:
         optimizer: the rule and its numbers.
-        learning_rate: instead of the optimizer's `lr`: a number, a schedule as optax has them, or a scalar of JAX's.
-        options: see `RemoteOptions`.
+        learning_rate: a number, a schedule as optax has them, or a scalar of JAX's, instead of the optimizer's `lr`.
+        options: see `TransformationOptions`.
 
     Returns:
-        A transformation whose updates are the server's new parameters minus `params`. So it comes last in a chain, and
-        what changes parameters elsewhere is undone by the next step.
+        A transformation with updates that are the server's new parameters minus `params`. So the transformation comes
+        last in a chain, and the next step undoes a change of parameters by other code.
 
     Raises:
-        InvalidRequestError: an option that does not exist or contradicts another.
+        InvalidRequestError: an option does not exist, or contradicts another.
     """
     return transformation(optimizer, learning_rate, options, None)
 
 
 def transformation(
-    optimizer: Optimizer, learning_rate: LearningRate, options: RemoteOptions, groups: Groups | None
+    optimizer: Optimizer, learning_rate: LearningRate, options: TransformationOptions, groups: Groups | None
 ) -> RemoteTransformation:
-    """Return the transformation of a rule whose groups may depend on the parameters.
+    """Return the transformation of a rule with groups that may depend on the parameters.
+
+    Args:
+        optimizer: the rule and its numbers.
+        learning_rate: as for `remote`.
+        options: see `TransformationOptions`.
+        groups: a function from the parameters to the groups; None for none.
+
+    Returns:
+        The transformation.
 
     Raises:
-        InvalidRequestError: as `remote`, or there are groups of both kinds.
+        InvalidRequestError: as `remote`, or there are groups in the options too.
     """
     connection, session_options = Connection.read(options)
     if groups is not None and "groups" in session_options:
         raise InvalidRequestError.of(
-            "groups", "a mask makes the groups already; leave it out and say in `groups` what it says"
+            "groups", "a mask makes the groups already; leave the mask out and put its tensors into `groups`"
         )
     own: dict[str, Any] = {
         "lr": _own_rate(optimizer, learning_rate)
@@ -140,7 +161,7 @@ def transformation(
 
 
 def undecayed(mask: Any, field: str) -> Groups | None:
-    """Return the groups of a weight decay's mask: what it leaves out is one with no decay."""
+    """Return the groups of a weight decay's mask: the tensors outside the mask are a group without decay."""
     if mask is None or mask is True:
         return None
 
@@ -152,7 +173,7 @@ def undecayed(mask: Any, field: str) -> Groups | None:
 
 
 class _Remote:
-    """What a transformation does. It is a description: all that changes is in states and in `held`."""
+    """The operations of a transformation. The object is immutable: states and `sessions` have all that changes."""
 
     def __init__(
         self,
@@ -169,7 +190,7 @@ class _Remote:
         self._groups = groups
 
     def init(self, params: Any) -> RemoteState:
-        """Create the session. Traced, it is created each time the program runs, and `jax.eval_shape` creates none."""
+        """Create the session. A traced `init` creates a session at each run of the program; `jax.eval_shape` none."""
         check_place()
         leaves = leaves_of(params, "params")
         options = dict(self._options)
@@ -185,35 +206,35 @@ class _Remote:
     def update(self, updates: Any, state: RemoteState, params: Any = None, **extra: Any) -> tuple[Any, RemoteState]:
         """Return the server's parameters minus `params`, and the next state.
 
-        The difference is taken in float32, also for parameters of half precision, so that `optax.apply_updates`, which
-        adds in the wider dtype and rounds once, gives the server's parameters.
+        The difference is in float32, also for parameters of half precision. `optax.apply_updates` adds in the wider
+        dtype and rounds once, so the sum is the server's parameters.
         """
         if params is None:
             raise InvalidRequestError.of(
                 "params", "updates are differences from them; call update(grads, state, params)"
             )
-        leaves, answer, after = self._step(params, updates, state)
+        leaves, reply, after = self._step(params, updates, state)
         differences = [
-            new.astype(jnp.float32) - old.astype(jnp.float32) for new, old in zip(answer, leaves.arrays, strict=True)
+            new.astype(jnp.float32) - old.astype(jnp.float32) for new, old in zip(reply, leaves.arrays, strict=True)
         ]
         return jax.tree.unflatten(leaves.structure, differences), after
 
     def step(self, params: Any, grads: Any, state: RemoteState) -> tuple[Any, RemoteState]:
         """See `RemoteTransformation.step`."""
-        leaves, answer, after = self._step(params, grads, state)
-        exact = [new.astype(old.dtype) for new, old in zip(answer, leaves.arrays, strict=True)]
+        leaves, reply, after = self._step(params, grads, state)
+        exact = [new.astype(old.dtype) for new, old in zip(reply, leaves.arrays, strict=True)]
         return jax.tree.unflatten(leaves.structure, exact), after
 
     def resume(self, session_id: str, params: Any) -> tuple[Any, RemoteState]:
         """See `RemoteTransformation.resume`."""
         leaves = leaves_of(params, "params")
-        session = held.client(self._connection).session(session_id)
+        session = sessions.client(self._connection).session(session_id)
         shapes = {name: tuple(array.shape) for name, array in zip(leaves.names, leaves.arrays, strict=True)}
         if session.shapes != shapes:
             raise InvalidRequestError.of(
                 "params", f"the session has the tensors {session.shapes}, and the parameters are {shapes}"
             )
-        found = held.adopt(session, leaves.names, self._connection).session
+        found = sessions.track(session, leaves.names, self._connection).session
         named: Any = found.pull()
         values = [jnp.asarray(named[name], array.dtype) for name, array in zip(*leaves[:2], strict=True)]
         state = RemoteState(jnp.asarray(found.applied_step, jnp.int32), jnp.asarray(self._encoded(session_id)))
@@ -221,37 +242,37 @@ class _Remote:
 
     def session(self, state: RemoteState) -> Session:
         """See `RemoteTransformation.session`."""
-        jax.block_until_ready(state)  # the id may be there before the step that it came out of has been taken
-        return held.known(_decoded(state.session)).session
+        jax.block_until_ready(state)  # the id may be ready before the step of the state
+        return sessions.tracked(_decoded(state.session)).session
 
     def close(self, state: RemoteState) -> None:
         """See `RemoteTransformation.close`."""
         jax.block_until_ready(state)
         session_id = _decoded(state.session)
-        if held.is_held(session_id):
-            held.known(session_id).session.close()
-            held.let_go(session_id)
+        if sessions.is_tracked(session_id):
+            sessions.tracked(session_id).session.close()
+            sessions.forget(session_id)
 
     def _step(self, params: Any, grads: Any, state: RemoteState) -> tuple[Leaves, list[Any], RemoteState]:
-        """Take a step, now or in the program that is being traced; return the server's parameters."""
+        """Apply a step, now or in the traced program; return the server's parameters."""
         check_place()
         leaves, given = leaves_of(params, "params"), leaves_of(grads, "grads")
         if given.structure != leaves.structure:
             raise InvalidRequestError.of(
                 "grads", f"their tree is {given.structure}, and that of the parameters {leaves.structure}"
             )
-        reply = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
-        host = functools.partial(self._take, leaves.names, reply)
+        reply_dtype = dtype_named(self._options.get("reply_dtype", leaves.wire_dtype), "reply_dtype")
+        host = functools.partial(self._apply, leaves.names, reply_dtype)
         arguments = [state.session, state.count, *self._rate(state.count), *given.arrays]
         if not is_traced(jax.tree.leaves((arguments, leaves.arrays))):
-            count, *answer = (jnp.asarray(array) for array in host(*map(np.asarray, arguments)))
+            count, *reply = (jnp.asarray(array) for array in host(*map(np.asarray, arguments)))
         else:
-            shapes = [jax.ShapeDtypeStruct(array.shape, reply) for array in leaves.arrays]
-            count, *answer = call_host(host, [jax.ShapeDtypeStruct((), jnp.int32), *shapes], arguments)
-        return leaves, answer, RemoteState(count, state.session)
+            shapes = [jax.ShapeDtypeStruct(array.shape, reply_dtype) for array in leaves.arrays]
+            count, *reply = call_host(host, [jax.ShapeDtypeStruct((), jnp.int32), *shapes], arguments)
+        return leaves, reply, RemoteState(count, state.session)
 
     def _rate(self, count: Any) -> list[Any]:
-        """Return the learning rate that a step brings, if it brings one."""
+        """Return the learning rate that a step sends, if it sends one."""
         rate = self._learning_rate(count) if callable(self._learning_rate) else self._learning_rate
         return [jnp.asarray(rate, jnp.float32)] if _changes(self._learning_rate) else []
 
@@ -260,44 +281,44 @@ class _Remote:
     def _create(
         self, names: Sequence[str], dtype: np.dtype[Any], options: dict[str, Any], *arrays: npt.NDArray[Any]
     ) -> npt.NDArray[np.uint8]:
-        session = held.client(self._connection).create_session(
+        session = sessions.client(self._connection).create_session(
             dict(zip(names, arrays, strict=True)),
             optimizer=self._optimizer,
             **({"gradient_dtype": dtype, "reply_dtype": dtype} | options),
         )
-        held.adopt(session, names, self._connection)
+        sessions.track(session, names, self._connection)
         return self._encoded(session.session_id)
 
-    def _take(
-        self, names: Sequence[str], reply: np.dtype[Any], identity: Any, count: Any, *rest: Any
+    def _apply(
+        self, names: Sequence[str], reply_dtype: np.dtype[Any], identity: Any, count: Any, *rest: Any
     ) -> list[npt.NDArray[Any]]:
-        """Take the step after `count`; return its number and the parameters.
+        """Apply the step after `count`; return its number and the parameters.
 
-        The number comes from here, though the program could count, so that a state is there when its step has been
-        taken, and not before.
+        The number comes from the host, though the program could count, so that a state is not ready before its step is
+        applied.
         """
         rate, gradients = (float(rest[0]), rest[1:]) if _changes(self._learning_rate) else (None, rest)
-        found = held.held(_decoded(identity), names, self._connection)
-        return [np.asarray(count + 1, np.int32), *found.take(int(count), gradients, rate, reply)]
+        found = sessions.find(_decoded(identity), names, self._connection)
+        return [np.asarray(count + 1, np.int32), *found.step(int(count), gradients, rate, reply_dtype)]
 
     def _encoded(self, session_id: str) -> npt.NDArray[np.uint8]:
         raw = session_id.encode("ascii")
         if len(raw) > self._connection.id_bytes:
             raise InvalidRequestError.of(
-                "session_id", f"{session_id!r} is longer than the ids of {self._connection.server!r} are"
+                "session_id", f"{session_id!r} is longer than an id of {self._connection.server!r}"
             )
         return np.frombuffer(raw.ljust(self._connection.id_bytes, b"\0"), np.uint8)
 
 
 def _own_rate(optimizer: Optimizer, learning_rate: LearningRate) -> Any:
-    """Return the session's own learning rate: 0 where each step brings one, so that a step without would show."""
+    """Return the session's own learning rate: 0 if each step sends one, so that a step without one changes nothing."""
     if learning_rate is None:
         return optimizer.hyperparameters().lr
     return 0.0 if _changes(learning_rate) else learning_rate
 
 
 def _changes(learning_rate: LearningRate) -> bool:
-    """Tell whether each step brings its own learning rate."""
+    """Tell whether each step sends its own learning rate."""
     return callable(learning_rate) or isinstance(learning_rate, jax.Array)
 
 

@@ -1,7 +1,6 @@
-"""Optimizer configurations: what a session is told at creation, and what a step may override.
+"""Optimizers: the records of a session's rule and its numbers, which a step may override.
 
-These are records only. The formulas live in the server's `rules`; the ranges are checked here, in one
-place, by client and server alike.
+The formulas are in the server's `rules`. Client and server check the ranges of numbers in this package alone.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from stepwire.optimizers.adaptive import Adadelta, Adagrad, RMSprop
 from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters
 from stepwire.optimizers.layerwise import LAMB, LARS
 from stepwire.optimizers.momentum import SGD, Lion
-from stepwire.optimizers.optimizer import Formula, Optimizer, Structure
+from stepwire.optimizers.optimizer import Formula, Optimizer, RuleStructure
 
 __all__ = [
     "LAMB",
@@ -33,10 +32,10 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "RMSprop",
-    "Structure",
+    "RuleStructure",
 ]
 
 OPTIMIZERS: Final[dict[str, type[Optimizer]]] = {
     kind.rule: kind for kind in (Adam, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad, Adadelta, Lion, LAMB, LARS)
 }
-"""Every rule by its name in the contract; AdamW is Adam with decoupled decay."""
+"""Every rule by its name in the contract. AdamW is Adam with decoupled decay."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import Hyperparameters
-from stepwire.optimizers.optimizer import Formula, Structure, TwoBetas
+from stepwire.optimizers.optimizer import Formula, RuleStructure, TwoBetas
 
 __all__ = ["Adam", "AdamW", "Adamax", "NAdam", "RAdam"]
 
@@ -25,21 +25,22 @@ _AMSGRAD = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adam(TwoBetas):
-    """Adam (Kingma & Ba, 2015, algorithm 1), in the form of the framework you come from.
+    """Adam (Kingma & Ba, 2015, algorithm 1), in the form of one of several frameworks.
 
     Attributes:
         lr: learning rate, finite, ≥ 0.
         betas: weights of the past in the first and second moment, each in [0, 1). A larger β1 is
             smoother and steadier, a smaller one more responsive.
         eps: term of the denominator, finite, ≥ 0. Default 1e-8; Keras's 1e-7, `"no_bias_correction"`'s 1e-6 (BERT).
-        weight_decay: finite, ≥ 0. Added to the gradient (L2), or taken off the parameter when
+        weight_decay: finite, ≥ 0. Added to the gradient (L2), or subtracted from the parameter with
             `decoupled_weight_decay`.
-        amsgrad: divide by the largest second moment so far: True (or `"raw"`) for the raw one, as torch and Keras
-            do; `"corrected"` for the bias-corrected one, as optax does.
+        amsgrad: True (or `"raw"`) to divide by the largest raw second moment so far, as torch and Keras do.
+            `"corrected"` for the largest bias-corrected one, as in optax.
         maximize: ascend instead of descend.
         decoupled_weight_decay: AdamW's decay, p *= 1 − lr·weight_decay before the update.
-        formula: whose form: `"torch"` (the paper's), `"keras"` (eps beside √v before its correction), `"optax"`
-            (eps_root, Nesterov), `"no_bias_correction"`, `"decay_after"` (bitsandbytes: decay after the update).
+        formula: the form of the rule: `"torch"` (the paper's), `"keras"` (eps beside √v before its correction),
+            `"optax"` (eps_root, Nesterov), `"no_bias_correction"`, `"decay_after"` (bitsandbytes: decay after the
+            update).
         nesterov: look ahead by one step (Dozat, 2016), as optax does; formula `"optax"` only.
         eps_root: term inside the root, finite, ≥ 0; formula `"optax"` only.
     """
@@ -54,7 +55,7 @@ class Adam(TwoBetas):
     eps_root: float = 0.0
 
     def __post_init__(self) -> None:
-        """Fill in the formula's own defaults and refuse what does not go together."""
+        """Set the formula's defaults, and refuse options that contradict each other."""
         if cast(Any, self.eps) is None:
             object.__setattr__(self, "eps", _EPS.get(str(self.formula), 1e-8))
         if self.amsgrad == "raw":
@@ -62,13 +63,13 @@ class Adam(TwoBetas):
         super().__post_init__()
         self._check_structure()
 
-    def structure(self) -> Structure:
+    def structure(self) -> RuleStructure:
         """See `Optimizer.structure`."""
         names = {"False": "none", "True": "raw"}
         return super().structure()._replace(amsgrad=names.get(str(self.amsgrad), str(self.amsgrad)))
 
     def hyperparameters(self) -> Hyperparameters:
-        """Return the numbers alone, as every group starts with them."""
+        """Return the numbers that every group starts with."""
         numbers = super().hyperparameters()
         return numbers if self.formula == "optax" else dataclasses.replace(numbers, eps_root=None)
 
@@ -90,8 +91,8 @@ class Adam(TwoBetas):
             allowed = " or ".join(repr(choice) for choice in _AMSGRAD[self.formula])
             raise InvalidRequestError.of(
                 "optimizer.amsgrad",
-                f"amsgrad is {self.amsgrad!r} and the formula {self.formula!r}, which has only {allowed}: AMSGrad is "
-                "one formula in torch and Keras (True, of the raw second moment) and another in optax ('corrected')",
+                f"amsgrad is {self.amsgrad!r} and the formula {self.formula!r}, which has only {allowed}. AMSGrad of "
+                "torch and Keras uses the raw second moment (True), AMSGrad of optax the corrected one ('corrected')",
             )
         if self.nesterov and (self.formula != "optax" or self.amsgrad):
             raise InvalidRequestError.of(
@@ -112,7 +113,7 @@ class AdamW(Adam):
     decoupled_weight_decay: bool = True
 
     def __post_init__(self) -> None:
-        """Fill in the formula's own default decay."""
+        """Set the formula's default decay."""
         if cast(Any, self.weight_decay) is None:
             object.__setattr__(self, "weight_decay", _ADAMW_DECAY.get(str(self.formula), 1e-2))
         super().__post_init__()
@@ -126,9 +127,9 @@ class NAdam(TwoBetas):
         lr: learning rate, finite, ≥ 0.
         betas: as Adam's.
         eps: added to the denominator, finite, ≥ 0.
-        weight_decay: finite, ≥ 0; L2, or off the parameter when `decoupled_weight_decay`.
+        weight_decay: finite, ≥ 0; L2, or subtracted from the parameter with `decoupled_weight_decay`.
         momentum_decay: ψ of the momentum's warm-up, finite, ≥ 0.
-        decoupled_weight_decay: decay is taken off the parameter.
+        decoupled_weight_decay: decay is subtracted from the parameter.
         maximize: ascend instead of descend.
     """
 
@@ -149,8 +150,8 @@ class RAdam(TwoBetas):
         lr: learning rate, finite, ≥ 0.
         betas: as Adam's.
         eps: added to the denominator, finite, ≥ 0.
-        weight_decay: finite, ≥ 0; L2, or off the parameter when `decoupled_weight_decay`.
-        decoupled_weight_decay: decay is taken off the parameter.
+        weight_decay: finite, ≥ 0; L2, or subtracted from the parameter with `decoupled_weight_decay`.
+        decoupled_weight_decay: decay is subtracted from the parameter.
         maximize: ascend instead of descend.
     """
 

@@ -45,7 +45,7 @@ class Adagrad(Optimizer):
         lr: learning rate, finite, ≥ 0.
         lr_decay: the rate is lr / (1 + (t − 1)·lr_decay), finite, ≥ 0.
         weight_decay: added to the gradient (L2), finite, ≥ 0.
-        initial_accumulator_value: what the sum of squares starts from, finite, ≥ 0.
+        initial_accumulator_value: the first value of the sum of squares, finite, ≥ 0.
         eps: added to the denominator, finite, ≥ 0.
         maximize: ascend instead of descend.
     """
@@ -61,7 +61,7 @@ class Adagrad(Optimizer):
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range with an error that names them."""
+        """Refuse a value out of range with an error that names the value."""
         super().__post_init__()
         field = "optimizer.initial_accumulator_value"
         value = number(self.initial_accumulator_value, field)

@@ -1,4 +1,4 @@
-"""What happens to a gradient before the rule sees it: the record, its ranges, and its place in the contract."""
+"""The treatment of a gradient before the rule: the record, its ranges, and its message in the contract."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOST_STEPS: Final = 2**32
 
 SMALLEST_SCALE: Final = 1e-37
 LARGEST_SCALE: Final = 1e37
-"""Bounds of a loss scale: within them float32 holds it and its reciprocal."""
+"""The bounds of a loss scale: between them float32 has the scale and its reciprocal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ class LossScaling:
     """Dynamic loss scaling on the server, by the rule and with the defaults of `torch.amp.GradScaler`.
 
     Attributes:
-        initial_scale: what the first gradient is multiplied by, in [1e-37, 1e37].
-        growth_factor: of the scale after `growth_interval` clean steps, finite, > 1.
-        backoff_factor: of the scale after a step with NaN or Inf, in (0, 1).
-        growth_interval: clean steps before growth, ≥ 1.
+        initial_scale: the factor of the first gradient, in [1e-37, 1e37].
+        growth_factor: the factor of the scale after `growth_interval` clean steps, finite, > 1.
+        backoff_factor: the factor of the scale after a step with NaN or Inf, in (0, 1).
+        growth_interval: the number of clean steps before growth, ≥ 1.
     """
 
     initial_scale: float = 65536.0
@@ -61,7 +61,7 @@ class LossScaling:
         """Refuse values out of range.
 
         Raises:
-            InvalidRequestError: names the field, the value and the allowed range.
+            InvalidRequestError: the message names the field, the value and the allowed range.
         """
         check_scale(self.initial_scale, f"{field}.initial_scale")
         _check(self, field, "growth_factor", "finite and > 1", 1.0, math.inf)
@@ -71,20 +71,20 @@ class LossScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientTreatment:
-    """What happens to gradients, in this order: unscale, finite check, accumulation, norms, clipping.
+    """The treatment of gradients, in this order: unscale, finite check, accumulation, norms, clipping.
 
     Attributes:
-        non_finite: what to do with NaN and Inf: refuse the step, use up its number without an update, or apply it.
-            Default `"reject"`; with loss scaling `"skip"`, and nothing else.
-        clip_grad_norm: bound of the global norm, finite, > 0; None for none.
-        clip_formula: whose formula clips by norm; default torch's.
-        clip_grad_value: bound of each element's magnitude, finite, > 0; None for none.
-        accumulation_steps: gradients summed into one update, ≥ 1.
+        non_finite: the policy for NaN and Inf: refuse the step, use up its number without an update, or apply it.
+            Default `"reject"`; with loss scaling `"skip"` alone.
+        clip_grad_norm: the bound of the global norm, finite, > 0; None for none.
+        clip_formula: the formula of clipping by norm; default torch's.
+        clip_grad_value: the bound of each element's magnitude, finite, > 0; None for none.
+        accumulation_steps: the number of gradients summed into one update, ≥ 1.
         loss_scaling: dynamic loss scaling on the server; None for none.
-        missing_gradient: whether a step may leave tensors out: they, their moments and their t stay as they are.
-        parameter_average_decay: decay of the parameters' moving average, in (0, 1); None for none.
-        two_phase: the gradient is cut over several sessions, and their client decides what its norm decides: the server
-            keeps the bounds of norms for that client and does not apply them.
+        missing_gradient: `"keep"` if a step may omit tensors. Their values, their moments and their t stay.
+        parameter_average_decay: the decay of the parameters' moving average, in (0, 1); None for none.
+        two_phase: True for a gradient that is divided over several sessions. Their client decides by its norm; the
+            server keeps the bounds of norms for that client and does not apply them.
     """
 
     non_finite: NonFinite | None = None
@@ -99,18 +99,18 @@ class GradientTreatment:
 
     @property
     def policy(self) -> NonFinite:
-        """What is done with NaN and Inf."""
+        """The policy for NaN and Inf."""
         return self.non_finite or ("skip" if self.loss_scaling else "reject")
 
     def check(self, field: str, *, group_clips: bool = False) -> None:
-        """Refuse what is out of range or contradictory.
+        """Refuse values that are out of range or contradictory.
 
         Args:
-            field: the path of the record; empty where its fields are the user's own arguments.
-            group_clips: some group is clipped by its own norm.
+            field: the path of the record; empty if its fields are the user's own arguments.
+            group_clips: True if some group is clipped by its own norm.
 
         Raises:
-            InvalidRequestError: names the field, the value and what is allowed.
+            InvalidRequestError: the message names the field, the value and the allowed values.
         """
         _check_choice(self.non_finite, get_args(NonFinite), _path(field, "non_finite"), optional=True)
         _check_choice(self.clip_formula, get_args(ClipFormula), _path(field, "clip_formula"), optional=True)
@@ -131,8 +131,8 @@ class GradientTreatment:
         if self.accumulation_steps > 1 and self.missing_gradient == "keep":
             raise InvalidRequestError.of(
                 _path(field, "missing_gradient"),
-                "'keep' and accumulation_steps > 1 do not go together: send zeros for what has no gradient, or "
-                "accumulate on the client",
+                "'keep' and accumulation_steps > 1 contradict each other; send zeros for tensors without a gradient, "
+                "or accumulate on the client",
             )
         if self.loss_scaling is not None:
             if not isinstance(self.loss_scaling, LossScaling):
@@ -166,10 +166,10 @@ def treatment_to_wire(treatment: GradientTreatment) -> pb.GradientTreatment:
 
 
 def treatment_from_wire(message: pb.GradientTreatment, field: str, *, group_clips: bool) -> GradientTreatment:
-    """Decode, fill in defaults, and check.
+    """Decode a record, set its defaults, and check it.
 
     Raises:
-        InvalidRequestError: names the field, the value and what is allowed.
+        InvalidRequestError: the message names the field, the value and the allowed values.
     """
     values: dict[str, Any] = {
         "non_finite": _name(message.non_finite, _NON_FINITE, f"{field}.non_finite"),
@@ -191,10 +191,10 @@ def treatment_from_wire(message: pb.GradientTreatment, field: str, *, group_clip
 
 
 def check_scale(value: object, field: str) -> None:
-    """Refuse a loss scale whose reciprocal float32 does not hold.
+    """Refuse a loss scale with a reciprocal that float32 does not have.
 
     Raises:
-        InvalidRequestError: names the field and the value.
+        InvalidRequestError: the message names the field and the value.
     """
     if not SMALLEST_SCALE <= number(value, field) <= LARGEST_SCALE:
         raise InvalidRequestError.of(field, f"{value!r}; a loss scale must be in [1e-37, 1e37]")
@@ -226,6 +226,4 @@ def _check_count(value: object, field: str) -> None:
 
 def _check_choice(value: object, allowed: tuple[str, ...], field: str, *, optional: bool = False) -> None:
     if not (optional and value is None) and value not in allowed:
-        raise InvalidRequestError(
-            f"{field}: {value!r:.80}; use one of: {', '.join(allowed)}", metadata={"field": field}
-        )
+        raise InvalidRequestError.of(field, f"{value!r:.80}; use one of: {', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""The numbers of one parameter group, and the one place where their ranges are checked."""
+"""The numbers of one parameter group, and the check of their ranges for client and server."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stepwire.errors import InvalidRequestError
 __all__ = ["OVERRIDABLE", "Hyperparameters", "number", "pair"]
 
 
-class _Range(NamedTuple):
-    """What a number may be, for the check and for the error."""
+class _Bounds(NamedTuple):
+    """The bounds of a number, as a check and in the words of an error."""
 
-    holds: Callable[[float], bool]
+    allow: Callable[[float], bool]
     words: str
 
 
-_WEIGHT = _Range(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
-_FRACTION = _Range(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
-_NOT_NEGATIVE = _Range(lambda value: math.isfinite(value) and value >= 0.0, "finite and >= 0")
-_POSITIVE = _Range(lambda value: math.isfinite(value) and value > 0.0, "finite and > 0")
+_WEIGHT = _Bounds(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
+_FRACTION = _Bounds(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+_NOT_NEGATIVE = _Bounds(lambda value: math.isfinite(value) and value >= 0.0, "finite and >= 0")
+_POSITIVE = _Bounds(lambda value: math.isfinite(value) and value > 0.0, "finite and > 0")
 
-_RANGES: Final[dict[str, _Range]] = {
+_RANGES: Final[dict[str, _Bounds]] = {
     "lr": _NOT_NEGATIVE,
     "beta1": _WEIGHT,
     "beta2": _WEIGHT,
@@ -45,7 +45,7 @@ _NO_SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
-    """The numbers of one parameter group in one step, all float64 on the host. None: the rule has no such number.
+    """The numbers of one parameter group in one step, all float64 on the host. The rule does not have a number of None.
 
     Attributes:
         lr: learning rate, finite, ≥ 0.
@@ -56,7 +56,7 @@ class Hyperparameters:
         weight_decay: decay coefficient, finite, ≥ 0.
         maximize: ascend instead of descend.
         momentum: weight of the past in the momentum buffer, in [0, 1).
-        dampening: share of the gradient that momentum leaves out, in [0, 1].
+        dampening: fraction of the gradient that momentum leaves out, in [0, 1].
         alpha: weight of the past in the mean square (Adadelta's rho), in [0, 1).
         decay: of Adagrad's learning rate, or of NAdam's momentum, per update; finite, ≥ 0.
         trust_coefficient: factor of the layerwise trust ratio, finite, > 0.
@@ -86,13 +86,16 @@ class Hyperparameters:
         """Return a checked copy with some values replaced.
 
         Args:
-            overrides: names from `used()`; `betas` stands for `beta1` and `beta2` together.
+            overrides: the new values, by names from `used()`; `betas` stands for `beta1` and `beta2` together.
             field: the path that an error names.
-            synonyms: what to call a number there, where not by the name it has here.
+            synonyms: the names of numbers in an error that differ from the names of this record.
+
+        Returns:
+            The copy.
 
         Raises:
-            InvalidRequestError: a name that is unknown or that the rule does not use, or a value out of range;
-                the message names both.
+            InvalidRequestError: a name is unknown, the rule does not use a name, or a value is out of range. The
+                message has the name and the value.
         """
         values = dict(overrides)
         if "betas" in values and self.beta1 is not None:
@@ -109,7 +112,7 @@ class Hyperparameters:
         """Refuse values out of range; for the arguments see `replace`.
 
         Raises:
-            InvalidRequestError: names the field, the value and the allowed range.
+            InvalidRequestError: the message names the field, the value and the allowed range.
         """
         for name in self.used():
             _check(name, getattr(self, name), f"{field}.{synonyms.get(name, name)}")
@@ -123,28 +126,28 @@ class Hyperparameters:
 
 
 OVERRIDABLE: Final = tuple(field.name for field in dataclasses.fields(Hyperparameters))
-"""Every hyper-parameter there is; a rule uses some of them."""
+"""The names of all hyper-parameters; a rule uses some of them."""
 
 
 def number(value: object, field: str) -> float:
     """Return a number as a float; NumPy scalars and 0-d arrays count.
 
     Raises:
-        InvalidRequestError: it is not one that a float can hold.
+        InvalidRequestError: the value is not a number, or too large for a float.
     """
     try:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise InvalidRequestError.of(field, f"{value!r:.80} is not a number that a float can hold") from None
+        raise InvalidRequestError.of(field, f"{value!r:.80} is not a number that a float can represent") from None
 
 
 def pair(value: object, field: str) -> tuple[float, float]:
-    """Return two numbers.
+    """Return two numbers as floats.
 
     Raises:
-        InvalidRequestError: it is not a tuple or list of two.
+        InvalidRequestError: the value is not a tuple or list of two numbers.
     """
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise InvalidRequestError.of(field, f"betas is {value!r}; it must be two numbers, such as (0.9, 0.999)")
@@ -155,6 +158,6 @@ def _check(name: str, value: object, field: str) -> None:
     if name == "maximize":
         if not isinstance(value, bool):
             raise InvalidRequestError.of(field, f"maximize is {value!r}; it must be True or False")
-    elif not _RANGES[name].holds(number(value, field)):
+    elif not _RANGES[name].allow(number(value, field)):
         shown = field.rpartition(".")[2]
         raise InvalidRequestError.of(field, f"{shown} is {value!r}; it must be {_RANGES[name].words}")

@@ -1,4 +1,4 @@
-"""Optimizers whose step is scaled tensor by tensor, by the norm of the parameter over that of the update."""
+"""Optimizers that scale the step of each tensor by the norm of the parameter over the norm of the update."""
 
 from __future__ import annotations
 

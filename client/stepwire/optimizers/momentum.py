@@ -19,7 +19,7 @@ class SGD(Optimizer):
     Attributes:
         lr: learning rate, finite, ≥ 0.
         momentum: weight of the past, in [0, 1). Without any, in any group, no buffer is kept.
-        dampening: share of the gradient that momentum leaves out after the first update, in [0, 1]; needs momentum.
+        dampening: fraction of the gradient that momentum leaves out after the first update, in [0, 1]; needs momentum.
         weight_decay: added to the gradient (L2), finite, ≥ 0.
         nesterov: look ahead along the momentum; needs momentum and no dampening.
         maximize: ascend instead of descend.
@@ -45,8 +45,8 @@ class SGD(Optimizer):
         if numbers.dampening and not numbers.momentum:
             raise InvalidRequestError.of(
                 f"{field}.dampening",
-                f"dampening is {numbers.dampening!r} and momentum 0, so it would do nothing; set momentum, or leave it "
-                "out",
+                f"dampening is {numbers.dampening!r} and momentum 0, and without momentum dampening does nothing; set "
+                "momentum, or leave dampening out",
             )
 
 
@@ -57,7 +57,7 @@ class Lion(TwoBetas):
     Attributes:
         lr: learning rate, finite, ≥ 0; about a tenth of Adam's.
         betas: weights of the past in the step's direction and in the momentum kept, each in [0, 1).
-        weight_decay: taken off the parameter, finite, ≥ 0.
+        weight_decay: subtracted from the parameter, finite, ≥ 0.
         maximize: ascend instead of descend.
     """
 

@@ -1,11 +1,11 @@
-"""The norms of one step's gradient, and what clipping by norm makes of them.
+"""The norms of one step's gradient, and the factors of clipping by norm.
 
-A norm decides how far a gradient is clipped, and so every bit of the next parameters. It must not change when a tensor
-travels in other chunks, lies in another group, or is summed by another number of threads. So a norm here is the true
-norm of its float32 elements, correctly rounded to float32's 24 bits (whatever the exponent).
+A norm decides the factor of clipping, and so every bit of the next parameters. The norm must not change when a tensor
+travels in other chunks, lies in another group, or is summed by another number of threads. So a norm is the true norm of
+its float32 elements, correctly rounded to float32's 24 bits (for every exponent).
 
-An engine's sum in float64 is within 2⁻⁴⁵ of the truth. If both ends of that interval round to the same norm, it is the
-one. That fails about once in a million norms; then the sum is taken exactly, in integers.
+An engine's sum in float64 is within 2⁻⁴⁵ of the truth. Both ends of that interval almost always round to the same
+norm. About one norm in a million needs the exact sum, in integers.
 
 Clipping by norm has the form of each framework. c is the bound, n the norm.
 
@@ -13,7 +13,7 @@ Clipping by norm has the form of each framework. c is the bound, n the norm.
     optax   1 where n < c, else c / n    clip_by_global_norm
     keras   c·min(1 / n, 1 / c)          global_clipnorm
 
-Sources: the code of torch 2.13, optax 0.2.8 and Keras 3.15. A norm that is NaN gives NaN, as in all three.
+Sources: the code of torch 2.13, optax 0.2.8 and Keras 3.15. A norm of NaN gives NaN, as in all three.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from stepwire.optimizers.gradient_treatment import ClipFormula
 __all__ = ["RELATIVE_ERROR", "GradientNorms", "clip_coefficient", "gradient_norms", "rounded_norm", "with_factors"]
 
 RELATIVE_ERROR = 2.0**-45
-"""What an engine's sum of squares may be off by, relative to the sum: at most 128 roundings of 2⁻⁵³ each."""
+"""The largest relative error of an engine's sum of squares: at most 128 roundings of 2⁻⁵³ each."""
 
 
 class GradientNorms(NamedTuple):
     """Norms before clipping, and the factors of clipping.
 
     Attributes:
-        groups: norm of each group's gradient.
-        total: norm of the whole gradient.
-        coefficients: the factor of each group, its own clipping and the global one together.
+        groups: the norm of each group's gradient.
+        total: the norm of the whole gradient.
+        coefficients: the factor of each group, from its own clipping and the global clipping together.
         coefficient: the factor of clipping by the global norm.
-        left: norm of the whole gradient after clipping of groups and before clipping by the global norm.
+        left: the norm of the whole gradient after clipping of groups and before clipping by the global norm.
     """
 
     groups: tuple[float, ...]
@@ -62,14 +62,17 @@ def gradient_norms(
     group_bounds: Sequence[float | None],
     formula: ClipFormula,
 ) -> GradientNorms:
-    """Clip each group by its own norm, then all by the global norm of what that leaves.
+    """Return the norms and factors of clipping each group by its own norm, then all groups by the global norm.
 
     Args:
         squared: each group's sum of squares, within `RELATIVE_ERROR`.
-        exact: returns the exact sum of squares of some groups.
-        bound: of the global norm; None for none.
-        group_bounds: of each group's own norm.
-        formula: whose form of clipping.
+        exact: a function that returns the exact sum of squares of some groups.
+        bound: the bound of the global norm; None for none.
+        group_bounds: the bound of each group's own norm; None for none.
+        formula: the formula of clipping.
+
+    Returns:
+        The norms and factors. The global norm in clipping is the norm after the groups' own clipping.
     """
     everything = range(len(squared))
     total = rounded_norm(math.fsum(squared), lambda: exact(everything))
@@ -101,12 +104,15 @@ def clip_coefficient(norm: float, bound: float, formula: ClipFormula) -> float:
 
 
 def with_factors(norms: GradientNorms, coefficient: float, own: Sequence[float]) -> GradientNorms:
-    """Return the norms of a part of a gradient with the factors that were found from all of it.
+    """Return the norms of one shard's gradient with the factors that come from the whole gradient.
 
     Args:
-        norms: of the part, unclipped.
-        coefficient: of clipping by the global norm.
-        own: of each group's own clipping; empty for none.
+        norms: the norms of the shard, unclipped.
+        coefficient: the factor of clipping by the global norm.
+        own: the factor of each group's own clipping; empty for none.
+
+    Returns:
+        The norms of the shard, with the factors.
     """
     own = own or (1.0,) * len(norms.groups)
     left = norms.total
@@ -119,8 +125,11 @@ def rounded_norm(total: float, exact: Callable[[], Fraction]) -> float:
     """Return the root of a sum of squares, correctly rounded to 24 bits.
 
     Args:
-        total: the sum, within `RELATIVE_ERROR`; infinite or NaN is returned as it is.
-        exact: returns the sum exactly; called only where it matters.
+        total: the sum, within `RELATIVE_ERROR`; an infinite or NaN sum is returned unchanged.
+        exact: a function that returns the exact sum; called only if both neighbours are possible.
+
+    Returns:
+        The norm.
     """
     if not math.isfinite(total) or total == 0.0:
         return total
@@ -138,7 +147,7 @@ def _rounded(value: float) -> float:
 
 
 def _nearer(total: Fraction, low: float, high: float) -> float:
-    """Return which of two neighbours the root of `total` rounds to."""
+    """Return the one of two neighbours that the root of `total` rounds to."""
     middle = (Fraction(low) + Fraction(high)) / 2
     if total != middle * middle:
         return low if total < middle * middle else high

@@ -1,4 +1,4 @@
-"""What every optimizer configuration has in common."""
+"""The common base of all optimizers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, pair
 
-__all__ = ["Formula", "Optimizer", "Structure", "TwoBetas"]
+__all__ = ["Formula", "Optimizer", "RuleStructure", "TwoBetas"]
 
 Formula = Literal["torch", "keras", "optax", "no_bias_correction", "decay_after"]
 
 
-class Structure(NamedTuple):
-    """What a session's optimizer is besides its numbers; fixed for the session's life.
+class RuleStructure(NamedTuple):
+    """The options of an optimizer besides its numbers; fixed for the session's life.
 
     Attributes:
-        formula: whose form of the rule.
-        amsgrad: `"none"`, `"raw"` or `"corrected"`: which second moment is never let fall.
-        decoupled_weight_decay: decay is taken off the parameter instead of being added to the gradient.
+        formula: the form of the rule.
+        amsgrad: the second moment that never falls: `"none"`, `"raw"` or `"corrected"`.
+        decoupled_weight_decay: True to subtract the decay from the parameter, False to add it to the gradient.
         nesterov: Nesterov momentum.
         centered: divide by the standard deviation instead of the root mean square.
-        initial_accumulator_value: what Adagrad's sum starts from.
+        initial_accumulator_value: the first value of Adagrad's sum.
     """
 
     formula: Formula = "torch"
@@ -36,12 +36,12 @@ class Structure(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """The base of all configurations. Records only: the formulas live in the server's `rules`.
+    """The base of all optimizers: records only. The formulas are in the server's `rules`.
 
     Class attributes:
-        rule: the family's name in the contract.
-        published: whose form this is where there is only one.
-        synonyms: constructor names by the contract's names, where they differ.
+        rule: the rule's name in the contract.
+        published: the formula of a rule with a single one.
+        synonyms: the constructor's names that differ from the contract's, by the contract's name.
     """
 
     rule: ClassVar[str]
@@ -49,10 +49,10 @@ class Optimizer:
     synonyms: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        """Refuse values out of range with an error that names them."""
+        """Refuse a value out of range with an error that names the value."""
         for name in (field.name for field in dataclasses.fields(self)):
-            if getattr(self, name) is None:  # which further on means that a rule has no such number
-                raise InvalidRequestError.of(f"optimizer.{name}", f"{name} is None; leave it out for its default")
+            if getattr(self, name) is None:  # None in a record of numbers says that the rule has no such number
+                raise InvalidRequestError.of(f"optimizer.{name}", f"{name} is None; leave it out for the default")
         for name in ("decoupled_weight_decay", "nesterov", "centered"):
             if not isinstance(getattr(self, name, False), bool):
                 raise InvalidRequestError.of(
@@ -67,10 +67,10 @@ class Optimizer:
         numbers.check("optimizer", self.synonyms)
         self.check_numbers(numbers, "optimizer")
 
-    def structure(self) -> Structure:
-        """Return what the optimizer is besides its numbers."""
-        defaults = Structure(formula=self.published)
-        return defaults._replace(**{name: getattr(self, name) for name in Structure._fields if hasattr(self, name)})
+    def structure(self) -> RuleStructure:
+        """Return the options of the optimizer besides its numbers."""
+        defaults = RuleStructure(formula=self.published)
+        return defaults._replace(**{name: getattr(self, name) for name in RuleStructure._fields if hasattr(self, name)})
 
     def hyperparameters(self) -> Hyperparameters:
         """Return the numbers alone, as every group starts with them."""
@@ -79,11 +79,19 @@ class Optimizer:
         return Hyperparameters(**{to: getattr(self, name) for name, to in names.items() if to in OVERRIDABLE})
 
     def override(self, base: Hyperparameters, overrides: Mapping[str, Any], field: str) -> Hyperparameters:
-        """Return a checked copy of `base` with some values replaced, by the names of the constructor or the contract.
+        """Return a checked copy of `base` with some values replaced.
+
+        Args:
+            base: the numbers to start from.
+            overrides: the new values, by the names of the constructor or the contract.
+            field: the path that an error names.
+
+        Returns:
+            The new numbers.
 
         Raises:
-            InvalidRequestError: a name the rule does not use, a value out of range, or values that contradict each
-                other; the message names them.
+            InvalidRequestError: the rule does not use a name, a value is out of range, or values contradict each other.
+                The message names the values.
         """
         contract = {self.contract_name(name): value for name, value in overrides.items()}
         changed = base.replace(contract, field, self.synonyms)
@@ -91,11 +99,11 @@ class Optimizer:
         return changed
 
     def contract_name(self, name: str) -> str:
-        """Return the contract's name of a hyper-parameter, given that or the constructor's."""
+        """Return the contract's name of a hyper-parameter, from that name or the constructor's."""
         return next((contract for contract, own in self.synonyms.items() if own == name), name)
 
     def arguments(self, numbers: Hyperparameters) -> dict[str, Any]:
-        """Return the constructor's arguments that make these numbers."""
+        """Return the constructor's arguments for these numbers."""
         values = {name: getattr(numbers, name) for name in numbers.used()}
         arguments = {self.synonyms.get(name, name): value for name, value in values.items()}
         if "beta1" in arguments:
@@ -103,16 +111,16 @@ class Optimizer:
         return arguments
 
     def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
-        """Refuse numbers that contradict each other or the structure; ranges have been checked.
+        """Refuse numbers that contradict each other or the structure. The ranges are checked before.
 
         Raises:
-            InvalidRequestError: names the field.
+            InvalidRequestError: the message names the field.
         """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoBetas(Optimizer):
-    """The base of those with two weights of the past."""
+    """The base of optimizers with two weights of the past."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

@@ -1,7 +1,6 @@
-"""Learning-rate schedules: records of what the server evaluates, and the ranges of their numbers.
+"""Learning-rate schedules: the records of schedules, and the ranges of their numbers.
 
-These are records only. The equations live in the server's `schedules`; the ranges are checked here, in one
-place, by client and server alike.
+The equations are in the server's `schedules`. Client and server check the ranges in this module alone.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ SCHEDULE_KINDS: Final[dict[ScheduleKind, optimizer_pb2.ScheduleKind]] = {
 }
 _KIND_NAMES: Final[dict[int, ScheduleKind]] = {value: name for name, value in SCHEDULE_KINDS.items()}
 
-# Every update that can be counted is a float64 exactly, so that a schedule's fractions are.
+# Every count of updates below this limit is a float64 exactly, so that a schedule's fractions are correctly rounded.
 _LIMIT: Final = 2**53
 
-# What a field may hold, as an error says it.
+# The allowed values of a field, in the words of an error.
 _RANGES: Final = {
     "warmup_steps": "a whole number in [0, 2^53), >= 1 for one_cycle",
     "total_steps": "a whole number, > warmup_steps and < 2^53",
@@ -43,7 +42,7 @@ _RANGES: Final = {
     "warmup_start_factor": "finite and >= 0",
 }
 
-# Which kinds use a field that not all use, and whether they can do without.
+# The kinds that use a field, for fields that not all kinds use; and the kinds that require a field.
 _USERS: Final[dict[str, tuple[ScheduleKind, ...]]] = {
     "total_steps": ("linear", "cosine", "polynomial", "one_cycle"),
     "final_factor": ("linear", "cosine", "polynomial", "one_cycle"),
@@ -62,21 +61,21 @@ _REQUIRED: Final[dict[str, tuple[ScheduleKind, ...]]] = {
 class Schedule:
     """A factor of a group's `lr`, which the server evaluates in float64 at every update without an `lr` of its own.
 
-    It counts updates: the group's first is at s = 0. Warm-up comes first, the kind's own shape begins at
+    A schedule counts updates: the group's first is at s = 0. Warm-up comes first. The kind's own shape begins at
     s = `warmup_steps`, and past its end a schedule keeps its last value. 0 means "not set", as in the contract.
 
-    The constructors, such as `Schedule.cosine(10_000, warmup_steps=500)`, check what they are given. A record made
-    directly is checked by `check`, under the path of the group it belongs to.
+    The constructors, such as `Schedule.cosine(10_000, warmup_steps=500)`, check their arguments. `check` checks a
+    record made directly, under the path of its group.
 
     Attributes:
         kind: the shape.
-        warmup_steps: updates of warm-up from `warmup_start_factor` to 1, below 2^53: a line, but half a cosine for
-            `"one_cycle"`, which requires it.
+        warmup_steps: the number of updates from `warmup_start_factor` to 1, below 2^53. A line; half a cosine for
+            `"one_cycle"`, which requires a warm-up.
         total_steps: the update at which `final_factor` is reached, warm-up included: > `warmup_steps`, below 2^53.
-            Linear, cosine, polynomial and one-cycle require it, the others refuse it.
-        final_factor: the last factor, finite, ≥ 0. The same four kinds.
-        gamma: the factor of each drop (step, exponential) or the power (polynomial), finite, > 0; required there.
-        interval_steps: updates between drops, ≥ 1, below 2^53; step alone, which requires it.
+            Required by linear, cosine, polynomial and one-cycle, refused by other kinds.
+        final_factor: the last factor, finite, ≥ 0. Used by the same four kinds.
+        gamma: the factor of each drop (step, exponential) or the power (polynomial), finite, > 0. Required by them.
+        interval_steps: the number of updates between drops, ≥ 1, below 2^53. Required by step, refused by other kinds.
         warmup_start_factor: the factor at s = 0 of a warm-up, finite, ≥ 0; refused without a warm-up.
     """
 
@@ -90,7 +89,7 @@ class Schedule:
 
     @classmethod
     def constant(cls, warmup_steps: int = 0, *, warmup_start_factor: float = 0.0) -> Schedule:
-        """Return a warm-up and nothing after it: the factor stays 1.
+        """Return a warm-up alone: the factor stays 1 after it.
 
         Raises:
             InvalidRequestError: a value out of range.
@@ -101,7 +100,7 @@ class Schedule:
     def linear(
         cls, total_steps: int, *, final_factor: float = 0.0, warmup_steps: int = 0, warmup_start_factor: float = 0.0
     ) -> Schedule:
-        """Return a straight line from 1 down, or up, to `final_factor` at update `total_steps`.
+        """Return a straight line from 1 to `final_factor` at update `total_steps`.
 
         Raises:
             InvalidRequestError: a value out of range.
@@ -199,13 +198,16 @@ class Schedule:
 
         Torch's phases end one update earlier, at `pct_start · T − 1` and `T − 1` for its `total_steps` T. The same
         numbers are `Schedule(kind="one_cycle", warmup_steps=pct_start * T - 1, total_steps=T - 1, …)`. Torch also
-        cycles the momentum, unless it is told not to; this does not. Optax rounds the peak down.
+        cycles the momentum by default; this schedule does not. Optax rounds the peak down.
 
         Args:
             total_steps: the update at which `final_factor` is reached, ≥ 2.
-            rise_fraction: the part of `total_steps` before the peak, in (0, 1).
+            rise_fraction: the fraction of `total_steps` before the peak, in (0, 1).
             initial_factor: the factor of the first update, 1 / `div_factor` of torch and optax.
             final_factor: the last factor, 1 / (`div_factor` · `final_div_factor`).
+
+        Returns:
+            The schedule.
 
         Raises:
             InvalidRequestError: a value out of range.
@@ -225,10 +227,10 @@ class Schedule:
         )._checked()
 
     def check(self, field: str = "schedule") -> None:
-        """Refuse a schedule that is not whole: unknown kind, values out of range, missing, unused or contradictory.
+        """Refuse an unknown kind, and values that are out of range, missing, unused or contradictory.
 
         Raises:
-            InvalidRequestError: names the field, the value and the allowed range.
+            InvalidRequestError: the message names the field, the value and the allowed range.
         """
         if self.kind not in get_args(ScheduleKind):
             raise InvalidRequestError.of(f"{field}.kind", f"kind is {self.kind!r:.80}; {_use_one_of_the_kinds()}")
@@ -238,7 +240,7 @@ class Schedule:
         if self.warmup_start_factor and not self.warmup_steps:
             problem = f"warmup_start_factor is {self.warmup_start_factor!r}, but warmup_steps is 0"
             raise InvalidRequestError.of(
-                f"{field}.warmup_start_factor", f"{problem}; set warmup_steps, or leave it out"
+                f"{field}.warmup_start_factor", f"{problem}; set warmup_steps, or leave warmup_start_factor out"
             )
         if self.total_steps and self.total_steps <= self.warmup_steps:
             problem = f"total_steps is {self.total_steps}; it must be > warmup_steps, which is {self.warmup_steps}"
@@ -286,7 +288,7 @@ def schedule_from_wire(message: optimizer_pb2.Schedule, field: str) -> Schedule:
     """Decode and check a schedule; `field` is the path that an error names.
 
     Raises:
-        InvalidRequestError: the kind is unspecified or unknown, or see `Schedule.check`.
+        InvalidRequestError: the kind is unspecified or unknown, or a value is refused as in `Schedule.check`.
     """
     if message.kind not in _KIND_NAMES:
         problem = f"{message.kind} is unknown" if message.kind else "kind is missing"

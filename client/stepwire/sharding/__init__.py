@@ -1,8 +1,8 @@
-"""One model over several servers, or over several connections to one: cut, stepped together, put together again."""
+"""One model over several servers, or over several connections to one: partitioned, stepped together, put together."""
 
 from __future__ import annotations
 
-from stepwire.sharding.client import ShardedClient
-from stepwire.sharding.session import ShardedSession
+from stepwire.sharding.link import ShardedLink
+from stepwire.sharding.server import ShardedServer
 
-__all__ = ["ShardedClient", "ShardedSession"]
+__all__ = ["ShardedLink", "ShardedServer"]

@@ -1,4 +1,4 @@
-"""One result from those of the shards."""
+"""One result, one header and one info from those of the shards."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from fractions import Fraction
 from typing import Any
 
 from stepwire.optimizers.norms import rounded_norm
+from stepwire.results import SessionInfo, SessionStatistics
 from stepwire.sharding.coordinator import Decision
-from stepwire.v1 import step_pb2
+from stepwire.sharding.partition import Partition
+from stepwire.v1 import state_pb2, step_pb2
 
-__all__ = ["combined"]
+__all__ = ["combined", "combined_header", "combined_info", "combined_statistics"]
 
 _LARGEST = ("receive_seconds", "queue_seconds", "apply_seconds")
 
@@ -19,11 +21,12 @@ _LARGEST = ("receive_seconds", "queue_seconds", "apply_seconds")
 def combined(
     results: Sequence[step_pb2.StepResult], decision: Decision | None, *, limited: bool
 ) -> step_pb2.StepResult:
-    """Say of the whole what one session would have said.
+    """Return the result that one session would have for the whole.
 
     Args:
-        results: of the shards, in order.
-        decision: what was decided of the step; without one, the gradient's norms are within a float32 ulp of the whole's.
+        results: the results of the shards, in order.
+        decision: the decision about the step; without one, the gradient's norms are within a float32 ulp of the
+            whole's.
         limited: elements are clipped by value, so the shards know the norms after clipping.
     """
     if len(results) == 1:
@@ -57,35 +60,78 @@ def combined(
     return whole
 
 
-def _group(parts: Sequence[step_pb2.GroupTelemetry]) -> step_pb2.GroupTelemetry:
-    """Combine one group; its numbers are told by a shard that moved it, if there is one."""
-    mover = max(parts, key=lambda part: part.t)
-    group = step_pb2.GroupTelemetry(
-        grad_norm=_norm(part.grad_norm for part in parts),
+def combined_header(headers: Sequence[state_pb2.PullHeader], partition: Partition) -> state_pb2.PullHeader:
+    """Return the header of a pull of the whole, from headers of one step."""
+    whole = state_pb2.PullHeader(
+        step=headers[0].step,
+        epoch=max(header.epoch for header in headers),
+        load=max(header.load for header in headers),
+        tensor_steps=[0] * len(partition.layout.tensors),
+        loss_scale=headers[0].loss_scale if headers[0].HasField("loss_scale") else None,
+    )
+    for shard, header in zip(partition.shards, headers, strict=True):
+        for each, step in zip(shard.ranges, header.tensor_steps, strict=True):
+            whole.tensor_steps[each.tensor] = step
+    return whole
+
+
+def combined_info(session_id: str, infos: Sequence[SessionInfo]) -> SessionInfo:
+    """Return the info of the whole: bytes added up, and of numbers, flags and times the least."""
+    return SessionInfo(
+        session_id=session_id,
+        label=infos[0].label,
+        epoch=max(info.epoch for info in infos),
+        applied_step=min(info.applied_step for info in infos),
+        durable_step=min(info.durable_step for info in infos),
+        memory_bytes=sum(info.memory_bytes for info in infos),
+        device=",".join(info.device for info in infos),
+        ready=all(info.ready for info in infos),
+        attached=all(info.attached for info in infos),
+        create_time=min(info.create_time for info in infos),
+        expire_time=min(info.expire_time for info in infos),
+    )
+
+
+def combined_statistics(shards: Sequence[SessionStatistics], step_in_doubt: int | None) -> SessionStatistics:
+    """Return the statistics of the whole: streams added up, and of the other numbers the least."""
+    return SessionStatistics(
+        applied_step=min(shard.applied_step for shard in shards),
+        durable_step=min(shard.durable_step for shard in shards),
+        attached=all(shard.attached for shard in shards),
+        streams_opened=sum(shard.streams_opened for shard in shards),
+        step_in_doubt=step_in_doubt,
+    )
+
+
+def _group(groups: Sequence[step_pb2.GroupTelemetry]) -> step_pb2.GroupTelemetry:
+    """Combine one group; its hyper-parameters come from a shard that updated it, if there is one."""
+    mover = max(groups, key=lambda group: group.t)
+    whole = step_pb2.GroupTelemetry(
+        grad_norm=_norm(group.grad_norm for group in groups),
         hyperparameters=mover.hyperparameters,
         t=mover.t,
-        clipped_grad_norm=_root(part.clipped_grad_norm for part in parts),
+        clipped_grad_norm=_root(group.clipped_grad_norm for group in groups),
         clip_coefficient=mover.clip_coefficient,
     )
-    _measure(group, parts)
-    return group
+    _measure(whole, groups)
+    return whole
 
 
-def _measure(whole: Any, parts: Sequence[Any]) -> None:
+def _measure(whole: Any, shards: Sequence[Any]) -> None:
     for name in ("update_norm", "param_norm"):
-        if all(part.HasField(name) for part in parts):
-            setattr(whole, name, _root(getattr(part, name) for part in parts))
+        if all(shard.HasField(name) for shard in shards):
+            setattr(whole, name, _root(getattr(shard, name) for shard in shards))
 
 
 def _decide(whole: step_pb2.StepResult, decision: Decision) -> None:
-    """Put the norms of the whole gradient, as they were decided on, in the place of what the parts add up to."""
+    """Put the norms of the whole gradient, as the decision has them, in the place of the shards' sums."""
     whole.telemetry.grad_norm = decision.norms.total
     for norm, group in zip(decision.norms.groups, whole.telemetry.groups, strict=True):
         group.grad_norm = norm
 
 
 def _clip(whole: step_pb2.StepResult, decision: Decision | None) -> None:
-    """Say what clipping by norm left, where nothing else took anything away."""
+    """Set the norms after clipping by norm, in a step without any other clipping."""
     telemetry = whole.telemetry
     if decision is None or whole.accumulated:
         clipped, total = [group.grad_norm for group in telemetry.groups], telemetry.grad_norm
@@ -96,12 +142,12 @@ def _clip(whole: step_pb2.StepResult, decision: Decision | None) -> None:
         group.clipped_grad_norm = norm
 
 
-def _norm(parts: Iterable[float]) -> float:
-    """Return the norm of what has parts of such norms, in 24 bits as every norm of a gradient."""
-    squared = [part * part for part in parts]
+def _norm(norms: Iterable[float]) -> float:
+    """Return the norm of a vector from the norms of its ranges, in 24 bits as every norm of a gradient."""
+    squared = [norm * norm for norm in norms]
     total = math.fsum(squared)
     return rounded_norm(total, lambda: sum(map(Fraction, squared), Fraction(0)))
 
 
-def _root(parts: Iterable[float]) -> float:
-    return math.sqrt(math.fsum(part * part for part in parts))
+def _root(norms: Iterable[float]) -> float:
+    return math.sqrt(math.fsum(norm * norm for norm in norms))

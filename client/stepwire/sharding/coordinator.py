@@ -1,8 +1,9 @@
-"""What all shards decide together before any of them steps: how far the gradient is clipped, or that it is skipped.
+"""The decision that all shards share before any of them steps: the factors of clipping, or that the step is skipped.
 
-Each shard's server stages its part and says what the squares of it add up to. When all have, the client knows the norm
-of the whole, and sends every server the same factors. A shard that breaks before it has staged is taken again alone,
-while the others wait; one that breaks after the decision brings it along. So a step is decided once, or by nobody.
+The server of each shard checks its gradient, and sends the sums of squares. With the checks of all shards the client
+knows the norm of the whole gradient, and sends every server the same factors. A shard that breaks before its check is
+repeated alone, while the others wait. A shard that breaks after the decision brings the decision along. So a step is
+decided once, or not at all.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ __all__ = ["Abandoned", "Bounds", "Coordinator", "Decision"]
 
 
 class Bounds(NamedTuple):
-    """What the gradient of the whole is judged by.
+    """The bounds that the gradient of the whole is checked against.
 
     Attributes:
-        whole: of its norm; None for none.
-        groups: of each group's own norm, or None.
-        formula: whose form of clipping.
-        policy: what is done with NaN and Inf.
+        whole: the bound of its norm; None for none.
+        groups: the bound of each group's own norm, or None.
+        formula: the formula of clipping by norm.
+        policy: the policy for NaN and Inf.
     """
 
     whole: float | None
@@ -39,11 +40,11 @@ class Bounds(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What was decided of a step.
+    """The decision about a step.
 
     Attributes:
-        norms: of the whole gradient, with the factors of clipping.
-        commit: what tells it to the servers.
+        norms: the norms of the whole gradient, with the factors of clipping.
+        commit: the message that tells the decision to the servers.
     """
 
     norms: GradientNorms
@@ -54,7 +55,7 @@ class Abandoned(Exception):
     """This shard gives the step up, not for a reason of its own: nothing has been applied anywhere.
 
     Attributes:
-        cause: why the step as a whole failed; None where another shard says it better.
+        cause: the reason of the step as a whole; None if another shard has a better one.
     """
 
     def __init__(self, cause: StepwireError | None = None) -> None:
@@ -64,29 +65,34 @@ class Abandoned(Exception):
 
 
 class Coordinator:
-    """The decision about one step. Shards wait in `decide`, each in its thread."""
+    """The coordinator of one step. Shards wait in `decide`, each in its thread.
+
+    Attributes:
+        step: the number of the step.
+        decision: the decision; None before all shards have sent their checks.
+    """
 
     def __init__(self, step: int, shards: int, bounds: Bounds) -> None:
-        """Await what `shards` shards have staged for a step."""
+        """Await the checks of `shards` shards for a step."""
         self.step = step
         self.decision: Decision | None = None
         self._bounds = bounds
-        self._staged: list[step_pb2.GradientCheck | None] = [None] * shards
+        self._checks: list[step_pb2.GradientCheck | None] = [None] * shards
         self._failure: Abandoned | None = None
         self._changed = threading.Condition()
 
-    def decide(self, shard: int, staged: step_pb2.GradientCheck, deadline: Deadline) -> step_pb2.StepCommit:
-        """Say what a shard has staged, wait for the others, and return what all of them are to commit.
+    def decide(self, shard: int, check: step_pb2.GradientCheck, deadline: Deadline) -> step_pb2.StepCommit:
+        """Bring the check of a shard, wait for the others, and return the commit for all of them.
 
         Raises:
-            Abandoned: another shard failed for good, not all had staged by the deadline, or the gradient is not finite
-                under the policy `reject`.
+            Abandoned: another shard failed for good, or its check was late, or the gradient is not finite under the
+                policy `reject`.
         """
         with self._changed:
-            self._staged[shard] = staged
-            # Not after a failure: who gave up would have to be brought in line by another call.
-            if self.decision is None and self._failure is None and None not in self._staged:
-                self._rule([each for each in self._staged if each is not None])
+            self._checks[shard] = check
+            # Not after a failure: a shard that gave up would have to be brought in line by another call.
+            if self.decision is None and self._failure is None and None not in self._checks:
+                self._decide([each for each in self._checks if each is not None])
             while self.decision is None and self._failure is None:
                 if left := deadline.remaining():
                     self._changed.wait(left)
@@ -98,7 +104,7 @@ class Coordinator:
             return self.decision.commit
 
     def abandon(self) -> None:
-        """Let nobody wait any longer: a shard failed for good. What is decided stays so."""
+        """End all waiting: a shard failed for good. A decision stays as it is."""
         self._fail(Abandoned())
 
     def _fail(self, failure: Abandoned) -> None:
@@ -106,15 +112,15 @@ class Coordinator:
             self._failure = self._failure or failure
             self._changed.notify_all()
 
-    def _rule(self, staged: Sequence[step_pb2.GradientCheck]) -> None:
+    def _decide(self, checks: Sequence[step_pb2.GradientCheck]) -> None:
         try:
-            self.decision = _ruling(self.step, staged, self._bounds)
+            self.decision = _decision(self.step, checks, self._bounds)
         except NonFiniteGradientError as refusal:
             self._fail(Abandoned(refusal))
         self._changed.notify_all()
 
     def _late(self, deadline: Deadline) -> DeadlineExceededError:
-        waiting = [shard for shard, staged in enumerate(self._staged) if staged is None]
+        waiting = [shard for shard, check in enumerate(self._checks) if check is None]
         return DeadlineExceededError(
             f"step {self.step}: shards {waiting} had not received their gradient within {deadline.timeout_seconds} s; "
             "nothing was applied. Take the step again, or with a longer timeout",
@@ -122,9 +128,9 @@ class Coordinator:
         )
 
 
-def _ruling(step: int, staged: Sequence[step_pb2.GradientCheck], bounds: Bounds) -> Decision:
-    norms, own = _norms([list(each.group_squared_norms) for each in staged], bounds)
-    count = sum(each.non_finite_count for each in staged)
+def _decision(step: int, checks: Sequence[step_pb2.GradientCheck], bounds: Bounds) -> Decision:
+    norms, own = _norms([list(each.group_squared_norms) for each in checks], bounds)
+    count = sum(each.non_finite_count for each in checks)
     finite = not count and math.isfinite(norms.total)
     if not finite and bounds.policy == "reject":
         raise NonFiniteGradientError(
@@ -137,21 +143,21 @@ def _ruling(step: int, staged: Sequence[step_pb2.GradientCheck], bounds: Bounds)
     return Decision(norms, step_pb2.StepCommit(clip_coefficient=norms.coefficient, group_coefficients=own))
 
 
-def _norms(parts: Sequence[Sequence[float]], bounds: Bounds) -> tuple[GradientNorms, tuple[float, ...]]:
-    """Return the norms of the whole, with all factors, and the factors of the groups' own clipping, if there is any.
+def _norms(sums: Sequence[Sequence[float]], bounds: Bounds) -> tuple[GradientNorms, tuple[float, ...]]:
+    """Return the norms of the whole, with all factors, and the factors of the groups' own clipping, if any.
 
     Args:
-        parts: of each shard, each group's sum of squares within `norms.RELATIVE_ERROR`.
-        bounds: what clips.
+        sums: for each shard, each group's sum of squares within `norms.RELATIVE_ERROR`.
+        bounds: the bounds of clipping.
     """
-    columns = list(zip(*parts, strict=True))
+    columns = list(zip(*sums, strict=True))
 
-    def sums(groups: Sequence[int]) -> Fraction:
-        # The shards' sums are the truth as far as it is known here: they are added without further error.
-        return sum((Fraction(part) for group in groups for part in columns[group]), Fraction(0))
+    def exact(groups: Sequence[int]) -> Fraction:
+        # Nothing more exact than the shards' sums is known here: they are added without further error.
+        return sum((Fraction(each) for group in groups for each in columns[group]), Fraction(0))
 
     squared = [math.fsum(column) for column in columns]
-    norms = gradient_norms(squared, sums, bounds.whole, bounds.groups, bounds.formula)
+    norms = gradient_norms(squared, exact, bounds.whole, bounds.groups, bounds.formula)
     if not any(bounds.groups):
         return norms, ()
-    return norms, gradient_norms(squared, sums, None, bounds.groups, bounds.formula).coefficients
+    return norms, gradient_norms(squared, exact, None, bounds.groups, bounds.formula).coefficients

@@ -16,7 +16,10 @@ _T = TypeVar("_T")
 
 
 class FanOut:
-    """A thread a shard, started when first needed. gRPC and NumPy let go of the interpreter where time is spent."""
+    """A thread a shard, started with the first call.
+
+    gRPC and NumPy release the interpreter in the long parts of a call. Closes twice without complaint.
+    """
 
     def __init__(self, size: int) -> None:
         """Be ready for `size` shards."""
@@ -28,22 +31,22 @@ class FanOut:
         """Make all calls in parallel, and wait for all of them.
 
         Args:
-            calls: one a shard.
-            abandon: called as soon as one fails, so that the others need not wait for it.
+            calls: one call a shard.
+            abandon: a function that is called as soon as one call fails, so that the others need not wait for it.
 
         Returns:
-            What they returned, in order.
+            The results of the calls, in order.
 
         Raises:
-            BaseException: what the first of them in order raised, and rather the cause than its consequences: that a
-                shard gave up because of another, or that its time ran out.
+            BaseException: the failure of the first call in order that failed. A cause goes before its consequences: a
+                shard that gave up because of another, or a deadline.
         """
         if len(calls) == 1:
             return [calls[0]()]
         running = [self._submit(call, abandon) for call in calls]
         try:
             failures = [failure for each in running if (failure := each.exception()) is not None]
-        except BaseException:  # the user's patience: whoever waits for others is let go
+        except BaseException:  # an interrupt of the user: no shard waits for another any longer
             abandon()
             raise
         if failures:
@@ -58,7 +61,7 @@ class FanOut:
                 self._pool = None
 
     def _submit(self, call: Callable[[], _T], abandon: Callable[[], object]) -> Future[_T]:
-        def told() -> _T:
+        def guarded() -> _T:
             try:
                 return call()
             except BaseException:
@@ -68,7 +71,7 @@ class FanOut:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._size, thread_name_prefix="stepwire-shard")
-            return self._pool.submit(told)
+            return self._pool.submit(guarded)
 
 
 def _remoteness(failure: BaseException) -> int:

@@ -1,160 +1,359 @@
-"""The hold on the slots of all shards, as one: all attached, all at the same step, and stepped together."""
+"""The link to a sharded session: all shards attached, all at the same step, and stepped together.
+
+The link is used as the link to one session is, and gives the same parameters, bit for bit. Each shard's link knows what
+its server has applied. So a step that failed on some servers has one of two ends: the same gradient again finishes it,
+as each server applies or replays the step; or a load replaces it. Any other gradient is refused in between.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
+
+from stepwire.arrays.packing import Flat
 from stepwire.connection.retry import Deadline
-from stepwire.connection.stream import AttachedStream
-from stepwire.errors import StepMismatchError, UnsupportedFeatureError
-from stepwire.links.remote import Attachment
-from stepwire.sharding.combine import combined
-from stepwire.sharding.coordinator import Abandoned, Bounds, Coordinator
+from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError, UnsupportedFeatureError
+from stepwire.links.link import Load, SessionLink
+from stepwire.links.remote import RemoteLink
+from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
+from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics
+from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.partition import Partition
 from stepwire.sharding.shard import Shard
+from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import OnTensor, StepCall
-from stepwire.v1 import step_pb2
+from stepwire.steps.carry import Carry
+from stepwire.steps.description import SessionDescription
+from stepwire.steps.doubt import Doubt, unfinished
+from stepwire.transports.available import TRANSPORTS
+from stepwire.transports.shared import SharedArrays
+from stepwire.v1 import state_pb2, step_pb2
 
-__all__ = ["Holds"]
+__all__ = ["ShardedLink"]
+
+_T = TypeVar("_T")
 
 
-class Holds(Attachment):
-    """Holds the slots of several sessions that are one model. Its session serialises its calls.
+class ShardedLink(SessionLink):
+    """The link to one model over several sessions.
 
-    Its token is always 0: so its session attaches before each step, which costs nothing where all streams are up, and
-    says where the shards are if they are not at one step.
+    - A load that fails may have been committed on some servers: load again.
+    - A step that fails may have been applied on some servers: repeat it with the same gradients, or load. If the
+      client ends in between, shards stay at different steps. Then `applied_step`, steps and pulls raise
+      StepMismatchError, until a state is loaded into all shards.
+    - `on_tensor` is called in the threads of shards, one call at a time.
     """
 
-    def __init__(self, shards: Sequence[Shard], fan_out: FanOut, bounds: Bounds | None, *, limited: bool) -> None:
-        """Hold what the shards hold.
+    def __init__(self, links: Sequence[RemoteLink], partition: Partition) -> None:
+        """Link to the sessions of the shards.
 
         Args:
-            shards: in order.
-            fan_out: a thread for each.
-            bounds: what the gradient of the whole is judged by; None where each shard can judge by itself.
-            limited: elements are clipped by value.
-        """
-        self.token = self.epoch = self.applied_load = 0
-        self.in_doubt = False
-        self.shared = None
-        self._shards = shards
-        self._crew = fan_out
-        self._bounds = bounds
-        self._limited = limited
-        self._begun: int | None = None
-        self._ballot: Coordinator | None = None
-        steps = [shard.applied_step for shard in shards]
-        self.applied_step = self.step_on_server = min(steps)
-
-    def level(self) -> int:
-        """Return the step that all shards are at, or are to be brought to by repeating a step that failed.
+            links: the links of the shards, in order.
+            partition: the ranges of each shard.
 
         Raises:
-            StepMismatchError: they are at different steps, and this client does not know how that came.
+            InvalidRequestError: the sessions are not those of one model.
         """
+        messages = [link.description.message for link in links]
+        check_alike(messages)
+        whole = whole_session(messages, partition.layout)
+        self._description = SessionDescription.of(whole, links[0].description.chunk_bytes)
+        self._carry = Carry(whole, partition.layout.size, error_feedback=False)
+        self._partition = partition
+        self._shards = [
+            Shard(link, ranges, rank) for rank, (link, ranges) in enumerate(zip(links, partition.shards, strict=True))
+        ]
+        self._fan_out = FanOut(len(links))
+        self._bounds = bounds_of(whole)
+        self._limited = whole.config.gradient.HasField("clip_grad_value")
+        self._doubt: Doubt | None = None
+        self._coordinator: Coordinator | None = None  # of the step in doubt
+        self._last_result: step_pb2.StepResult | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def description(self) -> SessionDescription:
+        """The whole, as one server would describe it; its id is the ids of all shards, joined by commas."""
+        return self._description
+
+    @property
+    def lock(self) -> threading.RLock:
+        """See `SessionLink.lock`."""
+        return self._lock
+
+    @property
+    def carry(self) -> Carry:
+        """See `SessionLink.carry`; error feedback is kept by each shard for itself."""
+        return self._carry
+
+    @property
+    def parts(self) -> tuple[SessionLink, ...]:
+        """The links of the shards, in order."""
+        return tuple(shard.link for shard in self._shards)
+
+    @property
+    def applied_step(self) -> int:
+        """The step that all shards are at, or that a step in doubt follows on; see `SessionLink.applied_step`."""
         steps = [shard.applied_step for shard in self._shards]
         if len(set(steps)) == 1:
             return steps[0]
-        begun = self._begun
-        if begun is not None and set(steps) <= {begun - 1, begun}:
-            return begun - 1
+        if self._doubt is not None and set(steps) <= {self._doubt.step - 1, self._doubt.step}:
+            return self._doubt.step - 1
         raise self._uneven(steps)
 
-    def attach(self, deadline: Deadline) -> AttachedStream:
-        """Attach what is not attached, and learn where the shards are.
+    @property
+    def last_result(self) -> step_pb2.StepResult | None:
+        """See `SessionLink.last_result`."""
+        return self._last_result
 
-        Raises:
-            StepMismatchError: at different steps.
-            StepwireError: a server refused or cannot be reached.
-        """
-        self._hold(deadline)
-        self.applied_step = self.step_on_server = self.level()
-        return self._shards[0].hold(deadline)
+    @property
+    def transport(self) -> TransportChoice | None:
+        """The least of the shards' transports; None before all streams are attached."""
+        choices = [shard.link.transport for shard in self._shards]
+        known = [choice for choice in choices if choice is not None]
+        if len(known) < len(choices):
+            return None
+        return max(known, key=lambda choice: TRANSPORTS.index(choice.name))
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        """See `SessionLink.deadline`."""
+        return self._shards[0].link.deadline(timeout)
+
+    # --- streams -----------------------------------------------------------------------------------------
+
+    def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
+        """Attach the streams of all shards; see `SessionLink.attach`."""
+        doubt, coordinator, tokens = self._doubt, self._coordinator, self._tokens()
+        if take_over:
+            self._doubt = self._coordinator = None
+        self._each(lambda shard: shard.attach(deadline, transport=transport, take_over=take_over))
+        if take_over and self._tokens() == [token + 1 for token in tokens]:  # nobody held a worker in between
+            self._doubt, self._coordinator = doubt, coordinator
+        if self._doubt is not None and set(self._steps_on_servers()) == {self._doubt.step}:
+            for shard in self._shards:
+                shard.link.hold.applied_step = shard.step_on_server
 
     def detach(self) -> None:
-        """Drop all streams; the slots stay ours until another client takes them."""
+        """Drop all streams; the workers stay held until another client acquires them."""
         for shard in self._shards:
-            shard.detach()
+            shard.link.detach()
 
-    def loaded(self, load: int, applied_step: int) -> None:
-        """Forget the step that failed, if there is one: what was loaded is in its place."""
-        del load
-        self._begun = self._ballot = None
-        self.applied_step = self.step_on_server = applied_step
+    def shared(self, deadline: Deadline) -> SharedArrays:
+        """Refuse: a tensor that is cut lies in several memories.
 
-    def take_step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
-        """Take a step on all shards, each as often as it takes, and combine what they answer.
+        Raises:
+            UnsupportedFeatureError: always.
+        """
+        raise UnsupportedFeatureError(
+            "a session that is cut has no arrays in shared memory, as a tensor may lie in several; pass arrays of your "
+            "own to `step`, which are copied into it",
+            metadata={"field": "transport", "feature": "transport_shm"},
+        )
+
+    def forget_writes(self) -> None:
+        """Do nothing: there are no views of shared memory."""
+
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Apply a step on all shards, each exactly once, and combine their results.
 
         Raises:
             UnsupportedFeatureError: the gradient is still being made.
-            StepMismatchError: a shard moved without this client.
-            StepwireError: what one of them failed for; the step may have been applied on others, and is finished by
-                its number.
+            StepMismatchError: a shard moved without this client, or some shards applied a step of another gradient.
+            StepwireError: the failure of a shard; the step may have been applied on others.
         """
-        if call.feed is not None:  # whose parts would be cut before they are there
+        if call.feed is not None:  # its ranges would be split before they are there
             raise UnsupportedFeatureError(
                 "feed: gradients that are made while they are sent go to one server; give `step` the whole gradient",
                 metadata={"field": "feed", "feature": "feed"},
             )
-        self._hold(deadline)
-        coordinator = self._ballot_of(call.begin.step)
-        self._begun, self._ballot = call.begin.step, coordinator
-        told = [None] * len(self._shards) if call.on_tensor is None else _gathered(self._shards, call.on_tensor)
-        parts = [
-            functools.partial(shard.take_part, call, coordinator, notify, deadline)
-            for shard, notify in zip(self._shards, told, strict=True)
+        self._attach_missing(deadline)
+        call.begin.step = self._number(call)
+        self._coordinator = coordinator = self._coordinator_of(call.begin.step)
+        try:
+            result = self._step_shards(call, coordinator, deadline)
+        except BaseException:
+            self._doubt = Doubt.after(call)
+            raise
+        self._doubt = self._coordinator = None
+        self._last_result = result
+        return result
+
+    def _step_shards(self, call: StepCall, coordinator: Coordinator | None, deadline: Deadline) -> step_pb2.StepResult:
+        notifiers = [None] * len(self._shards) if call.on_tensor is None else _gathered(self._shards, call.on_tensor)
+        calls = [
+            functools.partial(shard.step, call, coordinator, notify, deadline)
+            for shard, notify in zip(self._shards, notifiers, strict=True)
         ]
         try:
-            results = self._crew.each(parts, lambda: coordinator.abandon() if coordinator is not None else None)
+            results = self._fan_out.each(calls, lambda: coordinator.abandon() if coordinator is not None else None)
         except Abandoned as given_up:
-            if given_up.cause is None:  # the user's patience ended
+            if given_up.cause is None:  # an interrupt of the user
                 raise
             raise given_up.cause from None
-        self._begun = self._ballot = None
-        self.applied_step = self.step_on_server = call.begin.step
         return combined(results, None if coordinator is None else coordinator.decision, limited=self._limited)
 
-    def _hold(self, deadline: Deadline) -> None:
-        """Attach what is not attached."""
-        self._crew.each([functools.partial(shard.hold, deadline) for shard in self._shards if not shard.held])
-
-    def _ballot_of(self, step: int) -> Coordinator | None:
-        """Return what decides a step: what has been decided already where a shard has followed it, or a new vote.
+    def _number(self, call: StepCall) -> int:
+        """Return the number of a call, once a step in doubt is settled.
 
         Raises:
-            StepMismatchError: a shard moved without this client.
+            StepMismatchError: a shard moved without this client, or a step of another gradient is half applied.
+            SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
-        steps = [shard.step_on_server for shard in self._shards]
-        if not set(steps) <= {step - 1, step}:
+        steps, doubt = self._steps_on_servers(), self._doubt
+        if doubt is None:
+            if set(steps) != {self.applied_step}:
+                raise self._uneven(steps)
+            return steps[0] + 1
+        if not set(steps) <= {doubt.step - 1, doubt.step}:
             raise self._uneven(steps)
+        if doubt.covers(call):
+            call.sent = True
+            return doubt.step
+        self._resolve(doubt, steps)
+        return steps[0] + 1
+
+    def _resolve(self, doubt: Doubt, steps: Sequence[int]) -> None:
+        """Settle a step in doubt that all shards have applied, or none.
+
+        Raises:
+            StepMismatchError: some shards have applied it.
+            SessionNotReadyError: a shard has applied a part of it.
+        """
+        if begun := max(shard.link.hold.unfinished_step for shard in self._shards):
+            raise unfinished(begun)
+        if len(set(steps)) > 1:
+            raise self._half_applied(doubt.step, steps)
+        for shard in self._shards:
+            shard.resolve(applied=steps[0] == doubt.step)
+        self._doubt = self._coordinator = None
+
+    def _coordinator_of(self, step: int) -> Coordinator | None:
+        """Return the coordinator of a step: the one whose decision a shard has followed already, or a new one.
+
+        Raises:
+            StepMismatchError: a shard has followed a decision that this client does not know.
+        """
+        if self._bounds is None:
+            return None
+        steps = self._steps_on_servers()
         if step not in steps:
-            return None if self._bounds is None else Coordinator(step, len(self._shards), self._bounds)
-        decided = self._ballot is not None and self._ballot.decision is not None
-        if self._begun != step or not (self._bounds is None or decided):
+            return Coordinator(step, len(self._shards), self._bounds)
+        if self._coordinator is None or self._coordinator.decision is None:
             raise self._uneven(steps)
-        return self._ballot
+        return self._coordinator
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """See `SessionLink.pull`.
+
+        Raises:
+            StepMismatchError: the shards stayed at different steps.
+            StepwireError: as `Session.pull`.
+        """
+        seen: list[list[int]] = []
+
+        def attempt(left: Deadline) -> state_pb2.PullHeader:
+            headers = self._each(lambda shard: shard.pull(targets, dtype, left))
+            steps = [header.step for header in headers]
+            if len(set(steps)) > 1:
+                seen.append(steps)
+                raise StateChangedError(f"the shards were read at different steps: {steps}")
+            return combined_header(headers, self._partition)
+
+        try:
+            return self._shards[0].link.retry.call(attempt, deadline)
+        except (StateChangedError, DeadlineExceededError):
+            if not seen:
+                raise
+            raise StepMismatchError(
+                f"the shards were read {len(seen)} times and were at different steps, at last {seen[-1]}: another "
+                "client is stepping them, or a step of theirs failed. Finish that step, or load one state into all",
+                metadata={"steps": ",".join(map(str, seen[-1]))},
+            ) from None
+
+    def load(self, load: Load, deadline: Deadline) -> None:
+        """See `SessionLink.load`. After a step in doubt, any load brings all shards to one step."""
+        if self._doubt is not None and load.step is None:
+            self._attach_missing(deadline)
+            load = load._replace(step=max(self._steps_on_servers()))
+        self._each(lambda shard: shard.load(load, deadline))
+        self._doubt = self._coordinator = None
+
+    def initialize(self, load: Load, deadline: Deadline) -> None:
+        """See `SessionLink.initialize`; only shards without parameters are loaded."""
+        self._each(lambda shard: shard.initialize(load, deadline))
+
+    def info(self, deadline: Deadline) -> SessionInfo:
+        """Ask the servers: bytes are added up, and of numbers, flags and times the least counts."""
+        return combined_info(self._description.session_id, self._each(lambda shard: shard.info(deadline)))
+
+    def statistics(self) -> SessionStatistics:
+        """See `SessionLink.statistics`."""
+        shards = [shard.link.statistics() for shard in self._shards]
+        return combined_statistics(shards, None if self._doubt is None else self._doubt.step)
+
+    def close(self) -> None:
+        """End all shards on their servers; see `SessionLink.close`."""
+        self._each(lambda shard: shard.link.close())
+        self._fan_out.close()
+
+    # --- all shards --------------------------------------------------------------------------------------
+
+    def _attach_missing(self, deadline: Deadline) -> None:
+        """Attach the shards whose streams are not attached."""
+        if missing := [shard for shard in self._shards if not shard.attached]:
+            self._fan_out.each([functools.partial(shard.attach, deadline) for shard in missing])
+
+    def _steps_on_servers(self) -> list[int]:
+        return [shard.step_on_server for shard in self._shards]
+
+    def _tokens(self) -> list[int]:
+        return [shard.link.hold.token for shard in self._shards]
+
+    def _each(self, call: Callable[[Shard], _T]) -> list[_T]:
+        return self._fan_out.each([functools.partial(call, shard) for shard in self._shards])
 
     def _uneven(self, steps: Sequence[int]) -> StepMismatchError:
-        where = ", ".join(f"{shard.place} is at step {step}" for shard, step in zip(self._shards, steps, strict=True))
         return StepMismatchError(
             f"the shards of this session were stepped by another client, or their client ended between two of them: "
-            f"{where}. Load one state into all of them with load_state, its step not below {max(steps)}, or into a new "
-            "session",
-            metadata={"steps": ",".join(map(str, steps)), "expected_step": min(steps) + 1, "actual_step": max(steps)},
+            f"{self._where(steps)}. Load one state into all of them with load_state, its step not below {max(steps)}, "
+            "or into a new session",
+            metadata=_numbers(steps),
         )
+
+    def _half_applied(self, step: int, steps: Sequence[int]) -> StepMismatchError:
+        return StepMismatchError(
+            f"step {step} failed and was applied on some servers: {self._where(steps)}. Repeat it with the same "
+            f"gradients, which finishes it everywhere, or load one state into all shards with load_state, its step not "
+            f"below {step}; nothing of this gradient was sent",
+            metadata=_numbers(steps),
+        )
+
+    def _where(self, steps: Sequence[int]) -> str:
+        return ", ".join(f"{shard.place} is at step {step}" for shard, step in zip(self._shards, steps, strict=True))
+
+
+def _numbers(steps: Sequence[int]) -> dict[str, object]:
+    return {"steps": ",".join(map(str, steps)), "expected_step": min(steps) + 1, "actual_step": max(steps)}
 
 
 def _gathered(shards: Sequence[Shard], notify: OnTensor) -> list[OnTensor]:
-    """Return what each shard is to call, so that `notify` is told when all have what they hold of a tensor.
+    """Return a function for each shard, so that `notify` is called once all shards have their ranges of a tensor.
 
-    One at a time; again where the answer of a shard is repeated.
+    The calls come one at a time, and again if the reply of a shard is repeated.
     """
     awaited: dict[int, set[int]] = {}
     for shard in shards:
-        for piece in shard.share.slices:
-            awaited.setdefault(piece.tensor, set()).add(shard.rank)
+        for each in shard.ranges.ranges:
+            awaited.setdefault(each.tensor, set()).add(shard.rank)
     lock = threading.Lock()
 
     def arrived(rank: int, tensor: int) -> None:

@@ -1,4 +1,4 @@
-"""One shard: a session like any other, whose tensors are slices, and which says so where its server cannot."""
+"""One shard: a link to its session, whose tensors are ranges, and errors that say which shard they are about."""
 
 from __future__ import annotations
 
@@ -10,149 +10,145 @@ from typing import Any
 import numpy as np
 
 from stepwire.arrays.packing import Flat
-from stepwire.arrays.trees import Structure
-from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Deadline
-from stepwire.connection.stream import AttachedStream
 from stepwire.errors import StepwireError
+from stepwire.links.link import Load
+from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo
-from stepwire.session import Session
 from stepwire.sharding.coordinator import Coordinator
-from stepwire.sharding.partition import Share
-from stepwire.sharding.slice_names import Origin, origin_of
+from stepwire.sharding.partition import ShardRanges
+from stepwire.sharding.range_names import Origin, origin_of
 from stepwire.steps.call import OnTensor, StepCall
-from stepwire.transports.route import Router
-from stepwire.v1 import session_pb2, state_pb2, step_pb2
+from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
 __all__ = ["Shard"]
 
-_LEAST_SECONDS = 1e-3
 
-
-class Shard(Session):
-    """The session of one shard.
+class Shard:
+    """One shard of a sharded session.
 
     Attributes:
-        share: what of the whole it holds.
-        rank: which of the shards it is.
-        place: it and its server, for messages.
-        router: finds ways to its server.
-        message: what its server said of it when it was made or found.
+        link: the link to the shard's session.
+        ranges: the ranges that the shard holds.
+        rank: the position of the shard among the shards.
+        place: the shard and its server, for messages.
     """
 
-    def __init__(
-        self,
-        calls: Calls,
-        router: Router,
-        message: session_pb2.Session,
-        token: int,
-        chunk_bytes: int,
-        *,
-        structure: Structure,
-        error_feedback: bool = False,
-    ) -> None:
-        """Speak for a session whose place among the shards `belongs` tells."""
-        super().__init__(calls, router, message, token, chunk_bytes, structure=structure, error_feedback=error_feedback)
-        self.router = router
-        self.message = message
-        self.share, self.rank, self.place = Share(()), 0, calls.target
-        tensors = (tensor.spec for tensor in self._packer.layout.tensors)
+    def __init__(self, link: RemoteLink, ranges: ShardRanges, rank: int) -> None:
+        """Step the session of a link as one shard of a whole."""
+        self.link = link
+        self.ranges = ranges
+        self.rank = rank
+        self.place = f"shard {rank} on {link.target}"
+        tensors = (tensor.spec for tensor in link.description.packer.layout.tensors)
         self._origins = {spec.name: origin for spec in tensors if (origin := origin_of(spec)).name != spec.name}
 
-    def belongs(self, share: Share, rank: int) -> None:
-        """Be told what of the whole this is."""
-        self.share, self.rank, self.place = share, rank, f"shard {rank} on {self._calls.target}"
+    @property
+    def attached(self) -> bool:
+        """Tell whether the stream is attached, as far as is known, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.attached
 
     @property
-    def held(self) -> bool:
-        """Its stream is attached, as far as is known."""
-        return self._attachment.attached
+    def applied_step(self) -> int:
+        """The last step known to be applied."""
+        return self.link.applied_step
 
     @property
     def step_on_server(self) -> int:
-        """The last step that the server said to have applied."""
-        return self._attachment.step_on_server
+        """The last applied step, as the server said itself, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.step_on_server
 
-    def describe(self, timeout: float | None) -> SessionInfo:
-        """Ask the server how this shard stands."""
-        with self._told():
-            return self.info(timeout=timeout)
+    def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
+        """Attach the stream, and so learn the applied step; see `SessionLink.attach`."""
+        with self.link.lock, self._named():
+            self.link.attach(deadline, transport=transport, take_over=take_over)
 
-    def hold(self, deadline: Deadline) -> AttachedStream:
-        """Make sure of the stream, and so of what has been applied."""
-        with self._lock, self._told():
-            return self._repeat(self._attachment.attach, deadline)
-
-    def take_part(
+    def step(
         self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
     ) -> step_pb2.StepResult:
-        """Take this shard's part of a step of the whole, as often as it takes.
+        """Apply this shard's ranges of a step of the whole, by its number.
 
         Args:
-            call: of the whole.
-            coordinator: decides it together with the other shards; None where each can by itself.
-            on_tensor: told the index, in the whole, of a tensor of which everything that this shard holds has arrived.
-            deadline: of everything.
+            call: the step of the whole.
+            coordinator: the coordinator of all shards; None if each shard decides by itself.
+            on_tensor: the function for each tensor whose range in this shard has arrived, by its index in the whole.
+            deadline: the deadline of everything.
+
+        Raises:
+            StepwireError: as `SessionLink.step`, with the shard named.
         """
-        with self._lock, self._told():
-            part = self._part(call, coordinator, on_tensor, deadline)
-            try:
-                result = self._repeat(lambda left: self._attachment.take_step(part, left), deadline)
-            except BaseException:
-                self._steps.failed(part)
-                raise
-            self._steps.applied(part, result)
-            self._last_result = result
-            return result
+        with self.link.lock, self._named():
+            return self.link.step_by_number(self._own(call, coordinator, on_tensor, deadline), deadline)
 
-    def read(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
-        """Read this shard's part of slots of the whole into arrays of the whole."""
-        with self._told():
-            return self._pull({slot: self.share.of(flat) for slot, flat in targets.items()}, dtype, _left(deadline))
+    def resolve(self, *, applied: bool) -> None:
+        """Adopt the outcome of a step in doubt, as the server said it."""
+        hold, feedback = self.link.hold, self.link.carry.feedback
+        hold.applied_step = hold.step_on_server
+        if feedback is not None:
+            if applied:
+                feedback.accept()
+            else:
+                feedback.discard()
 
-    def write(self, sources: Mapping[str, Flat], opening: state_pb2.LoadOpen, deadline: Deadline) -> None:
-        """Load this shard's part of slots of the whole."""
-        part = state_pb2.LoadOpen()
-        part.CopyFrom(opening)
-        if opening.tensor_steps:
-            part.tensor_steps[:] = [opening.tensor_steps[piece.tensor] for piece in self.share.slices]
-        with self._told():
-            self._load({slot: self.share.of(flat) for slot, flat in sources.items()}, part, _left(deadline))
+    def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """Read this shard's ranges of slots into arrays of the whole."""
+        with self._named():
+            return self.link.pull({slot: self.ranges.of(flat) for slot, flat in targets.items()}, dtype, deadline)
 
-    def _part(
+    def load(self, load: Load, deadline: Deadline) -> None:
+        """Load this shard's ranges of slots of the whole."""
+        with self.link.lock, self._named():
+            self.link.load(self._own_load(load), deadline)
+
+    def initialize(self, load: Load, deadline: Deadline) -> None:
+        """Load this shard's ranges of the parameters, if its session has none yet."""
+        with self.link.lock, self._named():
+            self.link.initialize(self._own_load(load), deadline)
+
+    def info(self, deadline: Deadline) -> SessionInfo:
+        """Ask the server for the state of this shard."""
+        with self._named():
+            return self.link.info(deadline)
+
+    def _own_load(self, load: Load) -> Load:
+        steps = [load.tensor_steps[each.tensor] for each in self.ranges.ranges] if load.tensor_steps else ()
+        sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items()}
+        return load._replace(sources=sources, tensor_steps=steps)
+
+    def _own(
         self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
     ) -> StepCall:
-        slices, commit = self.share.slices, step_pb2.StepCommit()
-        if (
-            coordinator is not None and coordinator.decision is not None
-        ):  # of an earlier call, which other shards have followed
+        """Return the call of this shard."""
+        ranges, carry, commit = self.ranges.ranges, self.link.carry, step_pb2.StepCommit()
+        if coordinator is not None and coordinator.decision is not None:  # of an earlier call: other shards followed it
             commit.CopyFrom(coordinator.decision.commit)
         begin = step_pb2.StepBegin()
         begin.CopyFrom(call.begin)
-        begin.epoch = self._attachment.epoch
-        begin.missing_tensors[:] = sorted(self.share.indices(call.begin.missing_tensors))
-        begin.reply.first[:] = self.share.indices(call.begin.reply.first)
+        begin.missing_tensors[:] = sorted(self.ranges.indices(call.begin.missing_tensors))
+        begin.reply.first[:] = self.ranges.indices(call.begin.reply.first)
         begin.reply.ClearField("base")
-        call.bring()  # what lies on a device is cut on the host
+        call.bring()  # gradients on a device are split on the host
         return dataclasses.replace(
             call,
             begin=begin,
-            gradients=self.share.of(call.gradients),
-            targets=self.share.of(call.targets) if call.wants_answer else (),
-            missing=frozenset(self.share.indices(call.missing)),
+            gradients=self.ranges.of(call.gradients),
+            targets=self.ranges.of(call.targets) if call.wants_reply else (),
+            missing=frozenset(self.ranges.indices(call.missing)),
             views=None,
-            feedback=self._steps.feedback if call.gradient_dtype == INT8 else None,
-            held=None if call.held is None else self._steps.base(begin),
-            on_tensor=None if on_tensor is None else lambda index: on_tensor(slices[index].tensor),
-            decide=None if coordinator is None else lambda staged: coordinator.decide(self.rank, staged, deadline),
+            feedback=carry.feedback if call.gradient_dtype == INT8 else None,
+            patched=None if call.patched is None else carry.patched(begin),
+            on_tensor=None if on_tensor is None else lambda index: on_tensor(ranges[index].tensor),
+            decide=None if coordinator is None else lambda check: coordinator.decide(self.rank, check, deadline),
             commit=commit,
             on_device={},
         )
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say in every error which shard it is about, and name its tensors as the user does."""
+    def _named(self) -> Iterator[None]:
+        """Say in every error which shard the error is about, and name its tensors as the user does."""
         try:
             yield
         except StepwireError as error:
@@ -162,8 +158,8 @@ class Shard(Session):
         text, metadata = str(error), {**error.metadata, "shard": self.place}
         for name, origin in self._origins.items():
             text = text.replace(name, origin.name)
-        if (part := self._origins.get(metadata.get("tensor", ""))) is not None:
-            metadata |= _whole_place(metadata, part)
+        if (found := self._origins.get(metadata.get("tensor", ""))) is not None:
+            metadata |= _in_the_whole(metadata, found)
         return type(error)(
             f"{text} ({self.place})",
             reason=error.reason,
@@ -172,12 +168,8 @@ class Shard(Session):
         )
 
 
-def _whole_place(metadata: Mapping[str, str], origin: Origin) -> dict[str, str]:
+def _in_the_whole(metadata: Mapping[str, str], origin: Origin) -> dict[str, str]:
     found = {"tensor": origin.name}
     if "element" in metadata:
         found["element"] = str(int(metadata["element"]) + origin.begin)
     return found
-
-
-def _left(deadline: Deadline) -> float:
-    return max(deadline.remaining(), _LEAST_SECONDS)

@@ -1,4 +1,4 @@
-"""From what a user passes to `Session.step` to a checked call; nothing is sent."""
+"""From the arguments of `Session.step` to a checked call; nothing is sent here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.arrays.error_feedback import ErrorFeedback, check_feedback
-from stepwire.arrays.on_device import stood_in
-from stepwire.arrays.packing import Arrays, Container, Flat, Packer
+from stepwire.arrays.packing import Arrays, Container, Flat
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError
 from stepwire.steps.call import Decide, OnTensor, StepCall
+from stepwire.steps.carry import Carry
+from stepwire.steps.description import SessionDescription
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.transports.cuda.stand_ins import stood_in
 from stepwire.transports.cuda.views import shows_parameters
 from stepwire.transports.host.memory import lies_in_parameters
-from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2
+from stepwire.v1 import optimizer_pb2, step_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.wire.messages import hyperparameters_from_wire, optimizer_from_wire, overrides_to_wire
 
@@ -28,10 +29,10 @@ Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """Hyper-parameters of one step: one mapping for all groups, or one a group."""
 
 Reply: TypeAlias = Literal["parameters", "none", "changed"]
-"""What comes back: all parameters, none of them, or what changed of them in bfloat16."""
+"""The reply to a step: all parameters, none of them, or the parameters that changed in bfloat16."""
 
 OnReady: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
-"""Told the name and the new values of a tensor that has arrived."""
+"""Gets the name and the new values of a tensor that has arrived."""
 
 _REPLY_MODES: Final = {
     "parameters": step_pb2.REPLY_MODE_PARAMETERS,
@@ -59,24 +60,19 @@ class StepOptions:
 
 
 class StepBuilder:
-    """Knows what steps of one session look like.
+    """Builds the steps of one session."""
 
-    Attributes:
-        feedback: what the encoding of gradients took off; None where nothing is kept.
-        held: the parameters in bfloat16 that patches change, `(size,)`; None before the first step that asks for them.
-        held_step: the step whose parameters these are; None where they are of none.
-    """
+    def __init__(self, description: SessionDescription, carry: Carry) -> None:
+        """Build steps of a session as the server described it.
 
-    def __init__(self, message: session_pb2.Session, packer: Packer, chunk_bytes: int, *, error_feedback: bool) -> None:
-        """Read the session as the server described it.
-
-        Raises:
-            InvalidRequestError: error feedback of an encoding that has none.
+        Args:
+            description: the session.
+            carry: the arrays that steps leave for the next.
         """
-        config, tensors = message.config, packer.layout.tensors
-        self._packer = packer
-        self._chunk_bytes = chunk_bytes
-        self._epoch = message.epoch
+        config, self._packer = description.message.config, description.packer
+        tensors = self._packer.layout.tensors
+        self._chunk_bytes = description.chunk_bytes
+        self._carry = carry
         self._optimizer = optimizer_from_wire(config.optimizer, "optimizer")
         self._groups = [hyperparameters_from_wire(group.overrides) for group in config.groups]
         self._gradient_dtype = dtype_from_wire(config.gradient_dtype, FLOAT32, "gradient_dtype", gradients=True)
@@ -84,15 +80,11 @@ class StepBuilder:
         self._frozen = frozenset(index for index, tensor in enumerate(tensors) if tensor.spec.frozen)
         keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
-        self._indices = packer.layout.tensor_indices()
+        self._indices = self._packer.layout.tensor_indices()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
-        check_feedback(self._gradient_dtype, error_feedback)
-        self.feedback = ErrorFeedback(packer.layout.size) if error_feedback else None
-        self.held: npt.NDArray[Any] | None = None
-        self.held_step: int | None = None
 
     def build(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Container | None]:
-        """Check everything; return what to send, without its number, and where the answer goes.
+        """Check everything, and return the call without its number, and the container of its reply.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; the message names them.
@@ -105,8 +97,8 @@ class StepBuilder:
         flat, missing = self._packer.present(gradients, "gradients", self._optional)
         if missing:
             begin.missing_tensors.extend(sorted(missing - self._frozen))
-        answer, targets = self._answer(gradients, options, received)
-        views = answer if answer is not options.out and options.out is not None else None
+        reply, targets = self._reply(gradients, options, received)
+        views = reply if reply is not options.out and options.out is not None else None
         call = StepCall(
             begin,
             flat,
@@ -114,41 +106,15 @@ class StepBuilder:
             targets,
             received,
             missing,
-            feedback=self.feedback if sent == INT8 else None,
+            feedback=self._carry.feedback if sent == INT8 else None,
             views=views,
-            held=self.base(begin) if options.reply == "changed" else None,
-            on_tensor=self._notifier(options.on_tensor, answer),
+            patched=self._carry.patched(begin) if options.reply == "changed" else None,
+            on_tensor=self._notifier(options.on_tensor, reply),
             decide=options.decide,
             feed=options.feed,
             on_device={self._indices[name]: stand_in for name, stand_in in on_device.items()},
         )
-        return call, answer
-
-    def base(self, begin: step_pb2.StepBegin) -> npt.NDArray[Any]:
-        """Return what patches change, and ask in `begin` for patches of it."""
-        if self.held is None:
-            self.held = np.zeros(self._packer.layout.size, BFLOAT16)
-        if self.held_step is not None:
-            begin.reply.base = self.held_step
-        return self.held
-
-    def applied(self, call: StepCall, result: step_pb2.StepResult) -> None:
-        """Note that a step was applied, or skipped."""
-        if call.held is not None:
-            self.held_step = result.step
-        if call.feedback is not None and not result.skipped:
-            call.feedback.accept()
-
-    def failed(self, call: StepCall) -> None:
-        """Note that a step failed: what is held may have been changed by a part of its answer."""
-        if call.held is not None:
-            self.held_step = None
-
-    def loaded(self) -> None:
-        """Note that parameters were loaded: nothing that was kept belongs to them."""
-        self.held_step = None
-        if self.feedback is not None:
-            self.feedback.clear()
+        return call, reply
 
     def _dtype(
         self, chosen: npt.DTypeLike | None, default: np.dtype[Any], field: str, *, gradients: bool = False
@@ -156,11 +122,10 @@ class StepBuilder:
         return default if chosen is None else dtype_named(chosen, field, gradients=gradients)
 
     def _begin(self, options: StepOptions, sent: np.dtype[Any], received: np.dtype[Any]) -> step_pb2.StepBegin:
-        """Return what opens a step, without its number: a copy of what a step of its kind opened with before."""
+        """Return the opening of a step without its number: a copy of the opening that steps of its kind share."""
         kind = (sent, received, options.reply)
         if (known := self._beginnings.get(kind)) is None:
             known = self._beginnings[kind] = step_pb2.StepBegin(
-                epoch=self._epoch,
                 gradient_dtype=dtype_to_wire(sent),
                 reply=step_pb2.ReplyOptions(
                     mode=_REPLY_MODES[options.reply], dtype=dtype_to_wire(received), chunk_bytes=self._chunk_bytes
@@ -178,29 +143,27 @@ class StepBuilder:
             begin.loss_scale = options.loss_scale
         return begin
 
-    def _answer(
-        self, gradients: Arrays, options: StepOptions, received: np.dtype[Any]
-    ) -> tuple[Container | None, Flat]:
-        """Return where the answer goes, as the user sees it and in layout order."""
+    def _reply(self, gradients: Arrays, options: StepOptions, received: np.dtype[Any]) -> tuple[Container | None, Flat]:
+        """Return the container of the reply, as the user sees it, and its arrays in layout order."""
         if options.reply == "none":
             return None, ()
         if options.out is not None and not _shows_parameters(options.out):
             return options.out, self._packer.targets(options.out, "out")
-        return self._packer.room(received, as_list=not isinstance(gradients, Mapping))
+        return self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
 
     def _index(self, name: str) -> int:
         if (index := self._indices.get(name)) is None:
             raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
         return index
 
-    def _notifier(self, notify: OnReady | None, answer: Container | None) -> OnTensor | None:
-        if notify is None or answer is None:
+    def _notifier(self, notify: OnReady | None, reply: Container | None) -> OnTensor | None:
+        if notify is None or reply is None:
             return None
         tensors = self._packer.layout.tensors
 
         def arrived(index: int) -> None:
             name = tensors[index].spec.name
-            notify(name, answer[name] if isinstance(answer, Mapping) else answer[int(name)])
+            notify(name, reply[name] if isinstance(reply, Mapping) else reply[int(name)])
 
         return arrived
 
@@ -218,7 +181,7 @@ class StepBuilder:
 
 
 def _shows_parameters(out: Container) -> bool:
-    """Whether an answer is to be no copy: all its arrays are what `Session.shared_parameters` returned."""
+    """Tell whether a reply needs no copy: all its arrays came from `Session.shared_parameters`."""
     arrays = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, list) else []
     return bool(arrays) and all(shows_parameters(array) or lies_in_parameters(array) for array in arrays)
 
@@ -227,7 +190,7 @@ def _check_reply(options: StepOptions, received: np.dtype[Any]) -> None:
     if options.reply not in _REPLY_MODES:
         raise InvalidRequestError.of("reply", f"{options.reply!r}; use one of: {', '.join(_REPLY_MODES)}")
     if options.reply == "changed" and received != BFLOAT16:
-        raise InvalidRequestError.of("reply", f"'changed' is for bfloat16 answers, and reply_dtype is {received.name}")
+        raise InvalidRequestError.of("reply", f"'changed' is for bfloat16 replies, and reply_dtype is {received.name}")
     if options.reply != "parameters" and options.on_tensor is not None:
         raise InvalidRequestError.of("on_tensor", f"tensors do not arrive one by one with reply={options.reply!r}")
     if options.reply == "none" and options.out is not None:

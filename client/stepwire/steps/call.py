@@ -1,4 +1,4 @@
-"""One call of `Session.step`, checked and ready to be sent as often as it takes."""
+"""One call of `Session.step`, checked and ready to be sent any number of times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stepwire.arrays.error_feedback import ErrorFeedback
-from stepwire.arrays.on_device import StandIn
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.transports.cuda.stand_ins import StandIn
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import elements_within, wire_bytes
@@ -23,28 +23,30 @@ Decide: TypeAlias = Callable[[step_pb2.GradientCheck], step_pb2.StepCommit]
 """Turns the first half of a two-phase commit into the second; may wait for others, and raises to give the step up."""
 
 OnTensor: TypeAlias = Callable[[int], None]
-"""Told the index, in layout order, of a tensor whose new parameters have all arrived."""
+"""Gets the index, in layout order, of a tensor whose new parameters have all arrived."""
 
 
 @dataclasses.dataclass(slots=True)
 class StepCall:
-    """What a step sends, and where its answer goes.
+    """The gradient and the options of one step, and the places of its reply.
 
     Attributes:
-        begin: what opens the step.
-        gradients: what is sent, in `gradient_dtype`.
-        gradient_dtype: on the wire.
-        targets: where the answer goes, in `reply_dtype`.
-        reply_dtype: on the wire.
-        missing: indices of the tensors without a gradient.
-        feedback: what an encoding took off is kept here; None for nowhere.
-        views: a container of our own that shared memory fills with views of itself instead of writing to `targets`.
-        held: the parameters that patches change, `(size,)` in `reply_dtype`; None where whole answers come.
-        on_tensor: told of tensors as they arrive, perhaps again where the step is repeated.
-        decide: in a session with two phases, what the second half is.
-        feed: where gradients come from that are made while the step is sent; `gradients` is filled from it.
+        begin: the opening of the step.
+        gradients: the gradient, 1-D arrays in layout order, sent in `gradient_dtype`.
+        gradient_dtype: the encoding of the gradient on the wire.
+        targets: the arrays for the reply, in layout order.
+        reply_dtype: the encoding of the reply on the wire.
+        missing: the indices of the tensors without a gradient.
+        feedback: the error feedback of the encoding; None without one.
+        views: a container that shared memory fills with views of itself instead of writing to `targets`.
+        patched: the parameters that patches change, `(size,)` in `reply_dtype`; None for whole replies.
+        on_tensor: the function to call for each tensor as it arrives, again if the reply is repeated.
+        decide: the function that decides the second half of a two-phase commit.
+        feed: the feed of a gradient that is still being made; it fills `gradients`.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
-        commit: what ends the step. The second half is kept here, so that a repetition brings it at once.
+        commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
+        sent: the step was sent before, by this call or by one with the same gradient and options. Only then may the
+            server's last step be the step of this call.
     """
 
     begin: step_pb2.StepBegin
@@ -55,20 +57,31 @@ class StepCall:
     missing: frozenset[int] = frozenset()
     feedback: ErrorFeedback | None = None
     views: Container | None = None
-    held: np.ndarray[Any, Any] | None = None
+    patched: np.ndarray[Any, Any] | None = None
     on_tensor: OnTensor | None = None
     decide: Decide | None = None
     feed: GradientFeed | None = None
     on_device: Mapping[int, StandIn] = dataclasses.field(default_factory=dict)
     commit: step_pb2.StepCommit = dataclasses.field(default_factory=step_pb2.StepCommit)
+    sent: bool = False
 
     @property
-    def wants_answer(self) -> bool:
-        """Parameters come back."""
+    def wants_reply(self) -> bool:
+        """Tell whether parameters come back."""
         return self.begin.reply.mode != step_pb2.REPLY_MODE_NONE
 
     def messages(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterator[bytes]:
-        """Return what to send; nothing but the frame of the step where it was applied and only its answer was lost."""
+        """Return the messages of the step.
+
+        Args:
+            packer: the packer of the session.
+            chunk_bytes: the largest payload of a message.
+            again: the step was applied, and only its reply was lost; no gradient is sent.
+
+        Raises:
+            GivenUp: the step was given up.
+            UnavailableError: the device failed.
+        """
         if self.feed is not None:
             self.feed.check()
         if not again:
@@ -81,11 +94,11 @@ class StepCall:
         if self.feed is not None:
             return self._fed_messages(packer, chunks, self.feed)
         messages = self._gradient_messages(packer, chunks)
-        # What is one message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
+        # A single message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
         return messages if len(chunks) > 1 else iter(list(messages))
 
     def bring(self, but: Collection[int] = ()) -> None:
-        """Bring gradients that lie on a device to the host, `gradients` having room for them; all but some, by index.
+        """Copy gradients from a device to the host, into `gradients`; all but some, by index.
 
         Raises:
             UnavailableError: the device failed.
@@ -94,34 +107,34 @@ class StepCall:
             if index not in but:
                 stand_in.fill()
 
-    def decided(self, staged: step_pb2.GradientCheck) -> bytes:
-        """Return the message that ends the step, from what the server has of it.
+    def decided(self, check: step_pb2.GradientCheck) -> bytes:
+        """Return the message that ends the step, decided from the server's check of the gradient.
 
         Raises:
             StepwireError: the step is given up.
         """
         if self.decide is not None:
-            self.commit.CopyFrom(self.decide(staged))
+            self.commit.CopyFrom(self.decide(check))
         return pb.AttachRequest(commit=self.commit).SerializeToString()
 
     def _chunks(self, packer: Packer, chunk_bytes: int) -> Sequence[ChunkLayout]:
-        """Return the chunks in the order in which they are sent: as they lie, or what is answered first first."""
+        """Return the chunks in the order of sending: in flat order, or in the order of the reply with `overlap`."""
         chunks = packer.chunks(elements_within(self.gradient_dtype, chunk_bytes), self.gradient_dtype)
         if self.missing:
-            chunks = [chunk for chunk in chunks if any(part.tensor not in self.missing for part in chunk.parts)]
+            chunks = [chunk for chunk in chunks if any(packed.tensor not in self.missing for packed in chunk.ranges)]
         if self.begin.overlap and self.begin.reply.first:
             ranks = {tensor: rank for rank, tensor in enumerate(self.begin.reply.first)}
             last = len(ranks)
-            chunks = sorted(chunks, key=lambda chunk: min(ranks.get(part.tensor, last) for part in chunk.parts))
+            chunks = sorted(chunks, key=lambda chunk: min(ranks.get(packed.tensor, last) for packed in chunk.ranges))
         return chunks
 
     def _gradient_messages(self, packer: Packer, chunks: Sequence[ChunkLayout]) -> Iterator[bytes]:
-        """Make the messages of a step as they are asked for; a small step is one."""
+        """Make the messages of a step on demand; a small step is one message."""
         for index, chunk in enumerate(chunks):
             yield self._gradient_message(packer, chunk, begins=index == 0, ends=index == len(chunks) - 1)
 
     def _fed_messages(self, packer: Packer, chunks: Sequence[ChunkLayout], feed: GradientFeed) -> Iterator[bytes]:
-        """Make the messages of a step whose gradients are made meanwhile; the commit is one of its own."""
+        """Make the messages of a step from its feed; the commit is a message of its own."""
         self.gradients = flat = list(self.gradients)
         begun = False
         for chunk in feed.chunks(chunks, flat):
@@ -141,5 +154,5 @@ class StepCall:
         if ends:
             header.commit.CopyFrom(self.commit)
         frame = FrameBuffer(header, wire_bytes(dtype, chunk.elements))
-        packer.write(self.gradients, chunk.parts, frame.payload(dtype), chunk.offset, self.feedback)
+        packer.write(self.gradients, chunk.ranges, frame.payload(dtype), chunk.offset, self.feedback)
         return frame.finish()

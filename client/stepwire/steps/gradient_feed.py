@@ -1,4 +1,4 @@
-"""Gradients that are made while the first of them are already sent."""
+"""Gradients that are still being made while the first of them are already sent."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.arrays.packing import ChunkLayout
+from stepwire.arrays.packing import ChunkLayout, Flat
 
 __all__ = ["GivenUp", "GradientFeed"]
 
 
 class GivenUp(Exception):
-    """The step was given up before its commit, by who began it; nothing of it was applied."""
+    """The step was given up before its commit, by its own caller; nothing of it was applied."""
 
 
 class GradientFeed:
-    """What a backward pass has made so far, and whether the step is to be taken at all. Thread-safe.
+    """The gradients that a backward pass has made so far, and whether the step is to end. Thread-safe.
 
-    The step's messages are made from it in gRPC's sending thread, chunk by chunk, in the order in which their tensors
-    are ready; the one that ends the step waits for `commit`. Until then `abort` leaves no trace of it on the server.
+    gRPC's sending thread makes the messages of the step from the feed, chunk by chunk, in the order in which tensors
+    are ready. The last message waits for `commit`. Until then `abort` leaves no trace of the step on the server.
 
-    The alternative, to queue tensors as they come, would send each in chunks of its own: many small messages where a
-    model has many small tensors.
+    The alternative, a queue of tensors as they come, would send each tensor in chunks of its own. A model of many small
+    tensors would need many small messages.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -38,8 +38,13 @@ class GradientFeed:
         self._cancel: Callable[[], object] | None = None
         self._changed = threading.Condition()
 
+    @property
+    def is_committed(self) -> bool:
+        """Tell whether `commit` was called, without waiting for it."""
+        return self._committed
+
     def bind(self, cancel: Callable[[], object]) -> None:
-        """Say what ends the exchange that the step is sent in, for `abort`; each repetition has its own."""
+        """Keep the function that ends the exchange of the step, for `abort`; each repetition has its own."""
         with self._changed:
             self._cancel = cancel
         if self._aborted:
@@ -49,9 +54,9 @@ class GradientFeed:
         """Hand a gradient over; it must not change until the step is done.
 
         Args:
-            name: of the tensor.
-            gradient: in the tensor's shape.
-            wait: called before it is first read, where a device is still writing it.
+            name: the name of the tensor.
+            gradient: the gradient, in the tensor's shape.
+            wait: a function that is called before the first read, for a gradient that a device still writes.
         """
         with self._changed:
             index = self._indices[name]
@@ -61,13 +66,13 @@ class GradientFeed:
             self._changed.notify_all()
 
     def commit(self) -> None:
-        """Let the step end: every gradient that it names has been given, and its numbers hold."""
+        """Let the step end: every gradient of the step has been given, and its options hold."""
         with self._changed:
             self._committed = True
             self._changed.notify_all()
 
     def abort(self) -> None:
-        """Give the step up, before `commit`; who takes it gets `GivenUp`."""
+        """Give the step up before `commit`; the thread of the step gets `GivenUp`."""
         with self._changed:
             self._aborted, cancel = True, self._cancel
             self._changed.notify_all()
@@ -75,41 +80,54 @@ class GradientFeed:
             cancel()
 
     def check(self) -> None:
-        """Refuse to go on where the step was given up.
+        """Refuse to go on with a step that was given up.
 
         Raises:
-            GivenUp: it was.
+            GivenUp: the step was given up.
         """
         if self._aborted:
             raise GivenUp
 
     def chunks(self, chunks: Sequence[ChunkLayout], flat: list[npt.NDArray[Any]]) -> Iterator[ChunkLayout]:
-        """Yield chunks as soon as all that lies in them is ready, its gradients put into `flat`.
+        """Yield each chunk as soon as all its tensors are ready, their gradients put into `flat`.
 
-        It ends where the step is given up: gRPC would log an error raised in its thread.
+        The iterator ends early if the step is given up: gRPC would log an error raised in its thread.
         """
         absent = {index for index, array in enumerate(flat) if not array.size}
-        waiting = {place: {part.tensor for part in chunk.parts} - absent for place, chunk in enumerate(chunks)}
+        waiting = {number: {packed.tensor for packed in chunk.ranges} - absent for number, chunk in enumerate(chunks)}
         while waiting:
-            if (place := self._next(waiting)) is None:
+            if (number := self._next(waiting)) is None:
                 return
-            for tensor in waiting.pop(place):
+            for tensor in waiting.pop(number):
                 if (wait := self._waits.pop(tensor, None)) is not None:
                     wait()
                 flat[tensor] = self._ready[tensor]
-            yield chunks[place]
+            yield chunks[number]
+
+    def complete(self, flat: Flat) -> Flat | None:
+        """Return the whole gradient of a committed step, with the given gradients in the places of `flat`.
+
+        Returns:
+            The gradient in layout order, an empty array for a tensor without one; None if a tensor was not given.
+        """
+        with self._changed:
+            if any(array.size and index not in self._ready for index, array in enumerate(flat)):
+                return None
+            for index in list(self._waits):
+                self._waits.pop(index)()
+            return [self._ready[index] if array.size else array for index, array in enumerate(flat)]
 
     def _next(self, waiting: dict[int, set[int]]) -> int | None:
         with self._changed:
             while not self._aborted:
-                for place, tensors in waiting.items():
+                for number, tensors in waiting.items():
                     if tensors <= self._ready.keys():
-                        return place
+                        return number
                 self._changed.wait()
         return None
 
     def committed(self) -> bool:
-        """Wait for `commit`, or for `abort`; tell whether it is the first."""
+        """Wait for `commit` or `abort`, and tell whether it was `commit`."""
         with self._changed:
             self._changed.wait_for(lambda: self._committed or self._aborted)
             return not self._aborted

@@ -1,11 +1,11 @@
-"""Optimizers for PyTorch whose state and arithmetic are a stepwire server's: change one import.
+"""Optimizers for PyTorch with their state and arithmetic on a stepwire server: change one import.
 
     from stepwire.torch import AdamW
 
     optimizer = AdamW(model.parameters(), lr=3e-4, server="host:50051")
 
-They are `torch.optim.Optimizer`s, with torch's own constructors, parameter groups and state dicts; schedulers,
-`GradScaler`, hooks and checkpoints work as they are. docs/torch.md has what is different, and what is refused.
+The classes are `torch.optim.Optimizer`s, with torch's own constructors, parameter groups and state dicts. Schedulers,
+`GradScaler`, hooks and checkpoints work unchanged. docs/torch.md lists the differences and the refusals.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The session behind an optimizer: the model's parameters are the truth, and the session follows them."""
+"""The session behind an optimizer. The model's parameters are the truth, and the session follows them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.session import Session
-from stepwire.sharding.client import ShardedClient
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
-from stepwire.torch.mirror import Kept, Mirror
+from stepwire.torch.mirror import ExtraState, Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
-from stepwire.torch.rules import Family, Group
+from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
 from stepwire.wire.dtypes import dtype_named
@@ -28,25 +27,30 @@ _LOG = logging.getLogger(__name__)
 
 
 class Backing:
-    """One session, and the parameters whose optimizer it is.
+    """One session, and the parameters that it steps.
 
     Attributes:
-        session: the present one; another after `regroup` and `resume`.
-        parameters: what it steps.
-        closed: nothing more can be done.
+        session: the present session; another one after `regroup` and `resume`.
+        parameters: the parameters that the session steps.
+        closed: True after `end`.
     """
 
     session: Session
 
-    def __init__(self, family: Family, options: RemoteOptions, groups: Sequence[Group]) -> None:
-        """Make a session of these groups, or find the one to go on with and pull its parameters.
+    def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group]) -> None:
+        """Create a session of these groups, or resume the session of the options and pull its parameters.
+
+        Args:
+            rule: the rule.
+            options: the options of the optimizer.
+            groups: torch's parameter groups.
 
         Raises:
-            UnsupportedFeatureError: a parameter cannot be stepped from here.
-            InvalidRequestError: the session to go on with is of another model or optimizer.
+            UnsupportedFeatureError: a parameter cannot be stepped by a server.
+            InvalidRequestError: the session of the options is of another model or optimizer.
             StepwireError: as `Client.create_session` and `Client.session`.
         """
-        self._family = family
+        self._rule = rule
         self._options = options
         self.parameters = Parameters(groups)
         self._memory: Parameters | SharedViews = self.parameters
@@ -57,7 +61,7 @@ class Backing:
         self._client = options.client()
         try:
             if options.session is None:
-                self._begin_with(self._create(self.parameters, groups), groups)
+                self._use_first(self._create(self.parameters, groups), groups)
             else:
                 self.resume(options.session, groups)
         except BaseException:
@@ -69,36 +73,37 @@ class Backing:
 
     def _create(self, parameters: Parameters, groups: Sequence[Group]) -> Session:
         self._check(parameters)
-        return create_session(self._client, self._options, self._family, parameters, groups)
+        return create_session(self._client, self._options, self._rule, parameters, groups)
 
     def _check(self, parameters: Parameters) -> None:
-        """Refuse options that cannot be had for these parameters, before anything is made."""
+        """Refuse options that do not work with these parameters, before a session exists."""
         for name in ("shared_views", "send_in_backward"):
-            if getattr(self._options, name) and isinstance(self._client, ShardedClient):
+            if getattr(self._options, name) and len(self._client.targets) > 1:
                 raise UnsupportedFeatureError(
-                    f"{name}: the model is cut over several servers or channels; leave it out, or use one",
+                    f"{name}: the model is partitioned over several servers or channels; leave the option out, or use "
+                    "one server and one channel",
                     metadata={"field": name, "feature": f"torch_{name}"},
                 )
         if self._options.shared_views:
             check_dtypes(parameters, *self._dtypes(parameters))
 
     def _dtypes(self, parameters: Parameters) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """Return how gradients and answers travel."""
+        """Return the wire dtypes of gradients and of replies."""
         sent, received = self._options.gradient_dtype, self._options.reply_dtype
         return (
             dtype_named(sent or parameters.dtype, "gradient_dtype", gradients=True),
             dtype_named(received or parameters.dtype, "reply_dtype"),
         )
 
-    def _hold(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
-        """Use a session, which has the present values, from now on."""
+    def _use(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
+        """Use a session from now on; its parameters are the present values."""
         self.session, self.parameters = session, parameters
         parameters.follow()
-        configuration = session.configuration
-        self._structure = self._family.structure_of(groups)
+        configuration = session.config
+        self._structure = self._rule.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
-        self._mirror = Mirror(session, parameters, self._family, self._reply_dtype, self._options.timeout)
+        self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
         if self._sender is not None:
             self._sender.close()
         watches = self._options.send_in_backward
@@ -108,45 +113,49 @@ class Backing:
         if self._options.shared_views:
             self._memory = SharedViews(session, parameters)
 
-    def _begin_with(self, session: Session, groups: Sequence[Group]) -> None:
-        """Use the first session, which nobody else knows and would end."""
+    def _use_first(self, session: Session, groups: Sequence[Group]) -> None:
+        """Use the first session, and close it after a failure: no other code has the session."""
         try:
-            self._hold(session, self.parameters, groups)
+            self._use(session, self.parameters, groups)
         except BaseException:
             session.close()
             raise
 
     def _move_to(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
-        """Use another session in the place of the present one, and end that."""
+        """Use another session instead of the present session, and close the present one."""
         old = self.session
         try:
-            self._hold(session, parameters, groups)
-        except UnsupportedFeatureError as error:  # there was shared memory a moment ago
+            self._use(session, parameters, groups)
+        except UnsupportedFeatureError as error:  # the session before had shared memory
             _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
         old.close()
 
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
-        """Go on with a session: take its slot, and bring its parameters into the model.
+        """Attach to an existing session, and copy its parameters into the model.
+
+        Args:
+            session_id: the id of the session.
+            groups: torch's parameter groups.
 
         Raises:
-            InvalidRequestError: it is of another model, another optimizer, or other options.
+            InvalidRequestError: the session is of another model, another optimizer, or other options.
             StepwireError: as `Client.session`.
         """
         self._check(self.parameters)
-        session = find_session(self._client, session_id, self._options, self._family, self.parameters, groups)
+        session = find_session(self._client, session_id, self._options, self._rule, self.parameters, groups)
         pulled: Any = session.pull()
         for name, target in self.parameters.targets().items():
             with np.errstate(over="ignore"):
                 target[...] = pulled[name]
         self.parameters.stepped(pulled)
-        self._hold(session, self.parameters, groups)
+        self._use(session, self.parameters, groups)
 
     def regroup(self, groups: Sequence[Group]) -> None:
-        """Move to a new session of other groups; the state of parameters that stay goes with them.
+        """Move to a new session of other groups, with the state of the parameters that both sessions have.
 
         Raises:
             InvalidRequestError: the optimizer is closed.
-            StepwireError: as creation; everything is as it was.
+            StepwireError: as `Client.create_session`; nothing was changed.
         """
         self.check_open()
         parameters = Parameters(groups)
@@ -162,7 +171,11 @@ class Backing:
     # --- steps -------------------------------------------------------------------------------------------
 
     def step(self, groups: Sequence[Group], loss_scale: float | None) -> None:
-        """Take a step with the gradients that there are, and the groups' present numbers.
+        """Apply a step with the present gradients and the groups' present numbers.
+
+        Args:
+            groups: torch's parameter groups.
+            loss_scale: the factor of the gradients; None for 1.
 
         Raises:
             InvalidRequestError: the optimizer is closed, or gradients or numbers are not served; nothing was applied.
@@ -171,12 +184,12 @@ class Backing:
         self.check_open()
         self._groups, self._loss_scale = groups, loss_scale
         overrides = self.overrides(groups)
-        answer = None if self._sender is None else self._sender.finish((overrides, loss_scale))
-        if answer is None and (gradients := self._memory.gradients()):
+        reply = None if self._sender is None else self._sender.finish((overrides, loss_scale))
+        if reply is None and (gradients := self._memory.gradients()):
             self.upload()
-            answer = self.session.step(gradients, **self._step_options((overrides, loss_scale)))
-        if answer is not None:  # without any gradient nothing moves, as with torch
-            self._memory.stepped(answer)
+            reply = self.session.step(gradients, **self._step_options((overrides, loss_scale)))
+        if reply is not None:  # without any gradient nothing changes, as with torch
+            self._memory.stepped(reply)
             self._mirror.forget()
 
     def _step_options(self, numbers: Numbers) -> dict[str, Any]:
@@ -192,58 +205,64 @@ class Backing:
     # --- steps that begin in the backward pass -----------------------------------------------------------
 
     def _present_numbers(self) -> Numbers | None:
-        """Return what a step would say now; None where it is not sent in messages, or parameters must be sent first."""
+        """Return the numbers of a step; None if no messages carry gradients, or parameters must be sent first."""
         choice = self.session.transport
         if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+            return None
+        if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
             return None
         return self.overrides(self._groups), self._loss_scale
 
     def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
-        # Only their shapes are looked at; what is sent comes from the feed. Memory that nobody touches costs nothing.
+        # The step reads the shapes of these arrays alone, and the gradients come from the feed. Untouched memory costs
+        # nothing.
         shapes = {t.name: np.empty(t.shape, t.dtype) for t in self.parameters.tensors if t.name in names}
         return self.session.step_async(shapes, feed=feed, **self._step_options(numbers))
 
     def _settle(self) -> None:
-        """Have no step under way that was begun by a backward pass."""
+        """Abort the step that a backward pass began, if there is one."""
         if self._sender is not None:
             self._sender.drop()
 
     # --- numbers -----------------------------------------------------------------------------------------
 
     def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
-        """Return what differs from the numbers that the session was created with.
+        """Return the numbers of each group that differ from those of the session's creation; None for no difference.
 
         Raises:
-            InvalidRequestError: something was changed that a session has from its creation.
+            InvalidRequestError: an option that is fixed at the session's creation was changed.
         """
-        if changed := self._outgrown(groups):
-            raise InvalidRequestError(
-                f"param_groups: {changed}, which a session has from its creation; call "
-                "optimizer.load_state_dict(optimizer.state_dict()), which makes another session, or make a new "
-                "optimizer where the state lacks what is kept from now on",
-                metadata={"field": "param_groups"},
+        if changed := self._structure_change(groups):
+            raise InvalidRequestError.of(
+                "param_groups",
+                f"{changed}, which is fixed at a session's creation. Call "
+                "optimizer.load_state_dict(optimizer.state_dict()) for another session, or make a new optimizer if the "
+                "state has no such slot",
             )
-        now = [self._family.numbers_of(group) for group in groups]
+        now = [self._rule.numbers_of(group) for group in groups]
         differing = [
             {name: value for name, value in numbers.items() if value != then[name]}
             for numbers, then in zip(now, self._numbers, strict=True)
         ]
         return differing if any(differing) else None
 
-    def _outgrown(self, groups: Sequence[Group]) -> str:
-        """Say what of the groups the present session cannot have; empty if nothing."""
-        now = self._family.structure_of(groups)
+    def _structure_change(self, groups: Sequence[Group]) -> str:
+        """Return the change of the groups that needs another session, in words; empty for none."""
+        now = self._rule.structure_of(groups)
         for name, value in now.items():
             if value != self._structure[name]:
                 return f"{name} was changed from {self._structure[name]!r} to {value!r}"
-        if self._family.keeps_momentum(groups) and "momentum_buffer" not in self.session.slots:
+        if self._rule.keeps_momentum(groups) and "momentum_buffer" not in self.session.slots:
             return "momentum was changed from 0 in all groups"
         if len(groups) != len(self._numbers):
             return f"there are {len(groups)} groups instead of {len(self._numbers)}"
         return ""
 
     def upload(self, *, everything: bool = False) -> None:
-        """Send the parameters where somebody else has changed them since the last step, or whether or not.
+        """Send the parameters if other code has changed them since the last step.
+
+        Args:
+            everything: send the parameters also if they are not changed.
 
         Raises:
             StepwireError: as `Session.load`.
@@ -254,21 +273,21 @@ class Backing:
             self._memory.uploaded()
 
     def check_open(self) -> None:
-        """Refuse to go on after the end.
+        """Refuse a call after `end`.
 
         Raises:
             InvalidRequestError: `close` or `detach` was called.
         """
         if self.closed:
-            raise InvalidRequestError(
-                "the optimizer is closed; make a new one, with session=… if the old session was left on the server",
-                metadata={"field": "optimizer"},
+            raise InvalidRequestError.of(
+                "optimizer",
+                "the optimizer is closed; make a new one, with session=… if its session was left on the server",
             )
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], Kept]:
-        """Return torch's state of each parameter in order, and what it has no place for.
+    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
+        """Return torch's state of each parameter in order, and the state beyond torch's.
 
         Raises:
             StepwireError: as `Session.state`.
@@ -277,19 +296,24 @@ class Backing:
         self.upload()
         return self._mirror.exported(groups)
 
-    def load(self, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]) -> None:
-        """Replace the state; the model's parameters stay as they are.
+    def load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
+        """Replace the state. The model's parameters stay.
+
+        Args:
+            entries: torch's state of each parameter, in order.
+            extra: the state beyond torch's.
+            groups: torch's parameter groups.
 
         Raises:
-            InvalidRequestError: the state is another rule's or another model's; nothing was changed.
+            InvalidRequestError: the state is of another rule or another model; nothing was changed.
             StepwireError: as `Session.load_state`.
         """
         self.check_open()
-        self._family.configuration(groups)  # groups of another optimizer lack its numbers
+        self._rule.optimizer_for(groups)  # groups of another optimizer lack its numbers
         self._settle()
-        session = self._create(self.parameters, groups) if self._outgrown(groups) else self.session
+        session = self._create(self.parameters, groups) if self._structure_change(groups) else self.session
         try:
-            state = self._mirror.loadable(session, entries, kept, groups)
+            state = self._mirror.loadable(session, entries, extra, groups)
             session.load_state(state, timeout=self._options.timeout)
         except BaseException:
             self._mirror.forget()
@@ -298,11 +322,11 @@ class Backing:
             raise
         if session is not self.session:
             self._move_to(session, self.parameters, groups)
-        self._mirror.offer(kept)
+        self._mirror.offer(extra)
         self._memory.uploaded()
 
     def end(self, *, keep: bool) -> None:
-        """Let go: end the session on the server, or leave it there. Ending twice is harmless."""
+        """Close the session, or detach from it with `keep`. A second call is harmless."""
         if self.closed:
             return
         self.closed = True

@@ -1,4 +1,4 @@
-"""The optimizers: torch's own, and in its manner those that only others have."""
+"""The optimizers: the classes of torch, and classes like torch's for rules that torch does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user of an optimizer can do about errors that speak of connections and slots."""
+"""Hints for errors about connections and workers, in the terms of an optimizer."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from collections.abc import Iterator
 from stepwire.errors import FencedError, StepwireError, UnavailableError
 from stepwire.torch.options import RemoteOptions
 
-__all__ = ["advising"]
+__all__ = ["with_hints"]
 
 
 @contextlib.contextmanager
-def advising(options: RemoteOptions, session_id: str | None) -> Iterator[None]:
-    """Name the argument that an error is about, and a remedy that an optimizer has.
+def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]:
+    """Add the optimizer's argument and a remedy to errors of the block.
 
     Args:
-        options: where the server is.
-        session_id: of the session in use; None before there is one.
+        options: the options of the optimizer.
+        session_id: the id of the session in use; None before there is a session.
 
     Raises:
-        UnavailableError: the server cannot be reached, or did not answer in time.
-        FencedError: another optimizer took the session.
+        UnavailableError: the server cannot be reached, or did not reply in time.
+        FencedError: another optimizer attached to the session.
     """
     try:
         yield
     except UnavailableError as error:
         remedy = "is it running (stepwire serve), and is it the right one?"
         if session_id is not None:
-            remedy = "try again once it is there: a step that had arrived is not taken twice"
-        raise _in_other_words(error, f"server={_name(options)}: {error}; {remedy}") from error
+            remedy = "try again once the server is there: a step that had arrived is not applied twice"
+        raise _with_message(error, f"server={_name(options)}: {error}; {remedy}") from error
     except FencedError as error:
-        raise _in_other_words(
+        raise _with_message(
             error,
-            f"another optimizer took the session ({error}); only one may step it. To take it back, make this optimizer "
-            f"again with session={session_id!r}, which pulls its parameters",
+            f"another optimizer attached to the session ({error}); only one may step it. To attach again, make this "
+            f"optimizer again with session={session_id!r}, which pulls the session's parameters",
         ) from error
 
 
-def _in_other_words(error: StepwireError, message: str) -> StepwireError:
+def _with_message(error: StepwireError, message: str) -> StepwireError:
     return type(error)(
         message, reason=error.reason, metadata=error.metadata, retry_after_seconds=error.retry_after_seconds
     )

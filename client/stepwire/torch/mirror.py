@@ -1,4 +1,4 @@
-"""What a session holds of a model: the model's values with the bits it does not show, and torch's state of it."""
+"""The values and the state of a model in its session: float32 masters, and torch's state of each parameter."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
+from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
-from stepwire.torch.rules import Family, Group
+from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.states import PARAM, exported, imported
-from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 from stepwire.wire.dtypes import FLOAT32
 
-__all__ = ["Kept", "Mirror"]
+__all__ = ["ExtraState", "Mirror"]
 
 
-class Kept(NamedTuple):
-    """What torch has no place for in its state.
+class ExtraState(NamedTuple):
+    """The state beyond torch's own.
 
     Attributes:
-        masters: float32 parameters by position, where the model's are of fewer bits.
-        slots: what goes with moments in fewer bits, by slot and name.
+        masters: float32 parameters by position, for a model with parameters of fewer bits.
+        slots: the slots that moments of fewer bits need besides torch's, by slot and name.
     """
 
     masters: dict[int, Any]
@@ -33,19 +33,27 @@ class Kept(NamedTuple):
 
 
 class Mirror:
-    """One session and the parameters that it follows. Changes neither, but for `upload`."""
+    """One session and the parameters that it follows. Only `upload` changes the session."""
 
     def __init__(
-        self, session: Session, parameters: Parameters, family: Family, reply_dtype: np.dtype[Any], timeout: float
+        self, session: Session, parameters: Parameters, rule: TorchRule, reply_dtype: np.dtype[Any], timeout: float
     ) -> None:
-        """Compare a session with parameters that are answered in `reply_dtype`."""
+        """Compare a session with parameters that come back in `reply_dtype`.
+
+        Args:
+            session: the session.
+            parameters: the model's parameters.
+            rule: the rule.
+            reply_dtype: the wire dtype of parameters in replies.
+            timeout: the time limit of a call, in seconds.
+        """
         self._session = session
         self._parameters = parameters
-        self._family = family
+        self._rule = rule
         self._reply_dtype = reply_dtype
         self._timeout = timeout
-        held = {tensor.dtype for tensor in parameters.tensors}
-        self._exact = reply_dtype == FLOAT32 and held == {FLOAT32}
+        dtypes = {tensor.dtype for tensor in parameters.tensors}
+        self._exact = reply_dtype == FLOAT32 and dtypes == {FLOAT32}
         self._offered: dict[str, Any] = {}
 
     def upload(self) -> None:
@@ -56,32 +64,31 @@ class Mirror:
         """
         self._session.load(self._values(), timeout=self._timeout)
 
-    def offer(self, kept: Kept) -> None:
-        """Take masters of a state dict for what the model shows of them, now and until `forget`.
+    def offer(self, extra: ExtraState) -> None:
+        """Use masters of a state dict for parameters that equal their rounding, until `forget`.
 
-        So the model's own state dict may be loaded after that of its optimizer: the masters fit from then on.
+        So a user may load the model's own state dict after its optimizer's: the masters fit from then on.
 
         Raises:
-            InvalidRequestError: they are another model's.
+            InvalidRequestError: the masters are of another model.
         """
         tensors = self._parameters.tensors
-        if unknown := [index for index in kept.masters if index not in range(len(tensors))]:
-            raise InvalidRequestError(
-                f"state_dict: masters[{unknown[0]!r}] is of no parameter here, of which there are {len(tensors)}; the "
-                "state is another model's",
-                metadata={"field": "state_dict.masters"},
+        if unknown := [index for index in extra.masters if index not in range(len(tensors))]:
+            raise InvalidRequestError.of(
+                "state_dict.masters",
+                f"position {unknown[0]!r} is none of the {len(tensors)} parameters; the state is another model's",
             )
         self._offered = {
             tensors[index].name: tensors[index].values(value, f"masters[{index}]")
-            for index, value in kept.masters.items()
+            for index, value in extra.masters.items()
             if not self._exact
         }
 
     def forget(self) -> None:
-        """Offer no masters any more: after a step they are those of another time."""
+        """Forget the offered masters: they are older than a step."""
         self._offered = {}
 
-    def state(self) -> SessionState:
+    def state(self) -> Snapshot:
         """Return the session's state.
 
         Raises:
@@ -89,67 +96,73 @@ class Mirror:
         """
         return self._session.state(timeout=self._timeout)
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], Kept]:
-        """Return torch's state of each parameter in order, and what it has no place for.
+    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
+        """Return torch's state of each parameter in order, and the state beyond torch's.
 
         Raises:
             StepwireError: as `Session.state`.
         """
         state, tensors = self.state(), self._parameters.tensors
-        entries = exported(state, tensors, self._family, self._by_name(groups))
+        entries = exported(state, tensors, self._rule, self._by_name(groups))
         masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
-        # As tensors: `torch.load` takes no arrays unless told that the file can be trusted.
+        # As tensors: `torch.load` refuses arrays by default, as a risk of an untrusted file.
         slots = {
             slot: {name: from_numpy(values) for name, values in state.slots[slot].items()}
             for slot in self._beside_torch(self._session)
         }
-        return entries, Kept(masters, slots)
+        return entries, ExtraState(masters, slots)
 
     def loadable(
-        self, session: Session, entries: Sequence[Mapping[str, Any]], kept: Kept, groups: Sequence[Group]
-    ) -> SessionState:
-        """Return what a session is to hold, this one or its successor: torch's state, and the model's values.
+        self, session: Session, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]
+    ) -> Snapshot:
+        """Return the state to load into a session: torch's state, and the model's values.
+
+        Args:
+            session: this session, or its successor.
+            entries: torch's state of each parameter, in order.
+            extra: the state beyond torch's.
+            groups: torch's parameter groups.
 
         Raises:
-            InvalidRequestError: the state is another rule's or another model's.
+            InvalidRequestError: the state is of another rule or another model.
             StepwireError: as `Session.pull`.
         """
         tensors = self._parameters.tensors
-        slots, steps = imported(entries, tensors, self._family, self._by_name(groups), session.slots)
+        slots, steps = imported(entries, tensors, self._rule, self._by_name(groups), session.slots)
         for slot in self._beside_torch(session):
-            if set(kept.slots.get(slot, ())) != set(session.shapes):
-                raise InvalidRequestError(
-                    f"state_dict: {slot!r} is missing, which this session's state_precision needs; it is in state "
-                    "dicts of such sessions only",
-                    metadata={"field": f"state_dict.{slot}"},
+            if set(extra.slots.get(slot, ())) != set(session.shapes):
+                raise InvalidRequestError.of(
+                    f"state_dict.{slot}",
+                    "is missing, and this session's state_precision needs it; use a state dict of a session with the "
+                    "same state_precision",
                 )
-            slots[slot] = {name: to_numpy(values.cpu()) for name, values in kept.slots[slot].items()}
-        self.offer(kept)
+            slots[slot] = {name: to_numpy(values.cpu()) for name, values in extra.slots[slot].items()}
+        self.offer(extra)
         slots[PARAM] = self._values()
-        return SessionState(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+        return Snapshot(step=self._session.applied_step, slots=slots, tensor_steps=steps)
 
-    def carried(self, fresh: SessionState, parameters: Parameters) -> SessionState:
-        """Return the state of a new session of other groups, with all that this one has of the same parameters.
+    def carried(self, fresh: Snapshot, parameters: Parameters) -> Snapshot:
+        """Return the state of a new session of other groups, with this session's state of the parameters of both.
 
         Args:
-            fresh: the new session's.
-            parameters: its own.
+            fresh: the state of the new session.
+            parameters: the parameters of the new session.
 
         Raises:
             StepwireError: as `Session.state`.
         """
         before = self.state()
-        # By what they are: names change with a state dict that has others, and positions with what comes before.
+        # Parameters are matched by identity: a state dict may change names, and a new group may change positions.
         olds = {id(tensor.parameter): tensor.name for tensor in self._parameters.tensors}
         names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
         for slot, arrays in fresh.slots.items():
             if slot in before.slots:
                 arrays |= {name: before.slots[slot][old] for name, old in names.items()}
         steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
-        return SessionState(step=before.step, slots=fresh.slots, tensor_steps=steps)
+        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps)
 
     def _values(self) -> Arrays:
-        """Return the model's values; where offered masters, or else the session's, round to those, the masters."""
+        """Return the model's values, each replaced by a master that rounds to it: an offered one or the session's."""
         local = self._parameters.fetch()
         if self._exact:
             return local
@@ -163,7 +176,7 @@ class Mirror:
             for tensor in self._parameters.tensors
         }
 
-    def _merged(self, masters: Sequence[Any], local: npt.NDArray[Any], tensor: HeldTensor) -> npt.NDArray[Any]:
+    def _merged(self, masters: Sequence[Any], local: npt.NDArray[Any], tensor: ParameterTensor) -> npt.NDArray[Any]:
         merged: npt.NDArray[Any] = local.astype(np.float32)
         for master in masters:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -172,7 +185,7 @@ class Mirror:
         return merged
 
     def _beside_torch(self, session: Session) -> list[str]:
-        return [slot for slot in session.slots if slot not in (PARAM, *self._family.slots)]
+        return [slot for slot in session.slots if slot not in (PARAM, *self._rule.slots)]
 
     def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         return {name: groups[index] for name, index in self._parameters.membership.items()}

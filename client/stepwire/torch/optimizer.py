@@ -1,4 +1,4 @@
-"""What turns an optimizer of torch into one whose state and arithmetic are a server's."""
+"""The base of optimizers like torch's with their state and arithmetic on a server."""
 
 from __future__ import annotations
 
@@ -13,111 +13,111 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
 from stepwire.torch.backing import Backing
-from stepwire.torch.error_hints import advising
-from stepwire.torch.mirror import Kept
+from stepwire.torch.error_hints import with_hints
+from stepwire.torch.mirror import ExtraState
 from stepwire.torch.options import RemoteOptions, split_options
-from stepwire.torch.rules import FAMILIES, Family
+from stepwire.torch.rules import TORCH_RULES, TorchRule
 
 __all__ = ["RemoteOptimizer"]
 
 _KEY = "stepwire"
 _REFUSED = {
-    "differentiable": "no gradient flows through a step that a server takes",
+    "differentiable": "no gradient flows through a step on a server",
     "capturable": "a CUDA graph cannot contain a call to a server",
 }
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
-    """Mixed into an optimizer class, before torch's own, whose constructor and parameter groups it keeps.
+    """A mixin for an optimizer class, before torch's own class. The constructor and the parameter groups are torch's.
 
-    `step` reads `param_groups` anew every time, so schedulers and users may change numbers as ever. A parameter without
-    a gradient keeps its state. Parameters that somebody changed in place are noticed by torch's version counters and
-    sent first; a change through `.data` is not counted: call `upload_parameters` after it.
+    `step` reads `param_groups` anew every time, so schedulers and users may change numbers as usual. A parameter
+    without a gradient keeps its state. Torch's version counters reveal parameters that other code changed in place, and
+    such parameters are sent first. The counters miss a change through `.data`: call `upload_parameters` after it.
     """
 
-    family: ClassVar[Family]
+    rule: ClassVar[TorchRule]
     param_groups: list[dict[str, Any]]
     state: dict[Any, Any]
     _backing: Backing | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Find the rule, and show torch's own signature with ours behind it."""
+        """Find the rule of the class, and append the names of `RemoteOptions` to torch's signature."""
         super().__init_subclass__(**options)
-        if cls.__name__ in FAMILIES:
-            cls.family = FAMILIES[cls.__name__]
+        if cls.__name__ in TORCH_RULES:
+            cls.rule = TORCH_RULES[cls.__name__]
         cls.__signature__ = _signature(cls)
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         """Make the optimizer and its session.
 
         Args:
-            params: as torch takes them: parameters, named parameters, or groups.
-            args: torch's own.
-            kwargs: torch's own, and those of `RemoteOptions`.
+            params: parameters, named parameters, or groups, as for torch.
+            args: torch's own arguments.
+            kwargs: torch's own arguments, and those of `RemoteOptions`.
 
         Raises:
-            UnsupportedFeatureError: an option or a parameter that cannot be served; the message says why.
-            InvalidRequestError: a number out of range; or a session to go on with that is another model's.
+            UnsupportedFeatureError: an option or a parameter is not served; the message has the reason.
+            InvalidRequestError: a number is out of range, or the session to resume is of another model.
             UnavailableError: the server cannot be reached.
         """
         self._options, own = split_options(kwargs)
         super().__init__(params, *args, **own)
         _refuse(self.param_groups)
-        self.state.clear()  # Adagrad makes some; it lives on the server
-        with advising(self._options, None):
-            self._backing = Backing(self.family, self._options, self.param_groups)
-        # For who compiles a whole training step: nothing in a call to a server can be traced.
-        self._take_step = torch.compiler.disable(self._backing.step)
+        self.state.clear()  # Adagrad's constructor makes state, and the state is on the server
+        with with_hints(self._options, None):
+            self._backing = Backing(self.rule, self._options, self.param_groups)
+        # A user may compile a whole training step, and a call to a server cannot be traced.
+        self._apply_step = torch.compiler.disable(self._backing.step)
         self._step_supports_amp_scaling = self._options.amp_scaling
 
-    # --- what it is doing --------------------------------------------------------------------------------
+    # --- state of the optimizer --------------------------------------------------------------------------
 
     @property
     def backing(self) -> Backing:
-        """What stands between the parameters and their session."""
+        """The session behind the optimizer, with the parameters that it steps."""
         assert self._backing is not None  # since the constructor
         return self._backing
 
     @property
     def session(self) -> Session:
-        """The session, for what an optimizer of torch has no name for: averages, shared memory, listings."""
+        """The session, for operations beyond torch's optimizers: averages, shared memory, listings."""
         return self.backing.session
 
     @property
     def session_id(self) -> str:
-        """What a later process goes on by, as `session=`; another after `add_param_group`."""
+        """The id of the session, for `session=` in a later process; another id after `add_param_group`."""
         return self.session.session_id
 
     @property
     def applied_step(self) -> int:
-        """The last step that was applied; after a resume, where the run goes on."""
+        """The number of the last applied step, also after a resume."""
         return self.session.applied_step
 
     @property
     def last_result(self) -> StepResult | None:
-        """What the last step did: norms, clipping, times; None before the first."""
+        """The result of the last step: norms, clipping, times; None before the first."""
         return self.session.last_result
 
     @property
     def transport(self) -> TransportChoice | None:
-        """Which way gradients go, and why no better one; None before the first step."""
+        """The transport of gradients, with the reason for it; None before the first step."""
         return self.session.transport
 
     # --- torch's methods ---------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on the server, exactly once; the parameters are its outcome when this returns.
+        """Apply one step on the server, exactly once. The parameters have their new values when the call returns.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: a function that evaluates the model again and returns the loss.
 
         Returns:
-            The closure's loss, if there is one.
+            The closure's loss; None without a closure.
 
         Raises:
             NonFiniteGradientError: NaN or Inf with `non_finite="reject"`; nothing was applied.
-            InvalidRequestError: a gradient or a number that is not served; nothing was applied.
-            FencedError: another process took the session.
+            InvalidRequestError: a gradient or a number is not served; nothing was applied.
+            FencedError: another process attached to the session.
             StepwireError: as `Session.step`; call `step` again with the same gradients after `UnavailableError`.
         """
         loss = None
@@ -125,13 +125,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None or not float(found_inf):  # GradScaler has looked; it lowers the scale if it was set
-            with advising(self._options, self.session_id):
-                self._take_step(self.param_groups, None if scale is None else float(scale))
+        if found_inf is None or not float(found_inf):  # set by GradScaler, which lowers the scale then
+            with with_hints(self._options, self.session_id):
+                self._apply_step(self.param_groups, None if scale is None else float(scale))
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; once there is a session, by moving to a new one with all that the old one has.
+        """Add parameters. An optimizer with a session moves to a new session, with the state of the old one.
+
+        Args:
+            param_group: the group, as for torch.
 
         Raises:
             StepwireError: as the constructor; the groups are as before.
@@ -147,27 +150,27 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's own state dict, for this optimizer or the local one of the same name.
+        """Return torch's own state dict, for this optimizer or torch's optimizer of the same name.
 
-        Beside `state` and `param_groups` it has `"stepwire"`: the session, its step, and what torch has no place for.
-        With `light_state_dict` it has that alone and no tensors: for as long as the session lives.
+        Besides `state` and `param_groups` the dict has `"stepwire"`: the session, its step, and the state beyond
+        torch's. With `light_state_dict` the dict has no tensors, and is valid as long as the session lives.
 
         Raises:
             StepwireError: as `Session.state`.
         """
         if self._options.light_state_dict:
             return self.handle()
-        with advising(self._options, self.session_id):
-            entries, kept = self.backing.exported(self.param_groups)
+        with with_hints(self._options, self.session_id):
+            entries, extra = self.backing.exported(self.param_groups)
         tensors = self.backing.parameters.tensors
         self.state.update({tensor.parameter: entry for tensor, entry in zip(tensors, entries, strict=True) if entry})
         try:
-            return self._packed({"masters": kept.masters, "slots": kept.slots})
+            return self._packed({"masters": extra.masters, "slots": extra.slots})
         finally:
             self.state.clear()
 
     def handle(self) -> dict[str, Any]:
-        """Return a state dict without tensors, by which `load_state_dict` goes on with the session."""
+        """Return a state dict without tensors, with which `load_state_dict` resumes the session."""
         return self._packed({"handle": True})
 
     def _packed(self, ours: dict[str, Any]) -> dict[str, Any]:
@@ -177,13 +180,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state dict: of this optimizer, or of the one of torch that has the same name.
+        """Load a state dict of this optimizer, or of torch's optimizer of the same name.
 
-        The model's parameters are what they are, as with torch; load the model's own state dict too. With what `handle`
-        returned, the session is taken again instead, and its parameters are pulled into the model.
+        The model's parameters stay, as with torch; load the model's own state dict too. The dict of `handle` resumes
+        the session instead, and pulls its parameters into the model.
+
+        Args:
+            state_dict: the dict of `state_dict` or `handle`.
 
         Raises:
-            InvalidRequestError: it is another rule's or another model's.
+            InvalidRequestError: the dict is of another rule or another model.
             StepwireError: as `Session.load_state`.
         """
         given: dict[str, Any] = {}
@@ -193,7 +199,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return {**incoming, "state": {}}  # torch would cast moments to the parameters' dtype
 
         def load(_: Any) -> None:
-            for group in self.param_groups:  # of an optimizer that computed otherwise; its state is as good
+            for group in self.param_groups:  # the dict of an optimizer with other options has the same state
                 group.update({name: False for name in _REFUSED if name in group})
             self._load(given)
 
@@ -211,40 +217,40 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _load(self, given: dict[str, Any]) -> None:
         ours = given.get(_KEY) or {}
         if ours.get("handle"):
-            self._retake(ours)
+            self._resume(ours)
             return
         positions = [index for group in given["param_groups"] for index in group["params"]]
         entries = [given["state"].get(index, {}) for index in positions]
-        self.backing.load(entries, Kept(ours.get("masters", {}), ours.get("slots", {})), self.param_groups)
+        self.backing.load(entries, ExtraState(ours.get("masters", {}), ours.get("slots", {})), self.param_groups)
 
-    def _retake(self, ours: dict[str, Any]) -> None:
-        """Go on with the session of a handle, and end the one that this optimizer was made with."""
+    def _resume(self, ours: dict[str, Any]) -> None:
+        """Resume the session of a handle, and close the optimizer's session before."""
         old = self.session
         self.backing.check_open()
         self.backing.resume(ours["session_id"], self.param_groups)
         if old.session_id != self.session_id:
             old.close()
         else:
-            old.detach()  # its stream, which the new one has displaced
+            old.detach()  # the new stream has displaced the old one
 
     # --- beyond torch ------------------------------------------------------------------------------------
 
     def upload_parameters(self) -> None:
-        """Send the model's parameters to the server, after a change that torch does not count: one through `.data`.
+        """Send the model's parameters to the server, after a change through `.data`, which torch does not count.
 
         Raises:
             StepwireError: as `Session.load`.
         """
         self.backing.check_open()
-        with advising(self._options, self.session_id):
+        with with_hints(self._options, self.session_id):
             self.backing.upload(everything=True)
 
     def detach(self) -> None:
-        """Leave the session on the server, for `session=` in another process, and use it no more."""
+        """Leave the session on the server, for `session=` in another process. The optimizer is closed."""
         self.backing.end(keep=True)
 
     def close(self) -> None:
-        """End the session on the server. Closing twice is harmless."""
+        """Close the session on the server. Closing twice is harmless."""
         self.backing.end(keep=False)
 
     def __enter__(self) -> Any:
@@ -260,19 +266,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         raise _no_copy("copied")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse likewise; this is what pickle and `copy.copy` ask."""
+        """Refuse `pickle` and `copy.copy` for the same reason."""
         raise _no_copy("pickled")
 
 
 def _no_copy(what: str) -> TypeError:
     return TypeError(
         f"an optimizer with a session cannot be {what}: two would step one session. Save state_dict(), or handle() for "
-        "the session alone, and load it into an optimizer made anew"
+        "the session alone, and load it into a new optimizer"
     )
 
 
 def _refuse(groups: list[dict[str, Any]]) -> None:
-    """Refuse options of torch that would promise what a server cannot do."""
+    """Refuse options of torch that a server cannot serve."""
     for index, group in enumerate(groups):
         for name, reason in _REFUSED.items():
             if group.get(name):
@@ -284,7 +290,7 @@ def _refuse(groups: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _hooked(register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> Iterator[None]:
-    """Register a hook for a block: the last of its kind, or the first."""
+    """Register a hook for a block."""
     handle = register(hook, **options)
     try:
         yield
@@ -293,7 +299,7 @@ def _hooked(register: Callable[..., Any], hook: Callable[..., Any], **options: A
 
 
 def _signature(cls: type) -> inspect.Signature:
-    """Return torch's signature with the names of `RemoteOptions` behind it."""
+    """Return torch's signature, followed by the names of `RemoteOptions`."""
     own = next((base for base in cls.__mro__ if not issubclass(base, RemoteOptimizer)), object)
     theirs = [
         parameter

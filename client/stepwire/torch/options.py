@@ -1,4 +1,4 @@
-"""What `stepwire.torch`'s optimizers take beside torch's own arguments."""
+"""The options of `stepwire.torch`'s optimizers besides torch's own arguments."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ __all__ = ["RemoteOptions", "split_options"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RemoteOptions:
-    """Where the optimizer's state lives, and how gradients get there.
+    """The server of an optimizer, and the options of its session.
 
     Attributes:
-        server: `host:port`, `unix:/path`, several of them for a model cut over servers, or a `stepwire.Client`.
-        session: the id of a session to go on with instead of a new one: its parameters are pulled into the model.
-        transport: as `stepwire.connect` takes it.
-        channels: as `stepwire.connect` takes it.
-        timeout: seconds of a step or another call with all its repetitions.
-        clip_grad_norm: bound of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` clips before a step.
-        clip_grad_value: bound of each element, as `torch.nn.utils.clip_grad_value_`.
-        non_finite: what to do with NaN and Inf in a gradient: `"reject"` raises an error that names the first such
-            tensor and leaves everything as it is, `"skip"` takes the step without an update, `"allow"` applies it, as
-            torch does.
-        gradient_dtype: how gradients travel; default the parameters' dtype, or float32 where they have several.
-        reply_dtype: how parameters come back; default likewise.
-        error_feedback: with `gradient_dtype="int8"`, see `Client.create_session`.
-        state_precision: how the server holds moments: `"float32"`, `"bfloat16"` or `"int8"`.
-        telemetry: what `last_result` tells, as `Client.create_session` has it; `"none"` with `non_finite="allow"`
-            leaves out the pass over the gradient that torch's optimizers do not make either.
-        amp_scaling: let GradScaler hand scaled gradients over, to be unscaled on the server; False has it unscale them
-            here, which takes a pass over them.
-        shared_views: make parameters and `.grad` views of the memory that is shared with a server on this host, so that
+        server: `host:port`, `unix:/path`, several of them for a model partitioned over servers, or a `stepwire.Client`.
+        session: the id of a session to resume instead of a new one. Its parameters are pulled into the model.
+        transport: the transport, as for `stepwire.connect`.
+        channels: the number of channels, as for `stepwire.connect`.
+        timeout: the time limit of a step or another call with all its repetitions, in seconds.
+        clip_grad_norm: the bound of the global gradient norm, as of `torch.nn.utils.clip_grad_norm_` before a step.
+        clip_grad_value: the bound of each element, as of `torch.nn.utils.clip_grad_value_`.
+        non_finite: the policy for NaN and Inf in a gradient. `"reject"` raises an error that names the first such
+            tensor, and changes nothing. `"skip"` counts the step without an update. `"allow"` applies it, as torch
+            does.
+        gradient_dtype: the wire dtype of gradients; by default the parameters' dtype, or float32 if they have several.
+        reply_dtype: the wire dtype of parameters in replies; the same default.
+        error_feedback: error feedback with `gradient_dtype="int8"`, see `Client.create_session`.
+        state_precision: the precision of moments on the server: `"float32"`, `"bfloat16"` or `"int8"`.
+        telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
+            omits a pass over the gradient, which torch's optimizers do not make either.
+        amp_scaling: True if the server unscales GradScaler's gradients. False if GradScaler unscales them on the
+            client, with a pass over the gradients.
+        shared_views: True to make parameters and `.grad` views of the memory that a server on this host shares, so that
             a step copies nothing. See `stepwire.torch`.
-        send_in_backward: send each gradient as soon as the backward pass has made it. See `stepwire.torch`.
-        light_state_dict: `state_dict()` holds the session's id instead of its tensors.
-        lease_seconds: how long the session lives unused; default the server's longest.
-        device: where the state lives, by the server's name of it; default the server's choice.
-        label: text for listings.
+        send_in_backward: True to send each gradient as soon as the backward pass has made it. See `stepwire.torch`.
+        light_state_dict: True for a `state_dict()` with the session's id instead of tensors.
+        lease_seconds: the life of an unused session, in seconds; by default the server's longest.
+        device: the server's name of the device of the state; by default the server's choice.
+        label: a text for listings.
     """
 
     server: str | Sequence[str] | Client = "localhost:50051"
@@ -70,7 +70,7 @@ class RemoteOptions:
         """Return a client of the server: the user's own, or a new one.
 
         Raises:
-            InvalidRequestError: there is no such target or transport.
+            InvalidRequestError: the target or the transport does not exist.
         """
         if isinstance(self.server, Client):
             return self.server
@@ -78,7 +78,7 @@ class RemoteOptions:
 
     @property
     def owns_client(self) -> bool:
-        """Closing the optimizer closes the client too."""
+        """True if the client closes with the optimizer."""
         return not isinstance(self.server, Client)
 
 
@@ -86,6 +86,6 @@ _NAMES = frozenset(field.name for field in dataclasses.fields(RemoteOptions))
 
 
 def split_options(arguments: dict[str, Any]) -> tuple[RemoteOptions, dict[str, Any]]:
-    """Part keyword arguments into ours and torch's."""
+    """Return the options among keyword arguments, and torch's own arguments."""
     ours = {name: value for name, value in arguments.items() if name in _NAMES}
     return RemoteOptions(**ours), {name: value for name, value in arguments.items() if name not in _NAMES}

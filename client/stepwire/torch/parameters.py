@@ -1,4 +1,4 @@
-"""All parameters of an optimizer, in the order in which a session holds them."""
+"""All parameters of an optimizer, in the order of its session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.torch.rules import Group
-from stepwire.torch.tensors import HeldTensor
+from stepwire.torch.tensors import ParameterTensor
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
@@ -23,35 +23,35 @@ class Parameters:
     """The parameters of some groups.
 
     Attributes:
-        tensors: one a parameter, group after group.
-        membership: the group of each, by name.
+        tensors: one tensor for each parameter, group after group.
+        membership: the group of each tensor, by name.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        """Hold them.
+        """Collect the parameters of the groups.
 
         Raises:
-            UnsupportedFeatureError: one of them, or two together, cannot be stepped from here.
+            UnsupportedFeatureError: a parameter cannot be stepped by a server, or two overlap in memory.
         """
-        self.tensors: list[HeldTensor] = []
+        self.tensors: list[ParameterTensor] = []
         self.membership: dict[str, int] = {}
         seen: dict[int, str] = {}
         for index, group in enumerate(groups):
             names = group.get("param_names")
-            for place, parameter in enumerate(group["params"]):
-                name = names[place] if names else f"param_groups[{index}][{place}]"
-                if id(parameter) in seen:  # torch warns, steps it twice, and announces that it will refuse
+            for position, parameter in enumerate(group["params"]):
+                name = names[position] if names else f"param_groups[{index}][{position}]"
+                if id(parameter) in seen:  # torch steps the parameter twice, with a warning of a later refusal
                     raise _unsupported(name, f"is {seen[id(parameter)]!r} once more; list each parameter once")
                 seen[id(parameter)] = name
                 if name in self.membership:
                     raise _unsupported(name, "is the name of two parameters; give each its own")
-                self.tensors.append(HeldTensor(name, parameter))
+                self.tensors.append(ParameterTensor(name, parameter))
                 self.membership[name] = index
         _refuse_overlaps(self.tensors)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What all of them have, or float32."""
+        """The common dtype of all parameters; float32 if they have several."""
         dtypes = {tensor.dtype for tensor in self.tensors}
         return dtypes.pop() if len(dtypes) == 1 else FLOAT32
 
@@ -66,21 +66,21 @@ class Parameters:
         return arrays
 
     def gradients(self, but: Collection[str] = ()) -> Arrays:
-        """Return the gradients that there are, by name; all but some.
+        """Return the present gradients by name, without those of the names in `but`.
 
         Raises:
-            InvalidRequestError: one of them cannot be sent.
+            InvalidRequestError: a gradient cannot be sent.
         """
         found = {tensor.name: tensor.gradient() for tensor in self.tensors if tensor.name not in but}
         self.synchronize()
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def targets(self) -> Arrays:
-        """Return where answers are written, by name."""
+        """Return the arrays that replies are written to, by name."""
         return {tensor.name: tensor.array() for tensor in self.tensors}
 
-    def stepped(self, answer: object) -> None:
-        """Bring what a step wrote to `targets` into the parameters."""
+    def stepped(self, reply: object) -> None:
+        """Copy the values that a step wrote to `targets` into the parameters."""
         for tensor in self.tensors:
             tensor.settle()
 
@@ -96,18 +96,18 @@ class Parameters:
         for tensor in self.tensors:
             tensor.follow()
 
-    def changed(self) -> list[HeldTensor]:
-        """Return those that somebody else has changed since `stepped` or `follow`."""
+    def changed(self) -> list[ParameterTensor]:
+        """Return the tensors that other code has changed since `stepped` or `follow`."""
         return [tensor for tensor in self.tensors if tensor.changed]
 
     def synchronize(self) -> None:
-        """Wait for the copies from GPUs that were asked for."""
+        """Wait for the copies from GPUs that are under way."""
         for device in {tensor.parameter.device for tensor in self.tensors if tensor.on_gpu}:
             torch.cuda.current_stream(device).synchronize()
 
 
-def _refuse_overlaps(tensors: Sequence[HeldTensor]) -> None:
-    """Refuse parameters that share elements: torch steps these once for each, one on top of the other."""
+def _refuse_overlaps(tensors: Sequence[ParameterTensor]) -> None:
+    """Refuse parameters that overlap in memory: torch steps a common element once for each of them."""
     extents = sorted(_extents(tensors), key=lambda extent: extent[:2])
     for (_, end, one), (start, _, other) in zip(extents, extents[1:], strict=False):
         if start < end:
@@ -118,7 +118,7 @@ def _refuse_overlaps(tensors: Sequence[HeldTensor]) -> None:
             )
 
 
-def _extents(tensors: Sequence[HeldTensor]) -> Iterator[tuple[int, int, HeldTensor]]:
+def _extents(tensors: Sequence[ParameterTensor]) -> Iterator[tuple[int, int, ParameterTensor]]:
     for tensor in tensors:
         parameter = tensor.parameter
         if parameter.numel():

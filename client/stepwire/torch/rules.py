@@ -1,4 +1,4 @@
-"""What each class of torch.optim is to a server: its rule, and what of a parameter group is sent with every step."""
+"""The server's rule for each class of torch.optim, and the numbers of a parameter group that every step sends."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import stepwire.optimizers as configurations
+import stepwire.optimizers as optimizers
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Optimizer
 
-__all__ = ["FAMILIES", "Family", "Group"]
+__all__ = ["TORCH_RULES", "Group", "TorchRule"]
 
 Group = Mapping[str, Any]
 """An entry of `Optimizer.param_groups`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class TorchRule:
     """One rule as torch.optim has it.
 
     Attributes:
-        rule: its configuration here.
-        numbers: what of a group is sent with every step, by names that both sides have.
-        structure: what must be the same in all groups and stays as the session was created, with defaults for releases
-            of torch whose groups do not have it.
-        slots: what torch keeps for a parameter, under the server's own names, in torch's order. Some of it only with
-            certain structures.
-        counts: torch keeps `step` for each parameter.
-        eager: torch keeps state for a parameter before its first step.
+        optimizer: the class of the rule's record in `stepwire.optimizers`.
+        numbers: the numbers of a group that every step sends, by names that torch and the record have.
+        structure: the options that are the same in all groups and fixed at the session's creation, with defaults for
+            releases of torch without them.
+        slots: the slots that torch keeps for a parameter, by the server's names, in torch's order. Some depend on the
+            structure.
+        counts: True if torch keeps `step` for each parameter.
+        eager: True if torch keeps state for a parameter before its first step.
     """
 
-    rule: type[Optimizer]
+    optimizer: type[Optimizer]
     numbers: tuple[str, ...]
     structure: Mapping[str, Any]
     slots: tuple[str, ...]
@@ -39,27 +39,27 @@ class Family:
     eager: bool = False
 
     def numbers_of(self, group: Group) -> dict[str, Any]:
-        """Return what is sent of a group, as plain numbers: torch takes tensors for most of them.
+        """Return the numbers of a group as plain numbers; torch allows tensors for most of them.
 
         Raises:
-            InvalidRequestError: the group is another rule's.
+            InvalidRequestError: the group is of another rule.
         """
         if missing := [name for name in self.numbers if name not in group]:
             raise InvalidRequestError(
-                f"param_groups: a group has no {missing[0]!r}, which {self.rule.__name__} needs; is it of another "
+                f"param_groups: a group has no {missing[0]!r}, which {self.optimizer.__name__} needs; is it of another "
                 "optimizer's state dict?",
                 metadata={"field": f"param_groups.{missing[0]}"},
             )
         numbers = {name: _plain(group[name]) for name in self.numbers}
         if "dampening" in numbers and not numbers["momentum"]:
-            numbers["dampening"] = 0.0  # which torch ignores without momentum, and a server refuses
+            numbers["dampening"] = 0.0  # torch ignores dampening without momentum, and a server refuses it
         return numbers
 
     def structure_of(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Return what is fixed with the session.
+        """Return the options that are fixed with the session.
 
         Raises:
-            InvalidRequestError: two groups differ in it.
+            InvalidRequestError: two groups differ in an option.
         """
         found: dict[str, Any] = {}
         for name, default in self.structure.items():
@@ -68,23 +68,23 @@ class Family:
                 if value != values[0]:
                     raise InvalidRequestError(
                         f"param_groups[{index}][{name!r}] is {value!r} and param_groups[0][{name!r}] {values[0]!r}; a "
-                        "session has one for all its groups: make them equal, or use an optimizer for each",
+                        "session has one value for all its groups: make them equal, or use an optimizer for each",
                         metadata={"field": f"param_groups[{index}].{name}"},
                     )
             found[name] = values[0]
         return found
 
     def keeps_momentum(self, groups: Sequence[Group]) -> bool | None:
-        """Tell whether a momentum buffer is kept; None for rules that always or never do."""
+        """Tell whether a momentum buffer is kept; None for a rule that always or never keeps one."""
         return any(_plain(group["momentum"]) for group in groups) if "momentum" in self.numbers else None
 
-    def configuration(self, groups: Sequence[Group]) -> Optimizer:
-        """Return what a session of these groups is created with; its numbers are the first group's.
+    def optimizer_for(self, groups: Sequence[Group]) -> Optimizer:
+        """Return the optimizer of a session of these groups, with the numbers of the first group.
 
         Raises:
-            InvalidRequestError: a number out of range, or groups that differ in what they must share.
+            InvalidRequestError: a number is out of range, or groups differ in an option that is fixed with the session.
         """
-        return self.rule(**self.numbers_of(groups[0]), **self.structure_of(groups))
+        return self.optimizer(**self.numbers_of(groups[0]), **self.structure_of(groups))
 
 
 def _plain(value: Any) -> Any:
@@ -94,56 +94,56 @@ def _plain(value: Any) -> Any:
 
 
 _BETAS: Final = ("lr", "betas", "eps", "weight_decay")
-_ADAM: Final = Family(
-    configurations.Adam,
+_ADAM: Final = TorchRule(
+    optimizers.Adam,
     (*_BETAS, "maximize"),
     {"amsgrad": False, "decoupled_weight_decay": False},
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
 )
 
-FAMILIES: Final[dict[str, Family]] = {
+TORCH_RULES: Final[dict[str, TorchRule]] = {
     "Adam": _ADAM,
     "AdamW": dataclasses.replace(_ADAM, structure={"amsgrad": False, "decoupled_weight_decay": True}),
-    "NAdam": Family(
-        configurations.NAdam,
+    "NAdam": TorchRule(
+        optimizers.NAdam,
         (*_BETAS, "momentum_decay", "maximize"),
         {"decoupled_weight_decay": False},
         ("exp_avg", "exp_avg_sq"),
     ),
-    "RAdam": Family(
-        configurations.RAdam, (*_BETAS, "maximize"), {"decoupled_weight_decay": False}, ("exp_avg", "exp_avg_sq")
+    "RAdam": TorchRule(
+        optimizers.RAdam, (*_BETAS, "maximize"), {"decoupled_weight_decay": False}, ("exp_avg", "exp_avg_sq")
     ),
-    "Adamax": Family(configurations.Adamax, (*_BETAS, "maximize"), {}, ("exp_avg", "exp_inf")),
-    "SGD": Family(
-        configurations.SGD,
+    "Adamax": TorchRule(optimizers.Adamax, (*_BETAS, "maximize"), {}, ("exp_avg", "exp_inf")),
+    "SGD": TorchRule(
+        optimizers.SGD,
         ("lr", "momentum", "dampening", "weight_decay", "maximize"),
         {"nesterov": False},
         ("momentum_buffer",),
         counts=False,
     ),
-    "RMSprop": Family(
-        configurations.RMSprop,
+    "RMSprop": TorchRule(
+        optimizers.RMSprop,
         ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize"),
         {"centered": False},
         ("square_avg", "momentum_buffer", "grad_avg"),
     ),
-    "Adagrad": Family(
-        configurations.Adagrad,
+    "Adagrad": TorchRule(
+        optimizers.Adagrad,
         ("lr", "lr_decay", "weight_decay", "eps", "maximize"),
         {"initial_accumulator_value": 0.0},
         ("sum",),
         eager=True,
     ),
-    "Adadelta": Family(
-        configurations.Adadelta, ("lr", "rho", "eps", "weight_decay", "maximize"), {}, ("square_avg", "acc_delta")
+    "Adadelta": TorchRule(
+        optimizers.Adadelta, ("lr", "rho", "eps", "weight_decay", "maximize"), {}, ("square_avg", "acc_delta")
     ),
-    "Lion": Family(configurations.Lion, ("lr", "betas", "weight_decay", "maximize"), {}, ("exp_avg",)),
-    "LAMB": Family(configurations.LAMB, (*_BETAS, "trust_coefficient", "maximize"), {}, ("exp_avg", "exp_avg_sq")),
-    "LARS": Family(
-        configurations.LARS,
+    "Lion": TorchRule(optimizers.Lion, ("lr", "betas", "weight_decay", "maximize"), {}, ("exp_avg",)),
+    "LAMB": TorchRule(optimizers.LAMB, (*_BETAS, "trust_coefficient", "maximize"), {}, ("exp_avg", "exp_avg_sq")),
+    "LARS": TorchRule(
+        optimizers.LARS,
         ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "maximize"),
         {"nesterov": False},
         ("momentum_buffer",),
     ),
 }
-"""By the name of the class here, and in torch.optim where that has it."""
+"""The rules by the name of their class in `stepwire.torch`, and in torch.optim if torch has the class."""

@@ -1,4 +1,4 @@
-"""Making the session of an optimizer, and finding one to go on with."""
+"""Creating the session of an optimizer, and resuming one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from stepwire.results import SessionConfig
 from stepwire.session import Session
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
-from stepwire.torch.rules import Family, Group
+from stepwire.torch.rules import Group, TorchRule
 
 __all__ = ["create_session", "find_session"]
 
 _TREATMENT: Final = ("clip_grad_norm", "clip_grad_value", "non_finite")
-"""Options of a gradient's treatment, which a session has from its creation."""
+"""The options of a gradient's treatment, which are fixed at a session's creation."""
 
 
 def create_session(
-    client: Client, options: RemoteOptions, family: Family, parameters: Parameters, groups: Sequence[Group]
+    client: Client, options: RemoteOptions, rule: TorchRule, parameters: Parameters, groups: Sequence[Group]
 ) -> Session:
     """Create a session with the parameters' present values.
 
@@ -29,16 +29,14 @@ def create_session(
     """
     return client.create_session(
         parameters.fetch(),
-        optimizer=family.configuration(groups),
-        groups=[
-            {"params": parameters.members(index), **family.numbers_of(group)} for index, group in enumerate(groups)
-        ],
+        optimizer=rule.optimizer_for(groups),
+        groups=[{"params": parameters.members(index), **rule.numbers_of(group)} for index, group in enumerate(groups)],
         gradient_dtype=options.gradient_dtype or parameters.dtype,
         error_feedback=options.error_feedback,
         reply_dtype=options.reply_dtype or parameters.dtype,
         state_precision=options.state_precision,
         telemetry=options.telemetry,
-        missing_gradient="keep",  # as torch: a parameter without a gradient, its moments and its t stay
+        missing_gradient="keep",  # as with torch, a parameter without a gradient keeps its value, its moments and its t
         lease_seconds=options.lease_seconds,
         device=options.device,
         label=options.label,
@@ -50,41 +48,52 @@ def find_session(
     client: Client,
     session_id: str,
     options: RemoteOptions,
-    family: Family,
+    rule: TorchRule,
     parameters: Parameters,
     groups: Sequence[Group],
 ) -> Session:
-    """Find a session, see that it is that of these parameters, and take its slot.
+    """Attach to an existing session, after a check that it is the session of these parameters.
+
+    Args:
+        client: the client.
+        session_id: the id of the session.
+        options: the options of the optimizer.
+        rule: the rule.
+        parameters: the model's parameters.
+        groups: torch's parameter groups.
+
+    Returns:
+        The session, attached.
 
     Raises:
-        InvalidRequestError: it is of another model, another optimizer, or other options.
+        InvalidRequestError: the session is of another model, another optimizer, or other options.
         StepwireError: as `Client.session`.
     """
     session = client.session(session_id, error_feedback=options.error_feedback)
     difference = (
         _of_tensors(session, parameters)
-        or _of_groups(session.configuration, parameters)
-        or _of_optimizer(session.configuration, family, groups)
-        or _of_options(session.configuration, options)
+        or _of_groups(session.config, parameters)
+        or _of_optimizer(session.config, rule, groups)
+        or _of_options(session.config, options)
     )
     if difference:
-        raise InvalidRequestError(
-            f"session {session_id!r} is not that of this optimizer: {difference}; make the model and the optimizer as "
-            "they were when the session was created, or leave `session` out for a new one",
-            metadata={"field": "session"},
+        raise InvalidRequestError.of(
+            "session",
+            f"{session_id!r} is not the session of this optimizer: {difference}. Make the model and the optimizer as "
+            "at the session's creation, or leave `session` out for a new one",
         )
     session.attach()
     return session
 
 
 def _of_tensors(session: Session, parameters: Parameters) -> str:
-    held = session.shapes
+    shapes = session.shapes
     for tensor in parameters.tensors:
-        if tensor.name not in held:
-            return f"it has no tensor {tensor.name!r}, but {', '.join(map(repr, list(held)[:3]))}, …"
-        if held[tensor.name] != tensor.shape:
-            return f"{tensor.name!r} has shape {held[tensor.name]} there and {tensor.shape} here"
-    extra = next((name for name in held if name not in parameters.membership), None)
+        if tensor.name not in shapes:
+            return f"it has no tensor {tensor.name!r}, but {', '.join(map(repr, list(shapes)[:3]))}, …"
+        if shapes[tensor.name] != tensor.shape:
+            return f"{tensor.name!r} has shape {shapes[tensor.name]} there and {tensor.shape} here"
+    extra = next((name for name in shapes if name not in parameters.membership), None)
     return f"it has a tensor {extra!r} that the model has not" if extra else ""
 
 
@@ -95,8 +104,8 @@ def _of_groups(configuration: SessionConfig, parameters: Parameters) -> str:
     return ""
 
 
-def _of_optimizer(configuration: SessionConfig, family: Family, groups: Sequence[Group]) -> str:
-    theirs, ours = configuration.optimizer, family.configuration(groups)
+def _of_optimizer(configuration: SessionConfig, rule: TorchRule, groups: Sequence[Group]) -> str:
+    theirs, ours = configuration.optimizer, rule.optimizer_for(groups)
     same = (theirs.rule, theirs.structure()) == (ours.rule, ours.structure())
     return "" if same else f"it runs {theirs!r} and this is {ours!r}"
 

@@ -1,4 +1,4 @@
-"""Between a session's state and what torch.optim keeps for each parameter, both ways and bit for bit."""
+"""Conversion between a session's state and torch.optim's state of each parameter, both ways and bit for bit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from stepwire.errors import InvalidRequestError
-from stepwire.results import SessionState
-from stepwire.torch.rules import Family, Group
-from stepwire.torch.tensors import HeldTensor
+from stepwire.results import Snapshot
+from stepwire.torch.rules import Group, TorchRule
+from stepwire.torch.tensors import ParameterTensor
 
 __all__ = ["exported", "imported"]
 
@@ -22,31 +22,31 @@ Slots = dict[str, dict[str, npt.NDArray[np.float32]]]
 PARAM: Final = "param"
 _MU: Final = "mu_product"
 _AGREEMENT: Final = 1e-4
-"""How far a running product of float32 may be from the product itself."""
+"""The largest relative error of a running product of float32."""
 
 
 def exported(
-    state: SessionState, tensors: Sequence[HeldTensor], family: Family, groups: Mapping[str, Group]
+    state: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
 ) -> list[dict[str, Any]]:
-    """Return torch's state of each parameter, in order; empty where torch has none.
+    """Return torch's state of each parameter, in order; empty for a parameter without state.
 
     Args:
-        state: the session's.
+        state: the state of the session.
         tensors: the parameters.
-        family: the rule.
+        rule: the rule.
         groups: the group of each parameter, by name.
     """
-    return [_entry(state, tensor, family, groups[tensor.name]) for tensor in tensors]
+    return [_entry(state, tensor, rule, groups[tensor.name]) for tensor in tensors]
 
 
-def _entry(state: SessionState, tensor: HeldTensor, family: Family, group: Group) -> dict[str, Any]:
+def _entry(state: Snapshot, tensor: ParameterTensor, rule: TorchRule, group: Group) -> dict[str, Any]:
     steps = state.tensor_steps[tensor.name]
-    if not steps and not family.eager:
+    if not steps and not rule.eager:
         return {}
-    entry: dict[str, Any] = {"step": _scalar(float(steps))} if family.counts else {}
-    if "momentum_decay" in family.numbers:
+    entry: dict[str, Any] = {"step": _scalar(float(steps))} if rule.counts else {}
+    if "momentum_decay" in rule.numbers:
         entry[_MU] = _scalar(_mu_product(group, steps))
-    for slot in family.slots:
+    for slot in rule.slots:
         if slot in state.slots:
             entry[slot] = tensor.tensor(state.slots[slot][tensor.name])
     return entry
@@ -54,75 +54,77 @@ def _entry(state: SessionState, tensor: HeldTensor, family: Family, group: Group
 
 def imported(
     entries: Sequence[Mapping[str, Any]],
-    tensors: Sequence[HeldTensor],
-    family: Family,
+    tensors: Sequence[ParameterTensor],
+    rule: TorchRule,
     groups: Mapping[str, Group],
     slots: Sequence[str],
 ) -> tuple[Slots, dict[str, int]]:
-    """Return the session's slots but the parameters, and the updates of each tensor.
+    """Return the session's slots without the parameters, and the number of updates of each tensor.
 
     Args:
         entries: torch's state of each parameter, in order.
         tensors: the parameters.
-        family: the rule.
+        rule: the rule.
         groups: the group of each parameter, by name.
-        slots: those that the session has.
+        slots: the names of the session's slots.
 
     Raises:
-        InvalidRequestError: a state lacks something, has something of another rule, or does not fit its parameter.
+        InvalidRequestError: a state lacks a slot, has a slot of another rule, or does not fit its parameter.
     """
-    wanted = [slot for slot in family.slots if slot in slots]
+    wanted = [slot for slot in rule.slots if slot in slots]
     made: Slots = {slot: {} for slot in wanted}
     steps = {}
     for index, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
         field = f"state[{index}]"
         present = {key: value for key, value in entry.items() if value is not None}
-        steps[tensor.name] = _steps(present, family, groups[tensor.name], field)
+        steps[tensor.name] = _steps(present, rule, groups[tensor.name], field)
         for slot in wanted:
             if slot in present:
                 made[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
             elif steps[tensor.name]:
-                raise _invalid(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
+                raise InvalidRequestError.of(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
             else:
-                start = family.structure_of([groups[tensor.name]]).get("initial_accumulator_value", 0.0)
+                start = rule.structure_of([groups[tensor.name]]).get("initial_accumulator_value", 0.0)
                 made[slot][tensor.name] = np.full(tensor.shape, start, np.float32)
     return made, steps
 
 
-def _steps(entry: Mapping[str, Any], family: Family, group: Group, field: str) -> int:
-    """Return how many updates a parameter has had, after looking for what is of another rule."""
-    known = {*family.slots, "step", _MU}
+def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) -> int:
+    """Return the number of updates of a parameter, after a check that the state is of this rule."""
+    known = {*rule.slots, "step", _MU}
     if unknown := sorted(set(entry) - known):
-        raise _invalid(f"{field}[{unknown[0]!r}]", f"is nothing that {family.rule.__name__} keeps; is it another's?")
-    if not family.counts:
-        return 1 if entry else 0  # torch does not count here; what matters is whether the buffer has begun
+        raise InvalidRequestError.of(
+            f"{field}[{unknown[0]!r}]", f"{rule.optimizer.__name__} has no such slot; is the state another optimizer's?"
+        )
+    if not rule.counts:
+        return 1 if entry else 0  # torch keeps no count for this rule; 1 says that the buffer has begun
     if "step" not in entry:
         if entry:
-            raise _invalid(f"{field}['step']", f"is missing; the state has {sorted(entry)}")
+            raise InvalidRequestError.of(f"{field}['step']", f"is missing; the state has {sorted(entry)}")
         return 0
     try:
         steps = float(entry["step"])
     except (TypeError, ValueError):
-        raise _invalid(f"{field}['step']", f"{entry['step']!r:.60} is no number of steps") from None
+        raise InvalidRequestError.of(f"{field}['step']", f"{entry['step']!r:.60} is no number of steps") from None
     if not 0 <= steps < math.inf or steps != int(steps):
-        raise _invalid(f"{field}['step']", f"{steps!r} is no number of steps")
+        raise InvalidRequestError.of(f"{field}['step']", f"{steps!r} is no number of steps")
     if _MU in entry:
         _check_product(float(entry[_MU]), _mu_product(group, int(steps)), field)
     return int(steps)
 
 
 def _check_product(given: float, expected: float, field: str) -> None:
-    """A session computes the product from the present numbers; one that was made with others cannot be continued."""
+    """Refuse a product of other numbers than the present ones, from which a session computes the product."""
     if abs(given - expected) > _AGREEMENT * abs(expected):
-        raise _invalid(
+        raise InvalidRequestError.of(
             f"{field}[{_MU!r}]",
-            f"{given!r}, and the group's betas and momentum_decay make {expected!r}: they were changed on the way, "
-            "which a session cannot continue",
+            f"{given!r} is not {expected!r}, the product of the group's betas and momentum_decay. The numbers were "
+            "changed on the way, and a session cannot continue such a state",
         )
 
 
 def _mu_product(group: Group, steps: int) -> float:
-    """Multiply NAdam's momenta as torch does: one after another, in float32."""
+    """Return the product of NAdam's momenta as torch computes it: one factor after another, in float32."""
     product, beta1 = np.float32(1.0), float(group["betas"][0])
     for t in range(1, steps + 1):
         mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
@@ -131,10 +133,6 @@ def _mu_product(group: Group, steps: int) -> float:
 
 
 def _scalar(value: float) -> Any:
-    """Return a number as torch keeps it: whatever the default device is, and at least in float32."""
+    """Return a number as torch keeps it: on the CPU, and at least in float32."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(value, dtype=dtype, device="cpu")
-
-
-def _invalid(field: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"state_dict: {field} {problem}", metadata={"field": field})

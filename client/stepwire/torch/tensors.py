@@ -1,4 +1,4 @@
-"""A parameter of torch as NumPy sees it: the memory itself where that is possible, a copy beside it elsewhere."""
+"""A parameter of torch as a NumPy array: a view of its memory if possible, else a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 
-__all__ = ["HeldTensor", "from_numpy", "to_numpy"]
+__all__ = ["ParameterTensor", "from_numpy", "to_numpy", "version_of"]
 
 _DTYPES: Final = {
     torch.float32: np.dtype(np.float32),
@@ -22,32 +22,33 @@ _DTYPES: Final = {
 _DEVICES: Final = ("cpu", "cuda")
 
 
-class HeldTensor:
-    """One parameter, and where its values and its gradient are read and written.
+class ParameterTensor:
+    """One parameter, with the host memory of its values and its gradient.
 
-    A contiguous parameter in host memory is read and written where it lies. Others, on a GPU or with other strides,
-    have a contiguous copy in host memory, pinned where that speeds up the way from a GPU.
+    A contiguous parameter in host memory is read and written in place. A parameter on a GPU or with other strides has a
+    contiguous copy in host memory, pinned for a GPU.
 
     Attributes:
-        name: in the session.
-        parameter: the user's.
-        shape: in the session: of the parameter; complex numbers are pairs in a last dimension of 2, as torch's own
-            optimizers treat them.
-        dtype: NumPy's, of the values.
+        name: the name in the session.
+        parameter: the user's parameter.
+        shape: the shape in the session. Complex numbers are pairs in a last dimension of 2, as in torch's own
+            optimizers.
+        dtype: NumPy's dtype of the values.
     """
 
     def __init__(self, name: str, parameter: Any) -> None:
-        """Hold a parameter.
+        """Wrap a parameter.
 
         Raises:
-            UnsupportedFeatureError: it cannot be stepped from here; the message says why, and what to do.
+            UnsupportedFeatureError: the parameter cannot be stepped by a server; the message has the reason and a
+                remedy.
         """
         _check(name, parameter)
         self.name = name
         self.parameter = parameter
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
-        self._place: tuple[object, ...] | None = None
+        self._location: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
         self._direct = False
         self._copy: Any = None
@@ -56,36 +57,36 @@ class HeldTensor:
 
     @property
     def on_gpu(self) -> bool:
-        """Copies to and from it are asked for, and happen later."""
+        """True for a parameter on a GPU, with asynchronous copies to and from the host."""
         return bool(self.parameter.is_cuda)
 
     def array(self) -> npt.NDArray[Any]:
-        """Return where answers are written: the parameter's own memory, or the copy beside it."""
-        if self._where() != self._place:
+        """Return the array that replies are written to: the parameter's own memory, or its copy."""
+        if self._present_location() != self._location:
             real = _real(self.parameter.detach())
             self._direct = real.device.type == "cpu" and real.is_contiguous()
             if not self._direct:
-                self._copy = _room(real)
+                self._copy = _empty_like(real)
             self._array = to_numpy(real if self._direct else self._copy)
-            self._place = self._where()
+            self._location = self._present_location()
         return self._array
 
     def fetch(self) -> npt.NDArray[Any]:
-        """Return the parameter's present values; what comes from a GPU is there once that is synchronised."""
+        """Return the parameter's present values. Values of a GPU are complete after a synchronisation."""
         array = self.array()
         if not self._direct:
             self._copy.copy_(_real(self.parameter.detach()), non_blocking=True)
         return array
 
     def settle(self) -> None:
-        """Bring what was written to `array` into the parameter."""
+        """Copy the values that were written to `array` into the parameter."""
         if not self._direct:
             with torch.no_grad():
                 _real(self.parameter.detach()).copy_(self._copy, non_blocking=True)
         self.touch()
 
     def touch(self) -> None:
-        """Tell autograd that the parameter has changed, as an optimizer of torch would, and note that it was us."""
+        """Tell autograd that the parameter has changed, as torch's optimizers do, and note the change as our own."""
         torch.autograd.graph.increment_version(self.parameter)
         self.follow()
 
@@ -95,21 +96,21 @@ class HeldTensor:
 
     @property
     def changed(self) -> bool:
-        """Somebody else has changed the parameter since `follow`, as far as torch tells: not through `.data`."""
+        """True if other code has changed the parameter since `follow`; torch counts no change through `.data`."""
         return self._seen != self._mark()
 
     def _mark(self) -> tuple[object, ...]:
-        return self.parameter._version, *self._where()
+        return version_of(self.parameter), *self._present_location()
 
-    def _where(self) -> tuple[object, ...]:
+    def _present_location(self) -> tuple[object, ...]:
         # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
         return self.parameter.data_ptr(), self.parameter.dtype, self.parameter.shape, self.parameter.stride()
 
     def gradient(self) -> npt.NDArray[Any] | None:
-        """Return the gradient; None where there is none. What comes from a GPU is there once that is synchronised.
+        """Return the gradient; None without one. Values of a GPU are complete after a synchronisation.
 
         Raises:
-            InvalidRequestError: it is sparse, on another device, or of a dtype that does not travel.
+            InvalidRequestError: the gradient is sparse, on another device, or of a dtype that does not travel.
         """
         gradient = self.parameter.grad
         if gradient is None:
@@ -119,7 +120,7 @@ class HeldTensor:
         if real.device.type == "cpu" and real.is_contiguous():
             return to_numpy(real)
         if self._gradient_copy is None or self._gradient_copy.dtype != real.dtype:
-            self._gradient_copy = _room(real)
+            self._gradient_copy = _empty_like(real)
         self._gradient_copy.copy_(real, non_blocking=True)
         return to_numpy(self._gradient_copy)
 
@@ -127,7 +128,7 @@ class HeldTensor:
         if gradient.layout != torch.strided:
             problem = f"is sparse ({gradient.layout}); make it dense, for example Embedding(sparse=False)"
         elif gradient.device != self.parameter.device:
-            problem = f"is on {gradient.device} and the parameter on {self.parameter.device}; move it there"
+            problem = f"is on {gradient.device} and the parameter on {self.parameter.device}; move the gradient there"
         elif gradient.dtype not in _DTYPES:
             problem = f"has dtype {gradient.dtype}; cast it to {self.parameter.dtype}"
         else:
@@ -137,36 +138,39 @@ class HeldTensor:
         )
 
     def tensor(self, values: npt.NDArray[np.float32]) -> Any:
-        """Return float32 values of the session's shape as a tensor of the parameter's, on its device."""
+        """Return float32 values of the session's shape as a tensor of the parameter's shape, on its device."""
         made = torch.from_numpy(np.ascontiguousarray(values))
         if self.parameter.is_complex():
             made = torch.view_as_complex(made)
         return made.reshape(self.parameter.shape).to(self.parameter.device)
 
     def values(self, tensor: Any, field: str) -> npt.NDArray[np.float32]:
-        """Return a tensor of the parameter's shape as float32 values of the session's; inverse of `tensor`.
+        """Return a tensor of the parameter's shape as float32 values of the session's shape; inverse of `tensor`.
 
         Raises:
-            InvalidRequestError: it is no tensor, or has another shape.
+            InvalidRequestError: the value is not a tensor, or has another shape.
         """
         if not isinstance(tensor, torch.Tensor):
-            raise InvalidRequestError(
-                f"{field} is {tensor!r:.60}, no tensor; the state is damaged, or no optimizer's",
-                metadata={"field": field},
-            )
+            raise InvalidRequestError.of(field, f"{tensor!r:.60} is no tensor; the state is damaged, or no optimizer's")
         if tuple(tensor.shape) != tuple(self.parameter.shape):
-            raise InvalidRequestError(
-                f"{field} has shape {tuple(tensor.shape)} and the parameter {tuple(self.parameter.shape)}; the state "
-                "is another model's",
-                metadata={"field": field},
+            raise InvalidRequestError.of(
+                field,
+                f"shape {tuple(tensor.shape)} is not the parameter's {tuple(self.parameter.shape)}; the state is "
+                "another model's",
             )
         real = _real(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous()
         return to_numpy(real).reshape(self.shape)
 
 
+def version_of(tensor: Any) -> int:
+    """Return torch's count of a tensor's changes in place; torch has no public name for the count."""
+    version: int = tensor._version
+    return version
+
+
 def to_numpy(tensor: Any) -> npt.NDArray[Any]:
     """Return a contiguous tensor in host memory as an array over the same memory."""
-    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
         array: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return array
     array = tensor.numpy()
@@ -184,15 +188,15 @@ def _real(tensor: Any) -> Any:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
 
 
-def _room(like: Any) -> Any:
+def _empty_like(like: Any) -> Any:
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
 
 
 def _check(name: str, parameter: Any) -> None:
-    """Refuse what this module would get wrong."""
+    """Refuse a parameter that this module would step wrong."""
     kinds = {kind.__name__ for kind in type(parameter).__mro__}
     if "DTensor" in kinds or "FlatParameter" in kinds or hasattr(parameter, "_is_flat_param"):
-        problem = "is one rank's part of a sharded parameter (FSDP, DTensor); give the optimizer whole parameters"
+        problem = "is one rank's shard of a parameter (FSDP, DTensor); give the optimizer whole parameters"
     elif "UninitializedTensorMixin" in kinds:
         problem = "has no shape yet; run the model once before making the optimizer"
     elif hasattr(parameter, "__tensor_flatten__"):
@@ -201,7 +205,7 @@ def _check(name: str, parameter: Any) -> None:
         problem = f"is sparse ({parameter.layout}); make it dense"
     elif parameter.dtype not in _DTYPES:
         problem = (
-            f"has dtype {parameter.dtype}, and a session holds float32; cast the model, for example model.float(), or "
+            f"has dtype {parameter.dtype}, and a session has float32; cast the model, for example model.float(), or "
             "use torch.optim for it"
         )
     elif parameter.device.type not in _DEVICES:

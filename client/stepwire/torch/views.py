@@ -1,4 +1,4 @@
-"""Parameters and gradients of a model in the memory that a session shares: a step is then the server's pass alone."""
+"""Parameters and gradients of a model in the memory that a session shares, so that a step copies nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
-from stepwire.torch.tensors import HeldTensor, from_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy
 
 __all__ = ["SharedViews", "check_dtypes"]
 
@@ -20,16 +20,16 @@ _LOG = logging.getLogger(__name__)
 
 
 class SharedViews:
-    """Moves a model's parameters into shared memory, and its gradients as the backward pass makes them.
+    """Moves a model's parameters into shared memory, and its gradients during the backward pass.
 
-    Autograd puts a gradient where it likes. A hook copies it while it is still in the cache, and makes `.grad` the
-    copy; what is accumulated later is added there. `zero_grad` may drop it: the next gradient is copied again.
+    Autograd allocates a gradient itself. A hook copies the gradient from the cache into shared memory, and sets `.grad`
+    to the copy. Later accumulation adds to the copy. `zero_grad` may drop the copy: the next gradient is copied again.
 
-    It stands in the place of `Parameters` for what a step takes and gives.
+    A step uses this object in place of `Parameters`.
     """
 
     def __init__(self, session: Session, parameters: Parameters) -> None:
-        """Move them.
+        """Move the parameters into the session's shared memory.
 
         Raises:
             UnsupportedFeatureError: the session shares no memory with its server.
@@ -49,77 +49,81 @@ class SharedViews:
 
     def _bind(self) -> None:
         """Make the parameters views of the memory that the session shares now."""
-        self._answers = cast(dict[str, Any], self._session.shared_parameters())
+        self._replies = cast(dict[str, Any], self._session.shared_parameters())
         private = cast(dict[str, Any], self._session.shared_parameters(private=True))
-        self._given = cast(dict[str, Any], self._session.shared_gradients())
-        self._places = {tensor.name: _tensor(tensor, self._given[tensor.name]) for tensor in self._parameters.tensors}
-        self._homes = {tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors}
+        self._gradients = cast(dict[str, Any], self._session.shared_gradients())
+        self._gradient_tensors = {
+            tensor.name: _tensor(tensor, self._gradients[tensor.name]) for tensor in self._parameters.tensors
+        }
+        self._parameter_tensors = {
+            tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors
+        }
         self._dirty = False
         self._session.forget_writes()
-        self._bring_home()
+        self._rebind()
         self._parameters.follow()
 
-    def _bring_home(self) -> None:
-        """Make views again of parameters that were given other memory, which answers would not reach."""
+    def _rebind(self) -> None:
+        """Make views again of parameters that other code gave other memory, which replies would not reach."""
         for tensor in self._parameters.tensors:
-            home = self._homes[tensor.name]
-            if not _same(tensor.parameter, home) or tensor.parameter.stride() != home.stride():
-                tensor.parameter.data = home
+            shared = self._parameter_tensors[tensor.name]
+            if not _same(tensor.parameter, shared) or tensor.parameter.stride() != shared.stride():
+                tensor.parameter.data = shared
 
-    def _mover(self, tensor: HeldTensor) -> Callable[[Any], None]:
+    def _mover(self, tensor: ParameterTensor) -> Callable[[Any], None]:
         def move(parameter: Any) -> None:
-            place, gradient = self._places[tensor.name], parameter.grad
-            if gradient is not None and gradient.layout == torch.strided and not _same(gradient, place):
-                place.copy_(gradient.detach())
-                parameter.grad = place
+            target, gradient = self._gradient_tensors[tensor.name], parameter.grad
+            if gradient is not None and gradient.layout == torch.strided and not _same(gradient, target):
+                target.copy_(gradient.detach())
+                parameter.grad = target
 
         return move
 
     def gradients(self) -> Arrays:
-        """Return the gradients that there are: the session's own views where they lie in its memory.
+        """Return the present gradients: the session's own view for each gradient in its memory.
 
         Raises:
             InvalidRequestError: as `Parameters.gradients`.
         """
         placed = {
-            tensor.name: self._given[tensor.name]
+            tensor.name: self._gradients[tensor.name]
             for tensor in self._parameters.tensors
-            if _same(tensor.parameter.grad, self._places[tensor.name])
+            if _same(tensor.parameter.grad, self._gradient_tensors[tensor.name])
         }
         return placed | self._parameters.gradients(but=placed)
 
     def targets(self) -> Any:
-        """Return what makes an answer no copy."""
-        return self._answers
+        """Return the shared memory as the target of a reply, which is then not copied."""
+        return self._replies
 
     def uploaded(self) -> None:
-        """Note that what was written here is the server's now: the copies of pages that it was written to can go."""
+        """Note that the server has the values written on the client: private copies of pages can go."""
         self._dirty = True
         self._parameters.follow()
 
-    def stepped(self, answer: Any) -> None:
-        """Look where the parameters are after a step; a connection that broke took the memory before with it."""
+    def stepped(self, reply: Any) -> None:
+        """Follow the parameters after a step. Another connection has other shared memory."""
         first = self._parameters.tensors[0].name
-        if _address(answer[first]) != _address(self._answers[first]):
-            self._move(answer)
+        if _address(reply[first]) != _address(self._replies[first]):
+            self._move(reply)
         elif self._dirty:
             self._dirty = False
             self._session.forget_writes()
-            self._bring_home()
+            self._rebind()
         for tensor in self._parameters.tensors:
             tensor.touch()
 
-    def _move(self, answer: Any) -> None:
+    def _move(self, reply: Any) -> None:
         try:
             self._bind()
         except UnsupportedFeatureError as error:
             _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
             for tensor in self._parameters.tensors:
-                self._homes[tensor.name] = tensor.parameter.data = _tensor(tensor, answer[tensor.name])
-            self._answers = self._parameters.targets()
+                self._parameter_tensors[tensor.name] = tensor.parameter.data = _tensor(tensor, reply[tensor.name])
+            self._replies = self._parameters.targets()
 
     def release(self) -> None:
-        """Leave the model with memory of its own."""
+        """Give the model memory of its own again."""
         self._unhook()
         for tensor in self._parameters.tensors:
             tensor.parameter.data = tensor.parameter.data.clone()
@@ -132,31 +136,31 @@ class SharedViews:
             hook.remove()
 
 
-def check_dtypes(parameters: Parameters, gradients: np.dtype[Any], answers: np.dtype[Any]) -> None:
-    """Refuse parameters that are no views of what travels.
+def check_dtypes(parameters: Parameters, gradients: np.dtype[Any], replies: np.dtype[Any]) -> None:
+    """Refuse parameters with another dtype than the shared memory.
 
     Args:
-        parameters: the model's.
-        gradients: how gradients travel.
-        answers: how parameters do.
+        parameters: the model's parameters.
+        gradients: the wire dtype of gradients.
+        replies: the wire dtype of parameters in replies.
 
     Raises:
-        UnsupportedFeatureError: one has another dtype.
+        UnsupportedFeatureError: a parameter has another dtype.
     """
     for tensor in parameters.tensors:
-        if not tensor.dtype == gradients == answers:
+        if not tensor.dtype == gradients == replies:
             raise UnsupportedFeatureError(
-                f"shared_views: {tensor.name!r} is {tensor.parameter.dtype}, and in the session gradients are "
-                f"{gradients.name} and answers {answers.name}; leave gradient_dtype and reply_dtype out, and "
-                "use one dtype in the model",
+                f"shared_views: {tensor.name!r} is {tensor.parameter.dtype}, the session's gradients are "
+                f"{gradients.name} and its replies {replies.name}; leave gradient_dtype and reply_dtype out, and use "
+                "one dtype in the model",
                 metadata={"field": "shared_views", "feature": "torch_shared_views"},
             )
 
 
-def _tensor(held: HeldTensor, view: Any) -> Any:
-    """Return shared memory as a tensor like a parameter."""
-    made = from_numpy(view) if isinstance(view, np.ndarray) else torch.as_tensor(view, device=held.parameter.device)
-    return torch.view_as_complex(made) if held.parameter.is_complex() else made
+def _tensor(tensor: ParameterTensor, view: Any) -> Any:
+    """Return a view of shared memory as a tensor like a parameter."""
+    made = from_numpy(view) if isinstance(view, np.ndarray) else torch.as_tensor(view, device=tensor.parameter.device)
+    return torch.view_as_complex(made) if tensor.parameter.is_complex() else made
 
 
 def _same(one: Any, other: Any) -> bool:

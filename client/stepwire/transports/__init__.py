@@ -1,3 +1,3 @@
-"""Which way the bytes go between a client and a server, and how that is found out."""
+"""The transports between a client and a server, and the search for the best one."""
 
 __all__: list[str] = []

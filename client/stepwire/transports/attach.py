@@ -6,13 +6,13 @@ from stepwire.arrays.packing import Packer
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream
 from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
-from stepwire.steps.shared import SharedArrays
 from stepwire.transports.available import MEMORIES
 from stepwire.transports.cuda.arrays import DeviceArrays
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
 from stepwire.transports.host.arrays import HostArrays
 from stepwire.transports.host.memory import SharedMemory, fetch
 from stepwire.transports.route import Route
+from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
@@ -22,16 +22,16 @@ __all__ = ["open_stream"]
 def open_stream(
     route: Route, opening: attach_pb2.AttachOpen, packer: Packer, deadline: Deadline
 ) -> tuple[AttachedStream, SharedArrays | None]:
-    """Attach; what memory cannot be had is told to the route, and the next is tried.
+    """Attach over the first memory that works; the route keeps the reason against each memory that does not.
 
     Args:
         route: the way to the server.
-        opening: who attaches; its token is that of the first attempt afterwards, because that one took the slot.
-        packer: knows the tensors.
-        deadline: of everything.
+        opening: the first message; it gets the token of the first attempt, which has acquired the worker.
+        packer: the packer of the session.
+        deadline: the deadline of everything.
 
     Raises:
-        UnsupportedFeatureError: memory was asked for by name and cannot be had.
+        UnsupportedFeatureError: a memory was asked for by name and cannot be had.
         StepwireError: the server refused, or cannot be reached.
     """
     way = route.way(deadline)
@@ -48,7 +48,7 @@ def open_stream(
         except BaseException:
             stream.close()
             raise
-        stream.close()  # and another in its place, because this one may hold memory that nobody uses
+        stream.close()  # the next stream goes in its place, because this one may hold memory that nobody uses
     opening.transport = transport_pb2.TRANSPORT_GRPC
     stream = AttachedStream(way.calls.channel, opening, deadline)
     route.settle()
@@ -56,7 +56,7 @@ def open_stream(
 
 
 def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> SharedArrays | str:
-    """Return the memory that the server shares with a stream, or why there is none.
+    """Return the memory that the server shares with a stream, or the reason against it.
 
     Raises:
         UnavailableError: the connection broke.
@@ -83,7 +83,7 @@ def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> Share
 
 
 def _check(stream: AttachedStream, memory: SharedMemory | DeviceMemory, deadline: Deadline) -> str:
-    """Say why server and client do not see the same memory; empty if they do."""
+    """Return the reason for a difference between the memories of server and client; empty without one."""
 
     def ask(pattern: bytes) -> bytes:
         message = pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)).SerializeToString()

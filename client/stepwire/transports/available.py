@@ -1,8 +1,8 @@
-"""The ladder of transports: which there are, which was asked for, and what keeps a better one from being used.
+"""The ladder of transports: all of them, the one that was asked for, and the reasons against better ones.
 
 From the best: device memory shared on one GPU (`cuda_ipc`), memory shared on one host (`shm`), a Unix socket (`uds`),
-TCP. The first two move the bytes, and need a connection for the rest, which is a Unix socket or TCP. Everything here
-is a look at this machine; what works is found out by trying, in `stepwire.transports.route`.
+TCP. The first two move the bytes, and need a connection for the rest: a Unix socket or TCP. Everything here is a look
+at this machine; `stepwire.transports.route` tries the transports.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stepwire.wire.addresses import boot_id, checked_unix_path
 __all__ = ["MEMORIES", "TRANSPORTS", "VARIABLE", "asked_transport", "memory_problem", "socket_problem"]
 
 TRANSPORTS: Final = ("cuda_ipc", "shm", "uds", "tcp")
-"""All of them, the best first."""
+"""All transports, the best first."""
 MEMORIES: Final[Mapping[str, transport_pb2.Transport]] = {
     "cuda_ipc": transport_pb2.TRANSPORT_CUDA_IPC,
     "shm": transport_pb2.TRANSPORT_SHM,
 }
-"""Those that share memory, as `AttachOpen.transport` asks for them."""
+"""The transports that share memory, as `AttachOpen.transport` asks for them."""
 VARIABLE: Final = "STEPWIRE_TRANSPORT"
 _ONE_USER: Final = "run both as one user; in a container: docker run --user {uid}:{gid}"
 _NO_CUDA: Final = (
@@ -38,7 +38,7 @@ _SHARED_FOLDER: Final = (
 
 
 def asked_transport(transport: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the transport that is asked for: the argument, or, where it is "auto", what STEPWIRE_TRANSPORT says.
+    """Return the transport that is asked for: the argument, or STEPWIRE_TRANSPORT in the place of "auto".
 
     Raises:
         InvalidRequestError: there is no such transport.
@@ -55,7 +55,7 @@ def asked_transport(transport: str, environment: Mapping[str, str] = os.environ)
 
 
 def _machine_problem(local: transport_pb2.LocalAccess, own: str) -> str:
-    """Say why the server is not on this machine; empty if it is."""
+    """Return the reason that the server is not on this machine; empty if it is."""
     if not local.boot_id:
         return "the server does not tell which machine it runs on"
     if local.boot_id != own:
@@ -64,11 +64,11 @@ def _machine_problem(local: transport_pb2.LocalAccess, own: str) -> str:
 
 
 def socket_problem(local: transport_pb2.LocalAccess, own_boot_id: str | None = None) -> str:
-    """Say why the server's Unix socket cannot be connected to, and what to do; empty if it can.
+    """Return the reason against the server's Unix socket, and the remedy; empty without one.
 
     Args:
-        local: what the server offers.
-        own_boot_id: of this machine; None to read it.
+        local: the server's offers to clients on its machine.
+        own_boot_id: the boot id of this machine; None to read it.
     """
     if problem := _machine_problem(local, boot_id() if own_boot_id is None else own_boot_id):
         return problem
@@ -89,17 +89,17 @@ def memory_problem(
     named: bool = False,
     uses_cuda: Callable[[], bool] = cuda_in_use,
 ) -> str:
-    """Say why the server's memory cannot be had, as far as can be seen without trying; empty if it may be.
+    """Return the reason against the server's memory, as far as it shows without a try; empty if the memory may work.
 
-    A program that does nothing on a GPU is left so unless it asks: CUDA's context would cost it more than shared memory
+    A program without work on a GPU gets no CUDA context unless it asks: the context would cost more than shared memory
     saves.
 
     Args:
-        name: of `MEMORIES`.
-        local: what the server offers.
-        own_boot_id: of this machine; None to read it.
-        named: it was asked for by its name.
-        uses_cuda: whether this process computes on a GPU already.
+        name: one of `MEMORIES`.
+        local: the server's offers to clients on its machine.
+        own_boot_id: the boot id of this machine; None to read it.
+        named: True if the user asked for the memory by its name.
+        uses_cuda: a function that tells if this process computes on a GPU already.
     """
     if problem := _machine_problem(local, boot_id() if own_boot_id is None else own_boot_id):
         return problem
@@ -117,7 +117,7 @@ def memory_problem(
 
 
 def _path_problem(path: str, kind: int | None) -> str:
-    """Say why a socket cannot be reached; it is connected to only where its kind is given."""
+    """Return the reason against a socket; only a socket whose kind is given is connected to."""
     try:
         os.stat(path)
         if kind is None:
@@ -141,7 +141,7 @@ def _path_problem(path: str, kind: int | None) -> str:
 
 
 def _remedy(path: str) -> str:
-    """Name the user who may: the folder's owner, or the socket's, whichever can be seen."""
+    """Return the remedy: the owner of the socket, or of its folder, may connect."""
     for place in (path, os.path.dirname(path)):
         try:
             owner = os.stat(place)

@@ -1,6 +1,6 @@
-"""What a server on this host hands over: one request over its Unix socket, one answer with descriptors.
+"""The handoff of memory by a server on this host: one request over its Unix socket, one response with descriptors.
 
-The connection stays open for as long as what came over it is used: that is how the server knows.
+The connection stays open for as long as the memory is used: its end tells the server.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _MOST_SECONDS: Final = 5.0
 
 
 class Handed(NamedTuple):
-    """What came.
+    """The handoff that came.
 
     Attributes:
-        connection: closed by whoever keeps it.
-        response: not a refusal.
-        descriptors: as many as were expected, closed on exec.
+        connection: the connection, which its keeper closes.
+        response: the response, which is no refusal.
+        descriptors: the expected number of descriptors, closed on exec.
     """
 
     connection: socket.socket
@@ -40,15 +40,15 @@ class Handed(NamedTuple):
 
 @contextlib.contextmanager
 def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descriptors: int) -> Iterator[Handed]:
-    """Fetch what a token is for; its descriptors are closed after the block, the connection if the block fails.
+    """Fetch the memory of a token for a block. The descriptors are closed after the block, the connection if it fails.
 
     Args:
-        handoff: of `AttachOpened`.
-        timeout_seconds: of everything; at most some seconds are used.
-        descriptors: how many have to come.
+        handoff: the handoff of `AttachOpened`.
+        timeout_seconds: the time for everything; at most some seconds are used.
+        descriptors: the expected number of descriptors.
 
     Raises:
-        StepwireError: the server's refusal, or that it cannot be reached, or that what it sent is not as it says.
+        StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     received: list[int] = []
@@ -77,13 +77,13 @@ def _bound(connection: socket.socket, seconds: float) -> None:
 def _ask(
     connection: socket.socket, handoff: transport_pb2.Handoff, received: list[int], wanted: int
 ) -> transport_pb2.HandoffResponse:
-    """Send the token and return the answer; its descriptors are put into `received`, whatever it says."""
+    """Send the token and return the response; all its descriptors are put into `received`, also those of a refusal."""
     connection.connect(handoff.socket)
     connection.send(transport_pb2.HandoffRequest(token=handoff.token).SerializeToString())
     data, came, _, _ = socket.recv_fds(connection, _LARGEST_RESPONSE, wanted, socket.MSG_CMSG_CLOEXEC)
     received += came
     if not data and not came:
-        raise UnavailableError(f"the server closed the connection to {handoff.socket} without an answer")
+        raise UnavailableError(f"the server closed the connection to {handoff.socket} without a response")
     response = _response(data)
     if response.HasField("refused"):
         raise _error(response)

@@ -1,7 +1,7 @@
 """The way between one client and its server, found by trying from the best to the last.
 
-A connection is tried by asking over it who answers: only the server that named the Unix socket has its instance id.
-What fails is noted with its remedy, and the next is tried; TCP always works, or nothing does.
+A connection is tried by a question for the instance id: only the server that named the Unix socket has it. The reason
+for a failure is kept with its remedy, and the next transport is tried. TCP always works, or nothing does.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LEAST_SECONDS: Final = 1e-3
 
 
 class Way(NamedTuple):
-    """What was found.
+    """The way that was found.
 
     Attributes:
-        calls: over the connection that carries streams, pulls and loads.
-        name: of that connection: "uds" or "tcp".
-        memories: transports by memory that may work, to be tried in this order when a stream is opened.
-        reasons: for each better transport that is out of the question already: why, and what to do.
+        calls: the calls over the connection that carries streams, pulls and loads.
+        name: the name of that connection: "uds" or "tcp".
+        memories: the memories that may work, in the order in which a stream tries them.
+        reasons: for each better transport that cannot be had, the reason against it, and the remedy.
     """
 
     calls: Calls
@@ -43,17 +43,22 @@ class Way(NamedTuple):
 
 
 class Router:
-    """Finds ways for the sessions of one client. Thread-safe. Closes twice without complaint."""
+    """Finds ways for the sessions of one client. Thread-safe. Closes twice without complaint.
+
+    Attributes:
+        asked: the transport for all sessions that ask for none of their own.
+        calls: the calls over the connection that the user named.
+    """
 
     def __init__(self, calls: Calls, asked: str) -> None:
         """Start from the connection that the user named.
 
         Args:
-            calls: over it; they stay the caller's.
+            calls: the calls over it; they stay the caller's.
             asked: the transport for all sessions that ask for none of their own.
         """
         self.asked = asked
-        self._calls = calls
+        self.calls = calls
         self._lock = threading.Lock()
         self._by_path: dict[str, Calls] = {}
 
@@ -62,21 +67,21 @@ class Router:
 
         Args:
             asked: "auto", or the only transport that will do.
-            deadline: of everything.
+            deadline: the deadline of everything.
 
         Raises:
             UnsupportedFeatureError: the transport that was asked for cannot be had; the message says why.
             UnavailableError: the server cannot be reached at all.
         """
-        on_socket = unix_path(self._calls.target) is not None
+        on_socket = unix_path(self.calls.target) is not None
         if asked == "tcp":
             if on_socket:
-                raise _cannot("tcp", f"the target {self._calls.target} has no port")
-            return Way(self._calls, "tcp", (), dict.fromkeys(TRANSPORTS[:-1], "transport 'tcp' was asked for"))
+                raise _cannot("tcp", f"the target {self.calls.target} has no port")
+            return Way(self.calls, "tcp", (), dict.fromkeys(TRANSPORTS[:-1], "transport 'tcp' was asked for"))
         if asked == "uds" and on_socket:
-            return Way(self._calls, "uds", (), dict.fromkeys(MEMORIES, "transport 'uds' was asked for"))
+            return Way(self.calls, "uds", (), dict.fromkeys(MEMORIES, "transport 'uds' was asked for"))
         info = self._ask(deadline)
-        calls, reasons = (self._calls, {}) if on_socket else self._connection(info, deadline)
+        calls, reasons = (self.calls, {}) if on_socket else self._connection(info, deadline)
         if asked == "uds" and reasons:
             raise _cannot("uds", reasons["uds"])
         memories = []
@@ -98,30 +103,30 @@ class Router:
 
     def _ask(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         try:
-            return _info(self._calls, deadline.remaining())
+            return _info(self.calls, deadline.remaining())
         except UnavailableError:
             raise
-        except StepwireError:  # a server that does not answer this offers nothing beyond what it was named for
+        except StepwireError:  # a server without this call offers nothing beyond its target
             return pb.GetServerInfoResponse()
 
     def _connection(self, info: pb.GetServerInfoResponse, deadline: Deadline) -> tuple[Calls, dict[str, str]]:
-        """Return calls over the server's Unix socket if it answers there, else over TCP, and why."""
+        """Return calls over the server's Unix socket if that works, else over TCP, and the reason."""
         if problem := socket_problem(info.local):
-            return self._calls, {"uds": problem}
+            return self.calls, {"uds": problem}
         calls = self._over(info.local.unix_socket)
         try:
             other = _info(calls, min(_TEST_SECONDS, deadline.remaining()))
         except StepwireError as failed:
-            return self._calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
+            return self.calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
         if not info.instance_id or other.instance_id != info.instance_id:
-            return self._calls, {"uds": f"another server answers on the socket {info.local.unix_socket}"}
+            return self.calls, {"uds": f"another server answers on the socket {info.local.unix_socket}"}
         return calls, {}
 
     def _over(self, path: str) -> Calls:
         with self._lock:
             if path not in self._by_path:
                 self._by_path[path] = Calls(
-                    unix_target(path), timeout_seconds=self._calls.timeout_seconds, retry=self._calls.retry
+                    unix_target(path), timeout_seconds=self.calls.timeout_seconds, retry=self.calls.retry
                 )
             return self._by_path[path]
 
@@ -131,7 +136,7 @@ class Route:
 
     Attributes:
         asked: "auto", or the only transport that will do.
-        choice: what the attached stream uses, and why nothing better; None before the first.
+        choice: the transport of the attached stream, and the reasons against better ones; None before the first.
     """
 
     def __init__(self, router: Router, session_id: str, asked: str | None = None) -> None:
@@ -142,6 +147,11 @@ class Route:
         self._session_id = session_id
         self._way: Way | None = None
         self._refused: dict[str, str] = {}
+
+    @property
+    def calls(self) -> Calls:
+        """Calls over the connection that the user named."""
+        return self._router.calls
 
     def way(self, deadline: Deadline) -> Way:
         """Return the way, finding it if there is none.
@@ -166,14 +176,14 @@ class Route:
         """Note that memory was tried and cannot be had.
 
         Raises:
-            UnsupportedFeatureError: it is what was asked for.
+            UnsupportedFeatureError: the user asked for this memory.
         """
         if name == self.asked:
             raise _cannot(name, reason)
         self._refused[name] = reason
 
     def settle(self, memory: str = "") -> None:
-        """Note what the attached stream uses: memory, or the connection alone; a change is logged."""
+        """Note the transport of the attached stream: memory, or the connection alone; a change is logged."""
         assert self._way is not None
         name = memory or self._way.name
         known = self._way.reasons | self._refused
@@ -186,8 +196,8 @@ class Route:
 
 def _info(calls: Calls, seconds: float) -> pb.GetServerInfoResponse:
     request, timeout = pb.GetServerInfoRequest(), max(seconds, _LEAST_SECONDS)
-    answer: pb.GetServerInfoResponse = calls.unary("GetServerInfo", request, pb.GetServerInfoResponse, timeout)
-    return answer
+    response: pb.GetServerInfoResponse = calls.unary("GetServerInfo", request, pb.GetServerInfoResponse, timeout)
+    return response
 
 
 def _unasked(name: str, asked: str) -> str:

@@ -87,7 +87,7 @@ class OptimizerServiceServicer(object):
     """
 
     def GetServerInfo(self, request, context):
-        """Tells what this server is and can do. Changes nothing.
+        """Returns the server's version, devices, limits and features. Changes nothing.
 
         Errors: none of its own.
         """
@@ -105,17 +105,17 @@ class OptimizerServiceServicer(object):
         - INVALID_ARGUMENT/INVALID_TENSOR: a name, shape or group is wrong (metadata: field).
         - INVALID_ARGUMENT/INVALID_CONFIG: an option is out of range, or `request_id` came before with another
         config (metadata: field).
-        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: this server cannot do what is asked (metadata: field, feature).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: this server does not serve an option (metadata: field, feature).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: the state does not fit the device's budget (metadata: requested_bytes,
         available_bytes).
-        - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS.
+        - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS: the server holds as many sessions as it may (metadata: max_sessions).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Tells how a session stands. Changes nothing and does not renew its lease.
+        """Returns a session as it stands. Changes nothing and does not renew its lease.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND: never created, deleted, expired, or lost with a former server.
@@ -139,25 +139,25 @@ class OptimizerServiceServicer(object):
         NOT_FOUND, so a repeated delete can be told from a first one.
 
         Errors:
-        - NOT_FOUND/SESSION_NOT_FOUND.
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request_iterator, context):
-        """Attaches a client as a worker and takes its steps, one at a time, in order.
+        """Attaches a client as a worker and applies its steps, one at a time, in order.
 
-        The first message carries `open` alone and is answered by `opened`. A step is `begin`, chunks that cover
-        the flat space exactly once in any order, and `commit`; one message may carry all three. The answer is
+        The first message carries `open` alone and is replied to by `opened`. A step is `begin`, chunks that cover
+        the flat space exactly once in any order, and `commit`; one message may carry all three. The reply is
         chunks of parameters in ascending order, unless `begin` says otherwise, and a `result`, which may ride on the last
         chunk. A stream that ends before `commit` leaves no trace, but for a step with `overlap`. Each error ends the
         stream; attach again with the token to go on.
         While a stream is attached, the session's lease does not run. A stream that is silent for
-        `Limits.step_idle_seconds` before it opens or inside a step, or that was fenced and stays silent, is CANCELLED.
+        `Limits.step_idle` before it opens or inside a step, or that was fenced and stays silent, is CANCELLED.
 
         Errors:
-        - NOT_FOUND/SESSION_NOT_FOUND.
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         - INVALID_ARGUMENT/INVALID_FRAME: messages out of order, an undecodable message (metadata: field).
         - INVALID_ARGUMENT/INVALID_TENSOR: a chunk out of range, overlapping, missing, or of the wrong byte count.
         - INVALID_ARGUMENT/INVALID_CONFIG: a hyper-parameter out of range (metadata: field).
@@ -165,15 +165,17 @@ class OptimizerServiceServicer(object):
         - ABORTED/STEP_MISMATCH: the step is beyond the next (metadata: expected_step, actual_step).
         - ABORTED/STEP_SUPERSEDED: the step is older than the last (same metadata).
         - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
+        - UNAVAILABLE/STREAM_DISPLACED: a newer stream of this client holds the worker; attach again (metadata: worker).
         - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch (metadata: epoch).
         - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
         - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this is not that step (metadata:
         unfinished_step).
-        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a transport, worker or option that this server does not serve.
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a worker or option that this server does not serve (metadata: field,
+        feature).
         - ABORTED/STATE_CHANGED: the session's last load is not `StepBegin.load` (metadata: load, applied_load).
         - DATA_LOSS/DURABLE_STEP_LOST: the server knows less than `AttachOpen.durable_step` (metadata: durable_step).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
-        - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS (RetryInfo).
+        - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: the server has as many attached streams as it may (RetryInfo).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -181,9 +183,9 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Takes one step of a small session in one call. At most `Limits.max_unary_bytes` each way.
+        """Applies one step of a small session in one call. At most `Limits.max_unary_bytes` each way.
 
-        Exactly the semantics of a step on a stream, replay included.
+        Exactly the semantics of a step on a stream, replay included. A session with `two_phase` needs a stream.
 
         Errors: as Attach, without TOO_MANY_STREAMS.
         """
@@ -195,12 +197,12 @@ class OptimizerServiceServicer(object):
         """Streams parameters or other state as of one step. Changes nothing and renews the lease.
 
         Errors:
-        - NOT_FOUND/SESSION_NOT_FOUND.
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         - INVALID_ARGUMENT/INVALID_CONFIG: an unknown slot or encoding (metadata: field).
-        - FAILED_PRECONDITION/SESSION_NOT_READY.
+        - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
         - ABORTED/STATE_CHANGED: a step or load was committed meanwhile, or a step with `overlap` is half applied; pull
         again.
-        - DATA_LOSS/SESSION_DAMAGED.
+        - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,20 +211,24 @@ class OptimizerServiceServicer(object):
     def Load(self, request_iterator, context):
         """Replaces whole slots by streamed values, all at once at its `commit`.
 
-        Loads are numbered like steps: `load` is the number it will have once committed (the first is 1); the
-        last number again changes nothing and returns the session. A stream that ends before `commit` leaves no
-        trace. A stream that is silent for `Limits.step_idle_seconds` is CANCELLED.
+        Loads are numbered like steps: `load` is the number that this load will have once committed, and the first is 1.
+        The last number again changes nothing and returns the session. A stream that ends before `commit` leaves no
+        trace. A stream that is silent for `Limits.step_idle` is CANCELLED.
 
         Errors:
-        - NOT_FOUND/SESSION_NOT_FOUND.
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         - INVALID_ARGUMENT/INVALID_FRAME, INVALID_TENSOR, INVALID_CONFIG: as Attach (metadata: field).
         - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: `load` is not the next one (metadata: expected_load,
         actual_load), or `step` would go back.
-        - FAILED_PRECONDITION/FENCED.
+        - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
+        - UNAVAILABLE/STREAM_DISPLACED: a newer stream of this client holds the worker (metadata: worker).
+        - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch than `LoadOpen.epoch` (metadata: epoch).
         - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this load does not bring all slots
         and `step` (metadata: unfinished_step).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a worker or option that this server does not serve (metadata: field,
+        feature).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room to stage the values.
-        - DATA_LOSS/SESSION_DAMAGED.
+        - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""Where a server is, as people write it, and as gRPC reads it."""
+"""The address of a server as people write it, and as gRPC reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MAX_UNIX_PATH_BYTES", "boot_id", "checked_unix_path", "grpc_target",
 
 _UNIX: Final = "unix:"
 MAX_UNIX_PATH_BYTES: Final = 107
-"""What the kernel's `sockaddr_un` has room for, besides the zero at its end."""
+"""The longest path that the kernel's `sockaddr_un` has space for, without the zero at its end."""
 _BOOT_ID: Final = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -31,43 +31,45 @@ def unix_target(path: str) -> str:
 
 
 def checked_unix_path(path: str, field: str) -> str:
-    """Return the path of a socket, made absolute, if a socket can have it.
+    """Return the absolute path of a socket, after a check that a socket can have the path.
 
     Args:
-        path: of a socket, which need not be there.
-        field: what the error names.
+        path: the path; the socket need not exist.
+        field: the option that an error names.
+
+    Returns:
+        The absolute path.
 
     Raises:
-        InvalidRequestError: it is empty, too long, or holds a zero.
+        InvalidRequestError: the path is empty, too long, or contains a zero.
     """
     absolute = os.path.abspath(path) if path and "\0" not in path else ""
     length = len(os.fsencode(absolute))
     if not absolute:
-        raise InvalidRequestError(
-            f"{field}: {path!r} is no path of a socket; give one such as /run/stepwire/stepwire.sock",
-            metadata={"field": field},
+        raise InvalidRequestError.of(
+            field, f"{path!r} is no path of a socket; give one such as /run/stepwire/stepwire.sock"
         )
     if length > MAX_UNIX_PATH_BYTES:
-        raise InvalidRequestError(
-            f"{field}: the path {absolute!r} has {length} bytes, and a Unix socket's at most {MAX_UNIX_PATH_BYTES}; "
-            "choose a shorter one",
-            metadata={"field": field},
+        raise InvalidRequestError.of(
+            field,
+            f"the path {absolute!r} has {length} bytes, and a Unix socket's at most {MAX_UNIX_PATH_BYTES}; choose a "
+            "shorter one",
         )
     return absolute
 
 
 def grpc_target(target: str) -> str:
-    """Return a target as gRPC reads it, which takes `%41` in the path of a socket for an `A`.
+    """Return a target for gRPC, which decodes a `%41` in the path of a socket as an `A`.
 
     Raises:
-        InvalidRequestError: the path of its socket cannot be one.
+        InvalidRequestError: no socket can have the path in the target.
     """
     path = unix_path(target)
     return target if path is None else _UNIX + urllib.parse.quote(os.fsencode(checked_unix_path(path, "target")))
 
 
 def boot_id(file: pathlib.Path = _BOOT_ID) -> str:
-    """Return the id of this run of the kernel, the same in all its containers; empty where there is none to read."""
+    """Return the id of this run of the kernel, the same in all its containers; empty if there is no id."""
     try:
         return file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

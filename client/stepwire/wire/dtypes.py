@@ -1,12 +1,12 @@
-"""Wire encodings: which dtypes travel, what they are called, and how many bytes they take.
+"""Wire encodings: the dtypes that travel, their names, and their sizes in bytes.
 
-Everything on the wire is little-endian; so is every machine that CuPy and these wheels run on, and the
-import says so where it is not.
+Everything on the wire is little-endian. Every machine that CuPy and these wheels run on is little-endian too, and the
+import fails on any other.
 
-An encoding is a NumPy dtype, whose items are what a payload consists of. An item of float32, bfloat16 and float16 is
-one element. An item of `INT8`, in which only gradients travel, is a block of `BLOCK` elements that starts at a multiple
-of `BLOCK` in the flat space: their largest magnitude, and a code for each (`blockwise` makes them and reads them). So
-sizes are computed by `wire_items` and `wire_bytes`, and never as a count times `itemsize`.
+An encoding is a NumPy dtype. A payload consists of its items. An item of float32, bfloat16 and float16 is one element.
+Only gradients travel as `INT8`. An item of `INT8` is a block of `BLOCK` elements: the largest magnitude, and a code for
+each element (see `int8_blocks`). A block starts at a multiple of `BLOCK` in the flat space. So `wire_items` and
+`wire_bytes` compute sizes, and a count times `itemsize` is wrong.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ _NAMED: Final = {name: dtype for dtype, name in _TO_NAME.items()}
 
 
 def is_wire_dtype(dtype: np.dtype[Any]) -> bool:
-    """Tell whether arrays of this dtype can be sent as they are, an element an item."""
+    """Tell whether arrays of this dtype are sent without a change, an element an item."""
     return dtype in _TO_WIRE and dtype != INT8
 
 
 def wire_name(dtype: np.dtype[Any]) -> str:
-    """Return what an encoding is called: "float32", "bfloat16", "float16" or "int8"."""
+    """Return the name of an encoding: "float32", "bfloat16", "float16" or "int8"."""
     return _TO_NAME[dtype]
 
 
 def wire_alignment(dtype: np.dtype[Any]) -> int:
-    """Return what the flat offset of each chunk in this encoding must be a multiple of."""
+    """Return the alignment of chunks in this encoding: every flat offset is a multiple of this number of elements."""
     return BLOCK if dtype == INT8 else 1
 
 
@@ -89,7 +89,7 @@ def wire_bytes(dtype: np.dtype[Any], count: int) -> int:
 
 
 def elements_within(dtype: np.dtype[Any], nbytes: int) -> int:
-    """Return the most elements that a payload of at most `nbytes` can hold."""
+    """Return the largest number of elements in a payload of at most `nbytes`."""
     return nbytes // dtype.itemsize * wire_alignment(dtype)
 
 
@@ -102,21 +102,24 @@ def dtype_from_wire(value: int, default: np.dtype[Any], field: str, *, gradients
     """Return the dtype of an enum value, `default` for DTYPE_UNSPECIFIED.
 
     Args:
-        value: of the enum.
-        default: of the field.
+        value: the value of the enum.
+        default: the default of the field.
         field: the path that an error names.
-        gradients: the field is of gradients, which may be `INT8`.
+        gradients: True for a field of gradients, which may be `INT8`.
+
+    Returns:
+        The dtype.
 
     Raises:
-        InvalidRequestError: an encoding this build does not have, or not here; the message names the field.
+        InvalidRequestError: this build does not have the encoding, or the field does not allow it. The message names
+            the field.
     """
     if value == tensor_pb2.DTYPE_UNSPECIFIED:
         return default
     dtype = _FROM_WIRE.get(value)
     if dtype is None or (dtype == INT8 and not gradients):
-        raise InvalidRequestError(
-            f"{field}: encoding {value} is not served{_not_here(dtype)}; use one of {_names(gradients)}",
-            metadata={"field": field},
+        raise InvalidRequestError.of(
+            field, f"encoding {value} is not served{_not_here(dtype)}; use one of {_names(gradients)}"
         )
     return dtype
 
@@ -125,21 +128,23 @@ def dtype_named(dtype: npt.DTypeLike | str, field: str, *, gradients: bool = Fal
     """Return the wire dtype that a user named, such as "bfloat16" or `np.float32`.
 
     Args:
-        dtype: "int8" stands for `INT8`; `np.int8` for nothing, because no array of it is sent.
+        dtype: a name or a dtype. "int8" stands for `INT8`; `np.int8` is refused, because no array of int8 is sent.
         field: the path that an error names.
-        gradients: the dtype is of gradients, which may be `INT8`.
+        gradients: True for a dtype of gradients, which may be `INT8`.
+
+    Returns:
+        The wire dtype.
 
     Raises:
-        InvalidRequestError: not a wire dtype, or not here.
+        InvalidRequestError: the dtype is not a wire dtype, or the field does not allow it.
     """
     found: np.dtype[Any] | None = _NAMED.get(dtype) if isinstance(dtype, str) else None
     if found is None:
         with contextlib.suppress(TypeError):
             found = np.dtype(dtype)
     if found is None or found not in _TO_WIRE or (found == INT8 and not gradients):
-        raise InvalidRequestError(
-            f"{field}: dtype {dtype!r} cannot be sent{_not_here(found)}; use one of {_names(gradients)}",
-            metadata={"field": field},
+        raise InvalidRequestError.of(
+            field, f"dtype {dtype!r} cannot be sent{_not_here(found)}; use one of {_names(gradients)}"
         )
     return _FROM_WIRE[_TO_WIRE[found]]
 

@@ -1,4 +1,4 @@
-"""Errors as gRPC carries them: google.rpc.Status in the trailers, built by the server, read by the client."""
+"""Errors on the wire: a google.rpc.Status in gRPC's trailers, which the server writes and the client reads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ __all__ = ["RichStatus", "error_from_call", "error_from_details", "status_detail
 
 _TRAILER: Final = "grpc-status-details-bin"
 _TYPE_PREFIX: Final = "type.googleapis.com/google.rpc."
-# gRPC drops a status whose trailers are beyond 8 KiB: the text percent-encoded, and the details, which repeat it, in
-# base64 at worst. This leaves room for a metadata value of 512 characters of four bytes, a tensor's longest name.
+# gRPC drops a status with trailers of more than 8 KiB. The trailers have the text percent-encoded, and the details with
+# the text again, in base64 at worst. The limit leaves space for the longest name of a tensor in the metadata: 512
+# characters of four bytes.
 _MAX_TEXT_BYTES: Final = 1536
 
 
 class RichStatus(NamedTuple):
-    """What `ServicerContext.abort_with_status` takes."""
+    """The argument of `ServicerContext.abort_with_status`."""
 
     code: grpc.StatusCode
     details: str
@@ -32,14 +33,14 @@ class RichStatus(NamedTuple):
 
 
 def status_of(error: StepwireError) -> RichStatus:
-    """Put an error into a status, by the table."""
+    """Return the status of an error, by the table."""
     status = status_details(error)
     code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
     return RichStatus(code, status.message, ((_TRAILER, status.SerializeToString()),))
 
 
 def status_details(error: StepwireError) -> status_pb2.RichStatus:
-    """Put an error into the message that a status carries, for where there is no call whose status it could be."""
+    """Return the message of an error's status, for a connection without a gRPC call."""
     code = grpc.StatusCode[ERROR_TABLE[error.reason].code]
     status = status_pb2.RichStatus(code=code.value[0], message=_fitting(str(error)))
     info = status_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
@@ -52,7 +53,7 @@ def status_details(error: StepwireError) -> status_pb2.RichStatus:
 
 
 def error_from_call(call: grpc.RpcError) -> StepwireError:
-    """Read the error back; a status without our details is told by its code alone."""
+    """Return the error of a call that failed; the code alone decides for a status without stepwire's details."""
     if not isinstance(call, grpc.Call):
         return error_from_code("UNKNOWN", str(call))
     details = call.details() or "no details"
@@ -63,10 +64,10 @@ def error_from_call(call: grpc.RpcError) -> StepwireError:
 
 
 def error_from_details(status: status_pb2.RichStatus) -> StepwireError:
-    """Read back what `status_details` wrote.
+    """Return the error of a message that `status_details` wrote.
 
     Raises:
-        DecodeError: it holds something else.
+        DecodeError: the message contains other details.
     """
     info, retry_after = _read_details(status)
     if info is None:
@@ -75,7 +76,7 @@ def error_from_details(status: status_pb2.RichStatus) -> StepwireError:
 
 
 def _fitting(text: str) -> str:
-    """Cut a text to what a trailer may hold of it."""
+    """Shorten a text to the limit of a trailer."""
     sizes = accumulate(1 if " " <= letter <= "~" and letter != "%" else 3 * len(letter.encode()) for letter in text)
     return text[: bisect_right(list(sizes), _MAX_TEXT_BYTES)]
 

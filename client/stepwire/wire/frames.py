@@ -1,14 +1,13 @@
 """Bulk messages, read and written around their payload.
 
-A protobuf message with a `bytes` field costs three to four copies to build and two to read. Yet the wire form
-is only: the other fields, one tag, one length, the bytes. So the sender writes those few bytes itself in front
-of an uninitialised buffer and lets the encoder fill it; the receiver cuts the payload out by walking the
-top-level fields, and gives what is left to the protobuf parser. Any order of fields and any unknown field is
-read correctly, because what is left is itself the same message without its payload; and what is written is
-ordinary protobuf to everyone else.
+A protobuf message with a `bytes` field costs three to four copies to build and two to read. Yet the wire form is only
+the other fields, one tag, one length and the bytes. So the sender writes those few bytes in front of an uninitialised
+buffer, and the encoder fills the buffer. The receiver finds the payload by a walk over the top-level fields, and gives
+the other bytes to the protobuf parser. Fields in any order and unknown fields are read correctly, because the other
+bytes are the same message without its payload. The written message is ordinary protobuf for every other reader.
 
-`padding` (ignored by readers) makes the payload start at a multiple of 16 in the message. CPython's `bytes`
-start at a multiple of 16 in memory, so both sides see aligned arrays.
+`padding` (ignored by readers) makes the payload start at a multiple of 16 in the message. CPython's `bytes` start at a
+multiple of 16 in memory, so the arrays of both sides are aligned.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["Frame", "FrameBuffer", "read_frame", "read_message", "whole_message"
 _PADDING_TAG: Final = 14 << 3 | 2
 _PAYLOAD_TAG: Final = 15 << 3 | 2
 _ALIGNMENT: Final = 16
-# Up to here the protobuf library's copies cost less than the walk around them.
+# Up to this size the protobuf library's copies cost less than the walk around them.
 _SMALL_BYTES: Final = 32 << 10
 _MAX_VARINT_BYTES: Final = 10
 
@@ -39,7 +38,7 @@ _new_bytes.restype = ctypes.py_object
 
 
 class _Message(Protocol):
-    """The part of a generated message that frames need."""
+    """The methods of a generated message that frames need."""
 
     def SerializeToString(self) -> bytes: ...
 
@@ -58,8 +57,8 @@ class Frame(NamedTuple):
 
     Attributes:
         message: every field but the payload.
-        payload: `(n,) uint8` view into the received bytes, or a copy where a view would keep more than twice as many
-            alive; empty when there is none.
+        payload: `(n,) uint8`, empty without a payload. A view into the received bytes, or a copy if a view would keep
+            more than twice as many bytes alive.
     """
 
     message: Any
@@ -67,10 +66,10 @@ class Frame(NamedTuple):
 
 
 class FrameBuffer:
-    """An outgoing message whose payload is still to be written: fill `payload`, then take `finish()`."""
+    """An outgoing message with a payload that is still to be written: fill `payload`, then call `finish`."""
 
     def __init__(self, header: _Message, payload_bytes: int) -> None:
-        """Lay out a message with `header`'s fields and room for the payload."""
+        """Lay out a message with `header`'s fields and space for the payload."""
         self._header = header
         self._frame: bytes | None = None
         if payload_bytes <= _SMALL_BYTES:
@@ -92,7 +91,7 @@ class FrameBuffer:
 
 
 def whole_message(header: _Message, payload: npt.NDArray[Any]) -> bytes:
-    """Return a message with `header`'s fields and a payload that is there already, `(n,)` and contiguous."""
+    """Return a message with `header`'s fields and a complete payload, `(n,)` and contiguous."""
     if payload.nbytes <= _SMALL_BYTES:
         return _joined(header, payload)
     frame = FrameBuffer(header, payload.nbytes)
@@ -101,12 +100,12 @@ def whole_message(header: _Message, payload: npt.NDArray[Any]) -> bytes:
 
 
 def _joined(header: _Message, payload: npt.NDArray[Any]) -> bytes:
-    """Put a payload behind other fields: one copy of it, where a message that owns it would take two."""
+    """Return a message of a header and a payload: one copy of the payload, where a message with the field needs two."""
     return b"".join((header.SerializeToString(), _payload_start(payload.nbytes), payload.tobytes()))
 
 
 class _Memory:
-    """NumPy's own protocol for "an array at this address"; the array keeps this, and so `owner`, alive."""
+    """NumPy's protocol for "an array at this address". The array keeps this object alive, and with it the `owner`."""
 
     def __init__(self, owner: bytes) -> None:
         self.owner = owner
@@ -119,9 +118,10 @@ class _Memory:
 
 
 def _uninitialised(prefix: bytes, payload_bytes: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
-    """Make a bytes object that starts with `prefix`, and a writable view of the rest of it.
+    """Return a new bytes object that starts with `prefix`, and a writable view of the rest.
 
-    Writing to a bytes object is safe here for the reason it is in C: nobody else sees it before it is complete.
+    Writing to a bytes object is safe here for the same reason as in C: no other code has the object before it is
+    complete.
     """
     frame: bytes = _new_bytes(None, len(prefix) + payload_bytes)
     whole = np.asarray(_Memory(frame))
@@ -130,10 +130,10 @@ def _uninitialised(prefix: bytes, payload_bytes: int) -> tuple[bytes, npt.NDArra
 
 
 def read_frame(kind: _Parser[Any], data: bytes) -> Frame:
-    """Split a received message into its fields and its payload, which is not copied unless it is small.
+    """Return the fields and the payload of a received message. Only a small payload is copied.
 
     Raises:
-        InvalidRequestError: not a message of this kind (INVALID_FRAME).
+        InvalidRequestError: the bytes are not a message of this kind (INVALID_FRAME).
     """
     if len(data) <= _SMALL_BYTES:
         message = read_message(kind, data)
@@ -145,10 +145,10 @@ def read_frame(kind: _Parser[Any], data: bytes) -> Frame:
 
 
 def read_message(kind: _Parser[_M], data: bytes) -> _M:
-    """Parse a received message as a whole.
+    """Parse a received message with its payload.
 
     Raises:
-        InvalidRequestError: not a message of this kind (INVALID_FRAME).
+        InvalidRequestError: the bytes are not a message of this kind (INVALID_FRAME).
     """
     try:
         return kind.FromString(data)
@@ -181,19 +181,19 @@ def _prefix(fields: bytes, payload_bytes: int) -> bytes:
     gap = -(len(fields) + len(tail)) % _ALIGNMENT
     if gap == 0:
         return fields + tail
-    if gap == 1:  # a padding field takes at least two bytes
+    if gap == 1:  # a padding field has at least two bytes
         gap += _ALIGNMENT
     return fields + bytes([_PADDING_TAG, gap - 2]) + bytes(gap - 2) + tail
 
 
 @functools.lru_cache(64)
 def _payload_start(payload_bytes: int) -> bytes:
-    """Return what precedes the payload's bytes; nothing where there are none."""
+    """Return the tag and the length before the payload's bytes; nothing for an empty payload."""
     return bytes([_PAYLOAD_TAG]) + _encode_varint(payload_bytes) if payload_bytes else b""
 
 
 def _skip(data: bytes, position: int, wire_type: int) -> tuple[int, int]:
-    """Return where a field ends and where its body starts."""
+    """Return the end of a field and the start of its body."""
     if wire_type == 0:
         return _varint(data, position)[1], position
     if wire_type == 1:

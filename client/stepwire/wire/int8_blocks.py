@@ -3,16 +3,18 @@
     absmax = max |x| over the block              code = x · 127 / absmax, rounded to nearest even, in [−127, 127]
     x ≈ code · (absmax / 127)
 
-Decoding is two float32 operations, each rounded, so that every engine gets the same bits. Its error is at most half a
-code's width, absmax / 254, but for roundings of 2⁻¹⁴ of that, and 2⁻¹⁴³, which is what subnormal numbers leave.
+Decoding is two float32 operations, each rounded, so that every engine gets the same bits. The error is at most half a
+code's width, absmax / 254. Roundings add 2⁻¹⁴ of that error, and subnormal numbers add 2⁻¹⁴³.
 
 - A block of zeros has absmax 0 and codes 0.
-- A block with NaN or Inf has its absmax, which is not finite, and codes 1: it decodes to nothing finite at all, so that
-  a server sees it and can refuse the step. Codes 0 would make NaN of Inf.
-- 127 · (absmax / 127) overflows for the largest float32 and for no other, so such a block says the second largest.
+- A block with NaN or Inf has its absmax, which is not finite, and codes 1. No decoded element is finite, so that a
+  server can refuse the step. Codes 0 would make NaN of Inf.
+- 127 · (absmax / 127) overflows for the largest float32 and for no other. The absmax of such a block is the second
+  largest float32.
 
-Blocks are those of the flat space. The sender of a chunk that ends within a block fills it up with zeros, which change
-no absmax; what lies there is ignored. Signs are symmetric: a code of −128 is never sent, but decodes like any other.
+Blocks are those of the flat space. A chunk may end within a block. The sender fills the rest of that block with zeros,
+which change no absmax, and the receiver ignores the rest. Signs are symmetric: a code of −128 is never sent, but
+decodes like any other.
 """
 
 from __future__ import annotations
@@ -22,21 +24,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "INT8", "PIECE", "decode_blocks", "decode_range", "encode_blocks"]
+__all__ = ["BATCH", "BLOCK", "INT8", "decode_blocks", "decode_range", "encode_blocks"]
 
 _Floats = npt.NDArray[np.float32]
 
 BLOCK: Final = 256
-"""Elements of a block."""
+"""The number of elements of a block."""
 
 INT8: Final = np.dtype([("absmax", "<f4"), ("codes", "i1", (BLOCK,))])
-"""One block, 260 bytes. It stands for the encoding wherever a dtype does; `np.int8` is no wire dtype."""
+"""One block, 260 bytes. `INT8` is the dtype of the encoding; `np.int8` is not a wire dtype."""
 
-PIECE: Final = 64 * BLOCK
-"""Elements encoded at a time: they and their scratch stay in the second-level cache."""
+BATCH: Final = 64 * BLOCK
+"""The number of elements encoded at a time, which stay in the second-level cache with their scratch memory."""
 
 _MOST: Final = np.float32(127.0)
-# From here up absmax / 127 is no subnormal number and 127 / absmax does not overflow.
+# From this value on, absmax / 127 is not subnormal and 127 / absmax does not overflow.
 _LEAST_ABSMAX: Final = np.float32(2.0**-119)
 _LARGEST: Final = np.finfo(np.float32).max
 _LARGEST_SENT: Final = np.nextafter(_LARGEST, np.float32(0.0))
@@ -46,18 +48,18 @@ def encode_blocks(values: _Floats, out: npt.NDArray[Any]) -> None:
     """Encode elements into blocks.
 
     Args:
-        values: `(n,) float32`.
-        out: of `INT8`, as many as hold n elements; the codes past the n-th become 0.
+        values: the elements, `(n,) float32`.
+        out: the blocks, `(ceil(n / 256),)` of `INT8`; the codes past the n-th become 0.
     """
-    scratch = np.empty((min(PIECE, len(out) * BLOCK) // BLOCK, BLOCK), np.float32)
+    scratch = np.empty((min(BATCH, len(out) * BLOCK) // BLOCK, BLOCK), np.float32)
     with np.errstate(all="ignore"):
-        for low in range(0, len(values), PIECE):
-            rows = _rows(values[low : low + PIECE])
+        for low in range(0, len(values), BATCH):
+            rows = _rows(values[low : low + BATCH])
             _encode(rows, scratch[: len(rows)], out[low // BLOCK :][: len(rows)])
 
 
 def decode_blocks(blocks: npt.NDArray[Any], count: int) -> _Floats:
-    """Decode the first `count` elements of blocks; returns `(count,) float32`."""
+    """Return the first `count` elements of blocks, `(count,) float32`."""
     return decode_range(blocks, 0, count)
 
 
@@ -65,26 +67,27 @@ def decode_range(blocks: npt.NDArray[Any], begin: int, end: int) -> _Floats:
     """Decode elements `[begin, end)` of blocks.
 
     Args:
-        blocks: `(n,)` of `INT8`, aligned or not.
-        begin: first element, counted from the first block's first.
+        blocks: the blocks, `(n,)` of `INT8`, aligned or not.
+        begin: the first element, counted from the first element of the first block.
         end: one past the last element.
 
     Returns:
-        `(end − begin,) float32`.
+        The elements, `(end − begin,) float32`.
     """
     first, last = begin // BLOCK, -(-end // BLOCK)
     values = np.empty((max(last - first, 0), BLOCK), np.float32)
     with np.errstate(all="ignore"):
-        for low in range(0, len(values), PIECE // BLOCK):
-            piece = blocks[first + low : min(first + low + PIECE // BLOCK, last)]
-            scales = piece["absmax"] / _MOST
-            np.multiply(piece["codes"], scales[:, None], out=values[low : low + len(piece)])
+        for low in range(0, len(values), BATCH // BLOCK):
+            batch = blocks[first + low : min(first + low + BATCH // BLOCK, last)]
+            scales = batch["absmax"] / _MOST
+            np.multiply(batch["codes"], scales[:, None], out=values[low : low + len(batch)])
     return values.reshape(-1)[begin - first * BLOCK :][: end - begin]
 
 
 def _encode(values: _Floats, scratch: _Floats, out: npt.NDArray[Any]) -> None:
     """Encode `(k, 256)` values; the scratch is of the same shape."""
-    # As integers, patterns without their sign are in order of magnitude, NaN above all; NumPy compares those faster.
+    # Bit patterns without their sign have the order of magnitudes as integers, with NaN the largest. NumPy compares
+    # integers faster.
     magnitudes = np.bitwise_and(values.view(np.uint32), np.uint32(0x7FFFFFFF), out=scratch.view(np.uint32))
     absmax: _Floats = np.max(magnitudes, axis=1).view(np.float32)
     usual = (absmax >= _LEAST_ABSMAX) & (absmax < _LARGEST)
@@ -97,7 +100,7 @@ def _encode(values: _Floats, scratch: _Floats, out: npt.NDArray[Any]) -> None:
 
 
 def _encode_unusual(values: _Floats, absmax: _Floats, out: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> None:
-    """Encode blocks whose absmax is tiny, the largest there is, or not finite."""
+    """Encode blocks with an absmax that is tiny, the largest float32, or not finite."""
     finite = np.isfinite(absmax)
     sent = np.where(finite, np.minimum(absmax, _LARGEST_SENT), absmax)
     scales = sent / _MOST
@@ -108,8 +111,8 @@ def _encode_unusual(values: _Floats, absmax: _Floats, out: npt.NDArray[Any], row
     out["absmax"][rows] = sent
 
 
-def _rows(piece: _Floats) -> _Floats:
-    """Shape elements into rows of one block; zeros fill the last one up."""
-    if len(piece) % BLOCK:
-        piece = np.concatenate((piece, np.zeros(-len(piece) % BLOCK, np.float32)))
-    return piece.reshape(-1, BLOCK)
+def _rows(batch: _Floats) -> _Floats:
+    """Shape elements into rows of one block; zeros fill the last row."""
+    if len(batch) % BLOCK:
+        batch = np.concatenate((batch, np.zeros(-len(batch) % BLOCK, np.float32)))
+    return batch.reshape(-1, BLOCK)

@@ -1,4 +1,4 @@
-"""Between the domain's records and the contract's messages, both ways, for client and server."""
+"""Conversion between the domain's records and the contract's messages, both ways, for client and server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 from google.protobuf.duration_pb2 import Duration
 
 from stepwire.errors import InvalidRequestError
-from stepwire.layout import Layout, Placement, Span, TensorSpec
+from stepwire.layout import Layout, Placement, Range, TensorSpec
 from stepwire.optimizers import OPTIMIZERS, Adagrad, Adam, AdamW, Formula, Hyperparameters, Optimizer
 from stepwire.v1 import optimizer_pb2, tensor_pb2
 
@@ -80,10 +80,10 @@ def optimizer_to_wire(optimizer: Optimizer) -> optimizer_pb2.Optimizer:
 
 
 def optimizer_from_wire(message: optimizer_pb2.Optimizer, field: str) -> Optimizer:
-    """Decode and check an optimizer; what is unset takes the rule's published default.
+    """Decode and check an optimizer. An unset field gets the rule's published default.
 
     Raises:
-        InvalidRequestError: an option that the rule does not have, or a value out of range; the message names it.
+        InvalidRequestError: the rule does not have an option, or a value is out of range. The message names the option.
     """
     if message.rule not in _RULE_NAMES:
         raise InvalidRequestError.of(f"{field}.rule", f"{message.rule} is not a rule; use one of: {', '.join(_RULES)}")
@@ -91,7 +91,7 @@ def optimizer_from_wire(message: optimizer_pb2.Optimizer, field: str) -> Optimiz
     if kind is Adam and message.decoupled_weight_decay:
         kind = AdamW
     options = _options_from_wire(message, kind, field)
-    # Flags apart, the defaults always go together; with them they may need numbers that come next.
+    # The defaults are consistent without the flags. With flags they may need numbers, which come next.
     default = _built(kind, {name: value for name, value in options.items() if name == "formula"}, field)
     overrides = overrides_from_wire(message.hyperparameters)
     values = default.hyperparameters().replace(overrides, f"{field}.hyperparameters")
@@ -99,7 +99,7 @@ def optimizer_from_wire(message: optimizer_pb2.Optimizer, field: str) -> Optimiz
 
 
 def _options_from_wire(message: optimizer_pb2.Optimizer, kind: type[Optimizer], field: str) -> dict[str, Any]:
-    """Return the constructor's options that are set, after refusing those the rule does not have."""
+    """Return the constructor's options that are set, after a check that the rule has them."""
     formula = message.formula or FORMULAS[kind.published]
     if formula not in _FORMULA_NAMES:
         raise InvalidRequestError.of(f"{field}.formula", f"{formula} is unknown; use one of: {', '.join(FORMULAS)}")
@@ -121,19 +121,19 @@ def _options_from_wire(message: optimizer_pb2.Optimizer, kind: type[Optimizer], 
 
 
 def _built(kind: type[Optimizer], arguments: dict[str, Any], field: str) -> Optimizer:
-    """Construct, naming the field of the message where the constructor names its own."""
+    """Return a new optimizer. An error names the field of the message instead of the constructor's."""
     try:
         return kind(**arguments)
     except InvalidRequestError as problem:
-        text, place = str(problem), str(problem.metadata.get("field", ""))
+        text, path = str(problem), str(problem.metadata.get("field", ""))
         raise InvalidRequestError(
-            text.replace(place, place.replace("optimizer", field, 1), 1),
-            metadata={"field": place.replace("optimizer", field, 1)},
+            text.replace(path, path.replace("optimizer", field, 1), 1),
+            metadata={"field": path.replace("optimizer", field, 1)},
         ) from None
 
 
 def hyperparameters_from_wire(message: optimizer_pb2.Hyperparameters) -> Hyperparameters:
-    """Decode the numbers of one group as the server sends them: what is unset, the rule does not have."""
+    """Decode the numbers of one group from the server. The rule does not have a number that is unset."""
     return Hyperparameters(**overrides_from_wire(message))
 
 
@@ -158,10 +158,19 @@ def hyperparameters_to_wire(values: Hyperparameters) -> optimizer_pb2.Hyperparam
 def overrides_to_wire(
     optimizer: Optimizer, base: Hyperparameters, overrides: Mapping[str, Any], field: str
 ) -> optimizer_pb2.Hyperparameters:
-    """Encode only what a user overrides, after checking it.
+    """Encode only the numbers that a user overrides, after a check.
+
+    Args:
+        optimizer: the optimizer of the session.
+        base: the numbers of the group.
+        overrides: the user's numbers, by the names of the constructor or the contract.
+        field: the path that an error names.
+
+    Returns:
+        The message, with the overridden numbers alone.
 
     Raises:
-        InvalidRequestError: an unknown name or a value out of range.
+        InvalidRequestError: an unknown name, or a value out of range.
     """
     checked = optimizer.override(base, overrides, field)
     names = {"beta1", "beta2"} if "betas" in overrides else set()
@@ -194,7 +203,7 @@ def layout_from_wire(message: tensor_pb2.Layout) -> Layout:
         tensors=tuple(
             Placement(spec_from_wire(tensor.spec), tensor.offset, tensor.count) for tensor in message.tensors
         ),
-        groups=tuple(Span(group.offset, group.count) for group in message.groups),
+        groups=tuple(Range(group.offset, group.count) for group in message.groups),
         size=message.size,
         chunk_alignment=message.chunk_alignment or 1,
     )

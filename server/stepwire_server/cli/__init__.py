@@ -1,4 +1,4 @@
-"""The command `stepwire`."""
+"""The command `stepwire`: a module for each subcommand."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""The commands `stepwire sessions`, and the options of every command that asks a server."""
+"""The commands `stepwire sessions`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -15,43 +13,11 @@ from rich.text import Text
 
 import stepwire
 from stepwire.results import SessionInfo
-from stepwire.wire.addresses import unix_path
+from stepwire_server.cli.options import Json, Target, Timeout
 
-__all__ = ["Json", "Target", "Timeout", "own_target", "sessions_app"]
+__all__ = ["sessions_app"]
 
-_DEFAULT_TARGET: Final = "localhost:50051"
-_EVERY_ADDRESS: Final = ("0.0.0.0", "[::]")
-
-sessions_app = typer.Typer(name="sessions", help="Look at a server's sessions and end them.", no_args_is_help=True)
-
-
-def own_target(environ: Mapping[str, str] = os.environ) -> str:
-    """Return where a server with the settings of this environment is reached from its own machine.
-
-    So a container's health check asks the server beside it, whatever STEPWIRE_BIND says.
-    """
-    bind = environ.get("STEPWIRE_BIND", "")
-    if unix_path(bind) is not None:
-        return bind
-    host, _, port = bind.rpartition(":")
-    if not host or port == "0":
-        return _DEFAULT_TARGET
-    return f"localhost:{port}" if host in _EVERY_ADDRESS else bind
-
-
-Target = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        "-t",
-        envvar="STEPWIRE_TARGET",
-        help="The server, host:port or unix:/path.",
-        default_factory=own_target,
-        show_default=f"the one of STEPWIRE_BIND, else {_DEFAULT_TARGET}",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
+sessions_app = typer.Typer(name="sessions", help="List, show and close the sessions of a server.", no_args_is_help=True)
 
 
 @sessions_app.command("list")
@@ -92,7 +58,7 @@ def show_session(session_id: str, target: Target, timeout: Timeout = 10.0, as_js
 
 @sessions_app.command("close")
 def close_session(session_id: str, target: Target, timeout: Timeout = 10.0, as_json: Json = False) -> None:
-    """End one session and free its memory; its state is lost."""
+    """Close one session and free its memory; its state is lost."""
     with stepwire.connect(target, timeout=timeout) as client:
         session = client.session(session_id)
         step = session.applied_step

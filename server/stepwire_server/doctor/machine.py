@@ -1,4 +1,4 @@
-"""What `stepwire doctor` looks at before a server starts: the machine, its GPUs, and the way to the clients."""
+"""The checks of `stepwire doctor` before a server starts: the machine, its GPUs, and the address for clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import resource
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from stepwire_server.config import MIB
+from stepwire_server.config import ENVIRONMENT, MIB
 from stepwire_server.doctor.port import examine_port
 from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
@@ -29,10 +29,10 @@ __all__ = [
     "report",
 ]
 
-# Docker gives a container this much shared memory where nobody says otherwise.
+# The shared memory that Docker gives a container by default.
 _DOCKERS_SHARED_BYTES: Final = 64 * MIB
-_ENOUGH_FILES: Final = 1024  # a socket a client, and those of gRPC itself, Numba and CUDA
-# Found once for the whole machine, however many GPUs are asked for.
+_ENOUGH_FILES: Final = 1024  # one socket for each client, and the files of gRPC, Numba and CUDA
+# The checks with one finding for the whole machine, however many GPUs there are.
 _OF_ALL_GPUS: Final = ("cupy", "driver", "device")
 
 _SHARED_MEMORY: Final = pathlib.Path("/dev/shm")
@@ -44,11 +44,11 @@ _CACHE_REMEDY: Final = (
 
 
 def examine(config_device: str, bind: str, cupy: Any = None) -> list[Finding]:
-    """Check everything a server with these settings needs. Nothing is left behind, and nothing raises.
+    """Check everything that a server with these settings needs. The checks leave nothing behind and raise nothing.
 
     Args:
         config_device: the setting `device`, such as "auto" or "cuda:0,cuda:1".
-        bind: the setting `bind`, host:port.
+        bind: the setting `bind`, host:port or unix:/path.
         cupy: the CuPy module, or a stand-in; None imports it if a GPU is asked for.
     """
     return [
@@ -62,12 +62,12 @@ def examine(config_device: str, bind: str, cupy: Any = None) -> list[Finding]:
 
 
 def healthy(findings: Iterable[Finding]) -> bool:
-    """Whether all is well that is needed to serve."""
+    """Tell whether every check passed that a server needs."""
     return all(finding.ok or finding.optional for finding in findings)
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """Write one line a finding, aligned, and below each that is not well what to do."""
+    """Return one aligned line for each finding, and below a problem a line with its remedy."""
     lines = []
     for finding in findings:
         mark = "ok" if finding.ok else "note" if finding.optional else "WRONG"
@@ -81,7 +81,7 @@ def report(findings: Iterable[Finding]) -> str:
 
 
 def examine_processor() -> Finding:
-    """Name the processor, and what compiles its kernels."""
+    """Name the processor and the compiler of its kernels."""
     name = f"{host.processor_name()}, {host.processor_count()} threads"
     try:
         numba = importlib.import_module("numba")
@@ -91,7 +91,7 @@ def examine_processor() -> Finding:
 
 
 def _without_numba(name: str, problem: Exception) -> Finding:
-    """Without Numba the server falls back to NumPy; with one that is broken it does not start on the CPU."""
+    """Return the finding without Numba: the server falls back to NumPy, but does not start with a broken Numba."""
     if importlib.util.find_spec("numba") is None:
         detail = f"{name}, kernels by NumPy, many times slower: Numba is not installed"
         return Finding("processor", False, detail, "pip install 'stepwire[server]'", optional=True)
@@ -99,12 +99,12 @@ def _without_numba(name: str, problem: Exception) -> Finding:
     return Finding("processor", False, detail, "pip install --upgrade --force-reinstall 'stepwire[server]'")
 
 
-def examine_kernel_cache(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Say where compiled kernels are kept, and why not where they should be."""
-    directory, problems = _overhear(lambda: kernel_cache.kernel_directory(environ))
+def examine_kernel_cache(environment: Mapping[str, str] = ENVIRONMENT) -> Finding:
+    """Name the directory of compiled kernels, and the reason if it is not the one that was asked for."""
+    directory, problems = _overhear(lambda: kernel_cache.kernel_directory(environment))
     if not problems:
         return Finding("kernel cache", True, str(directory))
-    if environ.get("STEPWIRE_CACHE_DIR"):  # `serve` does not start
+    if environment.get("STEPWIRE_CACHE_DIR"):  # `serve` does not start
         return Finding("kernel cache", False, _text(problems[0]), _CACHE_REMEDY)
     detail = f"{_text(problems[0])}; kernels are kept in {directory} until the process ends"
     if directory.is_dir():
@@ -114,7 +114,7 @@ def examine_kernel_cache(environ: Mapping[str, str] = os.environ) -> Finding:
 
 
 def _overhear(act: Callable[[], pathlib.Path]) -> tuple[pathlib.Path, list[Any]]:
-    """Return the directory, and what its choice would have logged as the problem."""
+    """Return the directory, and the problems that its choice would have logged."""
     problems: list[Any] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -135,7 +135,7 @@ def _overhear(act: Callable[[], pathlib.Path]) -> tuple[pathlib.Path, list[Any]]
 def examine_shared_memory(
     directory: pathlib.Path = _SHARED_MEMORY, statvfs: Callable[[pathlib.Path], Any] = os.statvfs
 ) -> Finding:
-    """Measure the shared memory, which containers get little of, and make an anonymous file in it."""
+    """Measure the shared memory, of which containers get little, and make an anonymous file in it."""
     try:
         status = statvfs(directory)
         os.close(os.memfd_create("stepwire-doctor"))
@@ -148,7 +148,7 @@ def examine_shared_memory(
 
 
 def examine_open_files(limits: Callable[[int], tuple[int, int]] = resource.getrlimit) -> Finding:
-    """Read how many files, and so connections, this process may have open."""
+    """Read the number of files, and so of connections, that this process may have open."""
     most, _ = limits(resource.RLIMIT_NOFILE)
     enough = most == resource.RLIM_INFINITY or most >= _ENOUGH_FILES
     shown = "no limit" if most == resource.RLIM_INFINITY else f"at most {most}"
@@ -162,21 +162,26 @@ def examine_open_files(limits: Callable[[int], tuple[int, int]] = resource.getrl
 def examine_devices(device: str, cupy: Any = None) -> list[Finding]:
     """Check the GPUs that a server with this setting would use.
 
-    Those asked for by number must all work; of `cuda`, one; of `auto`, none, because the CPU serves instead.
+    GPUs asked for by number must all work. With `cuda` one GPU must work. With `auto` none must, because the CPU serves
+    instead.
+
+    Args:
+        device: the setting `device`.
+        cupy: the CuPy module, or a stand-in; None imports it.
     """
     if device == "cpu":
         return [Finding("device", True, "no GPU is asked for (--device cpu)")]
     named = asked_gpus(device)
     by_gpu = {number: examine_cuda(number, cupy) for number in named or visible_gpus(cupy)}
     spared = device == "auto" or (not named and any(map(healthy, by_gpu.values())))
-    findings = [_told(finding, number, len(by_gpu)) for number, found in by_gpu.items() for finding in found]
+    findings = [_with_gpu(finding, number, len(by_gpu)) for number, found in by_gpu.items() for finding in found]
     if spared:
         findings = [finding if finding.ok else finding._replace(optional=True) for finding in findings]
     return list(dict.fromkeys(findings))
 
 
-def _told(finding: Finding, number: int, count: int) -> Finding:
-    """Name the GPU where there are several."""
+def _with_gpu(finding: Finding, number: int, count: int) -> Finding:
+    """Name the GPU in its finding if there are several."""
     if count == 1 or finding.check in _OF_ALL_GPUS:
         return finding
     return finding._replace(detail=f"cuda:{number}: {finding.detail}")
@@ -190,5 +195,5 @@ def _mib(count_bytes: int) -> str:
 
 
 def _text(problem: object) -> str:
-    """A problem in one line."""
+    """Return a problem in one line."""
     return " ".join(str(problem).split())

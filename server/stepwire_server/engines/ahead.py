@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from stepwire.errors import StepwireError
+from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.common_kernels import commonest
 from stepwire_server.engines.compiled.levels import LEVELS, Level, level_of_this_processor
 from stepwire_server.engines.cpu.engine import CpuEngine
@@ -52,7 +53,7 @@ def _compile(stock: pathlib.Path, level: Level) -> None:
         "NUMBA_CPU_FEATURES": level.features,
     }
     code = f"from {__name__} import prepare_commonest; prepare_commonest()"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **own}, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, **own}, check=False)
     if done.returncode:
         raise StepwireError(f"kernels for {level.name} could not be compiled; the message is above")
 

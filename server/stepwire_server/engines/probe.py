@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+
+from stepwire_server.config import ENVIRONMENT
 
 __all__ = ["Finding", "Surroundings", "asked_gpus", "examine_cuda", "look_around", "visible_gpus"]
 
@@ -94,7 +95,7 @@ class _Subject(NamedTuple):
 
 
 def look_around(
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] = ENVIRONMENT,
     devices: pathlib.Path = pathlib.Path("/dev"),
     load: Callable[[str], Any] = ctypes.CDLL,
 ) -> Surroundings:

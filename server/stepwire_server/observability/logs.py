@@ -1,25 +1,29 @@
-"""Log lines: readable on a terminal, JSON elsewhere, and never two lines from one event."""
+"""The log lines of a server: readable on a terminal, JSON elsewhere, and never two lines from one event."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import structlog
 import structlog.stdlib
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_logging", "logging_to_stderr"]
 
 
 def configure_logging(level: str, as_json: bool | None) -> None:
-    """Send log lines to standard output, those of Python's own `logging` too; errors of the command are not among them.
+    """Send the log lines of this process to standard output, lines of Python's own `logging` included.
 
-    Both renderings escape control characters in values, so a client cannot forge lines with a label or a name.
+    Errors of the command are no log lines. Both renderings escape control characters in values, so a client cannot
+    forge lines with a label or a name.
 
     Args:
-        level: least level logged; of other packages' loggers, nothing below warnings.
-        as_json: None means when standard output is not a terminal.
+        level: the least level that is logged; other packages log nothing below warnings.
+        as_json: True for JSON, False for text; None means JSON unless standard output is a terminal.
     """
     json = not sys.stdout.isatty() if as_json is None else as_json
     shared: list[structlog.typing.Processor] = [
@@ -34,17 +38,21 @@ def configure_logging(level: str, as_json: bool | None) -> None:
     ]
     structlog.configure(
         processors=[*shared, *rendering],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=_from_level(level),
         # In one write, end of line included: several processes may share a standard output.
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
     )
-    _take_in_others(level, shared, rendering)
+    _adopt_logging(level, shared, rendering)
 
 
-def _take_in_others(
+def _from_level(level: str) -> type[structlog.typing.FilteringBoundLogger]:
+    return structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()])
+
+
+def _adopt_logging(
     level: str, shared: Sequence[structlog.typing.Processor], rendering: Sequence[structlog.typing.Processor]
 ) -> None:
-    """Give `logging`, which the engines use because they know nothing of a server, the same lines and stream."""
+    """Give `logging` the same lines and stream; the engines use `logging`, because they know nothing of a server."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Lines)]:
         root.removeHandler(handler)  # of an earlier call: never two lines from one event
@@ -60,7 +68,7 @@ def _take_in_others(
 
 
 class _Lines(logging.Handler):
-    """Writes to what standard output is at that time."""
+    """Writes to the standard output of the moment, which tests and programs replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line in one piece."""
@@ -76,3 +84,59 @@ def _escape(logger: object, method: str, event: structlog.typing.EventDict) -> s
         if isinstance(value, str) and key != "exception":
             event[key] = value.encode("unicode_escape").decode("ascii") if not value.isprintable() else value
     return event
+
+
+class _BlockLevels:
+    """The levels of the blocks that log to standard error. Thread-safe, because servers start and end in any order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._levels: list[str] = []
+
+    def add(self, level: str) -> None:
+        with self._lock:
+            self._levels.append(level)
+            self._configure()
+
+    def remove(self, level: str) -> None:
+        with self._lock:
+            self._levels.remove(level)
+            self._configure()
+
+    def _configure(self) -> None:
+        ours = structlog.get_config()["logger_factory"] is _stderr_logger
+        if structlog.is_configured() and not ours:
+            return  # the program has configured structlog, before a block or in it
+        if self._levels:
+            least = min(self._levels, key=lambda level: logging.getLevelNamesMapping()[level.upper()])
+            structlog.configure(wrapper_class=_from_level(least), logger_factory=_stderr_logger)
+        elif ours:
+            processors = structlog.get_config()["processors"]
+            structlog.reset_defaults()
+            if processors != structlog.get_config()["processors"]:  # the program has set them in the block
+                structlog.configure(processors=processors)
+
+
+def _stderr_logger(*names: Any) -> structlog.PrintLogger:
+    """Return a logger to the standard error of the moment; structlog asks for one for each line."""
+    return structlog.PrintLogger(sys.stderr)
+
+
+_BLOCK_LEVELS = _BlockLevels()
+
+
+@contextlib.contextmanager
+def logging_to_stderr(level: str) -> Iterator[None]:
+    """Send the log lines of servers to standard error for a block, and none of them to standard output.
+
+    The configuration of a program that has configured structlog stays, and the lines go through it. Of several blocks
+    at the same time the most talkative decides the level.
+
+    Args:
+        level: the least level that is logged.
+    """
+    _BLOCK_LEVELS.add(level)
+    try:
+        yield
+    finally:
+        _BLOCK_LEVELS.remove(level)

@@ -1,4 +1,4 @@
-"""The file by which a server tells its port, and by being there that it listens."""
+"""The port file of a server: its content is the port, and its presence says that the server listens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ _LOOK_SECONDS: Final = 0.02
 
 
 def write_ports(path: pathlib.Path, ports: Iterable[int]) -> None:
-    """Write a line a port, whole or not at all, so that a reader that sees the file sees all of it."""
+    """Write one line for each port, in one step, so that no reader sees half of the file.
+
+    Args:
+        path: the file; an old one is replaced.
+        ports: the ports.
+    """
     temporary = path.with_name(path.name + ".part")
     temporary.write_text("".join(f"{port}\n" for port in ports))
     temporary.replace(path)
@@ -23,9 +28,18 @@ def write_ports(path: pathlib.Path, ports: Iterable[int]) -> None:
 def await_ports(
     process: subprocess.Popen[bytes], path: pathlib.Path, patient: Callable[[], bool] = lambda: True
 ) -> list[int]:
-    """Wait until a process writes its ports; none if it ends before, or patience does."""
+    """Wait until a process writes its ports.
+
+    Args:
+        process: the process.
+        path: the port file.
+        patient: False ends the wait.
+
+    Returns:
+        The ports; none if the process or the patience ends first.
+    """
     while patient():
-        ended = process.poll() is not None  # looked at first: the file of a process that ended is still seen
+        ended = process.poll() is not None  # asked first, so that the file of a process that ended is still seen
         if path.exists():
             return [int(line) for line in path.read_text().split()]
         if ended:

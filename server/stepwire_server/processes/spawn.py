@@ -1,4 +1,4 @@
-"""Servers as processes of their own, for demos, benchmarks and tests that need the process."""
+"""Servers in processes of their own, for demos, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ _STANDARD_ERROR = 2
 
 
 class ServerProcess(NamedTuple):
-    """A running server: where clients connect, and its process id."""
+    """A running server.
+
+    Attributes:
+        target: the address for clients, `host:port`.
+        pid: the number of the process.
+    """
 
     target: str
     pid: int
 
 
 class ServerProcesses(NamedTuple):
-    """Running servers: where clients connect to each, and the process id of their parent."""
+    """Running servers.
+
+    Attributes:
+        targets: the address of each server, `host:port`.
+        pid: the number of the parent process.
+    """
 
     targets: tuple[str, ...]
     pid: int
@@ -37,13 +47,16 @@ class ServerProcesses(NamedTuple):
 
 @contextlib.contextmanager
 def server_process(*flags: str) -> Iterator[ServerProcess]:
-    """Run `stepwire serve` on a free port for a block; it is terminated, and drains, at the end.
+    """Run `stepwire serve` on a free port for a block; at the end the server is terminated, and drains.
 
     Args:
         flags: further flags of the command.
 
+    Yields:
+        The running server.
+
     Raises:
-        UnavailableError: it did not come up; its own message is on standard error.
+        UnavailableError: the server did not come up; its own message is on standard error.
     """
     with _serving(*flags) as (ports, pid):
         yield ServerProcess(f"127.0.0.1:{ports[0]}", pid)
@@ -51,14 +64,17 @@ def server_process(*flags: str) -> Iterator[ServerProcess]:
 
 @contextlib.contextmanager
 def server_processes(count: int, *flags: str) -> Iterator[ServerProcesses]:
-    """Run `stepwire serve --processes COUNT` on free ports for a block; all are terminated, and drain, at the end.
+    """Run `stepwire serve --processes COUNT` on free ports for a block; at the end all are terminated, and drain.
 
     Args:
-        count: server processes.
+        count: the number of server processes.
         flags: further flags of the command.
 
+    Yields:
+        The running servers.
+
     Raises:
-        UnavailableError: they did not all come up; their own messages are on standard error.
+        UnavailableError: a server did not come up; its own message is on standard error.
     """
     with _serving("--processes", str(count), *flags) as (ports, pid):
         yield ServerProcesses(tuple(f"127.0.0.1:{port}" for port in ports), pid)
@@ -69,11 +85,10 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
     with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
         port_file = pathlib.Path(folder, "port")
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0"]
-        command += ["--port-file", str(port_file), "--log-level", "warning", *flags]
-        # A program that is killed ends nothing itself, and the server would stay for ever. Its log lines go to standard
-        # error here: standard output may be what a program reads.
-        environment = os.environ | {"STEPWIRE_PARENT_PID": str(os.getpid())}
-        process = subprocess.Popen(command, stdout=_STANDARD_ERROR, env=environment)
+        # A program that is killed ends no process, and the server would stay for ever without --parent-pid.
+        command += ["--port-file", str(port_file), "--parent-pid", str(os.getpid()), "--log-level", "warning", *flags]
+        # Programs read the standard output of this process, so the log lines of the server go to standard error.
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR)
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)

@@ -1,4 +1,4 @@
-"""How the settings of one server become those of several processes that share its machine."""
+"""The settings of several processes, made from the settings of one server and the machine that they share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Machine", "divide", "look_at_machine"]
 
 
 class Machine(NamedTuple):
-    """What there is to divide.
+    """The resources of a machine.
 
     Attributes:
-        processors: that this process may run on.
-        memory_bytes: that it may use.
-        gpu_memory_bytes: of each visible GPU, by number.
+        processors: the number of processors that this process may run on.
+        memory_bytes: the memory that this process may use, in bytes.
+        gpu_memory_bytes: the memory of each visible GPU in bytes, by the number of the GPU.
     """
 
     processors: int
@@ -35,7 +35,7 @@ class Machine(NamedTuple):
 
 
 def look_at_machine(device: str, cupy: Any = None) -> Machine:
-    """Measure this machine, its GPUs only where the setting `device` may use them; no GPU is touched."""
+    """Measure this machine, and its GPUs only if the setting `device` may use them; no GPU is touched."""
     gpus = () if device == "cpu" else _gpu_memory(cupy)
     return Machine(host.processor_count(), host.memory_bytes(), gpus)
 
@@ -46,30 +46,29 @@ def _gpu_memory(cupy: Any) -> tuple[int, ...]:
         return tuple(
             int(runtime.getDeviceProperties(number)["totalGlobalMem"]) for number in range(runtime.getDeviceCount())
         )
-    except Exception:  # whatever an installation raises: the processes will look again, and say what is missing
+    except Exception:  # an installation may raise anything; the processes look again, and name the problem
         return ()
 
 
 def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list[ServerConfig]:
     """Return the settings of each process.
 
-    Ports follow one another from that of `bind`, or are free ones; a socket's path gets the process's number behind it.
-    Threads and budget are a process's share of the machine where the settings leave them open, because each process
-    would take all of it; what they name is divided likewise, the threads not below one. Where several GPUs are visible
-    they are dealt out, and so are those named.
+    Ports count up from the port of `bind`, or are free ones. The path of a socket gets the number of the process as its
+    suffix. Threads and budget are divided among the processes: those of the settings, or else those of the machine.
+    Each process has one thread at least. GPUs are dealt out: those of the settings, or else all visible ones.
 
     Args:
-        config: of the whole.
-        machine: what there is.
-        folder: where sockets lie that nobody named, so that a process that is started again finds its own.
+        config: the settings of the whole server.
+        machine: the resources to divide.
+        folder: the folder of sockets without a name, so that a process that is started again finds its own.
 
     Raises:
-        InvalidRequestError: there are not so many ports or bytes, or a path becomes too long.
+        InvalidRequestError: there are too few ports or bytes.
     """
-    return [_share(config, machine, folder, index) for index in range(config.processes)]
+    return [_settings_of(config, machine, folder, index) for index in range(config.processes)]
 
 
-def _share(config: ServerConfig, machine: Machine, folder: pathlib.Path, index: int) -> ServerConfig:
+def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, index: int) -> ServerConfig:
     device, sharers = _device(config, machine, index)
     return msgspec.structs.replace(
         config,
@@ -79,7 +78,7 @@ def _share(config: ServerConfig, machine: Machine, folder: pathlib.Path, index: 
         handoff_socket=_handoff_socket(config, folder, index),
         device=device,
         threads=max((config.threads or machine.processors) // config.processes, 1),
-        memory_budget_bytes=_budget(config, machine, device, sharers),
+        memory_budget=_budget(config, machine, device, sharers),
         port_file="",
     )
 
@@ -92,7 +91,7 @@ def _bind(config: ServerConfig, index: int) -> str:
         return config.bind
     if int(port) + index > 65535:
         raise InvalidRequestError.of(
-            "bind", f"{config.processes} processes need as many ports from {config.bind!r} on; take a lower"
+            "bind", f"{config.processes} processes need as many ports from {config.bind!r} on; choose a lower port"
         )
     return f"{host_name}:{int(port) + index}"
 
@@ -108,7 +107,7 @@ def _socket(config: ServerConfig, folder: pathlib.Path, index: int) -> str:
 def _handoff_socket(config: ServerConfig, folder: pathlib.Path, index: int) -> str:
     if config.handoff_socket:
         return f"{config.handoff_socket}.{index}"
-    # Other users have to get there, and the folder is closed to them.
+    # Other users must reach the socket, and the folder is closed to them.
     return "" if config.handoff_uids or not config.shared_memory else _own_path(folder / f"{index}.handoff")
 
 
@@ -117,7 +116,7 @@ def _own_path(path: pathlib.Path) -> str:
 
 
 def _device(config: ServerConfig, machine: Machine, index: int) -> tuple[str, int]:
-    """Return a process's device, and how many processes are on it."""
+    """Return the device of a process, and the number of processes on that device."""
     count = config.processes
     numbers = asked_gpus(config.device) or tuple(range(len(machine.gpu_memory_bytes)))
     if config.device == "cpu" or len(numbers) < 2:
@@ -128,17 +127,17 @@ def _device(config: ServerConfig, machine: Machine, index: int) -> tuple[str, in
 
 
 def _budget(config: ServerConfig, machine: Machine, device: str, sharers: int) -> int:
-    """Return a process's budget on each of its devices; 0, its own default, where it has them for itself."""
-    if config.memory_budget_bytes:
-        if config.memory_budget_bytes < sharers:
+    """Return the budget of a process on each of its devices; 0, the default, if it shares them with no other."""
+    if config.memory_budget:
+        if config.memory_budget < sharers:
             raise InvalidRequestError.of(
-                "memory_budget_bytes", f"{config.memory_budget_bytes} bytes for {sharers} processes; give more"
+                "memory_budget", f"{config.memory_budget} bytes for {sharers} processes; give more"
             )
-        return config.memory_budget_bytes // sharers
+        return config.memory_budget // sharers
     if sharers == 1:
         return 0
     gpus = asked_gpus(device) or ((0,) if device != "cpu" and machine.gpu_memory_bytes else ())
     sizes = [machine.gpu_memory_bytes[number] for number in gpus if number < len(machine.gpu_memory_bytes)]
-    if device == "auto" or not sizes:  # it may come to the CPU
+    if device == "auto" or not sizes:  # the choice may fall on the CPU
         sizes.append(machine.memory_bytes)
     return default_budget(DeviceInfo(device, "", min(sizes) // sharers))

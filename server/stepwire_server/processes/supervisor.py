@@ -1,18 +1,17 @@
 """Several server processes under one parent, which starts, watches and ends them, and does nothing else.
 
-One process has one interpreter and so one lock; several have several. They share nothing: each has addresses, sessions
-and a budget of its own, and a client that wants more than one of them connects to each.
+One process has one interpreter and so one lock; several processes have several. Processes share nothing: each has
+addresses, sessions and a budget of its own, and a client of several processes connects to each.
 
 **The parent never loads gRPC.** gRPC's threads and locks do not survive a fork, so the processes are started from
 nothing (`python -m stepwire_server serve`) and get their settings through the environment.
 
-**A process that dies is started again, on its address.** Its sessions are gone, and with them what their clients were
-doing; that is so whether or not another takes its place. But one that listens tells them so (`SESSION_NOT_FOUND`, with
-the last step the client knows of), where a port that nobody listens on would have them repeat their calls until they
-run out of time; and others can go on. Nothing is recreated silently. The alternative, to end the other processes too,
-would take sessions that are well from their clients. A process that was told to end, by hand, is started again too: so
-they can be renewed one by one. A process that does not come up at the first start ends everything: that is no accident
-but a wrong setting.
+**A process that dies is started again, on its address.** Its sessions are gone in any case. A process that listens
+tells their clients so (`SESSION_NOT_FOUND`, with the last step that the client knows of); on a dead port clients would
+repeat their calls until they run out of time. Clients of other processes go on. Nothing is recreated silently. The
+alternative, to end the other processes too, would end healthy sessions. A process that somebody ends by hand is started
+again too, so that processes can be renewed one by one. A process that does not come up at the first start ends
+everything: the cause is no accident but a wrong setting.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import msgspec
 import structlog
 
 from stepwire.wire.addresses import unix_path
-from stepwire_server.config import ServerConfig, environment_of
+from stepwire_server.config import ENVIRONMENT, ServerConfig, environment_of
 from stepwire_server.processes.port_file import await_ports, write_ports
 
 __all__ = ["Supervisor"]
@@ -42,12 +41,12 @@ _LONGEST_PAUSE_SECONDS: Final = 30.0
 
 
 class _Event(NamedTuple):
-    """What the parent waits for.
+    """An event that the parent waits for.
 
     Attributes:
         kind: "stop", or of a child "serving", "exited" or "due" to be started again.
-        child: whose, by its number.
-        value: its port, or its exit code.
+        child: the number of the child.
+        value: the port of a child that serves, or the exit code of one that has exited.
     """
 
     kind: str
@@ -56,7 +55,7 @@ class _Event(NamedTuple):
 
 
 class _Child:
-    """One process, and those that take its place."""
+    """One process, and the processes that replace it."""
 
     def __init__(self, index: int, config: ServerConfig) -> None:
         self.index = index
@@ -65,17 +64,17 @@ class _Child:
         self.serving = False
         self.port = 0
         self.failures = 0
-        """How often in a row it did not come up."""
+        """The number of starts in a row that failed."""
         self.pause: threading.Timer | None = None
 
     @property
     def target(self) -> str:
-        """Where clients connect, once it serves."""
+        """The address for clients, known once the process serves."""
         return self.config.bind
 
 
 class Supervisor:
-    """Runs server processes until it is told to stop."""
+    """Runs server processes until `stop`."""
 
     def __init__(
         self,
@@ -83,17 +82,18 @@ class Supervisor:
         folder: pathlib.Path,
         *,
         port_file: str = "",
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] = ENVIRONMENT,
         first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
     ) -> None:
-        """Be ready to run.
+        """Prepare to run.
 
         Args:
-            configs: of each process.
-            folder: a private one, for the files by which processes tell their ports.
-            port_file: where to write the ports once all serve, a line each; empty for nowhere.
-            environment: of the processes, but for what the settings say.
-            first_pause_seconds: before a process is started again; doubled while it does not come up, up to 30 s.
+            configs: the settings of each process.
+            folder: a private folder for the port files of the processes.
+            port_file: the file for the ports once all processes serve, one line each; empty for none.
+            environment: the variables of the processes besides settings.
+            first_pause_seconds: the pause before a process is started again; it doubles with each start that fails, up
+                to 30 s.
         """
         self._children = [_Child(index, config) for index, config in enumerate(configs)]
         self._folder = folder
@@ -107,7 +107,7 @@ class Supervisor:
 
     @property
     def targets(self) -> list[str]:
-        """Where clients connect, in the order of the processes; known once all serve."""
+        """The addresses for clients, in the order of the processes; known once all serve."""
         return [child.target for child in self._children]
 
     def stop(self) -> None:
@@ -115,7 +115,11 @@ class Supervisor:
         self._events.put(_Event("stop"))
 
     def run(self) -> int:
-        """Start the processes and return when all have ended: 0 if all drained in time, else another exit code."""
+        """Start the processes and wait until all have ended.
+
+        Returns:
+            The exit code: 0 if all drained in time.
+        """
         try:
             for child in self._children:
                 self._start(child)
@@ -154,14 +158,14 @@ class Supervisor:
         watch.start()
 
     def _watch(self, index: int, process: subprocess.Popen[bytes], port_file: pathlib.Path) -> None:
-        """Report from a thread of its own what becomes of a process."""
+        """Report the port and the end of a process, from a thread of its own."""
         for port in await_ports(process, port_file):
             self._events.put(_Event("serving", index, port))
         self._events.put(_Event("exited", index, process.wait()))
 
     def _serving(self, child: _Child, port: int) -> None:
         child.serving, child.port, child.failures = True, port, 0
-        if unix_path(child.config.bind) is None:  # from now on this port, also for those that take its place
+        if unix_path(child.config.bind) is None:  # the port stays, also for the processes that replace this one
             bind = f"{child.config.bind.rpartition(':')[0]}:{port}"
             child.config = msgspec.structs.replace(child.config, bind=bind)
         if self._announced:

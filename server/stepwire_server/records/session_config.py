@@ -135,6 +135,11 @@ class SessionConfig:
         return tuple(spans)
 
     @functools.cached_property
+    def everything(self) -> TensorSelection:
+        """All tensors, the frozen ones too."""
+        return TensorSelection(self.layout, frozenset())
+
+    @functools.cached_property
     def active(self) -> TensorSelection:
         """The tensors that a step moves unless it leaves some out: all but the frozen ones."""
         frozen = {index for index, tensor in enumerate(self.layout.tensors) if tensor.spec.frozen}

@@ -1,4 +1,4 @@
-"""What a client asks of one step, in the domain's own terms."""
+"""A step as its first message asks for it, in the domain's own terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Decision", "StepRequest"]
 
 
 class Decision(NamedTuple):
-    """What the coordinator of several sessions found from the gradient that is cut over them.
+    """The decision of a coordinator about a gradient that is cut over several sessions.
 
     Attributes:
         coefficient: the factor of clipping by the global norm.
@@ -32,18 +32,18 @@ class StepRequest(NamedTuple):
         step: the number it will have once applied.
         epoch: the epoch the client knows; 0 skips the check.
         gradient_dtype: encoding of the chunks that follow.
-        reply_dtype: encoding of the answer.
-        reply: whether parameters are wanted at all.
-        reply_elements: most elements in a chunk of the answer.
-        groups: the numbers of each group in this step.
-        own_lr: for each group, whether the step brought its learning rate, which overrides the schedule's.
+        reply_dtype: encoding of the reply.
+        reply: parameters go back.
+        reply_elements: most elements in a chunk of the reply.
+        groups: the hyper-parameters of each group in this step.
+        own_lr: for each group, the step brought its learning rate, and the schedule's is not used; empty for none.
         load: the last load the client knows; None skips the check.
-        loss_scale: what the gradient was multiplied by, as the client says.
+        loss_scale: the factor that the client multiplied the gradient by.
         missing: indices of tensors without a gradient.
-        reply_first: indices of tensors that are answered before the others, in this order.
-        reply_base: the step whose parameters the client holds, where only what changed is to be answered; else None.
+        reply_first: indices of tensors whose parameters go back before the others, in this order.
+        reply_base: the step whose parameters the client holds, where only changes go back; else None.
         overlap: apply chunks as they arrive.
-        shared: gradient and answer lie in the memory that the stream shares.
+        shared: gradient and reply lie in the memory that the stream shares.
         decision: of the coordinator, once it is known; None where there is none.
     """
 

@@ -1,4 +1,4 @@
-"""Which tensors a step moves, and where they lie."""
+"""The tensors that a step moves, and their segments of the flat space."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TensorSelection:
     """The tensors of a layout but for some.
 
     Attributes:
-        layout: whose.
-        absent: indices of the tensors that stay as they are: no gradient is needed, and one that comes is ignored.
+        layout: the layout of all tensors.
+        absent: the indices of tensors that stay as they are: no gradient is needed, and one that comes is ignored.
     """
 
     def __init__(self, layout: Layout, absent: frozenset[int]) -> None:
@@ -38,7 +38,7 @@ class TensorSelection:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Where they lie: neighbours of one group merged, in flat order."""
+        """The segments of the tensors that move: neighbours of one group merged, in flat order."""
         found: list[Segment] = []
         for index in self.indices:
             tensor = self.layout.tensors[index]

@@ -65,36 +65,34 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
     return message
 
 
-def encode_gradient_check(verdict: GradientCheck, non_finite_count: int) -> bytes:
-    """Encode what a coordinator decides by."""
-    squares = verdict.squares.groups
-    check = step_pb2.GradientCheck(
-        squared_norm=math.fsum(squares), non_finite_count=non_finite_count, group_squared_norms=squares
+def encode_gradient_check(check: GradientCheck) -> bytes:
+    """Encode the facts that a coordinator decides by."""
+    squares = check.squared_norms
+    message = step_pb2.GradientCheck(
+        squared_norm=math.fsum(squares), non_finite_count=check.non_finite_count, group_squared_norms=squares
     )
-    return pb.AttachResponse(gradient_check=check).SerializeToString()
+    return pb.AttachResponse(gradient_check=message).SerializeToString()
 
 
-def encode_result(record: StepResult, durable_step: int, result: step_pb2.StepResult) -> None:
-    """Encode what a step did into a message; in place, as a nested message that is assigned is copied."""
-    result.step = record.step
-    result.durable_step = durable_step
-    result.epoch = record.epoch
-    result.replayed = record.replayed
-    result.skipped = record.skipped
-    result.accumulated = record.accumulated
-    telemetry = result.telemetry
-    telemetry.grad_norm = record.grad_norm
-    telemetry.clipped_grad_norm = record.clipped_grad_norm
-    telemetry.clip_coefficient = record.clip_coefficient
-    telemetry.non_finite_count = record.non_finite_count
-    telemetry.receive_seconds = record.receive_seconds
-    telemetry.queue_seconds = record.queue_seconds
-    telemetry.apply_seconds = record.apply_seconds
-    if record.update_norm is not None and record.param_norm is not None:
-        telemetry.update_norm, telemetry.param_norm = record.update_norm, record.param_norm
-    if record.loss_scale is not None:
-        telemetry.loss_scale = record.loss_scale
-    for group in record.groups:
+def encode_result(result: StepResult, durable_step: int, message: step_pb2.StepResult) -> None:
+    """Encode a step's result into a message; in place, as a nested message that is assigned is copied."""
+    message.step = result.step
+    message.durable_step = durable_step
+    message.epoch = result.epoch
+    message.replayed = result.replayed
+    message.skipped = result.skipped
+    message.accumulated = result.accumulated
+    telemetry = message.telemetry
+    telemetry.grad_norm = result.grad_norm
+    telemetry.clipped_grad_norm = result.clipped_grad_norm
+    telemetry.clip_coefficient = result.clip_coefficient
+    telemetry.non_finite_count = result.non_finite_count
+    telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds = result.times
+    if result.update_norm is not None and result.param_norm is not None:
+        telemetry.update_norm, telemetry.param_norm = result.update_norm, result.param_norm
+    if result.loss_scale is not None:
+        telemetry.loss_scale = result.loss_scale
+    for group in result.groups:
         _encode_group(group, telemetry.groups.add())
 
 

@@ -1,7 +1,7 @@
 """The one boundary where errors become statuses.
 
-Everything the server raises passes here: a `StepwireError` by the table, anything else as INTERNAL with an
-opaque id, its text going to the log alone.
+Every error of the server passes here. The table gives a `StepwireError` its status. Any other error becomes INTERNAL
+with an opaque id, and its text goes to the log alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
-    """Wraps every method of the server."""
+    """Wraps every method of the server, so that errors leave as statuses."""
 
     def intercept_service(
         self,
@@ -75,9 +75,8 @@ def _guarded_stream(behavior: Callable[..., Iterator[Any]], method: str) -> Call
 
 
 def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoReturn:
-    # When the client is gone, gRPC raises its own error out of the request iterator and knows it when it comes
-    # back; there is nobody left to tell. Any other error is told to gRPC all the same, which would log it with its
-    # trace if it were raised.
+    # When the client is gone, gRPC raises its own error out of the request iterator and recognizes it here; nobody is
+    # left to be told. Every other error is told to gRPC as a status, because gRPC logs the trace of a raised error.
     if isinstance(error, grpc.RpcError):
         raise error
     if not isinstance(error, StepwireError):

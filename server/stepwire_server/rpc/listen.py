@@ -1,4 +1,4 @@
-"""Where a server listens: a TCP port, a Unix socket, or both."""
+"""The addresses of a server: a TCP port, a Unix socket, or both."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ _SOCKET_NAME: Final = "stepwire.sock"
 
 
 class Listening:
-    """The addresses of a server, taken until `close`. Closes twice without complaint.
+    """The addresses of a server, held until `close`. Closes twice without complaint.
 
     Attributes:
-        target: where clients connect: `host:port`, or `unix:/path` where there is no port.
-        port: the TCP port; 0 where there is none.
-        unix_socket: path of the Unix socket; empty where there is none.
+        target: the address for clients: `host:port`, or `unix:/path` without a port.
+        port: the TCP port; 0 without a port.
+        unix_socket: the path of the Unix socket; empty without a socket.
     """
 
     def __init__(self, server: grpc.Server, config: ServerConfig) -> None:
-        """Take the addresses that the settings name.
+        """Listen on the addresses that the settings name.
+
+        Args:
+            server: the server that gets the addresses.
+            config: the settings.
 
         Raises:
-            InvalidRequestError: one is taken, or not to be had.
+            InvalidRequestError: an address is in use, or cannot be listened on.
         """
         self._folders: list[pathlib.Path] = []
         self.port, self.unix_socket = 0, ""
@@ -53,7 +57,7 @@ class Listening:
         self._inode = os.stat(self.unix_socket).st_ino if self.unix_socket else 0
 
     def close(self) -> None:
-        """Remove what lies on the disk, unless another server has put its own there since gRPC removed it."""
+        """Remove the socket from the disk, unless another server has put its own there since gRPC removed it."""
         with contextlib.suppress(OSError):
             if self._inode and os.stat(self.unix_socket).st_ino == self._inode:
                 os.unlink(self.unix_socket)
@@ -62,7 +66,7 @@ class Listening:
             shutil.rmtree(self._folders.pop(), ignore_errors=True)
 
     def _listen_besides(self, server: grpc.Server, choice: str) -> None:
-        """Listen on a Unix socket too. One that nobody asked for never keeps a server from starting."""
+        """Listen on a Unix socket too. A socket that nobody asked for never keeps a server from starting."""
         if choice == "off":
             return
         if choice != "auto":
@@ -78,7 +82,7 @@ class Listening:
 
 
 def check_bind(config: ServerConfig) -> None:
-    """Refuse an address that is none, and plaintext beyond this machine.
+    """Refuse a malformed address, and plaintext beyond this machine.
 
     Raises:
         InvalidRequestError: the address is not understood, or not loopback without `insecure`.
@@ -87,7 +91,8 @@ def check_bind(config: ServerConfig) -> None:
         checked_unix_path(path, "bind")
         if config.unix_socket not in ("auto", "off"):
             raise InvalidRequestError.of(
-                "unix_socket", f"{config.unix_socket!r} is a second one beside bind {config.bind!r}; name one"
+                "unix_socket",
+                f"{config.unix_socket!r} is a second socket beside bind {config.bind!r}; name one of them",
             )
         return
     host, separator, port = config.bind.rpartition(":")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
 from stepwire.wire.frames import Frame, FrameBuffer
-from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.engines.protocol import PARAM
+from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SCALE_SUFFIX
 from stepwire_server.records.snapshot import Snapshot
-from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
 from stepwire_server.rpc.features import unsupported
 from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.session import Session
-from stepwire_server.steps.coverage import Coverage, typed_payload
 
 __all__ = ["load", "pull"]
 
@@ -28,7 +27,7 @@ _COUNTER_END = 2**53
 
 
 def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
-    """Yield the messages that answer a pull.
+    """Yield the messages of a pull.
 
     Raises:
         InvalidRequestError: an unknown slot or encoding.
@@ -60,86 +59,64 @@ def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
 
 
 def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_bytes: int) -> bool:
-    """Take the messages of a load; False if it had been committed before.
+    """Receive the messages of a load and commit it; False if it had been committed before.
 
     Raises:
         InvalidRequestError: messages out of order, unknown slots, chunks that do not cover a slot.
-        StepwireError: as `Session.admit_load` and `Session.stage_load`; the state is as before.
+        StepwireError: as `Session.loading`; the state is as before.
     """
-    order: state_pb2.LoadOpen = opening.message.open
-    slots = _known_slots(session, list(order.slots), "open.slots")
+    message: state_pb2.LoadOpen = opening.message.open
+    request = _decode_load(session, message)
+    with session.loading(request, session.holder_of(message.attach_token)) as staged:
+        if staged is None:
+            return False
+        _receive(staged, frames, max_chunk_bytes)
+        staged.complete()
+        return session.commit_load(staged)
+
+
+def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:
+    """Validate the opening of a load.
+
+    Raises:
+        InvalidRequestError: a field is wrong; the message names it.
+        UnsupportedFeatureError: a field asks for something that is not served.
+    """
+    slots = _known_slots(session, list(message.slots), "open.slots")
     _check_scales(session, slots)
-    steps = _known_steps(session, list(order.tensor_steps))
-    step = order.step if order.HasField("step") else None
+    steps = _known_steps(session, list(message.tensor_steps))
+    step = message.step if message.HasField("step") else None
     _check_counter(step or 0, "open.step")
-    loss_scale = _known_loss_scale(session, order)
-    if order.worker != 0:
+    loss_scale = _known_loss_scale(session, message)
+    if message.worker != 0:
         raise unsupported("open.worker", "aggregation")
-    if not session.admit_load(order.attach_token, order.load, step):
-        return False
-    staged, room = session.stage_load(slots)
-    with room:
-        try:
-            _receive(session, order, slots, frames, staged, max_chunk_bytes)
-            return session.commit_load(staged, slots, order.attach_token, order.load, step, steps, loss_scale)
-        finally:
-            staged.close()
+    dtype = dtype_from_wire(message.dtype, FLOAT32, "open.dtype")
+    return LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale)
 
 
-def _receive(
-    session: Session,
-    order: state_pb2.LoadOpen,
-    slots: tuple[str, ...],
-    frames: Iterator[Frame],
-    staged: EngineState,
-    max_chunk_bytes: int,
-) -> None:
-    dtype = dtype_from_wire(order.dtype, FLOAT32, "open.dtype")
-    everything = TensorSelection(session.config.layout, frozenset())
-    coverage = {slot: Coverage(session.config.layout.size) for slot in slots}
+def _receive(staged: Load, frames: Iterator[Frame], max_chunk_bytes: int) -> None:
     for frame in frames:
         message: pb.LoadRequest = frame.message
         if message.HasField("open"):
             raise invalid_frame("open", "only the first message of a stream carries `open`")
         if message.HasField("chunk"):
             check_chunk(frame, max_chunk_bytes)
-            if message.slot not in coverage:
-                raise InvalidRequestError(
-                    f"slot: {message.slot[:64]!r} was not announced; open.slots is {list(slots)}",
-                    reason=Reason.INVALID_CONFIG,
-                    metadata={"field": "slot"},
-                )
-            values = typed_payload(frame.payload, message.chunk.count, dtype)
-            coverage[message.slot].add(message.chunk.offset, message.chunk.count)
-            _write(staged, message.slot, message.chunk.offset, values, everything)
+            staged.add(message.slot, message.chunk.offset, message.chunk.count, frame.payload)
         elif frame.payload.size:
             raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
         if message.commit:
-            break
-    else:
-        raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
-    for slot in slots:
-        coverage[slot].require((start, end) for start, end, _ in everything.segments)
-
-
-def _write(staged: EngineState, slot: str, offset: int, values: HostArray, everything: TensorSelection) -> None:
-    """Put values in their place, but for the padding: it stays zero."""
-    segments = everything.segments
-    for start, end, _ in segments[bisect_right(segments, offset, key=lambda segment: segment.end) :]:
-        if start >= offset + len(values):
             return
-        low, high = max(start, offset), min(end, offset + len(values))
-        staged.write(slot, low, values[low - offset : high - offset])
+    raise invalid_frame("commit", "the stream ended before `commit`; nothing was loaded")
 
 
-def _known_loss_scale(session: Session, order: state_pb2.LoadOpen) -> LossScale | None:
-    if not order.HasField("loss_scale"):
+def _known_loss_scale(session: Session, message: state_pb2.LoadOpen) -> LossScale | None:
+    if not message.HasField("loss_scale"):
         return None
     field = "open.loss_scale"
     if session.loss_scale is None:
         raise InvalidRequestError(f"{field}: the session has no loss scaling", metadata={"field": field})
-    check_scale(order.loss_scale.scale, f"{field}.scale")
-    return LossScale(order.loss_scale.scale, order.loss_scale.clean_steps)
+    check_scale(message.loss_scale.scale, f"{field}.scale")
+    return LossScale(message.loss_scale.scale, message.loss_scale.clean_steps)
 
 
 def _known_slots(session: Session, names: list[str], field: str) -> tuple[str, ...]:

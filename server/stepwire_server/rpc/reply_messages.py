@@ -1,4 +1,4 @@
-"""Where the parameters of an answer go: into one message with the result, or chunk by chunk into their own."""
+"""The messages of a reply: one together with the result, or one a chunk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["ChunkReplyWriter", "WholeReplyWriter"]
 
 
 class WholeReplyWriter:
-    """Takes a small answer whole, so that it can travel in one message with the result; see `ReplyWriter`."""
+    """Holds a small reply whole, so that it travels in one message with the result; see `ReplyWriter`."""
 
     def __init__(self, request: StepRequest, size: int) -> None:
-        """Make room for `size` elements, if `request` wants an answer."""
+        """Make room for `size` elements, if `request` wants a reply."""
         self._values: HostArray = np.empty(size if request.reply else 0, request.reply_dtype)
 
     def buffer(self, offset: int, count: int) -> HostArray:
@@ -29,14 +29,14 @@ class WholeReplyWriter:
         return self._values[offset : offset + count]
 
     def before(self) -> HostArray:
-        """See `ReplyWriter`; a small answer is no patch."""
-        raise AssertionError("a whole answer has no base")
+        """See `ReplyWriter`; a small reply is no patch."""
+        raise AssertionError("a whole reply has no base")
 
     def flush(self) -> None:
         """See `ReplyWriter`."""
 
     def message(self, header: pb.AttachResponse | pb.StepResponse) -> bytes:
-        """Put the answer behind the header's fields."""
+        """Put the reply behind the header's fields."""
         if not self._values.size:
             return header.SerializeToString()
         if isinstance(header, pb.AttachResponse):
@@ -45,7 +45,7 @@ class WholeReplyWriter:
 
 
 class ChunkReplyWriter:
-    """Takes an answer chunk by chunk, each computed straight into its outgoing message; see `ReplyWriter`."""
+    """Makes one message a chunk, each computed straight into it; see `ReplyWriter`."""
 
     def __init__(self, request: StepRequest, send: Callable[[bytes], object]) -> None:
         """Hand complete messages to `send`."""
@@ -71,11 +71,11 @@ class ChunkReplyWriter:
 
 
 class _Chunk:
-    """One chunk of an answer in the making."""
+    """One chunk of a reply in the making."""
 
     def __init__(self, offset: int, count: int, request: StepRequest) -> None:
-        self._place = tensor_pb2.Chunk(offset=offset, count=count)
-        self._frame = FrameBuffer(pb.AttachResponse(chunk=self._place), count * request.reply_dtype.itemsize)
+        self._chunk = tensor_pb2.Chunk(offset=offset, count=count)
+        self._frame = FrameBuffer(pb.AttachResponse(chunk=self._chunk), count * request.reply_dtype.itemsize)
         self.values = self._frame.payload(request.reply_dtype)
         self.before: HostArray | None = None
 
@@ -88,5 +88,5 @@ class _Chunk:
             return None
         if (patch := encode_patch(before, after)) is None:
             return self._frame.finish()
-        self._place.patch = True
-        return pb.AttachResponse(chunk=self._place, payload=patch).SerializeToString()
+        self._chunk.patch = True
+        return pb.AttachResponse(chunk=self._chunk, payload=patch).SerializeToString()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from typing import Any
 
 import grpc
@@ -18,15 +17,15 @@ from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
-from stepwire_server.rpc.attach import StepStream, invalid_frame
+from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
-from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.encode import encode_session
 from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
-from stepwire_server.sharing.offer import Shared, Sharing
+from stepwire_server.sessions.workers import Holder
+from stepwire_server.sharing.offer import Sharing, StreamTransport
 
 __all__ = ["OptimizerService"]
 
@@ -43,17 +42,16 @@ class OptimizerService:
     def __init__(
         self,
         registry: Registry,
-        gate: Drain,
-        workers: Executor,
+        serving: Serving,
         config: ServerConfig,
+        sharing: Sharing,
+        *,
         instance_id: str,
         local: transport_pb2.LocalAccess,
-        sharing: Sharing,
     ) -> None:
         """Serve the sessions of `registry`; `local` and `sharing` are for clients on the same machine."""
         self._registry = registry
-        self._gate = gate
-        self._workers = workers
+        self._serving = serving
         self._config = config
         self._instance_id = instance_id
         self._local = local
@@ -62,8 +60,8 @@ class OptimizerService:
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.
 
-        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.wire.frames`. The others are
-        parsed here too: what gRPC's own deserializer cannot read is INTERNAL, and a client's mistake is not.
+        Written out instead of generated, because bulk messages pass as bytes: see `stepwire.wire.frames`. The others
+        are parsed here too: what gRPC's own deserializer cannot read is INTERNAL, and a client's mistake is not.
         """
         return grpc.method_handlers_generic_handler(
             "stepwire.v1.OptimizerService",
@@ -102,7 +100,7 @@ class OptimizerService:
             ),
             features=[name for name in SERVED_FEATURES if name not in self._sharing.features_off],
             sessions=self._registry.statistics().sessions,
-            draining=self._gate.closed,
+            draining=self._serving.drain.started,
             local=self._local,
         )
 
@@ -110,7 +108,7 @@ class OptimizerService:
         """Create a session."""
         request_id = decode_request_id(request.request_id)
         config = decode_session_config(request.config, self._config)
-        with self._gate:
+        with self._serving.drain.admit():
             created = self._registry.create(request_id, config)
         return pb.CreateSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
@@ -140,17 +138,17 @@ class OptimizerService:
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
         frames = map(functools.partial(read_frame, pb.AttachRequest), messages)
-        with self._registry.stream(context.cancel) as attachment:
+        with self._registry.stream(context.cancel) as stream:
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.
-            attachment.in_step = True
+            stream.in_step = True
             opening: attach_pb2.AttachOpen = _opening(frames).message.open
-            attachment.in_step = False
+            stream.in_step = False
             if opening.worker != 0:
                 raise unsupported("open.worker", "aggregation")
             session = self._registry.get(opening.session_id)
             with (
-                session.attached(attachment, opening.attach_token, opening.epoch) as token,
+                session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step) as holder,
                 self._sharing.share(session, opening.transport) as shared,
             ):
                 _log.info(
@@ -159,16 +157,8 @@ class OptimizerService:
                     transport=_transport_name(shared, context.peer()),
                     reason=shared.reason,
                 )
-                yield _opened(session, token, shared).SerializeToString()
-                yield from StepStream(
-                    session,
-                    attachment,
-                    self._gate,
-                    self._workers,
-                    self._registry.clock,
-                    self._config.max_chunk_bytes,
-                    shared.buffers,
-                ).answers(frames)
+                yield _opened(session, holder, shared).SerializeToString()
+                yield from StepStream(session, holder, stream, self._serving, shared.buffers).replies(frames)
 
     def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Take one step of a small session in one call."""
@@ -177,8 +167,8 @@ class OptimizerService:
         if request.worker != 0:
             raise unsupported("worker", "aggregation")
         session = self._registry.get(request.session_id)
-        with self._gate:
-            return step_once(session, frame, self._registry.clock, self._config.max_chunk_bytes)
+        with self._serving.drain.admit():
+            return step_once(session, frame, self._serving)
 
     def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream state out."""
@@ -191,19 +181,19 @@ class OptimizerService:
             frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
             opening = _opening(frames)
             session = self._registry.get(opening.message.open.session_id)
-            with self._gate:
+            with self._serving.drain.admit():
                 loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
         )
 
 
-def _device_info(place: Device) -> server_pb2.DeviceInfo:
-    device, budget = place.engine.device, place.budget
+def _device_info(device: Device) -> server_pb2.DeviceInfo:
+    info, budget = device.engine.device, device.budget
     return server_pb2.DeviceInfo(
-        name=device.name,
-        description=device.description,
-        memory_bytes=device.memory_bytes,
+        name=info.name,
+        description=info.description,
+        memory_bytes=info.memory_bytes,
         budget_bytes=budget.limit_bytes,
         reserved_bytes=budget.reserved_bytes,
     )
@@ -219,11 +209,11 @@ def _opening(frames: Iterator[Frame]) -> Frame:
     return first
 
 
-def _opened(session: Session, token: int, shared: Shared) -> pb.AttachResponse:
+def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.AttachResponse:
     ledger = session.ledger
     return pb.AttachResponse(
         opened=attach_pb2.AttachOpened(
-            attach_token=token,
+            attach_token=holder.generation,
             epoch=ledger.epoch,
             applied_step=ledger.applied_step,
             durable_step=ledger.durable_step,
@@ -237,7 +227,7 @@ def _opened(session: Session, token: int, shared: Shared) -> pb.AttachResponse:
     )
 
 
-def _transport_name(shared: Shared, peer: str) -> str:
+def _transport_name(shared: StreamTransport, peer: str) -> str:
     """Name the transport of a stream as clients do."""
     if shared.transport in _MEMORIES:
         return _MEMORIES[shared.transport]

@@ -1,4 +1,4 @@
-"""The wiring of shared memory: from settings to a running handoff, or to the reason why there is none."""
+"""The wiring of shared memory: from settings to a running handoff, or to the reason for none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepwire.wire.error_details import status_details
 from stepwire_server.config import ServerConfig
 from stepwire_server.host.sockets import claim_socket
 from stepwire_server.sharing.handoff import HandoffServer, HandoffStatistics
-from stepwire_server.sharing.handoff_socket import HandoffListener
+from stepwire_server.sharing.handoff_socket import HandoffSocket
 from stepwire_server.sharing.loans import Loans
 from stepwire_server.sharing.offer import Sharing
 
@@ -24,31 +24,31 @@ _log = structlog.get_logger()
 
 
 class HostSharing:
-    """What a server shares with the processes of its host. Closes twice without complaint.
+    """The memory that a server shares with processes of its host. Closes twice without complaint.
 
     Attributes:
-        sharing: offers it to those that attach.
-        path: of the socket that hands it over; empty where nothing is shared.
-        off: why no memory of the host is shared; empty where it is.
-        device_off: why no memory of a device is shared; empty where it is.
+        sharing: the offer of memory to clients that attach.
+        path: the path of the socket over which clients fetch memory; empty if none is shared.
+        off: the reason for sharing no memory of the host; empty if it is shared.
+        device_off: the reason for sharing no memory of a device; empty if it is shared.
     """
 
     def __init__(
         self, config: ServerConfig, clock: Callable[[], float] = time.monotonic, devices: Iterable[str] = ("cpu",)
     ) -> None:
-        """Listen, if the settings want it. A socket that nobody asked for never keeps a server from starting.
+        """Listen if the settings say so. A socket that nobody asked for never keeps a server from starting.
 
         Args:
-            config: of the server.
-            clock: what deadlines go by.
-            devices: names of those that sessions live on.
+            config: the settings of the server.
+            clock: the clock of deadlines, in seconds.
+            devices: the names of the devices of the server.
 
         Raises:
-            InvalidRequestError: the socket that the settings name is taken, or not to be had.
+            InvalidRequestError: the socket that the settings name is in use, or cannot be made.
         """
         self.path = ""
         self.off, self.device_off = _why_off(config), _why_device_off(config, devices)
-        self._listener: HandoffListener | None = None
+        self._listener: HandoffSocket | None = None
         self._handoff: HandoffServer | None = None
         self._loans = Loans()
         if not (self.off and self.device_off):
@@ -56,16 +56,16 @@ class HostSharing:
         self.sharing = Sharing(self._handoff, self.off, self.device_off, self._loans)
 
     def statistics(self) -> HandoffStatistics:
-        """Tell what the handoff is doing."""
+        """Return the state of the handoff."""
         return HandoffStatistics(0, 0, 0, False) if self._handoff is None else self._handoff.statistics()
 
     def start(self) -> None:
-        """Hand over."""
+        """Hand memory over from now on."""
         if self._handoff is not None:
             self._handoff.start()
 
     def close(self) -> None:
-        """End what is handed over, and remove the socket; clients get a moment to close memory of devices."""
+        """Remove the socket and end the handoff; clients get a moment to close memory of devices."""
         if self._listener is not None:
             self._listener.close()
         self._loans.close()
@@ -76,7 +76,7 @@ class HostSharing:
         others = [int(uid) for uid in config.handoff_uids.split(",") if uid]
         claim = functools.partial(claim_socket, field="handoff_socket")
         try:
-            self._listener = listener = HandoffListener(config.handoff_socket, claim, others)
+            self._listener = listener = HandoffSocket(config.handoff_socket, claim, others)
         except (OSError, InvalidRequestError) as problem:
             if config.handoff_socket:
                 raise _refusal(config.handoff_socket, problem) from None
@@ -104,7 +104,6 @@ def _why_device_off(config: ServerConfig, devices: Iterable[str]) -> str:
 def _refusal(path: str, problem: Exception) -> InvalidRequestError:
     if isinstance(problem, InvalidRequestError):
         return problem
-    return InvalidRequestError(
-        f"handoff_socket: cannot listen on {path!r}: {problem}; name another path with --handoff-socket",
-        metadata={"field": "handoff_socket"},
+    return InvalidRequestError.of(
+        "handoff_socket", f"cannot listen on {path!r}: {problem}; name another path with --handoff-socket"
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame
-from stepwire_server.rpc.attach import invalid_frame
+from stepwire_server.rpc.attach import Serving, invalid_frame
 from stepwire_server.rpc.decode_step import decode_step_request
 from stepwire_server.rpc.encode import encode_result
 from stepwire_server.rpc.reply_messages import WholeReplyWriter
@@ -15,13 +13,13 @@ from stepwire_server.sessions.session import Session
 __all__ = ["step_once"]
 
 
-def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_bytes: int) -> bytes:
-    """Take the one step of a `StepRequest` and return its `StepResponse`.
+def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
+    """Apply the one step of a `StepRequest` and return its `StepResponse`.
 
     Raises:
-        StepwireError: whatever is wrong with the step.
+        StepwireError: the step is refused.
     """
-    began = clock()
+    began, max_bytes = serving.clock(), serving.max_chunk_bytes
     message: pb.StepRequest = frame.message
     if session.config.treatment.two_phase:
         raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
@@ -34,14 +32,12 @@ def step_once(session: Session, frame: Frame, clock: Callable[[], float], max_by
             "payload",
             f"{size} elements are more than the {max_bytes} bytes of one call; attach a stream instead",
         )
-    sink = WholeReplyWriter(request, size)
-    staging = session.begin(request, message.attach_token)
-    try:
+    writer = WholeReplyWriter(request, size)
+    with session.begin(request, session.holder_of(message.attach_token), began) as step:
         if size or frame.payload.size:
-            staging.add(0, size, frame.payload)
-        record = session.commit(request, staging, message.attach_token, sink, began)
-    finally:
-        staging.close()
+            step.add(0, size, frame.payload)
+        step.received = serving.clock()
+        result = session.commit(step, writer)
     response = pb.StepResponse()
-    encode_result(record, session.ledger.durable_step, response.result)
-    return sink.message(response)
+    encode_result(result, session.ledger.durable_step, response.result)
+    return writer.message(response)

@@ -1,28 +1,27 @@
-"""One attached stream, as the session and the sweep see it."""
+"""One attached stream, as its session and the sweep see it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["Attachment"]
+__all__ = ["ClientStream"]
 
 
-class Attachment:
-    """One attached stream.
+class ClientStream:
+    """One attached stream, or one upload.
 
     Attributes:
-        token: what its client was given.
+        cancel: ends the stream.
         in_step: a step has begun and is not committed.
-        orphaned: the slot or the session has moved on.
-        ending: it has had its last answer and ends by itself; cancelling it would take from its client whatever of
-            the answer is not yet read.
-        last_seen: clock reading of its last frame.
+        orphaned: the worker or the session has moved on.
+        ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
+            that reply that is not yet read.
+        last_seen: the clock reading of its last frame.
     """
 
     def __init__(self, cancel: Callable[[], object], now: float) -> None:
         """Note a stream that `cancel` ends."""
         self.cancel = cancel
-        self.token = 0
         self.in_step = False
         self.orphaned = False
         self.ending = False

@@ -1,4 +1,4 @@
-"""What a session has committed, and who may commit what next. No arrays, no locks: the session has those.
+"""The numbers of a session: its last commits, and the admission of the next. Arrays and locks are the session's.
 
 Steps and loads are numbered alike: the next number is admitted, the last one again is a replay, everything else
 is refused with the number that would be right.
@@ -6,16 +6,24 @@ is refused with the number that would be right.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from stepwire.errors import (
     DataLossError,
     FencedError,
     Reason,
     SessionNotFoundError,
     SessionNotReadyError,
+    StateChangedError,
     StepMismatchError,
 )
+from stepwire_server.engines.protocol import PARAM
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.workers import Worker
+from stepwire_server.steps.step import Hold
 
 __all__ = ["Ledger", "session_not_found"]
 
@@ -24,13 +32,13 @@ class Ledger:
     """The numbers of one session.
 
     Attributes:
-        session_id: whose.
-        epoch: which incarnation of the server owns the session.
-        worker: who holds the session's one worker.
+        session_id: the session's id.
+        epoch: the incarnation of the server that owns the session.
+        worker: the session's one worker, with its holder.
         applied_step: the last committed step; 0 before the first.
         applied_load: the last committed load; 0 before the first.
         durable_step: the last step that survives a loss of the server.
-        last_result: what the last step did; None where a load has set the step since.
+        last_result: the last step's result; None where a load has set the step since.
         ready: parameters have been loaded or were initialised.
         closed: the session has ended.
     """
@@ -46,71 +54,94 @@ class Ledger:
         self.last_result: StepResult | None = None
         self.ready = ready
         self.closed = False
-        self._answered: int | None = None
+        self._replied: int | None = None
         self._damage: str | None = None
 
-    def admit_step(self, step: int, epoch: int, token: int) -> bool:
+    def admit_step(self, request: StepRequest, holder: Hold) -> bool:
         """Return True for the next step and False for a replay of the last.
 
         Raises:
-            FencedError: the token or the epoch is not the newest.
+            FencedError: the holder or the epoch is not the newest.
+            UnavailableError: a newer stream of the same client holds the worker.
             SessionNotFoundError: the session has ended.
             DataLossError: the state is damaged.
             SessionNotReadyError: parameters have not been loaded.
+            StateChangedError: the last load is not the one that the client knows.
             StepMismatchError: neither the next step nor a replay.
         """
-        if epoch != self.epoch:
-            self.check_epoch(epoch)
+        if request.epoch != self.epoch:
+            self.check_epoch(request.epoch)
         self.check_usable()
-        self.worker.check(token)
-        if step == self.applied_step + 1:
+        self.worker.check(holder)
+        if request.load is not None and request.load != self.applied_load:
+            raise self._other_load(request.load)
+        if request.step == self.applied_step + 1:
             return True
-        if step == self.applied_step and self.last_result is not None:
+        if request.step == self.applied_step and self.last_result is not None:
             return False
-        raise _mismatch("step", expected=self.applied_step + 1, actual=step)
+        raise _mismatch("step", expected=self.applied_step + 1, actual=request.step)
 
-    def admit_load(self, token: int, load: int, step: int | None) -> bool:
+    def admit_load(self, request: LoadRequest, holder: Hold) -> bool:
         """Return True for the next load and False for a replay of the last.
 
         Raises:
-            FencedError, SessionNotFoundError, DataLossError: as `admit_step`.
-            StepMismatchError: neither, or `step` would go back.
+            FencedError, UnavailableError, SessionNotFoundError, DataLossError: as `admit_step`.
+            StepMismatchError: neither, or its step would go back.
         """
-        self.check_open()
-        self._check_undamaged()
-        self.worker.check(token)
-        if load == self.applied_load and load > 0:
+        self.check_epoch(request.epoch)
+        self.check_sound()
+        self.worker.check(holder)
+        if request.load == self.applied_load and request.load > 0:
             return False
-        if load != self.applied_load + 1:
-            raise _mismatch("load", expected=self.applied_load + 1, actual=load)
-        if step is not None and step < self.applied_step:
+        if request.load != self.applied_load + 1:
+            raise _mismatch("load", expected=self.applied_load + 1, actual=request.load)
+        if request.step is not None and request.step < self.applied_step:
             raise StepMismatchError(
-                f"open.step is {step} and the session is at step {self.applied_step}; step numbers never go back: "
-                "load without a step, or into a new session",
+                f"open.step is {request.step} and the session is at step {self.applied_step}; step numbers never go "
+                "back: load without a step, or into a new session",
                 reason=Reason.STEP_SUPERSEDED,
-                metadata={"field": "open.step", "expected_step": self.applied_step, "actual_step": step},
+                metadata={"field": "open.step", "expected_step": self.applied_step, "actual_step": request.step},
             )
         return True
 
-    def commit_step(self, record: StepResult) -> None:
+    def commit_step(self, result: StepResult) -> None:
         """Note an applied step."""
-        self.last_result = record
-        self.applied_step = self._answered = record.step
+        self.last_result = result
+        self.applied_step = self._replied = result.step
 
-    def commit_load(self, load: int, step: int | None, *, parameters: bool) -> None:
-        """Note an applied load; `parameters` says that it brought them."""
-        self.applied_load, self._answered = load, None
-        self.ready = self.ready or parameters
-        if step is not None and step != self.applied_step:
-            self.applied_step, self.last_result = step, None
+    def commit_load(self, request: LoadRequest) -> None:
+        """Note an applied load."""
+        self.applied_load, self._replied = request.load, None
+        self.ready = self.ready or PARAM in request.slots
+        if request.step is not None and request.step != self.applied_step:
+            self.applied_step, self.last_result = request.step, None
 
-    def answered(self, step: int) -> bool:
-        """Tell whether a client that has the answer to `step` has the present parameters."""
-        return step == self._answered
+    def replied(self, step: int) -> bool:
+        """Tell whether a client that has the reply to `step` has the present parameters."""
+        return step == self._replied
 
-    def damaged_by(self, what: str) -> None:
-        """Refuse everything from now on: `what` failed while it was changing the state."""
-        self._damage = what
+    def check_durable(self, durable_step: int) -> None:
+        """Refuse a client that knows a later step to be durable than this server does.
+
+        Raises:
+            DataLossError: DURABLE_STEP_LOST.
+        """
+        if durable_step > self.durable_step:
+            raise DataLossError(
+                f"session {self.session_id} is durable up to step {self.durable_step} here, and the client knows step "
+                f"{durable_step} to be durable; this server has lost steps, so load your own state into a new session",
+                reason=Reason.DURABLE_STEP_LOST,
+                metadata={"durable_step": self.durable_step, "known_durable_step": durable_step},
+            )
+
+    @contextlib.contextmanager
+    def changing(self, what: str, number: int) -> Iterator[None]:
+        """Change the state for a block; if something fails in it, the session refuses everything from then on."""
+        try:
+            yield
+        except BaseException:
+            self._damage = f"{what} {number}"
+            raise
 
     def check_usable(self) -> None:
         """Refuse when there is no sound state to step or read.
@@ -156,6 +187,13 @@ class Ledger:
                 reason=Reason.STALE_EPOCH,
                 metadata={"epoch": self.epoch, "actual_epoch": epoch},
             )
+
+    def _other_load(self, load: int) -> StateChangedError:
+        return StateChangedError(
+            f"the step is for the state of load {load}, and the session's last load is {self.applied_load}; nothing "
+            "was applied, pull the parameters and compute the gradient again",
+            metadata={"load": load, "applied_load": self.applied_load},
+        )
 
     def _check_undamaged(self) -> None:
         if self._damage is not None:

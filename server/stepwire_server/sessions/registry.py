@@ -6,16 +6,17 @@ import contextlib
 import secrets
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
 from stepwire_server.devices.pool import DevicePool
+from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.sessions.client_stream import Attachment
+from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.session import Session
-from stepwire_server.sessions.workers import FIRST_TOKEN
+from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
 
@@ -25,7 +26,7 @@ class Created(NamedTuple):
 
     Attributes:
         session: it.
-        token: of slot 0.
+        token: of the hold of worker 0.
         replayed: the request had created it before.
     """
 
@@ -54,10 +55,12 @@ class Registry:
         max_streams: int,
         step_idle_seconds: float,
         clock: Callable[[], float],
+        sinks: Sequence[CommitSink] = (),
     ) -> None:
-        """Start without sessions."""
+        """Start without sessions; `sinks` are told of each commit."""
         self.pool = pool
         self.clock = clock
+        self._sinks = tuple(sinks)
         self._max_sessions = max_sessions
         self._max_streams = max_streams
         self._step_idle_seconds = step_idle_seconds
@@ -65,8 +68,8 @@ class Registry:
         self._creation = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
-        self._streams: set[Attachment] = set()
-        self._uploads: set[Attachment] = set()
+        self._streams: set[ClientStream] = set()
+        self._uploads: set[ClientStream] = set()
 
     def create(self, request_id: str, config: SessionConfig) -> Created:
         """Create a session, or return the one that this request created before.
@@ -90,9 +93,9 @@ class Registry:
                     reason=Reason.TOO_MANY_SESSIONS,
                     metadata={"max_sessions": self._max_sessions},
                 )
-            engine, budget = self.pool.choose(config.device)
-            session = Session(secrets.token_hex(16), config, engine, budget, epoch=1, clock=self.clock)
-            token = session.take_slot()
+            device = self.pool.choose(config.device)
+            session = Session(secrets.token_hex(16), config, device, epoch=1, clock=self.clock, sinks=self._sinks)
+            token = session.acquire().generation
             with self._lock:
                 self._sessions[session.session_id] = session
                 self._by_request[request_id] = session
@@ -128,13 +131,13 @@ class Registry:
         return session
 
     @contextlib.contextmanager
-    def stream(self, cancel: Callable[[], object]) -> Iterator[Attachment]:
+    def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
         """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
 
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
-        attachment = Attachment(cancel, self.clock())
+        stream = ClientStream(cancel, self.clock())
         with self._lock:
             if len(self._streams) >= self._max_streams:
                 raise ResourceExhaustedError(
@@ -144,12 +147,12 @@ class Registry:
                     metadata={"max_streams": self._max_streams},
                     retry_after_seconds=1.0,
                 )
-            self._streams.add(attachment)
+            self._streams.add(stream)
         try:
-            yield attachment
+            yield stream
         finally:
             with self._lock:
-                self._streams.discard(attachment)
+                self._streams.discard(stream)
 
     @contextlib.contextmanager
     def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
@@ -158,20 +161,20 @@ class Registry:
         The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
         counted as streams, or a server with as many clients as it takes would refuse every load.
         """
-        attachment = Attachment(cancel, self.clock())
-        attachment.in_step = True
+        stream = ClientStream(cancel, self.clock())
+        stream.in_step = True
 
         def seen() -> bool:
-            attachment.last_seen = self.clock()
+            stream.last_seen = self.clock()
             return True
 
         with self._lock:
-            self._uploads.add(attachment)
+            self._uploads.add(stream)
         try:
             yield seen
         finally:
             with self._lock:
-                self._uploads.discard(attachment)
+                self._uploads.discard(stream)
 
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
@@ -211,7 +214,7 @@ class Registry:
                 f"request_id: {request_id!r} created another session before, with another config; use a new id",
                 metadata={"field": "request_id"},
             )
-        return Created(session, FIRST_TOKEN, replayed=True)
+        return Created(session, FIRST_GENERATION, replayed=True)
 
     def _end(self, sessions: list[Session]) -> None:
         with self._lock:

@@ -1,94 +1,88 @@
 """One session: admit a step, stage it, commit it whole or not at all, and answer a replay.
 
-The path of one gradient: `begin` checks who asks and which step it is, and hands out a `GradientStaging` that
-chunks are added to outside the lock. `commit` takes the lock, checks everything again, and only then touches
-the state, range by range, each range's answer being encoded in the same pass that updates it. Once the first
-range is touched the commit runs to its end whatever becomes of the client; what fails there is a broken
-device or a bug, and the session says so for ever after instead of going on half-updated.
+The path of one gradient: `begin` checks the holder and the number, and makes a `Step`. Chunks are added to it outside
+the lock. `commit` acquires the lock, checks everything again, and only then touches the state, range by range. Each
+range's reply is encoded in the same pass that updates it. Once the first range is touched, the commit runs to its end
+whatever becomes of the client. A failure from there on is a broken device or a bug. The session says so for ever after.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
 
 from stepwire.errors import StateChangedError
-from stepwire.optimizers import Hyperparameters
-from stepwire.wire.dtypes import FLOAT32, wire_bytes
-from stepwire_server.devices.budget import MemoryBudget, Reservation
-from stepwire_server.engines.protocol import PARAM, Engine, EngineState, ExportedMemory, HostArray
-from stepwire_server.host.sealed_memory import SharedMemory
+from stepwire_server.devices.pool import Device
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.observability.commits import tell
+from stepwire_server.records.committed import CommitSink, Committed
+from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.session_statistics import SessionStatistics
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.records.step_result import Outcome, StepResult
-from stepwire_server.rules import AVERAGE, Precision
-from stepwire_server.rules.loss_scale import LossScale, after_step
-from stepwire_server.sessions.client_stream import Attachment
+from stepwire_server.records.step_result import StepResult, StepTimes
+from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.ledger import Ledger
+from stepwire_server.sessions.load import Load
+from stepwire_server.sessions.memory import SessionMemory
+from stepwire_server.sessions.state import SessionState
+from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
-from stepwire_server.steps.commit import Commit, initialize
-from stepwire_server.steps.gradient import GradientStaging, StagedChunk
-from stepwire_server.steps.overlap import OverlappedStep, unfinished
-from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, send_parameters
-from stepwire_server.steps.tensor_steps import TensorSteps
-from stepwire_server.steps.update import recipe_for
+from stepwire_server.steps.commit import Commit
+from stepwire_server.steps.gradient import StagedChunk
+from stepwire_server.steps.overlap import unfinished
+from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters
+from stepwire_server.steps.result import Effect, Moment
+from stepwire_server.steps.step import Hold, Step
 
-__all__ = ["ReplyWriter", "Session"]
-
-# Another session's step is over after about as long.
-_STEP_RETRY_SECONDS = 0.1
+__all__ = ["Session"]
 
 
 class Session:
-    """The optimizer state of one model and the record of its last step. Thread-safe."""
+    """The optimizer state of one model and the result of its last step. Thread-safe.
+
+    Attributes:
+        config: the session's config.
+        ledger: its numbers.
+        memory: the memory that it shares with its client.
+        created: the clock reading of its creation.
+        last_used: the clock reading of its last use.
+    """
 
     def __init__(
         self,
         session_id: str,
         config: SessionConfig,
-        engine: Engine,
-        budget: MemoryBudget,
+        device: Device,
         *,
         epoch: int,
         clock: Callable[[], float],
+        sinks: Sequence[CommitSink] = (),
     ) -> None:
         """Reserve, then allocate.
+
+        Args:
+            session_id: 128 random bits in hexadecimal digits.
+            config: the session's config.
+            device: the device that it lives on.
+            epoch: the incarnation of the server.
+            clock: returns seconds.
+            sinks: told of each commit, under the lock.
 
         Raises:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
         self.config = config
         self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero)
-        self.created = self.last_used = clock()
         self._clock = clock
-        self._engine = engine
-        self._budget = budget
         self._lock = threading.Lock()
-        self._prepared: tuple[Any, ...] = (None, None, None)
-        self._progress = TensorSteps(config, [0] * len(config.layout.tensors))
-        self._unfinished: OverlappedStep | None = None
-        self._parameter_memory: SharedMemory | None = None
-        scaling = config.treatment.loss_scaling
-        self._loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
-        state_bytes = engine.state_bytes(config.slots, config.layout.size, config.kept)
-        gradient_bytes = _room_for(config.layout.size, config.gradient_dtype, config.reply_dtype)
-        budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
-        self._memory = budget.reserve(state_bytes, "the session's state")
-        with contextlib.ExitStack() as made:
-            made.callback(self._memory.release)
-            self._state = made.enter_context(
-                contextlib.closing(engine.allocate(config.slots, config.layout.size, config.kept))
-            )
-            initialize(config, self._state)
-            self._prepare(config.groups, config.gradient_dtype, config.reply_dtype)
-            made.pop_all()
+        self._sinks = tuple(sinks)
+        self._loads = 0
+        self._state = SessionState(config, device)
+        self.memory = SessionMemory(self._state, self.ledger, self._lock)
+        self.created = self.last_used = clock()  # after the kernels are compiled: the lease runs from here
 
     @property
     def session_id(self) -> str:
@@ -103,149 +97,170 @@ class Session:
     @property
     def memory_bytes(self) -> int:
         """Bytes reserved for the state."""
-        return self._memory.nbytes
+        return self._state.nbytes
 
     @property
     def device(self) -> str:
-        """Where the state lives."""
-        return self._engine.device.name
+        """The name of the device that the state resides on."""
+        return self._state.device.name
 
     @property
     def depth(self) -> int:
-        """How many chunks of an answer it pays to have asked for before the first is waited for."""
-        return self._state.depth
+        """The chunks of a reply that it pays to have asked for before the first is waited for."""
+        return self._state.arrays.depth
 
     @property
     def loss_scale(self) -> float | None:
-        """What the next gradient must have been multiplied by; None without loss scaling."""
-        return None if self._loss_scale is None else self._loss_scale.scale
+        """The factor that the next gradient must have been multiplied by; None without loss scaling."""
+        scale = self._state.loss_scale
+        return None if scale is None else scale.scale
 
     @property
     def unfinished_step(self) -> int:
         """The step that a broken stream left half applied; 0 for none."""
-        return 0 if self._unfinished is None else self._unfinished.step
+        step = self._state.unfinished
+        return 0 if step is None else step.number
 
     def expired(self, now: float) -> bool:
-        """Tell whether the lease has run out: no stream, and no call for its length."""
-        return not self.ledger.worker.attached and now - self.last_used > self.config.lease_seconds
+        """Tell whether the lease has run out: no stream, no load under way, and no call for its length."""
+        used = self.ledger.worker.attached or self._loads
+        return not used and now - self.last_used > self.config.lease_seconds
 
-    # --- slots -------------------------------------------------------------------------------------------
+    def statistics(self) -> SessionStatistics:
+        """Return the session's numbers at this moment."""
+        ledger = self.ledger
+        return SessionStatistics(
+            ledger.applied_step,
+            ledger.applied_load,
+            self.unfinished_step,
+            self.memory_bytes,
+            ledger.worker.attached,
+            self._loads,
+        )
 
-    def take_slot(self) -> int:
-        """Give slot 0 to a new holder; returns its token."""
+    # --- holds -------------------------------------------------------------------------------------------
+
+    def acquire(self) -> Holder:
+        """Give the worker to a new client, and fence the one before."""
         with self._lock:
-            return self.ledger.worker.take()
+            return self.ledger.worker.acquire()
+
+    def holder_of(self, token: int) -> Holder:
+        """Return the present hold to a call that brings its token.
+
+        Raises:
+            FencedError: the token is not that of the present hold.
+            SessionNotFoundError: the session has ended.
+        """
+        with self._lock:
+            self.ledger.check_open()
+            return self.ledger.worker.holder_of(token)
 
     @contextlib.contextmanager
-    def attached(self, attachment: Attachment, token: int, epoch: int) -> Iterator[int]:
-        """Keep a stream attached for a block; yields its token.
+    def attached(self, stream: ClientStream, token: int, epoch: int, durable_step: int = 0) -> Iterator[Holder]:
+        """Keep a stream attached for a block; yields its hold of the worker.
+
+        Args:
+            stream: the stream.
+            token: of the client's last attach, to go on; 0 acquires the worker from its holder.
+            epoch: the epoch the client knows; 0 skips the check.
+            durable_step: the last step that the client knows to be durable.
 
         Raises:
             FencedError: the token or the epoch is not the newest.
             SessionNotFoundError: the session has ended.
+            DataLossError: the server knows of fewer durable steps than the client.
         """
         with self._lock:
             self.ledger.check_epoch(epoch)
             self.ledger.check_open()
-            held = self.ledger.worker.attach(attachment, token)
+            self.ledger.check_durable(durable_step)
+            worker = self.ledger.worker
+            holder = worker.renew(token, stream) if token else worker.acquire(stream)
         try:
-            yield held
+            yield holder
         finally:
             with self._lock:
-                self.ledger.worker.detach(attachment)
+                worker.detach(stream)
                 self.last_used = self._clock()
 
     # --- steps -------------------------------------------------------------------------------------------
 
-    def begin(self, request: StepRequest, token: int) -> GradientStaging:
-        """Admit a step and make room for its gradient, or for the answer where that is larger.
+    def begin(self, request: StepRequest, holder: Holder, began: float) -> Step:
+        """Admit a step and make room for its gradient, or for the reply where that is larger.
+
+        Args:
+            request: the step as it is asked for.
+            holder: the hold of the worker that it comes under.
+            began: the clock reading of its first message.
 
         Raises:
-            FencedError: the token or the epoch is not the newest.
+            FencedError: the holder or the epoch is not the newest.
+            UnavailableError: a newer stream of the same client holds the worker.
             SessionNotFoundError: the session has ended.
-            SessionNotReadyError: parameters have not been loaded.
+            SessionNotReadyError: parameters have not been loaded, or another step is half applied.
+            StateChangedError: the last load is not the one that the client knows.
             StepMismatchError: neither the next step nor a replay.
             DataLossError: the state is damaged.
             ResourceExhaustedError: no room just now.
         """
         with self._lock:
-            replay = not self._admit(request, token)
-            state = self._state
-            unscale = 1.0 / (request.loss_scale if self._loss_scale is None else self._loss_scale.scale)
-        self._prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
-        gradient_bytes = _room_for(self.config.layout.size, request.gradient_dtype, request.reply_dtype)
-        room = self._budget.reserve(
-            0 if request.shared else gradient_bytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS
-        )
-        active = self.config.without(request.missing)
-        return GradientStaging(
-            request, active, state, room, unscale=unscale, replay=replay, squares=self.config.squares
-        )
+            replay = not self._admit(request, holder)
+            state, unscale = self._state, self._state.unscale(request)
+        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
+        return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began)
 
-    def commit(
-        self, request: StepRequest, staging: GradientStaging, token: int, sink: ReplyWriter, began: float
-    ) -> StepResult:
-        """Apply a staged step, or replay the last one; the parameters go to `sink`.
-
-        Args:
-            request: what `begin` admitted.
-            staging: what `begin` returned.
-            token: as for `begin`.
-            sink: takes the answer.
-            began: clock reading of the step's first frame.
+    def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
+        """Apply a staged step, or replay the last one; the parameters go to `writer`.
 
         Raises:
             InvalidRequestError: the chunks do not cover the space; the state is as before.
             NonFiniteGradientError: under the policy `reject`; the state is as before.
             StepwireError: as `begin`; the state is as before.
         """
-        committed = self._clock()
         with self._lock:
-            if not self._admit(request, token, whole=True):
-                return self._replay(request, sink)
-            if staging.replay:
-                raise _no_replay(request)
-            if request.reply_base is not None and not self.ledger.answered(request.reply_base):
-                request = request._replace(reply_base=None)
-            work = Commit(self.config, request, staging, self._state, self._progress)
-            started = self._clock()
-            skipped = None if work.updates else work.keep(sink)
-            with _Changing(self.ledger, "step", request.step):
-                outcome = skipped or work.apply(sink)
-                times = (committed - began, started - committed, self._clock() - started)
-                return self._finish(request, staging, outcome, times)
+            if not self._admit(step.request, step.holder, whole=True):
+                return self._replay(step.request, writer)
+            if step.replay:
+                raise _no_replay(step.request)
+            if step.request.reply_base is not None and not self.ledger.replied(step.request.reply_base):
+                step.request = step.request._replace(reply_base=None)
+            commit, started = Commit(step, self._state), self._clock()
+            if commit.effect is Effect.SKIPPED:
+                commit.apply(writer)
+            with self.ledger.changing("step", step.request.step):
+                if commit.effect is not Effect.SKIPPED:
+                    commit.apply(writer)
+                self._state.advance(step.gradient, commit.effect)
+                times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
+                return self._committed(step, commit.result(Moment(step.request.step, self.ledger.epoch, times)))
 
-    def stage(self, request: StepRequest, staging: GradientStaging, token: int) -> GradientCheck | None:
-        """Return what a coordinator decides by, before the commit; None where the step is a replay.
+    def check(self, step: Step) -> GradientCheck | None:
+        """Return the facts that a coordinator decides by, before the commit; None where the step is a replay.
 
         Raises:
             StepwireError: as `commit`; the state is as before.
         """
         with self._lock:
-            if not self._admit(request, token, whole=True):
+            if not self._admit(step.request, step.holder, whole=True):
                 return None
-            if staging.replay:
-                raise _no_replay(request)
-            return check_gradient(self.config, request, staging, self._state, self._progress)
+            if step.replay:
+                raise _no_replay(step.request)
+            return check_gradient(step, self._state)
 
-    # --- steps that are applied as they arrive -----------------------------------------------------------
-
-    def apply(
-        self, request: StepRequest, chunk: StagedChunk, token: int, sink: ReplyWriter, answer: ReplyPipeline
-    ) -> None:
-        """Apply a chunk of an overlapped step, unless it has been, and answer it.
+    def apply(self, step: Step, chunk: StagedChunk, reply: ReplyPipeline) -> None:
+        """Apply a chunk of an overlapped step, unless it has been applied, and reply with it.
 
         Raises:
             StepwireError: as `begin`, or it is no longer this step's turn.
         """
         with self._lock:
-            if not self._admit(request, token):
-                raise StateChangedError(f"step {request.step} was committed while it was sent; send it again")
-            self._unfinished = step = self._overlapped(request)
-            with _Changing(self.ledger, "step", request.step):
-                step.apply(chunk, request, sink, answer)
+            self._admit_overlapped(step)
+            overlapped = self._state.unfinished = self._state.overlapped(step.request)
+            with self.ledger.changing("step", step.request.step):
+                overlapped.apply(step, chunk, reply)
 
-    def finish(self, request: StepRequest, staging: GradientStaging, token: int, began: float) -> StepResult:
+    def finish(self, step: Step) -> StepResult:
         """Commit an overlapped step, all of which has been applied.
 
         Raises:
@@ -253,41 +268,38 @@ class Session:
             StepwireError: as `apply`.
         """
         with self._lock:
-            if not self._admit(request, token):
-                raise StateChangedError(f"step {request.step} was committed while it was sent; send it again")
-            outcome = self._overlapped(request).finish(staging)
-            self._unfinished = None
-            now = self._clock()
-            return self._finish(request, staging, outcome, (now - began, 0.0, 0.0))
+            self._admit_overlapped(step)
+            overlapped = self._state.overlapped(step.request)
+            check = overlapped.check(step)
+            self._state.unfinished = None
+            self._state.advance(step.gradient, Effect.UPDATED)
+            times = StepTimes(self._clock() - step.began, 0.0, 0.0)
+            return self._committed(step, overlapped.result(check, Moment(overlapped.number, self.ledger.epoch, times)))
 
-    def _overlapped(self, request: StepRequest) -> OverlappedStep:
-        """Return the step that is half applied, or a new one, of which nothing is yet."""
-        return self._unfinished or OverlappedStep(self.config, request, self._state, self._progress)
-
-    def _admit(self, request: StepRequest, token: int, *, whole: bool = False) -> bool:
+    def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
         self.last_used = self._clock()
-        following = self.ledger.admit_step(request.step, request.epoch, token)
-        if following and self._unfinished is not None:
-            self._unfinished.check_continued_by(request._replace(overlap=request.overlap and not whole))
+        following = self.ledger.admit_step(request, holder)
+        half = self._state.unfinished
+        if following and half is not None:
+            half.check_continued_by(request._replace(overlap=request.overlap and not whole))
         return following
 
-    def _finish(
-        self, request: StepRequest, staging: GradientStaging, outcome: Outcome, times: tuple[float, float, float]
-    ) -> StepResult:
-        """Count the step, and note what it did."""
-        if outcome.updated:
-            self._progress.advance(staging.active)
-        scaling = self.config.treatment.loss_scaling
-        if self._loss_scale is not None and scaling is not None:
-            self._loss_scale = after_step(self._loss_scale, scaling, finite=not outcome.skipped)
-        record = outcome.record(request.step, self.ledger.epoch, self._progress.group_steps(), times, self.loss_scale)
-        self.ledger.commit_step(record)
-        return record
+    def _admit_overlapped(self, step: Step) -> None:
+        if not self._admit(step.request, step.holder):
+            raise StateChangedError(f"step {step.request.step} was committed while it was sent; send it again")
 
-    def _replay(self, request: StepRequest, sink: ReplyWriter) -> StepResult:
+    def _committed(self, step: Step, result: StepResult) -> StepResult:
+        """Note a step that has been applied, and tell the sinks."""
+        self.ledger.commit_step(result)
+        if self._sinks:
+            load, request = self.ledger.applied_load, step.request
+            tell(self._sinks, Committed(self.session_id, step.holder.worker, load, request, result))
+        return result
+
+    def _replay(self, request: StepRequest, writer: ReplyWriter) -> StepResult:
         assert self.ledger.last_result is not None  # that is what made it a replay
-        send_parameters(self._state, self.config.layout, request, sink)
+        reply_parameters(self._state.arrays, self.config.layout, request, writer)
         return self.ledger.last_result.replay()
 
     # --- state in and out --------------------------------------------------------------------------------
@@ -297,14 +309,14 @@ class Session:
 
         Raises:
             SessionNotReadyError, SessionNotFoundError, DataLossError: there is nothing to read.
+            StateChangedError: a step is half applied.
         """
         with self._lock:
             self._check_readable()
-            steps = self._progress.tensor_steps()
-            return Snapshot(self.ledger.applied_step, self.ledger.applied_load, steps, self._loss_scale)
+            return self._state.snapshot(self.ledger.applied_step, self.ledger.applied_load)
 
     def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
-        """Encode a range of a slot as of `snapshot`.
+        """Encode a range of a slot as of `snapshot` into `out`, `(n,)` of a wire dtype.
 
         Raises:
             StateChangedError: a step or a load was committed since.
@@ -318,134 +330,60 @@ class Session:
                     f"{now[1]} during the pull; pull again",
                     metadata={"step": snapshot.step, "applied_step": now[0]},
                 )
-            self._state.read(slot, start, out).wait()
+            self._state.read(slot, start, out)
 
     def _check_readable(self) -> None:
         self.ledger.check_usable()
         self.last_used = self._clock()
-        if self._unfinished is not None:
+        if self._state.unfinished is not None:
             raise StateChangedError(
-                f"step {self._unfinished.step} is half applied; pull when it is finished",
-                metadata={"unfinished_step": self._unfinished.step},
+                f"step {self.unfinished_step} is half applied; pull when it is finished",
+                metadata={"unfinished_step": self.unfinished_step},
             )
 
-    def admit_load(self, token: int, load: int, step: int | None) -> bool:
-        """Return True for the next load and False for a replay of the last.
+    @contextlib.contextmanager
+    def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | None]:
+        """Admit a load and stage it for a block; yields None for a replay of the last.
+
+        While it is on its way, the session's lease does not run.
 
         Raises:
             StepwireError: as `Ledger.admit_load`.
+            ResourceExhaustedError: it does not fit beside the state.
         """
         with self._lock:
             self.last_used = self._clock()
-            return self.ledger.admit_load(token, load, step)
-
-    def stage_load(self, slots: tuple[str, ...]) -> tuple[EngineState, Reservation]:
-        """Allocate room for a load beside the state, so that a broken one changes nothing.
-
-        Raises:
-            ResourceExhaustedError: it does not fit.
-        """
-        held, size = dict.fromkeys(slots, Precision.FLOAT32), self.config.layout.size
-        room = self._budget.reserve(self._engine.state_bytes(held, size), "staging the load")
+            following = self.ledger.admit_load(request, holder)
+            self._loads += 1
         try:
-            return self._engine.allocate(held, size), room
-        except BaseException:
-            room.release()
-            raise
+            if not following:
+                yield None
+                return
+            everything = self.config.everything
+            with Load(request, holder, self._state.stage_load(request.slots), everything) as load:
+                yield load
+        finally:
+            with self._lock:
+                self._loads -= 1
+                self.last_used = self._clock()
 
-    def commit_load(
-        self,
-        staged: EngineState,
-        slots: tuple[str, ...],
-        token: int,
-        load: int,
-        step: int | None,
-        tensor_steps: list[int],
-        loss_scale: LossScale | None = None,
-    ) -> bool:
+    def commit_load(self, load: Load) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.
 
         Raises:
-            StepwireError: as `admit_load`; the state is as before.
+            StepwireError: as `loading`; the state is as before.
         """
+        request = load.request
         with self._lock:
-            if not self.ledger.admit_load(token, load, step):
+            if not self.ledger.admit_load(request, load.holder):
                 return False
-            if self._unfinished is not None and (step is None or set(slots) != set(self.slots)):
-                raise unfinished(self._unfinished.step, "finish it")
-            with _Changing(self.ledger, "load", load):
-                self._state.adopt(staged)
-                if AVERAGE in self.config.slots and PARAM in slots and AVERAGE not in slots and not self.ledger.ready:
-                    self._state.copy(PARAM, AVERAGE)
-                self._state.settle()
-            self._unfinished = None
-            self.ledger.commit_load(load, step, parameters=PARAM in slots)
-            if tensor_steps:
-                self._progress = TensorSteps(self.config, tensor_steps)
-            self._loss_scale = loss_scale or self._loss_scale
+            half = self._state.unfinished
+            if half is not None and (request.step is None or set(request.slots) != set(self.slots)):
+                raise unfinished(half.number, "finish it")
+            with self.ledger.changing("load", request.load):
+                self._state.adopt(load.staged, request, first=not self.ledger.ready)
+                self.ledger.commit_load(request)
             return True
-
-    # --- memory that is shared with the client -----------------------------------------------------------
-
-    def room(self, nbytes: int, purpose: str) -> Reservation:
-        """Reserve memory beside the state.
-
-        Raises:
-            ResourceExhaustedError: it does not fit.
-        """
-        return self._budget.reserve(nbytes, purpose)
-
-    def pin(self, memory: HostArray) -> contextlib.AbstractContextManager[None]:
-        """See `Engine.pin`; no step may be under way in the memory when the block ends."""
-        return self._engine.pin(memory)
-
-    def export(self, nbytes: int) -> ExportedMemory:
-        """See `Engine.export`; the caller has reserved the bytes.
-
-        Raises:
-            UnsupportedFeatureError, ResourceExhaustedError: as there.
-        """
-        return self._engine.export(nbytes)
-
-    def moved_parameters(self) -> SharedMemory | None:
-        """Return the memory that the parameters were moved to, for the caller to close; None if they were not.
-
-        Raises:
-            SessionNotFoundError, DataLossError: there is no sound state.
-            OSError: the system has no descriptors left.
-        """
-        with self._lock:
-            self.ledger.check_sound()
-            return None if self._parameter_memory is None else self._parameter_memory.duplicate()
-
-    def move_parameters(self, memory: SharedMemory) -> bool:
-        """Hold the parameters in `memory` for the rest of the session's life, and close it then.
-
-        Returns:
-            False where they cannot lie in memory of the host, or lie in such memory already; nothing has changed then.
-
-        Raises:
-            SessionNotFoundError, DataLossError: there is no sound state to move.
-        """
-        with self._lock:
-            self.ledger.check_sound()
-            if self._parameter_memory is not None:
-                return False
-            self._prepare(self.config.groups, self.config.gradient_dtype, None)  # steps will have no answer
-            if not self._state.move(PARAM, memory.array(FLOAT32, self.config.layout.size)):
-                return False
-            self._parameter_memory = memory
-            return True
-
-    def read_parameters(self, out: HostArray) -> None:
-        """Encode the present parameters, be there any or not, into `out`, `(size,)` of a wire dtype.
-
-        Raises:
-            SessionNotFoundError, DataLossError: there is no sound state to read.
-        """
-        with self._lock:
-            self.ledger.check_sound()
-            self._state.read(PARAM, 0, out).wait()
 
     # --- end of life -------------------------------------------------------------------------------------
 
@@ -455,49 +393,8 @@ class Session:
             if not self.ledger.closed:
                 self.ledger.closed = True
                 self.ledger.worker.orphan()
-                try:
-                    self._state.close()
-                finally:
-                    self._memory.release()
-                    if self._parameter_memory is not None:
-                        self._parameter_memory.close()
-
-    def _prepare(
-        self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
-    ) -> None:
-        """Compile what a step needs, unless the step before needed the same."""
-        if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
-            return
-        for hyper in groups:
-            self._engine.prepare(recipe_for(self.config, hyper), gradient, reply)
-        self._prepared = (groups, gradient, reply)
-
-
-class _Changing:
-    """Says that the state is damaged if something fails in a block that changes it."""
-
-    __slots__ = ("_ledger", "_number", "_what")
-
-    def __init__(self, ledger: Ledger, what: str, number: int) -> None:
-        self._ledger = ledger
-        self._what = what
-        self._number = number
-
-    def __enter__(self) -> None:
-        """Change the state from here on."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._ledger.damaged_by(f"{self._what} {self._number}")
+                self._state.close()
 
 
 def _no_replay(request: StepRequest) -> StateChangedError:
     return StateChangedError(f"step {request.step} was a replay when it began and is not now; send it again")
-
-
-@functools.lru_cache(256)
-def _room_for(size: int, gradient: np.dtype[Any], reply: np.dtype[Any]) -> int:
-    """Return the bytes that a step takes at its peak: its gradient, or its answer where that is larger."""
-    return max(wire_bytes(gradient, size), wire_bytes(reply, size))

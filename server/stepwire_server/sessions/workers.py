@@ -1,87 +1,134 @@
-"""A worker slot: who may step a session now, and which streams still think they may.
+"""The workers of a session: the client that may step it now, and streams that still believe they may.
 
-Every taking of the slot gives out the next token, so a token tells its age: the newest is the holder's, an
-older one is fenced (Kleppmann's fencing token). The holder may attach again with its token after a broken
-connection. What a displaced stream tries next is refused by its token, with the reason; one that stays silent
-is cancelled by the registry's sweep, and a slot keeps no more than one of those waiting.
+A hold of a worker is an object, and a step keeps the one that it began under. The session compares it by identity at
+the moment of the commit, so nothing commits that began under an older hold, whatever brings it: a stream, a unary call
+or a load. Each hold has the next generation, which travels as the `attach_token` (Kleppmann's fencing token).
+
+A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be
+on their way, and must not act on the client's next steps. The answer with the new token may be lost as well. So older
+tokens of the same client attach until the client has shown that it knows the newest.
 """
 
 from __future__ import annotations
 
-from stepwire.errors import FencedError, Reason
-from stepwire_server.sessions.client_stream import Attachment
+from stepwire.errors import FencedError, Reason, UnavailableError
+from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.steps.step import Hold
 
-__all__ = ["FIRST_TOKEN", "Worker"]
+__all__ = ["FIRST_GENERATION", "Holder", "Worker"]
 
-FIRST_TOKEN = 1
-"""What the first taking of a slot gives out."""
+FIRST_GENERATION = 1
+"""The generation of a worker's first hold."""
+
+
+class Holder:
+    """One hold of a worker. Compared by identity.
+
+    Attributes:
+        worker: the worker's number.
+        generation: the number of the hold; the client's `attach_token`.
+        acquired: the generation in which this client took the worker from another one.
+        stream: the attached stream; None where calls alone step.
+    """
+
+    __slots__ = ("acquired", "generation", "stream", "worker")
+
+    def __init__(self, worker: int, generation: int, acquired: int, stream: ClientStream | None) -> None:
+        """Describe a hold."""
+        self.worker = worker
+        self.generation = generation
+        self.acquired = acquired
+        self.stream = stream
 
 
 class Worker:
-    """Worker `index` of a session. The session serialises its calls."""
+    """One worker of a session. The session serialises its calls."""
 
     def __init__(self, index: int) -> None:
-        """Start unheld; the first taking gets token 1."""
+        """Start without a holder; the first hold has generation 1."""
         self.index = index
-        self.token = 0
-        self._stream: Attachment | None = None
-        self._displaced: Attachment | None = None
+        self.holder = Holder(index, 0, 0, None)
+        self._known = 0  # the newest generation that the client has shown to know
+        self._displaced: ClientStream | None = None
 
     @property
     def attached(self) -> bool:
         """A stream is attached."""
-        return self._stream is not None
+        return self.holder.stream is not None
 
-    def take(self) -> int:
-        """Give the slot to a new holder and fence the one before."""
-        self.token += 1
-        return self.token
+    def acquire(self, stream: ClientStream | None = None) -> Holder:
+        """Give the worker to a new client and fence the one before."""
+        generation = self.holder.generation + 1
+        self._known = generation
+        return self._hold(generation, generation, stream)
 
-    def check(self, token: int) -> None:
-        """Refuse everyone but the holder.
-
-        Raises:
-            FencedError: the token is not the newest.
-        """
-        if token != self.token:
-            raise FencedError(
-                f"worker {self.index} is held by another client (token {token}, now {self.token}); attach "
-                "without a token to acquire it again",
-                reason=Reason.FENCED,
-                metadata={"worker": self.index, "token": token, "current_token": self.token},
-            )
-
-    def attach(self, attachment: Attachment, token: int) -> int:
-        """Attach a stream: token 0 takes the slot, another must be the holder's. Returns the holder's token.
+    def renew(self, token: int, stream: ClientStream) -> Holder:
+        """Give the worker to a new stream of the client that holds it.
 
         Raises:
-            FencedError: the token is not the newest.
+            FencedError: another client holds the worker, or a newer attach of this one has been used.
         """
-        if token:
-            self.check(token)
-        else:
-            self.take()
-        attachment.token = self.token
-        self._displace()
-        self._stream = attachment
-        return self.token
+        if not self._known <= token <= self.holder.generation or not token:
+            raise self._fenced(token)
+        return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
 
-    def detach(self, attachment: Attachment) -> None:
+    def holder_of(self, token: int) -> Holder:
+        """Return the present hold to a call that brings its token.
+
+        Raises:
+            FencedError: the token is not that of the present hold.
+        """
+        if token != self.holder.generation or not token:
+            raise self._fenced(token)
+        self._known = token
+        return self.holder
+
+    def check(self, holder: Hold) -> None:
+        """Refuse everybody but the present holder.
+
+        Raises:
+            FencedError: another client holds the worker.
+            UnavailableError: a newer stream of the same client does.
+        """
+        if holder is self.holder:
+            self._known = holder.generation
+            return
+        if holder.acquired != self.holder.acquired:
+            raise self._fenced(holder.generation)
+        raise UnavailableError(
+            f"worker {self.index} is held by a newer stream of this client (generation {holder.generation}, now "
+            f"{self.holder.generation}); nothing was applied, attach again to go on",
+            reason=Reason.STREAM_DISPLACED,
+            metadata={"worker": self.index, "token": holder.generation, "current_token": self.holder.generation},
+        )
+
+    def detach(self, stream: ClientStream) -> None:
         """Forget a stream that has ended."""
-        if self._stream is attachment:
-            self._stream = None
-        if self._displaced is attachment:
+        if self.holder.stream is stream:
+            self.holder.stream = None
+        if self._displaced is stream:
             self._displaced = None
 
     def orphan(self) -> None:
         """Leave the stream to find out that the session is gone."""
-        if self._stream is not None:
-            self._stream.orphaned = True
+        if self.holder.stream is not None:
+            self.holder.stream.orphaned = True
 
-    def _displace(self) -> None:
-        if self._stream is None:
-            return
-        if self._displaced is not None:
-            self._displaced.cancel()
-        self._displaced = self._stream
-        self._displaced.orphaned = True
+    def _hold(self, generation: int, acquired: int, stream: ClientStream | None) -> Holder:
+        """Make a hold; a silent stream of an older one is cancelled by the sweep, and no more than one waits for it."""
+        if (former := self.holder.stream) is not None:
+            if self._displaced is not None:
+                self._displaced.cancel()
+            self._displaced = former
+            former.orphaned = True
+        self.holder = Holder(self.index, generation, acquired, stream)
+        return self.holder
+
+    def _fenced(self, token: int) -> FencedError:
+        current = self.holder.generation
+        return FencedError(
+            f"worker {self.index} is held by another client (token {token}, now {current}); attach without a token "
+            "to acquire it again",
+            reason=Reason.FENCED,
+            metadata={"worker": self.index, "token": token, "current_token": current},
+        )

@@ -1,3 +1,3 @@
-"""Memory that the server shares with processes on its host, and how they get hold of it. Knows no gRPC."""
+"""Memory that the server shares with processes on its host, and the handoff of that memory. Independent of gRPC."""
 
 __all__: list[str] = []

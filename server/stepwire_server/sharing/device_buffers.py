@@ -1,8 +1,8 @@
-"""What one attached stream shares with its client on a GPU: one allocation, the gradient and the parameters behind it.
+"""The memory of one attached stream on a GPU: one allocation with the gradient, followed by the parameters.
 
-Nobody but the client can unmap it there, and to free it before is undefined behaviour of CUDA. So it ends when both
-have ended: the stream, and the client's connection to the handoff, which the kernel closes with the process. Unverified
-on a GPU.
+Only the client can unmap its memory, and CUDA does not define a free before that. So the memory ends once both the
+stream and the client's handoff connection have ended. The kernel closes the connection with the process. Unverified on
+a GPU.
 """
 
 from __future__ import annotations
@@ -27,35 +27,39 @@ _NOTHING: Final = np.empty(0, np.uint8)
 
 
 class Lender(Protocol):
-    """Who sees to the end of memory that clients may still map."""
+    """The owner of memory that clients may still map after their stream."""
 
     def keep(self, memory: DeviceBuffers) -> None:
-        """The stream has ended, and its client has not."""
+        """Keep memory after the end of its stream, until its client has ended."""
         ...
 
     def give_back(self, memory: DeviceBuffers) -> None:
-        """The client of memory that was kept has ended; must not wait for anything."""
+        """Free kept memory after the end of its client. The call must not wait."""
         ...
 
 
 class DeviceBuffers:
-    """The memory of one stream on a GPU, accounted for until nobody uses it; a `StreamMemory` and an `Offer`.
+    """The memory of one stream on a GPU, in the budget until its last use; a `StreamMemory` and an `Offer`.
 
     Closes twice without complaint.
 
     Attributes:
-        session_id: of the session.
+        session_id: the id of the session.
     """
 
     in_place = False
     on_device = True
 
     def __init__(self, session: Session, lender: Lender) -> None:
-        """Make it, and put the present parameters there.
+        """Allocate the memory, and copy the present parameters into it.
+
+        Args:
+            session: the session.
+            lender: the owner of the memory after the stream.
 
         Raises:
-            UnsupportedFeatureError: the session's device shares no memory; the message says why.
-            ResourceExhaustedError: the budget or the device has no room.
+            UnsupportedFeatureError: the session's device shares no memory; the message has the reason.
+            ResourceExhaustedError: the budget or the device has too little memory.
             SessionNotFoundError, DataLossError: there is no sound session.
         """
         config = session.config
@@ -64,17 +68,17 @@ class DeviceBuffers:
         self.gradient_bytes = in_pages(wire_bytes(gradient, size))
         self.parameter_bytes = in_pages(size * reply.itemsize)
         nbytes = -(-(self.gradient_bytes + self.parameter_bytes) // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
-        with contextlib.ExitStack() as held:
-            held.enter_context(session.room(nbytes, "the device memory that is shared with the client"))
-            self._memory = held.enter_context(contextlib.closing(session.export(nbytes)))
+        with contextlib.ExitStack() as resources:
+            resources.enter_context(session.memory.room(nbytes, "the device memory that is shared with the client"))
+            self._memory = resources.enter_context(contextlib.closing(session.memory.export(nbytes)))
             self.gradient: Any = self._memory.array(0, gradient, wire_items(gradient, size))
             self.parameters: Any = self._memory.array(self.gradient_bytes, reply, size)
-            session.read_parameters(self.parameters)
-            self._held = held.pop_all()
+            session.memory.read_parameters(self.parameters)
+            self._resources = resources.pop_all()
         self._lender = lender
         self._lock = threading.Lock()  # of the three below
         self._ended = False
-        self._handed = False
+        self._fetched = False
         self._released = False
 
     def check(self, pattern: bytes) -> bytes | None:
@@ -84,13 +88,13 @@ class DeviceBuffers:
         return self._memory.read(self.gradient_bytes, len(pattern))
 
     def descriptors(self) -> Sequence[int]:
-        """See `Offer`: there are none."""
+        """See `Offer`: device memory has no descriptors."""
         return ()
 
     def response(self) -> transport_pb2.HandoffResponse:
-        """See `Offer`. From now on a client may map it."""
+        """See `Offer`. A client may map the memory from now on."""
         with self._lock:
-            self._handed = True
+            self._fetched = True
         return transport_pb2.HandoffResponse(
             cuda_ipc_handle=self._memory.handle, cuda_device_uuid=self._memory.device_uuid
         )
@@ -99,23 +103,23 @@ class DeviceBuffers:
         """See `Offer`."""
         with self._lock:
             self._released = True
-            kept = self._ended
-        if kept:
+            mapped = self._ended
+        if mapped:
             self._lender.give_back(self)
 
     def close(self) -> None:
-        """The stream has ended, and nobody can fetch it any more: free it, or keep it for who has."""
+        """Free the memory at the end of the stream, or keep it for a client that maps it."""
         self.gradient = self.parameters = _NOTHING
         with self._lock:
             if self._ended:
                 return
             self._ended = True
-            kept = self._handed and not self._released
-            if kept:  # under the lock: nobody gives back what has yet to be kept
+            mapped = self._fetched and not self._released
+            if mapped:  # under the lock: `released` cannot give the memory back before it is kept
                 self._lender.keep(self)
-        if not kept:
+        if not mapped:
             self.free()
 
     def free(self) -> None:
-        """Give the memory back; freeing twice is harmless."""
-        self._held.close()
+        """Free the memory and its reservation; freeing twice is harmless."""
+        self._resources.close()

@@ -1,8 +1,8 @@
-"""Hands memory over to processes of this host, each piece once, to who has its token and is the right user.
+"""The handoff of memory to processes of this host: once for each offer, to the right user with the right token.
 
-One thread serves the socket and never waits for a client: connections are few, each has until its deadline to send the
-one datagram that it may send, and answers are small enough for an empty socket. After the handoff the connection stays
-open, as the sign that the process uses the memory: the kernel closes it when the process dies, however it dies.
+One thread serves the socket and never waits for a client. Connections are few, each has a deadline for its only
+datagram, and a reply is small enough for an empty socket. The connection stays open after the handoff, as the sign that
+the process uses the memory. The kernel closes the connection with the process, after any kind of death.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ _PAUSE_SECONDS: Final = 1.0
 
 
 class Offer(Protocol):
-    """What waits to be fetched. Called in the thread of the server, so nothing here may wait for anything."""
+    """Memory that waits for a client. The methods run in the thread of the server, so none of them may wait."""
 
     def descriptors(self) -> Sequence[int]:
         """Return the descriptors that go with the response."""
         ...
 
     def response(self) -> transport_pb2.HandoffResponse:
-        """Return what goes with the descriptors."""
+        """Return the message that goes with the descriptors."""
         ...
 
     def released(self) -> None:
-        """The process that fetched it has closed its connection, has died, or was dropped."""
+        """Note that the client of the offer has closed its connection, has died, or was dropped."""
         ...
 
 
 class HandoffStatistics(NamedTuple):
-    """What a server is doing.
+    """The state of a handoff server.
 
     Attributes:
-        offers: not fetched yet.
-        waiting: connections that were silent so far.
-        holding: connections that have fetched.
-        accepting: new connections are taken; not while descriptors are short.
+        offers: the number of offers that wait for their client.
+        waiting: the number of connections without a request so far.
+        fetched: the number of connections that have fetched their memory.
+        accepting: True if new connections are accepted; False during a shortage of descriptors.
     """
 
     offers: int
     waiting: int
-    holding: int
+    fetched: int
     accepting: bool
 
 
 class _Connection:
-    """One client. `deadline` ends its silence; `offer` is what it has fetched."""
+    """One client, with the deadline of its request and the offer that it has fetched."""
 
     def __init__(self, end: socket.socket, uid: int, deadline: float) -> None:
         self.end = end
@@ -78,7 +78,7 @@ class _Connection:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return the user of the process that connected, as the kernel noted it then."""
+    """Return the user of the process at the other end, as the kernel noted the user at the connection."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
 
@@ -87,7 +87,7 @@ class HandoffServer:
     """Serves one listening socket. Thread-safe. A context manager; closes twice without complaint.
 
     Attributes:
-        path: where clients connect.
+        path: the path of the socket.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class HandoffServer:
         clock: Callable[[], float] = time.monotonic,
         uid_of: Callable[[socket.socket], int] = peer_uid,
     ) -> None:
-        """Take over a socket; nothing is served before `start`.
+        """Own a listening socket from now on; nothing is served before `start`.
 
         Args:
-            path: where it listens.
-            listener: of type SOCK_SEQPACKET.
-            uids: users that may fetch.
-            refusal: puts an error into a message.
-            clock: what deadlines go by, in seconds.
-            uid_of: tells the user at the other end.
+            path: the path of the socket.
+            listener: the socket, of type SOCK_SEQPACKET.
+            uids: the users that may fetch memory.
+            refusal: a function that returns the message of an error.
+            clock: the clock of deadlines, in seconds.
+            uid_of: a function that returns the user at the other end of a connection.
         """
         self.path = path
         self._listener = listener
@@ -119,7 +119,7 @@ class HandoffServer:
         self._lock = threading.Lock()  # of everything below
         self._offers: dict[bytes, Offer] = {}
         self._waiting: collections.OrderedDict[_Connection, None] = collections.OrderedDict()
-        self._holding: dict[bytes, _Connection] = {}
+        self._fetched: dict[bytes, _Connection] = {}
         self._accepts_from = 0.0
         self._closed = False
         self._waker, self._woken = socket.socketpair()
@@ -131,34 +131,34 @@ class HandoffServer:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def start(self) -> None:
-        """Serve."""
+        """Start the thread."""
         self._thread.start()
 
     def offer(self, offer: Offer) -> bytes:
-        """Await a client for something; returns the token that it needs."""
+        """Offer memory to a client; return the token that the client needs."""
         token = secrets.token_bytes(_TOKEN_BYTES)
         with self._lock:
             self._offers[token] = offer
         return token
 
     def withdraw(self, token: bytes) -> None:
-        """Hand it to nobody any more; who has fetched it keeps its connection."""
+        """Withdraw an offer; a client that has fetched its memory keeps the connection."""
         with self._lock:
             self._offers.pop(token, None)
 
     def drop(self, token: bytes) -> None:
-        """Withdraw it, and end the connection of who has fetched it."""
+        """Withdraw an offer, and end the connection of a client that has fetched its memory."""
         with self._lock:
             self._offers.pop(token, None)
-            if (connection := self._holding.get(token)) is not None:
-                with contextlib.suppress(OSError):  # the thread sees the end, and does the rest
+            if (connection := self._fetched.get(token)) is not None:
+                with contextlib.suppress(OSError):  # the thread notices the end, and does the rest
                     connection.end.shutdown(socket.SHUT_RDWR)
 
     def statistics(self) -> HandoffStatistics:
-        """Tell what the server is doing."""
+        """Return the state of the server."""
         with self._lock:
             accepting = not self._accepts_from
-            return HandoffStatistics(len(self._offers), len(self._waiting), len(self._holding), accepting)
+            return HandoffStatistics(len(self._offers), len(self._waiting), len(self._fetched), accepting)
 
     def close(self) -> None:
         """End every connection, and the thread."""
@@ -169,7 +169,7 @@ class HandoffServer:
         self._waker.send(b"x")
         if self._thread.ident is not None:
             self._thread.join()
-        for connection in [*self._waiting, *self._holding.values()]:
+        for connection in [*self._waiting, *self._fetched.values()]:
             self._end(connection)
         self._selector.close()
         for end in (self._listener, self._waker, self._woken):
@@ -190,17 +190,17 @@ class HandoffServer:
 
     def _run(self) -> None:
         while not self._closed:
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._seconds_until_deadline()):
                 key.data()
-            self._look_at_the_clock()
+            self._apply_deadlines()
 
-    def _patience(self) -> float | None:
-        moments = [connection.deadline for connection in self._waiting]
+    def _seconds_until_deadline(self) -> float | None:
+        deadlines = [connection.deadline for connection in self._waiting]
         if self._accepts_from:
-            moments.append(self._accepts_from)
-        return max(min(moments) - self._clock(), 0.0) if moments else None
+            deadlines.append(self._accepts_from)
+        return max(min(deadlines) - self._clock(), 0.0) if deadlines else None
 
-    def _look_at_the_clock(self) -> None:
+    def _apply_deadlines(self) -> None:
         now = self._clock()
         for connection in [connection for connection in self._waiting if connection.deadline <= now]:
             self._end(connection)
@@ -213,7 +213,7 @@ class HandoffServer:
             end, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError:  # no descriptors: the listener would be ready again at once, and again
+        except OSError:  # no descriptors: the listener would stay ready, and the loop would spin
             self._selector.unregister(self._listener)
             self._accepts_from = self._clock() + _PAUSE_SECONDS
             return
@@ -223,7 +223,7 @@ class HandoffServer:
         except OSError:
             end.close()
             return
-        # The longest silence makes room: an honest client sends as soon as it has connected.
+        # The connection with the longest silence is ended: an honest client sends at once after it has connected.
         if len(self._waiting) >= _MOST_WAITING:
             self._end(next(iter(self._waiting)))
         with self._lock:
@@ -231,7 +231,7 @@ class HandoffServer:
         self._selector.register(end, selectors.EVENT_READ, functools.partial(self._read, connection))
 
     def _read(self, connection: _Connection) -> None:
-        if connection.end.fileno() < 0:  # ended since it became ready
+        if connection.end.fileno() < 0:  # ended after it became ready
             return
         try:
             request = connection.end.recv(_LARGEST_REQUEST)
@@ -239,16 +239,16 @@ class HandoffServer:
             return
         except OSError:
             request = b""
-        if not request or connection.offer is not None or not self._answer(connection, request):
+        if not request or connection.offer is not None or not self._reply(connection, request):
             self._end(connection)
 
-    def _answer(self, connection: _Connection, request: bytes) -> bool:
-        """Answer a request; False if the connection is over then."""
+    def _reply(self, connection: _Connection, request: bytes) -> bool:
+        """Reply to a request; return False if the connection ends."""
         try:
             token = transport_pb2.HandoffRequest.FromString(request).token
         except DecodeError:
             token = b""
-        # Under the lock, so that nothing is withdrawn, and its descriptors closed, while it is being sent.
+        # Under the lock, so that no offer is withdrawn, and its descriptors closed, during the send.
         with self._lock:
             if connection.uid not in self._uids:
                 return self._refuse(connection, _wrong_user(connection.uid))
@@ -257,10 +257,10 @@ class HandoffServer:
             connection.token, connection.offer = token, offer
             try:
                 _send(connection.end, offer.response(), offer.descriptors())
-            except OSError:  # gone already, and what it would have fetched is used up
+            except OSError:  # the client is gone, and the offer is used up
                 return False
             del self._waiting[connection]
-            self._holding[token] = connection
+            self._fetched[token] = connection
             return True
 
     def _refuse(self, connection: _Connection, error: StepwireError) -> bool:
@@ -271,7 +271,7 @@ class HandoffServer:
     def _end(self, connection: _Connection) -> None:
         with self._lock:
             self._waiting.pop(connection, None)
-            self._holding.pop(connection.token, None)
+            self._fetched.pop(connection.token, None)
             self._selector.unregister(connection.end)
             connection.end.close()
         if connection.offer is not None:
@@ -288,8 +288,8 @@ def _send(end: socket.socket, response: transport_pb2.HandoffResponse, descripto
 
 def _wrong_user(uid: int) -> PermissionDeniedError:
     return PermissionDeniedError(
-        f"memory is shared with processes of the server's own user, and this one is of uid {uid}; run both as one "
-        "user, or start the server with --handoff-uids",
+        f"memory is shared with processes of the server's user, and this one is of uid {uid}. Run both as one user, "
+        "or start the server with --handoff-uids",
         metadata={"uid": uid},
     )
 

@@ -1,4 +1,4 @@
-"""The Unix socket that hands memory over: where it lies, and who can reach it."""
+"""The Unix socket of the handoff: its path and its permissions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
-__all__ = ["HandoffListener"]
+from stepwire_server.config import ENVIRONMENT
+
+__all__ = ["HandoffSocket"]
 
 _NAME: Final = "handoff.sock"
 _BACKLOG: Final = 128
 
 
-class HandoffListener:
-    """A listening SOCK_SEQPACKET socket and what it leaves on the disk until `close`. Closes twice without complaint.
+class HandoffSocket:
+    """A listening SOCK_SEQPACKET socket, with its path on the disk until `close`. Closes twice without complaint.
 
-    Everybody who can connect is checked by the kernel's word for their user, so the permissions are a second wall: they
-    shut out all other users, unless some were named who would not get to the socket otherwise.
+    The handoff server checks the user of every connection, as the kernel reports the user. The permissions are a second
+    wall: they shut out all other users, unless the server's settings name users that may connect.
 
     Attributes:
-        path: where it listens.
-        socket: closed by whom it is given to.
+        path: the path of the socket.
+        socket: the socket; its user closes it.
     """
 
     def __init__(
@@ -34,13 +36,13 @@ class HandoffListener:
         """Listen.
 
         Args:
-            path: where; empty for a private folder under `$XDG_RUNTIME_DIR` or the folder for temporary files.
-            claim: makes room for a socket that is bound in its block, for this user alone.
+            path: the path; empty for a private folder under `$XDG_RUNTIME_DIR` or the folder for temporary files.
+            claim: a context manager that claims the path for this user alone; the socket is bound in its block.
             uids: other users that may connect.
 
         Raises:
-            OSError: there is no such folder, or no room in it.
-            InvalidRequestError: the path is taken.
+            OSError: the folder does not exist, or the disk is full.
+            InvalidRequestError: the path is in use.
         """
         self._folder = None if path else _private_folder(uids)
         self._removed = False
@@ -58,7 +60,7 @@ class HandoffListener:
             raise
 
     def close(self) -> None:
-        """Remove the socket from the disk, while it still listens: nobody puts another in the place of a live one."""
+        """Remove the path from the disk before the socket is closed: no other server replaces a live socket."""
         if not self._removed:
             self._removed = True
             pathlib.Path(self.path).unlink(missing_ok=True)
@@ -70,8 +72,8 @@ class HandoffListener:
 
 
 def _private_folder(uids: Sequence[int]) -> str:
-    """Make a folder of mode 0700; one that other named users can go through has 0711."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    """Return a new folder of mode 0700; of mode 0711 with other users, so that they reach the socket in it."""
+    runtime = ENVIRONMENT.get("XDG_RUNTIME_DIR", "")
     # The folder of this user's session is closed to all others.
     usable = runtime and not uids and os.access(runtime, os.W_OK | os.X_OK)
     folder = tempfile.mkdtemp(prefix="stepwire-", dir=runtime if usable else None)

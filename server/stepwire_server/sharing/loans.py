@@ -1,4 +1,4 @@
-"""Device memory whose stream has ended and whose client has not closed it yet: bounded, accounted for, and freed."""
+"""Device memory that clients have not closed after their streams: bounded, in the budget, and freed in the end."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ _END_SECONDS: Final = 2.0
 
 
 class Loans:
-    """What clients may still map after their streams; a `Lender`. Thread-safe. Closes twice without complaint.
+    """Memory that clients may still map after their streams; a `Lender`. Thread-safe. Closes twice without complaint.
 
-    A client closes its memory when it notices that its stream has ended, at its next step, or when it ends itself; and
-    it keeps it for as long as its program holds an array in it. Each loan is part of a device's budget until then.
+    A client notices the end of its stream at its next step, and closes its memory then, or at its own end. Until then
+    the client's program may have arrays of the memory, and each loan is in a device's budget.
     """
 
     def __init__(self, most_kept: int = _MOST_KEPT) -> None:
-        """Keep at most `most_kept`; while there are as many, nothing new is lent."""
+        """Keep at most `most_kept` loans; no new memory is lent beyond that number."""
         self._most_kept = most_kept
         self._kept: list[DeviceBuffers] = []
         self._changed = threading.Condition()
         self._closed = False
-        # Freeing waits for the device, and who hears of the end of a client may not wait.
+        # Freeing waits for the device, and the thread that notices the end of a client may not wait.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device-memory")
 
     def __len__(self) -> int:
-        """Count what is kept."""
+        """Return the number of kept loans."""
         with self._changed:
             return len(self._kept)
 
     def check_room(self) -> None:
-        """Refuse to lend while too much is kept.
+        """Refuse to lend if too many loans are kept.
 
         Raises:
-            ResourceExhaustedError: it is.
+            ResourceExhaustedError: too many loans are kept.
         """
         with self._changed:
             if len(self._kept) >= self._most_kept:
                 raise ResourceExhaustedError(
-                    f"{len(self._kept)} clients whose streams have ended still map device memory; end them, or have "
-                    "them detach their sessions and drop the arrays that they made of it",
+                    f"{len(self._kept)} clients still map device memory after the end of their streams; end them, or "
+                    "detach their sessions and delete their arrays of device memory",
                     reason=Reason.MEMORY_EXHAUSTED,
                     metadata={"kept": len(self._kept)},
                 )
@@ -67,7 +67,7 @@ class Loans:
                 self._worker.submit(self._free, memory)
 
     def close(self, seconds: float = _END_SECONDS) -> None:
-        """Give clients a moment to close what they map, and free the rest: the process ends, and its memory with it."""
+        """Wait a moment for clients to close their memory, and free the rest, before the process and its memory end."""
         with self._changed:
             self._changed.wait_for(lambda: not self._kept, 0.0 if self._closed else seconds)
             self._closed = True
@@ -79,7 +79,7 @@ class Loans:
 
     def _free(self, memory: DeviceBuffers) -> None:
         with self._changed:
-            if memory not in self._kept:  # closed meanwhile, and freed there
+            if memory not in self._kept:  # `close` has freed it
                 return
         try:
             memory.free()

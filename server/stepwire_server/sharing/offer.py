@@ -1,4 +1,4 @@
-"""Offers shared memory to a client that attaches, or says why there is none."""
+"""The offer of shared memory to a client that attaches, or the reason for none."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from stepwire.wire.dtypes import dtype_to_wire
 from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 from stepwire_server.sharing.handoff import HandoffServer
-from stepwire_server.sharing.host_buffers import SharedBuffers
+from stepwire_server.sharing.host_buffers import HostBuffers
 from stepwire_server.sharing.loans import Loans
 from stepwire_server.sharing.shared_step import StreamMemory
 
-__all__ = ["Shared", "Sharing"]
+__all__ = ["Sharing", "StreamTransport"]
 
 _log = structlog.get_logger()
 
-# Of one client: each memory has one to hand out and one of its mapping, parameters in place one more, and there is the
-# connection.
+# The descriptors of one client: two for each memory (the offered one and the mapping), one more for parameters in
+# place, and the connection.
 _DESCRIPTORS: Final = 6
 
 
-class Shared(NamedTuple):
-    """How the bulk data of one stream travels.
+class StreamTransport(NamedTuple):
+    """The transport of one stream's bulk data.
 
     Attributes:
-        transport: in use.
-        reason: why not the one that was asked for; empty if it is.
-        handoff: where the client fetches the memory, if there is any.
-        buffers: the memory, if there is any; its arrays are gone when the stream has ended.
+        transport: the transport in use.
+        reason: the reason for another transport than the requested one; empty if there is none.
+        handoff: the message with which the client fetches the memory; None without shared memory.
+        buffers: the memory; None without shared memory. The arrays end with the stream.
     """
 
     transport: transport_pb2.Transport
@@ -46,23 +46,23 @@ class Shared(NamedTuple):
 
 
 class Sharing:
-    """What a server shares with clients on its host.
+    """The memory that a server shares with clients on its host.
 
     Attributes:
-        off: why it shares no memory of the host; empty where it does.
-        device_off: why it shares no memory of its devices; empty where it does.
+        off: the reason why the server shares no host memory; empty if it shares host memory.
+        device_off: the reason why the server shares no device memory; empty if it shares device memory.
     """
 
     def __init__(
         self, handoff: HandoffServer | None, off: str = "", device_off: str = "", loans: Loans | None = None
     ) -> None:
-        """Hand memory over through a server, or say why there is none.
+        """Offer memory through a handoff server, or keep the reason for none.
 
         Args:
-            handoff: hands over; None where nothing is.
-            off: why no memory of the host is shared; empty where it is.
-            device_off: why no memory of devices is; empty where it is.
-            loans: of device memory, where any is shared.
+            handoff: the handoff server; None if no memory is shared.
+            off: the reason why no host memory is shared; empty if it is.
+            device_off: the reason why no device memory is shared; empty if it is.
+            loans: the loans of device memory; None if no device memory is shared.
         """
         self.off = off
         self.device_off = device_off
@@ -71,54 +71,63 @@ class Sharing:
 
     @property
     def features_off(self) -> frozenset[str]:
-        """The features that this server does not have, of those that this build has."""
+        """The features of this build that this server does not have."""
         off = {"transport_shm": self.off, "transport_cuda_ipc": self.device_off}
-        return frozenset(feature for feature, why in off.items() if why)
+        return frozenset(feature for feature, reason in off.items() if reason)
 
     @contextlib.contextmanager
-    def share(self, session: Session, asked: transport_pb2.Transport) -> Iterator[Shared]:
-        """Share memory with a stream of a session for a block, if that was asked for and can be had.
+    def share(self, session: Session, asked: transport_pb2.Transport) -> Iterator[StreamTransport]:
+        """Share memory with a stream of a session for a block, if the client requests it and the server has it.
+
+        Args:
+            session: the session.
+            asked: the transport that the client requests.
+
+        Yields:
+            The transport of the stream, with the memory or the reason for none.
 
         Raises:
             SessionNotFoundError: the session has ended.
         """
-        why_not = self._why_not(asked)
-        if self._handoff is None or why_not is not None:
-            yield Shared(transport_pb2.TRANSPORT_GRPC, why_not or "")
+        refusal = self._refusal(asked)
+        if self._handoff is None or refusal is not None:
+            yield StreamTransport(transport_pb2.TRANSPORT_GRPC, refusal or "")
             return
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as resources:
             try:
-                shared = held.enter_context(self._lent(session, self._handoff, asked))
+                shared = resources.enter_context(self._lend(session, self._handoff, asked))
             except (OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError) as problem:
                 _log.warning("no shared memory", session_id=session.session_id, problem=str(problem))
-                shared = Shared(transport_pb2.TRANSPORT_GRPC, f"no shared memory: {problem}")
+                shared = StreamTransport(transport_pb2.TRANSPORT_GRPC, f"no shared memory: {problem}")
             yield shared
 
     @contextlib.contextmanager
-    def _lent(self, session: Session, handoff: HandoffServer, asked: transport_pb2.Transport) -> Iterator[Shared]:
+    def _lend(
+        self, session: Session, handoff: HandoffServer, asked: transport_pb2.Transport
+    ) -> Iterator[StreamTransport]:
         """Share memory with a stream for a block.
 
         Raises:
-            OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError: it cannot be had.
+            OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError: there is no memory to share.
         """
-        buffers: SharedBuffers | DeviceBuffers
+        buffers: HostBuffers | DeviceBuffers
         end: Callable[[bytes], None]
         if asked == transport_pb2.TRANSPORT_SHM:
             _require_descriptors()
-            buffers, end = SharedBuffers(session), handoff.drop
-        else:  # who has it keeps its connection, because its end says that it can be freed
+            buffers, end = HostBuffers(session), handoff.drop
+        else:  # a client keeps its connection after the stream: its end says that the memory can be freed
             assert self._loans is not None
             self._loans.check_room()
             buffers, end = DeviceBuffers(session, self._loans), handoff.withdraw
         with contextlib.closing(buffers):
             token = handoff.offer(buffers)
             try:
-                yield Shared(asked, "", _handoff_message(handoff.path, token, session, buffers), buffers)
+                yield StreamTransport(asked, "", _handoff_message(handoff.path, token, session, buffers), buffers)
             finally:
                 end(token)
 
-    def _why_not(self, asked: transport_pb2.Transport) -> str | None:
-        """Say why what was asked for is not to be had, "" where nothing was; None where it may be."""
+    def _refusal(self, asked: transport_pb2.Transport) -> str | None:
+        """Return the reason against the requested transport: "" for a request of none, None for no reason."""
         if asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC):
             return ""
         if asked == transport_pb2.TRANSPORT_SHM:
@@ -129,10 +138,10 @@ class Sharing:
 
 
 def _require_descriptors() -> None:
-    """Keep half of the descriptors for connections: without shared memory a server is slower, without those it is dead.
+    """Keep half of the descriptors for connections: a server is slower without shared memory, and dead without them.
 
     Raises:
-        OSError: too many are open.
+        OSError: too many descriptors are open.
     """
     most, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, len(os.listdir("/proc/self/fd"))
     if used + _DESCRIPTORS > most:

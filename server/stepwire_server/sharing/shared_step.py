@@ -1,4 +1,4 @@
-"""A step whose gradient and answer lie in shared memory."""
+"""A step with its gradient and its reply in shared memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import numpy as np
 
 from stepwire.wire.dtypes import BLOCK, wire_bytes
 from stepwire_server.engines.protocol import HostArray
-from stepwire_server.steps.gradient import GradientStaging
 from stepwire_server.steps.reply import split_range
+from stepwire_server.steps.step import Step
 
 __all__ = ["MemoryReplyWriter", "StreamMemory", "stage_shared"]
 
-# Of a GPU: it adds up the squares of one piece while the next crosses the bus.
-_PIECE_ELEMENTS: Final = 1 << 20
+# The chunk of a gradient for a GPU, which sums the squares of one chunk during the copy of the next.
+_CHUNK_ELEMENTS: Final = 1 << 20
 
 
 class StreamMemory(Protocol):
-    """What one attached stream shares with its client.
+    """The memory that one attached stream shares with its client.
 
     Attributes:
-        gradient: items of the session's gradient dtype that hold `layout.size` elements, as an engine takes them. The
-            client may change them at any moment.
-        parameters: `(layout.size,)` of the session's reply dtype, as an engine takes them.
-        gradient_bytes: of the gradient's memory.
-        parameter_bytes: of the parameters' memory.
-        in_place: the parameters of the state itself lie there.
-        on_device: both lie on the device that the session lives on.
+        gradient: the gradient as an engine's array, `layout.size` elements in items of the session's gradient dtype.
+            The client may change the gradient at any moment.
+        parameters: the parameters as an engine's array, `(layout.size,)` of the session's reply dtype.
+        gradient_bytes: the size of the gradient's memory.
+        parameter_bytes: the size of the parameters' memory.
+        in_place: True if the state's own parameters are in this memory.
+        on_device: True if the memory is on the session's device.
     """
 
     gradient: Any
@@ -41,47 +41,47 @@ class StreamMemory(Protocol):
         """Compare a client's pattern with the start of the gradient's memory.
 
         Returns:
-            As many bytes from the start of the parameters' memory; None where the pattern is not there.
+            As many bytes from the start of the parameters' memory; None if the pattern is another one.
         """
         ...
 
 
-def stage_shared(buffers: StreamMemory, staging: GradientStaging, size: int, depth: int) -> None:
-    """Stage the gradient where it lies.
+def stage_shared(buffers: StreamMemory, step: Step, size: int, depth: int) -> None:
+    """Stage the gradient in place.
 
-    Nothing is copied on the CPU, so a client that changes its gradient during the step gets an update of whatever was
-    read: its own loss, and not worth a pass over the memory.
+    The CPU makes no copy. A client that changes its gradient during the step gets an update of the values that were
+    read. Only that client loses by it, so a copy is not worth a pass over the memory.
 
     Args:
-        buffers: hold it.
-        staging: of the step.
-        size: elements of the flat space.
-        depth: of the session's state; above 1 the gradient is staged in pieces, unless it lies on the device.
+        buffers: the memory of the stream.
+        step: the step.
+        size: the number of elements of the flat space.
+        depth: the depth of the session's state. Above 1 the gradient is staged in chunks, unless it is on the device.
     """
     if not size:
         return
-    received, dtype = buffers.gradient.view(np.uint8), staging.request.gradient_dtype
-    whole = depth == 1 or buffers.on_device
-    for low, high in split_range(0, size, size if whole else _PIECE_ELEMENTS):
+    received, dtype = buffers.gradient.view(np.uint8), step.request.gradient_dtype
+    at_once = depth == 1 or buffers.on_device
+    for low, high in split_range(0, size, size if at_once else _CHUNK_ELEMENTS):
         assert low % BLOCK == 0
-        staging.add(low, high - low, received[wire_bytes(dtype, low) : wire_bytes(dtype, high)])
+        step.add(low, high - low, received[wire_bytes(dtype, low) : wire_bytes(dtype, high)])
 
 
 class MemoryReplyWriter:
-    """Takes an answer where it lies in memory, `(size,)` of the reply dtype; see `ReplyWriter`."""
+    """Writes a reply into memory, `(size,)` of the reply dtype; see `ReplyWriter`."""
 
     def __init__(self, values: Any) -> None:
-        """Write there."""
+        """Write into `values`, `(size,)` of the reply dtype."""
         self._values = values
 
     def buffer(self, offset: int, count: int) -> HostArray:
         """See `ReplyWriter`."""
-        part: HostArray = self._values[offset : offset + count]
-        return part
+        values: HostArray = self._values[offset : offset + count]
+        return values
 
     def before(self) -> HostArray:
-        """See `ReplyWriter`: patches travel in messages, so nobody asks."""
-        raise AssertionError("an answer in shared memory is no patch")
+        """See `ReplyWriter`: patches travel in messages, so there are no values before."""
+        raise AssertionError("a reply in shared memory is no patch")
 
     def flush(self) -> None:
         """See `ReplyWriter`."""

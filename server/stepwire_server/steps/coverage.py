@@ -9,26 +9,23 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.wire.dtypes import wire_bytes, wire_name
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.engines.protocol import HostArray, Range
 
-__all__ = ["Coverage", "typed_payload"]
-
+__all__ = ["Coverage", "invalid_chunk", "typed_payload"]
 
 # A chunk costs a few hundred bytes of bookkeeping however few elements it brings, so their number is bounded:
 # freely for small sessions, and to one in 16 Ki elements beyond.
 _FREE_CHUNKS = 1024
-
-
 _ELEMENTS_PER_FURTHER_CHUNK = 16384
 
 
 class Coverage:
-    """Which parts of `[0, size)` have arrived. Refuses overlaps at once and gaps at the end."""
+    """The ranges of `[0, size)` that have arrived. Refuses overlaps at once and gaps at the end."""
 
     def __init__(self, size: int) -> None:
         """Start with nothing."""
         self._size = size
-        self._spans: list[tuple[int, int]] = []
+        self._ranges: list[Range] = []
         self._max_chunks = _FREE_CHUNKS + size // _ELEMENTS_PER_FURTHER_CHUNK
 
     def add(self, offset: int, count: int) -> int:
@@ -39,27 +36,27 @@ class Coverage:
         """
         end = offset + count
         if count < 1 or end > self._size:
-            raise _invalid_chunk(offset, end, f"is not a non-empty part of [0, {self._size})")
-        if len(self._spans) == self._max_chunks:
-            raise _invalid_chunk(offset, end, f"is one more than the {self._max_chunks} allowed; send larger chunks")
-        rank = bisect_left(self._spans, (offset, end))
-        for neighbour in self._spans[max(rank - 1, 0) : rank + 1]:
+            raise invalid_chunk(offset, end, f"is not a non-empty part of [0, {self._size})")
+        if len(self._ranges) == self._max_chunks:
+            raise invalid_chunk(offset, end, f"is one more than the {self._max_chunks} allowed; send larger chunks")
+        rank = bisect_left(self._ranges, (offset, end))
+        for neighbour in self._ranges[max(rank - 1, 0) : rank + 1]:
             if neighbour[0] < end and offset < neighbour[1]:
-                raise _invalid_chunk(offset, end, f"overlaps [{neighbour[0]}, {neighbour[1]}), sent before")
-        self._spans.insert(rank, (offset, end))
+                raise invalid_chunk(offset, end, f"overlaps [{neighbour[0]}, {neighbour[1]}), sent before")
+        self._ranges.insert(rank, (offset, end))
         return rank
 
-    def require(self, needed: Iterable[tuple[int, int]]) -> None:
-        """Refuse a gap in what is needed: ranges in flat order.
+    def require(self, needed: Iterable[Range]) -> None:
+        """Refuse a gap in the needed ranges, which rise.
 
         Raises:
             InvalidRequestError: names the first missing range.
         """
-        if self._spans == [(0, self._size)]:
+        if self._ranges == [(0, self._size)]:
             return
         for start, end in needed:
             reached = start
-            for low, high in self._spans[max(bisect_left(self._spans, (start, 0)) - 1, 0) :]:
+            for low, high in self._ranges[max(bisect_left(self._ranges, (start, 0)) - 1, 0) :]:
                 if low > reached or reached >= end:
                     break
                 reached = max(reached, high)
@@ -67,8 +64,8 @@ class Coverage:
                 raise self._gap(reached, end)
 
     def _gap(self, start: int, end: int) -> InvalidRequestError:
-        following = bisect_left(self._spans, (start, 0))
-        end = min(end, self._spans[following][0]) if following < len(self._spans) else end
+        following = bisect_left(self._ranges, (start, 0))
+        end = min(end, self._ranges[following][0]) if following < len(self._ranges) else end
         return InvalidRequestError(
             f"elements [{start}, {end}) were not sent; chunks must cover [0, {self._size}), but for tensors without a "
             "gradient",
@@ -93,7 +90,8 @@ def typed_payload(payload: HostArray, count: int, dtype: np.dtype[np.generic]) -
     return payload.view(dtype)
 
 
-def _invalid_chunk(offset: int, end: int, problem: str) -> InvalidRequestError:
+def invalid_chunk(offset: int, end: int, problem: str) -> InvalidRequestError:
+    """Return the error of one chunk."""
     return InvalidRequestError(
         f"chunk [{offset}, {end}) {problem}",
         reason=Reason.INVALID_TENSOR,

@@ -1,4 +1,4 @@
-"""Chunks on their way in: a step's gradient before its commit."""
+"""A step's gradient before its commit: chunks as they arrive, and the sums that decide the step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from operator import attrgetter, itemgetter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from stepwire.wire.dtypes import wire_alignment
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending, Range
-from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
-from stepwire_server.steps.coverage import Coverage, _invalid_chunk, typed_payload
+from stepwire_server.steps.coverage import Coverage, invalid_chunk, typed_payload
 
-__all__ = ["ChunkRange", "GradientStaging", "StagedChunk"]
+__all__ = ["ChunkRange", "StagedChunk", "StagedGradient"]
 
 
 _FIRST: Final = itemgetter(0)
@@ -36,7 +35,7 @@ class StagedChunk(NamedTuple):
 
 
 class ChunkRange(NamedTuple):
-    """Elements `[begin, end)` of a chunk: flat elements from `start` on, all of one stretch."""
+    """Elements `[begin, end)` of a chunk: flat elements from `start` on, all of one segment."""
 
     chunk: StagedChunk
     start: int
@@ -44,94 +43,96 @@ class ChunkRange(NamedTuple):
     end: int
 
 
-class GradientStaging:
+class StagedGradient:
     """One step's gradient as it arrives, with the sums that its norms and its finite check need.
 
-    Nothing here touches the session: a stream that breaks drops the object, and no trace is left.
+    Attributes:
+        dtype: the encoding of the chunks.
+        selection: the tensors that the step moves; elements of others are ignored.
+        unscale: the factor that gradients are multiplied by first.
+        non_finite_count: the elements so far that are NaN or Inf.
+        first_non_finite: the first flat element of those; the size of the space for none.
     """
 
     def __init__(
         self,
-        request: StepRequest,
-        active: TensorSelection,
+        dtype: np.dtype[Any],
+        selection: TensorSelection,
         state: EngineState,
         reservation: Reservation,
         *,
         unscale: float,
-        replay: bool,
-        squares: bool = True,
+        sums: bool = True,
     ) -> None:
-        """Await the chunks of `request`.
+        """Await the chunks of a gradient.
 
         Args:
-            request: what the step's first message said.
-            active: the tensors that the step moves; what comes for others is ignored.
-            state: takes the chunks.
-            reservation: covers their bytes.
-            unscale: what gradients are multiplied by.
-            replay: chunks are dropped unread.
-            squares: they are summed as chunks arrive; without, norms are 0 and everything is taken for finite.
+            dtype: their encoding.
+            selection: the tensors that the step moves.
+            state: stages the chunks.
+            reservation: covers their bytes; released by `close`.
+            unscale: the factor that gradients are multiplied by.
+            sums: squares are summed as chunks arrive. Without, norms are 0 and every element counts as finite.
         """
-        self.request = request
-        self.active = active
+        self.dtype = dtype
+        self.selection = selection
         self.unscale = unscale
-        self.replay = replay
         self.non_finite_count = 0
-        self.first_non_finite = active.layout.size
-        self._squares = squares
+        self.first_non_finite = selection.layout.size
+        self._sums_squares = sums
         self._state = state
         self._reservation = reservation
-        self._coverage = Coverage(active.layout.size)
+        self._coverage = Coverage(selection.layout.size)
         self._buffer = state.receive()
         self._chunks: list[StagedChunk] = []
         self._asked: list[tuple[int, ChunkRange, Pending[float]]] = []
-        self._sums: list[list[float]] = [[] for _ in active.layout.groups]
+        self._sums: list[list[float]] = [[] for _ in selection.layout.groups]
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
-        """Take one chunk: `payload` is its received bytes, `(n,) uint8`.
+        """Stage one chunk: `payload` is its received bytes, `(n,) uint8`.
 
         Raises:
-            InvalidRequestError: range, overlap or byte count are wrong; what came before stays.
+            InvalidRequestError: range, overlap or byte count are wrong; the chunks before it stay.
         """
-        if self.replay:
-            return
-        values = typed_payload(payload, count, self.request.gradient_dtype)
-        if offset % self.active.layout.chunk_alignment:
-            problem = f"starts at no multiple of {self.active.layout.chunk_alignment}, the layout's `chunk_alignment`"
-            raise _invalid_chunk(offset, offset + count, problem)
+        values = typed_payload(payload, count, self.dtype)
+        if offset % self.selection.layout.chunk_alignment:
+            problem = (
+                f"starts at no multiple of {self.selection.layout.chunk_alignment}, the layout's `chunk_alignment`"
+            )
+            raise invalid_chunk(offset, offset + count, problem)
         if offset % wire_alignment(values.dtype):
             problem = f"starts at no multiple of {wire_alignment(values.dtype)}, where a block of int8 does"
-            raise _invalid_chunk(offset, offset + count, problem)
+            raise invalid_chunk(offset, offset + count, problem)
         rank = self._coverage.add(offset, count)
         chunk = StagedChunk(offset, offset + count, self._buffer.put(offset, values, count))
         self._chunks.insert(rank, chunk)
-        if not self._squares:
+        if not self._sums_squares:
             return
-        for group, piece in self._pieces_of(chunk):
-            asked = self._state.sum_of_squares(chunk.gradient, piece.begin, piece.end, self.unscale)
-            self._asked.append((group, piece, asked))
+        for group, part in self._moved_ranges(chunk):
+            asked = self._state.sum_of_squares(chunk.gradient, part.begin, part.end, self.unscale)
+            self._asked.append((group, part, asked))
 
-    def take(self) -> StagedChunk | None:
-        """Return a chunk that came, and let go of it: somebody else applies it. None where there is none."""
+    def pop(self) -> StagedChunk | None:
+        """Return a chunk that arrived, and forget it: somebody else applies it. None where there is none."""
         return self._chunks.pop() if self._chunks else None
 
     def complete(self) -> None:
-        """Check that everything needed came.
+        """Check that every segment of the step has arrived.
 
         Raises:
             InvalidRequestError: a range is missing.
         """
-        self._coverage.require((start, end) for start, end, _ in self.active.segments)
+        self._coverage.require((start, end) for start, end, _ in self.selection.segments)
         self.settle()
 
     def settle(self) -> None:
         """Wait for the sums that were asked for while chunks arrived."""
         asked, self._asked = self._asked, []
-        for group, piece, pending in asked:
+        for group, part, pending in asked:
             total = pending.wait()
             self._sums[group].append(total)
             if not math.isfinite(total):
-                self._locate_non_finite(piece)
+                self._locate_non_finite(part)
 
     def squared_norms(self) -> list[float]:
         """Return the sum of squares of each group's unscaled gradient, within `norms.RELATIVE_ERROR`."""
@@ -140,14 +141,14 @@ class GradientStaging:
     def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
         """Return the sum of squares of some groups' unscaled gradients exactly; slow and rarely needed."""
         return exact_sum_of_squares(
-            self._state.fetch(piece.chunk.gradient, piece.begin, piece.end, self.unscale)
+            self._state.fetch(part.chunk.gradient, part.begin, part.end, self.unscale)
             for chunk in self._chunks
-            for group, piece in self._pieces_of(chunk)
+            for group, part in self._moved_ranges(chunk)
             if group in groups
         )
 
-    def pieces(self, start: int, end: int) -> Iterator[ChunkRange]:
-        """Yield what came for flat elements `[start, end)`, in order."""
+    def ranges(self, start: int, end: int) -> Iterator[ChunkRange]:
+        """Yield the ranges of chunks that cover flat elements `[start, end)`, in order."""
         first = max(bisect_right(self._chunks, start, key=_OFFSET) - 1, 0)
         for chunk in self._chunks[first:]:
             if chunk.offset >= end:
@@ -161,14 +162,14 @@ class GradientStaging:
 
         Lets go of each chunk when all of it has been yielded and the next is asked for.
         """
-        spans = [(start, end) for start, end, _ in self._chunks]
-        left = [end - start for start, end in spans]
+        arrived = [(start, end) for start, end, _ in self._chunks]
+        left = [end - start for start, end in arrived]
         chunks: list[StagedChunk | None] = [*self._chunks]
         self._chunks = []
         for start, end in ranges:
             done = start
-            for index in range(max(bisect_right(spans, start, key=_FIRST) - 1, 0), len(spans)):
-                low, high = spans[index]
+            for index in range(max(bisect_right(arrived, start, key=_FIRST) - 1, 0), len(arrived)):
+                low, high = arrived[index]
                 if low >= end:
                     break
                 low, high = max(start, low), min(end, high)
@@ -184,7 +185,7 @@ class GradientStaging:
                 yield done, end, None
 
     def close(self) -> None:
-        """Let go of everything. Closing twice is harmless."""
+        """Let go of chunks, memory and reservation. Closing twice is harmless."""
         self._chunks.clear()
         self._asked.clear()
         try:
@@ -192,9 +193,9 @@ class GradientStaging:
         finally:
             self._reservation.release()
 
-    def _pieces_of(self, chunk: StagedChunk) -> Iterator[tuple[int, ChunkRange]]:
-        """Yield the parts of a chunk that the step moves, with their groups."""
-        segments = self.active.segments
+    def _moved_ranges(self, chunk: StagedChunk) -> Iterator[tuple[int, ChunkRange]]:
+        """Yield the ranges of a chunk that the step moves, with their groups."""
+        segments = self.selection.segments
         offset, last, _ = chunk
         for start, end, group in segments[bisect_right(segments, offset, key=_LAST) :]:
             if start >= last:
@@ -202,10 +203,10 @@ class GradientStaging:
             low, high = max(start, offset), min(end, last)
             yield group, ChunkRange(chunk, low, low - offset, high - offset)
 
-    def _locate_non_finite(self, piece: ChunkRange) -> None:
+    def _locate_non_finite(self, part: ChunkRange) -> None:
         """Count NaN and Inf and remember the first; rare, so NumPy on the host will do."""
-        values = self._state.fetch(piece.chunk.gradient, piece.begin, piece.end, self.unscale)
+        values = self._state.fetch(part.chunk.gradient, part.begin, part.end, self.unscale)
         bad = np.flatnonzero(~np.isfinite(values))
-        # A client that changes memory it shares may have made it finite since: it was not, and counts.
+        # A client that changes shared memory may have made the element finite since: it was not when it was summed.
         self.non_finite_count += max(int(bad.size), 1)
-        self.first_non_finite = min(self.first_non_finite, piece.start + (int(bad[0]) if bad.size else 0))
+        self.first_non_finite = min(self.first_non_finite, part.start + (int(bad[0]) if bad.size else 0))

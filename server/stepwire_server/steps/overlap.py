@@ -1,9 +1,9 @@
 """A step that is applied while it arrives.
 
-What a step does to an element depends on that element alone, once nothing has to be known of the whole gradient. So
-each chunk is applied and answered when it comes, and the last answers leave while the next chunks are received. The
-price is atomicity: a stream that breaks off leaves the step half applied. Each range therefore has a mark, and the step
-is finished by being sent again: what has its mark is answered as it is.
+The effect of such a step on an element depends on that element alone, once nothing has to be known of the whole
+gradient. So each chunk is applied and answered when it comes, and the last replies leave while the next chunks are
+received. The price is atomicity: a stream that breaks off leaves the step half applied. Each range therefore has a
+mark, and the step is finished by being sent again: a marked range goes back as it is.
 """
 
 from __future__ import annotations
@@ -14,63 +14,69 @@ from fractions import Fraction
 
 from stepwire.errors import Reason, SessionNotReadyError
 from stepwire.optimizers.norms import gradient_norms
-from stepwire_server.engines.protocol import EngineState, Range
-from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.engines.protocol import Range
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.records.step_result import Outcome, updated
-from stepwire_server.steps.gradient import GradientStaging, StagedChunk
-from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, split_range
-from stepwire_server.steps.tensor_steps import TensorSteps
-from stepwire_server.steps.update import effective_groups, passes
-from stepwire_server.steps.updating import Update
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.steps.check_gradient import GradientCheck
+from stepwire_server.steps.gradient import StagedChunk
+from stepwire_server.steps.reply import ReplyPipeline, split_range
+from stepwire_server.steps.result import Effect, Moment, step_result
+from stepwire_server.steps.step import Step, SteppedState
+from stepwire_server.steps.update import Update, effective_groups, passes
 
-__all__ = ["Marks", "OverlappedStep"]
+__all__ = ["Marks", "OverlappedStep", "unfinished"]
 
 
 class Marks:
-    """Which elements have been applied: disjoint spans in order, neighbours merged."""
+    """The elements that have been applied: disjoint ranges in order, neighbours merged."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self._spans: list[Range] = []
+        self._ranges: list[Range] = []
 
     def without(self, start: int, end: int) -> list[Range]:
-        """Return the parts of `[start, end)` that have no mark, in order."""
-        parts, done = list[Range](), start
-        for low, high in self._spans[bisect_right(self._spans, start, key=_end) :]:
+        """Return the ranges of `[start, end)` that have no mark, in order."""
+        missing, done = list[Range](), start
+        for low, high in self._ranges[bisect_right(self._ranges, start, key=_end) :]:
             if low >= end:
                 break
             if done < low:
-                parts.append((done, low))
+                missing.append((done, low))
             done = high
-        return [*parts, (done, end)] if done < end else parts
+        return [*missing, (done, end)] if done < end else missing
 
     def add(self, start: int, end: int) -> None:
         """Mark `[start, end)`."""
-        first = bisect_left(self._spans, start, key=_end)
-        last = bisect_right(self._spans, end, key=_start)
+        first = bisect_left(self._ranges, start, key=_end)
+        last = bisect_right(self._ranges, end, key=_start)
         if first < last:
-            start, end = min(start, self._spans[first][0]), max(end, self._spans[last - 1][1])
-        self._spans[first:last] = [(start, end)]
+            start, end = min(start, self._ranges[first][0]), max(end, self._ranges[last - 1][1])
+        self._ranges[first:last] = [(start, end)]
 
 
 class OverlappedStep:
-    """One step on its way into the state, in as many attempts as it takes. The session serialises its calls."""
+    """One step on its way into the state, in as many attempts as it takes. The session serialises its calls.
 
-    def __init__(self, config: SessionConfig, request: StepRequest, state: EngineState, progress: TensorSteps) -> None:
+    Attributes:
+        number: the step's number.
+        selection: the tensors that it moves.
+    """
+
+    def __init__(self, request: StepRequest, state: SteppedState) -> None:
         """Compute the numbers of the step; nothing is changed.
 
         Raises:
             InvalidRequestError: a scheduled learning rate is out of range.
         """
-        self.step = request.step
-        self.active = config.without(request.missing)
-        self._config = config
+        config = state.config
+        self.number = request.step
+        self.selection = config.without(request.missing)
+        self._state = state
         self._settings = _settings(request)
-        self._groups = effective_groups(config, request, progress.group_steps())
-        runs = progress.runs(self.active)
-        steps = passes(config, self._groups, runs, 1.0 / request.loss_scale, (1.0,) * len(self._groups))
-        self._update = Update(state, steps, len(self._groups))
+        self._groups = effective_groups(config, request, state.tensor_steps.group_steps())
+        segments = state.tensor_steps.segments(self.selection)
+        steps = passes(config, self._groups, segments, 1.0 / request.loss_scale, (1.0,) * len(self._groups))
+        self._update = Update(state.arrays, steps, len(self._groups))
         self._marks = Marks()
 
     def check_continued_by(self, request: StepRequest) -> None:
@@ -80,44 +86,51 @@ class OverlappedStep:
             SessionNotReadyError: STEP_UNFINISHED.
         """
         if not request.overlap or _settings(request) != self._settings:
-            raise unfinished(self.step, "take it again, with `overlap` and the same hyper-parameters")
+            raise unfinished(self.number, "send it again, with `overlap` and the same hyper-parameters")
 
-    def apply(self, chunk: StagedChunk, request: StepRequest, sink: ReplyWriter, answer: ReplyPipeline) -> None:
-        """Apply what of a chunk has no mark, and answer all of it."""
+    def apply(self, step: Step, chunk: StagedChunk, reply: ReplyPipeline) -> None:
+        """Apply the ranges of a chunk that have no mark, and reply with all of it."""
+        request = step.request
         for low, high in split_range(chunk.offset, chunk.end, request.reply_elements):
-            out = sink.buffer(low, high - low) if request.reply else None
+            out = reply.writer.buffer(low, high - low) if request.reply else None
             asked, done = [], low
             for start, end in self._marks.without(low, high):
                 target = None if out is None else out[start - low : end - low]
-                asked += self._update.answer(done, start, low, out)
-                asked += self._update.step(chunk.gradient, chunk.offset, start, end, target)
+                asked += self._update.read(done, start, low, out)
+                asked += self._update.apply(chunk.gradient, chunk.offset, start, end, target)
                 done = end
-            asked += self._update.answer(done, high, low, out)
+            asked += self._update.read(done, high, low, out)
             self._marks.add(low, high)
             if out is not None:
-                answer.add(asked)
+                reply.add(asked)
 
-    def finish(self, staging: GradientStaging) -> Outcome:
-        """Check that everything has come and return what the step did.
+    def check(self, step: Step) -> GradientCheck:
+        """Check that the attempt that finishes has brought everything, and measure it.
 
-        The sums of squares are those of the attempt that finishes, which brings everything. Their chunks are gone, so
-        about once in a million steps the norm is one float32 further from the exact one than elsewhere.
+        The sums of squares are those of this attempt. Their chunks are gone, so about once in a million steps the norm
+        is one float32 further from the exact one than elsewhere.
 
         Raises:
-            InvalidRequestError: the chunks do not cover what they must; the step stays unfinished.
+            InvalidRequestError: the chunks do not cover the step's segments; the step stays unfinished.
         """
-        staging.complete()
-        sums = staging.squared_norms()
+        gradient = step.gradient
+        gradient.complete()
+        sums = gradient.squared_norms()
 
         def nearly(groups: Sequence[int]) -> Fraction:
             return sum((Fraction(sums[group]) for group in groups), Fraction())
 
         norms = gradient_norms(sums, nearly, None, [None] * len(sums), "torch")
-        return updated(self._config, self._groups, norms, self._update.norms(), staging.non_finite_count)
+        count = gradient.non_finite_count
+        return GradientCheck(self._groups, True, sums, norms, not count, count)
+
+    def result(self, check: GradientCheck, moment: Moment) -> StepResult:
+        """Return the step's result, once the state has counted it."""
+        return step_result(self._state, check, Effect.UPDATED, self._update.norms(), moment)
 
 
 def unfinished(step: int, remedy: str) -> SessionNotReadyError:
-    """Say that a step is half applied."""
+    """Return the error of a step that is half applied."""
     return SessionNotReadyError(
         f"step {step} was broken off half applied: {remedy}, or load a whole state with its step",
         reason=Reason.STEP_UNFINISHED,
@@ -129,9 +142,9 @@ def _settings(request: StepRequest) -> tuple[object, ...]:
     return request.groups, request.own_lr, request.loss_scale, request.missing
 
 
-def _start(span: Range) -> int:
-    return span[0]
+def _start(marked: Range) -> int:
+    return marked[0]
 
 
-def _end(span: Range) -> int:
-    return span[1]
+def _end(marked: Range) -> int:
+    return marked[1]

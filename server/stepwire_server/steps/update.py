@@ -1,4 +1,4 @@
-"""The numbers of one update: what each range of the space is to be stepped with."""
+"""One update: the arithmetic of each segment, and its way through the state, range by range."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Hyperparameters
 from stepwire.optimizers.norms import rounded_norm
-from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass, Pending
+from stepwire_server.engines.protocol import PARAM, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import Decay, Recipe
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.schedules import factor
-from stepwire_server.steps.gradient import ChunkRange, GradientStaging
+from stepwire_server.steps.gradient import ChunkRange, StagedGradient
 from stepwire_server.steps.tensor_steps import CountedSegment
 
-__all__ = ["SegmentPass", "between", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
+__all__ = ["SegmentPass", "Update", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
 
 
 _START: Final = itemgetter(0)
@@ -42,12 +42,12 @@ class SegmentPass(NamedTuple):
 def effective_groups(
     config: SessionConfig, request: StepRequest, updates: Sequence[int]
 ) -> tuple[Hyperparameters, ...]:
-    """Return the numbers that a step uses: the order's, with scheduled learning rates.
+    """Return the numbers that a step uses: the request's, with scheduled learning rates.
 
     Args:
-        config: the session's.
-        request: the step's.
-        updates: the updates each group has had.
+        config: the session's config.
+        request: the step's request.
+        updates: the updates that each group has had.
 
     Raises:
         InvalidRequestError: a scheduled learning rate is beyond float64.
@@ -81,14 +81,14 @@ def recipe_for(config: SessionConfig, hyper: Hyperparameters) -> Recipe:
 def passes(
     config: SessionConfig,
     groups: Sequence[Hyperparameters],
-    runs: Sequence[CountedSegment],
+    segments: Sequence[CountedSegment],
     unscale: float,
     clips: Sequence[float],
 ) -> list[SegmentPass]:
-    """Return the arithmetic of each run; that of layerwise rules still lacks its trust ratio."""
+    """Return the arithmetic of each segment; that of layerwise rules still lacks its trust ratio."""
     return [
-        SegmentPass(run.start, run.end, run.group, _pass(config, groups[run.group], run.t, unscale, clips[run.group]))
-        for run in runs
+        SegmentPass(start, end, group, _pass(config, groups[group], t, unscale, clips[group]))
+        for start, end, group, t in segments
     ]
 
 
@@ -105,54 +105,107 @@ def _pass(config: SessionConfig, hyper: Hyperparameters, t: int, unscale: float,
 
 
 def trusted(
-    steps: Sequence[SegmentPass], groups: Sequence[Hyperparameters], staging: GradientStaging, state: EngineState
+    segments: Sequence[SegmentPass], groups: Sequence[Hyperparameters], gradient: StagedGradient, arrays: EngineState
 ) -> list[SegmentPass]:
     """Measure each tensor of a layerwise rule, and complete its scalars with the trust ratio; changes nothing."""
-    asked = [_ask(run, list(staging.pieces(run.start, run.end)), state) for run in steps]
-    return [_with_trust(each, groups[each.run.group], state) for each in asked]
+    asked = [_ask(segment, list(gradient.ranges(segment.start, segment.end)), arrays) for segment in segments]
+    return [_with_trust(each, groups[each.segment.group], arrays) for each in asked]
 
 
 class _Asked(NamedTuple):
-    """A run whose pieces are being measured."""
+    """A segment whose ranges are being measured."""
 
-    run: SegmentPass
-    pieces: list[ChunkRange]
+    segment: SegmentPass
+    ranges: list[ChunkRange]
     probe: Pass
     totals: list[Pending[tuple[float, float]]]
 
 
-def _ask(run: SegmentPass, pieces: list[ChunkRange], state: EngineState) -> _Asked:
-    probe = run.step._replace(scalars=(*run.step.scalars, 1.0))
-    totals = [state.measure(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces]
-    return _Asked(run, pieces, probe, totals)
+def _ask(segment: SegmentPass, ranges: list[ChunkRange], arrays: EngineState) -> _Asked:
+    probe = segment.step._replace(scalars=(*segment.step.scalars, 1.0))
+    totals = [arrays.measure(probe, part.start, part.chunk.gradient, part.begin, part.end) for part in ranges]
+    return _Asked(segment, ranges, probe, totals)
 
 
-def _with_trust(asked: _Asked, hyper: Hyperparameters, state: EngineState) -> SegmentPass:
-    run, pieces, probe, _ = asked
+def _with_trust(asked: _Asked, hyper: Hyperparameters, arrays: EngineState) -> SegmentPass:
+    segment, ranges, probe, _ = asked
     totals = [pending.wait() for pending in asked.totals]
     params, directions = (math.fsum(total[index] for total in totals) for index in (0, 1))
     param_norm = rounded_norm(
-        params, lambda: exact_sum_of_squares(_read(state, piece.start, piece.end - piece.begin) for piece in pieces)
+        params, lambda: exact_sum_of_squares(_read(arrays, part.start, part.end - part.begin) for part in ranges)
     )
     direction_norm = rounded_norm(
         directions,
         lambda: exact_sum_of_squares(
-            state.fetch_direction(probe, piece.start, piece.chunk.gradient, piece.begin, piece.end) for piece in pieces
+            arrays.fetch_direction(probe, part.start, part.chunk.gradient, part.begin, part.end) for part in ranges
         ),
     )
-    rule = run.step.recipe.rule
+    rule = segment.step.recipe.rule
     assert rule.trust is not None
     trust = rule.trust(hyper, param_norm, direction_norm)
-    return run._replace(step=run.step._replace(scalars=(*run.step.scalars, trust)))
+    return segment._replace(step=segment.step._replace(scalars=(*segment.step.scalars, trust)))
 
 
-def _read(state: EngineState, start: int, count: int) -> HostArray:
+def _read(arrays: EngineState, start: int, count: int) -> HostArray:
     values = np.empty(count, np.float32)
-    state.read(PARAM, start, values).wait()
+    arrays.read(PARAM, start, values).wait()
     return values
 
 
-def between(runs: Sequence[SegmentPass], start: int, end: int) -> Sequence[SegmentPass]:
-    """Return the runs that share elements with `[start, end)`."""
-    first = bisect_right(runs, start, key=_END)
-    return runs[first : bisect_left(runs, end, lo=first, key=_START)]
+def _between(segments: Sequence[SegmentPass], start: int, end: int) -> Sequence[SegmentPass]:
+    """Return the segments that share elements with `[start, end)`."""
+    first = bisect_right(segments, start, key=_END)
+    return segments[first : bisect_left(segments, end, lo=first, key=_START)]
+
+
+class Update:
+    """One update on its way through the state, and the sums that its passes return."""
+
+    def __init__(self, arrays: EngineState, segments: Sequence[SegmentPass], group_count: int) -> None:
+        """Step `segments` of the state; elements of no segment stay as they are."""
+        self._arrays = arrays
+        self._segments = segments
+        self._sums: list[list[Pending[tuple[float, ...]]]] = [[] for _ in range(group_count)]
+
+    def apply(
+        self, gradient: Gradient | None, offset: int, start: int, end: int, out: HostArray | None
+    ) -> list[Pending[Any]]:
+        """Update flat elements `[start, end)`, and encode them into `out`.
+
+        Args:
+            gradient: a chunk; None where nothing was sent: then the range goes back as it is.
+            offset: the chunk's first flat element.
+            start: first flat element.
+            end: one past the last.
+            out: `(end - start,)`; None for no reply.
+
+        Returns:
+            The work that `out` waits for.
+        """
+        if gradient is None:
+            return self.read(start, end, start, out)
+        done = start
+        work: list[Pending[Any]] = []
+        for first, last, group, step in _between(self._segments, start, end):
+            low, high = max(first, start), min(last, end)
+            if done < low:
+                work += self.read(done, low, start, out)
+            target = None if out is None else out[low - start : high - start]
+            moved = self._arrays.update(step, low, gradient, low - offset, high - offset, target)
+            self._sums[group].append(moved)
+            work.append(moved)
+            done = high
+        if done < end:
+            work += self.read(done, end, start, out)
+        return work
+
+    def read(self, low: int, high: int, start: int, out: HostArray | None) -> list[Pending[Any]]:
+        """Encode flat elements `[low, high)` as they are into `out`, which begins at `start`."""
+        if out is None or low == high:
+            return []
+        return [self._arrays.read(PARAM, low, out[low - start : high - start])]
+
+    def norms(self) -> list[list[float]]:
+        """Return for each group the roots of its passes' sums, in the order of `Recipe.sums`; [] for none."""
+        moved = [[asked.wait() for asked in group] for group in self._sums]
+        return [[math.sqrt(math.fsum(column)) for column in zip(*group, strict=True)] for group in moved]

@@ -15,6 +15,7 @@ import pytest
 import stepwire
 import stepwire.aio
 from stepwire.errors import InvalidRequestError, SessionNotFoundError, UnavailableError
+from tests.support.lost_replies import lost_replies
 
 WEIGHTS = {"layers": [{"w": np.zeros((3, 2), np.float32)}, {"w": np.ones(2, np.float32)}]}
 PATIENCE_SECONDS = 60.0
@@ -160,12 +161,12 @@ def test_a_step_that_fails_unseen_is_told_and_taken_again(target: str, monkeypat
 
             def lost(*arguments: Any, **options: Any) -> Any:
                 """Apply the step, and know nothing of it."""
-                step(*arguments, **options)
-                session.blocking.detach()
-                session.blocking._attachment.applied_step = 0
-                begun.set()
-                assert fails.wait(PATIENCE_SECONDS)
-                raise UnavailableError("the answer was lost")
+                with lost_replies():
+                    try:
+                        step(*arguments, **options)
+                    finally:
+                        begun.set()
+                        assert fails.wait(PATIENCE_SECONDS)
 
             with monkeypatch.context() as patched:
                 patched.setattr(session.blocking, "step", lost)
@@ -174,7 +175,7 @@ def test_a_step_that_fails_unseen_is_told_and_taken_again(target: str, monkeypat
                 task.cancel()
                 await asyncio.wait([task])
                 fails.set()
-                with pytest.raises(UnavailableError, match="the answer was lost"):
+                with pytest.raises(UnavailableError, match="the reply was lost"):
                     await session.settled()
             answer = await session.step(gradients(0))
             assert session.last_result is not None
@@ -250,7 +251,7 @@ def test_sessions_that_are_forgotten_leave_no_thread(target: str) -> None:
     running(body, target)
 
 
-NOT_THERE = {"step_async", "take"}
+NOT_THERE = {"apply", "shards", "step_async"}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_calls_are_made_in_order_in_one_thread() -> None:
         def call(number: int) -> Callable[[], int]:
             return lambda: made.append((number, threading.get_ident())) or number  # type: ignore[func-returns-value]
 
-        calls = [worker.take(call(number)) if number % 2 else worker.run(call(number)) for number in range(20)]
+        calls = [worker.step(call(number)) if number % 2 else worker.run(call(number)) for number in range(20)]
         assert await asyncio.gather(*calls) == list(range(20))
 
     with_worker(body)
@@ -89,9 +89,9 @@ def test_the_loop_runs_while_a_call_blocks() -> None:
 def test_a_call_before_its_turn_is_taken_back() -> None:
     async def body(worker: Worker) -> None:
         first, second = Call(1), Call(2)
-        running = asyncio.create_task(worker.take(first))
+        running = asyncio.create_task(worker.step(first))
         await begun(first)
-        waiting = asyncio.create_task(worker.take(second))
+        waiting = asyncio.create_task(worker.step(second))
         await asyncio.sleep(0)  # so that it is handed in
         assert await cancelled(waiting)
         first.ends.set()
@@ -105,11 +105,11 @@ def test_a_call_before_its_turn_is_taken_back() -> None:
 def test_a_call_under_way_goes_on_when_its_await_is_cancelled() -> None:
     async def body(worker: Worker) -> None:
         call, seen = Call(1), []
-        task = asyncio.create_task(worker.take(lambda: seen.append(call())))
+        task = asyncio.create_task(worker.step(lambda: seen.append(call())))
         await begun(call)
         assert await cancelled(task)
         call.ends.set()
-        assert await worker.take(lambda: 2) == 2
+        assert await worker.step(lambda: 2) == 2
         assert seen == [1]
 
     with_worker(body)
@@ -119,16 +119,16 @@ def test_a_failure_that_nobody_saw_is_told_by_the_next_step_once() -> None:
     async def body(worker: Worker) -> None:
         failure = UnavailableError("gone")
         call = Call(failure)
-        task = asyncio.create_task(worker.take(call))
+        task = asyncio.create_task(worker.step(call))
         await begun(call)
         assert await cancelled(task)
         call.ends.set()
         assert await worker.run(lambda: "a pull") == "a pull"
         with pytest.raises(UnavailableError, match="gone") as told:
-            await worker.take(lambda: 2)
+            await worker.step(lambda: 2)
         assert told.value is failure
         assert told.value.__notes__ == ["(This happened to a step whose await had been cancelled.)"]
-        assert await worker.take(lambda: 3) == 3
+        assert await worker.step(lambda: 3) == 3
 
     with_worker(body)
 
@@ -140,9 +140,9 @@ def test_steps_behind_one_that_fails_are_not_taken(seen: bool) -> None:
     async def body(worker: Worker) -> None:
         failure = UnavailableError("gone")
         first, taken = Call(failure), []
-        running = asyncio.create_task(worker.take(first))
+        running = asyncio.create_task(worker.step(first))
         await begun(first)
-        behind = [asyncio.create_task(worker.take(lambda: taken.append(1))) for _ in range(2)]
+        behind = [asyncio.create_task(worker.step(lambda: taken.append(1))) for _ in range(2)]
         await asyncio.sleep(0)
         if not seen:
             assert await cancelled(running)
@@ -153,10 +153,10 @@ def test_steps_behind_one_that_fails_are_not_taken(seen: bool) -> None:
         for each in behind:
             error = each.exception()
             assert isinstance(error, UnavailableError)
-            assert "the one before it failed; take that one again" in str(error)
+            assert "the one before it failed; repeat that one" in str(error)
             assert error.__cause__ is failure
         assert taken == []
-        assert await worker.take(lambda: 3) == 3
+        assert await worker.step(lambda: 3) == 3
 
     with_worker(body)
 
@@ -164,8 +164,8 @@ def test_steps_behind_one_that_fails_are_not_taken(seen: bool) -> None:
 def test_a_failure_that_was_seen_is_over() -> None:
     async def body(worker: Worker) -> None:
         with pytest.raises(ValueError, match="wrong"):
-            await worker.take(Exploding())
-        assert await worker.take(lambda: 2) == 2
+            await worker.step(Exploding())
+        assert await worker.step(lambda: 2) == 2
 
     class Exploding:
         def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""What an encoding takes off one gradient is added to the next, once for each step that was applied."""
+"""The encoding error of one gradient is added to the next, once for each applied step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.packing import Packer
 from stepwire.layout import TensorSpec, place
 from stepwire.wire.dtypes import wire_items
-from stepwire.wire.int8_blocks import BLOCK, INT8, PIECE, decode_blocks
+from stepwire.wire.int8_blocks import BATCH, BLOCK, INT8, decode_blocks
 
-LAYOUT = place([TensorSpec("a", (700,)), TensorSpec("b", (40, 10)), TensorSpec("c", (PIECE,), 1)], 2)
+LAYOUT = place([TensorSpec("a", (700,)), TensorSpec("b", (40, 10)), TensorSpec("c", (BATCH,), 1)], 2)
 COUNTS = {tensor.spec.name: tensor.count for tensor in LAYOUT.tensors}
 
 
 def sent(packer: Packer, arrays: dict[str, Any], feedback: ErrorFeedback | None, most: int = 1 << 20) -> Any:
-    """Send a step in chunks; returns the blocks of the whole space and what they decode to."""
+    """Send a step in chunks; return the blocks of the whole space and their decoded values."""
     flat, _ = packer.present(arrays, "gradients", frozenset(COUNTS))
     space = np.zeros(wire_items(INT8, packer.layout.size), INT8)
-    for offset, count, parts in packer.chunks(most, INT8):
+    for offset, count, ranges in packer.chunks(most, INT8):
         chunk = space[offset // BLOCK :][: wire_items(INT8, count)]
-        packer.write(flat, parts, chunk, offset, feedback)
+        packer.write(flat, ranges, chunk, offset, feedback)
     return space, decode_blocks(space, packer.layout.size)
 
 
@@ -86,8 +86,8 @@ def test_a_step_that_is_repeated_brings_the_same_bytes_until_it_is_accepted() ->
 def test_what_is_accepted_is_the_last_sending_whatever_was_broken_off_before() -> None:
     packer, feedback, other = Packer(LAYOUT), ErrorFeedback(LAYOUT.size), ErrorFeedback(LAYOUT.size)
     flat = packer.ordered(gradients(3), "gradients")
-    for offset, count, parts in packer.chunks(256, INT8)[:2]:
-        packer.write(flat, parts, np.zeros(wire_items(INT8, count), INT8), offset, feedback)
+    for offset, count, ranges in packer.chunks(256, INT8)[:2]:
+        packer.write(flat, ranges, np.zeros(wire_items(INT8, count), INT8), offset, feedback)
     feedback.discard()
     for each in (feedback, other):
         sent(packer, gradients(4), each)
@@ -131,12 +131,12 @@ def test_clearing_forgets_everything() -> None:
     assert not feedback.residual.any()
 
 
-def test_a_space_that_is_sent_as_a_whole_is_taken_over_without_a_copy() -> None:
+def test_a_space_that_is_sent_as_a_whole_is_accepted_without_a_copy() -> None:
     layout = place([TensorSpec("a", (700,))], 1)
     packer, feedback = Packer(layout), ErrorFeedback(layout.size)
     pending = feedback._pending
     packer.write(
-        packer.ordered({"a": np.ones(700, np.float32)}, "g"), packer.parts(0, 700), np.zeros(3, INT8), 0, feedback
+        packer.ordered({"a": np.ones(700, np.float32)}, "g"), packer.ranges(0, 700), np.zeros(3, INT8), 0, feedback
     )
     feedback.accept()
     assert feedback.residual is pending

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire.arrays.packing import Packer, Part, named_arrays
+from stepwire.arrays.packing import PackedRange, Packer, named_arrays
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.wire.dtypes import wire_items
@@ -36,11 +36,11 @@ def numbered(dtype: npt.DTypeLike = np.float32) -> dict[str, npt.NDArray[Any]]:
 
 
 def pack(packer: Packer, arrays: Any, most: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """Send arrays through chunks of at most `most` elements into one flat array; what is not written stays NaN."""
+    """Send arrays through chunks of at most `most` elements into one flat array; unwritten elements stay NaN."""
     flat = packer.ordered(arrays, "gradients")
     space = np.full(packer.layout.size, np.nan, dtype)
-    for offset, count, parts in packer.chunks(most):
-        packer.write(flat, parts, space[offset : offset + count])
+    for offset, count, ranges in packer.chunks(most):
+        packer.write(flat, ranges, space[offset : offset + count])
     return space
 
 
@@ -94,20 +94,20 @@ def test_chunks_of_any_size_carry_the_same(most: int) -> None:
 
 
 @given(st.integers(0, 260), st.integers(1, 261))
-def test_the_parts_of_a_chunk_cover_its_tensors_exactly(offset: int, count: int) -> None:
+def test_the_ranges_of_a_chunk_cover_its_tensors_exactly(offset: int, count: int) -> None:
     packer, found = Packer(LAYOUT), {}
-    for part in packer.parts(offset, count):
-        tensor = LAYOUT.tensors[part.tensor]
-        for index in range(part.begin, part.end):
-            found[tensor.offset + index] = offset + part.at + index - part.begin
+    for packed in packer.ranges(offset, count):
+        tensor = LAYOUT.tensors[packed.tensor]
+        for index in range(packed.begin, packed.end):
+            found[tensor.offset + index] = offset + packed.position + index - packed.begin
     tensors = {position for tensor in LAYOUT.tensors for position in range(tensor.offset, tensor.end)}
     assert found == {position: position for position in tensors & set(range(offset, offset + count))}
 
 
-def test_the_parts_of_a_chunk_are_remembered() -> None:
+def test_the_ranges_of_a_chunk_are_cached() -> None:
     packer = Packer(LAYOUT)
-    assert packer.parts(10, 250) == [Part(0, 10, 12, 0), Part(1, 0, 1, 2), Part(3, 0, 4, 246)]
-    assert packer.parts(10, 250) is packer.parts(10, 250)
+    assert packer.ranges(10, 250) == [PackedRange(0, 10, 12, 0), PackedRange(1, 0, 1, 2), PackedRange(3, 0, 4, 246)]
+    assert packer.ranges(10, 250) is packer.ranges(10, 250)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.float16])
@@ -115,14 +115,14 @@ def test_the_parts_of_a_chunk_are_remembered() -> None:
 def test_what_was_packed_is_unpacked(dtype: Any, most: int) -> None:
     packer = Packer(LAYOUT)
     space = pack(packer, numbered(), most, dtype)
-    answer = packer.empty(np.dtype(dtype), as_list=False)
-    targets = packer.targets(answer, "out")
-    for offset, count, parts in packer.chunks(most):
-        packer.read(targets, parts, space[offset : offset + count])
-    assert isinstance(answer, dict)
+    container = packer.empty(np.dtype(dtype), as_list=False)
+    targets = packer.targets(container, "out")
+    for offset, count, ranges in packer.chunks(most):
+        packer.read(targets, ranges, space[offset : offset + count])
+    assert isinstance(container, dict)
     for name, expected in numbered().items():
-        assert answer[name].dtype == dtype
-        assert answer[name].astype(np.float32).tolist() == expected.tolist()
+        assert container[name].dtype == dtype
+        assert container[name].astype(np.float32).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -175,25 +175,25 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
     assert str(refused.value) == f"gradients['w']: shape {shape} is not the session's (3, 4)"
 
 
-def test_an_answer_is_one_buffer_seen_as_arrays() -> None:
-    answer = Packer(LAYOUT).empty(np.dtype(np.float16), as_list=False)
-    assert isinstance(answer, dict)
-    assert {name: array.shape for name, array in answer.items()} == SHAPES
-    assert len({id(array.base) for array in answer.values()}) == 1
+def test_a_reply_is_one_buffer_seen_as_arrays() -> None:
+    container = Packer(LAYOUT).empty(np.dtype(np.float16), as_list=False)
+    assert isinstance(container, dict)
+    assert {name: array.shape for name, array in container.items()} == SHAPES
+    assert len({id(array.base) for array in container.values()}) == 1
 
 
-def test_an_answer_for_a_list_is_a_list_in_its_order() -> None:
+def test_a_reply_for_a_list_is_a_list_in_its_order() -> None:
     packer = Packer(place([TensorSpec(str(index), (index,), index % 2) for index in range(12)], 2))
-    answer = packer.empty(np.dtype(np.float32), as_list=True)
-    assert isinstance(answer, list)
-    assert [array.shape for array in answer] == [(index,) for index in range(12)]
+    container = packer.empty(np.dtype(np.float32), as_list=True)
+    assert isinstance(container, list)
+    assert [array.shape for array in container] == [(index,) for index in range(12)]
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_room_for_an_answer_is_what_empty_and_targets_return(as_list: bool) -> None:
+def test_allocate_returns_the_results_of_empty_and_targets(as_list: bool) -> None:
     packer = Packer(place([TensorSpec(str(index), (index, 2), index % 2) for index in range(5)], 2))
-    answer, flat = packer.room(np.dtype(np.float16), as_list=as_list)
-    for mine, target in zip(flat, packer.targets(answer, "out"), strict=True):
+    container, flat = packer.allocate(np.dtype(np.float16), as_list=as_list)
+    for mine, target in zip(flat, packer.targets(container, "out"), strict=True):
         assert (mine.shape, mine.dtype) == (target.shape, target.dtype)
         assert mine.size == 0 or np.shares_memory(mine, target)
 
@@ -243,7 +243,7 @@ def test_arrays_that_cannot_be_written_in_place_are_refused(array: npt.NDArray[n
 def test_float16_overflow_is_sent_as_infinity_without_a_warning() -> None:
     packer = Packer(place([TensorSpec("w", (3,))], 1))
     chunk = np.empty(3, np.float16)
-    packer.write([np.array([1.0, 1e6, -1e6], np.float32)], packer.parts(0, 3), chunk)
+    packer.write([np.array([1.0, 1e6, -1e6], np.float32)], packer.ranges(0, 3), chunk)
     assert chunk.tolist() == [1.0, np.inf, -np.inf]
 
 
@@ -288,7 +288,7 @@ def test_what_is_left_out_is_zero_in_its_chunk() -> None:
     flat, _ = packer.present({name: arrays[name] for name in "seb"}, "gradients", OPTIONAL)
     (config,) = packer.chunks(1000)
     chunk = np.full(config.elements, np.nan, np.float32)
-    packer.write(flat, config.parts, chunk)
+    packer.write(flat, config.ranges, chunk)
     expected = np.zeros(261, np.float32)
     expected[12], expected[256:] = 13.0, arrays["b"]
     assert chunk.tolist() == expected.tolist()
@@ -304,12 +304,12 @@ def test_chunks_start_where_the_layout_says(most: int) -> None:
 
 
 def in_blocks(packer: Packer, arrays: Any, most: int) -> npt.NDArray[np.float32]:
-    """Send arrays in chunks of blocks of 8 bits; returns what the whole space decodes to."""
+    """Send arrays in chunks of blocks of 8 bits; return the decoded values of the whole space."""
     flat, _ = packer.present(arrays, "gradients", frozenset(packer._indices))
     space = np.zeros(wire_items(INT8, packer.layout.size), INT8)
-    for offset, count, parts in packer.chunks(most, INT8):
+    for offset, count, ranges in packer.chunks(most, INT8):
         assert offset % BLOCK == 0
-        packer.write(flat, parts, space[offset // BLOCK :][: wire_items(INT8, count)], offset)
+        packer.write(flat, ranges, space[offset // BLOCK :][: wire_items(INT8, count)], offset)
     return decode_blocks(space, packer.layout.size)
 
 
@@ -318,7 +318,7 @@ MANY = place([TensorSpec(f"t{k}", (97 * k % 800,), k % 2) for k in range(60)], 2
 
 @pytest.mark.parametrize("most", [256, 511, 1000, 4096, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.float16])
-def test_blocks_hold_the_elements_wherever_chunks_are_cut(dtype: Any, most: int) -> None:
+def test_blocks_have_the_elements_wherever_chunks_end(dtype: Any, most: int) -> None:
     random = np.random.default_rng(3)
     arrays = {tensor.spec.name: random.standard_normal(tensor.count).astype(dtype) for tensor in MANY.tensors}
     flat = np.zeros(-(-MANY.size // BLOCK) * BLOCK, np.float32)

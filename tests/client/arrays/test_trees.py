@@ -73,7 +73,9 @@ def test_keys_may_have_slashes() -> None:
 
 @pytest.mark.parametrize("tree", [{"a/b": {"c": 1}, "a": {"b/c": 1}}, {"": [1], "0": 2}, {"a/0": 1, "a": (2,)}])
 def test_two_arrays_of_one_name_are_refused(tree: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="two arrays have the name .*; rename it, or pass a flat") as refused:
+    with pytest.raises(
+        InvalidRequestError, match="two arrays have the name .*; rename the key, or pass a flat"
+    ) as refused:
         flattened(tree, "gradients")
     assert refused.value.reason is Reason.INVALID_TENSOR
     assert refused.value.metadata == {"field": "gradients"}
@@ -146,8 +148,8 @@ def test_a_tree_steps_as_its_flat_names_do(anyone: stepwire.Client) -> None:
     with anyone.create_session(nested(0)) as tree, anyone.create_session(flat(0)) as names:
         assert tree.shapes == SHAPES
         for seed in (1, 2):
-            answer, plain = tree.step(nested(seed)), names.step(flat(seed))
-            assert (shape_of(answer), bits(answer)) == (BRANCHES, bits(plain))
+            reply, plain = tree.step(nested(seed)), names.step(flat(seed))
+            assert (shape_of(reply), bits(reply)) == (BRANCHES, bits(plain))
         assert (shape_of(tree.pull()), bits(tree.pull())) == (BRANCHES, bits(plain))
         tree.load(nested(5))
         names.load(flat(5))
@@ -159,7 +161,7 @@ def test_a_tree_steps_as_its_flat_names_do(anyone: stepwire.Client) -> None:
         assert list(tree.state().slots["exp_avg"]) == list(SHAPES)
 
 
-def test_answers_nest_as_gradients_do(client: stepwire.Client) -> None:
+def test_replies_nest_as_gradients_do(client: stepwire.Client) -> None:
     with client.create_session([np.zeros(2, np.float32), np.zeros((), np.float32)]) as session:
         gradients = [np.ones(2, np.float32), np.ones((), np.float32)]
         for kind in (list, tuple, Pair._make):
@@ -193,9 +195,9 @@ def test_gradients_may_leave_leaves_and_branches_out(client: stepwire.Client) ->
             {"encoder": None, "head": (gradients["head/0"], None)},
             {"head": (gradients["head/0"], None)},
         ):
-            answer = tree.step(missing)
+            reply = tree.step(missing)
             plain = names.step({"head/0": gradients["head/0"]})
-            assert (shape_of(answer), bits(answer)) == (BRANCHES, bits(plain))
+            assert (shape_of(reply), bits(reply)) == (BRANCHES, bits(plain))
         assert tree.state().tensor_steps == {name: 2 * (name == "head/0") for name in SHAPES}
 
 
@@ -203,8 +205,8 @@ def test_names_of_branches_stand_for_their_tensors(client: stepwire.Client) -> N
     order: list[str] = []
     groups = [{"params": ["encoder/0"], "lr": 0.5}, {"params": ["head/0"], "lr": 0.25}]
     with client.create_session(nested(0), groups=groups, frozen=["encoder/1"]) as session:
-        answer = session.step(nested(1), reply_first=["head"], on_tensor=lambda name, values: order.append(name))
-        moved = {name: np.abs(value - flat(0)[name]).max() for name, value in flattened(answer, "x").named.items()}
+        reply = session.step(nested(1), reply_first=["head"], on_tensor=lambda name, values: order.append(name))
+        moved = {name: np.abs(value - flat(0)[name]).max() for name, value in flattened(reply, "x").named.items()}
         assert moved["encoder/1/w"] == 0.0
         assert moved["encoder/0/w"] == pytest.approx(0.5, rel=1e-5)
         assert moved["head/0"] == pytest.approx(0.25, rel=1e-5)
@@ -224,9 +226,9 @@ def test_shared_arrays_nest_as_parameters_did(client: stepwire.Client) -> None:
         assert shape_of(gradients) == shape_of(parameters) == BRANCHES
         for name, array in flattened(gradients, "x").named.items():
             array[...] = flat(1)[name]
-        answer = session.step(gradients, out=parameters)
-        assert shape_of(answer) == BRANCHES
-        assert bits(answer) == bits(other.step(flat(1)))
+        reply = session.step(gradients, out=parameters)
+        assert shape_of(reply) == BRANCHES
+        assert bits(reply) == bits(other.step(flat(1)))
 
 
 def test_a_session_found_by_its_id_is_flat_unless_it_is_told(anyone: stepwire.Client) -> None:
@@ -240,7 +242,7 @@ def test_a_session_found_by_its_id_is_flat_unless_it_is_told(anyone: stepwire.Cl
         assert bits(like.pull()) == bits(found.pull())
 
 
-def test_steps_in_the_background_take_trees(client: stepwire.Client) -> None:
+def test_steps_in_the_background_accept_trees(client: stepwire.Client) -> None:
     with client.create_session(nested(0)) as session, client.create_session(flat(0)) as other:
-        answer = session.step_async(nested(1)).result(timeout=30.0)
-        assert (shape_of(answer), bits(answer)) == (BRANCHES, bits(other.step(flat(1))))
+        reply = session.step_async(nested(1)).result(timeout=30.0)
+        assert (shape_of(reply), bits(reply)) == (BRANCHES, bits(other.step(flat(1))))

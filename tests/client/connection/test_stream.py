@@ -141,7 +141,7 @@ def test_silence_ends_with_the_deadline(scripted: Any, scripted_calls: Calls) ->
 
     scripted.on("Attach", silent)
     stream = attach(scripted_calls)
-    with pytest.raises(stepwire.DeadlineExceededError, match=r"no answer within 0\.02 s") as failed:
+    with pytest.raises(stepwire.DeadlineExceededError, match=r"no reply within 0\.02 s") as failed:
         next(stream.exchange([b"x"], Deadline(0.02)))
     assert failed.value.metadata == {"timeout_seconds": "0.02"}
     stream.close()

@@ -83,7 +83,7 @@ def test_numbers_are_those_of_optax(server: stepwire.Client, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_those_of_optax(name: str) -> None:
-    """By name, kind, order and default, up to what says where the session lives."""
+    """By name, kind, order and default, except for the options of the session."""
     if optax.__version__ != VERSION:
         pytest.skip(f"signatures are those of optax {VERSION}, and this is {optax.__version__}")
     ours = inspect.signature(getattr(stepwire.optax, name)).parameters
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[StepwireError], str]] = {
     "another dtype of moments": (
         lambda: stepwire.optax.adam(0.1, mu_dtype=jnp.bfloat16),
         UnsupportedFeatureError,
-        "mu_dtype: is .*bfloat16.*; state_precision='bfloat16'",
+        "mu_dtype: is .*bfloat16.*; use state_precision='bfloat16'",
     ),
     "another dtype of an accumulator": (
         lambda: stepwire.optax.sgd(0.1, momentum=0.9, accumulator_dtype="float16"),
@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[StepwireError], str]] = {
     "RMSprop's momentum with a schedule": (
         lambda: stepwire.optax.rmsprop(SCHEDULE, eps_in_sqrt=False, momentum=0.9),
         UnsupportedFeatureError,
-        "momentum: with a learning rate that changes",
+        "momentum: optax's buffer contains the learning rates of all steps",
     ),
     "half-corrected AMSGrad": (
         lambda: stepwire.optax.amsgrad(0.1, bias_correction_mu=False),

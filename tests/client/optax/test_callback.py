@@ -1,4 +1,4 @@
-"""What JAX may not do to a step, and the words with which it is refused."""
+"""The transformations of JAX that a step refuses, and the words of the refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_vmap_is_refused(update: Update, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_grad_is_refused(update: Update, name: str) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"inside of grad: .* Take jax.grad of the loss alone") as refused:
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"inside of grad: .* Apply jax.grad to the loss alone"
+    ) as refused:
         DIFFERENTIATED[name](update)
     assert refused.value.metadata["feature"] == "grad"
 
@@ -69,7 +71,7 @@ def test_gradients_that_are_stopped_are_not_differentiated(update: Update) -> No
 
 
 def test_pmap_and_shard_map_are_refused(update: Update) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="inside of pmap: each device would take the step. Average"):
+    with pytest.raises(UnsupportedFeatureError, match="inside of pmap: each device would send the step. Average"):
         jax.pmap(update)({"w": jnp.ones((1, 2))})
     mesh = jax.make_mesh((1,), ("x",))
     mapped = jax.shard_map(update, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())

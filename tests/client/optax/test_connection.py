@@ -1,4 +1,4 @@
-"""Where sessions live, as constructors are told."""
+"""The servers and options of sessions, from the arguments of constructors."""
 
 from __future__ import annotations
 

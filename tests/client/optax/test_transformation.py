@@ -131,7 +131,7 @@ LOOPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_in_and_out_of_jit_and_loops_the_bits_are_the_same(used: dict[str, Any], name: str) -> None:
-    """Those of a session that is stepped with the same gradients in NumPy."""
+    """The parameters of a session that is stepped with the same gradients in NumPy."""
     tx = stepwire.optax.adam(0.05, **used)
     grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parameters(seed) for seed in range(1, 7)))
     params, state = LOOPS[name](
@@ -234,7 +234,7 @@ def test_a_program_that_traces_constants_alone_steps_each_time_it_runs(used: dic
 
 
 def test_transformations_combine(used: dict[str, Any]) -> None:
-    """As the last of a chain; for a part of a tree; several sessions for several parts; every second step."""
+    """As the last of a chain; for a subtree; several sessions for several subtrees; every second step."""
     params, data = parameters(), batches(8)
 
     def outcome(tx: Any) -> Any:
@@ -272,7 +272,7 @@ def test_transformations_combine(used: dict[str, Any]) -> None:
 def test_a_wrapper_that_throws_updates_away_is_told(used: dict[str, Any]) -> None:
     """`optax.MultiSteps` updates each time and keeps every second state: the steps between cannot be undone."""
     tx = optax.MultiSteps(stepwire.optax.adam(0.05, **used), 2)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="the same state was used for two updates"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="one state was used for two updates"):
         trained(tx, parameters(), 3)
 
 
@@ -318,13 +318,13 @@ def test_a_program_goes_on_where_its_session_is(target: str) -> None:
             other.resume(session_id, {"w": jnp.ones(2)})
         other.close(again)
         other.close(again)
-        with pytest.raises(InvalidRequestError, match="this process holds no session"):
+        with pytest.raises(InvalidRequestError, match="this process has no session"):
             other.session(again)
         with pytest.raises(SessionNotFoundError):
             other.step(resumed, resumed, again)
 
 
-def test_several_servers_hold_one_model(target: str) -> None:
+def test_several_servers_have_one_model(target: str) -> None:
     params = {"w": jnp.linspace(-1, 1, 200_000), "b": jnp.ones(3)}
     tx = stepwire.optax.adamw(0.01, server=[target, target])
     one = stepwire.optax.adamw(0.01, server=target)

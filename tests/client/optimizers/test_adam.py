@@ -1,4 +1,4 @@
-"""Adam's formulas: their own defaults, and what does not go together."""
+"""Adam's formulas: their own defaults, and contradictory options."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_defaults_of_the_relatives_are_torchs() -> None:
     assert {NAdam().weight_decay, RAdam().weight_decay, Adamax().weight_decay} == {0.0}
 
 
-# --- what does not go together --------------------------------------------------------------------------------
+# --- contradictory options --------------------------------------------------------------------------------
 
 
 def refused(field: str, kind: type[Adam] = Adam, **options: Any) -> str:

@@ -26,7 +26,7 @@ def test_names_of_torch_and_of_the_contract_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1, 3e38])
-def test_an_accumulator_starts_from_what_float32_holds(value: float) -> None:
+def test_an_accumulator_starts_from_a_float32(value: float) -> None:
     assert Adagrad(initial_accumulator_value=value).structure().initial_accumulator_value == value
 
 

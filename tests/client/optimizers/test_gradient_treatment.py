@@ -1,4 +1,4 @@
-"""What happens to gradients: every range and every contradiction, by its field, and the way over the wire."""
+"""The treatment of gradients: every range and every contradiction, by its field, and the way over the wire."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (NAN, "nan"),
         ("1", "'1'"),
         (True, "True"),
-        (10**400, "not a number that a float can hold"),
+        (10**400, "not a number that a float can represent"),
     ],
     "clip_grad_value": [(0.0, "finite and > 0"), (-0.5, "-0.5"), (INF, "inf"), (NAN, "nan"), ([1.0], "[1.0]")],
     "clip_formula": [("tf", "use one of: torch, optax, keras"), (2, "2")],
@@ -105,7 +105,7 @@ def test_a_loss_scaling_is_a_record(value: Any) -> None:
         {"missing_gradient": "keep", "non_finite": "allow"},
     ],
 )
-def test_what_is_within_the_ranges_is_taken(fields: dict[str, Any]) -> None:
+def test_values_within_the_ranges_are_accepted(fields: dict[str, Any]) -> None:
     GradientTreatment(**fields).check("here")
 
 
@@ -188,7 +188,7 @@ def test_a_value_out_of_range_on_the_wire_is_refused_by_its_field() -> None:
         assert error.value.metadata == {"field": f"config.gradient.{name}"}
 
 
-def test_in_two_phases_the_bounds_of_norms_are_kept_for_who_decides() -> None:
+def test_in_two_phases_the_bounds_of_norms_are_kept_for_the_coordinator() -> None:
     treatment = GradientTreatment(two_phase=True, clip_grad_norm=2.0, clip_formula="optax", non_finite="skip")
     treatment.check("", group_clips=True)
     assert treatment_from_wire(treatment_to_wire(treatment), "gradient", group_clips=True) == treatment

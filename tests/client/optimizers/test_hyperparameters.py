@@ -1,4 +1,4 @@
-"""Ranges of every number, and what a step may override."""
+"""Ranges of every number, and the overrides of a step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_table_speaks_of_every_number() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), ALLOWED, ids=short)
-def test_a_value_in_range_is_taken(name: str, value: Any) -> None:
+def test_a_value_in_range_is_accepted(name: str, value: Any) -> None:
     changed = EVERYTHING.replace({name: value})
     assert getattr(changed, name) == value
     assert dataclasses.replace(changed, **{name: getattr(EVERYTHING, name)}) == EVERYTHING
@@ -61,8 +61,8 @@ def test_a_value_out_of_range_is_refused_with_its_place_and_the_range(name: str,
     error = refusal(lambda: EVERYTHING.replace({name: value}, "begin.groups[1].hyperparameters"))
     assert error.metadata == {"field": f"begin.groups[1].hyperparameters.{name}"}
     assert repr(value)[:40] in str(error)
-    assert words in str(error) or "is not a number that a float can hold" in str(error)
-    if value is not None:  # which says that the rule has no such number
+    assert words in str(error) or "is not a number that a float can represent" in str(error)
+    if value is not None:  # None says that the rule has no such number
         changed = dataclasses.replace(EVERYTHING, **{name: value})
         assert refusal(lambda: changed.check("optimizer")).metadata == {"field": f"optimizer.{name}"}
 

@@ -1,4 +1,4 @@
-"""What holds for every optimizer: no option is ignored, none goes unchecked, and configurations are values."""
+"""Properties of every optimizer: no option is ignored or unchecked, and optimizers are values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import stepwire.optimizers
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.optimizers import OPTIMIZERS, OVERRIDABLE, AdamW, Formula, Optimizer, Structure
+from stepwire.optimizers import OPTIMIZERS, OVERRIDABLE, AdamW, Formula, Optimizer, RuleStructure
 
 KINDS = [*OPTIMIZERS.values(), AdamW]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -116,7 +116,7 @@ def test_options_go_by_name(kind: type[Optimizer]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_configurations_are_values(kind: type[Optimizer]) -> None:
+def test_optimizers_are_values(kind: type[Optimizer]) -> None:
     assert kind(lr=0.5) == kind(lr=0.5)
     assert kind(lr=0.5) != kind(lr=0.25)
     assert hash(kind(lr=0.5)) == hash(kind(lr=0.5))
@@ -144,8 +144,8 @@ def test_structure_is_that_of_the_constructor(kind: type[Optimizer]) -> None:
     structure = optimizer.structure()
     assert structure.formula == getattr(optimizer, "formula", kind.published)
     assert structure.formula in get_args(Formula)
-    for name in set(Structure._fields) - {"formula", "amsgrad"}:
-        assert getattr(structure, name) == getattr(optimizer, name, Structure._field_defaults[name])
+    for name in set(RuleStructure._fields) - {"formula", "amsgrad"}:
+        assert getattr(structure, name) == getattr(optimizer, name, RuleStructure._field_defaults[name])
     assert structure.amsgrad == "none"
 
 
@@ -197,7 +197,7 @@ def test_overrides_are_checked_by_their_path(kind: type[Optimizer]) -> None:
     [("adadelta", "rho", 1.0), ("adagrad", "lr_decay", -1.0), ("nadam", "momentum_decay", -1.0)],
 )
 def test_a_number_is_called_what_its_rule_calls_it(rule: str, name: str, value: float) -> None:
-    """And not what the contract calls it, which has one name for those of several rules."""
+    """And not the contract's name, which is one for the numbers of several rules."""
     with pytest.raises(InvalidRequestError, match=rf"^optimizer\.{name}: {name} is {value}; it must be") as raised:
         OPTIMIZERS[rule](**{name: value})
     assert raised.value.metadata["field"] == f"optimizer.{name}"

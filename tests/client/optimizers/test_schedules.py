@@ -1,4 +1,4 @@
-"""Schedule records: what they refuse, and the way over the wire."""
+"""Schedule records: their refusals, and the way over the wire."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return Schedule(kind=kind, **fields)
 
 
-# --- what is whole --------------------------------------------------------------------------------------------
+# --- complete schedules --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -124,7 +124,7 @@ def test_a_factor_out_of_range_is_refused(kind: ScheduleKind, name: str, allowed
 @pytest.mark.parametrize("name", ["final_factor", "gamma", "warmup_start_factor"])
 @pytest.mark.parametrize("value", [True, "0.5", b"1", None, 1j, 10**400])
 def test_a_factor_that_is_no_number_is_refused(name: str, value: Any) -> None:
-    refused(make("polynomial", warmup_steps=2, **{name: value}), name, "not a number that a float can hold")
+    refused(make("polynomial", warmup_steps=2, **{name: value}), name, "not a number that a float can represent")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, fields in WHOLE.items() for name in fields])

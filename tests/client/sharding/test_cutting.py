@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwire.layout import SMALLEST_IN_BLOCKS, TensorSpec, place
-from stepwire.sharding.partition import GRAIN, Slice, cut
+from stepwire.sharding.partition import GRAIN, TensorRange, cut
 
 COUNTS = st.lists(st.integers(0, 300) | st.integers(GRAIN - 10, 5 * GRAIN), min_size=1, max_size=8)
 
@@ -25,49 +25,49 @@ def test_every_element_is_in_one_shard_in_order(counts, most, within_tensors, da
     whole = layout(counts, groups)
     shards = cut(whole, most, within_tensors=within_tensors)
     assert 1 <= len(shards) <= most
-    joined: list[Slice] = []
-    for piece in (piece for shard in shards for piece in shard):
-        if joined and joined[-1].tensor == piece.tensor:
-            assert joined[-1].end == piece.begin
-            joined[-1] = Slice(piece.tensor, joined[-1].begin, piece.end)
+    joined: list[TensorRange] = []
+    for each in (each for shard in shards for each in shard):
+        if joined and joined[-1].tensor == each.tensor:
+            assert joined[-1].end == each.begin
+            joined[-1] = TensorRange(each.tensor, joined[-1].begin, each.end)
         else:
-            joined.append(piece)
-    assert joined == [Slice(index, 0, tensor.count) for index, tensor in enumerate(whole.tensors)]
+            joined.append(each)
+    assert joined == [TensorRange(index, 0, tensor.count) for index, tensor in enumerate(whole.tensors)]
     if sum(counts):
-        assert all(any(piece.end > piece.begin for piece in shard) for shard in shards)
+        assert all(any(each.end > each.begin for each in shard) for shard in shards)
 
 
 @given(COUNTS, st.integers(1, 6))
-def test_pieces_are_held_as_their_tensor_would_be(counts: list[int], most: int) -> None:
+def test_ranges_are_held_as_their_tensor_would_be(counts: list[int], most: int) -> None:
     whole = layout(counts)
-    for piece in (piece for shard in cut(whole, most, within_tensors=True) for piece in shard):
-        assert piece.begin % GRAIN == 0
-        if piece.end - piece.begin < whole.tensors[piece.tensor].count:
-            assert piece.end - piece.begin >= SMALLEST_IN_BLOCKS
+    for each in (each for shard in cut(whole, most, within_tensors=True) for each in shard):
+        assert each.begin % GRAIN == 0
+        if each.end - each.begin < whole.tensors[each.tensor].count:
+            assert each.end - each.begin >= SMALLEST_IN_BLOCKS
 
 
 @given(COUNTS, st.integers(1, 6))
 def test_layerwise_rules_see_whole_tensors(counts: list[int], most: int) -> None:
     whole = layout(counts)
-    for piece in (piece for shard in cut(whole, most, within_tensors=False) for piece in shard):
-        assert (piece.begin, piece.end) == (0, whole.tensors[piece.tensor].count)
+    for each in (each for shard in cut(whole, most, within_tensors=False) for each in shard):
+        assert (each.begin, each.end) == (0, whole.tensors[each.tensor].count)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 7])
 def test_shards_are_as_large_as_one_another(shards: int) -> None:
     whole = layout([50 * GRAIN + 123, 7, 31 * GRAIN, 0, 4000, 19 * GRAIN + 5000])
-    sizes = [sum(piece.end - piece.begin for piece in shard) for shard in cut(whole, shards, within_tensors=True)]
+    sizes = [sum(each.end - each.begin for each in shard) for shard in cut(whole, shards, within_tensors=True)]
     assert len(sizes) == shards
     assert max(sizes) - min(sizes) <= 2 * GRAIN
 
 
-def test_the_least_piece_that_is_cut_off_has_blocks() -> None:
+def test_the_least_range_that_is_cut_off_has_blocks() -> None:
     assert len(cut(layout([GRAIN + SMALLEST_IN_BLOCKS - 1]), 2, within_tensors=True)) == 1
     assert cut(layout([GRAIN + SMALLEST_IN_BLOCKS]), 2, within_tensors=True) == [
-        [Slice(0, 0, GRAIN)],
-        [Slice(0, GRAIN, GRAIN + SMALLEST_IN_BLOCKS)],
+        [TensorRange(0, 0, GRAIN)],
+        [TensorRange(0, GRAIN, GRAIN + SMALLEST_IN_BLOCKS)],
     ]
 
 
 def test_a_model_of_nothing_is_one_shard() -> None:
-    assert cut(layout([0, 0]), 3, within_tensors=True) == [[Slice(0, 0, 0), Slice(1, 0, 0)]]
+    assert cut(layout([0, 0]), 3, within_tensors=True) == [[TensorRange(0, 0, 0), TensorRange(1, 0, 0)]]

@@ -25,7 +25,7 @@ def of(specs: list[TensorSpec], most: int, *, in_blocks: bool = False) -> Partit
 
 
 def layouts(partition: Partition, *, in_blocks: bool = False) -> list[Layout]:
-    return [place(partition.specs(shard), 3, in_blocks=in_blocks) for shard in range(len(partition.shares))]
+    return [place(partition.specs(shard), 3, in_blocks=in_blocks) for shard in range(len(partition.shards))]
 
 
 @given(SPECS, st.integers(1, 5), st.booleans())
@@ -36,22 +36,22 @@ def test_a_partition_is_read_again_from_its_shards(drawn, most: int, in_blocks: 
 
 
 @given(SPECS, st.integers(1, 5))
-def test_shares_are_views_that_make_up_the_whole(drawn, most: int) -> None:
+def test_ranges_are_views_that_make_up_the_whole(drawn, most: int) -> None:
     specs = [TensorSpec(f"t{i}", (count,), group) for i, (count, group, _) in enumerate(drawn)]
     made = of(specs, most)
     flat = [np.arange(tensor.count) for tensor in made.layout.tensors]
-    for share, layout in zip(made.shares, layouts(made), strict=True):
-        parts = share.of(flat)
+    for ranges, layout in zip(made.shards, layouts(made), strict=True):
+        parts = ranges.of(flat)
         assert [len(part) for part in parts] == [tensor.count for tensor in layout.tensors]
         for part in parts:
             part[:] = -1
     assert all((values == -1).all() for values in flat)
 
 
-def test_a_share_finds_the_tensors_it_has_some_of() -> None:
+def test_a_shard_finds_the_tensors_it_has_some_of() -> None:
     made = of([TensorSpec("a", (2 * GRAIN,)), TensorSpec("b", (5,)), TensorSpec("c", (2 * GRAIN,))], 2)
-    first, second = made.shares
-    assert [piece.tensor for piece in first.slices] == [0]
+    first, second = made.shards
+    assert [each.tensor for each in first.ranges] == [0]
     assert (first.indices([2, 0, 1]), second.indices([2, 0, 1])) == ([0], [1, 0])
     assert first.of([np.empty(0)] * 3)[0].size == 0
 
@@ -67,9 +67,9 @@ def other_group(layout: Layout) -> Layout:
     ("spoil", "problem"),
     [
         (lambda all: all[:1], "there are .* of 196608 elements"),
-        (lambda all: [all[1], all[0], all[2]], "'a' is in pieces that do not follow"),
-        (lambda all: [all[0], all[0], all[1], all[2]], "'a' is in pieces that do not follow"),
-        (lambda all: [other_group(all[0]), *all[1:]], "'a' is in pieces that do not follow"),
+        (lambda all: [all[1], all[0], all[2]], "'a' is in ranges that do not follow"),
+        (lambda all: [all[0], all[0], all[1], all[2]], "'a' is in ranges that do not follow"),
+        (lambda all: [other_group(all[0]), *all[1:]], "'a' is in ranges that do not follow"),
         (lambda all: [all[0], place([TensorSpec("c", (4,))], 1)], "different numbers of parameter groups"),
     ],
 )

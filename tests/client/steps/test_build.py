@@ -11,6 +11,8 @@ from stepwire.arrays.packing import Packer
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import TensorSpec, place
 from stepwire.steps.build import StepBuilder, StepOptions
+from stepwire.steps.carry import Carry
+from stepwire.steps.description import SessionDescription
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 
 LAYOUT = place([TensorSpec("a", (3,)), TensorSpec("b", (2, 2)), TensorSpec("c", (4,), 1)], 2)
@@ -38,7 +40,8 @@ def make_builder() -> StepBuilder:
         gradient=optimizer_pb2.GradientTreatment(missing_gradient=optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP),
     )
     message = session_pb2.Session(epoch=7, config=config)
-    return StepBuilder(message, Packer(LAYOUT), 1 << 20, error_feedback=False)
+    carry = Carry(message, LAYOUT.size, error_feedback=False)
+    return StepBuilder(SessionDescription(message, Packer(LAYOUT), 1 << 20), carry)
 
 
 def begin_of(builder: StepBuilder, options: dict[str, Any], left_out: tuple[str, ...] = ()) -> step_pb2.StepBegin:
@@ -50,16 +53,15 @@ def begin_of(builder: StepBuilder, options: dict[str, Any], left_out: tuple[str,
 def test_what_a_step_asks_for_does_not_depend_on_the_steps_before(options: dict[str, Any]) -> None:
     expected, builder = begin_of(make_builder(), options), make_builder()
     for before in OPTIONS:
-        taken = begin_of(builder, before, left_out=("b",))
-        assert list(taken.missing_tensors) == [1]
-        taken.step, taken.reply_base = 3, 2  # as the session and the attachment write into it
+        begin = begin_of(builder, before, left_out=("b",))
+        assert list(begin.missing_tensors) == [1]
+        begin.step, begin.epoch, begin.load, begin.reply.base = 3, 7, 1, 2  # as the hold writes into it
         assert begin_of(builder, options) == expected
 
 
 def test_a_step_asks_for_what_its_options_say() -> None:
     begin = begin_of(make_builder(), {"lr": 0.5, "loss_scale": 8.0, "reply_dtype": "float16", "reply_first": ("c",)})
     assert begin == step_pb2.StepBegin(
-        epoch=7,
         gradient_dtype=tensor_pb2.DTYPE_FLOAT32,
         hyperparameters=[optimizer_pb2.Hyperparameters(lr=0.5)] * 2,
         reply=step_pb2.ReplyOptions(
@@ -78,12 +80,12 @@ def test_a_step_that_is_refused_leaves_no_trace_in_the_next() -> None:
         assert begin_of(builder, {}) == expected
 
 
-def test_a_new_answer_lies_where_its_targets_do() -> None:
-    call, answer = make_builder().build(GRADIENTS, StepOptions())
-    assert isinstance(answer, dict)
+def test_a_new_reply_lies_where_its_targets_do() -> None:
+    call, reply = make_builder().build(GRADIENTS, StepOptions())
+    assert isinstance(reply, dict)
     for number, target in enumerate(call.targets):
         target[...] = number
-    assert {name: array.tolist() for name, array in answer.items()} == {
+    assert {name: array.tolist() for name, array in reply.items()} == {
         "a": [0, 0, 0],
         "b": [[1, 1], [1, 1]],
         "c": [2, 2, 2, 2],

@@ -1,4 +1,4 @@
-"""Answers as they arrive: where chunks go, which tensors are whole, what is missing, and what patches do."""
+"""Replies as they arrive: the places of chunks, the tensors that are whole, missing elements, and patches."""
 
 from __future__ import annotations
 
@@ -38,54 +38,54 @@ SPACE = np.arange(LAYOUT.size, dtype=np.float32)
 
 def test_chunks_go_where_they_belong_in_any_order() -> None:
     wanted = call()
-    arrival = ReplyReader(Packer(LAYOUT), wanted)
+    reader = ReplyReader(Packer(LAYOUT), wanted)
     for start, end in [(260, LAYOUT.size), (0, 10), (10, 260)]:
-        arrival.take(chunk(start, SPACE[start:end]))
-    arrival.finish()
+        reader.read(chunk(start, SPACE[start:end]))
+    reader.finish()
     assert wanted.targets[0].tolist() == list(range(20))
     assert wanted.targets[2].tolist() == list(range(256, 268))
 
 
 def test_tensors_are_told_when_their_last_element_has_come() -> None:
     told: list[int] = []
-    arrival = ReplyReader(Packer(LAYOUT), call(on_tensor=told.append))
+    reader = ReplyReader(Packer(LAYOUT), call(on_tensor=told.append))
     seen = []
     for start, end in [(10, 258), (260, LAYOUT.size), (0, 10), (258, 260)]:
-        arrival.take(chunk(start, SPACE[start:end]))
+        reader.read(chunk(start, SPACE[start:end]))
         seen.append(list(told))
     assert seen == [[], [], [0], [0, 2]]
 
 
-def test_an_answer_that_ends_early_is_told() -> None:
-    arrival = ReplyReader(Packer(LAYOUT), call())
-    arrival.take(chunk(0, SPACE[:10]))
-    with pytest.raises(UnavailableError, match=f"the answer to step 4 lacks {LAYOUT.size - 10} elements"):
-        arrival.finish()
+def test_a_reply_that_ends_early_is_told() -> None:
+    reader = ReplyReader(Packer(LAYOUT), call())
+    reader.read(chunk(0, SPACE[:10]))
+    with pytest.raises(UnavailableError, match=f"the reply to step 4 lacks {LAYOUT.size - 10} elements"):
+        reader.finish()
 
 
 def test_where_none_is_wanted_nothing_is_missing() -> None:
-    arrival = ReplyReader(Packer(LAYOUT), call(mode=step_pb2.REPLY_MODE_NONE))
-    arrival.take(Frame(pb.AttachResponse(), np.empty(0, np.uint8)))
-    arrival.finish()
+    reader = ReplyReader(Packer(LAYOUT), call(mode=step_pb2.REPLY_MODE_NONE))
+    reader.read(Frame(pb.AttachResponse(), np.empty(0, np.uint8)))
+    reader.finish()
 
 
-def test_patches_change_what_is_held_and_everything_is_handed_out() -> None:
-    held = SPACE.astype(BFLOAT16)
-    after = held.copy()
+def test_patches_change_the_parameters_and_everything_is_handed_out() -> None:
+    patched = SPACE.astype(BFLOAT16)
+    after = patched.copy()
     after[[3, 19, 256]] = [7.5, -1.0, 0.25]
-    patch = encode_patch(held[:200].view(np.uint16), after[:200].view(np.uint16))
+    patch = encode_patch(patched[:200].view(np.uint16), after[:200].view(np.uint16))
     assert patch is not None
-    wanted = call(BFLOAT16, mode=step_pb2.REPLY_MODE_CHANGED, held=held)
-    arrival = ReplyReader(Packer(LAYOUT), wanted)
-    arrival.take(chunk(0, after[:200], patch=True, payload=patch))
-    arrival.take(chunk(200, after[200:]))
-    arrival.finish()
-    assert held.tobytes() == after.tobytes()
+    wanted = call(BFLOAT16, mode=step_pb2.REPLY_MODE_CHANGED, patched=patched)
+    reader = ReplyReader(Packer(LAYOUT), wanted)
+    reader.read(chunk(0, after[:200], patch=True, payload=patch))
+    reader.read(chunk(200, after[200:]))
+    reader.finish()
+    assert patched.tobytes() == after.tobytes()
     assert wanted.targets[0].tobytes() == after[:20].tobytes()
     assert wanted.targets[2].tobytes() == after[256:].tobytes()
 
 
 def test_a_patch_that_is_none_is_refused() -> None:
-    wanted = call(BFLOAT16, mode=step_pb2.REPLY_MODE_CHANGED, held=np.zeros(LAYOUT.size, BFLOAT16))
+    wanted = call(BFLOAT16, mode=step_pb2.REPLY_MODE_CHANGED, patched=np.zeros(LAYOUT.size, BFLOAT16))
     with pytest.raises(InvalidRequestError, match="the patch of 8 values"):
-        ReplyReader(Packer(LAYOUT), wanted).take(chunk(0, np.zeros(8), patch=True, payload=b"\xff"))
+        ReplyReader(Packer(LAYOUT), wanted).read(chunk(0, np.zeros(8), patch=True, payload=b"\xff"))

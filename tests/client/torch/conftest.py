@@ -1,4 +1,4 @@
-"""What the tests of the drop-in share: they are skipped where torch is not, and close the optimizers they make."""
+"""Fixtures of the drop-in's tests: a skip without torch, and the closing of optimizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Keep torch from taking all processors for tensors of a few elements, in each of several test processes."""
+    """Limit torch to one processor in each of several test processes."""
     import torch
 
     before = torch.get_num_threads()
@@ -42,9 +42,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port that nobody listens on, and that nobody else is given meanwhile."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener.getsockname()[1]
 
 
 Made = Callable[..., Any]
@@ -53,7 +53,7 @@ Made = Callable[..., Any]
 
 @pytest.fixture
 def exits() -> Iterator[contextlib.ExitStack]:
-    """Close what was opened, the last first."""
+    """Close the opened objects, the last first."""
     with contextlib.ExitStack() as stack:
         yield stack
 

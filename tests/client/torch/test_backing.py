@@ -19,7 +19,7 @@ BOUND = {"rtol": 8 * EPS, "atol": 8 * EPS}
 
 
 def made(rule: str, client: stepwire.Client, **options: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Return what makes both optimizers."""
+    """Return a function that makes both optimizers."""
     return lambda params, remote_params: (
         getattr(torch.optim, rule)(params, lr=0.01, **options),
         getattr(stepwire.torch, rule)(remote_params, lr=0.01, server=client, **options),
@@ -35,7 +35,7 @@ def clamp(params: list[Any]) -> None:
 
 
 def load_model(params: list[Any]) -> None:
-    """Do what `model.load_state_dict` does."""
+    """Change the parameters as `model.load_state_dict` does."""
     module = torch.nn.ParameterList(params)
     module.load_state_dict({str(k): values for k, values in enumerate(gradients([p.shape for p in params], 77))})
 
@@ -95,7 +95,7 @@ def test_nothing_is_uploaded_without_a_change(client: stepwire.Client, monkeypat
 
 
 def test_masters_survive_a_change_of_another_parameter(remote: Any) -> None:
-    """Only what the model shows otherwise than its masters is taken from the model."""
+    """Only values that differ from the rounding of their masters come from the model."""
     params = [Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = remote("SGD", params, lr=2.0**-10)
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_a_change_of_shape_is_refused(remote: Any) -> None:
         *[("AdamW", precision) for precision in ("bfloat16", "int8")],
     ],
 )
-def test_a_group_more_takes_the_state_along(rule: str, precision: Any, client: stepwire.Client) -> None:
+def test_a_further_group_keeps_the_state(rule: str, precision: Any, client: stepwire.Client) -> None:
     """With moments of fewer bits, torch cannot be compared with; the same parameters without a group more can."""
     pair = Twins(made(rule, client), lambda: parameters(((33, 17), (129,), (65,))))
     alone = parameters(((33, 17), (129,), (65,)))
@@ -184,7 +184,7 @@ def test_a_group_that_cannot_be_added_leaves_everything(client: stepwire.Client)
         for group, problem in (
             ({"params": [Parameter(torch.zeros(2, dtype=torch.float64))]}, "torch.float64"),
             ({"params": [Parameter(torch.zeros(2))], "capturable": True}, "CUDA graph"),
-            ({"params": [Parameter(torch.zeros(2))], "amsgrad": True}, "a session has one for all its groups"),
+            ({"params": [Parameter(torch.zeros(2))], "amsgrad": True}, "a session has one value for all its groups"),
         ):
             with pytest.raises((UnsupportedFeatureError, InvalidRequestError), match=problem):
                 pair.remote.add_param_group(group)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import stepwire
+from stepwire.errors import DeadlineExceededError
 from stepwire.torch import SGD, Adam
 from stepwire.torch.backward import BackwardSender
 from stepwire_server.testing import serving
 from tests.client.torch.twins import assert_same_bits
+from tests.support.lost_replies import lost_replies
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,9 @@ def early(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     finish = BackwardSender.finish
 
     def finished(self: BackwardSender, numbers: Any) -> Any:
-        answer = finish(self, numbers)
-        told.append(answer is not None)
-        return answer
+        reply = finish(self, numbers)
+        told.append(reply is not None)
+        return reply
 
     monkeypatch.setattr(BackwardSender, "finish", finished)
     return told
@@ -68,6 +70,14 @@ class Pair:
         for _, optimizer in self.both:
             optimizer.step()
         assert_same_bits(self.plain_model.parameters(), self.model.parameters())
+
+    def fail(self, seed: int, *, applied: bool) -> None:
+        """Make a gradient, and have the early optimizer's step of it fail with an unknown outcome."""
+        hold = self.early.session._link.hold
+        with lost_replies(applied=applied, of=lambda other: other is hold):
+            self.backward(seed)
+            with pytest.raises(DeadlineExceededError):
+                self.early.step()
 
 
 @pytest.fixture
@@ -128,7 +138,7 @@ def scale(network: Any, optimizer: Any) -> None:
     [set_rate, clip, drop_one, replace_one, write_a_parameter, accumulate, scale],
     ids=lambda one: one.__name__,
 )
-def test_a_step_that_is_not_the_one_that_was_begun_is_taken_as_any_other(
+def test_a_step_that_is_not_the_one_that_was_begun_is_sent_as_any_other(
     pair: Pair, early: list[bool], meddle: Any
 ) -> None:
     pair.step(1)
@@ -187,7 +197,9 @@ def test_shared_memory_needs_no_early_start(target: str, early: list[bool]) -> N
 
 
 def test_a_model_over_several_channels_is_refused(target: str) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError, match="send_in_backward: the model is cut over several"):
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="send_in_backward: the model is partitioned over several"
+    ):
         SGD(model().parameters(), lr=0.1, server=target, channels=2, send_in_backward=True)
 
 
@@ -199,3 +211,37 @@ def test_a_closed_optimizer_watches_no_more(target: str, early: list[bool]) -> N
     pair.model(torch.ones(2, 120)).sum().backward()
     with pytest.raises(stepwire.InvalidRequestError, match="the optimizer is closed"):
         pair.early.step()
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_step_that_failed_is_taken_again_once(pair: Pair, early: list[bool], applied: bool) -> None:
+    for seed in range(2):
+        pair.step(seed)
+    pair.fail(2, applied=applied)
+    pair.plain.step()
+    pair.early.step()
+    assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    assert pair.early.applied_step == 3
+    pair.step(3)
+    assert early == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_backward_pass_after_a_step_that_failed_begins_none(pair: Pair, early: list[bool], applied: bool) -> None:
+    """Its gradient is another one, and becomes the next step: whether the first was applied is asked before."""
+    for seed in range(2):
+        pair.step(seed)
+    pair.fail(2, applied=applied)
+    if applied:
+        pair.plain.step()
+    inputs = torch.randn((4, 120), generator=torch.Generator().manual_seed(3))
+    pair.early.zero_grad()
+    pair.model(inputs).square().mean().backward()
+    for network, other in zip(pair.plain_model.parameters(), pair.model.parameters(), strict=True):
+        assert other.grad is not None
+        network.grad = other.grad.clone()
+    for _, optimizer in pair.both:
+        optimizer.step()
+    assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    assert pair.early.applied_step == 3 + applied
+    assert early[-1] is False

@@ -1,4 +1,4 @@
-"""State dicts that cannot be loaded are refused with what is wrong in them, and change nothing."""
+"""State dicts that cannot be loaded are refused with the reason, and change nothing."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def foreign(state: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGED: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
-    (lambda state: without(state, "exp_avg"), r"state\[0\]\['exp_avg'\] is missing; the state has"),
-    (lambda state: without(state, "step"), r"state\[0\]\['step'\] is missing"),
-    (reshaped, r"state\[1\]\['exp_avg'\] has shape \(3,\) and the parameter \(129,\); .* another model's"),
-    (structured, r"state\[0\]\['max_exp_avg_sq'\] is missing"),
-    (altered("step", torch.tensor(2.5)), r"state\[0\]\['step'\] 2.5 is no number of steps"),
+    (lambda state: without(state, "exp_avg"), r"state\[0\]\['exp_avg'\]: is missing; the state has"),
+    (lambda state: without(state, "step"), r"state\[0\]\['step'\]: is missing"),
+    (reshaped, r"state\[1\]\['exp_avg'\]: shape \(3,\) is not the parameter's \(129,\); .* another model's"),
+    (structured, r"state\[0\]\['max_exp_avg_sq'\]: is missing"),
+    (altered("step", torch.tensor(2.5)), r"state\[0\]\['step'\]: 2.5 is no number of steps"),
     (
         altered("momentum_buffer", torch.zeros(33, 17)),
-        r"state\[0\]\['momentum_buffer'\] is nothing that Adam keeps; is it another's\?",
+        r"state\[0\]\['momentum_buffer'\]: Adam has no such slot; is the state another optimizer's\?",
     ),
-    (altered("step", torch.tensor(float("nan"))), r"state\[0\]\['step'\] nan is no number of steps"),
-    (altered("step", torch.tensor(float("inf"))), r"state\[0\]\['step'\] inf is no number of steps"),
-    (altered("step", "three"), r"state\[0\]\['step'\] 'three' is no number of steps"),
-    (altered("exp_avg", [1.0, 2.0]), r"state\[0\]\['exp_avg'\] is \[1.0, 2.0\], no tensor; the state is damaged"),
-    (foreign, r"masters\[7\] is of no parameter here, of which there are 3; the state is another model's"),
+    (altered("step", torch.tensor(float("nan"))), r"state\[0\]\['step'\]: nan is no number of steps"),
+    (altered("step", torch.tensor(float("inf"))), r"state\[0\]\['step'\]: inf is no number of steps"),
+    (altered("step", "three"), r"state\[0\]\['step'\]: 'three' is no number of steps"),
+    (altered("exp_avg", [1.0, 2.0]), r"state\[0\]\['exp_avg'\]: \[1.0, 2.0\] is no tensor; the state is damaged"),
+    (foreign, r"masters: position 7 is none of the 3 parameters; the state is another model's"),
 ]
 
 
@@ -98,21 +98,21 @@ def test_nadam_refuses_a_product_that_its_numbers_do_not_make(client: stepwire.C
         pair.step(3)
         saved = pair.local.state_dict()
         saved["param_groups"][0]["betas"] = (0.5, 0.999)
-        with pytest.raises(InvalidRequestError, match="they were changed on the way, which a session cannot continue"):
+        with pytest.raises(InvalidRequestError, match="were changed on the way, and a session cannot continue"):
             pair.remote.load_state_dict(saved)
 
 
-def test_8_bit_moments_need_what_goes_with_them(client: stepwire.Client) -> None:
+def test_8_bit_moments_need_their_scales(client: stepwire.Client) -> None:
     params = parameters()
     with stepwire.torch.Adam(params, server=client, state_precision="int8") as optimizer:
         with pytest.raises(
-            InvalidRequestError, match="'exp_avg_scale' is missing, which this session's state_precision needs"
+            InvalidRequestError, match="exp_avg_scale: is missing, and this session's state_precision needs it"
         ):
             optimizer.load_state_dict(torch.optim.Adam(params).state_dict())
 
 
 def test_a_state_dict_of_another_optimizer(client: stepwire.Client) -> None:
-    """Torch takes it, and fails at the next step."""
+    """Torch accepts such a dict, and fails at the next step."""
     pair = twins("Adam", client)
     theirs = parameters()
     other = torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
@@ -123,7 +123,7 @@ def test_a_state_dict_of_another_optimizer(client: stepwire.Client) -> None:
             parameter.grad = torch.ones_like(parameter)
         other.step()
         with pytest.raises(
-            InvalidRequestError, match="a group has no 'betas'|'momentum_buffer'.* is nothing that Adam"
+            InvalidRequestError, match="a group has no 'betas'|'momentum_buffer'.* Adam has no such slot"
         ):
             pair.remote.load_state_dict(other.state_dict())
         pair.step(2)

@@ -1,4 +1,4 @@
-"""Bad use: the error names the parameter or the field and says what to do, and nothing was applied."""
+"""Bad use: the error names the parameter or the field and the remedy, and nothing was applied."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_server_that_went_away(exits: contextlib.ExitStack) -> None:
     before = [parameter.detach().clone() for parameter in params]
     for parameter in params:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(UnavailableError, match=f"server='{target}': .*; try again once it is there"):
+    with pytest.raises(UnavailableError, match=f"server='{target}': .*; try again once the server is there"):
         optimizer.step()
     assert_same_bits(params, before)
     optimizer.detach()

@@ -10,7 +10,7 @@ import torch
 
 import stepwire
 import stepwire.torch
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.twins import assert_same_bits, gradients, parameters
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -30,20 +30,20 @@ def advance(optimizer: Any, params: list[Any], steps: range) -> None:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_steps_are_those_of_a_session(name: str, options: dict[str, Any], remote: Any, client: stepwire.Client) -> None:
     params = parameters()
-    held = {str(index): parameter.detach().numpy().copy() for index, parameter in enumerate(params)}
-    with client.create_session(held, optimizer=getattr(stepwire, name)(**options)) as session:
+    values_by_name = {str(index): parameter.detach().numpy().copy() for index, parameter in enumerate(params)}
+    with client.create_session(values_by_name, optimizer=getattr(stepwire, name)(**options)) as session:
         for step in range(1, 5):
             drawn = gradients([parameter.shape for parameter in params], step)
-            held = session.step({str(index): gradient.numpy() for index, gradient in enumerate(drawn)})
+            values_by_name = session.step({str(index): gradient.numpy() for index, gradient in enumerate(drawn)})
     advance(remote(name, params, **options), params, range(1, 5))
-    for parameter, values in zip(params, held.values(), strict=True):
+    for parameter, values in zip(params, values_by_name.values(), strict=True):
         np.testing.assert_array_equal(parameter.detach().numpy(), values)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_defaults_are_those_of_the_configuration(name: str, options: dict[str, Any], remote: Any) -> None:
+def test_defaults_are_those_of_the_record(name: str, options: dict[str, Any], remote: Any) -> None:
     optimizer = remote(name, parameters())
-    assert optimizer.session.configuration.optimizer == getattr(stepwire, name)()
+    assert optimizer.session.config.optimizer == getattr(stepwire, name)()
     assert set(options) <= set(optimizer.defaults)
 
 
@@ -72,7 +72,7 @@ def test_schedulers_and_state_dicts_work(name: str, options: dict[str, Any], rem
     assert second.param_groups[0]["lr"] == options["lr"] / 64
 
 
-def test_every_family_is_a_public_class_and_every_class_a_family() -> None:
+def test_every_rule_is_a_public_class_and_every_class_a_rule() -> None:
     classes = {name for name in stepwire.torch.__all__ if not name.startswith("Remote")}
-    assert classes == set(FAMILIES)
-    assert {name: getattr(stepwire.torch, name).family for name in classes} == FAMILIES
+    assert classes == set(TORCH_RULES)
+    assert {name: getattr(stepwire.torch, name).rule for name in classes} == TORCH_RULES

@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler, unmodified: whoever unscales, it or the server, the scale and the steps are torch's."""
+"""torch.amp.GradScaler, unmodified: the scale and the steps are torch's, with either unscaling."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_clipping_on_the_server_is_of_the_unscaled_gradient(client: stepwire.Cli
 
 
 def test_half_precision_gradients_are_unscaled_in_float32(remote: Any) -> None:
-    """What a float16 cannot hold unscaled arrives all the same: 2⁻²⁶, a fourth of the smallest number of that type."""
+    """A value too small for float16 arrives scaled: 2⁻²⁶, a fourth of the smallest number of that type."""
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
     optimizer, one = remote("SGD", [parameter], lr=2.0**20), scaler(init_scale=2.0**16)
     one.scale(torch.zeros(1))

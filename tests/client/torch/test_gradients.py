@@ -17,7 +17,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def adam(client: stepwire.Client, **options: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Return what makes both optimizers."""
+    """Return a function that makes both optimizers."""
     return lambda params, remote_params: (
         torch.optim.Adam(params, lr=0.01, **options),
         stepwire.torch.Adam(remote_params, lr=0.01, server=client, **options),

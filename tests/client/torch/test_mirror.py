@@ -1,4 +1,4 @@
-"""What the session holds beyond what the model shows: masters live through loads, changes, overflows and moves."""
+"""The session's masters of a model with fewer bits, through loads, changes, overflows and moves."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_masters_have_more_bits_than_the_model(dtype: torch.dtype, remote: Any) 
     params = parameters(dtype=dtype)
     optimizer = remote("Adam", params, lr=1e-4)
     advance(optimizer, params, range(1, 4))
-    held = masters(optimizer)
-    assert_same_bits([master.to(dtype) for master in held], [parameter.detach() for parameter in params])
-    assert any(not torch.equal(master, parameter.float()) for master, parameter in zip(held, params, strict=True))
+    found = masters(optimizer)
+    assert_same_bits([master.to(dtype) for master in found], [parameter.detach() for parameter in params])
+    assert any(not torch.equal(master, parameter.float()) for master, parameter in zip(found, params, strict=True))
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
@@ -62,7 +62,7 @@ def test_a_checkpoint_of_model_and_optimizer_has_every_bit(
     assert_same_bits(fresh, straight)
 
 
-def test_masters_of_another_model_are_not_taken(remote: Any) -> None:
+def test_masters_of_another_model_are_refused(remote: Any) -> None:
     """The model is the truth: where it does not show a master rounded, that is not its master."""
     first, second = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     optimizer = remote("Adam", first, lr=1e-3)
@@ -88,7 +88,7 @@ def test_a_group_more_keeps_masters(remote: Any) -> None:
 
 
 def test_a_parameter_that_overflows_comes_back(remote: Any) -> None:
-    """Its master is 70,000, which a float16 shows as Inf; nothing that the model shows has changed, so it stays."""
+    """The master is 70,000, which rounds to Inf in float16; the model's value is unchanged, so the master stays."""
     parameter, other = (Parameter(torch.full((2,), 60_000.0, dtype=torch.float16)) for _ in range(2))
     optimizer = remote("SGD", [parameter, other], lr=10_000.0)
     seen = []

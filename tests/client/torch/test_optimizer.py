@@ -1,4 +1,4 @@
-"""What makes it an optimizer of torch: closures, hooks, signatures, files; and what must never copy a session."""
+"""The interface of torch's optimizers: closures, hooks, signatures, files; and the refusal of copies of a session."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import stepwire
 import stepwire.torch
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.twins import assert_same_bits, parameters, same_bits
 
-IN_TORCH = sorted(name for name in FAMILIES if hasattr(torch.optim, name))
+IN_TORCH = sorted(name for name in TORCH_RULES if hasattr(torch.optim, name))
 
 
 def one(remote: Any, name: str = "SGD", **options: Any) -> tuple[Any, Parameter]:
@@ -107,7 +107,7 @@ def test_results_are_told(remote: Any) -> None:
 
 
 def test_hooks_of_a_step(remote: Any) -> None:
-    """Those of the optimizer and those of all, in torch's order; a hook may change gradients and numbers."""
+    """Hooks of the optimizer and of all optimizers, in torch's order; a hook may change gradients and numbers."""
     optimizer, parameter = one(remote)
     called = []
 

@@ -1,4 +1,4 @@
-"""What stands beside torch's own arguments: clipping, encodings, several servers, and the way there."""
+"""The options besides torch's own arguments: clipping, encodings, several servers, and the transport."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_clipping_by_value_is_that_of_torch(remote: Any) -> None:
 
 
 def test_clipping_leaves_the_gradients_as_they_are(remote: Any) -> None:
-    """Where torch would scale them in place."""
+    """Torch would scale the gradients in place."""
     params = parameters()
     optimizer = remote("SGD", params, clip_grad_norm=0.1)
     before = gradients([parameter.shape for parameter in params], 1)

@@ -20,14 +20,14 @@ Make = Callable[[], Any]
 
 
 def adam(client: stepwire.Client, **options: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Return what makes both optimizers."""
+    """Return a function that makes both optimizers."""
     return lambda params, remote_params: (
         torch.optim.Adam(params, lr=0.01, **options),
         stepwire.torch.Adam(remote_params, lr=0.01, server=client, **options),
     )
 
 
-# --- which are stepped ----------------------------------------------------------------------------------
+# --- parameters that are stepped ----------------------------------------------------------------------------------
 
 
 def strided() -> list[Parameter]:
@@ -120,7 +120,7 @@ def test_a_tied_parameter_is_one(client: stepwire.Client) -> None:
     torch.testing.assert_close(models[1].decode.weight, models[0].decode.weight, rtol=4 * EPS, atol=4 * EPS)
 
 
-# --- which are not --------------------------------------------------------------------------------------
+# --- parameters that are refused --------------------------------------------------------------------------------------
 
 
 def uninitialized() -> Any:

@@ -1,4 +1,4 @@
-"""The table of docs/torch.md: every row of it is refused, and of what PyTorch tests nothing else is."""
+"""The table of docs/torch.md: every row is refused, and no other option of PyTorch's own tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 import stepwire
 import stepwire.torch
 from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 from tests.client.torch.torch_inputs import RULES, inputs
 from tests.client.torch.twins import parameters
 
@@ -27,8 +27,8 @@ Make = Callable[[str], Any]
 
 
 def rows() -> dict[str, str]:
-    """Return the reasons of the table by what is refused."""
-    section = DOCS.read_text().partition("## What is refused")[2]
+    """Return the reasons of the table, by the refused option."""
+    section = DOCS.read_text().partition("## Refused options and parameters")[2]
     return dict(re.findall(r"^\| (?!what|---)(.+?) \| (.+?) \|$", section, re.MULTILINE))
 
 
@@ -48,7 +48,7 @@ class Flattened(torch.Tensor):
 
 
 class FlatParameter(Parameter):
-    """What FSDP calls its own."""
+    """A class with the name of FSDP's own parameters."""
 
 
 def overlapping() -> list[Any]:
@@ -85,12 +85,12 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         (sparse_gradient, r"the gradient of .* is sparse .*Embedding\(sparse=False\)"),
     ],
     "float64": [
-        (made("Adam", of(2, dtype=dtype)), f"{dtype}, and a session holds float32")
+        (made("Adam", of(2, dtype=dtype)), f"{dtype}, and a session has float32")
         for dtype in (torch.float64, torch.complex128, torch.int32)
     ],
     "parameters of FSDP": [
         (made("Adam", lambda: [Parameter(Flattened(torch.zeros(2)))]), "Flattened, whose values are not in one tensor"),
-        (made("Adam", lambda: [FlatParameter(torch.zeros(2))]), r"sharded parameter \(FSDP, DTensor\)"),
+        (made("Adam", lambda: [FlatParameter(torch.zeros(2))]), r"shard of a parameter \(FSDP, DTensor\)"),
     ],
     "two parameters over one memory": [
         (made("Adam", overlapping), "shares memory with .*; tie parameters by using one Parameter twice"),
@@ -109,7 +109,7 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         (made("Adam", lambda: [{"params": [("w", of(2)()[0])]}, {"params": [("w", of(2)()[0])]}]), "give each its own")
     ],
     "groups that differ in": [
-        (made(rule, groups(name), **more), rf"param_groups\[1\]\['{name}'\] is True .* a session has one for all")
+        (made(rule, groups(name), **more), rf"param_groups\[1\]\['{name}'\] is True .* a session has one value for all")
         for rule, name, more in (
             ("Adam", "amsgrad", {}),
             ("SGD", "nesterov", {"momentum": 0.9}),
@@ -130,8 +130,11 @@ CASES: dict[str, list[tuple[Make, str]]] = {
             words,
         )
         for option, words in (
-            ("shared_views", "shared_views: the model is cut over several servers"),
-            ("send_in_backward", "send_in_backward: the model is cut over several servers or channels; leave it out"),
+            ("shared_views", "shared_views: the model is partitioned over several servers"),
+            (
+                "send_in_backward",
+                "send_in_backward: the model is partitioned over several servers or channels; leave the option out",
+            ),
         )
     ],
 }
@@ -169,7 +172,7 @@ def test_a_sharded_parameter_of_torch_itself_is_refused(target: str) -> None:
     try:
         sharded = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(
-            UnsupportedFeatureError, match=r"one rank's part .* \(FSDP, DTensor\); give the optimizer whole"
+            UnsupportedFeatureError, match=r"one rank's shard .* \(FSDP, DTensor\); give the optimizer whole"
         ):
             stepwire.torch.Adam([Parameter(sharded)], server=target)
     finally:
@@ -182,13 +185,13 @@ def test_every_class_of_torch_is_served_or_in_the_table() -> None:
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    assert set(RULES) == classes & set(FAMILIES)
+    assert set(RULES) == classes & set(TORCH_RULES)
     named = {name for row in rows() if row in CLASSES for name in re.findall(r"`(\w+)`", row)}
-    assert classes - set(FAMILIES) == named
+    assert classes - set(TORCH_RULES) == named
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_of_torchs_own_configurations_two_flags_are_refused(rule: str, target: str) -> None:
+def test_of_torchs_own_cases_two_flags_are_refused(rule: str, target: str) -> None:
     pytest.importorskip("expecttest", reason="torch's own tests need it (pip install expecttest)")
     reasons = {flag: rows()[f"`{flag}=True`"] for flag in FLAGS}
     refused = [one for one in inputs(rule) if any(one.arguments.get(flag) for flag in FLAGS)]

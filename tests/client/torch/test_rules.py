@@ -1,4 +1,4 @@
-"""What each rule of torch is to a server, held against torch's own groups and states."""
+"""The server's rule for each rule of torch, compared with torch's own groups and states."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from stepwire.errors import InvalidRequestError
-from stepwire.torch.rules import FAMILIES
+from stepwire.torch.rules import TORCH_RULES
 
 # Names of torch's groups that say how torch computes, and nothing of the outcome.
 HOW = {"foreach", "fused", "capturable", "differentiable", "params"}
-IN_TORCH = sorted(name for name in FAMILIES if hasattr(torch.optim, name))
+IN_TORCH = sorted(name for name in TORCH_RULES if hasattr(torch.optim, name))
 
 
 def group(name: str, **options: Any) -> dict[str, Any]:
@@ -23,35 +23,35 @@ def group(name: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_nothing_in_torchs_groups_is_left_out(name: str) -> None:
     """A number that a new release adds must be sent, or refused; ignoring it would be another optimizer."""
-    family = FAMILIES[name]
-    assert set(group(name)) - HOW == {*family.numbers, *family.structure}
+    rule = TORCH_RULES[name]
+    assert set(group(name)) - HOW == {*rule.numbers, *rule.structure}
 
 
 @pytest.mark.parametrize("name", IN_TORCH)
-def test_the_configuration_is_torchs_defaults(name: str) -> None:
-    theirs, ours = group(name), FAMILIES[name].configuration([group(name)])
-    assert ours == FAMILIES[name].rule(**{key: value for key, value in theirs.items() if key not in HOW})
+def test_the_record_has_torchs_defaults(name: str) -> None:
+    theirs, ours = group(name), TORCH_RULES[name].optimizer_for([group(name)])
+    assert ours == TORCH_RULES[name].optimizer(**{key: value for key, value in theirs.items() if key not in HOW})
 
 
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_the_slots_are_torchs_state(name: str) -> None:
-    family, parameter = FAMILIES[name], torch.nn.Parameter(torch.ones(2))
+    rule, parameter = TORCH_RULES[name], torch.nn.Parameter(torch.ones(2))
     options = {
         key: value
         for key, value in {"amsgrad": True, "momentum": 0.9, "centered": True}.items()
-        if key in family.numbers or key in family.structure
+        if key in rule.numbers or key in rule.structure
     }
     optimizer = getattr(torch.optim, name)([parameter], **options)
-    assert (len(optimizer.state[parameter]) > 0) == family.eager
+    assert (len(optimizer.state[parameter]) > 0) == rule.eager
     parameter.grad = torch.ones(2)
     optimizer.step()
-    counted = {"step"} if family.counts else set()
+    counted = {"step"} if rule.counts else set()
     kept = set(optimizer.state[parameter]) - {"mu_product"}
-    assert kept == {*family.slots, *counted}
+    assert kept == {*rule.slots, *counted}
 
 
 def test_tensors_among_the_numbers_become_plain() -> None:
-    numbers = FAMILIES["Adam"].numbers_of(
+    numbers = TORCH_RULES["Adam"].numbers_of(
         group("Adam", lr=torch.tensor(0.5), betas=(torch.tensor(0.5), torch.tensor([0.25])))
     )
     assert (numbers["lr"], numbers["betas"], numbers["maximize"]) == (0.5, (0.5, 0.25), False)
@@ -59,9 +59,9 @@ def test_tensors_among_the_numbers_become_plain() -> None:
 
 
 def test_dampening_without_momentum_is_none_as_in_torch() -> None:
-    family = FAMILIES["SGD"]
-    assert family.numbers_of(group("SGD", dampening=0.5))["dampening"] == 0.0
-    assert family.numbers_of(group("SGD", momentum=0.9, dampening=0.5))["dampening"] == 0.5
+    rule = TORCH_RULES["SGD"]
+    assert rule.numbers_of(group("SGD", dampening=0.5))["dampening"] == 0.0
+    assert rule.numbers_of(group("SGD", momentum=0.9, dampening=0.5))["dampening"] == 0.5
 
 
 def test_groups_that_differ_in_structure() -> None:
@@ -69,17 +69,17 @@ def test_groups_that_differ_in_structure() -> None:
     with pytest.raises(
         InvalidRequestError, match=r"param_groups\[1\]\['centered'\] is True and param_groups\[0\]\['centered'\] False"
     ):
-        FAMILIES["RMSprop"].structure_of(groups)
+        TORCH_RULES["RMSprop"].structure_of(groups)
 
 
 def test_groups_of_older_torch_lack_some_structure() -> None:
     old = {key: value for key, value in group("Adam").items() if key != "decoupled_weight_decay"}
-    assert FAMILIES["Adam"].structure_of([old]) == {"amsgrad": False, "decoupled_weight_decay": False}
-    assert FAMILIES["AdamW"].structure_of([old]) == {"amsgrad": False, "decoupled_weight_decay": True}
+    assert TORCH_RULES["Adam"].structure_of([old]) == {"amsgrad": False, "decoupled_weight_decay": False}
+    assert TORCH_RULES["AdamW"].structure_of([old]) == {"amsgrad": False, "decoupled_weight_decay": True}
 
 
 @pytest.mark.parametrize(
     ("name", "momenta", "kept"), [("SGD", (0.0, 0.0), False), ("SGD", (0.0, 0.9), True), ("Adam", (0.0, 0.0), None)]
 )
 def test_whether_momentum_is_kept(name: str, momenta: tuple[float, float], kept: bool | None) -> None:
-    assert FAMILIES[name].keeps_momentum([{**group(name), "momentum": value} for value in momenta]) is kept
+    assert TORCH_RULES[name].keeps_momentum([{**group(name), "momentum": value} for value in momenta]) is kept

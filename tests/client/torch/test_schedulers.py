@@ -40,7 +40,7 @@ def chained(optimizer: Any) -> Scheduler:
     )
 
 
-# One for each class. Where a class has several policies, those that touch something else of the groups are here too.
+# One for each class. The list also has the policies of a class that change other numbers of the groups.
 SCHEDULERS: dict[str, list[Make]] = {
     "LambdaLR": [lambda o: lr_scheduler.LambdaLR(o, [lambda t: 1 / (1 + t), lambda t: 0.9**t])],
     "MultiplicativeLR": [lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9)],
@@ -83,7 +83,7 @@ def test_no_scheduler_of_torch_is_forgotten() -> None:
 
 
 def optimizers(rule: str, client: stepwire.Client, tensors: bool, options: dict[str, Any]) -> Any:
-    """Return what makes both optimizers, of two groups with rates of their own."""
+    """Return a function that makes both optimizers, of two groups with rates of their own."""
 
     def groups(params: list[Any]) -> list[dict[str, Any]]:
         rates = [torch.tensor(rate) if tensors else rate for rate in RATES]
@@ -97,7 +97,7 @@ def optimizers(rule: str, client: stepwire.Client, tensors: bool, options: dict[
 
 
 def advance(scheduler: Scheduler, step: int) -> None:
-    """Take a scheduler's step, with a loss that stays where it is for the one that asks for it."""
+    """Step a scheduler, with a constant loss for a scheduler that needs one."""
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         scheduler.step(metrics=1.0 if step else 2.0)
     else:
@@ -105,7 +105,7 @@ def advance(scheduler: Scheduler, step: int) -> None:
 
 
 def numbers(optimizer: Any) -> list[Any]:
-    """Return what schedulers change."""
+    """Return the numbers that schedulers change."""
     return [(float(group["lr"]), group.get("betas"), group.get("momentum")) for group in optimizer.param_groups]
 
 

@@ -83,7 +83,7 @@ def test_half_precision_goes_on_from_the_masters(remote: Any, target: str) -> No
 
 
 def test_other_numbers_are_the_present_ones(remote: Any, target: str) -> None:
-    """The session was created with lr 1; what the groups say counts."""
+    """The session was created with lr 1; the groups' numbers count."""
     parameter = Parameter(torch.zeros(2))
     first = remote("SGD", [parameter], lr=1.0)
     first.detach()
@@ -93,7 +93,7 @@ def test_other_numbers_are_the_present_ones(remote: Any, target: str) -> None:
     assert parameter.tolist() == [-0.25] * 2
 
 
-def test_taking_ones_own_session_again_holds_no_streams(exits: contextlib.ExitStack) -> None:
+def test_attaching_to_ones_own_session_again_keeps_no_streams(exits: contextlib.ExitStack) -> None:
     from stepwire_server.testing import serving
 
     target = exits.enter_context(serving(threads=1, max_streams=6))
@@ -112,7 +112,7 @@ Change = Callable[[str, str], Any]
 
 
 def opened(rule: str = "Adam", shapes: Any = SHAPES, names: str = "abc", **options: Any) -> Change:
-    """Return what opens a session with another model, optimizer or option."""
+    """Return a function that opens a session with another model, optimizer or option."""
 
     def found(target: str, session: str) -> Any:
         params = list(zip(names, parameters(shapes), strict=True))
@@ -144,13 +144,13 @@ DIFFERENT: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_a_session_of_another_model_or_optimizer_is_refused(what: str, target: str, remote: Any) -> None:
-    """The session stays its owner's: looking at it does not take it."""
+    """The session stays its owner's: a check does not attach."""
     params = parameters()
     owner = remote("Adam", list(zip("abc", params, strict=True)))
     advance(owner, params, range(1, 3))
     change, words = DIFFERENT[what]
     with pytest.raises(
-        InvalidRequestError, match=f"session '{owner.session_id}' is not that of this optimizer: {words}"
+        InvalidRequestError, match=f"session: '{owner.session_id}' is not the session of this optimizer: {words}"
     ) as raised:
         change(target, owner.session_id)
     assert "leave `session` out for a new one" in str(raised.value)
@@ -176,7 +176,7 @@ def test_a_handle_of_an_ended_session_leaves_the_present_one(remote: Any) -> Non
     assert optimizer.applied_step == 2
 
 
-def test_who_takes_a_session_fences_who_had_it(remote: Any, target: str) -> None:
+def test_an_optimizer_that_attaches_fences_the_one_before(remote: Any, target: str) -> None:
     params, others = parameters(), parameters()
     first = remote("Adam", params)
     advance(first, params, range(1, 3))
@@ -184,7 +184,7 @@ def test_who_takes_a_session_fences_who_had_it(remote: Any, target: str) -> None
         advance(second, others, range(3, 4))
         before = [parameter.detach().clone() for parameter in params]
         with pytest.raises(
-            FencedError, match=f"To take it back, make this optimizer again with session='{first.session_id}'"
+            FencedError, match=f"To attach again, make this optimizer again with session='{first.session_id}'"
         ):
             advance(first, params, range(3, 4))
         assert_same_bits(params, before)

@@ -43,7 +43,7 @@ def remote_of(rule: str, params: list[Any], options: dict[str, Any], client: ste
 
 
 def advance(optimizer: Any, params: list[Any], steps: range) -> None:
-    """Take some steps; the last parameter has a gradient only in even ones."""
+    """Apply some steps; the last parameter has a gradient only in even ones."""
     for step in steps:
         for place, (parameter, gradient) in enumerate(
             zip(params, gradients([p.shape for p in params], step, params[0].dtype), strict=True)
@@ -169,7 +169,7 @@ def test_loading_in_place_goes_back_in_time(client: stepwire.Client) -> None:
 
 @pytest.mark.parametrize(("source", "into"), [("Adam", "AdamW"), ("AdamW", "Adam")])
 def test_decay_goes_with_the_state_dict_as_in_torch(source: str, into: str, client: stepwire.Client) -> None:
-    """Torch's AdamW is Adam with a key in its groups: Adam takes it from a state dict, AdamW has it in any case."""
+    """Torch's AdamW is Adam with a key in its groups: Adam reads the key from a state dict, AdamW always has it."""
     params, others, first = parameters(), parameters(), parameters()
     saved = local(source, first, {"weight_decay": 0.1})
     advance(saved, first, range(1, 4))
@@ -204,7 +204,7 @@ def test_a_state_dict_of_an_older_torch(client: stepwire.Client) -> None:
 
 
 def test_a_state_dict_of_an_optimizer_that_a_cuda_graph_captured(client: stepwire.Client) -> None:
-    """Its moments are like any; the flag, which is refused otherwise, stays behind."""
+    """The moments are the usual ones; the flag, which is refused otherwise, is dropped."""
     params, first = parameters(), parameters()
     saved = local("Adam", first, {})
     advance(saved, first, range(1, 4))

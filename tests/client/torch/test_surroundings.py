@@ -14,7 +14,7 @@ from tests.client.torch.twins import assert_same_bits, gradients, parameters
 
 
 def test_under_another_default_device(remote: Any) -> None:
-    """`torch.set_default_device("cuda")` is what people do; the device "meta" is one that no value can be on."""
+    """Users call `torch.set_default_device("cuda")`; the device "meta" has no values at all."""
     params = [*parameters(), Parameter(gradients([(3, 2)], 0)[0].t())]
     twins = [Parameter(parameter.detach().clone()) for parameter in params]
     for parameter, twin in zip(params, twins, strict=True):
@@ -35,7 +35,7 @@ def test_under_another_default_device(remote: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_under_another_default_dtype(dtype: torch.dtype, remote: Any) -> None:
-    """Who loads large models sets bfloat16, which could not count to 257."""
+    """Users of large models set bfloat16 as default, which cannot count to 257."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -82,7 +82,7 @@ def test_under_no_grad(remote: Any) -> None:
     assert parameter.requires_grad
 
 
-def test_from_several_threads_steps_are_taken_one_by_one(remote: Any) -> None:
+def test_from_several_threads_steps_are_applied_one_by_one(remote: Any) -> None:
     parameter = Parameter(torch.zeros(3))
     optimizer = remote("SGD", [parameter], lr=1.0)
     parameter.grad = torch.ones(3)

@@ -11,13 +11,13 @@ import torch
 from torch.nn import Parameter
 
 from stepwire.errors import InvalidRequestError
-from stepwire.torch.tensors import HeldTensor, from_numpy, to_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 
 BITS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def held(values: torch.Tensor) -> HeldTensor:
-    return HeldTensor("w", Parameter(values))
+def wrapped(values: torch.Tensor) -> ParameterTensor:
+    return ParameterTensor("w", Parameter(values))
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -32,7 +32,7 @@ def test_an_array_lies_where_its_tensor_does(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 def test_a_contiguous_parameter_is_written_in_place(dtype: torch.dtype) -> None:
-    tensor = held(torch.zeros(2, 3, dtype=dtype))
+    tensor = wrapped(torch.zeros(2, 3, dtype=dtype))
     tensor.array()[0, 1] = 2.0
     assert tensor.parameter.tolist() == [[0.0, 2.0, 0.0], [0.0] * 3]
     assert tensor.shape == (2, 3)
@@ -40,7 +40,7 @@ def test_a_contiguous_parameter_is_written_in_place(dtype: torch.dtype) -> None:
 
 
 def test_one_with_other_strides_is_settled_from_its_copy() -> None:
-    tensor = held(torch.arange(6.0).reshape(2, 3).t())
+    tensor = wrapped(torch.arange(6.0).reshape(2, 3).t())
     assert tensor.fetch().tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     tensor.array()[...] = [[9.0, 8.0], [7.0, 6.0], [5.0, 4.0]]
     assert tensor.parameter[0].tolist() == [0.0, 3.0]
@@ -49,7 +49,7 @@ def test_one_with_other_strides_is_settled_from_its_copy() -> None:
 
 
 def test_complex_numbers_are_pairs() -> None:
-    tensor = held(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64))
+    tensor = wrapped(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64))
     assert tensor.shape == (2, 2)
     assert tensor.fetch().tolist() == [[1.0, 2.0], [3.0, -4.0]]
     tensor.parameter.grad = torch.tensor([1 + 1j, 2 + 2j], dtype=torch.complex64).conj()
@@ -59,7 +59,7 @@ def test_complex_numbers_are_pairs() -> None:
 
 
 def test_a_change_is_seen_until_it_is_followed() -> None:
-    tensor = held(torch.zeros(2, 2))
+    tensor = wrapped(torch.zeros(2, 2))
     assert tensor.changed
     tensor.follow()
     assert not tensor.changed
@@ -78,7 +78,7 @@ def test_a_change_is_seen_until_it_is_followed() -> None:
 
 
 def test_settling_counts_as_a_change_to_autograd() -> None:
-    tensor = held(torch.ones(2))
+    tensor = wrapped(torch.ones(2))
     tensor.array()
     before = tensor.parameter._version
     tensor.settle()
@@ -87,7 +87,7 @@ def test_settling_counts_as_a_change_to_autograd() -> None:
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 def test_a_contiguous_gradient_is_not_copied(dtype: torch.dtype) -> None:
-    tensor = held(torch.zeros(3, dtype=dtype))
+    tensor = wrapped(torch.zeros(3, dtype=dtype))
     assert tensor.gradient() is None
     tensor.parameter.grad = torch.ones(3, dtype=dtype)
     gradient = tensor.gradient()
@@ -96,7 +96,7 @@ def test_a_contiguous_gradient_is_not_copied(dtype: torch.dtype) -> None:
 
 
 def test_a_gradient_of_other_strides_is_copied_to_one_place() -> None:
-    tensor = held(torch.zeros(2, 3))
+    tensor = wrapped(torch.zeros(2, 3))
     seen: list[Any] = []
     for value in (1.0, 2.0):
         tensor.parameter.grad = torch.full((3, 2), value).t()
@@ -106,7 +106,7 @@ def test_a_gradient_of_other_strides_is_copied_to_one_place() -> None:
 
 
 def test_a_gradient_of_a_dtype_that_does_not_travel() -> None:
-    tensor = held(torch.zeros(2))
+    tensor = wrapped(torch.zeros(2))
     if not hasattr(tensor.parameter, "grad_dtype"):
         pytest.skip("this torch has no gradients of other dtypes than their parameters'")
     tensor.parameter.grad_dtype = None
@@ -123,7 +123,7 @@ def test_a_gradient_of_a_dtype_that_does_not_travel() -> None:
 
 @pytest.mark.parametrize("values", [torch.arange(6.0).reshape(2, 3), torch.tensor([1j, 2.0]), torch.tensor(3.0)])
 def test_values_and_tensor_are_inverse(values: torch.Tensor) -> None:
-    tensor = held(values)
+    tensor = wrapped(values)
     array = tensor.values(values, "state")
     assert array.dtype == np.float32
     assert array.shape == tensor.shape
@@ -131,6 +131,6 @@ def test_values_and_tensor_are_inverse(values: torch.Tensor) -> None:
 
 
 def test_values_of_another_shape_are_another_models() -> None:
-    with pytest.raises(InvalidRequestError, match=r"state has shape \(3,\) and the parameter \(2,\)") as raised:
-        held(torch.zeros(2)).values(torch.zeros(3), "state")
+    with pytest.raises(InvalidRequestError, match=r"state: shape \(3,\) is not the parameter's \(2,\)") as raised:
+        wrapped(torch.zeros(2)).values(torch.zeros(3), "state")
     assert raised.value.metadata["field"] == "state"

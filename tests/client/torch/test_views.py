@@ -88,7 +88,7 @@ def test_a_step_copies_nothing(pair: Pair) -> None:
         assert parameter.data_ptr() == parameters[name].ctypes.data
 
 
-def test_gradients_that_were_replaced_or_dropped_are_taken_from_where_they_are(pair: Pair) -> None:
+def test_gradients_that_were_replaced_or_dropped_are_read_from_their_memory(pair: Pair) -> None:
     pair.step(1)
     for network, optimizer in pair.both:
         optimizer.zero_grad()
@@ -123,12 +123,12 @@ def test_what_is_written_behind_torchs_back_counts_when_it_is_uploaded(pair: Pai
 
 
 def test_a_parameter_that_is_given_other_memory_comes_home(pair: Pair) -> None:
-    """Answers are written where the views are; a parameter that lay elsewhere would not be trained any more."""
+    """Replies are written into the views; a parameter in other memory would not be trained any more."""
     pair.step(1)
     at = lying(pair)
     for network, _ in pair.both:
         weights = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
-        torch.nn.utils.vector_to_parameters(weights * 0.5, network.parameters())  # which assigns to `.data`
+        torch.nn.utils.vector_to_parameters(weights * 0.5, network.parameters())  # it assigns to `.data`
         network[0].weight.data = network[0].weight.data.t().contiguous().t()
     assert lying(pair) != at
     for step in range(2, 5):
@@ -138,14 +138,14 @@ def test_a_parameter_that_is_given_other_memory_comes_home(pair: Pair) -> None:
     assert pair.model[0].weight.is_contiguous()
 
 
-def test_two_optimizers_take_turns_with_one_model(pair: Pair, target: str) -> None:
+def test_two_optimizers_alternate_with_one_model(pair: Pair, target: str) -> None:
     pair.step(1)
     saved = pair.shared.state_dict()
     with Adam(pair.model.parameters(), lr=0.5, server=target, transport="shm", shared_views=True) as other:
         other.load_state_dict(saved)
     first, pair.shared = pair.shared, Adam(pair.model.parameters(), server=target, shared_views=True)
     pair.shared.load_state_dict(saved)
-    first.close()  # which gives the model memory of its own
+    first.close()  # it gives the model memory of its own
     for step in range(2, 5):
         pair.step(step)
         pair.compare()
@@ -240,5 +240,7 @@ def test_parameters_of_another_dtype_are_refused_later_too_and_nothing_is_moved(
 
 
 def test_a_model_over_several_channels_is_refused(target: str) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError, match="shared_views: the model is cut over several servers"):
+    with pytest.raises(
+        stepwire.UnsupportedFeatureError, match="shared_views: the model is partitioned over several servers"
+    ):
         Adam(model().parameters(), server=target, channels=2, shared_views=True)

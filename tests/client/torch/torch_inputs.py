@@ -10,11 +10,11 @@ RULES = ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad
 """The optimizers of torch that have a twin here."""
 
 _DEVICES = ("cpu", "cuda")
-"""What torch tests differs by device; which one a configuration is for makes no difference to a server."""
+"""The device of torch's cases; a case's device makes no difference to a server."""
 
 
 class Input(NamedTuple):
-    """One configuration.
+    """One case.
 
     Attributes:
         rule: the class.
@@ -28,7 +28,7 @@ class Input(NamedTuple):
 
 
 def inputs(rule: str) -> list[Input]:
-    """Return every configuration that torch lists for a class, each with foreach, fused and differentiable."""
+    """Return every case that torch lists for a class, each with foreach, fused and differentiable."""
     found: dict[str, Input] = {}
     for device in _DEVICES:
         for listed in _database()._get_optim_inputs_including_global_cliquey_kwargs(device, None, _info(rule)):
@@ -37,7 +37,7 @@ def inputs(rule: str) -> list[Input]:
 
 
 def error_inputs(rule: str) -> list[Any]:
-    """Return what torch refuses, as its `ErrorOptimizerInput`."""
+    """Return the inputs that torch refuses, as its `ErrorOptimizerInput`."""
     import torch
 
     refused: list[Any] = _info(rule).optim_error_inputs_func(device="cpu", dtype=torch.float32)
@@ -54,7 +54,7 @@ def _info(rule: str) -> Any:
 
 
 def _database() -> Any:
-    # It takes seconds to import, so only where it is asked for and not when tests are collected.
+    # The import needs seconds, so the module is imported in the tests that use it and not at collection.
     from torch.testing._internal import common_optimizers
 
     return common_optimizers

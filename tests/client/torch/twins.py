@@ -58,7 +58,7 @@ class Twins:
                 parameter.grad = gradient
 
     def step(self, steps: int = 1) -> None:
-        """Take steps with both."""
+        """Step both optimizers."""
         for _ in range(steps):
             self.draw()
             self.local.step()

@@ -108,7 +108,7 @@ def test_asked_for_by_name_it_is_had_or_refused(server: str, monkeypatch: pytest
         assert session.step(GRADIENT)["b"].shape == (4,)
 
 
-def test_the_slot_is_taken_once_however_many_streams_it_takes(
+def test_the_worker_is_acquired_once_however_many_streams_that_needs(
     client: stepwire.Client, session: stepwire.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.step(GRADIENT)
@@ -116,4 +116,5 @@ def test_the_slot_is_taken_once_however_many_streams_it_takes(
     monkeypatch.setattr(shared_memory.SharedMemory, "check", lambda self, ask: False)
     other.attach()
     assert other.step(GRADIENT)["b"].shape == (4,)
-    assert (other.applied_step, other._attachment.token) == (2, session._attachment.token + 1)
+    # The first stream acquires the worker, and the second renews the hold.
+    assert (other.applied_step, other._link.hold.token) == (2, session._link.hold.token + 2)

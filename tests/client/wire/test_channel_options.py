@@ -27,5 +27,5 @@ def test_a_model_is_sent_in_about_eight_messages_of_a_bounded_size(total_bytes: 
 
 
 @pytest.mark.parametrize("total_bytes", [0, 4 * MIB, 1 << 30])
-def test_no_message_is_larger_than_the_server_takes(total_bytes: int) -> None:
+def test_no_message_is_larger_than_the_servers_limit(total_bytes: int) -> None:
     assert chunk_bytes_for(total_bytes, 64 * KIB) == 64 * KIB

@@ -16,7 +16,7 @@ TRAILER = "grpc-status-details-bin"
 
 
 class FinishedCall(grpc.RpcError, grpc.Call):
-    """A call as gRPC hands it over when it failed."""
+    """A failed call as gRPC raises it."""
 
     def __init__(self, code: grpc.StatusCode, details: str | None, trailers: Any) -> None:
         self._end = (code, details, trailers)
@@ -85,7 +85,7 @@ def test_an_error_survives_the_way_there_and_back(retry_after: float | None) -> 
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "漢", "😀"])
-def test_long_values_are_cut_to_what_a_trailer_holds(letter: str) -> None:
+def test_long_values_are_shortened_to_the_limit_of_a_trailer(letter: str) -> None:
     """Text is percent-encoded and details may be in base64; past 8 KiB in all gRPC drops the status at random."""
     name = letter * 512
     error = errors.NonFiniteGradientError(f"tensor {name!r} " + name * 8, metadata={"tensor": name, "element": 3})

@@ -1,4 +1,4 @@
-"""Bulk messages written and read by hand, held against the protobuf library for every message it makes."""
+"""Bulk messages, compared with the protobuf library for every message that it makes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def wire_messages(draw: st.DrawFn) -> bytes:
 @given(wire_messages())
 @settings(max_examples=300)
 def test_reading_agrees_with_protobuf(data: bytes) -> None:
-    """Whatever the order of fields; of a payload that comes twice the last counts, as in protobuf."""
+    """Fields in any order; of two payloads the last counts, as in protobuf."""
     expected = pb.AttachRequest.FromString(data)
     frame = read_frame(pb.AttachRequest, data)
     assert frame.payload.tobytes() == expected.payload
@@ -108,7 +108,7 @@ def test_protobuf_reads_what_a_frame_buffer_writes(header: pb.AttachRequest, pay
 @pytest.mark.parametrize("elements", [16, 16_384])
 @pytest.mark.parametrize("id_length", range(20))
 def test_payloads_are_aligned_where_they_are_written_and_read(id_length: int, elements: int) -> None:
-    """To 16 bytes, whatever the header's length: kernels then read whole vectors out of received messages."""
+    """To 16 bytes with any length of the header, so that kernels read whole vectors out of received messages."""
     header = pb.AttachRequest(open=attach_pb2.AttachOpen(session_id="x" * id_length))
     frame = FrameBuffer(header, 4 * elements)
     values = frame.payload(np.float32)
@@ -164,7 +164,7 @@ def test_a_large_payload_is_a_view_of_what_was_received() -> None:
 
 @pytest.mark.parametrize("padding", [100, 1 << 20])
 def test_a_small_payload_does_not_keep_a_large_message_alive(padding: int) -> None:
-    """A chunk is kept until its step's commit and reserved for by its own size, whatever padding came with it."""
+    """A chunk is kept until its step's commit; its reservation is its own size, without the padding of its message."""
     data = pb.AttachRequest(padding=bytes(padding), payload=b"abcd").SerializeToString()
     payload = read_frame(pb.AttachRequest, data).payload
     assert payload.tobytes() == b"abcd"

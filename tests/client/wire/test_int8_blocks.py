@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwire.wire.int8_blocks import BLOCK, INT8, PIECE, decode_blocks, decode_range, encode_blocks
+from stepwire.wire.int8_blocks import BATCH, BLOCK, INT8, decode_blocks, decode_range, encode_blocks
 
 LARGEST = float(np.finfo(np.float32).max)
 SPECIAL = [0.0, -0.0, 1e-45, -1e-44, 1e-41, 3e-39, 2.0**-126, 1e-37, 2.0**-119, 1.0, LARGEST, -LARGEST]
@@ -24,7 +24,7 @@ def encoded(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
 
 
 def check_errors(values: npt.NDArray[np.float32]) -> None:
-    """Compare each element with what it decodes to: half a code's width apart, but for roundings."""
+    """Compare each element with its decoded value: half a code's width apart, but for roundings."""
     decoded = decode_blocks(encoded(values), len(values))
     assert np.isfinite(decoded).all()
     for low in range(0, len(values), BLOCK):
@@ -90,7 +90,7 @@ def test_one_element_that_is_not_finite_makes_its_block_so_and_no_other(odd: flo
     assert (blocks["codes"][block] == 1).all()
 
 
-@pytest.mark.parametrize("size", [1, 255, 256, 257, PIECE, PIECE + 1, 3 * PIECE + 300])
+@pytest.mark.parametrize("size", [1, 255, 256, 257, BATCH, BATCH + 1, 3 * BATCH + 300])
 def test_what_fills_up_the_last_block_changes_nothing_and_is_zero(size: int) -> None:
     values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     blocks = encoded(values)
@@ -100,10 +100,10 @@ def test_what_fills_up_the_last_block_changes_nothing_and_is_zero(size: int) -> 
     assert not decode_blocks(blocks, len(full))[size:].any()
 
 
-@given(st.integers(0, 2 * PIECE), st.integers(0, 2 * PIECE))
+@given(st.integers(0, 2 * BATCH), st.integers(0, 2 * BATCH))
 def test_any_range_is_decoded_as_the_whole_is(one: int, other: int) -> None:
     begin, end = sorted((one, other))
-    whole = decode_blocks(BLOCKS, 2 * PIECE)
+    whole = decode_blocks(BLOCKS, 2 * BATCH)
     assert decode_range(BLOCKS, begin, end).tobytes() == whole[begin:end].tobytes()
 
 
@@ -121,4 +121,4 @@ def test_encoding_neither_warns_nor_changes_its_input() -> None:
     assert values.tobytes() == before
 
 
-BLOCKS = encoded(np.random.default_rng(7).standard_normal(2 * PIECE).astype(np.float32))
+BLOCKS = encoded(np.random.default_rng(7).standard_normal(2 * BATCH).astype(np.float32))

@@ -90,7 +90,7 @@ def test_a_refusal_says_what_is_wrong_with_it(payload: bytes, problem: str) -> N
     assert refused.value.metadata["field"] == "chunk.patch"
 
 
-def test_memory_of_any_kind_and_alignment_is_taken() -> None:
+def test_memory_of_any_kind_and_alignment_is_read() -> None:
     patch = bytes([0b11, 1, 0, 2, 0])
     for payload in (patch, memoryview(patch), np.frombuffer(b"." + patch, np.uint8)[1:]):
         values = np.zeros(8, np.uint16)

@@ -32,7 +32,7 @@ def test_a_port_in_use(name: str) -> None:
             "port",
             False,
             f"{name}:{port} cannot be listened on: Address already in use",
-            f"see who listens with: ss -ltnp 'sport = :{port}'; or take another port with: --bind 127.0.0.1:0",
+            f"find the process with: ss -ltnp 'sport = :{port}'; or choose another port with: --bind 127.0.0.1:0",
         )
 
 
@@ -65,10 +65,10 @@ def test_a_port_that_one_of_two_addresses_has_lost_is_in_use(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.EACCES, "take a port from 1024 up with: --bind 127.0.0.1:50051"),
+        (errno.EACCES, "choose a port from 1024 up with: --bind 127.0.0.1:50051"),
         (
             errno.EADDRNOTAVAIL,
-            "take an address of this machine, shown by: ip -brief address; such as: --bind 127.0.0.1:50051",
+            "choose an address of this machine, shown by: ip -brief address; such as: --bind 127.0.0.1:50051",
         ),
     ],
 )
@@ -116,8 +116,8 @@ def test_a_socket_in_use_is_told_and_one_left_behind_is_free(tmp_path_factory: p
 def test_a_socket_that_cannot_be_is_told(tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("s") / "file"
     file.touch()
-    for path in (file, file / "s"):
+    for path, problem in ((file, "is there and is no socket"), (file / "s", f"cannot be made in {file}")):
         finding = examine_port(f"unix:{path}")
         assert (finding.ok, finding.remedy) == (False, "--bind unix:/tmp/stepwire.sock")
-        assert finding.detail.startswith(f"{path} cannot be made in ")
+        assert finding.detail == f"{path} {problem}"
     assert "has 201 bytes" in examine_port("unix:/" + "x" * 200).detail

@@ -52,7 +52,7 @@ def test_a_socket_alone_has_no_port(tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_a_server_that_takes_no_sessions_is_told() -> None:
-    with serving(memory_budget_bytes=1) as target:
+    with serving(memory_budget=1) as target:
         found = by_check(target)
     assert found["session"].detail.startswith("no session can be made: ")
     assert not doctor.healthy(found.values())

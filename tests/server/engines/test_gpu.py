@@ -194,6 +194,6 @@ def conformance(gpu_engine):
 @pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "conformance" / "vectors").glob("*.json")))
 def test_vectors_of_reference_frameworks(conformance, family) -> None:
     of_family = [case for case in conformance.stored if case.family == family]
-    verdicts = [conformance.checking.check(conformance.channel, case, 10) for case in of_family]
-    wrong = [verdict for verdict in verdicts if verdict.outcome != conformance.checking.PASSED]
+    results = [conformance.checking.check(conformance.channel, case, 10) for case in of_family]
+    wrong = [result for result in results if result.outcome != conformance.checking.PASSED]
     assert of_family and not wrong, "\n".join(f"{each.case}: {each.outcome}, {each.detail}" for each in wrong)

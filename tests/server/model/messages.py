@@ -19,6 +19,8 @@ def begin_message(model: Model, begin: Begin) -> step_pb2.StepBegin:
         gradient_dtype=begin.gradient_dtype,  # type: ignore[arg-type]
         reply=step_pb2.ReplyOptions(dtype=begin.reply_dtype, mode=begin.reply_mode),  # type: ignore[arg-type]
     )
+    if (load := model.load_number(begin)) is not None:
+        message.load = load
     if begin.lr is not None or begin.maximize is not None:
         message.hyperparameters.add(lr=begin.lr, maximize=begin.maximize)
     if begin.loss_scale is not None:
@@ -34,7 +36,7 @@ def chunk_message(offset: int, count: int, values: Vector, dtype: int, extra_byt
 
 
 def loaded_values(operation: Load, size: int) -> dict[str, Vector]:
-    """Draw what is loaded, padding included, which the server must ignore; second moments are never negative."""
+    """Draw the values of a load, padding included, which the server must ignore; second moments are never negative."""
     generator = np.random.default_rng(operation.seed)
     values = {slot: generator.integers(-8, 9, size) / 8.0 for slot in dict.fromkeys(operation.slots)}
     return {slot: np.abs(value) if slot.endswith("_sq") else value for slot, value in values.items()}
@@ -43,7 +45,7 @@ def loaded_values(operation: Load, size: int) -> dict[str, Vector]:
 def load_messages(
     session_id: str, operation: Load, values: dict[str, Vector], size: int
 ) -> tuple[list[Any], set[Status]]:
-    """Make the messages after a load's opening, with one fault or none, and tell what they may be refused for."""
+    """Make the messages after a load's opening, with one fault or none, and tell the refusals that they may lead to."""
     dtype = DTYPES.get(operation.dtype or 1)
     faults: set[Status] = set() if dtype is not None else {INVALID_CONFIG}
     cut = operation.cut % max(size, 1)
@@ -116,19 +118,25 @@ def spoil(message: step_pb2.StepBegin, fault: str) -> None:
         message.hyperparameters.add(momentum=0.5)
     elif fault == "entries":
         message.hyperparameters.extend([optimizer_pb2.Hyperparameters()] * 5)
-    elif fault in ("gradient_dtype", "reply_dtype"):
-        setattr(message, fault, 44)
+    elif fault == "gradient_dtype":
+        message.gradient_dtype = 44  # type: ignore[assignment]
+    elif fault == "reply_dtype":
+        message.reply.dtype = 44  # type: ignore[assignment]
     elif fault == "reply_chunk_bytes":
-        message.reply_chunk_bytes = 7
+        message.reply.chunk_bytes = 7
     elif fault == "loss_scale":
         message.loss_scale = 0.0
     elif fault == "missing_tensors":
         message.missing_tensors.append(0)
     elif fault == "weight":
         message.weight = 1.0
+    elif fault == "base_step":
+        message.base_step = 0
+    elif fault == "traceparent":
+        message.traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     elif fault == "overlap":
         message.overlap = True
     elif fault == "patches":
-        message.reply_mode = step_pb2.REPLY_MODE_CHANGED
+        message.reply.mode = step_pb2.REPLY_MODE_CHANGED
     elif fault == "reply_mode":
-        message.reply_mode = 44  # type: ignore[assignment]
+        message.reply.mode = 44  # type: ignore[assignment]

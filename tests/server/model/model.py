@@ -1,4 +1,4 @@
-"""One session, as the contract describes it and nothing else: what each message must come to."""
+"""One session, as the contract describes it and nothing else: the outcome of each message."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ NON_FINITE = ("INVALID_ARGUMENT", "NON_FINITE_GRADIENT")
 UNSUPPORTED = ("FAILED_PRECONDITION", "UNSUPPORTED_FEATURE")
 STALE_EPOCH = ("FAILED_PRECONDITION", "STALE_EPOCH")
 FENCED = ("FAILED_PRECONDITION", "FENCED")
+DISPLACED = ("UNAVAILABLE", "STREAM_DISPLACED")
+STATE_CHANGED = ("ABORTED", "STATE_CHANGED")
+DURABLE_STEP_LOST = ("DATA_LOSS", "DURABLE_STEP_LOST")
 NOT_READY = ("FAILED_PRECONDITION", "SESSION_NOT_READY")
 NOT_FOUND = ("NOT_FOUND", "SESSION_NOT_FOUND")
 SUPERSEDED = ("ABORTED", "STEP_SUPERSEDED")
@@ -28,6 +31,14 @@ MISMATCH = ("ABORTED", "STEP_MISMATCH")
 
 DTYPES: dict[int, Any] = {1: np.float32, 2: ml_dtypes.bfloat16, 3: np.float16}
 HALF_ULP = {1: 2.0**-24, 2: 2.0**-8, 3: 2.0**-11}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """The hold of a stream: its token, and the token with which its client acquired the worker."""
+
+    token: int
+    acquired: int
 
 
 @dataclasses.dataclass
@@ -43,7 +54,7 @@ class Staged:
 
 @dataclasses.dataclass
 class Answer:
-    """What the answer to a committed step must say; `record` is the stored answer of a replay."""
+    """The content of the answer to a committed step."""
 
     step: int
     parameters: Vector | None
@@ -57,7 +68,14 @@ class Answer:
 
 
 class Model:
-    """One session, as the contract describes it."""
+    """One session, as the contract describes it.
+
+    Attributes:
+        hold: the present hold of the worker.
+        known: the newest token that the client has shown to know; older ones attach nobody.
+        perhaps_known: the newest that it may have shown, with a message that was refused or is not answered yet.
+        last: the answer to the last step, for its replay.
+    """
 
     lr = 1.0 / 64
     beta1, beta2, eps = 0.75, 0.875, 1.0 / 128
@@ -65,10 +83,11 @@ class Model:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.alive, self.ready = True, config.zeros
-        self.token, self.applied_step, self.applied_load = 1, 0, 0
-        self.record: Answer | None = None
+        self.hold, self.known, self.perhaps_known = Hold(1, 1), 1, 1
+        self.applied_step, self.applied_load = 0, 0
+        self.last: Answer | None = None
         self.slots = (*SLOTS, "max_exp_avg_sq") if config.amsgrad else SLOTS
-        self.spans: list[tuple[int, int, int]] = []
+        self.ranges: list[tuple[int, int, int]] = []
         members = LAYOUTS[config.layout]
         self.groups = 1 + max(group for _, group in members)
         self.size = 0
@@ -77,12 +96,12 @@ class Model:
             for shape, of in members:
                 if of == group:
                     count = int(np.prod(shape))
-                    self.spans.append((self.size, self.size + count, group))
+                    self.ranges.append((self.size, self.size + count, group))
                     self.size += count
         self.state = {slot: np.zeros(self.size) for slot in self.slots}
-        self.t = [0] * len(self.spans)
+        self.t = [0] * len(self.ranges)
         self.inside = np.zeros(self.size, bool)
-        for start, end, _ in self.spans:
+        for start, end, _ in self.ranges:
             self.inside[start:end] = True
         self.peak = 1.0
 
@@ -126,21 +145,50 @@ class Model:
     def step_number(self, begin: Begin) -> int:
         return min(max(self.applied_step + begin.delta, 0), LAST)
 
+    def load_number(self, begin: Begin) -> int | None:
+        return None if begin.load_delta is None else min(max(self.applied_load + begin.load_delta, 0), LAST)
+
     def is_replay(self, number: int) -> bool:
-        return number == self.applied_step and self.record is not None
+        return number == self.applied_step and self.last is not None
 
     @property
     def allows_overlap(self) -> bool:
-        """Such steps are taken by tests/server/steps/test_overlap.py; here they are only refused."""
+        """Such steps are those of tests/server/steps/test_overlap.py; here they are only refused."""
         return self.config.policy == optimizer_pb2.NON_FINITE_POLICY_ALLOW
 
-    # Faults: what a message may be refused for.
+    # Holds of the worker.
 
-    def begin_faults(self, begin: Begin, token: int) -> set[Status]:
-        faults = self.holder_faults(token, begin.epoch)
+    def attach(self, token: int) -> Hold:
+        """Note an attach that was accepted; returns its hold."""
+        new = self.hold.token + 1
+        if token:
+            self.hold, self.perhaps_known = Hold(new, self.hold.acquired), min(self.perhaps_known, token)
+        else:
+            self.hold, self.known, self.perhaps_known = Hold(new, new), new, new
+        return self.hold
+
+    def may_be_fenced(self, token: int) -> bool:
+        """Tell whether it is open if an attach with this token is refused."""
+        return self.known <= token < self.perhaps_known
+
+    def fence(self, token: int) -> None:
+        """Note that an attach was refused that need not have been: the client has shown a newer token."""
+        self.known = token + 1
+
+    def use(self, *, surely: bool) -> None:
+        """Note a message under the present hold; `surely` if it was answered, and not refused."""
+        self.perhaps_known = self.hold.token
+        self.known = self.hold.token if surely else self.known
+
+    # Faults: the refusals that a message may lead to.
+
+    def begin_faults(self, begin: Begin) -> set[Status]:
+        faults = self.session_faults(begin.epoch)
         number = self.step_number(begin)
         if not self.ready:
             faults.add(NOT_READY)
+        if self.load_number(begin) not in (None, self.applied_load):
+            faults.add(STATE_CHANGED)
         if number != self.applied_step + 1 and not self.is_replay(number):
             faults.add(SUPERSEDED if number <= self.applied_step else MISMATCH)
         if begin.fault in BEGIN_FAULTS:
@@ -153,15 +201,31 @@ class Model:
             faults.add(INVALID_CONFIG)
         return faults
 
-    def holder_faults(self, token: int, epoch: int = 0) -> set[Status]:
+    def session_faults(self, epoch: int = 0) -> set[Status]:
         faults = set()
         if not self.alive:
             faults.add(NOT_FOUND)
-        if token != self.token:
-            faults.add(FENCED)
         if epoch not in (0, 1):
             faults.add(STALE_EPOCH)
         return faults
+
+    def attach_faults(self, token: int, epoch: int, durable_step: int) -> set[Status]:
+        faults = self.session_faults(epoch)
+        if token and not self.known <= token <= self.hold.token:
+            faults.add(FENCED)
+        if durable_step:
+            faults.add(DURABLE_STEP_LOST)
+        return faults
+
+    def call_faults(self, token: int) -> set[Status]:
+        """Return the fault of a call that does not bring the newest token."""
+        return set() if token == self.hold.token else {FENCED}
+
+    def hold_faults(self, hold: Hold) -> set[Status]:
+        """Return the fault of a stream that has been displaced: by its own client, or by another."""
+        if hold == self.hold:
+            return set()
+        return {DISPLACED if hold.acquired == self.hold.acquired else FENCED}
 
     def stage(self, begin: Begin) -> Staged:
         number = self.step_number(begin)
@@ -197,14 +261,14 @@ class Model:
     # What is committed.
 
     def commit(self, staged: Staged) -> Answer:
-        """Apply a step, or replay it; returns what must be answered."""
+        """Apply a step, or replay it; returns the answer that must come."""
         begin = staged.begin
         wanted = begin.reply_mode != 2
         dtype = self.reply_dtype(begin)
         if staged.replay:
-            assert self.record is not None
+            assert self.last is not None
             parameters = self.state["param"].copy() if wanted else None
-            return dataclasses.replace(self.record, parameters=parameters, dtype=dtype, replay=True)
+            return dataclasses.replace(self.last, parameters=parameters, dtype=dtype, replay=True)
         numbers = (
             self.lr if begin.lr is None else begin.lr,
             self.config.maximize if begin.maximize is None else begin.maximize,
@@ -213,11 +277,11 @@ class Model:
         skipped = bool(count) and self.config.policy == 2
         if not skipped:
             with np.errstate(all="ignore"):
-                for index, (start, end, _) in enumerate(self.spans):
+                for index, (start, end, _) in enumerate(self.ranges):
                     self.t[index] += 1
                     self.update(slice(start, end), staged.values[start:end], self.t[index], *numbers)
         self.applied_step = staged.number
-        self.record = Answer(
+        self.last = Answer(
             step=staged.number,
             parameters=self.state["param"].copy() if wanted else None,
             dtype=dtype,
@@ -225,16 +289,16 @@ class Model:
             non_finite=count,
             grad_norms=tuple(self.norm(staged.values, group) for group in range(self.groups)),
             ts=tuple(
-                max(t for t, (_, _, of) in zip(self.t, self.spans, strict=True) if of == group)
+                max(t for t, (_, _, of) in zip(self.t, self.ranges, strict=True) if of == group)
                 for group in range(self.groups)
             ),
             numbers=numbers,
         )
-        return self.record
+        return self.last
 
     def norm(self, values: Vector, group: int) -> float:
-        """Take the Euclidean norm of a group's part."""
-        return float(np.sqrt(sum((values[start:end] ** 2).sum() for start, end, of in self.spans if of == group)))
+        """Return the Euclidean norm of a group's gradient."""
+        return float(np.sqrt(sum((values[start:end] ** 2).sum() for start, end, of in self.ranges if of == group)))
 
     def update(self, where: slice, g: Vector, t: int, lr: float, maximize: bool) -> None:
         """Adam, from the paper and torch's documentation, in float64.

@@ -1,4 +1,4 @@
-"""What may be asked of a session, as records, and how hypothesis draws them: mostly right, often enough wrong."""
+"""The operations on a session, as records, and their strategies: mostly right, often enough wrong."""
 
 from __future__ import annotations
 
@@ -38,10 +38,17 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """What opens a step; `delta` 1 is the next, 0 the last again."""
+    """The opening of a step.
+
+    Attributes:
+        delta: 1 is the next step, 0 the last again.
+        load_delta: from the last load to the one that the step names; None names none.
+        fault: an option that is wrong or not served.
+    """
 
     delta: int = 1
     epoch: int = 0
+    load_delta: int | None = None
     gradient_dtype: int = 0
     reply_dtype: int = 0
     reply_mode: int = 0
@@ -72,6 +79,7 @@ class Open:
     token: str
     epoch: int
     worker: int
+    durable_step: int
     fault: str
 
 
@@ -86,6 +94,16 @@ class WholeStep:
     seed: int
     in_one: bool
     slip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Overtaken:
+    """A step whose chunks have been sent when another stream attaches with `token`; then comes its commit."""
+
+    stream: int
+    begin: Begin
+    gradient: Gradient
+    token: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +136,7 @@ class Unary:
 @dataclasses.dataclass(frozen=True)
 class Load:
     token: str
+    epoch: int
     delta: int
     slots: tuple[str, ...]
     dtype: int
@@ -143,7 +162,7 @@ class Delete:
 SLOTS = ("param", "exp_avg", "exp_avg_sq")
 STREAMS = st.integers(0, 1)
 WIRE_DTYPES = st.sampled_from([0, 0, 1, 2, 3])
-TOKENS = st.sampled_from(["held"] * 8 + ["none", "none", "stale", "future"])
+TOKENS = st.sampled_from(["newest"] * 8 + ["none", "none", "older", "older", "foreign", "future"])
 CONFIGS = st.builds(
     Config,
     layout=st.integers(0, len(LAYOUTS) - 1),
@@ -160,13 +179,14 @@ CONFIGS = st.builds(
 BEGIN_FAULTS = [
     "lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes", "loss_scale", "missing_tensors",
 ]  # fmt: skip
-BEGIN_REFUSED = ["weight", "reply_mode"]
+BEGIN_REFUSED = ["weight", "reply_mode", "base_step", "traceparent"]
 # Refused or not, as the session is.
 BEGIN_DEPENDING = ["overlap", "patches"]
 BEGINS = st.builds(
     Begin,
     delta=st.sampled_from([1] * 20 + [0] * 10 + [-1, 2, 2**53, LAST]),
     epoch=st.sampled_from([0] * 20 + [1] * 20 + [2, LAST]),
+    load_delta=st.sampled_from([None] * 12 + [0] * 12 + [1, -1, LAST]),
     gradient_dtype=WIRE_DTYPES,
     reply_dtype=WIRE_DTYPES,
     reply_mode=st.sampled_from([0, 0, 1, 2]),
@@ -209,11 +229,19 @@ OPERATIONS: st.SearchStrategy[Any] = st.one_of(
     *[WHOLE_STEPS] * 6,
     *[FRAMES] * 2,
     st.builds(
+        Overtaken,
+        stream=STREAMS,
+        begin=BEGINS,
+        gradient=GRADIENTS,
+        token=st.sampled_from(["newest", "newest", "older", "none"]),
+    ),
+    st.builds(
         Open,
         stream=STREAMS,
         token=TOKENS,
         epoch=st.sampled_from([0, 0, 1, 1, 2]),
         worker=st.sampled_from([0] * 9 + [1]),
+        durable_step=st.sampled_from([0] * 18 + [1, LAST]),
         fault=st.sampled_from([""] * 9 + ["begin", "payload", "unopened", "garbage"]),
     ),
     st.builds(Close, stream=STREAMS),
@@ -228,6 +256,7 @@ OPERATIONS: st.SearchStrategy[Any] = st.one_of(
     st.builds(
         Load,
         token=TOKENS,
+        epoch=st.sampled_from([0] * 8 + [1] * 8 + [2]),
         delta=st.sampled_from([1] * 10 + [0] * 3 + [-1, 2, LAST]),
         slots=st.permutations(SLOTS).map(tuple)
         | st.sampled_from([(), ("param", "velocity"), ("exp_avg",) * 2, ("max_exp_avg_sq",), *[("param",)] * 8]),

@@ -1,4 +1,4 @@
-"""Does to a server what operations say, and holds every answer against the model."""
+"""Carries operations out on a server, and holds every answer against the model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from tests.server.model.messages import begin_message, chunk_message, load_messages, loaded_values, resized, slip
 from tests.server.model.model import (
     DTYPES,
+    FENCED,
     INVALID_CONFIG,
     INVALID_FRAME,
     MISMATCH,
@@ -23,6 +24,7 @@ from tests.server.model.model import (
     SUPERSEDED,
     UNSUPPORTED,
     Answer,
+    Hold,
     Model,
     Staged,
     Status,
@@ -36,6 +38,7 @@ from tests.server.model.operations import (
     Frame,
     Load,
     Open,
+    Overtaken,
     Pull,
     Unary,
     Vector,
@@ -45,15 +48,15 @@ from tests.server.model.operations import (
 
 @dataclasses.dataclass
 class Stream:
-    """An attached stream, and the step it is in."""
+    """An attached stream, its hold, and the step it is in."""
 
     handle: Any
-    token: int
+    hold: Hold
     staged: Staged | None = None
 
 
 class Run:
-    """Does to the server what the operations say and holds every answer against the model."""
+    """Carries the operations out on the server, and holds every answer against the model."""
 
     def __init__(self, wire: Any, refused: type[Exception], config: Config) -> None:
         self.model = Model(config)
@@ -69,12 +72,13 @@ class Run:
         self.stored: step_pb2.StepResult | None = None
 
     def do(self, operation: Any) -> None:
-        """Do one operation, unless a step is under way on a stream that it is not about.
+        """Do one operation, unless the holder of the worker is in a step that the operation is not about.
 
-        Nothing answers `begin` and chunks, so only the stream itself knows when the server has read them.
+        Nothing answers `begin` and chunks, so only the stream itself knows when the server has read them. Attaching
+        alone is possible in the middle of them: the step is then refused, sooner or later, and changes nothing.
         """
-        busy = [index for index, stream in self.streams.items() if stream.staged is not None]
-        if busy and getattr(operation, "stream", None) != busy[0]:
+        busy = [index for index, stream in self.streams.items() if stream.staged and stream.hold == self.model.hold]
+        if busy and getattr(operation, "stream", None) != busy[0] and not isinstance(operation, Open):
             return
         event(type(operation).__name__)
         getattr(self, type(operation).__name__.lower())(operation)
@@ -95,10 +99,14 @@ class Run:
         handle = self.wire.open()
         first = pb.AttachRequest(
             open=attach_pb2.AttachOpen(
-                session_id=self.id, worker=operation.worker, attach_token=token, epoch=operation.epoch
+                session_id=self.id,
+                worker=operation.worker,
+                attach_token=token,
+                epoch=operation.epoch,
+                durable_step=operation.durable_step,
             )
         )
-        faults = model.holder_faults(token or model.token, operation.epoch)
+        faults = model.attach_faults(token, operation.epoch, operation.durable_step)
         if operation.worker:
             faults.add(UNSUPPORTED)
         if operation.fault:
@@ -110,15 +118,25 @@ class Run:
         elif operation.fault == "unopened":
             first.ClearField("open")
         handle.send(b"\xff\xff" if operation.fault == "garbage" else first)
+        open_either_way = token > 0 and model.may_be_fenced(token)
         if faults:
-            self.expect_refusal(handle, faults)
+            self.expect_refusal(handle, faults | ({FENCED} if open_either_way else set()))
             return
-        opened = pb.AttachResponse.FromString(handle.receive()).opened
-        model.token += 0 if token else 1
-        assert (opened.attach_token, opened.epoch) == (model.token, 1)
+        try:
+            opened = pb.AttachResponse.FromString(handle.receive()).opened
+        except self.refused as refused:
+            assert open_either_way
+            self.check_refusal(refused, {FENCED})
+            model.fence(token)
+            return
+        event("attached again" if token else "acquired")
+        if any(stream.staged is not None for stream in self.streams.values()):
+            event("attached while a step was under way")
+        hold = model.attach(token)
+        assert (opened.attach_token, opened.epoch) == (hold.token, 1)
         assert (opened.applied_step, opened.applied_load) == (model.applied_step, model.applied_load)
         assert (opened.ready, opened.durable_step) == (model.ready, 0)
-        self.streams[operation.stream] = Stream(handle, model.token)
+        self.streams[operation.stream] = Stream(handle, hold)
 
     def close(self, operation: Close) -> None:
         stream = self.streams.pop(operation.stream, None)
@@ -126,24 +144,24 @@ class Run:
             return
         stream.handle.finish()
         if stream.staged is not None:
-            self.expect_refusal(stream.handle, {INVALID_FRAME})
+            self.expect_refusal(stream.handle, {INVALID_FRAME, *self.stale_faults(stream)})
         else:
             with pytest.raises(StopIteration):
                 stream.handle.receive()
 
     def wholestep(self, operation: WholeStep) -> None:
         if operation.stream not in self.streams:
-            self.open(Open(operation.stream, "held", 1, 0, ""))
+            self.open(Open(operation.stream, "newest", 1, 0, 0, ""))
         elif self.streams[operation.stream].staged is not None:
             self.close(Close(operation.stream))
-            self.open(Open(operation.stream, "held", 1, 0, ""))
+            self.open(Open(operation.stream, "newest", 1, 0, 0, ""))
         model = self.model
         values = operation.gradient.values(model.size)
         cuts = sorted({0, model.size, *(cut for cut in operation.cuts if cut < model.size)})
-        spans = [(start, end - start) for start, end in zip(cuts, cuts[1:], strict=False)]
-        np.random.default_rng(operation.seed).shuffle(spans)
+        ranges = [(start, end - start) for start, end in zip(cuts, cuts[1:], strict=False)]
+        np.random.default_rng(operation.seed).shuffle(ranges)
         dtype = model.gradient_dtype(operation.begin)
-        messages = [chunk_message(offset, count, values, dtype) for offset, count in map(tuple, spans)]
+        messages = [chunk_message(offset, count, values, dtype) for offset, count in map(tuple, ranges)]
         if messages:
             slip(messages, operation.slip)
         if operation.in_one and len(messages) == 1:
@@ -159,6 +177,17 @@ class Run:
                 return
             request = message or pb.AttachRequest()
             self.send(operation.stream, begin, request, commit=commit)
+
+    def overtaken(self, operation: Overtaken) -> None:
+        model, index = self.model, operation.stream
+        self.close(Close(index))
+        self.open(Open(index, "newest", 0, 0, 0, ""))
+        dtype, values = model.gradient_dtype(operation.begin), operation.gradient.values(model.size)
+        if index in self.streams:
+            self.send(index, operation.begin, chunk_message(0, model.size, values, dtype))
+        self.open(Open(1 - index, operation.token, 0, 0, 0, ""))
+        if index in self.streams:
+            self.send(index, None, pb.AttachRequest(), commit=True)
 
     def frame(self, operation: Frame) -> None:
         if operation.stream not in self.streams:
@@ -201,7 +230,7 @@ class Run:
             begin=begin_message(self.model, operation.begin),
             payload=payload,
         )
-        faults = model.begin_faults(operation.begin, token)
+        faults = model.begin_faults(operation.begin) | model.call_faults(token)
         if operation.worker:
             faults.add(UNSUPPORTED)
         staged = model.stage(operation.begin)
@@ -210,7 +239,10 @@ class Run:
         faults |= model.commit_faults(staged)
         if faults:
             self.expect_refused_call(faults, "Step", request)
+            if token == model.hold.token:
+                model.use(surely=False)
             return
+        model.use(surely=True)
         answer = pb.StepResponse.FromString(self.wire.unary("Step", request))
         self.check_answer(model.commit(staged), answer.result, answer.payload)
 
@@ -226,14 +258,15 @@ class Run:
             load=number,
             slots=operation.slots,
             dtype=operation.dtype,  # type: ignore[arg-type]
+            epoch=operation.epoch,
             step=step,
             tensor_steps=operation.tensor_steps,
         )
-        faults = model.holder_faults(token)
+        faults = model.session_faults(operation.epoch) | model.call_faults(token)
         names = operation.slots
         if not names or len(set(names)) < len(names) or not set(names) <= set(model.slots):
             faults.add(INVALID_CONFIG)
-        if len(operation.tensor_steps) not in (0, len(model.spans)) or max((0, *operation.tensor_steps)) >= 2**53:
+        if len(operation.tensor_steps) not in (0, len(model.ranges)) or max((0, *operation.tensor_steps)) >= 2**53:
             faults.add(INVALID_CONFIG)
         if step is not None and step >= 2**53:
             faults.add(INVALID_CONFIG)
@@ -251,7 +284,10 @@ class Run:
         if faults or (body_faults and not replay):
             allowed = faults | body_faults
             self.expect_refused_stream(allowed, "Load", [pb.LoadRequest(open=opening), *messages], operation)
+            if token == model.hold.token:
+                model.use(surely=False)
             return
+        model.use(surely=True)
         (data,) = self.wire.stream("Load", [pb.LoadRequest(open=opening), *messages])
         answer = pb.LoadResponse.FromString(data)
         assert answer.replayed is replay
@@ -261,7 +297,7 @@ class Run:
             for slot, value in values.items():
                 model.state[slot] = np.where(model.inside, value, 0.0)
             if step is not None and step != model.applied_step:
-                model.applied_step, model.record, self.stored = step, None, None
+                model.applied_step, model.last, self.stored = step, None, None
             if operation.tensor_steps:
                 model.t = list(operation.tensor_steps)
             model.ready = model.ready or "param" in names
@@ -304,7 +340,14 @@ class Run:
         model.alive = False
 
     def token(self, kind: str) -> int:
-        return {"held": self.model.token, "none": 0, "stale": self.model.token - 1 or LAST, "future": LAST}[kind]
+        hold = self.model.hold
+        return {
+            "newest": hold.token,
+            "none": 0,
+            "older": hold.token - 1 or LAST,
+            "foreign": hold.acquired - 1 or LAST,
+            "future": LAST,
+        }[kind]
 
     # One message of a stream, and what must come of it.
 
@@ -327,20 +370,29 @@ class Run:
                 request.commit.clip_coefficient = 0.5
         stream.handle.send(b"\xff\xff" if garbage else request)
         faults = {INVALID_FRAME} if garbage else self.frame_faults(stream, begin, request)
-        if faults:
+        stale = self.stale_faults(stream)
+        if not stale:
+            model.use(surely=False)
+        if faults or (stale and (begin is not None or commit)):
             del self.streams[index]
-            self.expect_refusal(stream.handle, faults)
+            self.expect_refusal(stream.handle, faults | stale)
         elif commit:
             assert stream.staged is not None
             staged, stream.staged = stream.staged, None
+            model.use(surely=True)
             self.read_answer(stream, model.commit(staged))
+
+    def stale_faults(self, stream: Stream) -> set[Status]:
+        """Return the refusals of a stream that has been displaced; at the latest, its commit leads to one."""
+        stale = self.model.hold_faults(stream.hold)
+        return {*stale, NOT_FOUND} if stale and not self.model.alive else stale
 
     def frame_faults(self, stream: Stream, begin: Begin | None, request: pb.AttachRequest) -> set[Status]:
         model, faults = self.model, set()
         if (begin is None) == (stream.staged is None):
             faults.add(INVALID_FRAME)
         if begin is not None and stream.staged is None:
-            faults |= model.begin_faults(begin, stream.token)
+            faults |= model.begin_faults(begin)
             stream.staged = model.stage(begin)
         if request.HasField("open"):
             faults.add(INVALID_FRAME)

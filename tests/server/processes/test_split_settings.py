@@ -58,10 +58,10 @@ def test_processors_are_shared_and_each_process_has_one() -> None:
 
 
 def test_memory_is_shared() -> None:
-    assert cut("memory_budget_bytes", processes=4) == [200] * 4, "four fifths of a quarter"
-    assert cut("memory_budget_bytes", processes=4, memory_budget_bytes=43) == [10] * 4
-    with pytest.raises(InvalidRequestError, match="memory_budget_bytes: 3 bytes for 4 processes; give more"):
-        cut("memory_budget_bytes", processes=4, memory_budget_bytes=3)
+    assert cut("memory_budget", processes=4) == [200] * 4, "four fifths of a quarter"
+    assert cut("memory_budget", processes=4, memory_budget=43) == [10] * 4
+    with pytest.raises(InvalidRequestError, match="memory_budget: 3 bytes for 4 processes; give more"):
+        cut("memory_budget", processes=4, memory_budget=3)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_memory_is_shared() -> None:
 )
 def test_gpus_are_dealt_out(device: str, processes: int, devices: list[str], budgets: list[int]) -> None:
     assert cut("device", FOUR_GPUS, device=device, processes=processes) == devices
-    assert cut("memory_budget_bytes", FOUR_GPUS, device=device, processes=processes) == budgets
+    assert cut("memory_budget", FOUR_GPUS, device=device, processes=processes) == budgets
 
 
 def test_a_named_budget_is_that_of_each_device() -> None:
-    settings: dict[str, Any] = {"device": "cuda", "processes": 6, "memory_budget_bytes": 50}
-    assert cut("memory_budget_bytes", FOUR_GPUS, **settings) == [25, 25, 50, 50, 25, 25]
+    settings: dict[str, Any] = {"device": "cuda", "processes": 6, "memory_budget": 50}
+    assert cut("memory_budget", FOUR_GPUS, **settings) == [25, 25, 50, 50, 25, 25]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_named_budget_is_that_of_each_device() -> None:
 def test_a_lone_gpu_is_shared_and_auto_may_come_to_the_cpu(device: str, gpus: tuple[int, ...], budget: int) -> None:
     machine = Machine(8, 1000, gpus)
     assert cut("device", machine, device=device, processes=2) == [device] * 2
-    assert cut("memory_budget_bytes", machine, device=device, processes=2) == [budget] * 2
+    assert cut("memory_budget", machine, device=device, processes=2) == [budget] * 2
 
 
 def test_gpus_that_the_machine_does_not_show_are_left_to_the_processes_to_miss() -> None:

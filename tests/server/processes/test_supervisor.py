@@ -21,6 +21,8 @@ from tests.integration.processes import ServerProcess
 from tests.integration.test_drain import half_a_step
 from tests.support.raw import RawClient
 
+pytestmark = pytest.mark.slow
+
 ONE = {"w": np.ones(3, np.float32)}
 AFTER_TWO = np.float32([0.998] * 3)
 PATIENCE_SECONDS = 120.0  # a cold start compiles kernels

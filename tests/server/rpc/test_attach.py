@@ -1,4 +1,4 @@
-"""One attached stream: how answers are cut, and commits that outlive their client. Bad frames: `test_bad_steps.py`."""
+"""One attached stream: the chunks of replies, and commits that outlive their client. Bad messages: `test_bad_steps`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,16 @@ import pytest
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 from stepwire_server.engines.cpu.engine import CpuState
+from tests.server.rpc.streams import step_messages
 
 CHUNK_BYTES = 64 << 10
 PATIENCE_SECONDS = 60.0
 DTYPES = {1: np.float32, 2: ml_dtypes.bfloat16, 3: np.float16}
 
 
-@pytest.fixture
-def large(wire: Any, make_config: Any, make_live: Any) -> Any:
-    """A session whose gradient and answer take several messages."""
-    live = make_live(wire, wire.create(make_config((150, 300))))
-    yield live
-    wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))
-
-
-def step_messages(live: Any, begin: step_pb2.StepBegin, elements: int = 16_000) -> list[pb.AttachRequest]:
-    """Make the messages of a whole step."""
-    spans = [(offset, min(elements, live.size - offset)) for offset in range(0, live.size, elements)]
-    gradient = live.gradient(begin.step)
-    messages = [live.frame(offset, count, payload=gradient[offset : offset + count]) for offset, count in spans]
-    return [pb.AttachRequest(begin=begin), *messages, pb.AttachRequest(commit=step_pb2.StepCommit())]
-
-
 @pytest.mark.parametrize("chunk_bytes", [0, 4096, 4097, CHUNK_BYTES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_answer_is_cut_as_it_was_asked_for(large: Any, dtype: int, chunk_bytes: int) -> None:
+def test_a_large_reply_is_cut_as_it_was_asked_for(large: Any, dtype: int, chunk_bytes: int) -> None:
     begin = step_pb2.StepBegin(step=1, reply={"dtype": dtype, "chunk_bytes": chunk_bytes})  # type: ignore[arg-type]
     *chunks, last = large.attach(*step_messages(large, begin, elements=16_384))
     most = (chunk_bytes or CHUNK_BYTES) // np.dtype(DTYPES[dtype]).itemsize
@@ -81,7 +66,7 @@ def test_a_small_step_is_one_message_each_way(live: Any) -> None:
 
 
 @pytest.mark.parametrize("unary", [False, True])
-def test_no_answer_is_sent_where_none_is_wanted(live: Any, unary: bool) -> None:
+def test_no_reply_is_sent_where_none_is_wanted(live: Any, unary: bool) -> None:
     begin = step_pb2.StepBegin(step=2, reply={"mode": step_pb2.REPLY_MODE_NONE})
     if unary:
         answer = pb.StepResponse.FromString(live.wire.unary("Step", live.unary_step(2, begin=begin)))
@@ -106,7 +91,7 @@ def test_steps_follow_each_other_on_one_stream_with_settings_of_their_own(live: 
     assert used == [[1e-3] * 2, [0.5] * 2, [1e-3] * 2, [1e-3] * 2, [0.5] * 2, [0.25] * 2]
 
 
-def test_the_time_of_sending_an_answer_is_told_with_the_next_of_the_stream(live: Any) -> None:
+def test_the_time_of_sending_a_reply_is_told_with_the_next_of_the_stream(live: Any) -> None:
     for first in (2, 4):
         answers = live.attach(*(live.frame(begin=step, commit=True) for step in (first, first + 1)))
         told = [answer.result.telemetry for answer in answers]
@@ -134,7 +119,9 @@ def test_a_commit_outlives_its_client(large: Any, until: Any, monkeypatch: pytes
 
     monkeypatch.setattr(CpuState, "update", waiting)
     stream = large.wire.open()
-    stream.send(large.opening(), *step_messages(large, step_pb2.StepBegin(step=1)))
+    stream.send(large.opening())
+    large.attached(stream.receive())
+    stream.send(*step_messages(large, step_pb2.StepBegin(step=1)))
     assert inside.wait(PATIENCE_SECONDS)
     stream.cancel()
     go_on.set()

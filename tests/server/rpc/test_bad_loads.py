@@ -284,7 +284,7 @@ def test_a_load_that_does_not_fit_the_budget_is_refused_before_it_is_staged(
     """State of 3 x 40,000 bytes and a gradient fit; a second state beside it does not."""
     import stepwire_server.testing
 
-    with stepwire_server.testing.serving(memory_budget_bytes=200_000) as target, connect(target) as wire:
+    with stepwire_server.testing.serving(memory_budget=200_000) as target, connect(target) as wire:
         live = make_live(wire, wire.create(make_config((10_000,))))
         before = live.fingerprint()
         chunks = [live.load_chunk(slot) for slot in ("param", "exp_avg", "exp_avg_sq")]
@@ -320,12 +320,16 @@ def test_a_pull_that_asks_wrong_is_refused_by_its_field(live: Any, untouched: An
 
 def test_a_step_within_a_load_is_no_part_of_it(live: Any) -> None:
     """A load is staged beside the state, so a step that is committed meanwhile counts, and the load comes after it."""
-    stream = live.wire.open("Load")
+    steps, stream = live.wire.open(), live.wire.open("Load")
+    steps.send(live.opening())
+    live.attached(steps.receive())
     stream.send(live.load_opening(2, "exp_avg"), live.load_chunk("exp_avg", 0, ones(100)))
-    assert live.attach(live.frame(begin=step_pb2.StepBegin(step=2), commit=True))[0].result.step == 2
+    steps.send(live.frame(begin=step_pb2.StepBegin(step=2), commit=True))
+    assert pb.AttachResponse.FromString(steps.receive()).result.step == 2
     stream.send(live.load_chunk("exp_avg", 100, ones(163)), COMMIT)
     answer = pb.LoadResponse.FromString(stream.receive())
     stream.finish()
+    steps.cancel()
     assert (answer.session.applied_load, answer.session.applied_step) == (2, 2)
     loaded = np.frombuffer(live.wire.pull(live.id, "exp_avg")[1]["exp_avg"], np.float32)
     assert loaded[:17].tolist() + loaded[256:].tolist() == [1.0] * 24

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -117,10 +118,15 @@ LIES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "a long label": ({"label": "l" * 129}, "INVALID_CONFIG", "config.label", "129 characters"),
     "a label of lines": ({"label": "x\r\ny"}, "INVALID_CONFIG", "config.label", r"'x\r\ny'"),
-    "a negative lease": ({"lease_seconds": -1.0}, "INVALID_CONFIG", "config.lease_seconds", "-1.0"),
-    "an endless lease": ({"lease_seconds": INF}, "INVALID_CONFIG", "config.lease_seconds", "inf"),
-    "no lease at all": ({"lease_seconds": NAN}, "INVALID_CONFIG", "config.lease_seconds", "nan"),
-    "a lease too long": ({"lease_seconds": 3600.5}, "INVALID_CONFIG", "config.lease_seconds", "3600.5"),
+    "a negative lease": ({"lease": Duration(seconds=-1)}, "INVALID_CONFIG", "config.lease", "-1.0 s"),
+    "an endless lease": ({"lease": Duration(seconds=2**62)}, "INVALID_CONFIG", "config.lease", f"{float(2**62)} s"),
+    "no lease at all": ({"lease": Duration()}, "INVALID_CONFIG", "config.lease", "0.0 s; it must be above 0"),
+    "a lease too long": (
+        {"lease": Duration(seconds=3600, nanos=500_000_000)},
+        "INVALID_CONFIG",
+        "config.lease",
+        "3600.5 s",
+    ),
     "lr negative": (numbers(lr=-0.5), "INVALID_CONFIG", "config.optimizer.hyperparameters.lr", "-0.5"),
     "lr nan": (numbers(lr=NAN), "INVALID_CONFIG", "config.optimizer.hyperparameters.lr", "nan"),
     "beta1 one": (numbers(beta1=1.0), "INVALID_CONFIG", "config.optimizer.hyperparameters.beta1", "1.0"),

@@ -99,7 +99,7 @@ def test_an_epoch_that_is_not_the_sessions_is_stale(live: Any, untouched: Any, w
     assert refused.metadata == {"epoch": "1", "actual_epoch": str(epoch)}
 
 
-@pytest.mark.parametrize("token", [2, 2**53, LAST])
+@pytest.mark.parametrize("token", [3, 2**53, LAST])
 @pytest.mark.parametrize("where", ["open", "Step", "Load"])
 def test_a_token_that_was_not_given_is_fenced(live: Any, untouched: Any, where: str, token: int) -> None:
     calls = {
@@ -107,8 +107,19 @@ def test_a_token_that_was_not_given_is_fenced(live: Any, untouched: Any, where: 
         "Step": lambda: live.wire.unary("Step", live.unary_step(2, attach_token=token)),
         "Load": lambda: live.load(live.load_opening(2, attach_token=token), live.load_chunk(commit=True)),
     }
-    refused = untouched(calls[where], "FAILED_PRECONDITION", "FENCED", f"token {token}, now 1")
-    assert refused.metadata == {"worker": "0", "token": str(token), "current_token": "1"}
+    refused = untouched(calls[where], "FAILED_PRECONDITION", "FENCED", f"token {token}, now 2")
+    assert refused.metadata == {"worker": "0", "token": str(token), "current_token": "2"}
+
+
+@pytest.mark.parametrize("where", ["open", "Step", "Load"])
+def test_a_token_that_the_client_has_outgrown_is_fenced(live: Any, untouched: Any, where: str) -> None:
+    """Token 1 created the session, and the client has stepped with token 2 since."""
+    calls = {
+        "open": lambda: live.wire.stream("Attach", [live.opening(attach_token=1)]),
+        "Step": lambda: live.wire.unary("Step", live.unary_step(2, attach_token=1)),
+        "Load": lambda: live.load(live.load_opening(2, attach_token=1), live.load_chunk(commit=True)),
+    }
+    untouched(calls[where], "FAILED_PRECONDITION", "FENCED", "token 1, now 2")
 
 
 @pytest.mark.parametrize("where", ["Step", "Load"])
@@ -118,7 +129,7 @@ def test_a_call_without_a_token_is_fenced(live: Any, untouched: Any, where: str)
         "Step": lambda: live.wire.unary("Step", live.unary_step(2, attach_token=0)),
         "Load": lambda: live.load(live.load_opening(2, attach_token=0), live.load_chunk(commit=True)),
     }
-    untouched(calls[where], "FAILED_PRECONDITION", "FENCED", "token 0, now 1")
+    untouched(calls[where], "FAILED_PRECONDITION", "FENCED", "token 0, now 2")
 
 
 @pytest.mark.parametrize("worker", [1, 2**32 - 1])
@@ -127,7 +138,7 @@ def test_a_worker_that_is_not_served_is_refused(live: Any, untouched: Any, where
     calls = {
         "open": lambda: live.wire.stream("Attach", [live.opening(worker=worker)]),
         "Step": lambda: live.wire.unary("Step", live.unary_step(2, worker=worker)),
-        "Load": lambda: live.load(live.load_opening(2, worker_worker=worker), live.load_chunk(commit=True)),
+        "Load": lambda: live.load(live.load_opening(2, worker=worker), live.load_chunk(commit=True)),
     }
     untouched(calls[where], "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE", field, field=field)
 
@@ -448,7 +459,9 @@ def test_padding_may_be_left_out(wire: Any, make_config: Any, make_live: Any) ->
 
 
 @pytest.mark.parametrize(("policy", "skipped"), [("SKIP", True), ("ALLOW", False)])
-def test_other_policies_take_the_step(wire: Any, make_config: Any, make_live: Any, policy: str, skipped: bool) -> None:
+def test_other_policies_apply_or_skip_the_step(
+    wire: Any, make_config: Any, make_live: Any, policy: str, skipped: bool
+) -> None:
     treatment = optimizer_pb2.GradientTreatment(
         non_finite=optimizer_pb2.NonFinitePolicy.Value(f"NON_FINITE_POLICY_{policy}")
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
@@ -29,7 +31,7 @@ def config(**fields: Any) -> session_pb2.SessionConfig:
     return session_pb2.SessionConfig(**defaults | fields)
 
 
-def plan(**fields: Any) -> SessionConfig:
+def decode(**fields: Any) -> SessionConfig:
     return decoding.decode_session_config(config(**fields), LIMITS)
 
 
@@ -46,11 +48,11 @@ def sgd(**fields: Any) -> optimizer_pb2.Optimizer:
 
 
 def treated(**fields: Any) -> SessionConfig:
-    return plan(gradient=optimizer_pb2.GradientTreatment(**fields))
+    return decode(gradient=optimizer_pb2.GradientTreatment(**fields))
 
 
 def test_a_minimal_config_takes_the_contracts_defaults() -> None:
-    assert plan() == SessionConfig(
+    assert decode() == SessionConfig(
         layout=place([TensorSpec("w", (2, 3))], 1),
         optimizer=Adam(),
         groups=(Adam().hyperparameters(),),
@@ -68,9 +70,9 @@ def test_a_minimal_config_takes_the_contracts_defaults() -> None:
 
 
 def test_decoupled_decay_has_a_default_of_its_own() -> None:
-    assert plan(optimizer=optimizer(decoupled_weight_decay=True)).optimizer == AdamW(weight_decay=0.01)
+    assert decode(optimizer=optimizer(decoupled_weight_decay=True)).optimizer == AdamW(weight_decay=0.01)
     undecayed = optimizer(decoupled_weight_decay=True, hyperparameters=numbers(weight_decay=0.0))
-    assert plan(optimizer=undecayed).optimizer == AdamW(weight_decay=0.0)
+    assert decode(optimizer=undecayed).optimizer == AdamW(weight_decay=0.0)
 
 
 def test_every_number_of_the_optimizer_is_taken_zeros_too() -> None:
@@ -79,7 +81,7 @@ def test_every_number_of_the_optimizer_is_taken_zeros_too() -> None:
         amsgrad=optimizer_pb2.AMSGRAD_RAW,
         hyperparameters=numbers(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, maximize=True),
     )
-    assert plan(optimizer=message).optimizer == Adam(
+    assert decode(optimizer=message).optimizer == Adam(
         lr=0.0,
         betas=(0.0, 0.0),
         eps=0.0,
@@ -91,7 +93,7 @@ def test_every_number_of_the_optimizer_is_taken_zeros_too() -> None:
 
 
 def test_groups_replace_what_they_set_and_keep_the_rest() -> None:
-    decoded = plan(
+    decoded = decode(
         optimizer=optimizer(hyperparameters=numbers(lr=0.5, eps=0.25)),
         groups=[
             optimizer_pb2.ParameterGroup(),
@@ -103,7 +105,7 @@ def test_groups_replace_what_they_set_and_keep_the_rest() -> None:
 
 
 def test_everything_else_is_taken_as_it_is() -> None:
-    decoded = plan(
+    decoded = decode(
         gradient=optimizer_pb2.GradientTreatment(
             non_finite=optimizer_pb2.NON_FINITE_POLICY_SKIP,
             clip_grad_norm=1.5,
@@ -126,7 +128,7 @@ def test_everything_else_is_taken_as_it_is() -> None:
         gradient_dtype=tensor_pb2.DTYPE_BFLOAT16,
         reply_dtype=tensor_pb2.DTYPE_FLOAT16,
         initialization=session_pb2.INITIALIZATION_ZEROS,
-        lease_seconds=0.5,
+        lease=Duration(nanos=500_000_000),
         label="l" * 128,
         device="cpu",
     )
@@ -147,14 +149,36 @@ def test_everything_else_is_taken_as_it_is() -> None:
     assert decoded.device == "cpu"
 
 
-@pytest.mark.parametrize("lease", [100.0, 1e-9])
-def test_a_lease_up_to_the_longest_is_taken(lease: float) -> None:
-    assert plan(lease_seconds=lease).lease_seconds == lease
+@pytest.mark.parametrize(
+    ("lease", "seconds"),
+    [(Duration(seconds=100), 100.0), (Duration(nanos=1), 1e-9), (Duration(seconds=2, nanos=250_000_000), 2.25)],
+    ids=str,
+)
+def test_a_lease_up_to_the_longest_is_used_as_it_is(lease: Duration, seconds: float) -> None:
+    assert decode(lease=lease).lease_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("lease", "seconds"),
+    [
+        (Duration(), "0.0"),
+        (Duration(seconds=-1), "-1.0"),
+        (Duration(nanos=-1), "-1e-09"),
+        (Duration(seconds=100, nanos=500_000_000), "100.5"),
+        (Duration(seconds=2**62), repr(float(2**62))),
+    ],
+    ids=str,
+)
+def test_a_lease_of_no_time_or_too_much_is_refused(lease: Duration, seconds: str) -> None:
+    """A lease that is not set is the longest; one of 0 s is a mistake."""
+    with pytest.raises(InvalidRequestError, match=re.escape(f"config.lease: {seconds} s; it must be above 0")) as bad:
+        decode(lease=lease)
+    assert bad.value.metadata == {"field": "config.lease"}
 
 
 @pytest.mark.parametrize("name", ["n" * 512, "a b", "é漢😀", "layers/0/weight", "..", "%s", "'"])
 def test_names_may_hold_anything_that_is_no_control_character(name: str) -> None:
-    decoded = plan(tensors=[tensor_pb2.TensorSpec(name=name, shape=[1] * 16)])
+    decoded = decode(tensors=[tensor_pb2.TensorSpec(name=name, shape=[1] * 16)])
     assert decoded.layout.tensors[0].spec == TensorSpec(name, (1,) * 16)
 
 
@@ -169,17 +193,17 @@ def test_names_may_hold_anything_that_is_no_control_character(name: str) -> None
 )
 def test_eight_bits_are_refused_for_slots_that_they_do_not_hold(chosen: optimizer_pb2.Optimizer) -> None:
     with pytest.raises(InvalidRequestError, match="which 8 bits do not hold") as refused:
-        plan(optimizer=chosen, state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
+        decode(optimizer=chosen, state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
     assert refused.value.metadata == {"field": "config.state_precision"}
     assert refused.value.reason is Reason.INVALID_CONFIG
 
 
 def test_options_of_other_rules_are_taken_and_have_their_published_defaults() -> None:
     message = optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_ADAGRAD, initial_accumulator_value=0.5)
-    assert plan(optimizer=message).optimizer == Adagrad(initial_accumulator_value=0.5)
+    assert decode(optimizer=message).optimizer == Adagrad(initial_accumulator_value=0.5)
     nesterov = sgd(momentum=0.5)
     nesterov.nesterov = True
-    assert plan(optimizer=nesterov).optimizer == SGD(momentum=0.5, nesterov=True)
+    assert decode(optimizer=nesterov).optimizer == SGD(momentum=0.5, nesterov=True)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +233,7 @@ def test_a_treatment_out_of_range_is_refused_by_its_field(fields: dict[str, Any]
 def test_a_groups_bound_out_of_range_is_refused_by_its_field(bound: float) -> None:
     groups = [optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(clip_grad_norm=bound)]
     with pytest.raises(InvalidRequestError) as refused:
-        plan(groups=groups)
+        decode(groups=groups)
     assert refused.value.metadata == {"field": "config.groups[1].clip_grad_norm"}
     assert refused.value.reason is Reason.INVALID_CONFIG
 
@@ -217,7 +241,7 @@ def test_a_groups_bound_out_of_range_is_refused_by_its_field(bound: float) -> No
 def test_a_schedule_that_is_not_whole_is_refused_by_its_field() -> None:
     schedule = optimizer_pb2.Schedule(kind=optimizer_pb2.SCHEDULE_KIND_COSINE)
     with pytest.raises(InvalidRequestError) as refused:
-        plan(groups=[optimizer_pb2.ParameterGroup(schedule=schedule)])
+        decode(groups=[optimizer_pb2.ParameterGroup(schedule=schedule)])
     assert refused.value.metadata == {"field": "config.groups[0].schedule.total_steps"}
     assert refused.value.reason is Reason.INVALID_CONFIG
 

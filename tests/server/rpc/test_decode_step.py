@@ -1,4 +1,4 @@
-"""From a step's messages to the order of it: defaults, what each value becomes, and what does not go together."""
+"""From a step's messages to its request: defaults, the meaning of each value, and contradictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.optimizers import SGD
 from stepwire.optimizers.gradient_treatment import LossScaling
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
@@ -19,7 +19,7 @@ from stepwire_server.rpc.decode_config import decode_session_config
 from stepwire_server.rpc.decode_step import decode_chunk_bytes, decode_decision, decode_step_request
 
 
-def plan(**fields: Any) -> SessionConfig:
+def decoded_config(**fields: Any) -> SessionConfig:
     defaults: dict[str, Any] = {
         "tensors": [tensor_pb2.TensorSpec(name="w", shape=[2, 3])],
         "optimizer": optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_ADAM),
@@ -31,7 +31,7 @@ def numbers(**fields: Any) -> optimizer_pb2.Hyperparameters:
     return optimizer_pb2.Hyperparameters(**fields)
 
 
-ORDER_PLAN = plan(
+CONFIG = decoded_config(
     gradient_dtype=tensor_pb2.DTYPE_BFLOAT16,
     reply_dtype=tensor_pb2.DTYPE_FLOAT16,
     groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(overrides=numbers(lr=0.5))],
@@ -39,27 +39,49 @@ ORDER_PLAN = plan(
 
 
 def request(**fields: Any) -> StepRequest:
-    return decode_step_request(step_pb2.StepBegin(**fields), ORDER_PLAN, 1 << 20)
+    return decode_step_request(step_pb2.StepBegin(**fields), CONFIG, 1 << 20)
 
 
-def test_a_minimal_step_takes_the_sessions_defaults() -> None:
+def test_a_minimal_step_has_the_sessions_defaults() -> None:
     assert request(step=7, epoch=3) == StepRequest(
-        7, 3, BFLOAT16, FLOAT16, True, 1 << 19, ORDER_PLAN.groups, (False, False), 1.0, frozenset()
+        7, 3, BFLOAT16, FLOAT16, True, 1 << 19, CONFIG.groups, (False, False), None, 1.0, frozenset()
     )
 
 
-def test_a_step_may_choose_encodings_and_the_size_of_the_answers_chunks() -> None:
-    decoded = request(step=1, gradient_dtype=3, reply_dtype=1, reply_chunk_bytes=4096)
+def test_a_step_may_choose_encodings_and_the_size_of_the_replys_chunks() -> None:
+    decoded = request(step=1, gradient_dtype=3, reply={"dtype": 1, "chunk_bytes": 4096})
     assert (decoded.gradient_dtype, decoded.reply_dtype, decoded.reply_elements) == (FLOAT16, FLOAT32, 1024)
 
 
 @pytest.mark.parametrize(("mode", "wanted"), [(0, True), (1, True), (2, False)])
-def test_an_answer_is_wanted_unless_it_is_not(mode: int, wanted: bool) -> None:
-    assert request(step=1, reply_mode=mode).reply is wanted
+def test_a_reply_is_wanted_unless_it_is_not(mode: int, wanted: bool) -> None:
+    assert request(step=1, reply={"mode": mode}).reply is wanted
+
+
+@pytest.mark.parametrize("load", [0, 7, 2**64 - 1])
+def test_a_step_names_the_load_of_its_state_or_none(load: int) -> None:
+    """0 is the state before the first load, and not the absence of a number."""
+    assert request(step=1, load=load).load == load
+    assert request(step=1).load is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "feature"),
+    [
+        ({"base_step": 0}, "begin.base_step", "aggregation"),
+        ({"base_step": 3}, "begin.base_step", "aggregation"),
+        ({"weight": 0.5}, "begin.weight", "aggregation"),
+        ({"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}, "begin.traceparent", "tracing"),
+    ],
+)
+def test_a_field_of_a_feature_that_is_not_served_is_refused(fields: Any, field: str, feature: str) -> None:
+    with pytest.raises(UnsupportedFeatureError) as refused:
+        request(step=1, **fields)
+    assert refused.value.metadata == {"field": field, "feature": feature}
 
 
 def test_one_entry_of_numbers_is_for_all_groups_and_several_are_one_each() -> None:
-    first, second = ORDER_PLAN.groups
+    first, second = CONFIG.groups
     assert request(hyperparameters=[numbers(eps=0.5)]).groups == (
         first.replace({"eps": 0.5}),
         second.replace({"eps": 0.5}),
@@ -76,14 +98,14 @@ def test_one_entry_of_numbers_is_for_all_groups_and_several_are_one_each() -> No
         ([numbers(), numbers(lr=0.25)], (False, True)),
     ],
 )
-def test_an_order_knows_which_learning_rates_it_brought(messages: Any, expected: tuple[bool, bool]) -> None:
+def test_a_request_knows_the_learning_rates_that_it_brought(messages: Any, expected: tuple[bool, bool]) -> None:
     """Even one of 0, and one that is the group's own: it overrides the schedule's."""
     assert request(hyperparameters=messages).own_lr == expected
 
 
 def treated(**fields: Any) -> SessionConfig:
     tensors = [tensor_pb2.TensorSpec(name=name, shape=[2]) for name in "abc"]
-    return plan(tensors=tensors, gradient=optimizer_pb2.GradientTreatment(**fields))
+    return decoded_config(tensors=tensors, gradient=optimizer_pb2.GradientTreatment(**fields))
 
 
 def refused_field(begin: step_pb2.StepBegin, of: SessionConfig) -> tuple[str, Reason]:
@@ -93,14 +115,14 @@ def refused_field(begin: step_pb2.StepBegin, of: SessionConfig) -> tuple[str, Re
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-37, 1e37])
-def test_the_clients_loss_scale_is_taken_as_it_is(scale: float) -> None:
+def test_the_clients_loss_scale_is_used_as_it_is(scale: float) -> None:
     assert request(step=1, loss_scale=scale).loss_scale == scale
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 9e-38, 1.1e37, float("inf"), float("nan")])
 def test_a_loss_scale_that_float32_cannot_undo_is_refused(scale: float) -> None:
     begin = step_pb2.StepBegin(step=1, loss_scale=scale)
-    assert refused_field(begin, ORDER_PLAN) == ("begin.loss_scale", Reason.INVALID_CONFIG)
+    assert refused_field(begin, CONFIG) == ("begin.loss_scale", Reason.INVALID_CONFIG)
 
 
 def test_a_session_that_scales_by_itself_refuses_a_loss_scale() -> None:
@@ -137,13 +159,13 @@ def sgd(**fields: Any) -> optimizer_pb2.Optimizer:
 
 def test_momentum_is_refused_where_no_buffer_is_kept_for_it() -> None:
     begin = step_pb2.StepBegin(step=1, hyperparameters=[numbers(momentum=0.5)])
-    plain, kept = plan(optimizer=sgd()), plan(optimizer=sgd(momentum=0.9))
+    plain, kept = decoded_config(optimizer=sgd()), decoded_config(optimizer=sgd(momentum=0.9))
     assert refused_field(begin, plain) == ("begin.hyperparameters[0].momentum", Reason.INVALID_CONFIG)
     assert decode_step_request(begin, kept, 1 << 20).groups == (SGD(momentum=0.5).hyperparameters(),)
 
 
-def test_the_answers_chunks_are_cut_where_blocks_begin() -> None:
-    blocks = plan(
+def test_the_replys_chunks_are_cut_where_blocks_begin() -> None:
+    blocks = decoded_config(
         tensors=[tensor_pb2.TensorSpec(name="w", shape=[9000])],
         state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS,
     )
@@ -163,7 +185,7 @@ def test_chunks_out_of_range_are_refused(asked: int) -> None:
         decode_chunk_bytes(asked, 65536, "f")
 
 
-def test_the_order_of_an_answer_is_indices_that_differ() -> None:
+def test_the_order_of_a_reply_is_indices_that_differ() -> None:
     three = treated()
     assert decode_step_request(step_pb2.StepBegin(step=1, reply={"first": [2, 0]}), three, 1 << 20).reply_first == (
         2,
@@ -178,12 +200,12 @@ CHANGED = step_pb2.REPLY_MODE_CHANGED
 
 
 def test_patches_are_of_bfloat16_and_relative_to_a_step() -> None:
-    halves = plan(reply_dtype=tensor_pb2.DTYPE_BFLOAT16)
+    halves = decoded_config(reply_dtype=tensor_pb2.DTYPE_BFLOAT16)
     begin = step_pb2.StepBegin(step=5, reply={"mode": CHANGED, "base": 4})
     assert decode_step_request(begin, halves, 1 << 20).reply_base == 4
     assert decode_step_request(step_pb2.StepBegin(step=5, reply={"base": 4}), halves, 1 << 20).reply_base is None
     assert decode_step_request(step_pb2.StepBegin(step=5, reply={"mode": CHANGED}), halves, 1 << 20).reply_base == -1
-    assert refused_field(begin, plan()) == ("begin.reply.mode", Reason.INVALID_CONFIG)
+    assert refused_field(begin, decoded_config()) == ("begin.reply.mode", Reason.INVALID_CONFIG)
 
 
 ALLOW = optimizer_pb2.NON_FINITE_POLICY_ALLOW
@@ -191,7 +213,7 @@ LAMB = optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_LAMB)
 
 
 def test_a_step_may_be_applied_as_it_arrives_where_nothing_needs_all_of_it() -> None:
-    free = plan(gradient=optimizer_pb2.GradientTreatment(non_finite=ALLOW, clip_grad_value=1.0))
+    free = decoded_config(gradient=optimizer_pb2.GradientTreatment(non_finite=ALLOW, clip_grad_value=1.0))
     assert decode_step_request(step_pb2.StepBegin(step=1, overlap=True), free, 1 << 20).overlap is True
 
 
@@ -222,11 +244,13 @@ def test_a_step_may_be_applied_as_it_arrives_where_nothing_needs_all_of_it() -> 
 def test_overlap_is_refused_with_what_needs_the_whole_gradient(obstacle: str, fields: dict[str, Any]) -> None:
     begin = step_pb2.StepBegin(step=1, overlap=True)
     with pytest.raises(InvalidRequestError, match=rf"begin.overlap: .*: {obstacle}.* needs the whole gradient first"):
-        decode_step_request(begin, plan(**fields), 1 << 20)
+        decode_step_request(begin, decoded_config(**fields), 1 << 20)
 
 
 def test_overlap_is_refused_with_patches() -> None:
-    halves = plan(reply_dtype=tensor_pb2.DTYPE_BFLOAT16, gradient=optimizer_pb2.GradientTreatment(non_finite=ALLOW))
+    halves = decoded_config(
+        reply_dtype=tensor_pb2.DTYPE_BFLOAT16, gradient=optimizer_pb2.GradientTreatment(non_finite=ALLOW)
+    )
     begin = step_pb2.StepBegin(step=1, overlap=True, reply={"mode": CHANGED})
     assert refused_field(begin, halves) == ("begin.overlap", Reason.INVALID_CONFIG)
 
@@ -236,7 +260,7 @@ def commit(**fields: Any) -> step_pb2.StepCommit:
 
 
 def two_phase() -> SessionConfig:
-    return plan(
+    return decoded_config(
         gradient=optimizer_pb2.GradientTreatment(two_phase=True),
         groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup()],
     )
@@ -245,7 +269,7 @@ def two_phase() -> SessionConfig:
 def test_a_commit_brings_what_the_coordinator_decided_or_nothing() -> None:
     cut = two_phase()
     assert decode_decision(commit(), cut) is None
-    assert decode_decision(commit(), plan()) is None
+    assert decode_decision(commit(), decoded_config()) is None
     assert decode_decision(commit(clip_coefficient=0.25), cut) == Decision(0.25, (), False)
     assert decode_decision(commit(skip=True), cut) == Decision(1.0, (), True)
     expected = Decision(1.0, (0.5, 1.0), False)
@@ -270,11 +294,11 @@ def test_factors_that_are_none_are_refused(fields: dict[str, Any], field: str) -
 
 def test_a_session_that_decides_by_itself_takes_no_factor() -> None:
     with pytest.raises(InvalidRequestError, match="commit.clip_coefficient: the session decides by itself"):
-        decode_decision(commit(skip=True), plan())
+        decode_decision(commit(skip=True), decoded_config())
 
 
 def test_where_nan_is_applied_a_factor_may_be_nan() -> None:
-    applied = plan(gradient=optimizer_pb2.GradientTreatment(two_phase=True, non_finite=ALLOW))
+    applied = decoded_config(gradient=optimizer_pb2.GradientTreatment(two_phase=True, non_finite=ALLOW))
     decision = decode_decision(commit(clip_coefficient=float("nan")), applied)
     assert decision is not None and math.isnan(decision.coefficient)
     with pytest.raises(InvalidRequestError, match=r"commit.clip_coefficient: 1.5; a factor of clipping is in \[0, 1\]"):

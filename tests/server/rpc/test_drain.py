@@ -1,4 +1,4 @@
-"""The door that drains."""
+"""A drain: steps are admitted until it starts, counted, and waited for."""
 
 from __future__ import annotations
 
@@ -7,53 +7,58 @@ import threading
 import pytest
 
 from stepwire.errors import Reason, UnavailableError
-from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.drain import Drain, DrainStatistics
 
 PATIENCE_SECONDS = 30.0
 
 
-def test_an_open_gate_lets_steps_pass_side_by_side() -> None:
-    gate = Drain()
-    with gate, gate:
-        assert gate.wait_empty(0.0) is False
-    assert (gate.wait_empty(0.0), gate.closed) == (True, False)
+def test_steps_pass_side_by_side() -> None:
+    drain = Drain()
+    with drain.admit(), drain.admit():
+        assert drain.wait(0.0) is False
+        assert drain.statistics() == DrainStatistics(started=False, steps=2)
+    assert (drain.wait(0.0), drain.started) == (True, False)
+    assert drain.statistics() == DrainStatistics(started=False, steps=0)
 
 
-def test_a_closed_gate_refuses_and_says_when_to_come_back() -> None:
-    gate = Drain(retry_after_seconds=2.5)
-    gate.close()
-    with pytest.raises(UnavailableError, match="shutting down") as refused, gate:
-        raise AssertionError("inside")
+def test_a_drain_that_has_started_refuses_steps_and_says_when_to_come_back() -> None:
+    drain = Drain(retry_after_seconds=2.5)
+    drain.start()
+    with pytest.raises(UnavailableError, match="shutting down") as refused, drain.admit():
+        raise AssertionError("admitted")
     assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.SHUTTING_DOWN, 2.5)
-    assert (gate.closed, gate.wait_empty(0.0)) == (True, True)
+    assert (drain.started, drain.wait(0.0)) == (True, True)
+    assert drain.statistics() == DrainStatistics(started=True, steps=0)
 
 
-def test_who_is_inside_when_it_closes_may_finish() -> None:
-    gate = Drain()
-    with gate:
-        gate.close()
-        assert gate.wait_empty(0.0) is False
-    assert gate.wait_empty(0.0) is True
+def test_steps_under_way_may_finish_and_starting_twice_is_harmless() -> None:
+    drain = Drain()
+    with drain.admit():
+        drain.start()
+        drain.start()
+        assert drain.wait(0.0) is False
+        assert drain.statistics() == DrainStatistics(started=True, steps=1)
+    assert drain.wait(0.0) is True
 
 
 def test_a_step_that_fails_has_left() -> None:
-    gate = Drain()
-    with pytest.raises(ZeroDivisionError), gate:
+    drain = Drain()
+    with pytest.raises(ZeroDivisionError), drain.admit():
         raise ZeroDivisionError
-    assert gate.wait_empty(0.0) is True
+    assert drain.wait(0.0) is True
 
 
-def test_who_waits_is_woken_by_the_last_to_leave() -> None:
-    gate, leave, emptied = Drain(), threading.Event(), []
+def test_waiting_ends_with_the_last_step() -> None:
+    drain, leave, emptied = Drain(), threading.Event(), []
 
     def step(entered: threading.Event) -> None:
-        with gate:
+        with drain.admit():
             entered.set()
             assert leave.wait(PATIENCE_SECONDS)
 
     entries = [threading.Event() for _ in range(3)]
     threads = [threading.Thread(target=step, args=(entered,)) for entered in entries]
-    threads.append(threading.Thread(target=lambda: emptied.append(gate.wait_empty(PATIENCE_SECONDS))))
+    threads.append(threading.Thread(target=lambda: emptied.append(drain.wait(PATIENCE_SECONDS))))
     for thread in threads[:3]:
         thread.start()
     for entered in entries:

@@ -133,7 +133,7 @@ CONTEXT: dict[Any, dict[str, Any]] = {
     ("groups.schedule.kind", 7): {"groups.schedule.warmup_steps": 1, "groups.schedule.total_steps": 9},
     "missing_tensors": {"gradient.missing_gradient": optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP},
     "overlap": {"gradient.non_finite": optimizer_pb2.NON_FINITE_POLICY_ALLOW},
-    ("reply.mode", step_pb2.REPLY_MODE_CHANGED): {"reply.dtype": tensor_pb2.DTYPE_BFLOAT16},
+    ("reply.mode", step_pb2.REPLY_MODE_CHANGED): {"reply_dtype": tensor_pb2.DTYPE_BFLOAT16},
 }
 
 
@@ -150,7 +150,7 @@ def minimal() -> session_pb2.SessionConfig:
 
 
 LIMITS = ServerConfig()
-PLAN = decode_session_config(minimal(), LIMITS)
+CONFIG = decode_session_config(minimal(), LIMITS)
 
 
 def paths(message: Descriptor, prefix: str = "") -> Iterator[tuple[str, FieldDescriptor]]:
@@ -229,9 +229,9 @@ def test_every_option_of_a_session_is_served_or_refused(path: str, value: Any) -
         same = decode_session_config(config, LIMITS) == decode_session_config(usual, LIMITS)
         assert same is (DEFAULTS.get(path) == value)
         return
-    answer_in_int8 = path == "reply_dtype" and value == tensor_pb2.DTYPE_INT8_BLOCKWISE
+    reply_in_int8 = path == "reply_dtype" and value == tensor_pb2.DTYPE_INT8_BLOCKWISE
     number_of_another_rule = ".overrides." in path or ".hyperparameters." in path or path == "groups.schedule.kind"
-    is_wrong = number_of_another_rule or answer_in_int8
+    is_wrong = number_of_another_rule or reply_in_int8
     with pytest.raises(InvalidRequestError if is_wrong else UnsupportedFeatureError) as refused:
         decode_session_config(config, LIMITS)
     assert named_by(refused.value, path, "config")
@@ -250,16 +250,17 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
     config = minimal()
     for name, needed in context_of(path, value).items():
         assign(config, name, needed)
-    plan = decode_session_config(config, LIMITS)
+    decoded = decode_session_config(config, LIMITS)
     served = SERVED_BEGIN.get(path, ())
-    if path == "reply_base":
-        begin.reply.mode, begin.reply.dtype = step_pb2.REPLY_MODE_CHANGED, tensor_pb2.DTYPE_BFLOAT16
+    if path == "reply.base":
+        for message in (begin, usual):
+            message.reply.mode, message.reply.dtype = step_pb2.REPLY_MODE_CHANGED, tensor_pb2.DTYPE_BFLOAT16
     if served is ANY or value in served:
-        changed = decode_step_request(begin, plan, 1 << 20) != decode_step_request(usual, plan, 1 << 20)
+        changed = decode_step_request(begin, decoded, 1 << 20) != decode_step_request(usual, decoded, 1 << 20)
         assert changed is (DEFAULTS.get(path) != value)
         return
     with pytest.raises((InvalidRequestError, UnsupportedFeatureError)) as refused:
-        decode_step_request(begin, plan, 1 << 20)
+        decode_step_request(begin, decoded, 1 << 20)
     assert named_by(refused.value, path, "begin")
     if "hyperparameters" not in path and "dtype" not in path:
         assert isinstance(refused.value, UnsupportedFeatureError)
@@ -331,7 +332,7 @@ def test_what_comes_with_other_messages_is_refused_over_the_wire(
 
 def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> None:
     """Each refusal says which feature would be needed, by a name that GetServerInfo could list."""
-    proto = pathlib.Path(__file__).parents[2] / "proto" / "stepwire" / "v1"
+    proto = pathlib.Path(__file__).parents[3] / "proto" / "stepwire" / "v1"
     named = {
         name
         for path in proto.glob("*.proto")
@@ -362,6 +363,6 @@ def test_a_refusal_says_what_to_do() -> None:
     assert error.metadata == {"field": "config.x", "feature": "y"}
 
 
-def test_the_plan_is_what_the_minimal_config_says() -> None:
-    assert isinstance(PLAN, SessionConfig)
-    assert [tensor.spec.name for tensor in PLAN.layout.tensors] == ["w", "v"]
+def test_the_minimal_config_is_decoded() -> None:
+    assert isinstance(CONFIG, SessionConfig)
+    assert [tensor.spec.name for tensor in CONFIG.layout.tensors] == ["w", "v"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2
@@ -17,10 +18,10 @@ LONG_LEASE = {"max_lease_seconds": 1e9}
 
 
 def opened(live: Any) -> Any:
-    """Attach and wait for the answer."""
+    """Attach, and wait for the newest token."""
     stream = live.wire.open()
     stream.send(live.opening())
-    stream.receive()
+    live.attached(stream.receive())
     return stream
 
 
@@ -103,20 +104,20 @@ def test_silence_between_steps_is_nobodys_business(
     The answer is here a moment before the server has left the step, so the clock waits for that.
     """
     with serve() as server, connect(server.target) as wire:
-        attachments: list[Any] = []
+        streams: list[Any] = []
         stream_of = server.registry.stream
 
         @contextlib.contextmanager
         def watched(cancel: Any) -> Iterator[Any]:
-            with stream_of(cancel) as attachment:
-                attachments.append(attachment)
-                yield attachment
+            with stream_of(cancel) as attached:
+                streams.append(attached)
+                yield attached
 
         monkeypatch.setattr(server.registry, "stream", watched)
         live = make_live(wire, wire.create(make_config((10,))))
         stream = opened(live)
         for step in (1, 2):
-            until(lambda: not attachments[0].in_step)
+            until(lambda: not streams[0].in_step)
             clock.now += 1e6
             assert server.registry.sweep() == []
             stream.send(live.frame(begin=step, commit=True))
@@ -150,13 +151,21 @@ def test_half_a_load_and_then_silence_is_cancelled_and_leaves_nothing(
         assert server.drain() is True
 
 
+@pytest.mark.parametrize("same_client", [False, True])
 def test_a_displaced_stream_that_stays_silent_is_cancelled(
-    serve: Any, connect: Any, make_live: Any, make_config: Any, clock: Any, until: Any, refusal: Any
+    serve: Any,
+    connect: Any,
+    make_live: Any,
+    make_config: Any,
+    clock: Any,
+    until: Any,
+    refusal: Any,
+    same_client: bool,
 ) -> None:
     with serve(**LONG_LEASE) as server, connect(server.target) as wire:
         live = make_live(wire, wire.create(make_config((10,))))
         first = opened(live)
-        live.token = 0
+        live.token = live.token if same_client else 0
         second = opened(live)
 
         def silence() -> bool:
@@ -170,10 +179,10 @@ def test_a_displaced_stream_that_stays_silent_is_cancelled(
         second.cancel()
 
 
-def test_a_slot_keeps_one_displaced_stream_waiting(live: Any, until: Any, refusal: Any) -> None:
-    """The third taking ends the first stream at once, without waiting for a sweep."""
+def test_a_worker_keeps_one_displaced_stream_waiting(live: Any, until: Any, refusal: Any) -> None:
+    """The third client ends the first stream at once, without waiting for a sweep."""
     first, live.token = opened(live), 0
-    second = opened(live)
+    second, live.token = opened(live), 0
     assert not first.over
     third = opened(live)
     until(lambda: first.over)
@@ -188,7 +197,7 @@ def test_sessions_beyond_the_most_are_refused_and_unused_ones_make_room(
 ) -> None:
     """Create without use: the lease frees what nobody came back for."""
     with serve(max_sessions=3) as server, connect(server.target) as wire:
-        config = make_config((100,), lease_seconds=30.0)
+        config = make_config((100,), lease=Duration(seconds=30))
         lives = [make_live(wire, wire.create(config)) for _ in range(3)]
         reserved = wire.reserved_bytes()
         refused = refusal(
@@ -210,7 +219,7 @@ def test_sessions_beyond_the_most_are_refused_and_unused_ones_make_room(
 def test_memory_beyond_the_budget_is_refused_and_comes_back(
     serve: Any, connect: Any, make_live: Any, make_config: Any, refusal: Any
 ) -> None:
-    with serve(memory_budget_bytes=100_000) as server, connect(server.target) as wire:
+    with serve(memory_budget=100_000) as server, connect(server.target) as wire:
         live = make_live(wire, wire.create(make_config((4000,))))
         assert wire.reserved_bytes() == 48_000
         refused = refusal(
@@ -229,7 +238,7 @@ def test_memory_beyond_the_budget_is_refused_and_comes_back(
 def test_a_session_whose_step_could_never_fit_is_refused_at_creation(
     serve: Any, connect: Any, make_config: Any, refusal: Any
 ) -> None:
-    with serve(memory_budget_bytes=100_000) as server, connect(server.target) as wire:
+    with serve(memory_budget=100_000) as server, connect(server.target) as wire:
         refusal(lambda: wire.create(make_config((7000,))), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", "112000")
         assert wire.reserved_bytes() == 0
 

@@ -100,7 +100,9 @@ def test_a_server_may_have_no_port(folder: pathlib.Path, slashes: str) -> None:
 
 
 def test_a_second_socket_beside_it_is_refused(folder: pathlib.Path) -> None:
-    with pytest.raises(InvalidRequestError, match="is a second one beside bind 'unix:/x'; name one") as refused:
+    with pytest.raises(
+        InvalidRequestError, match="is a second socket beside bind 'unix:/x'; name one of them"
+    ) as refused:
         make(bind="unix:/x", unix_socket="/y")
     assert refused.value.metadata == {"field": "unix_socket"}
 

@@ -1,4 +1,4 @@
-"""Answers in messages: whole with the result, chunk by chunk, and as patches where these are smaller."""
+"""Replies in messages: whole with the result, chunk by chunk, and as patches where these are smaller."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def request(dtype: Any = FLOAT32, **fields: Any) -> StepRequest:
     return StepRequest(1, 0, FLOAT32, np.dtype(dtype), True, 1 << 20, ())._replace(**fields)
 
 
-def test_a_small_answer_travels_with_its_result() -> None:
-    sink = WholeReplyWriter(request(), 5)
-    sink.buffer(3, 2)[:] = [4, 5]
-    sink.flush()
-    sink.buffer(0, 3)[:] = [1, 2, 3]
-    sink.flush()
+def test_a_small_reply_travels_with_its_result() -> None:
+    writer = WholeReplyWriter(request(), 5)
+    writer.buffer(3, 2)[:] = [4, 5]
+    writer.flush()
+    writer.buffer(0, 3)[:] = [1, 2, 3]
+    writer.flush()
     header = pb.AttachResponse()
     header.result.step = 7
-    frame = read_frame(pb.AttachResponse, sink.message(header))
+    frame = read_frame(pb.AttachResponse, writer.message(header))
     assert frame.payload.view(np.float32).tolist() == [1, 2, 3, 4, 5]
     assert (frame.message.chunk.offset, frame.message.chunk.count, frame.message.result.step) == (0, 5, 7)
 
 
-def test_where_no_answer_is_wanted_only_the_result_travels() -> None:
+def test_where_no_reply_is_wanted_only_the_result_travels() -> None:
     header = pb.AttachResponse()
     header.result.step = 7
     frame = read_frame(pb.AttachResponse, WholeReplyWriter(request(reply=False), 5).message(header))
@@ -49,13 +49,13 @@ def frames(sent: list[bytes]) -> list[Any]:
 
 
 def test_chunks_are_sent_in_the_order_in_which_they_are_complete(sent: list[bytes]) -> None:
-    sink = ChunkReplyWriter(request(), sent.append)
-    first, second = sink.buffer(100, 2), sink.buffer(0, 1)
+    writer = ChunkReplyWriter(request(), sent.append)
+    first, second = writer.buffer(100, 2), writer.buffer(0, 1)
     second[:] = 3
     first[:] = [1, 2]
     assert sent == []
-    sink.flush()
-    sink.flush()
+    writer.flush()
+    writer.flush()
     found = [(f.message.chunk.offset, f.payload.view(np.float32).tolist()) for f in frames(sent)]
     assert found == [(100, [1, 2]), (0, [3])]
 
@@ -64,11 +64,11 @@ SIZE = 40_000
 
 
 def patched(sent: list[bytes], before: Any, after: Any) -> None:
-    sink = ChunkReplyWriter(request(BFLOAT16, reply_base=3), sent.append)
-    values = sink.buffer(16, len(after))
-    sink.before()[:] = before
+    writer = ChunkReplyWriter(request(BFLOAT16, reply_base=3), sent.append)
+    values = writer.buffer(16, len(after))
+    writer.before()[:] = before
     values[:] = after
-    sink.flush()
+    writer.flush()
 
 
 def test_a_chunk_of_which_little_changed_is_a_patch(sent: list[bytes]) -> None:

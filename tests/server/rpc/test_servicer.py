@@ -1,10 +1,11 @@
-"""What the servicer adds to the domain: what the server tells of itself, and pages."""
+"""The servicer's own part: the server's description of itself, and pages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
@@ -22,9 +23,14 @@ def test_a_server_tells_its_limits(serve: Any, connect: Any) -> None:
         "max_lease_seconds": 8.5,
         "step_idle_seconds": 9.5,
     }
-    with serve(**settings, memory_budget_bytes=12345) as server, connect(server.target) as wire:
+    with serve(**settings, memory_budget=12345) as server, connect(server.target) as wire:
         info = wire.info()
-    assert {field.name: value for field, value in info.limits.ListFields()} == settings | {"max_unary_bytes": 70_000}
+    expected = {name: value for name, value in settings.items() if "seconds" not in name} | {
+        "max_unary_bytes": 70_000,
+        "max_lease": Duration(seconds=8, nanos=500_000_000),
+        "step_idle": Duration(seconds=9, nanos=500_000_000),
+    }
+    assert {field.name: value for field, value in info.limits.ListFields()} == expected
     assert (info.version, info.protocol_min, info.protocol_max) == (__version__, PROTOCOL_MIN, PROTOCOL_MAX)
     (device,) = info.devices
     assert (device.name, device.budget_bytes, device.reserved_bytes) == ("cpu", 12345, 0)

@@ -1,4 +1,4 @@
-"""Two clients on one session (facts: attack 20). The slot's token says whose turn it is; steps say what is done."""
+"""Two clients on one session (facts: attack 20): the token names the present holder, steps count what is applied."""
 
 from __future__ import annotations
 
@@ -7,112 +7,54 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
-
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 
 
-class Holder:
-    """A client with an attached stream of its own."""
-
-    def __init__(self, live: Any, token: int) -> None:
-        self.live = live
-        self.stream = live.wire.open()
-        self.stream.send(live.opening(attach_token=token))
-        self.opened = pb.AttachResponse.FromString(self.stream.receive()).opened
-
-    def step(self, step: int, seed: int | None = None) -> pb.AttachResponse:
-        """Take a step in one message."""
-        gradient = self.live.gradient(step if seed is None else seed)
-        self.stream.send(self.live.frame(begin=step, commit=True, payload=gradient))
-        return pb.AttachResponse.FromString(self.stream.receive())
-
-
-@pytest.fixture
-def holders(live: Any) -> Any:
-    """Attach: `holders(token)`; 0 takes the slot."""
-    made: list[Holder] = []
-
-    def attach(token: int = 0) -> Holder:
-        made.append(Holder(live, token))
-        return made[-1]
-
-    yield attach
-    for holder in made:
-        holder.stream.cancel()
-
-
-def test_who_takes_the_slot_is_told_where_the_session_is(live: Any, holders: Any) -> None:
-    first = holders(live.token)
+def test_a_client_that_acquires_the_worker_is_told_how_the_session_stands(live: Any, attach: Any) -> None:
+    first = attach(live, live.token)
     first.step(2)
-    second = holders()
-    assert (first.opened.attach_token, first.opened.applied_step) == (1, 1)
-    assert (second.opened.attach_token, second.opened.applied_step, second.opened.applied_load) == (2, 2, 1)
+    second = attach(live)
+    assert (first.token, first.opened.applied_step) == (3, 1)
+    assert (second.token, second.opened.applied_step, second.opened.applied_load) == (4, 2, 1)
     assert (second.opened.epoch, second.opened.ready, second.opened.transport_reason) == (1, True, "")
 
 
-def test_a_displaced_client_is_fenced_with_its_next_message(live: Any, holders: Any, refusal: Any) -> None:
-    first, second = holders(live.token), holders()
-    refused = refusal(lambda: first.step(2), "FAILED_PRECONDITION", "FENCED", "token 1, now 2")
-    assert refused.metadata == {"slot": "0", "token": "1", "current_token": "2"}
+def test_a_displaced_client_is_fenced_with_its_next_message(live: Any, attach: Any, refusal: Any) -> None:
+    first, second = attach(live, live.token), attach(live)
+    refused = refusal(lambda: first.step(2), "FAILED_PRECONDITION", "FENCED", "token 3, now 4")
+    assert refused.metadata == {"worker": "0", "token": "3", "current_token": "4"}
     assert second.step(2).result.step == 2
 
 
-def test_a_step_that_was_under_way_when_the_slot_was_taken_leaves_no_trace(
-    live: Any, holders: Any, until: Any, refusal: Any
+def test_a_step_that_was_under_way_when_the_worker_was_acquired_leaves_no_trace(
+    live: Any, attach: Any, until: Any, refusal: Any
 ) -> None:
     """The displaced client has sent all but its last chunk; the new one steps; then the last chunk comes."""
     before, reserved = live.fingerprint(), live.wire.reserved_bytes()
-    first = holders(live.token)
+    first = attach(live, live.token)
     first.stream.send(live.frame(0, 200, begin=2))
     until(lambda: live.wire.reserved_bytes() == reserved + 4 * live.size)
-    second = holders()
+    second = attach(live)
     first.stream.send(live.frame(200, commit=True))
-    refusal(first.stream.receive, "FAILED_PRECONDITION", "FENCED", "token 1, now 2")
+    refusal(first.stream.receive, "FAILED_PRECONDITION", "FENCED", "token 3, now 4")
     assert (live.fingerprint(), live.wire.reserved_bytes()) == (before, reserved)
     assert second.step(2).result.replayed is False
 
 
-def test_the_old_token_opens_nothing_any_more(live: Any, holders: Any, untouched: Any) -> None:
-    holders()
+def test_the_old_token_opens_nothing_any_more(live: Any, attach: Any, untouched: Any) -> None:
+    attach(live)
     for call in (
         lambda: live.wire.stream("Attach", [live.opening()]),
         lambda: live.wire.unary("Step", live.unary_step(2)),
         lambda: live.load(live.load_opening(2), live.load_chunk(commit=True)),
     ):
-        untouched(call, "FAILED_PRECONDITION", "FENCED", "token 1, now 2")
+        untouched(call, "FAILED_PRECONDITION", "FENCED", "token 2, now 3")
 
 
-def test_two_streams_of_one_holder_cannot_apply_a_step_twice(live: Any, holders: Any) -> None:
-    """As after a broken connection whose old stream the server still believes in: same token, same numbers."""
-    old, new = holders(live.token), holders(live.token)
-    assert new.step(2, seed=5).result.replayed is False
-    after = live.fingerprint()
-    late = old.step(2, seed=6)
-    assert late.result.replayed is True
-    assert late.payload == live.wire.pull(live.id, "param")[1]["param"]
-    assert live.fingerprint() == after
-
-
-def test_a_step_begun_before_its_twin_was_committed_is_answered_as_a_replay(
-    live: Any, holders: Any, until: Any
-) -> None:
-    """The same step on two streams at once: the second commit finds it done, and its gradient is dropped."""
+def test_a_session_that_is_deleted_ends_its_streams(live: Any, attach: Any, until: Any, refusal: Any) -> None:
     reserved = live.wire.reserved_bytes()
-    old, new = holders(live.token), holders(live.token)
-    old.stream.send(live.frame(0, 200, begin=2))
-    until(lambda: live.wire.reserved_bytes() == reserved + 4 * live.size)
-    assert new.step(2).result.replayed is False
-    after = live.fingerprint()
-    old.stream.send(live.frame(200, commit=True))
-    assert pb.AttachResponse.FromString(old.stream.receive()).result.replayed is True
-    assert live.fingerprint() == after
-
-
-def test_a_session_that_is_deleted_ends_its_streams(live: Any, holders: Any, until: Any, refusal: Any) -> None:
-    reserved = live.wire.reserved_bytes()
-    idle, busy = holders(live.token), holders(live.token)
+    idle, busy = attach(live, live.token), attach(live, live.token)
     busy.stream.send(live.frame(0, 200, begin=2))
     until(lambda: live.wire.reserved_bytes() == reserved + 4 * live.size)
     answer = live.wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))
@@ -127,7 +69,7 @@ def test_a_session_that_is_deleted_ends_its_streams(live: Any, holders: Any, unt
 def test_clients_that_fight_over_a_session_never_apply_a_step_twice(
     live: Any, make_live: Any, connect: Any, server: Any
 ) -> None:
-    """Each takes the slot, takes one step, and loses the slot at some point.
+    """Each acquires the worker, steps once, and loses the worker at some point.
 
     What was answered as applied was applied, what was fenced was not, and of what was cut off at most one gradient a
     step was: the gradients in order, in a session of one client, end in the same bits.
@@ -170,7 +112,7 @@ def test_clients_that_fight_over_a_session_never_apply_a_step_twice(
 
 
 def alone(live: Any, make_live: Any, seeds: Iterable[int]) -> dict[str, bytes]:
-    """Take steps with these gradients in a session like `live` that nobody fights over."""
+    """Apply steps with these gradients in a session like `live` that nobody fights over."""
     session = make_live(live.wire, live.wire.create(live.wire.get(live.id).config))
     session.load(session.load_opening(1), session.load_chunk(commit=True))
     session.step(1)
@@ -186,10 +128,10 @@ def test_a_pull_that_a_step_overtakes_says_so(live: Any, refusal: Any, make_conf
     stream = big.wire.open("Pull")
     stream.send(pb.PullRequest(session_id=big.id, chunk_bytes=4096))
     header = pb.PullResponse.FromString(stream.receive()).header
-    spans = [(offset, min(16_000, big.size - offset)) for offset in range(0, big.size, 16_000)]
+    ranges = [(offset, min(16_000, big.size - offset)) for offset in range(0, big.size, 16_000)]
     (answer,) = big.attach(
         pb.AttachRequest(begin=step_pb2.StepBegin(step=1, reply={"mode": 2})),
-        *(big.frame(offset, count, payload=bytes(4 * count)) for offset, count in spans),
+        *(big.frame(offset, count, payload=bytes(4 * count)) for offset, count in ranges),
         pb.AttachRequest(commit=step_pb2.StepCommit()),
     )
     assert (header.step, answer.result.step) == (0, 1)

@@ -1,4 +1,4 @@
-"""What is committed, and who may commit what next."""
+"""The numbers of a session, and the admission of the next."""
 
 from __future__ import annotations
 
@@ -6,23 +6,39 @@ import pytest
 
 from stepwire import errors
 from stepwire.errors import Reason
-from stepwire_server.records.step_result import StepResult
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.records.step_request import StepRequest
+from stepwire_server.records.step_result import StepResult, StepTimes
 from stepwire_server.sessions.ledger import Ledger, session_not_found
+from stepwire_server.sessions.workers import Holder
 
 ID = "0123456789abcdef0123456789abcdef"
 
 
-def record(step: int) -> StepResult:
-    return StepResult(step, 3, False, 0.0, 0, (), 0.0, 0.0, 0.0)
+def result(step: int) -> StepResult:
+    return StepResult(step, 3, False, 0.0, 0, (), StepTimes(0.0, 0.0, 0.0))
 
 
-def ledger_at(step: int, load: int = 0) -> Ledger:
-    """Make a ledger in epoch 3 whose holder has token 1."""
+def step(number: int, epoch: int = 0, load: int | None = None) -> StepRequest:
+    return StepRequest(number, epoch, FLOAT32, FLOAT32, True, 1 << 20, (), load=load)
+
+
+def load(number: int, step: int | None = None, slots: tuple[str, ...] = ("param",), epoch: int = 0) -> LoadRequest:
+    return LoadRequest(number, slots, epoch=epoch, step=step)
+
+
+def holder(ledger: Ledger) -> Holder:
+    return ledger.worker.holder
+
+
+def ledger_at(step: int, loads: int = 0) -> Ledger:
+    """Make a ledger in epoch 3 whose worker is held."""
     ledger = Ledger(ID, epoch=3, ready=True)
-    ledger.worker.take()
-    ledger.applied_load = load
+    ledger.worker.acquire()
+    ledger.applied_load = loads
     if step:
-        ledger.commit_step(record(step))
+        ledger.commit_step(result(step))
     return ledger
 
 
@@ -30,13 +46,13 @@ def ledger_at(step: int, load: int = 0) -> Ledger:
 @pytest.mark.parametrize("applied", [0, 1, 7, 2**53])
 def test_the_next_step_is_admitted_and_the_last_is_a_replay(applied: int, epoch: int) -> None:
     ledger = ledger_at(applied)
-    assert ledger.admit_step(applied + 1, epoch, 1) is True
+    assert ledger.admit_step(step(applied + 1, epoch), holder(ledger)) is True
     if applied:
-        assert ledger.admit_step(applied, epoch, 1) is False
+        assert ledger.admit_step(step(applied, epoch), holder(ledger)) is False
 
 
 @pytest.mark.parametrize(
-    ("applied", "step", "reason"),
+    ("applied", "actual", "reason"),
     [
         (0, 0, Reason.STEP_SUPERSEDED),
         (0, 2, Reason.STEP_MISMATCH),
@@ -47,92 +63,118 @@ def test_the_next_step_is_admitted_and_the_last_is_a_replay(applied: int, epoch:
     ],
 )
 def test_every_other_step_is_refused_with_the_number_that_would_be_right(
-    applied: int, step: int, reason: Reason
+    applied: int, actual: int, reason: Reason
 ) -> None:
-    with pytest.raises(errors.StepMismatchError, match=f"step {step} .* the next step is {applied + 1}") as refused:
-        ledger_at(applied).admit_step(step, 0, 1)
+    with pytest.raises(errors.StepMismatchError, match=f"step {actual} .* the next step is {applied + 1}") as refused:
+        (ledger := ledger_at(applied)).admit_step(step(actual), holder(ledger))
     assert refused.value.reason is reason
-    assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": str(step)}
+    assert refused.value.metadata == {"expected_step": str(applied + 1), "actual_step": str(actual)}
 
 
 @pytest.mark.parametrize("applied", [0, 4])
 def test_loads_are_numbered_alike(applied: int) -> None:
     ledger = ledger_at(2, applied)
-    assert ledger.admit_load(1, applied + 1, None) is True
+    assert ledger.admit_load(load(applied + 1), holder(ledger)) is True
     if applied:
-        assert ledger.admit_load(1, applied, None) is False
-    for load in (applied + 2, applied - 1 if applied else 0):
+        assert ledger.admit_load(load(applied), holder(ledger)) is False
+    for other in (applied + 2, applied - 1 if applied else 0):
         with pytest.raises(errors.StepMismatchError) as refused:
-            ledger.admit_load(1, load, None)
-        assert refused.value.metadata == {"expected_load": str(applied + 1), "actual_load": str(load)}
+            ledger.admit_load(load(other), holder(ledger))
+        assert refused.value.metadata == {"expected_load": str(applied + 1), "actual_load": str(other)}
 
 
-@pytest.mark.parametrize("step", [5, 6, 2**40])
-def test_a_load_may_move_the_step_forward(step: int) -> None:
+@pytest.mark.parametrize("moved", [5, 6, 2**40])
+def test_a_load_may_move_the_step_forward(moved: int) -> None:
     ledger = ledger_at(5)
-    assert ledger.admit_load(1, 1, step)
-    ledger.commit_load(1, step, parameters=False)
-    assert (ledger.applied_load, ledger.applied_step) == (1, step)
-    assert ledger.admit_step(step + 1, 0, 1) is True
+    assert ledger.admit_load(load(1, moved), holder(ledger))
+    ledger.commit_load(load(1, moved, ("exp_avg",)))
+    assert (ledger.applied_load, ledger.applied_step) == (1, moved)
+    assert ledger.admit_step(step(moved + 1, 0), holder(ledger)) is True
 
 
 def test_a_load_may_not_move_the_step_back() -> None:
     with pytest.raises(errors.StepMismatchError, match=r"open\.step is 4 and the session is at step 5") as refused:
-        ledger_at(5).admit_load(1, 1, 4)
+        (ledger := ledger_at(5)).admit_load(load(1, 4), holder(ledger))
     assert refused.value.reason is Reason.STEP_SUPERSEDED
 
 
 def test_a_step_that_a_load_has_set_cannot_be_replayed() -> None:
     """There is no record of it: another session took it."""
     ledger = ledger_at(5)
-    ledger.commit_load(1, 9, parameters=True)
+    ledger.commit_load(load(1, 9))
     with pytest.raises(errors.StepMismatchError):
-        ledger.admit_step(9, 0, 1)
+        ledger.admit_step(step(9, 0), holder(ledger))
 
 
 def test_a_load_that_leaves_the_step_leaves_its_record() -> None:
     ledger = ledger_at(5)
-    for load, step in ((1, None), (2, 5)):
-        ledger.commit_load(load, step, parameters=True)
-        assert ledger.admit_step(5, 0, 1) is False
+    for number, moved in ((1, None), (2, 5)):
+        ledger.commit_load(load(number, moved))
+        assert ledger.admit_step(step(5, 0), holder(ledger)) is False
 
 
 def test_only_a_load_of_parameters_makes_a_session_ready() -> None:
     ledger = Ledger(ID, epoch=1, ready=False)
-    ledger.worker.take()
-    ledger.commit_load(1, None, parameters=False)
+    ledger.worker.acquire()
+    ledger.commit_load(load(1, slots=("exp_avg",)))
     with pytest.raises(errors.SessionNotReadyError, match=ID):
-        ledger.admit_step(1, 0, 1)
-    ledger.commit_load(2, None, parameters=True)
-    assert ledger.admit_step(1, 0, 1) is True
-    ledger.commit_load(3, None, parameters=False)
+        ledger.admit_step(step(1, 0), holder(ledger))
+    ledger.commit_load(load(2))
+    assert ledger.admit_step(step(1, 0), holder(ledger)) is True
+    ledger.commit_load(load(3, slots=("exp_avg",)))
     assert ledger.ready
 
 
-@pytest.mark.parametrize("token", [0, 2])
-def test_only_the_holder_steps_and_loads(token: int) -> None:
+def test_only_the_holder_steps_and_loads() -> None:
     ledger = ledger_at(0)
+    former = holder(ledger)
+    ledger.worker.acquire()
     with pytest.raises(errors.FencedError):
-        ledger.admit_step(1, 0, token)
+        ledger.admit_step(step(1), former)
     with pytest.raises(errors.FencedError):
-        ledger.admit_load(token, 1, None)
+        ledger.admit_load(load(1), former)
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_step_for_the_state_of_another_load_is_refused(known: int) -> None:
+    ledger = ledger_at(4, loads=1)
+    assert ledger.admit_step(step(5, load=1), holder(ledger)) is True
+    for number in (4, 5):
+        with pytest.raises(
+            errors.StateChangedError, match=f"load {known}, and the session's last load is 1"
+        ) as refused:
+            ledger.admit_step(step(number, load=known), holder(ledger))
+        assert refused.value.metadata == {"load": str(known), "applied_load": "1"}
+
+
+def test_a_client_that_knows_more_durable_steps_than_the_server_is_refused() -> None:
+    ledger = ledger_at(9)
+    ledger.durable_step = 7
+    ledger.check_durable(7)
+    with pytest.raises(errors.DataLossError, match="durable up to step 7 here, and the client knows step 8") as refused:
+        ledger.check_durable(8)
+    assert refused.value.reason is Reason.DURABLE_STEP_LOST
+    assert refused.value.metadata == {"durable_step": "7", "known_durable_step": "8"}
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 4])
 def test_another_epoch_is_stale(epoch: int) -> None:
     with pytest.raises(errors.FencedError, match=f"in epoch 3, the request is of epoch {epoch}") as refused:
-        ledger_at(0).admit_step(1, epoch, 1)
+        (ledger := ledger_at(0)).admit_step(step(1, epoch), holder(ledger))
     assert refused.value.reason is Reason.STALE_EPOCH
     assert refused.value.metadata == {"epoch": "3", "actual_epoch": str(epoch)}
+    with pytest.raises(errors.FencedError, match=f"the request is of epoch {epoch}"):
+        ledger.admit_load(load(1, epoch=epoch), holder(ledger))
 
 
 def test_damage_is_for_ever() -> None:
     ledger = ledger_at(2)
-    ledger.damaged_by("step 3")
+    with pytest.raises(RuntimeError, match="half-way"), ledger.changing("step", 3):
+        raise RuntimeError("half-way")
     for call in (
-        lambda: ledger.admit_step(3, 0, 1),
-        lambda: ledger.admit_step(2, 0, 1),
-        lambda: ledger.admit_load(1, 1, None),
+        lambda: ledger.admit_step(step(3, 0), holder(ledger)),
+        lambda: ledger.admit_step(step(2, 0), holder(ledger)),
+        lambda: ledger.admit_load(load(1), holder(ledger)),
         ledger.check_usable,
     ):
         with pytest.raises(errors.DataLossError, match="damaged when step 3 failed half-way") as refused:
@@ -144,7 +186,11 @@ def test_damage_is_for_ever() -> None:
 def test_a_closed_session_is_not_found() -> None:
     ledger = ledger_at(2)
     ledger.closed = True
-    for call in (lambda: ledger.admit_step(3, 0, 1), lambda: ledger.admit_load(1, 1, None), ledger.check_open):
+    for call in (
+        lambda: ledger.admit_step(step(3, 0), holder(ledger)),
+        lambda: ledger.admit_load(load(1), holder(ledger)),
+        ledger.check_open,
+    ):
         with pytest.raises(errors.SessionNotFoundError) as refused:
             call()
         assert refused.value.metadata == {"session_id": ID}

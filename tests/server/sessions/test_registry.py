@@ -15,6 +15,7 @@ from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import Adam
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire_server.devices.pool import DevicePool
+from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.registry import Registry, RegistryStatistics
 from tests.server.configs import make_config
@@ -41,12 +42,12 @@ def make_registry(clock: Any) -> Callable[..., Registry]:
     return make
 
 
-def test_a_created_session_is_found_and_its_creator_holds_the_slot(make_registry: Any) -> None:
+def test_a_created_session_is_found_and_its_creator_holds_the_worker(make_registry: Any) -> None:
     registry = make_registry()
     session, token, replayed = registry.create("r", config())
     assert registry.get(session.session_id) is session
     assert replayed is False
-    assert (token, session.ledger.worker.token, session.ledger.epoch) == (1, 1, 1)
+    assert (token, session.ledger.worker.holder.generation, session.ledger.epoch) == (1, 1, 1)
     assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 10_000)
 
 
@@ -54,12 +55,12 @@ def test_the_same_request_returns_the_same_session(make_registry: Any) -> None:
     registry = make_registry()
     first, second = registry.create("r", config()), registry.create("r", config())
     assert second == (first.session, 1, True)
-    first.session.take_slot()
-    assert registry.create("r", config()).token == 1, "whoever took the slot since is not robbed of it"
+    first.session.acquire()
+    assert registry.create("r", config()).token == 1, "a client that acquired the worker since keeps it"
     assert registry.statistics().sessions == 1
 
 
-def test_the_same_request_with_another_plan_is_refused(make_registry: Any) -> None:
+def test_the_same_request_with_another_config_is_refused(make_registry: Any) -> None:
     registry = make_registry()
     registry.create("r", config())
     with pytest.raises(errors.InvalidRequestError, match="'r' created another session before") as refused:
@@ -103,7 +104,7 @@ def test_one_request_from_many_threads_creates_one_session(make_registry: Any) -
 
 
 def reserved(registry: Registry) -> list[int]:
-    return [place.budget.reserved_bytes for place in registry.pool]
+    return [device.budget.reserved_bytes for device in registry.pool]
 
 
 def test_sessions_that_name_no_device_spread_over_all(make_registry: Any) -> None:
@@ -143,7 +144,7 @@ def test_a_device_that_is_full_leaves_the_others_as_they_are(make_registry: Any)
 
 
 @pytest.mark.parametrize("how", ["delete", "sweep", "close"])
-def test_an_ended_session_gives_back_to_the_budget_it_took_from(make_registry: Any, clock: Any, how: str) -> None:
+def test_an_ended_session_gives_its_memory_back_to_its_own_device(make_registry: Any, clock: Any, how: str) -> None:
     registry = make_registry("cuda:0", "cuda:1")
     registry.create("here", config(lease_seconds=1e6, device="cuda:0"))
     there = registry.create("there", config(device="cuda:1")).session
@@ -227,13 +228,62 @@ def test_each_session_has_a_lease_of_its_own(make_registry: Any, clock: Any) -> 
 def test_a_lease_does_not_run_while_a_stream_is_attached(make_registry: Any, clock: Any) -> None:
     registry = make_registry()
     session = registry.create("r", config(lease_seconds=10.0)).session
-    with registry.stream(lambda: None) as attachment, session.attached(attachment, 1, 0):
+    with registry.stream(lambda: None) as stream, session.attached(stream, 1, 0):
         clock.now += 1e6
         assert registry.sweep() == []
         assert registry.get(session.session_id) is session
     clock.now += 9.0
     assert registry.sweep() == []
     clock.now += 2.0
+    assert registry.sweep() == [session.session_id]
+
+
+def test_a_lease_does_not_run_while_a_load_is_on_its_way(make_registry: Any, clock: Any) -> None:
+    """However long the upload takes, and whether it is committed or breaks off."""
+    registry = make_registry()
+    session = registry.create("r", config(lease_seconds=10.0)).session
+    for request in (LoadRequest(1, ("param",)), LoadRequest(1, ("param", "exp_avg"))):
+        with pytest.raises(ZeroDivisionError), session.loading(request, session.ledger.worker.holder):
+            clock.now += 1e6
+            assert registry.sweep() == []
+            assert registry.get(session.session_id) is session
+            raise ZeroDivisionError
+        clock.now += 9.0
+        assert registry.sweep() == []
+    clock.now += 2.0
+    assert registry.sweep() == [session.session_id]
+
+
+def test_a_load_that_ends_beside_another_does_not_let_the_lease_run(make_registry: Any, clock: Any) -> None:
+    registry = make_registry()
+    session = registry.create("r", config(lease_seconds=10.0)).session
+    holder = session.ledger.worker.holder
+    with session.loading(LoadRequest(1, ("param",)), holder):
+        with session.loading(LoadRequest(1, ("exp_avg",)), holder):
+            assert session.statistics().loads == 2
+        clock.now += 1e6
+        assert (registry.sweep(), session.statistics().loads) == ([], 1)
+    clock.now += 10.1
+    assert registry.sweep() == [session.session_id]
+
+
+def test_a_lease_runs_from_the_end_of_the_creation(make_registry: Any, clock: Any) -> None:
+    """Kernels are compiled in it, which may take longer than the lease is."""
+    registry = make_registry()
+    (device,) = registry.pool
+    prepare = device.engine.prepare
+
+    def slow(*arguments: Any) -> None:
+        clock.now += 100.0
+        prepare(*arguments)
+
+    device.engine.prepare = slow
+    session = registry.create("r", config(lease_seconds=10.0)).session
+    assert registry.create("r", config(lease_seconds=10.0)).replayed
+    assert (session.created, session.last_used) == (clock.now, clock.now)
+    clock.now += 10.0
+    assert registry.sweep() == []
+    clock.now += 0.1
     assert registry.sweep() == [session.session_id]
 
 
@@ -293,8 +343,8 @@ def test_the_sweep_cancels_streams_that_are_silent_inside_a_step(
     make_registry: Any, clock: Any, in_step: bool, expected: list[str]
 ) -> None:
     registry, cancelled = make_registry(), list[str]()
-    with registry.stream(lambda: cancelled.append("cancelled")) as attachment:
-        attachment.in_step = in_step
+    with registry.stream(lambda: cancelled.append("cancelled")) as stream:
+        stream.in_step = in_step
         clock.now += 5.0
         registry.sweep()
         assert cancelled == []
@@ -337,7 +387,7 @@ def test_closing_twice_ends_every_session_once(make_registry: Any) -> None:
     assert registry.statistics() == RegistryStatistics(0, 0, 0, 10_000)
 
 
-def test_plans_are_compared_whole(make_registry: Any) -> None:
+def test_configs_are_compared_whole(make_registry: Any) -> None:
     registry = make_registry()
     registry.create("r", config())
     for change in (

@@ -1,18 +1,18 @@
-"""Tokens that tell their age, and streams that have been displaced."""
+"""Holds of a worker: each newer than the one before, and streams that have been displaced."""
 
 from __future__ import annotations
 
 import pytest
 
-from stepwire.errors import FencedError, Reason
-from stepwire_server.sessions.client_stream import Attachment
+from stepwire.errors import FencedError, Reason, UnavailableError
+from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.workers import Worker
 
 IDLE_SECONDS = 60.0
 
 
-class Stream(Attachment):
-    """An attachment that counts its cancellations."""
+class Stream(ClientStream):
+    """A stream that counts its cancellations."""
 
     def __init__(self) -> None:
         self.cancelled = 0
@@ -22,70 +22,114 @@ class Stream(Attachment):
         self.cancelled += 1
 
 
-def test_each_taking_gives_the_next_token_and_fences_the_ones_before() -> None:
-    slot = Worker(0)
-    assert [slot.take(), slot.take(), slot.take()] == [1, 2, 3]
-    slot.check(3)
-    for token in (0, 1, 2, 4, 2**64 - 1):
-        with pytest.raises(FencedError, match=f"token {token}, now 3") as refused:
-            slot.check(token)
+def test_each_acquiring_gives_the_next_generation_and_fences_the_holds_before() -> None:
+    worker = Worker(0)
+    holders = [worker.acquire() for _ in range(3)]
+    assert [(holder.worker, holder.generation) for holder in holders] == [(0, 1), (0, 2), (0, 3)]
+    worker.check(holders[2])
+    for holder in holders[:2]:
+        with pytest.raises(FencedError, match=f"token {holder.generation}, now 3") as refused:
+            worker.check(holder)
         assert refused.value.reason is Reason.FENCED
-        assert refused.value.metadata == {"slot": "0", "token": str(token), "current_token": "3"}
+        assert refused.value.metadata == {"worker": "0", "token": str(holder.generation), "current_token": "3"}
 
 
-def test_attaching_without_a_token_takes_the_slot() -> None:
-    slot, stream = Worker(0), Stream()
-    assert (slot.attach(stream, 0), stream.token, slot.attached) == (1, 1, True)
-    assert slot.attach(Stream(), 0) == 2
+def test_a_call_finds_the_present_hold_by_its_token_and_no_other() -> None:
+    worker = Worker(0)
+    worker.acquire()
+    holder = worker.acquire()
+    assert worker.holder_of(2) is holder
+    for token in (0, 1, 3, 2**64 - 1):
+        with pytest.raises(FencedError, match=f"token {token}, now 2"):
+            worker.holder_of(token)
 
 
-def test_attaching_with_the_newest_token_keeps_it() -> None:
-    slot = Worker(0)
-    slot.take()
-    assert (slot.attach(Stream(), 1), slot.token) == (1, 1)
+def test_nobody_holds_a_worker_at_first() -> None:
+    worker = Worker(0)
+    assert not worker.attached
+    for attempt in (lambda: worker.holder_of(0), lambda: worker.renew(0, Stream())):
+        with pytest.raises(FencedError):
+            attempt()
 
 
-def test_attaching_with_an_old_token_changes_nothing() -> None:
-    slot, holder = Worker(0), Stream()
-    slot.take()
-    slot.attach(holder, 0)
+def test_a_client_that_attaches_again_gets_a_new_hold_and_its_older_one_commits_nothing() -> None:
+    worker = Worker(0)
+    first = worker.acquire(Stream())
+    second = worker.renew(first.generation, Stream())
+    assert (second.generation, second.acquired, worker.attached) == (2, 1, True)
+    worker.check(second)
+    with pytest.raises(UnavailableError, match="newer stream of this client") as displaced:
+        worker.check(first)
+    assert displaced.value.reason is Reason.STREAM_DISPLACED
+    assert displaced.value.metadata == {"worker": "0", "token": "1", "current_token": "2"}
     with pytest.raises(FencedError):
-        slot.attach(Stream(), 1)
-    assert (slot.token, holder.orphaned, holder.cancelled, slot.attached) == (2, False, 0, True)
+        worker.holder_of(first.generation)
+
+
+def test_an_attach_whose_answer_was_lost_is_repeated_with_the_token_before() -> None:
+    worker = Worker(0)
+    worker.acquire()
+    assert [worker.renew(1, Stream()).generation for _ in range(3)] == [2, 3, 4]
+    worker.check(worker.holder)  # a step: the client knows its token
+
+
+@pytest.mark.parametrize("known_by", ["step", "call"])
+def test_a_late_attach_of_the_past_displaces_nobody(known_by: str) -> None:
+    """The client has shown that it knows the newest token, so an older one is a message that was delayed."""
+    worker, stream = Worker(0), Stream()
+    worker.acquire()
+    holder = worker.renew(1, stream)
+    if known_by == "step":
+        worker.check(holder)
+    else:
+        worker.holder_of(holder.generation)
+    with pytest.raises(FencedError, match="token 1, now 2"):
+        worker.renew(1, Stream())
+    assert (worker.holder is holder, stream.orphaned) == (True, False)
+    assert worker.renew(2, Stream()).generation == 3
+
+
+def test_a_token_of_another_client_attaches_nobody() -> None:
+    worker, stream = Worker(0), Stream()
+    worker.acquire()
+    worker.acquire(stream)
+    with pytest.raises(FencedError):
+        worker.renew(1, Stream())
+    assert (worker.holder.generation, stream.orphaned, stream.cancelled, worker.attached) == (2, False, 0, True)
 
 
 def test_a_displaced_stream_waits_and_the_one_before_it_is_cancelled() -> None:
-    slot, streams = Worker(0), [Stream() for _ in range(4)]
+    worker, streams = Worker(0), [Stream() for _ in range(4)]
     for stream in streams:
-        slot.attach(stream, 0)
+        worker.acquire(stream)
     assert [stream.orphaned for stream in streams] == [True, True, True, False]
     assert [stream.cancelled for stream in streams] == [1, 1, 0, 0]
 
 
 def test_a_stream_that_has_ended_is_forgotten() -> None:
-    slot, first, second = Worker(0), Stream(), Stream()
-    slot.attach(first, 0)
-    slot.attach(second, 0)
-    slot.detach(first)
-    slot.attach(Stream(), 0)
+    worker, first, second = Worker(0), Stream(), Stream()
+    worker.acquire(first)
+    worker.acquire(second)
+    worker.detach(first)
+    worker.acquire(Stream())
     assert (first.cancelled, second.cancelled, second.orphaned) == (0, 0, True)
 
 
 def test_detaching_the_displaced_leaves_the_holder_attached() -> None:
-    slot, first, second = Worker(0), Stream(), Stream()
-    slot.attach(first, 0)
-    slot.attach(second, 0)
-    slot.detach(first)
-    assert slot.attached
-    slot.detach(second)
-    assert not slot.attached
+    worker, first, second = Worker(0), Stream(), Stream()
+    worker.acquire(first)
+    worker.acquire(second)
+    worker.detach(first)
+    assert worker.attached
+    worker.detach(second)
+    assert not worker.attached
 
 
-def test_a_slot_without_its_session_orphans_its_stream() -> None:
-    slot, stream = Worker(0), Stream()
-    slot.orphan()
-    slot.attach(stream, 0)
-    slot.orphan()
+def test_a_worker_without_its_session_orphans_its_stream() -> None:
+    worker, stream = Worker(0), Stream()
+    worker.orphan()
+    worker.acquire(stream)
+    worker.orphan()
     assert (stream.orphaned, stream.cancelled) == (True, 0)
 
 

@@ -1,4 +1,4 @@
-"""A handoff on a socket of the test's own, and what it hands over."""
+"""A handoff on a socket of the test's own, and the offered parcel."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parcel() -> type[Parcel]:
 
 @pytest.fixture
 def pipes() -> Iterator[tuple[int, int]]:
-    """Two descriptors to hand over."""
+    """An offer of two descriptors."""
     ends = os.pipe()
     yield ends
     for end in ends:

@@ -14,10 +14,10 @@ from stepwire.layout import TensorSpec
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
-from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 from stepwire_server.sharing.loans import Loans
 from tests.server.configs import make_config
+from tests.server.session_driver import make_session
 
 SIZE = 5000
 STATE_BYTES = 3 * 4 * SIZE
@@ -69,7 +69,7 @@ class Lent:
         self.engine.exported = []
         self.budget = MemoryBudget(budget_bytes)
         config = make_config(TensorSpec("w", (SIZE,)), **fields)
-        self.session = Session("ab" * 16, config, self.engine, self.budget, epoch=1, clock=lambda: 0.0)
+        self.session = make_session(config, self.engine, budget=self.budget)
         self.loans = Loans(most_kept)
 
     def lend(self) -> DeviceBuffers:
@@ -91,7 +91,9 @@ class Lent:
     [(FLOAT32, FLOAT32, (20480, 20480)), (BFLOAT16, FLOAT32, (12288, 20480)), (INT8, BFLOAT16, (8192, 12288))],
     ids=str,
 )
-def test_both_parts_lie_in_one_allocation_of_whole_blocks(gradient: Any, reply: Any, parts: tuple[int, int]) -> None:
+def test_gradient_and_parameters_lie_in_one_allocation_of_whole_blocks(
+    gradient: Any, reply: Any, parts: tuple[int, int]
+) -> None:
     lent = Lent(gradient_dtype=gradient, reply_dtype=reply)
     buffers = lent.lend()
     (exported,) = lent.engine.exported
@@ -182,7 +184,9 @@ def test_what_waits_is_bounded() -> None:
     for buffers in kept:
         buffers.response()
         buffers.close()
-    with pytest.raises(ResourceExhaustedError, match="2 clients whose streams have ended still map") as full:
+    with pytest.raises(
+        ResourceExhaustedError, match="2 clients still map device memory after the end of their streams"
+    ) as full:
         lent.lend()
     assert full.value.metadata["kept"] == "2"
     kept[0].released()
@@ -202,7 +206,7 @@ def test_a_refusal_leaves_nothing() -> None:
 def test_a_session_on_the_cpu_has_none() -> None:
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(1 << 30)
     config = make_config(TensorSpec("w", (SIZE,)))
-    session = Session("ab" * 16, config, engine, budget, epoch=1, clock=lambda: 0.0)
+    session = make_session(config, engine, budget=budget)
     with pytest.raises(UnsupportedFeatureError, match="the session lives on cpu"):
         DeviceBuffers(session, Loans())
     assert budget.reserved_bytes == STATE_BYTES

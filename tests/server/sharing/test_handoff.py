@@ -1,4 +1,4 @@
-"""The handoff: each parcel once, to who has its token and is the right user; and nobody can keep others waiting."""
+"""The handoff: each parcel once, to the right user with its token; and no client can delay others."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def ask(server: HandoffServer, token: bytes) -> Handed:
     return fetch(server.path, transport_pb2.HandoffRequest(token=token))
 
 
-def refusal(handed: Handed) -> StepwireError:
+def refusal(fetched: Handed) -> StepwireError:
     """Return the error of a refusal, after which the server has closed the connection and sent nothing else."""
-    with handed:
-        assert handed.descriptors == []
-        error = error_from_details(handed.response.refused)
+    with fetched:
+        assert fetched.descriptors == []
+        error = error_from_details(fetched.response.refused)
         assert (
-            handed.refused
+            fetched.refused
             == grpc.StatusCode[
                 {AuthenticationError: "UNAUTHENTICATED", PermissionDeniedError: "PERMISSION_DENIED"}[type(error)]
             ].value[0]
         )
-        assert handed.connection.recv(1) == b""
+        assert fetched.connection.recv(1) == b""
     return error
 
 
@@ -55,13 +55,13 @@ def silent(server: HandoffServer) -> socket.socket:
     return connection
 
 
-def test_descriptors_and_response_are_handed_over(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
+def test_descriptors_and_response_are_sent(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
     server, offer = hand_over(), parcel(*pipes, handle=b"handle")
     token = server.offer(offer)
     assert (len(token), server.statistics()) == (16, HandoffStatistics(1, 0, 0, True))
-    with ask(server, token) as handed:
-        assert (handed.refused, handed.response.cuda_ipc_handle) == (0, b"handle")
-        theirs, ours = handed.descriptors, list(pipes)
+    with ask(server, token) as fetched:
+        assert (fetched.refused, fetched.response.cuda_ipc_handle) == (0, b"handle")
+        theirs, ours = fetched.descriptors, list(pipes)
         assert [os.fstat(end).st_ino for end in theirs] == [os.fstat(end).st_ino for end in ours]
         assert set(theirs).isdisjoint(ours)
         assert server.statistics() == HandoffStatistics(0, 0, 1, True)
@@ -73,8 +73,8 @@ def test_descriptors_and_response_are_handed_over(hand_over: Start, parcel: Any,
 def test_a_parcel_may_have_no_descriptors(hand_over: Start, parcel: Any) -> None:
     """Device memory travels as a handle."""
     server = hand_over()
-    with ask(server, server.offer(parcel(handle=b"h" * 64))) as handed:
-        assert (handed.response.cuda_ipc_handle, handed.descriptors) == (b"h" * 64, [])
+    with ask(server, server.offer(parcel(handle=b"h" * 64))) as fetched:
+        assert (fetched.response.cuda_ipc_handle, fetched.descriptors) == (b"h" * 64, [])
 
 
 def test_a_token_is_good_for_one_fetch(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
@@ -90,8 +90,8 @@ def test_an_unknown_token_is_refused(hand_over: Start, parcel: Any, pipes: tuple
     server = hand_over()
     token = server.offer(parcel(*pipes))
     assert isinstance(refusal(ask(server, guess)), AuthenticationError)
-    with ask(server, token) as handed:
-        assert len(handed.descriptors) == 2
+    with ask(server, token) as fetched:
+        assert len(fetched.descriptors) == 2
 
 
 @pytest.mark.parametrize("request_bytes", [b"\xff", b"x" * 100_000])
@@ -100,7 +100,7 @@ def test_what_is_no_request_is_refused(hand_over: Start, request_bytes: bytes) -
     assert isinstance(refusal(fetch(server.path, request_bytes)), AuthenticationError)
 
 
-def test_a_withdrawn_parcel_is_refused_and_who_has_it_keeps_it(
+def test_a_withdrawn_parcel_is_refused_and_its_client_keeps_it(
     hand_over: Start, parcel: Any, pipes: tuple[int, int]
 ) -> None:
     server = hand_over()
@@ -119,9 +119,9 @@ def test_a_withdrawn_parcel_is_refused_and_who_has_it_keeps_it(
 def test_a_dropped_parcel_ends_its_connection(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
     server, offer = hand_over(), parcel(*pipes)
     token = server.offer(offer)
-    with ask(server, token) as handed:
+    with ask(server, token) as fetched:
         server.drop(token)
-        assert handed.connection.recv(1) == b""
+        assert fetched.connection.recv(1) == b""
         offer.wait_ended()
         server.drop(token)
     unfetched = server.offer(offer)
@@ -132,10 +132,10 @@ def test_a_dropped_parcel_ends_its_connection(hand_over: Start, parcel: Any, pip
 
 def test_a_second_message_ends_the_connection(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
     server, offer = hand_over(), parcel(*pipes)
-    with ask(server, server.offer(offer)) as handed:
-        handed.connection.send(b"more")
+    with ask(server, server.offer(offer)) as fetched:
+        fetched.connection.send(b"more")
         offer.wait_ended()
-        assert handed.connection.recv(1) == b""
+        assert fetched.connection.recv(1) == b""
 
 
 def test_the_death_of_the_process_is_told(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
@@ -164,8 +164,8 @@ def test_only_known_users_fetch(hand_over: Start, parcel: Any, pipes: tuple[int,
     server = hand_over(uids={os.geteuid(), 0, 1001}, uid_of=lambda connection: uid)
     token = server.offer(parcel(*pipes))
     if allowed:
-        with ask(server, token) as handed:
-            assert len(handed.descriptors) == 2
+        with ask(server, token) as fetched:
+            assert len(fetched.descriptors) == 2
         return
     error = refusal(ask(server, token))
     assert isinstance(error, PermissionDeniedError)
@@ -194,15 +194,15 @@ def test_a_silent_connection_ends_at_its_deadline(
         clock.now += 0.2
         silent(server).close()  # something happens, so that the thread looks at the test's clock
         assert quiet.recv(1) == b""
-        assert server.statistics().holding == 1  # those that hold may be silent for ever
+        assert server.statistics().fetched == 1  # clients that have fetched may be silent for ever
     quiet.close()
 
 
 def test_a_flood_of_connections_keeps_nobody_waiting(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
     server, before = hand_over(), held_by_process()[0]
     flood = [silent(server) for _ in range(3 * MOST_WAITING)]
-    with ask(server, server.offer(parcel(*pipes))) as handed:
-        assert len(handed.descriptors) == 2
+    with ask(server, server.offer(parcel(*pipes))) as fetched:
+        assert len(fetched.descriptors) == 2
     assert server.statistics().waiting <= MOST_WAITING
     for connection in flood[: 2 * MOST_WAITING]:  # the oldest made room
         assert connection.recv(1) == b""
@@ -237,14 +237,16 @@ def test_without_descriptors_it_pauses_instead_of_spinning(
     assert (len(descriptors), len(failures)) == (2, 1)
 
 
-def test_descriptors_that_a_client_sends_are_not_taken(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
+def test_descriptors_that_a_client_sends_are_not_received(
+    hand_over: Start, parcel: Any, pipes: tuple[int, int]
+) -> None:
     server, before = hand_over(), held_by_process()[0]
     token = server.offer(parcel(*pipes))
     connection = silent(server)
     socket.send_fds(connection, [transport_pb2.HandoffRequest(token=token).SerializeToString()], [pipes[0]] * 50)
     _, descriptors, _, _ = socket.recv_fds(connection, 4096, 4)
     assert len(descriptors) == 2
-    assert held_by_process()[0] == before + 2 + 2  # both ends of the connection, and what was handed over
+    assert held_by_process()[0] == before + 2 + 2  # both ends of the connection, and the fetched parcel
     for descriptor in descriptors:
         os.close(descriptor)
     connection.close()
@@ -254,10 +256,10 @@ def test_closing_ends_everything_and_twice_is_harmless(hand_over: Start, parcel:
     before = held_by_process()[0]
     server, offer = hand_over(), parcel(*pipes)
     quiet = silent(server)
-    with ask(server, server.offer(offer)) as handed:
+    with ask(server, server.offer(offer)) as fetched:
         server.close()
         server.close()
-        assert (handed.connection.recv(1), quiet.recv(1)) == (b"", b"")
+        assert (fetched.connection.recv(1), quiet.recv(1)) == (b"", b"")
         offer.wait_ended()
     quiet.close()
     server.drop(server.offer(offer))

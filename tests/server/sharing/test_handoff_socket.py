@@ -1,4 +1,4 @@
-"""Where the handoff listens, who can reach it, and what it leaves on the disk."""
+"""The path of the handoff, its permissions, and the files on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.host.sockets import claim_socket
-from stepwire_server.sharing.handoff_socket import HandoffListener
+from stepwire_server.sharing.handoff_socket import HandoffSocket
 from tests.support.raw_handoff import held_by_process
 
 claim = functools.partial(claim_socket, field="handoff_socket")
@@ -26,8 +26,8 @@ def mode(path: str | pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def listening(path: str = "", uids: tuple[int, ...] = ()) -> Iterator[HandoffListener]:
-    listener = HandoffListener(path, claim, uids)
+def listening(path: str = "", uids: tuple[int, ...] = ()) -> Iterator[HandoffSocket]:
+    listener = HandoffSocket(path, claim, uids)
     try:
         yield listener
     finally:
@@ -73,13 +73,13 @@ def test_the_folder_of_the_users_session_comes_first(
 def test_named_users_can_reach_it(
     temporary: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # which is closed to them
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # a folder that is closed to other users
     with listening(uids=(1000,)) as listener:
         assert pathlib.Path(listener.path).parents[1] == temporary
         assert (mode(pathlib.Path(listener.path).parent), mode(listener.path)) == (0o711, 0o666)
 
 
-def test_a_named_path_is_taken_and_left_clean(tmp_path: pathlib.Path) -> None:
+def test_a_named_path_is_used_and_left_clean(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "deep" / "handoff.sock"
     with listening(str(path)) as listener:
         assert (listener.path, mode(path)) == (str(path), 0o600)
@@ -91,7 +91,7 @@ def test_a_live_socket_is_refused_and_a_dead_one_replaced(tmp_path: pathlib.Path
     with listening(path):
         before = held_by_process()[0]
         with pytest.raises(InvalidRequestError, match="another process does"):
-            HandoffListener(path, claim)
+            HandoffSocket(path, claim)
         assert held_by_process()[0] == before
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(path)
@@ -117,5 +117,5 @@ def test_a_path_that_is_too_long_leaves_nothing(temporary: pathlib.Path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     before = held_by_process()[0]
     with pytest.raises((OSError, InvalidRequestError)):
-        HandoffListener("", claim)
+        HandoffSocket("", claim)
     assert (list(deep.iterdir()), held_by_process()[0]) == ([], before)

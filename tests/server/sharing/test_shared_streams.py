@@ -1,4 +1,4 @@
-"""Streams that share memory, seen from a client in raw messages: what is granted, what is refused, what is left."""
+"""Streams with shared memory, from a client in raw messages: grants, refusals, and the state after them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SharedStream:
         self.live = live
         self.stream = live.wire.open()
         self.stream.send(live.opening(**{"transport": SHM} | opening))
-        self.opened = self.answer().opened
+        self.opened = self.reply().opened
         self.handoff = self.opened.handoff
         live.token = self.opened.attach_token
         self.memory: Fetched | None = None
@@ -35,7 +35,7 @@ class SharedStream:
         self.memory = Fetched(fetch(self.handoff.socket, transport_pb2.HandoffRequest(token=self.handoff.token)))
         return self.memory
 
-    def answer(self) -> pb.AttachResponse:
+    def reply(self) -> pb.AttachResponse:
         return pb.AttachResponse.FromString(self.stream.receive())
 
     def step(self, step: int, gradient: np.ndarray, **begin: Any) -> step_pb2.StepResult:
@@ -43,9 +43,9 @@ class SharedStream:
         data = gradient.tobytes()
         self.memory.gradient[: len(data)] = np.frombuffer(data, np.uint8)
         self.stream.send(shared_step(step, **begin))
-        answer = self.answer()
-        assert [field.name for field, _ in answer.ListFields()] == ["result"]
-        return answer.result
+        reply = self.reply()
+        assert [field.name for field, _ in reply.ListFields()] == ["result"]
+        return reply.result
 
     def parameters(self, dtype: Any = np.float32) -> np.ndarray:
         assert self.memory is not None
@@ -100,9 +100,9 @@ def test_steps_in_shared_memory_and_in_messages_alternate_on_one_stream(live: An
                 result = shared.step(step, live.gradient(step))
             else:
                 shared.stream.send(live.frame(begin=step, commit=True, payload=live.gradient(step)))
-                answer = shared.answer()
-                assert answer.payload == expected[-1].payload
-                result = answer.result
+                reply = shared.reply()
+                assert reply.payload == expected[-1].payload
+                result = reply.result
             assert (result.step, result.telemetry.grad_norm) == (step, expected[-1].result.telemetry.grad_norm)
             assert shared.parameters().tobytes() == expected[-1].payload
     assert live.wire.pull(live.id, "param", "exp_avg", "exp_avg_sq") == twin.wire.pull(
@@ -116,11 +116,11 @@ def test_both_sides_check_that_they_see_the_same_memory(live: Any, refusal: Any)
         memory = shared.fetch()
         memory.gradient[:64] = np.frombuffer(pattern, np.uint8)
         shared.stream.send(pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)))
-        assert shared.answer().checked.parameters == memory.parameters[:64].tobytes()
+        assert shared.reply().checked.parameters == memory.parameters[:64].tobytes()
         assert shared.step(2, live.gradient(2)).step == 2
         shared.stream.send(pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)))
         with pytest.raises(Exception, match="before the first step"):
-            shared.answer()
+            shared.reply()
 
 
 @pytest.mark.parametrize("pattern", [b"", b"x" * 15, b"x" * 18, b"x" * 68, b"x" * 64])
@@ -128,7 +128,7 @@ def test_a_pattern_that_is_none_or_is_not_there_ends_the_stream(live: Any, patte
     with SharedStream(live) as shared:
         shared.stream.send(pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)))
         with pytest.raises(Exception, match=r"check\.pattern"):
-            shared.answer()
+            shared.reply()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_does_not_lie_in_shared_memory_is_refused(live: Any, message: pb.At
         shared.fetch()
         shared.stream.send(message)
         with pytest.raises(Exception) as refused:
-            shared.answer()
+            shared.reply()
     assert (refused.value.code, refused.value.metadata) == (  # type: ignore[attr-defined]
         "INVALID_ARGUMENT",
         {"field": field},
@@ -207,7 +207,7 @@ def test_a_second_client_gets_memory_of_its_own_and_the_first_is_fenced(live: An
             second.step(3, live.gradient(3))
             first.stream.send(shared_step(4))
             with pytest.raises(Exception) as refused:
-                first.answer()
+                first.reply()
             assert refused.value.reason == "FENCED"  # type: ignore[attr-defined]
             assert second.step(4, live.gradient(4)).step == 4
             np.testing.assert_array_equal(first.parameters(), second.parameters())  # the state itself
@@ -221,7 +221,7 @@ def test_a_session_that_ends_under_its_stream_leaves_memory_that_can_be_touched(
         assert memory.parameters.any()
         shared.stream.send(shared_step(2))
         with pytest.raises(Exception) as refused:
-            shared.answer()
+            shared.reply()
         assert refused.value.reason == "SESSION_NOT_FOUND"  # type: ignore[attr-defined]
 
 
@@ -240,23 +240,25 @@ def test_both_halves_of_a_commit_are_of_the_gradient_in_memory(
         memory = shared.fetch()
         memory.gradient[:1200] = np.frombuffer(gradient.tobytes(), np.uint8)
         shared.stream.send(shared_step(1))
-        staged = shared.answer()
-        assert staged.staged == plain[0].staged
+        first = shared.reply()
+        assert first.HasField("gradient_check")
+        assert first.gradient_check == plain[0].gradient_check
         shared.stream.send(half)
-        assert shared.answer().result.telemetry.clip_coefficient == 0.5
+        assert shared.reply().result.telemetry.clip_coefficient == 0.5
         assert shared.parameters().tobytes() == plain[-1].payload
 
 
-# --- where there is none -----------------------------------------------------------------------------------
+# --- no shared memory -----------------------------------------------------------------------------------
 
 
 def fallback(live: Any, transport: int = SHM) -> str:
-    """Attach and return why there is no memory; a step in messages is taken all the same."""
+    """Attach and return the reason for no memory; a step in messages is applied all the same."""
     step = live.wire.get(live.id).applied_step + 1
-    answers = live.wire.stream(
+    replies = live.wire.stream(
         "Attach", [live.opening(transport=transport), live.frame(begin=step, commit=True, payload=live.gradient(step))]
     )
-    opened, last = map(pb.AttachResponse.FromString, answers)
+    live.attached(replies[0])
+    opened, last = map(pb.AttachResponse.FromString, replies)
     assert (opened.opened.transport, opened.opened.HasField("handoff")) == (GRPC, False)
     assert last.result.step == step
     return opened.opened.transport_reason
@@ -265,11 +267,11 @@ def fallback(live: Any, transport: int = SHM) -> str:
 @pytest.mark.parametrize(
     ("call", "number"),
     [
-        ("memory.os.memfd_create", errno.EMFILE),
-        ("memory.os.posix_fallocate", errno.ENOSPC),
-        ("memory.mmap.mmap", errno.ENOMEM),
-        ("memory.fcntl.fcntl", errno.EINVAL),
-        ("offering.os.listdir", errno.ENOENT),
+        ("host.sealed_memory.os.memfd_create", errno.EMFILE),
+        ("host.sealed_memory.os.posix_fallocate", errno.ENOSPC),
+        ("host.sealed_memory.mmap.mmap", errno.ENOMEM),
+        ("host.sealed_memory.fcntl.fcntl", errno.EINVAL),
+        ("sharing.offer.os.listdir", errno.ENOENT),
     ],
 )
 def test_a_system_that_has_none_leads_to_messages(
@@ -279,7 +281,7 @@ def test_a_system_that_has_none_leads_to_messages(
         raise OSError(number, os.strerror(number))
 
     reserved = live.wire.reserved_bytes()
-    monkeypatch.setattr(f"stepwire_server.sharing.{call}", refuse)
+    monkeypatch.setattr(f"stepwire_server.{call}", refuse)
     assert os.strerror(number) in fallback(live)
     assert live.wire.reserved_bytes() == reserved
 
@@ -291,7 +293,7 @@ def test_descriptors_are_kept_for_connections(live: Any, monkeypatch: pytest.Mon
 
 def test_a_budget_that_has_none_leads_to_messages(wire: Any, make_config: Any, make_live: Any, serve: Any) -> None:
     size = 64 << 10
-    with serve(memory_budget_bytes=16 * size + 100) as server, type(wire)(server.target) as own:
+    with serve(memory_budget=16 * size + 100) as server, type(wire)(server.target) as own:
         live = make_live(own, own.create(make_config((size,), reply_dtype=2)))
         assert "the shared memory of the parameters needs" in fallback(live)
 
@@ -335,7 +337,7 @@ def test_a_client_that_scribbles_and_punches_hurts_itself_alone(live: Any, twin:
         memory.gradient[:] = 255  # NaN throughout
         shared.stream.send(shared_step(2))
         with pytest.raises(Exception) as refused:
-            shared.answer()
+            shared.reply()
         assert refused.value.reason == "NON_FINITE_GRADIENT"  # type: ignore[attr-defined]
     with SharedStream(live) as shared:
         memory = shared.fetch()
@@ -343,7 +345,7 @@ def test_a_client_that_scribbles_and_punches_hurts_itself_alone(live: Any, twin:
         assert libc.fallocate(memory.descriptors[0], 3, ctypes.c_long(0), ctypes.c_long(4096)) == 0
         assert libc.fallocate(memory.descriptors[1], 3, ctypes.c_long(0), ctypes.c_long(4096)) == -1
         shared.stream.send(shared_step(2))
-        assert shared.answer().result.telemetry.grad_norm == 0.0  # a hole reads as zeros
+        assert shared.reply().result.telemetry.grad_norm == 0.0  # a hole reads as zeros
         assert shared.step(3, live.gradient(3)).step == 3
     assert twin.fingerprint() == before
 

@@ -1,7 +1,8 @@
-"""What a commit does to the state: held against Adam and the treatment written out in float64."""
+"""The effect of a commit on the state: held against Adam and the treatment written out in float64."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,80 +13,81 @@ import pytest
 
 from stepwire.errors import InvalidRequestError, NonFiniteGradientError
 from stepwire.layout import TensorSpec
-from stepwire.optimizers import LAMB, SGD, Adagrad, Adam
+from stepwire.optimizers import LAMB, SGD, Adam
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.records.step_request import StepRequest
-from stepwire_server.records.step_result import Outcome
-from stepwire_server.steps.commit import Commit, initialize
-from stepwire_server.steps.gradient import GradientStaging
-from stepwire_server.steps.reply import split_range
+from stepwire_server.records.step_request import Decision, StepRequest
+from stepwire_server.records.step_result import StepResult, StepTimes
+from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.sessions.workers import Holder
+from stepwire_server.steps.commit import Commit
+from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.result import Effect, Moment
+from stepwire_server.steps.step import Step
 from stepwire_server.steps.tensor_steps import TensorSteps
 from tests.server.configs import make_config
+from tests.server.session_driver import RecordingWriter, bring
 
 Vector = npt.NDArray[Any]
 SPECS = (TensorSpec("a", (5,)), TensorSpec("b", (4,)), TensorSpec("c", (6,), 1))
 SIZE = 262
 INSIDE = np.r_[0:9, 256:262]
 GROUPS = (slice(0, 9), slice(256, 262))
-
-
-class Sink:
-    """Takes an answer."""
-
-    def __init__(self) -> None:
-        self.chunks: list[tuple[int, Vector]] = []
-
-    def buffer(self, offset: int, count: int) -> Vector:
-        self.chunks.append((offset, np.full(count, 77, np.float32)))
-        return self.chunks[-1][1]
-
-    def flush(self) -> None:
-        pass
-
-    def values(self) -> Vector:
-        assert [offset for offset, _ in self.chunks] == np.cumsum(
-            [0, *(len(values) for _, values in self.chunks[:-1])]
-        ).tolist()
-        return np.concatenate([values for _, values in self.chunks])
+TIMES = StepTimes(0.5, 0.25, 0.125)
 
 
 class Bench:
-    """State and progress of one session, and how to step it."""
+    """The state of one session, and the way to step it; a `SteppedState`.
+
+    Attributes:
+        effect: the effect of the last step.
+        reply: the reply to the last step.
+    """
 
     def __init__(self, config: SessionConfig) -> None:
         self.config = config
-        self.state = CpuEngine(threads=1, use_numba=False).allocate(config.slots, config.layout.size, config.kept)
-        self.progress = TensorSteps(config, [0] * len(config.layout.tensors))
-        self.sink = Sink()
-        initialize(config, self.state)
+        self.arrays = CpuEngine(threads=1, use_numba=False).allocate(config.slots, config.layout.size, config.kept)
+        self.tensor_steps = TensorSteps(config, [0] * len(config.layout.tensors))
+        self.loss_scale: LossScale | None = None
+        self.effect = Effect.SKIPPED
+        self.reply = np.empty(0, np.float32)
         self.start = np.zeros(SIZE, np.float32)
         self.start[INSIDE] = np.random.default_rng(9).standard_normal(len(INSIDE)).astype(np.float32)
-        self.state.write("param", 0, self.start)
+        self.arrays.write("param", 0, self.start)
+
+    def stage(self, request: StepRequest, unscale: float = 1.0) -> Step:
+        room, selection = MemoryBudget(10_000).reserve(1, "it"), self.config.without(request.missing)
+        gradient = StagedGradient(request.gradient_dtype, selection, self.arrays, room, unscale=unscale)
+        return Step(request, Holder(0, 1, 1, None), gradient, replay=False, began=0.0)
 
     def commit(
-        self, step: int, gradient: Vector, cuts: Sequence[int] = (), unscale: float = 1.0, **fields: Any
-    ) -> Outcome:
+        self,
+        step: int,
+        gradient: Vector,
+        cuts: Sequence[int] = (),
+        unscale: float = 1.0,
+        decision: Decision | None = None,
+        **fields: Any,
+    ) -> StepResult:
         request = StepRequest(step, 0, FLOAT32, FLOAT32, True, 100, self.config.groups)._replace(**fields)
-        active = self.config.without(request.missing)
-        room = MemoryBudget(10_000).reserve(1, "it")
-        staging = GradientStaging(request, active, self.state, room, unscale=unscale, replay=False)
-        edges = [0, *cuts, SIZE]
-        for low, high in zip(edges, edges[1:], strict=False):
-            staging.add(low, high - low, np.frombuffer(gradient[low:high].tobytes(), np.uint8))
-        work = Commit(self.config, request, staging, self.state, self.progress)
-        self.sink = Sink()
-        outcome = work.apply(self.sink) if work.updates else work.keep(self.sink)
-        if outcome.updated:
-            self.progress.advance(active)
-        return outcome
+        writer = RecordingWriter(SIZE, FLOAT32)
+        with self.stage(request, unscale) as staged:
+            bring(staged, gradient, itertools.pairwise([0, *cuts, SIZE]))
+            staged.decision = decision
+            commit = Commit(staged, self)
+            commit.apply(writer)
+            if commit.effect is Effect.UPDATED:
+                self.tensor_steps.advance(staged.gradient.selection)
+        assert [start for start, _ in writer.chunks] == [0, *(end for _, end in writer.chunks[:-1])]
+        self.effect, self.reply = commit.effect, writer.values
+        return commit.result(Moment(step, 4, TIMES))
 
     def read(self, slot: str = "param") -> Vector:
         values = np.empty(SIZE, np.float32)
-        self.state.read(slot, 0, values).wait()
+        self.arrays.read(slot, 0, values).wait()
         return values
 
 
@@ -116,6 +118,14 @@ def norms_of(values: Vector) -> list[float]:
     return [float(np.linalg.norm(values[group].astype(np.float64))) for group in GROUPS]
 
 
+def norms_told(result: StepResult) -> tuple[float, ...]:
+    return tuple(group.grad_norm for group in result.groups)
+
+
+def clipped_norms_told(result: StepResult) -> tuple[float, ...]:
+    return tuple(group.clipped_grad_norm for group in result.groups)
+
+
 def rounded(norms: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(np.float32(norm)) for norm in norms)
 
@@ -124,14 +134,14 @@ def test_a_step_updates_and_answers_and_measures() -> None:
     made = bench()
     for step in (1, 2):
         before = made.read()
-        outcome = made.commit(step, gradient(step))
+        result = made.commit(step, gradient(step))
         after = made.read()
-        assert (outcome.updated, outcome.skipped, outcome.non_finite_count) == (True, False, 0)
-        assert outcome.norms.groups == rounded(norms_of(gradient(step)))
-        assert outcome.clipped == outcome.norms.groups
-        assert outcome.update_norms == pytest.approx(norms_of(after - before), rel=1e-5)
-        assert outcome.param_norms == pytest.approx(norms_of(after), rel=1e-5)
-        assert made.sink.values().tobytes() == after.tobytes()
+        assert (made.effect, result.skipped, result.non_finite_count) == (Effect.UPDATED, False, 0)
+        assert norms_told(result) == rounded(norms_of(gradient(step)))
+        assert clipped_norms_told(result) == norms_told(result)
+        assert [group.update_norm for group in result.groups] == pytest.approx(norms_of(after - before), rel=1e-5)
+        assert [group.param_norm for group in result.groups] == pytest.approx(norms_of(after), rel=1e-5)
+        assert made.reply.tobytes() == after.tobytes()
     np.testing.assert_allclose(made.read(), adam(made.start, [gradient(1), gradient(2)]), rtol=1e-5, atol=1e-6)
 
 
@@ -142,25 +152,25 @@ def test_no_cut_changes_a_bit(cuts: Sequence[int], bounds: dict[str, Any]) -> No
     for step in (1, 2, 3, 4):
         whole.commit(step, gradient(step))
         cut.commit(step, gradient(step), cuts)
-        assert cut.sink.values().tobytes() == whole.sink.values().tobytes()
+        assert cut.reply.tobytes() == whole.reply.tobytes()
     assert all(cut.read(slot).tobytes() == whole.read(slot).tobytes() for slot in whole.config.slots)
 
 
 def test_norm_clipping_scales_the_gradient_of_all_groups() -> None:
     made = bench(clip_grad_norm=0.5)
-    outcome = made.commit(1, gradient(1))
+    result = made.commit(1, gradient(1))
     total = float(np.float32(math.hypot(*norms_of(gradient(1)))))
     factor = 0.5 / (total + 1e-6)
-    assert outcome.norms.coefficient == factor < 1.0
-    assert outcome.clipped == pytest.approx([norm * factor for norm in norms_of(gradient(1))], rel=1e-6)
+    assert result.clip_coefficient == factor < 1.0
+    assert clipped_norms_told(result) == pytest.approx([norm * factor for norm in norms_of(gradient(1))], rel=1e-6)
     np.testing.assert_allclose(made.read(), adam(made.start, [gradient(1) * factor]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_groups_own_bound_leaves_the_other_group_alone() -> None:
     made = bench(group_clips=(None, 0.25))
-    outcome = made.commit(1, gradient(1))
+    result = made.commit(1, gradient(1))
     factor = 0.25 / (rounded(norms_of(gradient(1)))[1] + 1e-6)
-    assert outcome.norms.coefficients == (1.0, factor)
+    assert [group.clip_coefficient for group in result.groups] == [1.0, factor]
     clipped = gradient(1).astype(np.float64)
     clipped[GROUPS[1]] *= factor
     np.testing.assert_allclose(made.read(), adam(made.start, [clipped]), rtol=1e-5, atol=1e-6)
@@ -168,10 +178,12 @@ def test_a_groups_own_bound_leaves_the_other_group_alone() -> None:
 
 def test_elements_are_clipped_after_norms() -> None:
     made = bench(clip_grad_norm=1.0, clip_grad_value=0.25, measures=False)
-    outcome = made.commit(1, gradient(1))
-    limited = np.clip(gradient(1) * outcome.norms.coefficient, -0.25, 0.25)
-    assert outcome.clipped == pytest.approx(norms_of(limited), rel=1e-5)
-    assert (outcome.update_norms, outcome.param_norms) == ((), ())
+    result = made.commit(1, gradient(1))
+    limited = np.clip(gradient(1) * result.clip_coefficient, -0.25, 0.25)
+    assert clipped_norms_told(result) == pytest.approx(norms_of(limited), rel=1e-5)
+    assert result.clipped_grad_norm == math.hypot(*clipped_norms_told(result))
+    assert {(group.update_norm, group.param_norm) for group in result.groups} == {(None, None)}
+    assert (result.update_norm, result.param_norm) == (None, None)
     np.testing.assert_allclose(made.read(), adam(made.start, [limited]), rtol=1e-5, atol=1e-6)
 
 
@@ -185,17 +197,18 @@ def test_unscaling_comes_first() -> None:
 def test_micro_steps_add_up_to_one_update() -> None:
     made = bench(accumulation_steps=3)
     for step in (1, 2):
-        outcome = made.commit(step, gradient(step))
-        assert (outcome.updated, outcome.skipped) == (False, False)
-        assert outcome.norms.groups == outcome.clipped == rounded(norms_of(gradient(step)))
-        assert outcome.record(step, 1, [0, 0], (0.0, 0.0, 0.0), None).accumulated
-        assert made.sink.values().tobytes() == made.start.tobytes() == made.read().tobytes()
+        result = made.commit(step, gradient(step))
+        assert (made.effect, result.accumulated, result.skipped) == (Effect.ACCUMULATED, True, False)
+        assert norms_told(result) == clipped_norms_told(result) == rounded(norms_of(gradient(step)))
+        assert [group.t for group in result.groups] == [0, 0]
+        assert made.reply.tobytes() == made.start.tobytes() == made.read().tobytes()
     together = (gradient(1) + gradient(2)) + gradient(3)
-    outcome = made.commit(3, gradient(3))
-    assert outcome.norms.groups == rounded(norms_of(together))
+    result = made.commit(3, gradient(3))
+    assert (made.effect, result.accumulated) == (Effect.UPDATED, False)
+    assert norms_told(result) == rounded(norms_of(together))
     np.testing.assert_allclose(made.read(), adam(made.start, [together]), rtol=1e-5, atol=1e-6)
     assert not made.read("grad_accumulation").any()
-    assert made.progress.tensor_steps() == (1, 1, 1)
+    assert made.tensor_steps.tensor_steps() == (1, 1, 1)
 
 
 @pytest.mark.parametrize("policy", ["reject", "skip"])
@@ -211,9 +224,9 @@ def test_a_micro_step_that_is_not_finite_adds_nothing(policy: Any, step: int) ->
         with pytest.raises(NonFiniteGradientError, match="'c' holds NaN or Inf"):
             made.commit(step, bad)
     else:
-        outcome = made.commit(step, bad)
-        assert (outcome.updated, outcome.skipped, outcome.non_finite_count) == (False, True, 1)
-        assert outcome.clipped == (0.0, 0.0)
+        result = made.commit(step, bad)
+        assert (made.effect, result.skipped, result.non_finite_count) == (Effect.SKIPPED, True, 1)
+        assert clipped_norms_told(result) == (0.0, 0.0)
     assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before
 
 
@@ -232,21 +245,21 @@ def test_tensors_without_a_gradient_stay_as_they_are_and_keep_their_t() -> None:
     made = bench(missing_gradient="keep")
     made.commit(1, gradient(1))
     before = {slot: made.read(slot) for slot in made.config.slots}
-    outcome = made.commit(2, gradient(2), missing=frozenset({1}))
+    result = made.commit(2, gradient(2), missing=frozenset({1}))
     after = {slot: made.read(slot) for slot in made.config.slots}
     for slot in made.config.slots:
         assert after[slot][5:9].tobytes() == before[slot][5:9].tobytes()
         assert (after[slot][:5] != before[slot][:5]).all()
-    assert made.progress.tensor_steps() == (2, 1, 2)
-    assert made.sink.values().tobytes() == after["param"].tobytes()
+    assert made.tensor_steps.tensor_steps() == (2, 1, 2)
+    assert made.reply.tobytes() == after["param"].tobytes()
     moved = float(np.linalg.norm(gradient(2)[:5].astype(np.float64)))
-    assert outcome.norms.groups[0] == float(np.float32(moved))
-    assert outcome.param_norms[0] == pytest.approx(float(np.linalg.norm(after["param"][:5])), rel=1e-5)
+    assert result.groups[0].grad_norm == float(np.float32(moved))
+    assert result.groups[0].param_norm == pytest.approx(float(np.linalg.norm(after["param"][:5])), rel=1e-5)
 
 
 def test_the_average_follows_the_parameters() -> None:
     made = bench(parameter_average_decay=0.75)
-    made.state.copy("param", "param_average")
+    made.arrays.copy("param", "param_average")
     assert made.read("param_average").tobytes() == made.start.tobytes()
     average = made.start.astype(np.float64)
     for step in (1, 2, 3):
@@ -267,10 +280,11 @@ def test_a_layerwise_rule_steps_each_tensor_by_its_norm() -> None:
 def test_what_is_missing_is_told_before_anything_is_touched() -> None:
     made = bench()
     request = StepRequest(1, 0, FLOAT32, FLOAT32, True, 100, made.config.groups)
-    room = MemoryBudget(100).reserve(1, "it")
-    staging = GradientStaging(request, made.config.active, made.state, room, unscale=1.0, replay=False)
-    with pytest.raises(InvalidRequestError, match=r"elements \[0, 9\) were not sent"):
-        Commit(made.config, request, staging, made.state, made.progress)
+    with (
+        made.stage(request) as staged,
+        pytest.raises(InvalidRequestError, match=r"elements \[0, 9\) were not sent"),
+    ):
+        Commit(staged, made)
     assert made.read().tobytes() == made.start.tobytes()
 
 
@@ -278,37 +292,47 @@ def test_what_is_allowed_to_be_infinite_is_applied() -> None:
     made = bench(optimizer=SGD(lr=0.5), non_finite="allow")
     bad = gradient(1)
     bad[2] = np.inf
-    outcome = made.commit(1, bad)
-    assert (outcome.updated, outcome.non_finite_count) == (True, 1)
-    assert outcome.norms.groups[0] == math.inf
+    result = made.commit(1, bad)
+    assert (made.effect, result.non_finite_count) == (Effect.UPDATED, 1)
+    assert result.groups[0].grad_norm == math.inf
     assert made.read()[2] == -np.inf
     np.testing.assert_allclose(made.read()[3:9], (made.start - 0.5 * bad)[3:9], rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.25])
-def test_adagrads_sum_starts_where_it_is_told(value: float) -> None:
-    """In tensors; padding stays zero."""
-    made = bench(optimizer=Adagrad(initial_accumulator_value=value))
-    expected = np.zeros(SIZE, np.float32)
-    expected[INSIDE] = value
-    assert made.read("sum").tobytes() == expected.tobytes()
-
-
-def test_pieces_cover_a_range_once() -> None:
-    assert split_range(3, 10, 3) == [(3, 6), (6, 9), (9, 10)]
-    assert split_range(4, 10, 3) == [(4, 6), (6, 9), (9, 10)]
-    assert split_range(4, 5, 3) == [(4, 5)]
-    assert split_range(3, 3, 3) == []
-
-
-def test_the_record_says_what_the_outcome_was() -> None:
+def test_the_result_is_of_its_moment_and_sums_its_groups_up() -> None:
     made = bench(clip_grad_norm=0.5)
-    outcome = made.commit(1, gradient(1))
-    record = outcome.record(1, 4, [1, 1], (0.5, 0.25, 0.125), 1024.0)
-    assert (record.step, record.epoch, record.loss_scale, record.accumulated) == (1, 4, 1024.0, False)
-    assert (record.receive_seconds, record.queue_seconds, record.apply_seconds) == (0.5, 0.25, 0.125)
-    assert record.clip_coefficient == outcome.norms.coefficient
-    assert record.clipped_grad_norm == outcome.norms.left * outcome.norms.coefficient
-    assert record.update_norm == math.hypot(*outcome.update_norms)
-    assert [group.param_norm for group in record.groups] == list(outcome.param_norms)
-    assert [group.t for group in record.groups] == [1, 1]
+    made.loss_scale = LossScale(1024.0)
+    result = made.commit(1, gradient(1))
+    assert (result.step, result.epoch, result.loss_scale, result.accumulated) == (1, 4, 1024.0, False)
+    assert result.times == TIMES
+    total = float(np.float32(math.hypot(*norms_of(gradient(1)))))
+    assert (result.grad_norm, result.clip_coefficient) == (total, 0.5 / (total + 1e-6))
+    assert result.clipped_grad_norm == result.grad_norm * result.clip_coefficient
+    assert {group.clip_coefficient for group in result.groups} == {result.clip_coefficient}
+    assert result.update_norm == math.hypot(*(group.update_norm for group in result.groups))
+    assert result.param_norm == math.hypot(*(group.param_norm for group in result.groups))
+    assert [group.t for group in result.groups] == [1, 1]
+    assert [group.hyperparameters for group in result.groups] == list(made.config.groups)
+
+
+# --- decisions of a coordinator ---------------------------------------------------------------------------------
+
+
+def test_the_factors_of_a_coordinator_come_before_the_sessions_own() -> None:
+    made = bench(clip_grad_norm=0.5, group_clips=(None, 0.25))
+    result = made.commit(1, gradient(1), decision=Decision(0.5, (1.0, 0.25)))
+    clipped = gradient(1).astype(np.float64) * 0.5
+    clipped[GROUPS[1]] *= 0.25
+    assert [group.clip_coefficient for group in result.groups] == [0.5, 0.125]
+    assert clipped_norms_told(result) == pytest.approx(norms_of(clipped), rel=1e-6)
+    np.testing.assert_allclose(made.read(), adam(made.start, [clipped]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_a_coordinator_skips_uses_up_its_number_alone() -> None:
+    made = bench(clip_grad_norm=0.5)
+    before = {slot: made.read(slot).tobytes() for slot in made.config.slots}
+    result = made.commit(1, gradient(1), decision=Decision(skip=True))
+    assert (made.effect, result.skipped, result.non_finite_count) == (Effect.SKIPPED, True, 0)
+    assert (result.clip_coefficient, result.clipped_grad_norm) == (1.0, 0.0)
+    assert made.reply.tobytes() == before["param"]
+    assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before

@@ -46,10 +46,10 @@ from tests.server.pretended_gpus import (
     needs_compiler,
     pretended_cupy,
 )
-from tests.server.session_driver import everything, load, make_session, take
+from tests.server.session_driver import apply_step, everything, load, make_session
 from tests.support.cuda_cases import assert_same_bits
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 OPTIMIZERS: list[Optimizer] = [
     Adam(),
@@ -180,17 +180,17 @@ class Sessions:
         self.sessions = [make_session(config, engine) for engine in engines]
 
     def step(self, gradient: np.ndarray, chunks: list[tuple[int, int]], **fields: Any) -> StepResult | None:
-        """Take a step everywhere; returns the record, or None where it was refused."""
+        """Apply a step everywhere; returns the result, or None where it was refused."""
         outcomes = [self._outcome(session, gradient, chunks, fields) for session in self.sessions]
-        (record, answer), *others = outcomes
+        (result, reply), *others = outcomes
         for other, values in others:
-            if record is None:
-                assert (other, values) == (record, answer), "refused alike"
+            if result is None:
+                assert (other, values) == (result, reply), "refused alike"
                 continue
-            assert exact(other, self.config) == exact(record, self.config)
-            assert measured(other, self.config) == pytest.approx(measured(record, self.config), rel=1e-5, nan_ok=True)
-            assert_same_bits(values, answer, "answer")
-        return record
+            assert exact(other, self.config) == exact(result, self.config)
+            assert measured(other, self.config) == pytest.approx(measured(result, self.config), rel=1e-5, nan_ok=True)
+            assert_same_bits(values, reply, "reply")
+        return result
 
     def load(self, slots: dict[str, np.ndarray]) -> None:
         for session in self.sessions:
@@ -221,26 +221,25 @@ class Sessions:
         session: Session, gradient: np.ndarray, chunks: list[tuple[int, int]], fields: dict[str, Any]
     ) -> tuple[StepResult | None, Any]:
         try:
-            return take(session, gradient, chunks, **fields)
+            return apply_step(session, gradient, chunks, **fields)
         except StepwireError as problem:
             return None, (type(problem), str(problem), problem.metadata)
 
 
-def exact(record: StepResult, config: SessionConfig) -> str:
+def exact(result: StepResult, config: SessionConfig) -> str:
     """Return what must be equal in every bit; NaN is printed like any NaN."""
     rough: dict[str, Any] = {"update_norm": None, "param_norm": None}
     if config.treatment.clip_grad_value is not None:
         rough["clipped_grad_norm"] = 0.0
-    groups = tuple(group._replace(**rough) for group in record.groups)
-    times = {"receive_seconds": 0.0, "queue_seconds": 0.0, "apply_seconds": 0.0}
-    return repr(record._replace(groups=groups, **rough, **times))
+    groups = tuple(group._replace(**rough) for group in result.groups)
+    return repr(result._replace(groups=groups, **rough, times=None))
 
 
-def measured(record: StepResult, config: SessionConfig) -> list[float]:
+def measured(result: StepResult, config: SessionConfig) -> list[float]:
     """Return the sums that decide nothing, and are about equal."""
-    found = [(part.update_norm, part.param_norm, part.clipped_grad_norm) for part in (record, *record.groups)]
+    found = [(each.update_norm, each.param_norm, each.clipped_grad_norm) for each in (result, *result.groups)]
     assert all(
-        (norm is not None) == (config.measures and not (record.skipped or record.accumulated)) for norm, *_ in found
+        (norm is not None) == (config.measures and not (result.skipped or result.accumulated)) for norm, *_ in found
     )
     return [0.0 if norm is None else norm for norm in itertools.chain(*found)]
 
@@ -274,7 +273,7 @@ class Hand:
         chosen = [PARAM] if self._random.random() < 0.5 else list(self._config.slots)
         return {slot: self.values() if slot == PARAM else np.abs(self.values(0.1)) for slot in chosen}
 
-    def order(self) -> dict[str, Any]:
+    def request(self) -> dict[str, Any]:
         """Draw what a step asks for, besides its number."""
         config, random = self._config, self._random
         gradient_dtype, reply_dtype = self._program.pairs[random.integers(2)]
@@ -293,17 +292,17 @@ class Hand:
         }
 
     def chunks(self, missing: frozenset[int]) -> list[tuple[int, int]]:
-        """Cut the space, and mix the pieces; some of what is missing may not come at all."""
+        """Cut the space, and mix the ranges; some of the missing tensors may not come at all."""
         layout, random = self._config.layout, self._random
         unit = layout.chunk_alignment
         edges = {0, layout.size, *(random.integers(layout.size // unit, size=random.integers(8)) * unit).tolist()}
         left_out = [layout.tensors[index] for index in missing if random.random() < 0.5]
         edges |= {edge for tensor in left_out for edge in (tensor.offset, tensor.end) if edge % unit == 0}
-        spans = list(itertools.pairwise(sorted(edges)))
-        inside = [span for span in spans for t in left_out if t.offset <= span[0] and span[1] <= t.end]
-        spans = [span for span in spans if span not in inside]
-        random.shuffle(spans)
-        return [(int(low), int(high)) for low, high in spans]
+        ranges = list(itertools.pairwise(sorted(edges)))
+        inside = [each for each in ranges for t in left_out if t.offset <= each[0] and each[1] <= t.end]
+        ranges = [each for each in ranges if each not in inside]
+        random.shuffle(ranges)
+        return [(int(low), int(high)) for low, high in ranges]
 
 
 def run(program: Program, engines: list[Engine]) -> None:
@@ -317,12 +316,12 @@ def run(program: Program, engines: list[Engine]) -> None:
             case "move":
                 sessions.move()
             case name:
-                order = hand.order()
-                gradient, chunks = hand.gradient(poisoned=name == "poisoned step"), hand.chunks(order["missing"])
-                record = sessions.step(gradient, chunks, **order)
-                if record is not None and name == "step and again":
-                    replay = sessions.step(gradient, [], **order | {"step": record.step, "reply": True})
-                    assert replay == record.replay()
+                request = hand.request()
+                gradient, chunks = hand.gradient(poisoned=name == "poisoned step"), hand.chunks(request["missing"])
+                result = sessions.step(gradient, chunks, **request)
+                if result is not None and name == "step and again":
+                    replay = sessions.step(gradient, [], **request | {"step": result.step, "reply": True})
+                    assert replay == result.replay()
         sessions.check()
     sessions.close()
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.optimizers.norms import RELATIVE_ERROR
+from stepwire.wire.dtypes import FLOAT32
 from stepwire.wire.int8_blocks import BLOCK, INT8, decode_blocks, encode_blocks
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
-from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules import Precision
 from stepwire_server.steps.coverage import Coverage, typed_payload
-from stepwire_server.steps.gradient import GradientStaging
+from stepwire_server.steps.gradient import StagedGradient
 
 LAYOUT = place([TensorSpec("a", (3, 5)), TensorSpec("b", (4,)), TensorSpec("c", (9,), 1)], 2)
 SIZE = 265
@@ -32,13 +32,13 @@ SLOTS = {"param": Precision.FLOAT32}
 
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=30))
 def test_coverage_is_a_set_of_elements(size: int, chunks: list[tuple[int, int]]) -> None:
-    """Held against an actual set: taken if non-empty, inside and disjoint; complete if nothing is missing."""
-    coverage, seen, taken = Coverage(size), set[int](), []
+    """Held against an actual set: a chunk counts if non-empty, inside and disjoint; nothing missing is complete."""
+    coverage, seen, offsets = Coverage(size), set[int](), []
     for offset, count in chunks:
         elements = set(range(offset, offset + count))
         if elements and offset + count <= size and not elements & seen:
-            taken.append(offset)
-            assert coverage.add(offset, count) == sorted(taken).index(offset)
+            offsets.append(offset)
+            assert coverage.add(offset, count) == sorted(offsets).index(offset)
             seen |= elements
         else:
             with pytest.raises(InvalidRequestError) as refused:
@@ -115,29 +115,25 @@ def test_a_payload_of_another_size_is_refused(nbytes: int, count: int) -> None:
     }
 
 
-def request(dtype: Any = np.float32) -> StepRequest:
-    return StepRequest(1, 0, np.dtype(dtype), np.dtype(np.float32), True, 1024, ())
-
-
 @pytest.fixture
-def stage() -> Callable[..., GradientStaging]:
-    """Make a staging area that has reserved 1,000 of 5,000 bytes: `stage.budget`."""
+def stage() -> Callable[..., StagedGradient]:
+    """Await a gradient that has reserved 1,000 of 5,000 bytes: `stage.budget`."""
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
     state = engine.allocate(SLOTS, SIZE)
 
     def make(
-        active: TensorSelection = ALL, *, replay: bool = False, dtype: Any = np.float32, unscale: float = 1.0
-    ) -> GradientStaging:
+        selection: TensorSelection = ALL, *, dtype: Any = np.float32, unscale: float = 1.0, sums: bool = True
+    ) -> StagedGradient:
         room = budget.reserve(1000, "it")
-        return GradientStaging(request(dtype), active, state, room, unscale=unscale, replay=replay)
+        return StagedGradient(np.dtype(dtype), selection, state, room, unscale=unscale, sums=sums)
 
     make.budget = budget  # type: ignore[attr-defined]
     return make
 
 
-def add(staging: GradientStaging, values: Any, spans: list[tuple[int, int]]) -> None:
-    for start, end in spans:
-        staging.add(start, end - start, np.frombuffer(values[start:end].tobytes(), np.uint8))
+def add(gradient: StagedGradient, values: Any, ranges: list[tuple[int, int]]) -> None:
+    for start, end in ranges:
+        gradient.add(start, end - start, np.frombuffer(values[start:end].tobytes(), np.uint8))
 
 
 @given(st.lists(st.integers(1, SIZE - 1), unique=True, max_size=6), st.randoms(use_true_random=False))
@@ -145,39 +141,39 @@ def test_norms_do_not_depend_on_how_a_gradient_arrives(cuts: list[int], random: 
     """Bit for bit the same for any order of the same chunks; each group's own, padding left out."""
     values = np.random.default_rng(5).standard_normal(SIZE).astype(np.float32)
     edges = [0, *sorted(cuts), SIZE]
-    spans = list(zip(edges, edges[1:], strict=False))
+    ranges = list(zip(edges, edges[1:], strict=False))
     engine, budget = CpuEngine(threads=1, use_numba=False), MemoryBudget(5000)
     norms = []
     for _ in range(2):
         state, room = engine.allocate(SLOTS, SIZE), budget.reserve(1, "it")
-        staging = GradientStaging(request(), ALL, state, room, unscale=1.0, replay=False)
-        add(staging, values, spans)
-        staging.complete()
-        staging.settle()
-        norms.append(staging.squared_norms())
-        random.shuffle(spans)
+        gradient = StagedGradient(FLOAT32, ALL, state, room, unscale=1.0)
+        add(gradient, values, ranges)
+        gradient.complete()
+        gradient.settle()
+        norms.append(gradient.squared_norms())
+        random.shuffle(ranges)
     assert norms[0] == norms[1]
     wanted = [(values[:19].astype(np.float64) ** 2).sum(), (values[256:].astype(np.float64) ** 2).sum()]
     assert norms[0] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_chunks_come_out_in_flat_order(stage: Any) -> None:
-    staging, values = stage(), np.arange(SIZE, dtype=np.float32)
-    add(staging, values, [(200, SIZE), (0, 7), (7, 200)])
-    drained = list(staging.drain([(0, SIZE)]))
+    gradient, values = stage(), np.arange(SIZE, dtype=np.float32)
+    add(gradient, values, [(200, SIZE), (0, 7), (7, 200)])
+    drained = list(gradient.drain([(0, SIZE)]))
     assert [(start, end, chunk.offset, chunk.end, len(chunk.gradient)) for start, end, chunk in drained] == [
         (0, 7, 0, 7, 7),
         (7, 200, 7, 200, 193),
         (200, SIZE, 200, SIZE, 65),
     ]
-    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
+    assert list(gradient.drain([(0, SIZE)])) == [(0, SIZE, None)]
 
 
 def test_what_nobody_sent_comes_out_as_nothing(stage: Any) -> None:
     """So that an answer covers the whole space."""
-    staging = stage()
-    add(staging, np.arange(SIZE, dtype=np.float32), [(256, SIZE - 1), (3, 19)])
-    drained = [(start, end, chunk and (chunk.offset, chunk.end)) for start, end, chunk in staging.drain([(0, SIZE)])]
+    gradient = stage()
+    add(gradient, np.arange(SIZE, dtype=np.float32), [(256, SIZE - 1), (3, 19)])
+    drained = [(start, end, chunk and (chunk.offset, chunk.end)) for start, end, chunk in gradient.drain([(0, SIZE)])]
     assert drained == [
         (0, 3, None),
         (3, 19, (3, 19)),
@@ -189,9 +185,9 @@ def test_what_nobody_sent_comes_out_as_nothing(stage: Any) -> None:
 
 def test_padding_and_tensors_that_do_not_move_need_not_come(stage: Any) -> None:
     values = np.ones(SIZE, np.float32)
-    staging = stage()
-    add(staging, values, [(0, 19), (256, SIZE)])
-    staging.complete()
+    gradient = stage()
+    add(gradient, values, [(0, 19), (256, SIZE)])
+    gradient.complete()
     partial = stage(TensorSelection(LAYOUT, frozenset({1})))
     add(partial, values, [(0, 15)])
     with pytest.raises(InvalidRequestError, match=r"elements \[256, 265\) were not sent"):
@@ -205,104 +201,121 @@ def test_what_comes_for_a_tensor_that_does_not_move_is_ignored(stage: Any) -> No
     """NaN too."""
     values = np.ones(SIZE, np.float32)
     values[15:19] = np.nan
-    staging = stage(TensorSelection(LAYOUT, frozenset({1})))
-    add(staging, values, [(0, SIZE)])
-    staging.complete()
-    staging.settle()
-    assert (staging.squared_norms(), staging.non_finite_count) == ([15.0, 9.0], 0)
+    gradient = stage(TensorSelection(LAYOUT, frozenset({1})))
+    add(gradient, values, [(0, SIZE)])
+    gradient.complete()
+    gradient.settle()
+    assert (gradient.squared_norms(), gradient.non_finite_count) == ([15.0, 9.0], 0)
 
 
 @pytest.mark.parametrize("unscale", [1.0, 1.0 / 3.0, 2.0**-16, 2.0**20])
 def test_norms_are_of_the_unscaled_float32_elements(stage: Any, unscale: float) -> None:
     values = np.random.default_rng(3).standard_normal(SIZE).astype(np.float32)
-    staging = stage(unscale=unscale)
-    add(staging, values, [(0, 100), (100, SIZE)])
+    gradient = stage(unscale=unscale)
+    add(gradient, values, [(0, 100), (100, SIZE)])
     unscaled = (values * np.float32(unscale)).astype(np.float64) ** 2
     wanted = [math.fsum(unscaled[:19]), math.fsum(unscaled[256:])]
-    staging.settle()
-    assert staging.squared_norms() == pytest.approx(wanted, rel=RELATIVE_ERROR)
-    assert [float(staging.exact_squared_norm([group])) for group in (0, 1)] == pytest.approx(wanted, rel=1e-15)
-    assert staging.exact_squared_norm([0, 1]) == staging.exact_squared_norm([0]) + staging.exact_squared_norm([1])
+    gradient.settle()
+    assert gradient.squared_norms() == pytest.approx(wanted, rel=RELATIVE_ERROR)
+    assert [float(gradient.exact_squared_norm([group])) for group in (0, 1)] == pytest.approx(wanted, rel=1e-15)
+    assert gradient.exact_squared_norm([0, 1]) == gradient.exact_squared_norm([0]) + gradient.exact_squared_norm([1])
 
 
 def test_what_becomes_infinite_by_unscaling_is_counted(stage: Any) -> None:
     values = np.ones(SIZE, np.float32)
     values[4] = 2.0**120
-    staging = stage(unscale=2.0**20)
-    add(staging, values, [(0, SIZE)])
-    staging.settle()
-    assert (staging.non_finite_count, staging.first_non_finite) == (1, 4)
+    gradient = stage(unscale=2.0**20)
+    add(gradient, values, [(0, SIZE)])
+    gradient.settle()
+    assert (gradient.non_finite_count, gradient.first_non_finite) == (1, 4)
 
 
-def test_pieces_of_a_range_come_in_flat_order_whatever_came_first(stage: Any) -> None:
-    staging = stage()
-    add(staging, np.ones(SIZE, np.float32), [(8, SIZE), (0, 5), (5, 8)])
-    pieces = [(piece.chunk.offset, piece.start, piece.begin, piece.end) for piece in staging.pieces(3, 12)]
-    assert pieces == [(0, 3, 3, 5), (5, 5, 0, 3), (8, 8, 0, 4)]
-    assert list(staging.pieces(7, 7)) == []
+def test_the_ranges_of_chunks_come_in_flat_order_whatever_came_first(stage: Any) -> None:
+    gradient = stage()
+    add(gradient, np.ones(SIZE, np.float32), [(8, SIZE), (0, 5), (5, 8)])
+    ranges = [(part.chunk.offset, part.start, part.begin, part.end) for part in gradient.ranges(3, 12)]
+    assert ranges == [(0, 3, 3, 5), (5, 5, 0, 3), (8, 8, 0, 4)]
+    assert list(gradient.ranges(7, 7)) == []
 
 
 def test_a_chunk_must_start_where_the_layout_says() -> None:
     layout = place([TensorSpec("a", (5000,))], 1, in_blocks=True)
     state = CpuEngine(threads=1, use_numba=False).allocate(SLOTS, layout.size)
-    active, room = TensorSelection(layout, frozenset()), MemoryBudget(5000).reserve(1, "it")
-    staging = GradientStaging(request(), active, state, room, unscale=1.0, replay=False)
+    selection, room = TensorSelection(layout, frozenset()), MemoryBudget(5000).reserve(1, "it")
+    gradient = StagedGradient(FLOAT32, selection, state, room, unscale=1.0)
     values = np.ones(5000, np.float32)
     with pytest.raises(InvalidRequestError, match=r"chunk \[300, 400\) starts at no multiple of 256") as refused:
-        add(staging, values, [(300, 400)])
+        add(gradient, values, [(300, 400)])
     assert refused.value.metadata == {"field": "chunk", "offset": "300", "end": "400"}
-    add(staging, values, [(256, 5000), (0, 256)])
-    staging.complete()
+    add(gradient, values, [(256, 5000), (0, 256)])
+    gradient.complete()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("spans", [[(0, SIZE)], [(16, SIZE), (0, 16)], [(258, SIZE), (20, 258), (0, 20)]])
-def test_what_is_not_finite_is_counted_and_the_first_is_found(stage: Any, spans: Any, dtype: Any) -> None:
+@pytest.mark.parametrize("ranges", [[(0, SIZE)], [(16, SIZE), (0, 16)], [(258, SIZE), (20, 258), (0, 20)]])
+def test_what_is_not_finite_is_counted_and_the_first_is_found(stage: Any, ranges: Any, dtype: Any) -> None:
     """In tensors only: padding may hold anything."""
     values = np.ones(SIZE, dtype)
     values[[17, 18, 260]] = np.nan, np.inf, -np.inf
     values[100] = np.nan
-    staging = stage(dtype=dtype)
-    add(staging, values, spans)
-    staging.settle()
-    assert (staging.non_finite_count, staging.first_non_finite) == (3, 17)
+    gradient = stage(dtype=dtype)
+    add(gradient, values, ranges)
+    gradient.settle()
+    assert (gradient.non_finite_count, gradient.first_non_finite) == (3, 17)
 
 
 def test_the_largest_values_are_finite(stage: Any) -> None:
     """The check is that of the sum of squares, which float64 holds for any float32."""
-    staging = stage()
-    add(staging, np.full(SIZE, np.finfo(np.float32).max, np.float32), [(0, SIZE)])
-    staging.complete()
-    staging.settle()
-    assert staging.non_finite_count == 0
-    assert all(np.isfinite(staging.squared_norms()))
+    gradient = stage()
+    add(gradient, np.full(SIZE, np.finfo(np.float32).max, np.float32), [(0, SIZE)])
+    gradient.complete()
+    gradient.settle()
+    assert gradient.non_finite_count == 0
+    assert all(np.isfinite(gradient.squared_norms()))
 
 
 def test_a_refused_chunk_leaves_what_came_before(stage: Any) -> None:
-    staging, values = stage(), np.ones(SIZE, np.float32)
-    add(staging, values, [(0, 100)])
+    gradient, values = stage(), np.ones(SIZE, np.float32)
+    add(gradient, values, [(0, 100)])
     with pytest.raises(InvalidRequestError):
-        add(staging, values, [(50, 150)])
-    add(staging, values, [(100, SIZE)])
-    staging.complete()
-    staging.settle()
-    assert staging.squared_norms() == [19.0, 9.0]
+        add(gradient, values, [(50, 150)])
+    add(gradient, values, [(100, SIZE)])
+    gradient.complete()
+    gradient.settle()
+    assert gradient.squared_norms() == [19.0, 9.0]
 
 
-def test_the_chunks_of_a_replay_are_dropped_unread(stage: Any) -> None:
-    staging = stage(replay=True)
-    staging.add(2**63, 5, np.zeros(3, np.uint8))
-    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
+def test_without_sums_no_element_is_looked_at(stage: Any) -> None:
+    gradient, values = stage(sums=False), np.full(SIZE, np.nan, np.float32)
+    add(gradient, values, [(0, 100), (100, SIZE)])
+    gradient.complete()
+    assert (gradient.squared_norms(), gradient.non_finite_count) == ([0.0, 0.0], 0)
+
+
+def test_a_chunk_that_is_popped_is_forgotten_and_counts_as_sent(stage: Any) -> None:
+    """A step that is applied as it arrives keeps no chunk, and its norm is of all of them."""
+    gradient, values = stage(), np.ones(SIZE, np.float32)
+    assert gradient.pop() is None
+    for start, end in ((100, SIZE), (0, 100)):
+        add(gradient, values, [(start, end)])
+        chunk = gradient.pop()
+        assert (chunk.offset, chunk.end, len(chunk.gradient)) == (start, end, end - start)
+        assert gradient.pop() is None
+    gradient.complete()
+    assert gradient.squared_norms() == [19.0, 9.0]
+    assert list(gradient.drain([(0, SIZE)])) == [(0, SIZE, None)]
+    with pytest.raises(InvalidRequestError, match="overlaps"):
+        add(gradient, values, [(50, 60)])
 
 
 def test_closing_twice_gives_the_memory_back_once(stage: Any) -> None:
-    staging = stage()
+    gradient = stage()
     assert stage.budget.reserved_bytes == 1000
-    add(staging, np.ones(SIZE, np.float32), [(0, SIZE)])
-    staging.close()
-    staging.close()
+    add(gradient, np.ones(SIZE, np.float32), [(0, SIZE)])
+    gradient.close()
+    gradient.close()
     assert stage.budget.reserved_bytes == 0
-    assert list(staging.drain([(0, SIZE)])) == [(0, SIZE, None)]
+    assert list(gradient.drain([(0, SIZE)])) == [(0, SIZE, None)]
 
 
 def in_blocks(values: np.ndarray) -> np.ndarray:
@@ -325,33 +338,33 @@ def test_chunks_of_blocks_are_staged_as_what_they_decode_to(stage: Any) -> None:
     values = np.random.default_rng(6).standard_normal(SIZE).astype(np.float32)
     payload, norms = in_blocks(values), []
     for cut in (SIZE, 256):
-        staging = stage(dtype=INT8)
+        gradient = stage(dtype=INT8)
         for low, high in [(cut, SIZE), (0, cut)]:
             if low < high:
-                staging.add(low, high - low, payload[low // 256 * 260 : -(-high // 256) * 260])
-        staging.complete()
-        norms.append(staging.squared_norms())
-        assert staging.non_finite_count == 0
-        staging.close()
+                gradient.add(low, high - low, payload[low // 256 * 260 : -(-high // 256) * 260])
+        gradient.complete()
+        norms.append(gradient.squared_norms())
+        assert gradient.non_finite_count == 0
+        gradient.close()
     decoded = decode_blocks(payload.view(INT8), SIZE).astype(np.float64)
     assert norms[0] == norms[1] == pytest.approx([(decoded[:19] ** 2).sum(), (decoded[256:] ** 2).sum()], rel=1e-12)
 
 
 @pytest.mark.parametrize("offset", [1, 4, 255, 257, 260])
 def test_a_chunk_that_starts_within_a_block_is_refused(stage: Any, offset: int) -> None:
-    staging = stage(dtype=INT8)
+    gradient = stage(dtype=INT8)
     with pytest.raises(
         InvalidRequestError, match="starts at no multiple of 256, where a block of int8 does"
     ) as refused:
-        staging.add(offset, 1, np.zeros(260, np.uint8))
+        gradient.add(offset, 1, np.zeros(260, np.uint8))
     assert refused.value.metadata == {"field": "chunk", "offset": str(offset), "end": str(offset + 1)}
-    staging.add(0, 256, np.zeros(260, np.uint8))
+    gradient.add(0, 256, np.zeros(260, np.uint8))
 
 
 def test_a_block_that_is_not_finite_is_counted_from_its_first_element(stage: Any) -> None:
     values = np.ones(SIZE, np.float32)
     values[260] = np.nan
-    staging = stage(dtype=INT8)
-    staging.add(0, SIZE, in_blocks(values))
-    staging.complete()
-    assert (staging.non_finite_count, staging.first_non_finite) == (9, 256)
+    gradient = stage(dtype=INT8)
+    gradient.add(0, SIZE, in_blocks(values))
+    gradient.complete()
+    assert (gradient.non_finite_count, gradient.first_non_finite) == (9, 256)

@@ -1,4 +1,4 @@
-"""Properties of a step: how a gradient was cut, ordered, grouped or interrupted changes no bit of the outcome."""
+"""Properties of a step: how a gradient was cut, ordered, grouped or interrupted changes no bit of the result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW, Lion, Optimizer, R
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.wire.messages import optimizer_to_wire
 from stepwire_server.config import ServerConfig
-from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.rpc.decode_config import decode_session_config
 from stepwire_server.rpc.decode_step import decode_step_request
 from stepwire_server.sessions.session import Session
+from tests.server.session_driver import RecordingWriter, everything, load, make_session, stage
 
 OPTIMIZERS: list[Optimizer] = [
     Adam(weight_decay=0.01),
@@ -30,21 +30,41 @@ OPTIMIZERS: list[Optimizer] = [
 ]
 LAYERWISE: list[Optimizer] = [LAMB(weight_decay=0.01), LARS(weight_decay=0.01)]
 CLIPPED = optimizer_pb2.GradientTreatment(clip_grad_norm=0.5, clip_grad_value=0.004)
+PRECISIONS = ["FLOAT32", "BFLOAT16_MOMENTS", "INT8_MOMENTS"]
 STEPS = 3
 MAX_BYTES = 1 << 20
 
 
-class Sink:
-    def __init__(self, size: int) -> None:
-        self.values = np.full(size, np.nan, np.float32)
-
-    def buffer(self, offset: int, count: int) -> np.ndarray:
-        return self.values[offset : offset + count]
-
-    def flush(self) -> None: ...
+def served(optimizer: Optimizer, precisions: Sequence[str]) -> list[str]:
+    """Return the precisions that an optimizer's slots may be held in: some slots are not held in 8 bits."""
+    in_8_bits = not (getattr(optimizer, "centered", False) or getattr(optimizer, "amsgrad", False))
+    return [name for name in precisions if in_8_bits or name != "INT8_MOMENTS"]
 
 
-@pytest.fixture(scope="module", params=["numpy", "numba"])
+def engines(optimizers: Sequence[Optimizer], precisions: Sequence[str]) -> pytest.MarkDecorator:
+    """Try every optimizer in every precision on NumPy, and every optimizer and every precision on Numba.
+
+    A kernel of Numba takes longer to compile than all steps of a test take. So each optimizer has one precision there,
+    the same in every test of the same precisions.
+    """
+    cases = [("numpy", each, precision) for each in optimizers for precision in served(each, precisions)]
+    for turn, optimizer in enumerate(optimizers):
+        choice = served(optimizer, precisions)
+        cases.append(("numba", optimizer, choice[-1 - turn % len(choice)]))
+    named = [
+        pytest.param(
+            engine,
+            optimizer,
+            precision,
+            marks=pytest.mark.slow if engine == "numba" else (),
+            id=f"{engine}-{optimizer.rule}-{precision}",
+        )
+        for engine, optimizer, precision in cases
+    ]
+    return pytest.mark.parametrize(("engine", "optimizer", "precision"), named, indirect=["engine"])
+
+
+@pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[CpuEngine]:
     made = CpuEngine(2, use_numba=request.param == "numba")
     yield made
@@ -62,49 +82,38 @@ def session(engine: CpuEngine, optimizer: Optimizer, counts: Sequence[int], grou
         initialization=session_pb2.INITIALIZATION_ZEROS,
         **more,
     )
-    plan = decode_session_config(config, ServerConfig())
-    made = Session("0" * 32, plan, engine, MemoryBudget(1 << 30), epoch=1, clock=lambda: 0.0)
-    made.token = made.take_slot()
-    return made
+    return make_session(decode_session_config(config, ServerConfig()), engine)
 
 
 def place(made: Session, values: np.ndarray) -> np.ndarray:
     """Put the elements of all tensors, one after another, where they lie in the session's space."""
-    space, done = np.zeros(made.plan.layout.size, np.float32), 0
-    for tensor in made.plan.layout.tensors:
+    space, done = np.zeros(made.config.layout.size, np.float32), 0
+    for tensor in made.config.layout.tensors:
         space[tensor.offset : tensor.end] = values[done : done + tensor.count]
         done += tensor.count
     return space
 
 
 def gather(made: Session, space: np.ndarray) -> np.ndarray:
-    return np.concatenate([space[tensor.offset : tensor.end] for tensor in made.plan.layout.tensors])
+    return np.concatenate([space[tensor.offset : tensor.end] for tensor in made.config.layout.tensors])
 
 
-def take(made: Session, gradient: np.ndarray, chunks: Sequence[tuple[int, int]], **begin):
-    """Take one step with chunks in the order given; return the parameters and the record."""
+def apply_step(made: Session, gradient: np.ndarray, chunks: Sequence[tuple[int, int]], **begin):
+    """Apply one step with chunks in the order given; return the parameters and the result."""
     number = made.ledger.applied_step + 1
-    request = decode_step_request(step_pb2.StepBegin(step=number, **begin), made.plan, MAX_BYTES)
-    staging = made.begin(request, made.token)
-    space, sink = place(made, gradient), Sink(made.plan.layout.size)
-    for low, high in chunks:
-        staging.add(low, high - low, space[low:high].view(np.uint8))
-    record = made.commit(request, staging, made.token, sink, 0.0)
-    staging.close()
-    return gather(made, sink.values), record
+    request = decode_step_request(step_pb2.StepBegin(step=number, **begin), made.config, MAX_BYTES)
+    writer = RecordingWriter(made.config.layout.size, np.dtype(np.float32))
+    with stage(made, request, place(made, gradient), chunks) as step:
+        result = made.commit(step, writer)
+    return gather(made, writer.values), result
 
 
 def whole(made: Session) -> list[tuple[int, int]]:
-    return [(0, made.plan.layout.size)]
+    return [(0, made.config.layout.size)]
 
 
 def slots_of(made: Session) -> dict[str, bytes]:
-    values = {}
-    for slot in made.slots:
-        out = np.empty(made.plan.layout.size, np.float32)
-        made.read(made.snapshot(), slot, 0, out)
-        values[slot] = gather(made, out).tobytes()
-    return values
+    return {slot: gather(made, values).tobytes() for slot, values in everything(made)[1].items()}
 
 
 def gradients(seed: int, size: int) -> np.ndarray:
@@ -117,8 +126,7 @@ def cut(cuts: Sequence[int], size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *LAYERWISE], ids=lambda optimizer: optimizer.rule)
-@pytest.mark.parametrize("precision", ["FLOAT32", "BFLOAT16_MOMENTS"])
+@engines([*OPTIMIZERS, *LAYERWISE], PRECISIONS[:2])
 def test_chunks_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision: str) -> None:
     more = {"gradient": CLIPPED, "state_precision": f"STATE_PRECISION_{precision}"}
 
@@ -127,21 +135,20 @@ def test_chunks_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision
     def holds(cuts, random, seed) -> None:
         one, other = (session(engine, optimizer, [700, 1, 130], [0, 0, 1], **more) for _ in range(2))
         for gradient in gradients(seed, 831):
-            pieces = cut(cuts, other.plan.layout.size)
-            random.shuffle(pieces)
-            expected, record = take(one, gradient, whole(one))
-            got, record_of_pieces = take(other, gradient, pieces, reply_chunk_bytes=4096)
+            ranges = cut(cuts, other.config.layout.size)
+            random.shuffle(ranges)
+            expected, result = apply_step(one, gradient, whole(one))
+            got, result_of_ranges = apply_step(other, gradient, ranges, reply=step_pb2.ReplyOptions(chunk_bytes=4096))
             assert got.tobytes() == expected.tobytes()
-            assert record_of_pieces.grad_norm == record.grad_norm
-            assert record_of_pieces.clip_coefficient == record.clip_coefficient
-            assert [group.grad_norm for group in record_of_pieces.groups] == [g.grad_norm for g in record.groups]
+            assert result_of_ranges.grad_norm == result.grad_norm
+            assert result_of_ranges.clip_coefficient == result.clip_coefficient
+            assert [group.grad_norm for group in result_of_ranges.groups] == [g.grad_norm for g in result.groups]
         assert slots_of(other) == slots_of(one)
 
     holds()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.rule)
-@pytest.mark.parametrize("precision", ["FLOAT32", "BFLOAT16_MOMENTS"])
+@engines(OPTIMIZERS, PRECISIONS[:2])
 def test_tensors_and_groups_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision: str) -> None:
     more = {"gradient": CLIPPED, "state_precision": f"STATE_PRECISION_{precision}"}
 
@@ -153,37 +160,32 @@ def test_tensors_and_groups_change_no_bit(engine: CpuEngine, optimizer: Optimize
         one = session(engine, optimizer, [900], [0], **more)
         split = session(engine, optimizer, counts, groups, **more)
         for gradient in gradients(seed, 900):
-            expected, record = take(one, gradient, whole(one))
-            got, split_record = take(split, gradient, whole(split))
+            expected, result = apply_step(one, gradient, whole(one))
+            got, split_result = apply_step(split, gradient, whole(split))
             assert got.tobytes() == expected.tobytes()
-            assert split_record.grad_norm == record.grad_norm
-            assert split_record.clip_coefficient == record.clip_coefficient
+            assert split_result.grad_norm == result.grad_norm
+            assert split_result.clip_coefficient == result.clip_coefficient
         assert slots_of(split) == slots_of(one)
 
     holds()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.rule)
-def test_sessions_change_no_bit(engine: CpuEngine, optimizer: Optimizer) -> None:
-    more = {"state_precision": "STATE_PRECISION_BFLOAT16_MOMENTS"}
+@engines(OPTIMIZERS, PRECISIONS[:2])
+def test_sessions_change_no_bit(engine: CpuEngine, optimizer: Optimizer, precision: str) -> None:
+    """No norm is clipped, since each session has its own."""
+    limited = optimizer_pb2.GradientTreatment(clip_grad_value=0.004)
+    more = {"gradient": limited, "state_precision": f"STATE_PRECISION_{precision}"}
     one, left, right = (session(engine, optimizer, [count], [0], **more) for count in (900, 333, 567))
     for gradient in gradients(5, 900):
-        expected, _ = take(one, gradient, whole(one))
-        parts = [take(left, gradient[:333], whole(left))[0], take(right, gradient[333:], whole(right))[0]]
+        expected, _ = apply_step(one, gradient, whole(one))
+        parts = [apply_step(left, gradient[:333], whole(left))[0], apply_step(right, gradient[333:], whole(right))[0]]
         assert np.concatenate(parts).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *LAYERWISE], ids=lambda optimizer: optimizer.rule)
-@pytest.mark.parametrize("precision", ["FLOAT32", "BFLOAT16_MOMENTS", "INT8_MOMENTS"])
+@engines([*OPTIMIZERS, *LAYERWISE], PRECISIONS)
 def test_state_pulled_and_loaded_continues_as_if_nothing_had_happened(
     engine: CpuEngine, optimizer: Optimizer, precision: str
 ) -> None:
-    if (
-        precision == "INT8_MOMENTS"
-        and optimizer.rule in ("rmsprop", "adam")
-        and (getattr(optimizer, "centered", False) or getattr(optimizer, "amsgrad", False))
-    ):
-        pytest.skip("these keep a slot that 8 bits do not hold")
     treatment = optimizer_pb2.GradientTreatment(
         accumulation_steps=2,
         parameter_average_decay=0.9,
@@ -194,25 +196,18 @@ def test_state_pulled_and_loaded_continues_as_if_nothing_had_happened(
     counts, groups = [5000, 17, 300], [0, 0, 1]
     straight = session(engine, optimizer, counts, groups, **more)
     for gradient in gradients(7, 5317):
-        take(straight, gradient, whole(straight))
+        apply_step(straight, gradient, whole(straight))
     resumed = session(engine, optimizer, counts, groups, **more)
     copy(straight, resumed)
     for gradient in gradients(8, 5317):
-        expected, record = take(straight, gradient, whole(straight))
-        got, resumed_record = take(resumed, gradient, whole(resumed))
+        expected, result = apply_step(straight, gradient, whole(straight))
+        got, resumed_result = apply_step(resumed, gradient, whole(resumed))
         assert got.tobytes() == expected.tobytes()
-        assert resumed_record == record
+        assert resumed_result == result
     assert slots_of(resumed) == slots_of(straight)
 
 
 def copy(source: Session, target: Session) -> None:
     """Pull everything out of one session and load it into another, as a client would."""
-    snapshot = source.snapshot()
-    staged, room = target.stage_load(target.slots)
-    for slot in source.slots:
-        values = np.empty(source.plan.layout.size, np.float32)
-        source.read(snapshot, slot, 0, values)
-        staged.write(slot, 0, values)
-    steps = list(snapshot.tensor_steps)
-    assert target.commit_load(staged, target.slots, target.token, 1, snapshot.step, steps, snapshot.loss_scale)
-    room.release()
+    snapshot, slots = everything(source)
+    assert load(target, slots, snapshot)

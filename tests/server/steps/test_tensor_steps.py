@@ -1,4 +1,4 @@
-"""Adam's t, range by range."""
+"""Adam's t, segment by segment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import LAMB, Adam
-from stepwire_server.records.step_result import GroupResult, StepResult
+from stepwire_server.records.step_result import GroupResult, StepResult, StepTimes
 from stepwire_server.rules import Precision
 from stepwire_server.steps.tensor_steps import CountedSegment, TensorSteps
 from tests.server.configs import make_config
@@ -21,12 +21,12 @@ SPECS = (
     TensorSpec("e", (5,), 1),
 )
 NUMBERS = tuple(Adam(lr=0.1 * group).hyperparameters() for group in (1, 2, 3))
-PLAN = make_config(*SPECS, groups=NUMBERS)
+CONFIG = make_config(*SPECS, groups=NUMBERS)
 ABSENT = st.frozensets(st.integers(0, 4))
 
 
-def spans(progress: TensorSteps) -> list[tuple[int, int]]:
-    return [(run.start, run.end) for run in progress.runs(PLAN.active)]
+def ranges(steps: TensorSteps) -> list[tuple[int, int]]:
+    return [(segment.start, segment.end) for segment in steps.segments(CONFIG.active)]
 
 
 @pytest.mark.parametrize(
@@ -39,51 +39,53 @@ def spans(progress: TensorSteps) -> list[tuple[int, int]]:
         ([4, 5, 4, 4, 4], [(0, 3), (3, 5), (5, 9), (256, 261)]),
     ],
 )
-def test_neighbours_of_one_group_with_the_same_t_are_one_run(steps: list[int], expected: list[tuple[int, int]]) -> None:
+def test_neighbours_of_one_group_with_the_same_t_are_one_segment(
+    steps: list[int], expected: list[tuple[int, int]]
+) -> None:
     """An empty tensor between them is no boundary; a group's end always is."""
-    assert spans(TensorSteps(PLAN, steps)) == expected
+    assert ranges(TensorSteps(CONFIG, steps)) == expected
 
 
 @given(st.lists(st.integers(0, 50), min_size=5, max_size=5), st.integers(0, 20))
 def test_every_tensor_counts_from_where_it_was(steps: list[int], updates: int) -> None:
-    progress = TensorSteps(PLAN, steps)
+    counted = TensorSteps(CONFIG, steps)
     for _ in range(updates):
-        progress.advance(PLAN.active)
-    assert progress.tensor_steps() == tuple(step + updates for step in steps)
-    assert progress.group_steps()[:2] == [max(steps[:4]) + updates, steps[4] + updates]
-    for run in progress.runs(PLAN.active):
-        (tensor,) = [t for t in PLAN.layout.tensors if t.offset == run.start and t.count]
-        t = steps[PLAN.layout.tensors.index(tensor)] + updates + 1
-        assert (run.group, run.t) == (tensor.spec.group, t)
+        counted.advance(CONFIG.active)
+    assert counted.tensor_steps() == tuple(step + updates for step in steps)
+    assert counted.group_steps()[:2] == [max(steps[:4]) + updates, steps[4] + updates]
+    for segment in counted.segments(CONFIG.active):
+        (tensor,) = [t for t in CONFIG.layout.tensors if t.offset == segment.start and t.count]
+        t = steps[CONFIG.layout.tensors.index(tensor)] + updates + 1
+        assert (segment.group, segment.t) == (tensor.spec.group, t)
 
 
 @given(st.lists(st.integers(0, 9), min_size=5, max_size=5), st.lists(ABSENT, max_size=12))
 def test_tensors_that_were_left_out_keep_their_t(steps: list[int], absences: list[frozenset[int]]) -> None:
     """Whatever was left out in each update; held against a count for each tensor."""
-    progress, counts = TensorSteps(PLAN, steps), list(steps)
+    counted, counts = TensorSteps(CONFIG, steps), list(steps)
     for absent in absences:
-        active = PLAN.without(absent)
-        found = {at: run for run in progress.runs(active) for at in range(run.start, run.end)}
-        for index, tensor in enumerate(PLAN.layout.tensors):
+        active = CONFIG.without(absent)
+        found = {at: segment for segment in counted.segments(active) for at in range(segment.start, segment.end)}
+        for index, tensor in enumerate(CONFIG.layout.tensors):
             here = [found.get(at) for at in range(tensor.offset, tensor.end)]
             wanted = None if index in absent else (tensor.spec.group, counts[index] + 1)
-            assert all((run and (run.group, run.t)) == wanted for run in here)
-        progress.advance(active)
+            assert all((segment and (segment.group, segment.t)) == wanted for segment in here)
+        counted.advance(active)
         counts = [count + (index not in absent) for index, count in enumerate(counts)]
-        assert progress.tensor_steps() == tuple(counts)
-        assert progress.group_steps() == [max(counts[:4]), counts[4], 0]
+        assert counted.tensor_steps() == tuple(counts)
+        assert counted.group_steps() == [max(counts[:4]), counts[4], 0]
 
 
-def test_asking_for_runs_counts_nothing() -> None:
-    progress = TensorSteps(PLAN, [1, 2, 3, 4, 5])
+def test_asking_for_segments_counts_nothing() -> None:
+    counted = TensorSteps(CONFIG, [1, 2, 3, 4, 5])
     for absent in (frozenset({0}), frozenset[int](), frozenset({1, 4})):
-        progress.runs(PLAN.without(absent))
-        assert progress.tensor_steps() == (1, 2, 3, 4, 5)
+        counted.segments(CONFIG.without(absent))
+        assert counted.tensor_steps() == (1, 2, 3, 4, 5)
 
 
-def test_a_layerwise_rule_has_a_run_a_tensor() -> None:
+def test_a_layerwise_rule_has_a_segment_a_tensor() -> None:
     config = make_config(*SPECS, optimizer=LAMB(), groups=(LAMB().hyperparameters(),) * 3)
-    assert TensorSteps(config, [4] * 5).runs(config.active) == [
+    assert TensorSteps(config, [4] * 5).segments(config.active) == [
         CountedSegment(0, 3, 0, 5),
         CountedSegment(3, 5, 0, 5),
         CountedSegment(5, 9, 0, 5),
@@ -91,15 +93,15 @@ def test_a_layerwise_rule_has_a_run_a_tensor() -> None:
     ]
 
 
-def test_runs_end_where_eight_bits_begin() -> None:
+def test_segments_end_where_eight_bits_begin() -> None:
     specs = [TensorSpec(name, (count,)) for name, count in (("a", 3), ("b", 4), ("c", 4352), ("d", 5), ("e", 6))]
     config = make_config(*specs, precision=Precision.INT8)
-    spans = [(run.start, run.end) for run in TensorSteps(config, [0] * 5).runs(config.active)]
-    assert spans == [(0, 7), (256, 4608), (4608, 4619)]
+    ranges = [(segment.start, segment.end) for segment in TensorSteps(config, [0] * 5).segments(config.active)]
+    assert ranges == [(0, 7), (256, 4608), (4608, 4619)]
 
 
-def test_a_replayed_record_differs_in_saying_so() -> None:
-    record = StepResult(4, 1, True, 1.5, 2, (GroupResult(1.5, NUMBERS[0], 3),), 0.1, 0.2, 0.3)
-    assert not record.replayed
-    assert record.replay() == record._replace(replayed=True)
-    assert record.replay().replay() == record.replay()
+def test_a_replayed_result_differs_in_saying_so() -> None:
+    result = StepResult(4, 1, True, 1.5, 2, (GroupResult(1.5, NUMBERS[0], 3),), StepTimes(0.1, 0.2, 0.3))
+    assert not result.replayed
+    assert result.replay() == result._replace(replayed=True)
+    assert result.replay().replay() == result.replay()

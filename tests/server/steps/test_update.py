@@ -1,4 +1,4 @@
-"""The numbers of one update: which learning rate, which recipe, which scalars, and the trust ratio of each tensor."""
+"""The numbers of one update, its way through the state, and the trust ratio of each tensor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import CpuEngine
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import Decay, Precision, Recipe
-from stepwire_server.steps.gradient import GradientStaging
+from stepwire_server.steps.gradient import StagedGradient
 from stepwire_server.steps.tensor_steps import CountedSegment, TensorSteps
 from stepwire_server.steps.update import (
     SegmentPass,
-    between,
+    Update,
     effective_groups,
     gradient_factor,
     passes,
@@ -58,7 +58,7 @@ def test_a_steps_own_learning_rate_comes_before_the_schedules() -> None:
     assert [numbers.lr for numbers in effective] == [0.5, 0.125]
 
 
-def test_without_schedules_the_orders_numbers_are_used_as_they_are() -> None:
+def test_without_schedules_the_requests_numbers_are_used_as_they_are() -> None:
     wanted = request(TWO)
     assert effective_groups(make_config(SPEC, groups=TWO), wanted, (3, 3)) is wanted.groups
 
@@ -115,27 +115,92 @@ def test_scalars_come_in_the_recipes_order() -> None:
     treatment = GradientTreatment(clip_grad_value=0.5, parameter_average_decay=0.75)
     config = make_config(SPEC, optimizer=AdamW(lr=0.5, weight_decay=0.25), treatment=treatment)
     hyper = config.groups[0].replace({"maximize": True})
-    (run,) = passes(config, [hyper], [CountedSegment(0, 4, 0, 7)], 0.125, [0.0625])
-    named = dict(zip(run.step.recipe.scalars, run.step.scalars, strict=True))
+    (segment,) = passes(config, [hyper], [CountedSegment(0, 4, 0, 7)], 0.125, [0.0625])
+    named = dict(zip(segment.step.recipe.scalars, segment.step.scalars, strict=True))
     assert (named["factor"], named["clip"], named["limit"]) == (-0.125, 0.0625, 0.5)
     assert (named["decay_scalar"], named["average_rate"]) == (1 - 0.5 * 0.25, 0.25)
-    assert run.step.scalars[5:] == config.rule.scalars(hyper, 7)
-    assert (run.start, run.end, run.group, run.step.seed) == (0, 4, 0, 7)
+    assert segment.step.scalars[5:] == config.rule.scalars(hyper, 7)
+    assert (segment.start, segment.end, segment.group, segment.step.seed) == (0, 4, 0, 7)
 
 
-def test_each_run_has_the_numbers_of_its_group_and_its_t() -> None:
+def test_each_segment_has_the_numbers_of_its_group_and_its_t() -> None:
     config = make_config(SPEC, groups=TWO)
-    runs = [CountedSegment(0, 4, 0, 3), CountedSegment(256, 300, 1, 8)]
-    first, second = passes(config, TWO, runs, 1.0, [0.5, 0.25])
+    segments = [CountedSegment(0, 4, 0, 3), CountedSegment(256, 300, 1, 8)]
+    first, second = passes(config, TWO, segments, 1.0, [0.5, 0.25])
     assert first.step.scalars == (1.0, 0.5, *config.rule.scalars(TWO[0], 3))
     assert second.step.scalars == (1.0, 0.25, *config.rule.scalars(TWO[1], 8))
 
 
-@given(st.lists(st.integers(0, 60), unique=True, max_size=12).map(sorted), st.integers(0, 60), st.integers(1, 60))
-def test_the_runs_of_a_range_are_those_that_share_elements_with_it(edges: list[int], low: int, count: int) -> None:
-    high = low + count
-    runs = [SegmentPass(*span, 0, None) for span in zip(edges[::2], edges[1::2], strict=False)]  # type: ignore[arg-type]
-    assert list(between(runs, low, high)) == [run for run in runs if max(run.start, low) < min(run.end, high)]
+class Done:
+    """Work that is done, and its sums."""
+
+    def __init__(self, *sums: float) -> None:
+        self._sums = sums
+
+    def wait(self) -> tuple[float, ...]:
+        return self._sums
+
+
+class Arrays:
+    """The calls of an update, element by element: `(group, chunk element)` that stepped it; None for a mere read.
+
+    Attributes:
+        calls: of each element that was touched.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Any] = {}
+
+    def update(self, group: Any, start: int, gradient: Any, begin: int, end: int, out: Any) -> Done:
+        for index in range(end - begin):
+            assert start + index not in self.calls
+            self.calls[start + index] = (group, begin + index)
+            if out is not None:
+                out[index] = start + index
+        return Done(float(end - begin), 1.0)
+
+    def read(self, slot: str, start: int, out: Any) -> Done:
+        for index in range(len(out)):
+            assert (slot, start + index not in self.calls) == ("param", True)
+            self.calls[start + index] = None
+            out[index] = start + index
+        return Done()
+
+
+EDGES = st.lists(st.integers(0, 60), unique=True, max_size=12).map(sorted)
+
+
+@given(EDGES, st.integers(0, 60), st.integers(1, 60), st.integers(0, 9), st.booleans())
+def test_an_update_steps_each_element_of_a_range_by_its_segment_and_reads_the_others(
+    edges: list[int], low: int, count: int, before: int, replies: bool
+) -> None:
+    """Held against each element's own segment; `before` is the part of the chunk in front of the range."""
+    high, offset = low + count, low - min(before, low)
+    segments = [
+        SegmentPass(start, end, group, group)  # type: ignore[arg-type]
+        for group, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=False))
+    ]
+    arrays, out = Arrays(), np.full(count, -1) if replies else None
+    update = Update(arrays, segments, len(segments))  # type: ignore[arg-type]
+    work = update.apply("chunk", offset, low, high, out)  # type: ignore[arg-type]
+    expected: dict[int, Any] = dict.fromkeys(range(low, high)) if replies else {}
+    for start, end, group, _ in segments:
+        expected |= {at: (group, at - offset) for at in range(max(start, low), min(end, high))}
+    assert arrays.calls == expected
+    assert out is None or out.tolist() == list(range(low, high))
+    touched = [part for part in segments if max(part.start, low) < min(part.end, high)]
+    assert len(work) >= len(touched)
+    norms = [[max(min(part.end, high) - max(part.start, low), 0), 1] if part in touched else [] for part in segments]
+    assert update.norms() == [[math.sqrt(value) for value in columns] for columns in norms]
+
+
+def test_a_range_that_nobody_sent_goes_back_as_it_is() -> None:
+    arrays, out = Arrays(), np.full(5, -1)
+    update = Update(arrays, [SegmentPass(0, 20, 0, 0)], 1)  # type: ignore[arg-type]
+    assert len(update.apply(None, 0, 3, 8, out)) == 1
+    assert (arrays.calls, out.tolist()) == (dict.fromkeys(range(3, 8)), [3, 4, 5, 6, 7])
+    assert update.norms() == [[]]
+    assert update.apply(None, 0, 8, 9, None) == []
 
 
 # --- trust ratios ---------------------------------------------------------------------------------------------
@@ -152,14 +217,13 @@ def test_each_tensor_of_a_layerwise_rule_has_a_ratio_of_its_own(optimizer: Any, 
     params[9:] = 0.0
     gradient = np.random.default_rng(2).standard_normal(12).astype(np.float32)
     state.write("param", 0, params)
-    wanted = request(config.groups)
     room = MemoryBudget(100).reserve(1, "it")
-    staging = GradientStaging(wanted, config.active, state, room, unscale=1.0, replay=False)
+    staged = StagedGradient(FLOAT32, config.active, state, room, unscale=1.0)
     edges = [0, *cuts, 12]
     for start, end in zip(edges, edges[1:], strict=False):
-        staging.add(start, end - start, np.frombuffer(gradient[start:end].tobytes(), np.uint8))
-    runs = TensorSteps(config, [0] * 3).runs(config.active)
-    steps = trusted(passes(config, config.groups, runs, 1.0, [1.0]), config.groups, staging, state)
+        staged.add(start, end - start, np.frombuffer(gradient[start:end].tobytes(), np.uint8))
+    segments = TensorSteps(config, [0] * 3).segments(config.active)
+    steps = trusted(passes(config, config.groups, segments, 1.0, [1.0]), config.groups, staged, state)
     hyper = config.groups[0]
     p, g = params.astype(np.float64), gradient.astype(np.float64)
     ratios = []
@@ -170,8 +234,8 @@ def test_each_tensor_of_a_layerwise_rule_has_a_ratio_of_its_own(optimizer: Any, 
         else:  # optax.lars: the trust ratio of g + λ·p
             norms = np.linalg.norm(p[start:end]), np.linalg.norm((g + hyper.weight_decay * p)[start:end])
         ratios.append(1.0 if 0.0 in norms else optimizer.trust_coefficient * norms[0] / norms[1])
-    assert [run.step.scalars[-1] for run in steps] == pytest.approx(ratios, rel=1e-6)
-    assert [(run.start, run.end) for run in steps] == [(0, 5), (5, 9), (9, 12)]
+    assert [segment.step.scalars[-1] for segment in steps] == pytest.approx(ratios, rel=1e-6)
+    assert [(segment.start, segment.end) for segment in steps] == [(0, 5), (5, 9), (9, 12)]
     held = np.empty(12, np.float32)
     state.read("param", 0, held).wait()
     assert held.tobytes() == params.tobytes(), "measuring changes nothing"
@@ -180,6 +244,6 @@ def test_each_tensor_of_a_layerwise_rule_has_a_ratio_of_its_own(optimizer: Any, 
 def test_rules_that_are_not_layerwise_need_no_ratio() -> None:
     config = make_config(SPEC, optimizer=SGD(lr=0.5))
     assert config.rule.direction is None
-    (run,) = passes(config, config.groups, [CountedSegment(0, 4, 0, 1)], 1.0, [1.0])
-    assert len(run.step.scalars) == len(run.step.recipe.scalars)
-    assert math.prod(run.step.scalars[:2]) == 1.0
+    (segment,) = passes(config, config.groups, [CountedSegment(0, 4, 0, 1)], 1.0, [1.0])
+    assert len(segment.step.scalars) == len(segment.step.recipe.scalars)
+    assert math.prod(segment.step.scalars[:2]) == 1.0

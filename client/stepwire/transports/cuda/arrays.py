@@ -1,4 +1,4 @@
-"""A session's tensors in memory shared on one GPU: views for its libraries, and copies for arrays of the host.
+"""A session's tensors in memory shared on one GPU: views for GPU libraries, and copies for arrays of the host.
 
 Unverified on a GPU.
 """
@@ -12,16 +12,15 @@ import numpy.typing as npt
 
 from stepwire.arrays.packing import Flat, Packer
 from stepwire.layout import Placement
-from stepwire.steps.call import StepCall
-from stepwire.steps.shared import SharedArrays
 from stepwire.transports.cuda.memory import DeviceMemory, device_failures
 from stepwire.transports.cuda.views import DeviceView
+from stepwire.transports.shared import GradientSource, SharedArrays
 from stepwire.wire.dtypes import elements_within, wire_bytes, wire_items
 
 __all__ = ["DeviceArrays"]
 
-# Of what is copied at a time through memory of the host, which stays in the processor's cache.
-_PIECE_BYTES: Final = 4 << 20
+# The bytes of one copy through memory of the host, which stays in the processor's cache.
+_CHUNK_BYTES: Final = 4 << 20
 
 
 class DeviceArrays(SharedArrays):
@@ -36,11 +35,13 @@ class DeviceArrays(SharedArrays):
         """See `DeviceMemory.close`."""
         self._memory.close()
 
-    def _gradient_views(self) -> dict[str, Any]:
-        return {tensor.spec.name: self._gradient_view(tensor) for tensor in self._packer.layout.tensors}
+    def gradient_views(self) -> dict[str, Any]:
+        """Return views of the gradient on the device."""
+        return {tensor.spec.name: self._gradient_view(tensor) for tensor in self.packer.layout.tensors}
 
-    def _parameter_views(self) -> dict[str, Any]:
-        mapping, dtype = self._memory.required(), self._reply_dtype
+    def parameter_views(self) -> dict[str, Any]:
+        """Return views of the parameters on the device."""
+        mapping, dtype = self._memory.required(), self.reply_dtype
         return {
             tensor.spec.name: DeviceView(
                 mapping,
@@ -49,60 +50,60 @@ class DeviceArrays(SharedArrays):
                 dtype,
                 of_parameters=True,
             )
-            for tensor in self._packer.layout.tensors
+            for tensor in self.packer.layout.tensors
         }
 
-    def _private_views(self) -> dict[str, Any]:
-        """Return what others return too: nobody else sees this memory, and the next answer overwrites it."""
-        return self._parameter_views()
+    def private_views(self) -> dict[str, Any]:
+        """Return the views of `parameter_views`: this process alone sees them, and the next reply overwrites them."""
+        return self.parameter_views()
 
     def forget_writes(self) -> None:
-        """See `_private_views`."""
+        """See `private_views`."""
 
     def _gradient_view(self, tensor: Placement) -> DeviceView:
-        dtype = self._gradient_dtype
+        dtype = self.gradient_dtype
         return DeviceView(self._memory.required(), tensor.offset * dtype.itemsize, tensor.spec.shape, dtype)
 
-    def _write(self, call: StepCall) -> None:
-        """See `SharedArrays._write`; everything that was asked of the device is done when this returns."""
-        tensors = self._packer.layout.tensors
+    def write(self, source: GradientSource) -> None:
+        """See `SharedArrays.write`. The device has finished all its work when this call returns."""
+        tensors = self.packer.layout.tensors
         in_place = {
             index
-            for index, stand_in in call.on_device.items()
+            for index, stand_in in source.on_device.items()
             if stand_in.view.is_same(self._gradient_view(tensors[index]))
         }
-        call.bring(in_place)
+        source.bring(in_place)
         with device_failures():
             if in_place:
-                self._write_tensors(call, [index for index in range(len(tensors)) if index not in in_place])
+                self._write_tensors(source, [index for index in range(len(tensors)) if index not in in_place])
             else:
-                self._write_all(call)
+                self._write_all(source)
             self._memory.required().synchronize()
 
-    def _write_all(self, call: StepCall) -> None:
-        """Encode the whole gradient, a piece at a time."""
-        dtype, mapping = self._gradient_dtype, self._memory.required()
-        most = elements_within(dtype, _PIECE_BYTES)
-        for offset, count, parts in self._packer.chunks(most, dtype):
-            piece = np.empty(wire_items(dtype, count), dtype)
-            self._packer.write(call.gradients, parts, piece, offset, call.feedback)
-            mapping.write(wire_bytes(dtype, offset), piece)
+    def _write_all(self, source: GradientSource) -> None:
+        """Encode the whole gradient, a chunk at a time."""
+        dtype, mapping = self.gradient_dtype, self._memory.required()
+        most = elements_within(dtype, _CHUNK_BYTES)
+        for offset, count, ranges in self.packer.chunks(most, dtype):
+            chunk = np.empty(wire_items(dtype, count), dtype)
+            self.packer.write(source.gradients, ranges, chunk, offset, source.feedback)
+            mapping.write(wire_bytes(dtype, offset), chunk)
 
-    def _write_tensors(self, call: StepCall, indices: list[int]) -> None:
-        """Encode some tensors beside others that lie in their places; those without a gradient stay as they are."""
-        mapping, dtype = self._memory.required(), self._gradient_dtype
+    def _write_tensors(self, source: GradientSource, indices: list[int]) -> None:
+        """Encode some tensors; the others lie in their places, and those without a gradient stay as they are."""
+        mapping, dtype = self._memory.required(), self.gradient_dtype
         for index in indices:
-            tensor, values = self._packer.layout.tensors[index], call.gradients[index]
+            tensor, values = self.packer.layout.tensors[index], source.gradients[index]
             if len(values) == tensor.count:
                 with np.errstate(over="ignore"):  # as `Packer.write`
                     encoded = np.ascontiguousarray(values, dtype)
                 mapping.write(tensor.offset * dtype.itemsize, encoded)
 
-    def _read(self, targets: Flat) -> None:
-        """See `SharedArrays._read`; the server sends a step's result when its answer is there."""
-        dtype, mapping = self._reply_dtype, self._memory.required()
-        for offset, count, parts in self._packer.chunks(_PIECE_BYTES // dtype.itemsize, dtype):
-            piece: npt.NDArray[Any] = np.empty(count, dtype)
+    def read(self, targets: Flat) -> None:
+        """See `SharedArrays.read`. The server sends the result of a step once its reply lies in the memory."""
+        dtype, mapping = self.reply_dtype, self._memory.required()
+        for offset, count, ranges in self.packer.chunks(_CHUNK_BYTES // dtype.itemsize, dtype):
+            chunk: npt.NDArray[Any] = np.empty(count, dtype)
             with device_failures():
-                mapping.read(self._memory.parameters_at + offset * dtype.itemsize, piece)
-            self._packer.read(targets, parts, piece)
+                mapping.read(self._memory.parameters_at + offset * dtype.itemsize, chunk)
+            self.packer.read(targets, ranges, chunk)

@@ -1,8 +1,8 @@
-"""As much of CUDA as it takes to open memory of another process: the driver's own library, without CuPy or torch.
+"""The calls of CUDA that open memory of another process: the driver's own library, without CuPy or torch.
 
-`libcuda.so.1` comes with the NVIDIA driver and is what every CUDA program in a process shares. Work goes through the
-primary context of a device, which is the one that CuPy and torch use too: so one synchronisation waits for theirs, and
-an address that is opened here is an address to them. Unverified on a GPU.
+`libcuda.so.1` comes with the NVIDIA driver, and all CUDA programs in a process share it. Work goes through the primary
+context of a device, which CuPy and torch use too. So one synchronisation waits for their work, and an address that is
+opened here is an address to them. Unverified on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAZY_PEER_ACCESS: Final = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only fla
 
 
 class CudaFailure(Exception):
-    """A call of the driver failed, or there is no driver. Told to users by whoever asked for the call."""
+    """A call of the driver failed, or there is no driver. The caller translates the failure for users."""
 
 
 class _IpcMemHandle(ctypes.Structure):
@@ -35,13 +35,13 @@ class CudaDriver:
     """The driver of this process. Thread-safe."""
 
     def __init__(self, library: Any = None) -> None:
-        """Initialise the driver, which does no harm where others have.
+        """Initialise the driver; a second initialisation does no harm.
 
         Args:
             library: a stand-in; None to load the driver's.
 
         Raises:
-            CudaFailure: there is none, or it does not start.
+            CudaFailure: there is no driver, or it does not start.
         """
         if library is None:
             try:
@@ -55,7 +55,7 @@ class CudaDriver:
         """Call a function whose result is a status; arguments are instances of ctypes.
 
         Raises:
-            CudaFailure: it failed, or this driver has no such function.
+            CudaFailure: the call failed, or this driver has no such function.
         """
         try:
             function = getattr(self._library, name)
@@ -65,7 +65,7 @@ class CudaDriver:
             raise CudaFailure(f"{name} fails with {self._name_of(status)}")
 
     def uuids(self, index: int) -> tuple[bytes, ...]:
-        """Return what a visible device is known by, 16 bytes each: of a part of a GPU its own UUID, then the GPU's.
+        """Return the UUIDs of a visible device, 16 bytes each: a part of a GPU has its own UUID, and then the GPU's.
 
         Raises:
             CudaFailure: there is no such device.
@@ -97,7 +97,7 @@ class CudaDriver:
         )
 
     def any_context(self) -> bool:
-        """Tell whether somebody in this process uses a device already."""
+        """Tell whether this process uses a device already."""
         flags, active = ctypes.c_uint(), ctypes.c_int()
         for index in range(self._count()):
             self.call("cuDevicePrimaryCtxGetState", self._device(index), ctypes.byref(flags), ctypes.byref(active))
@@ -125,7 +125,7 @@ class PrimaryContext:
     """The primary context of one device, held until `close`. Thread-safe. Closes twice without complaint."""
 
     def __init__(self, driver: CudaDriver, device: ctypes.c_int) -> None:
-        """Take hold of it; the first in a process makes it, which takes some hundred megabytes of the device.
+        """Retain the context; the first in a process creates it, for some hundred megabytes of the device.
 
         Raises:
             CudaFailure: the device cannot be used.
@@ -137,10 +137,10 @@ class PrimaryContext:
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def open(self, handle: bytes) -> int:
-        """Map an allocation of another process; returns its address.
+        """Map an allocation of another process, and return its address.
 
         Raises:
-            CudaFailure: it cannot be mapped.
+            CudaFailure: the allocation cannot be mapped.
         """
         struct, address = _IpcMemHandle.from_buffer_copy(handle.ljust(_HANDLE_BYTES, b"\0")), ctypes.c_uint64()
         with self._current():
@@ -152,7 +152,7 @@ class PrimaryContext:
         """Undo `open`.
 
         Raises:
-            CudaFailure: it is not mapped.
+            CudaFailure: the address is not mapped.
         """
         with self._current():
             self._driver.call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
@@ -174,10 +174,10 @@ class PrimaryContext:
         self._copy("cuMemcpyDtoH_v2", ctypes.c_void_p(out.ctypes.data), ctypes.c_uint64(address), out.nbytes)
 
     def synchronize(self) -> None:
-        """Wait for all that anybody in this process has asked of the device through this context.
+        """Wait for all work of this process on the device through this context.
 
         Raises:
-            CudaFailure: some of it failed.
+            CudaFailure: some work failed.
         """
         with self._current():
             self._driver.call("cuCtxSynchronize")
@@ -204,10 +204,10 @@ class PrimaryContext:
 
 
 def load_library(*, only_if_loaded: bool = False) -> Any:
-    """Load the driver's library, or find it where something in this process has.
+    """Load the driver's library, or find the one that this process has loaded.
 
     Raises:
-        OSError: it is not there.
+        OSError: there is no such library.
     """
     return ctypes.CDLL(_LIBRARY, os.RTLD_NOW | os.RTLD_NOLOAD if only_if_loaded else ctypes.DEFAULT_MODE)
 

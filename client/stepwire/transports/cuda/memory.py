@@ -1,8 +1,8 @@
 """Memory of a GPU that a server on it shares: opened by CUDA IPC, checked, mapped. Unverified on a GPU.
 
-The server may free its memory only when nobody maps it any more, and a process that touches what is no longer mapped
-loses all that it has on its GPU. So the mapping ends with the last array that shows it, as that of shared memory does,
-and with the mapping the connection to the server: that is how the server knows, also of a process that dies.
+The server may free its memory only after the last mapping of it has ended: a process that touches unmapped memory loses
+all its work on the GPU. So the mapping ends with the last array that shows it, as a mapping of shared memory does. With
+the mapping ends the connection to the server, which tells the server, also of a process that dies.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class DeviceMapping:
     """An allocation of the server's in this process, until nobody refers to it. Thread-safe.
 
     Attributes:
-        address: on the device, where it begins.
-        nbytes: how much of it is used.
+        address: the address of its start on the device.
+        nbytes: the number of bytes in use.
     """
 
     def __init__(self, context: PrimaryContext, handle: bytes, nbytes: int, connection: socket.socket) -> None:
-        """Map it, and keep the connection until it is unmapped.
+        """Map the allocation, and keep the connection until it is unmapped.
 
         Raises:
-            CudaFailure: it cannot be mapped; context and connection are left as they are.
+            CudaFailure: the allocation cannot be mapped; context and connection are left as they are.
         """
         self.address: int = context.open(handle)
         self.nbytes = nbytes
@@ -91,17 +91,19 @@ class DeviceMapping:
 
 
 class DeviceMemory:
-    """The gradient's memory and the parameters' behind it. Closes twice without complaint; views keep what they show.
+    """The memory of the gradient, and behind it that of the parameters. Closes twice without complaint.
+
+    Views keep their content after the end.
 
     Attributes:
-        mapping: of both; it ends with the last reference.
-        gradient_dtype: of the session.
-        reply_dtype: of the session.
-        parameters_at: the byte where the parameters begin.
+        mapping: the mapping of both; it ends with the last reference.
+        gradient_dtype: the encoding of the gradient.
+        reply_dtype: the encoding of the parameters.
+        parameters_at: the byte at which the parameters begin.
     """
 
     def __init__(self, mapping: DeviceMapping, handoff: transport_pb2.Handoff) -> None:
-        """Take over what was mapped."""
+        """Use memory that was mapped."""
         self.mapping: DeviceMapping | None = mapping
         self.gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
         self.reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
@@ -111,7 +113,7 @@ class DeviceMemory:
         """Tell whether the server sees the same memory.
 
         Args:
-            ask: sends a pattern and returns what the server sees at the start of the parameters' memory.
+            ask: a function that sends a pattern, and returns the bytes that the server sees where the parameters begin.
 
         Raises:
             UnsupportedFeatureError: the device failed.
@@ -165,13 +167,13 @@ def fetch_device(handoff: transport_pb2.Handoff, size: int, timeout_seconds: flo
     """Fetch and map the device memory of a stream.
 
     Args:
-        handoff: of `AttachOpened`.
+        handoff: the handoff of `AttachOpened`.
         size: elements of the flat space.
-        timeout_seconds: of the conversation with the server; at most some seconds are used.
+        timeout_seconds: the time for the conversation with the server; at most some seconds are used.
 
     Raises:
-        UnsupportedFeatureError: CUDA cannot open it here; the message says why, and what to do.
-        StepwireError: the server's refusal, or that it cannot be reached, or that what it sent is not as it says.
+        UnsupportedFeatureError: CUDA cannot open the memory here; the message has the reason and the remedy.
+        StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
     with handed_over(handoff, timeout_seconds, 0) as handed:
         _check(handoff, handed.response, size)
@@ -188,10 +190,10 @@ def fetch_device(handoff: transport_pb2.Handoff, size: int, timeout_seconds: flo
 
 
 def _check(handoff: transport_pb2.Handoff, response: transport_pb2.HandoffResponse, size: int) -> None:
-    """Refuse memory that is too small for what is to lie there, or that nothing opens.
+    """Refuse memory that is too small for the tensors, or a handle that cannot be one.
 
     Raises:
-        UnavailableError: it is.
+        UnavailableError: the memory is too small, or the handle has another size.
     """
     sizes = (len(response.cuda_ipc_handle), len(response.cuda_device_uuid))
     if sizes != (_HANDLE_BYTES, _UUID_BYTES):
@@ -199,11 +201,11 @@ def _check(handoff: transport_pb2.Handoff, response: transport_pb2.HandoffRespon
             f"the server sent a handle of {sizes[0]} bytes and a UUID of {sizes[1]} instead of {_HANDLE_BYTES} and "
             f"{_UUID_BYTES}"
         )
-    parts = {
+    memories = {
         "gradient": (handoff.gradient_dtype, handoff.gradient_bytes),
         "parameters": (handoff.reply_dtype, handoff.parameter_bytes),
     }
-    for what, (dtype, said) in parts.items():
+    for what, (dtype, said) in memories.items():
         needed = max(wire_bytes(dtype_from_wire(dtype, FLOAT32, "handoff", gradients=True), size), _PATTERN_BYTES)
         if said < needed:
             raise UnavailableError(
@@ -219,7 +221,7 @@ def _cannot_open(problem: CudaFailure) -> UnsupportedFeatureError:
 
 @contextlib.contextmanager
 def device_failures() -> Iterator[None]:
-    """Tell failures of the device inside a step as what they are to its caller.
+    """Translate failures of the device inside a step for its caller.
 
     Raises:
         UnavailableError: the device failed.

@@ -1,4 +1,4 @@
-"""Tensors in device memory, as CuPy and torch take them without a copy, and what stands for them on the host.
+"""Views of tensors in device memory, which CuPy and torch turn into arrays without a copy.
 
 Unverified on a GPU.
 """
@@ -24,10 +24,11 @@ class DeviceView:
     bfloat16 is shown as uint16, because the interface has no name for it: add `.view(torch.bfloat16)`.
 
     Attributes:
-        shape: of the tensor.
-        dtype: NumPy's, of an element.
-        offset: the byte where it begins in its mapping.
-        of_parameters: it shows parameters, which the server writes and nobody else should.
+        mapping: the device memory.
+        shape: the shape of the tensor.
+        dtype: NumPy's dtype of an element.
+        offset: the byte of the mapping at which the tensor begins.
+        of_parameters: True for a view of parameters, which nobody but the server should write.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class DeviceView:
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -56,7 +57,7 @@ class DeviceView:
         """Version 3: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html.
 
         `stream` is None: parameters are there when a step returns. `data` says that they may be written, too, because
-        torch refuses what may not.
+        torch refuses read-only arrays.
         """
         return {
             "version": 3,
@@ -71,7 +72,7 @@ class DeviceView:
         """Copy to the host, as NumPy asks for it.
 
         Raises:
-            ValueError: it has to be no copy.
+            ValueError: NumPy asked for an array without a copy.
             UnavailableError: the device failed.
         """
         if copy is False:
@@ -81,7 +82,7 @@ class DeviceView:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def copy_to(self, out: npt.NDArray[Any]) -> None:
-        """Copy to a contiguous array of the same shape and dtype, behind everything this process asked of the device.
+        """Copy to a contiguous array of the same shape and dtype, after all work of this process on the device.
 
         Raises:
             UnavailableError: the device failed.
@@ -96,10 +97,10 @@ class DeviceView:
         return mine == others
 
     def __repr__(self) -> str:
-        """Say what it is."""
+        """Return the shape and the dtype in words."""
         return f"DeviceView(shape={self.shape}, dtype={self.dtype.name})"
 
 
 def shows_parameters(array: Any) -> bool:
-    """Tell whether something is a view of parameters that a server shares, or shared before a connection broke."""
+    """Tell whether an array is a view of parameters that a server shares, or shared before a connection broke."""
     return isinstance(array, DeviceView) and array.of_parameters

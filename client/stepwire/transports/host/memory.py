@@ -1,8 +1,8 @@
 """Memory that a server on this host shares: fetched over its Unix socket, checked, mapped.
 
-The server made the memory and sealed its size, so that neither side can take pages from the other in the middle of a
-step; a client that did not look at the seals would trust the server with more than its gradients. The connection over
-which it came stays open for as long as the memory is used: that is how the server knows.
+The server made the memory and sealed its size, so that neither side can remove pages in the middle of a step. A client
+without a look at the seals would trust the server with more than its gradients. The connection of the handoff stays
+open for as long as the memory is used: its end tells the server.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
 
 class SharedMemory:
-    """The gradient's memory and the parameters'. Closes twice without complaint; arrays keep what they show.
+    """The memory of the gradient and of the parameters. Closes twice without complaint; arrays keep their content.
 
     Attributes:
         gradient: items of the session's gradient dtype, to be written.
-        parameters: `(size,)` of the session's reply dtype, read-only.
-        private: the same, writable: what is written is this process's own, and shown in the place of the server's until
-            `forget_writes`. A page that is written to is copied by the kernel; nobody else sees it.
+        parameters: the parameters, `(size,)` of the session's reply dtype, read-only.
+        private: the same, writable. Writes are this process's own, and hide the server's values until `forget_writes`.
+            The kernel copies a page at its first write; nobody else sees the copy.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SharedMemory:
         parameters: mmap.mmap,
         size: int,
     ) -> None:
-        """Take over what was fetched."""
+        """Use memory that was fetched, and keep its connection."""
         gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
         reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
         self.gradient: npt.NDArray[Any] = np.frombuffer(gradient, gradient_dtype, wire_items(gradient_dtype, size))
@@ -74,7 +74,7 @@ class SharedMemory:
         """Tell whether the server sees the same memory.
 
         Args:
-            ask: sends a pattern and returns what the server sees at the start of the parameters' memory.
+            ask: a function that sends a pattern, and returns the bytes that the server sees where the parameters begin.
         """
         pattern = os.urandom(_PATTERN_BYTES)
         start = self._start[:_PATTERN_BYTES]
@@ -86,7 +86,7 @@ class SharedMemory:
         return bool(seen) and seen == self._parameters_start[: len(seen)].tobytes()
 
     def forget_writes(self) -> None:
-        """Show everywhere what the server has, also where `private` was written."""
+        """Show the server's parameters everywhere again, also in pages of `private` that were written."""
         self._pages.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
@@ -96,9 +96,9 @@ class SharedMemory:
     def forked(self) -> None:
         """Leave the memory to the parent, in a child.
 
-        A child that writes a gradient would write the parent's, so here that becomes a segmentation fault. It may not
-        be unmapped: the addresses would be used again, and the arrays that the child inherited would show what is there
-        then. And the connection would outlive the parent in it.
+        A child that writes a gradient would write the parent's, so here such a write becomes a segmentation fault. The
+        memory may not be unmapped: inherited arrays would show the next use of its addresses. And the connection would
+        outlive the parent in the child.
         """
         self.close()
         libc = ctypes.CDLL(None)
@@ -127,12 +127,12 @@ def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float) -> 
     """Fetch, check and map the memory of a stream.
 
     Args:
-        handoff: of `AttachOpened`.
+        handoff: the handoff of `AttachOpened`.
         size: elements of the flat space.
-        timeout_seconds: of everything; at most some seconds are used.
+        timeout_seconds: the time for everything; at most some seconds are used.
 
     Raises:
-        StepwireError: the server's refusal, or that it cannot be reached, or that what it sent is not as it says.
+        StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
     with handed_over(handoff, timeout_seconds, _DESCRIPTORS) as handed:
         gradient, parameters = _mapped(handed.descriptors, handoff, size)
@@ -145,7 +145,7 @@ def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -
     _check(parameters, handoff.parameter_bytes, _needed(handoff.reply_dtype, size), "parameters")
     shared = mmap.mmap(gradient, handoff.gradient_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     # Private, because frameworks write their parameters now and then: a shared mapping could only be read, and writing
-    # would end the process. Pages that are only read are the server's own all the same. MAP_POPULATE would copy them.
+    # would end the process. Pages without writes are the server's own all the same. MAP_POPULATE would copy them.
     access = mmap.PROT_READ | mmap.PROT_WRITE
     private = mmap.mmap(parameters, handoff.parameter_bytes, flags=mmap.MAP_PRIVATE, prot=access)
     with contextlib.suppress(OSError):  # an older kernel: the first look at each page takes longer
@@ -158,11 +158,11 @@ def _needed(dtype: int, size: int) -> int:
 
 
 def _check(descriptor: int, said: int, needed: int, what: str) -> None:
-    """Refuse memory that is another than the server said, or that could become smaller.
+    """Refuse memory of another size than the server said, or of a size that could shrink.
 
     Raises:
-        UnavailableError: it is.
-        OSError: it is no memory.
+        UnavailableError: the memory is of another size, or not sealed.
+        OSError: the descriptor is of no memory.
     """
     status, seals = os.fstat(descriptor), fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     if not stat.S_ISREG(status.st_mode) or status.st_size != said or said < needed:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Mapping
 
 from stepwire.errors import InvalidRequestError
+from stepwire_server.config import ENVIRONMENT
 
 __all__ = ["kernel_directory", "require_named_directory", "store"]
 
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 _FIXED_TIME_SECONDS = 1_000_000_000
 
 
-def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
+def kernel_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
     """Return the directory for generated kernels, created with mode 0700 if missing.
 
     The directory is `$STEPWIRE_CACHE_DIR`, else `$XDG_CACHE_HOME/stepwire`, else `~/.cache/stepwire`. A temporary
@@ -46,7 +47,7 @@ def kernel_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
     return wanted
 
 
-def require_named_directory(environ: Mapping[str, str] = os.environ) -> None:
+def require_named_directory(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Refuse a `STEPWIRE_CACHE_DIR` that cannot be used, before a server starts.
 
     A named directory that cannot be used is a volume mounted wrongly, and the server would compile anew at every start.

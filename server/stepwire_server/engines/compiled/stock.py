@@ -17,6 +17,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 
+from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.levels import Level, level_of_this_processor
 
 __all__ = ["fill", "stocked_level"]
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 _INDEX_SUFFIX = ".nbi"
 
 
-def stocked_level(environ: Mapping[str, str] = os.environ) -> tuple[Level, pathlib.Path] | None:
+def stocked_level(environ: Mapping[str, str] = ENVIRONMENT) -> tuple[Level, pathlib.Path] | None:
     """Return the level to compile for and where its kernels lie; None to compile for this very processor.
 
     `$STEPWIRE_KERNELS` names the stock. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES come before it.

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.cache import kernel_directory
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import COMPILE_OPTIONS
@@ -82,7 +83,7 @@ class Compiler:
         return module
 
 
-def cubin_directory(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
+def cubin_directory(environ: Mapping[str, str] = ENVIRONMENT) -> pathlib.Path:
     """Return the directory for machine code: `$CUPY_CACHE_DIR`, else that of all generated kernels.
 
     Either has to belong to this user alone; see `compiled.cache`.

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.arrays.on_device import StandIn, stood_in
 from stepwire.errors import UnavailableError, UnsupportedFeatureError
 from stepwire.transports.cuda import driver as cuda_driver
 from stepwire.transports.cuda import memory as device_memory
 from stepwire.transports.cuda.driver import CudaDriver, CudaFailure, cuda_in_use
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
+from stepwire.transports.cuda.stand_ins import StandIn, stood_in
 from stepwire.transports.cuda.views import DeviceView, shows_parameters
 from stepwire.v1 import transport_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT16, FLOAT32

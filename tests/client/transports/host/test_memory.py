@@ -172,7 +172,7 @@ def test_a_file_is_no_memory(server: Server, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("response", "descriptors", "problem"),
     [
-        (None, 0, "without an answer"),
+        (None, 0, "without a response"),
         (b"", 1, "1 descriptors came"),
         (b"\xff\xff", 2, "are no response"),
     ],

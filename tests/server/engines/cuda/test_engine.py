@@ -17,8 +17,10 @@ from stepwire.errors import DataLossError, ResourceExhaustedError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
+from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import PARAM, CpuEngine, CudaEngine, DeviceInfo
 from stepwire_server.engines.cuda.engine import CudaOptions
+from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rules import ACCUMULATED, ALL_RULES, Precision, Recipe
 from tests.server.configs import make_config
@@ -29,7 +31,17 @@ from tests.server.pretended_gpus import (
     machine_code,
     needs_compiler,
 )
-from tests.server.session_driver import Sink, everything, load, make_session, request_of, stage, take
+from tests.server.session_driver import (
+    RecordingWriter,
+    apply_step,
+    begin,
+    everything,
+    holder_of,
+    load,
+    make_session,
+    request_of,
+    stage,
+)
 from tests.support import cuda_cases as cases
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
@@ -148,8 +160,8 @@ def test_any_thread_may_call(fake, library) -> None:
     def work() -> None:
         try:
             session = make_session(config, engine)
-            take(session, gradient_of(config, 1))
-            take(session, gradient_of(config, 2))
+            apply_step(session, gradient_of(config, 1))
+            apply_step(session, gradient_of(config, 2))
             assert not everything(session)[1][ACCUMULATED].any()
             session.close()
             engine.rest()
@@ -229,19 +241,19 @@ def test_memory_for_gradients_is_kept_for_the_next_and_given_back_in_need(fake, 
     engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
     session = make_session(config, engine)
     before, gradient_bytes = cupy.used_bytes, 4 * config.layout.size
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     count = cupy.allocations
     assert cupy.used_bytes == before + gradient_bytes
-    take(session, gradient_of(config, 2))
+    apply_step(session, gradient_of(config, 2))
     assert (cupy.used_bytes, cupy.allocations) == (before + gradient_bytes, count), "the same memory again"
     engine.rest()
     assert cupy.used_bytes == before
-    take(session, gradient_of(config, 3))
+    apply_step(session, gradient_of(config, 3))
     wanted = (2 << 20) - before - gradient_bytes + 1024
     large = engine.allocate({PARAM: Precision.FLOAT32}, wanted // 1024 * 256)
     assert cupy.used_bytes == before + large.nbytes
     large.close()
-    take(session, gradient_of(config, 4))
+    apply_step(session, gradient_of(config, 4))
     session.close()
 
 
@@ -251,7 +263,7 @@ def test_statistics_count_state_and_memory_that_is_kept(fake, library) -> None:
     working_bytes = engine.device.working_bytes
     assert engine.statistics() == (0, 0, working_bytes, 1)
     session = make_session(config, engine)
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     assert engine.statistics() == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
     engine.rest()
     session.close()
@@ -269,7 +281,7 @@ def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:
         free(freed)
 
     cupy._driver.memories.free = watched
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     session.close()
     engine.rest()
     del cupy._driver.memories.free
@@ -280,21 +292,22 @@ def test_a_session_that_finds_no_memory_leaves_the_one_beside_it_as_it_is(fake, 
     config = PLANS["plain"]
     cupy = fake(library=library, memory_bytes=2 << 20)
     engine = PretendedGpu(cupy, gradient_cache_bytes=1)
-    session, expected = make_session(config, engine), make_session(config, reference)
+    budget = MemoryBudget(1 << 30)
+    session, expected = make_session(config, engine, budget=budget), make_session(config, reference)
     before = cupy.used_bytes
     hog = engine.allocate({PARAM: Precision.FLOAT32}, ((2 << 20) - before) // 4 // 64 * 64)
     with pytest.raises(ResourceExhaustedError):
         make_session(config, engine)
     with pytest.raises(ResourceExhaustedError):
-        take(session, gradient_of(config, 1))
+        apply_step(session, gradient_of(config, 1))
     with pytest.raises(ResourceExhaustedError):
         load(session, everything(session)[1])
     hog.close()
     assert cupy.used_bytes == before
-    assert session._budget.reserved_bytes == session.memory_bytes
+    assert budget.reserved_bytes == session.memory_bytes
     for step in (1, 2):
         for each in (session, expected):
-            take(each, gradient_of(config, step))
+            apply_step(each, gradient_of(config, step))
     assert same(everything(session), everything(expected))
     session.close()
 
@@ -334,7 +347,7 @@ def test_warming_up_compiles_what_most_sessions_need(fake, library, nothing_comp
     for optimizer, dtype in itertools.product([Adam(), AdamW()], [FLOAT32, BFLOAT16]):
         config = make_config(*SHAPES[:1], optimizer=optimizer, gradient_dtype=dtype, reply_dtype=dtype)
         session = make_session(config, engine)
-        take(session, gradient_of(config, 1))
+        apply_step(session, gradient_of(config, 1))
         session.close()
     assert len(cupy.compiled) == count > 0
 
@@ -348,12 +361,12 @@ def test_no_step_pull_or_load_compiles(fake, library, nothing_compiled, name) ->
     kernels = dict(engine._parts.kernels._functions)
     for step in range(1, 5):
         cuts = [0, *range(1024, size, 1024 * step), size]
-        record, _ = take(session, gradient_of(config, step), list(itertools.pairwise(cuts)), reply_elements=1024)
-        assert not record.skipped
+        result, _ = apply_step(session, gradient_of(config, step), list(itertools.pairwise(cuts)), reply_elements=1024)
+        assert not result.skipped
     if config.treatment.loss_scaling:
-        assert take(session, np.full(size, np.inf, np.float32))[0].skipped
+        assert apply_step(session, np.full(size, np.inf, np.float32))[0].skipped
     load(session, everything(session)[1], everything(session)[0])
-    take(session, gradient_of(config, 9))
+    apply_step(session, gradient_of(config, 9))
     assert len(cupy.compiled) == count
     assert engine._parts.kernels._functions == kernels
     session.close()
@@ -364,9 +377,9 @@ def test_a_step_with_other_dtypes_compiles_before_it_begins(fake, nothing_compil
     engine = PretendedGpu(cupy)
     session = make_session(config, engine)
     before = len(cupy.compiled)
-    staging = session.begin(request_of(session, reply_dtype=FLOAT32), 1)
+    step = begin(session, request_of(session, reply_dtype=FLOAT32))
     assert len(cupy.compiled) == before + 2, "with weight decay and without; nothing holds float32 moments here"
-    staging.close()
+    step.close()
     session.close()
 
 
@@ -385,27 +398,27 @@ def test_an_error_in_a_commit_damages_the_session_and_no_other(
     broken, beside, expected, whole = (make_session(config, each) for each in (engine, engine, reference, reference))
     size, failure = config.layout.size, RuntimeError("an illegal memory access was encountered")
     for each in (broken, beside, expected, whole):
-        take(each, gradient_of(config, 1))
-    order = request_of(broken, reply_elements=1024)
+        apply_step(each, gradient_of(config, 1))
+    request = request_of(broken, reply_elements=1024)
     gradient = gradient_of(config, 2).astype(config.gradient_dtype)
-    staging = stage(broken, order, gradient, [(0, 2048), (2048, 4096), (4096, size)])
+    staged = stage(broken, request, gradient, [(0, 2048), (2048, 4096), (4096, size)])
     cupy.fail_next(operation, failure, after)
     try:
-        broken.commit(order, staging, 1, Sink(size, config.reply_dtype), 0.0)
+        broken.commit(staged, RecordingWriter(size, config.reply_dtype))
     except RuntimeError as problem:
         assert problem is failure
     cupy._driver.failures._planned[operation].clear()
-    staging.close()
+    staged.close()
     try:
         if broken.snapshot().step == 2:
-            take(whole, gradient_of(config, 2))
+            apply_step(whole, gradient_of(config, 2))
         assert same(everything(broken), everything(whole))
     except DataLossError:
         with pytest.raises(DataLossError):
-            take(broken, gradient_of(config, 2), step=2)
+            apply_step(broken, gradient_of(config, 2), step=2)
     for step in (2, 3, 4):
         for each in (beside, expected):
-            take(each, gradient_of(config, step))
+            apply_step(each, gradient_of(config, step))
     assert same(everything(beside), everything(expected))
     broken.close()
     beside.close()
@@ -415,11 +428,11 @@ def test_an_error_in_a_commit_damages_the_session_and_no_other(
 def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operation) -> None:
     config, cupy = PLANS["plain"], fake(library=library)
     session = make_session(config, PretendedGpu(cupy))
-    staging = stage(session, request_of(session), gradient_of(config, 1), [(0, config.layout.size)])
+    step = stage(session, request_of(session), gradient_of(config, 1), [(0, config.layout.size)])
     cupy.fail_next(operation, RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"):
-        session.commit(request_of(session), staging, 1, Sink(config.layout.size, FLOAT32), 0.0)
-    staging.close()
+        session.commit(step, RecordingWriter(config.layout.size, FLOAT32))
+    step.close()
     with pytest.raises(DataLossError, match="step 1"):
         session.snapshot()
     session.close()
@@ -429,17 +442,17 @@ def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operati
 def test_a_load_that_fails_half_way_damages_the_session_and_frees_its_memory(fake, library, operation) -> None:
     config, cupy = PLANS["8 bits"], fake("greedy", library=library)
     session = make_session(config, PretendedGpu(cupy))
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     before, (snapshot, slots) = cupy.used_bytes, everything(session)
-    staged, room = session.stage_load(tuple(slots))
-    for slot, values in slots.items():
-        staged.write(slot, 0, values)
-    staged.settle()
-    cupy.fail_next(operation, RuntimeError("broken"))
-    with pytest.raises(RuntimeError, match="broken"):
-        session.commit_load(staged, tuple(slots), 1, 1, snapshot.step, list(snapshot.tensor_steps))
-    staged.close()
-    room.release()
+    request = LoadRequest(1, tuple(slots), step=snapshot.step, tensor_steps=snapshot.tensor_steps)
+    with session.loading(request, holder_of(session)) as staged:
+        for slot, values in slots.items():
+            staged.add(slot, 0, len(values), values.view(np.uint8))
+        staged.staged.arrays.settle()
+        cupy.fail_next(operation, RuntimeError("broken"))
+        with pytest.raises(RuntimeError, match="broken"):
+            session.commit_load(staged)
+    del staged
     with pytest.raises(DataLossError, match="load 1"):
         session.snapshot()
     gc.collect()  # the error's traceback
@@ -454,7 +467,7 @@ def test_an_engine_is_closed_twice_and_its_memory_goes_with_it(fake, library) ->
     config, cupy = PLANS["8 bits"], fake("greedy", library=library)
     engine = PretendedGpu(cupy)
     session = make_session(config, engine)
-    take(session, gradient_of(config, 1))
+    apply_step(session, gradient_of(config, 1))
     for closed in (session, session, engine, engine):
         closed.close()
     gc.disable()

@@ -15,11 +15,11 @@ from stepwire.layout import TensorSpec
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32
 from stepwire_server.engines import CpuEngine
 from stepwire_server.sharing import shared_step
-from stepwire_server.sharing.host_buffers import SharedBuffers
+from stepwire_server.sharing.host_buffers import HostBuffers
 from stepwire_server.sharing.shared_step import MemoryReplyWriter, stage_shared
 from tests.server.configs import make_config
 from tests.server.pretended_gpus import PretendedGpu, kernels_of_config, library_of, machine_code, needs_compiler
-from tests.server.session_driver import everything, load, make_session, request_of, take
+from tests.server.session_driver import apply_step, begin, everything, load, make_session, request_of
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
 pytestmark = needs_compiler
@@ -51,7 +51,7 @@ def gradient(step: int, dtype: Any) -> np.ndarray:
 def test_steps_in_shared_memory_are_the_cpus(
     fake: Any, library: Any, monkeypatch: pytest.MonkeyPatch, config: Any, order: Any, pinned: bool
 ) -> None:
-    monkeypatch.setattr(shared_step, "_PIECE_ELEMENTS", 512)
+    monkeypatch.setattr(shared_step, "_CHUNK_ELEMENTS", 512)
     cupy = fake(order, library=library)
     with contextlib.closing(CpuEngine(threads=1, use_numba=False)) as cpu:
         sessions = [make_session(config, PretendedGpu(cupy)), make_session(config, cpu)]
@@ -59,26 +59,24 @@ def test_steps_in_shared_memory_are_the_cpus(
             load(session, {"param": gradient(99, FLOAT32)})
         if not pinned:
             cupy.fail_next("hostRegister", CUDARuntimeError(2))
-        with contextlib.closing(SharedBuffers(sessions[0])) as buffers:
+        with contextlib.closing(HostBuffers(sessions[0])) as buffers:
             assert not buffers.in_place
             assert cupy.registered_bytes == buffers.parameter_bytes + (buffers.gradient_bytes if pinned else 0)
             for step in range(1, 6):
                 buffers.gradient[:] = gradient(step, config.gradient_dtype)
-                asked = request_of(sessions[0], shared=True, reply_elements=512)
-                staging = sessions[0].begin(asked, 1)
-                stage_shared(buffers, staging, SIZE, sessions[0].depth)
-                record = sessions[0].commit(asked, staging, 1, MemoryReplyWriter(buffers.parameters), 0.0)
-                staging.close()
+                with begin(sessions[0], request_of(sessions[0], shared=True, reply_elements=512)) as staged:
+                    stage_shared(buffers, staged, SIZE, sessions[0].depth)
+                    result = sessions[0].commit(staged, MemoryReplyWriter(buffers.parameters))
                 buffers.gradient[:] = 0  # nothing reads it any more
-                expected, answer = take(sessions[1], gradient(step, config.gradient_dtype))
-                assert record.grad_norm == expected.grad_norm
-                assert buffers.parameters.tobytes() == answer.tobytes()
+                expected, reply = apply_step(sessions[1], gradient(step, config.gradient_dtype))
+                assert result.grad_norm == expected.grad_norm
+                assert buffers.parameters.tobytes() == reply.tobytes()
         assert cupy.registered_bytes == 0
         pulled = [everything(session)[1] for session in sessions]
         assert all(pulled[0][slot].tobytes() == pulled[1][slot].tobytes() for slot in pulled[1])
         for session in sessions:
             session.close()
-    del sessions, session, buffers, staging
+    del sessions, session, buffers, staged
     gc.collect()
 
 
@@ -86,7 +84,7 @@ def test_slots_cannot_lie_in_memory_of_the_host(fake: Any, library: Any) -> None
     engine = PretendedGpu(fake(library=library))
     session = make_session(PLANS["float32"], engine)
     memory = np.full(SIZE, 7.0, np.float32)
-    assert not session._state.move("param", memory)
+    assert not session._state.arrays.move("param", memory)
     assert (memory == 7.0).all()
     session.close()
     del session, engine

@@ -1,4 +1,4 @@
-"""Arrays of a device, as steps see them."""
+"""Host arrays that stand in for arrays of a device, until a step needs the values on the host."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["StandIn", "stood_in"]
 
 
 class StandIn:
-    """An array of the host in the place of a view, without its values until somebody needs them there.
+    """A host array in the place of a view, without the view's values until `fill`.
 
     Attributes:
-        view: the tensor.
-        array: as the view, on the host.
+        view: the tensor on the device.
+        array: an array of the view's shape and dtype, on the host.
     """
 
     def __init__(self, view: DeviceView) -> None:
-        """Stand in for a view; pages that nobody touches cost nothing."""
+        """Stand in for a view. Pages that nobody touches cost nothing."""
         self.view = view
         self.array: npt.NDArray[Any] = np.empty(view.shape, view.dtype)
         self._filled = False
 
     def fill(self) -> None:
-        """Copy the values to the host, once: a step that is repeated has the gradient that it began with.
+        """Copy the values to the host, once: a step that is repeated keeps its first gradient.
 
         Raises:
             UnavailableError: the device failed.
@@ -40,10 +40,10 @@ class StandIn:
 
 
 def stood_in(arrays: Arrays) -> tuple[Arrays, dict[str, StandIn]]:
-    """Put arrays of the host in the place of views; the same container where there are none.
+    """Put host arrays in the place of views; a container without views comes back as it is.
 
     Returns:
-        The arrays, and by name what stands in.
+        The arrays, and the stand-ins by name.
     """
     if isinstance(arrays, Mapping):
         found = {name: StandIn(value) for name, value in arrays.items() if isinstance(value, DeviceView)}

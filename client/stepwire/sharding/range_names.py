@@ -1,12 +1,13 @@
-"""The names of slices: a session of a part says by them of what whole it is a part, so nobody else has to remember.
+"""The names of ranges: a shard's session says by them of which tensors it holds ranges, so nobody else must remember.
 
-A tensor that is whole in its shard keeps its name. A slice `[begin:end)` of `w`, counted in row-major elements, is a
+A tensor that is whole in its shard keeps its name. A range `[begin:end)` of `w`, counted in row-major elements, is a
 1-D tensor of the name
 
     w[65536:131072]of(512,1024)
 
-with the shape of the whole at its end. A whole tensor whose own name ends like that is named as a slice too, as the one
-that is everything; so a name that ends like that is always that of a slice, and reading takes off exactly one ending.
+with the shape of the whole at its end. A whole tensor whose own name ends like that is named as a range too, the range
+of all its elements. So a name that ends like that is always the name of a range, and reading removes exactly one
+ending.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Final, NamedTuple
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec
 
-__all__ = ["Origin", "origin_of", "slice_spec"]
+__all__ = ["Origin", "origin_of", "range_spec"]
 
 _ENDING: Final = re.compile(r"(.+)\[(\d+):(\d+)\]of\((\d+(?:,\d+)*)?\)", re.DOTALL)
 _MAX_NAME_CHARACTERS: Final = 512
 
 
 class Origin(NamedTuple):
-    """What a shard's tensor is a part of: elements `[begin, end)` of the tensor `name` of shape `shape`."""
+    """The origin of a shard's tensor: elements `[begin, end)` of the tensor `name` of shape `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,8 +34,8 @@ class Origin(NamedTuple):
     end: int
 
 
-def slice_spec(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
-    """Return how a shard holds elements `[begin, end)` of a tensor.
+def range_spec(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
+    """Return the tensor of a shard that holds elements `[begin, end)` of a tensor.
 
     Raises:
         InvalidRequestError: the name would be too long for the contract.
@@ -43,17 +44,18 @@ def slice_spec(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
         return spec
     name = f"{spec.name}[{begin}:{end}]of({','.join(map(str, spec.shape))})"
     if len(name) > _MAX_NAME_CHARACTERS:
-        raise InvalidRequestError(
-            f"parameters: the name {spec.name[:80]!r}... has {len(name)} characters with the place of a slice; at most "
+        raise InvalidRequestError.of(
+            "parameters",
+            f"the name {spec.name[:80]!r}... has {len(name)} characters with the bounds of a range; at most "
             f"{_MAX_NAME_CHARACTERS} are allowed, shorten it",
             reason=Reason.INVALID_TENSOR,
-            metadata={"field": "parameters", "tensor": spec.name},
+            tensor=spec.name,
         )
     return TensorSpec(name, (end - begin,), spec.group, spec.frozen)
 
 
 def origin_of(spec: TensorSpec) -> Origin:
-    """Return what a shard's tensor is a part of, from its name alone; the inverse of `slice_spec`."""
+    """Return the origin of a shard's tensor, from its name alone; the inverse of `range_spec`."""
     found = _ENDING.fullmatch(spec.name)
     if found is None:
         return Origin(spec.name, spec.shape, 0, spec.count)
@@ -61,5 +63,5 @@ def origin_of(spec: TensorSpec) -> Origin:
     shape = tuple(map(int, extents.split(","))) if extents else ()
     origin = Origin(name, shape, int(begin), int(end))
     if spec.shape != (origin.end - origin.begin,) or origin.end > math.prod(shape):
-        return Origin(spec.name, spec.shape, 0, spec.count)  # nobody's slice, only named like one
+        return Origin(spec.name, spec.shape, 0, spec.count)  # no range, only named like one
     return origin

@@ -1,0 +1,193 @@
+"""The client's hold of a session's worker: its stream, opened again after a break, and the steps sent over it."""
+
+from __future__ import annotations
+
+from stepwire.connection.retry import Deadline
+from stepwire.connection.stream import AttachedStream
+from stepwire.errors import StepMismatchError
+from stepwire.steps.call import StepCall
+from stepwire.steps.description import SessionDescription
+from stepwire.steps.reply import ReplyReader
+from stepwire.steps.shared import can_carry, shared_message
+from stepwire.transports.attach import open_stream
+from stepwire.transports.route import Route
+from stepwire.transports.shared import SharedArrays
+from stepwire.v1 import attach_pb2, step_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+
+__all__ = ["Hold"]
+
+
+class Hold:
+    """The hold of one worker. The session serialises its calls.
+
+    Attributes:
+        token: the proof of the hold; 0 before the worker was acquired.
+        epoch: the session's epoch; 0 once the server has named another one, until the next attach.
+        applied_step: the last step known to be applied.
+        applied_load: the last load known to be committed.
+        load_in_doubt: the number of a load that failed and may have been committed; 0 for none.
+        durable_step: the largest durable step that the server has told.
+        step_on_server: the last applied step, as the server said itself.
+        unfinished_step: the step that is half applied, as the server said at the last attach; 0 for none.
+        in_doubt: True after a step or an attach failed. Perhaps the server applied the step, or has given out another
+            token; the next attach tells.
+        shared: the memory that the stream shares; None without a stream, or without shared memory.
+        streams_opened: the number of streams opened so far.
+    """
+
+    def __init__(self, route: Route, description: SessionDescription, token: int) -> None:
+        """Be ready to attach to a session; token 0 acquires its worker at the first attach."""
+        message = description.message
+        self.token = token
+        self.epoch = message.epoch
+        self.applied_step = self.step_on_server = message.applied_step
+        self.applied_load = self._load_on_server = message.applied_load
+        self.load_in_doubt = 0
+        self.durable_step = message.durable_step
+        self.unfinished_step = 0
+        self.in_doubt = False
+        self.shared: SharedArrays | None = None
+        self.streams_opened = 0
+        self._session_id = message.session_id
+        self._route = route
+        self._packer = description.packer
+        self._chunk_bytes = description.chunk_bytes
+        self._stream: AttachedStream | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Tell whether there is a stream; a broken one shows itself at its next use alone."""
+        return self._stream is not None
+
+    def attach(self, deadline: Deadline) -> AttachedStream:
+        """Return the stream, attaching if there is none; without a token that acquires the worker.
+
+        Raises:
+            FencedError: another client holds the worker, or the epoch is stale.
+            StepwireError: the server refused or cannot be reached.
+        """
+        if self._stream is None:
+            opening = attach_pb2.AttachOpen(
+                session_id=self._session_id,
+                attach_token=self.token,
+                epoch=self.epoch,
+                durable_step=self.durable_step,
+            )
+            self.in_doubt = True
+            stream, self.shared = open_stream(self._route, opening, self._packer, deadline)
+            self._learn(stream.opened)
+            self._stream = stream
+        return self._stream
+
+    def detach(self) -> None:
+        """Drop the stream, if any; the worker stays held until another client acquires it."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+
+    def release(self) -> None:
+        """Drop the stream and the token: the next attach acquires the worker, whoever holds it then."""
+        self.detach()
+        self.token = 0
+
+    def forget_epoch(self) -> None:
+        """Drop the stream and the epoch: the next attach learns the epoch that the session is in now."""
+        self.detach()
+        self.epoch = 0
+
+    def loaded(self, load: int, applied_step: int) -> None:
+        """Note a committed load, and the step that the session is at after it."""
+        self.applied_load = self._load_on_server = load
+        self.applied_step = self.step_on_server = applied_step
+        self.unfinished_step = 0
+
+    def check(self, step: int, *, sent: bool) -> None:
+        """Refuse a step that neither follows on the server's state nor repeats its last step.
+
+        Args:
+            step: the number of the step.
+            sent: the step was sent before, so that it may be the server's last step.
+
+        Raises:
+            StepMismatchError: the session was stepped or loaded without this client.
+        """
+        applied = self.step_on_server
+        if applied != step - 1 and not (sent and applied == step):
+            raise StepMismatchError(
+                f"this client is about to take step {step} and the session is at step {applied}: it moved without "
+                "this client; pull the parameters and go on from there with a new Session object",
+                metadata={"expected_step": applied + 1, "actual_step": step},
+            )
+        if self._load_on_server != self.applied_load:
+            raise StepMismatchError(
+                f"this client knows load {self.applied_load} and the session is at load {self._load_on_server}: it was "
+                "loaded without this client; pull the parameters and go on from there with a new Session object",
+                metadata={"applied_load": self._load_on_server, "load": self.applied_load},
+            )
+
+    def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Send a step once and read its reply; any failure drops the stream.
+
+        Raises:
+            StepMismatchError: the session moved without this client.
+            StepwireError: the server's refusal, a broken connection, or the deadline.
+        """
+        try:
+            result = self._exchange(self.attach(deadline), call, deadline)
+        except BaseException:
+            self.detach()
+            self.in_doubt = True
+            if call.patched is not None:  # a part of the reply may have changed the patched parameters
+                call.begin.reply.ClearField("base")
+            raise
+        self.applied_step = self.step_on_server = result.step
+        self.unfinished_step = 0
+        if result.durable_step > self.durable_step:
+            self.durable_step = result.durable_step
+        return result
+
+    def _learn(self, opened: attach_pb2.AttachOpened) -> None:
+        """Adopt the numbers of the server, which the next step and the next load follow on."""
+        if self.token == 0:
+            self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
+            self.load_in_doubt = 0
+        elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:
+            self.applied_load = opened.applied_load
+        self.token = opened.attach_token
+        self.epoch = opened.epoch
+        self.durable_step = max(self.durable_step, opened.durable_step)
+        self.step_on_server = opened.applied_step
+        self._load_on_server = opened.applied_load
+        self.unfinished_step = opened.unfinished_step
+        self.in_doubt = False
+        self.streams_opened += 1
+
+    def _exchange(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Send the step, without its gradient if only its reply was lost, and read the reply."""
+        begin = call.begin
+        self.check(begin.step, sent=call.sent)
+        begin.epoch, begin.load = self.epoch, self.applied_load
+        again, call.sent = self.step_on_server == begin.step, True
+        if call.feed is not None:
+            call.feed.bind(stream.close)
+        shared = self.shared if self.shared is not None and can_carry(self.shared, call) else None
+        reader = ReplyReader(self._packer, call, shared)
+        messages = (
+            call.messages(self._packer, self._chunk_bytes, again=again)
+            if shared is None
+            else iter([shared_message(shared, call, again=again)])
+        )
+        for frame in stream.exchange(messages, deadline):
+            message: pb.AttachResponse = frame.message
+            reader.read(frame)
+            if message.HasField("gradient_check"):
+                stream.send([call.decided(message.gradient_check)])
+            if message.HasField("result"):
+                break
+        reader.finish()
+        result: step_pb2.StepResult = message.result
+        return result

@@ -1,0 +1,160 @@
+"""The seam between a session and its server: a `Session` speaks through a `SessionLink`, and knows no other way.
+
+`RemoteLink` is the link to one server, and `ShardedLink` the link to the servers of a sharded session. A test may bring
+a fake. A link works on checked calls and on arrays in layout order; names and trees are the session's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from stepwire.arrays.packing import Flat
+from stepwire.connection.retry import Deadline
+from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
+from stepwire.steps.call import StepCall
+from stepwire.steps.carry import Carry
+from stepwire.steps.description import SessionDescription
+from stepwire.transports.shared import SharedArrays
+from stepwire.v1 import state_pb2, step_pb2
+
+__all__ = ["Load", "SessionLink"]
+
+
+class Load(NamedTuple):
+    """The values of one load.
+
+    Attributes:
+        sources: by slot, 1-D arrays in layout order; the other slots stay as they are.
+        step: the session's new applied step; None keeps the present one.
+        tensor_steps: the updates that each tensor has had, in layout order; empty keeps them.
+        loss_scale: the loss scale, and the clean steps since its last change; None keeps them.
+    """
+
+    sources: Mapping[str, Flat]
+    step: int | None = None
+    tensor_steps: Sequence[int] = ()
+    loss_scale: tuple[float, int] | None = None
+
+    def opening(self) -> state_pb2.LoadOpen:
+        """Return the first message of the load, without the numbers that its link knows."""
+        opening = state_pb2.LoadOpen(slots=self.sources, step=self.step, tensor_steps=self.tensor_steps)
+        if self.loss_scale is not None:
+            opening.loss_scale.scale, opening.loss_scale.clean_steps = self.loss_scale
+        return opening
+
+
+class SessionLink(Protocol):
+    """The way to one session. Callers of `attach`, `detach`, `step`, `shared` and the loads hold `lock`."""
+
+    @property
+    def description(self) -> SessionDescription:
+        """The session as its server described it."""
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock that serialises the steps and loads of the session."""
+
+    @property
+    def carry(self) -> Carry:
+        """The arrays that steps leave on the client for the next."""
+
+    @property
+    def parts(self) -> tuple[SessionLink, ...]:
+        """The links of the shards, in order; the link itself for a session that is not sharded."""
+
+    @property
+    def applied_step(self) -> int:
+        """The last step known to be applied.
+
+        Raises:
+            StepMismatchError: the shards are at different steps, and not because a step of this client failed.
+        """
+
+    @property
+    def last_result(self) -> step_pb2.StepResult | None:
+        """The result of the last step; None before the first."""
+
+    @property
+    def transport(self) -> TransportChoice | None:
+        """The transport in use; None before the first stream is attached."""
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        """Start the deadline of a call; None means the client's default.
+
+        Raises:
+            InvalidRequestError: the timeout is not a positive number.
+        """
+
+    def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
+        """Attach a stream now, perhaps over another transport.
+
+        Args:
+            deadline: the deadline of everything.
+            transport: the transport from now on; None keeps the present one.
+            take_over: acquire the worker from its holder, and fence the holder.
+
+        Raises:
+            FencedError: another client holds the worker, and `take_over` is not set.
+            StepwireError: the server refused, or cannot be reached.
+        """
+
+    def detach(self) -> None:
+        """Close the stream; the worker stays held until another client acquires it."""
+
+    def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Apply one step exactly once, and read its reply into the arrays of the call.
+
+        A step whose outcome is unknown is settled first: see `stepwire.steps.doubt`.
+
+        Raises:
+            StepwireError: as `Session.step`.
+        """
+
+    def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """Read slots into arrays in layout order, all as of one step.
+
+        Raises:
+            StepwireError: as `Session.pull`.
+        """
+
+    def load(self, load: Load, deadline: Deadline) -> None:
+        """Replace slots, all at once, and settle a step whose outcome is unknown.
+
+        Raises:
+            StepwireError: as `Session.load_state`.
+        """
+
+    def initialize(self, load: Load, deadline: Deadline) -> None:
+        """Load parameters into a session that has none yet; do nothing for a session that has.
+
+        Raises:
+            StepwireError: as `load`.
+        """
+
+    def shared(self, deadline: Deadline) -> SharedArrays:
+        """Return the memory that the session shares with its server, attaching first if need be.
+
+        Raises:
+            UnsupportedFeatureError: the session shares no memory.
+            StepwireError: as `attach`.
+        """
+
+    def forget_writes(self) -> None:
+        """Show the server's parameters in private views of shared memory again."""
+
+    def info(self, deadline: Deadline) -> SessionInfo:
+        """Ask the server for the state of the session.
+
+        Raises:
+            SessionNotFoundError: the session is gone.
+        """
+
+    def statistics(self) -> SessionStatistics:
+        """Return the numbers that this client knows; nothing is sent."""
+
+    def close(self) -> None:
+        """End the session on the server. Closing twice is harmless."""

@@ -1,0 +1,136 @@
+"""The seam between a client and its server, and the link to one server: sessions made, found and listed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Protocol
+
+from stepwire.connection.channel import Calls
+from stepwire.errors import UnsupportedFeatureError
+from stepwire.links.link import SessionLink
+from stepwire.links.remote import RemoteLink
+from stepwire.results import ServerInfo, SessionInfo
+from stepwire.steps.description import SessionDescription
+from stepwire.transports.route import Route, Router
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import session_pb2
+from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
+
+__all__ = ["RemoteServer", "ServerLink"]
+
+
+class ServerLink(Protocol):
+    """The way to one server, or to several that hold sharded sessions. Thread-safe; closes twice without complaint."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets of the servers, in order."""
+
+    def info(self, timeout: float | None) -> ServerInfo:
+        """Ask for the properties of the server.
+
+        Raises:
+            UnavailableError: the server cannot be reached.
+        """
+
+    def create(
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+    ) -> SessionLink:
+        """Create a session without parameters, or find the session of an earlier request of this id.
+
+        Raises:
+            StepwireError: as `Client.create_session`.
+        """
+
+    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> SessionLink:
+        """Return the link to a session that exists.
+
+        Raises:
+            StepwireError: as `Client.session`.
+        """
+
+    def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
+        """Yield the sessions of the server.
+
+        Raises:
+            UnavailableError: the server cannot be reached.
+        """
+
+    def close(self) -> None:
+        """Close the connections; sessions stay on the server."""
+
+
+class RemoteServer(ServerLink):
+    """The link to one server.
+
+    Attributes:
+        calls: the connection that the user named.
+    """
+
+    def __init__(self, calls: Calls, transport: str = "auto") -> None:
+        """Use an open channel; sessions use `transport` unless they ask for another."""
+        self.calls = calls
+        self._router = Router(calls, transport)
+        self._info: ServerInfo | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target of the connection."""
+        return (self.calls.target,)
+
+    def info(self, timeout: float | None) -> ServerInfo:
+        """See `ServerLink.info`."""
+        response = self.calls.unary("GetServerInfo", pb.GetServerInfoRequest(), pb.GetServerInfoResponse, timeout)
+        return ServerInfo.from_wire(response)
+
+    def create(
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+    ) -> RemoteLink:
+        """See `ServerLink.create`."""
+        chunk_bytes = self._chunk_bytes(timeout)
+        request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
+        response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
+        # An earlier request of this id may come from another process. Then the first step acquires the worker anew:
+        # two holders of one token would mistake each other's steps for their own.
+        token = 0 if response.replayed else response.attach_token
+        return self._link(response.session, chunk_bytes, token, error_feedback)
+
+    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> RemoteLink:
+        """See `ServerLink.find`."""
+        chunk_bytes = self._chunk_bytes(timeout)
+        request = pb.GetSessionRequest(session_id=session_id)
+        response = self.calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
+        return self._link(response.session, chunk_bytes, 0, error_feedback)
+
+    def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
+        """See `ServerLink.sessions`; the sessions come ordered by id."""
+        token = ""
+        while True:
+            request = pb.ListSessionsRequest(page_token=token)
+            page = self.calls.unary("ListSessions", request, pb.ListSessionsResponse, timeout)
+            yield from map(SessionInfo.from_wire, page.sessions)
+            if not (token := page.next_page_token):
+                return
+
+    def close(self) -> None:
+        """See `ServerLink.close`."""
+        self._router.close()
+        self.calls.close()
+
+    def _link(self, message: session_pb2.Session, chunk_bytes: int, token: int, error_feedback: bool) -> RemoteLink:
+        route = Route(self._router, message.session_id)
+        return RemoteLink(route, SessionDescription.of(message, chunk_bytes), token, error_feedback=error_feedback)
+
+    def _chunk_bytes(self, timeout: float | None) -> int:
+        """Return the largest chunk that the server accepts, after one check that the server speaks our protocol."""
+        if self._info is None:
+            info = self.info(timeout)
+            if info.protocol_min > PROTOCOL_MAX or info.protocol_max < PROTOCOL_MIN:
+                raise UnsupportedFeatureError(
+                    f"the server {info.version} speaks protocol {info.protocol_min} to {info.protocol_max}, this "
+                    f"client {PROTOCOL_MIN} to {PROTOCOL_MAX}; bring the older of the two up to date",
+                    metadata={"field": "protocol", "feature": "protocol"},
+                )
+            self._info = info
+        return self._info.max_chunk_bytes

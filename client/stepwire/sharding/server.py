@@ -1,0 +1,175 @@
+"""The link to several servers, each of which holds a shard of every session."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
+
+from stepwire.errors import InvalidRequestError
+from stepwire.layout import place
+from stepwire.links.remote import RemoteLink
+from stepwire.links.server import RemoteServer, ServerLink
+from stepwire.results import ServerInfo, SessionInfo
+from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.link import ShardedLink
+from stepwire.sharding.partition import Partition
+from stepwire.v1 import optimizer_pb2, session_pb2
+from stepwire.wire.messages import spec_from_wire, spec_to_wire
+
+__all__ = ["ShardedServer"]
+
+_T = TypeVar("_T")
+
+_LAYERWISE: Final = (optimizer_pb2.RULE_LAMB, optimizer_pb2.RULE_LARS)
+
+
+class ShardedServer(ServerLink):
+    """Links to several servers, or several links to one: sessions are partitioned over them, and stepped in parallel.
+
+    A model that is too small to be cut for all targets lies on the first ones.
+    """
+
+    def __init__(self, servers: Sequence[RemoteServer]) -> None:
+        """Use the links of one server each, which are closed with this one."""
+        self._servers = tuple(servers)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets of all servers, in order."""
+        return tuple(target for server in self._servers for target in server.targets)
+
+    def info(self, timeout: float | None) -> ServerInfo:
+        """Ask the servers for their properties.
+
+        Returns:
+            The features that all serve, the protocols that all speak, the least of the limits. Devices are those of
+            all, as `"host:port cuda:0"`; versions and instances are joined by commas.
+
+        Raises:
+            UnavailableError: a server cannot be reached.
+        """
+        infos = self._each([functools.partial(server.info, timeout) for server in self._servers])
+        return ServerInfo(
+            version=",".join(dict.fromkeys(info.version for info in infos)),
+            protocol_min=max(info.protocol_min for info in infos),
+            protocol_max=min(info.protocol_max for info in infos),
+            instance_id=",".join(dict.fromkeys(info.instance_id for info in infos)),
+            devices={
+                f"{target} {name}": device
+                for target, info in zip(self.targets, infos, strict=True)
+                for name, device in info.devices.items()
+            },
+            features=tuple(sorted(set.intersection(*(set(info.features) for info in infos)))),
+            sessions=sum({info.instance_id: info.sessions for info in infos}.values()),
+            max_chunk_bytes=min(info.max_chunk_bytes for info in infos),
+            draining=any(info.draining for info in infos),
+        )
+
+    def create(
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+    ) -> ShardedLink:
+        """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
+        partition = _partition(config, len(self._servers))
+        configs = _configs(config, partition)
+        made: list[RemoteLink] = []
+
+        def create(rank: int) -> RemoteLink:
+            own_id = None if request_id is None else f"{request_id}.{rank}"
+            link = self._servers[rank].create(configs[rank], own_id, timeout, error_feedback=error_feedback)
+            made.append(link)
+            return link
+
+        try:
+            links = self._each([functools.partial(create, rank) for rank in range(len(configs))])
+            return ShardedLink(links, partition)
+        except BaseException:
+            if request_id is None:  # nobody else knows the sessions, so nobody would end them
+                for link in made:
+                    link.close()
+            raise
+
+    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> ShardedLink:
+        """Return the link to a sharded session.
+
+        Args:
+            session_id: the ids of all shards in order, joined by commas. The servers must be those that the session was
+                created on, in the same order.
+            timeout: seconds.
+            error_feedback: as for `create`; starts with nothing kept.
+
+        Raises:
+            InvalidRequestError: these are not the shards of one model.
+            SessionNotFoundError: a shard does not exist.
+            UnavailableError: a server cannot be reached.
+        """
+        ids = session_id.split(",") if session_id else []
+        if not 1 <= len(ids) <= len(self._servers):
+            raise InvalidRequestError.of(
+                "session_id",
+                f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in order",
+            )
+        links = self._each(
+            [
+                functools.partial(server.find, each, timeout, error_feedback=error_feedback)
+                for server, each in zip(self._servers, ids, strict=False)
+            ]
+        )
+        return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
+
+    def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
+        """Yield the servers' sessions one by one, shards of sharded ones included, server after server."""
+        by_target = {server.targets: server for server in self._servers}
+        return itertools.chain.from_iterable(server.sessions(timeout) for server in by_target.values())
+
+    def close(self) -> None:
+        """See `ServerLink.close`."""
+        for server in self._servers:
+            server.close()
+
+    def _each(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
+        fan_out = FanOut(len(calls))
+        try:
+            return fan_out.each(calls)
+        finally:
+            fan_out.close()
+
+
+def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:
+    """Partition a model for at most `most` servers.
+
+    Raises:
+        InvalidRequestError: an option cannot be had from several servers.
+    """
+    in_blocks = config.state_precision == session_pb2.STATE_PRECISION_INT8_MOMENTS
+    layout = place([spec_from_wire(tensor) for tensor in config.tensors], len(config.groups), in_blocks=in_blocks)
+    partition = Partition.make(layout, most, within_tensors=config.optimizer.rule not in _LAYERWISE)
+    keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
+    if len(partition.shards) > 1 and keeps and any(group.HasField("schedule") for group in config.groups):
+        raise InvalidRequestError.of(
+            "schedule",
+            "it counts the updates of a whole group, and with missing_gradient 'keep' a server sees only those of its "
+            "shard; send the learning rate with each step",
+        )
+    return partition
+
+
+def _configs(config: session_pb2.SessionConfig, partition: Partition) -> list[session_pb2.SessionConfig]:
+    """Return the config of each shard's session: the whole's, with other tensors, and two phases if need be."""
+    gradient = config.gradient
+    decides = (
+        gradient.HasField("clip_grad_norm")
+        or any(group.HasField("clip_grad_norm") for group in config.groups)
+        or gradient.non_finite != optimizer_pb2.NON_FINITE_POLICY_ALLOW
+        or gradient.HasField("loss_scaling")
+    )
+    configs = []
+    for rank in range(len(partition.shards)):
+        own = session_pb2.SessionConfig()
+        own.CopyFrom(config)
+        del own.tensors[:]
+        own.tensors.extend(map(spec_to_wire, partition.specs(rank)))
+        own.gradient.two_phase = decides and len(partition.shards) > 1
+        configs.append(own)
+    return configs

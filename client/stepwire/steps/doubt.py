@@ -1,0 +1,119 @@
+"""A step whose outcome is unknown: its number, and a fingerprint that tells its repetition from another step.
+
+A call that fails does not say whether its step was applied: perhaps only the reply was lost. The next call decides:
+
+- The same gradient with the same options is the same step, repeated by its number. The server applies the step, or
+  returns its first reply.
+- Any other gradient is another step. `AttachOpened.applied_step` says whether the step in doubt was applied. After
+  `opened` no older stream of the worker commits anything, so the number stays true. Then the other gradient becomes the
+  next step.
+
+Without the second case, a new gradient would get the reply of the old one, and would never be applied.
+
+A fingerprint is computed after a failure alone: a good step does not pay for it. Each tensor has a CRC-32, which
+depends on positions, and the sum of its words. Both together pass over the gradient at several gigabytes a second. A
+cryptographic hash would need four times as long, and a copy of the gradient would need its memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.arrays.error_feedback import ErrorFeedback
+from stepwire.errors import Reason, SessionNotReadyError, StepwireError
+from stepwire.steps.call import StepCall
+from stepwire.v1 import step_pb2
+
+__all__ = ["Doubt", "Fingerprint", "fingerprint_of_arrays", "unfinished"]
+
+Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
+"""For each array its dtype, its bytes, the CRC-32 of the bytes, and the sum of their 64-bit words."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Doubt:
+    """The record of a step whose outcome is unknown.
+
+    Attributes:
+        step: the number of the step.
+        fingerprint: the fingerprint of its gradient; None for a gradient that cannot be read any more.
+        options: the options that change the effect of the step, serialized.
+        feedback: the error feedback that waits for the outcome; None without one.
+    """
+
+    step: int
+    fingerprint: Fingerprint | None
+    options: bytes
+    feedback: ErrorFeedback | None = None
+
+    @classmethod
+    def after(cls, call: StepCall) -> Doubt | None:
+        """Return the doubt about a call that failed; None if its step was certainly not committed."""
+        if call.feed is not None and not call.feed.is_committed:
+            return None
+        return cls(call.begin.step, _fingerprint(call), _options(call), call.feedback)
+
+    def covers(self, call: StepCall) -> bool:
+        """Tell whether a call is the same step again: the same gradient, with the same options.
+
+        The gradient of a feed is still being made, so a feed is another step.
+        """
+        if call.feed is not None or self.fingerprint is None or self.options != _options(call):
+            return False
+        return self.fingerprint == _fingerprint(call)
+
+    def resolve(self, *, applied: bool) -> None:
+        """Settle the error feedback of the step, once its outcome is known."""
+        if self.feedback is None:
+            return
+        if applied:
+            self.feedback.accept()
+        else:
+            self.feedback.discard()
+
+
+def fingerprint_of_arrays(arrays: Iterable[npt.NDArray[np.generic]]) -> Fingerprint:
+    """Return the fingerprint of arrays; lists that differ in any bit, or in order, have different ones."""
+    return tuple(_of_array(array) for array in arrays)
+
+
+def unfinished(step: int) -> SessionNotReadyError:
+    """Return the refusal of another step, or of another gradient, while a step with `overlap` is half applied."""
+    return SessionNotReadyError(
+        f"step {step} was sent with overlap and broke off half applied; take it again with the same gradients and "
+        "overlap=True, or replace everything with load_state",
+        reason=Reason.STEP_UNFINISHED,
+        metadata={"unfinished_step": step},
+    )
+
+
+def _of_array(array: npt.NDArray[np.generic]) -> tuple[str, int, int, int]:
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    whole = len(raw) - len(raw) % 8
+    total = int(np.add.reduce(raw[:whole].view(np.uint64))) if whole else 0
+    return array.dtype.name, len(raw), zlib.crc32(raw.data), total
+
+
+def _fingerprint(call: StepCall) -> Fingerprint | None:
+    """Return the fingerprint of a call's gradient; None if a device failed, or the feed ended early."""
+    try:
+        call.bring()
+    except StepwireError:
+        return None
+    gradients = call.gradients if call.feed is None else call.feed.complete(call.gradients)
+    return None if gradients is None else fingerprint_of_arrays(gradients)
+
+
+def _options(call: StepCall) -> bytes:
+    """Return the options that change the effect of a step: not its number, and nothing about its reply or its way."""
+    begin = step_pb2.StepBegin()
+    begin.CopyFrom(call.begin)
+    for field in ("step", "epoch", "load", "reply", "overlap", "in_shared_memory", "traceparent"):
+        begin.ClearField(field)
+    return begin.SerializeToString(deterministic=True)

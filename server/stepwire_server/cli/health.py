@@ -1,0 +1,26 @@
+"""The command `stepwire health`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import typer
+
+import stepwire
+from stepwire_server.cli.options import Json, Target, Timeout
+
+__all__ = ["health"]
+
+
+def health(target: Target, timeout: Timeout = 5.0, as_json: Json = False) -> None:
+    """Ask a server for its state: exit code 0 if it serves, 1 if it drains, 2 if it cannot be reached."""
+    with stepwire.connect(target, timeout=timeout) as client:
+        info = client.info()
+    if as_json:
+        print(json.dumps(dataclasses.asdict(info)))
+    else:
+        devices = ", ".join(info.devices)
+        state = "draining" if info.draining else "serving"
+        print(f"{target}: {state}, version {info.version}, {info.sessions} sessions on {devices}")
+    raise typer.Exit(1 if info.draining else 0)

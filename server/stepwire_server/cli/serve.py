@@ -1,0 +1,97 @@
+"""The command `stepwire serve`: one server in this process, or several in processes of their own."""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+from stepwire_server.cli.options import takes_settings
+from stepwire_server.config import ServerConfig, kubernetes_variables, load_config
+from stepwire_server.engines.compiled import cache as kernel_cache
+from stepwire_server.host import heap, parent
+from stepwire_server.observability.logs import configure_logging
+
+__all__ = ["serve"]
+
+_log = structlog.get_logger()
+
+
+@takes_settings()
+def serve(
+    *,
+    config: Annotated[
+        pathlib.Path | None, typer.Option(help="The path of a TOML file of settings. Variable: STEPWIRE_CONFIG.")
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Run a server until SIGTERM or SIGINT; steps under way finish, new steps are refused, and the exit code is 0.
+
+    Every setting is a flag, an environment variable STEPWIRE_<NAME> and a key of the TOML file. Flags win over
+    variables, and variables over the file. A number of bytes may have a unit, such as 8G or 512MiB.
+    """
+    settings = load_config(flags, file=config)
+    configure_logging(settings.log_level, settings.log_json)
+    if ignored := kubernetes_variables():
+        _log.info("variables of kubernetes are ignored", variables=ignored)
+    kernel_cache.require_named_directory()
+    raise typer.Exit(_serve(settings) if settings.processes == 1 else _supervise(settings))
+
+
+def _serve(settings: ServerConfig) -> int:
+    """Run one server in this process; returns the exit code."""
+    from stepwire_server.server import Server  # here, because a parent of several processes must not load gRPC
+
+    heap.configure()
+    stop = threading.Event()
+    _on_signals(stop.set)
+    parent.follow(settings.parent_pid, stop.set)
+    with Server(settings) as server:
+        # The objects of imports and start-up live as long as the process: the collector must not walk them again and
+        # again in the middle of steps.
+        gc.collect()
+        gc.freeze()
+        stop.wait()
+        return 0 if server.drain() else 1
+
+
+def _supervise(settings: ServerConfig) -> int:
+    """Run several servers, each in a process of its own; returns the exit code."""
+    from stepwire_server.processes.split_settings import divide, look_at_machine
+    from stepwire_server.processes.supervisor import Supervisor
+
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as folder:
+        home = pathlib.Path(folder)
+        configs = divide(settings, look_at_machine(settings.device), home)
+        supervisor = Supervisor(configs, home, port_file=settings.port_file)
+        _on_signals(supervisor.stop)
+        parent.follow(settings.parent_pid, supervisor.stop)
+        return supervisor.run()
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` at every SIGTERM and SIGINT until the process ends, in a thread of its own.
+
+    The interpreter runs a handler in the main thread, but the kernel may deliver a signal to any thread. Delivered to
+    another one just before the main thread blocks, a signal would wait until the main thread wakes, so perhaps for
+    ever. The wakeup descriptor has no such gap: whichever thread gets the signal writes to it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+    def watch(reader: socket.socket, writer: socket.socket) -> None:  # the writer is kept, and so stays open
+        while reader.recv(1):
+            stop()
+
+    threading.Thread(target=watch, args=(reader, writer), name="signals", daemon=True).start()

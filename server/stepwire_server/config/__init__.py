@@ -1,0 +1,22 @@
+"""The settings of the server, and the one room that reads the environment.
+
+`settings` has the fields, `parse` reads a value, `environment` knows the variables, and `load` merges all sources.
+"""
+
+from __future__ import annotations
+
+from stepwire_server.config.environment import ENVIRONMENT, environment_of, kubernetes_variables, named_bind
+from stepwire_server.config.load import load_config
+from stepwire_server.config.parse import ENVIRONMENT_PREFIX
+from stepwire_server.config.settings import MIB, ServerConfig
+
+__all__ = [
+    "ENVIRONMENT",
+    "ENVIRONMENT_PREFIX",
+    "MIB",
+    "ServerConfig",
+    "environment_of",
+    "kubernetes_variables",
+    "load_config",
+    "named_bind",
+]

@@ -1,0 +1,161 @@
+"""The fields of the settings: one frozen record that flags, environment variables and TOML keys are made from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["MIB", "ServerConfig"]
+
+MIB = 1 << 20
+
+_KIB = 1 << 10
+_Count = Annotated[int, Meta(ge=0)]
+_Positive = Annotated[int, Meta(ge=1)]
+# In every source a size may also be text such as 8G or 512MiB; see `parse_bytes`.
+_BYTES = Meta(extra={"unit": "bytes"})
+# Thirty years at most: dates and waits end before infinity.
+_Seconds = Annotated[float, Meta(gt=0, le=1e9, extra={"unit": "seconds"})]
+
+
+def _text(allowed: str, pattern: str) -> Meta:
+    """Return the constraint of a text: its pattern, and the same in words for the error."""
+    return Meta(pattern=pattern, extra={"allowed": allowed})
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a server.
+
+    Each field is a flag, an environment variable and a key of the TOML file. The description of a field is the help
+    text of its flag. The constructor checks nothing; `load_config` checks every value.
+    """
+
+    bind: Annotated[
+        str,
+        Meta(
+            description="The address to listen on: host:port, with port 0 for a free port, or unix:/path for a Unix "
+            "socket alone.",
+            extra={"allowed": "host:port or unix:/path"},
+        ),
+    ] = "127.0.0.1:50051"
+    unix_socket: Annotated[
+        str,
+        Meta(
+            description="A Unix socket to listen on besides the port, for clients on this machine: an absolute path, "
+            "auto for a private one, off for none."
+        ),
+        _text("an absolute path, auto or off", r"^(auto|off|/.+)$"),
+    ] = "auto"
+    processes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="The number of server processes. Each has sessions, threads, a budget and addresses of its "
+            "own; ports count up from the port of --bind.",
+        ),
+    ] = 1
+    device: Annotated[
+        str,
+        Meta(
+            description="The devices where sessions live: auto, cpu, cuda (every GPU that works), or GPUs by number, "
+            "such as cuda:0,cuda:2."
+        ),
+        _text(
+            "auto, cpu, cuda, or GPUs by number such as cuda:0 or cuda:0,cuda:2",
+            r"^(auto|cpu|cuda|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3})*)$",
+        ),
+    ] = "auto"
+    threads: Annotated[
+        _Count, Meta(description="The number of CPU threads of the engine; 0 means one for each core.")
+    ] = 0
+    max_sessions: Annotated[_Positive, Meta(description="The largest number of sessions at a time.")] = 1024
+    memory_budget: Annotated[
+        _Count,
+        _BYTES,
+        Meta(
+            description="The bytes that sessions may hold on each device, such as 8G. 0 means 80 % of the memory; of a "
+            "GPU, 80 % of the memory that is free at start."
+        ),
+    ] = 0
+    gpu_bus_buffers: Annotated[
+        int, Meta(ge=3, le=64, description="The number of buffers on the bus of a GPU, in each direction.")
+    ] = 4
+    gpu_bus_buffer_bytes: Annotated[
+        int,
+        _BYTES,
+        Meta(
+            ge=64 * _KIB,
+            le=256 * MIB,
+            description="The bytes of each buffer, pinned on the host and held on the GPU.",
+        ),
+    ] = 8 * MIB
+    gpu_gradient_cache_bytes: Annotated[
+        _Count,
+        _BYTES,
+        Meta(
+            description="The bytes that a GPU keeps for gradients from one step to the next, until memory is short or "
+            "the server rests. 0 means a sixteenth of the memory that is free at start."
+        ),
+    ] = 0
+    max_streams: Annotated[
+        _Positive, Meta(description="The largest number of attached streams at a time; each stream costs a thread.")
+    ] = 256
+    max_tensors: Annotated[_Positive, Meta(description="The largest number of tensors in a session.")] = 65536
+    max_chunk_bytes: Annotated[
+        int, _BYTES, Meta(ge=64 * _KIB, le=64 * MIB, description="The largest payload of one message, in bytes.")
+    ] = 4 * MIB
+    max_lease_seconds: Annotated[
+        _Seconds, Meta(description="The longest life of an unused session, and the default.")
+    ] = 3600.0
+    step_idle_seconds: Annotated[
+        _Seconds, Meta(description="The longest silence inside a step; after it the server drops the stream.")
+    ] = 60.0
+    drain_seconds: Annotated[_Seconds, Meta(description="The time for steps under way after SIGTERM.")] = 30.0
+    sweep_seconds: Annotated[
+        _Seconds, Meta(description="The pause between two searches for expired sessions and silent streams.")
+    ] = 1.0
+    insecure: Annotated[bool, Meta(description="Allow plaintext on an address that is not loopback.")] = False
+    shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
+    cuda_ipc: Annotated[
+        bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")
+    ] = True
+    handoff_socket: Annotated[
+        str,
+        Meta(
+            description="The path of the Unix socket over which clients fetch shared memory; empty for a private "
+            "socket. Containers name a path in a volume that they share."
+        ),
+        _text("an absolute path, or empty", r"^(/.+)?$"),
+    ] = ""
+    handoff_uids: Annotated[
+        str,
+        Meta(
+            description="The users that may share memory besides root and the user of the server: numbers with commas "
+            "between, such as 1000,1001."
+        ),
+        _text("user numbers with commas between, such as 1000,1001", r"^([0-9]{1,10}(,[0-9]{1,10})*)?$"),
+    ] = ""
+    port_file: Annotated[
+        str,
+        Meta(
+            description="The path of a file that the server writes once it listens: a line for the port of each "
+            "process, 0 without a port. Empty means no file.",
+            extra={"allowed": "a path, or empty"},
+        ),
+    ] = ""
+    parent_pid: Annotated[
+        _Count,
+        Meta(
+            description="The number of the process that started this one; at its end the server drains. 0 means none."
+        ),
+    ] = 0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="The least level of the log lines.")
+    ] = "info"
+    log_json: Annotated[
+        bool | None,
+        Meta(description="Write log lines as JSON; by default lines are JSON unless standard output is a terminal."),
+    ] = None

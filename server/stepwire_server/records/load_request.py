@@ -1,0 +1,34 @@
+"""A load as its first message asks for it, in the domain's own terms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.rules.loss_scale import LossScale
+
+__all__ = ["LoadRequest"]
+
+
+class LoadRequest(NamedTuple):
+    """A load of whole slots.
+
+    Attributes:
+        load: the number it will have once committed.
+        slots: the names of the slots that are replaced.
+        dtype: the encoding of the chunks.
+        epoch: the epoch the client knows; 0 skips the check.
+        step: the session's new applied step; None leaves it.
+        tensor_steps: the updates that each tensor has had, in layout order; empty leaves them.
+        loss_scale: the new state of loss scaling; None leaves it.
+    """
+
+    load: int
+    slots: tuple[str, ...]
+    dtype: np.dtype[Any] = FLOAT32
+    epoch: int = 0
+    step: int | None = None
+    tensor_steps: tuple[int, ...] = ()
+    loss_scale: LossScale | None = None

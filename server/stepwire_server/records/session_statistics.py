@@ -1,0 +1,27 @@
+"""A session in numbers, for whoever watches a server."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["SessionStatistics"]
+
+
+class SessionStatistics(NamedTuple):
+    """A session at one moment.
+
+    Attributes:
+        applied_step: the last committed step.
+        applied_load: the last committed load.
+        unfinished_step: the step that is half applied; 0 for none.
+        memory_bytes: the bytes reserved for the state.
+        attached: a stream is attached.
+        loads: the loads on their way in.
+    """
+
+    applied_step: int
+    applied_load: int
+    unfinished_step: int
+    memory_bytes: int
+    attached: bool
+    loads: int

@@ -1,0 +1,260 @@
+"""The state of a session: where its arrays reside, and the numbers beside them.
+
+Residency is the session's share of a machine: arrays on a device, and the reservation for them. The numbers are plain
+data: a `Snapshot` holds them all, as a pull tells them and a load brings them. Nothing here locks or knows the order of
+steps: the session does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwire.optimizers import Adagrad, Hyperparameters
+from stepwire.wire.dtypes import FLOAT32, wire_bytes
+from stepwire_server.devices.budget import Reservation
+from stepwire_server.devices.pool import Device
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.host.sealed_memory import SharedMemory
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_request import StepRequest
+from stepwire_server.rules import AVERAGE, Precision
+from stepwire_server.rules.loss_scale import LossScale, after_step
+from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.overlap import OverlappedStep
+from stepwire_server.steps.reply import split_range
+from stepwire_server.steps.result import Effect
+from stepwire_server.steps.tensor_steps import TensorSteps
+from stepwire_server.steps.update import recipe_for
+
+__all__ = ["Residency", "SessionState"]
+
+# Another session's step is over after about as long.
+_STEP_RETRY_SECONDS = 0.1
+_COPY_ELEMENTS = 1 << 20
+
+
+class Residency:
+    """Arrays on a device, with the reservation that covers them.
+
+    Attributes:
+        arrays: the engine's arrays.
+        nbytes: the reserved bytes.
+    """
+
+    def __init__(self, arrays: EngineState, reservation: Reservation) -> None:
+        """Own both."""
+        self.arrays = arrays
+        self._reservation = reservation
+
+    @classmethod
+    def allocate(cls, device: Device, slots: dict[str, Precision], config: SessionConfig, purpose: str) -> Residency:
+        """Reserve, then allocate.
+
+        Raises:
+            ResourceExhaustedError: they do not fit; nothing stays reserved.
+        """
+        size, engine = config.layout.size, device.engine
+        kept = config.kept if Precision.INT8 in slots.values() else ()
+        reservation = device.budget.reserve(engine.state_bytes(slots, size, kept), purpose)
+        with contextlib.ExitStack() as undo:
+            undo.callback(reservation.release)
+            arrays = engine.allocate(slots, size, kept)
+            undo.pop_all()
+        return cls(arrays, reservation)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are reserved."""
+        return self._reservation.nbytes
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice is harmless."""
+        try:
+            self.arrays.close()
+        finally:
+            self._reservation.release()
+
+
+class SessionState:
+    """The arrays and numbers of one session. Not thread-safe: the session serialises its calls.
+
+    Attributes:
+        config: the session's config.
+        device: the device that the arrays reside on.
+        arrays: the engine's arrays.
+        tensor_steps: Adam's t of each tensor.
+        loss_scale: the state of dynamic loss scaling; None without it.
+        unfinished: the step that a broken stream left half applied; None for none.
+    """
+
+    def __init__(self, config: SessionConfig, device: Device) -> None:
+        """Reserve, allocate, and compile the kernels of the usual step.
+
+        Raises:
+            ResourceExhaustedError: the state does not fit; nothing stays reserved.
+        """
+        self.config = config
+        self.device = device
+        self.tensor_steps = TensorSteps(config, [0] * len(config.layout.tensors))
+        scaling = config.treatment.loss_scaling
+        self.loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
+        self.unfinished: OverlappedStep | None = None
+        self._prepared: tuple[Any, ...] = (None, None, None)
+        self._parameter_memory: SharedMemory | None = None
+        state_bytes = device.engine.state_bytes(config.slots, config.layout.size, config.kept)
+        gradient_bytes = _step_bytes(config.layout.size, config.gradient_dtype, config.reply_dtype)
+        device.budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
+        self._residency = Residency.allocate(device, config.slots, config, "the session's state")
+        self.arrays = self._residency.arrays
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._residency.close)
+            _initialize(config, self.arrays)
+            self.prepare(config.groups, config.gradient_dtype, config.reply_dtype)
+            undo.pop_all()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for the arrays."""
+        return self._residency.nbytes
+
+    def prepare(
+        self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
+    ) -> None:
+        """Compile what a step needs, unless the step before needed the same."""
+        if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
+            return
+        for hyper in groups:
+            self.device.engine.prepare(recipe_for(self.config, hyper), gradient, reply)
+        self._prepared = (groups, gradient, reply)
+
+    # --- steps -------------------------------------------------------------------------------------------
+
+    def stage_gradient(self, request: StepRequest, unscale: float) -> StagedGradient:
+        """Make room for a step's gradient, or for its reply where that is larger.
+
+        Raises:
+            ResourceExhaustedError: no room just now.
+        """
+        config = self.config
+        nbytes = 0 if request.shared else _step_bytes(config.layout.size, request.gradient_dtype, request.reply_dtype)
+        room = self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
+        with contextlib.ExitStack() as undo:
+            undo.callback(room.release)
+            gradient = StagedGradient(
+                request.gradient_dtype,
+                config.without(request.missing),
+                self.arrays,
+                room,
+                unscale=unscale,
+                sums=config.squares,
+            )
+            undo.pop_all()
+        return gradient
+
+    def unscale(self, request: StepRequest) -> float:
+        """Return the factor that a step's gradient is multiplied by first."""
+        return 1.0 / (request.loss_scale if self.loss_scale is None else self.loss_scale.scale)
+
+    def advance(self, gradient: StagedGradient, effect: Effect) -> None:
+        """Count a step that has changed the arrays, or was skipped."""
+        if effect is Effect.UPDATED:
+            self.tensor_steps.advance(gradient.selection)
+        scaling = self.config.treatment.loss_scaling
+        if self.loss_scale is not None and scaling is not None:
+            self.loss_scale = after_step(self.loss_scale, scaling, finite=effect is not Effect.SKIPPED)
+
+    def overlapped(self, request: StepRequest) -> OverlappedStep:
+        """Return the step that is half applied, or a new one, of which nothing is yet."""
+        return self.unfinished or OverlappedStep(request, self)
+
+    # --- state in and out --------------------------------------------------------------------------------
+
+    def snapshot(self, step: int, load: int) -> Snapshot:
+        """Return the numbers of the present moment, after the given step and load."""
+        return Snapshot(step, load, self.tensor_steps.tensor_steps(), self.loss_scale)
+
+    def read(self, slot: str, start: int, out: HostArray) -> None:
+        """Encode a range of a slot into `out`, `(n,)` of a wire dtype."""
+        self.arrays.read(slot, start, out).wait()
+
+    def stage_load(self, slots: Sequence[str]) -> Residency:
+        """Allocate room for a load beside the state, so that a broken one changes nothing.
+
+        Raises:
+            ResourceExhaustedError: it does not fit.
+        """
+        held = dict.fromkeys(slots, Precision.FLOAT32)
+        return Residency.allocate(self.device, held, self.config, "staging the load")
+
+    def adopt(self, staged: Residency, request: LoadRequest, *, first: bool) -> None:
+        """Put staged slots in the place of the present ones, with the numbers that the load brings.
+
+        Args:
+            staged: used up.
+            request: names the slots.
+            first: no parameters have been loaded before: their average starts from them.
+        """
+        self.arrays.adopt(staged.arrays)
+        averages = AVERAGE in self.config.slots and AVERAGE not in request.slots
+        if averages and first and PARAM in request.slots:
+            self.arrays.copy(PARAM, AVERAGE)
+        self.arrays.settle()
+        self.unfinished = None
+        if request.tensor_steps:
+            self.tensor_steps = TensorSteps(self.config, request.tensor_steps)
+        self.loss_scale = request.loss_scale or self.loss_scale
+
+    # --- memory that is shared with the client -----------------------------------------------------------
+
+    def moved_parameters(self) -> SharedMemory | None:
+        """Return the memory that the parameters were moved to, for the caller to close; None if they were not.
+
+        Raises:
+            OSError: the system has no descriptors left.
+        """
+        return None if self._parameter_memory is None else self._parameter_memory.duplicate()
+
+    def move_parameters(self, memory: SharedMemory) -> bool:
+        """Hold the parameters in `memory` for the rest of the session's life, and close it then.
+
+        Returns:
+            False where they cannot lie in memory of the host, or lie in such memory already; nothing has changed then.
+        """
+        if self._parameter_memory is not None:
+            return False
+        self.prepare(self.config.groups, self.config.gradient_dtype, None)  # steps will have no reply
+        if not self.arrays.move(PARAM, memory.array(FLOAT32, self.config.layout.size)):
+            return False
+        self._parameter_memory = memory
+        return True
+
+    def close(self) -> None:
+        """Free the memory. Closing twice is harmless."""
+        try:
+            self._residency.close()
+        finally:
+            if self._parameter_memory is not None:
+                self._parameter_memory.close()
+
+
+def _initialize(config: SessionConfig, arrays: EngineState) -> None:
+    """Give slots their first values where these are not zeros."""
+    if isinstance(config.optimizer, Adagrad) and config.optimizer.initial_accumulator_value:
+        first = config.optimizer.initial_accumulator_value
+        values = np.full(min(_COPY_ELEMENTS, config.layout.size), first, np.float32)
+        for tensor in config.layout.tensors:
+            for low, high in split_range(tensor.offset, tensor.end, _COPY_ELEMENTS):
+                arrays.write("sum", low, values[: high - low])
+
+
+@functools.lru_cache(256)
+def _step_bytes(size: int, gradient: np.dtype[Any], reply: np.dtype[Any]) -> int:
+    """Return the bytes that a step takes at its peak: its gradient, or its reply where that is larger."""
+    return max(wire_bytes(gradient, size), wire_bytes(reply, size))

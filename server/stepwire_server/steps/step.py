@@ -1,0 +1,102 @@
+"""One step on its way through a session, and the state that it acts on."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from stepwire_server.engines.protocol import EngineState, HostArray
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.step_request import Decision, StepRequest
+from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.tensor_steps import TensorSteps
+
+__all__ = ["Hold", "Step", "SteppedState"]
+
+
+class SteppedState(Protocol):
+    """The state of a session, as a step changes it.
+
+    Attributes:
+        config: the session's config.
+        arrays: the engine's arrays.
+        tensor_steps: Adam's t of each tensor.
+        loss_scale: the state of dynamic loss scaling; None without it.
+    """
+
+    config: SessionConfig
+    arrays: EngineState
+    tensor_steps: TensorSteps
+    loss_scale: LossScale | None
+
+
+class Hold(Protocol):
+    """The hold of a worker that a step began under. Compared by identity."""
+
+    @property
+    def worker(self) -> int:
+        """The worker's number."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """The number of the hold."""
+        ...
+
+    @property
+    def acquired(self) -> int:
+        """The generation in which the client acquired the worker."""
+        ...
+
+
+class Step:
+    """One step from its first message to its commit. A context manager, which lets go of its gradient.
+
+    Nothing here touches the session: a stream that breaks drops the object, and no trace is left.
+
+    Attributes:
+        request: the step as it was asked for.
+        holder: the hold that it began under; nothing commits under an older one.
+        gradient: the gradient as it arrives.
+        replay: the step had been applied when it began: its chunks are not kept.
+        decision: the coordinator's, once it is known; None where there is none.
+        began: the clock reading of its first message.
+        received: the clock reading of its commit message; that of its first message until then.
+    """
+
+    __slots__ = ("began", "decision", "gradient", "holder", "received", "replay", "request")
+
+    def __init__(
+        self, request: StepRequest, holder: Hold, gradient: StagedGradient, *, replay: bool, began: float
+    ) -> None:
+        """Await the chunks of a step."""
+        self.request = request
+        self.holder = holder
+        self.gradient = gradient
+        self.replay = replay
+        self.decision: Decision | None = None
+        self.began = self.received = began
+
+    def add(self, offset: int, count: int, payload: HostArray) -> None:
+        """Stage one chunk: `payload` is its received bytes, `(n,) uint8`.
+
+        Raises:
+            InvalidRequestError: range, overlap or byte count are wrong; the chunks before it stay.
+        """
+        if not self.replay:
+            self.gradient.add(offset, count, payload)
+
+    def close(self) -> None:
+        """Let go of the gradient. Closing twice is harmless."""
+        self.gradient.close()
+
+    def __enter__(self) -> Step:
+        """Hold the gradient for a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of the gradient."""
+        self.close()

@@ -1,0 +1,182 @@
+"""The link to a sharded session: steps that some shards applied and others did not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire.errors import DeadlineExceededError, StepMismatchError
+from stepwire.links.hold import Hold
+from tests.support.lost_replies import lost_replies
+
+SIZE = 140_000
+START = {"w": np.zeros(SIZE, np.float32)}
+ONES, TWOS = {"w": np.ones(SIZE, np.float32)}, {"w": np.full(SIZE, 2.0, np.float32)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one_phase": {"non_finite": "allow"},
+    "two_phases": {"clip_grad_norm": 1e9},
+}
+Create = Callable[[], stepwire.Session]
+
+
+@pytest.fixture(params=OPTIONS)
+def create(target: str, request: pytest.FixtureRequest) -> Iterator[Create]:
+    """Make sessions of two shards, of SGD with rate 1: the parameters are minus the sum of the gradients."""
+    with stepwire.connect(target, channels=2, timeout=30.0) as client:
+        made = []
+
+        def created() -> stepwire.Session:
+            made.append(client.create_session(START, optimizer=stepwire.SGD(lr=1.0), **OPTIONS[request.param]))
+            assert len(made[-1].shards) == 2
+            return made[-1]
+
+        yield created
+        for session in made:
+            session.close()
+
+
+def shard_of(session: stepwire.Session, rank: int) -> Callable[[Hold], bool]:
+    hold = session.shards[rank]._link.hold  # type: ignore[attr-defined]
+    return lambda other: other is hold
+
+
+def fail(session: stepwire.Session, gradient: Any, *, on: int | None = None, applied: bool) -> None:
+    """Take a step whose outcome stays unknown on one shard, or on all."""
+    which = (lambda hold: True) if on is None else shard_of(session, on)
+    with lost_replies(applied=applied, of=which), pytest.raises(DeadlineExceededError):
+        session.step(gradient)
+    assert session.statistics().step_in_doubt is not None
+
+
+def half_apply(session: stepwire.Session, gradient: Any) -> None:
+    """Have one shard apply a step, and the other one never get its end."""
+    exchange, second = Hold._exchange, shard_of(session, 1)
+
+    def broken(self: Hold, stream: Any, call: Any, deadline: Any) -> Any:
+        if not second(self):
+            return exchange(self, stream, call, deadline)
+        if call.decide is None:
+            raise DeadlineExceededError("the connection broke")
+        decide = call.decide
+
+        def decide_and_break(check: Any) -> Any:
+            decide(check)
+            raise DeadlineExceededError("the connection broke after the decision")
+
+        call.decide = decide_and_break
+        try:
+            return exchange(self, stream, call, deadline)
+        finally:
+            call.decide = decide
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Hold, "_exchange", broken)
+        with pytest.raises(DeadlineExceededError):
+            session.step(gradient)
+    assert counts(session)[0] == counts(session)[1] + 1
+
+
+def counts(session: stepwire.Session) -> list[int]:
+    return [shard.info().applied_step for shard in session.shards]
+
+
+def values(parameters: Any) -> set[float]:
+    return set(parameters["w"].tolist())
+
+
+def test_the_same_gradient_finishes_a_half_applied_step(create: Create) -> None:
+    session = create()
+    session.step(ONES)
+    half_apply(session, TWOS)
+    assert session.applied_step == 1
+    assert values(session.step({"w": TWOS["w"].copy()})) == {-3.0}
+    assert counts(session) == [2, 2]
+    assert (session.applied_step, session.statistics().step_in_doubt) == (2, None)
+    assert values(session.step(ONES)) == {-4.0}
+
+
+def test_another_gradient_is_refused_while_a_step_is_half_applied(create: Create) -> None:
+    """Neither half of the model takes a step of it; the remedy is named, and works."""
+    session = create()
+    half_apply(session, ONES)
+    for _ in range(2):
+        with pytest.raises(StepMismatchError, match="same gradients.*load_state") as refused:
+            session.step(TWOS)
+        assert refused.value.metadata == {"steps": "1,0", "expected_step": "1", "actual_step": "1"}
+        assert counts(session) == [1, 0]
+    assert values(session.step(ONES)) == {-1.0}
+    assert counts(session) == [1, 1]
+
+
+def test_a_loaded_state_replaces_a_half_applied_step(create: Create) -> None:
+    session = create()
+    before = session.state()
+    half_apply(session, ONES)
+    session.load_state(dataclasses.replace(before, step=1))
+    assert (session.applied_step, session.statistics().step_in_doubt) == (1, None)
+    assert values(session.step(ONES)) == {-1.0}
+    assert counts(session) == [2, 2]
+
+
+def test_loaded_parameters_level_the_shards(create: Create) -> None:
+    session = create()
+    half_apply(session, ONES)
+    session.load({"w": np.full(SIZE, 10.0, np.float32)})
+    assert (session.applied_step, counts(session)) == (1, [1, 1])
+    assert values(session.step(TWOS)) == {8.0}
+    assert counts(session) == [2, 2]
+
+
+@pytest.mark.parametrize(("applied", "step", "value"), [(True, 2, -3.0), (False, 1, -2.0)])
+def test_another_gradient_follows_on_a_step_that_all_shards_applied_or_none(
+    create: Create, applied: bool, step: int, value: float
+) -> None:
+    session = create()
+    fail(session, ONES, applied=applied)
+    assert values(session.step(TWOS)) == {value}
+    assert counts(session) == [step, step]
+    assert session.last_result is not None and not session.last_result.replayed
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_the_same_gradient_is_applied_once_by_all(create: Create, applied: bool) -> None:
+    session = create()
+    for _ in range(2):
+        fail(session, ONES, applied=applied)
+    assert values(session.step(ONES)) == {-1.0}
+    assert counts(session) == [1, 1]
+
+
+def test_a_lost_reply_of_one_shard_leaves_the_step_applied_by_all(create: Create) -> None:
+    session = create()
+    fail(session, ONES, on=1, applied=True)
+    assert counts(session) == [1, 1]
+    assert values(session.step(TWOS)) == {-3.0}
+    assert counts(session) == [2, 2]
+
+
+def test_attaching_tells_the_outcome_and_forgets_nothing(create: Create) -> None:
+    session = create()
+    fail(session, ONES, applied=True)
+    session.attach()
+    assert session.applied_step == 1
+    assert values(session.step(ONES)) == {-1.0}
+    half_apply(session, ONES)
+    session.attach()
+    assert session.applied_step == 1
+    session.attach(take_over=True)  # nobody held the workers in between
+    assert values(session.step(ONES)) == {-2.0}
+    assert counts(session) == [2, 2]
+
+
+def test_shards_tell_their_numbers_together(create: Create) -> None:
+    session = create()
+    session.step(ONES)
+    statistics = session.statistics()
+    assert (statistics.applied_step, statistics.attached, statistics.streams_opened) == (1, True, 2)
+    assert [shard.last_result.step for shard in session.shards if shard.last_result is not None] == [1, 1]

@@ -1,0 +1,171 @@
+"""`stepwire serve`: flags become settings, and a wrong one is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from stepwire_server.cli import serve as cli
+from stepwire_server.config import ServerConfig
+from stepwire_server.config.parse import SETTINGS
+
+BAD_SETTINGS = {
+    "no address": (("--bind", "nowhere"), "bind: 'nowhere' is not host:port or unix:/path"),
+    "no socket": (
+        ("--bind", "127.0.0.1:0", "--unix-socket", "/" + "x" * 107),
+        "has 108 bytes, and a Unix socket's at most 107",
+    ),
+    "two sockets": (("--bind", "unix:/x", "--unix-socket", "/y"), "unix_socket: '/y' is a second socket beside bind"),
+    "no processes": (("--processes", "0"), "--processes is '0'; it must be a whole number from 1 to 1024"),
+    "plaintext": (("--bind", "0.0.0.0:0"), "is not a loopback address"),
+    "no device": (
+        ("--device", "gpu"),
+        "--device is 'gpu'; it must be auto, cpu, cuda, or GPUs by number such as cuda:0 or cuda:0,cuda:2",
+    ),
+    "no sessions": (("--max-sessions", "0"), "--max-sessions is '0'; it must be a whole number from 1 up"),
+    "negative memory": (
+        ("--memory-budget=-1",),
+        "--memory-budget is '-1'; it must be a number of bytes from 0 up, such as 8M",
+    ),
+    "no memory": (
+        ("--memory-budget", "8X"),
+        "--memory-budget is '8X'; it must be a number of bytes from 0 up, such as",
+    ),
+    "no number": (("--threads", "x"), "--threads is 'x'; it must be a whole number from 0 up"),
+    "no level": (("--log-level", "loud"), "--log-level is 'loud'; it must be debug, info, warning or error"),
+    "endless drain": (
+        ("--drain-seconds", "inf"),
+        "--drain-seconds is 'inf'; it must be a number of seconds above 0 and not above 1000000000",
+    ),
+    "no file": (("--config", "/nonexistent/server.toml"), "settings file '/nonexistent/server.toml': "),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SETTINGS)
+def test_bad_settings_are_one_line_and_exit_code_2(command: Any, what: str) -> None:
+    arguments, text = BAD_SETTINGS[what]
+    code, out, err = command("serve", "--device", "cpu", "--log-level", "error", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("stepwire: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_a_bad_variable_is_one_line_and_exit_code_2(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWIRE_MAX_SESION", "3")
+    code, out, err = command("serve")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("stepwire: environment variable STEPWIRE_MAX_SESION is unknown; use one of: ")
+
+
+def test_a_bad_value_is_told_with_its_variable(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWIRE_THREADS", "many")
+    code, out, err = command("serve")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err == "stepwire: STEPWIRE_THREADS is 'many'; it must be a whole number from 0 up\n"
+    code, _, err = command("serve", "--threads", "-1")
+    assert (code, err) == (2, "stepwire: --threads is '-1'; it must be a whole number from 0 up\n")
+
+
+def test_a_cache_directory_that_cannot_be_used_is_one_line_and_exit_code_2(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STEPWIRE_CACHE_DIR", str(tmp_path / "file"))
+    code, out, err = command("serve", "--device", "cpu", "--bind", "127.0.0.1:0")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"stepwire: STEPWIRE_CACHE_DIR: '{tmp_path}/file' cannot be used by user ")
+
+
+def test_a_port_that_is_taken_is_one_line_and_exit_code_2(command: Any, server: Any) -> None:
+    code, out, err = command("serve", "--bind", server.target, "--device", "cpu", "--log-level", "error")
+    assert (code, out) == (2, "")
+    assert f"stepwire: bind: cannot listen on '{server.target}'" in err
+
+
+def test_a_bad_file_is_one_line_with_its_path_and_key(command: Any, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text("thread = 3\n")
+    code, out, err = command("serve", "--config", str(path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"stepwire: settings file '{path}': the key 'thread' is unknown; use one of: bind, ")
+
+
+def test_every_setting_is_a_flag_with_its_help_default_and_variable(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, err = command("serve", "-h")
+    assert (code, err) == (0, "")
+    for setting in SETTINGS.values():
+        (line,) = [line for line in out.splitlines() if f" {setting.flag} " in line]
+        assert setting.description in line
+        assert f" Variable: {setting.variable}." in line
+        if setting.default not in (None, ""):
+            assert f" Default: {setting.text_of(setting.default)}. " in line
+        assert (f" --no-{setting.flag[2:]} " in line) is (setting.unit == "switch")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
+    """The settings that `serve` would have run a server with."""
+    served: list[ServerConfig] = []
+
+    def serve(config: ServerConfig) -> int:
+        served.append(config)
+        return 0
+
+    monkeypatch.setattr(cli, "_serve", serve)
+    return served
+
+
+def test_flags_become_settings(command: Any, served: list[ServerConfig]) -> None:
+    assert command("serve").code == 0
+    arguments = ("--memory-budget", "8G", "--insecure", "--no-cuda-ipc", "--no-log-json", "--sweep-seconds", "2")
+    assert command("serve", *arguments, "--parent-pid", "7", "--handoff-uids", "").code == 0
+    default, chosen = served
+    assert default == ServerConfig()
+    assert chosen == ServerConfig(
+        memory_budget=8 << 30, insecure=True, cuda_ipc=False, log_json=False, sweep_seconds=2.0, parent_pid=7
+    )
+
+
+def test_variables_of_kubernetes_are_ignored_with_one_line(
+    command: Any, served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPWIRE_PORT", "tcp://10.0.0.7:50051")
+    monkeypatch.setenv("STEPWIRE_SERVICE_HOST", "10.0.0.7")
+    code, out, err = command("serve", "--log-json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    line = json.loads(out)
+    assert (line["event"], line["variables"]) == (
+        "variables of kubernetes are ignored",
+        ["STEPWIRE_PORT", "STEPWIRE_SERVICE_HOST"],
+    )
+    assert served == [ServerConfig(log_json=True)]
+
+
+_PROGRAM = """
+import pathlib, signal, sys, threading, time
+from stepwire_server.cli.main import main
+
+def end(port_file):
+    while not port_file.exists():
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=end, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
+sys.argv = ["stepwire", "serve", "--device", "cpu", "--bind", "127.0.0.1:0", "--port-file", sys.argv[1]]
+main()
+"""
+
+
+def test_a_signal_ends_the_server_whichever_thread_gets_it(tmp_path: pathlib.Path) -> None:
+    """The kernel gives a signal to any thread, and the main thread may be about to block."""
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "port")]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0

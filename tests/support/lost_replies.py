@@ -1,0 +1,36 @@
+"""Steps whose outcome stays unknown to the client: applied without a reply, or never sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from stepwire.errors import DeadlineExceededError
+from stepwire.links.hold import Hold
+
+__all__ = ["lost_replies"]
+
+
+@contextlib.contextmanager
+def lost_replies(*, applied: bool = True, of: Callable[[Hold], bool] = lambda hold: True) -> Iterator[None]:
+    """Fail every step in a block, as if the deadline had passed.
+
+    Args:
+        applied: the server applies the step before; else the step is never sent.
+        of: tells the holds whose steps fail.
+    """
+    exchange = Hold._exchange
+
+    def lost(self: Hold, *arguments: Any) -> Any:
+        if not of(self):
+            return exchange(self, *arguments)
+        if applied:
+            exchange(self, *arguments)
+        raise DeadlineExceededError("the reply was lost")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Hold, "_exchange", lost)
+        yield
