@@ -86,8 +86,8 @@ def run(gpu: Gpu, keep: Callable[[Results], None] = lambda results: None, child:
     """Run every section, as long as time is left.
 
     Args:
-        gpu: where.
-        keep: is given the results after each section.
+        gpu: the device with its extent.
+        keep: called with the results after each section.
         child: see `creation`.
     """
     results, end = Results(), time.monotonic() + gpu.extent.seconds

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures with, and on: clocks, rounds, and what is free."""
+"""The means of the GPU benchmark: clocks, rounds, and free memory."""
 
 from __future__ import annotations
 

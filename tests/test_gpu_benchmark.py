@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """Where compiled kernels are kept between runs, as for the tests of engines."""
+    """The directory of compiled kernels, which outlives a run, as for the tests of engines."""
     cache = getattr(request.config, "cache", None)
     directory = pathlib.Path(cache.mkdir("stepwire-kernels")) if cache else tmp_path_factory.mktemp("kernels")
     directory.chmod(0o700)

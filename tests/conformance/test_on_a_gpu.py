@@ -17,7 +17,7 @@ from stepwire_server.server import Server
 from tests.server.pretended_gpus import (
     PlacedGpu,
     compiled_kernels,
-    kernels_of_plan,
+    kernels_of_config,
     library_of,
     machine_code,
     needs_compiler,
@@ -47,7 +47,7 @@ CASES = {name: ALL[name] for name in sorted(_chosen())}
 def channel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
     directory, config = compiled_kernels(request, tmp_path_factory), ServerConfig(bind="127.0.0.1:0")
     plans = [decode_session_config(case.config, config) for case in CASES.values()]
-    library = library_of([kernel for plan in plans for kernel in kernels_of_plan(plan)], directory)
+    library = library_of([kernel for plan in plans for kernel in kernels_of_config(plan)], directory)
     cupy = pretended_cupy(directory, library=library, order=("random", 1))
     cubins = machine_code(tmp_path_factory)
     next(cubins)

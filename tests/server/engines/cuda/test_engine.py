@@ -26,7 +26,7 @@ from stepwire_server.rules import ACCUMULATED, ALL_RULES, Precision, Recipe
 from tests.server.configs import make_config
 from tests.server.pretended_gpus import (
     PretendedGpu,
-    kernels_of_plan,
+    kernels_of_config,
     library_of,
     machine_code,
     needs_compiler,
@@ -86,7 +86,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def library(directory: pathlib.Path) -> Any:
     """Every kernel of the plans above."""
-    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_plan(config)], directory)
+    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_config(config)], directory)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from stepwire_server.sharing import shared_step
 from stepwire_server.sharing.host_buffers import HostBuffers
 from stepwire_server.sharing.shared_step import MemoryReplyWriter, stage_shared
 from tests.server.configs import make_config
-from tests.server.pretended_gpus import PretendedGpu, kernels_of_plan, library_of, machine_code, needs_compiler
+from tests.server.pretended_gpus import PretendedGpu, kernels_of_config, library_of, machine_code, needs_compiler
 from tests.server.session_driver import apply_step, begin, everything, load, make_session, request_of
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
@@ -33,7 +33,7 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def library(directory: pathlib.Path) -> Any:
-    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_plan(config)], directory)
+    return library_of([kernel for config in PLANS.values() for kernel in kernels_of_config(config)], directory)
 
 
 @pytest.fixture(scope="module", autouse=True)
