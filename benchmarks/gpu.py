@@ -86,8 +86,8 @@ def run(gpu: Gpu, keep: Callable[[Results], None] = lambda results: None, child:
     """Run every section, as long as time is left.
 
     Args:
-        gpu: where.
-        keep: is given the results after each section.
+        gpu: the device with its extent.
+        keep: called with the results after each section.
         child: see `creation`.
     """
     results, end = Results(), time.monotonic() + gpu.extent.seconds
@@ -156,7 +156,7 @@ def main() -> None:
     if not cupy.cuda.is_available():
         sys.exit("no GPU benchmark: CUDA sees no device")
     engine = CudaEngine(0, cupy)
-    device = engine._parts.device
+    device = engine._resources.device
     torch = TorchSide.installed(device.index, device.compute.ptr)
     gpu = Gpu(engine, Clock(device, extent.wiped_bytes), torch, extent)
     described = {"machine": machine.describe(), "device": _describe(gpu)}

@@ -1,8 +1,8 @@
 """The way to the device and back: plain copies of pinned memory, and whole steps through the engine.
 
 Up and down of one step follow each other, because norms need the whole gradient before the first parameter moves. So a
-step of one session cannot take less than both copies; two sessions can overlap, one's way up with the other's way
-down, and then a step cannot take less than the slower of the two.
+step of one session is no faster than both copies. Two sessions can overlap, one's way up with the other's way down, and
+then a step is no faster than the slower copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures with, and on: clocks, rounds, and what is free."""
+"""The means of the GPU benchmark: clocks, rounds, and free memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Gpu:
     @property
     def device(self) -> Any:
         """The `CudaDevice`; the engine shows it to nobody else."""
-        return self.engine._parts.device
+        return self.engine._resources.device
 
     def require(self, what: str, *, device_bytes: float, host_bytes: float) -> None:
         """Make room, and raise `Skipped` if there is too little."""

@@ -51,9 +51,9 @@ _BFLOAT16 = Recipe(ADAM.rule, precision=Precision.BFLOAT16)
 _INT8 = Recipe(ADAM.rule, precision=Precision.INT8)
 # What a pass must move of each parameter: p, m and v read and written, and the gradient read.
 _PASS_BYTES = 28
-# A session, two gradients and an answer, both sides of a copy, and torch's tensors with their casts.
+# A session, two gradients and a reply, both sides of a copy, and torch's tensors with their casts.
 _KERNEL_BYTES = 12.1 + 6 + 2 + _PASS_BYTES + 16 + 4
-# Three sessions with an answer each, and a gradient.
+# Three sessions with a reply each, and a gradient.
 _MOMENTS_BYTES = 12.1 + 8.1 + 6.2 + 3 * 4 + 4
 _ALIGNMENT = 1024
 
@@ -129,7 +129,7 @@ def kernel(gpu: Gpu, size: int) -> Figures:
 
 
 def moments(gpu: Gpu, size: int) -> Figures:
-    """The fused pass with its answer, and the same with compact moments."""
+    """The fused pass with its reply, and the same with compact moments."""
     gpu.require(f"compact moments of {size:,}", device_bytes=_MOMENTS_BYTES * size, host_bytes=4.1 * size)
     recipes = {"float32": ADAM, "bfloat16": _BFLOAT16, "int8": _INT8}
     with contextlib.ExitStack() as stack:

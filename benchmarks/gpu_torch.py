@@ -57,7 +57,7 @@ class FusedAdam:
     """Tensors of some sizes, of zeros, with gradients that stay the same."""
 
     def __init__(self, side: TorchSide, sizes: Sequence[int], *, halves: bool = False) -> None:
-        """Make tensors, and where `halves` a gradient and an answer in bfloat16 for the first."""
+        """Make tensors, and where `halves` a gradient and a reply in bfloat16 for the first."""
         torch = side.torch
         self._side = side
         self._parameters = [torch.nn.Parameter(torch.zeros(size, device=side.place)) for size in sizes]
@@ -68,12 +68,12 @@ class FusedAdam:
         side.settle()
 
     def step(self) -> None:
-        """Take a step; nothing waits for it."""
+        """Step; nothing waits for it."""
         with self._side.current():
             self._optimizer.step()
 
     def step_with_casts(self) -> None:
-        """Take a step whose gradient comes, and whose parameters go, as bfloat16."""
+        """Step with a gradient that comes, and parameters that go, as bfloat16."""
         received, reply = self._halves
         with self._side.current():
             self._parameters[0].grad.copy_(received)

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """Where compiled kernels are kept between runs, as for the tests of engines."""
+    """The directory of compiled kernels, which outlives a run, as for the tests of engines."""
     cache = getattr(request.config, "cache", None)
     directory = pathlib.Path(cache.mkdir("stepwire-kernels")) if cache else tmp_path_factory.mktemp("kernels")
     directory.chmod(0o700)
@@ -81,7 +81,7 @@ def make_gpu(bench: types.SimpleNamespace, fake: Callable[..., Any]) -> Iterator
         engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32))
         side = bench.gpu_torch.TorchSide(pytest.importorskip("torch"), "cpu", None) if torch else None
         chosen = bench.gpu_clock.Extent(**(TINY | extent))
-        gpu = bench.gpu_clock.Gpu(engine, bench.gpu_clock.Clock(engine._parts.device, 4096), side, chosen)
+        gpu = bench.gpu_clock.Gpu(engine, bench.gpu_clock.Clock(engine._resources.device, 4096), side, chosen)
         made.append((gpu, cupy))
         return gpu
 

@@ -98,7 +98,7 @@ class Session:
     @property
     def shards(self) -> tuple[Session, ...]:
         """The sessions of the shards, for their own `info`, `transport` and `last_result`; one without sharding."""
-        return tuple(Session(part, Structure()) for part in self._link.parts)
+        return tuple(Session(shard, Structure()) for shard in self._link.shards)
 
     def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""

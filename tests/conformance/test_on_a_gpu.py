@@ -46,8 +46,8 @@ CASES = {name: ALL[name] for name in sorted(_chosen())}
 @pytest.fixture(scope="module")
 def channel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
     directory, config = compiled_kernels(request, tmp_path_factory), ServerConfig(bind="127.0.0.1:0")
-    configs = [decode_session_config(case.config, config) for case in CASES.values()]
-    library = library_of([kernel for each in configs for kernel in kernels_of_config(each)], directory)
+    plans = [decode_session_config(case.config, config) for case in CASES.values()]
+    library = library_of([kernel for plan in plans for kernel in kernels_of_config(plan)], directory)
     cupy = pretended_cupy(directory, library=library, order=("random", 1))
     cubins = machine_code(tmp_path_factory)
     next(cubins)

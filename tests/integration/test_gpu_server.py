@@ -163,7 +163,7 @@ def test_a_device_without_room_for_a_session_refuses_it_and_harms_nobody(start: 
         live = raw.create(_SIZE).session.session_id
         before = gpus.cupy.used_bytes, raw.info().devices[0].reserved_bytes
         assert before == (gpus.idle_bytes + _STATE_BYTES, _STATE_BYTES)
-        hog = gpus.engines[0]._parts.device.allocate(_MEMORY_BYTES - before[0] - _STATE_BYTES + 1)
+        hog = gpus.engines[0]._resources.device.allocate(_MEMORY_BYTES - before[0] - _STATE_BYTES + 1)
         with pytest.raises(Refused) as refused:
             raw.create(_SIZE)
         assert refused.value.row == ("RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
@@ -179,7 +179,7 @@ def test_a_device_without_room_for_a_gradient_refuses_the_step_and_takes_it_late
     gpus, states = start(budget_bytes=1 << 30), []
     with RawClient(gpus.server.target) as there:
         created, beside = there.create(_SIZE), there.create(12)
-        hog = gpus.engines[0]._parts.device.allocate(_MEMORY_BYTES - gpus.cupy.used_bytes - 4 * _SIZE + 1)
+        hog = gpus.engines[0]._resources.device.allocate(_MEMORY_BYTES - gpus.cupy.used_bytes - 4 * _SIZE + 1)
         reserved, used = there.info().devices[0].reserved_bytes, gpus.cupy.used_bytes
         with pytest.raises(Refused) as refused:
             there.step(created.session.session_id, created.attach_token, 1, gradient())

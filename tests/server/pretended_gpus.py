@@ -44,7 +44,7 @@ class PlacedGpu(PretendedGpu):
 
 
 def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Iterator[Kernel]:
-    """Yield what steps of a recipe run, besides the kernels that all recipes share."""
+    """Yield the kernels of a recipe's steps, besides those of all recipes."""
     for each in recipe.variants:
         yield update_kernel(each, gradient.name, None if reply is None else reply.name)
         if recipe.rule.direction is not None:
@@ -52,7 +52,7 @@ def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | N
 
 
 def kernels_of_config(config: SessionConfig) -> Iterator[Kernel]:
-    """Yield the kernels that steps of a session run, in its own dtypes."""
+    """Yield the kernels of a session's steps, in its own dtypes."""
     for recipe in config.recipes:
         yield from kernels_of(recipe, config.gradient_dtype, config.reply_dtype)
 
@@ -60,7 +60,7 @@ def kernels_of_config(config: SessionConfig) -> Iterator[Kernel]:
 def library_of(kernels: Iterable[Kernel], directory: pathlib.Path) -> Any:
     """Compile these kernels and the shared ones as two libraries, one for each processor.
 
-    g++ takes longer to start than to compile a kernel.
+    Starting g++ lasts longer than compiling a kernel.
     """
     found = {kernel.name: kernel for kernel in [*gradient_kernels(), *block_kernels(), *kernels]}
     named = [found[name] for name in sorted(found)]
@@ -73,7 +73,7 @@ def pretended_cupy(directory: pathlib.Path, **options: Any) -> Any:
 
 
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """Keep what engines take for machine code in a fresh directory for a block, so that nothing is found compiled."""
+    """Keep pretended machine code in a fresh directory for a block, so that nothing is found compiled."""
     directory = tmp_path_factory.mktemp("cubins")
     directory.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:

@@ -43,7 +43,7 @@ EIGHT_BIT_SIZES = [(1, 0, 0, 1), (300, 256, 1, 45), (1037, 512, 4, 529), (1037, 
 
 
 class Case(NamedTuple):
-    """A kernel: a recipe with a gradient's dtype and a reply's, None for no answer."""
+    """A kernel: a recipe with a gradient's dtype and a reply's, None for no reply."""
 
     recipe: Recipe
     gradient: str
@@ -132,10 +132,10 @@ KERNELS = [
     *[measure_kernel(case.recipe, case.gradient) for case in LAYERWISE_IN_BLOCKS],
     update_kernel(Recipe(BARE), "float32", "float32"),
 ]
-"""What the cases run, besides the kernels that no recipe changes; some are named twice."""
+"""The kernels of the cases, besides those that no recipe changes; some are named twice."""
 
 LARGE_MEASURES = 3
-"""Of as many cases what is measured is large: the shim takes seconds for it."""
+"""The number of cases that are measured on large arrays, which last longest."""
 
 
 def slots_of(recipe: Recipe) -> dict[str, Precision]:
@@ -237,18 +237,18 @@ def check_update(engine: Engine, reference: Engine, case: Case) -> None:
             sums = state.update(step_of(recipe), start, chunk, begin, end, out).wait()
             results.append((everything_of(state, recipe, size), out, sums))
             state.close()
-        (got, answer, sums), (want, wanted, wanted_sums) = results
+        (got, reply_of, sums), (want, wanted, wanted_sums) = results
         for name in want:
             assert_same_bits(got[name], want[name], f"{name} of {size}")
-        if answer is not None:
-            assert_same_bits(answer.copy(), wanted.copy(), f"answer of {size}")
+        if reply_of is not None:
+            assert_same_bits(reply_of.copy(), wanted.copy(), f"reply of {size}")
         if not odd:
             assert sums == pytest.approx(wanted_sums, rel=1e-5)
         assert len(sums) == len(recipe.sums)
 
 
 def check_measures(engine: Engine, reference: Engine, case: Case) -> None:
-    """Compare what layerwise rules measure, which nothing may change."""
+    """Compare the sums that layerwise rules need; measuring changes no state."""
     recipe, gradient, _ = case
     step = step_of(recipe)
     large = [(140_001, 0, 1, 140_001) if recipe.precision is Precision.INT8 else (140_001, 1, 3, 140_000)]

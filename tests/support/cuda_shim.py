@@ -3,7 +3,7 @@
 The threads of a block are contexts of one thread of the processor, which barriers and shuffles switch; blocks run one
 after another. Vectors that are not aligned, and threads that would wait for ever, abort with a message.
 
-The header is C but for two templates, because the headers of C++ take longer to read than a kernel to compile.
+The header is C but for a few templates, because reading the headers of C++ lasts longer than compiling a kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device must keep to beyond single kernels: under load, out of memory, and when state comes and goes.
+"""Cases of a device beyond single kernels: under load, out of memory, and with state that comes and goes.
 
 `test_gpu` tries a GPU with full sizes, `test_device_cases` the stand-in with small ones.
 """
@@ -22,17 +22,17 @@ ADAM = Recipe(cases.RULES[0])
 FLOAT32 = Precision.FLOAT32
 CHUNK_ELEMENTS = 1 << 20
 GRANULE_BYTES = 2 << 20
-"""What a driver rounds an allocation up to."""
+"""The size that a driver rounds allocations up to."""
 
 
 def numbers(size: int, seed: int) -> np.ndarray:
-    """Make `(size,) float32` of a seed; they repeat, so that making them takes no time."""
+    """Make `(size,) float32` of a seed; they repeat, so that making them is quick."""
     tile = np.random.default_rng(seed).standard_normal(min(size, 100_003), np.float32)
     return np.resize(tile, size)
 
 
 def stepped(state: EngineState, recipe: Recipe, t: int, gradient: np.ndarray, out: np.ndarray, most: int) -> float:
-    """Take one step in chunks as a commit does; returns the gradient's sum of squares."""
+    """Step once in chunks, as a commit does; returns the gradient's sum of squares."""
     step, asked = cases.step_of(recipe, t)._replace(seed=t), deque[Any]()
     with contextlib.closing(state.receive()) as received:
         chunks = [(low, received.put(low, gradient[low : low + most])) for low in range(0, len(gradient), most)]
@@ -49,7 +49,7 @@ def stepped(state: EngineState, recipe: Recipe, t: int, gradient: np.ndarray, ou
 
 
 def run(engine: Engine, recipe: Recipe, size: int, seed: int, steps: int, most: int) -> tuple[np.ndarray, list[float]]:
-    """Take steps in a session of its own; returns the last answer, and the gradients' sums of squares."""
+    """Step in a session of its own; returns the last reply, and the gradients' sums of squares."""
     gradient, out = numbers(size, seed), np.empty(size, np.float32)
     with contextlib.closing(engine.allocate(cases.slots_of(recipe), size)) as state:
         state.write(PARAM, 0, numbers(size, seed + 1))
@@ -73,7 +73,7 @@ def check_shortage(engine: Engine, reference: Engine, size: int) -> None:
     """Let memory run out before a session, and before a gradient; whoever holds memory goes on as if nothing was."""
     want, _ = run(reference, ADAM, size, 0, 3, CHUNK_ELEMENTS)
     gradient, out = numbers(size, 0), np.empty(size, np.float32)
-    device = engine._parts.device
+    device = engine._resources.device
     with contextlib.closing(engine.allocate(cases.slots_of(ADAM), size)) as state:
         state.write(PARAM, 0, numbers(size, 1))
         stepped(state, ADAM, 1, gradient, out, CHUNK_ELEMENTS)
@@ -93,7 +93,7 @@ def check_shortage(engine: Engine, reference: Engine, size: int) -> None:
 
 def bytes_of(engine: Any, memory: Any) -> np.ndarray:
     """Copy device memory to the host, whoever it belongs to."""
-    device = engine._parts.device
+    device = engine._resources.device
     host = device.pinned(memory.nbytes)
     with device.current():
         memory.data.copy_to_host_async(host.ctypes.data, memory.nbytes, device.compute)
@@ -119,8 +119,8 @@ def check_zeroed(engine: Any, size: int) -> None:
 
 
 def check_accounting(engine: Any, recipe: Recipe, size: int) -> None:
-    """Compare what a session says it takes with what the driver has less of."""
-    device, slots = engine._parts.device, cases.slots_of(recipe)
+    """Compare the bytes that a session names with the bytes that the driver has less."""
+    device, slots = engine._resources.device, cases.slots_of(recipe)
     engine.rest()
     before = device.free_bytes()
     state = engine.allocate(slots, size)

@@ -44,7 +44,7 @@ class Worker:
             RuntimeError: the worker is closed.
             BaseException: the error of the call.
         """
-        return await self._outcome(self._submit(call))
+        return await self._result(self._submit(call))
 
     async def step(self, step: Callable[[], _T]) -> _T:
         """Make a call that counts on the calls before it: a step.
@@ -56,7 +56,7 @@ class Worker:
         """
         self.check_seen()
         submitted = self._submit(functools.partial(self._in_turn, step, self._failures))
-        return await self._outcome(submitted, self._left_alone)
+        return await self._result(submitted, self._left_alone)
 
     async def create(self, call: Callable[[], Session], *, kept: bool) -> Session:
         """Make a call that makes a session. If its await is cancelled, the session is ended, unless it is to be kept.
@@ -65,7 +65,7 @@ class Worker:
             RuntimeError: the worker is closed.
             BaseException: the error of the call.
         """
-        return await self._outcome(self._submit(call), None if kept else _end)
+        return await self._result(self._submit(call), None if kept else _end)
 
     async def iterate(self, start: Callable[[], Iterator[_T]]) -> AsyncIterator[_T]:
         """Yield what an iterator yields, each element fetched in its turn."""
@@ -109,7 +109,7 @@ class Worker:
             )
         return self._pool.submit(contextvars.copy_context().run, call)
 
-    async def _outcome(self, future: Future[_T], left: Callable[[Future[_T]], None] | None = None) -> _T:
+    async def _result(self, future: Future[_T], left: Callable[[Future[_T]], None] | None = None) -> _T:
         """Wait for a call. `left` sees to one that is under way when its await is cancelled."""
         try:
             return await asyncio.wrap_future(future)

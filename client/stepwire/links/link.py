@@ -63,7 +63,7 @@ class SessionLink(Protocol):
         """The arrays that steps leave on the client for the next."""
 
     @property
-    def parts(self) -> tuple[SessionLink, ...]:
+    def shards(self) -> tuple[SessionLink, ...]:
         """The links of the shards, in order; the link itself for a session that is not sharded."""
 
     @property

@@ -74,7 +74,7 @@ class RemoteLink(SessionLink):
         return self._carry
 
     @property
-    def parts(self) -> tuple[SessionLink, ...]:
+    def shards(self) -> tuple[SessionLink, ...]:
         """Return the link itself: the session is not sharded."""
         return (self,)
 

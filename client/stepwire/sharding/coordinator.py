@@ -123,7 +123,7 @@ class Coordinator:
         waiting = [shard for shard, check in enumerate(self._checks) if check is None]
         return DeadlineExceededError(
             f"step {self.step}: shards {waiting} had not received their gradient within {deadline.timeout_seconds} s; "
-            "nothing was applied. Take the step again, or with a longer timeout",
+            "nothing was applied. Repeat the step, or with a longer timeout",
             metadata={"timeout_seconds": deadline.timeout_seconds},
         )
 

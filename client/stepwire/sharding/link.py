@@ -92,7 +92,7 @@ class ShardedLink(SessionLink):
         return self._carry
 
     @property
-    def parts(self) -> tuple[SessionLink, ...]:
+    def shards(self) -> tuple[SessionLink, ...]:
         """The links of the shards, in order."""
         return tuple(shard.link for shard in self._shards)
 

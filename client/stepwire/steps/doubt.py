@@ -86,7 +86,7 @@ def fingerprint_of_arrays(arrays: Iterable[npt.NDArray[np.generic]]) -> Fingerpr
 def unfinished(step: int) -> SessionNotReadyError:
     """Return the refusal of another step, or of another gradient, while a step with `overlap` is half applied."""
     return SessionNotReadyError(
-        f"step {step} was sent with overlap and broke off half applied; take it again with the same gradients and "
+        f"step {step} was sent with overlap and broke off half applied; repeat it with the same gradients and "
         "overlap=True, or replace everything with load_state",
         reason=Reason.STEP_UNFINISHED,
         metadata={"unfinished_step": step},

@@ -125,14 +125,14 @@ class SessionConfig:
         """Ranges that 8-bit slots hold as float32: those of small tensors, in order."""
         if self.precision is not Precision.INT8:
             return ()
-        spans: list[Range] = []
+        ranges: list[Range] = []
         for tensor in self.layout.tensors:
             if 0 < tensor.count < SMALLEST_IN_BLOCKS:
-                if spans and spans[-1][1] == tensor.offset:
-                    spans[-1] = (spans[-1][0], tensor.end)
+                if ranges and ranges[-1][1] == tensor.offset:
+                    ranges[-1] = (ranges[-1][0], tensor.end)
                 else:
-                    spans.append((tensor.offset, tensor.end))
-        return tuple(spans)
+                    ranges.append((tensor.offset, tensor.end))
+        return tuple(ranges)
 
     @functools.cached_property
     def everything(self) -> TensorSelection:

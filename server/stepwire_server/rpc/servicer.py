@@ -236,7 +236,7 @@ def _transport_name(shared: StreamTransport, peer: str) -> str:
 
 def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
     def behavior(data: bytes, context: grpc.ServicerContext) -> bytes:
-        answer: bytes = method(read_message(request, data), context).SerializeToString()
-        return answer
+        reply: bytes = method(read_message(request, data), context).SerializeToString()
+        return reply
 
     return grpc.unary_unary_rpc_method_handler(behavior)

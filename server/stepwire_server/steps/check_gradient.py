@@ -86,8 +86,8 @@ def _accumulated_squares(step: Step, state: SteppedState, groups: Sequence[Hyper
     for start, end, group in gradient.selection.segments:
         factor = gradient_factor(groups[group], gradient.unscale)
         totals[group] += [
-            state.arrays.sum_of_squares(part.chunk.gradient, part.begin, part.end, factor, part.start)
-            for part in gradient.ranges(start, end)
+            state.arrays.sum_of_squares(found.chunk.gradient, found.begin, found.end, factor, found.start)
+            for found in gradient.ranges(start, end)
         ]
     return [math.fsum(asked.wait() for asked in sums) for sums in totals]
 
@@ -99,11 +99,11 @@ def _exact_accumulated(
     gradient = step.gradient
     return exact_sum_of_squares(
         state.arrays.fetch(
-            part.chunk.gradient, part.begin, part.end, gradient_factor(groups[group], gradient.unscale), part.start
+            found.chunk.gradient, found.begin, found.end, gradient_factor(groups[group], gradient.unscale), found.start
         )
         for start, end, group in gradient.selection.segments
         if group in wanted
-        for part in gradient.ranges(start, end)
+        for found in gradient.ranges(start, end)
     )
 
 

@@ -84,6 +84,6 @@ class Commit:
         gradient, arrays = self._step.gradient, self._state.arrays
         for start, end, group in gradient.selection.segments:
             factor = gradient_factor(self._check.groups[group], gradient.unscale)
-            for part in gradient.ranges(start, end):
-                arrays.accumulate(part.start, part.chunk.gradient, part.begin, part.end, factor)
+            for found in gradient.ranges(start, end):
+                arrays.accumulate(found.start, found.chunk.gradient, found.begin, found.end, factor)
         arrays.settle()

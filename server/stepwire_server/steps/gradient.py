@@ -108,9 +108,9 @@ class StagedGradient:
         self._chunks.insert(rank, chunk)
         if not self._sums_squares:
             return
-        for group, part in self._moved_ranges(chunk):
-            asked = self._state.sum_of_squares(chunk.gradient, part.begin, part.end, self.unscale)
-            self._asked.append((group, part, asked))
+        for group, found in self._moved_ranges(chunk):
+            asked = self._state.sum_of_squares(chunk.gradient, found.begin, found.end, self.unscale)
+            self._asked.append((group, found, asked))
 
     def pop(self) -> StagedChunk | None:
         """Return a chunk that arrived, and forget it: somebody else applies it. None where there is none."""
@@ -128,11 +128,11 @@ class StagedGradient:
     def settle(self) -> None:
         """Wait for the sums that were asked for while chunks arrived."""
         asked, self._asked = self._asked, []
-        for group, part, pending in asked:
+        for group, found, pending in asked:
             total = pending.wait()
             self._sums[group].append(total)
             if not math.isfinite(total):
-                self._locate_non_finite(part)
+                self._locate_non_finite(found)
 
     def squared_norms(self) -> list[float]:
         """Return the sum of squares of each group's unscaled gradient, within `norms.RELATIVE_ERROR`."""
@@ -141,9 +141,9 @@ class StagedGradient:
     def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
         """Return the sum of squares of some groups' unscaled gradients exactly; slow and rarely needed."""
         return exact_sum_of_squares(
-            self._state.fetch(part.chunk.gradient, part.begin, part.end, self.unscale)
+            self._state.fetch(found.chunk.gradient, found.begin, found.end, self.unscale)
             for chunk in self._chunks
-            for group, part in self._moved_ranges(chunk)
+            for group, found in self._moved_ranges(chunk)
             if group in groups
         )
 
@@ -203,10 +203,10 @@ class StagedGradient:
             low, high = max(start, offset), min(end, last)
             yield group, ChunkRange(chunk, low, low - offset, high - offset)
 
-    def _locate_non_finite(self, part: ChunkRange) -> None:
+    def _locate_non_finite(self, found: ChunkRange) -> None:
         """Count NaN and Inf and remember the first; rare, so NumPy on the host will do."""
-        values = self._state.fetch(part.chunk.gradient, part.begin, part.end, self.unscale)
+        values = self._state.fetch(found.chunk.gradient, found.begin, found.end, self.unscale)
         bad = np.flatnonzero(~np.isfinite(values))
         # A client that changes shared memory may have made the element finite since: it was not when it was summed.
         self.non_finite_count += max(int(bad.size), 1)
-        self.first_non_finite = min(self.first_non_finite, part.start + (int(bad[0]) if bad.size else 0))
+        self.first_non_finite = min(self.first_non_finite, found.start + (int(bad[0]) if bad.size else 0))

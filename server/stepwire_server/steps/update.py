@@ -123,7 +123,7 @@ class _Asked(NamedTuple):
 
 def _ask(segment: SegmentPass, ranges: list[ChunkRange], arrays: EngineState) -> _Asked:
     probe = segment.step._replace(scalars=(*segment.step.scalars, 1.0))
-    totals = [arrays.measure(probe, part.start, part.chunk.gradient, part.begin, part.end) for part in ranges]
+    totals = [arrays.measure(probe, found.start, found.chunk.gradient, found.begin, found.end) for found in ranges]
     return _Asked(segment, ranges, probe, totals)
 
 
@@ -132,12 +132,12 @@ def _with_trust(asked: _Asked, hyper: Hyperparameters, arrays: EngineState) -> S
     totals = [pending.wait() for pending in asked.totals]
     params, directions = (math.fsum(total[index] for total in totals) for index in (0, 1))
     param_norm = rounded_norm(
-        params, lambda: exact_sum_of_squares(_read(arrays, part.start, part.end - part.begin) for part in ranges)
+        params, lambda: exact_sum_of_squares(_read(arrays, found.start, found.end - found.begin) for found in ranges)
     )
     direction_norm = rounded_norm(
         directions,
         lambda: exact_sum_of_squares(
-            arrays.fetch_direction(probe, part.start, part.chunk.gradient, part.begin, part.end) for part in ranges
+            arrays.fetch_direction(probe, found.start, found.chunk.gradient, found.begin, found.end) for found in ranges
         ),
     )
     rule = segment.step.recipe.rule

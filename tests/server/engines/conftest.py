@@ -24,7 +24,7 @@ WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16
 def kernel_directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[pathlib.Path]:
-    """Keep compiled kernels between runs, beside pytest's own cache: compiling all of them takes a while."""
+    """Keep compiled kernels between runs, beside pytest's own cache: compiling all of them lasts a while."""
     cache = getattr(request.config, "cache", None)
     directory = pathlib.Path(cache.mkdir("stepwire-kernels")) if cache else tmp_path_factory.mktemp("kernels")
     directory.chmod(0o700)
@@ -181,7 +181,7 @@ def run_step(
     fill: Callable[..., None],
     contents: Callable[..., dict[str, np.ndarray]],
 ) -> Callable[..., tuple[dict[str, np.ndarray], tuple[float, ...]]]:
-    """Run one update, from and to unaligned memory; returns the state's arrays, the answer as `out`, and the sums."""
+    """Run one update, from and to unaligned memory; returns the state's arrays, the reply as `out`, and the sums."""
 
     def run(
         engine: Engine,

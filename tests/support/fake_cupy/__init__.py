@@ -38,9 +38,9 @@ class FakeCupy:
         """Pretend devices.
 
         Args:
-            directory: where compiled modules are kept.
+            directory: the directory of compiled modules.
             devices: how many.
-            memory_bytes: what fits into one of them at once.
+            memory_bytes: the memory of each.
             broken_compiler: every compilation fails, as without NVRTC.
             library: kernels to use, where it has them, instead of compiling the modules that are loaded.
             order: when operations run; see `device.Streams`.

@@ -1,7 +1,7 @@
 """A simulated device: memory that must be allocated or pinned, and streams that run as late, or as early, as they may.
 
 Operations are closures over raw addresses, in the queue of their stream. A synchronise runs what it depends on; how
-much else runs before it, and when, is the order's choice. All of these are orders that a GPU may take too: a program
+much else runs before it, and when, is the order's choice. All of these are orders that a GPU may choose too: a program
 whose result depends on the choice lacks a wait.
 """
 

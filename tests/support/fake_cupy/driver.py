@@ -1,7 +1,7 @@
 """What the classes and functions of the stand-in for CuPy do: calls of CUDA, over a simulated device.
 
-Where CuPy is lenient and CUDA is not, it asserts: every call needs a current device, asynchronous copies need pinned
-memory, and addresses must lie in memory that lives.
+The driver asserts more than CuPy does, as CUDA itself. Every call needs a current device, asynchronous copies need
+pinned memory, and addresses must lie in memory that lives.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Driver:
         return source
 
     def kernel(self, source: str, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
-        """Take a kernel out of machine code, for the current device."""
+        """Find a kernel in machine code, for the current device."""
         library = self._library
         if library is None or name not in library.names:
             library = cuda_shim.Library(source, self._directory)
@@ -230,7 +230,7 @@ class Driver:
             self._submit(queue, f"kernel {name}", ranges, work)
 
     def _argument(self, name: str, arg: Any) -> tuple[Any, Any]:
-        """Return what the compiled kernel takes, and the memory it refers to."""
+        """Return an argument of the compiled kernel, and the memory that it refers to."""
         if isinstance(arg, np.int64 | np.uint32 | np.float32):
             return arg, None
         if isinstance(arg, np.uint64):  # an address; how much the kernel touches there nobody says

@@ -27,7 +27,7 @@ from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.gradient import GradientCache
 from stepwire_server.engines.cuda.ipc_memory import CudaExportedMemory
 from stepwire_server.engines.cuda.kernels import CudaKernels
-from stepwire_server.engines.cuda.resources import CudaParts
+from stepwire_server.engines.cuda.resources import CudaResources
 from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
@@ -79,7 +79,7 @@ class CudaEngine:
         self._libcuda = libcuda
         free_bytes = device.free_bytes()
         tables, bus = eight_bit_tables(), Bus(device, options.buffers, options.buffer_bytes)
-        self._parts = CudaParts(
+        self._resources = CudaResources(
             device,
             CudaKernels(device, Compiler(device)),
             bus,
@@ -87,13 +87,13 @@ class CudaEngine:
             GradientCache(device, options.gradient_cache_bytes or free_bytes // 16),
             device.allocate(tables.nbytes).view(np.uint32),
         )
-        bus.send(tables.view(np.uint8), self._parts.tables.view(np.uint8))
+        bus.send(tables.view(np.uint8), self._resources.tables.view(np.uint8))
         with device.current():
             device.up.synchronize()
-        device.on_shortage(self._parts.gradients.trim)
+        device.on_shortage(self._resources.gradients.trim)
         self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._device = DeviceInfo(device.name, device.description, free_bytes, self._parts.working_bytes)
+        self._device = DeviceInfo(device.name, device.description, free_bytes, self._resources.working_bytes)
 
     @property
     def device(self) -> DeviceInfo:
@@ -103,13 +103,13 @@ class CudaEngine:
     @property
     def bus(self) -> Bus:
         """The way to the device, where memory can be pinned."""
-        return self._parts.bus
+        return self._resources.bus
 
     def statistics(self) -> EngineStatistics:
         """See `Engine.statistics`; the thread that calls asks the device."""
         with self._lock:
             allocated_bytes = sum(state.nbytes for state in self._states)
-        return EngineStatistics(allocated_bytes, self._parts.gradients.kept_bytes, self._parts.working_bytes, 1)
+        return EngineStatistics(allocated_bytes, self._resources.gradients.kept_bytes, self._resources.working_bytes, 1)
 
     def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
         """See `Engine.state_bytes`."""
@@ -117,10 +117,10 @@ class CudaEngine:
 
     def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> CudaState:
         """See `Engine.allocate`. One allocation holds all slots."""
-        slab, device = Slab(slots, size, kept), self._parts.device
+        slab, device = Slab(slots, size, kept), self._resources.device
         memory = device.allocate(slab.nbytes)
         device.zero(memory)
-        state = CudaState(self._parts, memory, slab.place(device, memory), size)
+        state = CudaState(self._resources, memory, slab.place(device, memory), size)
         state.settle()
         with self._lock:
             self._states.add(state)
@@ -128,7 +128,7 @@ class CudaEngine:
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
-        kernels = self._parts.kernels
+        kernels = self._resources.kernels
         for each in recipe.variants:
             kernels.update(each, gradient, reply)
             if recipe.rule.direction is not None:
@@ -142,7 +142,7 @@ class CudaEngine:
         """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through buffers."""
         with contextlib.ExitStack() as pinned:
             try:
-                pinned.enter_context(self._parts.bus.pin(memory))
+                pinned.enter_context(self._resources.bus.pin(memory))
             except Exception as problem:
                 import structlog  # here, because the engine alone runs where the server's other packages are not
 
@@ -153,7 +153,7 @@ class CudaEngine:
 
     def export(self, nbytes: int) -> CudaExportedMemory:
         """See `Engine.export`."""
-        device = self._parts.device
+        device = self._resources.device
         try:  # the driver numbers devices as the runtime does; of the UUID, CuPy tells what comes before the first zero
             uuid = CudaDriver(self._libcuda).uuids(device.index)[0]
         except CudaFailure as problem:
@@ -188,10 +188,10 @@ class CudaEngine:
 
     def rest(self) -> None:
         """See `Engine.rest`."""
-        self._parts.gradients.trim()
+        self._resources.gradients.trim()
 
     def close(self) -> None:
         """See `Engine.close`. There are no threads; kernels and memory go back to the device."""
-        self._parts.gradients.trim()
-        self._parts.device.on_shortage(lambda: None)  # no cycle that keeps memory
-        self._parts.kernels.close()
+        self._resources.gradients.trim()
+        self._resources.device.on_shortage(lambda: None)  # no cycle that keeps memory
+        self._resources.kernels.close()

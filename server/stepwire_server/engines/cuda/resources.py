@@ -14,14 +14,14 @@ from stepwire_server.engines.cuda.kernels import CudaKernels
 from stepwire_server.engines.cuda.sums import Cells
 from stepwire_server.engines.protocol import Pending
 
-__all__ = ["CudaParts", "Together"]
+__all__ = ["CudaResources", "Together"]
 
 Part = TypeVar("Part")
 Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
-class CudaParts:
+class CudaResources:
     """One device with everything that is set up once.
 
     Attributes:
@@ -51,12 +51,12 @@ class Together(Generic[Part, Value]):
 
     def __init__(self, parts: Sequence[Pending[Part]], combine: Callable[[list[Part]], Value]) -> None:
         """Make the result of all parts with `combine`."""
-        self._parts = parts
+        self._resources = parts
         self._combine = combine
 
     def wait(self) -> Value:
         """See `Pending`; nothing is on its way afterwards, even after an error."""
         with contextlib.ExitStack() as others:
-            for part in reversed(self._parts):
+            for part in reversed(self._resources):
                 others.callback(part.wait)
-        return self._combine([part.wait() for part in self._parts])
+        return self._combine([part.wait() for part in self._resources])

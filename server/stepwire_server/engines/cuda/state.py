@@ -18,7 +18,7 @@ from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
 from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
-from stepwire_server.engines.cuda.resources import CudaParts, Together
+from stepwire_server.engines.cuda.resources import CudaResources, Together
 from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaSlot
 from stepwire_server.engines.cuda.state_copies import (
     bring_bytes,
@@ -73,15 +73,15 @@ class _SummingCall(NamedTuple):
 class CudaState:
     """The arrays of one session; see `EngineState`. Unverified on a GPU."""
 
-    def __init__(self, parts: CudaParts, memory: Any, slots: dict[str, CudaSlot], size: int) -> None:
+    def __init__(self, resources: CudaResources, memory: Any, slots: dict[str, CudaSlot], size: int) -> None:
         """Own slots of `size` elements that lie in `memory` from now on."""
-        self._parts = parts
+        self._resources = resources
         self._memory = memory
         self._slots = slots
         self._size = size
         self._unread = UnreadFigures(_UNREAD_SUMS)
-        self._settled = parts.device.event()
-        self._crossings = Crossings(parts.bus)
+        self._settled = resources.device.event()
+        self._crossings = Crossings(resources.bus)
 
     @property
     def nbytes(self) -> int:
@@ -91,11 +91,11 @@ class CudaState:
     @property
     def depth(self) -> int:
         """See `EngineState.depth`: one reply is computed, one crosses the bus, one is copied, one is in reserve."""
-        return self._parts.bus.buffers
+        return self._resources.bus.buffers
 
     def receive(self) -> CudaGradient:
         """See `EngineState.receive`."""
-        return CudaGradient(self._parts.device, self._parts.bus, self._parts.gradients, self._size)
+        return CudaGradient(self._resources.device, self._resources.bus, self._resources.gradients, self._size)
 
     # --- the calls of a step ----------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class CudaState:
         """See `EngineState.sum_of_squares`; the same bits as on the CPU."""
         chunk = self._checked(gradient, begin, end, accumulated)
         kind = "sum" if accumulated is None else "sum_accumulated"
-        kernel = self._parts.kernels.of_gradients(f"{kind}_{name_of(chunk.dtype)}")
+        kernel = self._resources.kernels.of_gradients(f"{kind}_{name_of(chunk.dtype)}")
         asked = []
         for low, high in _cut(end - begin, _PARTIALS * GRAIN):
             window, place = chunk.window(begin + low, begin + high)
@@ -120,12 +120,12 @@ class CudaState:
         """See `EngineState.accumulate`."""
         chunk, size = self._checked(gradient, begin, end, start), end - begin
         if size:
-            kernel = self._parts.kernels.of_gradients(f"accumulate_{name_of(chunk.dtype)}")
+            kernel = self._resources.kernels.of_gradients(f"accumulate_{name_of(chunk.dtype)}")
             window, place = chunk.window(begin, end)
             arrays = [*self._slots[ACCUMULATED].range(start, size), window]
             numbers = [np.int64(size), np.int64(head_of(arrays, size)), *place, np.float32(factor)]
-            with self._parts.device.computing():
-                launch(kernel, self._parts.kernels.blocks(size), *arrays, *numbers)
+            with self._resources.device.computing():
+                launch(kernel, self._resources.kernels.blocks(size), *arrays, *numbers)
 
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Pending[tuple[float, float]]:
         """See `EngineState.measure`; the same bits as on the CPU."""
@@ -133,7 +133,7 @@ class CudaState:
         for low, high in _cut(end - begin, _PARTIALS // 2 * GRAIN):
             slots = (PARAM, *measured_slots(step.recipe))
             recipe, arrays = self._arrays(step.recipe, slots, start + low, high - low)
-            kernel = self._parts.kernels.measure(recipe, chunk.dtype)
+            kernel = self._resources.kernels.measure(recipe, chunk.dtype)
             window, place = chunk.window(begin + low, begin + high)
             numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
             call = _SummingCall(kernel, 2, numbers, tables)
@@ -159,10 +159,10 @@ class CudaState:
         if isinstance(out, DeviceArray):
             moved = self._step(step, start, chunk, begin, end, _DeviceReply(out.dtype, out.stored))
             return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
-        parts = []
+        asked = []
         for low, high in _cut(size, self._most_elements(out)):
-            parts += self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
-        return Together(parts, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
+            asked += self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
+        return Together(asked, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
 
     def _replied(
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, out: HostArray
@@ -182,7 +182,7 @@ class CudaState:
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: _DeviceReply | None
     ) -> Pending[tuple[float, ...]]:
         """Run the fused kernel once."""
-        size, kernels = end - begin, self._parts.kernels
+        size, kernels = end - begin, self._resources.kernels
         recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
         window, place = chunk.window(begin, end)
         arrays += [window, *([] if reply is None else [reply.memory])]
@@ -193,12 +193,12 @@ class CudaState:
         numbers = (np.int64(size), np.int64(head), *place, *map(np.uint32, seeds), *map(np.float32, step.scalars))
         blocks, rows = kernels.blocks_of(recipe, size), len(recipe.sums)
         tables = self._tables(recipe)
-        with self._parts.device.computing():
+        with self._resources.device.computing():
             if not rows:
                 launch(kernel, blocks, *arrays, *tables, *numbers)
                 return Done(())
             return Figures(
-                self._parts.cells,
+                self._resources.cells,
                 self._unread,
                 blocks * rows,
                 np.float32,
@@ -231,33 +231,33 @@ class CudaState:
             return OnDevice(self)
         owner = self._slots.get(slot.removesuffix("_scale"))
         if slot not in self._slots and isinstance(owner, CudaBlockSlot):
-            return read_scale(self._parts, self._crossings, owner, start, out)
-        return read_slot(self._parts, self._crossings, self._slots[slot], start, out)
+            return read_scale(self._resources, self._crossings, owner, start, out)
+        return read_slot(self._resources, self._crossings, self._slots[slot], start, out)
 
     def _encode(self, slot: str, start: int, out: DeviceArray) -> None:
         """Encode a range of a slot that is not held in 8 bits into memory of the device."""
         held = self._slots[slot]
         assert isinstance(held, CudaFlatSlot)
-        with self._parts.device.computing():
-            encode(self._parts, held.values[start : start + len(out)], held.dtype, out)
+        with self._resources.device.computing():
+            encode(self._resources, held.values[start : start + len(out)], held.dtype, out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`; bfloat16 rounds to nearest even."""
         check_range("state", start, start + len(values), self._size)
-        write_slot(self._parts, self._slots[slot], start, values)
+        write_slot(self._resources, self._slots[slot], start, values)
 
     def copy(self, source: str, target: str) -> None:
         """See `EngineState.copy`."""
         (values,), (copies,) = (self._slots[name].range(0, self._size) for name in (source, target))
-        with self._parts.device.current():
-            copies.data.copy_from_device_async(values.data, values.nbytes, self._parts.device.compute)
+        with self._resources.device.current():
+            copies.data.copy_from_device_async(values.data, values.nbytes, self._resources.device.compute)
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CudaState) and other._size == self._size
         for name, slot in self._slots.items():
             if name in other._slots:
-                replace_slot(self._parts, slot, other._slots[name], other._slots.get(f"{name}_scale"))
+                replace_slot(self._resources, slot, other._slots[name], other._slots.get(f"{name}_scale"))
         other.close()
 
     # --- end ---------------------------------------------------------------------------------------------
@@ -269,15 +269,15 @@ class CudaState:
     def settle(self) -> None:
         """See `EngineState.settle`."""
         self._unread.clear()
-        with self._parts.device.current():
-            self._settled.record(self._parts.device.compute)
+        with self._resources.device.current():
+            self._settled.record(self._resources.device.compute)
             self._settled.synchronize()
 
     def close(self) -> None:
         """See `EngineState.close`; memory is zeroed before it goes back to the device."""
         memory, self._memory, self._slots, self._size = self._memory, None, {}, 0
         if memory is not None:
-            self._parts.device.zero(memory)
+            self._resources.device.zero(memory)
             self._crossings.clear()
             self.settle()
 
@@ -312,9 +312,9 @@ class CudaState:
         """Run a kernel that leaves sums for each block of elements; the results are rows of those."""
         kernel, rows, numbers, tables = call
         blocks = grains(size)
-        with self._parts.device.computing():
+        with self._resources.device.computing():
             return Figures(
-                self._parts.cells,
+                self._resources.cells,
                 unread,
                 rows * blocks,
                 np.float64,
@@ -323,21 +323,21 @@ class CudaState:
             )
 
     def _tables(self, recipe: Recipe) -> list[Any]:
-        return [self._parts.tables] if recipe.precision is Precision.INT8 else []
+        return [self._resources.tables] if recipe.precision is Precision.INT8 else []
 
     def _most_elements(self, out: HostArray) -> int:
         """Return the elements of a reply that a buffer of the bus holds, wherever they start."""
-        return (self._parts.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
+        return (self._resources.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
         if chunk.dtype == INT8:
             first, last = begin // BLOCK, -(-end // BLOCK)
             blocks = np.empty(last - first, INT8)
             memory = chunk.values[first * INT8.itemsize : last * INT8.itemsize]
-            bring_bytes(self._parts, self._crossings, memory, bits_of(blocks)).wait()
+            bring_bytes(self._resources, self._crossings, memory, bits_of(blocks)).wait()
             return floats_of(blocks, begin - first * BLOCK, end - first * BLOCK)
         values = np.empty(end - begin, chunk.dtype)
-        bring_values(self._parts, self._crossings, chunk.values[begin:end], chunk.dtype, values).wait()
+        bring_values(self._resources, self._crossings, chunk.values[begin:end], chunk.dtype, values).wait()
         return floats_of(values, 0, end - begin)
 
     def _fetched(self, slot: str, start: int, size: int) -> HostArray:
@@ -346,8 +346,8 @@ class CudaState:
         return values
 
 
-def _two_sums(parts: list[list[list[float]]]) -> tuple[float, float]:
-    first, second = (math.fsum(itertools.chain(*(part[row] for part in parts))) for row in (0, 1))
+def _two_sums(sums: list[list[list[float]]]) -> tuple[float, float]:
+    first, second = (math.fsum(itertools.chain(*(each[row] for each in sums))) for row in (0, 1))
     return first, second
 
 

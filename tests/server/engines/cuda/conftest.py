@@ -20,13 +20,13 @@ Fake = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def directory(kernel_directory: pathlib.Path) -> pathlib.Path:
-    """Where compiled kernels are kept between runs."""
+    """The directory of compiled kernels, which outlives a run."""
     return kernel_directory
 
 
 @pytest.fixture(scope="module", autouse=True)
 def young_objects() -> Iterator[None]:
-    """Leave what there is before a module to itself: a search for cycles then takes no time."""
+    """Freeze the objects that are there before a module, so that a search for cycles lasts no time."""
     gc.collect()
     gc.freeze()
     yield

@@ -134,7 +134,7 @@ def test_working_bytes_are_what_the_engine_takes_at_most(fake, options) -> None:
     engine = CudaEngine(0, cupy, chosen)
     assert engine.bus.device_bytes == 2 * chosen.buffers * chosen.buffer_bytes <= cupy.used_bytes
     assert cupy.used_bytes <= engine.device.working_bytes
-    assert engine._parts.gradients.most_bytes == (chosen.gradient_cache_bytes or (1 << 30) // 16)
+    assert engine._resources.gradients.most_bytes == (chosen.gradient_cache_bytes or (1 << 30) // 16)
 
 
 @pytest.mark.parametrize("order", ["lazy", "greedy", ("random", 0)], ids=str)
@@ -358,7 +358,7 @@ def test_no_step_pull_or_load_compiles(fake, library, nothing_compiled, name) ->
     engine = PretendedGpu(cupy)
     session = make_session(config, engine)
     count, size = len(cupy.compiled), config.layout.size
-    kernels = dict(engine._parts.kernels._functions)
+    kernels = dict(engine._resources.kernels._functions)
     for step in range(1, 5):
         cuts = [0, *range(1024, size, 1024 * step), size]
         result, _ = apply_step(session, gradient_of(config, step), list(itertools.pairwise(cuts)), reply_elements=1024)
@@ -368,7 +368,7 @@ def test_no_step_pull_or_load_compiles(fake, library, nothing_compiled, name) ->
     load(session, everything(session)[1], everything(session)[0])
     apply_step(session, gradient_of(config, 9))
     assert len(cupy.compiled) == count
-    assert engine._parts.kernels._functions == kernels
+    assert engine._resources.kernels._functions == kernels
     session.close()
 
 

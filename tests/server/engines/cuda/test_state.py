@@ -69,7 +69,7 @@ def reference() -> Iterator[CpuEngine]:
 
 def held(state: Any) -> np.ndarray:
     """Look at a state's memory as it is, whatever the device has yet to do to it."""
-    return bytes_of(state._parts.device.cupy, state._memory)
+    return bytes_of(state._resources.device.cupy, state._memory)
 
 
 def bytes_of(cupy: Any, memory: Any) -> np.ndarray:
@@ -551,9 +551,9 @@ def test_ranges_outside_the_arrays_are_refused_and_change_nothing(start, order) 
 def test_no_room_for_a_gradient_is_an_error_and_the_state_goes_on(fake, start, library) -> None:
     engine = start(cupy=fake(library=library, memory_bytes=MEMORY_BYTES), gradient_cache_bytes=1)
     state, beside = engine.allocate(cases.slots_of(RECIPE), 1000), engine.allocate(cases.slots_of(RECIPE), 100)
-    cupy, step = state._parts.device.cupy, cases.step_of(RECIPE)
+    cupy, step = state._resources.device.cupy, cases.step_of(RECIPE)
     before = cupy.used_bytes
-    hog = state._parts.device.allocate(MEMORY_BYTES - before - 3999)
+    hog = state._resources.device.allocate(MEMORY_BYTES - before - 3999)
     gradient = state.receive()
     with pytest.raises(ResourceExhaustedError, match="no memory on cuda:0") as caught:
         gradient.put(0, normal(1000))
@@ -583,7 +583,7 @@ def test_an_error_of_the_device_is_told_and_leaves_the_others_their_slots(start,
     step, gradients = cases.step_of(EVERYTHING), [each.receive() for each in (broken, beside)]
     chunks = [gradient.put(0, normal(2800)) for gradient in gradients]
     failure = RuntimeError("an illegal memory access was encountered")
-    broken._parts.device.cupy.fail_next(operation, failure, after=after)
+    broken._resources.device.cupy.fail_next(operation, failure, after=after)
     failures = []
     for k, out in enumerate(outs):
         try:

@@ -138,7 +138,7 @@ def test_a_read_that_fails_leaves_the_bus_to_others(engine, assert_same_bits, or
     states = [made.allocate({PARAM: Precision.FLOAT32}, SIZE) for _ in range(2)]
     for state in states:
         state.write(PARAM, 0, values)
-    cupy = made._parts.device.cupy
+    cupy = made._resources.device.cupy
     cupy.fail_next("copy", cupy.cuda.runtime.CUDARuntimeError(719), after=3)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="launch failure"):
         states[0].read(PARAM, 0, np.empty(SIZE, np.float32))
@@ -220,8 +220,8 @@ def test_8_bit_slots_are_those_of_the_cpu(engine, assert_same_bits, read, order,
     replace(made, state, name, values, scale)
     held = state._slots[name]
     codes, absmax = reference.arrays()
-    assert_same_bits(read(made._parts.device, held.codes), codes, "codes")
-    assert_same_bits(read(made._parts.device, held.absmax), absmax, "maxima")
+    assert_same_bits(read(made._resources.device, held.codes), codes, "codes")
+    assert_same_bits(read(made._resources.device, held.absmax), absmax, "maxima")
     for low, high in BLOCK_RANGES:
         for wire, dtype in WIRE.items():
             got, want = place(high - low, dtype), np.empty(high - low, dtype)
