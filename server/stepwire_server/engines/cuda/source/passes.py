@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Bounds on registers keep four blocks of threads on a multiprocessor, whose loads together hide the memory's latency.
-# Of kernels that measure, which spilled otherwise, three blocks stay there.
+# Of kernels that hold much at once, which spilled otherwise, three blocks stay there: see `FlatPass.crowded`.
 #
 # The work on an element is a function of its own, so that it is written once for both loops. The second loop works on
 # the elements outside vectors: the head, up to the first place where all arrays are aligned, and the tail. Without such
@@ -84,6 +84,7 @@ class FlatPass(NamedTuple):
         functions: the functions that the body calls.
         sums: the float32 variables that the body adds to.
         finds_head: the kernel uses vectors where all arrays are aligned as they are, and is told no head.
+        crowded: the kernel holds much at once, even without sums, and needs more registers.
     """
 
     arrays: Sequence[Array]
@@ -92,6 +93,7 @@ class FlatPass(NamedTuple):
     functions: tuple[types.FunctionType, ...] = ()
     sums: Sequence[str] = ()
     finds_head: bool = False
+    crowded: bool = False
 
 
 class SummingPass(NamedTuple):
@@ -124,7 +126,7 @@ def flat_kernel(name: str, work: FlatPass) -> Kernel:
     Its parameters are the arrays, the sums, the size, the head, the places of arrays in blocks, and the numbers. The
     sums are a pointer to those of each block of threads, where there are any.
     """
-    arrays, body, numbers, functions, sums, finds_head = work
+    arrays, body, numbers, functions, sums, finds_head, crowded = work
     before = openings(arrays)
     before += [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
     before += ["const long long vectors = (size - head) / 4;", *(f"float {total} = 0.0f;" for total in sums)]
@@ -134,7 +136,7 @@ def flat_kernel(name: str, work: FlatPass) -> Kernel:
     text = _FLAT.format(
         name=name,
         threads=THREADS,
-        resident=3 if sums else 4,
+        resident=3 if sums or crowded else 4,
         element=element_function(name, arrays, body, sums, numbers),
         parameters=", ".join([*parameters, *places(arrays), *numbers]),
         before=joined(before, 4),

@@ -21,7 +21,7 @@ from stepwire_server.engines.cuda.source.printer import print_call
 from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe
 
-__all__ = ["measure_kernel", "update_kernel"]
+__all__ = ["is_crowded", "measure_kernel", "update_kernel"]
 
 _TABLES = "const unsigned int *__restrict__ tables"
 
@@ -53,8 +53,15 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     arrays = _element_arrays(recipe, gradient, reply)
     numbers = [f"unsigned int seed_{variable}" for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
     numbers += [f"float {scalar}" for scalar in recipe.scalars]
-    work = FlatPass(arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe))
+    work = FlatPass(
+        arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe), crowded=is_crowded(recipe)
+    )
     return flat_kernel(name, work)
+
+
+def is_crowded(recipe: Recipe) -> bool:
+    """Tell whether an update that measures nothing spilled registers: of bfloat16 moments beside two more arrays."""
+    return recipe.precision is Precision.BFLOAT16 and recipe.accumulates and recipe.averages
 
 
 def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
