@@ -45,7 +45,8 @@ def channel() -> Iterator[grpc.Channel]:
         yield channel
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_the_server_computes_what_the_framework_computes(name: str, channel: grpc.Channel) -> None:
     case = CASES[name]
     last_step = None if name in LONG else max(10, case.checkpoints[1])

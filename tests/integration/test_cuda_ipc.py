@@ -89,6 +89,7 @@ def plain(shared: Shared, exits: contextlib.ExitStack) -> stepwire.Client:
     return exits.enter_context(stepwire.connect(shared.server.target, transport="tcp", timeout=30.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["lazy", ("random", 3)], ids=str)
 @pytest.mark.parametrize(
     ("model", "options"),
@@ -191,6 +192,7 @@ def test_views_outlive_their_session(start: Any) -> None:
     shared.until_freed()
 
 
+@pytest.mark.slow
 def test_two_hundred_attachments_leave_nothing(start: Any) -> None:
     shared = start()
     with SMALL.create(shared.client) as session:

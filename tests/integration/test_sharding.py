@@ -391,6 +391,7 @@ def test_nan_in_one_shard_is_refused_by_all(servers: list[Server], opened: Opene
     pair.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "options",
@@ -536,6 +537,7 @@ def counts(session: stepwire.Session) -> list[int]:
     return [shard.info().applied_step for shard in session.shards]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"clip_grad_norm": 1.0}, {"non_finite": "allow"}], ids=["two_phases", "one_phase"])
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_shard_cut_off_at_any_message_is_stepped_once(
