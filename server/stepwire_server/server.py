@@ -215,10 +215,13 @@ class Server:
     def _sweep(self) -> None:
         keeper = HeapKeeper()
         while not self._stopped.wait(self._config.sweep_seconds):
-            for session_id in self.registry.sweep():
-                _log.info("lease ran out", session_id=session_id)
-            if keeper.look(self._pool.released_bytes):
-                self._pool.rest()
+            try:
+                for session_id in self.registry.sweep():
+                    _log.info("lease ran out", session_id=session_id)
+                if keeper.look(self._pool.released_bytes):
+                    self._pool.rest()
+            except Exception:  # a broken device must not keep the other leases from running out
+                _log.exception("sweep failed")
 
     def _warm_up(self) -> None:
         try:

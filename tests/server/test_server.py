@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import queue
 import socket
 from typing import Any
 
@@ -176,6 +177,19 @@ def test_a_server_tells_what_it_is_doing(connect: Any, make_config: Any, make_li
         assert (doing.drain, doing.handoff) == ((False, 0), server.handoff.statistics())
         server.drain()
         assert server.statistics().drain == (True, 0)
+
+
+def test_a_sweep_that_fails_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = queue.SimpleQueue[int]()
+
+    def sweep() -> list[str]:
+        sweeps.put(1)
+        raise RuntimeError("a broken device")
+
+    server = make(sweep_seconds=0.001)
+    monkeypatch.setattr(server.registry, "sweep", sweep)
+    with server:
+        assert [sweeps.get(timeout=60.0) for _ in range(3)] == [1, 1, 1]
 
 
 def test_a_server_that_was_never_started_can_be_closed() -> None:

@@ -98,8 +98,9 @@ def _momentum(beta1: float, decay: float, t: int) -> float:
 def _momentum_product(beta1: float, decay: float, t: int) -> float:
     """Return μ1·…·μₜ. Steps come in order, so almost always only the last factor is new.
 
-    A session may start at any t, so the loop has to end early. With a slow warm-up the product falls below the last bit
-    of 1 − Πₜ within a few thousand factors. With a fast one μ becomes β1 as soon.
+    The bits do not depend on the steps computed before: the remembered product is of single factors alone. A session
+    may start at any t, so the loop has to end early. With a slow warm-up the product falls below the last bit of
+    1 − Πₜ within a few thousand factors. With a fast one μ becomes β1 as soon.
     """
     known = _last_product.get((beta1, decay), (0, 1.0))
     start, product = known if known[0] <= t else (0, 1.0)
@@ -107,8 +108,8 @@ def _momentum_product(beta1: float, decay: float, t: int) -> float:
         if product < 2.0**-60:
             break
         if 0.96 ** (step * decay) < 2.0**-60:
-            product *= beta1 ** (t - step + 1)
-            break
+            _last_product[beta1, decay] = (step - 1, product)
+            return product * beta1 ** (t - step + 1)
         product *= _momentum(beta1, decay, step)
     if len(_last_product) > 256:
         _last_product.clear()

@@ -129,14 +129,8 @@ class Session:
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""
         ledger = self.ledger
-        return SessionStatistics(
-            ledger.applied_step,
-            ledger.applied_load,
-            self.unfinished_step,
-            self.memory_bytes,
-            ledger.worker.attached,
-            self._loads,
-        )
+        step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
+        return SessionStatistics(step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, self._loads)
 
     # --- holds -------------------------------------------------------------------------------------------
 
@@ -281,7 +275,9 @@ class Session:
         self.last_used = self._clock()
         following = self.ledger.admit_step(request, holder)
         half = self._state.unfinished
-        if following and half is not None:
+        if half is not None:
+            if not following:  # the parameters are of no step just now
+                raise unfinished(half.number, "finish it")
             half.check_continued_by(request._replace(overlap=request.overlap and not whole))
         return following
 

@@ -6,6 +6,7 @@ range's reply being encoded in the same pass that updates it.
 
 from __future__ import annotations
 
+from stepwire.errors import NonFiniteGradientError
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters, reply_ranges, split_range
@@ -41,9 +42,16 @@ class Commit:
                 self._segments = trusted(self._segments, check.groups, gradient, state.arrays)
 
     def _decide(self, check: GradientCheck) -> Effect:
-        decision = self._step.decision
-        skip = decision is not None and decision.skip
-        if skip or not (check.finite or self._state.config.treatment.policy == "allow"):
+        decision, allowed = self._step.decision, self._state.config.treatment.policy == "allow"
+        if decision is not None and decision.skip:
+            return Effect.SKIPPED
+        if not (check.finite or allowed):
+            if decision is not None:  # the coordinator has seen a finite gradient, so this is another one
+                raise NonFiniteGradientError(
+                    f"step {self._step.request.step}: the decision is to apply, and this gradient holds NaN or Inf "
+                    f"({check.non_finite_count} elements); nothing was applied. Repeat the step with its own gradient",
+                    metadata={"non_finite_count": check.non_finite_count},
+                )
             return Effect.SKIPPED
         return Effect.UPDATED if check.updates else Effect.ACCUMULATED
 

@@ -103,6 +103,8 @@ class StagedGradient:
         if offset % wire_alignment(values.dtype):
             problem = f"starts at no multiple of {wire_alignment(values.dtype)}, where a block of int8 does"
             raise invalid_chunk(offset, offset + count, problem)
+        if self._ends_inside_a_block(offset + count):
+            raise invalid_chunk(offset, offset + count, "ends inside a block of 8-bit moments, which is stepped whole")
         rank = self._coverage.add(offset, count)
         chunk = StagedChunk(offset, offset + count, self._buffer.put(offset, values, count))
         self._chunks.insert(rank, chunk)
@@ -192,6 +194,12 @@ class StagedGradient:
             self._buffer.close()
         finally:
             self._reservation.release()
+
+    def _ends_inside_a_block(self, end: int) -> bool:
+        """Tell whether elements of tensors lie between the end of a chunk and the end of its block."""
+        layout = self.selection.layout
+        rest = -end % layout.chunk_alignment
+        return rest > 0 and any(layout.overlapping(end, min(end + rest, layout.size)))
 
     def _moved_ranges(self, chunk: StagedChunk) -> Iterator[tuple[int, ChunkRange]]:
         """Yield the ranges of a chunk that the step moves, with their groups."""

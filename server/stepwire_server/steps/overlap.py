@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 
-from stepwire.errors import Reason, SessionNotReadyError
+from stepwire.errors import Reason, SessionNotReadyError, StateChangedError
 from stepwire.optimizers.norms import gradient_norms
 from stepwire_server.engines.protocol import Range
 from stepwire_server.records.step_request import StepRequest
@@ -112,9 +112,16 @@ class OverlappedStep:
 
         Raises:
             InvalidRequestError: the chunks do not cover the step's segments; the step stays unfinished.
+            StateChangedError: a segment has no mark: a load came between.
         """
         gradient = step.gradient
         gradient.complete()
+        if any(self._marks.without(start, end) for start, end, _ in self.selection.segments):
+            raise StateChangedError(
+                f"step {self.number}: the state was replaced while the step arrived, and a part of it was not applied; "
+                "send the step again",
+                metadata={"unfinished_step": self.number},
+            )
         sums = gradient.squared_norms()
 
         def nearly(groups: Sequence[int]) -> Fraction:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stepwire.optimizers import Adamax, NAdam, RAdam
+from stepwire_server.rules import adam_family
 from stepwire_server.rules.adam_family import ADAMAX, NADAM, RADAM
 
 Arrays = dict[str, np.ndarray]
@@ -128,6 +129,23 @@ def test_nadams_product_is_right_in_any_order(beta1, decay) -> None:
             mu, products = momenta(beta, decay)
             sizes = (1 - mu[t - 1]) / (1 - products[t - 1]), mu[t] / (1 - products[t])
             assert NADAM.scalars(hyper, t)[3:5] == pytest.approx(sizes, rel=1e-11)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.5, 3.0])
+def test_nadams_product_has_the_same_bits_whatever_was_computed_before(decay) -> None:
+    """Another process, or the same one after a restart, computes the same steps."""
+    hyper = NAdam(lr=1.0, betas=(0.99, 0.9), momentum_decay=decay).hyperparameters()
+    steps = [t + int(41.6 / 0.0408 / decay) for t in range(-5, 60)]
+
+    def alone(t):
+        adam_family._last_product.clear()
+        adam_family._momentum_product.cache_clear()
+        return NADAM.scalars(hyper, t)
+
+    fresh = [alone(t) for t in steps]
+    adam_family._last_product.clear()
+    adam_family._momentum_product.cache_clear()
+    assert [NADAM.scalars(hyper, t) for t in range(1, steps[-1] + 1)][steps[0] - 1 :] == fresh
 
 
 def test_nadams_product_of_many_settings() -> None:

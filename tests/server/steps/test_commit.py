@@ -336,3 +336,15 @@ def test_a_step_that_a_coordinator_skips_uses_up_its_number_alone() -> None:
     assert (result.clip_coefficient, result.clipped_grad_norm) == (1.0, 0.0)
     assert made.reply.tobytes() == before["param"]
     assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before
+
+
+def test_a_decision_to_apply_is_not_turned_into_a_skip_by_one_shard() -> None:
+    """The other shards apply: a gradient that is not finite is not the one that was decided about."""
+    made = bench(non_finite="skip")
+    before = {slot: made.read(slot).tobytes() for slot in made.config.slots}
+    bad = gradient(1)
+    bad[3] = np.nan
+    with pytest.raises(NonFiniteGradientError, match="step 1: the decision is to apply, and this gradient holds NaN"):
+        made.commit(1, bad, decision=Decision(1.0))
+    assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before
+    assert made.commit(1, gradient(1), decision=Decision(1.0)).skipped is False

@@ -247,7 +247,10 @@ def test_a_chunk_must_start_where_the_layout_says() -> None:
     with pytest.raises(InvalidRequestError, match=r"chunk \[300, 400\) starts at no multiple of 256") as refused:
         add(gradient, values, [(300, 400)])
     assert refused.value.metadata == {"field": "chunk", "offset": "300", "end": "400"}
-    add(gradient, values, [(256, 5000), (0, 256)])
+    with pytest.raises(InvalidRequestError, match=r"chunk \[0, 300\) ends inside a block of 8-bit moments") as refused:
+        add(gradient, values, [(0, 300)])
+    assert refused.value.metadata == {"field": "chunk", "offset": "0", "end": "300"}
+    add(gradient, values, [(256, 5000), (0, 256)])  # the last block ends with the tensor
     gradient.complete()
 
 

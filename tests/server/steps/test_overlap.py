@@ -215,6 +215,33 @@ def test_a_load_of_everything_replaces_half_a_step_and_one_of_a_part_does_not(ha
     assert set(state(half).values()) == {expected.tobytes()}
 
 
+def test_the_step_before_half_a_step_is_not_replayed(make: Any) -> None:
+    """Its parameters are gone, and those of no step must not go back in their place."""
+    session = make()
+    values = gradient(session)
+    apply_step(session, values)
+    attempt(session, values, ranges(session, [1000])[:1], finish=False)
+    with pytest.raises(SessionNotReadyError, match="step 2 was broken off half applied: finish it"):
+        apply_step(session, values, step=1)
+    assert attempt(session, values, ranges(session, []))[0].step == 2
+
+
+def test_a_step_under_which_a_load_came_is_not_finished(make: Any) -> None:
+    """Its first chunks were applied to the state before the load, and never to the loaded one."""
+    session = make()
+    values, loaded = gradient(session), np.full(session.config.layout.size, 0.5, np.float32)
+    first, second = ranges(session, [1000])
+    writer = RecordingWriter(session.config.layout.size, session.config.reply_dtype)
+    with begin(session, request_of(session, overlap=True)) as step, ReplyPipeline(writer, session.depth) as reply:
+        bring(step, values, [first])
+        session.apply(step, step.gradient.pop(), reply)
+        commit_load(session, LoadRequest(1, session.slots, step=0), dict.fromkeys(session.slots, loaded))
+        bring(step, values, [second])
+        with pytest.raises(StateChangedError, match="the state was replaced while the step arrived"):
+            session.finish(step)
+    assert session.ledger.applied_step == 0
+
+
 def test_a_step_that_moves_nothing_is_finished_without_a_chunk(make: Any) -> None:
     session = make()
     empty = frozenset(range(len(SHAPES)))
