@@ -17,10 +17,13 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rpc.features import unsupported
 
-__all__ = ["decode_chunk_bytes", "decode_decision", "decode_step_request"]
+__all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request"]
 
 # Of patches for a client that holds nothing: no step has this base, so everything is answered.
 _NO_STEP: Final = -1
+
+DEFAULT_REPLY_BYTES: Final = (4 << 20) - (64 << 10)
+"""The payload of a message to a client that names no size. gRPC clients receive 4 MiB, headers included, by default."""
 
 
 def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_chunk_bytes: int) -> StepRequest:
@@ -84,15 +87,15 @@ def decode_decision(commit: step_pb2.StepCommit, config: SessionConfig) -> Decis
 
 
 def decode_chunk_bytes(asked: int, most: int, field: str) -> int:
-    """Return the size of an answer's chunks: what was asked, or the limit.
+    """Return the size of the chunks that go back: as asked, or the default.
 
     Raises:
         InvalidRequestError: below 4096 or above the limit.
     """
     if asked == 0:
-        return most
+        return min(most, DEFAULT_REPLY_BYTES)
     if not 4096 <= asked <= most:
-        raise InvalidRequestError.of(field, f"{asked} bytes; it must be in [4096, {most}], or 0 for the most")
+        raise InvalidRequestError.of(field, f"{asked} bytes; it must be in [4096, {most}], or 0 for the default")
     return asked
 
 

@@ -19,6 +19,7 @@ from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
+from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
 from stepwire_server.rpc.encode import encode_session
 from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
 from stepwire_server.rpc.unary_step import step_once
@@ -93,7 +94,7 @@ class OptimizerService:
                 max_sessions=config.max_sessions,
                 max_tensors=config.max_tensors,
                 max_chunk_bytes=config.max_chunk_bytes,
-                max_unary_bytes=config.max_chunk_bytes,
+                max_unary_bytes=min(config.max_chunk_bytes, DEFAULT_REPLY_BYTES),
                 max_streams=config.max_streams,
                 max_lease=duration_to_wire(config.max_lease_seconds),
                 step_idle=duration_to_wire(config.step_idle_seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame
 from stepwire_server.rpc.attach import Serving, invalid_frame
-from stepwire_server.rpc.decode_step import decode_step_request
+from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES, decode_step_request
 from stepwire_server.rpc.encode import encode_result
 from stepwire_server.rpc.reply_messages import WholeReplyWriter
 from stepwire_server.sessions.session import Session
@@ -19,7 +19,7 @@ def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
     Raises:
         StepwireError: the step is refused.
     """
-    began, max_bytes = serving.clock(), serving.max_chunk_bytes
+    began, max_bytes = serving.clock(), min(serving.max_chunk_bytes, DEFAULT_REPLY_BYTES)
     message: pb.StepRequest = frame.message
     if session.config.treatment.two_phase:
         raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
