@@ -148,6 +148,7 @@ class OptimizerService:
             if opening.worker != 0:
                 raise unsupported("open.worker", "aggregation")
             session = self._registry.get(opening.session_id)
+            self._registry.require_room(stream, session)
             with (
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step) as holder,
                 self._sharing.share(session, opening.transport) as shared,

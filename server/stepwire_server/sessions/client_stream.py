@@ -16,6 +16,7 @@ class ClientStream:
         orphaned: the worker or the session has moved on.
         ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
             that reply that is not yet read.
+        surplus: the server had all its streams when this one came: it may only displace another one.
         last_seen: the clock reading of its last frame.
     """
 
@@ -25,6 +26,7 @@ class ClientStream:
         self.in_step = False
         self.orphaned = False
         self.ending = False
+        self.surplus = False
         self.last_seen = now
 
     def overdue(self, now: float, idle_seconds: float) -> bool:

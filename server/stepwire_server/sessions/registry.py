@@ -7,7 +7,7 @@ import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
 from stepwire_server.devices.pool import DevicePool
@@ -19,6 +19,9 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
+
+# Of clients whose connection is half open: the server still counts the stream that they come to replace.
+_RETURNING_STREAMS: Final = 8
 
 
 class Created(NamedTuple):
@@ -134,25 +137,41 @@ class Registry:
     def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
         """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
 
+        A full server admits a few more, for clients that come back after their connection broke without the server's
+        notice: see `require_room`.
+
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
         stream = ClientStream(cancel, self.clock())
         with self._lock:
-            if len(self._streams) >= self._max_streams:
-                raise ResourceExhaustedError(
-                    f"the server has {len(self._streams)} attached streams, its most; detach some, or start it with "
-                    "a larger --max-streams",
-                    reason=Reason.TOO_MANY_STREAMS,
-                    metadata={"max_streams": self._max_streams},
-                    retry_after_seconds=1.0,
-                )
+            stream.surplus = len(self._streams) >= self._max_streams
+            if len(self._streams) >= self._max_streams + _RETURNING_STREAMS:
+                raise self._too_many_streams()
             self._streams.add(stream)
         try:
             yield stream
         finally:
             with self._lock:
                 self._streams.discard(stream)
+
+    def require_room(self, stream: ClientStream, session: Session) -> None:
+        """Refuse a stream beyond the limit, unless it displaces the stream of its session.
+
+        Raises:
+            ResourceExhaustedError: the server has all the streams it takes.
+        """
+        if stream.surplus and not session.ledger.worker.attached:
+            raise self._too_many_streams()
+
+    def _too_many_streams(self) -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            f"the server has {self._max_streams} attached streams, its most; detach some, or start it with a larger "
+            "--max-streams",
+            reason=Reason.TOO_MANY_STREAMS,
+            metadata={"max_streams": self._max_streams},
+            retry_after_seconds=1.0,
+        )
 
     @contextlib.contextmanager
     def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:

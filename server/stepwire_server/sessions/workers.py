@@ -121,6 +121,8 @@ class Worker:
                 self._displaced.cancel()
             self._displaced = former
             former.orphaned = True
+            if stream is not None and stream.surplus:  # the server has no room for both
+                former.cancel()
         self.holder = Holder(self.index, generation, acquired, stream)
         return self.holder
 

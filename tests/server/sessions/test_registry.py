@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -328,11 +329,29 @@ def test_an_empty_registry_has_one_empty_page(make_registry: Any) -> None:
 
 def test_streams_are_counted_and_bounded(make_registry: Any) -> None:
     registry = make_registry(max_streams=2)
-    with registry.stream(lambda: None), registry.stream(lambda: None):
-        assert registry.statistics().streams == 2
+    with contextlib.ExitStack() as streams:
+        made = [streams.enter_context(registry.stream(lambda: None)) for _ in range(10)]
+        assert [stream.surplus for stream in made] == [False] * 2 + [True] * 8
+        assert registry.statistics().streams == 10
         with pytest.raises(errors.ResourceExhaustedError, match="2 attached streams") as refused:
             registry.stream(lambda: None).__enter__()
         assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
+
+
+def test_a_stream_beyond_the_bound_may_only_displace_its_sessions_own(make_registry: Any) -> None:
+    registry = make_registry(max_streams=1)
+    (session, other), cancelled = [registry.create(name, config()).session for name in ("a", "b")], list[str]()
+    with registry.stream(lambda: cancelled.append("half open")) as former, session.attached(former, 1, 0):
+        with registry.stream(lambda: None) as stream:
+            with pytest.raises(errors.ResourceExhaustedError, match="1 attached streams, its most"):
+                registry.require_room(stream, other)
+            registry.require_room(stream, session)
+            with session.attached(stream, 1, 0) as holder:
+                assert (holder.generation, cancelled) == (3, ["half open"])
+
+
+def test_a_stream_that_fails_is_not_counted_any_more(make_registry: Any) -> None:
+    registry = make_registry()
     with pytest.raises(ZeroDivisionError), registry.stream(lambda: None):
         raise ZeroDivisionError
     assert registry.statistics().streams == 0
