@@ -137,13 +137,15 @@ class SessionState:
     # --- steps -------------------------------------------------------------------------------------------
 
     def stage_gradient(self, request: StepRequest, unscale: float) -> StagedGradient:
-        """Make room for a step's gradient, or for its reply where that is larger.
+        """Make room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
 
         Raises:
             ResourceExhaustedError: no room just now.
         """
-        config = self.config
-        nbytes = 0 if request.shared else _step_bytes(config.layout.size, request.gradient_dtype, request.reply_dtype)
+        config, size = self.config, self.config.layout.size
+        nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
+        if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
+            nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
         room = self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
         with contextlib.ExitStack() as undo:
             undo.callback(room.release)

@@ -143,6 +143,18 @@ def test_a_gradient_is_reserved_as_itself_or_its_reply(
     assert device.budget.reserved_bytes == STATE_BYTES
 
 
+def test_a_reply_in_an_order_of_its_own_has_room_beside_the_gradient(device: Device) -> None:
+    """A chunk stays until all of it is replied to, and the reply is on its way meanwhile."""
+    state = SessionState(CONFIG, device)
+    one = state.stage_gradient(request(), 1.0)
+    room = device.budget.reserved_bytes - STATE_BYTES
+    one.close()
+    for fields, expected in (({}, 2 * room), ({"reply": False}, room)):
+        gradient = state.stage_gradient(request(reply_first=(1,), **fields), 1.0)
+        assert device.budget.reserved_bytes == STATE_BYTES + expected
+        gradient.close()
+
+
 def test_a_gradient_in_shared_memory_takes_no_room(device: Device) -> None:
     state = SessionState(CONFIG, device)
     state.stage_gradient(request(shared=True), 1.0)
