@@ -1,4 +1,4 @@
-"""What a session was created with, in the domain's own terms."""
+"""The config of a session, in the domain's own terms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SessionConfig:
         precision: how the rule's slots are held.
         measures: results tell the norms of update and parameters.
         gradient_dtype: default encoding of gradients.
-        reply_dtype: default encoding of answers.
+        reply_dtype: the default encoding of replies.
         start_at_zero: parameters start as zeros instead of waiting for a load.
         lease_seconds: how long an unused session lives.
         label: for listings.
@@ -85,7 +85,7 @@ class SessionConfig:
 
     @functools.cached_property
     def decay(self) -> Decay:
-        """Where weight decay acts in steps that have some."""
+        """The position of weight decay in steps that have some."""
         return rule_for(self.optimizer, self.momentum)[1]
 
     @functools.cached_property

@@ -81,5 +81,5 @@ class StepResult(NamedTuple):
     replayed: bool = False
 
     def replay(self) -> StepResult:
-        """Return the result as a replay answers it."""
+        """Return the result for the reply to a replay."""
         return self._replace(replayed=True)

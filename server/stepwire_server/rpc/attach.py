@@ -1,7 +1,7 @@
 """One attached stream: its frames in order, and the reply to each step.
 
-Small steps are answered in the handler's own thread by a single message. The commit of a large one runs in a
-thread that goes to the end whatever becomes of the client, while the handler's thread sends finished chunks: the first
+Small steps are replied to in the handler's own thread by a single message. The commit of a large one runs in a thread
+that goes to the end whatever becomes of the client. Meanwhile the handler's thread sends finished chunks, so the first
 chunk of the reply is on its way while later ones are computed.
 """
 

@@ -19,7 +19,7 @@ from stepwire_server.rpc.features import unsupported
 
 __all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request"]
 
-# Of patches for a client that holds nothing: no step has this base, so everything is answered.
+# Of patches for a client that holds nothing: no step has this base, so all parameters go back.
 _NO_STEP: Final = -1
 
 DEFAULT_REPLY_BYTES: Final = (4 << 20) - (64 << 10)
@@ -163,7 +163,7 @@ def _decode_reply_base(begin: step_pb2.StepBegin, reply_dtype: np.dtype[Any]) ->
         return None
     if reply_dtype != BFLOAT16:
         raise InvalidRequestError.of(
-            "begin.reply.mode", f"patches are of bfloat16 parameters, and the answer's dtype is {reply_dtype.name}"
+            "begin.reply.mode", f"patches are of bfloat16 parameters, and the reply's dtype is {reply_dtype.name}"
         )
     return begin.reply.base if begin.reply.HasField("base") else _NO_STEP
 

@@ -1,4 +1,4 @@
-"""What this build serves, and the refusal of everything else a session may ask for.
+"""The options that this build serves, and the refusal of all others that a session may ask for.
 
 The contract names more than this version does. An option that is not served is refused when the session is
 created, never ignored: each row is a field, the feature it belongs to, and how to see that a config asks for it.
@@ -190,7 +190,7 @@ _CHOICES: Final = (
         frozenset(tensor_pb2.Dtype.values()),
         lambda c: c.gradient_dtype,
     ),
-    # Answers in int8 are no feature that another server may have: the decoder says so.
+    # Replies in int8 are no feature that another server may have: the decoder says so.
     _Choice(
         "config.reply_dtype",
         "wire_",

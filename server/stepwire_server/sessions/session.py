@@ -1,4 +1,4 @@
-"""One session: admit a step, stage it, commit it whole or not at all, and answer a replay.
+"""One session: admit a step, stage it, commit it whole or not at all, and reply to a replay.
 
 The path of one gradient: `begin` checks the holder and the number, and makes a `Step`. Chunks are added to it outside
 the lock. `commit` acquires the lock, checks everything again, and only then touches the state, range by range. Each

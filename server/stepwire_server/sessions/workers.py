@@ -5,7 +5,7 @@ the moment of the commit, so nothing commits that began under an older hold, wha
 or a load. Each hold has the next generation, which travels as the `attach_token` (Kleppmann's fencing token).
 
 A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be
-on their way, and must not act on the client's next steps. The answer with the new token may be lost as well. So older
+on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So older
 tokens of the same client attach until the client has shown that it knows the newest.
 """
 

@@ -1,7 +1,7 @@
 """The commit of a step, once it has been admitted and everything has arrived.
 
-`Commit` checks everything when it is made, and changes nothing; `apply` then changes the state, range by range, each
-range's reply being encoded in the same pass that updates it.
+`Commit` checks everything when it is made, and changes nothing. `apply` then changes the state, range by range. Each
+range's reply is encoded in the same pass that updates it.
 """
 
 from __future__ import annotations

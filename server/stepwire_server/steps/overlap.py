@@ -1,7 +1,7 @@
 """A step that is applied while it arrives.
 
 The effect of such a step on an element depends on that element alone, once nothing has to be known of the whole
-gradient. So each chunk is applied and answered when it comes, and the last replies leave while the next chunks are
+gradient. So each chunk is applied and replied to when it comes, and the last replies leave while the next chunks are
 received. The price is atomicity: a stream that breaks off leaves the step half applied. Each range therefore has a
 mark, and the step is finished by being sent again: a marked range goes back as it is.
 """
