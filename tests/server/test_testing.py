@@ -11,6 +11,7 @@ import structlog
 
 import stepwire
 import stepwire_server.testing
+from stepwire_server.observability import logs
 
 
 def test_a_server_serves_for_a_block() -> None:
@@ -65,8 +66,12 @@ def test_the_log_goes_to_standard_error_and_is_quiet_by_default() -> None:
 
 
 @pytest.fixture
-def unconfigured() -> None:
-    """A program that has not configured structlog; the configuration of the tests comes back by itself."""
+def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that has not configured structlog and runs no server yet, whatever other tests of this process do.
+
+    The configuration of the tests comes back by itself.
+    """
+    monkeypatch.setattr(logs, "_BLOCK_LEVELS", logs._BlockLevels())
     structlog.reset_defaults()
 
 
