@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import stepwire
+import stepwire.torch.recovery
 from stepwire.errors import (
     DeadlineExceededError,
     NonFiniteGradientError,
@@ -30,6 +31,12 @@ def target() -> Iterator[str]:
     """A server of small chunks, so that replies have several."""
     with serving(max_chunk_bytes=64 << 10, sweep_seconds=3600.0) as target:
         yield target
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a failing step wait for the server as long as it needs on a busy machine."""
+    monkeypatch.setattr(stepwire.torch.recovery, "_AT_ONCE_SECONDS", 60.0)
 
 
 class Training:
@@ -118,6 +125,42 @@ def test_a_gradient_after_a_lost_reply_is_applied_once(training: Training, appli
     training.step(gradient)
     expected = -11.0 if gradient == 10 else -111.0 if applied else -101.0
     assert training.model == training.session == everywhere(expected)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("change", [True, False], ids=["changed", "unchanged"])
+def test_shared_views_are_whole_after_a_step_that_failed(target: str, applied: bool, change: bool) -> None:
+    training = Training(target, transport="shm", shared_views=True)
+    training.step(1)
+    with lost_replies(applied=applied), pytest.raises(DeadlineExceededError):
+        training.step(10)
+    assert training.model == everywhere(-11.0 if applied else -1.0)
+    if change:
+        training.fill(-1000.0, but=2)
+    training.step(100)
+    kept = [-111.0] if applied else [-101.0]
+    assert training.model == training.session == [kept, kept, [-1100.0] if change else kept]
+    training.step(1000)
+    assert training.model == training.session
+    training.optimizer.close()
+    assert training.model == [[kept[0] - 1000], [kept[0] - 1000], [-2100.0] if change else [kept[0] - 1000]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_whole_and_keeps_its_masters(target: str, dtype: torch.dtype) -> None:
+    """Each step is too small for the model to show it."""
+    parameter = torch.nn.Parameter(torch.ones(ELEMENTS * 3, dtype=dtype))
+    with SGD([parameter], lr=2.0**-14, server=target, transport="tcp") as optimizer:
+        for fault in (None, torn_replies, None):
+            parameter.grad = torch.full_like(parameter, -1.0)
+            if fault is None:
+                optimizer.step()
+                continue
+            with fault(), pytest.raises(DeadlineExceededError):
+                optimizer.step()
+            masters = optimizer.state_dict()["stepwire"]["masters"][0]
+            assert masters.unique().tolist() == [1 + 2 * 2.0**-14]
+        assert optimizer.applied_step == 2  # the last one was the failed step again
 
 
 def save(training: Training) -> None:
