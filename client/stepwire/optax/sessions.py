@@ -13,8 +13,10 @@ while its step is under way, so that the step does not wait for the fingerprint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy.typing as npt
 
@@ -135,17 +137,50 @@ class TrackedSession:
 
 # --- the sessions of this process -------------------------------------------------------------------------------
 
-_lock = threading.RLock()
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
+
+_lock = threading.Lock()
+"""The lock of the tables below. No code calls a server, or waits for one, while it holds this lock."""
+
 _tracked: dict[str, tuple[TrackedSession, Connection]] = {}
 _clients: dict[Connection, Client] = {}
+_finding: dict[str, Future[tuple[TrackedSession, Connection]]] = {}
+_opening: dict[Connection, Future[Client]] = {}
+_finders: Counter[Connection] = Counter()
+"""The searches for sessions that are under way over each connection, which stays open for them."""
+
+
+def _once(known: dict[_K, _V], under_way: dict[_K, Future[_V]], key: _K, make: Callable[[], _V]) -> _V:
+    """Return the value of a key; the first caller makes it, and others of the same key wait for that caller.
+
+    Raises:
+        StepwireError: the error of the caller that made the value.
+    """
+    with _lock:
+        if key in known:
+            return known[key]
+        if (other := under_way.get(key)) is None:
+            mine = under_way[key] = Future()
+    if other is not None:
+        return other.result()
+    try:
+        value = make()
+    except BaseException as error:
+        with _lock:
+            del under_way[key]
+        mine.set_exception(error)
+        raise
+    with _lock:
+        del under_way[key]
+        known[key] = value
+    mine.set_result(value)
+    return value
 
 
 def client(connection: Connection) -> Client:
     """Return the client of a connection, opened when first needed."""
-    with _lock:
-        if (known := _clients.get(connection)) is None:
-            known = _clients[connection] = connection.open()
-        return known
+    return _once(_clients, _opening, connection, connection.open)
 
 
 def track(session: Session, names: Sequence[str], connection: Connection) -> TrackedSession:
@@ -163,10 +198,20 @@ def find(session_id: str, names: Sequence[str], connection: Connection) -> Track
         SessionNotFoundError: the session does not exist.
         StepwireError: as `Client.session`.
     """
-    with _lock:  # also during the call: two threads with the same session would fence each other
+
+    def attached() -> tuple[TrackedSession, Connection]:
+        return TrackedSession(client(connection).session(session_id), names), connection
+
+    with _lock:
         if (known := _tracked.get(session_id)) is not None:
             return known[0]
-        return track(client(connection).session(session_id), names, connection)
+        _finders[connection] += 1
+    try:
+        # Two threads that attach to the same session would fence each other.
+        return _once(_tracked, _finding, session_id, attached)[0]
+    finally:
+        with _lock:
+            _finders[connection] -= 1
 
 
 def is_tracked(session_id: str) -> bool:
@@ -196,7 +241,8 @@ def forget(session_id: str) -> None:
         if (known := _tracked.pop(session_id, None)) is None:
             return
         connection = known[1]
-        if not connection.owned or any(other == connection for _, other in _tracked.values()):
+        used = _finders[connection] or any(other == connection for _, other in _tracked.values())
+        if used or not connection.owned:
             return
         left = _clients.pop(connection, None)
     if left is not None:

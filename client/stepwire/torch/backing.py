@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
+from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
 from stepwire.torch.mirror import ExtraState, Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
+from stepwire.torch.recovery import Recovery
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
@@ -95,40 +98,60 @@ class Backing:
             dtype_named(received or parameters.dtype, "reply_dtype"),
         )
 
-    def _use(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
-        """Use a session from now on; its parameters are the present values."""
+    def _use(
+        self, session: Session, parameters: Parameters, groups: Sequence[Group], memory: Parameters | SharedViews
+    ) -> None:
+        """Use a session from now on; its parameters are the present values, and `memory` is theirs."""
         self.session, self.parameters = session, parameters
-        parameters.follow()
         configuration = session.config
         self._structure = self._rule.structure_of(groups)
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
         self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
+        self._recovery = Recovery(session, parameters, self._reply_dtype, self._options.timeout)
         if self._sender is not None:
             self._sender.close()
         watches = self._options.send_in_backward
         self._sender = BackwardSender(parameters, self._begin, self._present_numbers) if watches else None
-        self._memory.release()
-        self._memory = parameters
-        if self._options.shared_views:
-            self._memory = SharedViews(session, parameters)
+        before, self._memory = self._memory, memory
+        before.release()
+        parameters.follow()
+
+    def _memory_of(self, session: Session, parameters: Parameters) -> Parameters | SharedViews:
+        """Return the memory in which a session steps the parameters; with shared views they move there."""
+        return SharedViews(session, parameters) if self._options.shared_views else parameters
 
     def _use_first(self, session: Session, groups: Sequence[Group]) -> None:
         """Use the first session, and close it after a failure: no other code has the session."""
         try:
-            self._use(session, self.parameters, groups)
+            self._use(session, self.parameters, groups, self._memory_of(session, self.parameters))
         except BaseException:
             session.close()
             raise
 
-    def _move_to(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
-        """Use another session instead of the present session, and close the present one."""
-        old = self.session
+    def _move_to(
+        self, session: Session, parameters: Parameters, groups: Sequence[Group], state: Callable[[], Snapshot]
+    ) -> None:
+        """Load a state into a new session, and use the session instead of the present one, which is closed.
+
+        After a failure the new session is closed, and everything is as before.
+        """
         try:
-            self._use(session, parameters, groups)
-        except UnsupportedFeatureError as error:  # the session before had shared memory
-            _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
-        old.close()
+            session.load_state(state(), timeout=self._options.timeout)
+            try:
+                memory = self._memory_of(session, parameters)
+            except UnsupportedFeatureError as error:  # the session before had shared memory
+                _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
+                memory = parameters
+        except BaseException:
+            session.close()
+            raise
+        old = self.session
+        self._use(session, parameters, groups, memory)
+        try:
+            old.close()
+        except StepwireError as error:  # the lease of the session ends it
+            _LOG.warning("the session before was not closed: %s", error)
 
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Attach to an existing session, and copy its parameters into the model.
@@ -148,7 +171,7 @@ class Backing:
             with np.errstate(over="ignore"):
                 target[...] = pulled[name]
         self.parameters.stepped(pulled)
-        self._use(session, self.parameters, groups)
+        self._use(session, self.parameters, groups, self._memory_of(session, self.parameters))
 
     def regroup(self, groups: Sequence[Group]) -> None:
         """Move to a new session of other groups, with the state of the parameters that both sessions have.
@@ -159,14 +182,9 @@ class Backing:
         """
         self.check_open()
         parameters = Parameters(groups)
-        self.upload()
+        self._follow()
         session = self._create(parameters, groups)
-        try:
-            session.load_state(self._mirror.carried(session.state(), parameters))
-        except BaseException:
-            session.close()
-            raise
-        self._move_to(session, parameters, groups)
+        self._move_to(session, parameters, groups, lambda: self._mirror.carried(session.state(), parameters))
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -184,13 +202,23 @@ class Backing:
         self.check_open()
         self._groups, self._loss_scale = groups, loss_scale
         overrides = self.overrides(groups)
-        reply = None if self._sender is None else self._sender.finish((overrides, loss_scale))
-        if reply is None and (gradients := self._memory.gradients()):
-            self.upload()
-            reply = self.session.step(gradients, **self._step_options((overrides, loss_scale)))
+        reply = self._reply((overrides, loss_scale))
         if reply is not None:  # without any gradient nothing changes, as with torch
             self._memory.stepped(reply)
             self._mirror.forget()
+            self._recovery.stepped()
+
+    def _reply(self, numbers: Numbers) -> Any:
+        """Apply a step with the present gradients, and return its reply; None without any gradient."""
+        if self._sender is not None:
+            with self._recovery.watch():
+                if (reply := self._sender.finish(numbers)) is not None:
+                    return reply
+        if not (gradients := self._memory.gradients()):
+            return None
+        self.upload()
+        with self._recovery.watch():
+            return self.session.step(gradients, **self._step_options(numbers))
 
     def _step_options(self, numbers: Numbers) -> dict[str, Any]:
         return {
@@ -219,7 +247,7 @@ class Backing:
         shapes = {t.name: np.empty(t.shape, t.dtype) for t in self.parameters.tensors if t.name in names}
         return self.session.step_async(shapes, feed=feed, **self._step_options(numbers))
 
-    def _settle(self) -> None:
+    def _abort_begun(self) -> None:
         """Abort the step that a backward pass began, if there is one."""
         if self._sender is not None:
             self._sender.drop()
@@ -267,10 +295,23 @@ class Backing:
         Raises:
             StepwireError: as `Session.load`.
         """
-        self._settle()
+        self._abort_begun()
+        if not everything and not self.parameters.changed():
+            return
+        self._recovery.settle()
         if everything or self.parameters.changed():
             self._mirror.upload()
             self._memory.uploaded()
+
+    def _follow(self) -> None:
+        """Make the model whole, and the session's parameters the model's.
+
+        Raises:
+            StepwireError: as `Recovery.settle` and `Session.load`.
+        """
+        self._abort_begun()
+        self._recovery.settle()
+        self.upload()
 
     def check_open(self) -> None:
         """Refuse a call after `end`.
@@ -293,7 +334,7 @@ class Backing:
             StepwireError: as `Session.state`.
         """
         self.check_open()
-        self.upload()
+        self._follow()
         return self._mirror.exported(groups)
 
     def load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
@@ -310,18 +351,21 @@ class Backing:
         """
         self.check_open()
         self._rule.optimizer_for(groups)  # groups of another optimizer lack its numbers
-        self._settle()
-        session = self._create(self.parameters, groups) if self._structure_change(groups) else self.session
+        self._abort_begun()
+        self._recovery.settle()
+        if self.session.statistics().step_in_doubt is not None:  # a load settles the number that the state goes on from
+            self.upload(everything=True)
         try:
-            state = self._mirror.loadable(session, entries, extra, groups)
-            session.load_state(state, timeout=self._options.timeout)
+            if self._structure_change(groups):
+                session = self._create(self.parameters, groups)
+                state = functools.partial(self._mirror.loadable, session, entries, extra, groups)
+                self._move_to(session, self.parameters, groups, state)
+            else:
+                state_now = self._mirror.loadable(self.session, entries, extra, groups)
+                self.session.load_state(state_now, timeout=self._options.timeout)
         except BaseException:
             self._mirror.forget()
-            if session is not self.session:
-                session.close()
             raise
-        if session is not self.session:
-            self._move_to(session, self.parameters, groups)
         self._mirror.offer(extra)
         self._memory.uploaded()
 
@@ -332,6 +376,10 @@ class Backing:
         self.closed = True
         if self._sender is not None:
             self._sender.close()
+        try:
+            self._recovery.settle_before_end()
+        except StepwireError as error:
+            _LOG.warning("the outcome of a step that failed is unknown; the model may be of two steps: %s", error)
         self._memory.release()
         if keep:
             self.session.detach()

@@ -39,9 +39,12 @@ def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]
 
 
 def _with_message(error: StepwireError, message: str) -> StepwireError:
-    return type(error)(
+    made = type(error)(
         message, reason=error.reason, metadata=error.metadata, retry_after_seconds=error.retry_after_seconds
     )
+    for note in getattr(error, "__notes__", ()):
+        made.add_note(note)
+    return made
 
 
 def _name(options: RemoteOptions) -> str:

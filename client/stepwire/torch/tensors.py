@@ -94,6 +94,10 @@ class ParameterTensor:
         """Note that the session has the parameter's present values."""
         self._seen = self._mark()
 
+    def mark_changed(self) -> None:
+        """Note that the session lacks the parameter's present values."""
+        self._seen = None
+
     @property
     def changed(self) -> bool:
         """True if other code has changed the parameter since `follow`; torch counts no change through `.data`."""

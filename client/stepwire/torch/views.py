@@ -126,10 +126,12 @@ class SharedViews:
         """Give the model memory of its own again."""
         self._unhook()
         for tensor in self._parameters.tensors:
-            tensor.parameter.data = tensor.parameter.data.clone()
-            if tensor.parameter.grad is not None:
-                tensor.parameter.grad = tensor.parameter.grad.clone()
-            tensor.follow()
+            parameter = tensor.parameter
+            if _same(parameter, self._parameter_tensors[tensor.name]):  # else other code, or other views, have moved it
+                parameter.data = parameter.data.clone()
+                tensor.follow()
+            if _same(parameter.grad, self._gradient_tensors[tensor.name]):
+                parameter.grad = parameter.grad.clone()
 
     def _unhook(self) -> None:
         for hook in self._hooks:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from stepwire.optax import sessions  # noqa: E402
 from stepwire.optax.connection import Connection  # noqa: E402
 from stepwire.optax.sessions import TrackedSession  # noqa: E402
 from tests.support.lost_replies import lost_replies  # noqa: E402
+from tests.support.torn_replies import torn_replies  # noqa: E402
 
 ONES = [np.ones(3, np.float32)]
 
@@ -146,3 +150,111 @@ def test_connections_are_shared_and_closed_with_the_last_session(target: str) ->
     assert sessions.client(connection) is not client
     sessions.client(connection).close()
     sessions._clients.pop(connection)
+
+
+# --- steps in doubt -------------------------------------------------------------------------------------
+
+
+def test_an_attempt_that_cannot_ask_for_the_outcome_leaves_the_record_of_the_step_in_doubt(one: TrackedSession) -> None:
+    """The first gradient was applied. The second is not sent, so it must never count as applied."""
+    one.step(0, ONES, None, np.float32)
+    with lost_replies(), pytest.raises(UnavailableError):
+        one.step(1, [2 * ONES[0]], None, np.float32)
+    for _ in range(2):
+        with torn_replies(), pytest.raises(UnavailableError, match="cannot be reached"):
+            one.step(1, [3 * ONES[0]], None, np.float32)
+    with pytest.raises(StepMismatchError, match="the server had applied it with the first"):
+        one.step(1, [3 * ONES[0]], None, np.float32)
+    assert one.step(1, [2 * ONES[0]], None, np.float32)[0].tolist() == [-3.0] * 3
+    assert one.session.info().applied_step == 2
+
+
+def test_a_gradient_after_one_that_was_not_applied_survives_an_attempt_without_a_server(one: TrackedSession) -> None:
+    with lost_replies(applied=False), pytest.raises(UnavailableError):
+        one.step(0, ONES, None, np.float32)
+    with torn_replies(), pytest.raises(UnavailableError, match="cannot be reached"):
+        one.step(0, [2 * ONES[0]], None, np.float32)
+    assert one.step(0, [4 * ONES[0]], None, np.float32)[0].tolist() == [-4.0] * 3
+
+
+# --- the table of sessions ------------------------------------------------------------------------------
+
+
+class SlowClient:
+    """A client with one session that answers late, and counts the requests for each session."""
+
+    def __init__(self, session: stepwire.Session) -> None:
+        self.asked: list[str] = []
+        self.waiting, self.may_answer = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        self._session = session
+
+    def session(self, session_id: str) -> stepwire.Session:
+        self.asked.append(session_id)
+        if session_id == "slow":
+            self.waiting.set()
+            assert self.may_answer.wait(60)
+        if self.error is not None:
+            raise self.error
+        return self._session
+
+
+@pytest.fixture
+def slow(one: TrackedSession, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowClient]:
+    made = SlowClient(one.session)
+    monkeypatch.setattr(sessions, "client", lambda connection: made)
+    yield made
+    for session_id in ("slow", "fast"):
+        sessions._tracked.pop(session_id, None)
+
+
+def test_a_server_that_answers_late_holds_up_no_other_session(slow: SlowClient, target: str) -> None:
+    connection, _ = Connection.read({"server": target})
+    with ThreadPoolExecutor(2) as threads:
+        late = threads.submit(sessions.find, "slow", ["w"], connection)
+        assert slow.waiting.wait(60)
+        fast = threads.submit(sessions.find, "fast", ["w"], connection)
+        try:
+            assert fast.result(60) is sessions.tracked("fast")
+            assert not late.done()
+        finally:
+            slow.may_answer.set()
+        assert late.result(60) is sessions.tracked("slow")
+
+
+def test_two_threads_that_look_for_a_session_attach_once(slow: SlowClient, target: str) -> None:
+    connection, _ = Connection.read({"server": target})
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(sessions.find, "slow", ["w"], connection) for _ in range(2)]
+        assert slow.waiting.wait(60)
+        slow.may_answer.set()
+        assert found[0].result(60) is found[1].result(60)
+    assert slow.asked == ["slow"]
+
+
+def test_a_session_that_was_not_found_is_looked_for_again(slow: SlowClient, target: str) -> None:
+    connection, _ = Connection.read({"server": target})
+    slow.error = UnavailableError("no server")
+    with pytest.raises(UnavailableError, match="no server"):
+        sessions.find("fast", ["w"], connection)
+    slow.error = None
+    assert sessions.find("fast", ["w"], connection) is sessions.tracked("fast")
+    assert slow.asked == ["fast", "fast"]
+
+
+def test_a_connection_stays_open_for_a_search_that_is_under_way(slow: SlowClient, target: str) -> None:
+    connection, _ = Connection.read({"server": target})
+    sessions.find("fast", ["w"], connection)
+    kept = sessions._clients[connection] = stepwire.connect(target)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            late = threads.submit(sessions.find, "slow", ["w"], connection)
+            assert slow.waiting.wait(60)
+            sessions.forget("fast")
+            assert sessions._clients.get(connection) is kept
+            slow.may_answer.set()
+            late.result(60)
+        sessions.forget("slow")
+        assert connection not in sessions._clients
+    finally:
+        kept.close()

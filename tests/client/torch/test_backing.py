@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import stepwire
 import stepwire.torch
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, UnavailableError, UnsupportedFeatureError
 from tests.client.torch.twins import Twins, assert_same_bits, gradients, parameters, same_bits
 
 EPS = torch.finfo(torch.float32).eps
@@ -227,3 +227,44 @@ def test_groups_appended_to_the_list_are_refused(remote: Any) -> None:
     optimizer.param_groups.append({**optimizer.param_groups[0], "params": [Parameter(torch.zeros(2))]})
     with pytest.raises(InvalidRequestError, match="there are 2 groups instead of 1"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("call", ["add_param_group", "load_state_dict"])
+def test_a_move_that_fails_at_its_end_leaves_everything_as_before(
+    call: str, client: stepwire.Client, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared views are the last part of a move that can fail."""
+    straight, params = parameters(), parameters()
+    options = {"lr": 0.01, "amsgrad": True, "server": target}
+    plain = stepwire.torch.Adam(straight, **options)
+    with stepwire.torch.Adam(params, transport="shm", shared_views=True, **options) as optimizer:
+
+        def step(number: int) -> None:
+            for given in (straight, params):
+                for parameter, gradient in zip(given, gradients([p.shape for p in given], number), strict=True):
+                    parameter.grad = gradient
+            plain.step()
+            optimizer.step()
+
+        step(1)
+        made, state = optimizer.session_id, optimizer.state_dict()
+        state["param_groups"][0]["amsgrad"] = False
+        with monkeypatch.context() as patched, pytest.raises(UnavailableError, match="lost just now"):
+            patched.setattr(stepwire.torch.backing, "SharedViews", lost)
+            if call == "add_param_group":
+                optimizer.add_param_group({"params": [Parameter(torch.zeros(3))]})
+            else:
+                optimizer.load_state_dict(state)
+        assert (optimizer.session_id, len(optimizer.param_groups)) == (made, 1)
+        assert optimizer.param_groups[0]["amsgrad"]
+        assert {info.session_id for info in client.sessions()} == {made, plain.session_id}
+        step(2)
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(3))]})
+        assert {info.session_id for info in client.sessions()} == {optimizer.session_id, plain.session_id}
+        step(3)
+        assert_same_bits(params, straight)
+    plain.close()
+
+
+def lost(*_: Any) -> Any:
+    raise UnavailableError("the connection was lost just now")
