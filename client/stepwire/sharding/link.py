@@ -42,7 +42,8 @@ _T = TypeVar("_T")
 class ShardedLink(SessionLink):
     """The link to one model over several sessions.
 
-    - A load that fails may have been committed on some servers: load again.
+    - A load that fails may have been committed on some servers. Then steps and pulls raise StepMismatchError, until
+      another load levels the shards.
     - A step that fails may have been applied on some servers: repeat it with the same gradients, or load. If the
       client ends in between, shards stay at different steps. Then `applied_step`, steps and pulls raise
       StepMismatchError, until a state is loaded into all shards.
@@ -203,10 +204,13 @@ class ShardedLink(SessionLink):
         """Return the number of a call, once a step in doubt is settled.
 
         Raises:
-            StepMismatchError: a shard moved without this client, or a step of another gradient is half applied.
+            StepMismatchError: a shard moved without this client, or a step of another gradient is half applied, or a
+                load was committed on some shards alone.
             SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
         steps, doubt = self._steps_on_servers(), self._doubt
+        if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
+            raise self._half_loaded(loads)
         if doubt is None:
             if set(steps) != {self.applied_step}:
                 raise self._uneven(steps)
@@ -255,36 +259,38 @@ class ShardedLink(SessionLink):
         """See `SessionLink.pull`.
 
         Raises:
-            StepMismatchError: the shards stayed at different steps.
+            StepMismatchError: the shards stayed at different steps, or of different loads.
             StepwireError: as `Session.pull`.
         """
-        seen: list[list[int]] = []
+        seen: list[StepMismatchError] = []
 
         def attempt(left: Deadline) -> state_pb2.PullHeader:
             headers = self._each(lambda shard: shard.pull(targets, dtype, left))
-            steps = [header.step for header in headers]
-            if len(set(steps)) > 1:
-                seen.append(steps)
-                raise StateChangedError(f"the shards were read at different steps: {steps}")
-            return combined_header(headers, self._partition)
+            steps, loads = [header.step for header in headers], [header.load for header in headers]
+            if len(set(loads)) > 1:
+                seen.append(self._half_loaded(loads))
+            elif len(set(steps)) > 1:
+                seen.append(_read_at(steps, len(seen) + 1))
+            else:
+                return combined_header(headers, self._partition)
+            raise StateChangedError(f"the shards were read at different steps {steps}, or of different loads {loads}")
 
         try:
             return self._shards[0].link.retry.call(attempt, deadline)
         except (StateChangedError, DeadlineExceededError):
             if not seen:
                 raise
-            raise StepMismatchError(
-                f"the shards were read {len(seen)} times and were at different steps, at last {seen[-1]}: another "
-                "client is stepping them, or a step of theirs failed. Finish that step, or load one state into all",
-                metadata={"steps": ",".join(map(str, seen[-1]))},
-            ) from None
+            raise seen[-1] from None
 
     def load(self, load: Load, deadline: Deadline) -> None:
-        """See `SessionLink.load`. After a step in doubt, any load brings all shards to one step."""
+        """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
         if self._doubt is not None and load.step is None:
             self._attach_missing(deadline)
             load = load._replace(step=max(self._steps_on_servers()))
-        self._each(lambda shard: shard.load(load, deadline))
+        if uncertain := [shard for shard in self._shards if not shard.is_certain]:
+            self._fan_out.each([functools.partial(shard.attach, deadline) for shard in uncertain])
+        number = max(shard.applied_load for shard in self._shards) + 1
+        self._each(lambda shard: shard.load(load, number, deadline))
         self._doubt = self._coordinator = None
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
@@ -337,8 +343,25 @@ class ShardedLink(SessionLink):
             metadata=_numbers(steps),
         )
 
-    def _where(self, steps: Sequence[int]) -> str:
-        return ", ".join(f"{shard.place} is at step {step}" for shard, step in zip(self._shards, steps, strict=True))
+    def _half_loaded(self, loads: Sequence[int]) -> StepMismatchError:
+        return StepMismatchError(
+            f"a load of this session failed and was committed on some servers: {self._where(loads, 'load')}. Load "
+            "again, which levels all shards",
+            metadata={"loads": ",".join(map(str, loads))},
+        )
+
+    def _where(self, numbers: Sequence[int], what: str = "step") -> str:
+        return ", ".join(
+            f"{shard.place} is at {what} {number}" for shard, number in zip(self._shards, numbers, strict=True)
+        )
+
+
+def _read_at(steps: Sequence[int], times: int) -> StepMismatchError:
+    return StepMismatchError(
+        f"the shards were read {times} times and were at different steps, at last {steps}: another client is stepping "
+        "them, or a step of theirs failed. Finish that step, or load one state into all",
+        metadata={"steps": ",".join(map(str, steps))},
+    )
 
 
 def _numbers(steps: Sequence[int]) -> dict[str, object]:
