@@ -36,8 +36,8 @@ class Session:
     leaves it there for another client, or for later.
 
     A client of several targets makes sharded sessions, which give the same parameters, bit for bit. A load that fails
-    may have been committed on some servers: load again. A step that fails may have been applied on some servers: the
-    same gradients again finish it, and `load_state` replaces it. `on_tensor` is called in the threads of shards.
+    may have been committed on some servers: load again before the next step. A step that fails may have been applied
+    on some servers: the same gradients again finish it, and `load_state` replaces it.
 
     Attributes:
         session_id: the session's id, the right to use the session; with shards their ids in order, joined by commas.
@@ -208,7 +208,7 @@ class Session:
         """Apply a step in the background, so that the next batch can be prepared meanwhile.
 
         Steps are applied in the order of the calls. The gradients, and `out`, must not change until the future is done.
-        A step that fails cancels those behind it.
+        A step that fails cancels those behind it: all that were handed in before its error was read.
 
         Args:
             gradients: as for `step`.
