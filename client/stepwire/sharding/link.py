@@ -74,6 +74,7 @@ class ShardedLink(SessionLink):
         self._limited = whole.config.gradient.HasField("clip_grad_value")
         self._doubt: Doubt | None = None
         self._coordinator: Coordinator | None = None  # of the step in doubt
+        self._step: int | None = None  # under way, or in doubt
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
 
@@ -99,12 +100,15 @@ class ShardedLink(SessionLink):
 
     @property
     def applied_step(self) -> int:
-        """The step that all shards are at, or that a step in doubt follows on; see `SessionLink.applied_step`."""
+        """The step that all shards are at, or that a step under way or in doubt follows on."""
+        under_way = self._step
         steps = [shard.applied_step for shard in self._shards]
         if len(set(steps)) == 1:
             return steps[0]
-        if self._doubt is not None and set(steps) <= {self._doubt.step - 1, self._doubt.step}:
-            return self._doubt.step - 1
+        if under_way is not None and set(steps) <= {under_way - 1, under_way}:
+            return under_way - 1
+        if under_way != self._step:  # another step began while the shards were asked
+            return self.applied_step
         raise self._uneven(steps)
 
     @property
@@ -129,12 +133,12 @@ class ShardedLink(SessionLink):
 
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the streams of all shards; see `SessionLink.attach`."""
-        doubt, coordinator, tokens = self._doubt, self._coordinator, self._tokens()
+        doubt, coordinator, step, tokens = self._doubt, self._coordinator, self._step, self._tokens()
         if take_over:
-            self._doubt = self._coordinator = None
+            self._settled()
         self._each(lambda shard: shard.attach(deadline, transport=transport, take_over=take_over))
         if take_over and self._tokens() == [token + 1 for token in tokens]:  # nobody held a worker in between
-            self._doubt, self._coordinator = doubt, coordinator
+            self._doubt, self._coordinator, self._step = doubt, coordinator, step
         if self._doubt is not None and set(self._steps_on_servers()) == {self._doubt.step}:
             for shard in self._shards:
                 shard.link.hold.applied_step = shard.step_on_server
@@ -177,12 +181,13 @@ class ShardedLink(SessionLink):
         self._attach_missing(deadline)
         call.begin.step = self._number(call)
         self._coordinator = coordinator = self._coordinator_of(call.begin.step)
+        self._step = call.begin.step
         try:
             result = self._step_shards(call, coordinator, deadline)
         except BaseException:
             self._doubt = Doubt.after(call)
             raise
-        self._doubt = self._coordinator = None
+        self._settled()
         self._last_result = result
         return result
 
@@ -236,7 +241,7 @@ class ShardedLink(SessionLink):
             raise self._half_applied(doubt.step, steps)
         for shard in self._shards:
             shard.resolve(applied=steps[0] == doubt.step)
-        self._doubt = self._coordinator = None
+        self._settled()
 
     def _coordinator_of(self, step: int) -> Coordinator | None:
         """Return the coordinator of a step: the one whose decision a shard has followed already, or a new one.
@@ -291,7 +296,7 @@ class ShardedLink(SessionLink):
             self._fan_out.each([functools.partial(shard.attach, deadline) for shard in uncertain])
         number = max(shard.applied_load for shard in self._shards) + 1
         self._each(lambda shard: shard.load(load, number, deadline))
-        self._doubt = self._coordinator = None
+        self._settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`; only shards without parameters are loaded."""
@@ -312,6 +317,10 @@ class ShardedLink(SessionLink):
         self._fan_out.close()
 
     # --- all shards --------------------------------------------------------------------------------------
+
+    def _settled(self) -> None:
+        """Note that no step is under way or in doubt."""
+        self._doubt = self._coordinator = self._step = None
 
     def _attach_missing(self, deadline: Deadline) -> None:
         """Attach the shards whose streams are not attached."""
