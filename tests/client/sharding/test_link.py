@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 
 import stepwire
 from stepwire.connection.channel import Calls
-from stepwire.errors import DeadlineExceededError, StepMismatchError
+from stepwire.errors import DeadlineExceededError, Reason, StepMismatchError, StepwireError, UnavailableError
 from stepwire.links.hold import Hold
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.sessions.session import Session as ServerSession
 from tests.support.lost_replies import lost_replies
 
 SIZE = 140_000
@@ -246,3 +249,45 @@ def test_another_client_is_told_of_two_loads_too_and_levels_them(target: str, cr
         found.load({"w": np.full(SIZE, 10.0, np.float32)})
         assert values(found.step(ONES)) == {9.0}
         assert counts(found) == [1, 1]
+
+
+# --- commits that come late --------------------------------------------------------------------------------
+
+
+def test_a_commit_that_waits_in_a_busy_server_wedges_no_later_step(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards decided, one connection broke, and the step was repeated; then a shard gets to the old commit."""
+    waiting, released, over = queue.SimpleQueue[str](), threading.Event(), threading.Event()
+    busy, refusals = threading.Lock(), list[StepwireError]()
+    commit = ServerSession.commit
+
+    def commit_late(self: ServerSession, step: Any, *arguments: Any) -> Any:
+        if step.request.step != 2 or not busy.acquire(blocking=False):
+            return commit(self, step, *arguments)
+        waiting.put(self.ledger.session_id)
+        assert released.wait(30.0)
+        try:
+            return commit(self, step, *arguments)
+        except StepwireError as refusal:
+            refusals.append(refusal)
+            raise
+        finally:
+            over.set()
+
+    with stepwire.connect(target, channels=2, timeout=30.0, transport="tcp") as client:
+        session = client.create_session(START, optimizer=stepwire.SGD(lr=1.0), clip_grad_norm=1e9)
+        session.step(ONES)
+        monkeypatch.setattr(ServerSession, "commit", commit_late)
+        step = session.step_async(ONES)
+        shard = session.shards[session.session_id.split(",").index(waiting.get(timeout=30.0))]
+        link: Any = shard._link
+        monkeypatch.setattr(link.hold._stream, "_translated", lambda *_: UnavailableError("the connection broke"))
+        link.hold._stream._call.cancel()
+        assert values(step.result(30.0)) == {-2.0}
+        released.set()
+        assert over.wait(30.0)
+        assert [refusal.reason for refusal in refusals] == [Reason.STREAM_DISPLACED]
+        assert values(session.step(ONES)) == {-3.0}
+        assert counts(session) == [3, 3]
+        session.close()
