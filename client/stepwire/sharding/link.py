@@ -289,11 +289,10 @@ class ShardedLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
-        if self._doubt is not None and load.step is None:
-            self._attach_missing(deadline)
-            load = load._replace(step=max(self._steps_on_servers()))
         if uncertain := [shard for shard in self._shards if not shard.is_certain]:
             self._fan_out.each([functools.partial(shard.attach, deadline) for shard in uncertain])
+        if load.step is None:
+            load = load._replace(step=max(self._steps_on_servers()))
         number = max(shard.applied_load for shard in self._shards) + 1
         self._each(lambda shard: shard.load(load, number, deadline))
         self._settled()
