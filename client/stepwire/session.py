@@ -18,7 +18,8 @@ from stepwire.links.link import Load, SessionLink
 from stepwire.links.snapshots import load_of, snapshot_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
 from stepwire.steps.background import BackgroundSteps
-from stepwire.steps.build import OnReady, Overrides, Reply, StepBuilder, StepOptions
+from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
+from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_named
@@ -36,8 +37,8 @@ class Session:
     leaves it there for another client, or for later.
 
     A client of several targets makes sharded sessions, which give the same parameters, bit for bit. A load that fails
-    may have been committed on some servers: load again. A step that fails may have been applied on some servers: the
-    same gradients again finish it, and `load_state` replaces it. `on_tensor` is called in the threads of shards.
+    may have been committed on some servers: load again before the next step. A step that fails may have been applied
+    on some servers: the same gradients again finish it, and `load_state` replaces it.
 
     Attributes:
         session_id: the session's id, the right to use the session; with shards their ids in order, joined by commas.
@@ -46,7 +47,7 @@ class Session:
     def __init__(self, link: SessionLink, structure: Structure) -> None:
         """Use a link to a session, and `structure` for parameters that no arrays of the user's define otherwise."""
         self.session_id = link.description.session_id
-        self._link = link
+        self._known = link
         self._structure = structure
         self._packer = link.description.packer
         self._builder = StepBuilder(link.description, link.carry)
@@ -57,25 +58,30 @@ class Session:
         self._background_lock = threading.Lock()
 
     @property
+    def _link(self) -> SessionLink:
+        self._builder.notices.check()
+        return self._known
+
+    @property
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
-        return self._link.applied_step
+        return self._known.applied_step
 
     @property
     def last_result(self) -> StepResult | None:
         """The result of the last step; None before the first."""
-        last = self._link.last_result
+        last = self._known.last_result
         return None if last is None else StepResult.from_wire(last)
 
     @property
     def transport(self) -> TransportChoice | None:
         """The transport in use, the least one of several shards; None before the first stream is attached."""
-        return self._link.transport
+        return self._known.transport
 
     @property
     def loss_scale(self) -> float | None:
         """The factor for the next loss, in a session that scales losses by itself; else None."""
-        last = self._link.last_result
+        last = self._known.last_result
         if last is None or last is self._result_before_load or not last.telemetry.HasField("loss_scale"):
             return self._loaded_scale
         return last.telemetry.loss_scale
@@ -88,27 +94,25 @@ class Session:
     @property
     def slots(self) -> tuple[str, ...]:
         """The state arrays of each tensor, by the names that `state` has: `"param"`, `"exp_avg"` and so on."""
-        return self._link.description.slots
+        return self._known.description.slots
 
     @property
     def config(self) -> SessionConfig:
         """The config of the session's creation; useful in a client that did not create it."""
-        return SessionConfig.from_wire(self._link.description.message.config)
+        return SessionConfig.from_wire(self._known.description.message.config)
 
     @property
     def shards(self) -> tuple[Session, ...]:
         """The sessions of the shards, for their own `info`, `transport` and `last_result`; one without sharding."""
-        return tuple(Session(shard, Structure()) for shard in self._link.shards)
+        return tuple(Session(shard, Structure()) for shard in self._known.shards)
 
     def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""
-        statistics = self._link.statistics()
+        statistics = self._known.statistics()
         if (background := self._background) is None:
             return statistics
         counts = background.statistics()
         return dataclasses.replace(statistics, steps_in_flight=counts.in_flight, background_failures=counts.failed)
-
-    # --- steps -------------------------------------------------------------------------------------------
 
     def step(
         self,
@@ -145,14 +149,14 @@ class Session:
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
                 the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
-                arrival, and again if a broken connection has the reply repeated.
+            on_tensor: a function of the name and the new values of each tensor, called on arrival in the thread of the
+                step or of a shard, and again if the reply is repeated. A call of the session from within is refused.
             overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
                 step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
                 else is possible before.
-            out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
-                arrays of `shared_parameters` stand for the same memory as it is after the step.
+            out: arrays to write the parameters into instead of new ones, and not over the gradients. Their content is
+                undefined after an error. Those of `shared_parameters` stand for that memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:
@@ -187,9 +191,9 @@ class Session:
         """Apply a step whose options are a record; see `step`."""
         if is_nested(gradients) or is_nested(options.out):
             return self._apply_nested(gradients, options, timeout)
-        with self._link.lock:
+        with (link := self._link).lock:
             call, reply = self._builder.build(gradients, options)
-            self._link.step(call, self._link.deadline(timeout))
+            link.step(call, link.deadline(timeout))
             return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
@@ -208,7 +212,7 @@ class Session:
         """Apply a step in the background, so that the next batch can be prepared meanwhile.
 
         Steps are applied in the order of the calls. The gradients, and `out`, must not change until the future is done.
-        A step that fails cancels those behind it.
+        A step that fails cancels those behind it: all that were handed in before its error was read.
 
         Args:
             gradients: as for `step`.
@@ -224,11 +228,10 @@ class Session:
             InvalidRequestError: `steps_in_flight` is not a positive integer.
             TypeError: an option that `step` does not have.
         """
+        self._builder.notices.check()
         chosen = StepOptions(**options)
         with self._background_lock:
-            if self._background is None:
-                self._background = BackgroundSteps(steps_in_flight)
-            background = self._background
+            self._background = background = self._background or BackgroundSteps(steps_in_flight)
         return background.submit(lambda: self.apply(gradients, chosen, timeout))
 
     def attach(self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None) -> None:
@@ -254,8 +257,6 @@ class Session:
         """Close the stream and leave the session on the server. Detaching twice is harmless."""
         with self._link.lock:
             self._link.detach()
-
-    # --- shared memory -----------------------------------------------------------------------------------
 
     def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
@@ -305,8 +306,6 @@ class Session:
         with self._link.lock:
             self._link.forget_writes()
 
-    # --- state -------------------------------------------------------------------------------------------
-
     def pull(self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Tree:
         """Return the current parameters, nested as at creation.
 
@@ -336,7 +335,7 @@ class Session:
         arrays = {slot: self._packer.allocate_named(FLOAT32) for slot in self.slots}
         targets = {slot: flat for slot, (_, flat) in arrays.items()}
         header = self._link.pull(targets, FLOAT32, self._link.deadline(timeout))
-        return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._link.description)
+        return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._known.description)
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
@@ -362,11 +361,11 @@ class Session:
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        load = load_of(state, self._link.description)
+        load = load_of(state, self._known.description)
         with self._link.lock:
             self._link.load(load, self._link.deadline(timeout))
             if state.loss_scale is not None:
-                self._loaded_scale, self._result_before_load = state.loss_scale[0], self._link.last_result
+                self._loaded_scale, self._result_before_load = state.loss_scale[0], self._known.last_result
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.
@@ -381,12 +380,13 @@ class Session:
 
         A server that cannot be reached ends it when its lease runs out.
         """
+        link = self._link
         with self._background_lock:
             background, self._background = self._background, None
         if background is not None:
             background.close()
-        with self._link.lock:
-            self._link.close()
+        with link.lock:
+            link.close()
 
     def __enter__(self) -> Session:
         """Use the session for a block and end it after."""

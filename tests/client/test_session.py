@@ -598,3 +598,39 @@ def test_micro_steps_answer_with_the_parameters_as_they_are(client: stepwire.Cli
         plain.step({name: gradient + draw(2)[name] for name, gradient in draw(1).items()})
         assert bits(session.pull()) == bits(plain.pull())
         assert (session.applied_step, session.state().tensor_steps["w"]) == (2, 1)
+
+
+CALLS: dict[str, Callable[[stepwire.Session], object]] = {
+    "step": lambda session: session.step(draw(1)),
+    "step_async": lambda session: session.step_async(draw(1), steps_in_flight=1),
+    "attach": lambda session: session.attach(),
+    "detach": lambda session: session.detach(),
+    "pull": lambda session: session.pull(),
+    "state": lambda session: session.state(),
+    "load": lambda session: session.load(draw(1)),
+    "info": lambda session: session.info(),
+    "shared_gradients": lambda session: session.shared_gradients(),
+    "close": lambda session: session.close(),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_within_on_tensor_is_refused_and_the_step_goes_on(target: str, channels: int, name: str) -> None:
+    """The step waits for the function, so the call would wait for ever; known numbers may be read."""
+    refused, steps = [], set()
+
+    def call(tensor: str, values: Any) -> None:
+        steps.add(session.applied_step)
+        with pytest.raises(stepwire.InvalidRequestError, match="^on_tensor: the function called the session") as error:
+            CALLS[name](session)
+        refused.append(error.value)
+
+    shapes = {"w": (400, 200), "b": (300, 200)}
+    with stepwire.connect(target, channels=channels, timeout=30.0) as client:
+        with client.create_session(draw(0, shapes=shapes), optimizer=stepwire.SGD(lr=1.0)) as session:
+            assert len(session.shards) == channels
+            session.step_async(draw(1, shapes=shapes), on_tensor=call).result(30.0)
+            assert len(refused) == 2 and steps <= {0, 1}
+            assert session.info().applied_step == session.applied_step == 1
+            session.step(draw(2, shapes=shapes))

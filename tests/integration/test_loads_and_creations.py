@@ -191,3 +191,24 @@ def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
     assert session.applied_step == 2
     session.step(SMALL.gradient(3))
     assert (session.applied_step, session.last_result.replayed, session.state().step) == (3, False, 3)
+
+
+def test_a_step_that_was_given_up_and_arrives_after_a_load_changes_nothing(
+    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+) -> None:
+    """Neither are the loaded parameters stepped by it, nor is the next gradient taken for its repetition."""
+    disturbed, calm = SMALL.create(connect(proxy.target)), SMALL.create(connect(server.target))
+    for session in (disturbed, calm):
+        session.step(SMALL.gradient(1))
+    stranded = proxy.strand(messages=1)
+    proxy.upstream = None
+    with pytest.raises(stepwire.UnavailableError):
+        disturbed.step(SMALL.gradient(2), timeout=0.3)
+    proxy.upstream = server.target
+    for session in (disturbed, calm):
+        session.load(SMALL.parameters())
+    assert stranded.deliver(ends_the_answer) == []  # a refusal
+    assert same_bits(disturbed.state(), calm.state())
+    assert bits(disturbed.step(SMALL.gradient(3))) == bits(calm.step(SMALL.gradient(3)))
+    assert disturbed.last_result is not None
+    assert (disturbed.applied_step, disturbed.last_result.replayed) == (2, False)

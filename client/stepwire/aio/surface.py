@@ -30,7 +30,8 @@ from stepwire.results import (
     StepResult,
     TransportChoice,
 )
-from stepwire.steps.build import OnReady, Overrides, Reply
+from stepwire.steps.build import Overrides, Reply
+from stepwire.steps.notices import OnReady
 
 __all__ = ["AsyncClient", "AsyncSession", "connect"]
 
@@ -117,14 +118,14 @@ class AsyncSession(SessionBase):
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
                 the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: a function of the name and the new values of each tensor. The thread of the step calls it on
-                arrival, and again if a broken connection has the reply repeated.
+            on_tensor: a function of the name and the new values of each tensor, called on arrival in the thread of the
+                step or of a shard, and again if the reply is repeated. A call of the session from within is refused.
             overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
                 step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
                 else is possible before.
-            out: arrays to write the parameters into instead of new ones; their content is undefined after an error. The
-                arrays of `shared_parameters` stand for the same memory as it is after the step.
+            out: arrays to write the parameters into instead of new ones, and not over the gradients. Their content is
+                undefined after an error. Those of `shared_parameters` stand for that memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
 
         Returns:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import queue
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import grpc
@@ -65,8 +67,12 @@ class AttachedStream:
         self._call = stub(self._outbox)
         self._watchdog = Watchdog(self._call.cancel)
         # Its two threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
+        self._release = functools.partial(_release, self._outbox, self._watchdog)
         if not self._call.add_callback(self._release):
             self._release()
+        # The call ends with the stream, also when nobody closes it: its session was dropped. Nothing that lives as long
+        # as the call refers to the stream.
+        weakref.finalize(self, _end, self._release, self._call).atexit = False
         try:
             first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
         except BaseException:
@@ -96,12 +102,7 @@ class AttachedStream:
 
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
-        self._release()
-        self._call.cancel()
-
-    def _release(self) -> None:
-        self._outbox.close()
-        self._watchdog.close()
+        _end(self._release, self._call)
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
@@ -120,3 +121,15 @@ class AttachedStream:
                 metadata={"timeout_seconds": deadline.timeout_seconds},
             )
         return error_from_call(error)
+
+
+def _release(outbox: _Outbox, watchdog: Watchdog) -> None:
+    """End the threads of a stream."""
+    outbox.close()
+    watchdog.close()
+
+
+def _end(release: Callable[[], object], call: grpc.Call) -> None:
+    """End a stream. The garbage collector may call this in any thread, so all locks on the way are re-entrant."""
+    release()
+    call.cancel()

@@ -21,7 +21,7 @@ class Watchdog:
         self.barked = False
         self._bark = bark
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close within any other method
         self._condition = threading.Condition(self._lock)
         self._deadline: float | None = None
         self._wakes_at = float("inf")

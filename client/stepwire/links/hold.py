@@ -26,7 +26,7 @@ class Hold:
         epoch: the session's epoch; 0 once the server has named another one, until the next attach.
         applied_step: the last step known to be applied.
         applied_load: the last load known to be committed.
-        load_in_doubt: the number of a load that failed and may have been committed; 0 for none.
+        load_in_doubt: the number of a load that failed and may have been committed; 0 for none. The next attach tells.
         durable_step: the largest durable step that the server has told.
         step_on_server: the last applied step, as the server said itself.
         unfinished_step: the step that is half applied, as the server said at the last attach; 0 for none.
@@ -54,6 +54,11 @@ class Hold:
         self._packer = description.packer
         self._chunk_bytes = description.chunk_bytes
         self._stream: AttachedStream | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Tell whether the numbers are those of the holder of the worker, as far as it can know."""
+        return self.token != 0 and not self.in_doubt
 
     @property
     def attached(self) -> bool:
@@ -98,6 +103,12 @@ class Hold:
         """Drop the stream and the epoch: the next attach learns the epoch that the session is in now."""
         self.detach()
         self.epoch = 0
+
+    def load_failed(self, load: int) -> None:
+        """Note a load that failed and may have been committed, and drop the stream: the next attach tells."""
+        self.detach()
+        self.in_doubt = True
+        self.load_in_doubt = load
 
     def loaded(self, load: int, applied_step: int) -> None:
         """Note a committed load, and the step that the session is at after it."""
@@ -154,9 +165,9 @@ class Hold:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
         if self.token == 0:
             self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
-            self.load_in_doubt = 0
         elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:
             self.applied_load = opened.applied_load
+        self.load_in_doubt = 0  # a load that did not arrive before is of an older hold, and commits nothing
         self.token = opened.attach_token
         self.epoch = opened.epoch
         self.durable_step = max(self.durable_step, opened.durable_step)

@@ -232,27 +232,12 @@ class RemoteLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`."""
-        hold = self._hold
-        if hold.token == 0 or hold.in_doubt:
-            self._repeat(hold.attach, deadline)
-        opening, in_doubt = load.opening(), hold.load_in_doubt
-        while True:
-            if load.step is None:  # said all the same, so that a load that arrives after a step is refused
-                opening.step = hold.step_on_server
-            replayed = self._send_load(load, opening, deadline)
-            if not replayed or opening.load != in_doubt:
-                break
-            # An earlier load, which had failed, was committed, and the server took this load for its repetition.
-        self._doubt = None
-
-    def initialize(self, load: Load, deadline: Deadline) -> None:
-        """See `SessionLink.initialize`."""
-        if not self._description.message.ready:
-            self.load(load, deadline)
-
-    def _send_load(self, load: Load, opening: state_pb2.LoadOpen, deadline: Deadline) -> bool:
-        """Send the next load until it is committed; True if the server had committed its number before."""
         hold, description = self._hold, self._description
+        if not hold.is_certain:
+            self._repeat(hold.attach, deadline)
+        opening = load.opening()
+        if load.step is None:  # said all the same, so that a load that arrives after a step is refused
+            opening.step = hold.step_on_server
         opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
         def attempt(left: Deadline) -> pb.LoadResponse:
@@ -266,11 +251,16 @@ class RemoteLink(SessionLink):
         try:
             response = self._repeat(attempt, deadline)
         except BaseException:
-            hold.load_in_doubt = opening.load
+            hold.load_failed(opening.load)
             raise
         hold.loaded(opening.load, response.session.applied_step)
         self._carry.loaded()
-        return response.replayed
+        self._doubt = None
+
+    def initialize(self, load: Load, deadline: Deadline) -> None:
+        """See `SessionLink.initialize`."""
+        if not self._description.message.ready:
+            self.load(load, deadline)
 
     def info(self, deadline: Deadline) -> SessionInfo:
         """See `SessionLink.info`."""

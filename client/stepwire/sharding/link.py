@@ -42,7 +42,8 @@ _T = TypeVar("_T")
 class ShardedLink(SessionLink):
     """The link to one model over several sessions.
 
-    - A load that fails may have been committed on some servers: load again.
+    - A load that fails may have been committed on some servers. Then steps and pulls raise StepMismatchError, until
+      another load levels the shards.
     - A step that fails may have been applied on some servers: repeat it with the same gradients, or load. If the
       client ends in between, shards stay at different steps. Then `applied_step`, steps and pulls raise
       StepMismatchError, until a state is loaded into all shards.
@@ -73,6 +74,7 @@ class ShardedLink(SessionLink):
         self._limited = whole.config.gradient.HasField("clip_grad_value")
         self._doubt: Doubt | None = None
         self._coordinator: Coordinator | None = None  # of the step in doubt
+        self._step: int | None = None  # under way, or in doubt
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
 
@@ -98,12 +100,15 @@ class ShardedLink(SessionLink):
 
     @property
     def applied_step(self) -> int:
-        """The step that all shards are at, or that a step in doubt follows on; see `SessionLink.applied_step`."""
+        """The step that all shards are at, or that a step under way or in doubt follows on."""
+        under_way = self._step
         steps = [shard.applied_step for shard in self._shards]
         if len(set(steps)) == 1:
             return steps[0]
-        if self._doubt is not None and set(steps) <= {self._doubt.step - 1, self._doubt.step}:
-            return self._doubt.step - 1
+        if under_way is not None and set(steps) <= {under_way - 1, under_way}:
+            return under_way - 1
+        if under_way != self._step:  # another step began while the shards were asked
+            return self.applied_step
         raise self._uneven(steps)
 
     @property
@@ -128,12 +133,12 @@ class ShardedLink(SessionLink):
 
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the streams of all shards; see `SessionLink.attach`."""
-        doubt, coordinator, tokens = self._doubt, self._coordinator, self._tokens()
+        doubt, coordinator, step, tokens = self._doubt, self._coordinator, self._step, self._tokens()
         if take_over:
-            self._doubt = self._coordinator = None
+            self._settled()
         self._each(lambda shard: shard.attach(deadline, transport=transport, take_over=take_over))
         if take_over and self._tokens() == [token + 1 for token in tokens]:  # nobody held a worker in between
-            self._doubt, self._coordinator = doubt, coordinator
+            self._doubt, self._coordinator, self._step = doubt, coordinator, step
         if self._doubt is not None and set(self._steps_on_servers()) == {self._doubt.step}:
             for shard in self._shards:
                 shard.link.hold.applied_step = shard.step_on_server
@@ -176,12 +181,13 @@ class ShardedLink(SessionLink):
         self._attach_missing(deadline)
         call.begin.step = self._number(call)
         self._coordinator = coordinator = self._coordinator_of(call.begin.step)
+        self._step = call.begin.step
         try:
             result = self._step_shards(call, coordinator, deadline)
         except BaseException:
             self._doubt = Doubt.after(call)
             raise
-        self._doubt = self._coordinator = None
+        self._settled()
         self._last_result = result
         return result
 
@@ -203,10 +209,13 @@ class ShardedLink(SessionLink):
         """Return the number of a call, once a step in doubt is settled.
 
         Raises:
-            StepMismatchError: a shard moved without this client, or a step of another gradient is half applied.
+            StepMismatchError: a shard moved without this client, or a step of another gradient is half applied, or a
+                load was committed on some shards alone.
             SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
         steps, doubt = self._steps_on_servers(), self._doubt
+        if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
+            raise self._half_loaded(loads)
         if doubt is None:
             if set(steps) != {self.applied_step}:
                 raise self._uneven(steps)
@@ -232,7 +241,7 @@ class ShardedLink(SessionLink):
             raise self._half_applied(doubt.step, steps)
         for shard in self._shards:
             shard.resolve(applied=steps[0] == doubt.step)
-        self._doubt = self._coordinator = None
+        self._settled()
 
     def _coordinator_of(self, step: int) -> Coordinator | None:
         """Return the coordinator of a step: the one whose decision a shard has followed already, or a new one.
@@ -255,37 +264,38 @@ class ShardedLink(SessionLink):
         """See `SessionLink.pull`.
 
         Raises:
-            StepMismatchError: the shards stayed at different steps.
+            StepMismatchError: the shards stayed at different steps, or of different loads.
             StepwireError: as `Session.pull`.
         """
-        seen: list[list[int]] = []
+        seen: list[StepMismatchError] = []
 
         def attempt(left: Deadline) -> state_pb2.PullHeader:
             headers = self._each(lambda shard: shard.pull(targets, dtype, left))
-            steps = [header.step for header in headers]
-            if len(set(steps)) > 1:
-                seen.append(steps)
-                raise StateChangedError(f"the shards were read at different steps: {steps}")
-            return combined_header(headers, self._partition)
+            steps, loads = [header.step for header in headers], [header.load for header in headers]
+            if len(set(loads)) > 1:
+                seen.append(self._half_loaded(loads))
+            elif len(set(steps)) > 1:
+                seen.append(_read_at(steps, len(seen) + 1))
+            else:
+                return combined_header(headers, self._partition)
+            raise StateChangedError(f"the shards were read at different steps {steps}, or of different loads {loads}")
 
         try:
             return self._shards[0].link.retry.call(attempt, deadline)
         except (StateChangedError, DeadlineExceededError):
             if not seen:
                 raise
-            raise StepMismatchError(
-                f"the shards were read {len(seen)} times and were at different steps, at last {seen[-1]}: another "
-                "client is stepping them, or a step of theirs failed. Finish that step, or load one state into all",
-                metadata={"steps": ",".join(map(str, seen[-1]))},
-            ) from None
+            raise seen[-1] from None
 
     def load(self, load: Load, deadline: Deadline) -> None:
-        """See `SessionLink.load`. After a step in doubt, any load brings all shards to one step."""
-        if self._doubt is not None and load.step is None:
-            self._attach_missing(deadline)
+        """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
+        if uncertain := [shard for shard in self._shards if not shard.is_certain]:
+            self._fan_out.each([functools.partial(shard.attach, deadline) for shard in uncertain])
+        if load.step is None:
             load = load._replace(step=max(self._steps_on_servers()))
-        self._each(lambda shard: shard.load(load, deadline))
-        self._doubt = self._coordinator = None
+        number = max(shard.applied_load for shard in self._shards) + 1
+        self._each(lambda shard: shard.load(load, number, deadline))
+        self._settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`; only shards without parameters are loaded."""
@@ -306,6 +316,10 @@ class ShardedLink(SessionLink):
         self._fan_out.close()
 
     # --- all shards --------------------------------------------------------------------------------------
+
+    def _settled(self) -> None:
+        """Note that no step is under way or in doubt."""
+        self._doubt = self._coordinator = self._step = None
 
     def _attach_missing(self, deadline: Deadline) -> None:
         """Attach the shards whose streams are not attached."""
@@ -337,8 +351,25 @@ class ShardedLink(SessionLink):
             metadata=_numbers(steps),
         )
 
-    def _where(self, steps: Sequence[int]) -> str:
-        return ", ".join(f"{shard.place} is at step {step}" for shard, step in zip(self._shards, steps, strict=True))
+    def _half_loaded(self, loads: Sequence[int]) -> StepMismatchError:
+        return StepMismatchError(
+            f"a load of this session failed and was committed on some servers: {self._where(loads, 'load')}. Load "
+            "again, which levels all shards",
+            metadata={"loads": ",".join(map(str, loads))},
+        )
+
+    def _where(self, numbers: Sequence[int], what: str = "step") -> str:
+        return ", ".join(
+            f"{shard.place} is at {what} {number}" for shard, number in zip(self._shards, numbers, strict=True)
+        )
+
+
+def _read_at(steps: Sequence[int], times: int) -> StepMismatchError:
+    return StepMismatchError(
+        f"the shards were read {times} times and were at different steps, at last {steps}: another client is stepping "
+        "them, or a step of theirs failed. Finish that step, or load one state into all",
+        metadata={"steps": ",".join(map(str, steps))},
+    )
 
 
 def _numbers(steps: Sequence[int]) -> dict[str, object]:

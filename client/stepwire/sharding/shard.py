@@ -61,6 +61,18 @@ class Shard:
         with self.link.lock:
             return self.link.hold.step_on_server
 
+    @property
+    def applied_load(self) -> int:
+        """The last load known to be committed, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.applied_load
+
+    @property
+    def is_certain(self) -> bool:
+        """Tell whether the numbers of the shard are known, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.is_certain
+
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the stream, and so learn the applied step; see `SessionLink.attach`."""
         with self.link.lock, self._named():
@@ -98,10 +110,14 @@ class Shard:
         with self._named():
             return self.link.pull({slot: self.ranges.of(flat) for slot, flat in targets.items()}, dtype, deadline)
 
-    def load(self, load: Load, deadline: Deadline) -> None:
-        """Load this shard's ranges of slots of the whole."""
+    def load(self, load: Load, number: int, deadline: Deadline) -> None:
+        """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
+
+        That is once, and once more for each load that other shards committed without this one.
+        """
         with self.link.lock, self._named():
-            self.link.load(self._own_load(load), deadline)
+            while self.link.hold.applied_load < number:
+                self.link.load(self._own_load(load), deadline)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """Load this shard's ranges of the parameters, if its session has none yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from stepwire.errors import InvalidRequestError
@@ -28,10 +28,40 @@ class BackgroundStatistics:
     failed: int
 
 
+class _StepFuture(Future[Any]):
+    """The future of a step, which notes that its caller has read a failure."""
+
+    def __init__(self, read: Callable[[], object]) -> None:
+        super().__init__()
+        self._read = read
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return super().result(timeout)
+        except BaseException:
+            self._told()
+            raise
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            failure = super().exception(timeout)
+        except CancelledError:
+            self._told()
+            raise
+        if failure is not None:
+            self._told()
+        return failure
+
+    def _told(self) -> None:
+        if self.done():  # not a time-out of the wait
+            self._read()
+
+
 class BackgroundSteps:
     """A thread for the steps of one session, in the order in which they were handed in. Thread-safe.
 
-    A step that fails cancels the steps behind it: their gradients belong to parameters that never were.
+    A step that fails cancels the steps behind it: their gradients belong to parameters that never were. A caller that
+    has not read the failure does not know of it, so steps that it hands in are behind the failed step too.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,51 +73,76 @@ class BackgroundSteps:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise InvalidRequestError.of("steps_in_flight", f"{limit!r} is not a positive integer")
         self._limit = limit
-        self._vacancies = threading.BoundedSemaphore(limit)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stepwire-steps")
-        self._waiting: list[Future[Any]] = []
+        self._waiting: list[_StepFuture] = []
         self._failed = 0
-        self._lock = threading.Lock()
+        self._breaks = 0  # the failures, and the end: the steps handed in before are cancelled
+        self._unread = False
+        self._closed = False
+        self._changed = threading.Condition()
 
     def submit(self, step: Callable[[], Any]) -> Future[Any]:
-        """Hand a step in; the call waits while as many steps as allowed are in flight."""
-        self._vacancies.acquire()
-        try:
-            with self._lock:
-                future = self._thread.submit(self._run, step)
+        """Hand a step in; the call waits while as many steps as allowed are in flight.
+
+        Returns:
+            The future of the step. It is cancelled if a step before this one failed, or if the steps were ended.
+        """
+        with self._changed:
+            breaks, future = self._breaks, _StepFuture(self._read)
+
+            def is_cancelled() -> bool:
+                return self._unread or self._closed or breaks != self._breaks
+
+            self._changed.wait_for(lambda: is_cancelled() or len(self._waiting) < self._limit)
+            if not (cancelled := is_cancelled()):
+                self._thread.submit(self._run, future, step)
                 self._waiting.append(future)
-        except BaseException:
-            self._vacancies.release()
-            raise
-        future.add_done_callback(self._done)
+        if cancelled:
+            future.cancel()
+            future.set_running_or_notify_cancel()  # lets those go that wait for several futures
+        else:
+            future.add_done_callback(self._done)
         return future
 
     def statistics(self) -> BackgroundStatistics:
         """Return the numbers of steps in flight and of failures."""
-        with self._lock:
+        with self._changed:
             return BackgroundStatistics(limit=self._limit, in_flight=len(self._waiting), failed=self._failed)
 
     def close(self) -> None:
         """Cancel the waiting steps, and let the step under way end. Closing twice is harmless."""
+        with self._changed:
+            self._closed = True
         self._cancel_waiting()
         self._thread.shutdown(wait=False)
 
-    def _run(self, step: Callable[[], Any]) -> Any:
+    def _run(self, future: _StepFuture, step: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            return step()
-        except BaseException:
-            with self._lock:
+            result = step()
+        except BaseException as failure:
+            with self._changed:
                 self._failed += 1
+                self._unread = True
             self._cancel_waiting()
-            raise
+            future.set_exception(failure)
+        else:
+            future.set_result(result)
 
     def _cancel_waiting(self) -> None:
-        with self._lock:
+        with self._changed:
+            self._breaks += 1
             waiting = list(self._waiting)
+            self._changed.notify_all()
         for future in waiting:
             future.cancel()
 
+    def _read(self) -> None:
+        with self._changed:
+            self._unread = False
+
     def _done(self, future: Future[Any]) -> None:
-        with self._lock:
-            self._waiting.remove(future)
-        self._vacancies.release()
+        with self._changed:
+            self._waiting = [each for each in self._waiting if each is not future]
+            self._changed.notify_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.steps.notices import Notices, OnReady
 from stepwire.transports.cuda.stand_ins import stood_in
 from stepwire.transports.cuda.views import shows_parameters
 from stepwire.transports.host.memory import lies_in_parameters
@@ -23,16 +24,13 @@ from stepwire.v1 import optimizer_pb2, step_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.wire.messages import hyperparameters_from_wire, optimizer_from_wire, overrides_to_wire
 
-__all__ = ["OnReady", "Overrides", "Reply", "StepBuilder", "StepOptions"]
+__all__ = ["Overrides", "Reply", "StepBuilder", "StepOptions"]
 
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """Hyper-parameters of one step: one mapping for all groups, or one a group."""
 
 Reply: TypeAlias = Literal["parameters", "none", "changed"]
 """The reply to a step: all parameters, none of them, or the parameters that changed in bfloat16."""
-
-OnReady: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
-"""Gets the name and the new values of a tensor that has arrived."""
 
 _REPLY_MODES: Final = {
     "parameters": step_pb2.REPLY_MODE_PARAMETERS,
@@ -60,7 +58,11 @@ class StepOptions:
 
 
 class StepBuilder:
-    """Builds the steps of one session."""
+    """Builds the steps of one session.
+
+    Attributes:
+        notices: the calls of `on_tensor` in the session's steps.
+    """
 
     def __init__(self, description: SessionDescription, carry: Carry) -> None:
         """Build steps of a session as the server described it.
@@ -81,6 +83,7 @@ class StepBuilder:
         keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = self._packer.layout.tensor_indices()
+        self.notices = Notices()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
 
     def build(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Container | None]:
@@ -98,6 +101,8 @@ class StepBuilder:
         if missing:
             begin.missing_tensors.extend(sorted(missing - self._frozen))
         reply, targets = self._reply(gradients, options, received)
+        if options.out is not None:
+            self._check_apart(flat, targets)
         views = reply if reply is not options.out and options.out is not None else None
         call = StepCall(
             begin,
@@ -151,6 +156,15 @@ class StepBuilder:
             return options.out, self._packer.targets(options.out, "out")
         return self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
 
+    def _check_apart(self, flat: Flat, targets: Flat) -> None:
+        """Refuse a reply over the gradient: it may break off, and then the gradient is sent, or told, again."""
+        for index, (gradient, target) in enumerate(zip(flat, targets, strict=True)):
+            if np.may_share_memory(gradient, target):
+                name = self._packer.layout.tensors[index].spec.name
+                raise InvalidRequestError.of(
+                    f"out[{name!r}]", "the array shares memory with the gradient, which a repetition needs; use another"
+                )
+
     def _index(self, name: str) -> int:
         if (index := self._indices.get(name)) is None:
             raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
@@ -163,7 +177,7 @@ class StepBuilder:
 
         def arrived(index: int) -> None:
             name = tensors[index].spec.name
-            notify(name, reply[name] if isinstance(reply, Mapping) else reply[int(name)])
+            self.notices.give(notify, name, reply[name] if isinstance(reply, Mapping) else reply[int(name)])
 
         return arrived
 

@@ -41,17 +41,17 @@ def open_stream(
         try:
             shared = _shared(stream, packer, deadline)
             if isinstance(shared, SharedArrays):
-                route.settle(name)
+                route.settle(way, name)
                 return stream, shared
             opening.attach_token = stream.opened.attach_token
-            route.refuse(name, shared)
+            route.refuse(way, name, shared)
         except BaseException:
             stream.close()
             raise
         stream.close()  # the next stream goes in its place, because this one may hold memory that nobody uses
     opening.transport = transport_pb2.TRANSPORT_GRPC
     stream = AttachedStream(way.calls.channel, opening, deadline)
-    route.settle()
+    route.settle(way)
     return stream, None
 
 

@@ -132,7 +132,7 @@ class Router:
 
 
 class Route:
-    """The way of one session. The session serialises its calls.
+    """The way of one session. Thread-safe: a pull needs no turn, and may lose the way while a stream is opened on it.
 
     Attributes:
         asked: "auto", or the only transport that will do.
@@ -146,7 +146,7 @@ class Route:
         self._router = router
         self._session_id = session_id
         self._way: Way | None = None
-        self._refused: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     @property
     def calls(self) -> Calls:
@@ -159,36 +159,42 @@ class Route:
         Raises:
             StepwireError: as `Router.find`.
         """
-        if self._way is None:
-            self._way, self._refused = self._router.find(self.asked, deadline), {}
-        return self._way
+        with self._lock:
+            way, asked = self._way, self.asked
+        if way is None:
+            way = self._router.find(asked, deadline)
+            with self._lock:
+                if asked == self.asked:
+                    self._way = way
+        return way
 
     def ask(self, transport: str) -> None:
         """Ask for another transport from now on."""
-        self.asked = transport
-        self.lost()
+        with self._lock:
+            self.asked, self._way = transport, None
 
     def lost(self) -> None:
         """Forget the way, because its connection broke: perhaps its socket is gone, and another server on the port."""
         self._way = None
 
-    def refuse(self, name: str, reason: str) -> None:
-        """Note that memory was tried and cannot be had.
+    def refuse(self, way: Way, name: str, reason: str) -> None:
+        """Note that a memory of a way was tried and cannot be had.
 
         Raises:
             UnsupportedFeatureError: the user asked for this memory.
         """
         if name == self.asked:
             raise _cannot(name, reason)
-        self._refused[name] = reason
+        way.reasons[name] = reason
 
-    def settle(self, memory: str = "") -> None:
-        """Note the transport of the attached stream: memory, or the connection alone; a change is logged."""
-        assert self._way is not None
-        name = memory or self._way.name
-        known = self._way.reasons | self._refused
+    def settle(self, way: Way, memory: str = "") -> None:
+        """Note the transport of the attached stream: a memory of its way, or the connection alone.
+
+        A change is logged.
+        """
+        name = memory or way.name
         better = TRANSPORTS[: TRANSPORTS.index(name)]
-        choice = TransportChoice(name, {other: known[other] for other in better if other in known})
+        choice = TransportChoice(name, {other: way.reasons[other] for other in better if other in way.reasons})
         if choice != self.choice:
             self.choice = choice
             _log.info("session %s: %s", self._session_id, choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -159,3 +160,23 @@ def test_closing_twice_is_harmless_and_ends_the_call(scripted: Any, scripted_cal
     stream.close()
     stream.close()
     assert over.wait(PATIENCE_SECONDS)
+
+
+def test_a_dropped_stream_ends_its_call_and_its_threads(scripted: Any, scripted_calls: Calls) -> None:
+    over = threading.Event()
+
+    def behavior(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.add_callback(over.set)
+        yield from echoing(messages, context)
+
+    scripted.on("Attach", behavior)
+    before = set(threading.enumerate())
+    stream = attach(scripted_calls)
+    next(stream.exchange([b"x"], Deadline(PATIENCE_SECONDS)))
+    watchdogs = [each for each in threading.enumerate() if each not in before and each.name == "stepwire-watchdog"]
+    assert len(watchdogs) == 1
+    del stream
+    gc.collect()
+    assert over.wait(PATIENCE_SECONDS)
+    watchdogs[0].join(PATIENCE_SECONDS)
+    assert not watchdogs[0].is_alive()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import stepwire
 from stepwire.arrays.packing import Packer
 from stepwire.connection.channel import Calls
+from stepwire.connection.stream import AttachedStream
 from stepwire.errors import DeadlineExceededError, FencedError, Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.links import hold as hold_module
@@ -20,6 +23,7 @@ from stepwire.links.remote import RemoteLink
 from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.transports import attach as attach_module
 from stepwire.transports.route import Route, Router
 from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -426,3 +430,44 @@ def test_a_load_after_an_attach_that_failed_learns_its_token_first(create: Creat
             session.attach()
     session.load({"w": np.full(3, 10.0, np.float32)})
     assert first(session.step(ONES)) == 9.0
+
+
+def test_a_pull_that_loses_the_connection_while_a_step_attaches_disturbs_no_step(
+    create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = create()
+
+    class Meanwhile(AttachedStream):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            monkeypatch.undo()
+            monkeypatch.setattr(Calls, "download", unreachable)
+            with pytest.raises(stepwire.UnavailableError):
+                session.pull(timeout=0.01)
+            monkeypatch.undo()
+
+    def unreachable(*arguments: Any) -> Any:
+        raise stepwire.UnavailableError("the connection broke", reason=Reason.UNREACHABLE)
+
+    monkeypatch.setattr(attach_module, "AttachedStream", Meanwhile)
+    assert first(session.step(ONES)) == -1.0
+    assert session.statistics().streams_opened == 1
+    assert session.transport is not None
+
+
+def test_dropped_sessions_leave_no_streams(target: str) -> None:
+    """Each stream ends with its session, and the session on the server waits for its next client."""
+    with stepwire.connect(target, timeout=30.0, transport="tcp") as client:
+        ids = []
+        for _ in range(3):
+            session = client.create_session({"w": np.zeros(3, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
+            session.step(ONES)
+            ids.append(session.session_id)
+            stream = weakref.ref(session._link.hold._stream)  # type: ignore[attr-defined]
+            del session
+            gc.collect()
+            assert stream() is None
+        for each in ids:
+            found = client.session(each)
+            assert first(found.step(ONES)) == -2.0
+            found.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire.errors import DeadlineExceededError, StepMismatchError
+from stepwire.connection.channel import Calls
+from stepwire.errors import DeadlineExceededError, Reason, StepMismatchError, StepwireError, UnavailableError
 from stepwire.links.hold import Hold
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.sessions.session import Session as ServerSession
 from tests.support.lost_replies import lost_replies
 
 SIZE = 140_000
@@ -180,3 +185,109 @@ def test_shards_tell_their_numbers_together(create: Create) -> None:
     statistics = session.statistics()
     assert (statistics.applied_step, statistics.attached, statistics.streams_opened) == (1, True, 2)
     assert [shard.last_result.step for shard in session.shards if shard.last_result is not None] == [1, 1]
+
+
+# --- loads -------------------------------------------------------------------------------------------------
+
+
+def half_load(session: stepwire.Session, value: float, *, of: int = 0, committed: bool = True) -> None:
+    """Have one shard commit a load, perhaps without a reply, and the other one never get it."""
+    upload = Calls.upload
+    holder = session.session_id.split(",")[of]
+
+    def broken(self: Calls, method: str, frames: Any, response: Any, deadline: Any) -> Any:
+        first, *rest = frames
+        if pb.LoadRequest.FromString(first).open.session_id == holder:
+            loaded = upload(self, method, [first, *rest], response, deadline)
+            if committed:
+                return loaded
+        raise DeadlineExceededError("the connection broke")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Calls, "upload", broken)
+        with pytest.raises(DeadlineExceededError):
+            session.load({"w": np.full(SIZE, value, np.float32)})
+
+
+@pytest.mark.parametrize("replied", [True, False])
+def test_a_model_of_two_loads_is_neither_stepped_nor_read(create: Create, replied: bool) -> None:
+    """A load that one shard alone committed is told of, to every client, until another load levels the shards."""
+    session = create()
+    session.step(ONES)
+    half_load(session, 100.0, committed=replied)
+    with pytest.raises(
+        StepMismatchError, match="shard 0 on .* is at load 2, shard 1 on .* is at load 1.*again"
+    ) as told:
+        session.step(TWOS)
+    assert told.value.metadata == {"loads": "2,1"}
+    with pytest.raises(StepMismatchError, match="Load again"):
+        session.pull(timeout=0.05)
+    assert counts(session) == [1, 1]
+    session.load({"w": np.full(SIZE, 10.0, np.float32)})
+    assert values(session.pull()) == {10.0}
+    assert values(session.step(TWOS)) == {8.0}
+    assert counts(session) == [2, 2]
+
+
+@pytest.mark.parametrize("of", [0, 1])
+def test_loads_that_fail_again_and_again_are_levelled_by_one_that_does_not(create: Create, of: int) -> None:
+    session = create()
+    for value in (100.0, 200.0, 300.0):
+        half_load(session, value, of=of, committed=value != 200.0)
+    session.load({"w": np.full(SIZE, 10.0, np.float32)})
+    assert values(session.step(ONES)) == {9.0}
+
+
+def test_another_client_is_told_of_two_loads_too_and_levels_them(target: str, create: Create) -> None:
+    session = create()
+    half_load(session, 100.0)
+    with stepwire.connect(target, channels=2, timeout=30.0) as client:
+        found = client.session(session.session_id)
+        with pytest.raises(StepMismatchError, match="Load again"):
+            found.step(ONES)
+        assert counts(found) == [0, 0]
+        found.load({"w": np.full(SIZE, 10.0, np.float32)})
+        assert values(found.step(ONES)) == {9.0}
+        assert counts(found) == [1, 1]
+
+
+# --- commits that come late --------------------------------------------------------------------------------
+
+
+def test_a_commit_that_waits_in_a_busy_server_wedges_no_later_step(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards decided, one connection broke, and the step was repeated; then a shard gets to the old commit."""
+    waiting, released, over = queue.SimpleQueue[str](), threading.Event(), threading.Event()
+    busy, refusals = threading.Lock(), list[StepwireError]()
+    commit = ServerSession.commit
+
+    def commit_late(self: ServerSession, step: Any, *arguments: Any) -> Any:
+        if step.request.step != 2 or not busy.acquire(blocking=False):
+            return commit(self, step, *arguments)
+        waiting.put(self.ledger.session_id)
+        assert released.wait(30.0)
+        try:
+            return commit(self, step, *arguments)
+        except StepwireError as refusal:
+            refusals.append(refusal)
+            raise
+        finally:
+            over.set()
+
+    with stepwire.connect(target, channels=2, timeout=30.0, transport="tcp") as client:
+        session = client.create_session(START, optimizer=stepwire.SGD(lr=1.0), clip_grad_norm=1e9)
+        session.step(ONES)
+        monkeypatch.setattr(ServerSession, "commit", commit_late)
+        step = session.step_async(ONES)
+        shard = session.shards[session.session_id.split(",").index(waiting.get(timeout=30.0))]
+        link: Any = shard._link
+        monkeypatch.setattr(link.hold._stream, "_translated", lambda *_: UnavailableError("the connection broke"))
+        link.hold._stream._call.cancel()
+        assert values(step.result(30.0)) == {-2.0}
+        released.set()
+        assert over.wait(30.0)
+        assert [refusal.reason for refusal in refusals] == [Reason.STREAM_DISPLACED]
+        assert values(session.step(ONES)) == {-3.0}
+        assert counts(session) == [3, 3]
+        session.close()

@@ -90,3 +90,19 @@ def test_a_new_reply_lies_where_its_targets_do() -> None:
         "b": [[1, 1], [1, 1]],
         "c": [2, 2, 2, 2],
     }
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": True}], ids=["whole", "overlap"])
+def test_a_reply_over_the_gradient_is_refused(options: dict[str, Any]) -> None:
+    """A broken reply would leave a mixture: it would be sent again as the gradient, or be told from the gradient."""
+    apart = {name: np.empty_like(array) for name, array in GRADIENTS.items()}
+    both = np.zeros(6, np.float32)
+    for gradient, out in ((both[:4], both[:4]), (both[:4], both[2:])):
+        builder = make_builder()
+        with pytest.raises(InvalidRequestError, match=r"^out\['b'\]: the array shares memory with the gradient"):
+            builder.build(
+                GRADIENTS | {"b": gradient.reshape(2, 2)},
+                StepOptions(out=apart | {"b": out.reshape(2, 2)}, **options),
+            )
+    call, reply = make_builder().build({"a": GRADIENTS["a"], "c": GRADIENTS["c"]}, StepOptions(out=apart, **options))
+    assert reply is apart and call.missing == {1}

@@ -204,12 +204,12 @@ def test_what_is_settled_is_told_with_why_nothing_better_is(
     route = Route(router(offered.target), "ab12")
     assert route.choice is None
     with caplog.at_level(logging.INFO, "stepwire"):
-        route.way(Retry().deadline(30.0))
-        route.settle("shm")
+        way = route.way(Retry().deadline(30.0))
+        route.settle(way, "shm")
         assert route.choice == TransportChoice("shm", {"cuda_ipc": "no GPU"})
-        route.settle("shm")
-        route.refuse("shm", "no room")
-        route.settle()
+        route.settle(way, "shm")
+        route.refuse(way, "shm", "no room")
+        route.settle(way)
     assert route.choice == TransportChoice("uds", {"cuda_ipc": "no GPU", "shm": "no room"})
     assert [record.getMessage() for record in caplog.records] == [
         "session ab12: transport shm; no cuda_ipc: no GPU",
@@ -219,9 +219,36 @@ def test_what_is_settled_is_told_with_why_nothing_better_is(
 
 def test_memory_that_was_asked_for_and_refused_is_an_error(offered: Answering, router: Any) -> None:
     route = Route(router(offered.target), "s", "shm")
-    route.way(Retry().deadline(30.0))
+    way = route.way(Retry().deadline(30.0))
     with pytest.raises(UnsupportedFeatureError, match="'shm' cannot be had: no room"):
-        route.refuse("shm", "no room")
+        route.refuse(way, "shm", "no room")
+
+
+def test_a_way_that_another_call_lost_meanwhile_is_settled_all_the_same(offered: Answering, router: Any) -> None:
+    route = Route(router(offered.target), "s")
+    way = route.way(Retry().deadline(30.0))
+    route.lost()
+    route.refuse(way, "shm", "no room")
+    route.settle(way)
+    assert route.choice == TransportChoice("uds", {"cuda_ipc": "no GPU", "shm": "no room"})
+
+
+def test_a_way_that_was_found_for_another_transport_is_not_kept(
+    offered: Answering, router: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user asks for another transport while a pull finds its way."""
+    routes = router(offered.target)
+    route, find_way = Route(routes, "s"), routes.find
+
+    def find_late(asked: str, deadline: Any) -> Any:
+        way = find_way(asked, deadline)
+        monkeypatch.undo()
+        route.ask("tcp")
+        return way
+
+    monkeypatch.setattr(routes, "find", find_late)
+    assert route.way(Retry().deadline(30.0)).name == "uds"
+    assert route.way(Retry().deadline(30.0)).name == "tcp"
 
 
 def test_equal_reasons_are_told_once() -> None:
