@@ -5,8 +5,9 @@ the moment of the commit, so nothing commits that began under an older hold, wha
 or a load. Each hold has the next generation, which travels as the `attach_token` (Kleppmann's fencing token).
 
 A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be
-on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So older
-tokens of the same client attach until the client has shown that it knows the newest.
+on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So any
+token that the client had since it acquired the worker attaches; only the newest one steps and loads in calls. An attach
+that was delayed displaces a stream of its own client at worst: the client attaches again, and no step is lost.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ class Worker:
         """Start without a holder; the first hold has generation 1."""
         self.index = index
         self.holder = Holder(index, 0, 0, None)
-        self._known = 0  # the newest generation that the client has shown to know
         self._displaced: ClientStream | None = None
 
     @property
@@ -59,16 +59,15 @@ class Worker:
     def acquire(self, stream: ClientStream | None = None) -> Holder:
         """Give the worker to a new client and fence the one before."""
         generation = self.holder.generation + 1
-        self._known = generation
         return self._hold(generation, generation, stream)
 
     def renew(self, token: int, stream: ClientStream) -> Holder:
         """Give the worker to a new stream of the client that holds it.
 
         Raises:
-            FencedError: another client holds the worker, or a newer attach of this one has been used.
+            FencedError: another client holds the worker.
         """
-        if not self._known <= token <= self.holder.generation or not token:
+        if not self.holder.acquired <= token <= self.holder.generation or not token:
             raise self._fenced(token)
         return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
 
@@ -80,7 +79,6 @@ class Worker:
         """
         if token != self.holder.generation or not token:
             raise self._fenced(token)
-        self._known = token
         return self.holder
 
     def check(self, holder: Hold) -> None:
@@ -91,7 +89,6 @@ class Worker:
             UnavailableError: a newer stream of the same client does.
         """
         if holder is self.holder:
-            self._known = holder.generation
             return
         if holder.acquired != self.holder.acquired:
             raise self._fenced(holder.generation)

@@ -72,8 +72,6 @@ class Model:
 
     Attributes:
         hold: the present hold of the worker.
-        known: the newest token that the client has shown to know; older ones attach nobody.
-        perhaps_known: the newest that it may have shown, with a message that was refused or is not answered yet.
         last: the answer to the last step, for its replay.
     """
 
@@ -83,7 +81,7 @@ class Model:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.alive, self.ready = True, config.zeros
-        self.hold, self.known, self.perhaps_known = Hold(1, 1), 1, 1
+        self.hold = Hold(1, 1)
         self.applied_step, self.applied_load = 0, 0
         self.last: Answer | None = None
         self.slots = (*SLOTS, "max_exp_avg_sq") if config.amsgrad else SLOTS
@@ -161,24 +159,8 @@ class Model:
     def attach(self, token: int) -> Hold:
         """Note an attach that was accepted; returns its hold."""
         new = self.hold.token + 1
-        if token:
-            self.hold, self.perhaps_known = Hold(new, self.hold.acquired), min(self.perhaps_known, token)
-        else:
-            self.hold, self.known, self.perhaps_known = Hold(new, new), new, new
+        self.hold = Hold(new, self.hold.acquired if token else new)
         return self.hold
-
-    def may_be_fenced(self, token: int) -> bool:
-        """Tell whether it is open if an attach with this token is refused."""
-        return self.known <= token < self.perhaps_known
-
-    def fence(self, token: int) -> None:
-        """Note that an attach was refused that need not have been: the client has shown a newer token."""
-        self.known = token + 1
-
-    def use(self, *, surely: bool) -> None:
-        """Note a message under the present hold; `surely` if it was answered, and not refused."""
-        self.perhaps_known = self.hold.token
-        self.known = self.hold.token if surely else self.known
 
     # Faults: the refusals that a message may lead to.
 
@@ -211,7 +193,7 @@ class Model:
 
     def attach_faults(self, token: int, epoch: int, durable_step: int) -> set[Status]:
         faults = self.session_faults(epoch)
-        if token and not self.known <= token <= self.hold.token:
+        if token and not self.hold.acquired <= token <= self.hold.token:
             faults.add(FENCED)
         if durable_step:
             faults.add(DURABLE_STEP_LOST)

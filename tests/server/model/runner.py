@@ -15,7 +15,6 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from tests.server.model.messages import begin_message, chunk_message, load_messages, loaded_values, resized, slip
 from tests.server.model.model import (
     DTYPES,
-    FENCED,
     INVALID_CONFIG,
     INVALID_FRAME,
     MISMATCH,
@@ -118,17 +117,10 @@ class Run:
         elif operation.fault == "unopened":
             first.ClearField("open")
         handle.send(b"\xff\xff" if operation.fault == "garbage" else first)
-        open_either_way = token > 0 and model.may_be_fenced(token)
         if faults:
-            self.expect_refusal(handle, faults | ({FENCED} if open_either_way else set()))
+            self.expect_refusal(handle, faults)
             return
-        try:
-            opened = pb.AttachResponse.FromString(handle.receive()).opened
-        except self.refused as refused:
-            assert open_either_way
-            self.check_refusal(refused, {FENCED})
-            model.fence(token)
-            return
+        opened = pb.AttachResponse.FromString(handle.receive()).opened
         event("attached again" if token else "acquired")
         if any(stream.staged is not None for stream in self.streams.values()):
             event("attached while a step was under way")
@@ -239,10 +231,7 @@ class Run:
         faults |= model.commit_faults(staged)
         if faults:
             self.expect_refused_call(faults, "Step", request)
-            if token == model.hold.token:
-                model.use(surely=False)
             return
-        model.use(surely=True)
         answer = pb.StepResponse.FromString(self.wire.unary("Step", request))
         self.check_answer(model.commit(staged), answer.result, answer.payload)
 
@@ -284,10 +273,7 @@ class Run:
         if faults or (body_faults and not replay):
             allowed = faults | body_faults
             self.expect_refused_stream(allowed, "Load", [pb.LoadRequest(open=opening), *messages], operation)
-            if token == model.hold.token:
-                model.use(surely=False)
             return
-        model.use(surely=True)
         (data,) = self.wire.stream("Load", [pb.LoadRequest(open=opening), *messages])
         answer = pb.LoadResponse.FromString(data)
         assert answer.replayed is replay
@@ -371,15 +357,12 @@ class Run:
         stream.handle.send(b"\xff\xff" if garbage else request)
         faults = {INVALID_FRAME} if garbage else self.frame_faults(stream, begin, request)
         stale = self.stale_faults(stream)
-        if not stale:
-            model.use(surely=False)
         if faults or (stale and (begin is not None or commit)):
             del self.streams[index]
             self.expect_refusal(stream.handle, faults | stale)
         elif commit:
             assert stream.staged is not None
             staged, stream.staged = stream.staged, None
-            model.use(surely=True)
             self.read_answer(stream, model.commit(staged))
 
     def stale_faults(self, stream: Stream) -> set[Status]:

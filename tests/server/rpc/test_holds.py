@@ -60,15 +60,16 @@ def load_with_the_token(client: Any) -> None:
 
 
 @pytest.mark.parametrize("use", [step_on_the_stream, step_in_a_call, load_with_the_token])
-def test_older_tokens_attach_until_the_newest_has_been_used(
+def test_every_token_of_a_client_attaches_until_another_one_acquires_the_worker(
     live: Any, attach: Any, refusal: Any, use: Callable[[Any], None]
 ) -> None:
-    """From then on the client knows it, and an older token is a message that was delayed."""
+    """A reply with a newer token may have been lost."""
     use(attach(live, 2))
+    assert [attach(live, token).token for token in (2, 3, 1)] == [4, 5, 6]
+    assert attach(live, 0).token == 7
     before = live.fingerprint()
-    refusal(lambda: attach(live, 2), *FENCED, "token 2, now 3")
+    refusal(lambda: attach(live, 6), *FENCED, "token 6, now 7")
     assert live.fingerprint() == before
-    assert attach(live, 3).token == 4
 
 
 @pytest.mark.parametrize("where", ["Step", "Load"])

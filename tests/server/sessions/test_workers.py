@@ -70,23 +70,26 @@ def test_an_attach_whose_answer_was_lost_is_repeated_with_the_token_before() -> 
     worker = Worker(0)
     worker.acquire()
     assert [worker.renew(1, Stream()).generation for _ in range(3)] == [2, 3, 4]
-    worker.check(worker.holder)  # a step: the client knows its token
 
 
-@pytest.mark.parametrize("known_by", ["step", "call"])
-def test_a_late_attach_of_the_past_displaces_nobody(known_by: str) -> None:
-    """The client has shown that it knows the newest token, so an older one is a message that was delayed."""
+def test_a_late_attach_of_the_past_displaces_a_stream_of_its_own_client_alone() -> None:
+    """The client sees it at its next step, and attaches again: nothing is applied twice or lost."""
     worker, stream = Worker(0), Stream()
     worker.acquire()
     holder = worker.renew(1, stream)
-    if known_by == "step":
+    worker.check(holder)
+    worker.renew(1, Stream())
+    assert stream.orphaned
+    with pytest.raises(UnavailableError, match="newer stream of this client"):
         worker.check(holder)
-    else:
-        worker.holder_of(holder.generation)
-    with pytest.raises(FencedError, match="token 1, now 2"):
-        worker.renew(1, Stream())
-    assert (worker.holder is holder, stream.orphaned) == (True, False)
-    assert worker.renew(2, Stream()).generation == 3
+    worker.check(worker.renew(2, Stream()))
+
+
+def test_a_token_of_the_future_attaches_nobody() -> None:
+    worker = Worker(0)
+    worker.acquire()
+    with pytest.raises(FencedError, match="token 2, now 1"):
+        worker.renew(2, Stream())
 
 
 def test_a_token_of_another_client_attaches_nobody() -> None:
