@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis without a stopwatch, one directory of compiled kernels, and quiet servers."""
+"""The shared parts of all tests: hypothesis without a stopwatch, one directory of compiled kernels, and quiet servers."""
 
 from __future__ import annotations
 

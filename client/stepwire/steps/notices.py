@@ -17,7 +17,7 @@ OnReady: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
 
 
 class Notices(threading.local):
-    """Whether this thread is within an `on_tensor` of one session.
+    """The flag of a thread that is within an `on_tensor` of one session.
 
     The step waits for the function to return. A call from within it would wait for the step: on the client for the turn
     of the session, or on the server for the session's lock. Neither would end.

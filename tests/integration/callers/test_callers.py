@@ -40,7 +40,7 @@ KINDS = ("step", "step", "step", "again", "load", "attach", "take over", "detach
 
 
 class Operation(NamedTuple):
-    """What a caller does.
+    """The operation of one caller.
 
     Attributes:
         caller: 0 or 1.
@@ -65,7 +65,7 @@ OPERATIONS = st.builds(
 
 
 class Shard:
-    """What the model knows of one shard.
+    """The knowledge of the model about one shard.
 
     Attributes:
         base: the value of the last load that is known.

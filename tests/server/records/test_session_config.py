@@ -1,4 +1,4 @@
-"""What a session was created with, and what follows from it."""
+"""The config of a session, and the values that follow from it."""
 
 from __future__ import annotations
 
