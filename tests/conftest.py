@@ -1,4 +1,4 @@
-"""The shared parts of all tests: hypothesis without a stopwatch, one directory of compiled kernels, and quiet servers."""
+"""The shared parts of all tests: hypothesis without a stopwatch, one kernel directory, and quiet servers."""
 
 from __future__ import annotations
 
