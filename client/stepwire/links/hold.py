@@ -165,8 +165,8 @@ class Hold:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
         if self.token == 0:
             self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
-        elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:
-            self.applied_load = opened.applied_load
+        elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:  # this client's own: the token held
+            self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
         self.load_in_doubt = 0  # a load that did not arrive before is of an older hold, and commits nothing
         self.token = opened.attach_token
         self.epoch = opened.epoch

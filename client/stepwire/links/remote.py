@@ -55,6 +55,7 @@ class RemoteLink(SessionLink):
         self._carry = Carry(description.message, size, error_feedback=error_feedback)
         self._hold = Hold(route, description, token)
         self._doubt: Doubt | None = None
+        self._load = self._hold.applied_load  # that the doubt and everything carried belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
 
@@ -131,6 +132,7 @@ class RemoteLink(SessionLink):
             raise
         if take_over and hold.token == token + 1:  # nobody held the worker in between
             self._doubt = doubt
+        self._forget_replaced()
         if self._doubt is not None and hold.step_on_server == self._doubt.step:
             hold.applied_step = hold.step_on_server
 
@@ -184,16 +186,24 @@ class RemoteLink(SessionLink):
         return result
 
     def _number(self, call: StepCall, deadline: Deadline) -> int:
-        """Return the number of a call, once a step in doubt is settled."""
-        if self._doubt is None:
-            if self._hold.token == 0:  # only the holder of the worker knows the next step
-                self._repeat(self._hold.attach, deadline)
-        elif self._doubt.covers(call):
-            call.sent = True
-            return self._doubt.step
-        else:
+        """Return the number of a call, once a load and a step in doubt are settled."""
+        hold = self._hold
+        if hold.load_in_doubt or (self._doubt is None and hold.token == 0):  # the server alone knows what is next
+            self._repeat(hold.attach, deadline)
+        self._forget_replaced()
+        if self._doubt is not None:
+            if self._doubt.covers(call):
+                call.sent = True
+                return self._doubt.step
             self._resolve(self._doubt, deadline)
-        return self._hold.applied_step + 1
+        return hold.applied_step + 1
+
+    def _forget_replaced(self) -> None:
+        """Forget a step in doubt, and what is carried, once a load is known to have replaced its state."""
+        if self._hold.applied_load != self._load:
+            self._load = self._hold.applied_load
+            self._carry.loaded()
+            self._doubt = None
 
     def _resolve(self, doubt: Doubt, deadline: Deadline) -> None:
         """Learn the outcome of a step in doubt.
@@ -254,8 +264,7 @@ class RemoteLink(SessionLink):
             hold.load_failed(opening.load)
             raise
         hold.loaded(opening.load, response.session.applied_step)
-        self._carry.loaded()
-        self._doubt = None
+        self._forget_replaced()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`."""

@@ -75,6 +75,7 @@ class ShardedLink(SessionLink):
         self._doubt: Doubt | None = None
         self._coordinator: Coordinator | None = None  # of the step in doubt
         self._step: int | None = None  # under way, or in doubt
+        self._load: int | None = None  # that they belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
 
@@ -213,9 +214,12 @@ class ShardedLink(SessionLink):
                 load was committed on some shards alone.
             SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
-        steps, doubt = self._steps_on_servers(), self._doubt
         if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
             raise self._half_loaded(loads)
+        if loads[0] != self._load:  # a load that failed may have been committed by all: it replaced a step in doubt
+            self._settled()
+            self._load = loads[0]
+        steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
             if set(steps) != {self.applied_step}:
                 raise self._uneven(steps)

@@ -381,6 +381,42 @@ def test_a_load_in_doubt_that_was_committed_is_what_the_next_step_follows_on(
     assert begins(server.received[0]) == [(4, 1, 2)]
 
 
+def test_the_next_step_follows_on_the_step_of_a_state_whose_load_was_in_doubt(
+    scripted: Any, scripted_calls: Calls
+) -> None:
+    def lost(messages: Iterator[bytes], context: Any) -> bytes:
+        list(messages)
+        refuse(context, DeadlineExceededError("late"))
+        return b""
+
+    scripted.on("Load", lost)
+    server, link = Server(scripted, serve_steps(9, load=2)), make_link(scripted_calls)
+    with pytest.raises(DeadlineExceededError):
+        link.load(Load({"param": [np.zeros(5, np.float32)]}, step=9), link.deadline(30.0))
+    assert step(link, call()) == 10
+    link.detach()
+    assert begins(server.received[0]) == [(10, 1, 2)]
+
+
+def test_a_load_in_doubt_that_was_committed_ends_an_older_doubt(scripted: Any, scripted_calls: Calls) -> None:
+    """The gradient acts on what was loaded; the reply of its first step is about parameters that were replaced."""
+
+    def lost(messages: Iterator[bytes], context: Any) -> bytes:
+        list(messages)
+        refuse(context, DeadlineExceededError("late"))
+        return b""
+
+    scripted.on("Load", lost)
+    server, link = Server(scripted, serve_steps(3), serve_steps(4), serve_steps(4, load=2)), make_link(scripted_calls)
+    with lost_replies(), pytest.raises(stepwire.UnavailableError):
+        step(link, call())
+    with pytest.raises(DeadlineExceededError):
+        link.load(Load({"param": [np.zeros(5, np.float32)]}), link.deadline(30.0))
+    assert step(link, call()) == 5
+    link.detach()
+    assert begins(server.received[2]) == [(5, 1, 2)]
+
+
 def test_another_gradient_after_a_half_applied_step_is_refused(scripted: Any, scripted_calls: Calls) -> None:
     def half(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
         next(requests)

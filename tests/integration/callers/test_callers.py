@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import stepwire
@@ -257,6 +257,11 @@ def callers(shards: int) -> Iterator[tuple[list[stepwire.Client], RawClient]]:
         yield [exits.enter_context(client) for client in made], raw
 
 
+REPLACED = [Operation(0, "step", "lost", None), Operation(0, "load", "lost", None), Operation(0, "again", "none", None)]
+"""A load whose reply is lost replaces a step whose reply is lost: its repetition acts on what was loaded."""
+
+
+@example(operations=REPLACED)
 @given(operations=st.lists(OPERATIONS, min_size=3, max_size=14))
 @settings(
     max_examples=EXAMPLES,
