@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test check bench bench-peers gpu image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers check bench bench-peers gpu image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -24,6 +24,12 @@ examples: .venv-examples/stamp
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
+
+# The model of several callers of one session, in long form; the tests have a few of its examples. An example takes about
+# half a second: `make callers EXAMPLES=100000` takes most of a day.
+EXAMPLES ?= 3000
+callers: .venv/stamp-dev
+	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto aio

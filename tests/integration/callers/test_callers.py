@@ -7,7 +7,7 @@ parameters tell how often it was applied. An element that no gradient moves tell
 - An acknowledged step has been applied once, to all shards, and stays applied until a load replaces it.
 - A step whose call failed has been applied once or not at all. After the next acknowledged call it is settled.
 
-The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`.
+The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`; `make callers` sets it.
 """
 
 from __future__ import annotations
