@@ -269,8 +269,7 @@ def test_a_unary_step_of_an_empty_session_has_no_payload(
 def test_too_many_tiny_chunks_are_refused(wire: Any, make_config: Any, make_live: Any, refusal: Any) -> None:
     """Each costs a hundred times its bytes in bookkeeping, which no budget counts."""
     live = make_live(wire, wire.create(make_config((2000,))))
-    frames = [BEGIN, *(chunk(index, 1) for index in range(1025)), COMMIT]
-    frames[0].begin.step = 1
+    frames = [pb.AttachRequest(begin=begin(1)), *(chunk(index, 1) for index in range(1025)), COMMIT]
     before, reserved = live.fingerprint(), wire.reserved_bytes()
     refusal(
         lambda: live.attach(*frames),
