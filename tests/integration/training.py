@@ -19,7 +19,7 @@ _SEED = 20_261_122
 
 
 class Model(NamedTuple):
-    """What a session is created from, its gradient at each step, and the options of its steps."""
+    """The parameters that a session is created from, its gradient at each step, and the options of its steps."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]

@@ -479,11 +479,12 @@ def test_a_pull_that_loses_the_connection_while_a_step_attaches_disturbs_no_step
             monkeypatch.undo()
             monkeypatch.setattr(Calls, "download", unreachable)
             with pytest.raises(stepwire.UnavailableError):
-                session.pull(timeout=0.01)
+                session.pull()
             monkeypatch.undo()
 
     def unreachable(*arguments: Any) -> Any:
-        raise stepwire.UnavailableError("the connection broke", reason=Reason.UNREACHABLE)
+        later = 1e9  # after any deadline, so that the pull is not repeated
+        raise stepwire.UnavailableError("broken", reason=Reason.UNREACHABLE, retry_after_seconds=later)
 
     monkeypatch.setattr(attach_module, "AttachedStream", Meanwhile)
     assert first(session.step(ONES)) == -1.0

@@ -147,7 +147,7 @@ def test_a_step_that_began_before_its_twin_was_committed_is_refused(
 def test_an_overlapped_step_of_an_older_stream_goes_no_further(
     wire: Any, make_config: Any, make_live: Any, attach: Any, until: Any, refusal: Any, same_client: Any, refused: Any
 ) -> None:
-    """What it has applied stays, and the new stream finishes the step."""
+    """The part that it has applied stays, and the new stream finishes the step."""
     treatment = optimizer_pb2.GradientTreatment(non_finite=optimizer_pb2.NON_FINITE_POLICY_ALLOW)
     halted, straight = (make_live(wire, wire.create(make_config((100,), gradient=treatment))) for _ in range(2))
     begin, gradient = step_pb2.StepBegin(step=1, overlap=True), straight.gradient(1)

@@ -91,7 +91,7 @@ NUMBA = importlib.util.find_spec("numba") is not None
 
 
 class Program(NamedTuple):
-    """What a session is created with, the dtypes its steps use, and how its GPU behaves."""
+    """The options that a session is created with, the dtypes its steps use, and how its GPU behaves."""
 
     seed: int
     config: SessionConfig

@@ -91,7 +91,7 @@ def test_after_an_error_all_is_waited_for_and_nothing_is_flushed(log, writer, de
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_an_error_of_a_chunk_is_that_of_the_reply_and_the_rest_is_waited_for(log, writer, more) -> None:
-    """Whether it comes out while chunks are added or at the end; the work behind the failed one are waited for too."""
+    """The error comes out while chunks are added or at the end; the work behind the failed one is waited for too."""
     problem = ValueError("first")
     with pytest.raises(ValueError) as caught, ReplyPipeline(writer, 4) as reply:
         reply.add([Work(log, "a")])

@@ -411,7 +411,7 @@ def test_a_wait_that_fails_gives_its_buffer_back(fake, read, order) -> None:
 
 @every_order
 def test_after_an_error_a_session_holds_no_buffers(fake, read, order) -> None:
-    """What it asked for before, nobody may ever wait for; and other sessions need the buffers."""
+    """Nobody may ever wait for the crossings before the error, and other sessions need the buffers."""
     cupy = fake(order)
     device, bus = make(cupy, buffers=3)
     source, crossings, outs = device.allocate(BUFFER), Crossings(bus), np.empty((2, BUFFER), np.uint8)
