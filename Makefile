@@ -66,8 +66,8 @@ bench-peers: .venv-peers/stamp .venv-flower/stamp
 	PIP_CONSTRAINT=.venv-flower/build.txt .venv-flower/bin/pip install --quiet --disable-pip-version-check flwr || true
 	touch $@
 
-# On a machine with a CUDA device and cupy, numpy, grpcio, protobuf, ml_dtypes, numba and pytest; nothing is installed, and
-# the checkout need not be. torch is compared with where it is there. The conformance vectors, which need a whole server,
+# On a machine with a CUDA device and cupy, cuda-toolkit[nvrtc,cudart], numpy, grpcio, protobuf, ml_dtypes, numba and
+# pytest; nothing is installed, and the checkout need not be. A run in which every test is skipped fails. torch is compared with where it is there. The conformance vectors, which need a whole server,
 # are skipped unless there are also wheels of msgspec, structlog and grpcio-health-checking. At most 8 minutes: figures are
 # worth having where a test fails too, and a test that waits for ever is told from one that is slow.
 gpu: export PYTHONPATH := client:server$(if $(PYTHONPATH),:$(PYTHONPATH))

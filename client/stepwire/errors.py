@@ -81,6 +81,7 @@ class Reason(enum.StrEnum):
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     SESSION_DAMAGED = "SESSION_DAMAGED"
+    DEVICE_LOST = "DEVICE_LOST"
     DURABLE_STEP_LOST = "DURABLE_STEP_LOST"
     INTERNAL = "INTERNAL"
 
@@ -268,6 +269,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),
     Reason.PERMISSION_DENIED: ErrorRow("PERMISSION_DENIED", PermissionDeniedError),
     Reason.SESSION_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.DEVICE_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.DURABLE_STEP_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
 }

@@ -16,6 +16,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from stepwire.errors import DataLossError
 from stepwire.v1 import transport_pb2
 from stepwire.wire.addresses import boot_id
 from stepwire.wire.channel_options import BULK_OPTIONS
@@ -107,6 +108,8 @@ class Server:
             maximum_concurrent_rpcs=calls,
         )
         self._stopped = threading.Event()
+        self._lost = threading.Event()
+        self._tell_lost: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         self._closed = False
         self._listening: Listening | None = None
@@ -114,16 +117,9 @@ class Server:
         self._listening = listening = self._listen()
         self.handoff = self._host_sharing = self._share(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
-        service = OptimizerService(
-            self.registry,
-            Serving(self._drain, self._commit_threads, clock, config.max_chunk_bytes),
-            config,
-            self.handoff.sharing,
-            instance_id=secrets.token_hex(8),
-            local=self._local_access(),
-        )
-        self._grpc.add_generic_rpc_handlers((service.handlers(),))
+        self._grpc.add_generic_rpc_handlers((self._service(clock).handlers(),))
         self._health = health.HealthServicer()
+        self._pool.on_lost(self._device_lost)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def start(self) -> None:
@@ -173,6 +169,17 @@ class Server:
         self._pool.close()
         _log.info("stopped")
 
+    @property
+    def lost(self) -> bool:
+        """True once a device has failed for good: the server is not healthy, and only a new process has the device."""
+        return self._lost.is_set()
+
+    def on_lost(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once a device has failed for good, in the thread that finds out; at once if one has failed."""
+        self._tell_lost = tell
+        if self.lost:
+            tell()
+
     def statistics(self) -> ServerStatistics:
         """Return the state as of now."""
         return ServerStatistics(self._drain.statistics(), self.registry.statistics(), self.handoff.statistics())
@@ -202,6 +209,16 @@ class Server:
             self.close()
             raise
 
+    def _service(self, clock: Callable[[], float]) -> OptimizerService:
+        return OptimizerService(
+            self.registry,
+            Serving(self._drain, self._commit_threads, clock, self._config.max_chunk_bytes),
+            self._config,
+            self.handoff.sharing,
+            instance_id=secrets.token_hex(8),
+            local=self._local_access(),
+        )
+
     def _local_access(self) -> transport_pb2.LocalAccess:
         """Return the ways besides TCP for processes of this machine."""
         return transport_pb2.LocalAccess(
@@ -211,6 +228,12 @@ class Server:
             shared_memory_off=self.handoff.off,
             device_memory_off=self.handoff.device_off,
         )
+
+    def _device_lost(self, error: DataLossError) -> None:
+        _log.error("device lost; this process has to end", problem=str(error), **error.metadata)
+        self._health.enter_graceful_shutdown()
+        self._lost.set()
+        self._tell_lost()
 
     def _sweep(self) -> None:
         keeper = HeapKeeper()

@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwire
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
@@ -231,3 +234,27 @@ def test_a_device_that_fails_inside_a_commit_is_told_and_damages_one_session(sta
         assert [raw.step(beside, 1, step, gradient(step)).result.step for step in (1, 2)] == [1, 2]
     gpus.server.close()  # when it returns, no handler's error keeps a gradient any more
     assert gpus.cupy.used_bytes == gpus.idle_bytes
+
+
+def test_a_device_that_fails_for_good_is_told_and_the_server_is_not_healthy(start: Any) -> None:
+    gpus, told = start(), []
+    gpus.server.on_lost(lambda: told.append(gpus.server.lost))
+    with RawClient(gpus.server.target) as raw, grpc.insecure_channel(gpus.server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        sessions = [raw.create(_SIZE).session.session_id for _ in range(2)]
+        for session in sessions:
+            raw.step(session, 1, 1, gradient())
+        gpus.cupy.poison(gpus.cupy.cuda.runtime.CUDARuntimeError(700))
+        for session in [*sessions, *sessions]:
+            with pytest.raises(Refused) as refused:
+                raw.step(session, 1, 2, gradient())
+            assert refused.value.row == ("DATA_LOSS", "DEVICE_LOST")
+        with pytest.raises(Refused) as refused:
+            raw.create(_SIZE)
+        assert refused.value.row == ("DATA_LOSS", "DEVICE_LOST")
+        status = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS).status
+        assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for session in sessions:
+            raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session))
+    assert told == [True]
+    assert [device.budget.reserved_bytes for device in gpus.server._pool] == [0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import pathlib
 import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import structlog
 import typer
@@ -20,7 +21,10 @@ from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.host import heap, parent
 from stepwire_server.observability.logs import configure_logging
 
-__all__ = ["serve"]
+__all__ = ["DEVICE_LOST_EXIT_CODE", "serve"]
+
+DEVICE_LOST_EXIT_CODE: Final = 75
+"""The exit code after a device has failed for good: `EX_TEMPFAIL` of sysexits, since a new process has the device."""
 
 _log = structlog.get_logger()
 
@@ -34,6 +38,8 @@ def serve(
     **flags: Any,
 ) -> None:
     """Run a server until SIGTERM or SIGINT; steps under way finish, new steps are refused, and the exit code is 0.
+
+    After a GPU has failed for good the server ends by itself, with exit code 75: start it again.
 
     Every setting is a flag, an environment variable STEPWIRE_<NAME> and a key of the TOML file. Flags win over
     variables, and variables over the file. A number of bytes may have a unit, such as 8G or 512MiB.
@@ -55,12 +61,17 @@ def _serve(settings: ServerConfig) -> int:
     _on_signals(stop.set)
     parent.follow(settings.parent_pid, stop.set)
     with Server(settings) as server:
+        server.on_lost(stop.set)
         # The objects of imports and start-up live as long as the process: the collector must not walk them again and
         # again in the middle of steps.
         gc.collect()
         gc.freeze()
         stop.wait()
-        return 0 if server.drain() else 1
+        drained = server.drain()
+        if server.lost:
+            # What waits for a lost device may wait for ever, so nothing is closed. The log's lines are written already.
+            os._exit(DEVICE_LOST_EXIT_CODE)
+        return 0 if drained else 1
 
 
 def _supervise(settings: ServerConfig) -> int:

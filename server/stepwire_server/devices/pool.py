@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from stepwire.errors import UnsupportedFeatureError
+from stepwire.errors import DataLossError, UnsupportedFeatureError
 from stepwire_server.devices.budget import BudgetStatistics, MemoryBudget
 from stepwire_server.engines.protocol import DeviceInfo, Engine, EngineStatistics
 
@@ -128,6 +128,11 @@ class DevicePool:
     def released_bytes(self) -> int:
         """The bytes released since the start: messages of about as many have passed through the C heap."""
         return sum(device.budget.released_bytes for device in self._devices)
+
+    def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
+        """Call `tell` when a device fails for good; see `Engine.on_lost`."""
+        for device in self._devices:
+            device.engine.on_lost(tell)
 
     def warm_up(self) -> None:
         """Have every engine compile the kernels that most sessions need."""

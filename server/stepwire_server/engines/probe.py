@@ -23,6 +23,9 @@ __all__ = ["Finding", "Surroundings", "asked_gpus", "examine_cuda", "look_around
 _INSUFFICIENT_DRIVER: Final = 35
 _NO_DEVICE: Final = 100
 
+# Of the driver: no code for this device, code that it does not know, or intermediate code newer than it.
+_FOREIGN_CODE: Final = (209, 218, 222)
+
 _ENOUGH_BYTES: Final = 1 << 30
 _ENOUGH_SHARE: Final = 0.1
 _PINNED_BYTES: Final = 1 << 20
@@ -254,27 +257,40 @@ _GIVEN: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 7.0, 2.0**-140, 7.0)
 _RIGHT: Final = (_FACTOR, _FACTOR, -(1.0 + 2.0**-11), 0.0, 2.0**-140, 2.0**-141)
 
 
+def _on_device(asked: _Subject) -> Any:
+    """Return CuPy with the device current in this thread; restoring the one before would make a context on it."""
+    runtime = asked.cupy.cuda.runtime
+    if runtime.getDevice() != asked.device:
+        runtime.setDevice(asked.device)
+    return asked.cupy
+
+
 def _examine_nvrtc(asked: _Subject) -> Finding:
-    cupy = asked.cupy
-    with cupy.cuda.Device(asked.device):
-        try:
-            code, _ = cupy.cuda.compiler.compile_using_nvrtc(_SOURCE, options=_OPTIONS, cache_in_memory=True)
-        except Exception as problem:  # a library that is missing or does not fit, or the compiler's own words
-            return Finding("nvrtc", False, f"NVRTC does not compile: {_text(problem)}", _nvrtc_remedy(cupy))
-        got = _run(cupy, code)
+    cupy = _on_device(asked)
+    try:
+        code, _ = cupy.cuda.compiler.compile_using_nvrtc(_SOURCE, options=_OPTIONS, cache_in_memory=True)
+    except Exception as problem:  # a library that is missing or does not fit, or the compiler's own words
+        return Finding("nvrtc", False, f"NVRTC does not compile: {_text(problem)}", _nvrtc_remedy(cupy))
+    module = cupy.cuda.Module()
+    try:
+        module.load(code)
+    except cupy.cuda.driver.CUDADriverError as problem:
+        if problem.status not in _FOREIGN_CODE:
+            raise
+        detail = f"NVRTC is older than the device, which does not load its machine code: {_text(problem)}"
+        return Finding("nvrtc", False, detail, _nvrtc_remedy(cupy))
+    got = _run(cupy, module)
     if got == _RIGHT:
         return Finding("nvrtc", True, "a kernel is compiled, loaded and computes what it should")
     detail = f"a kernel computes {got[3]:.3g} and {got[5]:.3g} instead of {_RIGHT[3]:.3g} and {_RIGHT[5]:.3g}"
     return Finding("nvrtc", False, detail, "use --device cpu, and check the device with: nvidia-smi -q -d ECC")
 
 
-def _run(cupy: Any, code: bytes) -> tuple[float, ...]:
+def _run(cupy: Any, module: Any) -> tuple[float, ...]:
     runtime = cupy.cuda.runtime
     values = np.array(_GIVEN, np.float32)
     memory = cupy.cuda.Memory(values.nbytes)
     runtime.memcpy(memory.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice)
-    module = cupy.cuda.Module()
-    module.load(code)
     module.get_function("stepwire_probe")((1,), (1,), (np.uint64(memory.ptr),))
     runtime.deviceSynchronize()
     runtime.memcpy(values.ctypes.data, memory.ptr, values.nbytes, runtime.memcpyDeviceToHost)
@@ -282,29 +298,28 @@ def _run(cupy: Any, code: bytes) -> tuple[float, ...]:
 
 
 def _examine_pinned_memory(asked: _Subject) -> Finding:
-    with asked.cupy.cuda.Device(asked.device):
-        try:
-            asked.cupy.cuda.PinnedMemory(_PINNED_BYTES)
-        except Exception as problem:
-            detail = f"1 MiB of host memory cannot be pinned: {_text(problem)}"
-            return Finding("pinned memory", False, detail, _PINNED_REMEDY)
+    cupy = _on_device(asked)
+    try:
+        cupy.cuda.PinnedMemory(_PINNED_BYTES)
+    except Exception as problem:
+        detail = f"1 MiB of host memory cannot be pinned: {_text(problem)}"
+        return Finding("pinned memory", False, detail, _PINNED_REMEDY)
     return Finding("pinned memory", True, "1 MiB of host memory can be pinned")
 
 
 def _examine_ipc(asked: _Subject) -> Finding:
-    with asked.cupy.cuda.Device(asked.device):
-        memory = asked.cupy.cuda.Memory(_PINNED_BYTES)
-        try:
-            asked.cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
-        except Exception as problem:
-            detail = f"device memory cannot be shared with other processes: {_text(problem)}"
-            return Finding("ipc", False, detail, _IPC_REMEDY, optional=True)
+    cupy = _on_device(asked)
+    memory = cupy.cuda.Memory(_PINNED_BYTES)
+    try:
+        cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
+    except Exception as problem:
+        detail = f"device memory cannot be shared with other processes: {_text(problem)}"
+        return Finding("ipc", False, detail, _IPC_REMEDY, optional=True)
     return Finding("ipc", True, "device memory can be shared with other processes", optional=True)
 
 
 def _examine_free_memory(asked: _Subject) -> Finding:
-    with asked.cupy.cuda.Device(asked.device):
-        free_bytes, total_bytes = asked.cupy.cuda.runtime.memGetInfo()
+    free_bytes, total_bytes = _on_device(asked).cuda.runtime.memGetInfo()
     detail = f"{_gib(free_bytes)} of {_gib(total_bytes)} are free"
     enough = free_bytes >= min(_ENOUGH_BYTES, _ENOUGH_SHARE * total_bytes)
     # A server works with the memory there is, and refuses sessions that do not fit.

@@ -15,13 +15,14 @@ Calls are carried out in the order in which they are made, but a GPU carries the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.errors import DataLossError
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = [
@@ -379,6 +380,14 @@ class Engine(Protocol):
 
     def warm_up(self) -> None:
         """Compile the kernels that most sessions need, so that the first session need not wait."""
+        ...
+
+    def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
+        """Call `tell` once, when the device fails for good; every later call of the engine raises that error.
+
+        Args:
+            tell: called in the thread that finds out, so it must not wait.
+        """
         ...
 
     def rest(self) -> None:

@@ -56,6 +56,7 @@ class Ledger:
         self.closed = False
         self._replied: int | None = None
         self._damage: str | None = None
+        self._loss: DataLossError | None = None
 
     def admit_step(self, request: StepRequest, holder: Hold) -> bool:
         """Return True for the next step and False for a replay of the last.
@@ -139,8 +140,10 @@ class Ledger:
         """Change the state for a block; if something fails in it, the session refuses everything from then on."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._damage = f"{what} {number}"
+            if isinstance(error, DataLossError):
+                self._loss = DataLossError(str(error), reason=error.reason, metadata=error.metadata)
             raise
 
     def check_usable(self) -> None:
@@ -196,6 +199,8 @@ class Ledger:
         )
 
     def _check_undamaged(self) -> None:
+        if (loss := self._loss) is not None:  # a copy, because an error that is raised twice gathers traces
+            raise DataLossError(str(loss), reason=loss.reason, metadata=loss.metadata)
         if self._damage is not None:
             raise DataLossError(
                 f"session {self.session_id} was damaged when {self._damage} failed half-way; load its last good "

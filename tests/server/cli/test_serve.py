@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,6 +110,38 @@ def test_every_setting_is_a_flag_with_its_help_default_and_variable(
         if setting.default not in (None, ""):
             assert f" Default: {setting.text_of(setting.default)}. " in line
         assert (f" --no-{setting.flag[2:]} " in line) is (setting.unit == "switch")
+
+
+class LostServer:
+    """A server that loses its device as soon as somebody asks to be told."""
+
+    lost = True
+
+    def __init__(self, settings: ServerConfig) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> LostServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The end of a process that does not come back is no close."""
+
+    def on_lost(self, tell: Callable[[], None]) -> None:
+        tell()
+
+    def drain(self) -> bool:
+        return True
+
+
+def test_a_server_that_loses_its_device_ends_with_exit_code_75(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("stepwire_server.server.Server", LostServer)
+    monkeypatch.setattr(cli, "_on_signals", lambda stop: None)
+    monkeypatch.setattr(cli.gc, "freeze", lambda: None)
+    monkeypatch.setattr(cli.heap, "configure", lambda: None)
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    cli._serve(ServerConfig())
+    assert codes == [cli.DEVICE_LOST_EXIT_CODE] == [75]
 
 
 @pytest.fixture

@@ -20,6 +20,13 @@ from tests.support.fake_cupy import FakeCupy
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run of the tests that need a GPU in which all were skipped: nothing was shown."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.option.markexpr == "gpu" and exitstatus == 0 and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernel_directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import pathlib
 import sys
@@ -19,6 +18,14 @@ GIB = 1 << 30
 SURROUNDED = Surroundings(driver_library=True, device_nodes=True)
 CHECKS = ["cupy", "driver", "device", "nvrtc", "pinned memory", "ipc", "free memory"]
 GPUS = "check the host with: nvidia-smi; in a container use: docker run --gpus all"
+
+
+class CUDADriverError(RuntimeError):
+    """As CuPy's of the driver."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class CUDARuntimeError(RuntimeError):
@@ -87,6 +94,8 @@ def gpu(module: Any = None, compile_using_nvrtc: Any = None, pinned: Any = None,
         "runtimeGetVersion": lambda: 13020,
         "driverGetVersion": lambda: 13000,
         "getDeviceCount": lambda: 2,
+        "getDevice": lambda: 0,
+        "setDevice": lambda index: None,
         "getDeviceProperties": lambda index: {"name": b"Pretended GPU", "major": 9, "minor": 0},
         "memcpy": lambda target, source, size, kind: ctypes.memmove(target, source, size),
         "memcpyHostToDevice": 1,
@@ -100,7 +109,7 @@ def gpu(module: Any = None, compile_using_nvrtc: Any = None, pinned: Any = None,
         cuda=types.SimpleNamespace(
             runtime=types.SimpleNamespace(**healthy | runtime),
             compiler=types.SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc or compiled),
-            Device=lambda index: contextlib.nullcontext(),
+            driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
             Memory=Memory,
             Module=module or computing(np.float32),
             PinnedMemory=pinned or (lambda size: None),
@@ -321,9 +330,18 @@ def test_a_kernel_that_computes_wrongly(module: Any, computed: str) -> None:
     )
 
 
+def test_a_compiler_older_than_the_device() -> None:
+    """It compiles for the newest device that it knows, and the driver does not load that."""
+    finding = only(gpu(module=refusing(CUDADriverError(209, "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image"))))
+    detail = "CUDADriverError: CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image"
+    assert finding[:2] == ("nvrtc", False)
+    assert finding.detail == f"NVRTC is older than the device, which does not load its machine code: {detail}"
+    assert finding.remedy == "pip install 'stepwire[cuda13]', or: pip install 'cuda-toolkit[nvrtc,cudart]==13.*'"
+
+
 def test_a_kernel_that_does_not_load() -> None:
-    finding = only(gpu(module=refusing(CUDARuntimeError(209, "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image"))))
-    assert finding[:3] == ("nvrtc", False, "CUDARuntimeError: CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image")
+    finding = only(gpu(module=refusing(CUDADriverError(2, "CUDA_ERROR_OUT_OF_MEMORY: out of memory"))))
+    assert finding[:3] == ("nvrtc", False, "CUDADriverError: CUDA_ERROR_OUT_OF_MEMORY: out of memory")
     assert finding.remedy == "check the driver and the device with: nvidia-smi"
 
 

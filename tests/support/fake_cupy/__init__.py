@@ -57,11 +57,14 @@ class FakeCupy:
             get_current_stream=self._driver.stream,
             is_available=lambda: devices > 0,
             compiler=types.SimpleNamespace(compile_using_nvrtc=self._compile),
+            driver=types.SimpleNamespace(CUDADriverError=classes.CUDADriverError),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=classes.CUDARuntimeError,
                 driverGetVersion=lambda: 13000,
                 runtimeGetVersion=lambda: 13020,
                 getDeviceCount=self._driver.count_devices,
+                getDevice=self._driver.current_device,
+                setDevice=self._driver.set_device,
                 getDeviceProperties=self._driver.properties,
                 deviceSynchronize=lambda: self._driver.synchronize(self._driver.device()),
                 memGetInfo=lambda: self._driver.memory_of(self._driver.device()),
@@ -85,6 +88,20 @@ class FakeCupy:
     def check(self) -> None:
         """Assert that there were no faults."""
         self._driver.memories.check()
+
+    @property
+    def contexts(self) -> set[int]:
+        """The devices that have a context."""
+        return self._driver.contexts
+
+    @property
+    def spinning_waits(self) -> int:
+        """The number of waits of the driver's that take a whole core while they last."""
+        return self._driver.spinning_waits
+
+    def poison(self, error: BaseException) -> None:
+        """Make every later call fail with this error, as after an illegal address."""
+        self._driver.failures.poison(error)
 
     def fail_next(self, operation: str, error: BaseException, after: int = 0) -> None:
         """Make an operation raise an error, once; see `device.Failures`."""

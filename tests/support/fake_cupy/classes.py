@@ -22,8 +22,18 @@ MESSAGES = {
     700: "cudaErrorIllegalAddress: an illegal memory access was encountered",
     712: "cudaErrorHostMemoryAlreadyRegistered: part or all of the requested memory range is already mapped",
     713: "cudaErrorHostMemoryNotRegistered: pointer does not correspond to a registered memory region",
+    716: "cudaErrorMisalignedAddress: misaligned address",
     719: "cudaErrorLaunchFailure: unspecified launch failure",
     801: "cudaErrorNotSupported: operation not supported",
+}
+
+
+DRIVER_MESSAGES = {
+    2: "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    200: "CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid",
+    209: "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device",
+    500: "CUDA_ERROR_NOT_FOUND: named symbol not found",
+    700: "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered",
 }
 
 
@@ -36,7 +46,11 @@ class CUDARuntimeError(RuntimeError):
 
 
 class CUDADriverError(RuntimeError):
-    """As `cupy_backends.cuda.api.driver.CUDADriverError`, which the engine has no name for."""
+    """As `cupy.cuda.driver.CUDADriverError`."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(DRIVER_MESSAGES[status])
 
 
 class Memory:
@@ -130,6 +144,7 @@ class Stream:
     def synchronize(self) -> None:
         with self._driver.lock:
             queue = self._driver.queue_of(self)
+            self._driver.spinning_waits += 1
             self._driver.failures.meet("synchronize")
             self._driver.streams.complete(self._driver.streams.mark(queue))
 
@@ -158,11 +173,15 @@ class Stream:
 
 
 class Event:
-    """As `cupy.cuda.Event`: the last record of it, whichever stream that was on; waiting needs no current device."""
+    """As `cupy.cuda.Event`: the last record of it, whichever stream that was on.
+
+    Waiting needs no current device in CUDA. It makes a context on whichever device is current, so here it needs one.
+    """
 
     _driver: Any
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self._blocks = block
         self._device = self._driver.device()
         self._mark: Any = None
 
@@ -178,13 +197,17 @@ class Event:
 
     def synchronize(self) -> None:
         with self._driver.lock:
+            mark = self._marked()
+            self._driver.spinning_waits += not self._blocks
             self._driver.failures.meet("synchronize")
-            if self._mark:
-                self._driver.streams.complete(self._mark)
+            if mark:
+                self._driver.streams.complete(mark)
 
     @property
     def done(self) -> bool:
-        return self._mark is None or self._mark.done
+        with self._driver.lock:
+            mark = self._marked()
+            return not self._driver.failures.awaits("synchronize") and (mark is None or mark.done)
 
 
 class Device:
@@ -203,13 +226,12 @@ class Device:
         }
 
     def __enter__(self) -> Device:
-        if not 0 <= self.id < self._driver.device_count:
-            raise CUDARuntimeError(101)
-        self._driver.devices.append(self.id)
+        self._before = self._driver.current_device()
+        self._driver.set_device(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._driver.devices.pop()
+        self._driver.set_device(self._before)
 
     @property
     def mem_info(self) -> tuple[int, int]:
@@ -254,6 +276,12 @@ class Module:
     def load(self, cubin: bytes) -> None:
         assert type(cubin) is bytes
         self._source = self._driver.load(cubin)
+        self._device = self._driver.device()
 
     def get_function(self, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
-        return self._driver.kernel(self._source, name)
+        launch = self._driver.kernel(self._source, name)
+        return lambda grid, block, args, module=self: launch(grid, block, args)  # a function keeps its module
+
+    def __del__(self) -> None:
+        if hasattr(self, "_device") and self._driver.current_device() != self._device:
+            self._driver.memories.faults.append(f"a module of device {self._device} is unloaded from another")

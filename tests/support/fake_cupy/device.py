@@ -272,13 +272,24 @@ class Failures:
 
     def __init__(self) -> None:
         self._planned: dict[str, list[Any]] = {operation: [] for operation in self.OPERATIONS}
+        self.poisoned: Any = None
 
     def config(self, operation: str, error: BaseException, after: int = 0) -> None:
         """Make an operation raise an error, once, after so many that do not."""
         assert operation in self._planned, f"{operation!r} is none of {', '.join(self.OPERATIONS)}"
         self._planned[operation] += [None] * after + [error]
 
+    def awaits(self, operation: str) -> bool:
+        """Tell whether such an operation fails, now or after others."""
+        return self.poisoned is not None or bool(self._planned[operation])
+
+    def poison(self, error: Any) -> None:
+        """Make every operation fail from now on, as after an illegal address."""
+        self.poisoned = error
+
     def meet(self, operation: str) -> None:
+        if self.poisoned is not None:
+            raise type(self.poisoned)(self.poisoned.status)
         planned = self._planned[operation]
         error = planned.pop(0) if planned else None
         try:

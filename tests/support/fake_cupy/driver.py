@@ -46,8 +46,11 @@ class Driver:
         self.memories = simulated.Memories(self.lock, self.streams, memory_bytes)
         self.failures = simulated.Failures()
         self._current = threading.local()
+        self.contexts: set[int] = set()
+        self.spinning_waits = 0
         self.classes = types.SimpleNamespace(**{name: self.bind(getattr(classes, name)) for name in CLASSES})
         self._null = [self._null_stream(index) for index in range(device_count)]
+        self.contexts.clear()
 
     def bind(self, unbound: type[Any]) -> type[Any]:
         """Make a class of the stand-in one of this driver's."""
@@ -55,17 +58,25 @@ class Driver:
 
     # --- what is current in the thread
 
-    @property
-    def devices(self) -> list[int]:
-        """The devices made current, the last one being it."""
-        return self._current.__dict__.setdefault("devices", [])
+    def current_device(self) -> int:
+        """Return the current device; the first, where the thread has not set any. No context is made yet."""
+        return self._current.__dict__.setdefault("device", 0)
+
+    def set_device(self, device: int) -> None:
+        """Make a device current in this thread, which makes a context on it."""
+        if not 0 <= device < self.device_count:
+            raise classes.CUDARuntimeError(101)
+        self._current.device = device
+        self.contexts.add(device)
 
     def stack_of_streams(self, device: int) -> list[Any]:
         return self._current.__dict__.setdefault("streams", {}).setdefault(device, [])
 
     def device(self) -> int:
-        assert self.devices, "no device is current in this thread"
-        return self.devices[-1]
+        device: int | None = self._current.__dict__.get("device")
+        assert device is not None, "no device is current in this thread"
+        self.contexts.add(device)
+        return device
 
     def stream(self) -> Any:
         stack = self.stack_of_streams(self.device())
@@ -200,11 +211,9 @@ class Driver:
         self.failures.meet("Module")
         header, _, source = cubin.decode(errors="replace").partition("\n")
         if not header.startswith("fake cubin sm_"):
-            raise classes.CUDADriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+            raise classes.CUDADriverError(200)
         if header != f"fake cubin sm_{self.capability}":
-            raise classes.CUDADriverError(
-                "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
-            )
+            raise classes.CUDADriverError(209)
         return source
 
     def kernel(self, source: str, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
@@ -213,7 +222,7 @@ class Driver:
         if library is None or name not in library.names:
             library = cuda_shim.Library(source, self._directory)
         if name not in library.names:
-            raise classes.CUDADriverError("CUDA_ERROR_NOT_FOUND: named symbol not found")
+            raise classes.CUDADriverError(500)
         return functools.partial(self._launch, library, name, self.device())
 
     def _launch(self, library: Any, name: str, device: int, grid: tuple[int], block: tuple[int], args: Any) -> None:
@@ -244,7 +253,8 @@ class Driver:
         return touched.bytes_at(arg.data.ptr, arg.nbytes), touched
 
     def _null_stream(self, index: int) -> Any:
-        with self.classes.Device(index):
-            stream = self.classes.Stream(non_blocking=True)
+        self._current.device = index
+        stream = self.classes.Stream(non_blocking=True)
+        del self._current.device
         stream.ptr = 0
         return stream

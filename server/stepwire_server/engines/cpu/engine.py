@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
+from stepwire.errors import DataLossError, ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
@@ -96,6 +96,9 @@ class CpuEngine:
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`: cached kernels load in no time, and the others belong to no session yet."""
+
+    def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
+        """See `Engine.on_lost`: the memory of a process lives as long as the process."""
 
     def rest(self) -> None:
         """See `Engine.rest`: this engine keeps no memory between steps."""

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.protocol import HostArray
 
@@ -71,8 +72,9 @@ class _Ring:
 class Crossing:
     """Bytes on their way to the host; see `Pending`."""
 
-    def __init__(self, ring: _Ring, buffer: _Buffer, shift: int, out: HostArray | None) -> None:
+    def __init__(self, device: CudaDevice, ring: _Ring, buffer: _Buffer, shift: int, out: HostArray | None) -> None:
         """Copy bytes `[shift, …)` of a buffer into `out` once they have arrived; None if they go there directly."""
+        self._device = device
         self._ring = ring
         self._buffer: _Buffer | None = buffer
         self._shift = shift
@@ -89,7 +91,7 @@ class Crossing:
         if buffer is None:
             return
         try:
-            buffer.idle.synchronize()
+            self._device.wait(buffer.idle)
             if self._out is not None:
                 self._out[:] = buffer.host[self._shift : self._shift + self._out.nbytes]
         finally:
@@ -180,7 +182,7 @@ class Bus:
         except BaseException:
             self._down.release(buffer)
             raise
-        return Crossing(self._down, buffer, shift, None if direct else out)
+        return Crossing(self._device, self._down, buffer, shift, None if direct else out)
 
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:
@@ -199,7 +201,7 @@ class Bus:
         finally:
             with self._pinning:
                 self._pinned = [other for other in self._pinned if other != pinned]
-            with self._device.current():
+            with contextlib.suppress(DataLossError), self._device.current():
                 runtime.hostUnregister(pinned[0])
 
     @contextlib.contextmanager
@@ -207,7 +209,7 @@ class Bus:
         """Lend a buffer of the way up with these bytes in it; the caller records `idle` behind the use of them."""
         buffer = self._up.acquire()
         try:
-            buffer.idle.synchronize()
+            self._device.wait(buffer.idle)
             buffer.host[: source.nbytes] = source
             yield buffer
         finally:
@@ -257,9 +259,14 @@ class Crossings:
         return crossing
 
     def clear(self) -> None:
-        """Wait for all."""
-        while self._wait_for_oldest():
-            pass
+        """Wait for all, and release their buffers even where the device is lost.
+
+        Raises:
+            DataLossError: the device is lost.
+        """
+        with contextlib.ExitStack() as all_of_them:
+            while self._waiting:
+                all_of_them.callback(self._waiting.pop().wait)
 
     def _wait_for_oldest(self) -> bool:
         if not self._waiting:

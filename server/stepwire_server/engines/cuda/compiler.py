@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from stepwire.errors import ResourceExhaustedError
 from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.cache import kernel_directory
 from stepwire_server.engines.cuda.device import CudaDevice
@@ -54,6 +55,8 @@ class Compiler:
             source: the module in CUDA C.
 
         Raises:
+            ResourceExhaustedError: the device has no memory left for the code.
+            DataLossError: the device is lost.
             Exception: NVRTC is missing, or does not compile the source.
         """
         digest = hashlib.sha256(f"{self._target}\n{source}".encode()).hexdigest()
@@ -66,18 +69,28 @@ class Compiler:
             )
             self.compiled += 1
             module = self._device.cupy.cuda.Module()
-            module.load(code)
+            self._device.with_memory(lambda: module.load(code), len(code))
         _keep(path, code)
         return module
 
     def _known(self, path: pathlib.Path) -> Any | None:
-        """Load a file's code, or return None where there is none that the driver loads."""
-        module = self._device.cupy.cuda.Module()
+        """Load a file's code, or return None where there is none that the driver loads.
+
+        Raises:
+            ResourceExhaustedError: the device has no memory left for the code.
+            DataLossError: the device is lost.
+        """
         try:
-            module.load(path.read_bytes())
+            code = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        module = self._device.cupy.cuda.Module()
+        try:
+            self._device.with_memory(lambda: module.load(code), len(code))
+        except ResourceExhaustedError:  # of the device, which says nothing about the file
+            raise
         except Exception as problem:  # CuPy has no common base for what a driver refuses
+            self._device.examine(problem)
             _log.warning("machine code in %s is made anew: %s", path, problem)
             return None
         return module

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from stepwire.errors import ResourceExhaustedError, UnsupportedFeatureError
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["ALIGNMENT", "CudaDevice", "round_up"]
@@ -16,7 +19,57 @@ __all__ = ["ALIGNMENT", "CudaDevice", "round_up"]
 ALIGNMENT: Final = 256
 """Bytes that every array starts at a multiple of."""
 
-_OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation, which CuPy has no name for
+_OUT_OF_MEMORY: Final = 2  # of the runtime and of the driver alike; CuPy has no name for it
+
+# Statuses after which every later call of the process on this device fails alike. The runtime and the driver number
+# them alike. CUDA's documentation says of each: "the process must be terminated and relaunched".
+_FATAL: Final = {
+    214: "uncorrectable memory error",
+    220: "uncorrectable NVLink error",
+    226: "contained hardware error",
+    700: "illegal address",
+    702: "launch timeout",
+    709: "context is destroyed",
+    710: "device-side assertion",
+    714: "hardware stack error",
+    715: "illegal instruction",
+    716: "misaligned address",
+    717: "invalid address space",
+    718: "invalid program counter",
+    719: "launch failure",
+    721: "tensor memory leak",
+}
+
+# Sleeping costs a small step some 50 µs until its core wakes; spinning longer than that would take a core from others.
+_SPIN_SECONDS: Final = 50e-6
+
+Returned = TypeVar("Returned")
+
+
+class _Current:
+    """The device made current in this thread, and errors of its calls examined; one object serves all threads.
+
+    Threads that call an engine are the server's own, so the device before is not restored. CuPy's context manager
+    restores it by `setDevice(0)`, which makes a context on the first GPU.
+    """
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        if self._device.lost is not None:
+            raise self._device.lost_again()
+        runtime = self._device.cupy.cuda.runtime
+        if runtime.getDevice() != self._device.index:
+            runtime.setDevice(self._device.index)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._device.examine(error)
 
 
 class CudaDevice:
@@ -28,6 +81,7 @@ class CudaDevice:
     Attributes:
         cupy: the CuPy module, or a stand-in.
         index: the device, as CUDA numbers the visible ones.
+        lost: the error after which nothing works on the device until the process is started again, or None.
         up: the stream of copies to the device.
         compute: the stream of kernels; nothing else changes state.
         down: the stream of copies to the host.
@@ -38,15 +92,22 @@ class CudaDevice:
         """Use device `index` of this CuPy."""
         self.cupy = cupy
         self.index = index
+        self.lost: DataLossError | None = None
         self._reclaim: Callable[[], None] = lambda: None
+        self._tell_lost: Callable[[DataLossError], None] = lambda _: None
+        self._losing = threading.Lock()
+        self._current = _Current(self)
         with self.current():
             self.up, self.compute, self.down = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
             self.multiprocessors: int = cupy.cuda.Device(index).attributes["MultiProcessorCount"]
 
-    def current(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the device current in this thread; CuPy's device objects must not be shared among threads."""
-        context: contextlib.AbstractContextManager[Any] = self.cupy.cuda.Device(self.index)
-        return context
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        """Make the device current in this thread, which it stays; every call of CUDA is made inside such a block.
+
+        Raises:
+            DataLossError: a call in the block found the device lost.
+        """
+        return self._current
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -68,12 +129,94 @@ class CudaDevice:
     def free_bytes(self) -> int:
         """Return the bytes of the device's memory that are free now."""
         with self.current():
-            free: int = self.cupy.cuda.Device(self.index).mem_info[0]
+            free: int = self.cupy.cuda.runtime.memGetInfo()[0]
         return free
 
     def on_shortage(self, reclaim: Callable[[], None]) -> None:
         """Call `reclaim` when memory runs out, before giving up."""
         self._reclaim = reclaim
+
+    def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
+        """Call `tell` once the device is lost, in the thread that finds out; at once if it is lost already."""
+        with self._losing:
+            self._tell_lost, lost = tell, self.lost
+        if lost is not None:
+            tell(lost)
+
+    def examine(self, error: BaseException) -> None:
+        """Raise the loss of the device where an error means it; other errors pass.
+
+        Raises:
+            DataLossError: the status is one after which every call fails. All memory of the device is lost.
+        """
+        if (cause := _FATAL.get(self._status(error))) is None:
+            return
+        with self._losing:
+            first = self.lost is None
+            if first:
+                self.lost = DataLossError(
+                    f"{self.name} failed: {cause} ({error}); its sessions are lost, and the server ends. Create the "
+                    "session anew from the last good parameters",
+                    reason=Reason.DEVICE_LOST,
+                    metadata={"device": self.name, "status": self._status(error)},
+                )
+            tell, lost = self._tell_lost, self.lost
+        assert lost is not None
+        if first:
+            tell(lost)
+        raise self.lost_again() from error
+
+    def wait(self, event: Any) -> None:
+        """Wait until the device has reached an event: a moment awake, and then asleep.
+
+        Raises:
+            DataLossError: the device is lost.
+        """
+        with self.current():
+            latest = time.perf_counter() + _SPIN_SECONDS
+            while not event.done:
+                if time.perf_counter() > latest:
+                    event.synchronize()
+                    return
+
+    def settle(self, stream: Any) -> None:
+        """Wait until a stream has carried out all that it was asked for.
+
+        Raises:
+            DataLossError: the device is lost.
+        """
+        event = self.event()
+        with self.current():
+            event.record(stream)
+        self.wait(event)
+
+    def with_memory(self, call: Callable[[], Returned], nbytes: int) -> Returned:
+        """Make a call that needs memory of the device; if there is none, reclaim, and call again.
+
+        Args:
+            call: an allocation, the load of a module, or the launch of a kernel, which needs memory for its stack.
+            nbytes: the bytes, for the error; 0 if unknown.
+
+        Raises:
+            ResourceExhaustedError: there is no memory left.
+        """
+        try:
+            return call()
+        except Exception as problem:  # CuPy has no common base for the errors of the runtime and of the driver
+            if self._status(problem) != _OUT_OF_MEMORY:
+                raise
+        self._reclaim()
+        try:
+            return call()
+        except Exception as problem:
+            if self._status(problem) != _OUT_OF_MEMORY:
+                raise
+            needed = f"for {nbytes} bytes" if nbytes else "for a kernel"
+            raise ResourceExhaustedError(
+                f"no memory on {self.name} ({self.description}) {needed}; {self.free_bytes()} are free; "
+                "close a session or use another device",
+                metadata={"needed_bytes": nbytes, "device": self.name},
+            ) from problem
 
     def allocate(self, nbytes: int) -> Any:
         """Return fresh device memory, `(nbytes,) uint8`, uninitialised; it is freed with its last reference.
@@ -82,20 +225,7 @@ class CudaDevice:
             ResourceExhaustedError: there is none left.
         """
         with self.current():
-            try:
-                return self._allocate(nbytes)
-            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
-                self._require_shortage(problem)
-            self._reclaim()
-            try:
-                return self._allocate(nbytes)
-            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
-                self._require_shortage(problem)
-                raise ResourceExhaustedError(
-                    f"no memory on {self.name} ({self.description}) for {nbytes} bytes; {self.free_bytes()} are free; "
-                    "close a session or use another device",
-                    metadata={"needed_bytes": nbytes, "device": self.name},
-                ) from problem
+            return self.with_memory(lambda: self._allocate(nbytes), nbytes)
 
     def pinned(self, nbytes: int) -> HostArray:
         """Return host memory that the device copies from and to by itself, `(nbytes,) uint8`."""
@@ -106,9 +236,9 @@ class CudaDevice:
         return array
 
     def event(self) -> Any:
-        """Return a new event."""
+        """Return a new event, whose `synchronize` sleeps instead of spinning."""
         with self.current():
-            return self.cupy.cuda.Event(disable_timing=True)
+            return self.cupy.cuda.Event(block=True, disable_timing=True)
 
     def view(self, memory: Any, offset: int, count: int, dtype: Any) -> Any:
         """View `count` elements from byte `offset` of some memory on."""
@@ -135,8 +265,8 @@ class CudaDevice:
         """Copy some memory to the host, behind all that the kernels' stream was asked for."""
         copied = np.empty(memory.nbytes, np.uint8)
         runtime = self.cupy.cuda.runtime
+        self.settle(self.compute)
         with self.current():
-            self.compute.synchronize()
             runtime.memcpy(copied.ctypes.data, memory.data.ptr, copied.nbytes, runtime.memcpyDeviceToHost)
         return copied.tobytes()
 
@@ -149,9 +279,15 @@ class CudaDevice:
         memory = self.cupy.cuda.Memory(max(nbytes, 1))
         return self.cupy.ndarray(nbytes, np.uint8, self.cupy.cuda.MemoryPointer(memory, 0))
 
-    def _require_shortage(self, problem: Any) -> None:
-        if problem.status != _OUT_OF_MEMORY:
-            raise problem
+    def _status(self, error: BaseException) -> int:
+        """Return CUDA's status of an error of CuPy's; 0 for any other error."""
+        kinds = (self.cupy.cuda.runtime.CUDARuntimeError, self.cupy.cuda.driver.CUDADriverError)
+        return int(error.status) if isinstance(error, kinds) else 0
+
+    def lost_again(self) -> DataLossError:
+        """Return the loss as an error of its own: one that is raised twice would gather traces."""
+        assert self.lost is not None
+        return DataLossError(str(self.lost), reason=Reason.DEVICE_LOST, metadata=self.lost.metadata)
 
 
 def round_up(nbytes: int) -> int:

@@ -13,12 +13,12 @@ import contextlib
 import importlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from stepwire.errors import StepwireError, UnsupportedFeatureError
+from stepwire.errors import DataLossError, StepwireError, UnsupportedFeatureError
 from stepwire.transports.cuda.driver import CudaDriver, CudaFailure
 from stepwire_server.engines.compiled.common_kernels import commonest
 from stepwire_server.engines.cuda.bus import Bus
@@ -46,7 +46,7 @@ class CudaOptions(NamedTuple):
         buffers: the number of pinned buffers of the bus, each way; with fewer than 3 something always waits.
         buffer_bytes: the bytes of each buffer.
         gradient_cache_bytes: the device memory for gradients that is kept from one step to the next, until memory is
-            short or no step comes. 0 stands for a sixteenth of the memory.
+            short or no step comes. 0 stands for a sixteenth of the memory, or for one gradient if that is larger.
         cells: the number of results that there is room for from the start. The default suffices for the most clients
             of a server, each silent in the middle of a step.
     """
@@ -84,12 +84,11 @@ class CudaEngine:
             CudaKernels(device, Compiler(device)),
             bus,
             Cells(device, options.cells),
-            GradientCache(device, options.gradient_cache_bytes or free_bytes // 16),
+            GradientCache(device, options.gradient_cache_bytes or free_bytes // 16, not options.gradient_cache_bytes),
             device.allocate(tables.nbytes).view(np.uint32),
         )
         bus.send(tables.view(np.uint8), self._resources.tables.view(np.uint8))
-        with device.current():
-            device.up.synchronize()
+        device.settle(device.up)
         device.on_shortage(self._resources.gradients.trim)
         self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -186,6 +185,10 @@ class CudaEngine:
         if total != 25.0:
             raise StepwireError(f"{self._device.name} computes 3² + 4² = {total}")
 
+    def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
+        """See `Engine.on_lost`."""
+        self._resources.device.on_lost(tell)
+
     def rest(self) -> None:
         """See `Engine.rest`."""
         self._resources.gradients.trim()
@@ -194,4 +197,5 @@ class CudaEngine:
         """See `Engine.close`. There are no threads; kernels and memory go back to the device."""
         self._resources.gradients.trim()
         self._resources.device.on_shortage(lambda: None)  # no cycle that keeps memory
+        self._resources.device.on_lost(lambda _: None)
         self._resources.kernels.close()

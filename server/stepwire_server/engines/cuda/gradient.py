@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from stepwire.errors import DataLossError
 from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
@@ -41,20 +42,33 @@ class _Block:
         self.uploaded, self.idle = device.event(), device.event()
 
 
+class _Orphan(NamedTuple):
+    """The resources of a gradient that was collected and not closed."""
+
+    block: _Block | None
+    unread: UnreadFigures
+
+
 class GradientCache:
     """Memory of gradients. Up to some bytes outlive their step, because allocating lasts longer than a small step.
 
-    Thread-safe.
+    Thread-safe. A finaliser may run in any thread, in the middle of any method, so it calls `abandon` alone: a lock
+    taken there may be held by the very thread that it interrupts.
 
     Attributes:
         most_bytes: the bytes that are kept at most.
+        keeps_newest: the newest memory is kept even if it has more bytes, so that a large gradient is not allocated
+            and freed in every step.
     """
 
-    def __init__(self, device: CudaDevice, most_bytes: int) -> None:
+    def __init__(self, device: CudaDevice, most_bytes: int, keeps_newest: bool = False) -> None:
         """Keep at most `most_bytes` that no step uses."""
         self._device = device
         self.most_bytes = most_bytes
+        self.keeps_newest = keeps_newest
         self._kept: deque[_Block] = deque()
+        self._lent: set[_Block] = set()  # so that the collector of a gradient's cycle does not collect its memory too
+        self._orphans: deque[_Orphan] = deque()
         self._lock = threading.Lock()
 
     @property
@@ -69,18 +83,22 @@ class GradientCache:
         Raises:
             ResourceExhaustedError: the device has no memory left.
         """
+        self._bury()
         with self._lock:
             found = next((block for block in self._kept if block.memory.nbytes == nbytes), None)
             if found is not None:
                 self._kept.remove(found)
         if found is None:
-            return _Block(self._device, nbytes)
-        with self._device.current():
-            self._device.up.wait_event(found.idle)
+            found = _Block(self._device, nbytes)
+        else:
+            with self._device.current():
+                self._device.up.wait_event(found.idle)
+        self._lent.add(found)
         return found
 
     def release(self, block: _Block) -> None:
         """Keep memory for the next step; kernels may still be reading it."""
+        self._lent.discard(block)
         with self._device.current():
             self._device.compute.wait_event(block.uploaded)
             block.idle.record(self._device.compute)
@@ -91,14 +109,41 @@ class GradientCache:
 
     def trim(self) -> None:
         """Give all memory that no step uses back to the device."""
+        self._bury()
         with self._lock:
             surplus, self._kept = list(self._kept), deque()
         self._drop(surplus)
 
+    def abandon(self, block: _Block | None, unread: UnreadFigures) -> None:
+        """Leave the resources of a gradient to the next call of another method; takes no lock and waits for nothing."""
+        self._orphans.append(_Orphan(block, unread))
+
+    def close_gradient(self, block: _Block | None, unread: UnreadFigures) -> None:
+        """Wait until nothing is on its way to or from a gradient, and release its memory.
+
+        Raises:
+            DataLossError: the device is lost, and the memory with it.
+        """
+        try:
+            if block is not None:
+                self._device.wait(block.uploaded)
+        finally:
+            try:
+                unread.clear()
+            finally:
+                if block is not None:
+                    self.release(block)
+
+    def _bury(self) -> None:
+        """Close gradients that nobody closed."""
+        while self._orphans:
+            with contextlib.suppress(IndexError, DataLossError):  # another thread was faster, or the device is lost
+                self.close_gradient(*self._orphans.popleft())
+
     def _surplus(self) -> list[_Block]:
         """Remove the oldest blocks beyond the bytes that are kept."""
         surplus, total = [], self._held_bytes()
-        while total > self.most_bytes:
+        while total > self.most_bytes and len(self._kept) > self.keeps_newest:
             surplus.append(self._kept.popleft())
             total -= surplus[-1].memory.nbytes
         return surplus
@@ -107,12 +152,13 @@ class GradientCache:
         return sum(int(block.memory.nbytes) for block in self._kept)
 
     def _drop(self, blocks: list[_Block]) -> None:
-        """Zero memory before it goes back to the device."""
-        for block in blocks:
-            self._device.zero(block.memory)
-            with self._device.current():
-                block.idle.record(self._device.compute)
-                block.idle.synchronize()
+        """Zero memory before it goes back to the device; a device that is lost has none any more."""
+        with contextlib.suppress(DataLossError):
+            for block in blocks:
+                self._device.zero(block.memory)
+                with self._device.current():
+                    block.idle.record(self._device.compute)
+                self._device.wait(block.idle)
 
 
 class CudaChunk(GradientChunk):
@@ -182,16 +228,9 @@ class CudaGradient:
     def close(self) -> None:
         """See `GradientBuffer.close`; pinned chunks may change afterwards."""
         block, self._block = self._block, None
-        if block is not None:
-            try:
-                block.uploaded.synchronize()
-                self.unread.clear()
-            finally:
-                self._cache.release(block)
-        else:
-            self.unread.clear()
+        self._cache.close_gradient(block, self.unread)
 
     def __del__(self) -> None:
-        """Close a gradient that nobody closed; errors of a broken device have been seen elsewhere."""
-        with contextlib.suppress(Exception):
-            self.close()
+        """Leave the resources of a gradient that nobody closed to the cache."""
+        if self._block is not None or not self.unread.empty:
+            self._cache.abandon(self._block, self.unread)

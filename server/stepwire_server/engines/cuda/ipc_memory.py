@@ -6,10 +6,12 @@ hold it longer than the session lives.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import numpy as np
 
+from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.payloads import STORED, check_range
 from stepwire_server.engines.protocol import EngineState
@@ -108,11 +110,11 @@ class CudaExportedMemory:
         """See `ExportedMemory.close`: nothing is on its way to it any more when it is freed."""
         if self._memory is not None:
             try:
-                self._wipe()
+                with contextlib.suppress(DataLossError):
+                    self._wipe()
             finally:
                 self._memory = None
 
     def _wipe(self) -> None:
         self._device.zero(self._memory)
-        with self._device.current():
-            self._device.compute.synchronize()
+        self._device.settle(self._device.compute)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
+from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import (
@@ -36,6 +38,18 @@ _BLOCKS_OF_EIGHT_BITS_A_MULTIPROCESSOR: Final = 3
 _MOST_MEASURING_BLOCKS: Final = 2048
 _ELEMENTS_OF_A_WARP: Final = 256
 _BLOCK_ELEMENTS: Final = THREADS * LANE_ELEMENTS
+
+
+class _Kernel:
+    """A kernel of a module; a launch that finds no memory for its stack is repeated once memory is reclaimed."""
+
+    __slots__ = ("_device", "_function")
+
+    def __init__(self, function: Any, device: CudaDevice) -> None:
+        self._function, self._device = function, device
+
+    def __call__(self, blocks: tuple[int], threads: tuple[int], arguments: tuple[Any, ...]) -> None:
+        self._device.with_memory(lambda: self._function(blocks, threads, arguments), 0)
 
 
 class CudaKernels:
@@ -83,8 +97,9 @@ class CudaKernels:
         return min(blocks, _MOST_MEASURING_BLOCKS) if recipe.measures else blocks
 
     def close(self) -> None:
-        """Forget the kernels."""
-        self._functions = {}
+        """Forget the kernels; their modules are unloaded from the device that is current."""
+        with contextlib.suppress(DataLossError), self._device.current():
+            self._functions = {}
 
     def _only(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> Any:
         (function,) = self._module(key, write).values()
@@ -98,7 +113,9 @@ class CudaKernels:
             if key not in self._functions:
                 kernels = write()
                 module = self._compiler.load(kernels[0].name, module_source(kernels))
-                self._functions[key] = {kernel.name: module.get_function(kernel.name) for kernel in kernels}
+                self._functions[key] = {
+                    kernel.name: _Kernel(module.get_function(kernel.name), self._device) for kernel in kernels
+                }
             return self._functions[key]
 
 

@@ -6,6 +6,7 @@ and a kernel finds all that it reads.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepwire.errors import DataLossError
 from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
@@ -271,15 +273,18 @@ class CudaState:
         self._unread.clear()
         with self._resources.device.current():
             self._settled.record(self._resources.device.compute)
-            self._settled.synchronize()
+        self._resources.device.wait(self._settled)
 
     def close(self) -> None:
         """See `EngineState.close`; memory is zeroed before it goes back to the device."""
         memory, self._memory, self._slots, self._size = self._memory, None, {}, 0
-        if memory is not None:
-            self._resources.device.zero(memory)
-            self._crossings.clear()
-            self.settle()
+        if memory is None:
+            return
+        with contextlib.suppress(DataLossError):  # nothing reads the memory of a device that is lost
+            with contextlib.ExitStack() as parts:
+                parts.callback(self.settle)
+                parts.callback(self._crossings.clear)
+                self._resources.device.zero(memory)
 
     # --- helpers -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 
+from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.protocol import HostArray
 
@@ -38,6 +39,9 @@ class Cells:
 
     Acquiring a cell never fails, because a commit may be half done. A caller that finds none reads its own results,
     which frees their cells, and waits for others to do so.
+
+    Attributes:
+        device: the device whose kernels leave the results.
     """
 
     def __init__(self, device: CudaDevice, batch: int) -> None:
@@ -46,7 +50,7 @@ class Cells:
         Raises:
             ResourceExhaustedError: the device has no memory left.
         """
-        self._device = device
+        self.device = device
         self._batch = batch
         self._batches = 0
         self._free: deque[_Cell] = deque()
@@ -86,8 +90,8 @@ class Cells:
 
     def _grow(self) -> None:
         nbytes = self._batch * CELL_BYTES
-        memory, pinned = self._device.allocate(nbytes), self._device.pinned(nbytes)
-        self._free += [_Cell(self._device, memory, pinned, low) for low in range(0, nbytes, CELL_BYTES)]
+        memory, pinned = self.device.allocate(nbytes), self.device.pinned(nbytes)
+        self._free += [_Cell(self.device, memory, pinned, low) for low in range(0, nbytes, CELL_BYTES)]
         self._batches += 1
 
 
@@ -132,7 +136,12 @@ class Figures(Generic[Value]):
     def wait(self) -> Value:
         """See `Pending`."""
         if (cell := self._cell) is not None:
-            cell.arrived.synchronize()
+            try:
+                self._cells.device.wait(cell.arrived)
+            except DataLossError:  # for good: others may be waiting for a cell
+                self._cell = None
+                self._cells.release(cell)
+                raise
             self._value, self._cell = self._read(self._figures), None
             self._cells.release(cell)
         return self._value
@@ -146,6 +155,11 @@ class UnreadFigures:
         self._most = most
         self._figures: deque[Figures[Any]] = deque()
 
+    @property
+    def empty(self) -> bool:
+        """True if all have been read."""
+        return not self._figures
+
     def add(self, figures: Figures[Any]) -> None:
         """Add results; the oldest are read when there are too many."""
         self._figures.append(figures)
@@ -153,6 +167,11 @@ class UnreadFigures:
             self._figures.popleft().wait()
 
     def clear(self) -> None:
-        """Read all; their cells are free again."""
-        while self._figures:
-            self._figures.popleft().wait()
+        """Read all; their cells are free again, even where the device is lost.
+
+        Raises:
+            DataLossError: the device is lost.
+        """
+        with contextlib.ExitStack() as all_of_them:
+            while self._figures:
+                all_of_them.callback(self._figures.pop().wait)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stepwire.errors import DataLossError, ResourceExhaustedError
 from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.engines.cuda import compiler
 from stepwire_server.engines.cuda.compiler import Compiler, cubin_directory
@@ -173,7 +174,7 @@ def test_an_error_of_the_compiler_passes_through_and_leaves_no_file(make, place)
 
 def test_code_that_the_driver_does_not_take_is_not_kept(make, place) -> None:
     cupy, made = make(place)
-    refused = cupy.cuda.runtime.CUDARuntimeError(719)
+    refused = cupy.cuda.runtime.CUDARuntimeError(98)
     cupy.fail_next("Module", refused)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
         made.load("update", SOURCE)
@@ -222,3 +223,29 @@ def test_a_compiler_without_a_directory_takes_that_of_the_environment(make, plac
     _, made = make(None)
     made.load("update", SOURCE)
     assert len(files(place)) == 1
+
+
+def test_a_driver_without_memory_for_code_is_no_damaged_file(make, place) -> None:
+    cupy, first = make(place)
+    first.load("update", SOURCE)
+    cupy, second = make(place)
+    reclaimed: list[bool] = []
+    second._device.on_shortage(lambda: reclaimed.append(True))
+    cupy.fail_next("Module", cupy.cuda.driver.CUDADriverError(2))
+    run(cupy, second.load("update", SOURCE))
+    assert (second.compiled, reclaimed) == (0, [True])
+    for _ in range(2):
+        cupy.fail_next("Module", cupy.cuda.driver.CUDADriverError(2))
+    with pytest.raises(ResourceExhaustedError, match="no memory on cuda:0"):
+        second.load("update", SOURCE)
+    assert (second.compiled, len(files(place))) == (0, 1)
+
+
+def test_a_lost_device_is_no_damaged_file(make, place) -> None:
+    cupy, first = make(place)
+    first.load("update", SOURCE)
+    cupy, second = make(place)
+    cupy.fail_next("Module", cupy.cuda.driver.CUDADriverError(700))
+    with pytest.raises(DataLossError, match="illegal address"):
+        second.load("update", SOURCE)
+    assert second.compiled == 0

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from stepwire.errors import ResourceExhaustedError
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError
 from stepwire_server.engines.cuda.device import ALIGNMENT, CudaDevice, round_up
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
@@ -29,12 +29,11 @@ def test_the_device_and_its_stream_are_current_for_a_block(fake) -> None:
         assert cupy.cuda.get_current_stream().ptr == 0
         with device.computing():
             assert cupy.cuda.get_current_stream() is device.compute
-            with other.computing():
-                assert cupy.cuda.get_current_stream() is other.compute
-            assert cupy.cuda.get_current_stream() is device.compute
         assert cupy.cuda.get_current_stream().ptr == 0
-    with pytest.raises(AssertionError, match="no device is current"):
-        cupy.cuda.get_current_stream()
+    with other.computing():
+        assert cupy.cuda.get_current_stream() is other.compute
+    assert cupy.cuda.runtime.getDevice() == 1, "the device before is not restored"
+    assert cupy.contexts == {0, 1}
 
 
 @pytest.mark.parametrize("nbytes", [1, 255, 256, 4097])
@@ -111,9 +110,9 @@ def test_other_errors_of_cuda_are_no_shortage(fake, again) -> None:
     device.on_shortage(lambda: calls.append(True))
     if again:
         cupy.fail_next("malloc", error(2))
-    broken = error(700)
+    broken = error(98)
     cupy.fail_next("malloc", broken)
-    with pytest.raises(error, match="illegal memory access") as caught:
+    with pytest.raises(error, match="invalid device function") as caught:
         device.allocate(10)
     assert caught.value is broken
     assert (calls, cupy.used_bytes) == ([True] * again, 0)
@@ -203,3 +202,59 @@ def test_everything_works_in_a_thread_where_no_device_is_current(fake, together)
 @pytest.mark.parametrize(("nbytes", "rounded"), [(0, 0), (1, 256), (255, 256), (256, 256), (257, 512)])
 def test_bytes_are_rounded_up(nbytes, rounded) -> None:
     assert round_up(nbytes) == rounded
+
+
+# --- a device that fails for good ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [700, 716, 719])
+def test_a_fatal_status_loses_the_device(fake, status) -> None:
+    cupy, told = fake(), []
+    device = CudaDevice(cupy, 0)
+    device.on_lost(told.append)
+    cupy.poison(cupy.cuda.runtime.CUDARuntimeError(status))
+    for _ in range(2):
+        with pytest.raises(DataLossError, match="cuda:0 failed: .*; its sessions are lost") as caught:
+            device.allocate(10)
+        assert caught.value.reason is Reason.DEVICE_LOST
+        assert caught.value.metadata == {"device": "cuda:0", "status": str(status)}
+    assert [error.metadata for error in told] == [caught.value.metadata], "told once"
+    device.on_lost(told.append)
+    assert len(told) == 2, "who asks later is told at once"
+
+
+def test_a_fatal_status_of_the_driver_loses_the_device_too(fake) -> None:
+    cupy = fake()
+    device = CudaDevice(cupy, 0)
+    with pytest.raises(DataLossError, match="illegal address"), device.current():
+        raise cupy.cuda.driver.CUDADriverError(700)
+    assert device.lost is not None
+
+
+def test_a_wait_finds_the_loss(fake) -> None:
+    cupy = fake()
+    device = CudaDevice(cupy, 0)
+    event = device.event()
+    cupy.poison(cupy.cuda.runtime.CUDARuntimeError(719))
+    with pytest.raises(DataLossError, match="launch failure"):
+        device.wait(event)
+
+
+def test_no_wait_takes_a_core(fake) -> None:
+    cupy = fake("lazy")
+    device = CudaDevice(cupy, 0)
+    memory = device.allocate(8)
+    device.zero(memory)
+    device.settle(device.compute)
+    assert device.to_host(memory) == bytes(8)
+    assert cupy.spinning_waits == 0
+
+
+def test_a_device_makes_no_context_on_another(fake) -> None:
+    cupy = fake()
+    device = CudaDevice(cupy, 1)
+    memory = device.allocate(8)
+    device.zero(memory)
+    device.settle(device.compute)
+    assert device.free_bytes() > 0
+    assert cupy.contexts == {1}

@@ -476,3 +476,28 @@ def test_an_engine_is_closed_twice_and_its_memory_goes_with_it(fake, library) ->
         assert cupy.used_bytes == 0, "without a search for cycles"
     finally:
         gc.enable()
+
+
+def test_a_launch_without_memory_for_its_stack_is_repeated_once_memory_is_reclaimed(fake, library) -> None:
+    cupy = fake(library=library)
+    engine = PretendedGpu(cupy)
+    config = PLANS["plain"]
+    session = make_session(config, engine)
+    apply_step(session, gradient_of(config, 1))
+    assert engine.statistics().kept_gradient_bytes > 0
+    cupy.fail_next("kernel", cupy.cuda.driver.CUDADriverError(2))
+    apply_step(session, gradient_of(config, 2))
+    session.close()
+
+
+def test_an_engine_of_the_second_device_makes_no_context_on_the_first(fake, library) -> None:
+    cupy = fake(library=library)
+    engine = PretendedGpu(cupy, index=1)
+    config = PLANS["everything"]
+    session = make_session(config, engine)
+    for seed in (1, 2):
+        apply_step(session, gradient_of(config, seed))
+    session.close()
+    engine.close()
+    assert (cupy.contexts, cupy.spinning_waits) == ({1}, 0)
+    cupy.check()
