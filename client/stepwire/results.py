@@ -196,6 +196,8 @@ class SessionStatistics:
         attached: a stream is attached, as far as is known.
         streams_opened: the streams opened so far; more than one after a broken connection.
         step_in_doubt: the number of a step that failed with an unknown outcome; None without one.
+        reply_begun: a part of the reply to that step was written, so arrays given as `out` may hold values of two
+            steps.
         steps_in_flight: the background steps under way or waiting.
         background_failures: the background steps that failed.
     """
@@ -205,6 +207,7 @@ class SessionStatistics:
     attached: bool
     streams_opened: int
     step_in_doubt: int | None = None
+    reply_begun: bool = False
     steps_in_flight: int = 0
     background_failures: int = 0
 

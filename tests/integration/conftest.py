@@ -58,13 +58,20 @@ def proxy(server: Server, request: pytest.FixtureRequest) -> Iterator[Proxy]:
 @pytest.fixture
 def connect(exits: contextlib.ExitStack) -> Opened:
     """Open real clients that retry within milliseconds, and use no other way than their target."""
+    retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
+    return lambda target: exits.enter_context(_connected(target, retry))
 
-    def opened(target: str) -> stepwire.Client:
-        retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        transport = "uds" if target.startswith("unix:") else "tcp"
-        return exits.enter_context(stepwire.connect(target, transport=transport, timeout=30.0, retry=retry))
 
-    return opened
+@pytest.fixture
+def connect_once(exits: contextlib.ExitStack) -> Opened:
+    """Open real clients that repeat no call: the next attempt would come after every deadline."""
+    retry = stepwire.Retry(uniform=lambda low, high: 3600.0)
+    return lambda target: exits.enter_context(_connected(target, retry))
+
+
+def _connected(target: str, retry: stepwire.Retry) -> stepwire.Client:
+    transport = "uds" if target.startswith("unix:") else "tcp"
+    return stepwire.connect(target, transport=transport, timeout=30.0, retry=retry)
 
 
 @pytest.fixture

@@ -103,9 +103,9 @@ def test_a_step_under_way_finishes_and_new_ones_are_refused(process: ServerProce
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_idle_streams_do_not_keep_the_server(
-    process: ServerProcess, connect: Callable[[str], stepwire.Client], number: signal.Signals
+    process: ServerProcess, connect_once: Callable[[str], stepwire.Client], number: signal.Signals
 ) -> None:
-    sessions = [TINY.create(connect(process.target)) for _ in range(3)]
+    sessions = [TINY.create(connect_once(process.target)) for _ in range(3)]
     for session in sessions:
         session.step(TINY.gradient(1))
     channel = grpc.insecure_channel(process.target)
@@ -116,7 +116,7 @@ def test_idle_streams_do_not_keep_the_server(
     channel.close()
     assert process.exit_code() == 0
     with pytest.raises(stepwire.UnavailableError):
-        sessions[0].step(TINY.gradient(2), timeout=0.2)
+        sessions[0].step(TINY.gradient(2))
 
 
 def test_signals_that_keep_coming_do_not_keep_the_server(process: ServerProcess) -> None:
@@ -127,15 +127,15 @@ def test_signals_that_keep_coming_do_not_keep_the_server(process: ServerProcess)
 
 
 def test_the_real_client_is_told_that_the_server_goes_away(
-    process: ServerProcess, raw: RawClient, connect: Callable[[str], stepwire.Client]
+    process: ServerProcess, raw: RawClient, connect_once: Callable[[str], stepwire.Client]
 ) -> None:
-    session = TINY.create(connect(process.target))
+    session = TINY.create(connect_once(process.target))
     session.step(TINY.gradient(1))
     busy = half_a_step(raw)
     process.signal(signal.SIGTERM)
     process.wait_for("draining")
     with pytest.raises(stepwire.UnavailableError) as refused:
-        session.step(TINY.gradient(2), timeout=0.5)
+        session.step(TINY.gradient(2))
     assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.SHUTTING_DOWN, 1.0)
     assert session.applied_step == 1
     assert session.state().step == 1

@@ -18,6 +18,7 @@ from tests.support.raw import RawClient, Refused, Vector
 _SIZE = 12
 _SEED = 78
 
+Opened = Callable[[str], stepwire.Client]
 Held = tuple[str, int]
 """A session's id and the token of its worker."""
 
@@ -156,16 +157,16 @@ def test_a_load_after_one_that_failed_is_never_taken_for_it(
 
 
 def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+    server: Server, proxy: Proxy, connect: Opened, connect_once: Opened
 ) -> None:
     """The client gave the load up and went on; whoever catches its error knows the parameters that are stepped."""
-    disturbed, calm = SMALL.create(connect(proxy.target)), SMALL.create(connect(server.target))
+    disturbed, calm = SMALL.create(connect_once(proxy.target)), SMALL.create(connect(server.target))
     for session in (disturbed, calm):
         session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=3)  # the opening, one chunk, the commit
     proxy.upstream = None
     with pytest.raises(stepwire.UnavailableError):
-        disturbed.load(SMALL.parameters(), timeout=0.3)
+        disturbed.load(SMALL.parameters())
     proxy.upstream = server.target
     for session in (disturbed, calm):
         session.step(SMALL.gradient(2))
@@ -175,15 +176,15 @@ def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
 
 
 def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+    server: Server, proxy: Proxy, connect_once: Opened
 ) -> None:
     """The step was applied and its answer lost; instead of asking again, the client loads and goes on."""
-    session = SMALL.create(connect(proxy.target))
+    session = SMALL.create(connect_once(proxy.target))
     session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=1)
     proxy.upstream = None
     with pytest.raises(stepwire.UnavailableError):
-        session.step(SMALL.gradient(2), timeout=0.3)
+        session.step(SMALL.gradient(2))
     assert not pb.AttachResponse.FromString(stranded.deliver(ends_the_answer)[-1]).result.replayed
     proxy.upstream = server.target
     session.load(SMALL.parameters())
@@ -194,16 +195,16 @@ def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
 
 
 def test_a_step_that_was_given_up_and_arrives_after_a_load_changes_nothing(
-    server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
+    server: Server, proxy: Proxy, connect: Opened, connect_once: Opened
 ) -> None:
     """Neither are the loaded parameters stepped by it, nor is the next gradient taken for its repetition."""
-    disturbed, calm = SMALL.create(connect(proxy.target)), SMALL.create(connect(server.target))
+    disturbed, calm = SMALL.create(connect_once(proxy.target)), SMALL.create(connect(server.target))
     for session in (disturbed, calm):
         session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=1)
     proxy.upstream = None
     with pytest.raises(stepwire.UnavailableError):
-        disturbed.step(SMALL.gradient(2), timeout=0.3)
+        disturbed.step(SMALL.gradient(2))
     proxy.upstream = server.target
     for session in (disturbed, calm):
         session.load(SMALL.parameters())

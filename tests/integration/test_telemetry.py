@@ -9,6 +9,7 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
+from tests.integration.events import Clock
 from tests.integration.training import bits, same_bits
 
 SHAPES = {"w": (300, 200), "b": (7,)}
@@ -96,3 +97,27 @@ def test_a_session_that_is_found_again_tells_as_little(client: Any, server: Serv
     found.step(gradient(1))
     assert found.last_result.grad_norm == 0.0
     assert server.registry.get(made.session_id).config.tells_norms is False
+
+
+class TestWaiting:
+    """A server on a clock of the test's own."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    def test_the_wait_for_a_commit_thread_is_no_receiving(
+        self, client: stepwire.Client, server: Server, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        submit = server._commit_threads.submit
+
+        def submit_late(commit: Any) -> Any:
+            clock.advance(3.0)  # all threads are busy with other sessions
+            return submit(commit)
+
+        monkeypatch.setattr(server._commit_threads, "submit", submit_late)
+        session = client.create_session(parameters())
+        session.step(gradient(1))
+        assert session.last_result is not None
+        times = session.last_result
+        assert (times.receive_seconds, times.queue_seconds, times.apply_seconds) == (0.0, 3.0, 0.0)

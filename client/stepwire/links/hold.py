@@ -29,6 +29,7 @@ class Hold:
         load_in_doubt: the number of a load that failed and may have been committed; 0 for none. The next attach tells.
         durable_step: the largest durable step that the server has told.
         step_on_server: the last applied step, as the server said itself.
+        answered_step: the last step of whose reply a part may have been written; 0 for none.
         unfinished_step: the step that is half applied, as the server said at the last attach; 0 for none.
         in_doubt: True after a step or an attach failed. Perhaps the server applied the step, or has given out another
             token; the next attach tells.
@@ -45,6 +46,7 @@ class Hold:
         self.applied_load = self._load_on_server = message.applied_load
         self.load_in_doubt = 0
         self.durable_step = message.durable_step
+        self.answered_step = 0
         self.unfinished_step = 0
         self.in_doubt = False
         self.shared: SharedArrays | None = None
@@ -148,6 +150,8 @@ class Hold:
             StepwireError: the server's refusal, a broken connection, or the deadline.
         """
         try:
+            if call.feed is not None:  # one that was given up is not repeated
+                call.feed.check()
             result = self._exchange(self.attach(deadline), call, deadline)
         except BaseException:
             self.detach()
@@ -194,6 +198,8 @@ class Hold:
         )
         for frame in stream.exchange(messages, deadline):
             message: pb.AttachResponse = frame.message
+            if message.HasField("chunk") or shared is not None and message.HasField("result"):
+                self.answered_step = begin.step
             reader.read(frame)
             if message.HasField("gradient_check"):
                 stream.send([call.decided(message.gradient_check)])

@@ -280,13 +280,14 @@ class RemoteLink(SessionLink):
 
     def statistics(self) -> SessionStatistics:
         """See `SessionLink.statistics`."""
-        hold = self._hold
+        hold, doubt = self._hold, self._doubt
         return SessionStatistics(
             applied_step=hold.applied_step,
             durable_step=hold.durable_step,
             attached=hold.attached,
             streams_opened=hold.streams_opened,
-            step_in_doubt=None if self._doubt is None else self._doubt.step,
+            step_in_doubt=None if doubt is None else doubt.step,
+            reply_begun=doubt is not None and hold.answered_step == doubt.step,
         )
 
     def close(self) -> None:

@@ -92,7 +92,9 @@ def combined_info(session_id: str, infos: Sequence[SessionInfo]) -> SessionInfo:
     )
 
 
-def combined_statistics(shards: Sequence[SessionStatistics], step_in_doubt: int | None) -> SessionStatistics:
+def combined_statistics(
+    shards: Sequence[SessionStatistics], step_in_doubt: int | None, *, reply_begun: bool
+) -> SessionStatistics:
     """Return the statistics of the whole: streams added up, and of the other numbers the least."""
     return SessionStatistics(
         applied_step=min(shard.applied_step for shard in shards),
@@ -100,6 +102,7 @@ def combined_statistics(shards: Sequence[SessionStatistics], step_in_doubt: int 
         attached=all(shard.attached for shard in shards),
         streams_opened=sum(shard.streams_opened for shard in shards),
         step_in_doubt=step_in_doubt,
+        reply_begun=reply_begun,
     )
 
 

@@ -23,6 +23,7 @@ from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.shard import Shard
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
@@ -110,7 +111,7 @@ class ShardedLink(SessionLink):
             return under_way - 1
         if under_way != self._step:  # another step began while the shards were asked
             return self.applied_step
-        raise self._uneven(steps)
+        raise uneven(self._shards, steps)
 
     @property
     def last_result(self) -> step_pb2.StepResult | None:
@@ -215,17 +216,17 @@ class ShardedLink(SessionLink):
             SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
         if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
-            raise self._half_loaded(loads)
+            raise half_loaded(self._shards, loads)
         if loads[0] != self._load:  # a load that failed may have been committed by all: it replaced a step in doubt
             self._settled()
             self._load = loads[0]
         steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
             if set(steps) != {self.applied_step}:
-                raise self._uneven(steps)
+                raise uneven(self._shards, steps)
             return steps[0] + 1
         if not set(steps) <= {doubt.step - 1, doubt.step}:
-            raise self._uneven(steps)
+            raise uneven(self._shards, steps)
         if doubt.covers(call):
             call.sent = True
             return doubt.step
@@ -242,7 +243,7 @@ class ShardedLink(SessionLink):
         if begun := max(shard.link.hold.unfinished_step for shard in self._shards):
             raise unfinished(begun)
         if len(set(steps)) > 1:
-            raise self._half_applied(doubt.step, steps)
+            raise half_applied(self._shards, doubt.step, steps)
         for shard in self._shards:
             shard.resolve(applied=steps[0] == doubt.step)
         self._settled()
@@ -259,7 +260,7 @@ class ShardedLink(SessionLink):
         if step not in steps:
             return Coordinator(step, len(self._shards), self._bounds)
         if self._coordinator is None or self._coordinator.decision is None:
-            raise self._uneven(steps)
+            raise uneven(self._shards, steps)
         return self._coordinator
 
     # --- state -------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ class ShardedLink(SessionLink):
         """See `SessionLink.pull`.
 
         Raises:
-            StepMismatchError: the shards stayed at different steps, or of different loads.
+            StepMismatchError: the shards stayed at different steps, or of different loads; at once if a step or a load
+                of this client that failed is the cause.
             StepwireError: as `Session.pull`.
         """
         seen: list[StepMismatchError] = []
@@ -277,11 +279,13 @@ class ShardedLink(SessionLink):
             headers = self._each(lambda shard: shard.pull(targets, dtype, left))
             steps, loads = [header.step for header in headers], [header.load for header in headers]
             if len(set(loads)) > 1:
-                seen.append(self._half_loaded(loads))
+                seen.append(half_loaded(self._shards, loads))
             elif len(set(steps)) > 1:
-                seen.append(_read_at(steps, len(seen) + 1))
+                seen.append(read_at(steps, len(seen) + 1))
             else:
                 return combined_header(headers, self._partition)
+            if (cause := self._own_failure(steps, loads)) is not None:
+                raise cause
             raise StateChangedError(f"the shards were read at different steps {steps}, or of different loads {loads}")
 
         try:
@@ -290,6 +294,29 @@ class ShardedLink(SessionLink):
             if not seen:
                 raise
             raise seen[-1] from None
+
+    def _own_failure(self, steps: Sequence[int], loads: Sequence[int]) -> StepMismatchError | None:
+        """Return the error of shards that were read unlike because a step or a load of this client failed.
+
+        Only this client levels such shards, so reading them again is in vain. The result is None while a call of this
+        client is under way, and if another client may be stepping or loading.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            shards, doubt = self._shards, self._doubt
+            holds = all(shard.is_certain for shard in shards)  # and has found the shards as they were read, or not
+            if len(set(loads)) > 1:
+                in_doubt = any(shard.link.hold.load_in_doubt for shard in shards)
+                if in_doubt or holds and list(loads) == [shard.applied_load for shard in shards]:
+                    return half_loaded(shards, loads)
+            elif doubt is not None and set(steps) <= {doubt.step - 1, doubt.step}:
+                return half_applied(shards, doubt.step, steps)
+            elif holds and list(steps) == self._steps_on_servers():
+                return uneven(shards, steps)
+            return None
+        finally:
+            self._lock.release()
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
@@ -311,8 +338,9 @@ class ShardedLink(SessionLink):
 
     def statistics(self) -> SessionStatistics:
         """See `SessionLink.statistics`."""
-        shards = [shard.link.statistics() for shard in self._shards]
-        return combined_statistics(shards, None if self._doubt is None else self._doubt.step)
+        step = None if self._doubt is None else self._doubt.step
+        begun = any(shard.link.hold.answered_step == step for shard in self._shards)
+        return combined_statistics([shard.link.statistics() for shard in self._shards], step, reply_begun=begun)
 
     def close(self) -> None:
         """End all shards on their servers; see `SessionLink.close`."""
@@ -338,46 +366,6 @@ class ShardedLink(SessionLink):
 
     def _each(self, call: Callable[[Shard], _T]) -> list[_T]:
         return self._fan_out.each([functools.partial(call, shard) for shard in self._shards])
-
-    def _uneven(self, steps: Sequence[int]) -> StepMismatchError:
-        return StepMismatchError(
-            f"the shards of this session were stepped by another client, or their client ended between two of them: "
-            f"{self._where(steps)}. Load one state into all of them with load_state, its step not below {max(steps)}, "
-            "or into a new session",
-            metadata=_numbers(steps),
-        )
-
-    def _half_applied(self, step: int, steps: Sequence[int]) -> StepMismatchError:
-        return StepMismatchError(
-            f"step {step} failed and was applied on some servers: {self._where(steps)}. Repeat it with the same "
-            f"gradients, which finishes it everywhere, or load one state into all shards with load_state, its step not "
-            f"below {step}; nothing of this gradient was sent",
-            metadata=_numbers(steps),
-        )
-
-    def _half_loaded(self, loads: Sequence[int]) -> StepMismatchError:
-        return StepMismatchError(
-            f"a load of this session failed and was committed on some servers: {self._where(loads, 'load')}. Load "
-            "again, which levels all shards",
-            metadata={"loads": ",".join(map(str, loads))},
-        )
-
-    def _where(self, numbers: Sequence[int], what: str = "step") -> str:
-        return ", ".join(
-            f"{shard.place} is at {what} {number}" for shard, number in zip(self._shards, numbers, strict=True)
-        )
-
-
-def _read_at(steps: Sequence[int], times: int) -> StepMismatchError:
-    return StepMismatchError(
-        f"the shards were read {times} times and were at different steps, at last {steps}: another client is stepping "
-        "them, or a step of theirs failed. Finish that step, or load one state into all",
-        metadata={"steps": ",".join(map(str, steps))},
-    )
-
-
-def _numbers(steps: Sequence[int]) -> dict[str, object]:
-    return {"steps": ",".join(map(str, steps)), "expected_step": min(steps) + 1, "actual_step": max(steps)}
 
 
 def _gathered(shards: Sequence[Shard], notify: OnTensor) -> list[OnTensor]:

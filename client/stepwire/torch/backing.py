@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepwireError, UnsupportedFeatureError
 from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.steps.gradient_feed import GradientFeed
@@ -108,7 +109,8 @@ class Backing:
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
         self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
-        self._recovery = Recovery(session, parameters, self._reply_dtype, self._options.timeout)
+        in_place = isinstance(memory, SharedViews)
+        self._recovery = Recovery(session, parameters, self._reply_dtype, self._options.timeout, in_place=in_place)
         if self._sender is not None:
             self._sender.close()
         watches = self._options.send_in_backward
@@ -370,20 +372,25 @@ class Backing:
         self._memory.uploaded()
 
     def end(self, *, keep: bool) -> None:
-        """Close the session, or detach from it with `keep`. A second call is harmless."""
+        """Close the session, or detach from it with `keep`. A second call is harmless.
+
+        Raises:
+            SessionNotFoundError: a step has failed, and its session is lost; everything is closed all the same.
+        """
         if self.closed:
             return
         self.closed = True
-        if self._sender is not None:
-            self._sender.close()
-        try:
-            self._recovery.settle_before_end()
-        except StepwireError as error:
-            _LOG.warning("the outcome of a step that failed is unknown; the model may be of two steps: %s", error)
-        self._memory.release()
-        if keep:
-            self.session.detach()
-        else:
-            self.session.close()
-        if self._options.owns_client:
-            self._client.close()
+        with contextlib.ExitStack() as ending:
+            if self._options.owns_client:
+                ending.callback(self._client.close)
+            ending.callback(self.session.detach if keep else self.session.close)
+            ending.callback(lambda: self._memory.release())
+            if self._sender is not None:
+                self._sender.close()
+            try:
+                self._recovery.settle_before_end()
+            except SessionNotFoundError:
+                raise
+            except StepwireError as error:
+                if self._recovery.is_torn:
+                    _LOG.warning("the outcome of a step is unknown; the model may be of two steps: %s", error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -115,8 +116,11 @@ class BackwardSender:
         begun.feed.commit()
         try:
             return begun.reply.result()
-        except (UnavailableError, DeadlineExceededError):
-            return None  # the caller sends the same step again, by its number
+        except (UnavailableError, DeadlineExceededError, CancelledError):
+            return None  # the caller sends the same step, by its number if it was sent before
+        except BaseException:  # after an interrupt of the user no reply may be written behind the user's back
+            _abort(begun)
+            raise
 
     def drop(self) -> None:
         """Abort the step that was begun, if there is one."""
@@ -134,7 +138,8 @@ class BackwardSender:
 
 def _abort(begun: _Begun) -> None:
     begun.feed.abort()
-    begun.reply.exception()  # the session is free again when the step has ended
+    with contextlib.suppress(CancelledError):  # behind a step of the user's that failed, so never sent
+        begun.reply.exception()  # the session is free again when the step has ended
 
 
 def _mark(tensor: ParameterTensor) -> tuple[int, int]:

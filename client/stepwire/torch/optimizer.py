@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from stepwire.errors import UnsupportedFeatureError
+from stepwire.errors import SessionNotFoundError, UnsupportedFeatureError
 from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
 from stepwire.torch.backing import Backing
@@ -246,20 +247,36 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self.backing.upload(everything=True)
 
     def detach(self) -> None:
-        """Leave the session on the server, for `session=` in another process. The optimizer is closed."""
+        """Leave the session on the server, for `session=` in another process. The optimizer is closed.
+
+        Raises:
+            SessionNotFoundError: as `close`.
+        """
         self.backing.end(keep=True)
 
     def close(self) -> None:
-        """Close the session on the server. Closing twice is harmless."""
+        """Close the session on the server. Closing twice is harmless.
+
+        Raises:
+            SessionNotFoundError: a step has failed, and its session is lost, so the model may be of two steps; the
+                message names the remedy. The optimizer is closed all the same.
+        """
         self.backing.end(keep=False)
 
     def __enter__(self) -> Any:
         """Use the optimizer for a block, and close it after."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close."""
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; an error of the block gets a failure to do so as a note."""
+        try:
+            self.close()
+        except SessionNotFoundError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         """Refuse: two optimizers would step one session."""

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.errors import StepwireError
+from stepwire.errors import SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor
@@ -25,11 +25,13 @@ class _FailedStep(NamedTuple):
 
     Attributes:
         step: its number.
+        torn: a part of its reply may have been written to the parameters.
         left: the values that the step left in the parameters, by name; None before they were copied.
     """
 
     step: int
-    left: Arrays | None
+    torn: bool
+    left: Arrays | None = None
 
 
 class Recovery:
@@ -41,7 +43,15 @@ class Recovery:
     model whole by itself.
     """
 
-    def __init__(self, session: Session, parameters: Parameters, reply_dtype: np.dtype[Any], timeout: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        parameters: Parameters,
+        reply_dtype: np.dtype[Any],
+        timeout: float,
+        *,
+        in_place: bool = False,
+    ) -> None:
         """Start with a model that is whole.
 
         Args:
@@ -49,12 +59,19 @@ class Recovery:
             parameters: the model's parameters.
             reply_dtype: the wire dtype of parameters in replies.
             timeout: the time limit of a call, in seconds.
+            in_place: the server writes the parameters itself, where the model is.
         """
         self._session = session
         self._parameters = parameters
         self._reply_dtype = reply_dtype
         self._timeout = timeout
+        self._in_place = in_place
         self._failed: _FailedStep | None = None
+
+    @property
+    def is_torn(self) -> bool:
+        """Tell whether the model may have values of two steps."""
+        return self._failed is not None and self._failed.torn
 
     def stepped(self) -> None:
         """Note that a step has written all parameters."""
@@ -66,6 +83,9 @@ class Recovery:
 
         Otherwise the error gets a note, and the next call that needs a whole model makes it so. No other code has
         changed the model since the step before, or the changes were uploaded.
+
+        Raises:
+            SessionNotFoundError: the session is lost, so nothing makes the model whole.
         """
         try:
             yield
@@ -74,27 +94,33 @@ class Recovery:
             raise
 
     def _failed_with(self, error: BaseException) -> None:
-        if (step := self._session.statistics().step_in_doubt) is None:
+        known = self._session.statistics()
+        if (step := known.step_in_doubt) is None:
             return
-        self._failed = _FailedStep(step, None)
+        torn = known.reply_begun or self._in_place or self.is_torn
+        self._failed = failed = _FailedStep(step, torn)
         if isinstance(error, StepwireError):  # an interrupt of the user does not wait
             try:
                 self._settle(min(self._timeout, _AT_ONCE_SECONDS))
                 return
+            except SessionNotFoundError as lost:
+                raise lost from error
             except StepwireError:
                 pass
-        for tensor in self._parameters.tensors:  # autograd must not use values that the reply may have replaced
-            tensor.touch()
-        self._failed = _FailedStep(step, {name: values.copy() for name, values in self._parameters.fetch().items()})
-        error.add_note(
-            f"The model's parameters may be those before step {step}, those after it, or a part of each, until the "
-            "optimizer reaches its session again. If the session is lost, load a checkpoint of the model."
-        )
+        self._failed = failed._replace(left={name: array.copy() for name, array in self._parameters.fetch().items()})
+        if torn:
+            for tensor in self._parameters.tensors:  # autograd must not use values that the reply may have replaced
+                tensor.touch()
+            error.add_note(
+                f"The model's parameters may be those before step {step}, those after it, or a part of each, until the "
+                "optimizer reaches its session again. If the session is lost, load a checkpoint of the model."
+            )
 
     def settle(self) -> None:
         """Make the model whole, if a step has failed and its outcome is unknown.
 
         Raises:
+            SessionNotFoundError: the session is lost; the message names the remedy.
             StepMismatchError: a part of the servers has applied the step.
             StepwireError: as `Session.attach` and `Session.pull`.
         """
@@ -112,11 +138,19 @@ class Recovery:
         if (failed := self._failed) is None:
             return
         if not all(tensor.changed for tensor in self._parameters.tensors):
-            self._session.attach(timeout=timeout)  # from now on no older stream commits the step
-            # A shard may have applied a step that the session as a whole has not.
-            if len(self._session.shards) > 1 or self._session.applied_step >= failed.step:
-                self._restore(self._session.pull(dtype=self._reply_dtype, timeout=timeout), failed.left)
+            try:
+                self._fetch(failed, timeout)
+            except SessionNotFoundError as lost:
+                if failed.torn:  # else the model is as before the step
+                    raise _torn(failed.step, lost) from None
         self._failed = None
+
+    def _fetch(self, failed: _FailedStep, timeout: float) -> None:
+        """Learn whether the step was applied, and if it was, write the session's parameters into the model."""
+        self._session.attach(timeout=timeout)  # from now on no older stream commits the step
+        # A shard may have applied a step that the session as a whole has not.
+        if len(self._session.shards) > 1 or self._session.applied_step >= failed.step:
+            self._restore(self._session.pull(dtype=self._reply_dtype, timeout=timeout), failed.left)
 
     def _restore(self, pulled: Any, left: Arrays | None) -> None:
         """Write the session's parameters into the model, except for elements that differ from `left`."""
@@ -139,6 +173,15 @@ def _restore(
     tensor.settle()
     if written.any():
         tensor.mark_changed()
+
+
+def _torn(step: int, lost: SessionNotFoundError) -> SessionNotFoundError:
+    return SessionNotFoundError(
+        f"the model's parameters may be those before step {step}, those after it, or a part of each: the step failed, "
+        "and its session is lost. Load a checkpoint into the model, and make a new optimizer with the checkpoint's "
+        f"state: {lost}",
+        metadata=lost.metadata,
+    )
 
 
 def _bits(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -54,7 +54,8 @@ def fail(session: stepwire.Session, gradient: Any, *, applied: bool, **options: 
     """Take a step whose outcome stays unknown."""
     with lost_replies(applied=applied), pytest.raises(DeadlineExceededError):
         session.step(gradient, **options)
-    assert session.statistics().step_in_doubt == session.applied_step + 1
+    known = session.statistics()
+    assert (known.step_in_doubt, known.reply_begun) == (session.applied_step + 1, applied)
 
 
 def first(parameters: Any) -> float:

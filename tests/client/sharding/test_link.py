@@ -98,7 +98,7 @@ def test_the_same_gradient_finishes_a_half_applied_step(create: Create) -> None:
     session = create()
     session.step(ONES)
     half_apply(session, TWOS)
-    assert session.applied_step == 1
+    assert (session.applied_step, session.statistics().reply_begun) == (1, True)
     assert values(session.step({"w": TWOS["w"].copy()})) == {-3.0}
     assert counts(session) == [2, 2]
     assert (session.applied_step, session.statistics().step_in_doubt) == (2, None)
@@ -116,6 +116,74 @@ def test_another_gradient_is_refused_while_a_step_is_half_applied(create: Create
         assert counts(session) == [1, 0]
     assert values(session.step(ONES)) == {-1.0}
     assert counts(session) == [1, 1]
+
+
+def never_repeat(session: stepwire.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a call waits for another attempt."""
+    retry = stepwire.Retry(sleep=lambda seconds: pytest.fail("a call was repeated"))
+    monkeypatch.setattr(session.shards[0]._link._route.calls, "retry", retry)  # type: ignore[attr-defined]
+
+
+def test_a_half_applied_step_is_told_by_a_pull_at_once(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other client can level the shards, so they are not read again and again until the timeout."""
+    session = create()
+    half_apply(session, ONES)
+    never_repeat(session, monkeypatch)
+    for read in (session.pull, session.state):
+        with pytest.raises(StepMismatchError, match="step 1 failed and was applied on some.*same gradients") as told:
+            read()
+        assert told.value.metadata == {"steps": "1,0", "expected_step": "1", "actual_step": "1"}
+    session.step(ONES)
+    assert values(session.pull()) == {-1.0}
+
+
+def test_a_client_that_attached_to_uneven_shards_is_told_by_a_pull_at_once(
+    target: str, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that only reads repeats the pull instead: the holder of the session may be stepping."""
+    session = create()
+    half_apply(session, ONES)
+    session.detach()
+    now = [0.0]  # a clock that the waits between repetitions move, and nothing else
+    retry = stepwire.Retry(clock=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    with stepwire.connect(target, channels=2, timeout=30.0, retry=retry) as client:
+        found = client.session(session.session_id)
+        with pytest.raises(StepMismatchError, match=r"were read \d+ times and were at different steps"):
+            found.pull()
+        assert now[0] > 10.0
+        found.attach()
+        never_repeat(found, monkeypatch)
+        with pytest.raises(StepMismatchError, match="their client ended between two of them"):
+            found.pull()
+
+
+def test_a_pull_beside_a_step_waits_for_the_step(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that finishes a half applied step is under way, so the shards are read again after it."""
+    session = create()
+    half_apply(session, ONES)
+    lock = session._link.lock
+    locked, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            locked.set()
+            assert released.wait(30.0)
+            session.step(ONES)
+            done.set()
+
+    done = threading.Event()
+    stepping = threading.Thread(target=hold)
+    stepping.start()
+    assert locked.wait(30.0)
+
+    def release(seconds: float) -> None:
+        released.set()
+        assert done.wait(30.0)
+
+    retry = stepwire.Retry(sleep=release)
+    monkeypatch.setattr(session.shards[0]._link._route.calls, "retry", retry)  # type: ignore[attr-defined]
+    assert values(session.pull()) == {-1.0}
+    stepping.join()
 
 
 def test_a_loaded_state_replaces_a_half_applied_step(create: Create) -> None:
@@ -217,16 +285,12 @@ def test_a_model_of_two_loads_is_neither_stepped_nor_read(
     session = create()
     session.step(ONES)
     half_load(session, 100.0, committed=replied)
-    now = [0.0]  # a clock that the waits between repetitions move, and nothing else
-    retry = stepwire.Retry(clock=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(session.shards[0]._link._route.calls, "retry", retry)  # type: ignore[attr-defined]
-    with pytest.raises(
-        StepMismatchError, match="shard 0 on .* is at load 2, shard 1 on .* is at load 1.*again"
-    ) as told:
-        session.step(TWOS)
-    assert told.value.metadata == {"loads": "2,1"}
-    with pytest.raises(StepMismatchError, match="Load again"):
-        session.pull()
+    never_repeat(session, monkeypatch)
+    problem = "shard 0 on .* is at load 2, shard 1 on .* is at load 1.*Load again"
+    for call in (session.pull, lambda: session.step(TWOS), session.pull):
+        with pytest.raises(StepMismatchError, match=problem) as told:
+            call()
+        assert told.value.metadata == {"loads": "2,1"}
     assert counts(session) == [1, 1]
     session.load({"w": np.full(SIZE, 10.0, np.float32)})
     assert values(session.pull()) == {10.0}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
 import torch
 
 import stepwire
-from stepwire.errors import DeadlineExceededError
+from stepwire.errors import DeadlineExceededError, UnavailableError
+from stepwire.links.hold import Hold
 from stepwire.torch import SGD, Adam
 from stepwire.torch.backward import BackwardSender
 from stepwire_server.testing import serving
@@ -65,6 +68,15 @@ class Pair:
             optimizer.zero_grad()
             network(inputs).square().mean().backward()
 
+    def backward_of_early(self, seed: int) -> None:
+        """Make one gradient for both trainings, of the early one's model, whose parameters may be unknown yet."""
+        inputs = torch.randn((4, 120), generator=torch.Generator().manual_seed(seed))
+        self.early.zero_grad()
+        self.model(inputs).square().mean().backward()
+        for network, other in zip(self.plain_model.parameters(), self.model.parameters(), strict=True):
+            assert other.grad is not None
+            network.grad = other.grad.clone()
+
     def step(self, seed: int) -> None:
         self.backward(seed)
         for _, optimizer in self.both:
@@ -78,6 +90,37 @@ class Pair:
             self.backward(seed)
             with pytest.raises(DeadlineExceededError):
                 self.early.step()
+
+    def interrupt(self, seed: int, *, applied: bool) -> None:
+        """Make a gradient, and interrupt the user's wait for the early optimizer's step of it."""
+        sent = threading.Event()
+        exchange = Hold._exchange
+
+        def endless(self: Hold, stream: Any, call: Any, deadline: Any) -> Any:
+            if applied:
+                exchange(self, stream, call, deadline)
+            ended = threading.Event()
+            call.feed.bind(ended.set)
+            sent.set()
+            assert ended.wait(30.0)
+            raise UnavailableError("the stream was closed")
+
+        def interrupted(self: Any, timeout: Any = None) -> Any:
+            assert sent.wait(30.0)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Hold, "_exchange", endless)
+            begun = self._begun_in_backward(seed)
+            patched.setattr(type(begun.reply), "result", interrupted)
+            with pytest.raises(KeyboardInterrupt) as failed:
+                self.early.step()
+        assert begun.reply.done()
+        assert hasattr(failed.value, "__notes__") is applied  # of a model that may be torn
+
+    def _begun_in_backward(self, seed: int) -> Any:
+        self.backward(seed)
+        return self.early.backing._sender._begun
 
 
 @pytest.fixture
@@ -227,6 +270,33 @@ def test_a_step_that_failed_is_taken_again_once(pair: Pair, early: list[bool], a
 
 
 @pytest.mark.parametrize("applied", [True, False])
+def test_an_interrupted_step_is_over_and_the_next_one_follows(pair: Pair, early: list[bool], applied: bool) -> None:
+    """No reply is written behind the user's back, and the step after the interrupt is not cancelled."""
+    for seed in range(2):
+        pair.step(seed)
+    pair.interrupt(2, applied=applied)
+    if applied:
+        pair.plain.step()
+    pair.backward_of_early(3)
+    for _, optimizer in pair.both:
+        optimizer.step()
+    assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    pair.step(4)
+    assert pair.early.applied_step == 4 + applied
+    assert early[-2:] == [False, True]
+
+
+def test_a_step_behind_a_failure_that_the_user_has_not_read_is_sent_as_any_other(pair: Pair, early: list[bool]) -> None:
+    pair.step(0)
+    unread = pair.early.session.step_async({}, lr=float("nan"))
+    wait([unread])
+    pair.step(1)
+    pair.step(2)
+    assert early == [False, False, True]
+    assert pair.early.applied_step == 3
+
+
+@pytest.mark.parametrize("applied", [True, False])
 def test_a_backward_pass_after_a_step_that_failed_begins_none(pair: Pair, early: list[bool], applied: bool) -> None:
     """Its gradient is another one, and becomes the next step: whether the first was applied is asked before."""
     for seed in range(2):
@@ -234,12 +304,7 @@ def test_a_backward_pass_after_a_step_that_failed_begins_none(pair: Pair, early:
     pair.fail(2, applied=applied)
     if applied:
         pair.plain.step()
-    inputs = torch.randn((4, 120), generator=torch.Generator().manual_seed(3))
-    pair.early.zero_grad()
-    pair.model(inputs).square().mean().backward()
-    for network, other in zip(pair.plain_model.parameters(), pair.model.parameters(), strict=True):
-        assert other.grad is not None
-        network.grad = other.grad.clone()
+    pair.backward_of_early(3)
     for _, optimizer in pair.both:
         optimizer.step()
     assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())

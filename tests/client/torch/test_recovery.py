@@ -244,11 +244,10 @@ def test_a_step_that_some_shards_applied_is_replaced_by_a_checkpoint(recovery: s
         training = Training(client, non_finite="allow")  # one phase: a shard does not wait for the other
         training.step(1)
         saved = training.optimizer.state_dict()
-        training.optimizer.backing._recovery._timeout = 0.2  # a pull waits so long for shards at one step
         last = training.optimizer.session._link.shards[1].hold
         with lost_replies(applied=False, of=lambda hold: hold is last), pytest.raises(DeadlineExceededError):
             training.step(10)
-        with pytest.raises(StepMismatchError, match="the shards were read"):
+        with pytest.raises(StepMismatchError, match="step 2 failed and was applied on some servers"):
             training.optimizer.state_dict()
         training.fill(-1.0)
         if recovery == "model and optimizer":
@@ -285,15 +284,82 @@ def test_a_model_is_whole_before_its_session_ends(target: str) -> None:
     assert training.model == everywhere(-11.0)
 
 
-def test_a_torn_model_of_a_lost_session_is_told(
-    training: Training, target: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def lose(training: Training, target: str) -> None:
+    """Leave the model with a part of step 2, and end its session."""
     tear(training)
     with stepwire.connect(target) as other:
         other.session(training.optimizer.session_id).close()
-    with pytest.raises(SessionNotFoundError) as failed:
-        training.step(100)
-    assert "load a checkpoint of the model" in failed.value.__notes__[0]
-    with caplog.at_level(logging.WARNING, "stepwire.torch.backing"):
+
+
+TORN = "may be those before step 2, those after it, or a part of each: .* Load a checkpoint into the model"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda training: training.step(100), save, upload, clamp, regroup],
+    ids=["step", "save", "upload", "clamp", "regroup"],
+)
+def test_every_call_tells_of_the_torn_model_of_a_lost_session(
+    training: Training, target: str, call: Callable[[Training], None]
+) -> None:
+    lose(training, target)
+    for _ in range(2):
+        with pytest.raises(SessionNotFoundError, match=TORN):
+            call(training)
+    with pytest.raises(SessionNotFoundError, match=TORN):
         training.optimizer.close()
-    assert "the model may be of two steps" in caplog.text
+    training.optimizer.close()
+
+
+def test_a_torn_model_that_is_written_as_a_whole_is_torn_no_more(training: Training, target: str) -> None:
+    lose(training, target)
+    training.fill(-1.0)
+    training.optimizer.close()
+    assert training.model == everywhere(-1.0)
+
+
+@pytest.mark.parametrize("end", ["close", "detach"])
+def test_the_end_of_an_optimizer_without_a_server_warns_of_a_torn_model(
+    target: str, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(target)
+    session = training.optimizer.session
+    tear(training)
+    with torn_replies(), caplog.at_level(logging.WARNING, "stepwire.torch.backing"):
+        getattr(training.optimizer, end)()
+    assert "the model may be of two steps: the server cannot be reached" in caplog.text
+    session.close()
+
+
+def test_an_error_of_a_block_has_the_torn_model_as_a_note(target: str) -> None:
+    training = Training(target)
+    with pytest.raises(KeyError) as failed, training.optimizer:
+        lose(training, target)
+        raise KeyError("of the user")
+    assert "Load a checkpoint into the model" in failed.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_model_without_a_part_of_a_reply_is_as_before_the_step(
+    training: Training, target: str, of: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The session is lost after a step that was not applied: there is nothing to warn of."""
+    for _ in range(of):
+        training.step(1)
+    with stepwire.connect(target) as other:
+        other.session(training.optimizer.session_id).close()
+    with pytest.raises(SessionNotFoundError, match="create a new one and load your last saved state") as failed:
+        training.step(10)
+    assert "those before step" not in str(failed.value)
+    assert not hasattr(failed.value, "__notes__")
+    training.optimizer.close()
+    assert (training.model, caplog.text) == (everywhere(-of), "")
+
+
+def test_a_torn_model_stays_torn_when_the_next_step_fails_too(training: Training) -> None:
+    tear(training)
+    with lost_replies(applied=False), torn_replies(), pytest.raises(DeadlineExceededError) as failed:
+        training.step(100)
+    assert "a part of each" in failed.value.__notes__[0]
+    assert training.optimizer.state_dict()["stepwire"]["step"] == 2
+    assert training.model == everywhere(-11.0)

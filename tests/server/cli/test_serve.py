@@ -184,21 +184,29 @@ def test_variables_of_kubernetes_are_ignored_with_one_line(
 
 
 _PROGRAM = """
-import pathlib, signal, sys, threading, time
+import signal, sys, threading, types
+from stepwire_server.cli import serve
 from stepwire_server.cli.main import main
 
-def end(port_file):
-    while not port_file.exists():
-        time.sleep(0.01)
+class Stop(threading.Event):
+    def wait(self, timeout=None):
+        waits.set()
+        return super().wait(timeout)
+
+def end():
+    waits.wait()
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
-threading.Thread(target=end, args=(pathlib.Path(sys.argv[1]),), daemon=True).start()
-sys.argv = ["stepwire", "serve", "--device", "cpu", "--bind", "127.0.0.1:0", "--port-file", sys.argv[1]]
+sys.setswitchinterval(60.0)  # so `end` runs when the main thread lets go of the interpreter: as it blocks
+waits = threading.Event()
+serve.threading = types.SimpleNamespace(Event=Stop, Thread=threading.Thread)
+threading.Thread(target=end, daemon=True).start()
+sys.argv = ["stepwire", "serve", "--device", "cpu", "--bind", "127.0.0.1:0"]
 main()
 """
 
 
-def test_a_signal_ends_the_server_whichever_thread_gets_it(tmp_path: pathlib.Path) -> None:
-    """The kernel gives a signal to any thread, and the main thread may be about to block."""
-    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "port")]
+def test_a_signal_ends_the_server_whichever_thread_gets_it() -> None:
+    """The kernel gives a signal to any thread, and the main thread may be blocked."""
+    command = [sys.executable, "-c", _PROGRAM]
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
