@@ -13,7 +13,7 @@ from __future__ import annotations
 
 try:
     import jax  # noqa: F401
-    import optax  # noqa: F401
+    import optax
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"stepwire.optax needs jax and optax, and {error.name!r} is not installed: pip install 'stepwire[jax]'",
@@ -22,9 +22,12 @@ except ModuleNotFoundError as error:
 
 from stepwire.optax.alias import adadelta, adam, adamax, adamw, amsgrad, lamb, lars, lion, nadam, nadamw, rmsprop, sgd
 from stepwire.optax.connection import TransformationOptions
+from stepwire.optax.multi_steps import MultiSteps
+from stepwire.optax.refused import refusal
 from stepwire.optax.transformation import RemoteState, RemoteTransformation, remote
 
 __all__ = [
+    "MultiSteps",
     "RemoteState",
     "RemoteTransformation",
     "TransformationOptions",
@@ -43,18 +46,14 @@ __all__ = [
     "sgd",
 ]
 
-# The rules of optax that differ from the server's rules of the same names.
-_DIFFERENT = {
-    "adagrad": "optax adds eps inside the root, the server's rule (torch's) outside; "
-    "`remote(stepwire.Adagrad(...), learning_rate)` is that one",
-    "adamaxw": "the server's Adamax has L2 decay and no decoupled one",
-    "radam": "optax adds eps to the corrected root, the server's rule (torch's) to the uncorrected one; "
-    "`remote(stepwire.RAdam(...), learning_rate)` is that one",
-}
-
 
 def __getattr__(name: str) -> object:
-    """Raise an error with the reason why a rule of optax is not in this package."""
-    if name in _DIFFERENT:
-        raise AttributeError(f"module 'stepwire.optax' has no attribute {name!r}: {_DIFFERENT[name]}")
-    raise AttributeError(f"module 'stepwire.optax' has no attribute {name!r}")
+    """Return a function that refuses a transformation of optax which this package does not have, with the reason.
+
+    Raises:
+        AttributeError: the name is no transformation of optax's.
+    """
+    if (refused := refusal(name)) is not None:
+        return refused
+    hint = f"; it is optax's own: use optax.{name}" if hasattr(optax, name) else ""
+    raise AttributeError(f"module 'stepwire.optax' has no attribute {name!r}{hint}")

@@ -5,13 +5,14 @@ checkpoints. This module finds the session and the connection of an id.
 
 Numbers make a step happen once. A state has the number of its steps; so have the session and the server. JAX may run a
 callback twice, and a program may use a state twice. Then the step of that number is applied already. With the same
-gradient, the call returns the same parameters again. With another gradient, only one of the two can be step n, and the
-call raises an error. The fingerprint of `stepwire.steps.doubt` tells gradients apart. A large gradient is fingerprinted
-while its step is under way, so that the step does not wait for the fingerprint.
+gradient and parameters, the call returns the same result again. With others, only one of the two can be step n, and the
+call raises an error. The fingerprint of `stepwire.steps.doubt` tells arrays apart. Large arrays are fingerprinted while
+their step is under way, so that the step does not wait for the fingerprint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -21,14 +22,45 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy.typing as npt
 
 from stepwire.client import Client
-from stepwire.errors import InvalidRequestError, StepMismatchError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError
 from stepwire.optax.connection import Connection
+from stepwire.optax.program import ProgramParameters
+from stepwire.results import Snapshot
 from stepwire.session import Session
 from stepwire.steps.doubt import Fingerprint, fingerprint_of_arrays
 
-__all__ = ["TrackedSession", "client", "find", "forget", "is_tracked", "track", "tracked"]
+__all__ = ["ProgramStep", "TrackedSession", "client", "find", "forget", "is_tracked", "track", "tracked"]
 
 _LARGE_BYTES: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProgramStep:
+    """A step as the program asks for it.
+
+    Attributes:
+        count: the number of steps before it, from the state.
+        gradients: the gradients, in the order of the leaves.
+        parameters: the parameters of the program, in the same order.
+        lr: the learning rate; None for the session's own.
+        exact: True if the program gets the new parameters themselves, and not their differences.
+    """
+
+    count: int
+    gradients: Sequence[npt.NDArray[Any]]
+    parameters: Sequence[npt.NDArray[Any]]
+    lr: float | None = None
+    exact: bool = True
+
+    def sent(self) -> _SentStep:
+        """Return the record of this step."""
+        gradients, parameters = fingerprint_of_arrays(self.gradients), fingerprint_of_arrays(self.parameters)
+        return _SentStep(self.count + 1, gradients, parameters, self.lr)
+
+    @property
+    def is_large(self) -> bool:
+        """True if the fingerprints are worth a thread of their own."""
+        return sum(gradient.nbytes for gradient in self.gradients) >= _LARGE_BYTES
 
 
 class _SentStep(NamedTuple):
@@ -36,52 +68,76 @@ class _SentStep(NamedTuple):
 
     Attributes:
         step: its number.
-        fingerprint: the fingerprint of its gradient.
+        gradients: the fingerprint of its gradients.
+        parameters: the fingerprint of the program's parameters.
         lr: its learning rate.
     """
 
     step: int
-    fingerprint: Fingerprint
+    gradients: Fingerprint
+    parameters: Fingerprint
     lr: float | None
 
 
 class TrackedSession:
-    """A session and the record of its last step. Thread-safe.
+    """A session, the parameters of its program, and the record of its last step. Thread-safe.
 
     Attributes:
         session: the session, attached.
-        names: the names of its tensors, in the order of the leaves of the parameters.
     """
 
-    def __init__(self, session: Session, names: Sequence[str]) -> None:
-        """Attach to the session, so that no other client steps it."""
+    def __init__(
+        self, session: Session, names: Sequence[str], parameters: Sequence[npt.NDArray[Any]] | None = None
+    ) -> None:
+        """Attach to the session, so that no other client steps it.
+
+        Args:
+            session: the session.
+            names: the names of its tensors, in the order of the leaves of the parameters.
+            parameters: the parameters of the program, the session's in the dtypes of the program, which are kept; None
+                if they are unknown.
+        """
         session.attach()
         self.session = session
-        self.names = tuple(names)
+        self._program = ProgramParameters(session, names, parameters)
         self._last: _SentStep | None = None
         self._lock = threading.Lock()
 
-    def step(
-        self, count: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
-    ) -> list[npt.NDArray[Any]]:
-        """Apply the step after `count`, or give the outcome of that step again; return the parameters.
+    def step(self, given: ProgramStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
+        """Apply the step after the state's, or give the outcome of that step again; return the parameters.
+
+        Parameters that other code has changed since the last step are sent first.
 
         Raises:
             StepMismatchError: the session's next step does not follow on the state.
-            StepwireError: as `Session.step`.
+            StepwireError: as `Session.step` and `Session.load`.
         """
         with self._lock:
-            step, applied = count + 1, self.session.applied_step
+            step, applied = given.count + 1, self.session.applied_step
+            reply = None
             if self._last is not None and self._last.step == step:
-                if (
-                    given := self._again(_SentStep(step, fingerprint_of_arrays(gradients), lr), reply_dtype)
-                ) is not None:
-                    return given
+                reply = self._again(given, given.sent(), reply_dtype)
             elif step != applied + 1:
-                raise self._out_of_turn(count, applied)
-            return self._apply(step, gradients, lr, reply_dtype)
+                raise self._out_of_turn(given.count, applied)
+            if reply is None:
+                reply = self._apply(given, reply_dtype)
+            self._program.stepped(given.parameters, reply, exact=given.exact)
+            return reply
 
-    def _again(self, this: _SentStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]] | None:
+    def state_at(self, count: int) -> Snapshot:
+        """Return the state of the session.
+
+        Raises:
+            StepMismatchError: the session is not at this count.
+            StepwireError: as `Session.state`.
+        """
+        with self._lock:
+            snapshot = self.session.state()
+            if snapshot.step != count:
+                raise self._out_of_turn(count, snapshot.step)
+            return snapshot
+
+    def _again(self, given: ProgramStep, this: _SentStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]] | None:
         """Return the parameters again for the same step; None if its number is still to be applied.
 
         Raises:
@@ -91,38 +147,45 @@ class TrackedSession:
         if applied == this.step and self._last == this:
             return self._ordered(self.session.pull(dtype=reply_dtype))
         if applied != this.step - 1:
-            raise self._out_of_turn(this.step - 1, applied)
+            raise self._out_of_turn(given.count, applied, this)
         if self._last == this:
             return None
         self.session.attach()  # tells whether the step that failed was applied
         if self.session.applied_step < this.step:
             return None
         raise StepMismatchError(
-            f"step {this.step} failed without a reply, and was sent again with another gradient, but the server had "
-            "applied it with the first. Continue from that step: `params, state = tx.resume(session_id, params)`",
+            f"step {this.step} failed without a reply, and was sent again with {self._difference(this)}, but the "
+            "server had applied it with the first. Continue from that step: "
+            "`params, state = tx.resume(session_id, params)`",
             metadata={"actual_step": this.step, "expected_step": this.step + 1},
         )
 
-    def _apply(
-        self, step: int, gradients: Sequence[npt.NDArray[Any]], lr: float | None, reply_dtype: npt.DTypeLike
-    ) -> list[npt.NDArray[Any]]:
-        named = dict(zip(self.names, gradients, strict=True))
-        if sum(gradient.nbytes for gradient in gradients) < _LARGE_BYTES:
-            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
-            return self._ordered(self.session.step(named, lr=lr, reply_dtype=reply_dtype))
-        reply = self.session.step_async(named, lr=lr, reply_dtype=reply_dtype)
+    def _apply(self, given: ProgramStep, reply_dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
+        if self._program.upload_changes(given.parameters, reply_dtype):
+            self._last = None  # the parameters after that step are replaced
+        named = dict(zip(self._program.names, given.gradients, strict=True))
+        if not given.is_large:
+            self._last = given.sent()
+            return self._ordered(self.session.step(named, lr=given.lr, reply_dtype=reply_dtype))
+        reply = self.session.step_async(named, lr=given.lr, reply_dtype=reply_dtype)
         try:
-            self._last = _SentStep(step, fingerprint_of_arrays(gradients), lr)
+            self._last = given.sent()
         finally:
             reply.exception()  # the gradients belong to the step until it is over
         return self._ordered(reply.result())
 
     def _ordered(self, named: Any) -> list[npt.NDArray[Any]]:
-        return [named[name] for name in self.names]
+        return [named[name] for name in self._program.names]
 
-    def _out_of_turn(self, count: int, applied: int) -> StepMismatchError:
-        if count + 1 == applied and self._last is not None:
-            problem = "that step was applied with another gradient, because one state was used for two updates"
+    def _difference(self, this: _SentStep) -> str:
+        """Name the difference between this step and the last one of its number."""
+        assert self._last is not None
+        same_gradient = self._last.gradients == this.gradients and self._last.lr == this.lr
+        return "other parameters" if same_gradient else "another gradient"
+
+    def _out_of_turn(self, count: int, applied: int, this: _SentStep | None = None) -> StepMismatchError:
+        if count + 1 == applied and this is not None:
+            problem = f"that step was applied with {self._difference(this)}, because one state was used for two updates"
         elif count < applied:
             problem = "the state is an old one"
         else:
@@ -130,7 +193,8 @@ class TrackedSession:
         return StepMismatchError(
             f"the optax state is at step {count}, and the session {self.session.session_id} is at step {applied}: "
             f"{problem}. Use the state that the last update returned, or continue from the session's step: "
-            "`params, state = tx.resume(session_id, params)`",
+            "`params, state = tx.resume(session_id, params)`, or from a checkpoint: "
+            "`state = tx.from_arrays(arrays, params)`",
             metadata={"expected_step": applied + 1, "actual_step": count + 1},
         )
 
@@ -183,9 +247,11 @@ def client(connection: Connection) -> Client:
     return _once(_clients, _opening, connection, connection.open)
 
 
-def track(session: Session, names: Sequence[str], connection: Connection) -> TrackedSession:
-    """Track a session from now on."""
-    new = TrackedSession(session, names)
+def track(
+    session: Session, names: Sequence[str], connection: Connection, parameters: Sequence[npt.NDArray[Any]]
+) -> TrackedSession:
+    """Track a session from now on; `parameters` are the program's, see `TrackedSession`."""
+    new = TrackedSession(session, names, parameters)
     with _lock:
         _tracked[session.session_id] = new, connection
     return new
@@ -200,7 +266,14 @@ def find(session_id: str, names: Sequence[str], connection: Connection) -> Track
     """
 
     def attached() -> tuple[TrackedSession, Connection]:
-        return TrackedSession(client(connection).session(session_id), names), connection
+        try:
+            session = client(connection).session(session_id)
+        except SessionNotFoundError as error:
+            raise SessionNotFoundError(
+                f"{error}: `state = tx.from_arrays(arrays, params)`, with the arrays of a checkpoint",
+                metadata=error.metadata,
+            ) from None
+        return TrackedSession(session, names), connection
 
     with _lock:
         if (known := _tracked.get(session_id)) is not None:

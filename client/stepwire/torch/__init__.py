@@ -33,8 +33,7 @@ from stepwire.torch.classes import (
 )
 from stepwire.torch.optimizer import RemoteOptimizer
 from stepwire.torch.options import RemoteOptions
-
-del _torch
+from stepwire.torch.refused import refusal
 
 __all__ = [
     "LAMB",
@@ -52,3 +51,18 @@ __all__ = [
     "RemoteOptimizer",
     "RemoteOptions",
 ]
+
+_OF_TORCH = ("Optimizer", "lr_scheduler", "swa_utils")  # these work with this package's optimizers as they are
+
+
+def __getattr__(name: str) -> object:
+    """Return torch's own schedulers and the like, or a function that refuses an optimizer with the reason.
+
+    Raises:
+        AttributeError: the name is none of `torch.optim`'s.
+    """
+    if name in _OF_TORCH:
+        return getattr(_torch.optim, name)
+    if (refused := refusal(name)) is not None:
+        return refused
+    raise AttributeError(f"module 'stepwire.torch' has no attribute {name!r}")

@@ -20,25 +20,47 @@ import stepwire.optax  # noqa: E402
 from stepwire.errors import SessionNotFoundError, StepMismatchError, UnavailableError  # noqa: E402
 from stepwire.optax import sessions  # noqa: E402
 from stepwire.optax.connection import Connection  # noqa: E402
-from stepwire.optax.sessions import TrackedSession  # noqa: E402
+from stepwire.optax.sessions import ProgramStep, TrackedSession  # noqa: E402
 from tests.support.lost_replies import lost_replies  # noqa: E402
 from tests.support.torn_replies import torn_replies  # noqa: E402
 
 ONES = [np.ones(3, np.float32)]
 
 
+class Program:
+    """Asks for steps as a transformation does, with the parameters of the state that it steps.
+
+    Attributes:
+        session: the session.
+        parameters: by the count of a state, the parameters that belong to the state.
+    """
+
+    def __init__(self, session: stepwire.Session, size: int = 3) -> None:
+        start = [np.zeros(size, np.float32)]
+        self.session = session
+        self.parameters = {0: start}
+        self._tracked = TrackedSession(session, ["w"], start)
+
+    def step(
+        self, count: int, gradients: list[Any], lr: float | None = None, parameters: list[Any] | None = None
+    ) -> list[Any]:
+        before = parameters or self.parameters[min(count, max(self.parameters))]
+        reply = self._tracked.step(ProgramStep(count, gradients, before, lr), np.float32)
+        self.parameters[count + 1] = reply
+        return reply
+
+
 @pytest.fixture
-def one(client: stepwire.Client) -> TrackedSession:
-    session = client.create_session({"w": np.zeros(3, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
-    return TrackedSession(session, ["w"])
+def one(client: stepwire.Client) -> Program:
+    return Program(client.create_session({"w": np.zeros(3, np.float32)}, optimizer=stepwire.SGD(lr=1.0)))
 
 
-def test_a_step_that_comes_twice_is_applied_once(one: TrackedSession) -> None:
-    first = one.step(0, ONES, None, np.float32)
-    again = one.step(0, ONES, None, np.float32)
+def test_a_step_that_comes_twice_is_applied_once(one: Program) -> None:
+    first = one.step(0, ONES)
+    again = one.step(0, ONES)
     assert first[0].tolist() == again[0].tolist() == [-1.0] * 3
     assert one.session.info().applied_step == 1
-    assert one.step(1, ONES, None, np.float32)[0].tolist() == [-2.0] * 3
+    assert one.step(1, ONES)[0].tolist() == [-2.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -51,28 +73,28 @@ def test_a_step_that_comes_twice_is_applied_once(one: TrackedSession) -> None:
     ],
 )
 def test_a_step_out_of_turn_is_refused(
-    one: TrackedSession, count: int, gradients: list[Any], lr: float | None, message: str
+    one: Program, count: int, gradients: list[Any], lr: float | None, message: str
 ) -> None:
     for step in range(2):
-        one.step(step, ONES, None, np.float32)
+        one.step(step, ONES)
     with pytest.raises(StepMismatchError, match=message) as refused:
-        one.step(count, gradients, lr, np.float32)
+        one.step(count, gradients, lr)
     assert refused.value.metadata == {"expected_step": "3", "actual_step": str(count + 1)}
-    assert one.step(2, ONES, None, np.float32)[0].tolist() == [-3.0] * 3
+    assert one.step(2, ONES)[0].tolist() == [-3.0] * 3
 
 
-def test_a_step_that_failed_without_an_answer_may_come_again(one: TrackedSession) -> None:
+def test_a_step_that_failed_without_an_answer_may_come_again(one: Program) -> None:
     """It was applied and its answer lost: with the same gradient that is its outcome, with another one it is told."""
     for gradient, message in ((ONES, None), ([2 * ONES[0]], "the server had applied it with the first")):
         count = one.session.applied_step
         with lost_replies(), pytest.raises(UnavailableError):
-            one.step(count, ONES, None, np.float32)
+            one.step(count, ONES)
         if message is None:
-            assert one.step(count, gradient, None, np.float32)[0].tolist() == [-1.0] * 3
+            assert one.step(count, gradient)[0].tolist() == [-1.0] * 3
         else:
             with pytest.raises(StepMismatchError, match=message):
-                one.step(count, gradient, None, np.float32)
-            assert one.step(count, ONES, None, np.float32)[0].tolist() == [-2.0] * 3
+                one.step(count, gradient)
+            assert one.step(count, ONES)[0].tolist() == [-2.0] * 3
     assert one.session.info().applied_step == 2
 
 
@@ -117,23 +139,23 @@ def test_a_step_that_failed_and_was_not_applied_makes_room_for_another_gradient(
 ) -> None:
     """A large gradient is fingerprinted while its step is under way."""
     session = client.create_session({"w": np.zeros(size, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
-    held_session, gradient = TrackedSession(session, ["w"]), np.ones(size, np.float32)
+    program, gradient = Program(session, size), np.ones(size, np.float32)
     with lost_replies(applied=False), pytest.raises(UnavailableError):
-        held_session.step(0, [gradient], None, np.float32)
-    assert held_session.step(0, [2 * gradient], None, np.float32)[0].tolist() == [-2.0] * size
+        program.step(0, [gradient])
+    assert program.step(0, [2 * gradient])[0].tolist() == [-2.0] * size
     with pytest.raises(StepMismatchError, match="with another gradient"):
-        held_session.step(0, [gradient], None, np.float32)
-    assert held_session.step(0, [2 * gradient], None, np.float32)[0].tolist() == [-2.0] * size
+        program.step(0, [gradient])
+    assert program.step(0, [2 * gradient])[0].tolist() == [-2.0] * size
     assert session.info().applied_step == 1
     session.close()
 
 
-def test_a_state_used_for_a_permuted_gradient_is_told(one: TrackedSession) -> None:
+def test_a_state_used_for_a_permuted_gradient_is_told(one: Program) -> None:
     first = np.float32([1, 2, 3])
-    one.step(0, [first], None, np.float32)
+    one.step(0, [first])
     for other in (first[::-1].copy(), -first):
         with pytest.raises(StepMismatchError, match="with another gradient"):
-            one.step(0, [other], None, np.float32)
+            one.step(0, [other])
 
 
 def test_connections_are_shared_and_closed_with_the_last_session(target: str) -> None:
@@ -155,26 +177,26 @@ def test_connections_are_shared_and_closed_with_the_last_session(target: str) ->
 # --- steps in doubt -------------------------------------------------------------------------------------
 
 
-def test_an_attempt_that_cannot_ask_for_the_outcome_leaves_the_record_of_the_step_in_doubt(one: TrackedSession) -> None:
+def test_an_attempt_that_cannot_ask_for_the_outcome_leaves_the_record_of_the_step_in_doubt(one: Program) -> None:
     """The first gradient was applied. The second is not sent, so it must never count as applied."""
-    one.step(0, ONES, None, np.float32)
+    one.step(0, ONES)
     with lost_replies(), pytest.raises(UnavailableError):
-        one.step(1, [2 * ONES[0]], None, np.float32)
+        one.step(1, [2 * ONES[0]])
     for _ in range(2):
         with torn_replies(), pytest.raises(UnavailableError, match="cannot be reached"):
-            one.step(1, [3 * ONES[0]], None, np.float32)
+            one.step(1, [3 * ONES[0]])
     with pytest.raises(StepMismatchError, match="the server had applied it with the first"):
-        one.step(1, [3 * ONES[0]], None, np.float32)
-    assert one.step(1, [2 * ONES[0]], None, np.float32)[0].tolist() == [-3.0] * 3
+        one.step(1, [3 * ONES[0]])
+    assert one.step(1, [2 * ONES[0]])[0].tolist() == [-3.0] * 3
     assert one.session.info().applied_step == 2
 
 
-def test_a_gradient_after_one_that_was_not_applied_survives_an_attempt_without_a_server(one: TrackedSession) -> None:
+def test_a_gradient_after_one_that_was_not_applied_survives_an_attempt_without_a_server(one: Program) -> None:
     with lost_replies(applied=False), pytest.raises(UnavailableError):
-        one.step(0, ONES, None, np.float32)
+        one.step(0, ONES)
     with torn_replies(), pytest.raises(UnavailableError, match="cannot be reached"):
-        one.step(0, [2 * ONES[0]], None, np.float32)
-    assert one.step(0, [4 * ONES[0]], None, np.float32)[0].tolist() == [-4.0] * 3
+        one.step(0, [2 * ONES[0]])
+    assert one.step(0, [4 * ONES[0]])[0].tolist() == [-4.0] * 3
 
 
 # --- the table of sessions ------------------------------------------------------------------------------
@@ -200,7 +222,7 @@ class SlowClient:
 
 
 @pytest.fixture
-def slow(one: TrackedSession, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowClient]:
+def slow(one: Program, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowClient]:
     made = SlowClient(one.session)
     monkeypatch.setattr(sessions, "client", lambda connection: made)
     yield made
