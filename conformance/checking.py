@@ -95,10 +95,12 @@ def _misses(channel: grpc.Channel, case: StoredCase, last_step: int | None, alwa
 def _flag_misses(case: StoredCase, result: step_pb2.StepResult) -> Iterator[Miss]:
     """Check the flags of a result."""
     every = max(1, case.config.gradient.accumulation_steps)
+    summed = range(result.step - every + 1, result.step + 1)
+    accumulated = result.step % every != 0
     expected = {
         "replayed": False,
-        "skipped": case.special(result.step).first_element is not None,
-        "accumulated": result.step % every != 0,
+        "skipped": not accumulated and any(case.special(step).first_element is not None for step in summed),
+        "accumulated": accumulated,
     }
     for flag, value in expected.items():
         if getattr(result, flag) != value:

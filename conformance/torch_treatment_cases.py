@@ -129,6 +129,36 @@ def _accumulation() -> Iterator[Case]:
             checkpoints=(1, every, 2 * every, 10 * every, 1000),
             counts=rule == "ADAM",
         )
+    yield from _dropped_accumulations()
+
+
+def _dropped_accumulations() -> Iterator[Case]:
+    """Yield sums of three gradients, one of which is not finite: the second, the last, the first."""
+    spoilt: Any = [
+        {"first": 5, "every": 90, "first_element": "inf"},
+        {"first": 36, "every": 90, "first_element": "nan"},
+        {"first": 64, "every": 90, "first_element": "nan"},
+    ]
+    scaler = {"init_scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 8}
+    contract = {"initialScale": 1024.0, "growthFactor": 2.0, "backoffFactor": 0.5, "growthInterval": 8}
+    written = ", ".join(f"{key}={value}" for key, value in scaler.items())
+    left_out = "sums with a gradient that is not finite left out, as torch.amp.GradScaler does"
+    for name, treatment, reference, words in (
+        ("skip", {"non_finite": "NON_FINITE_POLICY_SKIP"}, {"skip_non_finite": True}, left_out),
+        ("loss-scale", {"loss_scaling": contract}, {"scaler": scaler}, f"torch.amp.GradScaler({written})"),
+    ):
+        yield torch_case(
+            f"accumulation-{name}",
+            "accumulation",
+            "ADAM",
+            ADAM,
+            config={"gradient": {"accumulation_steps": 3} | treatment},
+            reference={"accumulate": 3} | reference,
+            words=f"3 backward passes to a step; {words}",
+            steps=spoilt,
+            checkpoints=(3, 6, 33, 36, 66, 999),
+            counts=True,
+        )
 
 
 def _loss_scaling() -> Iterator[Case]:

@@ -127,7 +127,8 @@ class Client:
             clip_grad_norm: bound of the gradient's global norm.
             clip_formula: the formula of clipping by norm: `"torch"` (the default), `"optax"` or `"keras"`.
             clip_grad_value: bound of each gradient element's magnitude.
-            accumulation_steps: gradients summed into one update.
+            accumulation_steps: gradients summed into one update. A sum with NaN or Inf is refused, skipped or applied
+                as `non_finite` says of one gradient.
             loss_scaling: dynamic loss scaling by the server; see `Session.loss_scale`.
             missing_gradient: `"keep"`: a step may leave tensors out, which stay as they are; `"reject"`: no step may.
             parameter_average_decay: decay of an exponential moving average of the parameters; see `Session.pull`.

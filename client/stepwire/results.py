@@ -107,15 +107,16 @@ class StepResult:
         durable_step: the last step that survives a loss of the server; 0 if none does.
         epoch: the epoch of the session that applied the step.
         replayed: True if the step had been applied before, and its reply was lost.
-        skipped: True if nothing was updated, because the gradient was not finite.
-        grad_norm: the Euclidean norm of the whole gradient, unscaled, before clipping.
-        non_finite_count: the gradient elements that were NaN or Inf.
+        skipped: True if nothing was updated, because the gradient, or the sum of accumulated ones, was not finite.
+        grad_norm: the Euclidean norm of the whole gradient, unscaled, before clipping. At the end of an accumulation it
+            is that of the sum.
+        non_finite_count: the elements of the same gradient that were NaN or Inf.
         groups: one entry a group.
         receive_seconds: the time from the step's first message to its commit, on the server.
         queue_seconds: the time of waiting for the session and the engine.
         apply_seconds: the time of decoding, of the rule and of encoding.
         previous_send_seconds: the time of sending the reply before; None on the first step of a stream.
-        accumulated: True if the gradient was added to those before it, and nothing was updated.
+        accumulated: True if the gradient was added to those before it, NaN and Inf included, and nothing was updated.
         clipped_grad_norm: the norm after clipping.
         clip_coefficient: the factor of clipping by the global norm.
         update_norm: the norm of the parameters' change; None without a measurement, or without an update.
@@ -177,7 +178,7 @@ class Snapshot:
         slots: `"param"`, `"exp_avg"`, `"exp_avg_sq"`, … → tensor name → array of the tensor's shape. An 8-bit slot has
             a second slot with the maxima of its blocks, such as `"exp_avg_scale"`.
         tensor_steps: the updates that each tensor has had (Adam's t), by name.
-        loss_scale: the scale, and the clean steps since its last change; None without loss scaling.
+        loss_scale: the scale, and the updates since its last change; None without loss scaling.
     """
 
     step: int

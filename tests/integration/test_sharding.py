@@ -399,10 +399,11 @@ def test_nan_in_one_shard_is_refused_by_all(servers: list[Server], opened: Opene
         {"non_finite": "skip"},
         {"non_finite": "skip", "accumulation_steps": 2, "clip_grad_norm": 1.0},
         {"loss_scaling": stepwire.LossScaling(initial_scale=1024.0, growth_interval=2), "clip_grad_norm": 1.0},
+        {"loss_scaling": stepwire.LossScaling(initial_scale=1024.0, growth_interval=1), "accumulation_steps": 3},
         {"non_finite": "allow", "clip_grad_norm": 1.0},
         {"non_finite": "allow"},
     ],
-    ids=["skip", "accumulated", "loss_scaling", "clipped", "allow"],
+    ids=["skip", "accumulated", "loss_scaling", "accumulated and scaled", "clipped", "allow"],
 )
 def test_nan_in_one_shard_is_skipped_or_applied_by_all(
     servers: list[Server], opened: Opened, one: stepwire.Client, options: dict[str, Any], value: float

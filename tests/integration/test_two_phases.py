@@ -123,6 +123,24 @@ def test_one_shard_skips_because_another_must(raw: RawClient, create: Any) -> No
     assert (result.step, result.skipped, result.telemetry.groups[0].t) == (2, False, 1)
 
 
+def test_the_last_step_of_an_accumulation_drops_it_everywhere(raw: RawClient, create: Any) -> None:
+    """A shard whose gradient is not finite tells so again at the end, when the coordinator can skip the update."""
+    session_id, stream = create(non_finite=SKIP, accumulation_steps=2)
+    bad = GRADIENT.copy()
+    bad[3] = np.nan
+    assert checked(stream, 1, bad).non_finite_count == 1
+    result = stream.step(decision(skip=True))
+    assert (result.accumulated, result.skipped, result.telemetry.non_finite_count) == (True, False, 1)
+    assert checked(stream, 2).non_finite_count == 1, "of the sum"
+    result = stream.step(decision(skip=True))
+    assert (result.accumulated, result.skipped, result.telemetry.non_finite_count) == (False, True, 1)
+    for step in (3, 4):
+        assert checked(stream, step).non_finite_count == 0
+        result = stream.step(decision(clip_coefficient=1.0))
+        assert (result.accumulated, result.skipped) == (step == 3, False)
+    assert pulled(raw, session_id).all()
+
+
 def test_nan_is_counted_for_the_coordinator(create: Any) -> None:
     _, stream = create(non_finite=SKIP)
     bad = GRADIENT.copy()

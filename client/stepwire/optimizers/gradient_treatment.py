@@ -47,9 +47,9 @@ class LossScaling:
 
     Attributes:
         initial_scale: the factor of the first gradient, in [1e-37, 1e37].
-        growth_factor: the factor of the scale after `growth_interval` clean steps, finite, > 1.
-        backoff_factor: the factor of the scale after a step with NaN or Inf, in (0, 1).
-        growth_interval: the number of clean steps before growth, ≥ 1.
+        growth_factor: the factor of the scale after `growth_interval` updates, finite, > 1.
+        backoff_factor: the factor of the scale after an update that NaN or Inf prevented, in (0, 1).
+        growth_interval: the number of updates in a row before growth, ≥ 1. An accumulation is one.
     """
 
     initial_scale: float = 65536.0
@@ -79,7 +79,8 @@ class GradientTreatment:
         clip_grad_norm: the bound of the global norm, finite, > 0; None for none.
         clip_formula: the formula of clipping by norm; default torch's.
         clip_grad_value: the bound of each element's magnitude, finite, > 0; None for none.
-        accumulation_steps: the number of gradients summed into one update, ≥ 1.
+        accumulation_steps: the number of gradients summed into one update, ≥ 1. The policy for NaN and Inf is that of
+            the sum: where it skips, a sum with one such gradient is dropped as a whole, at its end.
         loss_scaling: dynamic loss scaling on the server; None for none.
         missing_gradient: `"keep"` if a step may omit tensors. Their values, their moments and their t stay.
         parameter_average_decay: the decay of the parameters' moving average, in (0, 1); None for none.

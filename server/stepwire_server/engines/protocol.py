@@ -271,6 +271,10 @@ class EngineState(Protocol):
         """Copy a slot held as float32 to another."""
         ...
 
+    def clear(self, slot: str) -> None:
+        """Zero a slot held as float32."""
+        ...
+
     def adopt(self, other: EngineState) -> None:
         """Replace this state's slots by those of `other`, held as float32 there; `other` is used up."""
         ...

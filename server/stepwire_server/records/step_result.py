@@ -51,9 +51,9 @@ class StepResult(NamedTuple):
     Attributes:
         step: the step's number.
         epoch: the epoch that applied it.
-        skipped: nothing was updated because the gradient was not finite.
-        grad_norm: the Euclidean norm of the whole gradient before clipping.
-        non_finite_count: the gradient elements that were NaN or Inf.
+        skipped: nothing was updated because the gradient, or the sum of accumulated ones, was not finite.
+        grad_norm: the Euclidean norm of the whole gradient before clipping; at the end of an accumulation, of the sum.
+        non_finite_count: the elements of the same gradient that were NaN or Inf.
         groups: one result a group, in index order.
         times: the stages of the step.
         accumulated: the gradient was added to those before it and nothing was updated.

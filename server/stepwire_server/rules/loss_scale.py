@@ -2,6 +2,9 @@
 
 s ← s·backoff      after a step with NaN or Inf, and the count of clean steps starts again
 s ← s·growth       after `growth_interval` clean steps, likewise, unless that is beyond its bounds
+
+A step is one that updates, or is skipped: of those that are accumulated, all together are one. So all gradients of a
+sum have one scale, as GradScaler's users have it, who call `update` once an update.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ class LossScale(NamedTuple):
 
     Attributes:
         scale: the factor by which the next gradient must have been multiplied.
-        clean_steps: the number of steps without NaN and Inf since the scale changed last.
+        clean_steps: the number of updates since the scale changed last.
     """
 
     scale: float
@@ -26,7 +29,7 @@ class LossScale(NamedTuple):
 
 
 def after_step(now: LossScale, scaling: LossScaling, *, finite: bool) -> LossScale:
-    """Return the state of loss scaling after a step; the scale stays within its bounds."""
+    """Return the state of loss scaling after an update, or a skipped one; the scale stays within its bounds."""
     if not finite:
         return LossScale(max(now.scale * scaling.backoff_factor, SMALLEST_SCALE))
     if now.clean_steps + 1 < scaling.growth_interval:

@@ -220,10 +220,10 @@ class Session:
             if step.request.reply_base is not None and not self.ledger.replied(step.request.reply_base):
                 step.request = step.request._replace(reply_base=None)
             commit, started = Commit(step, self._state), self._clock()
-            if commit.effect is Effect.SKIPPED:
+            if not commit.changes:
                 commit.apply(writer)
             with self.ledger.changing("step", step.request.step):
-                if commit.effect is not Effect.SKIPPED:
+                if commit.changes:
                     commit.apply(writer)
                 self._state.advance(step.gradient, commit.effect)
                 times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)

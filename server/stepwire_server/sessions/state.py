@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import AVERAGE, Precision
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.steps.gradient import StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
@@ -92,6 +93,7 @@ class SessionState:
         tensor_steps: Adam's t of each tensor.
         loss_scale: the state of dynamic loss scaling; None without it.
         unfinished: the step that a broken stream left half applied; None for none.
+        sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
     """
 
     def __init__(self, config: SessionConfig, device: Device) -> None:
@@ -106,6 +108,7 @@ class SessionState:
         scaling = config.treatment.loss_scaling
         self.loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
         self.unfinished: OverlappedStep | None = None
+        self.sum_bound = 0.0
         self._prepared: tuple[Any, ...] = (None, None, None)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size, config.kept)
@@ -165,7 +168,11 @@ class SessionState:
         return 1.0 / (request.loss_scale if self.loss_scale is None else self.loss_scale.scale)
 
     def advance(self, gradient: StagedGradient, effect: Effect) -> None:
-        """Count a step that has changed the arrays, or was skipped."""
+        """Count a step that has changed the arrays, or was skipped; growth of the loss scale counts updates alone."""
+        if effect is Effect.ACCUMULATED:
+            self.sum_bound += math.sqrt(math.fsum(gradient.squared_norms()))
+            return
+        self.sum_bound = 0.0
         if effect is Effect.UPDATED:
             self.tensor_steps.advance(gradient.selection)
         scaling = self.config.treatment.loss_scaling
@@ -209,6 +216,8 @@ class SessionState:
             self.arrays.copy(PARAM, AVERAGE)
         self.arrays.settle()
         self.unfinished = None
+        if ACCUMULATED in request.slots:
+            self.sum_bound = math.inf
         if request.tensor_steps:
             self.tensor_steps = TensorSteps(self.config, request.tensor_steps)
         self.loss_scale = request.loss_scale or self.loss_scale

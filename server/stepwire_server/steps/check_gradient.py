@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from stepwire.errors import NonFiniteGradientError
+from stepwire.layout import Layout
 from stepwire.optimizers import Hyperparameters
 from stepwire.optimizers.norms import GradientNorms, gradient_norms, with_factors
-from stepwire_server.engines.protocol import Pending
-from stepwire_server.rules.exact_norm import exact_sum_of_squares
+from stepwire_server.steps.accumulated_sum import AccumulatedSum
 from stepwire_server.steps.step import Step, SteppedState
-from stepwire_server.steps.update import effective_groups, gradient_factor
+from stepwire_server.steps.update import effective_groups
 
 __all__ = ["GradientCheck", "check_gradient"]
+
+# Half of the largest float32: the roundings of millions of additions do not double a sum.
+_SAFE_SUM: Final = 2.0**127
+
+
+class Measured(Protocol):
+    """A gradient, or the sum of several, that has been squared."""
+
+    @property
+    def non_finite_count(self) -> int:
+        """The elements that are NaN or Inf."""
+        ...
+
+    @property
+    def first_non_finite(self) -> int:
+        """The first flat element of those."""
+        ...
+
+    def squared_norms(self) -> list[float]:
+        """Return the sum of squares of each group."""
+        ...
+
+    def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
+        """Return the sum of squares of some groups exactly."""
+        ...
 
 
 class GradientCheck(NamedTuple):
@@ -24,9 +48,10 @@ class GradientCheck(NamedTuple):
     Attributes:
         groups: the hyper-parameters of each group, with scheduled learning rates.
         updates: the step updates, and does not only add to an accumulation.
-        squared_norms: each group's sum of squares of the gradient that is applied, within `norms.RELATIVE_ERROR`.
+        squared_norms: each group's sum of squares of the gradient that is applied or added, within
+            `norms.RELATIVE_ERROR`. At the last step of an accumulation that gradient is the sum.
         norms: the norms of the same, with the factors of clipping.
-        finite: no element is NaN or Inf.
+        finite: no element of the same is NaN or Inf.
         non_finite_count: the elements that are.
     """
 
@@ -49,79 +74,46 @@ def check_gradient(step: Step, state: SteppedState) -> GradientCheck:
     gradient.complete()
     updated = state.tensor_steps.group_steps() if config.scheduled else ()
     groups, every = effective_groups(config, step.request, updated), config.treatment.accumulation_steps
-    updates, finite = step.request.step % every == 0, not gradient.non_finite_count
-    squared = gradient.squared_norms()
-    norms = _norms(step, state, squared, gradient.exact_squared_norm)
-    if every > 1 and updates and finite:
-        squared = _accumulated_squares(step, state, groups)
-        norms = _norms(step, state, squared, lambda wanted: _exact_accumulated(step, state, groups, wanted))
-        finite = math.isfinite(norms.total)
-    if not finite and config.treatment.policy == "reject":
-        raise _refusal(step, state)
-    return GradientCheck(groups, updates, squared, norms, finite, gradient.non_finite_count)
+    updates, rejects = step.request.step % every == 0, config.treatment.policy == "reject"
+    if rejects and gradient.non_finite_count:
+        raise _refusal(step, config.layout, gradient)
+    applied: Measured = gradient
+    norms = _norms(step, state, gradient)
+    if every > 1 and (updates or (rejects and state.sum_bound + norms.total > _SAFE_SUM)):
+        total = AccumulatedSum(gradient, state.arrays, groups)
+        if rejects and total.non_finite_count:
+            raise _refusal(step, config.layout, total)
+        if updates:
+            applied, norms = total, _norms(step, state, total)
+    count = applied.non_finite_count
+    return GradientCheck(groups, updates, applied.squared_norms(), norms, not count, count)
 
 
-def _norms(
-    step: Step, state: SteppedState, squared: Sequence[float], exact: Callable[[Sequence[int]], Fraction]
-) -> GradientNorms:
-    """Return the norms of a gradient with the factors of clipping: the coordinator's, where it has decided.
-
-    Args:
-        step: the step.
-        state: the session's state.
-        squared: each group's sum of squares.
-        exact: returns the exact sum of squares of some groups; slow and rarely needed.
-    """
+def _norms(step: Step, state: SteppedState, measured: Measured) -> GradientNorms:
+    """Return the norms of a gradient with the factors of clipping: the coordinator's, where it has decided."""
     treatment, decision = state.config.treatment, step.decision
     norms = gradient_norms(
-        squared, exact, treatment.clip_grad_norm, state.config.group_clips, treatment.clip_formula or "torch"
+        measured.squared_norms(),
+        measured.exact_squared_norm,
+        treatment.clip_grad_norm,
+        state.config.group_clips,
+        treatment.clip_formula or "torch",
     )
     return norms if decision is None else with_factors(norms, decision.coefficient, decision.groups)
 
 
-def _accumulated_squares(step: Step, state: SteppedState, groups: Sequence[Hyperparameters]) -> list[float]:
-    """Sum the squares of the gradient added to those before it: one more pass, which changes nothing."""
-    gradient = step.gradient
-    totals: list[list[Pending[float]]] = [[] for _ in groups]
-    for start, end, group in gradient.selection.segments:
-        factor = gradient_factor(groups[group], gradient.unscale)
-        totals[group] += [
-            state.arrays.sum_of_squares(found.chunk.gradient, found.begin, found.end, factor, found.start)
-            for found in gradient.ranges(start, end)
-        ]
-    return [math.fsum(asked.wait() for asked in sums) for sums in totals]
-
-
-def _exact_accumulated(
-    step: Step, state: SteppedState, groups: Sequence[Hyperparameters], wanted: Sequence[int]
-) -> Fraction:
-    """Sum the squares of `_accumulated_squares` exactly, for some groups; slow and rarely needed."""
-    gradient = step.gradient
-    return exact_sum_of_squares(
-        state.arrays.fetch(
-            found.chunk.gradient, found.begin, found.end, gradient_factor(groups[group], gradient.unscale), found.start
-        )
-        for start, end, group in gradient.selection.segments
-        if group in wanted
-        for found in gradient.ranges(start, end)
-    )
-
-
-def _refusal(step: Step, state: SteppedState) -> NonFiniteGradientError:
-    gradient, layout = step.gradient, state.config.layout
-    if not gradient.non_finite_count:
-        return NonFiniteGradientError(
-            f"step {step.request.step}: the sum of the accumulated gradients is beyond float32; nothing was "
-            "applied. Scale the gradients down, or load a grad_accumulation of zeros"
-        )
-    tensor = next(layout.overlapping(gradient.first_non_finite, gradient.first_non_finite + 1))
+def _refusal(step: Step, layout: Layout, found: Measured) -> NonFiniteGradientError:
+    tensor = next(layout.overlapping(found.first_non_finite, found.first_non_finite + 1))
+    what = f"the gradient of tensor {tensor.spec.name!r} holds NaN or Inf"
+    remedy = "Mend the gradient, or create the session with the policy 'skip' or 'allow'"
+    if found is not step.gradient:
+        what = f"the sum of the accumulated gradients of tensor {tensor.spec.name!r} is beyond float32"
+        remedy = "Scale the gradients down, or load a grad_accumulation of zeros"
     return NonFiniteGradientError(
-        f"step {step.request.step}: the gradient of tensor {tensor.spec.name!r} holds NaN or Inf "
-        f"({gradient.non_finite_count} elements in all); nothing was applied. Mend the gradient, or create the "
-        "session with the policy 'skip' or 'allow'",
+        f"step {step.request.step}: {what} ({found.non_finite_count} elements in all); nothing was applied. {remedy}",
         metadata={
             "tensor": tensor.spec.name,
-            "element": gradient.first_non_finite - tensor.offset,
-            "non_finite_count": gradient.non_finite_count,
+            "element": found.first_non_finite - tensor.offset,
+            "non_finite_count": found.non_finite_count,
         },
     )

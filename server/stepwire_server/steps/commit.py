@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from stepwire.errors import NonFiniteGradientError
 from stepwire_server.records.step_result import StepResult
+from stepwire_server.rules import ACCUMULATED
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters, reply_ranges, split_range
 from stepwire_server.steps.result import Effect, Moment, step_result
@@ -21,7 +22,7 @@ class Commit:
     """One step on its way into the state.
 
     Attributes:
-        effect: the effect that it has; SKIPPED changes nothing.
+        effect: the effect that it has.
     """
 
     def __init__(self, step: Step, state: SteppedState) -> None:
@@ -41,8 +42,15 @@ class Commit:
             if config.rule.direction is not None:
                 self._segments = trusted(self._segments, check.groups, gradient, state.arrays)
 
+    @property
+    def changes(self) -> bool:
+        """The state changes: a step that is skipped changes nothing, unless it drops an accumulation."""
+        return self.effect is not Effect.SKIPPED or self._state.config.treatment.accumulation_steps > 1
+
     def _decide(self, check: GradientCheck) -> Effect:
         decision, allowed = self._step.decision, self._state.config.treatment.policy == "allow"
+        if not check.updates:  # whatever it holds: the sum tells the last step of the accumulation
+            return Effect.ACCUMULATED
         if decision is not None and decision.skip:
             return Effect.SKIPPED
         if not (check.finite or allowed):
@@ -53,7 +61,7 @@ class Commit:
                     metadata={"non_finite_count": check.non_finite_count},
                 )
             return Effect.SKIPPED
-        return Effect.UPDATED if check.updates else Effect.ACCUMULATED
+        return Effect.UPDATED
 
     def apply(self, writer: ReplyWriter) -> None:
         """Change the state, and reply with the new parameters."""
@@ -62,6 +70,9 @@ class Commit:
             return
         if self.effect is Effect.ACCUMULATED:
             self._accumulate()
+        elif self.changes:
+            self._state.arrays.clear(ACCUMULATED)
+            self._state.arrays.settle()
         if self._step.request.reply_base is None:  # otherwise the client has them
             reply_parameters(self._state.arrays, self._state.config.layout, self._step.request, writer)
 

@@ -19,7 +19,7 @@ class Effect(enum.Enum):
 
     UPDATED = "the parameters were stepped"
     ACCUMULATED = "the gradient was added to those before it"
-    SKIPPED = "nothing changed, because the gradient was not finite"
+    SKIPPED = "nothing was updated, because the gradient was not finite, and an accumulation was dropped"
 
 
 class Moment(NamedTuple):

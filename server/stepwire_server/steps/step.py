@@ -23,12 +23,14 @@ class SteppedState(Protocol):
         arrays: the engine's arrays.
         tensor_steps: Adam's t of each tensor.
         loss_scale: the state of dynamic loss scaling; None without it.
+        sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
     """
 
     config: SessionConfig
     arrays: EngineState
     tensor_steps: TensorSteps
     loss_scale: LossScale | None
+    sum_bound: float
 
 
 class Hold(Protocol):

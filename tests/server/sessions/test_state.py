@@ -223,11 +223,11 @@ def test_the_numbers_of_a_load_are_those_of_the_next_snapshot(device: Device) ->
     ("effect", "steps", "scale"),
     [
         (Effect.UPDATED, (1,), LossScale(8.0, 1)),
-        (Effect.ACCUMULATED, (0,), LossScale(8.0, 1)),
+        (Effect.ACCUMULATED, (0,), LossScale(8.0)),
         (Effect.SKIPPED, (0,), LossScale(4.0)),
     ],
 )
-def test_an_update_counts_and_a_skipped_step_lowers_the_scale(
+def test_an_update_counts_and_a_skipped_one_lowers_the_scale(
     device: Device, effect: Effect, steps: tuple[int, ...], scale: LossScale
 ) -> None:
     scaling = LossScaling(initial_scale=8.0, growth_interval=2)

@@ -52,6 +52,7 @@ class Bench:
         self.arrays = CpuEngine(threads=1, use_numba=False).allocate(config.slots, config.layout.size, config.kept)
         self.tensor_steps = TensorSteps(config, [0] * len(config.layout.tensors))
         self.loss_scale: LossScale | None = None
+        self.sum_bound = 0.0
         self.effect = Effect.SKIPPED
         self.reply = np.empty(0, np.float32)
         self.start = np.zeros(SIZE, np.float32)
@@ -211,34 +212,74 @@ def test_micro_steps_add_up_to_one_update() -> None:
     assert made.tensor_steps.tensor_steps() == (1, 1, 1)
 
 
-@pytest.mark.parametrize("policy", ["reject", "skip"])
+def with_inf(step: int) -> Vector:
+    bad = gradient(step)
+    bad[258] = np.inf
+    return bad
+
+
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_micro_step_that_is_not_finite_adds_nothing(policy: Any, step: int) -> None:
-    made = bench(accumulation_steps=3, non_finite=policy)
+def test_a_micro_step_that_is_not_finite_is_refused_and_adds_nothing(step: int) -> None:
+    made = bench(accumulation_steps=3)
     for earlier in range(1, step):
         made.commit(earlier, gradient(earlier))
     before = {slot: made.read(slot).tobytes() for slot in made.config.slots}
-    bad = gradient(step)
-    bad[258] = np.inf
-    if policy == "reject":
-        with pytest.raises(NonFiniteGradientError, match="'c' holds NaN or Inf"):
-            made.commit(step, bad)
-    else:
-        result = made.commit(step, bad)
-        assert (made.effect, result.skipped, result.non_finite_count) == (Effect.SKIPPED, True, 1)
-        assert clipped_norms_told(result) == (0.0, 0.0)
+    with pytest.raises(NonFiniteGradientError, match="'c' holds NaN or Inf"):
+        made.commit(step, with_inf(step))
     assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before
 
 
-def test_a_sum_beyond_float32_is_refused_though_every_part_is_finite() -> None:
-    made = bench(accumulation_steps=2)
-    large = gradient(1)
-    large[3] = 3e38
-    made.commit(1, large)
+@pytest.mark.parametrize("bad", [(1,), (2,), (3,), (1, 2, 3)], ids=str)
+def test_an_accumulation_with_a_micro_step_that_is_not_finite_is_dropped_at_its_end(bad: tuple[int, ...]) -> None:
+    made = bench(accumulation_steps=3, non_finite="skip")
+    for step in (1, 2):
+        result = made.commit(step, with_inf(step) if step in bad else gradient(step))
+        assert (made.effect, result.accumulated, result.skipped) == (Effect.ACCUMULATED, True, False)
+        assert result.non_finite_count == (step in bad)
+    result = made.commit(3, with_inf(3) if 3 in bad else gradient(3))
+    assert (made.effect, result.accumulated, result.skipped) == (Effect.SKIPPED, False, True)
+    assert (result.non_finite_count, result.grad_norm) == (1, math.inf), "the sum's, whichever step made it so"
+    assert clipped_norms_told(result) == (0.0, 0.0)
+    assert made.reply.tobytes() == made.start.tobytes() == made.read().tobytes()
+    assert not any(made.read(slot).any() for slot in made.config.slots if slot != "param")
+    assert made.tensor_steps.tensor_steps() == (0, 0, 0)
+
+
+def test_an_accumulation_that_may_be_infinite_is_applied_with_the_norm_of_its_sum() -> None:
+    made = bench(optimizer=SGD(lr=0.5), accumulation_steps=2, non_finite="allow", clip_grad_norm=1e9)
+    assert made.commit(1, gradient(1)).non_finite_count == 0
+    result = made.commit(2, with_inf(2))
+    assert (made.effect, result.skipped, result.non_finite_count) == (Effect.UPDATED, False, 1)
+    assert norms_told(result) == (*rounded(norms_of(gradient(1) + gradient(2)))[:1], math.inf)
+    assert not made.read("grad_accumulation").any()
+
+
+LARGE = np.where(np.arange(SIZE) == 3, np.float32(3e38), gradient(1)).astype(np.float32)
+BEYOND = "the sum of the accumulated gradients of tensor 'a' is beyond float32 "
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_micro_step_whose_sum_is_beyond_float32_is_refused(every: int) -> None:
+    """At once, and not only where the accumulation ends: nothing could be sent any more then."""
+    made = bench(accumulation_steps=every)
+    made.sum_bound = math.inf  # as after a load
+    made.commit(1, LARGE)
     before = {slot: made.read(slot).tobytes() for slot in made.config.slots}
-    with pytest.raises(NonFiniteGradientError, match="the sum of the accumulated gradients is beyond float32"):
-        made.commit(2, large)
+    with pytest.raises(NonFiniteGradientError, match=BEYOND) as refused:
+        made.commit(2, LARGE)
+    assert refused.value.metadata == {"tensor": "a", "element": "3", "non_finite_count": "1"}
     assert {slot: made.read(slot).tobytes() for slot in made.config.slots} == before
+    made.commit(2, -LARGE)
+    assert abs(made.read("grad_accumulation")[3]) == 0.0
+
+
+def test_a_sum_beyond_float32_is_dropped_under_the_policy_skip() -> None:
+    made = bench(accumulation_steps=3, non_finite="skip")
+    assert [made.commit(step, LARGE).non_finite_count for step in (1, 2)] == [0, 0]
+    result = made.commit(3, -LARGE)
+    assert (made.effect, result.skipped, result.non_finite_count) == (Effect.SKIPPED, True, 1)
+    assert made.read().tobytes() == made.start.tobytes()
+    assert not made.read("grad_accumulation").any()
 
 
 def test_tensors_without_a_gradient_stay_as_they_are_and_keep_their_t() -> None:

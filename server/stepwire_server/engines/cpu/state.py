@@ -206,6 +206,10 @@ class CpuState:
         """See `EngineState.copy`."""
         self._slots[target].write(0, self._slots[source].arrays()[0])
 
+    def clear(self, slot: str) -> None:
+        """See `EngineState.clear`."""
+        self._slots[slot].arrays()[0][:] = 0.0
+
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CpuState) and other._size == self._size

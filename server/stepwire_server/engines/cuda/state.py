@@ -254,6 +254,12 @@ class CudaState:
         with self._resources.device.current():
             copies.data.copy_from_device_async(values.data, values.nbytes, self._resources.device.compute)
 
+    def clear(self, slot: str) -> None:
+        """See `EngineState.clear`."""
+        (values,) = self._slots[slot].range(0, self._size)
+        with self._resources.device.current():
+            values.data.memset_async(0, values.nbytes, self._resources.device.compute)
+
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CudaState) and other._size == self._size

@@ -300,6 +300,8 @@ def test_an_update_adds_what_was_accumulated_and_clears_it(engine, pass_of, slot
     assert out.tolist() == [0.0, 2.0, 3.0, 0.0]
     state.read(AVERAGE, 0, out).wait()
     assert out[0] == out[3] == 0.0 and out[1] != 0.0
+    state.clear(ACCUMULATED)
+    assert not state.fetch(chunk, 0, 4, 0.0, 0).any()
 
 
 def test_steps_leave_no_memory_behind(engine, make_arrays, pass_of) -> None:

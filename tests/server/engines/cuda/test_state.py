@@ -13,7 +13,7 @@ import pytest
 
 from stepwire.errors import ResourceExhaustedError
 from stepwire_server.engines import PARAM, CpuEngine
-from stepwire_server.rules import ALL_RULES, AVERAGE, Decay, Precision, Recipe
+from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
 from tests.server.pretended_gpus import (
     PretendedGpu,
     library_of,
@@ -442,6 +442,18 @@ def test_a_slot_is_copied_to_another_in_its_turn(start) -> None:
     state.write(PARAM, 0, normal(1000, 2))
     cases.assert_same_bits(read(state, AVERAGE, 1000), normal(1000, 1))
     cases.assert_same_bits(read(state, PARAM, 1000), normal(1000, 2))
+    state.close()
+
+
+def test_a_slot_is_cleared_in_its_turn(start) -> None:
+    state = start().allocate(cases.slots_of(EVERYTHING), 1000)
+    state.write(ACCUMULATED, 0, np.full(1000, np.nan, np.float32))
+    state.write(PARAM, 0, normal(1000, 1))
+    state.clear(ACCUMULATED)
+    assert not read(state, ACCUMULATED, 1000).any()
+    state.write(ACCUMULATED, 0, normal(1000, 2))
+    cases.assert_same_bits(read(state, ACCUMULATED, 1000), normal(1000, 2))
+    cases.assert_same_bits(read(state, PARAM, 1000), normal(1000, 1))
     state.close()
 
 
