@@ -387,11 +387,7 @@ class Engine(Protocol):
         ...
 
     def on_lost(self, tell: Callable[[DataLossError], None]) -> None:
-        """Call `tell` once, when the device fails for good; every later call of the engine raises that error.
-
-        Args:
-            tell: called in the thread that finds out, so it must not wait.
-        """
+        """Call `tell`, which must not wait, once the device fails for good; every later call raises that error."""
         ...
 
     def rest(self) -> None:
