@@ -11,7 +11,12 @@ from stepwire_server.devices.pool import DevicePool
 from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.server import Server
 
-__all__ = ["numpy_server"]
+__all__ = ["numpy_pool", "numpy_server"]
+
+
+def numpy_pool() -> DevicePool:
+    """Start the devices of such a server; it closes them."""
+    return DevicePool.of([CpuEngine(threads=1, use_numba=False)])
 
 
 @contextlib.contextmanager
@@ -24,6 +29,5 @@ def numpy_server(**settings: Any) -> Iterator[Server]:
         settings: the fields of `ServerConfig`; by default nothing is swept.
     """
     defaults = {"bind": "127.0.0.1:0", "device": "cpu", "sweep_seconds": 3600.0}
-    pool = DevicePool.of([CpuEngine(threads=1, use_numba=False)])
-    with Server(ServerConfig(**defaults | settings), pool=pool) as server:
+    with Server(ServerConfig(**defaults | settings), pool=numpy_pool()) as server:
         yield server
