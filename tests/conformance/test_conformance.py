@@ -20,6 +20,7 @@ from conformance.judging import parameter_misses
 from conformance.stored_case import VECTORS, StoredCase, stored_cases
 from conformance.tensor_file import read_tensors, write_tensors
 from stepwire.v1 import optimizer_pb2
+from tests.support.numpy_server import numpy_server
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = {case.name: case for case in stored_cases()}
@@ -34,26 +35,40 @@ def _firsts(kind: str) -> set[str]:
     return set(firsts.values())
 
 
-# A thousand unary steps take most of a second: one case a rule takes them all, one a family in CI, the others ten. The
-# others have a reply at every step: a step without is another kernel, which takes longer to compile than they to run.
+# A thousand unary steps take most of a second: one case a rule takes them all, one a family in CI.
 LONG = _firsts("rule") | (_firsts("family") if os.environ.get("CI") == "true" else set())
 
 
 @pytest.fixture(scope="module")
-def channel() -> Iterator[grpc.Channel]:
+def on_numpy() -> Iterator[grpc.Channel]:
+    with numpy_server() as server, grpc.insecure_channel(server.target) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[grpc.Channel]:
     with stepwire_server.testing.serving() as target, grpc.insecure_channel(target) as channel:
         yield channel
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_the_server_computes_what_the_framework_computes(name: str, channel: grpc.Channel) -> None:
-    case = CASES[name]
-    last_step = None if name in LONG else max(10, case.checkpoints[1])
-    result = check(channel, case, last_step, always_reply=name not in LONG)
+def require_passed(channel: grpc.Channel, case: StoredCase, last_step: int | None) -> None:
+    """Check a case; a step has a reply always, since one without is another kernel, which takes long to compile."""
+    result = check(channel, case, last_step, always_reply=True)
     if result.outcome == NOT_SERVED:
         pytest.skip(f"feature {result.detail!r} is not served")
     assert result.outcome == PASSED, f"{result.fraction:.3g} of what is allowed: {result.detail} ({case.reference})"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_server_computes_what_the_framework_computes(name: str, on_numpy: grpc.Channel) -> None:
+    """The first steps of every case; compiled kernels have the bits of NumPy, see `tests/server/engines`."""
+    require_passed(on_numpy, CASES[name], max(10, CASES[name].checkpoints[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_it_does_so_to_the_end_in_compiled_kernels(name: str, compiled: grpc.Channel) -> None:
+    require_passed(compiled, CASES[name], None)
 
 
 # --- the vectors ----------------------------------------------------------------------------------------------

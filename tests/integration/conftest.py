@@ -15,6 +15,7 @@ import pytest
 
 import stepwire
 from stepwire_server.config import ServerConfig
+from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
 from tests.integration.proxy import Proxy
 from tests.support.raw import RawClient
@@ -42,9 +43,15 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.fixture
-def server(settings: dict[str, Any], clock: Callable[[], float]) -> Iterator[Server]:
+def pool() -> DevicePool | None:
+    """The server's devices: the processor, with compiled kernels. Overridden where the kernels are many."""
+    return None
+
+
+@pytest.fixture
+def server(settings: dict[str, Any], clock: Callable[[], float], pool: DevicePool | None) -> Iterator[Server]:
     """The real server, in this process."""
-    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", **settings), clock=clock) as server:
+    with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", **settings), clock=clock, pool=pool) as server:
         yield server
 
 

@@ -10,12 +10,20 @@ import pytest
 import stepwire
 from stepwire.layout import Layout, TensorSpec, place
 from stepwire.wire.int8_blocks import BLOCK, INT8, decode_blocks, encode_blocks
+from stepwire_server.devices.pool import DevicePool
 from tests.integration.training import bits
+from tests.support.numpy_server import numpy_pool
 
 SHAPES = {"w": (300, 257), "b": (1021,), "s": (), "v": (5000,)}
 SPECS = [TensorSpec(name, shape, int(name == "v")) for name, shape in SHAPES.items()]
 LAYOUT = place(SPECS, 2)
 GROUPS = [{"params": ["w", "b", "s"]}, {"params": ["v"], "lr": 0.02}]
+
+
+@pytest.fixture
+def pool() -> DevicePool:
+    """NumPy: `tests/server/engines/test_int8_gradients.py` has the compiled kernels."""
+    return numpy_pool()
 
 
 def arrays(seed: int) -> dict[str, np.ndarray]:

@@ -16,11 +16,13 @@ import pytest
 
 import stepwire
 from stepwire.results import StepResult
+from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
 from tests.integration.link import Cut, Direction
 from tests.integration.probes import steps_over, stream_ends
 from tests.integration.proxy import Proxy
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
+from tests.support.numpy_server import numpy_pool
 from tests.support.raw_handoff import held_by_process
 
 PATIENCE_SECONDS = 60.0
@@ -98,8 +100,21 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+COMPILED = {"adam", "clipped", "layerwise"}
+"""The options that are tried with compiled kernels; the others, which need kernels of their own, with NumPy."""
+
+
+@pytest.fixture
+def pool(request: pytest.FixtureRequest) -> DevicePool | None:
+    return numpy_pool() if getattr(request, "param", "") == "numpy" else None
+
+
+@pytest.mark.parametrize(
+    ("pool", "options"),
+    [("compiled" if name in COMPILED else "numpy", options) for name, options in OPTIONS.items()],
+    ids=OPTIONS,
+    indirect=["pool"],
+)
 def test_fifty_steps_have_the_same_bits(server: Server, share: Any, client: Any, options: dict[str, Any]) -> None:
     twins = Twins(SMALL, share(server.target), client, **options)
     ways = ["arrays"] if options.get("gradient_dtype") == "int8" else ["arrays", "views", "in place"]

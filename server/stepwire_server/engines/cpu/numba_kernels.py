@@ -25,8 +25,8 @@ import numpy as np
 from stepwire_server.engines.compiled.cache import kernel_directory, store
 from stepwire_server.engines.compiled.levels import aim
 from stepwire_server.engines.compiled.stock import fill, stocked_level
+from stepwire_server.engines.cpu.numba_helpers import shared_helper
 from stepwire_server.engines.cpu.numba_source import (
-    HELPER_OPTIONS,
     KERNEL_OPTIONS,
     MEASURING_OPTIONS,
     accumulate_source,
@@ -193,7 +193,7 @@ def _load(path: pathlib.Path, name: str, text: str, signature: tuple[Any, ...], 
     """Execute the module's text under the name of its file, which Numba stamps its cache with."""
     module = types.ModuleType(f"stepwire_kernel_{path.stem}")
     sys.modules[module.__name__] = module  # where Numba looks when it loads machine code
-    module.__dict__["helper"] = numba.njit(**HELPER_OPTIONS)
+    module.__dict__["helper"] = shared_helper
     module.__dict__["kernel"] = numba.njit(**KERNEL_OPTIONS, cache=cache)
     module.__dict__["measuring_kernel"] = numba.njit(**MEASURING_OPTIONS, cache=cache)
     exec(compile(text, str(path), "exec"), module.__dict__)

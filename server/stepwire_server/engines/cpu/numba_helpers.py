@@ -1,0 +1,47 @@
+"""Helpers of kernels, each compiled once a process however many kernels call it.
+
+The text of a kernel's module has everything that the kernel calls, so that Numba can cache the machine code. Modules
+share most helpers, and inferring the types of these lasts about as long as compiling the kernels' own loops. So equal
+functions become one. Numba links the helper's code into every kernel, and its cache file holds the linked code.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from typing import Any, Final
+
+import numba
+import numpy as np
+
+from stepwire_server.engines.cpu.numba_source import HELPER_OPTIONS
+
+__all__ = ["shared_helper"]
+
+_made: Final[dict[tuple[Any, ...], Any]] = {}
+_lock: Final = threading.Lock()
+
+
+def shared_helper(function: types.FunctionType) -> Any:
+    """Decorate a helper; functions of equal code, with equal globals, become one. The decorator `helper` of modules."""
+    key = _identity(function)
+    with _lock:
+        if key not in _made:
+            _made[key] = numba.njit(**HELPER_OPTIONS)(function)
+        return _made[key]
+
+
+def _identity(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return all that decides the machine code of a function: its code, and the values of the names in it.
+
+    A helper is defined after those that it calls, so each name of a helper has the shared one as its value.
+    """
+    code = function.__code__
+    constants = repr(code.co_consts)  # which tells 1 from 1.0, and 0.0 from -0.0
+    values = tuple(_value(function.__globals__.get(name)) for name in code.co_names)
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount, values
+
+
+def _value(value: Any) -> Any:
+    """Return a global by its elements where it is an array, which a module has a copy of, else by its identity."""
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else id(value)
