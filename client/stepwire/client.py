@@ -27,6 +27,7 @@ from stepwire.optimizers.gradient_treatment import (
     NonFinite,
     treatment_to_wire,
 )
+from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import PRECISIONS, ServerInfo, SessionInfo
 from stepwire.session import Session
@@ -273,6 +274,7 @@ def _lease(seconds: float | None) -> duration_pb2.Duration | None:
     """
     if seconds is None:
         return None
-    if not 0 < seconds < _LONGEST_LEASE_SECONDS:
-        raise InvalidRequestError.of("lease_seconds", f"{seconds!r} is not a positive number of seconds")
-    return duration_to_wire(seconds)
+    plain = number(seconds, "lease_seconds")
+    if not 0 < plain < _LONGEST_LEASE_SECONDS:
+        raise InvalidRequestError.of("lease_seconds", f"{seconds!r:.80} is not a positive number of seconds")
+    return duration_to_wire(plain)
