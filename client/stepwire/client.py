@@ -180,10 +180,8 @@ class Client:
             device=checked_text(device, "device"),
             label=checked_text(label, "label"),
         )
-        if request_id is not None:
-            checked_text(request_id, "request_id")
         check_feedback(sent, error_feedback)
-        link = self._server.create(config, request_id, timeout, error_feedback=error_feedback)
+        link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
         try:
             self._initialize(link, tree.named, timeout)
         except BaseException:
@@ -264,6 +262,10 @@ def _specs(
         spec_to_wire(TensorSpec(_name(name), array.shape, membership[name], name in fixed))
         for name, array in named.items()
     ]
+
+
+def _request_id(request_id: str | None) -> str | None:
+    return None if request_id is None else checked_text(request_id, "request_id")
 
 
 def _name(name: str) -> str:
