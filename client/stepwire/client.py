@@ -14,7 +14,7 @@ from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import grouped
 from stepwire.arrays.packing import Arrays, named_arrays
 from stepwire.arrays.trees import expanded, flattened, structure_like
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.server import ServerLink
@@ -27,12 +27,14 @@ from stepwire.optimizers.gradient_treatment import (
     NonFinite,
     treatment_to_wire,
 )
+from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import PRECISIONS, ServerInfo, SessionInfo
 from stepwire.session import Session
 from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import duration_to_wire, optimizer_to_wire, spec_to_wire
+from stepwire.wire.text import checked_text
 
 __all__ = ["Client"]
 
@@ -176,11 +178,11 @@ class Client:
             gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease=_lease(lease_seconds),
-            device=device,
-            label=label,
+            device=checked_text(device, "device"),
+            label=checked_text(label, "label"),
         )
         check_feedback(sent, error_feedback)
-        link = self._server.create(config, request_id, timeout, error_feedback=error_feedback)
+        link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
         try:
             self._initialize(link, tree.named, timeout)
         except BaseException:
@@ -213,7 +215,8 @@ class Client:
             UnavailableError: the server cannot be reached.
         """
         structure = structure_like(like)
-        joined = session_id if isinstance(session_id, str) else ",".join(session_id)
+        ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
+        joined = ",".join(checked_text(each, "session_id") for each in ids)
         return Session(self._server.find(joined, timeout, error_feedback=error_feedback), structure)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
@@ -257,8 +260,17 @@ def _specs(
     if unknown := [name for name in fixed if name not in named]:
         raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
     return [
-        spec_to_wire(TensorSpec(name, array.shape, membership[name], name in fixed)) for name, array in named.items()
+        spec_to_wire(TensorSpec(_name(name), array.shape, membership[name], name in fixed))
+        for name, array in named.items()
     ]
+
+
+def _request_id(request_id: str | None) -> str | None:
+    return None if request_id is None else checked_text(request_id, "request_id")
+
+
+def _name(name: str) -> str:
+    return checked_text(name, "parameters", reason=Reason.INVALID_TENSOR)
 
 
 def _check_choice(field: str, choice: str, allowed: Mapping[str, object]) -> None:
@@ -274,6 +286,7 @@ def _lease(seconds: float | None) -> duration_pb2.Duration | None:
     """
     if seconds is None:
         return None
-    if not 0 < seconds < _LONGEST_LEASE_SECONDS:
-        raise InvalidRequestError.of("lease_seconds", f"{seconds!r} is not a positive number of seconds")
-    return duration_to_wire(seconds)
+    plain = number(seconds, "lease_seconds")
+    if not 0 < plain < _LONGEST_LEASE_SECONDS:
+        raise InvalidRequestError.of("lease_seconds", f"{seconds!r:.80} is not a positive number of seconds")
+    return duration_to_wire(plain)

@@ -9,6 +9,7 @@ from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Retry
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
+from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.sharding.server import ShardedServer
 from stepwire.transports.available import asked_transport
 
@@ -46,7 +47,7 @@ def connect(
 
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+    if whole_number(channels, "channels") < 1:
         raise InvalidRequestError.of("channels", f"{channels!r} is not a positive integer")
     targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
     if not targets or not all(isinstance(each, str) for each in targets):

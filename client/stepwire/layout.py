@@ -79,12 +79,14 @@ class Layout:
         groups: the range of each group, in index order.
         size: the number of elements, padding included.
         chunk_alignment: the number of elements that the offset of every chunk is a multiple of.
+        names: the names of the tensors in the order of their creation, as users have them; empty if it is unknown.
     """
 
     tensors: tuple[Placement, ...]
     groups: tuple[Range, ...]
     size: int
     chunk_alignment: int = 1
+    names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @functools.cached_property
     def _offsets(self) -> list[int]:
@@ -117,8 +119,10 @@ def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = Fa
         The layout.
     """
     members: list[list[TensorSpec]] = [[] for _ in range(group_count)]
+    names: list[str] = []
     for spec in specs:
         members[spec.group].append(spec)
+        names.append(spec.name)
     tensors: list[Placement] = []
     groups: list[Range] = []
     end = 0
@@ -129,7 +133,7 @@ def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = Fa
             tensors.append(Placement(spec, offset, spec.count))
             end = offset + spec.count
         groups.append(Range(start, end - start))
-    return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_blocks else 1)
+    return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_blocks else 1, tuple(names))
 
 
 def _aligned(offset: int) -> int:

@@ -634,3 +634,32 @@ def test_a_call_within_on_tensor_is_refused_and_the_step_goes_on(target: str, ch
             assert len(refused) == 2 and steps <= {0, 1}
             assert session.info().applied_step == session.applied_step == 1
             session.step(draw(2, shapes=shapes))
+
+
+# --- the order of names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_replies_have_the_order_of_the_gradients_and_pulls_that_of_the_creation(target: str, channels: int) -> None:
+    """Groups lie in another order in the flat space."""
+    created = {name: np.full(3, index, np.float32) for index, name in enumerate("dbca")}
+    groups = [{"params": ["d"], "lr": 0.5}, {"params": ["c"], "lr": 0.25}]
+    with stepwire.connect(target, channels=channels, timeout=30.0) as several:
+        session = several.create_session(created, groups=groups, missing_gradient="keep")
+        for order in ("acbd", "dbca"):
+            assert list(session.step({name: created[name] for name in order})) == list(order)
+        assert list(session.step({"a": created["a"], "d": created["d"]})) == list("dbca")
+        assert list(session.pull()) == list("dbca")
+        state = session.state()
+        assert [list(named) for named in (*state.slots.values(), state.tensor_steps)] == [list("dbca")] * 4
+        session.close()
+
+
+def test_shared_arrays_have_the_order_of_the_creation(client: stepwire.Client) -> None:
+    created = {name: np.zeros(3, np.float32) for name in "cab"}
+    with client.create_session(created, groups=[{"params": ["c"]}]) as session:
+        session.attach(transport="shm")
+        shared = session.shared_gradients(), session.shared_parameters(), session.shared_parameters(private=True)
+        assert [list(arrays) for arrays in shared] == [list("cab")] * 3
+        found = client.session(session.session_id)
+        assert list(found.pull()) == list("cab")

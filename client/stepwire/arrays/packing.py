@@ -71,6 +71,7 @@ def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
     for name, value in items:
         if not isinstance(name, str):
             raise InvalidRequestError.of(field, f"the name {name!r} is not a string", reason=Reason.INVALID_TENSOR)
+        _check_mask(value, f"{field}[{name!r}]")
         array = np.asarray(value)
         if not is_wire_dtype(array.dtype):
             raise InvalidRequestError.of(
@@ -80,6 +81,16 @@ def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
             )
         named[name] = array
     return named
+
+
+def _check_mask(value: object, field: str) -> None:
+    if isinstance(value, np.ma.MaskedArray) and (masked := np.count_nonzero(np.ma.getmaskarray(value))):
+        raise InvalidRequestError.of(
+            field,
+            f"{masked} of its {value.size} elements are masked, and a server has no masks; fill them, such as with "
+            "`.filled(0)`",
+            reason=Reason.INVALID_TENSOR,
+        )
 
 
 class Packer:
@@ -94,6 +105,7 @@ class Packer:
         self.layout = layout
         self._indices = layout.tensor_indices()
         self._shapes = [(tensor.spec.name, tensor.spec.shape) for tensor in layout.tensors]
+        self._reordered = bool(layout.names) and layout.names != tuple(self._indices)
         # Every step has the same chunks.
         self._chunks: dict[tuple[int, int], Sequence[ChunkLayout]] = {}
         self._ranges: dict[tuple[int, int], list[PackedRange]] = {}
@@ -234,7 +246,12 @@ class Packer:
         """Return new arrays as `allocate` does, by name."""
         buffer = np.empty(self.layout.size, dtype)
         flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
-        return {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}, flat
+        named = {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}
+        return self.in_order(named), flat
+
+    def in_order(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Return values by name, one a tensor, in the order of the tensors' creation."""
+        return {name: named[name] for name in self.layout.names} if self._reordered else named
 
     def targets(self, out: Arrays, field: str) -> list[npt.NDArray[Any]]:
         """Return writable 1-D views of a user's arrays in layout order.
@@ -245,7 +262,7 @@ class Packer:
         arrays = self._checked(named_arrays(out, field), field)
         for (name, _), array in zip(self._shapes, arrays, strict=True):
             original = out[name] if isinstance(out, Mapping) else out[int(name)]
-            if array is not original:
+            if not isinstance(original, np.ndarray):  # a subclass, such as a memmap, is written through its base
                 raise InvalidRequestError.of(
                     f"{field}[{name!r}]",
                     f"{type(original).__name__} is not a NumPy array",

@@ -8,9 +8,10 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import InvalidRequestError
-from stepwire.wire.addresses import grpc_target
+from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire.wire.error_details import error_from_call
 
@@ -42,12 +43,14 @@ class Calls:
         """Open the channel; it connects with the first call.
 
         Raises:
-            InvalidRequestError: the timeout is not positive, or the target a Unix socket whose path cannot be one.
+            InvalidRequestError: the timeout is not positive, or the target is no address of a server.
         """
         self.timeout_seconds = checked_timeout(timeout_seconds)
         self.retry = retry
         self.target = target
-        self.channel = grpc.insecure_channel(grpc_target(target), options=_OPTIONS)
+        # A proxy in the environment connects to its own loopback addresses, or refuses to.
+        direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(target) else []
+        self.channel = grpc.insecure_channel(grpc_target(target), options=[*_OPTIONS, *direct])
 
     def deadline(self, timeout_seconds: float | None) -> Deadline:
         """Start a deadline; None means the client's default."""
@@ -72,7 +75,7 @@ class Calls:
         call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
         stream = call(request.SerializeToString(), timeout=deadline.remaining())
         try:
-            with _translated():
+            with self._translated():
                 return read(stream)
         finally:
             stream.cancel()
@@ -82,7 +85,7 @@ class Calls:
         call: Any = self.channel.stream_unary(
             _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
         )
-        with _translated():
+        with self._translated():
             return call(iter(frames), timeout=deadline.remaining())
 
     def close(self) -> None:
@@ -91,19 +94,18 @@ class Calls:
 
     def _repeat(self, attempt: Callable[[Deadline], _T], timeout_seconds: float | None) -> _T:
         def translated(deadline: Deadline) -> _T:
-            with _translated():
+            with self._translated():
                 return attempt(deadline)
 
         return self.retry.call(translated, self.deadline(timeout_seconds))
 
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Turn a gRPC error into ours."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise error_from_call(error) from None
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn a gRPC error into ours."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise with_remedy(error_from_call(error), self.target) from None
 
 
 def checked_timeout(seconds: float) -> float:

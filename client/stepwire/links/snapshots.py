@@ -42,11 +42,12 @@ def snapshot_of(
         slots: by slot, the arrays by name.
         description: the session.
     """
-    names = [tensor.spec.name for tensor in description.packer.layout.tensors]
+    packer = description.packer
+    names = [tensor.spec.name for tensor in packer.layout.tensors]
     scale = header.loss_scale
     return Snapshot(
         step=header.step,
         slots=dict(slots),
-        tensor_steps=dict(zip(names, header.tensor_steps, strict=True)),
+        tensor_steps=packer.in_order(dict(zip(names, header.tensor_steps, strict=True))),
         loss_scale=(scale.scale, scale.clean_steps) if header.HasField("loss_scale") else None,
     )

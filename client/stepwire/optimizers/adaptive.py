@@ -67,6 +67,7 @@ class Adagrad(Optimizer):
         value = number(self.initial_accumulator_value, field)
         if not 0.0 <= value <= 3e38:
             raise InvalidRequestError.of(field, f"initial_accumulator_value is {value!r}; it must be in [0, 3e38]")
+        object.__setattr__(self, "initial_accumulator_value", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

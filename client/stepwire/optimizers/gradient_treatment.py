@@ -7,7 +7,7 @@ import math
 from typing import Any, Final, Literal, get_args
 
 from stepwire.errors import InvalidRequestError
-from stepwire.optimizers.hyperparameters import number
+from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import optimizer_pb2 as pb
 
 __all__ = [
@@ -153,16 +153,23 @@ def treatment_to_wire(treatment: GradientTreatment) -> pb.GradientTreatment:
     message = pb.GradientTreatment(
         non_finite=_NON_FINITE[treatment.policy],
         missing_gradient=_MISSING[treatment.missing_gradient],
-        accumulation_steps=treatment.accumulation_steps,
+        accumulation_steps=int(treatment.accumulation_steps),
         two_phase=treatment.two_phase,
     )
     if treatment.clip_formula is not None:
         message.clip_formula = _CLIP[treatment.clip_formula]
     for name in ("clip_grad_norm", "clip_grad_value", "parameter_average_decay"):
         if getattr(treatment, name) is not None:
-            setattr(message, name, getattr(treatment, name))
-    if treatment.loss_scaling is not None:
-        message.loss_scaling.CopyFrom(pb.LossScaling(**dataclasses.asdict(treatment.loss_scaling)))
+            setattr(message, name, float(getattr(treatment, name)))
+    if (scaling := treatment.loss_scaling) is not None:
+        message.loss_scaling.CopyFrom(
+            pb.LossScaling(
+                initial_scale=float(scaling.initial_scale),
+                growth_factor=float(scaling.growth_factor),
+                backoff_factor=float(scaling.backoff_factor),
+                growth_interval=int(scaling.growth_interval),
+            )
+        )
     return message
 
 
@@ -221,7 +228,7 @@ def _check(record: object, field: str, name: str, words: str, low: float, high: 
 
 
 def _check_count(value: object, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _MOST_STEPS:
+    if not 1 <= whole_number(value, field) < _MOST_STEPS:
         raise InvalidRequestError.of(field, f"{value!r:.80} is not an integer in [1, 2^32)")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["OVERRIDABLE", "Hyperparameters", "number", "pair"]
+__all__ = ["OVERRIDABLE", "Hyperparameters", "number", "pair", "whole_number"]
 
 
 class _Bounds(NamedTuple):
@@ -105,7 +106,7 @@ class Hyperparameters:
                 raise InvalidRequestError.of(
                     f"{field}.{name}", f"{self._refusal(name)}; use one of: {', '.join(self._names())}"
                 )
-            _check(name, value, f"{field}.{synonyms.get(name, name)}")
+            values[name] = _checked(name, value, f"{field}.{synonyms.get(name, name)}")
         return dataclasses.replace(self, **values)
 
     def check(self, field: str = "hyperparameters", synonyms: Mapping[str, str] = _NO_SYNONYMS) -> None:
@@ -114,8 +115,15 @@ class Hyperparameters:
         Raises:
             InvalidRequestError: the message names the field, the value and the allowed range.
         """
-        for name in self.used():
-            _check(name, getattr(self, name), f"{field}.{synonyms.get(name, name)}")
+        self.checked(field, synonyms)
+
+    def checked(self, field: str = "hyperparameters", synonyms: Mapping[str, str] = _NO_SYNONYMS) -> Hyperparameters:
+        """Return the numbers as Python's own; for the arguments see `replace`.
+
+        Raises:
+            InvalidRequestError: a value is out of range. The message names the field, the value and the allowed range.
+        """
+        return self.replace({name: getattr(self, name) for name in self.used()}, field, synonyms)
 
     def _names(self) -> tuple[str, ...]:
         return self.used() if self.beta1 is None else ("betas", *self.used())
@@ -130,7 +138,7 @@ OVERRIDABLE: Final = tuple(field.name for field in dataclasses.fields(Hyperparam
 
 
 def number(value: object, field: str) -> float:
-    """Return a number as a float; NumPy scalars and 0-d arrays count.
+    """Return a number as a float; scalars and 0-d arrays of NumPy and others count.
 
     Raises:
         InvalidRequestError: the value is not a number, or too large for a float.
@@ -141,6 +149,20 @@ def number(value: object, field: str) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise InvalidRequestError.of(field, f"{value!r:.80} is not a number that a float can represent") from None
+
+
+def whole_number(value: object, field: str) -> int:
+    """Return a whole number as an int; NumPy's integers count.
+
+    Raises:
+        InvalidRequestError: the value is not a whole number.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidRequestError.of(field, f"{value!r:.80} is not a whole number") from None
 
 
 def pair(value: object, field: str) -> tuple[float, float]:
@@ -154,10 +176,12 @@ def pair(value: object, field: str) -> tuple[float, float]:
     return number(value[0], f"{field}[0]"), number(value[1], f"{field}[1]")
 
 
-def _check(name: str, value: object, field: str) -> None:
+def _checked(name: str, value: object, field: str) -> float:
     if name == "maximize":
         if not isinstance(value, bool):
             raise InvalidRequestError.of(field, f"maximize is {value!r}; it must be True or False")
-    elif not _RANGES[name].allow(number(value, field)):
+        return value
+    if not _RANGES[name].allow(plain := number(value, field)):
         shown = field.rpartition(".")[2]
         raise InvalidRequestError.of(field, f"{shown} is {value!r}; it must be {_RANGES[name].words}")
+    return plain

@@ -49,7 +49,7 @@ class Optimizer:
     synonyms: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        """Refuse a value out of range with an error that names the value."""
+        """Make the numbers Python's own, and refuse a value out of range with an error that names the value."""
         for name in (field.name for field in dataclasses.fields(self)):
             if getattr(self, name) is None:  # None in a record of numbers says that the rule has no such number
                 raise InvalidRequestError.of(f"optimizer.{name}", f"{name} is None; leave it out for the default")
@@ -63,9 +63,10 @@ class Optimizer:
             raise InvalidRequestError.of(
                 "optimizer.formula", f"formula is {self.structure().formula!r}; use one of: {allowed}"
             )
-        numbers = self.hyperparameters()
-        numbers.check("optimizer", self.synonyms)
+        numbers = self.hyperparameters().checked("optimizer", self.synonyms)
         self.check_numbers(numbers, "optimizer")
+        for name, value in self.arguments(numbers).items():
+            object.__setattr__(self, name, value)
 
     def structure(self) -> RuleStructure:
         """Return the options of the optimizer besides its numbers."""

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from typing import Final, Literal, get_args
 
 from stepwire.errors import InvalidRequestError
-from stepwire.optimizers.hyperparameters import number
+from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import optimizer_pb2
 
 __all__ = ["SCHEDULE_KINDS", "Schedule", "ScheduleKind", "schedule_from_wire", "schedule_to_wire"]
@@ -217,7 +216,7 @@ class Schedule:
             raise InvalidRequestError.of(
                 "schedule.rise_fraction", f"rise_fraction is {rise_fraction!r}; it must be in (0, 1)"
             )
-        total = _whole(total_steps, "schedule.total_steps")
+        total = whole_number(total_steps, "schedule.total_steps")
         return cls(
             kind="one_cycle",
             warmup_steps=max(1, min(total - 1, round(fraction * min(total, _LIMIT)))),
@@ -249,7 +248,7 @@ class Schedule:
     def _check_range(self, name: str, field: str) -> None:
         value = getattr(self, name)
         if name.endswith("_steps"):
-            good = 0 <= _whole(value, field) < _LIMIT
+            good = 0 <= whole_number(value, field) < _LIMIT
         else:
             good = 0.0 <= number(value, field) < math.inf
         if not good:
@@ -308,12 +307,3 @@ def schedule_from_wire(message: optimizer_pb2.Schedule, field: str) -> Schedule:
 
 def _use_one_of_the_kinds() -> str:
     return f"use one of: {', '.join(get_args(ScheduleKind))}"
-
-
-def _whole(value: object, field: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]  # NumPy's integers too
-    except TypeError:
-        raise InvalidRequestError.of(field, f"{value!r:.80} is not a whole number") from None

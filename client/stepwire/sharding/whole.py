@@ -21,7 +21,8 @@ def whole_session(messages: Sequence[session_pb2.Session], layout: Layout) -> se
     whole.session_id = ",".join(message.session_id for message in messages)
     whole.epoch = 0  # each shard has its own
     del whole.config.tensors[:]
-    whole.config.tensors.extend(spec_to_wire(tensor.spec) for tensor in layout.tensors)
+    specs = {tensor.spec.name: tensor.spec for tensor in layout.tensors}
+    whole.config.tensors.extend(spec_to_wire(specs[name]) for name in layout.names)
     whole.layout.CopyFrom(layout_to_wire(layout, tuple(messages[0].layout.slots)))
     return whole
 

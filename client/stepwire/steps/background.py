@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.hyperparameters import whole_number
 
 __all__ = ["BackgroundStatistics", "BackgroundSteps"]
 
@@ -70,7 +71,7 @@ class BackgroundSteps:
         Raises:
             InvalidRequestError: `limit` is not a positive integer.
         """
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        if whole_number(limit, "steps_in_flight") < 1:
             raise InvalidRequestError.of("steps_in_flight", f"{limit!r} is not a positive integer")
         self._limit = limit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stepwire-steps")

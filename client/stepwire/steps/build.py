@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepwire.arrays.packing import Arrays, Container, Flat
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
@@ -145,7 +146,8 @@ class StepBuilder:
         if options.reply_first:
             begin.reply.first.extend(self._index(name) for name in expanded(options.reply_first, self._indices))
         if options.loss_scale is not None:
-            begin.loss_scale = options.loss_scale
+            check_scale(options.loss_scale, "loss_scale")
+            begin.loss_scale = float(options.loss_scale)
         return begin
 
     def _reply(self, gradients: Arrays, options: StepOptions, received: np.dtype[Any]) -> tuple[Container | None, Flat]:
@@ -154,7 +156,10 @@ class StepBuilder:
             return None, ()
         if options.out is not None and not _shows_parameters(options.out):
             return options.out, self._packer.targets(options.out, "out")
-        return self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
+        reply, targets = self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
+        if isinstance(reply, dict) and reply.keys() == gradients.keys():  # type: ignore[union-attr]
+            reply = {name: reply[name] for name in gradients}
+        return reply, targets
 
     def _check_apart(self, flat: Flat, targets: Flat) -> None:
         """Refuse a reply over the gradient: it may break off, and then the gradient is sent, or told, again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 from stepwire.arrays.packing import Packer
@@ -29,7 +30,8 @@ class SessionDescription(NamedTuple):
     @classmethod
     def of(cls, message: session_pb2.Session, max_chunk_bytes: int) -> SessionDescription:
         """Describe a session of a server with chunks of at most `max_chunk_bytes`."""
-        packer = Packer(layout_from_wire(message.layout))
+        names = tuple(tensor.name for tensor in message.config.tensors)
+        packer = Packer(dataclasses.replace(layout_from_wire(message.layout), names=names))
         return cls(message, packer, chunk_bytes_for(packer.layout.size * FLOAT32.itemsize, max_chunk_bytes))
 
     @property

@@ -63,11 +63,11 @@ class SharedArrays(abc.ABC):
                 "with gradient_dtype 'float32'",
                 metadata={"field": "gradient_dtype", "feature": "wire_int8"},
             )
-        return self.gradient_views()
+        return self.packer.in_order(self.gradient_views())
 
     def parameters(self, *, private: bool = False) -> dict[str, Any]:
         """Return views of the parameters by name: read-only views, or private views that may be written."""
-        return self.private_views() if private else self.parameter_views()
+        return self.packer.in_order(self.private_views() if private else self.parameter_views())
 
     @abc.abstractmethod
     def gradient_views(self) -> dict[str, Any]:

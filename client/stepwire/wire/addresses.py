@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pathlib
 import urllib.parse
@@ -9,9 +10,22 @@ from typing import Final
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["MAX_UNIX_PATH_BYTES", "boot_id", "checked_unix_path", "grpc_target", "unix_path", "unix_target"]
+__all__ = [
+    "MAX_UNIX_PATH_BYTES",
+    "boot_id",
+    "checked_unix_path",
+    "grpc_target",
+    "is_on_this_host",
+    "unix_path",
+    "unix_target",
+]
 
 _UNIX: Final = "unix:"
+# Schemes of gRPC's. The second kind has names that only gRPC's resolvers understand.
+_RESOLVED: Final = ("dns", "ipv4", "ipv6")
+_OTHER: Final = ("unix-abstract", "vsock", "xds", "google-c2p", "passthrough")
+_EXAMPLE: Final = "a target is host:port, such as 'localhost:50051', or unix:/path"
+_LARGEST_PORT: Final = 65535
 MAX_UNIX_PATH_BYTES: Final = 107
 """The longest path that the kernel's `sockaddr_un` has space for, without the zero at its end."""
 _BOOT_ID: Final = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -43,8 +57,11 @@ def checked_unix_path(path: str, field: str) -> str:
     Raises:
         InvalidRequestError: the path is empty, too long, or contains a zero.
     """
-    absolute = os.path.abspath(path) if path and "\0" not in path else ""
-    length = len(os.fsencode(absolute))
+    try:
+        absolute = os.path.abspath(path) if path and "\0" not in path else ""
+        length = len(os.fsencode(absolute))
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        absolute, length = "", 0
     if not absolute:
         raise InvalidRequestError.of(
             field, f"{path!r} is no path of a socket; give one such as /run/stepwire/stepwire.sock"
@@ -61,11 +78,83 @@ def checked_unix_path(path: str, field: str) -> str:
 def grpc_target(target: str) -> str:
     """Return a target for gRPC, which decodes a `%41` in the path of a socket as an `A`.
 
+    gRPC resolves any text: it takes ports modulo 65536, adds the port 443, and asks for the address of a URL until the
+    deadline passes. So a target that no server can have is refused here.
+
     Raises:
-        InvalidRequestError: no socket can have the path in the target.
+        InvalidRequestError: the target is no address of a server, or no socket can have its path.
     """
     path = unix_path(target)
-    return target if path is None else _UNIX + urllib.parse.quote(os.fsencode(checked_unix_path(path, "target")))
+    if path is None:
+        _hosts(target)
+        return target
+    return _UNIX + urllib.parse.quote(os.fsencode(checked_unix_path(path, "target")))
+
+
+def is_on_this_host(target: str) -> bool:
+    """Tell whether all addresses in a target are of this host by their form, so that no proxy reaches them."""
+    if unix_path(target) is not None:
+        return True
+    hosts = _hosts(target)
+    return bool(hosts) and all(map(_is_loopback, hosts))
+
+
+def _hosts(target: str) -> list[str]:
+    """Return the hosts in a target with ports; empty for a scheme that gRPC alone understands.
+
+    Raises:
+        InvalidRequestError: the target is no address.
+    """
+    if not target.isascii() or not target.isprintable() or " " in target:
+        raise _no_target(target, f"has blanks or characters that no address has; {_EXAMPLE}")
+    scheme, separator, rest = target.partition("://")
+    if not separator:
+        scheme, _, rest = target.partition(":")
+    scheme = scheme.lower()
+    if scheme in _OTHER:
+        return []
+    if scheme in _RESOLVED:
+        addresses = rest.rpartition("/")[2] if scheme == "dns" else rest.lstrip("/")
+        return [_host(target, each) for each in (addresses.split(",") if scheme != "dns" else [addresses])]
+    if separator:
+        raise _no_target(
+            target, f"has the scheme {scheme!r:.20}, which is none of gRPC's; use {rest.partition('/')[0]!r:.80}"
+        )
+    return [_host(target, target)]
+
+
+def _host(target: str, address: str) -> str:
+    """Return the host of `host:port`.
+
+    Raises:
+        InvalidRequestError: the address is something else.
+    """
+    if "," in address:
+        raise _no_target(target, "has a comma; pass a list of targets for a model over several servers")
+    host, separator, port = address.rpartition(":")
+    if (not separator and address) or address.endswith("]"):
+        raise _no_target(target, f"has no port; {_EXAMPLE}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise _no_target(target, "has more than one colon; an IPv6 address stands in brackets, such as '[::1]:50051'")
+    if not host.strip("[]") or any(letter in host for letter in "/?#@"):
+        raise _no_target(target, f"has no name of a host; {_EXAMPLE}")
+    if not (port.isdigit() and len(port) <= 5 and 1 <= int(port) <= _LARGEST_PORT):
+        raise _no_target(target, f"has the port {port!r:.20}; a port is a number from 1 to {_LARGEST_PORT}")
+    return host.strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.lower().rstrip(".")
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+    inner = getattr(address, "ipv4_mapped", None) or address
+    return inner.is_loopback or inner.is_unspecified  # the kernel connects the latter to this host
+
+
+def _no_target(target: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError.of("target", f"{target!r:.120} {problem}")
 
 
 def boot_id(file: pathlib.Path = _BOOT_ID) -> str:

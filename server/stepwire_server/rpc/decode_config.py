@@ -27,6 +27,11 @@ MAX_NAME_CHARACTERS: Final = 512
 MAX_LABEL_CHARACTERS: Final = 128
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PAGE_TOKEN: Final = re.compile(r"(?:[0-9a-f]{32})?")
+
+# A text is shown in errors and listings. The rest of Unicode is the user's: joiners make emoji and words of Persian.
+_CONTROLS: Final = ("Cc", "Cs", "Zl", "Zp")
+_DIRECTIONS: Final = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
 _PRECISIONS: Final = {
     session_pb2.STATE_PRECISION_UNSPECIFIED: Precision.FLOAT32,
     session_pb2.STATE_PRECISION_FLOAT32: Precision.FLOAT32,
@@ -158,8 +163,12 @@ def _decode_label(label: str) -> str:
 def _text_problem(text: str, most: int) -> str | None:
     if len(text) > most:
         return f"{len(text)} characters; at most {most}"
-    if any(unicodedata.category(character).startswith("C") for character in text):
-        return f"{text[:80]!r} holds control characters"
+    for character in "" if text.isprintable() else text:
+        if unicodedata.category(character) in _CONTROLS or unicodedata.bidirectional(character) in _DIRECTIONS:
+            return (
+                f"{text[:80]!r} has the character U+{ord(character):04X}, which controls a terminal or the direction "
+                "of its lines; leave it out"
+            )
     return None
 
 

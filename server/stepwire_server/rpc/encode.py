@@ -127,7 +127,8 @@ def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.Session
         device=config.device,
     )
     if whole:
-        message.tensors.extend(spec_to_wire(tensor.spec) for tensor in config.layout.tensors)
+        specs = {tensor.spec.name: tensor.spec for tensor in config.layout.tensors}
+        message.tensors.extend(spec_to_wire(specs[name]) for name in config.layout.names)
         for hyper, schedule, clip in zip(config.groups, config.schedules, config.group_clips, strict=True):
             group_message = message.groups.add(overrides=hyperparameters_to_wire(hyper))
             if schedule is not None:

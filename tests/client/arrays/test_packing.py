@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import ml_dtypes
@@ -238,6 +239,33 @@ def test_arrays_that_cannot_be_written_in_place_are_refused(array: npt.NDArray[n
     with pytest.raises(InvalidRequestError, match="read-only or not C-contiguous") as refused:
         Packer(LAYOUT).targets(numbered() | {"w": array}, "out")
     assert refused.value.metadata == {"field": "out['w']"}
+
+
+def test_a_memmap_is_written_in_place(tmp_path: pathlib.Path) -> None:
+    arrays = numbered() | {"w": np.memmap(tmp_path / "w", np.float32, "w+", shape=(3, 4))}
+    for target in Packer(LAYOUT).targets(arrays, "out"):
+        target[...] = 7
+    assert (arrays["w"] == 7).all()
+    with pytest.raises(InvalidRequestError, match=r"out\['w'\]: list is not a NumPy array"):
+        Packer(LAYOUT).targets(numbered() | {"w": list(np.float32(arrays["w"]))}, "out")
+
+
+def test_a_mask_that_masks_something_is_refused() -> None:
+    """A server would step the hidden values; so would a reply be written under the mask."""
+    masked = np.ma.masked_array(numbered()["w"], mask=np.zeros((3, 4), bool))
+    Packer(LAYOUT).ordered(numbered() | {"w": masked}, "gradients")
+    masked[1, 2] = np.ma.masked
+    for check in (Packer(LAYOUT).ordered, Packer(LAYOUT).targets):
+        with pytest.raises(InvalidRequestError, match=r"g\['w'\]: 1 of its 12 elements are masked, .*\.filled\(0\)"):
+            check(numbered() | {"w": masked}, "g")
+
+
+def test_users_have_the_tensors_in_their_own_order() -> None:
+    packer = Packer(place([TensorSpec("a", (2,), 1), TensorSpec("b", (3,), 0)], 2))
+    named, flat = packer.allocate_named(np.dtype(np.float32))
+    assert list(named) == ["a", "b"]
+    assert [len(array) for array in flat] == [3, 2]
+    assert list(packer.in_order({"b": 1, "a": 2})) == ["a", "b"]
 
 
 def test_float16_overflow_is_sent_as_infinity_without_a_warning() -> None:

@@ -8,7 +8,14 @@ import pytest
 
 import stepwire
 from stepwire.errors import InvalidRequestError
-from stepwire.wire.addresses import boot_id, checked_unix_path, grpc_target, unix_path, unix_target
+from stepwire.wire.addresses import (
+    boot_id,
+    checked_unix_path,
+    grpc_target,
+    is_on_this_host,
+    unix_path,
+    unix_target,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,84 @@ def test_a_client_of_a_path_that_cannot_be_is_refused_at_once(target: str) -> No
     with pytest.raises(InvalidRequestError, match=r"^target: ") as refused:
         stepwire.connect(target)
     assert refused.value.metadata == {"field": "target"}
+
+
+GOOD = {
+    "localhost:50051": True,
+    "LOCALHOST.:50051": True,
+    "a.localhost:1": True,
+    "127.0.0.1:65535": True,
+    "127.9.9.9:1": True,
+    "[::1]:50051": True,
+    "[::ffff:127.0.0.1]:50051": True,
+    "0.0.0.0:50051": True,
+    "dns:localhost:50051": True,
+    "dns:///localhost:50051": True,
+    "DNS://8.8.8.8/localhost:50051": True,
+    "ipv4:127.0.0.1:50051,127.0.0.2:50051": True,
+    "ipv6:[::1]:50051": True,
+    "unix:/run/x": True,
+    "host:50051": False,
+    "my_service.default.svc:50051": False,
+    "10.0.0.1:50051": False,
+    "[2001:db8::1]:50051": False,
+    "[fe80::1%eth0]:50051": False,
+    "dns://8.8.8.8/host:50051": False,
+    "ipv4:127.0.0.1:50051,10.0.0.1:50051": False,
+    "localhost.example:50051": False,
+    "xds:///anything": False,
+    "unix-abstract:stepwire": False,
+    "vsock:2:50051": False,
+}
+
+
+@pytest.mark.parametrize("target", GOOD)
+def test_a_target_of_a_form_that_grpc_has(target: str) -> None:
+    assert grpc_target(target) == target
+    assert is_on_this_host(target) is GOOD[target]
+
+
+WRONG = {
+    "": "has no name of a host; a target is host:port, such as 'localhost:50051', or unix:/path",
+    ":": "has no name of a host",
+    ":50051": "has no name of a host",
+    "[]:50051": "has no name of a host",
+    "localhost": "has no port; a target is host:port",
+    "[::1]": "has no port",
+    "dns:///localhost": "has no port",
+    "localhost:": "has the port ''; a port is a number from 1 to 65535",
+    "localhost:http": "has the port 'http'",
+    "localhost:0": "has the port '0'",
+    "localhost:65536": "has the port '65536'",
+    "localhost:99999": "has the port '99999'",
+    "localhost:-1": "has the port '-1'",
+    "localhost:" + "9" * 5000: "has the port",
+    "localhost:50051/": "has the port '50051/'",
+    "user@host:50051": "has no name of a host",
+    "a/b:50051": "has no name of a host",
+    "::1:50051": r"has more than one colon; an IPv6 address stands in brackets, such as '\[::1\]:50051'",
+    "http://host:50051/x": "has the scheme 'http', which is none of gRPC's; use 'host:50051'",
+    "tcp://host:50051": "has the scheme 'tcp', .* use 'host:50051'",
+    " host:50051": "has blanks or characters",
+    "host:50051\n": "has blanks or characters",
+    "ß:1": "has blanks or characters",
+    "\ud800:1": "has blanks or characters",
+    "\0:1": "has blanks or characters",
+    "host:٣": "has blanks or characters",
+    "a:1,b:1": "has a comma; pass a list of targets",
+    "ipv4:127.0.0.1": "has no port",
+    "unix:\ud800": "is no path of a socket",
+}
+
+
+@pytest.mark.parametrize("target", WRONG, ids=lambda target: ascii(target)[:30])
+def test_a_target_that_no_server_can_have_is_refused_at_once(target: str) -> None:
+    """GRPC would resolve it until the deadline, take the port modulo 65536, or add the port 443."""
+    with pytest.raises(InvalidRequestError, match=f"^target: .*{WRONG[target]}") as refused:
+        stepwire.connect(target)
+    assert refused.value.metadata == {"field": "target"}
+    assert len(str(refused.value)) < 300
+    str(refused.value).encode()
 
 
 def test_the_kernels_run_has_an_id(tmp_path: pathlib.Path) -> None:

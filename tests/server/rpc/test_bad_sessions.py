@@ -102,6 +102,12 @@ LIES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a DEL": (tensors(spec("a\x7f")), "INVALID_TENSOR", "config.tensors[0].name", r"'a\x7f'"),
     "a C1 control": (tensors(spec("a\x9b")), "INVALID_TENSOR", "config.tensors[0].name", r"'a\x9b'"),
     "text turned round": (tensors(spec("a\u202eb")), "INVALID_TENSOR", "config.tensors[0].name", r"'a\u202eb'"),
+    "a line separator": (
+        tensors(spec("a\u2028b")),
+        "INVALID_TENSOR",
+        "config.tensors[0].name",
+        "character U+2028",
+    ),
     "17 dimensions": (tensors(spec(shape=[1] * 17)), "INVALID_TENSOR", "config.tensors[0].shape", "17 dimensions"),
     "a group that is not": (tensors(spec(group=1)), "INVALID_TENSOR", "config.tensors[0].group", "1; there are 1"),
     "a group far away": (
