@@ -119,8 +119,9 @@ class StepResult:
         accumulated: True if the gradient was added to those before it, NaN and Inf included, and nothing was updated.
         clipped_grad_norm: the norm after clipping.
         clip_coefficient: the factor of clipping by the global norm.
-        update_norm: the norm of the parameters' change; None without a measurement, or without an update.
-        param_norm: the norm of the parameters after the step; None likewise.
+        update_norm: the norm of the parameters' change, to about six digits; 0 only if no parameter changed. None
+            without a measurement, or without an update.
+        param_norm: the norm of the parameters after the step, to about six digits; None likewise.
         loss_scale: the factor for the next loss; None without loss scaling.
     """
 

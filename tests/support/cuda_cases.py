@@ -14,6 +14,7 @@ from stepwire.wire.int8_blocks import BLOCK, INT8, encode_blocks
 from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
+from tests.support import telemetry_cases
 from tests.support.pairwise import Row, pairwise
 
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -131,6 +132,7 @@ KERNELS = [
     *[measure_kernel(each, gradient) for recipe, gradient in MEASURED for each in recipe.variants],
     *[measure_kernel(case.recipe, case.gradient) for case in LAYERWISE_IN_BLOCKS],
     update_kernel(Recipe(BARE), "float32", "float32"),
+    *[update_kernel(recipe, "float32", None) for recipe in telemetry_cases.RECIPES],
 ]
 """The kernels of the cases, besides those that no recipe changes; some are named twice."""
 

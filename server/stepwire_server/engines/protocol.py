@@ -249,7 +249,8 @@ class EngineState(Protocol):
                 None for no reply.
 
         Returns:
-            The recipe's `sums`, to about six digits: their order of additions is the processor's choice.
+            The recipe's `sums`, to about six digits, whatever their magnitude: see `measured_sums`. Their order of
+            additions is the processor's choice.
         """
         ...
 

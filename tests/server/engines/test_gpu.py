@@ -17,7 +17,7 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire_server.engines import PARAM, CpuEngine, choose_engines
 from stepwire_server.rules import Precision, Recipe
 from tests.support import cuda_cases as cases
-from tests.support import device_cases
+from tests.support import device_cases, telemetry_cases
 
 ROOT = pathlib.Path(__file__).parents[3]
 pytestmark = pytest.mark.gpu
@@ -54,6 +54,11 @@ def cpu_engine():
 @pytest.mark.parametrize("case", [*cases.CASES, *cases.IN_BLOCKS], ids=lambda case: case.name)
 def test_updates_are_those_of_numpy_bit_for_bit(gpu_engine, numpy_engine, case) -> None:
     cases.check_update(gpu_engine, numpy_engine, case)
+
+
+@pytest.mark.parametrize("recipe", telemetry_cases.RECIPES, ids=lambda recipe: recipe.name)
+def test_measured_sums_are_right_over_all_of_float32s_range(gpu_engine, recipe) -> None:
+    telemetry_cases.check_range(gpu_engine, recipe)
 
 
 @pytest.mark.parametrize("case", [*cases.LAYERWISE, *cases.LAYERWISE_IN_BLOCKS], ids=lambda case: case.name)

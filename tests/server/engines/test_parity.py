@@ -14,6 +14,7 @@ import pytest
 
 from stepwire_server.engines import CpuEngine
 from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
+from tests.support import telemetry_cases
 
 GRADIENTS = ["float32", "bfloat16", "float16"]
 REPLIES = [None, "float32", "bfloat16", "float16"]
@@ -111,6 +112,12 @@ def test_measured_sums_are_right(
     assert len(sums) == len(recipe.sums)
     for name, value in zip(recipe.sums, sums, strict=True):
         assert value == pytest.approx(float(np.sum(squared[name] ** 2)), rel=1e-5), name
+
+
+@pytest.mark.parametrize("engine_name", ["numba", "numpy"])
+@pytest.mark.parametrize("recipe", telemetry_cases.RECIPES, ids=kernel_id)
+def test_measured_sums_are_right_over_all_of_float32s_range(recipe, engine_name, request) -> None:
+    telemetry_cases.check_range(request.getfixturevalue(f"{engine_name}_engine"), recipe)
 
 
 @pytest.mark.parametrize("engine_name", ["numba", "numpy"])

@@ -15,6 +15,7 @@ from stepwire_server.engines import int8_moments as dynamic_code
 from stepwire_server.engines import scalar_codecs as numba_codecs
 from stepwire_server.engines import stochastic_rounding as rounding
 from stepwire_server.engines.compiled.rule_source import functions_of, functions_of_stages
+from stepwire_server.engines.cpu.numba_telemetry import keep_block, kept_arrays, sums_of_element, totals_of_block
 from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe, Stage
 from stepwire_server.rules.treatment import added, scaled
 
@@ -73,9 +74,8 @@ _UPDATE = """def {name}({arguments}):
 # Some elements at a time, for work before or after the loop over them. A gradient in blocks is decoded into scratch
 # that stays in the first-level cache. So the loop over the elements is that of float32 and vectorises like it.
 #
-# The sums of telemetry are in float32 within a block, which costs next to nothing beside the pass; float64 cost a
-# noticeable part of it. Their order is free, because no state depends on them. `fastmath` of the decorator allows a
-# reordering of the kernel's own additions; the stages are functions of their own, compiled without it.
+# `numba_telemetry` has the sums of telemetry. Their order is free, because no state depends on them. `fastmath` of the
+# decorator allows a reordering of the kernel's own additions; the stages are functions of their own, compiled without.
 _BLOCKWISE_UPDATE = """def {name}({arguments}):
     {casts}
     {scratch}
@@ -83,6 +83,7 @@ _BLOCKWISE_UPDATE = """def {name}({arguments}):
         high = min(low + 4096, size)
         {zeros}
         {views}
+        {kept}
         for i in range(high - low):
             {body}
         {totals}
@@ -97,6 +98,7 @@ _BLOCK_UPDATE = """def {name}({arguments}):
         block = (start + low) // 256
         {zeros}
         {views}
+        {kept}
         {scales}
         for i in range(high - low):
             {body}
@@ -164,19 +166,22 @@ def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -
         text, indent, at = _BLOCK_UPDATE, 12, _BLOCKWISE
     views = [_view(array, "start", at) for array in arrays if not array.endswith("_absmax")]
     views += [_gradient_view(gradient, at), *([_view("out", "first", at)] if reply is not None else [])]
-    scratch = [f"{variable}_new = empty(256, float32)" for variable in in_blocks]
+    count = 256 if in_blocks else 4096
+    scratch = [f"{variable}_new = empty(256, float32)" for variable in in_blocks] + kept_arrays(recipe, count)
+    treated = [f"g = {_gradient_value(gradient)}", *map(_call, recipe.treatment)]
     kernel = text.format(
         name=name,
         arguments=", ".join(arguments),
         casts=_lines([f"{seed} = uint32({seed})" for seed in seeds_of(recipe)] + _casts(recipe.scalars), 4),
-        scratch=_lines(scratch + _gradient_scratch(gradient, 256 if in_blocks else 4096), 4),
+        scratch=_lines(scratch + _gradient_scratch(gradient, count), 4),
         scales=_lines([_opened(variable) for variable in in_blocks], 8),
         maxima=_lines([_closed(variable) for variable in in_blocks], 8),
         codes=_lines([_coded(recipe, slot) for slot in recipe.rule.slots if in_blocks], 12),
         zeros=_lines([f"sum_{total} = float32(0.0)" for total in recipe.sums], 8),
         views=_lines(views, indent - 4),
+        kept=_lines(keep_block(recipe), 8),
         body=_lines(_update_body(recipe, gradient, reply), indent),
-        totals=_lines([f"sums[{k}] += float64(sum_{total})" for k, total in enumerate(recipe.sums)], 8),
+        totals=_lines(totals_of_block(recipe, treated), 8),
     )
     codecs = [_codec("decode", gradient), *([_codec("encode", reply)] if reply is not None else [])]
     functions: list[Callable[..., Any]] = [*codecs, *_slot_codecs(recipe), *functions_of_stages(recipe.stages)]
@@ -216,6 +221,7 @@ def accumulate_source(name: str, gradient: str) -> str:
         scratch=_lines(_gradient_scratch(gradient, 4096), 4),
         zeros="",
         views=_lines([_view("accumulated_all", "start", at), _gradient_view(gradient, at)], indent),
+        kept="",
         body=f"accumulated_now[i] = added(scaled({_gradient_value(gradient)}, factor), accumulated_now[i])",
         totals="",
     )
@@ -304,9 +310,7 @@ def _update_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
     if recipe.measures:
         calls.insert(len(recipe.treatment), "treated = g")
     body = [*_loads(recipe, gradient), *(["before = p"] if recipe.measures else []), *calls, *_stores(recipe)]
-    body += [f"out_now[i] = encode_{reply}(p)"] if reply is not None else []
-    values = {"update": "(p - before)", "param": "p", "gradient": "treated"}
-    return body + [f"sum_{total} += {values[total]} * {values[total]}" for total in recipe.sums]
+    return body + ([f"out_now[i] = encode_{reply}(p)"] if reply is not None else []) + sums_of_element(recipe)
 
 
 def _loads(recipe: Recipe, gradient: str, scale: str = "{}_scale") -> list[str]:

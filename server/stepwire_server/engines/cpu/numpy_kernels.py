@@ -11,6 +11,7 @@ import numpy as np
 from stepwire_server.engines.cpu.ufunc_tape import Tape
 from stepwire_server.engines.int8_moments import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.int8_moments import block_count, decode_blocks, encode_blocks
+from stepwire_server.engines.measured_sums import measured_sum
 from stepwire_server.engines.payloads import floats_of
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.engines.stochastic_rounding import round_stochastically
@@ -62,7 +63,7 @@ class NumpyKernels:
                     if recipe.measures:
                         squared |= {"update": state[0] - squared["update"], "param": state[0]}
                         for index, name in enumerate(recipe.sums):
-                            arguments[states + 6][index] += float(np.dot(squared[name], squared[name]))
+                            arguments[states + 6][index] += measured_sum(squared[name])
 
         return kernel
 

@@ -203,9 +203,9 @@ class CudaState:
                 self._resources.cells,
                 self._unread,
                 blocks * rows,
-                np.float32,
+                np.float64,
                 lambda sums: launch(kernel, blocks, *arrays, sums, *tables, *numbers),
-                lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1, dtype=np.float64).tolist()),
+                lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1).tolist()),
             )
 
     # --- rare calls, computed on the host --------------------------------------------------

@@ -16,7 +16,7 @@ from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CELL_BYTES", "Cells", "Figures", "UnreadFigures"]
 
-CELL_BYTES: Final = 32 << 10
+CELL_BYTES: Final = 48 << 10
 """The bytes of one call's results at most."""
 
 _MOST_BATCHES: Final = 7

@@ -125,7 +125,7 @@ def check_update(library: Any, case: Any, size: int, head: int | None, odd: bool
 
     by_element = [stored(array) for array in [*state, data["gradient"][0], *([] if out is None else [out])]]
     pointers, told = arranged(by_element, head, size)
-    sums = np.full((len(recipe.sums), blocks), np.nan, np.float32)
+    sums = np.full((len(recipe.sums), blocks), np.nan)
     arguments = [*pointers, *([sums] if recipe.measures else [])]
     arguments += [eight_bit_tables()] if recipe.precision is Precision.INT8 else []
     arguments += [np.int64(size), told, *(np.uint32(seed) for seed in seeds), *scalars_of(step)]

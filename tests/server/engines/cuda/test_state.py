@@ -21,6 +21,7 @@ from tests.server.pretended_gpus import (
     pretended_cupy,
 )
 from tests.support import cuda_cases as cases
+from tests.support import telemetry_cases
 from tests.support.pairwise import combinations, missing
 
 pytestmark = needs_compiler
@@ -433,6 +434,11 @@ def test_a_gradient_is_not_overwritten_by_the_next_before_it_was_read(start, ref
         state.close()
     for name in results[1]:
         cases.assert_same_bits(results[0][name], results[1][name], name)
+
+
+@pytest.mark.parametrize("recipe", telemetry_cases.RECIPES, ids=lambda recipe: recipe.name)
+def test_measured_sums_are_right_over_all_of_float32s_range(start, recipe) -> None:
+    telemetry_cases.check_range(start("greedy"), recipe)
 
 
 def test_a_slot_is_copied_to_another_in_its_turn(start) -> None:

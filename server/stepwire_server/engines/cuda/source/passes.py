@@ -82,7 +82,7 @@ class FlatPass(NamedTuple):
         body: the statements that turn the variables of the arrays read into those of the arrays written.
         numbers: the declarations of the numbers that the body needs.
         functions: the functions that the body calls.
-        sums: the float32 variables that the body adds to.
+        sums: the variables of `Squares` that the body adds to.
         finds_head: the kernel uses vectors where all arrays are aligned as they are, and is told no head.
         crowded: the kernel holds much at once, even without sums, and needs more registers.
     """
@@ -129,8 +129,8 @@ def flat_kernel(name: str, work: FlatPass) -> Kernel:
     arrays, body, numbers, functions, sums, finds_head, crowded = work
     before = openings(arrays)
     before += [f"const long long head = {_all_aligned(arrays)} ? 0 : size;"] if finds_head else []
-    before += ["const long long vectors = (size - head) / 4;", *(f"float {total} = 0.0f;" for total in sums)]
-    parameters = [array.pointer for array in arrays] + (["float *__restrict__ sums"] if sums else [])
+    before += ["const long long vectors = (size - head) / 4;", *(f"Squares {total} = {{}};" for total in sums)]
+    parameters = [array.pointer for array in arrays] + (["double *__restrict__ sums"] if sums else [])
     parameters += ["long long size"] if finds_head else ["long long size", "long long head"]
     call = element_call(name, arrays, sums, numbers)
     text = _FLAT.format(
@@ -182,7 +182,7 @@ def element_function(
     kernel: str, arrays: Iterable[Array], body: Iterable[str], sums: Iterable[str], numbers: Iterable[str]
 ) -> str:
     """Write what a kernel does to one element as a function."""
-    parameters = [*(array.parameter for array in arrays), *(f"float &{total}" for total in sums), *numbers]
+    parameters = [*(array.parameter for array in arrays), *(f"Squares &{total}" for total in sums), *numbers]
     return f"__device__ __forceinline__ void {kernel}_element({', '.join(parameters)}) {{\n    {joined(body, 4)}\n}}\n"
 
 

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["PRELUDE", "THREADS"]
+__all__ = ["PRELUDE", "SQUARES", "THREADS"]
 
 THREADS: Final = 256
 """Threads of a block; a power of two."""
 
 # NumPy's choices keep a NaN of either side. Of two zeros the first counts, as in Numba and in NumPy's scalar loops.
 # NumPy's vector loops choose the second. sign(−0) is 0, as in NumPy. No state that steps have made depends on either.
-#
-# `sum_block` is for telemetry, whose order of additions is free. All threads of a block call it, and the first of them
-# stores; its first barrier keeps the calls of one kernel apart.
-PRELUDE: Final = """\
+_CODECS: Final = """\
 __device__ __forceinline__ float maximum(float a, float b) { return a >= b || a != a ? a : b; }
 
 __device__ __forceinline__ float minimum(float a, float b) { return a <= b || a != a ? a : b; }
@@ -64,15 +61,46 @@ __device__ __forceinline__ unsigned short encode_float16(float value) {
     unsigned int half = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : special;
     return (unsigned short)(half | (bits >> 16 & 0x8000u));
 }
-""" + """
-__device__ __forceinline__ void sum_block(float value, float *sum) {
-    __shared__ float lanes[THREADS];
+"""
+
+# `Squares` are telemetry's, whose order of additions is free: see `measured_sums`. Each square has its place by its
+# size, with the bounds 2⁻¹⁰⁰ and 2¹⁰⁰. Small and large numbers are multiplied by 2⁹⁰ and 2⁻⁸⁰ before they are squared,
+# so no sum leaves float32; NaN and Inf are among the large. All threads of a block call `sum_block`, and the first of
+# them puts the sums together, the only one to use double. Its first barrier keeps the calls of one kernel apart.
+SQUARES: Final = """
+struct Squares {
+    float usual, small, large;
+};
+
+__device__ __forceinline__ void add_square(Squares &sum, float x) {
+    const float square = x * x;
+    if (square >= 7.88860905e-31f && square <= 1.26765060e+30f) {
+        sum.usual += square;
+    } else if (square < 1.0f) {
+        const float scaled = x * 1.23794004e+27f;
+        sum.small += scaled * scaled;
+    } else {
+        const float scaled = x * 8.27180613e-25f;
+        sum.large += scaled * scaled;
+    }
+}
+
+__device__ __forceinline__ void sum_block(Squares value, double *sum) {
+    __shared__ float lanes[3 * THREADS];
+    float *usual = lanes + threadIdx.x, *small = usual + THREADS, *large = small + THREADS;
     __syncthreads();
-    lanes[threadIdx.x] = value;
+    *usual = value.usual;
+    *small = value.small;
+    *large = value.large;
     for (unsigned int width = THREADS / 2; width > 0; width /= 2) {
         __syncthreads();
-        if (threadIdx.x < width) lanes[threadIdx.x] += lanes[threadIdx.x + width];
+        if (threadIdx.x >= width) continue;
+        *usual += usual[width];
+        *small += small[width];
+        *large += large[width];
     }
-    if (threadIdx.x == 0) *sum = lanes[0];
+    if (threadIdx.x == 0) *sum = *usual + *small * 6.525304467998525e-55 + *large * 1.461501637330903e+48;
 }
 """.replace("THREADS", str(THREADS))
+
+PRELUDE: Final = _CODECS + SQUARES

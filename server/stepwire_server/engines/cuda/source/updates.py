@@ -32,7 +32,7 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     The kernel's arguments are, in order:
 
     - pointers to the parameters, the recipe's slots, the gradient and the reply, each at the first element of the range
-    - a pointer to the float32 sums of each block of threads, one row a sum, where the recipe measures
+    - a pointer to the float64 sums of each block of threads, one row a sum, where the recipe measures
     - for 8 bits, the tables of `eight_bit_tables`
     - the size as int64
     - the head as int64; of no effect for 8 bits
@@ -119,7 +119,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
         closing.append(
             encoded(signs[variable], kept, f"largest_of({kept})", f"{variable}_code_all", f"{variable}_absmax")
         )
-    parameters += ["float *__restrict__ sums"] if sums else []
+    parameters += ["double *__restrict__ sums"] if sums else []
     parameters += [_TABLES, "long long size", "long long head", *places(plain), *numbers]
     text = element_function(kernel.name, plain, _element_body(recipe.in_float32, gradient, reply), sums, numbers)
     work = BlockPass(
@@ -129,7 +129,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
         [f"float {variable}_kept[8];" for variable in signs],
         closing,
         list(codes.values()),
-        [f"float {total} = 0.0f;" for total in sums],
+        [f"Squares {total} = {{}};" for total in sums],
         store_sums(sums),
     )
     return block_kernel(kernel._replace(text=text), parameters, work)
@@ -138,7 +138,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
 def _each_of_four(name: str, arrays: list[Array], sums: list[str], numbers: list[str]) -> list[str]:
     """Write the loop over a group; elements past the end are computed like any other, and add to no sum."""
     call = element_call(name, arrays, [f"next_{total}" for total in sums], numbers)
-    lines = [f"    float next_{total} = {total};" for total in sums] + [f"    {call}"]
+    lines = [f"    Squares next_{total} = {total};" for total in sums] + [f"    {call}"]
     lines += [f"    {total} = place(4 * group + k) < count ? next_{total} : {total};" for total in sums]
     return ["#pragma unroll", "for (int k = 0; k < 4; ++k) {", *lines, "}"]
 
@@ -164,7 +164,7 @@ def _element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]
     body += [f"{variable} = 0.0f;" for slot, variable in recipe.slots.items() if slot == ACCUMULATED]
     body += [f"out = encode_{reply}(p);"] if reply is not None else []
     values = {"update": "(p - before)", "param": "p", "gradient": "treated"}
-    return body + [f"sum_{total} += {values[total]} * {values[total]};" for total in recipe.sums]
+    return body + [f"add_square(sum_{total}, {values[total]});" for total in recipe.sums]
 
 
 def _measured(recipe: Recipe, slot: str) -> tuple[Array, list[str], str]:
