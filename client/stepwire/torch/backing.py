@@ -22,7 +22,7 @@ from stepwire.torch.recovery import Recovery
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.sessions import create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
-from stepwire.wire.dtypes import dtype_named
+from stepwire.wire.dtypes import INT8, dtype_named
 
 __all__ = ["Backing"]
 
@@ -89,6 +89,12 @@ class Backing:
                 )
         if self._options.shared_views:
             check_dtypes(parameters, *self._dtypes(parameters))
+        if self._options.send_in_backward and self._dtypes(parameters)[0] == INT8:
+            raise UnsupportedFeatureError(
+                "send_in_backward: a gradient of int8 is encoded anew if it changes before the step, which loses its "
+                "error feedback; leave out one of send_in_backward and gradient_dtype='int8'",
+                metadata={"field": "send_in_backward", "feature": "torch_send_in_backward"},
+            )
 
     def _dtypes(self, parameters: Parameters) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """Return the wire dtypes of gradients and of replies."""
@@ -108,7 +114,7 @@ class Backing:
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
         self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
-        self._recovery = Recovery(session, parameters, self._reply_dtype, self._options.timeout)
+        self._recovery = Recovery(session, parameters, memory, self._reply_dtype, self._options.timeout)
         if self._sender is not None:
             self._sender.close()
         watches = self._options.send_in_backward
@@ -216,7 +222,8 @@ class Backing:
                     return reply
         if not (gradients := self._memory.gradients()):
             return None
-        self.upload()
+        if self._sender is None or not self._sender.committed:  # else the model may show the reply of this very step
+            self.upload()
         with self._recovery.watch():
             return self.session.step(gradients, **self._step_options(numbers))
 
@@ -235,7 +242,9 @@ class Backing:
     def _present_numbers(self) -> Numbers | None:
         """Return the numbers of a step; None if no messages carry gradients, or parameters must be sent first."""
         choice = self.session.transport
-        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc"):
+            return None
+        if any(tensor.changed for tensor in self.parameters.tensors):
             return None
         if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
             return None
@@ -296,10 +305,10 @@ class Backing:
             StepwireError: as `Session.load`.
         """
         self._abort_begun()
-        if not everything and not self.parameters.changed():
+        if not everything and not self._memory.changed():
             return
         self._recovery.settle()
-        if everything or self.parameters.changed():
+        if everything or self._memory.changed():
             self._mirror.upload()
             self._memory.uploaded()
 

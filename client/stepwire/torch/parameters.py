@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.torch.rules import Group
+from stepwire.torch.samples import Samples
 from stepwire.torch.tensors import ParameterTensor
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
+
+_LOG = logging.getLogger(__name__)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -48,6 +52,8 @@ class Parameters:
                 self.tensors.append(ParameterTensor(name, parameter))
                 self.membership[name] = index
         _refuse_overlaps(self.tensors)
+        self._samples = Samples(self.tensors)
+        self._told = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -83,10 +89,15 @@ class Parameters:
         """Copy the values that a step wrote to `targets` into the parameters."""
         for tensor in self.tensors:
             tensor.settle()
+        self.note()
 
     def uploaded(self) -> None:
         """Note that the session has all present values."""
         self.follow()
+
+    def restored(self) -> None:
+        """Note that values of the session were written to the parameters."""
+        self.note()
 
     def release(self) -> None:
         """Do nothing: the model's memory is its own."""
@@ -95,10 +106,30 @@ class Parameters:
         """Note that the session has all present values."""
         for tensor in self.tensors:
             tensor.follow()
+        self.note()
+
+    def note(self) -> None:
+        """Keep samples of the present values: a change that torch does not count is one after this moment."""
+        self._samples.note()
 
     def changed(self) -> list[ParameterTensor]:
-        """Return the tensors that other code has changed since `stepped` or `follow`."""
-        return [tensor for tensor in self.tensors if tensor.changed]
+        """Return the tensors that other code has changed since `stepped` or `follow`.
+
+        Torch counts changes. Of changes that torch does not count, samples reveal most.
+        """
+        return [tensor for tensor in self.tensors if tensor.changed] or self._uncounted()
+
+    def _uncounted(self) -> list[ParameterTensor]:
+        """Return the tensors with another content than the session, although torch has counted no change."""
+        found = self._samples.changed()
+        if found and not self._told:
+            self._told = True
+            _LOG.warning(
+                "%r was changed through .data, which torch does not count; the change was found by samples of its "
+                "values. Call optimizer.upload_parameters() after such a change: samples may miss the next one",
+                found[0].name,
+            )
+        return found
 
     def synchronize(self) -> None:
         """Wait for the copies from GPUs that are under way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,11 @@ from stepwire.errors import StepwireError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor
+from stepwire.torch.views import SharedViews
 
 __all__ = ["Recovery"]
+
+Memory: TypeAlias = Parameters | SharedViews
 
 _AT_ONCE_SECONDS: Final = 1.0
 """The longest time that a step which has failed asks for its outcome before it raises."""
@@ -41,17 +44,21 @@ class Recovery:
     model whole by itself.
     """
 
-    def __init__(self, session: Session, parameters: Parameters, reply_dtype: np.dtype[Any], timeout: float) -> None:
+    def __init__(
+        self, session: Session, parameters: Parameters, memory: Memory, reply_dtype: np.dtype[Any], timeout: float
+    ) -> None:
         """Start with a model that is whole.
 
         Args:
             session: the session.
             parameters: the model's parameters.
+            memory: the memory of their values, which is told of values that are restored.
             reply_dtype: the wire dtype of parameters in replies.
             timeout: the time limit of a call, in seconds.
         """
         self._session = session
         self._parameters = parameters
+        self._memory = memory
         self._reply_dtype = reply_dtype
         self._timeout = timeout
         self._failed: _FailedStep | None = None
@@ -85,6 +92,7 @@ class Recovery:
                 pass
         for tensor in self._parameters.tensors:  # autograd must not use values that the reply may have replaced
             tensor.touch()
+        self._parameters.note()
         self._failed = _FailedStep(step, {name: values.copy() for name, values in self._parameters.fetch().items()})
         error.add_note(
             f"The model's parameters may be those before step {step}, those after it, or a part of each, until the "
@@ -123,6 +131,7 @@ class Recovery:
         present = self._parameters.fetch()
         for tensor in self._parameters.tensors:
             _restore(tensor, present[tensor.name], pulled[tensor.name], None if left is None else left[tensor.name])
+        self._memory.restored()
 
 
 def _restore(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor, from_numpy
+from stepwire.transports.host.pages import has_written_pages
 
 __all__ = ["SharedViews", "check_dtypes"]
 
@@ -58,6 +59,7 @@ class SharedViews:
         self._parameter_tensors = {
             tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors
         }
+        self._area = _area(list(private.values()))
         self._dirty = False
         self._session.forget_writes()
         self._rebind()
@@ -96,10 +98,26 @@ class SharedViews:
         """Return the shared memory as the target of a reply, which is then not copied."""
         return self._replies
 
+    def changed(self) -> list[ParameterTensor]:
+        """Return the tensors that other code may have changed since the server had their values.
+
+        The kernel tells of every page that was written, through `.data` too. Where it does not tell, and while pages
+        are written that the server has, samples reveal most changes.
+        """
+        counted = [tensor for tensor in self._parameters.tensors if tensor.changed]
+        if counted or self._dirty or self._area is None:
+            return counted or self._parameters.changed()
+        return [] if has_written_pages(*self._area) is False else list(self._parameters.tensors)
+
     def uploaded(self) -> None:
         """Note that the server has the values written on the client: private copies of pages can go."""
         self._dirty = True
         self._parameters.follow()
+
+    def restored(self) -> None:
+        """Note that values of the server were written to the parameters here."""
+        self._dirty = True
+        self._parameters.note()
 
     def stepped(self, reply: Any) -> None:
         """Follow the parameters after a step. Another connection has other shared memory."""
@@ -112,6 +130,8 @@ class SharedViews:
             self._rebind()
         for tensor in self._parameters.tensors:
             tensor.touch()
+        if self._area is None:
+            self._parameters.note()
 
     def _move(self, reply: Any) -> None:
         try:
@@ -121,6 +141,7 @@ class SharedViews:
             for tensor in self._parameters.tensors:
                 self._parameter_tensors[tensor.name] = tensor.parameter.data = _tensor(tensor, reply[tensor.name])
             self._replies = self._parameters.targets()
+            self._area = None
 
     def release(self) -> None:
         """Give the model memory of its own again."""
@@ -163,6 +184,19 @@ def _tensor(tensor: ParameterTensor, view: Any) -> Any:
     """Return a view of shared memory as a tensor like a parameter."""
     made = from_numpy(view) if isinstance(view, np.ndarray) else torch.as_tensor(view, device=tensor.parameter.device)
     return torch.view_as_complex(made) if tensor.parameter.is_complex() else made
+
+
+def _area(private: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the start and the size of the memory of private views; None if this process cannot tell of its pages.
+
+    The views of a session are parts of one mapping.
+    """
+    arrays = [view for view in private if isinstance(view, np.ndarray) and view.size]
+    if not arrays:
+        return None
+    start = min(map(_address, arrays))
+    size = max(_address(array) + array.nbytes for array in arrays) - start
+    return None if has_written_pages(start, size) is None else (start, size)
 
 
 def _same(one: Any, other: Any) -> bool:
