@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,12 @@ class Parameters:
         membership: the group of each tensor, by name.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], known: Mapping[int, str] | None = None) -> None:
         """Collect the parameters of the groups.
+
+        Args:
+            groups: torch's parameter groups.
+            known: the names of parameters so far, by `id`; for groups whose names do not fit their parameters.
 
         Raises:
             UnsupportedFeatureError: a parameter cannot be stepped by a server, or two overlap in memory.
@@ -41,9 +45,7 @@ class Parameters:
         self.membership: dict[str, int] = {}
         seen: dict[int, str] = {}
         for index, group in enumerate(groups):
-            names = group.get("param_names")
-            for position, parameter in enumerate(group["params"]):
-                name = names[position] if names else f"param_groups[{index}][{position}]"
+            for name, parameter in zip(_names(index, group, known or {}), group["params"], strict=True):
                 if id(parameter) in seen:  # torch steps the parameter twice, with a warning of a later refusal
                     raise _unsupported(name, f"is {seen[id(parameter)]!r} once more; list each parameter once")
                 seen[id(parameter)] = name
@@ -64,6 +66,20 @@ class Parameters:
     def members(self, group: int) -> list[str]:
         """Return the names of a group's parameters."""
         return [name for name, index in self.membership.items() if index == group]
+
+    def members_by_group(self) -> list[list[str]]:
+        """Return the names of each group's parameters."""
+        return [self.members(group) for group in range(max(self.membership.values(), default=-1) + 1)]
+
+    def are_of(self, groups: Sequence[Group]) -> bool:
+        """Tell whether groups have these parameters, in these groups and in the dtypes and shapes of the session."""
+        given = [(index, parameter) for index, group in enumerate(groups) for parameter in group["params"]]
+        if len(given) != len(self.tensors):
+            return False
+        return all(
+            parameter is tensor.parameter and index == self.membership[tensor.name] and not tensor.is_recast
+            for (index, parameter), tensor in zip(given, self.tensors, strict=True)
+        )
 
     def fetch(self) -> Arrays:
         """Return the present values, by name."""
@@ -135,6 +151,17 @@ class Parameters:
         """Wait for the copies from GPUs that are under way."""
         for device in {tensor.parameter.device for tensor in self.tensors if tensor.on_gpu}:
             torch.cuda.current_stream(device).synchronize()
+
+
+def _names(index: int, group: Group, known: Mapping[int, str]) -> list[str]:
+    """Return the names of a group's parameters: the group's own, or the known ones and positions."""
+    names, parameters = group.get("param_names"), group["params"]
+    if names and len(names) == len(parameters):
+        return list(names)
+    made = [f"param_groups[{index}][{position}]" for position in range(len(parameters))]
+    if not names:
+        return made
+    return [known.get(id(parameter), name) for parameter, name in zip(parameters, made, strict=True)]
 
 
 def _refuse_overlaps(tensors: Sequence[ParameterTensor]) -> None:

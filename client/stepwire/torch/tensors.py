@@ -48,6 +48,7 @@ class ParameterTensor:
         self.parameter = parameter
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
+        self._form = parameter.dtype, parameter.shape
         self._location: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
         self._direct = False
@@ -59,6 +60,11 @@ class ParameterTensor:
     def on_gpu(self) -> bool:
         """True for a parameter on a GPU, with asynchronous copies to and from the host."""
         return bool(self.parameter.is_cuda)
+
+    @property
+    def is_recast(self) -> bool:
+        """True if the parameter has another dtype or another shape than at first."""
+        return self._form != (self.parameter.dtype, self.parameter.shape)
 
     def array(self) -> npt.NDArray[Any]:
         """Return the array that replies are written to: the parameter's own memory, or its copy."""

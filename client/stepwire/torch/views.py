@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ class SharedViews:
         """
         self._session = session
         self._parameters = parameters
+        self._handed: dict[str, weakref.ref[Any]] = {}
         self._hooks = [
             tensor.parameter.register_post_accumulate_grad_hook(self._mover(tensor))
             for tensor in parameters.tensors
@@ -69,17 +71,27 @@ class SharedViews:
         """Make views again of parameters that other code gave other memory, which replies would not reach."""
         for tensor in self._parameters.tensors:
             shared = self._parameter_tensors[tensor.name]
-            if not _same(tensor.parameter, shared) or tensor.parameter.stride() != shared.stride():
+            if not _same_elements(tensor.parameter, shared):
                 tensor.parameter.data = shared
 
     def _mover(self, tensor: ParameterTensor) -> Callable[[Any], None]:
         def move(parameter: Any) -> None:
             target, gradient = self._gradient_tensors[tensor.name], parameter.grad
-            if gradient is not None and gradient.layout == torch.strided and not _same(gradient, target):
+            if gradient is None or (gradient.layout, gradient.dtype) != (torch.strided, target.dtype):
+                return  # `gradients` reads it where it is, or refuses it
+            if gradient.shape == target.shape and not _same_elements(gradient, target):
+                self._part_with(tensor.name)
                 target.copy_(gradient.detach())
-                parameter.grad = target
+                parameter.grad = target.detach()  # an object of the user's own, which may be given other memory
+                self._handed[tensor.name] = weakref.ref(parameter.grad)
 
         return move
+
+    def _part_with(self, name: str) -> None:
+        """Give the gradient of before memory of its own, if other code has kept it: the next one lies in its place."""
+        handed = self._handed.get(name)
+        if handed is not None and (kept := handed()) is not None and _same(kept, self._gradient_tensors[name]):
+            kept.data = kept.detach().clone()
 
     def gradients(self) -> Arrays:
         """Return the present gradients: the session's own view for each gradient in its memory.
@@ -90,7 +102,7 @@ class SharedViews:
         placed = {
             tensor.name: self._gradients[tensor.name]
             for tensor in self._parameters.tensors
-            if _same(tensor.parameter.grad, self._gradient_tensors[tensor.name])
+            if _same_elements(tensor.parameter.grad, self._gradient_tensors[tensor.name])
         }
         return placed | self._parameters.gradients(but=placed)
 
@@ -200,9 +212,15 @@ def _area(private: Sequence[Any]) -> tuple[int, int] | None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Tell whether two tensors begin at one place in memory."""
     if one is None or one.layout != torch.strided or one.dtype != other.dtype:
         return False
     return bool(one.data_ptr() == other.data_ptr())
+
+
+def _same_elements(one: Any, other: Any) -> bool:
+    """Tell whether two tensors are the same elements of memory in the same order."""
+    return _same(one, other) and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _address(view: Any) -> int:

@@ -260,7 +260,7 @@ def test_a_step_that_some_shards_applied_is_replaced_by_a_checkpoint(recovery: s
         training = Training(client, non_finite="allow")  # one phase: a shard does not wait for the other
         training.step(1)
         saved = training.optimizer.state_dict()
-        training.optimizer.backing._recovery._timeout = 0.2  # a pull waits so long for shards at one step
+        training.optimizer.backing._placement.recovery._timeout = 0.2  # a pull waits so long for shards at one step
         last = training.optimizer.session._link.shards[1].hold
         with lost_replies(applied=False, of=lambda hold: hold is last), pytest.raises(DeadlineExceededError):
             training.step(10)
