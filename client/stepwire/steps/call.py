@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
@@ -14,7 +16,7 @@ from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.transports.cuda.stand_ins import StandIn
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
-from stepwire.wire.dtypes import elements_within, wire_bytes
+from stepwire.wire.dtypes import elements_within, wire_bytes, wire_items
 from stepwire.wire.frames import FrameBuffer
 
 __all__ = ["Decide", "OnTensor", "StepCall"]
@@ -137,8 +139,11 @@ class StepCall:
         """Make the messages of a step from its feed; the commit is a message of its own."""
         self.gradients = flat = list(self.gradients)
         begun = False
+        feed.open(functools.partial(self._encoded, packer))
         for chunk in feed.chunks(chunks, flat):
-            yield self._gradient_message(packer, chunk, begins=not begun, ends=False)
+            frame = self._frame(chunk, begins=not begun, ends=False)
+            feed.packed(chunk, functools.partial(self._write, packer, chunk, frame))
+            yield frame.finish()
             begun = True
         if feed.committed():
             end = pb.AttachRequest(commit=self.commit)
@@ -147,12 +152,28 @@ class StepCall:
             yield end.SerializeToString()
 
     def _gradient_message(self, packer: Packer, chunk: ChunkLayout, *, begins: bool, ends: bool) -> bytes:
-        header, dtype = pb.AttachRequest(), self.gradient_dtype
+        frame = self._frame(chunk, begins=begins, ends=ends)
+        self._write(packer, chunk, frame)
+        return frame.finish()
+
+    def _frame(self, chunk: ChunkLayout, *, begins: bool, ends: bool) -> FrameBuffer:
+        """Return a message of the gradient without its payload."""
+        header = pb.AttachRequest()
         header.chunk.offset, header.chunk.count = chunk.offset, chunk.elements
         if begins:
             header.begin.CopyFrom(self.begin)
         if ends:
             header.commit.CopyFrom(self.commit)
-        frame = FrameBuffer(header, wire_bytes(dtype, chunk.elements))
-        packer.write(self.gradients, chunk.ranges, frame.payload(dtype), chunk.offset, self.feedback)
-        return frame.finish()
+        return FrameBuffer(header, wire_bytes(self.gradient_dtype, chunk.elements))
+
+    def _write(self, packer: Packer, chunk: ChunkLayout, frame: FrameBuffer) -> npt.NDArray[Any]:
+        """Encode a chunk into its message, and return the payload."""
+        payload = frame.payload(self.gradient_dtype)
+        packer.write(self.gradients, chunk.ranges, payload, chunk.offset, self.feedback)
+        return payload
+
+    def _encoded(self, packer: Packer, chunk: ChunkLayout) -> npt.NDArray[Any]:
+        """Return the payload that a chunk of the present gradient would have."""
+        payload = np.empty(wire_items(self.gradient_dtype, chunk.elements), self.gradient_dtype)
+        packer.write(self.gradients, chunk.ranges, payload, chunk.offset)
+        return payload

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.arrays.fingerprints import Fingerprint, fingerprint
 from stepwire.arrays.packing import ChunkLayout, Flat
 
 __all__ = ["GivenUp", "GradientFeed"]
+
+Pack: TypeAlias = Callable[[ChunkLayout], npt.NDArray[Any]]
+"""A function that encodes the present gradient of a chunk, and returns the payload."""
 
 
 class GivenUp(Exception):
@@ -23,6 +27,9 @@ class GradientFeed:
 
     gRPC's sending thread makes the messages of the step from the feed, chunk by chunk, in the order in which tensors
     are ready. The last message waits for `commit`. Until then `abort` leaves no trace of the step on the server.
+
+    Other code may write a gradient after its message was made. So each message leaves a fingerprint of its payload, and
+    `holds` compares the fingerprints with the gradients of the commit.
 
     The alternative, a queue of tensors as they come, would send each tensor in chunks of its own. A model of many small
     tensors would need many small messages.
@@ -36,6 +43,10 @@ class GradientFeed:
         self._committed = False
         self._aborted = False
         self._cancel: Callable[[], object] | None = None
+        self._pack: Pack | None = None
+        self._sent: list[tuple[ChunkLayout, Fingerprint]] = []
+        self._packing = 0
+        self._settled = False
         self._changed = threading.Condition()
 
     @property
@@ -64,6 +75,41 @@ class GradientFeed:
             if wait is not None:
                 self._waits[index] = wait
             self._changed.notify_all()
+
+    def open(self, pack: Pack) -> None:
+        """Begin to make the messages of the step, perhaps again: nothing of it is sent yet.
+
+        Args:
+            pack: encodes the present gradient of a chunk.
+        """
+        with self._changed:
+            self._pack = pack
+            self._sent = []
+
+    def packed(self, chunk: ChunkLayout, pack: Callable[[], npt.NDArray[Any]]) -> None:
+        """Make the payload of a chunk, and keep its fingerprint if the gradient may still change."""
+        with self._changed:
+            is_settled = self._settled
+            self._packing += 1
+        try:
+            payload = pack()
+            if not is_settled:
+                self._sent.append((chunk, fingerprint(payload)))
+        finally:
+            with self._changed:
+                self._packing -= 1
+                self._changed.notify_all()
+
+    def holds(self) -> bool:
+        """Tell whether the messages made so far have the present gradients; later messages will have them.
+
+        From now on the gradients do not change until the step is done.
+        """
+        with self._changed:
+            self._settled = True
+            self._changed.wait_for(lambda: not self._packing)
+            pack, sent = self._pack, list(self._sent)
+        return pack is None or all(fingerprint(pack(chunk)) == known for chunk, known in sent)
 
     def commit(self) -> None:
         """Let the step end: every gradient of the step has been given, and its options hold."""

@@ -1,53 +1,49 @@
-"""The session behind an optimizer. The model's parameters are the truth, and the session follows them."""
+"""The session behind an optimizer. The model and the parameter groups are the truth, and the session follows them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepwireError, UnsupportedFeatureError
-from stepwire.results import Snapshot
+from stepwire.errors import DataLossError, InvalidRequestError, SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
-from stepwire.torch.mirror import ExtraState, Mirror
+from stepwire.torch.live_state import LiveState
+from stepwire.torch.mirror import ExtraState, Wanted
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
-from stepwire.torch.recovery import Recovery
+from stepwire.torch.placement import Placement, Placer
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.sessions import create_session, find_session
-from stepwire.torch.views import SharedViews, check_dtypes
-from stepwire.wire.dtypes import dtype_named
+from stepwire.torch.states import SnapshotView
+from stepwire.torch.succession import edited, last_step, loaded, regrouped
 
 __all__ = ["Backing"]
 
 _LOG = logging.getLogger(__name__)
+_LOST = (SessionNotFoundError, DataLossError)
 
 
 class Backing:
     """One session, and the parameters that it steps.
 
     Attributes:
-        session: the present session; another one after `regroup` and `resume`.
-        parameters: the parameters that the session steps.
         closed: True after `end`.
     """
 
-    session: Session
-
-    def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group]) -> None:
+    def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group], live: LiveState) -> None:
         """Create a session of these groups, or resume the session of the options and pull its parameters.
 
         Args:
             rule: the rule.
             options: the options of the optimizer.
             groups: torch's parameter groups.
+            live: the state that users of the optimizer see.
 
         Raises:
             UnsupportedFeatureError: a parameter cannot be stepped by a server.
@@ -56,104 +52,62 @@ class Backing:
         """
         self._rule = rule
         self._options = options
-        self.parameters = Parameters(groups)
-        self._memory: Parameters | SharedViews = self.parameters
-        self._sender: BackwardSender | None = None
+        self._live = live
         self._groups = groups
+        self._view: SnapshotView | None = None
+        self._sender: BackwardSender | None = None
         self._loss_scale: float | None = None
         self.closed = False
+        live.serve(self._present_view, rule.keys)
+        parameters = Parameters(groups)
         self._client = options.client()
+        self._placer = Placer(self._client, options, rule)
         try:
             if options.session is None:
-                self._use_first(self._create(self.parameters, groups), groups)
+                self._use_first(self._placer.created(parameters, groups), parameters, groups)
             else:
-                self.resume(options.session, groups)
+                self._resume(options.session, parameters, groups)
         except BaseException:
             if options.owns_client:
                 self._client.close()
             raise
 
+    @property
+    def session(self) -> Session:
+        """The present session; another one after a move or a resume."""
+        return self._placement.session
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters that the session steps."""
+        return self._placement.parameters
+
     # --- sessions ----------------------------------------------------------------------------------------
 
-    def _create(self, parameters: Parameters, groups: Sequence[Group]) -> Session:
-        self._check(parameters)
-        return create_session(self._client, self._options, self._rule, parameters, groups)
-
-    def _check(self, parameters: Parameters) -> None:
-        """Refuse options that do not work with these parameters, before a session exists."""
-        for name in ("shared_views", "send_in_backward"):
-            if getattr(self._options, name) and len(self._client.targets) > 1:
-                raise UnsupportedFeatureError(
-                    f"{name}: the model is partitioned over several servers or channels; leave the option out, or use "
-                    "one server and one channel",
-                    metadata={"field": name, "feature": f"torch_{name}"},
-                )
-        if self._options.shared_views:
-            check_dtypes(parameters, *self._dtypes(parameters))
-
-    def _dtypes(self, parameters: Parameters) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """Return the wire dtypes of gradients and of replies."""
-        sent, received = self._options.gradient_dtype, self._options.reply_dtype
-        return (
-            dtype_named(sent or parameters.dtype, "gradient_dtype", gradients=True),
-            dtype_named(received or parameters.dtype, "reply_dtype"),
-        )
-
-    def _use(
-        self, session: Session, parameters: Parameters, groups: Sequence[Group], memory: Parameters | SharedViews
-    ) -> None:
-        """Use a session from now on; its parameters are the present values, and `memory` is theirs."""
-        self.session, self.parameters = session, parameters
-        configuration = session.config
-        self._structure = self._rule.structure_of(groups)
-        self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
-        self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
-        self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
-        in_place = isinstance(memory, SharedViews)
-        self._recovery = Recovery(session, parameters, self._reply_dtype, self._options.timeout, in_place=in_place)
+    def _use(self, placement: Placement) -> None:
+        """Use a session from now on; its parameters are the present values."""
+        before, self._placement = getattr(self, "_placement", None), placement
         if self._sender is not None:
             self._sender.close()
         watches = self._options.send_in_backward
-        self._sender = BackwardSender(parameters, self._begin, self._present_numbers) if watches else None
-        before, self._memory = self._memory, memory
-        before.release()
-        parameters.follow()
+        self._sender = BackwardSender(placement.parameters, self._begin, self._present_numbers) if watches else None
+        if before is not None and before.memory is not placement.memory:
+            before.memory.release()
+        placement.parameters.follow()
+        self._live.settled([tensor.parameter for tensor in placement.parameters.tensors])
+        self._view = None
 
-    def _memory_of(self, session: Session, parameters: Parameters) -> Parameters | SharedViews:
-        """Return the memory in which a session steps the parameters; with shared views they move there."""
-        return SharedViews(session, parameters) if self._options.shared_views else parameters
-
-    def _use_first(self, session: Session, groups: Sequence[Group]) -> None:
+    def _use_first(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
         """Use the first session, and close it after a failure: no other code has the session."""
         try:
-            self._use(session, self.parameters, groups, self._memory_of(session, self.parameters))
+            self._use(self._placer.placed(self._placer.mirror(session, parameters), groups))
         except BaseException:
             session.close()
             raise
 
-    def _move_to(
-        self, session: Session, parameters: Parameters, groups: Sequence[Group], state: Callable[[], Snapshot]
-    ) -> None:
-        """Load a state into a new session, and use the session instead of the present one, which is closed.
-
-        After a failure the new session is closed, and everything is as before.
-        """
-        try:
-            session.load_state(state(), timeout=self._options.timeout)
-            try:
-                memory = self._memory_of(session, parameters)
-            except UnsupportedFeatureError as error:  # the session before had shared memory
-                _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
-                memory = parameters
-        except BaseException:
-            session.close()
-            raise
-        old = self.session
-        self._use(session, parameters, groups, memory)
-        try:
-            old.close()
-        except StepwireError as error:  # the lease of the session ends it
-            _LOG.warning("the session before was not closed: %s", error)
+    def _resume(self, session_id: str, parameters: Parameters, groups: Sequence[Group]) -> None:
+        session = self._placer.found(session_id, parameters, groups)
+        self._use(self._placer.placed(self._placer.mirror(session, parameters), groups))
 
     def resume(self, session_id: str, groups: Sequence[Group]) -> None:
         """Attach to an existing session, and copy its parameters into the model.
@@ -166,27 +120,87 @@ class Backing:
             InvalidRequestError: the session is of another model, another optimizer, or other options.
             StepwireError: as `Client.session`.
         """
-        self._check(self.parameters)
-        session = find_session(self._client, session_id, self._options, self._rule, self.parameters, groups)
-        pulled: Any = session.pull()
-        for name, target in self.parameters.targets().items():
-            with np.errstate(over="ignore"):
-                target[...] = pulled[name]
-        self.parameters.stepped(pulled)
-        self._use(session, self.parameters, groups, self._memory_of(session, self.parameters))
+        self.check_open()
+        self._abort_begun()
+        parameters = self.parameters if self._placement.fits(groups) else self._regrouped(groups)
+        self._resume(session_id, parameters, groups)
+        self._live.replaced({})
 
-    def regroup(self, groups: Sequence[Group]) -> None:
-        """Move to a new session of other groups, with the state of the parameters that both sessions have.
+    def _move(self, groups: Sequence[Group], parameters: Parameters, wanted: Wanted) -> None:
+        """Move to a new session with another state. After a failure everything is as before."""
+        old = self._placement
+        session = self._placer.created(parameters, groups)
+        try:
+            mirror = self._placer.mirror(session, parameters)
+            mirror.inherit(old.mirror, wanted.olds)
+            session.load_state(mirror.composed(wanted, groups), timeout=self._options.timeout)
+            placement = self._placer.placed(mirror, groups, again=True)
+        except BaseException:
+            session.close()
+            raise
+        stay = {id(tensor.parameter) for tensor in parameters.tensors}
+        for tensor in old.parameters.tensors:
+            if id(tensor.parameter) not in stay:
+                self._live.leave(tensor.parameter)
+        self._use(placement)
+        try:
+            old.session.close()
+        except StepwireError as error:  # the lease of the session ends it
+            _LOG.warning("the session before was not closed: %s", error)
+
+    # --- the groups and the state are the truth ------------------------------------------------------------
+
+    def follow(self, groups: Sequence[Group]) -> None:
+        """Have the session follow the groups' parameters, and the state that users have written.
 
         Raises:
-            InvalidRequestError: the optimizer is closed.
-            StepwireError: as `Client.create_session`; nothing was changed.
+            UnsupportedFeatureError: a parameter cannot be stepped by a server.
+            InvalidRequestError: the optimizer is closed, or the state does not fit the parameters.
+            StepwireError: as `Client.create_session` and `Session.load_state`; nothing was changed.
         """
         self.check_open()
-        parameters = Parameters(groups)
-        self._follow()
-        session = self._create(parameters, groups)
-        self._move_to(session, parameters, groups, lambda: self._mirror.carried(session.state(), parameters))
+        self._groups = groups
+        if not any(group["params"] for group in groups):
+            return
+        if not self._placement.fits(groups):
+            self._settle()
+            parameters = self._regrouped(groups)
+            wanted = regrouped(self.parameters, parameters, self._live, self._present_view(), last_step(self.session))
+            self._move(groups, parameters, wanted)
+        elif edits := self._live.edits():
+            self._settle()
+            self._put(edits, groups)
+
+    def _put(self, edits: Mapping[Any, dict[str, Any]], groups: Sequence[Group]) -> None:
+        """Load the state of some parameters."""
+        view = None if len(edits) == len(self.parameters.tensors) else self._present_view()
+        wanted = edited(self.parameters, edits, view, last_step(self.session))
+        self.session.load_state(self._placement.mirror.composed(wanted, groups), timeout=self._options.timeout)
+        self._placement.memory.uploaded()
+        self._expire()
+
+    def _regrouped(self, groups: Sequence[Group]) -> Parameters:
+        return Parameters(groups, {id(tensor.parameter): tensor.name for tensor in self.parameters.tensors})
+
+    def _settle(self) -> None:
+        """Settle everything whose outcome is open: a step that was begun, that failed, or that is in doubt."""
+        self._abort_begun()
+        self._placement.recovery.settle()
+        if self.session.statistics().step_in_doubt is not None:  # a load settles the number that the state goes on from
+            self.upload(everything=True)
+
+    def _expire(self) -> None:
+        """Forget the state as it was read: the session's state has changed, or is about to change."""
+        self._live.expire()  # it may read for the last time
+        self._view = None
+
+    def _present_view(self) -> SnapshotView:
+        """Return the state of the session, fetched once between two changes."""
+        self.check_open()
+        if self._view is None:
+            self._placement.recovery.settle()
+            self._view = self._placement.mirror.view(self._groups)
+        return self._view
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -201,47 +215,52 @@ class Backing:
             InvalidRequestError: the optimizer is closed, or gradients or numbers are not served; nothing was applied.
             StepwireError: as `Session.step`.
         """
-        self.check_open()
-        self._groups, self._loss_scale = groups, loss_scale
-        overrides = self.overrides(groups)
+        self.follow(groups)
+        self._loss_scale = loss_scale
+        if not any(group["params"] for group in groups):
+            return
+        overrides = self._placement.overrides(groups)
+        self._expire()
         reply = self._reply((overrides, loss_scale))
         if reply is not None:  # without any gradient nothing changes, as with torch
-            self._memory.stepped(reply)
-            self._mirror.forget()
-            self._recovery.stepped()
+            self._placement.memory.stepped(reply)
+            self._placement.mirror.forget()
+            self._placement.recovery.stepped()
 
     def _reply(self, numbers: Numbers) -> Any:
         """Apply a step with the present gradients, and return its reply; None without any gradient."""
+        recovery = self._placement.recovery
         if self._sender is not None:
-            with self._recovery.watch():
+            with recovery.watch():
                 if (reply := self._sender.finish(numbers)) is not None:
                     return reply
-        if not (gradients := self._memory.gradients()):
+        if not (gradients := self._placement.memory.gradients()):
             return None
-        self.upload()
-        with self._recovery.watch():
+        if self._sender is None or not self._sender.committed:  # else the model may show the reply of this very step
+            self.upload()
+        with recovery.watch():
             return self.session.step(gradients, **self._step_options(numbers))
 
     def _step_options(self, numbers: Numbers) -> dict[str, Any]:
         return {
             "hyperparameters": numbers[0],
             "loss_scale": numbers[1],
-            "gradient_dtype": self._gradient_dtype,
-            "reply_dtype": self._reply_dtype,
-            "out": self._memory.targets(),
+            "gradient_dtype": self._placement.gradient_dtype,
+            "reply_dtype": self._placement.reply_dtype,
+            "out": self._placement.memory.targets(),
             "timeout": self._options.timeout,
         }
 
-    # --- steps that begin in the backward pass -----------------------------------------------------------
-
     def _present_numbers(self) -> Numbers | None:
-        """Return the numbers of a step; None if no messages carry gradients, or parameters must be sent first."""
-        choice = self.session.transport
-        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc") or self.parameters.changed():
+        """Return the numbers of a step; None if no messages carry gradients, or something must be sent first."""
+        choice, groups = self.session.transport, self._groups
+        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc"):
+            return None
+        if not self._placement.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
             return None
         if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
             return None
-        return self.overrides(self._groups), self._loss_scale
+        return self._placement.overrides(groups), self._loss_scale
 
     def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
         # The step reads the shapes of these arrays alone, and the gradients come from the feed. Untouched memory costs
@@ -254,40 +273,6 @@ class Backing:
         if self._sender is not None:
             self._sender.drop()
 
-    # --- numbers -----------------------------------------------------------------------------------------
-
-    def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
-        """Return the numbers of each group that differ from those of the session's creation; None for no difference.
-
-        Raises:
-            InvalidRequestError: an option that is fixed at the session's creation was changed.
-        """
-        if changed := self._structure_change(groups):
-            raise InvalidRequestError.of(
-                "param_groups",
-                f"{changed}, which is fixed at a session's creation. Call "
-                "optimizer.load_state_dict(optimizer.state_dict()) for another session, or make a new optimizer if the "
-                "state has no such slot",
-            )
-        now = [self._rule.numbers_of(group) for group in groups]
-        differing = [
-            {name: value for name, value in numbers.items() if value != then[name]}
-            for numbers, then in zip(now, self._numbers, strict=True)
-        ]
-        return differing if any(differing) else None
-
-    def _structure_change(self, groups: Sequence[Group]) -> str:
-        """Return the change of the groups that needs another session, in words; empty for none."""
-        now = self._rule.structure_of(groups)
-        for name, value in now.items():
-            if value != self._structure[name]:
-                return f"{name} was changed from {self._structure[name]!r} to {value!r}"
-        if self._rule.keeps_momentum(groups) and "momentum_buffer" not in self.session.slots:
-            return "momentum was changed from 0 in all groups"
-        if len(groups) != len(self._numbers):
-            return f"there are {len(groups)} groups instead of {len(self._numbers)}"
-        return ""
-
     def upload(self, *, everything: bool = False) -> None:
         """Send the parameters if other code has changed them since the last step.
 
@@ -298,22 +283,13 @@ class Backing:
             StepwireError: as `Session.load`.
         """
         self._abort_begun()
-        if not everything and not self.parameters.changed():
+        placement = self._placement
+        if not everything and not placement.memory.changed():
             return
-        self._recovery.settle()
-        if everything or self.parameters.changed():
-            self._mirror.upload()
-            self._memory.uploaded()
-
-    def _follow(self) -> None:
-        """Make the model whole, and the session's parameters the model's.
-
-        Raises:
-            StepwireError: as `Recovery.settle` and `Session.load`.
-        """
-        self._abort_begun()
-        self._recovery.settle()
-        self.upload()
+        placement.recovery.settle()
+        if everything or placement.memory.changed():
+            placement.mirror.upload()
+            placement.memory.uploaded()
 
     def check_open(self) -> None:
         """Refuse a call after `end`.
@@ -329,18 +305,29 @@ class Backing:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
-        """Return torch's state of each parameter in order, and the state beyond torch's.
+    def exported(self, groups: Sequence[Group]) -> tuple[dict[Any, Any], ExtraState]:
+        """Return torch's state by parameter, and the state beyond torch's.
 
         Raises:
             StepwireError: as `Session.state`.
         """
-        self.check_open()
-        self._follow()
-        return self._mirror.exported(groups)
+        self.follow(groups)
+        self._abort_begun()
+        self._placement.recovery.settle()
+        self.upload()
+        self._view = (
+            None  # what was read before may be older than an upload, and the arrays are the caller's from now on
+        )
+        try:
+            extra = self._placement.mirror.extra(self._present_view().snapshot)
+            return self._live.exported([parameter for group in groups for parameter in group["params"]]), extra
+        finally:
+            self._view = None
 
     def load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
         """Replace the state. The model's parameters stay.
+
+        A session that is lost is replaced by a new one.
 
         Args:
             entries: torch's state of each parameter, in order.
@@ -353,23 +340,42 @@ class Backing:
         """
         self.check_open()
         self._rule.optimizer_for(groups)  # groups of another optimizer lack its numbers
-        self._abort_begun()
-        self._recovery.settle()
-        if self.session.statistics().step_in_doubt is not None:  # a load settles the number that the state goes on from
-            self.upload(everything=True)
+        self._groups = groups
         try:
-            if self._structure_change(groups):
-                session = self._create(self.parameters, groups)
-                state = functools.partial(self._mirror.loadable, session, entries, extra, groups)
-                self._move_to(session, self.parameters, groups, state)
-            else:
-                state_now = self._mirror.loadable(self.session, entries, extra, groups)
-                self.session.load_state(state_now, timeout=self._options.timeout)
+            self._settle()
+            self._load(entries, extra, groups)
+        except _LOST as error:
+            _LOG.warning("a new session gets the state: %s", error)
+            self._load_anew(entries, extra, groups, None)
         except BaseException:
-            self._mirror.forget()
+            self._placement.mirror.forget()
             raise
-        self._mirror.offer(extra)
-        self._memory.uploaded()
+        self._placement.memory.uploaded()
+        self._expire()
+
+    def _load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
+        placement = self._placement
+        if placement.structure_change(groups) or not placement.fits(groups):
+            self._load_anew(entries, extra, groups, None if placement.mirror.is_exact else self._present_view())
+            return
+        wanted = loaded(placement.parameters, placement.parameters, entries, extra, None, last_step(self.session))
+        state = placement.mirror.composed(wanted, groups)
+        self._live.release()
+        self.session.load_state(state, timeout=self._options.timeout)
+
+    def _load_anew(
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        extra: ExtraState,
+        groups: Sequence[Group],
+        before: SnapshotView | None,
+    ) -> None:
+        """Load a state into a new session, which has the masters of `before`."""
+        parameters = self._regrouped(groups)
+        wanted = loaded(self.parameters, parameters, entries, extra, before, last_step(self.session))
+        with contextlib.suppress(*_LOST):
+            self._live.release()
+        self._move(groups, parameters, wanted)
 
     def end(self, *, keep: bool) -> None:
         """Close the session, or detach from it with `keep`. A second call is harmless.
@@ -379,18 +385,20 @@ class Backing:
         """
         if self.closed:
             return
+        if keep and self._live.edits():
+            self.follow(self._groups)
         self.closed = True
         with contextlib.ExitStack() as ending:
             if self._options.owns_client:
                 ending.callback(self._client.close)
             ending.callback(self.session.detach if keep else self.session.close)
-            ending.callback(lambda: self._memory.release())
+            ending.callback(lambda: self._placement.memory.release())
             if self._sender is not None:
                 self._sender.close()
             try:
-                self._recovery.settle_before_end()
+                self._placement.recovery.settle_before_end()
             except SessionNotFoundError:
                 raise
             except StepwireError as error:
-                if self._recovery.is_torn:
+                if self._placement.recovery.is_torn:
                     _LOG.warning("the outcome of a step is unknown; the model may be of two steps: %s", error)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy.typing as npt
 import torch
 
 from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from stepwire.steps.gradient_feed import GradientFeed
-from stepwire.torch.parameters import Parameters
-from stepwire.torch.tensors import ParameterTensor, version_of
+from stepwire.torch.parameters import Arrays, Parameters
+from stepwire.torch.tensors import ParameterTensor
 
 __all__ = ["BackwardSender", "Numbers"]
 
@@ -28,7 +29,7 @@ class _Begun(NamedTuple):
     feed: GradientFeed
     reply: Future[Any]
     numbers: Numbers
-    marks: dict[str, tuple[int, int]]
+    given: Arrays
 
 
 class BackwardSender:
@@ -38,6 +39,12 @@ class BackwardSender:
     between the backward pass and `step`. The expectation fails with a second backward pass, a changed gradient, or a
     written parameter. Then the step is aborted, which leaves no trace on the server, and `step` sends all gradients as
     usual.
+
+    Gradients are compared by their content, in one pass over them: torch's version counters miss some writes of torch
+    itself, such as the unscaling of `GradScaler`.
+
+    Attributes:
+        committed: True if the last `finish` committed the step that was begun, perhaps without its reply.
     """
 
     def __init__(self, parameters: Parameters, begin: Begin, numbers: Callable[[], Numbers | None]) -> None:
@@ -54,12 +61,18 @@ class BackwardSender:
         self._expected: frozenset[str] = frozenset()
         self._begun: _Begun | None = None
         self._lost = False
+        self.committed = False
         self._lock = threading.Lock()  # several threads run the backward pass of a graph on several devices
-        self._hooks = [
-            tensor.parameter.register_post_accumulate_grad_hook(lambda _, tensor=tensor: self._on_gradient(tensor))
-            for tensor in parameters.tensors
-            if tensor.parameter.requires_grad
-        ]
+        self._hooks: dict[str, Any] = {}
+        self._watch(parameters.tensors)
+
+    def _watch(self, tensors: Iterable[ParameterTensor]) -> None:
+        """Have autograd tell of gradients; a parameter that is frozen cannot have a hook."""
+        for tensor in tensors:
+            if tensor.parameter.requires_grad and tensor.name not in self._hooks:
+                self._hooks[tensor.name] = tensor.parameter.register_post_accumulate_grad_hook(
+                    lambda _, tensor=tensor: self._on_gradient(tensor)
+                )
 
     def _on_gradient(self, tensor: ParameterTensor) -> None:
         with self._lock:
@@ -67,7 +80,7 @@ class BackwardSender:
                 self._begun = self._start()
             if self._begun is None:
                 return
-            self._lost = self._lost or tensor.name in self._begun.marks or tensor.name not in self._expected
+            self._lost = self._lost or tensor.name in self._begun.given or tensor.name not in self._expected
             if not self._lost:
                 self._feed(self._begun, tensor)
 
@@ -87,7 +100,7 @@ class BackwardSender:
         if gradient is None:
             self._lost = True
             return
-        begun.marks[tensor.name] = _mark(tensor)
+        begun.given[tensor.name] = gradient
         begun.feed.give(tensor.name, gradient, _copy_event(tensor) if tensor.on_gpu else None)
 
     def finish(self, numbers: Numbers) -> Any:
@@ -104,16 +117,18 @@ class BackwardSender:
         """
         with self._lock:
             begun, lost = self._begun, self._lost
-            self._begun, self._lost = None, False
+            self._begun, self._lost, self.committed = None, False, False
         tensors = [tensor for tensor in self._parameters.tensors if tensor.parameter.grad is not None]
+        self._watch(tensors)
         expected, self._expected = self._expected, frozenset(tensor.name for tensor in tensors)
         if begun is None:
             return None
         alike = not lost and expected == self._expected and begun.numbers == numbers
-        if not alike or begun.marks != {tensor.name: _mark(tensor) for tensor in tensors} or self._parameters.changed():
+        if not alike or self._parameters.changed() or not self._holds(begun):
             _abort(begun)
             return None
         begun.feed.commit()
+        self.committed = True
         try:
             return begun.reply.result()
         except (UnavailableError, DeadlineExceededError, CancelledError):
@@ -121,6 +136,16 @@ class BackwardSender:
         except BaseException:  # after an interrupt of the user no reply may be written behind the user's back
             _abort(begun)
             raise
+
+    def _holds(self, begun: _Begun) -> bool:
+        """Tell whether the step that was begun has the present gradients."""
+        try:
+            present = self._parameters.gradients()
+        except InvalidRequestError:  # the caller raises it again
+            return False
+        if present.keys() != begun.given.keys():
+            return False
+        return all(_same(begun.given[name], array) for name, array in present.items()) and begun.feed.holds()
 
     def drop(self) -> None:
         """Abort the step that was begun, if there is one."""
@@ -132,7 +157,7 @@ class BackwardSender:
     def close(self) -> None:
         """Abort the step that was begun, and watch no more. Closing twice is harmless."""
         self.drop()
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
 
 
@@ -142,9 +167,9 @@ def _abort(begun: _Begun) -> None:
         begun.reply.exception()  # the session is free again when the step has ended
 
 
-def _mark(tensor: ParameterTensor) -> tuple[int, int]:
-    gradient = tensor.parameter.grad
-    return gradient.data_ptr(), version_of(gradient)
+def _same(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    """Tell whether two contiguous arrays are the same elements in the same memory."""
+    return (one.ctypes.data, one.dtype, one.shape) == (other.ctypes.data, other.dtype, other.shape)
 
 
 def _copy_event(tensor: ParameterTensor) -> Callable[[], object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +11,14 @@ import numpy.typing as npt
 from stepwire.errors import InvalidRequestError
 from stepwire.results import Snapshot
 from stepwire.session import Session
+from stepwire.torch.block_scales import levelled
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.states import PARAM, exported, imported
+from stepwire.torch.states import PARAM, Entry, Slots, SnapshotView, imported, initial
 from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 from stepwire.wire.dtypes import FLOAT32
 
-__all__ = ["ExtraState", "Mirror"]
+__all__ = ["ExtraState", "Mirror", "Wanted"]
 
 
 class ExtraState(NamedTuple):
@@ -32,8 +33,32 @@ class ExtraState(NamedTuple):
     slots: dict[str, dict[str, Any]]
 
 
+class Wanted(NamedTuple):
+    """The state that a session is to have.
+
+    Attributes:
+        entries: torch's state of the parameters whose state is a new one, by name.
+        before: the state of the session before, for everything else; None without one.
+        olds: the names in `before` of the parameters that both sessions have, by their present names.
+        step: the step number to go on from.
+        extra: the state beyond torch's, for `entries`; None for none.
+    """
+
+    entries: Mapping[str, Entry]
+    before: Snapshot | None
+    olds: Mapping[str, str]
+    step: int
+    extra: ExtraState | None = None
+
+
 class Mirror:
-    """One session and the parameters that it follows. Only `upload` changes the session."""
+    """One session and the parameters that it follows. Only `upload` changes the session.
+
+    Attributes:
+        session: the session.
+        parameters: the parameters.
+        is_exact: True if the model shows all bits of its masters.
+    """
 
     def __init__(
         self, session: Session, parameters: Parameters, rule: TorchRule, reply_dtype: np.dtype[Any], timeout: float
@@ -47,13 +72,13 @@ class Mirror:
             reply_dtype: the wire dtype of parameters in replies.
             timeout: the time limit of a call, in seconds.
         """
-        self._session = session
-        self._parameters = parameters
+        self.session = session
+        self.parameters = parameters
         self._rule = rule
         self._reply_dtype = reply_dtype
         self._timeout = timeout
         dtypes = {tensor.dtype for tensor in parameters.tensors}
-        self._exact = reply_dtype == FLOAT32 and dtypes == {FLOAT32}
+        self.is_exact = reply_dtype == FLOAT32 and dtypes == {FLOAT32}
         self._offered: dict[str, Any] = {}
 
     def upload(self) -> None:
@@ -62,7 +87,7 @@ class Mirror:
         Raises:
             StepwireError: as `Session.load`.
         """
-        self._session.load(self._values(), timeout=self._timeout)
+        self.session.load(self._values(self._pulled()), timeout=self._timeout)
 
     def offer(self, extra: ExtraState) -> None:
         """Use masters of a state dict for parameters that equal their rounding, until `forget`.
@@ -72,7 +97,7 @@ class Mirror:
         Raises:
             InvalidRequestError: the masters are of another model.
         """
-        tensors = self._parameters.tensors
+        tensors = self.parameters.tensors
         if unknown := [index for index in extra.masters if index not in range(len(tensors))]:
             raise InvalidRequestError.of(
                 "state_dict.masters",
@@ -81,99 +106,117 @@ class Mirror:
         self._offered = {
             tensors[index].name: tensors[index].values(value, f"masters[{index}]")
             for index, value in extra.masters.items()
-            if not self._exact
+            if not self.is_exact
         }
 
     def forget(self) -> None:
         """Forget the offered masters: they are older than a step."""
         self._offered = {}
 
-    def state(self) -> Snapshot:
-        """Return the session's state.
+    def inherit(self, other: Mirror, olds: Mapping[str, str]) -> None:
+        """Use the offered masters of the mirror before; `olds` has its names, by the present ones."""
+        self._offered = {name: other._offered[old] for name, old in olds.items() if old in other._offered}
+
+    def view(self, groups: Sequence[Group]) -> SnapshotView:
+        """Return the session's state as torch has it.
 
         Raises:
             StepwireError: as `Session.state`.
         """
-        return self._session.state(timeout=self._timeout)
+        snapshot = self.session.state(timeout=self._timeout)
+        return SnapshotView(snapshot, self.parameters.tensors, self._rule, self._by_name(groups))
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
-        """Return torch's state of each parameter in order, and the state beyond torch's.
-
-        Raises:
-            StepwireError: as `Session.state`.
-        """
-        state, tensors = self.state(), self._parameters.tensors
-        entries = exported(state, tensors, self._rule, self._by_name(groups))
-        masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
+    def extra(self, snapshot: Snapshot) -> ExtraState:
+        """Return the state beyond torch's."""
+        tensors = self.parameters.tensors
+        masters = {} if self.is_exact else {i: t.tensor(snapshot.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
         # As tensors: `torch.load` refuses arrays by default, as a risk of an untrusted file.
         slots = {
-            slot: {name: from_numpy(values) for name, values in state.slots[slot].items()}
-            for slot in self._beside_torch(self._session)
+            slot: {name: from_numpy(values) for name, values in snapshot.slots[slot].items()}
+            for slot in self._beside_torch()
         }
-        return entries, ExtraState(masters, slots)
+        return ExtraState(masters, slots)
 
-    def loadable(
-        self, session: Session, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]
-    ) -> Snapshot:
-        """Return the state to load into a session: torch's state, and the model's values.
+    def composed(self, wanted: Wanted, groups: Sequence[Group]) -> Snapshot:
+        """Return the state to load into the session, with the model's values.
 
         Args:
-            session: this session, or its successor.
-            entries: torch's state of each parameter, in order.
-            extra: the state beyond torch's.
+            wanted: the state.
             groups: torch's parameter groups.
 
         Raises:
-            InvalidRequestError: the state is of another rule or another model.
+            InvalidRequestError: an entry is of another rule or another model.
             StepwireError: as `Session.pull`.
         """
-        tensors = self._parameters.tensors
-        slots, steps = imported(entries, tensors, self._rule, self._by_name(groups), session.slots)
-        for slot in self._beside_torch(session):
-            if set(extra.slots.get(slot, ())) != set(session.shapes):
+        by_name = self._by_name(groups)
+        made: Slots = {slot: {} for slot in self.session.slots if slot != PARAM}
+        imports, steps = imported(wanted.entries, self.parameters.tensors, self._rule, by_name, self.session.slots)
+        made.update(imports)
+        self._keep(made, steps, wanted, by_name)
+        self._scale(made, wanted)
+        if wanted.extra is not None:
+            self.offer(wanted.extra)
+        made[PARAM] = self._values(self._masters(wanted))
+        return Snapshot(step=wanted.step, slots=made, tensor_steps=steps)
+
+    def _keep(self, made: Slots, steps: dict[str, int], wanted: Wanted, by_name: Mapping[str, Group]) -> None:
+        """Add the state of the parameters without an entry."""
+        for tensor in self.parameters.tensors:
+            if (name := tensor.name) in wanted.entries:
+                continue
+            assert wanted.before is not None
+            old = wanted.olds[name]
+            # Without a count, the number of updates says whether the slots have begun, and a new slot has not.
+            begun = self._rule.counts or all(slot in wanted.before.slots for slot in made)
+            steps[name] = wanted.before.tensor_steps[old] if begun else 0
+            for slot, arrays in made.items():
+                had = wanted.before.slots.get(slot)
+                arrays[name] = initial(tensor, self._rule, by_name[name]) if had is None else had[old]
+
+    def _scale(self, made: Slots, wanted: Wanted) -> None:
+        """Complete the slots that moments of fewer bits need besides torch's.
+
+        Raises:
+            InvalidRequestError: the state beyond torch's lacks such a slot.
+        """
+        for slot in self._beside_torch():
+            if wanted.extra is None:
+                values = made[slot.removesuffix("_scale")]
+                scales = {name: made[slot].get(name, np.zeros_like(values[name])) for name in values}
+                made[slot] = levelled(values, scales, self.parameters.members_by_group())
+                continue
+            given = wanted.extra.slots.get(slot, {})
+            if set(given) != set(self.session.shapes):
                 raise InvalidRequestError.of(
                     f"state_dict.{slot}",
                     "is missing, and this session's state_precision needs it; use a state dict of a session with the "
                     "same state_precision",
                 )
-            slots[slot] = {name: to_numpy(values.cpu()) for name, values in extra.slots[slot].items()}
-        self.offer(extra)
-        slots[PARAM] = self._values()
-        return Snapshot(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+            made[slot] = {name: to_numpy(values.cpu()) for name, values in given.items()}
 
-    def carried(self, fresh: Snapshot, parameters: Parameters) -> Snapshot:
-        """Return the state of a new session of other groups, with this session's state of the parameters of both.
+    def _masters(self, wanted: Wanted) -> Mapping[str, Any]:
+        if self.is_exact:
+            return {}
+        if wanted.before is None:
+            return self._pulled()
+        return {name: wanted.before.slots[PARAM][old] for name, old in wanted.olds.items()}
 
-        Args:
-            fresh: the state of the new session.
-            parameters: the parameters of the new session.
+    def _pulled(self) -> Mapping[str, Any]:
+        pulled: Any = {} if self.is_exact else self.session.pull(timeout=self._timeout)
+        return cast(Mapping[str, Any], pulled)
 
-        Raises:
-            StepwireError: as `Session.state`.
-        """
-        before = self.state()
-        # Parameters are matched by identity: a state dict may change names, and a new group may change positions.
-        olds = {id(tensor.parameter): tensor.name for tensor in self._parameters.tensors}
-        names = {t.name: olds[id(t.parameter)] for t in parameters.tensors if id(t.parameter) in olds}
-        for slot, arrays in fresh.slots.items():
-            if slot in before.slots:
-                arrays |= {name: before.slots[slot][old] for name, old in names.items()}
-        steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
-        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps)
-
-    def _values(self) -> Arrays:
-        """Return the model's values, each replaced by a master that rounds to it: an offered one or the session's."""
-        local = self._parameters.fetch()
-        if self._exact:
+    def _values(self, masters: Mapping[str, Any]) -> Arrays:
+        """Return the model's values, each replaced by a master that rounds to it: a given one or an offered one."""
+        local = self.parameters.fetch()
+        if self.is_exact:
             return local
-        pulled: Any = self._session.pull(timeout=self._timeout)
         return {
             tensor.name: self._merged(
-                [masters[tensor.name] for masters in (pulled, self._offered) if tensor.name in masters],
+                [known[tensor.name] for known in (masters, self._offered) if tensor.name in known],
                 local[tensor.name],
                 tensor,
             )
-            for tensor in self._parameters.tensors
+            for tensor in self.parameters.tensors
         }
 
     def _merged(self, masters: Sequence[Any], local: npt.NDArray[Any], tensor: ParameterTensor) -> npt.NDArray[Any]:
@@ -184,8 +227,8 @@ class Mirror:
             merged = np.where(shown == local, master, merged)
         return merged
 
-    def _beside_torch(self, session: Session) -> list[str]:
-        return [slot for slot in session.slots if slot not in (PARAM, *self._rule.slots)]
+    def _beside_torch(self) -> list[str]:
+        return [slot for slot in self.session.slots if slot not in (PARAM, *self._rule.slots)]
 
     def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
-        return {name: groups[index] for name, index in self._parameters.membership.items()}
+        return {name: groups[index] for name, index in self.parameters.membership.items()}

@@ -15,9 +15,10 @@ from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
 from stepwire.torch.backing import Backing
 from stepwire.torch.error_hints import with_hints
+from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState
 from stepwire.torch.options import RemoteOptions, split_options
-from stepwire.torch.rules import TORCH_RULES, TorchRule
+from stepwire.torch.rules import STATE_KEYS, TORCH_RULES, TorchRule
 
 __all__ = ["RemoteOptimizer"]
 
@@ -38,8 +39,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[TorchRule]
     param_groups: list[dict[str, Any]]
-    state: dict[Any, Any]
     _backing: Backing | None = None
+    _live: LiveState | None = None
+    _packed_state: dict[Any, Any] | None = None
+    _is_loading = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Find the rule of the class, and append the names of `RemoteOptions` to torch's signature."""
@@ -66,12 +69,32 @@ class RemoteOptimizer(torch.optim.Optimizer):
         _refuse(self.param_groups)
         self.state.clear()  # Adagrad's constructor makes state, and the state is on the server
         with with_hints(self._options, None):
-            self._backing = Backing(self.rule, self._options, self.param_groups)
+            self._backing = Backing(self.rule, self._options, self.param_groups, self.state)
         # A user may compile a whole training step, and a call to a server cannot be traced.
         self._apply_step = torch.compiler.disable(self._backing.step)
         self._step_supports_amp_scaling = self._options.amp_scaling
 
     # --- state of the optimizer --------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The state of each parameter, by parameter, as torch has it: reads fetch it, and writes are sent.
+
+        A read fetches all of the state, once between two steps. A write is sent before the next step.
+        """
+        if self._packed_state is not None:  # while torch's own code makes a state dict, or reads groups
+            return self._packed_state
+        if self._live is None:
+            self._live = LiveState()
+        return self._live
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if value is self._live:
+            return
+        items = list(value.items())
+        self.state.clear()
+        self.state.update(items)
 
     @property
     def backing(self) -> Backing:
@@ -127,6 +150,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None or not float(found_inf):  # set by GradScaler, which lowers the scale then
+            _refuse(self.param_groups)
             with with_hints(self._options, self.session_id):
                 self._apply_step(self.param_groups, None if scale is None else float(scale))
         return loss
@@ -145,7 +169,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         try:
             _refuse(self.param_groups)
-            self._backing.regroup(self.param_groups)
+            with with_hints(self._options, self.session_id):
+                self._backing.follow(self.param_groups)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -161,24 +186,53 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         if self._options.light_state_dict:
             return self.handle()
-        with with_hints(self._options, self.session_id):
-            entries, extra = self.backing.exported(self.param_groups)
-        tensors = self.backing.parameters.tensors
-        self.state.update({tensor.parameter: entry for tensor, entry in zip(tensors, entries, strict=True) if entry})
-        try:
-            return self._packed({"masters": extra.masters, "slots": extra.slots})
-        finally:
-            self.state.clear()
+        ours: dict[str, Any] = {}
+
+        def show(_: Any) -> None:
+            with with_hints(self._options, self.session_id):
+                self._packed_state, extra = self.backing.exported(self.param_groups)
+            ours.update(masters=extra.masters, slots=extra.slots)
+
+        return self._packed(show, ours)
 
     def handle(self) -> dict[str, Any]:
         """Return a state dict without tensors, with which `load_state_dict` resumes the session."""
-        return self._packed({"handle": True})
 
-    def _packed(self, ours: dict[str, Any]) -> dict[str, Any]:
-        ours = {"session_id": self.session_id, "step": self.applied_step, **ours}
-        with _hooked(self.register_state_dict_post_hook, lambda _, made: {**made, _KEY: ours}):
-            packed: dict[str, Any] = super().state_dict()
+        def show(_: Any) -> None:
+            with with_hints(self._options, self.session_id):
+                self.backing.follow(self.param_groups)
+            self._packed_state = {}
+
+        return self._packed(show, {"handle": True})
+
+    def _packed(self, show: Callable[[Any], None], ours: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's own state dict of the state that `show` shows, with our key."""
+
+        def add(_: Any, made: dict[str, Any]) -> dict[str, Any]:
+            self._packed_state = None
+            return {**made, _KEY: {"session_id": self.session_id, "step": self.applied_step, **ours}}
+
+        try:
+            with (
+                _hooked(self.register_state_dict_pre_hook, show),
+                _hooked(self.register_state_dict_post_hook, add, prepend=True),
+            ):
+                packed: dict[str, Any] = super().state_dict()
+        finally:
+            self._packed_state = None
         return packed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what torch's own code, or a user's, sets: groups, hooks, and a state, which is sent."""
+        given = dict(state)
+        wanted = given.pop("state", None)
+        before, self._packed_state = self._packed_state, {}  # torch's classes look into the state, and fetch nothing
+        try:
+            super().__setstate__(given)
+        finally:
+            self._packed_state = before
+        if wanted is not None and not self._is_loading:
+            self.state = wanted
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of torch's optimizer of the same name.
@@ -205,6 +259,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._load(given)
 
         before, self.param_groups = self.param_groups, [{**group} for group in self.param_groups]
+        self._is_loading = True
         try:
             with (
                 _hooked(self.register_load_state_dict_pre_hook, keep),
@@ -214,15 +269,26 @@ class RemoteOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups = before
             raise
+        finally:
+            self._is_loading = False
 
     def _load(self, given: dict[str, Any]) -> None:
         ours = given.get(_KEY) or {}
         if ours.get("handle"):
             self._resume(ours)
             return
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         positions = [index for group in given["param_groups"] for index in group["params"]]
-        entries = [given["state"].get(index, {}) for index in positions]
-        self.backing.load(entries, ExtraState(ours.get("masters", {}), ours.get("slots", {})), self.param_groups)
+        states = {index: given["state"].get(index, {}) for index in positions}
+        entries = [{key: entry[key] for key in entry if key in STATE_KEYS} for entry in states.values()]
+        with with_hints(self._options, self.session_id):
+            extra = ExtraState(ours.get("masters", {}), ours.get("slots", {}))
+            self.backing.load(entries, extra, self.param_groups)
+        kept: dict[Any, Any] = {key: value for key, value in given["state"].items() if key not in states}
+        for parameter, entry in zip(parameters, states.values(), strict=True):
+            if own := {key: value for key, value in entry.items() if key not in STATE_KEYS}:
+                kept[parameter] = own
+        self.state.replaced(kept)
 
     def _resume(self, ours: dict[str, Any]) -> None:
         """Resume the session of a handle, and close the optimizer's session before."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.torch.rules import Group
+from stepwire.torch.samples import Samples
 from stepwire.torch.tensors import ParameterTensor
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
+
+_LOG = logging.getLogger(__name__)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -27,8 +31,12 @@ class Parameters:
         membership: the group of each tensor, by name.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], known: Mapping[int, str] | None = None) -> None:
         """Collect the parameters of the groups.
+
+        Args:
+            groups: torch's parameter groups.
+            known: the names of parameters so far, by `id`; for groups whose names do not fit their parameters.
 
         Raises:
             UnsupportedFeatureError: a parameter cannot be stepped by a server, or two overlap in memory.
@@ -37,9 +45,7 @@ class Parameters:
         self.membership: dict[str, int] = {}
         seen: dict[int, str] = {}
         for index, group in enumerate(groups):
-            names = group.get("param_names")
-            for position, parameter in enumerate(group["params"]):
-                name = names[position] if names else f"param_groups[{index}][{position}]"
+            for name, parameter in zip(_names(index, group, known or {}), group["params"], strict=True):
                 if id(parameter) in seen:  # torch steps the parameter twice, with a warning of a later refusal
                     raise _unsupported(name, f"is {seen[id(parameter)]!r} once more; list each parameter once")
                 seen[id(parameter)] = name
@@ -48,6 +54,8 @@ class Parameters:
                 self.tensors.append(ParameterTensor(name, parameter))
                 self.membership[name] = index
         _refuse_overlaps(self.tensors)
+        self._samples = Samples(self.tensors)
+        self._told = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -58,6 +66,20 @@ class Parameters:
     def members(self, group: int) -> list[str]:
         """Return the names of a group's parameters."""
         return [name for name, index in self.membership.items() if index == group]
+
+    def members_by_group(self) -> list[list[str]]:
+        """Return the names of each group's parameters."""
+        return [self.members(group) for group in range(max(self.membership.values(), default=-1) + 1)]
+
+    def are_of(self, groups: Sequence[Group]) -> bool:
+        """Tell whether groups have these parameters, in these groups and in the dtypes and shapes of the session."""
+        given = [(index, parameter) for index, group in enumerate(groups) for parameter in group["params"]]
+        if len(given) != len(self.tensors):
+            return False
+        return all(
+            parameter is tensor.parameter and index == self.membership[tensor.name] and not tensor.is_recast
+            for (index, parameter), tensor in zip(given, self.tensors, strict=True)
+        )
 
     def fetch(self) -> Arrays:
         """Return the present values, by name."""
@@ -83,10 +105,15 @@ class Parameters:
         """Copy the values that a step wrote to `targets` into the parameters."""
         for tensor in self.tensors:
             tensor.settle()
+        self.note()
 
     def uploaded(self) -> None:
         """Note that the session has all present values."""
         self.follow()
+
+    def restored(self) -> None:
+        """Note that values of the session were written to the parameters."""
+        self.note()
 
     def release(self) -> None:
         """Do nothing: the model's memory is its own."""
@@ -95,15 +122,46 @@ class Parameters:
         """Note that the session has all present values."""
         for tensor in self.tensors:
             tensor.follow()
+        self.note()
+
+    def note(self) -> None:
+        """Keep samples of the present values: a change that torch does not count is one after this moment."""
+        self._samples.note()
 
     def changed(self) -> list[ParameterTensor]:
-        """Return the tensors that other code has changed since `stepped` or `follow`."""
-        return [tensor for tensor in self.tensors if tensor.changed]
+        """Return the tensors that other code has changed since `stepped` or `follow`.
+
+        Torch counts changes. Of changes that torch does not count, samples reveal most.
+        """
+        return [tensor for tensor in self.tensors if tensor.changed] or self._uncounted()
+
+    def _uncounted(self) -> list[ParameterTensor]:
+        """Return the tensors with another content than the session, although torch has counted no change."""
+        found = self._samples.changed()
+        if found and not self._told:
+            self._told = True
+            _LOG.warning(
+                "%r was changed through .data, which torch does not count; the change was found by samples of its "
+                "values. Call optimizer.upload_parameters() after such a change: samples may miss the next one",
+                found[0].name,
+            )
+        return found
 
     def synchronize(self) -> None:
         """Wait for the copies from GPUs that are under way."""
         for device in {tensor.parameter.device for tensor in self.tensors if tensor.on_gpu}:
             torch.cuda.current_stream(device).synchronize()
+
+
+def _names(index: int, group: Group, known: Mapping[int, str]) -> list[str]:
+    """Return the names of a group's parameters: the group's own, or the known ones and positions."""
+    names, parameters = group.get("param_names"), group["params"]
+    if names and len(names) == len(parameters):
+        return list(names)
+    made = [f"param_groups[{index}][{position}]" for position in range(len(parameters))]
+    if not names:
+        return made
+    return [known.get(id(parameter), name) for parameter, name in zip(parameters, made, strict=True)]
 
 
 def _refuse_overlaps(tensors: Sequence[ParameterTensor]) -> None:

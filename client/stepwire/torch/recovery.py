@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,11 @@ from stepwire.errors import SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor
+from stepwire.torch.views import SharedViews
 
 __all__ = ["Recovery"]
+
+Memory: TypeAlias = Parameters | SharedViews
 
 _AT_ONCE_SECONDS: Final = 1.0
 """The longest time that a step which has failed asks for its outcome before it raises."""
@@ -44,28 +47,23 @@ class Recovery:
     """
 
     def __init__(
-        self,
-        session: Session,
-        parameters: Parameters,
-        reply_dtype: np.dtype[Any],
-        timeout: float,
-        *,
-        in_place: bool = False,
+        self, session: Session, parameters: Parameters, memory: Memory, reply_dtype: np.dtype[Any], timeout: float
     ) -> None:
         """Start with a model that is whole.
 
         Args:
             session: the session.
             parameters: the model's parameters.
+            memory: the memory of their values, which is told of values that are restored.
             reply_dtype: the wire dtype of parameters in replies.
             timeout: the time limit of a call, in seconds.
-            in_place: the server writes the parameters itself, where the model is.
         """
         self._session = session
         self._parameters = parameters
+        self._memory = memory
         self._reply_dtype = reply_dtype
         self._timeout = timeout
-        self._in_place = in_place
+        self._in_place = memory is not parameters  # the server writes them itself, where the model is
         self._failed: _FailedStep | None = None
 
     @property
@@ -107,6 +105,7 @@ class Recovery:
                 raise lost from error
             except StepwireError:
                 pass
+        self._parameters.note()
         self._failed = failed._replace(left={name: array.copy() for name, array in self._parameters.fetch().items()})
         if torn:
             for tensor in self._parameters.tensors:  # autograd must not use values that the reply may have replaced
@@ -157,6 +156,7 @@ class Recovery:
         present = self._parameters.fetch()
         for tensor in self._parameters.tensors:
             _restore(tensor, present[tensor.name], pulled[tensor.name], None if left is None else left[tensor.name])
+        self._memory.restored()
 
 
 def _restore(

@@ -10,7 +10,7 @@ import stepwire.optimizers as optimizers
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Optimizer
 
-__all__ = ["TORCH_RULES", "Group", "TorchRule"]
+__all__ = ["STATE_KEYS", "TORCH_RULES", "Group", "TorchRule"]
 
 Group = Mapping[str, Any]
 """An entry of `Optimizer.param_groups`."""
@@ -37,6 +37,12 @@ class TorchRule:
     slots: tuple[str, ...]
     counts: bool = True
     eager: bool = False
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys that torch's state of a parameter may have."""
+        product = {"mu_product"} if "momentum_decay" in self.numbers else set()
+        return frozenset({*self.slots, *product, *(["step"] if self.counts else [])})
 
     def numbers_of(self, group: Group) -> dict[str, Any]:
         """Return the numbers of a group as plain numbers; torch allows tensors for most of them.
@@ -147,3 +153,6 @@ TORCH_RULES: Final[dict[str, TorchRule]] = {
     ),
 }
 """The rules by the name of their class in `stepwire.torch`, and in torch.optim if torch has the class."""
+
+STATE_KEYS: Final = frozenset().union(*(rule.keys for rule in TORCH_RULES.values()))
+"""The keys of torch's state of a parameter under any rule; other keys are of other code."""

@@ -15,7 +15,10 @@ from stepwire.results import Snapshot
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.tensors import ParameterTensor
 
-__all__ = ["exported", "imported"]
+__all__ = ["PARAM", "Entry", "Slots", "SnapshotView", "imported", "initial"]
+
+Entry = Mapping[str, Any]
+"""Torch's state of one parameter."""
 
 Slots = dict[str, dict[str, npt.NDArray[np.float32]]]
 
@@ -25,35 +28,49 @@ _AGREEMENT: Final = 1e-4
 """The largest relative error of a running product of float32."""
 
 
-def exported(
-    state: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
-) -> list[dict[str, Any]]:
-    """Return torch's state of each parameter, in order; empty for a parameter without state.
+class SnapshotView:
+    """A snapshot of a session, as torch's state of each parameter. An implementation of `StateView`.
 
-    Args:
-        state: the state of the session.
-        tensors: the parameters.
-        rule: the rule.
-        groups: the group of each parameter, by name.
+    Attributes:
+        snapshot: the snapshot.
     """
-    return [_entry(state, tensor, rule, groups[tensor.name]) for tensor in tensors]
 
+    def __init__(
+        self, snapshot: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
+    ) -> None:
+        """Show a snapshot.
 
-def _entry(state: Snapshot, tensor: ParameterTensor, rule: TorchRule, group: Group) -> dict[str, Any]:
-    steps = state.tensor_steps[tensor.name]
-    if not steps and not rule.eager:
-        return {}
-    entry: dict[str, Any] = {"step": _scalar(float(steps))} if rule.counts else {}
-    if "momentum_decay" in rule.numbers:
-        entry[_MU] = _scalar(_mu_product(group, steps))
-    for slot in rule.slots:
-        if slot in state.slots:
-            entry[slot] = tensor.tensor(state.slots[slot][tensor.name])
-    return entry
+        Args:
+            snapshot: the state of the session.
+            tensors: the parameters.
+            rule: the rule.
+            groups: the group of each parameter, by name.
+        """
+        self.snapshot = snapshot
+        self._tensors = {id(tensor.parameter): tensor for tensor in tensors}
+        self._rule = rule
+        self._groups = groups
+
+    def keys(self, parameter: Any) -> tuple[str, ...]:
+        """See `StateView`; in torch's order."""
+        tensor = self._tensors.get(id(parameter))
+        if tensor is None or not (self.snapshot.tensor_steps[tensor.name] or self._rule.eager):
+            return ()
+        counted = ("step",) if self._rule.counts else ()
+        product = (_MU,) if "momentum_decay" in self._rule.numbers else ()
+        return counted + product + tuple(slot for slot in self._rule.slots if slot in self.snapshot.slots)
+
+    def value(self, parameter: Any, key: str) -> Any:
+        """See `StateView`."""
+        tensor = self._tensors[id(parameter)]
+        if key in self._rule.slots:
+            return tensor.tensor(self.snapshot.slots[key][tensor.name])
+        steps = self.snapshot.tensor_steps[tensor.name]
+        return _scalar(float(steps) if key == "step" else _mu_product(self._groups[tensor.name], steps))
 
 
 def imported(
-    entries: Sequence[Mapping[str, Any]],
+    entries: Mapping[str, Entry],
     tensors: Sequence[ParameterTensor],
     rule: TorchRule,
     groups: Mapping[str, Group],
@@ -62,11 +79,14 @@ def imported(
     """Return the session's slots without the parameters, and the number of updates of each tensor.
 
     Args:
-        entries: torch's state of each parameter, in order.
+        entries: torch's state of some parameters, by name.
         tensors: the parameters.
         rule: the rule.
         groups: the group of each parameter, by name.
         slots: the names of the session's slots.
+
+    Returns:
+        The slots, and the numbers of updates, of the parameters with an entry.
 
     Raises:
         InvalidRequestError: a state lacks a slot, has a slot of another rule, or does not fit its parameter.
@@ -74,7 +94,9 @@ def imported(
     wanted = [slot for slot in rule.slots if slot in slots]
     made: Slots = {slot: {} for slot in wanted}
     steps = {}
-    for index, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
+    for index, tensor in enumerate(tensors):
+        if (entry := entries.get(tensor.name)) is None:
+            continue
         field = f"state[{index}]"
         present = {key: value for key, value in entry.items() if value is not None}
         steps[tensor.name] = _steps(present, rule, groups[tensor.name], field)
@@ -84,14 +106,18 @@ def imported(
             elif steps[tensor.name]:
                 raise InvalidRequestError.of(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
             else:
-                start = rule.structure_of([groups[tensor.name]]).get("initial_accumulator_value", 0.0)
-                made[slot][tensor.name] = np.full(tensor.shape, start, np.float32)
+                made[slot][tensor.name] = initial(tensor, rule, groups[tensor.name])
     return made, steps
+
+
+def initial(tensor: ParameterTensor, rule: TorchRule, group: Group) -> npt.NDArray[np.float32]:
+    """Return a slot of a parameter before its first step."""
+    return np.full(tensor.shape, rule.structure_of([group]).get("initial_accumulator_value", 0.0), np.float32)
 
 
 def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) -> int:
     """Return the number of updates of a parameter, after a check that the state is of this rule."""
-    known = {*rule.slots, "step", _MU}
+    known = {*rule.keys, "step", _MU}
     if unknown := sorted(set(entry) - known):
         raise InvalidRequestError.of(
             f"{field}[{unknown[0]!r}]", f"{rule.optimizer.__name__} has no such slot; is the state another optimizer's?"

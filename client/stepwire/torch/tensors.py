@@ -48,6 +48,7 @@ class ParameterTensor:
         self.parameter = parameter
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
+        self._form = parameter.dtype, parameter.shape
         self._location: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
         self._direct = False
@@ -60,16 +61,25 @@ class ParameterTensor:
         """True for a parameter on a GPU, with asynchronous copies to and from the host."""
         return bool(self.parameter.is_cuda)
 
+    @property
+    def is_recast(self) -> bool:
+        """True if the parameter has another dtype or another shape than at first."""
+        return self._form != (self.parameter.dtype, self.parameter.shape)
+
     def array(self) -> npt.NDArray[Any]:
         """Return the array that replies are written to: the parameter's own memory, or its copy."""
-        if self._present_location() != self._location:
+        if self.location() != self._location:
             real = _real(self.parameter.detach())
             self._direct = real.device.type == "cpu" and real.is_contiguous()
             if not self._direct:
                 self._copy = _empty_like(real)
             self._array = to_numpy(real if self._direct else self._copy)
-            self._location = self._present_location()
+            self._location = self.location()
         return self._array
+
+    def real(self) -> Any:
+        """Return the parameter's memory as a tensor of real numbers that autograd does not follow."""
+        return _real(self.parameter.detach())
 
     def fetch(self) -> npt.NDArray[Any]:
         """Return the parameter's present values. Values of a GPU are complete after a synchronisation."""
@@ -100,13 +110,14 @@ class ParameterTensor:
 
     @property
     def changed(self) -> bool:
-        """True if other code has changed the parameter since `follow`; torch counts no change through `.data`."""
+        """True if torch has counted a change of the parameter since `follow`; it counts no change through `.data`."""
         return self._seen != self._mark()
 
     def _mark(self) -> tuple[object, ...]:
-        return version_of(self.parameter), *self._present_location()
+        return version_of(self.parameter), *self.location()
 
-    def _present_location(self) -> tuple[object, ...]:
+    def location(self) -> tuple[object, ...]:
+        """Return the place of the values in memory, and their form."""
         # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
         return self.parameter.data_ptr(), self.parameter.dtype, self.parameter.shape, self.parameter.stride()
 

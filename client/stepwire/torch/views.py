@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor, from_numpy
+from stepwire.transports.host.pages import has_written_pages
 
 __all__ = ["SharedViews", "check_dtypes"]
 
@@ -36,6 +38,7 @@ class SharedViews:
         """
         self._session = session
         self._parameters = parameters
+        self._handed: dict[str, weakref.ref[Any]] = {}
         self._hooks = [
             tensor.parameter.register_post_accumulate_grad_hook(self._mover(tensor))
             for tensor in parameters.tensors
@@ -58,6 +61,7 @@ class SharedViews:
         self._parameter_tensors = {
             tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors
         }
+        self._area = _area(list(private.values()))
         self._dirty = False
         self._session.forget_writes()
         self._rebind()
@@ -67,17 +71,27 @@ class SharedViews:
         """Make views again of parameters that other code gave other memory, which replies would not reach."""
         for tensor in self._parameters.tensors:
             shared = self._parameter_tensors[tensor.name]
-            if not _same(tensor.parameter, shared) or tensor.parameter.stride() != shared.stride():
+            if not _same_elements(tensor.parameter, shared):
                 tensor.parameter.data = shared
 
     def _mover(self, tensor: ParameterTensor) -> Callable[[Any], None]:
         def move(parameter: Any) -> None:
             target, gradient = self._gradient_tensors[tensor.name], parameter.grad
-            if gradient is not None and gradient.layout == torch.strided and not _same(gradient, target):
+            if gradient is None or (gradient.layout, gradient.dtype) != (torch.strided, target.dtype):
+                return  # `gradients` reads it where it is, or refuses it
+            if gradient.shape == target.shape and not _same_elements(gradient, target):
+                self._part_with(tensor.name)
                 target.copy_(gradient.detach())
-                parameter.grad = target
+                parameter.grad = target.detach()  # an object of the user's own, which may be given other memory
+                self._handed[tensor.name] = weakref.ref(parameter.grad)
 
         return move
+
+    def _part_with(self, name: str) -> None:
+        """Give the gradient of before memory of its own, if other code has kept it: the next one lies in its place."""
+        handed = self._handed.get(name)
+        if handed is not None and (kept := handed()) is not None and _same(kept, self._gradient_tensors[name]):
+            kept.data = kept.detach().clone()
 
     def gradients(self) -> Arrays:
         """Return the present gradients: the session's own view for each gradient in its memory.
@@ -88,7 +102,7 @@ class SharedViews:
         placed = {
             tensor.name: self._gradients[tensor.name]
             for tensor in self._parameters.tensors
-            if _same(tensor.parameter.grad, self._gradient_tensors[tensor.name])
+            if _same_elements(tensor.parameter.grad, self._gradient_tensors[tensor.name])
         }
         return placed | self._parameters.gradients(but=placed)
 
@@ -96,10 +110,26 @@ class SharedViews:
         """Return the shared memory as the target of a reply, which is then not copied."""
         return self._replies
 
+    def changed(self) -> list[ParameterTensor]:
+        """Return the tensors that other code may have changed since the server had their values.
+
+        The kernel tells of every page that was written, through `.data` too. Where it does not tell, and while pages
+        are written that the server has, samples reveal most changes.
+        """
+        counted = [tensor for tensor in self._parameters.tensors if tensor.changed]
+        if counted or self._dirty or self._area is None:
+            return counted or self._parameters.changed()
+        return [] if has_written_pages(*self._area) is False else list(self._parameters.tensors)
+
     def uploaded(self) -> None:
         """Note that the server has the values written on the client: private copies of pages can go."""
         self._dirty = True
         self._parameters.follow()
+
+    def restored(self) -> None:
+        """Note that values of the server were written to the parameters here."""
+        self._dirty = True
+        self._parameters.note()
 
     def stepped(self, reply: Any) -> None:
         """Follow the parameters after a step. Another connection has other shared memory."""
@@ -112,6 +142,8 @@ class SharedViews:
             self._rebind()
         for tensor in self._parameters.tensors:
             tensor.touch()
+        if self._area is None:
+            self._parameters.note()
 
     def _move(self, reply: Any) -> None:
         try:
@@ -121,6 +153,7 @@ class SharedViews:
             for tensor in self._parameters.tensors:
                 self._parameter_tensors[tensor.name] = tensor.parameter.data = _tensor(tensor, reply[tensor.name])
             self._replies = self._parameters.targets()
+            self._area = None
 
     def release(self) -> None:
         """Give the model memory of its own again."""
@@ -165,10 +198,29 @@ def _tensor(tensor: ParameterTensor, view: Any) -> Any:
     return torch.view_as_complex(made) if tensor.parameter.is_complex() else made
 
 
+def _area(private: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the start and the size of the memory of private views; None if this process cannot tell of its pages.
+
+    The views of a session are parts of one mapping.
+    """
+    arrays = [view for view in private if isinstance(view, np.ndarray) and view.size]
+    if not arrays:
+        return None
+    start = min(map(_address, arrays))
+    size = max(_address(array) + array.nbytes for array in arrays) - start
+    return None if has_written_pages(start, size) is None else (start, size)
+
+
 def _same(one: Any, other: Any) -> bool:
+    """Tell whether two tensors begin at one place in memory."""
     if one is None or one.layout != torch.strided or one.dtype != other.dtype:
         return False
     return bool(one.data_ptr() == other.data_ptr())
+
+
+def _same_elements(one: Any, other: Any) -> bool:
+    """Tell whether two tensors are the same elements of memory in the same order."""
+    return _same(one, other) and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _address(view: Any) -> int:

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -99,3 +100,59 @@ def test_an_exchange_that_begins_after_giving_up_ends_at_once() -> None:
     feed.abort()
     feed.bind(cancelled.set)
     assert cancelled.is_set()
+
+
+def packing(feed: GradientFeed, packer: Packer, flat: list[Any], dtype: Any = np.float32) -> Any:
+    """Return the chunks of a feed, with a fingerprint of each left in the feed, as a step makes its messages."""
+
+    def encoded(chunk: Any) -> Any:
+        payload = np.empty(chunk.elements, dtype)
+        packer.write(flat, chunk.ranges, payload)
+        return payload
+
+    feed.open(encoded)
+    for chunk in feed.chunks(packer.chunks(4), flat):
+        feed.packed(chunk, lambda chunk=chunk: encoded(chunk))
+        yield chunk
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1.0, 0.5, -1.0])
+def test_a_gradient_that_was_sent_is_compared_by_its_content(packer: Packer, dtype: Any, factor: float) -> None:
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    given = {name: values(1, tensor.count) for name, tensor in zip(NAMES, packer.layout.tensors, strict=True)}
+    for name, gradient in given.items():
+        feed.give(name, gradient)
+    sent = list(packing(feed, packer, flat, dtype))
+    assert len(sent) == 3
+    given["c"] *= factor
+    assert feed.holds() is (factor == 1.0)
+
+
+def test_a_gradient_that_is_sent_later_may_change_before(packer: Packer) -> None:
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    late = values(0, 4)
+    feed.give("a", late)
+    feed.give("b", values(4, 6))
+    feed.give("c", values(10, 2))
+    messages = packing(feed, packer, flat)
+    next(messages)  # of a
+    flat[1][:] = 7.0
+    assert feed.holds()
+    late[:] = 9.0
+    assert not feed.holds()
+
+
+def test_messages_that_are_made_again_are_compared_with_the_gradients_of_then(packer: Packer) -> None:
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    given = {name: values(1, tensor.count) for name, tensor in zip(NAMES, packer.layout.tensors, strict=True)}
+    for name, gradient in given.items():
+        feed.give(name, gradient)
+    list(packing(feed, packer, flat))
+    given["a"] *= 2
+    list(packing(feed, packer, flat))
+    assert feed.holds()
+
+
+def test_a_feed_that_sent_nothing_holds_anything() -> None:
+    assert GradientFeed(NAMES).holds()

@@ -70,18 +70,19 @@ def test_a_change_of_parameters_is_noticed(rule: str, change: Callable[[Any], No
         pair.assert_close(**BOUND)
 
 
-def test_a_change_through_data_is_noticed_when_told(remote: Any) -> None:
-    parameter = Parameter(torch.zeros(3))
+def test_a_change_of_one_element_through_data_is_noticed_when_told(remote: Any) -> None:
+    """Samples miss the second element of a large parameter, as docs/torch.md warns."""
+    parameter = Parameter(torch.zeros(5000))
     optimizer = remote("SGD", [parameter], lr=1.0)
-    parameter.grad = torch.ones(3)
+    parameter.grad = torch.ones(5000)
     optimizer.step()
-    parameter.data.add_(10.0)
+    parameter.data[1] += 10.0
     optimizer.step()
-    assert parameter.tolist() == [-2.0] * 3  # as docs/torch.md warns
-    parameter.data.add_(10.0)
+    assert parameter[:2].tolist() == [-2.0] * 2
+    parameter.data[1] += 10.0
     optimizer.upload_parameters()
     optimizer.step()
-    assert parameter.tolist() == [7.0] * 3
+    assert parameter[:2].tolist() == [-3.0, 7.0]
 
 
 def test_nothing_is_uploaded_without_a_change(client: stepwire.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +113,21 @@ def test_masters_survive_a_change_of_another_parameter(remote: Any) -> None:
     assert masters[1].tolist() == [3 + 1 / 1024] + [1 + 4 / 1024] * 2
 
 
-def test_a_change_of_shape_is_refused(remote: Any) -> None:
+def test_a_change_of_shape_needs_a_change_of_state(remote: Any) -> None:
+    """Torch's own optimizers fail in the arithmetic of the moments then, and go on once the state is dropped."""
     params = parameters(((4,), (3,)))
-    optimizer = remote("Adam", params)
-    params[1].data = torch.zeros(7)
-    params[1].grad = torch.ones(7)
-    with pytest.raises(InvalidRequestError, match=r"param_groups\[0\]\[1\].*shape \(7,\) is not the session's \(3,\)"):
+    optimizer = remote("Adam", params, lr=0.5, eps=0.0)
+    for shape, fits in (((7,), True), ((2, 2), False)):
+        params[1].data, params[1].grad = torch.zeros(shape), torch.ones(shape)
+        if not fits:
+            with pytest.raises(
+                InvalidRequestError, match=r"param_groups\[0\]\[1\].* has another shape now, \(2, 2\), and its state"
+            ):
+                optimizer.step()
+            del optimizer.state[params[1]]
         optimizer.step()
+        assert params[1].tolist() == torch.full(shape, -0.5).tolist()
+    assert optimizer.applied_step == 2
 
 
 # --- more groups ----------------------------------------------------------------------------------------
@@ -220,15 +229,6 @@ def test_a_change_of_structure_is_refused_with_what_helps(
         pair.assert_close(**BOUND)
 
 
-def test_groups_appended_to_the_list_are_refused(remote: Any) -> None:
-    parameter = Parameter(torch.zeros(2))
-    optimizer = remote("Adam", [parameter])
-    parameter.grad = torch.ones(2)
-    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [Parameter(torch.zeros(2))]})
-    with pytest.raises(InvalidRequestError, match="there are 2 groups instead of 1"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize("call", ["add_param_group", "load_state_dict"])
 def test_a_move_that_fails_at_its_end_leaves_everything_as_before(
     call: str, client: stepwire.Client, target: str, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +251,7 @@ def test_a_move_that_fails_at_its_end_leaves_everything_as_before(
         made, state = optimizer.session_id, optimizer.state_dict()
         state["param_groups"][0]["amsgrad"] = False
         with monkeypatch.context() as patched, pytest.raises(UnavailableError, match="lost just now"):
-            patched.setattr(stepwire.torch.backing, "SharedViews", lost)
+            patched.setattr(stepwire.torch.placement, "SharedViews", lost)
             if call == "add_param_group":
                 optimizer.add_param_group({"params": [Parameter(torch.zeros(3))]})
             else:

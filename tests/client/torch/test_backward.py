@@ -19,6 +19,8 @@ from stepwire_server.testing import serving
 from tests.client.torch.twins import assert_same_bits
 from tests.support.lost_replies import lost_replies
 
+PATIENCE_SECONDS = 30.0
+
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
@@ -76,6 +78,15 @@ class Pair:
         for network, other in zip(self.plain_model.parameters(), self.model.parameters(), strict=True):
             assert other.grad is not None
             network.grad = other.grad.clone()
+
+    def all_sent(self) -> None:
+        """Wait until every message of the step that was begun is made, so that a later change is a lost bet."""
+        begun, size = self.early.backing._sender._begun, self.early.session._packer.layout.size
+        with begun.feed._changed:
+            sent = begun.feed._changed.wait_for(
+                lambda: sum(chunk.elements for chunk, _ in begun.feed._sent) == size, PATIENCE_SECONDS
+            )
+        assert sent
 
     def step(self, seed: int) -> None:
         self.backward(seed)
@@ -172,13 +183,38 @@ def accumulate(network: Any, optimizer: Any) -> None:
     network(torch.ones(2, 120)).sum().backward()
 
 
+def unscale(network: Any, optimizer: Any) -> None:
+    """Change gradients as `GradScaler.unscale_` does, which moves no version counter."""
+    grads = [parameter.grad for parameter in network.parameters()]
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(1), torch.tensor(0.5))
+
+
+def write_a_gradient_through_data(network: Any, optimizer: Any) -> None:
+    network[4].bias.grad.data[1] *= -1.0
+
+
+def write_a_parameter_through_data(network: Any, optimizer: Any) -> None:
+    network[4].weight.data.mul_(0.5)
+
+
 def scale(network: Any, optimizer: Any) -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
 
 
 @pytest.mark.parametrize(
     "meddle",
-    [set_rate, clip, drop_one, replace_one, write_a_parameter, accumulate, scale],
+    [
+        set_rate,
+        clip,
+        drop_one,
+        replace_one,
+        unscale,
+        write_a_gradient_through_data,
+        write_a_parameter,
+        write_a_parameter_through_data,
+        accumulate,
+        scale,
+    ],
     ids=lambda one: one.__name__,
 )
 def test_a_step_that_is_not_the_one_that_was_begun_is_sent_as_any_other(
@@ -187,6 +223,7 @@ def test_a_step_that_is_not_the_one_that_was_begun_is_sent_as_any_other(
     pair.step(1)
     pair.step(2)
     pair.backward(3)
+    pair.all_sent()
     for network, optimizer in pair.both:
         meddle(network, optimizer)
         optimizer.step()
@@ -198,6 +235,66 @@ def test_a_step_that_is_not_the_one_that_was_begun_is_sent_as_any_other(
         pair.step(seed)
     assert early[-1] is True
     assert pair.early.applied_step == pair.plain.applied_step == 6
+
+
+def test_clipping_that_clips_nothing_loses_no_bet(pair: Pair, early: list[bool]) -> None:
+    """Torch counts the multiplication by 1 as a change; the content is what was sent."""
+    for seed in range(3):
+        pair.backward(seed)
+        if seed:
+            pair.all_sent()
+        for network, optimizer in pair.both:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1e6)
+            optimizer.step()
+        assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    assert early == [False, True, True]
+
+
+@pytest.mark.parametrize("amp_scaling", [True, False])
+@pytest.mark.parametrize("unscale_first", [True, False])
+def test_a_scaler_that_unscales_here_or_there(
+    target: str, early: list[bool], amp_scaling: bool, unscale_first: bool
+) -> None:
+    pair = Pair(target, amp_scaling=amp_scaling)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in pair.both]
+    for seed in range(4):
+        inputs = torch.randn((4, 120), generator=torch.Generator().manual_seed(seed))
+        for (network, optimizer), scaler in zip(pair.both, scalers, strict=True):
+            optimizer.zero_grad()
+            scaler.scale(network(inputs).square().mean()).backward()
+            if seed and optimizer is pair.early:
+                pair.all_sent()
+            if unscale_first:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        assert_same_bits(pair.plain_model.parameters(), pair.model.parameters())
+    assert early[1:] == [amp_scaling and not unscale_first] * 3
+    pair.plain.close()
+    pair.early.close()
+
+
+def test_a_parameter_that_is_thawed_is_sent_early_too(target: str, early: list[bool]) -> None:
+    pair = Pair.__new__(Pair)
+    pair.plain_model, pair.model = model(), model()
+    for network in (pair.plain_model, pair.model):
+        network[4].requires_grad_(False)
+    both = {"lr": 0.02, "server": target, "transport": "tcp"}
+    pair.plain = Adam(pair.plain_model.parameters(), **both)
+    pair.early = Adam(pair.model.parameters(), send_in_backward=True, **both)
+    for seed in range(6):
+        if seed == 2:
+            for network, _ in pair.both:
+                network[4].requires_grad_(True)
+        pair.step(seed)
+    assert early == [False, True, False, True, True, True]
+    pair.plain.close()
+    pair.early.close()
+
+
+def test_int8_gradients_are_refused(target: str) -> None:
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="leave out one of send_in_backward and gradient_dtype"):
+        SGD(model().parameters(), lr=0.1, server=target, gradient_dtype="int8", send_in_backward=True)
 
 
 def test_a_backward_pass_without_a_step_leaves_no_trace(pair: Pair, early: list[bool]) -> None:

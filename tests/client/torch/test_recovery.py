@@ -146,6 +146,22 @@ def test_shared_views_are_whole_after_a_step_that_failed(target: str, applied: b
     assert training.model == [[kept[0] - 1000], [kept[0] - 1000], [-2100.0] if change else [kept[0] - 1000]]
 
 
+@pytest.mark.parametrize("applied", [True, False])
+def test_shared_views_apply_the_same_gradient_once(target: str, applied: bool) -> None:
+    """Values that were restored are no change of the user's, whose upload would make the step another one."""
+    training = Training(target, transport="shm", shared_views=True)
+    training.step(1)
+    training.fill(-5.0, but=2)  # so that a page is written already
+    with lost_replies(applied=applied), pytest.raises(DeadlineExceededError):
+        training.step(10)
+    training.step(10)
+    assert training.model == training.session == [[-11.0], [-11.0], [-15.0]]
+    assert training.optimizer.applied_step == 2
+    training.step(100)
+    assert training.model == training.session == [[-111.0], [-111.0], [-115.0]]
+    training.optimizer.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_whole_and_keeps_its_masters(target: str, dtype: torch.dtype) -> None:
     """Each step is too small for the model to show it."""

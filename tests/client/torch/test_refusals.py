@@ -138,6 +138,9 @@ CASES: dict[str, list[tuple[Make, str]]] = {
         )
     ],
 }
+CASES["`gradient_dtype="] = [
+    (made("Adam", of(2), gradient_dtype="int8", send_in_backward=True), "leave out one of send_in_backward and grad")
+]
 CLASSES = {"`Adafactor`, `ASGD`, `Muon`, `Rprop`", "`LBFGS`", "`SparseAdam`, sparse parameters and gradients"}
 
 
