@@ -11,6 +11,7 @@ import pytest
 import stepwire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
+from stepwire_server.sessions.registry import Registry
 from tests.integration.events import Clock
 from tests.integration.probes import chunks_staged, steps_over, stream_ends
 from tests.integration.training import TINY, same_bits
@@ -86,6 +87,29 @@ def test_a_step_in_one_call_renews_the_lease(server: Server, raw: RawClient, clo
         clock.advance(0.9 * _LEASE_SECONDS)
         raw.step(created.session.session_id, created.attach_token, step, GRADIENT)
         assert server.registry.sweep() == []
+
+
+def test_a_call_under_way_keeps_the_lease_from_running(
+    server: Server, raw: RawClient, client, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may compile kernels in it, and a reader may be slow; both may take longer than a short lease."""
+    created = raw.create(_SIZE)
+    session = server.registry.get(created.session.session_id)
+    swept: list[str] = []
+
+    def slow(method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            clock.advance(2 * _LEASE_SECONDS)
+            swept.extend(server.registry.sweep())
+            return method(*arguments)
+
+        return called
+
+    for name in ("begin", "commit", "snapshot", "read"):
+        monkeypatch.setattr(session, name, slow(getattr(session, name)))
+    assert raw.step(session.session_id, created.attach_token, 1, GRADIENT).result.step == 1
+    client.session(session.session_id).pull()
+    assert swept == []
 
 
 def test_looking_at_a_session_does_not_renew_its_lease(server: Server, client, clock: Clock) -> None:
@@ -216,32 +240,58 @@ def test_a_fenced_stream_that_stays_silent_is_cancelled(server, raw, clock, crea
     assert holder.step(step_message(1, GRADIENT)).step == 1
 
 
-def test_the_stream_of_an_ended_session_is_told_or_cancelled(server, raw, clock, created, stream) -> None:
-    other = raw.create(_SIZE)
-    speaks = raw.attach(other.session.session_id, other.attach_token)
-    speaks.receive()
-    for session in (created, other):
-        raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session.session.session_id))
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_silent_stream_of_an_ended_session_is_told_at_once(server, raw, created, stream, steps: int) -> None:
+    if steps:
+        stream.step(step_message(1, GRADIENT))
+    raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=created.session.session_id))
+    assert_gone(stream)
     assert server.registry.statistics().reserved_bytes == 0
-    with pytest.raises(Refused) as refused:
-        speaks.step(step_message(1, GRADIENT))
-    assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")
-    clock.advance(_IDLE_SECONDS + _INSTANT)
-    server.registry.sweep()
-    assert_cancelled(stream)
 
 
-def test_a_session_that_ends_inside_a_step_frees_the_steps_memory(server, raw, created, stream) -> None:
+def test_the_real_client_is_told_of_the_end_of_its_session(client: stepwire.Client) -> None:
+    session = TINY.create(client)
+    session.step(TINY.gradient(1))
+    client.session(session.session_id).close()
+    with pytest.raises(stepwire.SessionNotFoundError) as gone:
+        session.step(TINY.gradient(2))
+    assert gone.value.metadata["last_known_step"] == "1"
+
+
+def test_a_session_that_ends_inside_a_step_tells_it_and_frees_its_memory(server, raw, created, stream) -> None:
     arrived, ended = chunks_staged(server.registry.get(created.session.session_id)), stream_ends(server.registry)
     busy = raw.attach(created.session.session_id, created.attach_token)
     busy.receive()
     busy.send(step_message(1, GRADIENT, HALF, commit=False))
     arrived.wait()
     raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=created.session.session_id))
-    assert server.registry.statistics().reserved_bytes == 4 * _SIZE
-    busy.send(step_message(1, GRADIENT, REST, begin=False))
-    with pytest.raises(Refused) as refused:
-        busy.receive()
-    assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")
+    assert_gone(busy)
+    assert_gone(stream)  # which the newer one had displaced
     ended.wait()
     assert server.registry.statistics().reserved_bytes == 0
+
+
+def test_the_stream_of_an_expired_session_is_told(server, clock, raw, created, stream) -> None:
+    """Its lease runs only without a stream, so a displaced one is left: the holder has gone."""
+    ended = stream_ends(server.registry)
+    holder = raw.attach(created.session.session_id)
+    holder.receive()
+    holder.cancel()
+    ended.wait()
+    clock.advance(_LEASE_SECONDS + _INSTANT)
+    stream_seen(server.registry)
+    assert server.registry.sweep() == [created.session.session_id]
+    assert_gone(stream)
+
+
+def stream_seen(registry: Registry) -> None:
+    """Have streams be heard just now: the sweep cancels displaced ones that are silent."""
+    for each in registry._streams:
+        each.last_seen = registry.clock()
+
+
+def assert_gone(stream: RawStream) -> None:
+    """The server says that there is no such session."""
+    with pytest.raises(Refused) as refused:
+        stream.receive()
+    assert refused.value.row == ("NOT_FOUND", "SESSION_NOT_FOUND")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,8 @@ from stepwire.wire.error_details import error_from_call
 __all__ = ["Calls"]
 
 _T = TypeVar("_T")
+# Three years, and infinity too: neither gRPC nor the waits of Python's threads take much more.
+_LONGEST_SECONDS: Final = 1e8
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
 _OPTIONS: Final = [
     *BULK_OPTIONS,
@@ -109,11 +112,11 @@ class Calls:
 
 
 def checked_timeout(seconds: float) -> float:
-    """Return a timeout in seconds.
+    """Return a timeout in seconds; a longer one than any program runs is the longest.
 
     Raises:
         InvalidRequestError: the timeout is not a positive number.
     """
-    if not isinstance(seconds, (int, float)) or not seconds > 0:
+    if not isinstance(seconds, numbers.Real) or not seconds > 0:
         raise InvalidRequestError.of("timeout", f"{seconds!r} is not a positive number of seconds")
-    return float(seconds)
+    return float(min(seconds, _LONGEST_SECONDS))

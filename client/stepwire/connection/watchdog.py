@@ -57,6 +57,6 @@ class Watchdog:
                     break
                 # Disarmed, it looks again after a while instead of being woken by each `arm`.
                 self._wakes_at = deadline if deadline is not None else self._clock() + 1.0
-                self._condition.wait(self._wakes_at - self._clock())
+                self._condition.wait(min(self._wakes_at - self._clock(), threading.TIMEOUT_MAX))
         if self.barked:
             self._bark()

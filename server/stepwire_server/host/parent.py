@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+import select
+import threading
+import time
 from collections.abc import Callable
+from typing import Final
 
 __all__ = ["follow"]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LOOK_SECONDS: Final = 1.0
 
 
 def follow(pid: int, stop: Callable[[], None]) -> None:
-    """Have the kernel send SIGTERM when the parent ends; where it has ended already, stop at once.
+    """Call `stop` in a thread of its own when the parent ends; at once if the parent has ended already.
 
-    A parent that is killed cannot end its processes, and they would keep its ports for ever.
+    A parent that is killed cannot end its processes, and they would keep its ports for ever. The kernel's signal at the
+    death of a parent (PR_SET_PDEATHSIG) is no help: it comes at the end of the *thread* that started the process.
 
     Args:
         pid: the process id of the parent; 0 to follow nobody.
-        stop: ends the server, as SIGTERM does.
+        stop: a function that ends the server, as SIGTERM does.
     """
     if not pid:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != pid:
+    ended = _end_of(pid)
+    if os.getppid() != pid:  # asked after the process is watched: its number may belong to another one by now
         stop()
+        return
+
+    def watch() -> None:
+        ended()
+        stop()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _end_of(pid: int) -> Callable[[], object]:
+    """Return a function that waits until the parent ends."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # a kernel before Linux 5.3, a sandbox that knows no such call, or no such process
+
+        def look() -> None:
+            while os.getppid() == pid:
+                time.sleep(_LOOK_SECONDS)
+
+        return look
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return poll.poll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from stepwire.errors import InvalidRequestError
@@ -37,12 +38,11 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     slots = _known_slots(session, list(request.slots) or [PARAM], "slots")
     dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
-    snapshot = session.snapshot()
-    size = session.config.layout.size
-    yield _header(snapshot, session.ledger.epoch).SerializeToString()
-    for slot in slots:
-        for offset in range(0, size, most):
-            count = min(most, size - offset)
+    with session.calls.one():  # a reader may take its time
+        snapshot = session.snapshot()
+        yield _header(snapshot, session.ledger.epoch).SerializeToString()
+        for slot, offset in itertools.product(slots, range(0, session.config.layout.size, most)):
+            count = min(most, session.config.layout.size - offset)
             header = pb.PullResponse(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * dtype.itemsize)
             session.read(snapshot, slot, offset, frame.payload(dtype))

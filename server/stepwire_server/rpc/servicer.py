@@ -21,6 +21,7 @@ from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
 from stepwire_server.rpc.encode import encode_session
+from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.registry import Registry
@@ -138,8 +139,9 @@ class OptimizerService:
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
-        frames = map(functools.partial(read_frame, pb.AttachRequest), messages)
         with self._registry.stream(context.cancel) as stream:
+            stream.refuse = functools.partial(end_call, context)
+            frames = map(functools.partial(read_frame, pb.AttachRequest), stream.received(messages))
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.
             stream.in_step = True
@@ -169,7 +171,7 @@ class OptimizerService:
         if request.worker != 0:
             raise unsupported("worker", "aggregation")
         session = self._registry.get(request.session_id)
-        with self._serving.drain.admit():
+        with self._serving.drain.admit(), session.calls.one():  # kernels may be compiled, which outlasts a short lease
             return step_once(session, frame, self._serving)
 
     def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from stepwire.errors import StepwireError
 
 __all__ = ["ClientStream"]
+
+_T = TypeVar("_T")
 
 
 class ClientStream:
     """One attached stream, or one upload.
 
     Attributes:
-        cancel: ends the stream.
+        cancel: a function that ends the stream.
+        refuse: a function that ends the stream with an error, from any thread; by default `cancel`.
         in_step: a step has begun and is not committed.
-        orphaned: the worker or the session has moved on.
+        orphaned: the worker has moved on.
         ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
             that reply that is not yet read.
         surplus: the server had all its streams when this one came: it may only displace another one.
@@ -23,12 +30,58 @@ class ClientStream:
     def __init__(self, cancel: Callable[[], object], now: float) -> None:
         """Note a stream that `cancel` ends."""
         self.cancel = cancel
+        self.refuse: Callable[[StepwireError], object] = lambda error: cancel()
         self.in_step = False
         self.orphaned = False
         self.ending = False
         self.surplus = False
         self.last_seen = now
+        self._refusal: StepwireError | None = None
+        self._waits = False
+        self._lock = threading.Lock()
 
     def overdue(self, now: float, idle_seconds: float) -> bool:
         """Tell whether the stream has been silent for too long where it must not be."""
         return (self.in_step or self.orphaned) and now - self.last_seen > idle_seconds
+
+    def received(self, messages: Iterator[_T]) -> Iterator[_T]:
+        """Iterate over the messages of the client, until the stream is ended.
+
+        Raises:
+            StepwireError: the stream was ended, while it was not waiting for a message.
+        """
+        return _Received(messages, self._wait, self._go_on)
+
+    def end(self, error: StepwireError) -> None:
+        """End the stream with an error: at once if it waits for a message, else when it would wait for the next one."""
+        with self._lock:
+            self._refusal = self._refusal or error
+            if not self._waits:
+                return
+        self.refuse(error)
+
+    def _wait(self) -> None:
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal
+            self._waits = True
+
+    def _go_on(self) -> None:
+        with self._lock:
+            self._waits = False
+
+
+class _Received(Iterator[_T], Generic[_T]):
+    """An iterator that keeps no message: a message holds megabytes."""
+
+    def __init__(self, messages: Iterator[_T], wait: Callable[[], object], go_on: Callable[[], object]) -> None:
+        self._messages = messages
+        self._wait = wait
+        self._go_on = go_on
+
+    def __next__(self) -> _T:
+        self._wait()
+        try:
+            return next(self._messages)
+        finally:
+            self._go_on()

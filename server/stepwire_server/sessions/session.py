@@ -23,8 +23,9 @@ from stepwire_server.records.session_statistics import SessionStatistics
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
+from stepwire_server.sessions.calls_under_way import CallsUnderWay
 from stepwire_server.sessions.client_stream import ClientStream
-from stepwire_server.sessions.ledger import Ledger
+from stepwire_server.sessions.ledger import Ledger, session_not_found
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.memory import SessionMemory
 from stepwire_server.sessions.state import SessionState
@@ -47,6 +48,7 @@ class Session:
         config: the session's config.
         ledger: its numbers.
         memory: the memory that it shares with its client.
+        calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
         last_used: the clock reading of its last use.
     """
@@ -79,7 +81,8 @@ class Session:
         self._clock = clock
         self._lock = threading.Lock()
         self._sinks = tuple(sinks)
-        self._loads = 0
+        self.calls = CallsUnderWay(self._note_use)
+        self._loads = CallsUnderWay(self._note_use)
         self._state = SessionState(config, device)
         self.memory = SessionMemory(self._state, self.ledger, self._lock)
         self.created = self.last_used = clock()  # after the kernels are compiled: the lease runs from here
@@ -122,15 +125,20 @@ class Session:
         return 0 if step is None else step.number
 
     def expired(self, now: float) -> bool:
-        """Tell whether the lease has run out: no stream, no load under way, and no call for its length."""
-        used = self.ledger.worker.attached or self._loads
+        """Tell whether the lease has run out: no stream, no call under way, and no call for its length."""
+        used = self.ledger.worker.attached or self._loads or self.calls
         return not used and now - self.last_used > self.config.lease_seconds
 
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""
         ledger = self.ledger
         step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
-        return SessionStatistics(step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, self._loads)
+        return SessionStatistics(
+            step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self._loads)
+        )
+
+    def _note_use(self) -> None:
+        self.last_used = self._clock()
 
     # --- holds -------------------------------------------------------------------------------------------
 
@@ -176,7 +184,7 @@ class Session:
         finally:
             with self._lock:
                 worker.detach(stream)
-                self.last_used = self._clock()
+                self._note_use()
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -272,7 +280,7 @@ class Session:
 
     def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
-        self.last_used = self._clock()
+        self._note_use()
         following = self.ledger.admit_step(request, holder)
         half = self._state.unfinished
         if half is not None:
@@ -330,7 +338,7 @@ class Session:
 
     def _check_readable(self) -> None:
         self.ledger.check_usable()
-        self.last_used = self._clock()
+        self._note_use()
         if self._state.unfinished is not None:
             raise StateChangedError(
                 f"step {self.unfinished_step} is half applied; pull when it is finished",
@@ -347,21 +355,15 @@ class Session:
             StepwireError: as `Ledger.admit_load`.
             ResourceExhaustedError: it does not fit beside the state.
         """
-        with self._lock:
-            self.last_used = self._clock()
-            following = self.ledger.admit_load(request, holder)
-            self._loads += 1
-        try:
+        with self._loads.one():
+            with self._lock:
+                following = self.ledger.admit_load(request, holder)
             if not following:
                 yield None
                 return
             everything = self.config.everything
             with Load(request, holder, self._state.stage_load(request.slots), everything) as load:
                 yield load
-        finally:
-            with self._lock:
-                self._loads -= 1
-                self.last_used = self._clock()
 
     def commit_load(self, load: Load) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.
@@ -388,7 +390,7 @@ class Session:
         with self._lock:
             if not self.ledger.closed:
                 self.ledger.closed = True
-                self.ledger.worker.orphan()
+                self.ledger.worker.end(session_not_found(self.session_id))
                 self._state.close()
 
 

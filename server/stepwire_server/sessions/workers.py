@@ -12,7 +12,7 @@ that was delayed displaces a stream of its own client at worst: the client attac
 
 from __future__ import annotations
 
-from stepwire.errors import FencedError, Reason, UnavailableError
+from stepwire.errors import FencedError, Reason, StepwireError, UnavailableError
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.steps.step import Hold
 
@@ -106,10 +106,11 @@ class Worker:
         if self._displaced is stream:
             self._displaced = None
 
-    def orphan(self) -> None:
-        """Leave the stream to find out that the session is gone."""
-        if self.holder.stream is not None:
-            self.holder.stream.orphaned = True
+    def end(self, error: StepwireError) -> None:
+        """End the streams with an error: the session is gone."""
+        for stream in (self.holder.stream, self._displaced):
+            if stream is not None:
+                stream.end(error)
 
     def _hold(self, generation: int, acquired: int, stream: ClientStream | None) -> Holder:
         """Make a hold; a silent stream of an older one is cancelled by the sweep, and no more than one waits for it."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 import stepwire
@@ -41,9 +42,20 @@ def failing(*failures: stepwire.StepwireError) -> Any:
     return behavior
 
 
-@pytest.mark.parametrize("seconds", [0.001, 1, 60.0, float("inf")])
+@pytest.mark.parametrize("seconds", [0.001, 1, 60.0, 1e8, np.float32(0.5), np.int64(30)])
 def test_a_positive_timeout_is_one(seconds: float) -> None:
     assert checked_timeout(seconds) == seconds
+    assert type(checked_timeout(seconds)) is float
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e10, 1e18, 2**63, 10**400])
+def test_a_timeout_beyond_every_program_is_the_longest_that_all_waits_take(
+    client: stepwire.Client, seconds: float
+) -> None:
+    assert checked_timeout(seconds) == 1e8
+    with client.create_session({"w": np.zeros(3, np.float32)}) as session:
+        session.step({"w": np.ones(3, np.float32)}, timeout=seconds)
+        assert session.info(timeout=seconds).applied_step == 1
 
 
 @pytest.mark.parametrize("seconds", [0, 0.0, -1, float("nan"), "5", None])

@@ -60,6 +60,12 @@ def test_a_nearer_deadline_wakes_it(kennel: Kennel) -> None:
     assert kennel.bark.wait(PATIENCE_SECONDS)
 
 
+def test_a_deadline_that_never_comes_is_waited_for_like_others(kennel: Kennel) -> None:
+    kennel.dog.arm(float("inf"))
+    kennel.dog.arm(0.0)
+    assert kennel.bark.wait(PATIENCE_SECONDS)
+
+
 def test_disarmed_in_time_it_does_not_bark(kennel: Kennel) -> None:
     kennel.dog.arm(LONG_SECONDS)
     kennel.dog.disarm()

@@ -418,3 +418,16 @@ def test_configs_are_compared_whole(make_registry: Any) -> None:
     ):
         with pytest.raises(errors.InvalidRequestError):
             registry.create("r", dataclasses.replace(config(), **change))
+
+
+def test_calls_under_way_keep_the_lease_from_running(make_registry: Any, clock: Any) -> None:
+    """Kernels may be compiled in a step, and the reader of a pull may take its time."""
+    registry = make_registry()
+    session = registry.create("r", config(lease_seconds=10.0)).session
+    with session.calls.one(), session.calls.one():
+        clock.now += 1e6
+        assert registry.sweep() == []
+    clock.now += 10.0
+    assert registry.sweep() == []
+    clock.now += 0.1
+    assert registry.sweep() == [session.session_id]

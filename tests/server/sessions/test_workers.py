@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
-from stepwire.errors import FencedError, Reason, UnavailableError
+from stepwire.errors import FencedError, Reason, SessionNotFoundError, UnavailableError
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.workers import Worker
 
@@ -128,12 +132,42 @@ def test_detaching_the_displaced_leaves_the_holder_attached() -> None:
     assert not worker.attached
 
 
-def test_a_worker_without_its_session_orphans_its_stream() -> None:
-    worker, stream = Worker(0), Stream()
-    worker.orphan()
-    worker.acquire(stream)
-    worker.orphan()
-    assert (stream.orphaned, stream.cancelled) == (True, 0)
+def test_the_end_of_a_session_ends_the_streams_that_wait_for_a_message() -> None:
+    worker, displaced, holder = Worker(0), Stream(), Stream()
+    error = SessionNotFoundError("gone")
+    worker.end(error)
+    worker.acquire(displaced)
+    worker.acquire(holder)
+    refused: list[Any] = []
+    waiting = displaced.received(told(lambda: worker.end(error)))
+    displaced.refuse = refused.append
+    assert list(waiting) == []
+    assert refused == [error]
+    assert (displaced.cancelled, holder.cancelled) == (0, 0)
+    with pytest.raises(SessionNotFoundError, match="gone"):  # it was busy, and is told before it waits again
+        next(holder.received(iter(["message"])))
+
+
+def told(happens: Callable[[], object]) -> Iterator[str]:
+    """Be an iterator of messages that ends while somebody waits for the first one."""
+    happens()
+    yield from ()
+
+
+def test_a_stream_without_a_way_to_refuse_is_cancelled() -> None:
+    stream = Stream()
+    assert list(stream.received(told(lambda: stream.end(SessionNotFoundError("gone"))))) == []
+    assert stream.cancelled == 1
+
+
+def test_messages_pass_a_stream_and_are_not_kept() -> None:
+    stream = Stream()
+
+    class Message: ...
+
+    messages = stream.received(iter(Message, None))
+    kept = weakref.ref(next(messages))
+    assert kept() is None
 
 
 @pytest.mark.parametrize(
