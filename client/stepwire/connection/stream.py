@@ -114,13 +114,14 @@ class AttachedStream:
             raise self._translated(error, deadline) from None
 
     def _translated(self, error: grpc.RpcError, deadline: Deadline) -> StepwireError:
+        failure = error_from_call(error)
         if self._watchdog.barked:
             return DeadlineExceededError(
                 f"no reply within {deadline.timeout_seconds} s; the step may have been applied: send it again with "
                 "the same gradients, or with a longer timeout",
                 metadata={"timeout_seconds": deadline.timeout_seconds},
             )
-        return error_from_call(error)
+        return failure
 
 
 def _release(outbox: _Outbox, watchdog: Watchdog) -> None:

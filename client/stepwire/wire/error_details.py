@@ -53,7 +53,12 @@ def status_details(error: StepwireError) -> status_pb2.RichStatus:
 
 
 def error_from_call(call: grpc.RpcError) -> StepwireError:
-    """Return the error of a call that failed; the code alone decides for a status without stepwire's details."""
+    """Return the error of a call that failed; the code alone decides for a status without stepwire's details.
+
+    gRPC raises the call itself, and whoever has the call has the error. So its trace is cut off here: the trace refers
+    to every caller's frame, and with them to gradients and to memory that is shared, until the collector runs.
+    """
+    call.__traceback__ = None
     if not isinstance(call, grpc.Call):
         return error_from_code("UNKNOWN", str(call))
     details = call.details() or "no details"
