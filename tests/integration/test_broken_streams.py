@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -137,3 +139,22 @@ def test_half_a_step_leaves_no_trace(
         stream = behind.attach(session, stream.token)
         assert stream.receive().opened.applied_step == 1
         assert stream.step(step_message(1, GRADIENT, slice(0, 0))).replayed
+
+
+def test_a_failed_step_keeps_no_gradient_alive(server: Server, client: stepwire.Client) -> None:
+    """gRPC raises the call itself; its trace would keep every caller's frame until the collector runs."""
+    gc.disable()
+    try:
+        with client.create_session({"w": np.zeros(_SIZE, np.float32)}) as session:
+            ended = stream_ends(server.registry)
+            session.step({"w": GRADIENT})
+            server.registry.cancel_streams()
+            ended.wait()
+            gradient = GRADIENT.copy()
+            there = weakref.ref(gradient)
+            session.step({"w": gradient})
+            del gradient
+            assert there() is None
+            assert session.statistics().streams_opened == 2, "the first attempt failed"
+    finally:
+        gc.enable()
