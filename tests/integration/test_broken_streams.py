@@ -142,7 +142,7 @@ def test_half_a_step_leaves_no_trace(
 
 
 def test_a_failed_step_keeps_no_gradient_alive(server: Server, client: stepwire.Client) -> None:
-    """gRPC raises the call itself; its trace would keep every caller's frame until the collector runs."""
+    """A call raises itself in gRPC; its trace would keep every caller's frame until the collector runs."""
     gc.disable()
     try:
         with client.create_session({"w": np.zeros(_SIZE, np.float32)}) as session:

@@ -6,9 +6,14 @@
 
 The classes are `torch.optim.Optimizer`s, with torch's own constructors, parameter groups and state dicts. Schedulers,
 `GradScaler`, hooks and checkpoints work unchanged. docs/torch.md lists the differences and the refusals.
+
+`import stepwire.torch as optim` serves a script in the place of `from torch import optim`: `Optimizer`, `lr_scheduler`
+and `swa_utils` are torch's, and a class that is not served says the reason when it is made.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 try:
     import torch as _torch
@@ -33,7 +38,13 @@ from stepwire.torch.classes import (
 )
 from stepwire.torch.optimizer import RemoteOptimizer
 from stepwire.torch.options import RemoteOptions
-from stepwire.torch.refused import refusal
+from stepwire.torch.refused import refused_class
+
+Optimizer = _torch.optim.Optimizer
+lr_scheduler = _torch.optim.lr_scheduler
+swa_utils = _torch.optim.swa_utils
+
+del _torch
 
 __all__ = [
     "LAMB",
@@ -46,23 +57,18 @@ __all__ = [
     "Adamax",
     "Lion",
     "NAdam",
+    "Optimizer",
     "RAdam",
     "RMSprop",
     "RemoteOptimizer",
     "RemoteOptions",
+    "lr_scheduler",
+    "swa_utils",
 ]
 
-_OF_TORCH = ("Optimizer", "lr_scheduler", "swa_utils")  # these work with this package's optimizers as they are
 
-
-def __getattr__(name: str) -> object:
-    """Return torch's own schedulers and the like, or a function that refuses an optimizer with the reason.
-
-    Raises:
-        AttributeError: the name is none of `torch.optim`'s.
-    """
-    if name in _OF_TORCH:
-        return getattr(_torch.optim, name)
-    if (refused := refusal(name)) is not None:
+def __getattr__(name: str) -> Any:
+    """Return a class of torch.optim that is not served, and says the reason when it is made."""
+    if (refused := refused_class(name)) is not None:
         return refused
-    raise AttributeError(f"module 'stepwire.torch' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from stepwire.errors import FencedError, StepwireError, UnavailableError
+from stepwire.errors import FencedError, SessionNotFoundError, StepwireError, UnavailableError
 from stepwire.torch.options import RemoteOptions
 
 __all__ = ["with_hints"]
@@ -20,6 +20,7 @@ def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]
         session_id: the id of the session in use; None before there is a session.
 
     Raises:
+        SessionNotFoundError: the session is lost.
         UnavailableError: the server cannot be reached, or did not reply in time.
         FencedError: another optimizer attached to the session.
     """
@@ -30,6 +31,13 @@ def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]
         if session_id is not None:
             remedy = "try again once the server is there: a step that had arrived is not applied twice"
         raise _with_message(error, f"server={_name(options)}: {error}; {remedy}") from error
+    except SessionNotFoundError as error:
+        if session_id is None:
+            raise
+        raise _with_message(
+            error,
+            f"{error}. Load a checkpoint into the model and into this optimizer: load_state_dict makes a new session",
+        ) from error
     except FencedError as error:
         raise _with_message(
             error,

@@ -72,7 +72,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._backing = Backing(self.rule, self._options, self.param_groups, self.state)
         # A user may compile a whole training step, and a call to a server cannot be traced.
         self._apply_step = torch.compiler.disable(self._backing.step)
-        self._step_supports_amp_scaling = self._options.amp_scaling
 
     # --- state of the optimizer --------------------------------------------------------------------------
 
@@ -95,6 +94,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         items = list(value.items())
         self.state.clear()
         self.state.update(items)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True to have `GradScaler` call `step` also after an overflow, with its scale, and no gradients unscaled.
+
+        False while other code has put a wrapper into the place of `step`: accelerate counts the calls, and would take a
+        step that was left out for one that was taken. Torch's schedulers have wrappers too, and only look at the calls.
+        """
+        wrapper = self.__dict__.get("step")
+        return self._options.amp_scaling and (wrapper is None or hasattr(wrapper, "_wrapped_by_lr_sched"))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignore torch's own value, which is that of its fused form."""
 
     @property
     def backing(self) -> Backing:

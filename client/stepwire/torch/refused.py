@@ -1,36 +1,42 @@
-"""The optimizers of torch that this package lacks: functions that refuse with the reason."""
+"""The classes of torch.optim that a server does not serve: each says the reason when it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+import functools
+from typing import Any, Final
+
+import torch
 
 from stepwire.errors import UnsupportedFeatureError
 
-__all__ = ["refusal"]
+__all__ = ["refused_class"]
 
-_NO_RULE: Final = "a server has no such rule; use torch.optim.{name}, with its state in this process"
+_NO_RULE: Final = "the server has no such rule"
 _REASONS: Final = {
-    "ASGD": _NO_RULE,
-    "Adafactor": _NO_RULE,
-    "LBFGS": "it evaluates the model several times in one step, and a step has one gradient; use torch.optim.LBFGS",
-    "Muon": _NO_RULE,
-    "Rprop": _NO_RULE,
-    "SparseAdam": "sparse rows are not served; use torch.optim.SparseAdam for the sparse parameters",
+    "LBFGS": "it evaluates the model several times in one step",
+    "SparseAdam": "sparse rows are not served yet",
 }
 
 
-def refusal(name: str) -> Callable[..., NoReturn] | None:
-    """Return a function that refuses an optimizer of torch when it is called; None for other names."""
-    if name not in _REASONS:
-        return None
-    reason = _REASONS[name].format(name=name)
+@functools.cache
+def refused_class(name: str) -> type[torch.optim.Optimizer] | None:
+    """Return a class in the place of a class of torch.optim, which can be named, and not made.
 
-    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+    Scripts name classes in tables and in `isinstance`; only an instance needs a server.
+
+    Returns:
+        The class; None for a name that is no optimizer of torch.
+    """
+    theirs = getattr(torch.optim, name, None)
+    if not (isinstance(theirs, type) and issubclass(theirs, torch.optim.Optimizer)):
+        return None
+    reason = _REASONS.get(name, _NO_RULE)
+
+    def refuse(self: Any, *arguments: Any, **options: Any) -> None:
         raise UnsupportedFeatureError(
-            f"{name}: stepwire.torch does not have it: {reason}", metadata={"field": name, "feature": name}
+            f"stepwire.torch.{name}: {reason}; use torch.optim.{name} for these parameters",
+            metadata={"field": "optimizer", "feature": f"torch_{name}"},
         )
 
-    refused.__name__ = refused.__qualname__ = name
-    refused.__doc__ = f"Refuse `torch.optim.{name}`: {reason}."
-    return refused
+    attributes = {"__init__": refuse, "__doc__": f"Not served: {reason}.", "__module__": "stepwire.torch"}
+    return type(name, (torch.optim.Optimizer,), attributes)

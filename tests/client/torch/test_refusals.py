@@ -189,8 +189,11 @@ def test_every_class_of_torch_is_served_or_in_the_table() -> None:
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     assert set(RULES) == classes & set(TORCH_RULES)
-    named = {name for row in rows() if row in CLASSES for name in re.findall(r"`(\w+)`", row)}
-    assert classes - set(TORCH_RULES) == named
+    reasons = {name: why for row, why in rows().items() if row in CLASSES for name in re.findall(r"`(\w+)`", row)}
+    assert classes - set(TORCH_RULES) == set(reasons)
+    for name, why in reasons.items():
+        with pytest.raises(UnsupportedFeatureError, match=f"stepwire.torch.{name}: {why}; use torch.optim.{name}"):
+            getattr(stepwire.torch, name)(parameters())
 
 
 @pytest.mark.parametrize("rule", RULES)
