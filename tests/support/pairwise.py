@@ -105,13 +105,10 @@ def spread(rows: Sequence[Row], values: Sequence[Any]) -> list[Any]:
     return chosen
 
 
-def one_of_each(rows: Sequence[Row], name: str) -> list[Row]:
-    """Return a row for each value of a parameter, such that they have many pairs of the other values among them."""
-    met: set[tuple[Item, ...]] = set()
-    chosen, left = [], list(rows)
-    while left:
-        best = max(left, key=lambda row: len(set(itertools.combinations(row.items(), 2)) - met))
-        met |= set(itertools.combinations(best.items(), 2))
-        chosen.append(best)
-        left = [row for row in left if row[name] != best[name]]
+def covering(rows: Sequence[Row], wanted: Iterable[Combination]) -> list[Row]:
+    """Return few of some rows, such that they have all of the wanted combinations among them."""
+    chosen: list[Row] = []
+    while left := missing(wanted, chosen):
+        chosen.append(max(rows, key=lambda row: sum(combination <= row.items() for combination in left)))
+        assert len(missing(left, chosen[-1:])) < len(left), f"no row has {left[0]}"
     return chosen

@@ -20,7 +20,7 @@ from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.protocol import EngineState, Gradient
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 from tests.support import cuda_cases as cases
-from tests.support.pairwise import combinations, missing, one_of_each, pairwise
+from tests.support.pairwise import combinations, covering, missing, pairwise
 
 FLOAT32 = np.dtype(np.float32)
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())
@@ -39,15 +39,19 @@ PARAMETERS = {
     "precision": list(Precision),
 }
 ROWS = pairwise(PARAMETERS, allowed=cases.is_served)
-COMPILED = one_of_each(ROWS, "rule")
-OPTION_PAIRS = combinations({name: values for name, values in PARAMETERS.items() if name != "rule"})
-COMPILED += [next(row for row in ROWS if pair <= row.items()) for pair in missing(OPTION_PAIRS, COMPILED)]
+# Blocks are decoded before a kernel's loop, in which rule and decay then have float32. So the shape of the loop matters
+# to a compiled kernel: the precision of the state, and each option in it.
+SHAPES = [
+    pair for flag in cases.FLAGS for pair in combinations({name: PARAMETERS[name] for name in ("precision", flag)})
+]
+COMPILED = covering(ROWS, SHAPES)
 NUMBA, NUMPY = ([Recipe(**row) for row in rows] for rows in (COMPILED, ROWS))
 UPDATES = [
     *(pytest.param("numba", recipe, marks=pytest.mark.slow) for recipe in dict.fromkeys([*NUMBA, *WHOLE])),
     *(("numpy", recipe) for recipe in dict.fromkeys([*NUMPY, *PLAIN, *OPTIONS])),
 ]
 LAYERWISE = [recipe for recipe in PLAIN if recipe.rule.direction is not None]
+MEASURES = [("numba", LAYERWISE[0]), *(("numpy", recipe) for recipe in LAYERWISE)]
 SIZE = 9_333
 
 
@@ -103,10 +107,10 @@ def ranges_of(recipe: Recipe, size: int) -> list[tuple[int, int, int]]:
 
 
 def test_updates_have_every_pair_of_values() -> None:
-    """NumPy, which compiles nothing, has all pairs; Numba has every value, and every pair but those of a rule."""
+    """NumPy, which compiles nothing, has all pairs; Numba has every option in every precision."""
     assert missing(combinations(PARAMETERS, allowed=cases.is_served), ROWS) == []
-    assert missing(OPTION_PAIRS, COMPILED) == []
-    assert {recipe.rule.update for recipe in NUMBA} == {rule.update for rule in ALL_RULES}
+    assert missing(SHAPES, COMPILED) == []
+    assert {recipe.rule.update for recipe in NUMPY} == {rule.update for rule in ALL_RULES}
 
 
 @pytest.mark.parametrize(
@@ -171,8 +175,9 @@ def test_accumulation_is_that_of_the_decoded_gradient(engine: CpuEngine, referen
     cases.assert_same_bits(*results)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", LAYERWISE, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    ("engine", "recipe"), MEASURES, indirect=["engine"], ids=lambda each: getattr(each, "name", each)
+)
 def test_what_is_measured_is_that_of_the_decoded_gradient(
     engine: CpuEngine, reference: CpuEngine, recipe: Recipe
 ) -> None:

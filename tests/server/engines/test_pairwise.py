@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.support.pairwise import combinations, missing, one_of_each, pairwise, spread
+from tests.support.pairwise import combinations, covering, missing, pairwise, spread
 
 PARAMETERS = {
     "rule": "abcdefg",
@@ -62,10 +62,11 @@ def test_a_further_parameter_meets_every_value() -> None:
         assert items == {(name, each) for name, values in PARAMETERS.items() for each in values}
 
 
-def test_one_of_each_has_each_once_and_most_pairs_of_the_others() -> None:
+def test_few_rows_cover_some_combinations() -> None:
     rows = pairwise(PARAMETERS)
-    chosen = one_of_each(rows, "rule")
-    assert sorted(row["rule"] for row in chosen) == list("abcdefg")
-    assert all(row in rows for row in chosen)
-    others = combinations({name: values for name, values in PARAMETERS.items() if name not in ("rule", "decay")})
-    assert missing(others, chosen) == []
+    wanted = combinations({name: PARAMETERS[name] for name in ("rule", "decay")})
+    chosen = covering(rows, wanted)
+    assert missing(wanted, chosen) == []
+    assert len(chosen) == len(wanted) and all(row in rows for row in chosen)
+    with pytest.raises(AssertionError, match="no row has"):
+        covering(rows, [frozenset({("rule", "of no row")})])
