@@ -71,9 +71,7 @@ def test_no_proxy_is_asked_for_an_address_of_this_host(target: str, monkeypatch:
         assert requests == []
         with (
             stepwire.connect(f"no-such-host.invalid:{port}", timeout=1.0) as client,
-            pytest.raises(
-                UnavailableError, match=r"no server answers at .* proxy in grpc_proxy: .*response code 403"
-            ),
+            pytest.raises(UnavailableError, match=r"no server answers at .* proxy in grpc_proxy: .*response code 403"),
         ):
             client.info()
         assert requests
