@@ -156,6 +156,11 @@ KUBERNETES = {
     "STEPWIRE_GPU_0_SERVICE_HOST": "10.0.0.8",
     "STEPWIRE_GPU_0_PORT": "udp://10.0.0.8:1",
     "STEPWIRE_GPU_0_PORT_1_UDP_ADDR": "10.0.0.8",
+    # of a link of Docker's
+    "STEPWIRE_NAME": "/client/stepwire",
+    "STEPWIRE_PORT_50051_TCP_START": "tcp://10.0.0.7:50051",
+    "STEPWIRE_PORT_50051_TCP_PORT_END": "50052",
+    "STEPWIRE_ENV_STEPWIRE_BIND": "0.0.0.0:50051",
 }
 
 
@@ -169,7 +174,9 @@ def test_variables_that_kubernetes_makes_of_a_service_are_ignored() -> None:
 def test_a_port_without_the_address_of_a_service_is_an_unknown_variable() -> None:
     with pytest.raises(InvalidRequestError, match="environment variable STEPWIRE_PORT is unknown"):
         load(environment={"STEPWIRE_PORT": "50051"})
-    assert kubernetes_variables({"STEPWIRE_PORT": "50051"}) == []
+    with pytest.raises(InvalidRequestError, match="environment variable STEPWIRE_NAME is unknown"):
+        load(environment={"STEPWIRE_NAME": "mine"})
+    assert kubernetes_variables({"STEPWIRE_PORT": "50051", "STEPWIRE_NAME": "mine"}) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -87,6 +88,38 @@ def test_of_several_servers_the_most_talkative_decides(capsys: pytest.CaptureFix
     talkative.__exit__(None, None, None)
     captured = capsys.readouterr()
     assert (captured.out, "stopped" in captured.err, structlog.is_configured()) == ("", True, False)
+
+
+@pytest.mark.usefixtures("unconfigured")
+@pytest.mark.parametrize(
+    ("level", "told"), [("error", ""), ("warning", "warning: slow\n"), ("info", "warning: slow\n")]
+)
+def test_lines_of_the_engines_have_the_level_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, level: str, told: str
+) -> None:
+    """They are of Python's `logging`, which writes warnings to standard error by itself."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logger = logging.getLogger("stepwire_server")
+    before = logger.level, list(logger.handlers)
+    with stepwire_server.testing.serving(log_level=level):
+        capsys.readouterr()
+        logging.getLogger("stepwire_server.engines.cpu").debug("never")
+        logging.getLogger("stepwire_server.engines.cpu").warning("slow")
+        assert capsys.readouterr() == ("", told)
+    assert (logger.level, logger.handlers) == before
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_a_program_with_handlers_of_its_own_has_the_lines_of_the_engines_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    own = logging.Handler()
+    monkeypatch.setattr(own, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [own])
+    with stepwire_server.testing.serving():
+        logging.getLogger("stepwire_server.engines.cpu").warning("slow")
+    assert (lines, capsys.readouterr().err) == (["slow"], "")
 
 
 @pytest.mark.usefixtures("unconfigured")

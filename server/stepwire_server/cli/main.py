@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -31,11 +32,21 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command; an error of stepwire is one line on standard error and exit code 2."""
+    _occupy_standard_streams()
     try:
         app()
     except stepwire.StepwireError as error:
         print(f"stepwire: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _occupy_standard_streams() -> None:
+    """Open those of the descriptors 0 to 2 that are closed: a socket of such a number would get lines of a log."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def version(as_json: Json = False) -> None:

@@ -18,8 +18,8 @@ import typer
 from stepwire_server.cli.options import takes_settings
 from stepwire_server.config import ServerConfig, kubernetes_variables, load_config
 from stepwire_server.engines.compiled import cache as kernel_cache
-from stepwire_server.host import heap, parent
-from stepwire_server.observability.logs import configure_logging
+from stepwire_server.host import heap, limits, parent
+from stepwire_server.observability.logs import configure_logging, discard_unwritten_lines
 
 __all__ = ["DEVICE_LOST_EXIT_CODE", "serve"]
 
@@ -48,8 +48,13 @@ def serve(
     configure_logging(settings.log_level, settings.log_json)
     if ignored := kubernetes_variables():
         _log.info("variables of kubernetes are ignored", variables=ignored)
+    limits.require_descriptors()
     kernel_cache.require_named_directory()
-    raise typer.Exit(_serve(settings) if settings.processes == 1 else _supervise(settings))
+    try:
+        code = _serve(settings) if settings.processes == 1 else _supervise(settings)
+    finally:
+        discard_unwritten_lines()
+    raise typer.Exit(code)
 
 
 def _serve(settings: ServerConfig) -> int:

@@ -31,13 +31,15 @@ CONFIG_VARIABLE: Final = "STEPWIRE_CONFIG"
 _FOREIGN: Final = frozenset(
     (CONFIG_VARIABLE, "STEPWIRE_CACHE_DIR", "STEPWIRE_KERNELS", "STEPWIRE_TARGET", "STEPWIRE_TRANSPORT")
 )
-# Kubernetes makes these in every pod for each Service of the namespace with a name such as "stepwire". The patterns
-# match whole names, so that a misspelt setting is still refused.
+# Kubernetes makes these in every pod for each Service of the namespace with a name such as "stepwire", and Docker in a
+# container with a link (`--link`) to one of such a name. The patterns match whole names, so that a misspelt setting is
+# still refused.
 _KUBERNETES: Final = re.compile(
-    r"STEPWIRE(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+    r"STEPWIRE(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?"
+    r"|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?|ENV_\w+)"
 )
-_KUBERNETES_PORT: Final = re.compile(r"STEPWIRE(_\w+)?_PORT")
-_KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://")
+_KUBERNETES_PORT: Final = re.compile(r"STEPWIRE(_\w+)?_(PORT|NAME)")
+_KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://|/")  # of a port; Docker's name of a link is a path
 
 
 def setting_name(variable: str) -> str:

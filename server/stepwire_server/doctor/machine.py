@@ -87,6 +87,9 @@ def examine_processor() -> Finding:
         numba = importlib.import_module("numba")
     except Exception as problem:  # an import runs whatever an installation holds
         return _without_numba(name, problem)
+    if numba.config.DISABLE_JIT:
+        detail = f"{name}, kernels by NumPy, many times slower: NUMBA_DISABLE_JIT is set"
+        return Finding("processor", False, detail, "unset NUMBA_DISABLE_JIT", optional=True)
     return Finding("processor", True, f"{name}, kernels by Numba {numba.__version__}")
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import resource
+from typing import Final
 
-__all__ = ["memory_bytes", "processor_count", "processor_name"]
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["memory_bytes", "processor_count", "processor_name", "require_descriptors"]
+
+_LEAST_DESCRIPTORS: Final = 24
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
@@ -36,6 +42,24 @@ def processor_name(cpuinfo: pathlib.Path = _CPUINFO) -> str:
         return "CPU"
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "CPU")
+
+
+def require_descriptors(limit: int | None = None) -> None:
+    """Refuse a limit of open files that the server's own files reach, before it starts.
+
+    Args:
+        limit: the limit; None for that of this process.
+
+    Raises:
+        InvalidRequestError: the limit is too low.
+    """
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if limit is None else limit
+    if 0 <= soft < _LEAST_DESCRIPTORS:
+        raise InvalidRequestError.of(
+            "descriptors",
+            f"this process may open {soft} files, and a server needs {_LEAST_DESCRIPTORS} and more for its clients; "
+            "raise `ulimit -n`",
+        )
 
 
 def _first_line(path: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import structlog
 import structlog.stdlib
 
-__all__ = ["configure_logging", "logging_to_stderr"]
+__all__ = ["configure_logging", "discard_unwritten_lines", "logging_to_stderr"]
 
 
 def configure_logging(level: str, as_json: bool | None) -> None:
@@ -25,7 +26,8 @@ def configure_logging(level: str, as_json: bool | None) -> None:
         level: the least level that is logged; other packages log nothing below warnings.
         as_json: True for JSON, False for text; None means JSON unless standard output is a terminal.
     """
-    json = not sys.stdout.isatty() if as_json is None else as_json
+    colors = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    json = not colors if as_json is None else as_json
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -34,13 +36,13 @@ def configure_logging(level: str, as_json: bool | None) -> None:
     rendering: list[structlog.typing.Processor] = [
         structlog.processors.format_exc_info,
         _escape,
-        structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()),
+        structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=colors),
     ]
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=_from_level(level),
         # In one write, end of line included: several processes may share a standard output.
-        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(_Output()),  # type: ignore[arg-type]  # it writes and flushes
     )
     _adopt_logging(level, shared, rendering)
 
@@ -67,14 +69,45 @@ def _adopt_logging(
     logging.getLogger("stepwire_server").setLevel(level.upper())
 
 
+class _Output:
+    """The standard output of the moment, which tests and programs replace.
+
+    A line that cannot be written is dropped: a full disk, a pipe without a reader, or an output that was never open
+    stops no server and no step.
+    """
+
+    def write(self, text: str) -> None:
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+                sys.stdout.write(text)
+
+    def flush(self) -> None:
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+
+
+def discard_unwritten_lines() -> None:
+    """Discard lines that the standard output has refused: written at the end again, they would change the exit code."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # it has no descriptor, or none that is open
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _Lines(logging.Handler):
-    """Writes to the standard output of the moment, which tests and programs replace."""
+    """Writes the lines of `logging` to the standard output."""
+
+    _output = _Output()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line in one piece."""
         try:
-            sys.stdout.write(self.format(record) + "\n")
-            sys.stdout.flush()
+            self._output.write(self.format(record) + "\n")
+            self._output.flush()
         except Exception:
             self.handleError(record)
 
@@ -92,6 +125,8 @@ class _BlockLevels:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._levels: list[str] = []
+        self._handler = _ErrorLines()
+        self._level_before = logging.NOTSET
 
     def add(self, level: str) -> None:
         with self._lock:
@@ -104,17 +139,42 @@ class _BlockLevels:
             self._configure()
 
     def _configure(self) -> None:
+        self._configure_logging()
         ours = structlog.get_config()["logger_factory"] is _stderr_logger
         if structlog.is_configured() and not ours:
             return  # the program has configured structlog, before a block or in it
         if self._levels:
-            least = min(self._levels, key=lambda level: logging.getLevelNamesMapping()[level.upper()])
-            structlog.configure(wrapper_class=_from_level(least), logger_factory=_stderr_logger)
+            wrapper = structlog.make_filtering_bound_logger(self._least())
+            structlog.configure(wrapper_class=wrapper, logger_factory=_stderr_logger)
         elif ours:
             processors = structlog.get_config()["processors"]
             structlog.reset_defaults()
             if processors != structlog.get_config()["processors"]:  # the program has set them in the block
                 structlog.configure(processors=processors)
+
+    def _configure_logging(self) -> None:
+        """Send the engines' lines, which are of Python's `logging`, the same way."""
+        logger = logging.getLogger("stepwire_server")
+        if not self._levels:
+            logger.removeHandler(self._handler)
+            logger.setLevel(self._level_before)
+            return
+        if self._handler not in logger.handlers:
+            self._level_before = logger.level
+            logger.addHandler(self._handler)
+        logger.setLevel(self._least())
+
+    def _least(self) -> int:
+        return min(logging.getLevelNamesMapping()[level.upper()] for level in self._levels)
+
+
+class _ErrorLines(logging.Handler):
+    """Writes to the standard error of the moment, unless the program has handlers of its own for all lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line in one piece."""
+        if not logging.getLogger().handlers:
+            print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
 
 
 def _stderr_logger(*names: Any) -> structlog.PrintLogger:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from stepwire.errors import InvalidRequestError
+
 __all__ = ["await_ports", "write_ports"]
 
 _LOOK_SECONDS: Final = 0.02
@@ -19,10 +21,18 @@ def write_ports(path: pathlib.Path, ports: Iterable[int]) -> None:
     Args:
         path: the file; an old one is replaced.
         ports: the ports.
+
+    Raises:
+        InvalidRequestError: the file cannot be written.
     """
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(f"{port}\n" for port in ports))
-    temporary.replace(path)
+    try:
+        temporary.write_text("".join(f"{port}\n" for port in ports))
+        temporary.replace(path)
+    except OSError as problem:
+        raise InvalidRequestError.of(
+            "port_file", f"{str(path)!r} cannot be written: {problem.strerror}; name a file in a folder of this user"
+        ) from None
 
 
 def await_ports(

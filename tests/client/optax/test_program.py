@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import stepwire  # noqa: E402
 import stepwire.optax  # noqa: E402
-from stepwire.errors import StepMismatchError, UnavailableError  # noqa: E402
+from stepwire.errors import InvalidRequestError, StepMismatchError, UnavailableError  # noqa: E402
 from stepwire.optax import sessions  # noqa: E402
 from stepwire.optax.program import FLUSHED, after_update, is_same, masters  # noqa: E402
 from tests.support.lost_replies import lost_replies  # noqa: E402
@@ -208,6 +208,41 @@ def test_what_is_no_number_stays_what_it_was() -> None:
     assert not is_same(values, np.nan_to_num(values))
     assert not is_same(np.float32([1.0]), np.float32([np.nextafter(np.float32(1), np.float32(2))]))
     assert not is_same(np.float32([0.0]), np.float32([2 * FLUSHED]))
+    assert not is_same(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32))
+    assert is_same(np.ones(3, np.float32), np.ones(3, jnp.bfloat16))
+
+
+def test_parameters_of_another_shape_are_refused(client: stepwire.Client) -> None:
+    tx = stepwire.optax.sgd(1.0, server=client)
+    state = tx.init({"w": jnp.zeros(3)})
+    with pytest.raises(InvalidRequestError, match=r"parameters\['w'\]: shape \(2,\) is not the session's \(3,\)"):
+        tx.update({"w": jnp.zeros(3)}, state, {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["step", "update"])
+def test_parameters_in_donated_memory(client: stepwire.Client, loads: list[Any], exact: bool) -> None:
+    """The program writes its next parameters over the present ones."""
+    tx = stepwire.optax.sgd(1.0, server=client)
+    size = 1 << 16
+
+    def train(params: Any, state: Any) -> Any:
+        if exact:
+            return tx.step(params, jax.tree.map(jnp.ones_like, params), state)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    double = jax.jit(lambda params: jax.tree.map(lambda leaf: 2 * leaf, params), donate_argnums=0)
+    for run in (jax.jit(train, donate_argnums=(0, 1)), train):
+        params = {"w": jnp.ones(size)}
+        state = tx.init(params)
+        expected = 1.0
+        for changed in (False, True, False, True):
+            params, state = run(params, state)
+            expected -= 1.0
+            if changed:
+                params, expected = double(params), 2 * expected
+            assert float(params["w"][0]) == float(params["w"][-1]) == expected
+    assert len(loads) == 2
 
 
 # --- half precision -------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from stepwire.errors import InvalidRequestError
 from stepwire_server.cli import serve as cli
 from stepwire_server.config import ServerConfig
 from stepwire_server.config.parse import SETTINGS
+from stepwire_server.processes.port_file import write_ports
 
 BAD_SETTINGS = {
     "no address": (("--bind", "nowhere"), "bind: 'nowhere' is not host:port or unix:/path"),
@@ -210,3 +212,19 @@ def test_a_signal_ends_the_server_whichever_thread_gets_it() -> None:
     """The kernel gives a signal to any thread, and the main thread may be blocked."""
     command = [sys.executable, "-c", _PROGRAM]
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_a_server_without_an_output_serves_and_ends_as_always(tmp_path: pathlib.Path) -> None:
+    """Its descriptors 1 and 2 belong to nothing else, such as a socket."""
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", _PROGRAM, str(tmp_path / "port")]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_a_port_file_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"^port_file: '.*/none/port' cannot be written: No such file or .*; "
+    ):
+        write_ports(tmp_path / "none" / "port", [1])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InvalidRequestError, match="^port_file: '.*/folder' cannot be written: Is a directory; name a"):
+        write_ports(tmp_path / "folder", [1])

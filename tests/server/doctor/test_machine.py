@@ -89,6 +89,14 @@ def test_numba_compiles_the_kernels() -> None:
     assert finding.detail.endswith(f" threads, kernels by Numba {numba.__version__}")
 
 
+def test_a_numba_that_is_told_to_compile_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    finding = doctor.examine_processor()
+    assert (finding.ok, finding.optional, finding.remedy) == (False, True, "unset NUMBA_DISABLE_JIT")
+    assert finding.detail.endswith("kernels by NumPy, many times slower: NUMBA_DISABLE_JIT is set")
+
+
 def test_without_numba_numpy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     finding = doctor.examine_processor()

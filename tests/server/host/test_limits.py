@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
+from stepwire.errors import InvalidRequestError
 from stepwire_server.host import limits as host
 
 
@@ -25,6 +28,14 @@ def test_memory_is_limited_by_the_container(tmp_path) -> None:
     assert host.memory_bytes(tmp_path) == machine
     (tmp_path / "memory.max").write_text("1048576\n")
     assert host.memory_bytes(tmp_path) == 1_048_576
+
+
+def test_a_limit_of_files_that_a_server_needs_itself_is_refused() -> None:
+    host.require_descriptors()
+    host.require_descriptors(24)
+    host.require_descriptors(-1)  # unlimited
+    with pytest.raises(InvalidRequestError, match="may open 16 files, and a server needs 24 and more .* `ulimit -n`"):
+        host.require_descriptors(16)
 
 
 def test_processor_name(tmp_path) -> None:

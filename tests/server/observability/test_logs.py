@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import structlog
 
-from stepwire_server.observability.logs import configure_logging
+from stepwire_server.observability.logs import configure_logging, discard_unwritten_lines
 
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
@@ -91,6 +94,41 @@ def test_an_exception_is_told_with_its_trace_and_without_its_variables(capsys: A
     assert trace.startswith("Traceback (most recent call last)")
     assert trace.endswith("ValueError: broken")
     assert session_id not in trace
+
+
+class Broken(io.StringIO):
+    """An output that takes nothing, such as a pipe without a reader."""
+
+    def write(self, text: str) -> int:
+        raise OSError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise OSError(32, "Broken pipe")
+
+
+def closed() -> io.StringIO:
+    output = io.StringIO()
+    output.close()
+    return output
+
+
+@pytest.mark.parametrize("output", [None, Broken(), closed()], ids=["none", "broken", "closed"])
+def test_lines_that_cannot_be_written_are_dropped(monkeypatch: pytest.MonkeyPatch, capsys: Any, output: Any) -> None:
+    monkeypatch.setattr(sys, "stdout", output)
+    configure_logging("info", True)
+    structlog.get_logger().info("listening")
+    logging.getLogger("stepwire_server.engines").warning("no kernel cache")
+    discard_unwritten_lines()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_that_is_full_does_not_change_the_exit_code() -> None:
+    program = (
+        "import structlog; from stepwire_server.observability import logs\n"
+        "logs.configure_logging('info', True); structlog.get_logger().info('x'); logs.discard_unwritten_lines()"
+    )
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stdout=full, timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,14 @@ from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, Expor
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["CpuEngine"]
+__all__ = ["CpuEngine", "NumbaDisabledError"]
+
+
+_log = logging.getLogger(__name__)
+
+
+class NumbaDisabledError(UnsupportedFeatureError):
+    """Numba is told to compile nothing."""
 
 
 class CpuEngine:
@@ -32,11 +40,12 @@ class CpuEngine:
         Args:
             threads: the number of threads that work on one call, the caller's included; None for one a processor.
             use_numba: compile kernels, which are many times faster, or evaluate rules with NumPy; None to compile
-                where Numba is installed.
+                where Numba is installed and not disabled.
+
+        Raises:
+            UnsupportedFeatureError: Numba is to compile, and is broken or disabled.
         """
-        if use_numba is None:
-            use_numba = importlib.util.find_spec("numba") is not None
-        self._kernels = _numba_kernels() if use_numba else NumpyKernels()
+        self._kernels = _default_kernels() if use_numba is None else _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
         self._states: weakref.WeakSet[CpuState] = weakref.WeakSet()
@@ -108,8 +117,34 @@ class CpuEngine:
         self._threads.close()
 
 
-def _numba_kernels() -> CpuKernels:
-    """Import Numba only where it is used, because the import lasts a second."""
-    from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
+def _default_kernels() -> CpuKernels:
+    if importlib.util.find_spec("numba") is None:
+        return NumpyKernels()
+    try:
+        return _numba_kernels()
+    except NumbaDisabledError as disabled:
+        _log.warning("%s", disabled)
+        return NumpyKernels()
 
+
+def _numba_kernels() -> CpuKernels:
+    """Import Numba only where it is used, because the import lasts a second.
+
+    Raises:
+        UnsupportedFeatureError: Numba is broken, or `NumbaDisabledError`. A broken Numba is no reason to serve many
+            times slower without a word: its owner mends it or removes it.
+    """
+    try:
+        from stepwire_server.engines.cpu.numba_kernels import NumbaKernels, is_disabled
+    except Exception as problem:  # an import runs whatever an installation holds, and reads settings
+        raise UnsupportedFeatureError(
+            f"Numba is installed and cannot be imported ({' '.join(f'{type(problem).__name__}: {problem}'.split())}); "
+            "mend the installation or the variable NUMBA_…, or uninstall Numba for NumPy, which is many times slower",
+            metadata={"field": "device", "feature": "numba"},
+        ) from problem
+    if is_disabled():
+        raise NumbaDisabledError(
+            "the kernels are NumPy's, many times slower: NUMBA_DISABLE_JIT is set; unset it to compile kernels",
+            metadata={"field": "device", "feature": "numba"},
+        )
     return NumbaKernels()

@@ -39,7 +39,7 @@ from stepwire_server.engines.payloads import STORED, bits_of, name_of
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["NumbaKernels"]
+__all__ = ["NumbaKernels", "is_disabled"]
 
 _log = logging.getLogger(__name__)
 
@@ -172,6 +172,12 @@ def _stocked_directory() -> pathlib.Path:
     directory /= f"{level.name}-numba-{numba.__version__}"
     fill(directory, stock)
     return directory
+
+
+def is_disabled() -> bool:
+    """Tell whether NUMBA_DISABLE_JIT is set: Numba then compiles nothing, and its functions are Python's."""
+    settings: Any = numba.config
+    return bool(settings.DISABLE_JIT)
 
 
 def prefer_wide_vectors() -> None:
