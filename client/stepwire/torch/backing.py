@@ -327,7 +327,7 @@ class Backing:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
+    def exported(self) -> tuple[list[dict[str, Any]], ExtraState]:
         """Return torch's state of each parameter in order, and the state beyond torch's.
 
         Raises:
@@ -335,7 +335,7 @@ class Backing:
         """
         self.check_open()
         self._follow()
-        return self._mirror.exported(groups)
+        return self._mirror.exported()
 
     def load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
         """Replace the state. The model's parameters stay.

@@ -26,10 +26,12 @@ class ExtraState(NamedTuple):
     Attributes:
         masters: float32 parameters by position, for a model with parameters of fewer bits.
         slots: the slots that moments of fewer bits need besides torch's, by slot and name.
+        scalars: the server's scalar of each tensor, by name, where torch has a product rounded to float32.
     """
 
     masters: dict[int, Any]
     slots: dict[str, dict[str, Any]]
+    scalars: dict[str, float]
 
 
 class Mirror:
@@ -96,21 +98,21 @@ class Mirror:
         """
         return self._session.state(timeout=self._timeout)
 
-    def exported(self, groups: Sequence[Group]) -> tuple[list[dict[str, Any]], ExtraState]:
+    def exported(self) -> tuple[list[dict[str, Any]], ExtraState]:
         """Return torch's state of each parameter in order, and the state beyond torch's.
 
         Raises:
             StepwireError: as `Session.state`.
         """
         state, tensors = self.state(), self._parameters.tensors
-        entries = exported(state, tensors, self._rule, self._by_name(groups))
+        entries = exported(state, tensors, self._rule)
         masters = {} if self._exact else {i: t.tensor(state.slots[PARAM][t.name]) for i, t in enumerate(tensors)}
         # As tensors: `torch.load` refuses arrays by default, as a risk of an untrusted file.
         slots = {
             slot: {name: from_numpy(values) for name, values in state.slots[slot].items()}
             for slot in self._beside_torch(self._session)
         }
-        return entries, ExtraState(masters, slots)
+        return entries, ExtraState(masters, slots, dict(state.tensor_scalars) if self._rule.product else {})
 
     def loadable(
         self, session: Session, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]
@@ -128,7 +130,7 @@ class Mirror:
             StepwireError: as `Session.pull`.
         """
         tensors = self._parameters.tensors
-        slots, steps = imported(entries, tensors, self._rule, self._by_name(groups), session.slots)
+        slots, steps, scalars = imported(entries, tensors, self._rule, self._by_name(groups), session.slots)
         for slot in self._beside_torch(session):
             if set(extra.slots.get(slot, ())) != set(session.shapes):
                 raise InvalidRequestError.of(
@@ -139,7 +141,9 @@ class Mirror:
             slots[slot] = {name: to_numpy(values.cpu()) for name, values in extra.slots[slot].items()}
         self.offer(extra)
         slots[PARAM] = self._values()
-        return Snapshot(step=self._session.applied_step, slots=slots, tensor_steps=steps)
+        exact = {name: value for name, value in extra.scalars.items() if _same(value, scalars.get(name))}
+        step = self._session.applied_step
+        return Snapshot(step=step, slots=slots, tensor_steps=steps, tensor_scalars=scalars | exact)
 
     def carried(self, fresh: Snapshot, parameters: Parameters) -> Snapshot:
         """Return the state of a new session of other groups, with this session's state of the parameters of both.
@@ -159,7 +163,10 @@ class Mirror:
             if slot in before.slots:
                 arrays |= {name: before.slots[slot][old] for name, old in names.items()}
         steps = {name: before.tensor_steps[names[name]] if name in names else 0 for name in fresh.tensor_steps}
-        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps)
+        scalars = {
+            name: before.tensor_scalars.get(names.get(name, ""), value) for name, value in fresh.tensor_scalars.items()
+        }
+        return Snapshot(step=before.step, slots=fresh.slots, tensor_steps=steps, tensor_scalars=scalars)
 
     def _values(self) -> Arrays:
         """Return the model's values, each replaced by a master that rounds to it: an offered one or the session's."""
@@ -189,3 +196,8 @@ class Mirror:
 
     def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         return {name: groups[index] for name, index in self._parameters.membership.items()}
+
+
+def _same(exact: float, shown: float | None) -> bool:
+    """Tell whether torch's state has this number, rounded."""
+    return shown is not None and np.float32(exact) == np.float32(shown)

@@ -161,11 +161,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._options.light_state_dict:
             return self.handle()
         with with_hints(self._options, self.session_id):
-            entries, extra = self.backing.exported(self.param_groups)
+            entries, extra = self.backing.exported()
         tensors = self.backing.parameters.tensors
         self.state.update({tensor.parameter: entry for tensor, entry in zip(tensors, entries, strict=True) if entry})
         try:
-            return self._packed({"masters": extra.masters, "slots": extra.slots})
+            return self._packed(extra._asdict())
         finally:
             self.state.clear()
 
@@ -221,7 +221,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         positions = [index for group in given["param_groups"] for index in group["params"]]
         entries = [given["state"].get(index, {}) for index in positions]
-        self.backing.load(entries, ExtraState(ours.get("masters", {}), ours.get("slots", {})), self.param_groups)
+        extra = ExtraState(*(ours.get(name, {}) for name in ExtraState._fields))
+        self.backing.load(entries, extra, self.param_groups)
 
     def _resume(self, ours: dict[str, Any]) -> None:
         """Resume the session of a handle, and close the optimizer's session before."""

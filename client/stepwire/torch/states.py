@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,37 +15,46 @@ from stepwire.results import Snapshot
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.tensors import ParameterTensor
 
-__all__ = ["exported", "imported"]
+__all__ = ["Imported", "exported", "imported"]
 
 Slots = dict[str, dict[str, npt.NDArray[np.float32]]]
 
 PARAM: Final = "param"
-_MU: Final = "mu_product"
-_AGREEMENT: Final = 1e-4
-"""The largest relative error of a running product of float32."""
 
 
-def exported(
-    state: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
-) -> list[dict[str, Any]]:
+class Imported(NamedTuple):
+    """The state of a session but for the parameters, by slot or by name of a tensor.
+
+    Attributes:
+        slots: the arrays of each slot.
+        steps: the number of updates of each tensor.
+        scalars: the scalar of each tensor; empty if the rule keeps none.
+    """
+
+    slots: Slots
+    steps: dict[str, int]
+    scalars: dict[str, float]
+
+
+def exported(state: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule) -> list[dict[str, Any]]:
     """Return torch's state of each parameter, in order; empty for a parameter without state.
 
     Args:
         state: the state of the session.
         tensors: the parameters.
         rule: the rule.
-        groups: the group of each parameter, by name.
     """
-    return [_entry(state, tensor, rule, groups[tensor.name]) for tensor in tensors]
+    return [_entry(state, tensor, rule) for tensor in tensors]
 
 
-def _entry(state: Snapshot, tensor: ParameterTensor, rule: TorchRule, group: Group) -> dict[str, Any]:
+def _entry(state: Snapshot, tensor: ParameterTensor, rule: TorchRule) -> dict[str, Any]:
     steps = state.tensor_steps[tensor.name]
-    if not steps and not rule.eager:
+    begun = steps or rule.eager if rule.counts else state.tensor_scalars.get(tensor.name)
+    if not begun:
         return {}
     entry: dict[str, Any] = {"step": _scalar(float(steps))} if rule.counts else {}
-    if "momentum_decay" in rule.numbers:
-        entry[_MU] = _scalar(_mu_product(group, steps))
+    if rule.product:
+        entry[rule.product] = _scalar(state.tensor_scalars[tensor.name])
     for slot in rule.slots:
         if slot in state.slots:
             entry[slot] = tensor.tensor(state.slots[slot][tensor.name])
@@ -58,8 +67,8 @@ def imported(
     rule: TorchRule,
     groups: Mapping[str, Group],
     slots: Sequence[str],
-) -> tuple[Slots, dict[str, int]]:
-    """Return the session's slots without the parameters, and the number of updates of each tensor.
+) -> Imported:
+    """Return the session's state without the parameters.
 
     Args:
         entries: torch's state of each parameter, in order.
@@ -72,26 +81,27 @@ def imported(
         InvalidRequestError: a state lacks a slot, has a slot of another rule, or does not fit its parameter.
     """
     wanted = [slot for slot in rule.slots if slot in slots]
-    made: Slots = {slot: {} for slot in wanted}
-    steps = {}
+    made = Imported({slot: {} for slot in wanted}, {}, {})
     for index, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
         field = f"state[{index}]"
         present = {key: value for key, value in entry.items() if value is not None}
-        steps[tensor.name] = _steps(present, rule, groups[tensor.name], field)
+        steps = made.steps[tensor.name] = _steps(present, rule, field)
+        if wanted and (rule.product or not rule.counts):
+            made.scalars[tensor.name] = _product(present, rule, field) if rule.product else float(steps)
         for slot in wanted:
             if slot in present:
-                made[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
-            elif steps[tensor.name]:
+                made.slots[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
+            elif steps:
                 raise InvalidRequestError.of(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
             else:
                 start = rule.structure_of([groups[tensor.name]]).get("initial_accumulator_value", 0.0)
-                made[slot][tensor.name] = np.full(tensor.shape, start, np.float32)
-    return made, steps
+                made.slots[slot][tensor.name] = np.full(tensor.shape, start, np.float32)
+    return made
 
 
-def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) -> int:
+def _steps(entry: Mapping[str, Any], rule: TorchRule, field: str) -> int:
     """Return the number of updates of a parameter, after a check that the state is of this rule."""
-    known = {*rule.slots, "step", _MU}
+    known = {*rule.slots, "step", *([rule.product] if rule.product else [])}
     if unknown := sorted(set(entry) - known):
         raise InvalidRequestError.of(
             f"{field}[{unknown[0]!r}]", f"{rule.optimizer.__name__} has no such slot; is the state another optimizer's?"
@@ -108,28 +118,23 @@ def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) 
         raise InvalidRequestError.of(f"{field}['step']", f"{entry['step']!r:.60} is no number of steps") from None
     if not 0 <= steps < math.inf or steps != int(steps):
         raise InvalidRequestError.of(f"{field}['step']", f"{steps!r} is no number of steps")
-    if _MU in entry:
-        _check_product(float(entry[_MU]), _mu_product(group, int(steps)), field)
     return int(steps)
 
 
-def _check_product(given: float, expected: float, field: str) -> None:
-    """Refuse a product of other numbers than the present ones, from which a session computes the product."""
-    if abs(given - expected) > _AGREEMENT * abs(expected):
-        raise InvalidRequestError.of(
-            f"{field}[{_MU!r}]",
-            f"{given!r} is not {expected!r}, the product of the group's betas and momentum_decay. The numbers were "
-            "changed on the way, and a session cannot continue such a state",
-        )
-
-
-def _mu_product(group: Group, steps: int) -> float:
-    """Return the product of NAdam's momenta as torch computes it: one factor after another, in float32."""
-    product, beta1 = np.float32(1.0), float(group["betas"][0])
-    for t in range(1, steps + 1):
-        mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
-        product = np.float32(product * np.float32(mu))
-    return float(product)
+def _product(entry: Mapping[str, Any], rule: TorchRule, field: str) -> float:
+    """Return the running product of a parameter; 1 before its first update."""
+    if rule.product not in entry:
+        if entry:
+            raise InvalidRequestError.of(f"{field}[{rule.product!r}]", f"is missing; the state has {sorted(entry)}")
+        return 1.0
+    try:
+        product = float(entry[rule.product])
+    except (TypeError, ValueError):
+        product = math.nan
+    if not 0.0 <= product <= 1.0:
+        shown = f"{entry[rule.product]!r:.60}"
+        raise InvalidRequestError.of(f"{field}[{rule.product!r}]", f"{shown} is no product of momenta, in [0, 1]")
+    return product
 
 
 def _scalar(value: float) -> Any:

@@ -22,6 +22,8 @@ class LoadRequest(NamedTuple):
         epoch: the epoch the client knows; 0 skips the check.
         step: the session's new applied step; None leaves it.
         tensor_steps: the updates that each tensor has had, in layout order; empty leaves them.
+        tensor_scalars: the scalar of each tensor, in layout order. Empty leaves them, or beside `tensor_steps` derives
+            them from these and the session's numbers.
         loss_scale: the new state of loss scaling; None leaves it.
     """
 
@@ -32,3 +34,4 @@ class LoadRequest(NamedTuple):
     step: int | None = None
     tensor_steps: tuple[int, ...] = ()
     loss_scale: LossScale | None = None
+    tensor_scalars: tuple[float, ...] = ()

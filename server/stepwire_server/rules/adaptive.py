@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 
-def deviation(v: Value, a: Value) -> Value:
-    """Return the root of the variance v − a², at least zero; v − v is zero for finite v and NaN otherwise."""
-    return sqrt(maximum(v - a * a, v - v))
+def deviation(v: Value, a: Value, zero: Value) -> Value:
+    """Return the root of the variance v − a², at least zero."""
+    return sqrt(maximum(v - a * a, zero))
 
 
 def rmsprop(p: Value, g: Value, v: Value, alpha: Value, rate: Value, lr: Value, eps: Value) -> tuple[Value, Value]:
@@ -64,21 +64,31 @@ def rmsprop_momentum(
 
 
 def rmsprop_centered(
-    p: Value, g: Value, v: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value
+    p: Value, g: Value, v: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value, zero: Value
 ) -> tuple[Value, Value, Value]:
     """Divide by the standard deviation. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    return p - lr * (g / (deviation(v, a) + eps)), v, a
+    return p - lr * (g / (deviation(v, a, zero) + eps)), v, a
 
 
 def rmsprop_centered_momentum(
-    p: Value, g: Value, v: Value, b: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value, momentum: Value
+    p: Value,
+    g: Value,
+    v: Value,
+    b: Value,
+    a: Value,
+    alpha: Value,
+    rate: Value,
+    lr: Value,
+    eps: Value,
+    zero: Value,
+    momentum: Value,
 ) -> tuple[Value, Value, Value, Value]:
     """Divide by the standard deviation and follow the momentum of that. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    b = momentum * b + g / (deviation(v, a) + eps)
+    b = momentum * b + g / (deviation(v, a, zero) + eps)
     return p - lr * b, v, b, a
 
 
@@ -106,21 +116,34 @@ def _rmsprop_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ..
     return (*_rmsprop_scalars(hyper, t), float(cast(float, hyper.momentum)))
 
 
+def _centered_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    return (*_rmsprop_scalars(hyper, t), 0.0)
+
+
+def _centered_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    return (*_centered_scalars(hyper, t), float(cast(float, hyper.momentum)))
+
+
 def _adagrad_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     return (float(hyper.lr) / (1.0 + (t - 1) * float(cast(float, hyper.decay))), float(cast(float, hyper.eps)))
 
 
-_RMSPROP: Final[dict[tuple[bool, bool], tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]]] = {
-    (False, False): (rmsprop, ("square_avg",)),
-    (False, True): (rmsprop_momentum, ("square_avg", "momentum_buffer")),
-    (True, False): (rmsprop_centered, ("square_avg", "grad_avg")),
-    (True, True): (rmsprop_centered_momentum, ("square_avg", "momentum_buffer", "grad_avg")),
+_Scalars = Callable[[Hyperparameters, int], tuple[float, ...]]
+_RMSPROP: Final[dict[tuple[bool, bool], tuple[Callable[..., tuple[Any, ...]], tuple[str, ...], _Scalars]]] = {
+    (False, False): (rmsprop, ("square_avg",), _rmsprop_scalars),
+    (False, True): (rmsprop_momentum, ("square_avg", "momentum_buffer"), _rmsprop_momentum_scalars),
+    (True, False): (rmsprop_centered, ("square_avg", "grad_avg"), _centered_scalars),
+    (True, True): (
+        rmsprop_centered_momentum,
+        ("square_avg", "momentum_buffer", "grad_avg"),
+        _centered_momentum_scalars,
+    ),
 }
 RMSPROP_RULES: Final = {
     (centered, momentum): Rule(
-        update.__name__, update, slots, _rmsprop_momentum_scalars if momentum else _rmsprop_scalars
+        update.__name__, update, slots, scalars, mean=("grad_avg", "alpha") if centered else None
     )
-    for (centered, momentum), (update, slots) in _RMSPROP.items()
+    for (centered, momentum), (update, slots, scalars) in _RMSPROP.items()
 }
 """By whether it is centered and whether it has momentum."""
 

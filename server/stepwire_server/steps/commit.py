@@ -6,7 +6,10 @@ range's reply is encoded in the same pass that updates it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stepwire.errors import NonFiniteGradientError
+from stepwire.optimizers import Hyperparameters
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters, reply_ranges, split_range
@@ -40,6 +43,11 @@ class Commit:
             self._segments = passes(config, check.groups, segments, gradient.unscale, check.norms.coefficients)
             if config.rule.direction is not None:
                 self._segments = trusted(self._segments, check.groups, gradient, state.arrays)
+
+    @property
+    def groups(self) -> Sequence[Hyperparameters]:
+        """The numbers that the step uses."""
+        return self._check.groups
 
     def _decide(self, check: GradientCheck) -> Effect:
         decision, allowed = self._step.decision, self._state.config.treatment.policy == "allow"

@@ -21,7 +21,7 @@ class SteppedState(Protocol):
     Attributes:
         config: the session's config.
         arrays: the engine's arrays.
-        tensor_steps: Adam's t of each tensor.
+        tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
     """
 
