@@ -27,8 +27,8 @@ class TorchRule:
             releases of torch without them.
         slots: the slots that torch keeps for a parameter, by the server's names, in torch's order. Some depend on the
             structure.
-        counts: True if torch keeps `step` for each parameter. Otherwise a parameter has state once its slots have begun,
-            which is the server's scalar of a tensor.
+        counts: True if torch keeps `step` for each parameter. Otherwise a parameter has state once its slots have
+            begun, which is the server's scalar of a tensor.
         product: the name of the number in torch's state that is the server's scalar of a tensor; empty for none.
         eager: True if torch keeps state for a parameter before its first step.
     """

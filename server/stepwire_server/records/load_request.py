@@ -22,9 +22,9 @@ class LoadRequest(NamedTuple):
         epoch: the epoch the client knows; 0 skips the check.
         step: the session's new applied step; None leaves it.
         tensor_steps: the updates that each tensor has had, in layout order; empty leaves them.
+        loss_scale: the new state of loss scaling; None leaves it.
         tensor_scalars: the scalar of each tensor, in layout order. Empty leaves them, or beside `tensor_steps` derives
             them from these and the session's numbers.
-        loss_scale: the new state of loss scaling; None leaves it.
     """
 
     load: int

@@ -90,8 +90,8 @@ class SessionConfig:
 
     def recipe(self, hyper: Hyperparameters) -> Recipe:
         """Return the arithmetic of a group's update: numbers of 0 leave out the work that they make idle."""
-        momentum, decays, forgets = bool(hyper.momentum), bool(hyper.weight_decay), self.rule.forgets(hyper)
-        key = (momentum, decays, forgets)
+        momentum, decays, forgotten = bool(hyper.momentum), bool(hyper.weight_decay), self.rule.forgotten(hyper)
+        key = (momentum, decays, forgotten)
         if (found := self._recipes.get(key)) is None:
             treatment = self.treatment
             found = self._recipes[key] = Recipe(
@@ -102,12 +102,12 @@ class SessionConfig:
                 averages=treatment.parameter_average_decay is not None,
                 measures=self.measures or treatment.clip_grad_value is not None,
                 precision=self.precision,
-                forgets=forgets,
+                forgotten=forgotten,
             )
         return found
 
     @functools.cached_property
-    def _recipes(self) -> dict[tuple[bool, bool, bool], Recipe]:
+    def _recipes(self) -> dict[tuple[bool, bool, tuple[str, ...]], Recipe]:
         """The recipes so far, by the numbers that are not 0."""
         return {}
 

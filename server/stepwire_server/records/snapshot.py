@@ -16,12 +16,12 @@ class Snapshot(NamedTuple):
         step: its last committed step.
         load: its last committed load.
         tensor_steps: updates each tensor has had (Adam's t), in layout order.
-        tensor_scalars: the scalar that the rule keeps for each tensor, in layout order; empty where it keeps none.
         loss_scale: where loss scaling stands; None without it.
+        tensor_scalars: the scalar that the rule keeps for each tensor, in layout order; empty where it keeps none.
     """
 
     step: int
     load: int
     tensor_steps: tuple[int, ...]
-    tensor_scalars: tuple[float, ...]
     loss_scale: LossScale | None
+    tensor_scalars: tuple[float, ...] = ()

@@ -150,6 +150,10 @@ def adam_nesterov(
     return p - (next_size * m + gradient_size * g) / (sqrt(v / correction2 + eps_root) + eps), m, v
 
 
+# The smallest float32 above 0, which an eps > 0 must not fall below: without any, 0 / 0 would be NaN.
+_SMALLEST: Final = 2.0**-149
+
+
 class _Numbers(NamedTuple):
     """An update's numbers as float64: corrections c1, c2 are 1 at β = 0."""
 
@@ -173,7 +177,8 @@ def _numbers(hyper: Hyperparameters, t: int) -> _Numbers:
 
 def _torch_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     n = _numbers(hyper, t)
-    return (*n.rates(), n.lr * math.sqrt(n.c2) / n.c1, n.eps * math.sqrt(n.c2))
+    root = math.sqrt(n.c2)
+    return (*n.rates(), n.lr * root / n.c1, max(n.eps * root, min(n.eps, _SMALLEST)))
 
 
 def _keras_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
@@ -219,7 +224,7 @@ _RULES: Final = {
         update,
         _MAXIMUM if kind in ("raw", "corrected") else _MOMENTS,
         scalars,
-        mean=None if formula == "optax" else ("exp_avg", "beta1"),
+        means=(("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
     )
     for (formula, kind), (update, scalars) in _FORMS.items()
 }

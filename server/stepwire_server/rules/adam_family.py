@@ -24,8 +24,8 @@ from typing import Final, cast
 
 from numpy import absolute, maximum, minimum, sqrt
 
-from stepwire.optimizers import Hyperparameters
-from stepwire_server.rules.moments import first_moment, second_moment
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
+from stepwire_server.rules.moments import bounded, first_moment, second_moment
 from stepwire_server.rules.rule import Rule, TensorScalar, Value
 
 __all__ = ["ADAMAX", "NADAM", "RADAM", "adamax", "nadam", "radam"]
@@ -43,11 +43,12 @@ def nadam(
     next_size: Value,
     correction2: Value,
     eps: Value,
+    largest: Value,
 ) -> tuple[Value, Value, Value]:
     """Update with Nesterov momentum; the sizes are the factors of g and m. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - (gradient_size * g + next_size * m) / (sqrt(v / correction2) + eps), m, v
+    return p - bounded(gradient_size * g + next_size * m, largest) / (sqrt(v / correction2) + eps), m, v
 
 
 def radam(
@@ -128,6 +129,7 @@ def _nadam_scalars(hyper: Hyperparameters, t: int, product_before: float | None 
         next_size,
         1.0 - beta2**t,
         float(cast(float, hyper.eps)),
+        LARGEST_NUMBER,
     )
 
 
@@ -149,10 +151,10 @@ def _adamax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
 
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-_MEAN: Final = ("exp_avg", "beta1")
+_MEANS: Final = (("exp_avg", "beta1"), ("exp_avg_sq", "beta2"))
 
 NADAM: Final = Rule(
-    "nadam", nadam, _MOMENTS, _nadam_scalars, _MEAN, TensorScalar(_following_product, _momentum_product)
+    "nadam", nadam, _MOMENTS, _nadam_scalars, _MEANS, TensorScalar(_following_product, _momentum_product)
 )
-RADAM: Final = Rule("radam", radam, _MOMENTS, _radam_scalars, _MEAN)
-ADAMAX: Final = Rule("adamax", adamax, ("exp_avg", "exp_inf"), _adamax_scalars, _MEAN)
+RADAM: Final = Rule("radam", radam, _MOMENTS, _radam_scalars, _MEANS)
+ADAMAX: Final = Rule("adamax", adamax, ("exp_avg", "exp_inf"), _adamax_scalars, _MEANS[:1])

@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from numpy import maximum, sqrt
+from numpy import maximum, minimum, sqrt
 
-from stepwire.optimizers import Hyperparameters
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
 from stepwire_server.rules.moments import first_moment, second_moment
 from stepwire_server.rules.rule import Rule, Value
 
@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 
-def deviation(v: Value, a: Value, zero: Value) -> Value:
-    """Return the root of the variance v − a², at least zero."""
-    return sqrt(maximum(v - a * a, zero))
+def deviation(v: Value, a: Value, zero: Value, largest: Value) -> Value:
+    """Return the root of the variance v − a², at least zero; infinite where v is, because a² stays finite."""
+    return sqrt(maximum(v - minimum(a * a, largest), zero))
 
 
 def rmsprop(p: Value, g: Value, v: Value, alpha: Value, rate: Value, lr: Value, eps: Value) -> tuple[Value, Value]:
@@ -64,12 +64,21 @@ def rmsprop_momentum(
 
 
 def rmsprop_centered(
-    p: Value, g: Value, v: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value, zero: Value
+    p: Value,
+    g: Value,
+    v: Value,
+    a: Value,
+    alpha: Value,
+    rate: Value,
+    lr: Value,
+    eps: Value,
+    zero: Value,
+    largest: Value,
 ) -> tuple[Value, Value, Value]:
     """Divide by the standard deviation. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    return p - lr * (g / (deviation(v, a, zero) + eps)), v, a
+    return p - lr * (g / (deviation(v, a, zero, largest) + eps)), v, a
 
 
 def rmsprop_centered_momentum(
@@ -83,12 +92,13 @@ def rmsprop_centered_momentum(
     lr: Value,
     eps: Value,
     zero: Value,
+    largest: Value,
     momentum: Value,
 ) -> tuple[Value, Value, Value, Value]:
     """Divide by the standard deviation and follow the momentum of that. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    b = momentum * b + g / (deviation(v, a, zero) + eps)
+    b = momentum * b + g / (deviation(v, a, zero, largest) + eps)
     return p - lr * b, v, b, a
 
 
@@ -117,7 +127,7 @@ def _rmsprop_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ..
 
 
 def _centered_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
-    return (*_rmsprop_scalars(hyper, t), 0.0)
+    return (*_rmsprop_scalars(hyper, t), 0.0, LARGEST_NUMBER)
 
 
 def _centered_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
@@ -139,13 +149,12 @@ _RMSPROP: Final[dict[tuple[bool, bool], tuple[Callable[..., tuple[Any, ...]], tu
         _centered_momentum_scalars,
     ),
 }
+_MEANS: Final = (("square_avg", "alpha"), ("grad_avg", "alpha"))
 RMSPROP_RULES: Final = {
-    (centered, momentum): Rule(
-        update.__name__, update, slots, scalars, mean=("grad_avg", "alpha") if centered else None
-    )
+    (centered, momentum): Rule(update.__name__, update, slots, scalars, _MEANS if centered else _MEANS[:1])
     for (centered, momentum), (update, slots, scalars) in _RMSPROP.items()
 }
 """By whether it is centered and whether it has momentum."""
 
 ADAGRAD: Final = Rule("adagrad", adagrad, ("sum",), _adagrad_scalars)
-ADADELTA: Final = Rule("adadelta", adadelta, ("square_avg", "acc_delta"), _rmsprop_scalars)
+ADADELTA: Final = Rule("adadelta", adadelta, ("square_avg", "acc_delta"), _rmsprop_scalars, _MEANS[:1])

@@ -141,7 +141,15 @@ def _lars_trust(hyper: Hyperparameters, param_norm: float, direction_norm: float
     return _trust(hyper, param_norm, direction_norm, float(cast(float, hyper.eps)))
 
 
-LAMB: Final = Rule("lamb", lamb, ("exp_avg", "exp_avg_sq"), _lamb_scalars, direction=lamb_direction, trust=_lamb_trust)
+LAMB: Final = Rule(
+    "lamb",
+    lamb,
+    ("exp_avg", "exp_avg_sq"),
+    _lamb_scalars,
+    means=(("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
+    direction=lamb_direction,
+    trust=_lamb_trust,
+)
 LARS: Final = Rule("lars", lars, ("momentum_buffer",), _lars_scalars, direction=lars_direction, trust=_lars_trust)
 LARS_NESTEROV: Final = Rule(
     "lars_nesterov",

@@ -66,7 +66,7 @@ class Recipe:
         measures: the pass returns the sums of the squares of the update and of the new parameters; with `limits` also
             that of the clipped gradient.
         precision: the form in which the rule's slots are held.
-        forgets: the rule's mean keeps nothing of the past, so it is the gradient: see `Rule.forgets`.
+        forgotten: slots that keep nothing of the past: see `Rule.forgotten`.
     """
 
     rule: Rule
@@ -76,7 +76,7 @@ class Recipe:
     averages: bool = False
     measures: bool = False
     precision: Precision = Precision.FLOAT32
-    forgets: bool = False
+    forgotten: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         """Hash the `key`, once: every pass of a step looks its kernel up."""
@@ -90,14 +90,15 @@ class Recipe:
     def key(self) -> tuple[Any, ...]:
         """The values that a kernel depends on."""
         flags = (self.accumulates, self.limits, self.averages, self.measures)
-        return (self.rule.update, self.decay, *flags, self.precision, self.forgets)
+        return (self.rule.update, self.decay, *flags, self.precision, self.forgotten)
 
     @functools.cached_property
     def name(self) -> str:
         """A name for the kernel, unique among recipes of different keys."""
-        flags = ("accumulates", "limits", "averages", "measures", "forgets")
+        flags = ("accumulates", "limits", "averages", "measures")
         parts = [self.rule.update.__name__, *(flag for flag in flags if getattr(self, flag))]
         parts += [] if self.decay is Decay.NONE else [f"decay_{self.decay.value}"]
+        parts += [f"no_{slot}" for slot in self.forgotten]
         return "_".join(parts + ([] if self.precision is Precision.FLOAT32 else [self.precision.value]))
 
     @functools.cached_property
@@ -182,9 +183,12 @@ class Recipe:
 
     @functools.cached_property
     def _past(self) -> tuple[str, ...]:
-        """The rule's arguments for its slots. A mean that forgets is passed g, so that m + (g − m) is g exactly."""
-        mean = self.slots[self.rule.mean[0]] if self.forgets and self.rule.mean is not None else None
-        return tuple("g" if variable == mean else variable for variable in self._state[1:])
+        """The rule's arguments for its slots.
+
+        Of a forgotten slot the argument is g, which the rule weighs by 0. So m + 1·(g − m) is g exactly, and an
+        infinite v is not multiplied by 0.
+        """
+        return tuple("g" if slot in self.forgotten else self.slots[slot] for slot in self.rule.slots)
 
     def evaluate(self, stages: Sequence[Stage], variables: dict[str, Any]) -> dict[str, Any]:
         """Run stages on NumPy arrays or floats by the names of variables; the reference of every kernel."""

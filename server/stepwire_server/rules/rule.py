@@ -73,8 +73,8 @@ class Rule:
         scalars: `(hyperparameters, t) → tuple` of the per-step scalars in the order of `update`,
             in float64; t counts this update, the first is 1. A rule with a `tensor_scalar` has it before this update as
             a third argument; without the argument, it is the derived one.
-        mean: the slot that the rule moves by `moments.first_moment`, and the name of its weight of the past: at a
-            weight of 0 the slot is the gradient. None for rules without.
+        means: the slots that the rule moves towards the gradient or its square and reads for nothing else, each with
+            the name of the number that weighs the past. At a weight of 0 nothing of the past may be left.
         tensor_scalar: the number that the rule keeps for each tensor; None for none.
         direction: for layerwise rules, `(p, g, *slots, *scalars) → u` with the scalars of `update` but the last,
             which is the trust ratio; None for the others.
@@ -86,11 +86,11 @@ class Rule:
     update: Callable[..., tuple[Any, ...]]
     slots: tuple[str, ...]
     scalars: Callable[..., tuple[float, ...]]
-    mean: tuple[str, str] | None = None
+    means: tuple[tuple[str, str], ...] = ()
     tensor_scalar: TensorScalar | None = None
     direction: Callable[..., Any] | None = None
     trust: Callable[[Hyperparameters, float, float], tuple[float, float]] | None = None
 
-    def forgets(self, hyper: Hyperparameters) -> bool:
-        """Tell whether the mean of `mean` keeps nothing of the past."""
-        return self.mean is not None and not getattr(hyper, self.mean[1])
+    def forgotten(self, hyper: Hyperparameters) -> tuple[str, ...]:
+        """Name the slots of `means` that keep nothing of the past."""
+        return tuple(slot for slot, weight in self.means if not getattr(hyper, weight))

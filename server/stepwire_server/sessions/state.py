@@ -180,7 +180,7 @@ class SessionState:
     def snapshot(self, step: int, load: int) -> Snapshot:
         """Return the numbers of the present moment, after the given step and load."""
         counted = self.tensor_steps
-        return Snapshot(step, load, counted.tensor_steps(), counted.tensor_scalars(), self.loss_scale)
+        return Snapshot(step, load, counted.tensor_steps(), self.loss_scale, counted.tensor_scalars())
 
     def read(self, slot: str, start: int, out: HostArray) -> None:
         """Encode a range of a slot into `out`, `(n,)` of a wire dtype."""

@@ -50,7 +50,7 @@ def test_neighbours_of_one_group_with_the_same_t_are_one_segment(
 def test_every_tensor_counts_from_where_it_was(steps: list[int], updates: int) -> None:
     counted = TensorSteps(CONFIG, steps)
     for _ in range(updates):
-        counted.advance(CONFIG.active)
+        counted.advance(CONFIG.active, NUMBERS)
     assert counted.tensor_steps() == tuple(step + updates for step in steps)
     assert counted.group_steps()[:2] == [max(steps[:4]) + updates, steps[4] + updates]
     for segment in counted.segments(CONFIG.active):
@@ -70,7 +70,7 @@ def test_tensors_that_were_left_out_keep_their_t(steps: list[int], absences: lis
             here = [found.get(at) for at in range(tensor.offset, tensor.end)]
             wanted = None if index in absent else (tensor.spec.group, counts[index] + 1)
             assert all((segment and (segment.group, segment.t)) == wanted for segment in here)
-        counted.advance(active)
+        counted.advance(active, NUMBERS)
         counts = [count + (index not in absent) for index, count in enumerate(counts)]
         assert counted.tensor_steps() == tuple(counts)
         assert counted.group_steps() == [max(counts[:4]), counts[4], 0]
