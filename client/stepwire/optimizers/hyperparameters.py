@@ -26,8 +26,8 @@ class _Bounds(NamedTuple):
 _WEIGHT = _Bounds(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
 _FRACTION = _Bounds(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
 _NOT_NEGATIVE = _Bounds(lambda value: math.isfinite(value) and value >= 0.0, "finite and >= 0")
-_SINGLE = _Bounds(lambda value: 0.0 <= value <= LARGEST_NUMBER, "finite in float32 and >= 0")
-_POSITIVE_SINGLE = _Bounds(lambda value: 0.0 < value <= LARGEST_NUMBER, "finite in float32 and > 0")
+_SINGLE = _Bounds(lambda value: 0.0 <= value <= LARGEST_NUMBER, "finite and >= 0 in float32")
+_POSITIVE_SINGLE = _Bounds(lambda value: 0.0 < value <= LARGEST_NUMBER, "finite and > 0 in float32")
 
 _RANGES: Final[dict[str, _Bounds]] = {
     "lr": _SINGLE,

@@ -15,7 +15,8 @@ Decoupled decay has three forms, and small decays tell them apart. s = lr·λ is
 
     p·(1 − s)          1 − s is a multiple of 2⁻²⁴: below 2⁻²⁵ there is no decay, and s = 1e-5 acts like 1.001e-5
     p − s·p            s·p is exact to 24 bits, and the difference is rounded to those of p: below 2⁻²⁵ no decay either
-    p + (−s·p − d)     decay and update are added before the one rounding to the bits of p, so no s is too small
+    p + (−s·p − d)     decay and update are added before the one rounding to the bits of p: it acts on where updates
+                       end, however small s is; where d is 0 it is as the second
 """
 
 from __future__ import annotations
