@@ -224,7 +224,7 @@ _RULES: Final = {
         update,
         _MAXIMUM if kind in ("raw", "corrected") else _MOMENTS,
         scalars,
-        means=(("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
+        means=() if formula == "optax" else (("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
     )
     for (formula, kind), (update, scalars) in _FORMS.items()
 }

@@ -146,7 +146,6 @@ LAMB: Final = Rule(
     lamb,
     ("exp_avg", "exp_avg_sq"),
     _lamb_scalars,
-    means=(("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
     direction=lamb_direction,
     trust=_lamb_trust,
 )

@@ -169,7 +169,7 @@ class Recipe:
     def direction_stages(self) -> tuple[Stage, ...]:
         """The pass that measures a layerwise rule's direction `u`; it changes nothing."""
         assert self.rule.direction is not None
-        arguments = ("p", "g", *self._past, *self.rule_scalars[:-1])
+        arguments = ("p", "g", *self._state[1:], *self.rule_scalars[:-1])
         return (*self.treatment, Stage(self.rule.direction, ("u",), arguments))
 
     @functools.cached_property

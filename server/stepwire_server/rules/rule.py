@@ -74,7 +74,8 @@ class Rule:
             in float64; t counts this update, the first is 1. A rule with a `tensor_scalar` has it before this update as
             a third argument; without the argument, it is the derived one.
         means: the slots that the rule moves towards the gradient or its square and reads for nothing else, each with
-            the name of the number that weighs the past. At a weight of 0 nothing of the past may be left.
+            the name of the number that weighs the past. At a weight of 0 nothing of the past may be left, and the form
+            of the recurrence alone does not see to it. Of no layerwise rule.
         tensor_scalar: the number that the rule keeps for each tensor; None for none.
         direction: for layerwise rules, `(p, g, *slots, *scalars) → u` with the scalars of `update` but the last,
             which is the trust ratio; None for the others.

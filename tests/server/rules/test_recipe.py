@@ -173,9 +173,8 @@ def test_the_direction_is_of_the_gradient_that_the_update_gets() -> None:
         *treatment, direction = recipe.direction_stages
         assert tuple(treatment) == recipe.treatment
         assert direction.function is recipe.rule.direction and direction.results == ("u",)
-        names = tuple(inspect.signature(recipe.rule.direction).parameters)
-        others = {recipe.slots[slot]: "g" for slot in recipe.forgotten}
-        assert direction.arguments == tuple(others.get(name, name) for name in names)
+        assert direction.arguments == tuple(inspect.signature(recipe.rule.direction).parameters)
+        assert not recipe.rule.means
         assert "trust" not in direction.arguments
 
 

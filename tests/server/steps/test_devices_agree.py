@@ -34,9 +34,9 @@ from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScalin
 from stepwire_server.engines import PARAM, CpuEngine, Engine
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
+from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision
 from stepwire_server.sessions.session import Session
-from tests.server.configs import make_config
+from tests.server.configs import make_config, recipes_of
 from tests.server.pretended_gpus import (
     PretendedGpu,
     compiled_kernels,
@@ -140,11 +140,6 @@ def make_program(seed: int) -> Program:
     if precision is Precision.INT8 and not set(config.rule.slots) <= EIGHT_BIT_SLOTS.keys():
         config = make_config(*TENSORS, precision=Precision.BFLOAT16, **fields)
     return Program(seed, config, pairs, ORDERS[seed % len(ORDERS)])
-
-
-def recipes_of(config: SessionConfig) -> list[Recipe]:
-    """Return the arithmetic of the steps of a program."""
-    return list(dict.fromkeys(config.recipe(hyper) for hyper in config.groups))
 
 
 PROGRAMS = [make_program(seed) for seed in range(len(OPTIMIZERS))]
