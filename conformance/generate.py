@@ -1,6 +1,7 @@
 """Write the vectors anew from the reference frameworks, or check the stored ones against them.
 
-    python conformance/generate.py [--check] [--framework torch|optax|keras|hand]... [--only PATTERN]
+    python conformance/generate.py [--family FAMILY]...
+    python conformance/generate.py --check [--framework torch|optax|keras|hand]... [--only PATTERN]
 
 The program needs torch 2.13.0, optax 0.2.8 and Keras 3.15.1 with jax, each for its own cases. The program does not
 import stepwire: the frameworks alone compute the vectors.
@@ -115,13 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Write or check; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the conformance vectors, or check them.")
     parser.add_argument("--check", action="store_true", help="compare with the stored vectors instead of writing them")
+    parser.add_argument("--family", action="append", help="write the files of these alone; may repeat")
     parser.add_argument("--framework", action="append", choices=sorted(_MODULES), help="only with --check; may repeat")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="names of cases; only with --check")
     chosen = parser.parse_args(arguments)
+    if chosen.check and chosen.family:
+        parser.error("--family is of writing; --check has --framework and --only")
     if not chosen.check:
         if chosen.framework or chosen.only != "*":
             parser.error("files are written whole: only --check can do without some of the cases")
-        _write(cases())
+        _write(case for case in cases() if not chosen.family or case.family in chosen.family)
         return 0
     wanted = (case for case in cases(chosen.framework or _MODULES) if fnmatch.fnmatch(case.name, chosen.only))
     found = list(differences(wanted))

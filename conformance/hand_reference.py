@@ -2,7 +2,7 @@
 
 Without bias correction (Devlin et al. 2019, BERT):
 
-    m = m + (1 - beta1)(g - m),  v = beta2 v + (1 - beta2) g²,  p = p - lr m / (sqrt(v) + eps)
+    m = m + (1 - beta1)(g - m),  v = beta2 v + (1 - beta2) g²,  p = p - lr (m / (sqrt(v) + eps) + wd p)
 
 Decay after the update (bitsandbytes): torch's update, then p = p (1 - lr wd). Here torch itself makes the update.
 """
@@ -26,7 +26,7 @@ class UncorrectedAdam:
         initial: the parameters.
         dtype: "float64" or "float32".
         lr, beta1, beta2, eps, weight_decay: as in the equations.
-        decoupled: the decay is p = p (1 - lr wd) before the update, instead of g = g + wd p.
+        decoupled: the decay is added to the update, as BERT does, instead of g = g + wd p.
         maximize: g = -g comes first.
     """
 
@@ -54,13 +54,12 @@ class UncorrectedAdam:
         """Apply one step."""
         for name, p in self._p.items():
             g = self._sign * np.asarray(gradients[name], p.dtype)
-            if self._decoupled:
-                p = p * (1 - self._lr * self._decay)
-            else:
+            if not self._decoupled:
                 g = g + self._decay * p
             m = self._m[name] = self._m[name] + (1 - self._beta1) * (g - self._m[name])
             v = self._v[name] = self._beta2 * self._v[name] + (1 - self._beta2) * g * g
-            self._p[name] = p - self._lr * m / (np.sqrt(v) + self._eps)
+            update = m / (np.sqrt(v) + self._eps)
+            self._p[name] = p - self._lr * (update + self._decay * p if self._decoupled else update)
         return {}
 
     def parameters(self) -> Tensors:

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["CYCLE", "SHAPES", "Tensors", "blocks", "half_gradients", "small"]
+__all__ = ["CYCLE", "SHAPES", "Tensors", "blocks", "half_gradients", "large", "small", "whole"]
 
 Tensors = dict[str, np.ndarray]
 
@@ -49,6 +49,31 @@ def half_gradients(gradients: Tensors) -> Tensors:
         value = np.ldexp(np.round(mantissa * 128) / 128, exponent)
         rounded[name] = np.where(np.abs(value) < 2.0**-13, 0.0, value).astype(np.float32)
     return rounded
+
+
+def large() -> tuple[Tensors, Tensors]:
+    """Return parameters of magnitudes in [70, 120], of which decay takes more than rounding does, and the gradients.
+
+    No element is without gradients: alone, a decay of less than half a last place would be lost at every step.
+    """
+    random = np.random.Generator(np.random.PCG64(70120))
+    initial, gradients = small()
+    gradients["weight"][:, 2, 3] = random.standard_normal(CYCLE)
+    for name, gradient in gradients.items():
+        sign = np.where(random.random(gradient.shape[1:]) < 0.5, -1.0, 1.0)
+        initial[name] = (random.uniform(70.0, 120.0, sign.shape) * sign).astype(np.float32)
+        gradient[:2] = np.abs(gradient[:2]) * sign
+    return initial, gradients
+
+
+def whole() -> tuple[Tensors, Tensors]:
+    """Return the parameters of `small` and gradients of whole numbers, so that a factor of 2^-149 leaves them exact."""
+    random = np.random.Generator(np.random.PCG64(149))
+    initial, gradients = small()
+    for name, gradient in gradients.items():
+        magnitude = random.integers(1, 1000, gradient.shape)
+        gradients[name] = np.where(gradient == 0.0, 0.0, np.sign(gradient) * magnitude).astype(np.float32)
+    return initial, gradients
 
 
 def blocks() -> tuple[Tensors, Tensors]:

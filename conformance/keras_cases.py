@@ -7,6 +7,7 @@ from typing import Any
 
 from conformance.case import Case, session_config
 from conformance.keras_reference import VERSION, keras, keras_build
+from conformance.long_runs import LONG, LONG_WORDS
 
 __all__ = ["keras_cases"]
 
@@ -39,6 +40,15 @@ def keras_cases() -> Iterator[Case]:
     yield from _adam()
     yield from _adamw()
     yield from _clipping()
+    yield Case(
+        name="decay-adamw-keras",
+        family="decay",
+        reference=f"Keras {VERSION} on jax: keras.optimizers.AdamW(); {LONG_WORDS}",
+        config=session_config("ADAM", formula="FORMULA_KERAS", decoupled_weight_decay=True),
+        build=keras_build(keras.optimizers.AdamW),
+        # Keras rounds the decay of a step apart, to the last place of the parameter: nearly alike at every step.
+        **LONG | {"tolerance": {"relative": 1e-4}},
+    )
 
 
 def _adam() -> Iterator[Case]:

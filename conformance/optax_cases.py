@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from conformance.case import Case, Steps, session_config
+from conformance.long_runs import ALTERNATING, ALTERNATING_WORDS, LONG, LONG_WORDS
 from conformance.optax_reference import VERSION, optax_build
 
 __all__ = ["optax_cases"]
@@ -51,6 +52,8 @@ def optax_cases() -> Iterator[Case]:
     yield from _lamb()
     yield from _lars()
     yield from _clipping()
+    yield from _small_decay()
+    yield from _extremes()
 
 
 def _adam() -> Iterator[Case]:
@@ -227,4 +230,58 @@ def _clipping() -> Iterator[Case]:
         lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01, **_B)),
         {"clip_grad_norm": 0.5, "clip_formula": "CLIP_FORMULA_OPTAX"},
         **_FORM,
+    )
+
+
+def _small_decay() -> Iterator[Case]:
+    """Yield decays that are far below the rounding of a parameter at each step, over as many steps as show them."""
+
+    def case(name: str, rule: str, hyper: Any, words: str, make: Any, run: Any = LONG, **optimizer: Any) -> Case:
+        return Case(
+            name=name,
+            family="decay",
+            reference=f"optax {VERSION}: {words}; {LONG_WORDS}",
+            config=session_config(rule, hyper, **optimizer),
+            build=optax_build(make),
+            **run,
+        )
+
+    adamw, looking = optax.adamw, optax.nadamw
+    yield case("decay-adamw-optax", "ADAM", {}, "optax.adamw(1e-3)", lambda: adamw(1e-3), **_DECOUPLED)
+    slow = {"lr": 1e-4}
+    make, near = lambda: adamw(1e-4), LONG | {"bank": "near", "tolerance": {"relative": 3.5e-6}}
+    yield case("decay-adamw-optax-slow", "ADAM", slow, "optax.adamw(1e-4)", make, near, **_DECOUPLED)
+    nesterov = _DECOUPLED | {"nesterov": True}
+    yield case("decay-nadamw-optax", "ADAM", {}, "optax.nadamw(1e-3)", lambda: looking(1e-3), **nesterov)
+    yield case("decay-none-optax", "ADAM", {}, "optax.adam(1e-3)", lambda: optax.adam(1e-3), **_FORM)
+    # Steps of one size would be rounded alike: the rate falls.
+    yield case(
+        "decay-lion",
+        "LION",
+        {"weight_decay": 1e-3},
+        "optax.lion(optax.exponential_decay(1e-4, 1, 0.9995))",
+        lambda: optax.lion(optax.exponential_decay(1e-4, 1, 0.9995)),
+        groups=[{"schedule": {"kind": "SCHEDULE_KIND_EXPONENTIAL", "gamma": 0.9995}}],
+    )
+
+
+def _extremes() -> Iterator[Case]:
+    """Yield a trust ratio that float32 has not."""
+    yield Case(
+        name="lars-tiny",
+        family="extremes",
+        reference=f"optax {VERSION}: optax.lars(0.1, momentum=0.8); gradients of whole numbers times 2^-149",
+        config=session_config("LARS", {"lr": 0.1, "momentum": 0.8}),
+        build=optax_build(lambda: optax.lars(0.1, momentum=0.8)),
+        bank="whole",
+        steps=[{"first": 1, "gradient_factor": 2.0**-149}],
+    )
+    no_memory, words = {"lr": 0.01, "beta1": 0.0, "beta2": 0.0, "eps": 1e-3}, "0.01, b1=0, b2=0, eps=0.001"
+    yield Case(
+        name="no-memory-optax",
+        family="extremes",
+        reference=f"optax {VERSION}: optax.adam({words}); {ALTERNATING_WORDS}",
+        config=session_config("ADAM", no_memory, **_FORM),
+        build=optax_build(lambda: optax.adam(0.01, b1=0.0, b2=0.0, eps=1e-3)),
+        steps=ALTERNATING,
     )

@@ -8,22 +8,25 @@ from typing import Any, Final
 import numpy as np
 
 from conformance.case import Case, Json, Reference
-from conformance.inputs import Tensors, blocks, half_gradients, small
+from conformance.inputs import Tensors, blocks, half_gradients, large, small, whole
 from conformance.tolerance import tolerance
 
 __all__ = ["BANKS", "record", "stored_inputs"]
 
-BANKS: Final = ("blocks", "half", "opposed", "small")
-"""Sets of initial parameters and gradients. "opposed" is "small" with its gradients negated, "half" rounded."""
+BANKS: Final = ("blocks", "half", "large", "near", "opposed", "small", "whole")
+"""Sets of initial parameters and gradients. "opposed" is "small" with its gradients negated, "half" rounded; "near" is
+"large" with parameters below 1."""
+
+_MAKERS: Final = {"blocks": blocks, "large": large, "near": large, "whole": whole}
 
 _DTYPES: Final = ("float64", "float32")
 
 
 def stored_inputs(bank: str) -> tuple[Tensors, Tensors]:
     """Return the initial parameters and the gradients of a bank."""
-    if bank == "blocks":
-        return blocks()
-    initial, gradients = small()
+    initial, gradients = _MAKERS.get(bank, small)()
+    if bank == "near":
+        initial = {name: value / np.float32(128.0) for name, value in initial.items()}
     if bank == "opposed":
         gradients = {name: -gradient for name, gradient in gradients.items()}
     return initial, half_gradients(gradients) if bank == "half" else gradients

@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import lr_scheduler
 
 from conformance.case import Case, camel
+from conformance.long_runs import ALTERNATING, ALTERNATING_WORDS
 from conformance.torch_case import ADAM, keywords, torch_case
 
 __all__ = ["torch_group_cases"]
@@ -20,17 +21,19 @@ def torch_group_cases() -> Iterator[Case]:
     """Yield all of them."""
     yield from _groups()
     yield from _overrides()
+    yield from _changed_numbers()
+    yield from _extremes()
     yield from _schedules()
     yield from _warm_ups()
 
 
 def _grouped(name: str, rule: str, hyper: Mapping[str, Any], first: Any, second: Any, **case: Any) -> Case:
     """Write a case of two groups, each with its own overrides."""
-    overrides = [first, second]
+    overrides, family = [first, second], case.pop("family", "groups")
     reference = case.pop("reference", {})
     return torch_case(
         name,
-        "groups",
+        family,
         rule,
         hyper,
         config={
@@ -96,6 +99,75 @@ def _overrides() -> Iterator[Case]:
         words="every fifth step, from step 2, with lr=0.05",
         steps=[{"first": 2, "every": 5, "begin": {"hyperparameters": [lr]}}],
     )
+
+
+def _changed_numbers() -> Iterator[Case]:
+    yield from _idle_momentum()
+    yield from _running_products()
+
+
+def _idle_momentum() -> Iterator[Case]:
+    """Yield groups whose momentum is 0 at first, later for a while, beside a group that keeps its own."""
+    still = {"momentum": 0.0, "dampening": 0.0}
+    periods = ((1, 3), (7, 8), (500, 502))
+    for name, rule, own, off in (
+        ("sgd", "SGD", {"momentum": 0.8, "dampening": 0.3}, periods),
+        ("rmsprop", "RMSPROP", {"momentum": 0.6}, periods[1:]),  # torch makes its buffer at the first step, or never
+    ):
+        idle = {key: still[key] for key in own}
+        steps = [{"first": first, "last": last, "begin": {"hyperparameters": [idle, {}]}} for first, last in off]
+        yield _grouped(
+            f"changed-momentum-{name}",
+            rule,
+            {"lr": 0.02} if rule == "SGD" else {"lr": 0.005, "eps": 1e-3},
+            own,
+            own | {"momentum": 0.5},
+            family="changed",
+            reference={"overrides": {n: [idle, {}] for first, last in off for n in range(first, last + 1)}},
+            words=f"the first group with momentum 0 in steps {', '.join(f'{low} to {high}' for low, high in off)}",
+            steps=steps,
+            checkpoints=(1, 2, 4, 5, 6, 8, 9, 10, 1000),
+            ulp_checkpoints=6,
+        )
+
+
+def _running_products() -> Iterator[Case]:
+    """Yield NAdam with numbers that change, and with tensors that miss updates."""
+    other = {"beta1": 0.5, "beta2": 0.9, "decay": 0.1}
+    for name, missing in (("changed-betas-nadam", False), ("changed-betas-nadam-missing", True)):
+        steps: list[Any] = [{"first": 2, "every": 3, "begin": {"hyperparameters": [other]}}]
+        steps += [{"first": 2, "every": 4, "begin": {"missingTensors": [1]}}] if missing else []
+        yield torch_case(
+            name,
+            "changed",
+            "NADAM",
+            ADAM | {"decay": 0.01},
+            config={"gradient": {"missing_gradient": "MISSING_GRADIENT_POLICY_KEEP"}} if missing else {},
+            reference={"overrides": {n: [keywords("NADAM", other)] for n in range(2, 1001, 3)}},
+            words="every third step, from step 2, with betas=(0.5, 0.9), momentum_decay=0.1"
+            + ("; some gradients None" if missing else ""),
+            steps=steps,
+            checkpoints=(1, 2, 3, 4, 10, 1000),
+            ulp_checkpoints=4,
+            counts=missing,
+        )
+
+
+def _extremes() -> Iterator[Case]:
+    """Yield gradients whose squares are beyond float32 or lost, and means without a past."""
+    yield torch_case(
+        "radam-huge",
+        "extremes",
+        "RADAM",
+        words="gradients times 2^70",
+        steps=[{"first": 1, "gradient_factor": 2.0**70}],
+        states=False,
+    )
+    no_memory = {"lr": 0.01, "beta1": 0.0, "beta2": 0.0, "eps": 1e-3}
+    for rule in ("ADAM", "NADAM"):
+        yield torch_case(
+            f"no-memory-{rule.lower()}", "extremes", rule, no_memory, words=ALTERNATING_WORDS, steps=ALTERNATING
+        )
 
 
 def _scheduled(name: str, schedule: Mapping[str, Any], words: str, make: Any, end: int = 1000) -> Case:

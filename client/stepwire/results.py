@@ -180,12 +180,16 @@ class Snapshot:
             a second slot with the maxima of its blocks, such as `"exp_avg_scale"`.
         tensor_steps: the updates that each tensor has had (Adam's t), by name.
         loss_scale: the scale, and the updates since its last change; None without loss scaling.
+        tensor_scalars: the scalar that the rule keeps for each tensor besides t, in [0, 1], by name; empty for rules
+            without. SGD with momentum: 1 once the buffer has begun, else 0. NAdam: the product of the momenta so far. A
+            load without them derives them from `tensor_steps` and the session's numbers.
     """
 
     step: int
     slots: dict[str, dict[str, npt.NDArray[np.float32]]]
     tensor_steps: dict[str, int]
     loss_scale: tuple[float, int] | None = None
+    tensor_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,8 @@ def bits(arrays: Any) -> dict[str, bytes]:
 
 
 def state_bits(state: stepwire.Snapshot) -> tuple[Any, ...]:
-    return state.step, state.tensor_steps, {slot: bits(arrays) for slot, arrays in state.slots.items()}
+    numbers = (state.step, state.tensor_steps, state.tensor_scalars)
+    return *numbers, {slot: bits(arrays) for slot, arrays in state.slots.items()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -348,6 +350,41 @@ def test_a_loaded_state_continues_bit_for_bit(client: stepwire.Client, name: str
         assert copy.last_result is not None
         assert (copy.last_result.step, copy.last_result.groups[0].t) == (5, 5)
         assert state_bits(copy.state()) == state_bits(original.state())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [
+        (stepwire.SGD(lr=0.1, momentum=0.5), [{"momentum": 0.0}, {}, {"momentum": 0.0}, {"dampening": 0.5}, {}]),
+        (stepwire.NAdam(), [{}, {"betas": (0.5, 0.9)}, {"momentum_decay": 0.5}, {}, {"betas": (0.0, 0.9)}]),
+        (stepwire.RMSprop(momentum=0.5), [{}, {"momentum": 0.0}, {}, {"momentum": 0.0}, {}]),
+    ],
+)
+def test_a_state_of_changed_numbers_continues_bit_for_bit(
+    client: stepwire.Client, optimizer: Any, changes: list[dict[str, Any]]
+) -> None:
+    """After each step in another session, whose numbers never changed."""
+    with client.create_session(draw(0), optimizer=optimizer) as straight:
+        moved = client.create_session(draw(0), optimizer=optimizer)
+        for seed, change in enumerate(changes, start=1):
+            numbers = {"hyperparameters": change} if change else {}
+            assert bits(moved.step(draw(seed), **numbers)) == bits(straight.step(draw(seed), **numbers))
+            state = moved.state()
+            moved.close()
+            moved = client.create_session(draw(0), optimizer=optimizer)
+            moved.load_state(state)
+            assert state_bits(moved.state()) == state_bits(straight.state())
+        moved.close()
+
+
+@pytest.mark.parametrize("scalars", [{"w": 1.0}, dict.fromkeys(SHAPES, 2.0), dict.fromkeys(SHAPES, float("nan"))])
+def test_scalars_that_are_none_are_refused(client: stepwire.Client, scalars: dict[str, float]) -> None:
+    with client.create_session(draw(0), optimizer=stepwire.NAdam()) as session:
+        state = dataclasses.replace(session.state(), step=1, tensor_scalars=scalars)
+        with pytest.raises(
+            stepwire.InvalidRequestError, match=r"tensor_scalars: ('\w' is missing|.* is not in \[0, 1\])"
+        ):
+            session.load_state(state)
 
 
 def test_tensors_with_counts_of_their_own_keep_them(client: stepwire.Client, reference_adam: Any) -> None:

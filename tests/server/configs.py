@@ -9,7 +9,12 @@ from stepwire.optimizers import Adam
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.rules import Precision
+from stepwire_server.rules import Precision, Recipe
+
+
+def recipes_of(config: SessionConfig) -> list[Recipe]:
+    """Return the arithmetic of a session's steps with its own numbers."""
+    return list(dict.fromkeys(config.recipe(hyper) for hyper in config.groups))
 
 
 def make_config(*specs: TensorSpec, **fields: Any) -> SessionConfig:

@@ -21,6 +21,7 @@ from stepwire_server.engines.cuda.source import (
 )
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rules import Recipe
+from tests.server.configs import recipes_of
 from tests.support import cuda_shim as shim
 from tests.support.fake_cupy import FakeCupy
 
@@ -53,7 +54,7 @@ def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | N
 
 def kernels_of_config(config: SessionConfig) -> Iterator[Kernel]:
     """Yield the kernels of a session's steps, in its own dtypes."""
-    for recipe in config.recipes:
+    for recipe in recipes_of(config):
         yield from kernels_of(recipe, config.gradient_dtype, config.reply_dtype)
 
 

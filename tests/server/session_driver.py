@@ -139,7 +139,10 @@ def load(session: Session, slots: dict[str, Array], snapshot: Snapshot | None = 
     request = LoadRequest(session.ledger.applied_load + 1, tuple(slots))
     if snapshot is not None:
         request = request._replace(
-            step=snapshot.step, tensor_steps=snapshot.tensor_steps, loss_scale=snapshot.loss_scale
+            step=snapshot.step,
+            tensor_steps=snapshot.tensor_steps,
+            loss_scale=snapshot.loss_scale,
+            tensor_scalars=snapshot.tensor_scalars,
         )
     return commit_load(session, request, slots)
 

@@ -59,7 +59,7 @@ PLAIN = [Recipe(rule) for rule in RULES]
 FLAGS = ("accumulates", "limits", "averages", "measures")
 PARAMETERS = {
     "rule": RULES,
-    "decay": list(Decay),
+    "decay": [decay for decay in Decay if decay is not Decay.APART],  # BEFORE has its place, and stands for it
     **dict.fromkeys(FLAGS, (False, True)),
     "precision": list(Precision),
     "gradient": list(WIRE),
@@ -70,8 +70,10 @@ WHOLLY = [(*FLAGS, "precision")]
 
 
 def is_served(row: Row) -> bool:
-    """Tell whether a rule has no slot that cannot be held in 8 bits, where the row asks for those."""
-    return row.get("precision") is not Precision.INT8 or row.get("rule", RULES[0]) in EIGHT_BIT_RULES
+    """Tell whether a rule's slots can all be held as the row asks, and no decay comes beside a rule with its own."""
+    rule, decay = row.get("rule", RULES[0]), row.get("decay", Decay.NONE)
+    held = row.get("precision") is not Precision.INT8 or rule in EIGHT_BIT_RULES
+    return held and (decay is Decay.NONE or rule.direction is None)
 
 
 def _row(case: Case) -> Row:
@@ -90,11 +92,23 @@ def _cases() -> list[Case]:
     """Return every rule alone; every pair of values of two parameters without 8 bits; and every pair with them."""
     precise = PARAMETERS | {"precision": [Precision.FLOAT32, Precision.BFLOAT16]}
     rows = rows_of([Case(recipe, "float32", "float32") for recipe in PLAIN])
-    rows = pairwise(PARAMETERS, WHOLLY, is_served, pairwise(precise, WHOLLY, given=rows))
+    rows = pairwise(PARAMETERS, WHOLLY, is_served, pairwise(precise, WHOLLY, is_served, rows))
     return [Case(Recipe(*list(row.values())[:-2]), row["gradient"], row["reply"]) for row in rows]
 
 
-CASES = _cases()
+def _forgetful(name: str, decay: Decay = Decay.NONE, precision: Precision = Precision.FLOAT32) -> Case:
+    rule = next(rule for rule in ALL_RULES if rule.name == name)
+    slots = tuple(slot for slot, _ in rule.means)
+    return Case(Recipe(rule, decay, precision=precision, forgotten=slots), "float32", "float32")
+
+
+FURTHER = [
+    Case(Recipe(RULES[0], Decay.APART), "float32", "float32"),
+    _forgetful("adam_torch", Decay.WITHIN),
+    _forgetful("nadam", precision=Precision.INT8),
+    _forgetful("rmsprop_centered_momentum", precision=Precision.BFLOAT16),
+]
+CASES = [*_cases(), *FURTHER]
 LAYERWISE = [case for case in CASES if case.recipe.rule.direction is not None]
 _ALL = (True, True, True, True)
 IN_BLOCKS = [
@@ -149,7 +163,8 @@ def slots_of(recipe: Recipe) -> dict[str, Precision]:
 def step_of(recipe: Recipe, t: int = 3) -> Pass:
     """Return a pass with numbers that none of its stages leaves without effect."""
     numbers = {"factor": -0.7, "clip": 0.9, "limit": 0.1, "decay_scalar": 0.95, "average_rate": 0.1}
-    values = recipe.rule.scalars(NUMBERS, t) + ((0.3,) if recipe.rule.direction is not None else ())
+    idle = dict.fromkeys(("beta1", "beta2", "alpha"), 0.0) if recipe.forgotten else {}
+    values = recipe.rule.scalars(NUMBERS.replace(idle), t) + ((0.3,) if recipe.rule.direction is not None else ())
     numbers |= dict(zip(recipe.rule_scalars, values, strict=True))
     return Pass(recipe, tuple(numbers[name] for name in recipe.scalars), SEED)
 

@@ -32,16 +32,21 @@ class Load(NamedTuple):
         step: the session's new applied step; None keeps the present one.
         tensor_steps: the updates that each tensor has had, in layout order; empty keeps them.
         loss_scale: the loss scale, and the clean steps since its last change; None keeps them.
+        tensor_scalars: the scalar of each tensor, in layout order; empty keeps them, or lets the server derive them
+            from `tensor_steps`.
     """
 
     sources: Mapping[str, Flat]
     step: int | None = None
     tensor_steps: Sequence[int] = ()
     loss_scale: tuple[float, int] | None = None
+    tensor_scalars: Sequence[float] = ()
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""
-        opening = state_pb2.LoadOpen(slots=self.sources, step=self.step, tensor_steps=self.tensor_steps)
+        opening = state_pb2.LoadOpen(
+            slots=self.sources, step=self.step, tensor_steps=self.tensor_steps, tensor_scalars=self.tensor_scalars
+        )
         if self.loss_scale is not None:
             opening.loss_scale.scale, opening.loss_scale.clean_steps = self.loss_scale
         return opening

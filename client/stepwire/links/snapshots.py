@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 
@@ -14,6 +14,8 @@ from stepwire.steps.description import SessionDescription
 from stepwire.v1 import state_pb2
 
 __all__ = ["load_of", "snapshot_of"]
+
+_T = TypeVar("_T")
 
 
 def load_of(state: Snapshot, description: SessionDescription) -> Load:
@@ -27,9 +29,15 @@ def load_of(state: Snapshot, description: SessionDescription) -> Load:
         raise InvalidRequestError.of("state.slots", f"has {sorted(state.slots)}, the session has {sorted(slots)}")
     sources = {slot: packer.ordered(state.slots[slot], f"state.slots[{slot!r}]") for slot in slots}
     names = [tensor.spec.name for tensor in packer.layout.tensors]
-    if missing := [name for name in names if name not in state.tensor_steps]:
-        raise InvalidRequestError.of("state.tensor_steps", f"{missing[0]!r} is missing")
-    return Load(sources, state.step, [state.tensor_steps[name] for name in names], state.loss_scale)
+    steps = [_entry(state.tensor_steps, name, "state.tensor_steps") for name in names]
+    scalars = [_entry(state.tensor_scalars, name, "state.tensor_scalars") for name in names if state.tensor_scalars]
+    return Load(sources, state.step, steps, state.loss_scale, scalars)
+
+
+def _entry(values: Mapping[str, _T], name: str, field: str) -> _T:
+    if name not in values:
+        raise InvalidRequestError.of(field, f"{name!r} is missing")
+    return values[name]
 
 
 def snapshot_of(
@@ -50,4 +58,5 @@ def snapshot_of(
         slots=dict(slots),
         tensor_steps=packer.in_order(dict(zip(names, header.tensor_steps, strict=True))),
         loss_scale=(scale.scale, scale.clean_steps) if header.HasField("loss_scale") else None,
+        tensor_scalars=dict(zip(names, header.tensor_scalars, strict=True)) if header.tensor_scalars else {},
     )

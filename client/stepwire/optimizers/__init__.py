@@ -9,13 +9,14 @@ from typing import Final
 
 from stepwire.optimizers.adam import Adam, Adamax, AdamW, NAdam, RAdam
 from stepwire.optimizers.adaptive import Adadelta, Adagrad, RMSprop
-from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters
+from stepwire.optimizers.hyperparameters import LARGEST_NUMBER, OVERRIDABLE, Hyperparameters
 from stepwire.optimizers.layerwise import LAMB, LARS
 from stepwire.optimizers.momentum import SGD, Lion
 from stepwire.optimizers.optimizer import Formula, Optimizer, RuleStructure
 
 __all__ = [
     "LAMB",
+    "LARGEST_NUMBER",
     "LARS",
     "OPTIMIZERS",
     "OVERRIDABLE",

@@ -75,6 +75,7 @@ class Adam(TwoBetas):
 
     def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
         """See `Optimizer.check_numbers`."""
+        super().check_numbers(numbers, field)
         if numbers.weight_decay and self.formula in ("keras", "decay_after") and not self.decoupled_weight_decay:
             raise InvalidRequestError.of(
                 f"{field}.weight_decay",

@@ -11,7 +11,10 @@ from typing import Any, Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["OVERRIDABLE", "Hyperparameters", "number", "pair", "whole_number"]
+__all__ = ["LARGEST_NUMBER", "OVERRIDABLE", "Hyperparameters", "number", "pair", "whole_number"]
+
+LARGEST_NUMBER: Final = (2.0 - 2.0**-23) * 2.0**127
+"""The largest float32, about 3.4e38: a larger number would be infinity in the arithmetic of an element."""
 
 
 class _Bounds(NamedTuple):
@@ -24,20 +27,21 @@ class _Bounds(NamedTuple):
 _WEIGHT = _Bounds(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
 _FRACTION = _Bounds(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
 _NOT_NEGATIVE = _Bounds(lambda value: math.isfinite(value) and value >= 0.0, "finite and >= 0")
-_POSITIVE = _Bounds(lambda value: math.isfinite(value) and value > 0.0, "finite and > 0")
+_SINGLE = _Bounds(lambda value: 0.0 <= value <= LARGEST_NUMBER, "finite and >= 0 in float32")
+_POSITIVE_SINGLE = _Bounds(lambda value: 0.0 < value <= LARGEST_NUMBER, "finite and > 0 in float32")
 
 _RANGES: Final[dict[str, _Bounds]] = {
-    "lr": _NOT_NEGATIVE,
+    "lr": _SINGLE,
     "beta1": _WEIGHT,
     "beta2": _WEIGHT,
-    "eps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
+    "eps": _SINGLE,
+    "weight_decay": _SINGLE,
     "momentum": _WEIGHT,
     "dampening": _FRACTION,
     "alpha": _WEIGHT,
     "decay": _NOT_NEGATIVE,
-    "trust_coefficient": _POSITIVE,
-    "eps_root": _NOT_NEGATIVE,
+    "trust_coefficient": _POSITIVE_SINGLE,
+    "eps_root": _SINGLE,
 }
 
 
@@ -47,6 +51,9 @@ _NO_SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({})
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
     """The numbers of one parameter group in one step, all float64 on the host. The rule does not have a number of None.
+
+    The arithmetic of an element is float32. So lr, eps, weight_decay, trust_coefficient and eps_root are finite in
+    float32 too, at most `LARGEST_NUMBER`, and so are lr / (1 − beta1) and lr·weight_decay.
 
     Attributes:
         lr: learning rate, finite, ≥ 0.

@@ -36,6 +36,7 @@ class SGD(Optimizer):
 
     def check_numbers(self, numbers: Hyperparameters, field: str) -> None:
         """See `Optimizer.check_numbers`."""
+        super().check_numbers(numbers, field)
         if self.nesterov and (not numbers.momentum or numbers.dampening):
             raise InvalidRequestError.of(
                 f"{field}.momentum",

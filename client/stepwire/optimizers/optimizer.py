@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from stepwire.errors import InvalidRequestError
-from stepwire.optimizers.hyperparameters import OVERRIDABLE, Hyperparameters, pair
+from stepwire.optimizers.hyperparameters import LARGEST_NUMBER, OVERRIDABLE, Hyperparameters, pair
 
 __all__ = ["Formula", "Optimizer", "RuleStructure", "TwoBetas"]
 
@@ -117,6 +117,16 @@ class Optimizer:
         Raises:
             InvalidRequestError: the message names the field.
         """
+        if numbers.lr > (largest := self.largest_lr(numbers)):
+            raise InvalidRequestError.of(
+                f"{field}.lr",
+                f"lr is {numbers.lr!r}, and beside the other numbers float32 has step sizes up to lr = {largest:.3g} "
+                "alone; use a smaller one",
+            )
+
+    def largest_lr(self, numbers: Hyperparameters) -> float:
+        """Return the learning rate up to which float32 has every step size of the rule: lr itself and lr·λ."""
+        return LARGEST_NUMBER / max(numbers.weight_decay or 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,3 +142,7 @@ class TwoBetas(Optimizer):
         """Return the numbers alone, as every group starts with them."""
         beta1, beta2 = pair(self.betas, "optimizer.betas")
         return dataclasses.replace(super().hyperparameters(), beta1=beta1, beta2=beta2)
+
+    def largest_lr(self, numbers: Hyperparameters) -> float:
+        """Return the bound of all optimizers, which holds for lr / (1 − β1) too, the factor of the first update."""
+        return super().largest_lr(numbers) * (1.0 - (numbers.beta1 or 0.0))

@@ -67,11 +67,14 @@ def combined_header(headers: Sequence[state_pb2.PullHeader], partition: Partitio
         epoch=max(header.epoch for header in headers),
         load=max(header.load for header in headers),
         tensor_steps=[0] * len(partition.layout.tensors),
+        tensor_scalars=[0.0] * len(partition.layout.tensors) if any(h.tensor_scalars for h in headers) else [],
         loss_scale=headers[0].loss_scale if headers[0].HasField("loss_scale") else None,
     )
     for shard, header in zip(partition.shards, headers, strict=True):
         for each, step in zip(shard.ranges, header.tensor_steps, strict=True):
             whole.tensor_steps[each.tensor] = step
+        for each, scalar in zip(shard.ranges if header.tensor_scalars else (), header.tensor_scalars, strict=True):
+            whole.tensor_scalars[each.tensor] = scalar
     return whole
 
 

@@ -130,9 +130,11 @@ class Shard:
             return self.link.info(deadline)
 
     def _own_load(self, load: Load) -> Load:
-        steps = [load.tensor_steps[each.tensor] for each in self.ranges.ranges] if load.tensor_steps else ()
+        tensors = [each.tensor for each in self.ranges.ranges]
+        steps = [load.tensor_steps[tensor] for tensor in tensors if load.tensor_steps]
+        scalars = [load.tensor_scalars[tensor] for tensor in tensors if load.tensor_scalars]
         sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items()}
-        return load._replace(sources=sources, tensor_steps=steps)
+        return load._replace(sources=sources, tensor_steps=steps, tensor_scalars=scalars)
 
     def _own(
         self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline

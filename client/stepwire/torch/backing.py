@@ -199,7 +199,7 @@ class Backing:
         self.check_open()
         if self._view is None:
             self._placement.recovery.settle()
-            self._view = self._placement.mirror.view(self._groups)
+            self._view = self._placement.mirror.view()
         return self._view
 
     # --- steps -------------------------------------------------------------------------------------------

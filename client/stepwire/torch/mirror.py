@@ -14,7 +14,7 @@ from stepwire.session import Session
 from stepwire.torch.block_scales import levelled
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.states import PARAM, Entry, Slots, SnapshotView, imported, initial
+from stepwire.torch.states import PARAM, Entry, Slots, Imported, SnapshotView, imported, initial
 from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 from stepwire.wire.dtypes import FLOAT32
 
@@ -27,10 +27,12 @@ class ExtraState(NamedTuple):
     Attributes:
         masters: float32 parameters by position, for a model with parameters of fewer bits.
         slots: the slots that moments of fewer bits need besides torch's, by slot and name.
+        scalars: the server's scalar of each tensor, by name, where torch has a product rounded to float32.
     """
 
     masters: dict[int, Any]
     slots: dict[str, dict[str, Any]]
+    scalars: dict[str, float]
 
 
 class Wanted(NamedTuple):
@@ -117,14 +119,14 @@ class Mirror:
         """Use the offered masters of the mirror before; `olds` has its names, by the present ones."""
         self._offered = {name: other._offered[old] for name, old in olds.items() if old in other._offered}
 
-    def view(self, groups: Sequence[Group]) -> SnapshotView:
+    def view(self) -> SnapshotView:
         """Return the session's state as torch has it.
 
         Raises:
             StepwireError: as `Session.state`.
         """
         snapshot = self.session.state(timeout=self._timeout)
-        return SnapshotView(snapshot, self.parameters.tensors, self._rule, self._by_name(groups))
+        return SnapshotView(snapshot, self.parameters.tensors, self._rule)
 
     def extra(self, snapshot: Snapshot) -> ExtraState:
         """Return the state beyond torch's."""
@@ -135,7 +137,7 @@ class Mirror:
             slot: {name: from_numpy(values) for name, values in snapshot.slots[slot].items()}
             for slot in self._beside_torch()
         }
-        return ExtraState(masters, slots)
+        return ExtraState(masters, slots, dict(snapshot.tensor_scalars) if self._rule.product else {})
 
     def composed(self, wanted: Wanted, groups: Sequence[Group]) -> Snapshot:
         """Return the state to load into the session, with the model's values.
@@ -150,26 +152,30 @@ class Mirror:
         """
         by_name = self._by_name(groups)
         made: Slots = {slot: {} for slot in self.session.slots if slot != PARAM}
-        imports, steps = imported(wanted.entries, self.parameters.tensors, self._rule, by_name, self.session.slots)
-        made.update(imports)
-        self._keep(made, steps, wanted, by_name)
+        imports = imported(wanted.entries, self.parameters.tensors, self._rule, by_name, self.session.slots)
+        made.update(imports.slots)
+        self._keep(imports._replace(slots=made), wanted, by_name)
         self._scale(made, wanted)
+        scalars = imports.scalars
         if wanted.extra is not None:
             self.offer(wanted.extra)
+            exact = wanted.extra.scalars
+            scalars |= {name: exact[name] for name in exact if _same(exact[name], scalars.get(name))}
         made[PARAM] = self._values(self._masters(wanted))
-        return Snapshot(step=wanted.step, slots=made, tensor_steps=steps)
+        return Snapshot(step=wanted.step, slots=made, tensor_steps=imports.steps, tensor_scalars=scalars)
 
-    def _keep(self, made: Slots, steps: dict[str, int], wanted: Wanted, by_name: Mapping[str, Group]) -> None:
+    def _keep(self, made: Imported, wanted: Wanted, by_name: Mapping[str, Group]) -> None:
         """Add the state of the parameters without an entry."""
+        kept = self._rule.keeps_scalars(self.session.slots)
         for tensor in self.parameters.tensors:
             if (name := tensor.name) in wanted.entries:
                 continue
             assert wanted.before is not None
             old = wanted.olds[name]
-            # Without a count, the number of updates says whether the slots have begun, and a new slot has not.
-            begun = self._rule.counts or all(slot in wanted.before.slots for slot in made)
-            steps[name] = wanted.before.tensor_steps[old] if begun else 0
-            for slot, arrays in made.items():
+            made.steps[name] = wanted.before.tensor_steps[old]
+            if kept:
+                made.scalars[name] = wanted.before.tensor_scalars.get(old, 0.0)  # a slot that is new has not begun
+            for slot, arrays in made.slots.items():
                 had = wanted.before.slots.get(slot)
                 arrays[name] = initial(tensor, self._rule, by_name[name]) if had is None else had[old]
 
@@ -232,3 +238,8 @@ class Mirror:
 
     def _by_name(self, groups: Sequence[Group]) -> dict[str, Group]:
         return {name: groups[index] for name, index in self.parameters.membership.items()}
+
+
+def _same(exact: float, shown: float | None) -> bool:
+    """Tell whether torch's state has this number, rounded."""
+    return shown is not None and np.float32(exact) == np.float32(shown)

@@ -204,7 +204,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         def show(_: Any) -> None:
             with with_hints(self._options, self.session_id):
                 self._packed_state, extra = self.backing.exported(self.param_groups)
-            ours.update(masters=extra.masters, slots=extra.slots)
+            ours.update(extra._asdict())
 
         return self._packed(show, ours)
 
@@ -295,7 +295,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         states = {index: given["state"].get(index, {}) for index in positions}
         entries = [{key: entry[key] for key in entry if key in STATE_KEYS} for entry in states.values()]
         with with_hints(self._options, self.session_id):
-            extra = ExtraState(ours.get("masters", {}), ours.get("slots", {}))
+            extra = ExtraState(*(ours.get(name, {}) for name in ExtraState._fields))
             self.backing.load(entries, extra, self.param_groups)
         kept: dict[Any, Any] = {key: value for key, value in given["state"].items() if key not in states}
         for parameter, entry in zip(parameters, states.values(), strict=True):

@@ -27,7 +27,9 @@ class TorchRule:
             releases of torch without them.
         slots: the slots that torch keeps for a parameter, by the server's names, in torch's order. Some depend on the
             structure.
-        counts: True if torch keeps `step` for each parameter.
+        counts: True if torch keeps `step` for each parameter. Otherwise a parameter has state once its slots have
+            begun, which is the server's scalar of a tensor.
+        product: the name of the number in torch's state that is the server's scalar of a tensor; empty for none.
         eager: True if torch keeps state for a parameter before its first step.
     """
 
@@ -36,13 +38,18 @@ class TorchRule:
     structure: Mapping[str, Any]
     slots: tuple[str, ...]
     counts: bool = True
+    product: str = ""
     eager: bool = False
 
     @property
     def keys(self) -> frozenset[str]:
         """The keys that torch's state of a parameter may have."""
-        product = {"mu_product"} if "momentum_decay" in self.numbers else set()
+        product = [self.product] if self.product else []
         return frozenset({*self.slots, *product, *(["step"] if self.counts else [])})
+
+    def keeps_scalars(self, slots: Sequence[str]) -> bool:
+        """Tell whether a session with these slots keeps a scalar for each tensor."""
+        return any(slot in slots for slot in self.slots) and (bool(self.product) or not self.counts)
 
     def numbers_of(self, group: Group) -> dict[str, Any]:
         """Return the numbers of a group as plain numbers; torch allows tensors for most of them.
@@ -115,6 +122,7 @@ TORCH_RULES: Final[dict[str, TorchRule]] = {
         (*_BETAS, "momentum_decay", "maximize"),
         {"decoupled_weight_decay": False},
         ("exp_avg", "exp_avg_sq"),
+        product="mu_product",
     ),
     "RAdam": TorchRule(
         optimizers.RAdam, (*_BETAS, "maximize"), {"decoupled_weight_decay": False}, ("exp_avg", "exp_avg_sq")

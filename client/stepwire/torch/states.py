@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from stepwire.results import Snapshot
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.tensors import ParameterTensor
 
-__all__ = ["PARAM", "Entry", "Slots", "SnapshotView", "imported", "initial"]
+__all__ = ["PARAM", "Entry", "Imported", "Slots", "SnapshotView", "imported", "initial"]
 
 Entry = Mapping[str, Any]
 """Torch's state of one parameter."""
@@ -23,9 +23,20 @@ Entry = Mapping[str, Any]
 Slots = dict[str, dict[str, npt.NDArray[np.float32]]]
 
 PARAM: Final = "param"
-_MU: Final = "mu_product"
-_AGREEMENT: Final = 1e-4
-"""The largest relative error of a running product of float32."""
+
+
+class Imported(NamedTuple):
+    """The state of some tensors but for the parameters, by slot or by name of a tensor.
+
+    Attributes:
+        slots: the arrays of each slot.
+        steps: the number of updates of each tensor.
+        scalars: the scalar of each tensor; empty if the rule keeps none.
+    """
+
+    slots: Slots
+    steps: dict[str, int]
+    scalars: dict[str, float]
 
 
 class SnapshotView:
@@ -35,29 +46,25 @@ class SnapshotView:
         snapshot: the snapshot.
     """
 
-    def __init__(
-        self, snapshot: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule, groups: Mapping[str, Group]
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, tensors: Sequence[ParameterTensor], rule: TorchRule) -> None:
         """Show a snapshot.
 
         Args:
             snapshot: the state of the session.
             tensors: the parameters.
             rule: the rule.
-            groups: the group of each parameter, by name.
         """
         self.snapshot = snapshot
         self._tensors = {id(tensor.parameter): tensor for tensor in tensors}
         self._rule = rule
-        self._groups = groups
 
     def keys(self, parameter: Any) -> tuple[str, ...]:
         """See `StateView`; in torch's order."""
         tensor = self._tensors.get(id(parameter))
-        if tensor is None or not (self.snapshot.tensor_steps[tensor.name] or self._rule.eager):
+        if tensor is None or not self._has_begun(tensor.name):
             return ()
         counted = ("step",) if self._rule.counts else ()
-        product = (_MU,) if "momentum_decay" in self._rule.numbers else ()
+        product = (self._rule.product,) if self._rule.product else ()
         return counted + product + tuple(slot for slot in self._rule.slots if slot in self.snapshot.slots)
 
     def value(self, parameter: Any, key: str) -> Any:
@@ -65,8 +72,13 @@ class SnapshotView:
         tensor = self._tensors[id(parameter)]
         if key in self._rule.slots:
             return tensor.tensor(self.snapshot.slots[key][tensor.name])
-        steps = self.snapshot.tensor_steps[tensor.name]
-        return _scalar(float(steps) if key == "step" else _mu_product(self._groups[tensor.name], steps))
+        numbers: Mapping[str, float] = self.snapshot.tensor_steps if key == "step" else self.snapshot.tensor_scalars
+        return _scalar(float(numbers[tensor.name]))
+
+    def _has_begun(self, name: str) -> bool:
+        if not self._rule.counts:
+            return bool(self.snapshot.tensor_scalars.get(name))
+        return self._rule.eager or self.snapshot.tensor_steps[name] > 0
 
 
 def imported(
@@ -75,8 +87,8 @@ def imported(
     rule: TorchRule,
     groups: Mapping[str, Group],
     slots: Sequence[str],
-) -> tuple[Slots, dict[str, int]]:
-    """Return the session's slots without the parameters, and the number of updates of each tensor.
+) -> Imported:
+    """Return the session's state without the parameters.
 
     Args:
         entries: torch's state of some parameters, by name.
@@ -86,28 +98,29 @@ def imported(
         slots: the names of the session's slots.
 
     Returns:
-        The slots, and the numbers of updates, of the parameters with an entry.
+        The state of the parameters with an entry.
 
     Raises:
         InvalidRequestError: a state lacks a slot, has a slot of another rule, or does not fit its parameter.
     """
     wanted = [slot for slot in rule.slots if slot in slots]
-    made: Slots = {slot: {} for slot in wanted}
-    steps = {}
+    made = Imported({slot: {} for slot in wanted}, {}, {})
     for index, tensor in enumerate(tensors):
         if (entry := entries.get(tensor.name)) is None:
             continue
         field = f"state[{index}]"
         present = {key: value for key, value in entry.items() if value is not None}
-        steps[tensor.name] = _steps(present, rule, groups[tensor.name], field)
+        steps = made.steps[tensor.name] = _steps(present, rule, field)
+        if rule.keeps_scalars(slots):
+            made.scalars[tensor.name] = _product(present, rule, field) if rule.product else float(steps)
         for slot in wanted:
             if slot in present:
-                made[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
-            elif steps[tensor.name]:
+                made.slots[slot][tensor.name] = tensor.values(present[slot], f"{field}[{slot!r}]")
+            elif steps:
                 raise InvalidRequestError.of(f"{field}[{slot!r}]", f"is missing; the state has {sorted(present)}")
             else:
-                made[slot][tensor.name] = initial(tensor, rule, groups[tensor.name])
-    return made, steps
+                made.slots[slot][tensor.name] = initial(tensor, rule, groups[tensor.name])
+    return made
 
 
 def initial(tensor: ParameterTensor, rule: TorchRule, group: Group) -> npt.NDArray[np.float32]:
@@ -115,9 +128,9 @@ def initial(tensor: ParameterTensor, rule: TorchRule, group: Group) -> npt.NDArr
     return np.full(tensor.shape, rule.structure_of([group]).get("initial_accumulator_value", 0.0), np.float32)
 
 
-def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) -> int:
+def _steps(entry: Mapping[str, Any], rule: TorchRule, field: str) -> int:
     """Return the number of updates of a parameter, after a check that the state is of this rule."""
-    known = {*rule.keys, "step", _MU}
+    known = {*rule.keys, "step"}
     if unknown := sorted(set(entry) - known):
         raise InvalidRequestError.of(
             f"{field}[{unknown[0]!r}]", f"{rule.optimizer.__name__} has no such slot; is the state another optimizer's?"
@@ -134,28 +147,23 @@ def _steps(entry: Mapping[str, Any], rule: TorchRule, group: Group, field: str) 
         raise InvalidRequestError.of(f"{field}['step']", f"{entry['step']!r:.60} is no number of steps") from None
     if not 0 <= steps < math.inf or steps != int(steps):
         raise InvalidRequestError.of(f"{field}['step']", f"{steps!r} is no number of steps")
-    if _MU in entry:
-        _check_product(float(entry[_MU]), _mu_product(group, int(steps)), field)
     return int(steps)
 
 
-def _check_product(given: float, expected: float, field: str) -> None:
-    """Refuse a product of other numbers than the present ones, from which a session computes the product."""
-    if abs(given - expected) > _AGREEMENT * abs(expected):
-        raise InvalidRequestError.of(
-            f"{field}[{_MU!r}]",
-            f"{given!r} is not {expected!r}, the product of the group's betas and momentum_decay. The numbers were "
-            "changed on the way, and a session cannot continue such a state",
-        )
-
-
-def _mu_product(group: Group, steps: int) -> float:
-    """Return the product of NAdam's momenta as torch computes it: one factor after another, in float32."""
-    product, beta1 = np.float32(1.0), float(group["betas"][0])
-    for t in range(1, steps + 1):
-        mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
-        product = np.float32(product * np.float32(mu))
-    return float(product)
+def _product(entry: Mapping[str, Any], rule: TorchRule, field: str) -> float:
+    """Return the running product of a parameter; 1 before its first update."""
+    if rule.product not in entry:
+        if entry:
+            raise InvalidRequestError.of(f"{field}[{rule.product!r}]", f"is missing; the state has {sorted(entry)}")
+        return 1.0
+    try:
+        product = float(entry[rule.product])
+    except (TypeError, ValueError):
+        product = math.nan
+    if not 0.0 <= product <= 1.0:
+        shown = f"{entry[rule.product]!r:.60}"
+        raise InvalidRequestError.of(f"{field}[{rule.product!r}]", f"{shown} is no product of momenta, in [0, 1]")
+    return product
 
 
 def _scalar(value: float) -> Any:

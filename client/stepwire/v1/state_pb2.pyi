@@ -9,21 +9,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PullHeader(_message.Message):
-    __slots__ = ("step", "epoch", "tensor_steps", "load", "loss_scale")
+    __slots__ = ("step", "epoch", "tensor_steps", "load", "loss_scale", "tensor_scalars")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_SCALARS_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     tensor_steps: _containers.RepeatedScalarFieldContainer[int]
     load: int
     loss_scale: _optimizer_pb2.LossScaleState
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ...) -> None: ...
+    tensor_scalars: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., tensor_scalars: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LoadOpen(_message.Message):
-    __slots__ = ("session_id", "worker", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale", "epoch")
+    __slots__ = ("session_id", "worker", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale", "epoch", "tensor_scalars")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +36,7 @@ class LoadOpen(_message.Message):
     TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_SCALARS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     worker: int
     attach_token: int
@@ -44,4 +47,5 @@ class LoadOpen(_message.Message):
     tensor_steps: _containers.RepeatedScalarFieldContainer[int]
     loss_scale: _optimizer_pb2.LossScaleState
     epoch: int
-    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    tensor_scalars: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., epoch: _Optional[int] = ..., tensor_scalars: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -23,6 +23,8 @@ class LoadRequest(NamedTuple):
         step: the session's new applied step; None leaves it.
         tensor_steps: the updates that each tensor has had, in layout order; empty leaves them.
         loss_scale: the new state of loss scaling; None leaves it.
+        tensor_scalars: the scalar of each tensor, in layout order. Empty leaves them, or beside `tensor_steps` derives
+            them from these and the session's numbers.
     """
 
     load: int
@@ -32,3 +34,4 @@ class LoadRequest(NamedTuple):
     step: int | None = None
     tensor_steps: tuple[int, ...] = ()
     loss_scale: LossScale | None = None
+    tensor_scalars: tuple[float, ...] = ()

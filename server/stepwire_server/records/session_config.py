@@ -85,22 +85,31 @@ class SessionConfig:
 
     @functools.cached_property
     def decay(self) -> Decay:
-        """The position of weight decay in steps that have some."""
+        """The position and form of weight decay in steps that have some."""
         return rule_for(self.optimizer, self.momentum)[1]
 
+    def recipe(self, hyper: Hyperparameters) -> Recipe:
+        """Return the arithmetic of a group's update: numbers of 0 leave out the work that they make idle."""
+        momentum, decays, forgotten = bool(hyper.momentum), bool(hyper.weight_decay), self.rule.forgotten(hyper)
+        key = (momentum, decays, forgotten)
+        if (found := self._recipes.get(key)) is None:
+            treatment = self.treatment
+            found = self._recipes[key] = Recipe(
+                rule=rule_for(self.optimizer, momentum)[0],
+                decay=self.decay if decays else Decay.NONE,
+                accumulates=treatment.accumulation_steps > 1,
+                limits=treatment.clip_grad_value is not None,
+                averages=treatment.parameter_average_decay is not None,
+                measures=self.measures or treatment.clip_grad_value is not None,
+                precision=self.precision,
+                forgotten=forgotten,
+            )
+        return found
+
     @functools.cached_property
-    def recipes(self) -> tuple[Recipe, Recipe]:
-        """The arithmetic of an update without weight decay, and with."""
-        treatment = self.treatment
-        plain = Recipe(
-            rule=self.rule,
-            accumulates=treatment.accumulation_steps > 1,
-            limits=treatment.clip_grad_value is not None,
-            averages=treatment.parameter_average_decay is not None,
-            measures=self.measures or treatment.clip_grad_value is not None,
-            precision=self.precision,
-        )
-        return plain, dataclasses.replace(plain, decay=self.decay)
+    def _recipes(self) -> dict[tuple[bool, bool, tuple[str, ...]], Recipe]:
+        """The recipes so far, by the numbers that are not 0."""
+        return {}
 
     @functools.cached_property
     def slots(self) -> dict[str, Precision]:

@@ -17,9 +17,11 @@ class Snapshot(NamedTuple):
         load: its last committed load.
         tensor_steps: updates each tensor has had (Adam's t), in layout order.
         loss_scale: where loss scaling stands; None without it.
+        tensor_scalars: the scalar that the rule keeps for each tensor, in layout order; empty where it keeps none.
     """
 
     step: int
     load: int
     tensor_steps: tuple[int, ...]
     loss_scale: LossScale | None
+    tensor_scalars: tuple[float, ...] = ()

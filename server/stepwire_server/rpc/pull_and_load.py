@@ -51,7 +51,11 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
 
 def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
     header = state_pb2.PullHeader(
-        step=snapshot.step, load=snapshot.load, epoch=epoch, tensor_steps=snapshot.tensor_steps
+        step=snapshot.step,
+        load=snapshot.load,
+        epoch=epoch,
+        tensor_steps=snapshot.tensor_steps,
+        tensor_scalars=snapshot.tensor_scalars,
     )
     if snapshot.loss_scale is not None:
         header.loss_scale.scale, header.loss_scale.clean_steps = snapshot.loss_scale
@@ -85,13 +89,14 @@ def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:
     slots = _known_slots(session, list(message.slots), "open.slots")
     _check_scales(session, slots)
     steps = _known_steps(session, list(message.tensor_steps))
+    scalars = _known_scalars(session, list(message.tensor_scalars))
     step = message.step if message.HasField("step") else None
     _check_counter(step or 0, "open.step")
     loss_scale = _known_loss_scale(session, message)
     if message.worker != 0:
         raise unsupported("open.worker", "aggregation")
     dtype = dtype_from_wire(message.dtype, FLOAT32, "open.dtype")
-    return LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale)
+    return LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale, tuple(scalars))
 
 
 def _receive(staged: Load, frames: Iterator[Frame], max_chunk_bytes: int) -> None:
@@ -152,6 +157,17 @@ def _known_steps(session: Session, steps: list[int]) -> list[int]:
     for step in steps:
         _check_counter(step, "open.tensor_steps")
     return steps
+
+
+def _known_scalars(session: Session, scalars: list[float]) -> list[float]:
+    field, tensors, config = "open.tensor_scalars", len(session.config.layout.tensors), session.config
+    if scalars and config.rule.tensor_scalar is None:
+        raise InvalidRequestError.of(field, f"the rule {config.rule.name} keeps no scalar for a tensor; leave it out")
+    if len(scalars) not in (0, tensors):
+        raise InvalidRequestError.of(field, f"{len(scalars)} entries; it must be 0 or {tensors}")
+    if wrong := [scalar for scalar in scalars if not 0.0 <= scalar <= 1.0]:
+        raise InvalidRequestError.of(field, f"{wrong[0]!r} is not in [0, 1]")
+    return scalars
 
 
 def _check_counter(value: int, field: str) -> None:

@@ -17,7 +17,7 @@ from stepwire_server.rules.adaptive import ADADELTA, ADAGRAD, RMSPROP_RULES
 from stepwire_server.rules.layerwise import LAMB, LARS, LARS_NESTEROV
 from stepwire_server.rules.momentum import LION, SGD, SGD_MOMENTUM, SGD_NESTEROV
 from stepwire_server.rules.recipe import ACCUMULATED, AVERAGE, EIGHT_BIT_SLOTS, Precision, Recipe, Stage
-from stepwire_server.rules.rule import Decay, Rule
+from stepwire_server.rules.rule import Decay, Rule, TensorScalar
 
 __all__ = [
     "ACCUMULATED",
@@ -29,6 +29,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Stage",
+    "TensorScalar",
     "has_momentum",
     "rule_for",
 ]
@@ -51,12 +52,12 @@ ALL_RULES: Final[tuple[Rule, ...]] = (
 )
 """Every rule, for tests and warm-up."""
 
-# Rules that leave no choice, each with the place of its weight decay.
+# Rules that leave no choice, each with the place and form of its weight decay.
 _PLAIN: Final = {
     "adamax": (ADAMAX, Decay.GRADIENT),
     "adagrad": (ADAGRAD, Decay.GRADIENT),
     "adadelta": (ADADELTA, Decay.GRADIENT),
-    "lion": (LION, Decay.BEFORE),
+    "lion": (LION, Decay.WITHIN),
     "lamb": (LAMB, Decay.NONE),
 }
 
@@ -67,14 +68,15 @@ def has_momentum(groups: Sequence[Hyperparameters]) -> bool:
 
 
 def rule_for(optimizer: Optimizer, momentum: bool) -> tuple[Rule, Decay]:
-    """Return a session's rule and the place of its weight decay.
+    """Return the rule of a group and the place of its weight decay.
 
     Args:
         optimizer: the optimizer of the session.
-        momentum: True where the session keeps a momentum buffer; of effect where that is a choice.
+        momentum: True where the group has momentum; of effect where that is a choice. The rule without it leaves a
+            momentum buffer as it is, as torch does.
 
     Returns:
-        The rule, and the place of weight decay in steps that have some.
+        The rule, and the place and form of weight decay in steps that have some.
     """
     structure = optimizer.structure()
     decay = Decay.BEFORE if structure.decoupled_weight_decay else Decay.GRADIENT

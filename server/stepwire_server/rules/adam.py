@@ -16,7 +16,9 @@ For parameter p, gradient g, moments m and v (zero before the first step), c1 = 
       Nesterov            β1·m / (1 − β1ᵗ⁺¹) + (1 − β1)·g / c1 stands in for m / c1
     decay_after           torch's, with decoupled decay after the update        bitsandbytes
 
-Weight decay is outside these functions: `Decay` names its place.
+Formula optax has β1·m + (1 − β1)·g for the new m, the same but for rounding. Weight decay is outside these functions:
+`Decay` names its place and form. Decoupled decay is that of the framework: BEFORE in torch, APART in Keras, WITHIN in
+optax and BERT, AFTER in bitsandbytes.
 
 torch's form is computed as Keras's with eps·√c2 for eps: the same number by one division and one rounded scalar less.
 In float32 the first updates are within 4.8 ulps of the formula then; dividing √v by √c2 would leave them within 5.5.
@@ -35,7 +37,7 @@ from typing import Any, Final, NamedTuple, cast
 from numpy import maximum, sqrt
 
 from stepwire.optimizers import Hyperparameters, Optimizer
-from stepwire_server.rules.moments import first_moment, second_moment
+from stepwire_server.rules.moments import first_moment, second_moment, weighted_mean
 from stepwire_server.rules.rule import Decay, Rule, Value
 
 __all__ = [
@@ -90,6 +92,7 @@ def adam_optax(
     g: Value,
     m: Value,
     v: Value,
+    beta1: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
@@ -99,7 +102,7 @@ def adam_optax(
     eps: Value,
 ) -> tuple[Value, Value, Value]:
     """Update as optax does; step_size = lr / c1, correction2 = c2. See the module."""
-    m = first_moment(m, g, rate1)
+    m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     return p - step_size * m / (sqrt(v / correction2 + eps_root) + eps), m, v
 
@@ -110,6 +113,7 @@ def amsgrad_optax(
     m: Value,
     v: Value,
     x: Value,
+    beta1: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
@@ -119,7 +123,7 @@ def amsgrad_optax(
     eps: Value,
 ) -> tuple[Value, Value, Value, Value]:
     """Update by the largest corrected v so far, as optax does. See the module."""
-    m = first_moment(m, g, rate1)
+    m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     x = maximum(x, v / correction2)
     return p - step_size * m / (sqrt(x + eps_root) + eps), m, v, x
@@ -130,6 +134,7 @@ def adam_nesterov(
     g: Value,
     m: Value,
     v: Value,
+    beta1: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
@@ -140,9 +145,13 @@ def adam_nesterov(
     eps: Value,
 ) -> tuple[Value, Value, Value]:
     """Update as optax's nadam; next_size = lr·β1 / (1 − β1ᵗ⁺¹), gradient_size = lr·(1 − β1) / c1. See the module."""
-    m = first_moment(m, g, rate1)
+    m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     return p - (next_size * m + gradient_size * g) / (sqrt(v / correction2 + eps_root) + eps), m, v
+
+
+# The smallest float32 above 0, which an eps > 0 must not fall below: without any, 0 / 0 would be NaN.
+_SMALLEST: Final = 2.0**-149
 
 
 class _Numbers(NamedTuple):
@@ -168,7 +177,8 @@ def _numbers(hyper: Hyperparameters, t: int) -> _Numbers:
 
 def _torch_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     n = _numbers(hyper, t)
-    return (*n.rates(), n.lr * math.sqrt(n.c2) / n.c1, n.eps * math.sqrt(n.c2))
+    root = math.sqrt(n.c2)
+    return (*n.rates(), n.lr * root / n.c1, max(n.eps * root, min(n.eps, _SMALLEST)))
 
 
 def _keras_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
@@ -183,13 +193,13 @@ def _uncorrected_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
 
 def _optax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     n = _numbers(hyper, t)
-    return (*n.rates(), n.lr / n.c1, n.c2, n.eps_root, n.eps)
+    return (n.beta1, *n.rates(), n.lr / n.c1, n.c2, n.eps_root, n.eps)
 
 
 def _nesterov_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     n = _numbers(hyper, t)
     following = n.lr * n.beta1 / (1.0 - n.beta1 ** (t + 1))
-    return (*n.rates(), following, n.lr * (1.0 - n.beta1) / n.c1, n.c2, n.eps_root, n.eps)
+    return (n.beta1, *n.rates(), following, n.lr * (1.0 - n.beta1) / n.c1, n.c2, n.eps_root, n.eps)
 
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
@@ -214,16 +224,24 @@ _RULES: Final = {
         update,
         _MAXIMUM if kind in ("raw", "corrected") else _MOMENTS,
         scalars,
+        means=() if formula == "optax" else (("exp_avg", "beta1"), ("exp_avg_sq", "beta2")),
     )
     for (formula, kind), (update, scalars) in _FORMS.items()
 }
 ADAM_RULES: Final = tuple(_RULES.values())
+
+_DECOUPLED: Final = {
+    "torch": Decay.BEFORE,
+    "keras": Decay.APART,
+    "optax": Decay.WITHIN,
+    "no_bias_correction": Decay.WITHIN,
+    "decay_after": Decay.AFTER,
+}
 
 
 def adam_rule_for(optimizer: Optimizer) -> tuple[Rule, Decay]:
     """Return the rule of an `Adam` and the place of its weight decay."""
     structure = optimizer.structure()
     rule = _RULES[structure.formula, "nesterov" if structure.nesterov else structure.amsgrad]
-    if structure.formula == "decay_after":
-        return rule, Decay.AFTER
-    return rule, Decay.BEFORE if structure.decoupled_weight_decay else Decay.GRADIENT
+    decoupled = structure.decoupled_weight_decay or structure.formula == "decay_after"
+    return rule, _DECOUPLED[structure.formula] if decoupled else Decay.GRADIENT

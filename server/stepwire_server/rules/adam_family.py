@@ -10,23 +10,23 @@ With m, v, c1, c2 as Adam's, and ψ the momentum decay:
     AdaMax   x ← max(β2·x, |g| + eps)
              p ← p − (lr / c1)·m / x
 
-torch keeps Πₜ as a running product. Here it is the product for the present β1 and ψ, which is the same unless a step
-changes them. The RAdam paper rectifies where ρₜ > 4; torch's documentation says 5, and its code does so.
+Πₜ is a running product, as in torch: each μ is of the β1 and ψ of its own update. It is the rule's scalar of a tensor,
+kept with the session in float64. The RAdam paper rectifies where ρₜ > 4; torch's documentation says 5, and its code
+does so.
 
 Sources: Dozat 2016; Liu et al. 2020, algorithm 2; Kingma & Ba 2015, algorithm 2; the code of torch 2.13.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Final, cast
 
-from numpy import absolute, maximum, sqrt
+from numpy import absolute, maximum, minimum, sqrt
 
-from stepwire.optimizers import Hyperparameters
-from stepwire_server.rules.moments import first_moment, second_moment
-from stepwire_server.rules.rule import Rule, Value
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
+from stepwire_server.rules.moments import bounded, first_moment, second_moment
+from stepwire_server.rules.rule import Rule, TensorScalar, Value
 
 __all__ = ["ADAMAX", "NADAM", "RADAM", "adamax", "nadam", "radam"]
 
@@ -43,11 +43,12 @@ def nadam(
     next_size: Value,
     correction2: Value,
     eps: Value,
+    largest: Value,
 ) -> tuple[Value, Value, Value]:
     """Update with Nesterov momentum; the sizes are the factors of g and m. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - (gradient_size * g + next_size * m) / (sqrt(v / correction2) + eps), m, v
+    return p - bounded(gradient_size * g + next_size * m, largest) / (sqrt(v / correction2) + eps), m, v
 
 
 def radam(
@@ -59,14 +60,14 @@ def radam(
     beta2: Value,
     rate2: Value,
     step_size: Value,
-    rectified: Value,
-    unrectified: Value,
     eps: Value,
+    least: Value,
+    most: Value,
 ) -> tuple[Value, Value, Value]:
-    """Update with a rectified step; of the last two flags one is 1 and one is 0. See the module."""
+    """Update with a rectified step; least and most bound the divisor: both are 1 where it is none. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - step_size * m / (rectified * (sqrt(v) + eps) + unrectified), m, v
+    return p - step_size * m / minimum(maximum(sqrt(v) + eps, least), most), m, v
 
 
 def adamax(
@@ -94,36 +95,30 @@ def _momentum(beta1: float, decay: float, t: int) -> float:
     return beta1 * (1.0 - 0.5 * warmth)
 
 
-@functools.lru_cache(maxsize=256)
-def _momentum_product(beta1: float, decay: float, t: int) -> float:
-    """Return μ1·…·μₜ. Steps come in order, so almost always only the last factor is new.
+def _momentum_product(hyper: Hyperparameters, t: int) -> float:
+    """Return μ1·…·μₜ for numbers that never changed, as a load may need it that brings t alone.
 
-    The bits do not depend on the steps computed before: the remembered product is of single factors alone. A session
-    may start at any t, so the loop has to end early. With a slow warm-up the product falls below the last bit of
-    1 − Πₜ within a few thousand factors. With a fast one μ becomes β1 as soon.
+    t may be anything, so the loop has to end early. With a slow warm-up the product falls below the last bit of 1 − Πₜ
+    within a few thousand factors. With a fast one μ becomes β1 as soon.
     """
-    known = _last_product.get((beta1, decay), (0, 1.0))
-    start, product = known if known[0] <= t else (0, 1.0)
-    for step in range(start + 1, t + 1):
+    (beta1, _), decay, product = _betas(hyper), float(cast(float, hyper.decay)), 1.0
+    for step in range(1, t + 1):
         if product < 2.0**-60:
             break
         if 0.96 ** (step * decay) < 2.0**-60:
-            _last_product[beta1, decay] = (step - 1, product)
             return product * beta1 ** (t - step + 1)
         product *= _momentum(beta1, decay, step)
-    if len(_last_product) > 256:
-        _last_product.clear()
-    _last_product[beta1, decay] = (t, product)
     return product
 
 
-_last_product: dict[tuple[float, float], tuple[int, float]] = {}
+def _following_product(hyper: Hyperparameters, t: int, product: float) -> float:
+    return product * _momentum(_betas(hyper)[0], float(cast(float, hyper.decay)), t)
 
 
-def _nadam_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+def _nadam_scalars(hyper: Hyperparameters, t: int, product_before: float | None = None) -> tuple[float, ...]:
     (beta1, beta2), lr, decay = _betas(hyper), float(hyper.lr), float(cast(float, hyper.decay))
     now, following = _momentum(beta1, decay, t), _momentum(beta1, decay, t + 1)
-    product = _momentum_product(beta1, decay, t)
+    product = now * (_momentum_product(hyper, t - 1) if product_before is None else product_before)
     gradient_size = lr * (1.0 - now) / (1.0 - product)
     next_size = lr * following / (1.0 - product * following)
     return (
@@ -134,6 +129,7 @@ def _nadam_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
         next_size,
         1.0 - beta2**t,
         float(cast(float, hyper.eps)),
+        LARGEST_NUMBER,
     )
 
 
@@ -144,9 +140,9 @@ def _radam_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     rho = rho_inf - 2.0 * t * beta2**t / c2
     rates = (1.0 - beta1, beta2, 1.0 - beta2)
     if not rho > 5.0:
-        return (*rates, step_size, 0.0, 1.0, eps)
+        return (*rates, step_size, eps, 1.0, 1.0)
     rect = math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
-    return (*rates, step_size * rect * math.sqrt(c2), 1.0, 0.0, eps)
+    return (*rates, step_size * rect * math.sqrt(c2), eps, 0.0, math.inf)
 
 
 def _adamax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
@@ -154,6 +150,11 @@ def _adamax_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     return (1.0 - beta1, beta2, float(hyper.lr) / (1.0 - beta1**t), float(cast(float, hyper.eps)))
 
 
-NADAM: Final = Rule("nadam", nadam, ("exp_avg", "exp_avg_sq"), _nadam_scalars)
-RADAM: Final = Rule("radam", radam, ("exp_avg", "exp_avg_sq"), _radam_scalars)
-ADAMAX: Final = Rule("adamax", adamax, ("exp_avg", "exp_inf"), _adamax_scalars)
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_MEANS: Final = (("exp_avg", "beta1"), ("exp_avg_sq", "beta2"))
+
+NADAM: Final = Rule(
+    "nadam", nadam, _MOMENTS, _nadam_scalars, _MEANS, TensorScalar(_following_product, _momentum_product)
+)
+RADAM: Final = Rule("radam", radam, _MOMENTS, _radam_scalars, _MEANS)
+ADAMAX: Final = Rule("adamax", adamax, ("exp_avg", "exp_inf"), _adamax_scalars, _MEANS[:1])

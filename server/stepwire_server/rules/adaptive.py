@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from numpy import maximum, sqrt
+from numpy import maximum, minimum, sqrt
 
-from stepwire.optimizers import Hyperparameters
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
 from stepwire_server.rules.moments import first_moment, second_moment
 from stepwire_server.rules.rule import Rule, Value
 
@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 
-def deviation(v: Value, a: Value) -> Value:
-    """Return the root of the variance v − a², at least zero; v − v is zero for finite v and NaN otherwise."""
-    return sqrt(maximum(v - a * a, v - v))
+def deviation(v: Value, a: Value, zero: Value, largest: Value) -> Value:
+    """Return the root of the variance v − a², at least zero; infinite where v is, because a² stays finite."""
+    return sqrt(maximum(v - minimum(a * a, largest), zero))
 
 
 def rmsprop(p: Value, g: Value, v: Value, alpha: Value, rate: Value, lr: Value, eps: Value) -> tuple[Value, Value]:
@@ -64,21 +64,41 @@ def rmsprop_momentum(
 
 
 def rmsprop_centered(
-    p: Value, g: Value, v: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value
+    p: Value,
+    g: Value,
+    v: Value,
+    a: Value,
+    alpha: Value,
+    rate: Value,
+    lr: Value,
+    eps: Value,
+    zero: Value,
+    largest: Value,
 ) -> tuple[Value, Value, Value]:
     """Divide by the standard deviation. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    return p - lr * (g / (deviation(v, a) + eps)), v, a
+    return p - lr * (g / (deviation(v, a, zero, largest) + eps)), v, a
 
 
 def rmsprop_centered_momentum(
-    p: Value, g: Value, v: Value, b: Value, a: Value, alpha: Value, rate: Value, lr: Value, eps: Value, momentum: Value
+    p: Value,
+    g: Value,
+    v: Value,
+    b: Value,
+    a: Value,
+    alpha: Value,
+    rate: Value,
+    lr: Value,
+    eps: Value,
+    zero: Value,
+    largest: Value,
+    momentum: Value,
 ) -> tuple[Value, Value, Value, Value]:
     """Divide by the standard deviation and follow the momentum of that. See the module."""
     v = second_moment(v, g, alpha, rate)
     a = first_moment(a, g, rate)
-    b = momentum * b + g / (deviation(v, a) + eps)
+    b = momentum * b + g / (deviation(v, a, zero, largest) + eps)
     return p - lr * b, v, b, a
 
 
@@ -106,23 +126,35 @@ def _rmsprop_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ..
     return (*_rmsprop_scalars(hyper, t), float(cast(float, hyper.momentum)))
 
 
+def _centered_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    return (*_rmsprop_scalars(hyper, t), 0.0, LARGEST_NUMBER)
+
+
+def _centered_momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    return (*_centered_scalars(hyper, t), float(cast(float, hyper.momentum)))
+
+
 def _adagrad_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     return (float(hyper.lr) / (1.0 + (t - 1) * float(cast(float, hyper.decay))), float(cast(float, hyper.eps)))
 
 
-_RMSPROP: Final[dict[tuple[bool, bool], tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]]] = {
-    (False, False): (rmsprop, ("square_avg",)),
-    (False, True): (rmsprop_momentum, ("square_avg", "momentum_buffer")),
-    (True, False): (rmsprop_centered, ("square_avg", "grad_avg")),
-    (True, True): (rmsprop_centered_momentum, ("square_avg", "momentum_buffer", "grad_avg")),
+_Scalars = Callable[[Hyperparameters, int], tuple[float, ...]]
+_RMSPROP: Final[dict[tuple[bool, bool], tuple[Callable[..., tuple[Any, ...]], tuple[str, ...], _Scalars]]] = {
+    (False, False): (rmsprop, ("square_avg",), _rmsprop_scalars),
+    (False, True): (rmsprop_momentum, ("square_avg", "momentum_buffer"), _rmsprop_momentum_scalars),
+    (True, False): (rmsprop_centered, ("square_avg", "grad_avg"), _centered_scalars),
+    (True, True): (
+        rmsprop_centered_momentum,
+        ("square_avg", "momentum_buffer", "grad_avg"),
+        _centered_momentum_scalars,
+    ),
 }
+_MEANS: Final = (("square_avg", "alpha"), ("grad_avg", "alpha"))
 RMSPROP_RULES: Final = {
-    (centered, momentum): Rule(
-        update.__name__, update, slots, _rmsprop_momentum_scalars if momentum else _rmsprop_scalars
-    )
-    for (centered, momentum), (update, slots) in _RMSPROP.items()
+    (centered, momentum): Rule(update.__name__, update, slots, scalars, _MEANS if centered else _MEANS[:1])
+    for (centered, momentum), (update, slots, scalars) in _RMSPROP.items()
 }
 """By whether it is centered and whether it has momentum."""
 
 ADAGRAD: Final = Rule("adagrad", adagrad, ("sum",), _adagrad_scalars)
-ADADELTA: Final = Rule("adadelta", adadelta, ("square_avg", "acc_delta"), _rmsprop_scalars)
+ADADELTA: Final = Rule("adadelta", adadelta, ("square_avg", "acc_delta"), _rmsprop_scalars, _MEANS[:1])

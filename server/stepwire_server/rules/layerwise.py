@@ -9,8 +9,9 @@ With m, v, c1, c2 as Adam's, momentum buffer b, decay λ, trust coefficient η, 
              p ← p − b
       Nesterov p ← p − (lr·φ·u + μ·b)
 
-φ = 1 where either norm is zero. Norms are those of the float32 elements, correctly rounded to float32. optax keeps
-LARS's buffer with the opposite sign.
+φ = 1 where either norm is zero. Norms are those of the float32 elements, correctly rounded to float32. Where u is tiny
+φ is beyond float32, and lr·φ·u is not: then lr carries a part of φ. optax's own norms are 0 there. optax keeps LARS's
+buffer with the opposite sign.
 
 Sources: You et al. 2020, algorithm 2 (whose trust ratio also bounds ‖p‖, which optax leaves out); You, Gitman &
 Ginsburg 2017; the code of optax 0.2.8.
@@ -22,8 +23,8 @@ from typing import Final, cast
 
 from numpy import sqrt
 
-from stepwire.optimizers import Hyperparameters
-from stepwire_server.rules.moments import first_moment, second_moment
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
+from stepwire_server.rules.moments import second_moment, weighted_mean
 from stepwire_server.rules.rule import Rule, Value
 
 __all__ = ["LAMB", "LARS", "LARS_NESTEROV", "lamb", "lamb_direction", "lars", "lars_direction", "lars_nesterov"]
@@ -41,6 +42,7 @@ def lamb_direction(
     g: Value,
     m: Value,
     v: Value,
+    beta1: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
@@ -52,7 +54,7 @@ def lamb_direction(
     lr: Value,
 ) -> Value:
     """Return u. See the module."""
-    m = first_moment(m, g, rate1)
+    m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     return towards(m, v, p, inverse1, c2, eps_root, eps, decay)
 
@@ -62,6 +64,7 @@ def lamb(
     g: Value,
     m: Value,
     v: Value,
+    beta1: Value,
     rate1: Value,
     beta2: Value,
     rate2: Value,
@@ -74,7 +77,7 @@ def lamb(
     trust: Value,
 ) -> tuple[Value, Value, Value]:
     """Follow u by lr·φ. See the module."""
-    m = first_moment(m, g, rate1)
+    m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     return p - lr * (trust * towards(m, v, p, inverse1, c2, eps_root, eps, decay)), m, v
 
@@ -102,6 +105,7 @@ def lars_nesterov(
 def _lamb_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     beta1, beta2 = float(cast(float, hyper.beta1)), float(cast(float, hyper.beta2))
     return (
+        beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
@@ -118,22 +122,39 @@ def _lars_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     return (float(cast(float, hyper.weight_decay)), float(cast(float, hyper.momentum)), float(hyper.lr))
 
 
-def _trust(hyper: Hyperparameters, param_norm: float, direction_norm: float, eps: float) -> float:
+def _trust(hyper: Hyperparameters, param_norm: float, direction_norm: float, eps: float) -> tuple[float, float]:
+    """Return lr and φ, whose product is the factor of u."""
+    lr = float(hyper.lr)
     if param_norm == 0.0 or direction_norm == 0.0:
-        return 1.0
-    return float(cast(float, hyper.trust_coefficient)) * param_norm / (direction_norm + eps)
+        return lr, 1.0
+    trust = float(cast(float, hyper.trust_coefficient)) * param_norm / (direction_norm + eps)
+    if trust <= LARGEST_NUMBER:
+        return lr, trust
+    return min(lr * (trust / LARGEST_NUMBER), LARGEST_NUMBER), LARGEST_NUMBER
 
 
-def _lamb_trust(hyper: Hyperparameters, param_norm: float, direction_norm: float) -> float:
+def _lamb_trust(hyper: Hyperparameters, param_norm: float, direction_norm: float) -> tuple[float, float]:
     return _trust(hyper, param_norm, direction_norm, 0.0)
 
 
-def _lars_trust(hyper: Hyperparameters, param_norm: float, direction_norm: float) -> float:
+def _lars_trust(hyper: Hyperparameters, param_norm: float, direction_norm: float) -> tuple[float, float]:
     return _trust(hyper, param_norm, direction_norm, float(cast(float, hyper.eps)))
 
 
-LAMB: Final = Rule("lamb", lamb, ("exp_avg", "exp_avg_sq"), _lamb_scalars, lamb_direction, _lamb_trust)
-LARS: Final = Rule("lars", lars, ("momentum_buffer",), _lars_scalars, lars_direction, _lars_trust)
+LAMB: Final = Rule(
+    "lamb",
+    lamb,
+    ("exp_avg", "exp_avg_sq"),
+    _lamb_scalars,
+    direction=lamb_direction,
+    trust=_lamb_trust,
+)
+LARS: Final = Rule("lars", lars, ("momentum_buffer",), _lars_scalars, direction=lars_direction, trust=_lars_trust)
 LARS_NESTEROV: Final = Rule(
-    "lars_nesterov", lars_nesterov, ("momentum_buffer",), _lars_scalars, lars_direction, _lars_trust
+    "lars_nesterov",
+    lars_nesterov,
+    ("momentum_buffer",),
+    _lars_scalars,
+    direction=lars_direction,
+    trust=_lars_trust,
 )

@@ -3,12 +3,15 @@
 With momentum buffer b, momentum μ and dampening τ:
 
     SGD        p ← p − lr·g
-      momentum b ← g at t = 1, else μ·b + (1 − τ)·g
+      momentum b ← g at its first use, else μ·b + (1 − τ)·g
                p ← p − lr·b
       Nesterov p ← p − lr·(g + μ·b)
     Lion       u ← sign(β1·m + (1 − β1)·g)
                m ← β2·m + (1 − β2)·g
                p ← p − lr·u
+
+A buffer is used where μ > 0. Where μ is 0 the plain form steps, and leaves b as it is. The rule's scalar of a tensor is
+1 once its buffer has begun, and 0 before.
 
 Sources: Sutskever et al. 2013 and the code of torch 2.13 (whose lr scales the buffer, and whose first buffer is not
 dampened); Chen et al. 2023, algorithm 2, and the code of optax 0.2.8.
@@ -21,7 +24,7 @@ from typing import Final, cast
 from numpy import sign
 
 from stepwire.optimizers import Hyperparameters
-from stepwire_server.rules.rule import Rule, Value
+from stepwire_server.rules.rule import Rule, TensorScalar, Value
 
 __all__ = ["LION", "SGD", "SGD_MOMENTUM", "SGD_NESTEROV", "lion", "sgd", "sgd_momentum", "sgd_nesterov"]
 
@@ -32,7 +35,7 @@ def sgd(p: Value, g: Value, lr: Value) -> tuple[Value]:
 
 
 def sgd_momentum(p: Value, g: Value, b: Value, momentum: Value, rate: Value, lr: Value) -> tuple[Value, Value]:
-    """Follow the momentum; rate = 1 at t = 1, else 1 − τ. See the module."""
+    """Follow the momentum; rate = 1 at its first use, else 1 − τ. See the module."""
     b = momentum * b + rate * g
     return p - lr * b, b
 
@@ -55,8 +58,17 @@ def _sgd_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     return (float(hyper.lr),)
 
 
-def _momentum_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
-    rate = 1.0 if t == 1 else 1.0 - float(hyper.dampening or 0.0)
+def _begun(hyper: Hyperparameters, t: int) -> float:
+    return 1.0 if t and hyper.momentum else 0.0
+
+
+def _begins(hyper: Hyperparameters, t: int, begun: float) -> float:
+    return 1.0
+
+
+def _momentum_scalars(hyper: Hyperparameters, t: int, begun: float | None = None) -> tuple[float, ...]:
+    used = _begun(hyper, t - 1) if begun is None else begun
+    rate = 1.0 - float(hyper.dampening or 0.0) if used else 1.0
     return (float(cast(float, hyper.momentum)), rate, float(hyper.lr))
 
 
@@ -66,6 +78,7 @@ def _lion_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
 
 
 SGD: Final = Rule("sgd", sgd, (), _sgd_scalars)
-SGD_MOMENTUM: Final = Rule("sgd_momentum", sgd_momentum, ("momentum_buffer",), _momentum_scalars)
-SGD_NESTEROV: Final = Rule("sgd_nesterov", sgd_nesterov, ("momentum_buffer",), _momentum_scalars)
+_BEGUN: Final = TensorScalar(_begins, _begun)
+SGD_MOMENTUM: Final = Rule("sgd_momentum", sgd_momentum, ("momentum_buffer",), _momentum_scalars, tensor_scalar=_BEGUN)
+SGD_NESTEROV: Final = Rule("sgd_nesterov", sgd_nesterov, ("momentum_buffer",), _momentum_scalars, tensor_scalar=_BEGUN)
 LION: Final = Rule("lion", lion, ("exp_avg",), _lion_scalars)

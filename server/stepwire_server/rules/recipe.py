@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from stepwire_server.rules.rule import Decay, Rule
-from stepwire_server.rules.treatment import added, averaged, decayed, limited, scaled
+from stepwire_server.rules.treatment import added, averaged, decayed, drawn, lessened, limited, moved, scaled
 
 __all__ = ["ACCUMULATED", "AVERAGE", "EIGHT_BIT_SLOTS", "Precision", "Recipe", "Stage"]
 
@@ -40,6 +40,17 @@ class Stage(NamedTuple):
     arguments: tuple[str, ...]
 
 
+# The stages of decay before the rule, and after it.
+_DECAY_STAGES: Final[dict[Decay, tuple[tuple[Stage, ...], tuple[Stage, ...]]]] = {
+    Decay.NONE: ((), ()),
+    Decay.GRADIENT: ((Stage(decayed, ("g",), ("g", "p", "decay_scalar")),), ()),
+    Decay.BEFORE: ((Stage(scaled, ("p",), ("p", "decay_scalar")),), ()),
+    Decay.APART: ((Stage(lessened, ("p",), ("p", "decay_scalar")),), ()),
+    Decay.WITHIN: ((Stage(drawn, ("way",), ("p", "decay_scalar")),), (Stage(moved, ("p",), ("p", "way")),)),
+    Decay.AFTER: ((), (Stage(scaled, ("p",), ("p", "decay_scalar")),)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The arithmetic of one pass on each element; kernels belong to recipes that are equal but for `rule.scalars`.
@@ -55,6 +66,7 @@ class Recipe:
         measures: the pass returns the sums of the squares of the update and of the new parameters; with `limits` also
             that of the clipped gradient.
         precision: the form in which the rule's slots are held.
+        forgotten: slots that keep nothing of the past: see `Rule.forgotten`.
     """
 
     rule: Rule
@@ -64,6 +76,7 @@ class Recipe:
     averages: bool = False
     measures: bool = False
     precision: Precision = Precision.FLOAT32
+    forgotten: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         """Hash the `key`, once: every pass of a step looks its kernel up."""
@@ -77,7 +90,7 @@ class Recipe:
     def key(self) -> tuple[Any, ...]:
         """The values that a kernel depends on."""
         flags = (self.accumulates, self.limits, self.averages, self.measures)
-        return (self.rule.update, self.decay, *flags, self.precision)
+        return (self.rule.update, self.decay, *flags, self.precision, self.forgotten)
 
     @functools.cached_property
     def name(self) -> str:
@@ -85,6 +98,7 @@ class Recipe:
         flags = ("accumulates", "limits", "averages", "measures")
         parts = [self.rule.update.__name__, *(flag for flag in flags if getattr(self, flag))]
         parts += [] if self.decay is Decay.NONE else [f"decay_{self.decay.value}"]
+        parts += [f"no_{slot}" for slot in self.forgotten]
         return "_".join(parts + ([] if self.precision is Precision.FLOAT32 else [self.precision.value]))
 
     @functools.cached_property
@@ -137,15 +151,16 @@ class Recipe:
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The whole pass."""
-        stages = list(self.treatment)
-        if self.decay is Decay.GRADIENT:
-            stages.append(Stage(decayed, ("g",), ("g", "p", "decay_scalar")))
-        if self.decay is Decay.BEFORE:
-            stages.append(Stage(scaled, ("p",), ("p", "decay_scalar")))
-        stages.append(Stage(self.rule.update, self._state, ("p", "g", *self._state[1:], *self.rule_scalars)))
-        if self.decay is Decay.AFTER:
-            stages.append(Stage(scaled, ("p",), ("p", "decay_scalar")))
+        """The whole pass.
+
+        With decay WITHIN, the rule steps `way` for `p`: from −lr·λ·p to −(d + lr·λ·p), because it only ever subtracts
+        from its first argument. So no rule knows of decay, and its kernel without decay stays as it is.
+        """
+        stages, (_, *slots) = list(self.treatment), self._state
+        before, after = _DECAY_STAGES[self.decay]
+        stepped = "way" if self.decay is Decay.WITHIN else "p"
+        arguments = (stepped, "g", *self._past, *self.rule_scalars)
+        stages += [*before, Stage(self.rule.update, (stepped, *slots), arguments), *after]
         if self.averages:
             stages.append(Stage(averaged, ("average",), ("average", "p", "average_rate")))
         return tuple(stages)
@@ -158,8 +173,22 @@ class Recipe:
         return (*self.treatment, Stage(self.rule.direction, ("u",), arguments))
 
     @functools.cached_property
+    def temporaries(self) -> tuple[str, ...]:
+        """The variables that stages make, besides `g` and those of the state."""
+        return ("way",) if self.decay is Decay.WITHIN else ()
+
+    @functools.cached_property
     def _state(self) -> tuple[str, ...]:
         return ("p", *tuple(self.slots.values())[: len(self.rule.slots)])
+
+    @functools.cached_property
+    def _past(self) -> tuple[str, ...]:
+        """The rule's arguments for its slots.
+
+        Of a forgotten slot the argument is g, which the rule weighs by 0. So m + 1·(g − m) is g exactly, and an
+        infinite v is not multiplied by 0.
+        """
+        return tuple("g" if slot in self.forgotten else self.slots[slot] for slot in self.rule.slots)
 
     def evaluate(self, stages: Sequence[Stage], variables: dict[str, Any]) -> dict[str, Any]:
         """Run stages on NumPy arrays or floats by the names of variables; the reference of every kernel."""

@@ -233,7 +233,7 @@ class Session:
             with self.ledger.changing("step", step.request.step):
                 if commit.changes:
                     commit.apply(writer)
-                self._state.advance(step.gradient, commit.effect)
+                self._state.advance(step.gradient, commit.effect, commit.groups)
                 times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
                 return self._committed(step, commit.result(Moment(step.request.step, self.ledger.epoch, times)))
 
@@ -274,7 +274,7 @@ class Session:
             overlapped = self._state.overlapped(step.request)
             check = overlapped.check(step)
             self._state.unfinished = None
-            self._state.advance(step.gradient, Effect.UPDATED)
+            self._state.advance(step.gradient, Effect.UPDATED, check.groups)
             times = StepTimes(self._clock() - step.began, 0.0, 0.0)
             return self._committed(step, overlapped.result(check, Moment(overlapped.number, self.ledger.epoch, times)))
 

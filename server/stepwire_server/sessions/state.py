@@ -32,7 +32,6 @@ from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
 from stepwire_server.steps.tensor_steps import TensorSteps
-from stepwire_server.steps.update import recipe_for
 
 __all__ = ["Residency", "SessionState"]
 
@@ -90,7 +89,7 @@ class SessionState:
         config: the session's config.
         device: the device that the arrays reside on.
         arrays: the engine's arrays.
-        tensor_steps: Adam's t of each tensor.
+        tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
         unfinished: the step that a broken stream left half applied; None for none.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
@@ -134,7 +133,7 @@ class SessionState:
         if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
             return
         for hyper in groups:
-            self.device.engine.prepare(recipe_for(self.config, hyper), gradient, reply)
+            self.device.engine.prepare(self.config.recipe(hyper), gradient, reply)
         self._prepared = (groups, gradient, reply)
 
     # --- steps -------------------------------------------------------------------------------------------
@@ -167,14 +166,14 @@ class SessionState:
         """Return the factor that a step's gradient is multiplied by first."""
         return 1.0 / (request.loss_scale if self.loss_scale is None else self.loss_scale.scale)
 
-    def advance(self, gradient: StagedGradient, effect: Effect) -> None:
+    def advance(self, gradient: StagedGradient, effect: Effect, groups: Sequence[Hyperparameters]) -> None:
         """Count a step that has changed the arrays, or was skipped; growth of the loss scale counts updates alone."""
         if effect is Effect.ACCUMULATED:
             self.sum_bound += math.sqrt(math.fsum(gradient.squared_norms()))
             return
         self.sum_bound = 0.0
         if effect is Effect.UPDATED:
-            self.tensor_steps.advance(gradient.selection)
+            self.tensor_steps.advance(gradient.selection, groups)
         scaling = self.config.treatment.loss_scaling
         if self.loss_scale is not None and scaling is not None:
             self.loss_scale = after_step(self.loss_scale, scaling, finite=effect is not Effect.SKIPPED)
@@ -187,7 +186,8 @@ class SessionState:
 
     def snapshot(self, step: int, load: int) -> Snapshot:
         """Return the numbers of the present moment, after the given step and load."""
-        return Snapshot(step, load, self.tensor_steps.tensor_steps(), self.loss_scale)
+        counted = self.tensor_steps
+        return Snapshot(step, load, counted.tensor_steps(), self.loss_scale, counted.tensor_scalars())
 
     def read(self, slot: str, start: int, out: HostArray) -> None:
         """Encode a range of a slot into `out`, `(n,)` of a wire dtype."""
@@ -218,8 +218,9 @@ class SessionState:
         self.unfinished = None
         if ACCUMULATED in request.slots:
             self.sum_bound = math.inf
-        if request.tensor_steps:
-            self.tensor_steps = TensorSteps(self.config, request.tensor_steps)
+        if request.tensor_steps or request.tensor_scalars:
+            steps = request.tensor_steps or self.tensor_steps.tensor_steps()
+            self.tensor_steps = TensorSteps(self.config, steps, request.tensor_scalars)
         self.loss_scale = request.loss_scale or self.loss_scale
 
     # --- memory that is shared with the client -----------------------------------------------------------

@@ -6,7 +6,10 @@ range's reply is encoded in the same pass that updates it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stepwire.errors import NonFiniteGradientError
+from stepwire.optimizers import Hyperparameters
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.rules import ACCUMULATED
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
@@ -46,6 +49,11 @@ class Commit:
     def changes(self) -> bool:
         """The state changes: a step that is skipped changes nothing, unless it drops an accumulation."""
         return self.effect is not Effect.SKIPPED or self._state.config.treatment.accumulation_steps > 1
+
+    @property
+    def groups(self) -> Sequence[Hyperparameters]:
+        """The numbers that the step uses."""
+        return self._check.groups
 
     def _decide(self, check: GradientCheck) -> Effect:
         decision, allowed = self._step.decision, self._state.config.treatment.policy == "allow"

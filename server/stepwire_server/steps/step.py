@@ -21,7 +21,7 @@ class SteppedState(Protocol):
     Attributes:
         config: the session's config.
         arrays: the engine's arrays.
-        tensor_steps: Adam's t of each tensor.
+        tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
     """

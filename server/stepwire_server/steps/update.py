@@ -17,13 +17,13 @@ from stepwire.optimizers.norms import rounded_norm
 from stepwire_server.engines.protocol import PARAM, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import Decay, Recipe
+from stepwire_server.rules import Decay
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.schedules import factor
 from stepwire_server.steps.gradient import ChunkRange, StagedGradient
 from stepwire_server.steps.tensor_steps import CountedSegment
 
-__all__ = ["SegmentPass", "Update", "effective_groups", "gradient_factor", "passes", "recipe_for", "trusted"]
+__all__ = ["SegmentPass", "Update", "effective_groups", "gradient_factor", "passes", "trusted"]
 
 
 _START: Final = itemgetter(0)
@@ -50,7 +50,7 @@ def effective_groups(
         updates: the updates that each group has had.
 
     Raises:
-        InvalidRequestError: a scheduled learning rate is beyond float64.
+        InvalidRequestError: a scheduled learning rate is beyond float32, itself or as a step size.
     """
     if not config.scheduled:
         return request.groups
@@ -58,10 +58,11 @@ def effective_groups(
     for index, (hyper, schedule) in enumerate(zip(request.groups, config.schedules, strict=True)):
         if schedule is not None and not (request.own_lr and request.own_lr[index]):
             hyper = dataclasses.replace(hyper, lr=hyper.lr * factor(schedule, updates[index]))
-            if not math.isfinite(hyper.lr):
+            if not hyper.lr <= (largest := config.optimizer.largest_lr(hyper)):
                 raise InvalidRequestError(
-                    f"groups[{index}].schedule: the learning rate after {updates[index]} updates is {hyper.lr}; send a "
-                    "learning rate with the step, or create the session with a smaller one",
+                    f"groups[{index}].schedule: the learning rate after {updates[index]} updates is {hyper.lr:.6g}, "
+                    f"and float32 has step sizes up to {largest:.3g} alone; send a learning rate with the step, or "
+                    "create the session with a smaller one",
                     metadata={"field": f"groups[{index}].schedule"},
                 )
         effective.append(hyper)
@@ -73,11 +74,6 @@ def gradient_factor(hyper: Hyperparameters, unscale: float) -> float:
     return -unscale if hyper.maximize else unscale
 
 
-def recipe_for(config: SessionConfig, hyper: Hyperparameters) -> Recipe:
-    """Return the arithmetic of a group's update."""
-    return config.recipes[1 if hyper.weight_decay else 0]
-
-
 def passes(
     config: SessionConfig,
     groups: Sequence[Hyperparameters],
@@ -87,13 +83,15 @@ def passes(
 ) -> list[SegmentPass]:
     """Return the arithmetic of each segment; that of layerwise rules still lacks its trust ratio."""
     return [
-        SegmentPass(start, end, group, _pass(config, groups[group], t, unscale, clips[group]))
-        for start, end, group, t in segments
+        SegmentPass(
+            each.start, each.end, each.group, _pass(config, groups[each.group], each, unscale, clips[each.group])
+        )
+        for each in segments
     ]
 
 
-def _pass(config: SessionConfig, hyper: Hyperparameters, t: int, unscale: float, clip: float) -> Pass:
-    recipe, treatment = recipe_for(config, hyper), config.treatment
+def _pass(config: SessionConfig, hyper: Hyperparameters, segment: CountedSegment, unscale: float, clip: float) -> Pass:
+    recipe, treatment = config.recipe(hyper), config.treatment
     scalars = [gradient_factor(hyper, unscale), clip]
     if recipe.limits:
         scalars.append(treatment.clip_grad_value or 0.0)
@@ -101,7 +99,8 @@ def _pass(config: SessionConfig, hyper: Hyperparameters, t: int, unscale: float,
         scalars.append(recipe.decay.scalar(hyper))
     if recipe.averages:
         scalars.append(1.0 - (treatment.parameter_average_decay or 0.0))
-    return Pass(recipe, (*scalars, *recipe.rule.scalars(hyper, t)), seed=t)
+    kept = () if recipe.rule.tensor_scalar is None else (segment.scalar,)
+    return Pass(recipe, (*scalars, *recipe.rule.scalars(hyper, segment.t, *kept)), seed=segment.t)
 
 
 def trusted(
@@ -142,8 +141,8 @@ def _with_trust(asked: _Asked, hyper: Hyperparameters, arrays: EngineState) -> S
     )
     rule = segment.step.recipe.rule
     assert rule.trust is not None
-    trust = rule.trust(hyper, param_norm, direction_norm)
-    return segment._replace(step=segment.step._replace(scalars=(*segment.step.scalars, trust)))
+    scalars = (*segment.step.scalars[:-1], *rule.trust(hyper, param_norm, direction_norm))
+    return segment._replace(step=segment.step._replace(scalars=scalars))
 
 
 def _read(arrays: EngineState, start: int, count: int) -> HostArray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.optimizers import OVERRIDABLE, Adam, Hyperparameters
+from stepwire.optimizers import LARGEST_NUMBER, OVERRIDABLE, Adam, Hyperparameters
 
 EVERYTHING = Hyperparameters(**{name: False if name == "maximize" else 0.25 for name in OVERRIDABLE})
 ADAM = Adam().hyperparameters()
@@ -65,6 +65,15 @@ def test_a_value_out_of_range_is_refused_with_its_place_and_the_range(name: str,
     if value is not None:  # None says that the rule has no such number
         changed = dataclasses.replace(EVERYTHING, **{name: value})
         assert refusal(lambda: changed.check("optimizer")).metadata == {"field": f"optimizer.{name}"}
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "trust_coefficient", "eps_root"])
+def test_what_meets_elements_is_finite_in_float32(name: str) -> None:
+    assert LARGEST_NUMBER == np.finfo(np.float32).max
+    EVERYTHING.replace({name: LARGEST_NUMBER}).check()
+    for value in (math.nextafter(LARGEST_NUMBER, math.inf), 1e39, 1e300):
+        assert "in float32" in str(refusal(lambda value=value: EVERYTHING.replace({name: value})))
+    EVERYTHING.replace({"decay": 1e300}).check()  # of the host's arithmetic, which is float64
 
 
 @pytest.mark.parametrize("name", sorted(set(OVERRIDABLE) - {"maximize"}))

@@ -11,7 +11,18 @@ import pytest
 
 import stepwire.optimizers
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.optimizers import OPTIMIZERS, OVERRIDABLE, AdamW, Formula, Optimizer, RuleStructure
+from stepwire.optimizers import (
+    LAMB,
+    LARGEST_NUMBER,
+    OPTIMIZERS,
+    OVERRIDABLE,
+    SGD,
+    Adam,
+    AdamW,
+    Formula,
+    Optimizer,
+    RuleStructure,
+)
 
 KINDS = [*OPTIMIZERS.values(), AdamW]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -220,3 +231,28 @@ def test_every_rule_has_its_record() -> None:
 def test_public_names_are_there_and_sorted_as_ruff_has_them() -> None:
     assert all(hasattr(stepwire.optimizers, name) for name in stepwire.optimizers.__all__)
     assert len(set(stepwire.optimizers.__all__)) == len(stepwire.optimizers.__all__)
+
+
+# --- step sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "largest"),
+    [
+        (SGD(), LARGEST_NUMBER),
+        (Adam(betas=(0.0, 0.9)), LARGEST_NUMBER),
+        (Adam(betas=(0.75, 0.9)), LARGEST_NUMBER / 4),
+        (AdamW(betas=(0.5, 0.9), weight_decay=4.0), LARGEST_NUMBER / 8),
+        (LAMB(betas=(0.5, 0.9), weight_decay=0.5), LARGEST_NUMBER / 2),
+    ],
+)
+def test_a_learning_rate_is_refused_where_a_step_size_is_beyond_float32(optimizer: Optimizer, largest: float) -> None:
+    """The factor of the first update of Adam is lr / (1 − β1), and that of the decay lr·λ."""
+    base = optimizer.hyperparameters()
+    assert optimizer.largest_lr(base) == largest
+    assert optimizer.override(base, {"lr": largest}, "begin").lr == largest
+    if largest < LARGEST_NUMBER:
+        error = refusal(lambda: optimizer.override(base, {"lr": largest * 1.01}, "begin.hyperparameters[0]"))
+        assert error.metadata == {"field": "begin.hyperparameters[0].lr"}
+        assert f"up to lr = {largest:.3g} alone" in str(error)
+        refusal(lambda: dataclasses.replace(optimizer, lr=largest * 1.01))  # type: ignore[call-arg]

@@ -60,6 +60,34 @@ def test_state_moves_between_one_session_and_several(
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "change"),
+    [
+        (stepwire.SGD(lr=1e-2, momentum=0.9, dampening=0.5), {"momentum": 0.0, "dampening": 0.0}),
+        (stepwire.NAdam(), {"betas": (0.5, 0.9)}),
+    ],
+)
+def test_numbers_that_change_leave_the_bits_of_one_session(
+    servers: list[Server], opened: Opened, one: stepwire.Client, optimizer: Any, change: dict[str, Any]
+) -> None:
+    pair = Pair(one, over(servers, opened, 3), SHAPES, optimizer=optimizer, missing_gradient="keep")
+    for step, numbers in enumerate((change, {}, change, {}), start=1):
+        gradient = arrays(SHAPES, step)
+        if step == 2:
+            del gradient["b"]
+        pair.step(gradient, **({"hyperparameters": numbers} if numbers else {}))
+        pair.compare()
+    other = Pair(one, over(servers, opened, 2), SHAPES, optimizer=optimizer, missing_gradient="keep")
+    other.whole.load_state(pair.cut.state())
+    other.cut.load_state(pair.whole.state())
+    for each in (pair, other):
+        each.step(arrays(SHAPES, 5))
+        each.compare()
+    assert same_bits(other.cut.state(), pair.whole.state())
+    pair.close()
+    other.close()
+
+
 def test_a_creation_is_repeated_by_its_id(servers: list[Server], opened: Opened) -> None:
     many = over(servers, opened, 3)
     first = many.create_session(arrays(SHAPES, 0), request_id="again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import types
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stepwire.optimizers import LARGEST_NUMBER
 from stepwire_server.engines import PARAM, CpuEngine, Engine
 from stepwire_server.engines.protocol import Pass
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe
@@ -72,8 +74,10 @@ NUMBERS = {
     "inverse1": 3.69,
     "decay": 0.1,
     "trust": 0.37,
-    "rectified": 1.0,
-    "unrectified": 0.0,
+    "least": 0.0,
+    "most": math.inf,
+    "zero": 0.0,
+    "largest": LARGEST_NUMBER,
     "factor": -0.3,
     "clip": 0.7,
     "limit": 0.05,
@@ -81,12 +85,17 @@ NUMBERS = {
 }
 
 
+FORGETFUL = dict.fromkeys(("beta1", "beta2", "alpha"), 0.0) | dict.fromkeys(("rate", "rate1", "rate2"), 1.0)
+"""Numbers of recipes that keep nothing of the past."""
+
+
 @pytest.fixture(scope="session")
 def pass_of() -> Callable[..., Pass]:
     """Make a pass with plausible numbers; some may be given."""
 
     def make(recipe: Recipe, seed: int = 7, **numbers: float) -> Pass:
-        known = NUMBERS | {"decay_scalar": 0.1 if recipe.decay is Decay.GRADIENT else 0.99} | numbers
+        kept = recipe.decay in (Decay.BEFORE, Decay.AFTER)
+        known = NUMBERS | (FORGETFUL if recipe.forgotten else {}) | {"decay_scalar": 0.99 if kept else 0.1} | numbers
         return Pass(recipe, tuple(known[name] for name in recipe.scalars), seed)
 
     return make

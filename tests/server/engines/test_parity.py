@@ -14,6 +14,7 @@ import pytest
 
 from stepwire_server.engines import CpuEngine
 from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
+from stepwire_server.rules.adaptive import RMSPROP_RULES
 from tests.support import telemetry_cases
 
 GRADIENTS = ["float32", "bfloat16", "float16"]
@@ -23,18 +24,24 @@ RULES = list({rule.update: rule for rule in ALL_RULES}.values())
 PLAIN = [(Recipe(rule), "float32", "float32") for rule in RULES]
 PAIRS = list(itertools.product(GRADIENTS, REPLIES))
 FLAGS = list(itertools.product([True, False], repeat=4))
-PLACES = [Decay.GRADIENT, Decay.BEFORE, Decay.AFTER]
+PLACES = [decay for decay in Decay if decay is not Decay.NONE]
 MIXED = [
     (
         Recipe(
             rule,
-            Decay.NONE if rule.direction else PLACES[index % 3],
+            Decay.NONE if rule.direction else PLACES[index % 5],
             *FLAGS[index * 3 % 16],
             Precision.BFLOAT16 if index % 5 in (0, 1, 3) else Precision.FLOAT32,
         ),
         *PAIRS[index % 12],
     )
     for index, rule in enumerate(RULES)
+]
+
+
+FORGETFUL = [
+    (Recipe(rule, Decay.WITHIN, forgotten=tuple(slot for slot, _ in rule.means)), "float32", "float32")
+    for rule in (RULES[0], RMSPROP_RULES[True, True])
 ]
 
 
@@ -60,12 +67,12 @@ def test_the_cases_use_every_option_and_every_pair_of_codecs() -> None:
     assert {recipe.sums for recipe in recipes} == {(), ("update", "param"), ("update", "param", "gradient")}
 
 
-@pytest.mark.parametrize(("recipe", "gradient", "reply"), PLAIN + MIXED, ids=kernel_id)
+@pytest.mark.parametrize(("recipe", "gradient", "reply"), PLAIN + MIXED + FORGETFUL, ids=kernel_id)
 def test_numba_is_numpy_bit_for_bit(recipe, gradient, reply, wire, numba_engine, check_same) -> None:
     check_same(numba_engine, recipe, wire[gradient], wire.get(reply))
 
 
-@pytest.mark.parametrize(("recipe", "gradient", "reply"), PLAIN + MIXED, ids=kernel_id)
+@pytest.mark.parametrize(("recipe", "gradient", "reply"), PLAIN + MIXED + FORGETFUL, ids=kernel_id)
 def test_numpy_is_the_recipe_up_to_rounding(
     recipe, gradient, reply, wire, numpy_engine, run_step, make_arrays, pass_of, assert_same_bits
 ) -> None:

@@ -63,6 +63,7 @@ OPENINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "the last t there is": ({"tensor_steps": [LAST, 0, 0]}, "open.tensor_steps", str(LAST)),
     "too few ts": ({"tensor_steps": [1, 1]}, "open.tensor_steps", "2 entries; it must be 0 or 3"),
     "too many ts": ({"tensor_steps": [1] * 4}, "open.tensor_steps", "4 entries; it must be 0 or 3"),
+    "scalars of a rule without": ({"tensor_scalars": [1.0] * 3}, "open.tensor_scalars", "adam_torch keeps no scalar"),
     "an unknown slot": ({"slots": ["param", "momentum"]}, "open.slots", "'momentum' is unknown"),
     "a slot twice": ({"slots": ["param", "param"]}, "open.slots", "'param' is named twice"),
     "a path": ({"slots": ["../param"]}, "open.slots", "'../param' is unknown"),

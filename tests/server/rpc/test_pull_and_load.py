@@ -142,3 +142,17 @@ def test_a_load_of_an_empty_session_has_no_chunks(wire: Any, make_config: Any, m
     assert (answer.session.ready, answer.session.applied_load) == (True, 1)
     header, values = wire.pull(live.id, "param")
     assert (header.load, values) == (1, {"param": b""})
+
+
+def test_the_scalars_of_tensors_are_pulled_and_loaded(wire: Any, make_config: Any, make_live: Any) -> None:
+    numbers = optimizer_pb2.Hyperparameters(momentum=0.5, dampening=0.25)
+    optimizer = optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_SGD, hyperparameters=numbers)
+    live = make_live(wire, wire.create(make_config((3,), (2,), optimizer=optimizer)))
+    scalars = [list(wire.pull(live.id, "param")[0].tensor_scalars)]
+    live.step(1)
+    scalars.append(list(wire.pull(live.id, "param")[0].tensor_scalars))
+    for load, fields in enumerate(({"tensor_scalars": [0.0, 1.0]}, {"tensor_steps": [0, 7]}, {}), start=1):
+        live.load(live.load_opening(load, **fields), live.load_chunk(commit=True))
+        scalars.append(list(wire.pull(live.id, "param")[0].tensor_scalars))
+    assert scalars == [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    wire.unary("DeleteSession", pb.DeleteSessionRequest(session_id=live.id))

@@ -24,7 +24,7 @@ def recipe_of(optimizer: Optimizer) -> Recipe:
     """Return the arithmetic of the optimizer's steps."""
     hyper = optimizer.hyperparameters()
     rule, decay = rule_for(optimizer, has_momentum([hyper]))
-    return Recipe(rule, decay if hyper.weight_decay else Decay.NONE)
+    return Recipe(rule, decay if hyper.weight_decay else Decay.NONE, forgotten=rule.forgotten(hyper))
 
 
 def run(optimizer: Optimizer, start: np.ndarray, gradients: Sequence[np.ndarray]) -> list[Arrays]:
@@ -44,7 +44,7 @@ def run(optimizer: Optimizer, start: np.ndarray, gradients: Sequence[np.ndarray]
         if recipe.rule.trust is not None:
             direction = recipe.evaluate(recipe.direction_stages, values)["u"]
             norms = (math.hypot(*values["p"].tolist()), math.hypot(*direction.tolist()))
-            values["trust"] = number(recipe.rule.trust(hyper, *norms))
+            values |= zip(recipe.rule_scalars[-2:], map(number, recipe.rule.trust(hyper, *norms)), strict=True)
         values = recipe.evaluate(recipe.stages, values)
         states.append({slot: np.asarray(values[variable]) for slot, variable in names.items()})
     return states

@@ -137,6 +137,20 @@ def test_betas_of_zero_follow_the_sign(run) -> None:
     assert [state["param"].tolist() for state in states] == [[-0.5, 0.5], [-1.0, 1.0], [-1.5, 1.5]]
 
 
+def test_a_beta1_of_zero_is_the_gradient_whatever_came_before(run) -> None:
+    """M + (g − m) would be 0 here: float32 has no 1e8 − 1e-3."""
+    grads = np.float32([[1e8], [1e-3]])
+    last = run(Adam(lr=1.0, betas=(0.0, 0.0)), np.zeros(1, np.float32), grads)[-1]
+    assert last["exp_avg"][0] == np.float32(1e-3)
+    assert last["param"][0] == pytest.approx(-2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("g", [1e-9, 1e-8, 1e-7, 1e-25])
+def test_with_betas_of_zero_eps_still_bounds_the_ratio(g, run) -> None:
+    (state,) = run(Adam(lr=1.0, betas=(0.0, 0.0)), np.zeros(1, np.float32), [np.float32([g])])
+    assert state["param"][0] == pytest.approx(-g / (g + 1e-8), rel=1e-5)
+
+
 def test_a_rate_of_zero_moves_the_moments_alone(run) -> None:
     (state,) = run(AdamW(lr=0.0), np.ones(2), [np.array([3.0, -2.0])])
     assert state["param"].tolist() == [1.0, 1.0]
@@ -152,5 +166,6 @@ def test_infinite_parameters_survive_unless_decay_is_in_the_gradient(optimizer, 
 def test_decay_of_each_formula_acts_where_it_says() -> None:
     assert rule_for(Adam(), False)[1] is Decay.GRADIENT
     assert rule_for(AdamW(), False)[1] is Decay.BEFORE
-    assert rule_for(AdamW(formula="optax"), False)[1] is Decay.BEFORE
+    assert rule_for(AdamW(formula="keras"), False)[1] is Decay.APART
+    assert rule_for(AdamW(formula="optax"), False)[1] is Decay.WITHIN
     assert rule_for(AdamW(formula="decay_after"), False)[1] is Decay.AFTER

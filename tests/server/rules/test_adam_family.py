@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from stepwire.optimizers import Adamax, NAdam, RAdam
-from stepwire_server.rules import adam_family
 from stepwire_server.rules.adam_family import ADAMAX, NADAM, RADAM
 
 Arrays = dict[str, np.ndarray]
@@ -131,21 +130,36 @@ def test_nadams_product_is_right_in_any_order(beta1, decay) -> None:
             assert NADAM.scalars(hyper, t)[3:5] == pytest.approx(sizes, rel=1e-11)
 
 
-@pytest.mark.parametrize("decay", [0.1, 0.5, 3.0])
-def test_nadams_product_has_the_same_bits_whatever_was_computed_before(decay) -> None:
-    """Another process, or the same one after a restart, computes the same steps."""
-    hyper = NAdam(lr=1.0, betas=(0.99, 0.9), momentum_decay=decay).hyperparameters()
-    steps = [t + int(41.6 / 0.0408 / decay) for t in range(-5, 60)]
+PRODUCT = NADAM.tensor_scalar
+assert PRODUCT is not None
 
-    def alone(t):
-        adam_family._last_product.clear()
-        adam_family._momentum_product.cache_clear()
-        return NADAM.scalars(hyper, t)
 
-    fresh = [alone(t) for t in steps]
-    adam_family._last_product.clear()
-    adam_family._momentum_product.cache_clear()
-    assert [NADAM.scalars(hyper, t) for t in range(1, steps[-1] + 1)][steps[0] - 1 :] == fresh
+@pytest.mark.parametrize("decay", [4e-3, 0.1, 0.5, 3.0])
+def test_nadams_product_runs_as_torchs_does_where_numbers_change(decay) -> None:
+    """Each momentum is of its own update's numbers; derived from the last numbers alone the product is another."""
+    product = wanted = 1.0
+    for t in range(1, 200):
+        beta1 = (0.9, 0.5, 0.99)[t % 3]
+        hyper = NAdam(betas=(beta1, 0.9), momentum_decay=decay).hyperparameters()
+        mu, following = (beta1 * (1 - 0.5 * 0.96 ** (step * decay)) for step in (t, t + 1))
+        sizes = NADAM.scalars(hyper, t, product)[3:5]
+        wanted *= mu
+        expected = hyper.lr * (1 - mu) / (1 - wanted), hyper.lr * following / (1 - wanted * following)
+        assert sizes == pytest.approx(expected, rel=1e-12)
+        product = PRODUCT.following(hyper, t, product)
+        assert product == pytest.approx(wanted, rel=1e-12)
+        assert t != 5 or PRODUCT.derived(hyper, t) != pytest.approx(product, rel=0.5)
+
+
+@pytest.mark.parametrize("decay", [4e-3, 0.1, 0.5, 3.0])
+@pytest.mark.parametrize("beta1", [0.5, 0.9999])
+def test_the_derived_product_is_the_running_one_of_the_same_numbers(decay, beta1) -> None:
+    hyper, product = NAdam(betas=(beta1, 0.9), momentum_decay=decay).hyperparameters(), 1.0
+    for t in range(1, 3000):
+        product = PRODUCT.following(hyper, t, product)
+        if t in (1, 2, 50, 1000, 2999):
+            assert 1.0 - PRODUCT.derived(hyper, t) == pytest.approx(1.0 - product, rel=1e-11)
+    assert PRODUCT.derived(hyper, 0) == 1.0
 
 
 def test_nadams_product_of_many_settings() -> None:
@@ -169,4 +183,6 @@ def test_a_session_may_start_at_any_step(beta1, decay) -> None:
 def test_scalars_are_finite_at_far_steps(rule) -> None:
     hyper = {"nadam": NAdam(), "radam": RAdam(), "adamax": Adamax()}[rule.name].hyperparameters()
     for t in (1, 10**6, 10**9, 2**53):
-        assert all(map(math.isfinite, rule.scalars(hyper, t)))
+        *scalars, last = rule.scalars(hyper, t)
+        assert all(map(math.isfinite, scalars))
+        assert math.isfinite(last) or rule is RADAM, "the bound of a divisor without bound"

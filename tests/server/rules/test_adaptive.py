@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stepwire.optimizers import Adadelta, Adagrad, RMSprop
+from stepwire.optimizers import LARGEST_NUMBER, Adadelta, Adagrad, RMSprop
 from stepwire_server.rules.adaptive import ADAGRAD, deviation
 
 Arrays = dict[str, np.ndarray]
@@ -98,12 +98,14 @@ def test_first_step_of_adadelta_by_hand(run) -> None:
 
 
 def test_variance_is_never_negative_and_nan_stays() -> None:
-    one = np.float32(1.0)
-    assert deviation(one, np.nextafter(one, np.float32(2.0))) == 0.0
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(deviation(np.float32(np.nan), one))
-        assert np.isnan(deviation(one, np.float32(np.nan)))
-        assert np.isnan(deviation(np.float32(np.inf), one)), "torch's root of infinity less one is infinite"
+    one, bounds = np.float32(1.0), np.float32([0.0, LARGEST_NUMBER])
+    assert deviation(one, np.nextafter(one, np.float32(2.0)), *bounds) == 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        assert np.isnan(deviation(np.float32(np.nan), one, *bounds))
+        assert np.isnan(deviation(one, np.float32(np.nan), *bounds))
+        assert deviation(np.float32(np.inf), one, *bounds) == np.inf
+        assert deviation(np.float32(np.inf), np.float32(1e30), *bounds) == np.inf, "a² overflows as well"
+        assert deviation(one, np.float32(1e30), *bounds) == 0.0
 
 
 def test_a_constant_gradient_does_not_break_centered_rmsprop(run) -> None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stepwire.optimizers import LAMB, LARS
+from stepwire.optimizers import LAMB, LARGEST_NUMBER, LARS
 from stepwire_server.rules.layerwise import LAMB as LAMB_RULE
 from stepwire_server.rules.layerwise import LARS as LARS_RULE
 from stepwire_server.rules.layerwise import LARS_NESTEROV
@@ -78,20 +78,31 @@ def test_first_steps_of_lars_by_hand(run) -> None:
 @pytest.mark.parametrize(("rule", "optimizer"), RULES)
 def test_trust_is_one_where_a_norm_is_zero(rule, optimizer) -> None:
     hyper = optimizer.hyperparameters()
-    assert rule.trust(hyper, 0.0, 5.0) == rule.trust(hyper, 5.0, 0.0) == rule.trust(hyper, 0.0, 0.0) == 1.0
-    assert rule.trust(hyper, 1e-300, 1e-300) == hyper.trust_coefficient
+    one = (hyper.lr, 1.0)
+    assert rule.trust(hyper, 0.0, 5.0) == rule.trust(hyper, 5.0, 0.0) == rule.trust(hyper, 0.0, 0.0) == one
+    assert rule.trust(hyper, 1e-300, 1e-300) == (hyper.lr, hyper.trust_coefficient)
 
 
 @pytest.mark.parametrize(("rule", "optimizer"), RULES)
 def test_trust_is_the_ratio_of_norms(rule, optimizer) -> None:
     hyper = optimizer.hyperparameters().replace({"trust_coefficient": 0.5, "eps": 2.0})
     added = 2.0 if rule is not LAMB_RULE else 0.0
-    assert rule.trust(hyper, 3.0, 4.0) == pytest.approx(0.5 * 3.0 / (4.0 + added), rel=1e-15)
+    assert rule.trust(hyper, 3.0, 4.0) == pytest.approx((hyper.lr, 0.5 * 3.0 / (4.0 + added)), rel=1e-15)
+
+
+@pytest.mark.parametrize(("rule", "optimizer"), RULES)
+@pytest.mark.parametrize(("param_norm", "direction_norm"), [(1e3, 1e-44), (3e38, 1.4e-45), (1.0, 1e-38)])
+def test_lr_carries_what_a_ratio_is_beyond_float32(rule, optimizer, param_norm, direction_norm) -> None:
+    hyper = optimizer.hyperparameters().replace({"trust_coefficient": 1e3, "eps": 0.0, "lr": 0.25})
+    lr, trust = rule.trust(hyper, param_norm, direction_norm)
+    assert 0.0 < max(lr, trust) <= LARGEST_NUMBER
+    wanted = 0.25 * 1e3 * param_norm / direction_norm
+    assert lr * trust == pytest.approx(min(wanted, LARGEST_NUMBER**2), rel=1e-12)
 
 
 def test_eps_of_lars_does_not_save_a_zero_direction() -> None:
     """optax: where either norm is zero the ratio is one, whatever eps is."""
-    assert LARS_RULE.trust(LARS(eps=0.5).hyperparameters(), 1.0, 0.0) == 1.0
+    assert LARS_RULE.trust(LARS(eps=0.5).hyperparameters(), 1.0, 0.0) == (1.0, 1.0)
 
 
 def test_zero_parameters_are_moved(run) -> None:

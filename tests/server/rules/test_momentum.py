@@ -66,10 +66,15 @@ def test_two_steps_of_sgd_by_hand(run) -> None:
     assert [state["param"][0] for state in ahead] == [1 - 0.5 * 6, -2 - 0.5 * (2 + 0.5 * 4)]
 
 
-def test_only_the_first_step_is_not_dampened() -> None:
-    hyper = SGD(momentum=0.5, dampening=0.25).hyperparameters()
+def test_only_the_first_use_of_a_buffer_is_not_dampened() -> None:
+    hyper, still = (SGD(**numbers).hyperparameters() for numbers in ({"momentum": 0.5, "dampening": 0.25}, {}))
     assert [SGD_MOMENTUM.scalars(hyper, t)[1] for t in (1, 2, 1000)] == [1.0, 0.75, 0.75]
+    assert [SGD_MOMENTUM.scalars(hyper, 7, begun)[1] for begun in (0.0, 1.0)] == [1.0, 0.75]
     assert PLAIN.slots == ()
+    begun = SGD_MOMENTUM.tensor_scalar
+    assert begun is not None and PLAIN.tensor_scalar is None
+    assert [begun.derived(numbers, t) for numbers in (hyper, still) for t in (0, 9)] == [0.0, 1.0, 0.0, 0.0]
+    assert begun.following(hyper, 7, 0.0) == begun.following(hyper, 8, 1.0) == 1.0
 
 
 def test_first_step_of_lion_by_hand(run) -> None:

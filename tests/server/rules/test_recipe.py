@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines.compiled.rule_source import functions_of_stages
-from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe
+from stepwire_server.rules import ACCUMULATED, ALL_RULES, AVERAGE, Decay, Precision, Recipe, Rule
+from stepwire_server.rules.adam import ADAM_RULES
 from stepwire_server.rules.momentum import SGD, SGD_MOMENTUM
 
 FLAGS = ("accumulates", "limits", "averages", "measures")
@@ -20,6 +21,11 @@ RECIPES = [
     for rule, decay, flags, precision in itertools.product(
         ALL_RULES, Decay, list(itertools.product([False, True], repeat=4)), Precision
     )
+]
+RECIPES += [
+    Recipe(rule, decay, forgotten=forgotten)
+    for rule, decay in itertools.product(ALL_RULES, Decay)
+    for forgotten in {(slot,) for slot, _ in rule.means} | {tuple(slot for slot, _ in rule.means)} - {()}
 ]
 LAYERWISE = [recipe for recipe in RECIPES if recipe.rule.direction is not None]
 
@@ -57,7 +63,7 @@ def test_variables_of_a_pass_are_all_there_are() -> None:
     for recipe in RECIPES:
         slots, scalars = list(recipe.slots.values()), recipe.scalars
         assert len({"p", "g", *slots, *scalars}) == 2 + len(slots) + len(scalars), "no name stands for two things"
-        assert variables(recipe) - {"u"} == {"p", "g", *slots, *scalars}
+        assert variables(recipe) - {"u"} == {"p", "g", *slots, *scalars, *recipe.temporaries}
 
 
 def test_every_stage_calls_its_function_rightly() -> None:
@@ -65,9 +71,11 @@ def test_every_stage_calls_its_function_rightly() -> None:
         for stage in recipe.stages:
             assert len(inspect.signature(stage.function).parameters) == len(stage.arguments)
         update = next(stage for stage in recipe.stages if stage.function is recipe.rule.update)
-        assert update.arguments[:2] == ("p", "g") and update.results[0] == "p"
-        assert update.arguments[2:] == (*update.results[1:], *recipe.rule_scalars)
-        assert update.arguments == tuple(inspect.signature(recipe.rule.update).parameters)
+        names = tuple(inspect.signature(recipe.rule.update).parameters)
+        others = {"p": "way"} if recipe.decay is Decay.WITHIN else {}
+        assert update.results == (others.get("p", "p"), *names[2 : 2 + len(recipe.rule.slots)])
+        others |= {recipe.slots[slot]: "g" for slot in recipe.forgotten}
+        assert update.arguments == tuple(others.get(name, name) for name in names)
 
 
 def test_slots_are_the_rules_then_the_sum_then_the_average() -> None:
@@ -101,6 +109,43 @@ def test_stages_come_in_the_order_of_a_step() -> None:
     assert [stage.function.__name__ for stage in before.stages] == ["scaled", "scaled", "scaled", "sgd"]
     assert [stage.function.__name__ for stage in after.stages] == ["scaled", "scaled", "sgd", "scaled", "averaged"]
     assert before.stages[2].results == after.stages[3].results == ("p",)
+    apart, within = Recipe(SGD, Decay.APART), Recipe(SGD, Decay.WITHIN, averages=True)
+    assert [stage.function.__name__ for stage in apart.stages] == ["scaled", "scaled", "lessened", "sgd"]
+    names = ["scaled", "scaled", "drawn", "sgd", "moved", "averaged"]
+    assert [stage.function.__name__ for stage in within.stages] == names
+
+
+def test_decay_within_the_update_is_added_to_it_first() -> None:
+    """P = 2^24 is even, so either part alone, 1, would be lost; together they are 2."""
+    recipe = Recipe(SGD, Decay.WITHIN)
+    scalars = dict(zip(recipe.scalars, map(np.float32, (1.0, 1.0, 2.0**-24, 1.0)), strict=True))
+    values = {"p": np.float32(2.0**24), "g": np.float32(1.0)}
+    assert recipe.evaluate(recipe.stages, values | scalars)["p"] == 2.0**24 - 2.0
+    values = {"p": np.float32(-(2.0**24)), "g": np.float32(-1.0)}
+    assert recipe.evaluate(recipe.stages, values | scalars)["p"] == 2.0 - 2.0**24
+
+
+@pytest.mark.parametrize("rule", [rule for rule in ALL_RULES if rule.direction is None], ids=lambda rule: rule.name)
+def test_a_rule_only_ever_subtracts_from_its_parameter(rule: Rule) -> None:
+    """That is why it can step what is no parameter: see `Recipe.stages`. Layerwise rules have a decay of their own."""
+    count = len(inspect.signature(rule.update).parameters)
+    others = np.random.default_rng(4).uniform(0.25, 1.0, count - 1).astype(np.float32)
+    apart = rule.update(np.float32(0.0), *others)
+    for p in np.float32([1.0, -3.0, 1e-3, 2.0**24]):
+        together = rule.update(p, *others)
+        assert together[0] == p + apart[0]
+        assert together[1:] == apart[1:]
+
+
+def test_a_forgotten_mean_is_the_gradient_in_every_bit() -> None:
+    recipe = Recipe(ADAM_RULES[0], forgotten=("exp_avg",))
+    g, m = np.float32([1e-9, -3.0, 0.0, 3e38]), np.float32([1.0, 1e8, 7.0, -3e38])
+    scalars = dict.fromkeys(recipe.scalars, np.float32(1.0)) | {"beta2": np.float32(0.5)}
+    values = {"p": np.zeros(4, np.float32), "g": g, "m": m, "v": np.ones(4, np.float32)}
+    with np.errstate(all="ignore"):
+        assert recipe.evaluate(recipe.stages, values | scalars)["m"].tolist() == g.tolist()
+        usual = Recipe(ADAM_RULES[0])
+        assert usual.evaluate(usual.stages, values | scalars)["m"].tolist() != g.tolist()
 
 
 def test_a_step_by_hand() -> None:
@@ -129,6 +174,7 @@ def test_the_direction_is_of_the_gradient_that_the_update_gets() -> None:
         assert tuple(treatment) == recipe.treatment
         assert direction.function is recipe.rule.direction and direction.results == ("u",)
         assert direction.arguments == tuple(inspect.signature(recipe.rule.direction).parameters)
+        assert not recipe.rule.means
         assert "trust" not in direction.arguments
 
 
@@ -154,6 +200,7 @@ def test_keys_tell_everything_that_changes_the_arithmetic() -> None:
     others = [dataclasses.replace(base, **{flag: True}) for flag in FLAGS]
     others += [dataclasses.replace(base, precision=Precision.BFLOAT16), dataclasses.replace(base, rule=SGD)]
     others += [dataclasses.replace(base, decay=decay) for decay in Decay if decay is not Decay.NONE]
+    others += [dataclasses.replace(base, forgotten=("momentum_buffer",))]
     assert len({recipe.key for recipe in (base, *others)}) == 1 + len(others)
     assert dataclasses.replace(base).key == base.key
 

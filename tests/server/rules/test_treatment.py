@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwire_server.rules import treatment
-from stepwire_server.rules.treatment import added, averaged, decayed, limited, scaled
+from stepwire_server.rules.treatment import added, averaged, decayed, drawn, lessened, limited, moved, scaled
 
 FLOATS = st.floats(width=32)
 ODD = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 3.4e38, 1.5], np.float32)
@@ -52,7 +52,7 @@ def test_limited_keeps_what_is_within(limit) -> None:
 def test_nan_passes_through_any_argument_but_numbers(name) -> None:
     function = getattr(treatment, name)
     names = list(inspect.signature(function).parameters)
-    arrays = [place for place, name in enumerate(names) if name in ("x", "g", "accumulated", "p", "e")]
+    arrays = [place for place, name in enumerate(names) if name in ("x", "g", "accumulated", "p", "e", "way")]
     assert arrays
     for place in arrays:
         values = [np.float32(0.5)] * len(names)
@@ -63,6 +63,18 @@ def test_nan_passes_through_any_argument_but_numbers(name) -> None:
 def test_decay_is_added_to_the_gradient() -> None:
     assert decayed(2.0, -8.0, 0.25) == 0.0
     assert np.isnan(decayed(np.float32(1.0), np.float32(np.nan), np.float32(0.0)))
+
+
+@pytest.mark.parametrize(
+    ("lost", "factor", "apart"), [(1e-9, 0, 0), (3e-8, 2, 0), (7e-8, 2, 2), (1e-5, 252, 252), (0.25, 6 << 20, 6 << 20)]
+)
+def test_forms_of_decoupled_decay_differ_where_little_is_lost(lost, factor, apart) -> None:
+    """In units of 2⁻²⁴, half of what 1.5 can change by: a factor is rounded itself, and a difference once."""
+    lost, p, unit = np.float32(lost), np.float32(1.5), 2.0**-24
+    assert (p - scaled(p, np.float32(1.0 - float(lost)))) / unit == factor
+    assert (p - lessened(p, lost)) / unit == apart
+    assert moved(p, drawn(p, lost)) == lessened(p, lost)
+    assert drawn(p, lost) == -lost * p
 
 
 def test_an_average_moves_by_its_rate() -> None:

@@ -235,7 +235,7 @@ def test_an_update_counts_and_a_skipped_one_lowers_the_scale(
     state = SessionState(config, device)
     assert state.unscale(request(loss_scale=2.0)) == 1 / 8.0
     gradient = state.stage_gradient(request(), 1.0)
-    state.advance(gradient, effect)
+    state.advance(gradient, effect, config.groups)
     assert state.snapshot(1, 0) == Snapshot(1, 0, steps, scale)
 
 

@@ -81,7 +81,7 @@ class Bench:
             commit = Commit(staged, self)
             commit.apply(writer)
             if commit.effect is Effect.UPDATED:
-                self.tensor_steps.advance(staged.gradient.selection)
+                self.tensor_steps.advance(staged.gradient.selection, commit.groups)
         assert [start for start, _ in writer.chunks] == [0, *(end for _, end in writer.chunks[:-1])]
         self.effect, self.reply = commit.effect, writer.values
         return commit.result(Moment(step, 4, TIMES))

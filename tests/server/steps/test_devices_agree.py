@@ -34,9 +34,9 @@ from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScalin
 from stepwire_server.engines import PARAM, CpuEngine, Engine
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Precision
+from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision
 from stepwire_server.sessions.session import Session
-from tests.server.configs import make_config
+from tests.server.configs import make_config, recipes_of
 from tests.server.pretended_gpus import (
     PretendedGpu,
     compiled_kernels,
@@ -82,6 +82,8 @@ TENSORS = (
     TensorSpec("others", (50, 86), 1),
     TensorSpec("scalar", (), 1),
 )
+IDLE: list[dict[str, Any]] = [{"momentum": 0.0, "betas": (0.0, 0.99)}, {"momentum": 0.0, "alpha": 0.0}]
+"""Numbers of 0 have a recipe of their own."""
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 ORDERS: list[Any] = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(6))]
@@ -107,7 +109,10 @@ def make_program(seed: int) -> Program:
     """Choose by the number what is to be met by all, and the rest by chance."""
     random = np.random.default_rng(seed)
     optimizer = OPTIMIZERS[seed % len(OPTIMIZERS)]
-    decays = [optimizer, dataclasses.replace(optimizer, weight_decay=0.1)]
+    idle = {name: value for name, value in IDLE[seed % 2].items() if hasattr(optimizer, name)}
+    if optimizer.structure().nesterov and optimizer.rule == "sgd":
+        idle = {}
+    decays = [optimizer, dataclasses.replace(optimizer, weight_decay=0.1, **idle)]
     scaling = LossScaling(initial_scale=8.0, growth_interval=2) if seed % 4 == 0 else None
     treatment = GradientTreatment(
         non_finite=None if scaling else ("reject", "skip", "allow")[seed % 3],
@@ -151,7 +156,7 @@ def library(directory: pathlib.Path) -> Any:
         [
             kernel
             for program in PROGRAMS
-            for recipe, (gradient, reply) in itertools.product(program.config.recipes, program.pairs)
+            for recipe, (gradient, reply) in itertools.product(recipes_of(program.config), program.pairs)
             for kernel in kernels_of(recipe, gradient, reply)
         ],
         directory,
@@ -335,9 +340,13 @@ def test_the_programs_use_every_optimizer_and_option() -> None:
     assert {config.rule.update.__module__ for config in configs} == {rule.update.__module__ for rule in ALL_RULES}
     assert {config.precision for config in configs} == set(Precision)
     for precision in Precision:
-        chosen = [config.recipes[0] for config in configs if config.precision is precision]
+        chosen = [recipes_of(config)[0] for config in configs if config.precision is precision]
         for flag in ("accumulates", "limits", "averages", "measures"):
             assert {getattr(recipe, flag) for recipe in chosen} == {False, True}, (precision, flag)
+    used = [recipe for config in configs for recipe in recipes_of(config)]
+    assert {slot for recipe in used for slot in recipe.forgotten} >= {"exp_avg", "square_avg", "grad_avg"}
+    assert {recipe.decay for recipe in used} == set(Decay)
+    assert any(len({recipe.rule.slots for recipe in recipes_of(config)}) > 1 for config in configs), "without momentum"
     assert {config.treatment.policy for config in configs} == {"reject", "skip", "allow"}
     assert {config.treatment.clip_formula for config in configs} == {None, "torch", "optax", "keras"}
     assert any(any(config.group_clips) for config in configs)

@@ -28,7 +28,6 @@ from stepwire_server.steps.update import (
     effective_groups,
     gradient_factor,
     passes,
-    recipe_for,
     trusted,
 )
 from tests.server.configs import make_config
@@ -63,13 +62,25 @@ def test_without_schedules_the_requests_numbers_are_used_as_they_are() -> None:
     assert effective_groups(make_config(SPEC, groups=TWO), wanted, (3, 3)) is wanted.groups
 
 
-def test_a_scheduled_learning_rate_beyond_float64_is_refused_by_its_group() -> None:
-    groups = (TWO[0], TWO[1].replace({"lr": 1e300}))
+@pytest.mark.parametrize(("updates", "shown"), [(9, "1e\\+39"), (10, "1e\\+40"), (400, "inf|1.7.*e\\+308")])
+def test_a_scheduled_learning_rate_beyond_float32_is_refused_by_its_group(updates: int, shown: str) -> None:
+    groups = (TWO[0], TWO[1].replace({"lr": 1e30}))
     config = make_config(SPEC, groups=groups, schedules=(None, Schedule.exponential(10.0)))
     assert effective_groups(config, request(groups), (0, 0)) == groups
-    with pytest.raises(InvalidRequestError, match="after 9 updates is inf") as refused:
-        effective_groups(config, request(groups), (0, 9))
+    assert effective_groups(config, request(groups), (0, 7))[1].lr == pytest.approx(1e37)
+    with pytest.raises(InvalidRequestError, match=f"after {updates} updates is ({shown}), .* up to 3.4e") as refused:
+        effective_groups(config, request(groups), (0, updates))
     assert refused.value.metadata == {"field": "groups[1].schedule"}
+
+
+def test_a_scheduled_learning_rate_is_refused_where_its_step_size_is_beyond_float32() -> None:
+    """The factor of Adam's first update is lr / (1 − β1)."""
+    groups = (TWO[0], TWO[1].replace({"lr": 1e30}))
+    config = make_config(SPEC, groups=groups, schedules=(None, Schedule.exponential(10.0)))
+    with pytest.raises(
+        InvalidRequestError, match=r"after 8 updates is 1e\+38, and float32 has step sizes up to 3.4e\+37"
+    ):
+        effective_groups(config, request(groups), (0, 8))
 
 
 # --- recipes and scalars --------------------------------------------------------------------------------------
@@ -82,13 +93,13 @@ def test_the_sign_of_maximize_is_part_of_the_factor() -> None:
 
 def test_a_plain_session_has_a_plain_recipe() -> None:
     config = make_config(SPEC, measures=False)
-    assert recipe_for(config, config.groups[0]) == Recipe(config.rule)
+    assert config.recipe(config.groups[0]) == Recipe(config.rule)
 
 
 def test_a_recipe_does_what_the_session_asks_for() -> None:
     treatment = GradientTreatment(accumulation_steps=2, clip_grad_value=0.5, parameter_average_decay=0.75)
     config = make_config(SPEC, optimizer=AdamW(), treatment=treatment, precision=Precision.BFLOAT16)
-    assert recipe_for(config, config.groups[0]) == Recipe(
+    assert config.recipe(config.groups[0]) == Recipe(
         config.rule,
         Decay.BEFORE,
         accumulates=True,
@@ -102,13 +113,13 @@ def test_a_recipe_does_what_the_session_asks_for() -> None:
 def test_no_decay_is_a_recipe_of_its_own() -> None:
     """0 times an infinite parameter would be NaN."""
     config = make_config(SPEC, optimizer=AdamW())
-    assert recipe_for(config, config.groups[0].replace({"weight_decay": 0.0})).decay is Decay.NONE
+    assert config.recipe(config.groups[0].replace({"weight_decay": 0.0})).decay is Decay.NONE
 
 
 def test_clipping_by_value_is_measured_even_where_the_session_measures_nothing() -> None:
     """The clipped norm is part of every result."""
     config = make_config(SPEC, treatment=GradientTreatment(clip_grad_value=1.0), measures=False)
-    assert recipe_for(config, config.groups[0]).measures
+    assert config.recipe(config.groups[0]).measures
 
 
 def test_scalars_come_in_the_recipes_order() -> None:

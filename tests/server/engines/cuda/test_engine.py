@@ -335,7 +335,7 @@ def test_rules_of_one_formula_share_a_kernel_and_layerwise_ones_prepare_to_measu
     for rule in alike:
         engine.prepare(Recipe(rule), FLOAT32, FLOAT32)
     assert len(cupy.compiled) == 2
-    engine.prepare(PLANS["layerwise"].recipes[0], FLOAT32, FLOAT32)
+    engine.prepare(PLANS["layerwise"].recipe(PLANS["layerwise"].groups[0]), FLOAT32, FLOAT32)
     assert len(cupy.compiled) == 4
 
 

@@ -223,7 +223,7 @@ def test_every_architecture_meets_every_value_of_a_case() -> None:
     parameters = {**cases.PARAMETERS, "gradient": cases.GRADIENTS}
     for number in ARCHITECTURES:
         found = {item for row in cases.rows_of(cases_of(number)) for item in row.items()}
-        assert found == {(name, value) for name, values in parameters.items() for value in values}
+        assert found >= {(name, value) for name, values in parameters.items() for value in values}
     assert {case for number in ARCHITECTURES for case in cases_of(number)} == set(CASES)
 
 

@@ -159,6 +159,7 @@ def _element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]
         calls.insert(len(recipe.treatment), "const float treated = g;")
     halves = [variable for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
     body = [f"float g = {decoder(gradient)}(gradient);", *(["const float before = p;"] if recipe.measures else [])]
+    body += [f"float {variable};" for variable in recipe.temporaries]
     body += [f"float {variable} = decode_bfloat16({variable}_half);" for variable in halves] + calls
     body += [f"{variable}_half = encode_bfloat16_stochastic({variable}, seed_{variable});" for variable in halves]
     body += [f"{variable} = 0.0f;" for slot, variable in recipe.slots.items() if slot == ACCUMULATED]
