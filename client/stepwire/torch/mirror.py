@@ -14,7 +14,7 @@ from stepwire.session import Session
 from stepwire.torch.block_scales import levelled
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.states import PARAM, Entry, Slots, Imported, SnapshotView, imported, initial
+from stepwire.torch.states import PARAM, Entry, Imported, Slots, SnapshotView, imported, initial
 from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
 from stepwire.wire.dtypes import FLOAT32
 
