@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import subprocess
 import time
@@ -30,6 +31,8 @@ def write_ports(path: pathlib.Path, ports: Iterable[int]) -> None:
         temporary.write_text("".join(f"{port}\n" for port in ports))
         temporary.replace(path)
     except OSError as problem:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InvalidRequestError.of(
             "port_file", f"{str(path)!r} cannot be written: {problem.strerror}; name a file in a folder of this user"
         ) from None

@@ -228,3 +228,4 @@ def test_a_port_file_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path) 
     (tmp_path / "folder").mkdir()
     with pytest.raises(InvalidRequestError, match="^port_file: '.*/folder' cannot be written: Is a directory; name a"):
         write_ports(tmp_path / "folder", [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
