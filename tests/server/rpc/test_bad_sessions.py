@@ -134,6 +134,7 @@ LIES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "3600.5 s",
     ),
     "lr negative": (numbers(lr=-0.5), "INVALID_CONFIG", "config.optimizer.hyperparameters.lr", "-0.5"),
+    "lr beyond float32": (numbers(lr=3.5e38), "INVALID_CONFIG", "config.optimizer.hyperparameters.lr", "in float32"),
     "lr nan": (numbers(lr=NAN), "INVALID_CONFIG", "config.optimizer.hyperparameters.lr", "nan"),
     "beta1 one": (numbers(beta1=1.0), "INVALID_CONFIG", "config.optimizer.hyperparameters.beta1", "1.0"),
     "beta2 inf": (numbers(beta2=INF), "INVALID_CONFIG", "config.optimizer.hyperparameters.beta2", "inf"),

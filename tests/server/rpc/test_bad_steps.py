@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stepwire.optimizers import LARGEST_NUMBER
 from stepwire.v1 import attach_pb2, optimizer_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
@@ -146,6 +147,18 @@ def test_a_worker_that_is_not_served_is_refused(live: Any, untouched: Any, where
 
 WRONG_BEGINS: dict[str, tuple[step_pb2.StepBegin, str, str, str]] = {
     "lr negative": (begin(hyperparameters=numbers(lr=-3.5)), "INVALID_CONFIG", "begin.hyperparameters[0].lr", "-3.5"),
+    "lr beyond float32": (
+        begin(hyperparameters=numbers(lr=1e39)),
+        "INVALID_CONFIG",
+        "begin.hyperparameters[0].lr",
+        "lr is 1e+39; it must be finite and >= 0 in float32",
+    ),
+    "lr beyond float32 as a step size": (
+        begin(hyperparameters=numbers(lr=1e38)),
+        "INVALID_CONFIG",
+        "begin.hyperparameters[0].lr",
+        "lr is 1e+38, and beside the other numbers float32 has step sizes up to lr = 3.4e+37 alone",
+    ),
     "lr nan": (begin(hyperparameters=numbers(lr=NAN)), "INVALID_CONFIG", "begin.hyperparameters[0].lr", "nan"),
     "beta1": (begin(hyperparameters=numbers(beta1=1.25)), "INVALID_CONFIG", "begin.hyperparameters[0].beta1", "1.25"),
     "eps inf": (begin(hyperparameters=numbers(eps=INF)), "INVALID_CONFIG", "begin.hyperparameters[0].eps", "inf"),
@@ -188,10 +201,15 @@ def test_a_step_that_opens_wrong_is_refused_by_its_field(live: Any, untouched: A
     untouched(call, "INVALID_ARGUMENT", reason, text, field=field)
 
 
-def test_numbers_at_the_edge_of_what_is_allowed_break_nothing(live: Any) -> None:
-    """Finite for the contract, infinite in float32: the user's to answer for, and no error of the server."""
-    values = numbers(lr=1.7e308, beta1=0.9999999999999999, eps=5e-324, weight_decay=1.7e308)
-    (answer,) = live.attach(live.frame(begin=begin(hyperparameters=values), commit=True))
+@pytest.mark.parametrize(
+    "edges",
+    [
+        {"lr": LARGEST_NUMBER / 2, "beta1": 0.5, "eps": 5e-324, "weight_decay": 1.0},
+        {"lr": 1e-3, "beta1": 0.9999999999999999, "eps": LARGEST_NUMBER, "weight_decay": 1.0},
+    ],
+)
+def test_numbers_at_the_edge_of_what_is_allowed_break_nothing(edges: dict[str, float], live: Any) -> None:
+    (answer,) = live.attach(live.frame(begin=begin(hyperparameters=numbers(**edges)), commit=True))
     assert answer.result.step == 2
     (answer,) = live.attach(live.frame(begin=3, commit=True))
     assert (answer.result.step, answer.result.telemetry.groups[0].t) == (3, 3)

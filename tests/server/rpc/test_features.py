@@ -285,6 +285,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "dtype",
         "step",
         "tensor_steps",
+        "tensor_scalars",
         "loss_scale",
     },
     pb.CreateSessionRequest: {"request_id", "config"},

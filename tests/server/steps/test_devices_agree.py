@@ -82,8 +82,8 @@ TENSORS = (
     TensorSpec("others", (50, 86), 1),
     TensorSpec("scalar", (), 1),
 )
-IDLE: list[dict[str, Any]] = [{"momentum": 0.0, "betas": (0.0, 0.99)}, {"momentum": 0.0, "alpha": 0.0}]
-"""Numbers of 0 have a recipe of their own."""
+IDLE: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "betas": (0.0, 0.99), "alpha": 0.0}
+"""Numbers of 0 have a recipe of their own: those of the second group."""
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 ORDERS: list[Any] = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(6))]
@@ -109,9 +109,8 @@ def make_program(seed: int) -> Program:
     """Choose by the number what is to be met by all, and the rest by chance."""
     random = np.random.default_rng(seed)
     optimizer = OPTIMIZERS[seed % len(OPTIMIZERS)]
-    idle = {name: value for name, value in IDLE[seed % 2].items() if hasattr(optimizer, name)}
-    if optimizer.structure().nesterov and optimizer.rule == "sgd":
-        idle = {}
+    needs_momentum = optimizer.rule == "sgd" and optimizer.structure().nesterov
+    idle = {name: value for name, value in IDLE.items() if hasattr(optimizer, name) and not needs_momentum}
     decays = [optimizer, dataclasses.replace(optimizer, weight_decay=0.1, **idle)]
     scaling = LossScaling(initial_scale=8.0, growth_interval=2) if seed % 4 == 0 else None
     treatment = GradientTreatment(
