@@ -122,7 +122,7 @@ class Client:
                 eight bytes a parameter.
             reply_dtype: the encoding of parameters on the wire, and their dtype.
             state_precision: the precision of the optimizer's moments on the server; parameters are always float32. With
-                `"bfloat16"` equal moments round alike, and AMSGrad takes steps that are a few percent too small.
+                `"bfloat16"` equal moments round alike, and AMSGrad takes steps that are up to a few percent too small.
             non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
                 the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
