@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers check bench bench-peers gpu image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -30,6 +30,12 @@ test: .venv/stamp-dev
 EXAMPLES ?= 3000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
+
+# Every rule, formula, option and precision in regimes that no vector has, against those frameworks that are installed
+# beside: torch, optax, Keras. `make sweep ARGUMENTS="--short"` runs the cases that the tests run. The tables of
+# docs/numerics.md are written with `ARGUMENTS="--page docs/numerics.md"`.
+sweep: .venv/stamp-dev
+	$(BIN)/python conformance/sweep/main.py $(ARGUMENTS)
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto aio

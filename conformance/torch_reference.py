@@ -73,6 +73,7 @@ class TorchReference:
         scaler: the options of a gradient scaler. Gradients then come unscaled and are scaled here, as a loss would be.
         average: the decay of an exponential moving average of the parameters.
         skip_non_finite: skip a step with a gradient of NaN or Inf, as a gradient scaler does.
+        tells: describe the clipping of each step; without, nothing is measured.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TorchReference:
         scaler: Json | None = None,
         average: float | None = None,
         skip_non_finite: bool = False,
+        tells: bool = True,
     ) -> None:
         """Build the optimizer."""
         kind = getattr(torch, dtype)
@@ -110,7 +112,7 @@ class TorchReference:
         self._scaler = torch.amp.GradScaler("cpu", **scaler) if scaler else None
         if self._scaler is not None:
             self._scaler.scale(torch.zeros(()))
-        self._decay, self._skip_non_finite = average, skip_non_finite
+        self._decay, self._skip_non_finite, self._tells = average, skip_non_finite, tells
         self._average = [p.detach().clone() for p in self._all.values()]
         self._updates = 0
 
@@ -146,17 +148,17 @@ class TorchReference:
         return {"lossScale": self._scaler.get_scale()}
 
     def _treat(self) -> Json:
-        before = self._norms()
+        before = self._norms() if self._tells else []
         for group, bound in enumerate(self._clip_groups):
             if bound is not None:
                 torch.nn.utils.clip_grad_norm_(self._members(group), bound)
-        between = self._norms()
+        between = self._norms() if self._tells else []
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self._all.values()), self._clip)
-        after = self._norms()
+        after = self._norms() if self._tells else []
         if self._clip_value is not None:
             torch.nn.utils.clip_grad_value_(list(self._all.values()), self._clip_value)
-        return self._telemetry(before, between, after)
+        return self._telemetry(before, between, after) if self._tells else {}
 
     def _norms(self) -> list[float]:
         return [_norm(p.grad for p in self._members(group)) for group in range(len(self._groups))]

@@ -35,7 +35,8 @@ class Adam(TwoBetas):
         weight_decay: finite, ≥ 0. Added to the gradient (L2), or subtracted from the parameter with
             `decoupled_weight_decay`.
         amsgrad: True (or `"raw"`) to divide by the largest raw second moment so far, as torch and Keras do.
-            `"corrected"` for the largest bias-corrected one, as in optax.
+            `"corrected"` for the largest bias-corrected one, as in optax. Of moments in bfloat16 the largest is that of
+            many rounded ones, so steps are up to a few percent too small.
         maximize: ascend instead of descend.
         decoupled_weight_decay: AdamW's decay, p *= 1 − lr·weight_decay before the update.
         formula: the form of the rule: `"torch"` (the paper's), `"keras"` (eps beside √v before its correction),

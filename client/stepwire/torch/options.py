@@ -31,7 +31,8 @@ class RemoteOptions:
         gradient_dtype: the wire dtype of gradients; by default the parameters' dtype, or float32 if they have several.
         reply_dtype: the wire dtype of parameters in replies; the same default.
         error_feedback: error feedback with `gradient_dtype="int8"`, see `Client.create_session`.
-        state_precision: the precision of moments on the server: `"float32"`, `"bfloat16"` or `"int8"`.
+        state_precision: the precision of moments on the server: `"float32"`, `"bfloat16"` or `"int8"`. AMSGrad with
+            `"bfloat16"` takes steps that are up to a few percent too small.
         telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
             omits a pass over the gradient, which torch's optimizers do not make either.
         amp_scaling: True if the server unscales GradScaler's gradients. False if GradScaler unscales them on the

@@ -5,7 +5,9 @@ lower 16 bits, as a fraction of the grain, are the probability of rounding up: a
 
 The random bits are a hash of the value's own pattern and of a seed that changes with the update and the slot. So the
 bits do not depend on the place of an element: no split of a tensor over chunks, groups or sessions changes one. Nor has
-the state of a generator to be kept. The price is that equal values in one update round alike.
+the state of a generator to be kept. The price is that equal values in one update round alike, and that the mean of
+their moments errs as far as each of them. The place in the flat space would part them. But a shard does not know where
+in the whole its ranges lie, and a session with other groups or tensors has other places: their bits would differ.
 
 The hash is Wellons's "lowbias32" (hash prospector, 2018) without its last shift, which does not reach the upper bits.
 Hashes of one multiplication were 7 % cheaper, but neighbouring patterns rounded together.
