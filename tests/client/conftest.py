@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import stepwire
-import stepwire_server.testing
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Retry
 from stepwire.v1 import optimizer_service_pb2 as pb
+from tests.support.numpy_server import numpy_server
 
 CHUNK_BYTES = 64 << 10
 _METHODS = {
@@ -30,9 +30,9 @@ _METHODS = {
 
 @pytest.fixture(scope="session")
 def target() -> Iterator[str]:
-    """A server whose messages hold 64 KiB, so that models of a few hundred KiB take several."""
-    with stepwire_server.testing.serving(max_chunk_bytes=CHUNK_BYTES, threads=1) as target:
-        yield target
+    """A server whose messages hold 64 KiB, so that models of a few hundred KiB take several. It compiles nothing."""
+    with numpy_server(max_chunk_bytes=CHUNK_BYTES, sweep_seconds=0.05) as server:
+        yield server.target
 
 
 @pytest.fixture

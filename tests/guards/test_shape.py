@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -28,13 +29,12 @@ TORCH = {"_version"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def sources() -> Iterator[tuple[str, pathlib.Path, ast.Module]]:
-    """Yield every hand-written module of both packages: its path from the root, the path, its tree."""
-    for package in (CLIENT, SERVER):
-        for path in modules(package):
-            name = str(path.relative_to(ROOT))
-            if name not in GENERATED:
-                yield name, path, ast.parse(path.read_text())
+@functools.cache
+def sources() -> tuple[tuple[str, pathlib.Path, ast.Module], ...]:
+    """Return every hand-written module of both packages: its path from the root, the path, its tree."""
+    paths = [path for package in (CLIENT, SERVER) for path in modules(package)]
+    named = [(str(path.relative_to(ROOT)), path) for path in paths]
+    return tuple((name, path, ast.parse(path.read_text())) for name, path in named if name not in GENERATED)
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[Function, ast.ClassDef | None]]:

@@ -25,9 +25,9 @@ def first() -> Iterator[ServerProcess]:
         yield process
 
 
-@pytest.fixture
-def second(first: ServerProcess) -> Iterator[ServerProcess]:
-    """The server that takes its place."""
+@pytest.fixture(scope="module")
+def second() -> Iterator[ServerProcess]:
+    """The server that takes its place; it outlives a test."""
     with ServerProcess() as process:
         yield process
 
@@ -76,6 +76,7 @@ def test_a_killed_server_takes_its_sessions_with_it(first, second, address, conn
     assert again.step(TINY.gradient(1)) is not None
     assert (again.applied_step, again.last_result.replayed) == (1, False)
     assert_lost(lambda: session.step(TINY.gradient(4)), 3)
+    again.close()
 
 
 def test_a_step_whose_answer_died_with_the_server_is_not_counted(first, second, address, connect: Connect) -> None:

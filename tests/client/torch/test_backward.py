@@ -15,9 +15,9 @@ from stepwire.errors import DeadlineExceededError, UnavailableError
 from stepwire.links.hold import Hold
 from stepwire.torch import SGD, Adam
 from stepwire.torch.backward import BackwardSender
-from stepwire_server.testing import serving
 from tests.client.torch.twins import assert_same_bits
 from tests.support.lost_replies import lost_replies
+from tests.support.numpy_server import numpy_server
 
 PATIENCE_SECONDS = 30.0
 
@@ -25,8 +25,8 @@ PATIENCE_SECONDS = 30.0
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
     """A server of small chunks, so that a model of some layers is many messages."""
-    with serving(max_chunk_bytes=64 << 10, sweep_seconds=3600.0) as target:
-        yield target
+    with numpy_server(max_chunk_bytes=64 << 10) as server:
+        yield server.target
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from stepwire.errors import (
 from stepwire.torch import SGD, Adam
 from stepwire_server.testing import serving
 from tests.support.lost_replies import lost_replies
+from tests.support.numpy_server import numpy_server
 from tests.support.torn_replies import torn_replies
 
 ELEMENTS = 40_000
@@ -29,8 +30,8 @@ ELEMENTS = 40_000
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
     """A server of small chunks, so that replies have several."""
-    with serving(max_chunk_bytes=64 << 10, sweep_seconds=3600.0) as target:
-        yield target
+    with numpy_server(max_chunk_bytes=64 << 10) as server:
+        yield server.target
 
 
 @pytest.fixture(autouse=True)

@@ -85,16 +85,18 @@ def test_processes_are_servers_of_their_own_and_the_parent_loads_no_grpc() -> No
     assert not pathlib.Path("/proc", str(pid)).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_and_the_end_is_well(
-    parent: ServerProcess, serving: Mapping[str, Any], number: signal.Signals
-) -> None:
-    children = [os.pidfd_open(pid) for pid in serving["pids"]]
-    with connect(serving["targets"][0]) as client, client.create_session(ONE) as session:
-        session.step(ONE)
-        parent.signal(number)
-        assert parent.exit_code() == 0
-    assert ended(children)
+def test_ports_are_written_once_all_serve_and_an_interrupt_is_passed_on(tmp_path: pathlib.Path) -> None:
+    """Other tests here end the parent with SIGTERM."""
+    port_file = tmp_path / "ports"
+    with ServerProcess("--processes", "2", "--threads", "1", "--port-file", str(port_file)) as parent:
+        serving = parent.wait_for("all processes serve")
+        assert [f"127.0.0.1:{line}" for line in port_file.read_text().splitlines()] == serving["targets"]
+        children = [os.pidfd_open(pid) for pid in serving["pids"]]
+        with connect(serving["targets"][0]) as client, client.create_session(ONE) as session:
+            session.step(ONE)
+            parent.signal(signal.SIGINT)
+            assert parent.exit_code() == 0
+        assert ended(children)
 
 
 @pytest.mark.parametrize("flags", [["--drain-seconds", "0.1"]])
@@ -107,19 +109,18 @@ def test_a_step_that_is_cut_in_one_process_is_told_by_the_parent(
         assert parent.exit_code() == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL])
 def test_a_process_that_ends_comes_back_without_its_sessions_and_leaves_the_others(
-    parent: ServerProcess, serving: Mapping[str, Any], number: signal.Signals
+    parent: ServerProcess, serving: Mapping[str, Any]
 ) -> None:
     dying, living = map(connect, serving["targets"])
     with dying, living:
         lost, kept = dying.create_session(ONE), living.create_session(ONE)
         lost.step(ONE)
         kept.step(ONE)
-        os.kill(serving["pids"][0], number)
+        os.kill(serving["pids"][0], signal.SIGKILL)
         death = parent.wait_for(DIED)
         assert (death["process"], death["target"], death["seconds"]) == (0, serving["targets"][0], 0.5)
-        assert death["exit_code"] == (-9 if number == signal.SIGKILL else 0)
+        assert death["exit_code"] == -9
         assert parent.wait_for("process serves again")["target"] == serving["targets"][0]
         with pytest.raises(stepwire.SessionNotFoundError) as gone:
             lost.step(ONE)
@@ -176,13 +177,6 @@ def test_a_parent_that_is_gone_already_is_noticed() -> None:
     environment = os.environ | {"STEPWIRE_PARENT_PID": "1" if os.getpid() != 1 else "2"}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 0
-
-
-def test_ports_are_written_once_all_serve(tmp_path: pathlib.Path) -> None:
-    port_file = tmp_path / "ports"
-    with ServerProcess("--processes", "2", "--port-file", str(port_file)) as parent:
-        targets = parent.wait_for("all processes serve")["targets"]
-        assert [f"127.0.0.1:{line}" for line in port_file.read_text().splitlines()] == targets
 
 
 def test_processes_may_have_sockets_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
