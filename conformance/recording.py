@@ -8,12 +8,12 @@ from typing import Any, Final
 import numpy as np
 
 from conformance.case import Case, Json, Reference
-from conformance.inputs import Tensors, blocks, half_gradients, small
+from conformance.inputs import Tensors, blocks, half_gradients, outliers, small
 from conformance.tolerance import tolerance
 
 __all__ = ["BANKS", "record", "stored_inputs"]
 
-BANKS: Final = ("blocks", "half", "opposed", "small")
+BANKS: Final = ("blocks", "half", "opposed", "outliers", "small")
 """Sets of initial parameters and gradients. "opposed" is "small" with its gradients negated, "half" rounded."""
 
 _DTYPES: Final = ("float64", "float32")
@@ -21,8 +21,8 @@ _DTYPES: Final = ("float64", "float32")
 
 def stored_inputs(bank: str) -> tuple[Tensors, Tensors]:
     """Return the initial parameters and the gradients of a bank."""
-    if bank == "blocks":
-        return blocks()
+    if bank in ("blocks", "outliers"):
+        return blocks() if bank == "blocks" else outliers()
     initial, gradients = small()
     if bank == "opposed":
         gradients = {name: -gradient for name, gradient in gradients.items()}

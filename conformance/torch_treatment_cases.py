@@ -249,3 +249,14 @@ def _precision() -> Iterator[Case]:
         tolerance={"absolute": 0.005},
         **loose,
     )
+    yield torch_case(
+        "state-int8-outliers",
+        "precision",
+        "ADAM",
+        ADAM | {"eps": 1e-8},
+        config={"session": {"state_precision": "STATE_PRECISION_INT8_MOMENTS"}, "shapes": {"matrix": (64, 64)}},
+        words="moments in full precision",
+        bank="outliers",
+        tolerance={"absolute": 0.1},
+        **loose,
+    )

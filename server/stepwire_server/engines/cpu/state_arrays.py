@@ -14,7 +14,6 @@ from stepwire_server.engines.int8_moments import (
     block_count,
     decode_blocks,
     encode_blocks,
-    encode_with,
     zero_code,
 )
 from stepwire_server.engines.payloads import convert
@@ -149,13 +148,8 @@ class BlockSlot:
         for start, end, at in self._kept.within(0, len(values)):
             self._kept_values[at : at + end - start] = values[start:end]
             values[start:end] = 0.0
-        if scale is None:
-            self.codes, self.absmax = encode_blocks(values, self._signed)
-        else:
-            largest = scale[::BLOCK].copy()
-            largest[~(largest >= np.float32(2.0**-126)) & ~np.isnan(largest)] = 0.0
-            largest[~np.isfinite(largest)] = np.nan
-            self.codes, self.absmax = encode_with(values, largest, self._signed), largest
+        given = None if scale is None else scale[::BLOCK].copy()
+        self.codes, self.absmax = encode_blocks(values, self._signed, given)
 
 
 def make_slot(name: str, precision: Precision, size: int, kept: Sequence[Range]) -> Slot:
