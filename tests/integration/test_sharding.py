@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,7 +213,7 @@ COUNTS = st.one_of(
 WAYS = pairwise(
     {
         "treatment": ["norm", "group", "reject", "allow", "value"],
-        "precision": ["float32", "bfloat16", "int8"],
+        "precision": ["float32", "bfloat16", "int8", "mixed"],
         "gradient_dtype": [np.float32, ml_dtypes.bfloat16, np.float16],
         "reply_dtype": ["float32", "bfloat16", "float16"],
     }
@@ -235,8 +236,10 @@ def test_so_it_has_however_large_its_tensors_and_whatever_travels(
     options: dict[str, Any] = dict(TREATMENTS[way["treatment"]])
     if way["treatment"] == "group":
         options["groups"] = [{"params": list(shapes)[::2], "clip_grad_norm": 0.5}]
+    mixed = way["precision"] == "mixed"
     options |= {
-        "state_precision": way["precision"],
+        "state_precision": "bfloat16" if mixed else way["precision"],
+        "tensor_precision": dict(zip(shapes, itertools.cycle(["int8", "float32"]), strict=False)) if mixed else {},
         "gradient_dtype": gradient_dtype,
         "reply_dtype": way["reply_dtype"],
     }
@@ -461,6 +464,27 @@ def test_state_moves_between_one_session_and_several(
     assert bits(other.cut.pull()) == bits(arrays(SHAPES, 9))
     other.step(arrays(SHAPES, 3))
     other.compare()
+    pair.close()
+    other.close()
+
+
+@pytest.mark.parametrize("named", list(SHAPES))
+def test_one_shard_alone_may_have_8_bits(
+    servers: list[Server], opened: Opened, one: stepwire.Client, named: str
+) -> None:
+    """The others have no maxima of blocks, which are zeros in the state of the whole."""
+    many = over(servers, opened, 3)
+    options: dict[str, Any] = {"tensor_precision": {named: "int8"}, "clip_grad_norm": 1.0}
+    pair = Pair(one, many, SHAPES, **options)
+    pair.step(arrays(SHAPES, 1))
+    pair.compare()
+    other = Pair(one, many, SHAPES, **options)
+    other.whole.load_state(pair.cut.state())
+    other.cut.load_state(pair.whole.state())
+    other.cut = many.session(other.cut.session_id)
+    other.step(arrays(SHAPES, 2))
+    other.compare()
+    assert other.cut.config.tensor_precision == {name: "int8" if name == named else "float32" for name in SHAPES}
     pair.close()
     other.close()
 

@@ -106,9 +106,13 @@ class Shard:
                 feedback.discard()
 
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
-        """Read this shard's ranges of slots into arrays of the whole."""
+        """Read this shard's ranges of slots into arrays of the whole; maxima that the shard has not are zeros."""
+        own = {slot: self.ranges.of(flat) for slot, flat in targets.items()}
+        for slot in targets.keys() - set(self.link.description.slots):
+            for target in own.pop(slot):
+                target.fill(0)
         with self._named():
-            return self.link.pull({slot: self.ranges.of(flat) for slot, flat in targets.items()}, dtype, deadline)
+            return self.link.pull(own, dtype, deadline)
 
     def load(self, load: Load, number: int, deadline: Deadline) -> None:
         """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
@@ -131,7 +135,8 @@ class Shard:
 
     def _own_load(self, load: Load) -> Load:
         steps = [load.tensor_steps[each.tensor] for each in self.ranges.ranges] if load.tensor_steps else ()
-        sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items()}
+        slots = self.link.description.slots
+        sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items() if slot in slots}
         return load._replace(sources=sources, tensor_steps=steps)
 
     def _own(

@@ -20,7 +20,7 @@ from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.recovery import Recovery
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.sessions import create_session, find_session
+from stepwire.torch.sessions import PRECISION, create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
 from stepwire.wire.dtypes import dtype_named
 
@@ -105,6 +105,7 @@ class Backing:
         self.session, self.parameters = session, parameters
         configuration = session.config
         self._structure = self._rule.structure_of(groups)
+        self._precisions = [group.get(PRECISION) for group in groups]
         self._numbers = [configuration.arguments(index) for index in range(len(configuration.groups))]
         self._gradient_dtype, self._reply_dtype = self._dtypes(parameters)
         self._mirror = Mirror(session, parameters, self._rule, self._reply_dtype, self._options.timeout)
@@ -284,6 +285,9 @@ class Backing:
             return "momentum was changed from 0 in all groups"
         if len(groups) != len(self._numbers):
             return f"there are {len(groups)} groups instead of {len(self._numbers)}"
+        for index, (group, precision) in enumerate(zip(groups, self._precisions, strict=True)):
+            if group.get(PRECISION) != precision:
+                return f"{PRECISION} of group {index} was changed from {precision!r} to {group.get(PRECISION)!r}"
         return ""
 
     def upload(self, *, everything: bool = False) -> None:

@@ -15,8 +15,8 @@ once.
 **A second moment that is not zero never gets the code of zero.** bitsandbytes gives that code to all below half the
 smallest value of the map. A second moment of zero beside a first moment that kept a code makes the update m / eps,
 thousands of learning rates. So 32 bits are advised there for embeddings. In the exact formula m / √v is bounded,
-because v is zero only where all gradients were. The code keeps that property: rounding enlarges |m| at most by a factor
-of 2, and lessens √v at most by one of 1.4.
+because v is zero only where all gradients were. The code keeps that property: one rounding enlarges |m| at most by a
+factor of 2, and lessens √v at most by one of 1.4.
 
 The code with signs rounds to zero like any other value. m = 0 moves nothing, whereas the smallest value in place of an
 m far below is any multiple of m. Divided by a v whose g² underflowed in float32, or by none, that would diverge.
@@ -56,14 +56,12 @@ tables as arguments a fused Adam kernel took much longer.
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy import arange, array, concatenate, float32, float64, int32, int64, searchsorted, sort, uint8, uint32, where
 
-from stepwire_server.engines.protocol import HostArray, Range
+from stepwire_server.engines.protocol import HostArray
 from stepwire_server.engines.scalar_codecs import as_bits, as_float
 
 __all__ = [
@@ -76,7 +74,6 @@ __all__ = [
     "SIGNED_STEPS",
     "UNSIGNED_MAP",
     "UNSIGNED_STEPS",
-    "Kept",
     "absmax_of",
     "block_count",
     "decode_blocks",
@@ -289,39 +286,6 @@ def _rows(values: HostArray) -> HostArray:
 def zero_code(signed: bool) -> int:
     """Return the code of zero."""
     return int(encode_blocks(np.zeros(1, np.float32), signed)[0][0])
-
-
-class Kept:
-    """The ranges of a slot in 8 bits that are float32, one after another in an array of their own.
-
-    Attributes:
-        ranges: the ranges, in order.
-        count: the number of their elements.
-    """
-
-    def __init__(self, ranges: Sequence[Range]) -> None:
-        """Lay the ranges out."""
-        self.ranges = tuple(ranges)
-        ends = np.cumsum([0, *(end - start for start, end in ranges)])
-        self._offsets = [int(end) for end in ends[:-1]]
-        self.count = int(ends[-1])
-
-    def at(self, start: int) -> int | None:
-        """Return the index of an element in that array, or None if the element is held in 8 bits."""
-        index = bisect_right(self.ranges, start, key=lambda kept: kept[0]) - 1
-        if index < 0 or start >= self.ranges[index][1]:
-            return None
-        return self._offsets[index] + start - self.ranges[index][0]
-
-    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the parts of `[start, end)` that lie in the array: start, end and the index of the first there."""
-        for low, high in self.ranges[bisect_right(self.ranges, start, key=lambda kept: kept[1]) :]:
-            if low >= end:
-                return
-            low, high = max(low, start), min(high, end)
-            at = self.at(low)
-            assert at is not None
-            yield low, high, at
 
 
 def decode_signed(code: Any, absmax: Any) -> Any:

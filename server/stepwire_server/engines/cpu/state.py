@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Slot
+from stepwire.layout import SCALE_SUFFIX
+from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, MixedSlot, Slot
 from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
@@ -95,6 +96,7 @@ class CpuState:
         self._threads = threads
         self._slots = slots
         self._size = size
+        self._mixed = any(isinstance(slot, MixedSlot) for slot in slots.values())
         # A step calls the same few kernels with the same arrays as the one before.
         self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None], _Call] = {}
 
@@ -118,14 +120,14 @@ class CpuState:
         """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, accumulated)
         kernel = self._kernels.sum_of_squares(chunk.dtype, accumulated is not None)
-        arrays = () if accumulated is None else self._slots[ACCUMULATED].arrays()
+        arrays = () if accumulated is None else self._slots[ACCUMULATED].held(0).arrays
         (total,) = self._sums(1, kernel, (*arrays, chunk.values, accumulated or 0, begin), end - begin, (factor,))
         return Done(total)
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
         chunk = self._checked(gradient, begin, end, start)
-        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].arrays()
+        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].held(0).arrays
 
         def work(first: int, size: int) -> None:
             kernel(*arrays, chunk.values, start + first, begin + first, size, factor)
@@ -190,11 +192,10 @@ class CpuState:
     def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""
         check_range("state", start, start + len(out), self._size)
-        owner = self._slots.get(slot.removesuffix("_scale"))
-        if slot not in self._slots and isinstance(owner, BlockSlot):
-            owner.read_scale(start, out)
-        else:
+        if slot in self._slots:
             self._slots[slot].read(start, out)
+        else:
+            self._slots[slot.removesuffix(SCALE_SUFFIX)].read_scale(start, out)
         return _NOTHING
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
@@ -204,21 +205,20 @@ class CpuState:
 
     def copy(self, source: str, target: str) -> None:
         """See `EngineState.copy`."""
-        self._slots[target].write(0, self._slots[source].arrays()[0])
+        self._slots[target].write(0, self._slots[source].held(0).arrays[0])
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CpuState) and other._size == self._size
         self._calls.clear()
-        for name, slot in other._slots.items():
-            own = self._slots.get(name)
-            if isinstance(own, BlockSlot):
-                scale = other._slots.get(f"{name}_scale")
-                own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
-            elif isinstance(own, FlatSlot) and not own.moved and own.values.dtype == slot.arrays()[0].dtype:
-                self._slots[name] = slot
-            elif own is not None:
-                own.write(0, slot.arrays()[0])
+        staged = {name: slot.held(0).arrays[0] for name, slot in other._slots.items()}
+        for name, own in self._slots.items():
+            if name not in staged:
+                continue
+            if isinstance(own, FlatSlot) and not own.moved and own.values.dtype == staged[name].dtype:
+                self._slots[name] = other._slots[name]
+            else:
+                own.replace(0, staged[name], staged.get(name + SCALE_SUFFIX))
         other.close()
 
     def move(self, slot: str, memory: HostArray) -> bool:
@@ -256,22 +256,17 @@ class CpuState:
         held, at, arrays = self._arrays(recipe, start, size)
         seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
         call = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
-        if recipe.precision is not Precision.INT8:  # whose arrays depend on the range
+        if not self._mixed:  # else the arrays depend on the range
             self._calls[key] = call
         return at, call
 
     def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
         """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
-        slots = [self._slots[PARAM], *[self._slots[slot] for slot in recipe.slots]]
-        if recipe.precision is Precision.INT8:
-            ranges = [slot.kept_range(start, size) if isinstance(slot, BlockSlot) else None for slot in slots]
-            if any(held is not None for held in ranges):
-                within = slice(start, start + size)
-                arrays = (
-                    slot.arrays()[0][within] if held is None else held for slot, held in zip(slots, ranges, strict=True)
-                )
-                return recipe.in_float32, 0, tuple(arrays)
-        return recipe, start, tuple(array for slot in slots for array in slot.arrays())
+        ranges = [self._slots[slot].held(start) for slot in (PARAM, *recipe.slots)]
+        held = recipe.held(_precision_of(recipe, ranges))
+        if self._mixed:
+            return held, 0, tuple(array for each in ranges for array in each.cut(size))
+        return held, start, tuple(array for each in ranges for array in each.arrays)
 
     def _sums(
         self,
@@ -293,6 +288,11 @@ class CpuState:
         values = np.empty(size, np.float32)
         self._slots[slot].read(start, values)
         return values
+
+
+def _precision_of(recipe: Recipe, ranges: Sequence[HeldRange]) -> Precision:
+    """Return the precision of a rule's slots in a range, which come after the parameters."""
+    return ranges[1].precision if recipe.rule.slots else Precision.FLOAT32
 
 
 def _floats(chunk: GradientChunk, begin: int, end: int) -> HostArray:

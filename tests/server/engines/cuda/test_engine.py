@@ -180,13 +180,14 @@ def test_any_thread_may_call(fake, library) -> None:
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 5000])
 @pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("kept", [(), ((0, 1),)])
-def test_state_bytes_are_what_the_device_gives(fake, library, precision, size, kept) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_state_bytes_are_what_the_device_gives(fake, library, precision, size, mixed) -> None:
     cupy, recipe = fake("greedy", library=library), Recipe(ALL_RULES[0], accumulates=True, precision=precision)
-    engine, slots = PretendedGpu(cupy), cases.slots_of(recipe)
+    engine, regions = PretendedGpu(cupy), cases.regions_of(size, [(0, 1, precision)]) if mixed else None
+    slots = cases.slots_of(recipe, regions)
     before, count = cupy.used_bytes, cupy.allocations
-    state = engine.allocate(slots, size, kept)
-    assert state.nbytes == engine.state_bytes(slots, size, kept) == cupy.used_bytes - before
+    state = engine.allocate(slots, size)
+    assert state.nbytes == engine.state_bytes(slots, size) == cupy.used_bytes - before
     assert cupy.allocations == count + 1
     assert not any(array.any() for array in cases.everything_of(state, recipe, size).values())
     state.close()
