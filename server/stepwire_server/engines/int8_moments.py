@@ -21,7 +21,7 @@ factor of 2, and lessens √v at most by one of 1.4.
 The code with signs rounds to zero like any other value. m = 0 moves nothing, whereas the smallest value in place of an
 m far below is any multiple of m. Divided by a v whose g² underflowed in float32, or by none, that would diverge.
 
-The code departs from bitsandbytes in these points alone:
+The code departs from that of bitsandbytes in these points:
 
 - Without signs, an x whose nearest value is 0 has the code of the smallest other value, 3.25e-7, unless x is 0.
 - absmax is at least 2⁻¹⁰⁰, unless it is 0. So the values of every block decode to 0 or to normal numbers. Subnormal

@@ -49,10 +49,10 @@ class PackedRanges:
             self._offsets.append(offset)
             self.count = offset + end - start
 
-    def at(self, start: int) -> int | None:
-        """Return the index of a flat element in the array, or None if the element is in none of the ranges."""
+    def at(self, start: int, size: int = 1) -> int | None:
+        """Return the index of a flat element in the array, or None unless it and those after it lie in one range."""
         index = bisect_right(self.ranges, start, key=lambda each: each[0]) - 1
-        if index < 0 or start >= self.ranges[index][1]:
+        if index < 0 or start + max(size, 1) > self.ranges[index][1]:
             return None
         return self._offsets[index] + start - self.ranges[index][0]
 

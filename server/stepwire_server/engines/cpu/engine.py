@@ -19,7 +19,7 @@ from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray
 from stepwire_server.engines.regions import Holding
 from stepwire_server.host import limits as host
-from stepwire_server.rules import Recipe
+from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CpuEngine"]
 
@@ -69,7 +69,8 @@ class CpuEngine:
                 "close a session or use a machine with more memory",
                 metadata={"needed_bytes": needed_bytes},
             ) from problem
-        state = CpuState(self._kernels, self._threads, made, size)
+        regions = next((held for held in slots.values() if not isinstance(held, Precision)), ())
+        state = CpuState(self._kernels, self._threads, made, size, regions)
         with self._lock:
             self._states.add(state)
         return state

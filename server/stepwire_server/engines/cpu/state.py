@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stepwire.layout import SCALE_SUFFIX
-from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, MixedSlot, Slot
+from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, Slot
 from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
 from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.regions import Region
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
@@ -24,6 +27,7 @@ __all__ = ["CpuGradient", "CpuKernels", "CpuState"]
 LEAST_SHARED_UPDATE = 3 * GRAIN
 LEAST_SHARED_SUM = 16 * GRAIN
 
+_START = itemgetter(0)
 _NOTHING: Done[None] = Done(None)
 _NO_SUMS: Done[tuple[float, ...]] = Done(())
 
@@ -90,15 +94,17 @@ class CpuGradient:
 class CpuState:
     """The arrays of one session; see `EngineState`."""
 
-    def __init__(self, kernels: CpuKernels, threads: RangeThreads, slots: dict[str, Slot], size: int) -> None:
-        """Own zeroed slots of `size` elements from now on."""
+    def __init__(
+        self, kernels: CpuKernels, threads: RangeThreads, slots: dict[str, Slot], size: int, regions: Sequence[Region]
+    ) -> None:
+        """Own zeroed slots of `size` elements from now on; `regions` are those of a rule's slots, if they have any."""
         self._kernels = kernels
         self._threads = threads
         self._slots = slots
         self._size = size
-        self._mixed = any(isinstance(slot, MixedSlot) for slot in slots.values())
+        self._regions = regions
         # A step calls the same few kernels with the same arrays as the one before.
-        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None], _Call] = {}
+        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None, Region | None], _Call] = {}
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +143,8 @@ class CpuState:
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Done[tuple[float, float]]:
         """See `EngineState.measure`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, start)
-        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
+        at, region = self._region(start, end - begin)
+        recipe, arrays = self._arrays(step.recipe, region)
         kernel = self._kernels.measure(recipe, chunk.dtype)
         param, direction = self._sums(2, kernel, (*arrays, chunk.values, at, begin), end - begin, step.scalars[:-1])
         return Done((param, direction))
@@ -250,23 +257,29 @@ class CpuState:
         self, recipe: Recipe, gradient: np.dtype[Any], out: HostArray | None, start: int, size: int
     ) -> tuple[int, _Call]:
         """Return how to step a range, and where in the arrays it starts."""
-        key = (recipe, gradient, None if out is None else out.dtype)
-        if (call := self._calls.get(key)) is not None:
-            return start, call
-        held, at, arrays = self._arrays(recipe, start, size)
-        seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
-        call = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
-        if not self._mixed:  # else the arrays depend on the range
-            self._calls[key] = call
+        at, region = self._region(start, size)
+        key = (recipe, gradient, None if out is None else out.dtype, region)
+        if (call := self._calls.get(key)) is None:
+            held, arrays = self._arrays(recipe, region)
+            seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
+            call = self._calls[key] = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
         return at, call
 
-    def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
-        """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
+    def _region(self, start: int, size: int) -> tuple[int, Region | None]:
+        """Return where a range starts in its region, and the region; None where all is held alike."""
+        if not self._regions:
+            return start, None
+        region = self._regions[bisect_right(self._regions, start, key=_START) - 1]
+        if not region.start <= start <= start + size <= region.end:
+            raise IndexError(f"no region holds elements [{start}, {start + size})")
+        return start - region.start, region
+
+    def _arrays(self, recipe: Recipe, region: Region | None) -> tuple[Recipe, tuple[HostArray, ...]]:
+        """Return the arrays of a region, or of all, and the recipe for how they are held."""
+        start, end = (0, self._size) if region is None else (region.start, region.end)
         ranges = [self._slots[slot].held(start) for slot in (PARAM, *recipe.slots)]
         held = recipe.held(_precision_of(recipe, ranges))
-        if self._mixed:
-            return held, 0, tuple(array for each in ranges for array in each.cut(size))
-        return held, start, tuple(array for each in ranges for array in each.arrays)
+        return held, tuple(array for each in ranges for array in each.cut(end - start))
 
     def _sums(
         self,

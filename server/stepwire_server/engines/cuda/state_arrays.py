@@ -91,9 +91,9 @@ class CudaMixedSlot(NamedTuple):
     def held(self, start: int, size: int) -> CudaHeldRange:
         """Return elements `[start, start + size)`, which lie in one region."""
         for ranges, slot in self.parts:
-            if (at := ranges.at(start)) is not None:
+            if (at := ranges.at(start, size)) is not None:
                 return slot.held(at, size)
-        raise IndexError(f"no region holds element {start}")
+        raise IndexError(f"no region holds elements [{start}, {start + size})")
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int, CudaFlatSlot | CudaBlockSlot, int]]:
         """Yield the parts of `[start, end)` that one slot holds in a row: start, end, the slot, and where in it."""

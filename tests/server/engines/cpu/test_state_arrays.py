@@ -243,6 +243,14 @@ def test_elements_are_counted_and_found_one_after_another() -> None:
     assert [element for element, _ in found] == [element for low, high in RANGES for element in range(low, high)]
 
 
+@pytest.mark.parametrize(
+    ("start", "size", "at"),
+    [(10, 10, 0), (19, 1, 9), (19, 2, None), (20, 5, 10), (9, 1, None), (300, 1, 15), (300, 2, None)],
+)
+def test_elements_are_found_where_all_of_them_lie_in_one_range(start, size, at) -> None:
+    assert PackedRanges(RANGES, 1).at(start, size) == at
+
+
 def test_there_may_be_no_ranges() -> None:
     ranges = PackedRanges((), 16)
     assert (ranges.ranges, ranges.count, ranges.at(0), list(ranges.within(0, 1000))) == ((), 0, None, [])

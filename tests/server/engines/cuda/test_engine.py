@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stepwire.errors import DataLossError, ResourceExhaustedError
-from stepwire.layout import TensorSpec
+from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
 from stepwire_server.devices.budget import MemoryBudget
@@ -61,8 +61,15 @@ def plan_of(**fields: Any) -> SessionConfig:
     return make_config(*SHAPES, groups=tuple(each.hyperparameters() for each in decays), **fields)
 
 
+def in_precisions(*kinds: str) -> SessionConfig:
+    """Return the plain plan with a precision for each tensor."""
+    specs = [dataclasses.replace(spec, state_precision=kind) for spec, kind in zip(SHAPES, kinds, strict=True)]
+    return dataclasses.replace(plan_of(), layout=place(specs, len(GROUPS)))
+
+
 PLANS = {
     "plain": plan_of(),
+    "three precisions": in_precisions("bfloat16", "float32", "int8"),
     "without telemetry": plan_of(measures=False),
     "accumulation": plan_of(treatment=GradientTreatment(accumulation_steps=2)),
     "clipping by norm": plan_of(treatment=GradientTreatment(clip_grad_norm=0.1)),

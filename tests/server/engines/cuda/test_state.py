@@ -328,6 +328,19 @@ def test_tensors_of_all_precisions_are_stepped_as_on_the_cpu(start, reference, o
     assert not want["exp_avg_scale"][256:300].any() and want["exp_avg"][256:300].any(), "kept as float32"
 
 
+@pytest.mark.parametrize(("low", "high"), [(255, 257), (0, 300), (299, 301), (515, 520), (1199, 1201), (768, 1025)])
+def test_elements_of_several_regions_are_not_stepped_at_once(start, reference, low, high) -> None:
+    """A kernel has the arrays of one region, and would write past their end."""
+    for engine in (start("greedy"), reference):
+        state = eighths(engine)
+        gradient = state.receive()
+        chunk = gradient.put(0, normal(SIZE))
+        with pytest.raises(IndexError, match=r"no region holds elements \["):
+            state.update(cases.step_of(EIGHTH), low, chunk, low, high, None)
+        gradient.close()
+        state.close()
+
+
 @pytest.mark.parametrize("dtype", cases.WIRE.values(), ids=str)
 def test_any_part_of_8_bits_is_read_in_any_dtype(start, reference, dtype) -> None:
     states = [eighths(engine) for engine in (start("greedy"), reference)]

@@ -140,6 +140,6 @@ def test_ranges_of_several_precisions_are_what_kernels_take(fake) -> None:
     ]:
         array = slot.held(start, size).arrays[0]
         assert (array.data.ptr - expected.data.ptr, array.size) == (offset * expected.dtype.itemsize, size)
-    for start in (500, 511, 1000):
+    for start, size in [(500, 1), (511, 1), (1000, 1), (299, 2), (0, 512), (512, 489)]:
         with pytest.raises(IndexError):
-            slot.held(start, 1)
+            slot.held(start, size)
