@@ -67,6 +67,7 @@ def session_config(
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     tensor_groups: Mapping[str, int] | None = None,
+    tensor_precision: Mapping[str, str] | None = None,
     frozen: Sequence[str] = (),
     groups: Sequence[Json] = (),
     gradient: Json | None = None,
@@ -79,6 +80,8 @@ def session_config(
         tensor: Json = {"name": name, "shape": list(shape)}
         if (group := (tensor_groups or {}).get(name, 0)) != 0:
             tensor["group"] = group
+        if (precision := (tensor_precision or {}).get(name)) is not None:
+            tensor["statePrecision"] = f"STATE_PRECISION_{precision}"
         if name in frozen:
             tensor["frozen"] = True
         tensors.append(tensor)

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["CYCLE", "SHAPES", "Tensors", "blocks", "half_gradients", "large", "small", "whole"]
+__all__ = ["CYCLE", "SHAPES", "Tensors", "blocks", "half_gradients", "large", "outliers", "small", "whole"]
 
 Tensors = dict[str, np.ndarray]
 
@@ -82,3 +82,19 @@ def blocks() -> tuple[Tensors, Tensors]:
     initial = {"matrix": random.standard_normal((64, 64)).astype(np.float32)}
     gradient = random.uniform(0.5, 2.0, (4, 64, 64)) * np.where(random.random((64, 64)) < 0.5, -1.0, 1.0)
     return initial, {"matrix": gradient.astype(np.float32)}
+
+
+def outliers() -> tuple[Tensors, Tensors]:
+    """Return the parameters of `blocks`, and a cycle of 4 gradients: one large element in each 256, and others rarely.
+
+    The others have a gradient in the first step of the cycle alone, 5,000 times smaller. Their squares lie below half
+    of the smallest value that 8 bits hold beside the large one's. A second moment that is rounded to zero then divides
+    a first moment that is not.
+    """
+    random = np.random.Generator(np.random.PCG64(88))
+    initial, _ = blocks()
+    gradient = random.uniform(0.5, 2.0, (4, 64, 64)) * np.where(random.random((64, 64)) < 0.5, -1.0, 1.0)
+    rare = np.ones(64 * 64, bool)
+    rare[::256] = False
+    factors = np.where(rare, np.array([2e-4, 0.0, 0.0, 0.0])[:, None], 1.0).reshape(4, 64, 64)
+    return initial, {"matrix": (gradient * factors).astype(np.float32)}

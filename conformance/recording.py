@@ -8,16 +8,16 @@ from typing import Any, Final
 import numpy as np
 
 from conformance.case import Case, Json, Reference
-from conformance.inputs import Tensors, blocks, half_gradients, large, small, whole
+from conformance.inputs import Tensors, blocks, half_gradients, large, outliers, small, whole
 from conformance.tolerance import tolerance
 
 __all__ = ["BANKS", "record", "stored_inputs"]
 
-BANKS: Final = ("blocks", "half", "large", "near", "opposed", "small", "whole")
+BANKS: Final = ("blocks", "half", "large", "near", "opposed", "outliers", "small", "whole")
 """Sets of initial parameters and gradients. "opposed" is "small" with its gradients negated, "half" rounded; "near" is
 "large" with parameters below 1."""
 
-_MAKERS: Final = {"blocks": blocks, "large": large, "near": large, "whole": whole}
+_MAKERS: Final = {"blocks": blocks, "large": large, "near": large, "outliers": outliers, "whole": whole}
 
 _DTYPES: Final = ("float64", "float32")
 

@@ -279,3 +279,33 @@ def _precision() -> Iterator[Case]:
         tolerance={"absolute": 0.005},
         **loose,
     )
+    yield torch_case(
+        "state-int8-outliers",
+        "precision",
+        "ADAM",
+        ADAM | {"eps": 1e-8},
+        config={"session": {"state_precision": "STATE_PRECISION_INT8_MOMENTS"}, "shapes": {"matrix": (64, 64)}},
+        words="moments in full precision",
+        bank="outliers",
+        tolerance={"absolute": 0.1},
+        **loose,
+    )
+    # float32 in the place of 8 bits, by the group and by the tensor: exact where 8 bits are not.
+    eight, single = "STATE_PRECISION_INT8_MOMENTS", {"matrix": "FLOAT32"}
+    for owner, group, tensors in (("group", "STATE_PRECISION_FLOAT32", None), ("tensor", eight, single)):
+        yield torch_case(
+            f"state-mixed-{owner}",
+            "precision",
+            "ADAM",
+            ADAM | {"eps": 1e-8},
+            config={
+                "session": {"state_precision": eight},
+                "shapes": {"matrix": (64, 64)},
+                "groups": [{"statePrecision": group}],
+                "tensor_precision": tensors,
+            },
+            words=f"float32 moments by the {owner} in a session of 8 bits",
+            bank="outliers",
+            checkpoints=(1, 2, 10),
+            states=False,
+        )

@@ -11,11 +11,10 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
-from stepwire.arrays.groups import grouped
+from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
 from stepwire.arrays.packing import Arrays, named_arrays
 from stepwire.arrays.trees import expanded, flattened, structure_like
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.layout import TensorSpec
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.server import ServerLink
 from stepwire.optimizers import Adam, Optimizer
@@ -29,11 +28,11 @@ from stepwire.optimizers.gradient_treatment import (
 )
 from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule
-from stepwire.results import PRECISIONS, ServerInfo, SessionInfo
+from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
 from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
-from stepwire.wire.messages import duration_to_wire, optimizer_to_wire, spec_to_wire
+from stepwire.wire.messages import PRECISIONS, duration_to_wire, optimizer_to_wire
 from stepwire.wire.text import checked_text
 
 __all__ = ["Client"]
@@ -91,6 +90,7 @@ class Client:
         error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
         state_precision: StatePrecision = "float32",
+        tensor_precision: Mapping[str, StatePrecision] | None = None,
         non_finite: NonFinite | None = None,
         clip_grad_norm: float | None = None,
         clip_formula: ClipFormula | None = None,
@@ -114,8 +114,8 @@ class Client:
                 paths such as "encoder/0/w".
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
-                keys are the group's own hyper-parameters, its `"schedule"` and its `"clip_grad_norm"`. Tensors in no
-                group form one more, first, with the optimizer's values.
+                keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its
+                `"state_precision"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
@@ -125,6 +125,11 @@ class Client:
             reply_dtype: the encoding of parameters on the wire, and their dtype.
             state_precision: the precision of the optimizer's moments on the server; parameters are always float32. With
                 `"bfloat16"` equal moments round alike, and AMSGrad takes steps that are up to a few percent too small.
+                With `"int8"`, 256 neighbours share a maximum: beside a second moment a million times larger, one has no
+                digits left, and its updates become too small. Keep embeddings, tensors with outliers and tensors whose
+                gradients are mostly zero in `"float32"` or `"bfloat16"`, by their group or by `tensor_precision`.
+            tensor_precision: the precision of the moments of some tensors, by the names of tensors or of branches, in
+                place of their group's or the session's.
             non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
                 the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
@@ -167,11 +172,11 @@ class Client:
             parameter_average_decay=parameter_average_decay,
         )
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
-        _check_choice("state_precision", state_precision, PRECISIONS)
-        _check_choice("telemetry", telemetry, _TELEMETRY)
+        check_choice("state_precision", state_precision, PRECISIONS)
+        check_choice("telemetry", telemetry, _TELEMETRY)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=_specs(named, membership, frozen),
+            tensors=_tensors(named, membership, frozen, tensor_precision or {}),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
@@ -250,19 +255,29 @@ class Client:
             link.initialize(parameters, link.deadline(timeout))
 
 
-def _specs(
-    named: Mapping[str, npt.NDArray[Any]], membership: Mapping[str, int], frozen: Sequence[str]
+def _tensors(
+    named: Mapping[str, npt.NDArray[Any]],
+    membership: Mapping[str, int],
+    frozen: Sequence[str],
+    precisions: Mapping[str, str],
 ) -> list[tensor_pb2.TensorSpec]:
     """Return the tensors of a session.
 
     Raises:
-        InvalidRequestError: a frozen tensor is not a parameter.
+        InvalidRequestError: a tensor that is frozen, or has a precision of its own, is not a parameter.
     """
     fixed = list(expanded(frozen, named))
     if unknown := [name for name in fixed if name not in named]:
         raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
+    own = precisions_by_name(named, precisions)
     return [
-        spec_to_wire(TensorSpec(_name(name), array.shape, membership[name], name in fixed))
+        tensor_pb2.TensorSpec(
+            name=_name(name),
+            shape=array.shape,
+            group=membership[name],
+            frozen=name in fixed,
+            state_precision=PRECISIONS[own[name]] if name in own else None,
+        )
         for name, array in named.items()
     ]
 
@@ -273,11 +288,6 @@ def _request_id(request_id: str | None) -> str | None:
 
 def _name(name: str) -> str:
     return checked_text(name, "parameters", reason=Reason.INVALID_TENSOR)
-
-
-def _check_choice(field: str, choice: str, allowed: Mapping[str, object]) -> None:
-    if choice not in allowed:
-        raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")
 
 
 def _lease(seconds: float | None) -> duration_pb2.Duration | None:

@@ -13,12 +13,24 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-__all__ = ["GROUP_ALIGNMENT", "SMALLEST_IN_BLOCKS", "Layout", "Placement", "Range", "TensorSpec", "place"]
+__all__ = [
+    "GROUP_ALIGNMENT",
+    "SCALE_SUFFIX",
+    "SMALLEST_IN_BLOCKS",
+    "Layout",
+    "Placement",
+    "Range",
+    "TensorSpec",
+    "place",
+]
 
 GROUP_ALIGNMENT = 256
 
+SCALE_SUFFIX = "_scale"
+"""Beside a slot "s" with 8-bit moments, "s_scale" repeats each block's maximum for its elements."""
+
 SMALLEST_IN_BLOCKS = 4096
-"""Tensors of fewer elements keep float32 moments in a session with 8-bit moments in blocks."""
+"""Tensors of fewer elements keep float32 moments where 8 bits are asked for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,17 +42,28 @@ class TensorSpec:
         shape: the extents, outermost first.
         group: the index of the tensor's parameter group.
         frozen: True for a tensor that the server keeps and never steps.
+        state_precision: the precision of the tensor's moments: `"float32"`, `"bfloat16"` or `"int8"`.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int = 0
     frozen: bool = False
+    state_precision: str = "float32"
 
     @property
     def count(self) -> int:
         """The number of elements: the product of the shape, 1 for a scalar."""
         return math.prod(self.shape)
+
+    @property
+    def held_precision(self) -> str:
+        """The precision in which the moments are held: a tensor too small for blocks keeps float32 in place of 8 bits.
+
+        So a tensor with moments in blocks has `"int8"`.
+        """
+        small = self.state_precision == "int8" and self.count < SMALLEST_IN_BLOCKS
+        return "float32" if small else self.state_precision
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,14 +129,12 @@ class Layout:
         return {tensor.spec.name: index for index, tensor in enumerate(self.tensors)}
 
 
-def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = False) -> Layout:
+def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
     """Lay tensors out. The layout is deterministic, so that a client may compute it too.
 
     Args:
-        specs: the tensors, in order.
+        specs: the tensors, in order; each with moments in blocks starts a block.
         group_count: the number of groups.
-        in_blocks: True for a session with moments in blocks: each tensor of at least `SMALLEST_IN_BLOCKS` elements
-            starts a block.
 
     Returns:
         The layout.
@@ -129,11 +150,12 @@ def place(specs: Sequence[TensorSpec], group_count: int, *, in_blocks: bool = Fa
     for group in members:
         start = end = _aligned(end)
         for spec in group:
-            offset = _aligned(end) if in_blocks and spec.count >= SMALLEST_IN_BLOCKS else end
+            offset = _aligned(end) if spec.held_precision == "int8" else end
             tensors.append(Placement(spec, offset, spec.count))
             end = offset + spec.count
         groups.append(Range(start, end - start))
-    return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_blocks else 1, tuple(names))
+    in_8_bits = any(tensor.spec.state_precision == "int8" for tensor in tensors)
+    return Layout(tuple(tensors), tuple(groups), end, GROUP_ALIGNMENT if in_8_bits else 1, tuple(names))
 
 
 def _aligned(offset: int) -> int:

@@ -13,10 +13,14 @@ from stepwire.optimizers import Hyperparameters, Optimizer
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_from_wire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
-from stepwire.wire.messages import hyperparameters_from_wire, optimizer_from_wire
+from stepwire.wire.messages import (
+    hyperparameters_from_wire,
+    optimizer_from_wire,
+    precision_from_wire,
+    specs_from_wire,
+)
 
 __all__ = [
-    "PRECISIONS",
     "GroupResult",
     "ServerInfo",
     "SessionConfig",
@@ -28,14 +32,6 @@ __all__ = [
 ]
 
 
-PRECISIONS = {
-    "float32": session_pb2.STATE_PRECISION_FLOAT32,
-    "bfloat16": session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
-    "int8": session_pb2.STATE_PRECISION_INT8_MOMENTS,
-}
-"""The contract's values of the option `state_precision` of `Client.create_session`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SessionConfig:
     """The config of one session.
@@ -45,7 +41,8 @@ class SessionConfig:
         groups: the hyper-parameters of each group.
         membership: the index of the group of each tensor, by name.
         treatment: the treatment of gradients before the rule.
-        state_precision: the precision of moments, one of `PRECISIONS`.
+        state_precision: the precision of moments, of groups and tensors without one of their own.
+        tensor_precision: the precision of each tensor's moments, by name, whoever named it.
     """
 
     optimizer: Optimizer
@@ -53,11 +50,11 @@ class SessionConfig:
     membership: dict[str, int]
     treatment: GradientTreatment
     state_precision: str
+    tensor_precision: dict[str, str]
 
     @classmethod
     def from_wire(cls, message: session_pb2.SessionConfig) -> SessionConfig:
         """Decode a session's config."""
-        names = {value: name for name, value in PRECISIONS.items()}
         return cls(
             optimizer=optimizer_from_wire(message.optimizer, "optimizer"),
             groups=tuple(hyperparameters_from_wire(group.overrides) for group in message.groups),
@@ -67,7 +64,8 @@ class SessionConfig:
                 "gradient",
                 group_clips=any(group.HasField("clip_grad_norm") for group in message.groups),
             ),
-            state_precision=names.get(message.state_precision, "float32"),
+            state_precision=precision_from_wire(message.state_precision),
+            tensor_precision={spec.name: spec.state_precision for spec in specs_from_wire(message)},
         )
 
     def arguments(self, group: int) -> dict[str, Any]:

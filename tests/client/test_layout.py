@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_placing_looks_at_each_tensor_once_however_many_groups() -> None:
 def test_large_tensors_in_blocks_start_where_blocks_do() -> None:
     """Small ones lie wherever there is room: they have no blocks."""
     counts = {"a": 10, "b": 4096, "c": 4095, "d": 5000, "e": 1}
-    layout = place([TensorSpec(name, (count,)) for name, count in counts.items()], 1, in_blocks=True)
+    layout = place([TensorSpec(name, (count,), state_precision="int8") for name, count in counts.items()], 1)
     assert [(tensor.spec.name, tensor.offset, tensor.count) for tensor in layout.tensors] == [
         ("a", 0, 10),
         ("b", 256, 4096),
@@ -99,6 +100,21 @@ def test_large_tensors_in_blocks_start_where_blocks_do() -> None:
         ("e", 13448, 1),
     ]
     assert (layout.size, layout.groups, layout.chunk_alignment) == (13449, (Range(0, 13449),), 256)
+
+
+def test_tensors_in_other_precisions_lie_between_blocks_wherever_there_is_room() -> None:
+    precisions = ["float32", "int8", "bfloat16", "float32", "int8"]
+    layout = place([TensorSpec(f"t{i}", (5000,), 0, False, each) for i, each in enumerate(precisions)], 1)
+    assert [tensor.offset for tensor in layout.tensors] == [0, 5120, 10120, 15120, 20224]
+    assert layout.chunk_alignment == 256
+
+
+@pytest.mark.parametrize(
+    ("precision", "count", "held"),
+    [("float32", 5000, "float32"), ("bfloat16", 1, "bfloat16"), ("int8", 4095, "float32"), ("int8", 4096, "int8")],
+)
+def test_a_tensor_too_small_for_blocks_keeps_float32(precision: str, count: int, held: str) -> None:
+    assert TensorSpec("w", (count,), state_precision=precision).held_precision == held
 
 
 def test_without_blocks_chunks_may_start_anywhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,8 @@ def test_steps_are_those_of_the_decoded_gradients(
     client: stepwire.Client, options: dict[str, Any], per_step: bool
 ) -> None:
     """In chunks, a tensor across many, and blocks across tensors."""
-    layout = place(SPECS, 2, in_blocks=options.get("state_precision") == "int8")
+    precision = str(options.get("state_precision", "float32"))
+    layout = place([dataclasses.replace(spec, state_precision=precision) for spec in SPECS], 2)
     asked = {} if per_step else {"gradient_dtype": "int8"}
     with create(client, **asked, **options) as coarse, create(client, **options) as fine:
         for step in range(1, 5):

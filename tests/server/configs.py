@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from stepwire.layout import TensorSpec, place
@@ -18,18 +19,24 @@ def recipes_of(config: SessionConfig) -> list[Recipe]:
 
 
 def make_config(*specs: TensorSpec, **fields: Any) -> SessionConfig:
-    """Make the config of a session that starts from zeros; schedules and bounds are None for each group."""
+    """Make the config of a session that starts from zeros; schedules and bounds are None for each group.
+
+    With a precision other than float32, all tensors have it.
+    """
     optimizer = fields.pop("optimizer", Adam())
     groups = fields.pop("groups", (optimizer.hyperparameters(),))
-    in_blocks = fields.get("precision") is Precision.INT8
+    precision = fields.get("precision", Precision.FLOAT32)
+    if precision is not Precision.FLOAT32:
+        specs = tuple(dataclasses.replace(spec, state_precision=precision.value) for spec in specs)
     defaults: dict[str, Any] = {
-        "layout": place(specs, len(groups), in_blocks=in_blocks),
+        "layout": place(specs, len(groups)),
         "optimizer": optimizer,
         "groups": groups,
         "schedules": (None,) * len(groups),
         "group_clips": (None,) * len(groups),
         "treatment": GradientTreatment(),
-        "precision": Precision.FLOAT32,
+        "precision": precision,
+        "group_precisions": (precision,) * len(groups),
         "measures": True,
         "gradient_dtype": FLOAT32,
         "reply_dtype": FLOAT32,

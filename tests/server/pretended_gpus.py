@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,16 +47,15 @@ class PlacedGpu(PretendedGpu):
 
 def kernels_of(recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Iterator[Kernel]:
     """Yield the kernels of a recipe's steps, besides those of all recipes."""
-    for each in recipe.variants:
-        yield update_kernel(each, gradient.name, None if reply is None else reply.name)
-        if recipe.rule.direction is not None:
-            yield measure_kernel(each, gradient.name)
+    yield update_kernel(recipe, gradient.name, None if reply is None else reply.name)
+    if recipe.rule.direction is not None:
+        yield measure_kernel(recipe, gradient.name)
 
 
 def kernels_of_config(config: SessionConfig) -> Iterator[Kernel]:
     """Yield the kernels of a session's steps, in its own dtypes."""
-    for recipe in recipes_of(config):
-        yield from kernels_of(recipe, config.gradient_dtype, config.reply_dtype)
+    for recipe, precision in itertools.product(recipes_of(config), frozenset().union(*config.held_precisions)):
+        yield from kernels_of(recipe.held(precision), config.gradient_dtype, config.reply_dtype)
 
 
 def library_of(kernels: Iterable[Kernel], directory: pathlib.Path) -> Any:

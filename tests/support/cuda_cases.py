@@ -13,6 +13,7 @@ from stepwire.optimizers import Hyperparameters
 from stepwire.wire.int8_blocks import BLOCK, INT8, encode_blocks
 from stepwire_server.engines.cuda.source import measure_kernel, update_kernel
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState, Pass
+from stepwire_server.engines.regions import Holding, Region
 from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, Recipe
 from tests.support import telemetry_cases
 from tests.support.pairwise import Row, pairwise
@@ -141,9 +142,10 @@ BARE = next(rule for rule in ALL_RULES if not rule.slots)
 """A rule without state of its own."""
 
 KERNELS = [
-    *[update_kernel(recipe, *case[1:]) for case in [*CASES, *IN_BLOCKS] for recipe in case.recipe.variants],
-    *[update_kernel(each, "float32", to) for recipe in OWN for each in recipe.variants for to in PARAMETERS["reply"]],
-    *[measure_kernel(each, gradient) for recipe, gradient in MEASURED for each in recipe.variants],
+    *[update_kernel(*case) for case in [*CASES, *IN_BLOCKS]],
+    *[update_kernel(recipe, "float32", to) for recipe in OWN for to in PARAMETERS["reply"]],
+    *[update_kernel(OWN[2].held(each), "float32", to) for each in Precision for to in PARAMETERS["reply"]],
+    *[measure_kernel(recipe, gradient) for recipe, gradient in MEASURED],
     *[measure_kernel(case.recipe, case.gradient) for case in LAYERWISE_IN_BLOCKS],
     update_kernel(Recipe(BARE), "float32", "float32"),
     *[update_kernel(recipe, "float32", None) for recipe in telemetry_cases.RECIPES],
@@ -154,10 +156,22 @@ LARGE_MEASURES = 3
 """The number of cases that are measured on large arrays, which last longest."""
 
 
-def slots_of(recipe: Recipe) -> dict[str, Precision]:
-    """Return how a session holds the recipe's slots."""
-    held = {slot: recipe.precision if slot in recipe.rule.slots else Precision.FLOAT32 for slot in recipe.slots}
+def slots_of(recipe: Recipe, regions: tuple[Region, ...] | None = None) -> dict[str, Holding]:
+    """Return how a session holds the recipe's slots: the rule's in its precision, or by regions."""
+    moments: Holding = regions or recipe.precision
+    held = {slot: moments if slot in recipe.rule.slots else Precision.FLOAT32 for slot in recipe.slots}
     return {PARAM: Precision.FLOAT32, **held}
+
+
+def regions_of(size: int, others: list[tuple[int, int, Precision]]) -> tuple[Region, ...]:
+    """Return regions in 8 bits beside others, of which each ends where blocks may begin or padding does."""
+    regions, start = [], 0
+    for other in others:
+        if start < other[0]:
+            regions.append(Region(start, other[0], Precision.INT8))
+        regions.append(Region(*other))
+        start = -(-other[1] // BLOCK) * BLOCK
+    return (*regions, Region(start, size, Precision.INT8)) if start < size else tuple(regions)
 
 
 def step_of(recipe: Recipe, t: int = 3) -> Pass:

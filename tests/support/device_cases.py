@@ -162,19 +162,21 @@ def check_moves(engine: Engine, reference: Engine, precision: Precision, size: i
     goes.close()
 
 
-def check_kept(engine: Engine, reference: Engine, size: int) -> None:
-    """Step 8-bit moments beside some that stay float32, one tensor after another, over many blocks."""
-    recipe, kept = Recipe(cases.RULES[0], precision=Precision.INT8, measures=True), [(1024, 3072)]
+def check_mixed(engine: Engine, reference: Engine, size: int) -> None:
+    """Step 8-bit moments beside some in other precisions, one tensor after another, over many blocks."""
+    recipe = Recipe(cases.RULES[0], precision=Precision.INT8, measures=True)
+    runs = ((0, 1024), (1024, 2000), (2000, 3000), (3072, size))
+    regions = cases.regions_of(size, [(*runs[1], Precision.FLOAT32), (*runs[2], Precision.BFLOAT16)])
     gradient, results = numbers(size, 5), []
     for each in (engine, reference):
-        out = np.empty(size, np.float32)
-        with contextlib.closing(each.allocate(cases.slots_of(recipe), size, kept)) as state:
+        out = np.zeros(size, np.float32)
+        with contextlib.closing(each.allocate(cases.slots_of(recipe, regions), size)) as state:
             state.write(PARAM, 0, numbers(size, 6))
             for t in range(1, 4):
                 step = cases.step_of(recipe, t)._replace(seed=t)
                 with contextlib.closing(state.receive()) as received:
                     chunk = received.put(0, gradient)
-                    for low, high in ((0, 1024), (1024, 3072), (3072, size)):
+                    for low, high in runs:
                         state.update(step, low, chunk, low, high, out[low:high]).wait()
             results.append(cases.everything_of(state, recipe, size) | {"out": out})
     for name in results[1]:

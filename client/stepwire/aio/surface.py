@@ -333,6 +333,7 @@ class AsyncClient(ClientBase):
         error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
         state_precision: StatePrecision = "float32",
+        tensor_precision: Mapping[str, StatePrecision] | None = None,
         non_finite: NonFinite | None = None,
         clip_grad_norm: float | None = None,
         clip_formula: ClipFormula | None = None,
@@ -356,8 +357,8 @@ class AsyncClient(ClientBase):
                 paths such as "encoder/0/w".
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
-                keys are the group's own hyper-parameters, its `"schedule"` and its `"clip_grad_norm"`. Tensors in no
-                group form one more, first, with the optimizer's values.
+                keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its
+                `"state_precision"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
@@ -367,6 +368,11 @@ class AsyncClient(ClientBase):
             reply_dtype: the encoding of parameters on the wire, and their dtype.
             state_precision: the precision of the optimizer's moments on the server; parameters are always float32. With
                 `"bfloat16"` equal moments round alike, and AMSGrad takes steps that are up to a few percent too small.
+                With `"int8"`, 256 neighbours share a maximum: beside a second moment a million times larger, one has no
+                digits left, and its updates become too small. Keep embeddings, tensors with outliers and tensors whose
+                gradients are mostly zero in `"float32"` or `"bfloat16"`, by their group or by `tensor_precision`.
+            tensor_precision: the precision of the moments of some tensors, by the names of tensors or of branches, in
+                place of their group's or the session's.
             non_finite: the policy for NaN and Inf in a gradient. `"reject"`, the default, refuses the step. `"skip"`,
                 the default with loss scaling, uses up its number without an update. `"allow"` applies it.
             clip_grad_norm: bound of the gradient's global norm.
@@ -408,6 +414,7 @@ class AsyncClient(ClientBase):
                         error_feedback=error_feedback,
                         reply_dtype=reply_dtype,
                         state_precision=state_precision,
+                        tensor_precision=tensor_precision,
                         non_finite=non_finite,
                         clip_grad_norm=clip_grad_norm,
                         clip_formula=clip_formula,

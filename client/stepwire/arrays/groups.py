@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
-from stepwire.arrays.trees import expanded
+from stepwire.arrays.trees import SEPARATOR, expanded
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule, schedule_to_wire
 from stepwire.v1 import optimizer_pb2
-from stepwire.wire.messages import overrides_to_wire
+from stepwire.wire.messages import PRECISIONS, overrides_to_wire
 
-__all__ = ["grouped"]
+__all__ = ["check_choice", "grouped", "precisions_by_name"]
+
+_OWN_OPTIONS: Final = ("params", "schedule", "clip_grad_norm", "state_precision")
+"""The keys of a group besides its hyper-parameters."""
 
 
 def grouped(
@@ -57,7 +60,7 @@ def grouped(
 def _group_message(
     group: Mapping[str, Any], optimizer: Optimizer, schedule: Schedule | None, field: str
 ) -> optimizer_pb2.ParameterGroup:
-    overrides = {name: value for name, value in group.items() if name not in ("params", "schedule", "clip_grad_norm")}
+    overrides = {name: value for name, value in group.items() if name not in _OWN_OPTIONS}
     message = optimizer_pb2.ParameterGroup(
         overrides=overrides_to_wire(optimizer, optimizer.hyperparameters(), overrides, field)
     )
@@ -72,4 +75,44 @@ def _group_message(
         if not 0.0 < bound < math.inf:
             raise InvalidRequestError.of(f"{field}.clip_grad_norm", f"{bound!r}; it must be finite and > 0")
         message.clip_grad_norm = bound
+    if (precision := group.get("state_precision")) is not None:
+        check_choice(f"{field}.state_precision", precision, PRECISIONS)
+        message.state_precision = PRECISIONS[precision]
     return message
+
+
+def precisions_by_name(
+    named: Collection[str], precisions: Mapping[str, str], separator: str = SEPARATOR
+) -> dict[str, str]:
+    """Return the precision of each tensor that has one of its own.
+
+    Args:
+        named: the names of the tensors.
+        precisions: precisions by the names of tensors or of branches. That of a tensor comes before that of its branch,
+            and that of a branch before that of a larger one.
+        separator: the separator of the names of a branch.
+
+    Raises:
+        InvalidRequestError: a name is no tensor's and no branch's, or a precision does not exist.
+    """
+    if not isinstance(precisions, Mapping):
+        raise InvalidRequestError.of("tensor_precision", f"{precisions!r:.80} is no mapping of names to precisions")
+    found: dict[str, str] = {}
+    for name in sorted(precisions, key=len):  # a branch has a longer name than the branch around it
+        field = f"tensor_precision[{name!r}]"
+        check_choice(field, precisions[name], PRECISIONS)
+        for tensor in expanded([name], named, separator):
+            if tensor not in named:
+                raise InvalidRequestError.of(field, "it is the name of no parameter and no branch")
+            found[tensor] = precisions[name]
+    return found
+
+
+def check_choice(field: str, choice: object, allowed: Collection[str]) -> None:
+    """Refuse a value that is none of those allowed.
+
+    Raises:
+        InvalidRequestError: names them.
+    """
+    if choice not in allowed:
+        raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")

@@ -107,10 +107,10 @@ def structure_like(arrays: object | None) -> Structure:
     return Structure() if arrays is None else flattened(arrays, "like").structure
 
 
-def expanded(names: Iterable[str], tensors: Collection[str]) -> Iterator[str]:
+def expanded(names: Iterable[str], tensors: Collection[str], separator: str = SEPARATOR) -> Iterator[str]:
     """Yield names of tensors. The name of a branch stands for all its tensors, and an unknown name for itself."""
     for name in names:
-        inside = [] if name in tensors else [each for each in tensors if each.startswith(f"{name}{SEPARATOR}")]
+        inside = [] if name in tensors else [each for each in tensors if each.startswith(f"{name}{separator}")]
         yield from inside or (name,)
 
 

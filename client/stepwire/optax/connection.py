@@ -24,6 +24,9 @@ class TransformationOptions(TypedDict, total=False):
     as "encoder/0/w" as names of tensors. Three defaults differ. The default of `clip_formula` is "optax". That of
     `gradient_dtype` and `reply_dtype` is the parameters' dtype if all are bfloat16 or all float16, else float32.
 
+    With `state_precision="int8"`, name embeddings, tensors with outliers and tensors whose gradients are mostly zero in
+    `tensor_precision`, such as `{"embedding": "float32"}`. `Client.create_session` has the reason.
+
     JAX has its own way for other options: schedules are callables, as optax has them, and the program scales losses and
     masks gradients.
     """
@@ -38,6 +41,7 @@ class TransformationOptions(TypedDict, total=False):
     error_feedback: bool
     reply_dtype: npt.DTypeLike
     state_precision: StatePrecision
+    tensor_precision: Mapping[str, StatePrecision]
     non_finite: NonFinite
     clip_grad_norm: float
     clip_formula: ClipFormula

@@ -94,8 +94,7 @@ class Partition:
             )
             for layout in layouts
         ]
-        in_blocks = any(layout.chunk_alignment > 1 for layout in layouts)
-        return cls(place(specs, len(layouts[0].groups), in_blocks=in_blocks), tuple(shards))
+        return cls(place(specs, len(layouts[0].groups)), tuple(shards))
 
     def specs(self, shard: int) -> list[TensorSpec]:
         """Return the tensors of a shard's session.
@@ -125,13 +124,13 @@ def _whole(ranges: Sequence[tuple[Origin, TensorSpec]]) -> TensorSpec:
     first, spec = ranges[0]
     reached = 0
     for origin, other in ranges:
-        alike = (origin.shape, other.group, other.frozen) == (first.shape, spec.group, spec.frozen)
-        if not alike or origin.begin != reached:
+        alike = dataclasses.replace(other, name=spec.name, shape=spec.shape) == spec
+        if not alike or origin.shape != first.shape or origin.begin != reached:
             raise _foreign(f"tensor {first.name!r} is in ranges that do not follow each other")
         reached = origin.end
     if reached != math.prod(first.shape):
         raise _foreign(f"of tensor {first.name!r} there are {reached} of {math.prod(first.shape)} elements")
-    return TensorSpec(first.name, first.shape, spec.group, spec.frozen)
+    return dataclasses.replace(spec, name=first.name, shape=first.shape)
 
 
 def _foreign(problem: str) -> InvalidRequestError:

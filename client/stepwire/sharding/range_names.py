@@ -12,6 +12,7 @@ ending.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Final, NamedTuple
@@ -51,7 +52,7 @@ def range_spec(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
             reason=Reason.INVALID_TENSOR,
             tensor=spec.name,
         )
-    return TensorSpec(name, (end - begin,), spec.group, spec.frozen)
+    return dataclasses.replace(spec, name=name, shape=(end - begin,))
 
 
 def origin_of(spec: TensorSpec) -> Origin:

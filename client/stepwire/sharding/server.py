@@ -16,7 +16,7 @@ from stepwire.sharding.fan_out import FanOut
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
 from stepwire.v1 import optimizer_pb2, session_pb2
-from stepwire.wire.messages import spec_from_wire, spec_to_wire
+from stepwire.wire.messages import spec_to_wire, specs_from_wire
 
 __all__ = ["ShardedServer"]
 
@@ -142,8 +142,7 @@ def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:
     Raises:
         InvalidRequestError: an option cannot be had from several servers.
     """
-    in_blocks = config.state_precision == session_pb2.STATE_PRECISION_INT8_MOMENTS
-    layout = place([spec_from_wire(tensor) for tensor in config.tensors], len(config.groups), in_blocks=in_blocks)
+    layout = place(specs_from_wire(config), len(config.groups))
     partition = Partition.make(layout, most, within_tensors=config.optimizer.rule not in _LAYERWISE)
     keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
     if len(partition.shards) > 1 and keeps and any(group.HasField("schedule") for group in config.groups):

@@ -106,9 +106,13 @@ class Shard:
                 feedback.discard()
 
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
-        """Read this shard's ranges of slots into arrays of the whole."""
+        """Read this shard's ranges of slots into arrays of the whole; maxima that the shard has not are zeros."""
+        own = {slot: self.ranges.of(flat) for slot, flat in targets.items()}
+        for slot in targets.keys() - set(self.link.description.slots):
+            for target in own.pop(slot):
+                target.fill(0)
         with self._named():
-            return self.link.pull({slot: self.ranges.of(flat) for slot, flat in targets.items()}, dtype, deadline)
+            return self.link.pull(own, dtype, deadline)
 
     def load(self, load: Load, number: int, deadline: Deadline) -> None:
         """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
@@ -130,10 +134,10 @@ class Shard:
             return self.link.info(deadline)
 
     def _own_load(self, load: Load) -> Load:
-        tensors = [each.tensor for each in self.ranges.ranges]
+        tensors, slots = [each.tensor for each in self.ranges.ranges], self.link.description.slots
         steps = [load.tensor_steps[tensor] for tensor in tensors if load.tensor_steps]
         scalars = [load.tensor_scalars[tensor] for tensor in tensors if load.tensor_scalars]
-        sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items()}
+        sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items() if slot in slots}
         return load._replace(sources=sources, tensor_steps=steps, tensor_scalars=scalars)
 
     def _own(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepwire.errors import InvalidRequestError
-from stepwire.layout import Layout
+from stepwire.layout import SCALE_SUFFIX, Layout
 from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.sharding.coordinator import Bounds
 from stepwire.v1 import session_pb2
@@ -23,7 +23,8 @@ def whole_session(messages: Sequence[session_pb2.Session], layout: Layout) -> se
     del whole.config.tensors[:]
     specs = {tensor.spec.name: tensor.spec for tensor in layout.tensors}
     whole.config.tensors.extend(spec_to_wire(specs[name]) for name in layout.names)
-    whole.layout.CopyFrom(layout_to_wire(layout, tuple(messages[0].layout.slots)))
+    slots = max((message.layout.slots for message in messages), key=len)  # a shard without 8 bits has no maxima
+    whole.layout.CopyFrom(layout_to_wire(layout, tuple(slots)))
     return whole
 
 
@@ -51,9 +52,14 @@ def check_alike(messages: Sequence[session_pb2.Session]) -> None:
             config.ClearField(field)
         configs.append(config)
     for message, config in zip(messages, configs, strict=True):
-        if config != configs[0] or list(message.layout.slots) != list(messages[0].layout.slots):
+        if config != configs[0] or _held(message) != _held(messages[0]):
             raise InvalidRequestError.of(
                 "session_id",
                 f"{message.session_id!r} has another optimizer, other groups or other options than "
                 f"{messages[0].session_id!r}; they are not the shards of one model",
             )
+
+
+def _held(message: session_pb2.Session) -> list[str]:
+    """Return the slots of a session, but for the maxima of 8-bit blocks, which depend on its tensors."""
+    return [slot for slot in message.layout.slots if not slot.endswith(SCALE_SUFFIX)]

@@ -19,6 +19,7 @@ from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState
 from stepwire.torch.options import RemoteOptions, split_options
 from stepwire.torch.rules import STATE_KEYS, TORCH_RULES, TorchRule
+from stepwire.torch.sessions import PRECISION
 
 __all__ = ["RemoteOptimizer"]
 
@@ -267,8 +268,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return {**incoming, "state": {}}  # torch would cast moments to the parameters' dtype
 
         def load(_: Any) -> None:
-            for group in self.param_groups:  # the dict of an optimizer with other options has the same state
+            for group, own in zip(self.param_groups, before, strict=True):
+                # The dict of an optimizer with other options has the same state.
                 group.update({name: False for name in _REFUSED if name in group})
+                group.pop(PRECISION, None)
+                group.update({name: own[name] for name in own if name == PRECISION})
             self._load(given)
 
         before, self.param_groups = self.param_groups, [{**group} for group in self.param_groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepwire.client import Client, StatePrecision, Telemetry
@@ -32,7 +32,12 @@ class RemoteOptions:
         reply_dtype: the wire dtype of parameters in replies; the same default.
         error_feedback: error feedback with `gradient_dtype="int8"`, see `Client.create_session`.
         state_precision: the precision of moments on the server: `"float32"`, `"bfloat16"` or `"int8"`. AMSGrad with
-            `"bfloat16"` takes steps that are up to a few percent too small.
+            `"bfloat16"` takes steps that are up to a few percent too small. A parameter group may have its own, by the
+            key `"state_precision"`. With `"int8"`, keep embeddings, tensors with outliers and tensors whose gradients
+            are mostly zero in another precision; see `Client.create_session`.
+        tensor_precision: the precision of the moments of some parameters, by the names of parameters or of modules, in
+            place of their group's or the optimizer's: `{"embedding": "float32"}`. The names are those of
+            `model.named_parameters()`, if the optimizer has these.
         telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
             omits a pass over the gradient, which torch's optimizers do not make either.
         amp_scaling: True if the server unscales GradScaler's gradients. False if GradScaler unscales them on the
@@ -58,6 +63,7 @@ class RemoteOptions:
     reply_dtype: Any = None
     error_feedback: bool = False
     state_precision: StatePrecision = "float32"
+    tensor_precision: Mapping[str, StatePrecision] | None = None
     telemetry: Telemetry = "full"
     amp_scaling: bool = True
     shared_views: bool = False

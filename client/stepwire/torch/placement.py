@@ -17,7 +17,7 @@ from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.recovery import Recovery
 from stepwire.torch.rules import Group, TorchRule
-from stepwire.torch.sessions import create_session, find_session
+from stepwire.torch.sessions import PRECISION, create_session, find_session
 from stepwire.torch.views import SharedViews, check_dtypes
 from stepwire.wire.dtypes import INT8, dtype_named
 
@@ -42,6 +42,7 @@ class Placement:
         rule: the rule.
         structure: the options that are fixed with the session.
         numbers: the numbers of each group at the session's creation.
+        precisions: the precision of the moments of each group, where the group names one.
         gradient_dtype: the wire dtype of gradients.
         reply_dtype: the wire dtype of parameters in replies.
     """
@@ -54,6 +55,7 @@ class Placement:
     rule: TorchRule
     structure: dict[str, Any]
     numbers: list[dict[str, Any]]
+    precisions: list[Any]
     gradient_dtype: np.dtype[Any]
     reply_dtype: np.dtype[Any]
 
@@ -89,6 +91,9 @@ class Placement:
                 return f"{name} was changed from {self.structure[name]!r} to {value!r}"
         if self.rule.keeps_momentum(groups) and "momentum_buffer" not in self.session.slots:
             return "momentum was changed from 0 in all groups"
+        for index, (group, precision) in enumerate(zip(groups, self.precisions, strict=False)):
+            if group.get(PRECISION) != precision:
+                return f"{PRECISION} of group {index} was changed from {precision!r} to {group.get(PRECISION)!r}"
         return ""
 
 
@@ -169,6 +174,7 @@ class Placer:
             self._rule,
             self._rule.structure_of(groups),
             [config.arguments(index) for index in range(len(config.groups))],
+            [group.get(PRECISION) for group in groups],
             sent,
             received,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from stepwire.arrays.groups import precisions_by_name
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError
 from stepwire.results import SessionConfig
@@ -13,7 +14,10 @@ from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.rules import Group, TorchRule
 
-__all__ = ["create_session", "find_session"]
+__all__ = ["PRECISION", "create_session", "find_session"]
+
+PRECISION: Final = "state_precision"
+"""The key of a parameter group's own precision, which is fixed at a session's creation."""
 
 _TREATMENT: Final = ("clip_grad_norm", "clip_grad_value", "non_finite")
 """The options of a gradient's treatment, which are fixed at a session's creation."""
@@ -30,11 +34,15 @@ def create_session(
     return client.create_session(
         parameters.fetch(),
         optimizer=rule.optimizer_for(groups),
-        groups=[{"params": parameters.members(index), **rule.numbers_of(group)} for index, group in enumerate(groups)],
+        groups=[
+            {"params": parameters.members(index), **rule.numbers_of(group), PRECISION: group.get(PRECISION)}
+            for index, group in enumerate(groups)
+        ],
         gradient_dtype=options.gradient_dtype or parameters.dtype,
         error_feedback=options.error_feedback,
         reply_dtype=options.reply_dtype or parameters.dtype,
         state_precision=options.state_precision,
+        tensor_precision=_own_precisions(options, parameters),
         telemetry=options.telemetry,
         missing_gradient="keep",  # as with torch, a parameter without a gradient keeps its value, its moments and its t
         lease_seconds=options.lease_seconds,
@@ -75,6 +83,7 @@ def find_session(
         or _of_groups(session.config, parameters)
         or _of_optimizer(session.config, rule, groups)
         or _of_options(session.config, options)
+        or _of_precision(session.config, options, parameters, groups)
     )
     if difference:
         raise InvalidRequestError.of(
@@ -117,3 +126,19 @@ def _of_options(configuration: SessionConfig, options: RemoteOptions) -> str:
         if value != getattr(options, name):
             return f"it has {name}={value!r} and this has {getattr(options, name)!r}"
     return ""
+
+
+def _of_precision(
+    configuration: SessionConfig, options: RemoteOptions, parameters: Parameters, groups: Sequence[Group]
+) -> str:
+    own = _own_precisions(options, parameters)
+    for name, group in parameters.membership.items():
+        ours = own.get(name) or groups[group].get(PRECISION) or options.state_precision
+        if (theirs := configuration.tensor_precision[name]) != ours:
+            return f"the moments of {name!r} are in {theirs!r} there and in {ours!r} here"
+    return ""
+
+
+def _own_precisions(options: RemoteOptions, parameters: Parameters) -> dict[str, Any]:
+    """Return the precision of each parameter that has one of its own, by name; a module's name ends at a dot."""
+    return precisions_by_name(parameters.membership, options.tensor_precision or {}, ".")

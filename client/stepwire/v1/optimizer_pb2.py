@@ -22,47 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from stepwire.v1 import precision_pb2 as stepwire_dot_v1_dot_precision__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/optimizer.proto\x12\x0bstepwire.v1\"\xbb\x02\n\tOptimizer\x12\x1f\n\x04rule\x18\x01 \x01(\x0e\x32\x11.stepwire.v1.Rule\x12%\n\x07\x66ormula\x18\x02 \x01(\x0e\x32\x14.stepwire.v1.Formula\x12%\n\x07\x61msgrad\x18\x03 \x01(\x0e\x32\x14.stepwire.v1.Amsgrad\x12\x1e\n\x16\x64\x65\x63oupled_weight_decay\x18\x04 \x01(\x08\x12\x10\n\x08nesterov\x18\x05 \x01(\x08\x12\x10\n\x08\x63\x65ntered\x18\x06 \x01(\x08\x12\x35\n\x0fhyperparameters\x18\x07 \x01(\x0b\x32\x1c.stepwire.v1.Hyperparameters\x12&\n\x19initial_accumulator_value\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x1c\n\x1a_initial_accumulator_value\"\xcd\x03\n\x0fHyperparameters\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x15\n\x08maximize\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x15\n\x08momentum\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x16\n\tdampening\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x12\n\x05\x62\x65ta3\x18\n \x01(\x01H\t\x88\x01\x01\x12\x12\n\x05\x64\x65\x63\x61y\x18\x0b \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11trust_coefficient\x18\x0c \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08\x65ps_root\x18\r \x01(\x01H\x0c\x88\x01\x01\x42\x05\n\x03_lrB\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decayB\x0b\n\t_maximizeB\x0b\n\t_momentumB\x0c\n\n_dampeningB\x08\n\x06_alphaB\x08\n\x06_beta3B\x08\n\x06_decayB\x14\n\x12_trust_coefficientB\x0b\n\t_eps_root\"\xac\x01\n\x0eParameterGroup\x12/\n\toverrides\x18\x01 \x01(\x0b\x32\x1c.stepwire.v1.Hyperparameters\x12,\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.stepwire.v1.ScheduleH\x00\x88\x01\x01\x12\x1b\n\x0e\x63lip_grad_norm\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_scheduleB\x11\n\x0f_clip_grad_norm\"\xb8\x01\n\x08Schedule\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.stepwire.v1.ScheduleKind\x12\x14\n\x0cwarmup_steps\x18\x02 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x04\x12\x14\n\x0c\x66inal_factor\x18\x04 \x01(\x01\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x16\n\x0einterval_steps\x18\x06 \x01(\x04\x12\x1b\n\x13warmup_start_factor\x18\x07 \x01(\x01\"\xcc\x03\n\x11GradientTreatment\x12\x30\n\nnon_finite\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.NonFinitePolicy\x12\x1b\n\x0e\x63lip_grad_norm\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12.\n\x0c\x63lip_formula\x18\x03 \x01(\x0e\x32\x18.stepwire.v1.ClipFormula\x12\x1c\n\x0f\x63lip_grad_value\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12\x61\x63\x63umulation_steps\x18\x05 \x01(\r\x12\x33\n\x0closs_scaling\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.LossScalingH\x02\x88\x01\x01\x12\x11\n\ttwo_phase\x18\x07 \x01(\x08\x12<\n\x10missing_gradient\x18\x08 \x01(\x0e\x32\".stepwire.v1.MissingGradientPolicy\x12$\n\x17parameter_average_decay\x18\t \x01(\x01H\x03\x88\x01\x01\x42\x11\n\x0f_clip_grad_normB\x12\n\x10_clip_grad_valueB\x0f\n\r_loss_scalingB\x1a\n\x18_parameter_average_decay\"l\n\x0bLossScaling\x12\x15\n\rinitial_scale\x18\x01 \x01(\x01\x12\x15\n\rgrowth_factor\x18\x02 \x01(\x01\x12\x16\n\x0e\x62\x61\x63koff_factor\x18\x03 \x01(\x01\x12\x17\n\x0fgrowth_interval\x18\x04 \x01(\r\"4\n\x0eLossScaleState\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x13\n\x0b\x63lean_steps\x18\x02 \x01(\r\"\xac\x01\n\x0b\x41ggregation\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.AggregationMode\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x18\n\x10required_workers\x18\x03 \x01(\r\x12)\n\treduction\x18\x04 \x01(\x0e\x32\x16.stepwire.v1.Reduction\x12\x1b\n\x13max_staleness_steps\x18\x05 \x01(\x04*\xce\x01\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\r\n\tRULE_ADAM\x10\x01\x12\x0e\n\nRULE_NADAM\x10\x02\x12\x0e\n\nRULE_RADAM\x10\x03\x12\x0f\n\x0bRULE_ADAMAX\x10\x04\x12\x0c\n\x08RULE_SGD\x10\x05\x12\x10\n\x0cRULE_RMSPROP\x10\x06\x12\x10\n\x0cRULE_ADAGRAD\x10\x07\x12\x11\n\rRULE_ADADELTA\x10\x08\x12\r\n\tRULE_LION\x10\t\x12\r\n\tRULE_LAMB\x10\n\x12\r\n\tRULE_LARS\x10\x0b*\x94\x01\n\x07\x46ormula\x12\x17\n\x13\x46ORMULA_UNSPECIFIED\x10\x00\x12\x11\n\rFORMULA_TORCH\x10\x01\x12\x11\n\rFORMULA_KERAS\x10\x02\x12\x11\n\rFORMULA_OPTAX\x10\x03\x12\x1e\n\x1a\x46ORMULA_NO_BIAS_CORRECTION\x10\x04\x12\x17\n\x13\x46ORMULA_DECAY_AFTER\x10\x05*\\\n\x07\x41msgrad\x12\x17\n\x13\x41MSGRAD_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41MSGRAD_NONE\x10\x01\x12\x0f\n\x0b\x41MSGRAD_RAW\x10\x02\x12\x15\n\x11\x41MSGRAD_CORRECTED\x10\x03*\xef\x01\n\x0cScheduleKind\x12\x1d\n\x19SCHEDULE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULE_KIND_CONSTANT\x10\x01\x12\x18\n\x14SCHEDULE_KIND_LINEAR\x10\x02\x12\x18\n\x14SCHEDULE_KIND_COSINE\x10\x03\x12\x16\n\x12SCHEDULE_KIND_STEP\x10\x04\x12\x1d\n\x19SCHEDULE_KIND_EXPONENTIAL\x10\x05\x12\x1c\n\x18SCHEDULE_KIND_POLYNOMIAL\x10\x06\x12\x1b\n\x17SCHEDULE_KIND_ONE_CYCLE\x10\x07*\x8b\x01\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REJECT\x10\x01\x12\x1a\n\x16NON_FINITE_POLICY_SKIP\x10\x02\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x03*s\n\x0b\x43lipFormula\x12\x1c\n\x18\x43LIP_FORMULA_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43LIP_FORMULA_TORCH\x10\x01\x12\x16\n\x12\x43LIP_FORMULA_OPTAX\x10\x02\x12\x16\n\x12\x43LIP_FORMULA_KERAS\x10\x03*\x86\x01\n\x15MissingGradientPolicy\x12\'\n#MISSING_GRADIENT_POLICY_UNSPECIFIED\x10\x00\x12\"\n\x1eMISSING_GRADIENT_POLICY_REJECT\x10\x01\x12 \n\x1cMISSING_GRADIENT_POLICY_KEEP\x10\x02*\x92\x01\n\x0f\x41ggregationMode\x12 \n\x1c\x41GGREGATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41GGREGATION_MODE_SYNC\x10\x01\x12\x1a\n\x16\x41GGREGATION_MODE_ASYNC\x10\x02\x12&\n\"AGGREGATION_MODE_BOUNDED_STALENESS\x10\x03*j\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02\x12\x1b\n\x17REDUCTION_WEIGHTED_MEAN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/optimizer.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/precision.proto\"\xbb\x02\n\tOptimizer\x12\x1f\n\x04rule\x18\x01 \x01(\x0e\x32\x11.stepwire.v1.Rule\x12%\n\x07\x66ormula\x18\x02 \x01(\x0e\x32\x14.stepwire.v1.Formula\x12%\n\x07\x61msgrad\x18\x03 \x01(\x0e\x32\x14.stepwire.v1.Amsgrad\x12\x1e\n\x16\x64\x65\x63oupled_weight_decay\x18\x04 \x01(\x08\x12\x10\n\x08nesterov\x18\x05 \x01(\x08\x12\x10\n\x08\x63\x65ntered\x18\x06 \x01(\x08\x12\x35\n\x0fhyperparameters\x18\x07 \x01(\x0b\x32\x1c.stepwire.v1.Hyperparameters\x12&\n\x19initial_accumulator_value\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x1c\n\x1a_initial_accumulator_value\"\xcd\x03\n\x0fHyperparameters\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x15\n\x08maximize\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x15\n\x08momentum\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x16\n\tdampening\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x12\n\x05\x62\x65ta3\x18\n \x01(\x01H\t\x88\x01\x01\x12\x12\n\x05\x64\x65\x63\x61y\x18\x0b \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11trust_coefficient\x18\x0c \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08\x65ps_root\x18\r \x01(\x01H\x0c\x88\x01\x01\x42\x05\n\x03_lrB\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decayB\x0b\n\t_maximizeB\x0b\n\t_momentumB\x0c\n\n_dampeningB\x08\n\x06_alphaB\x08\n\x06_beta3B\x08\n\x06_decayB\x14\n\x12_trust_coefficientB\x0b\n\t_eps_root\"\xe2\x01\n\x0eParameterGroup\x12/\n\toverrides\x18\x01 \x01(\x0b\x32\x1c.stepwire.v1.Hyperparameters\x12,\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.stepwire.v1.ScheduleH\x00\x88\x01\x01\x12\x1b\n\x0e\x63lip_grad_norm\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x34\n\x0fstate_precision\x18\x04 \x01(\x0e\x32\x1b.stepwire.v1.StatePrecisionB\x0b\n\t_scheduleB\x11\n\x0f_clip_grad_norm\"\xb8\x01\n\x08Schedule\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.stepwire.v1.ScheduleKind\x12\x14\n\x0cwarmup_steps\x18\x02 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x04\x12\x14\n\x0c\x66inal_factor\x18\x04 \x01(\x01\x12\r\n\x05gamma\x18\x05 \x01(\x01\x12\x16\n\x0einterval_steps\x18\x06 \x01(\x04\x12\x1b\n\x13warmup_start_factor\x18\x07 \x01(\x01\"\xcc\x03\n\x11GradientTreatment\x12\x30\n\nnon_finite\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.NonFinitePolicy\x12\x1b\n\x0e\x63lip_grad_norm\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12.\n\x0c\x63lip_formula\x18\x03 \x01(\x0e\x32\x18.stepwire.v1.ClipFormula\x12\x1c\n\x0f\x63lip_grad_value\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12\x61\x63\x63umulation_steps\x18\x05 \x01(\r\x12\x33\n\x0closs_scaling\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.LossScalingH\x02\x88\x01\x01\x12\x11\n\ttwo_phase\x18\x07 \x01(\x08\x12<\n\x10missing_gradient\x18\x08 \x01(\x0e\x32\".stepwire.v1.MissingGradientPolicy\x12$\n\x17parameter_average_decay\x18\t \x01(\x01H\x03\x88\x01\x01\x42\x11\n\x0f_clip_grad_normB\x12\n\x10_clip_grad_valueB\x0f\n\r_loss_scalingB\x1a\n\x18_parameter_average_decay\"l\n\x0bLossScaling\x12\x15\n\rinitial_scale\x18\x01 \x01(\x01\x12\x15\n\rgrowth_factor\x18\x02 \x01(\x01\x12\x16\n\x0e\x62\x61\x63koff_factor\x18\x03 \x01(\x01\x12\x17\n\x0fgrowth_interval\x18\x04 \x01(\r\"4\n\x0eLossScaleState\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x13\n\x0b\x63lean_steps\x18\x02 \x01(\r\"\xac\x01\n\x0b\x41ggregation\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.AggregationMode\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x18\n\x10required_workers\x18\x03 \x01(\r\x12)\n\treduction\x18\x04 \x01(\x0e\x32\x16.stepwire.v1.Reduction\x12\x1b\n\x13max_staleness_steps\x18\x05 \x01(\x04*\xce\x01\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\r\n\tRULE_ADAM\x10\x01\x12\x0e\n\nRULE_NADAM\x10\x02\x12\x0e\n\nRULE_RADAM\x10\x03\x12\x0f\n\x0bRULE_ADAMAX\x10\x04\x12\x0c\n\x08RULE_SGD\x10\x05\x12\x10\n\x0cRULE_RMSPROP\x10\x06\x12\x10\n\x0cRULE_ADAGRAD\x10\x07\x12\x11\n\rRULE_ADADELTA\x10\x08\x12\r\n\tRULE_LION\x10\t\x12\r\n\tRULE_LAMB\x10\n\x12\r\n\tRULE_LARS\x10\x0b*\x94\x01\n\x07\x46ormula\x12\x17\n\x13\x46ORMULA_UNSPECIFIED\x10\x00\x12\x11\n\rFORMULA_TORCH\x10\x01\x12\x11\n\rFORMULA_KERAS\x10\x02\x12\x11\n\rFORMULA_OPTAX\x10\x03\x12\x1e\n\x1a\x46ORMULA_NO_BIAS_CORRECTION\x10\x04\x12\x17\n\x13\x46ORMULA_DECAY_AFTER\x10\x05*\\\n\x07\x41msgrad\x12\x17\n\x13\x41MSGRAD_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41MSGRAD_NONE\x10\x01\x12\x0f\n\x0b\x41MSGRAD_RAW\x10\x02\x12\x15\n\x11\x41MSGRAD_CORRECTED\x10\x03*\xef\x01\n\x0cScheduleKind\x12\x1d\n\x19SCHEDULE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULE_KIND_CONSTANT\x10\x01\x12\x18\n\x14SCHEDULE_KIND_LINEAR\x10\x02\x12\x18\n\x14SCHEDULE_KIND_COSINE\x10\x03\x12\x16\n\x12SCHEDULE_KIND_STEP\x10\x04\x12\x1d\n\x19SCHEDULE_KIND_EXPONENTIAL\x10\x05\x12\x1c\n\x18SCHEDULE_KIND_POLYNOMIAL\x10\x06\x12\x1b\n\x17SCHEDULE_KIND_ONE_CYCLE\x10\x07*\x8b\x01\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REJECT\x10\x01\x12\x1a\n\x16NON_FINITE_POLICY_SKIP\x10\x02\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x03*s\n\x0b\x43lipFormula\x12\x1c\n\x18\x43LIP_FORMULA_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43LIP_FORMULA_TORCH\x10\x01\x12\x16\n\x12\x43LIP_FORMULA_OPTAX\x10\x02\x12\x16\n\x12\x43LIP_FORMULA_KERAS\x10\x03*\x86\x01\n\x15MissingGradientPolicy\x12\'\n#MISSING_GRADIENT_POLICY_UNSPECIFIED\x10\x00\x12\"\n\x1eMISSING_GRADIENT_POLICY_REJECT\x10\x01\x12 \n\x1cMISSING_GRADIENT_POLICY_KEEP\x10\x02*\x92\x01\n\x0f\x41ggregationMode\x12 \n\x1c\x41GGREGATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41GGREGATION_MODE_SYNC\x10\x01\x12\x1a\n\x16\x41GGREGATION_MODE_ASYNC\x10\x02\x12&\n\"AGGREGATION_MODE_BOUNDED_STALENESS\x10\x03*j\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02\x12\x1b\n\x17REDUCTION_WEIGHTED_MEAN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.optimizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RULE']._serialized_start=1991
-  _globals['_RULE']._serialized_end=2197
-  _globals['_FORMULA']._serialized_start=2200
-  _globals['_FORMULA']._serialized_end=2348
-  _globals['_AMSGRAD']._serialized_start=2350
-  _globals['_AMSGRAD']._serialized_end=2442
-  _globals['_SCHEDULEKIND']._serialized_start=2445
-  _globals['_SCHEDULEKIND']._serialized_end=2684
-  _globals['_NONFINITEPOLICY']._serialized_start=2687
-  _globals['_NONFINITEPOLICY']._serialized_end=2826
-  _globals['_CLIPFORMULA']._serialized_start=2828
-  _globals['_CLIPFORMULA']._serialized_end=2943
-  _globals['_MISSINGGRADIENTPOLICY']._serialized_start=2946
-  _globals['_MISSINGGRADIENTPOLICY']._serialized_end=3080
-  _globals['_AGGREGATIONMODE']._serialized_start=3083
-  _globals['_AGGREGATIONMODE']._serialized_end=3229
-  _globals['_REDUCTION']._serialized_start=3231
-  _globals['_REDUCTION']._serialized_end=3337
-  _globals['_OPTIMIZER']._serialized_start=45
-  _globals['_OPTIMIZER']._serialized_end=360
-  _globals['_HYPERPARAMETERS']._serialized_start=363
-  _globals['_HYPERPARAMETERS']._serialized_end=824
-  _globals['_PARAMETERGROUP']._serialized_start=827
-  _globals['_PARAMETERGROUP']._serialized_end=999
-  _globals['_SCHEDULE']._serialized_start=1002
-  _globals['_SCHEDULE']._serialized_end=1186
-  _globals['_GRADIENTTREATMENT']._serialized_start=1189
-  _globals['_GRADIENTTREATMENT']._serialized_end=1649
-  _globals['_LOSSSCALING']._serialized_start=1651
-  _globals['_LOSSSCALING']._serialized_end=1759
-  _globals['_LOSSSCALESTATE']._serialized_start=1761
-  _globals['_LOSSSCALESTATE']._serialized_end=1813
-  _globals['_AGGREGATION']._serialized_start=1816
-  _globals['_AGGREGATION']._serialized_end=1988
+  _globals['_RULE']._serialized_start=2074
+  _globals['_RULE']._serialized_end=2280
+  _globals['_FORMULA']._serialized_start=2283
+  _globals['_FORMULA']._serialized_end=2431
+  _globals['_AMSGRAD']._serialized_start=2433
+  _globals['_AMSGRAD']._serialized_end=2525
+  _globals['_SCHEDULEKIND']._serialized_start=2528
+  _globals['_SCHEDULEKIND']._serialized_end=2767
+  _globals['_NONFINITEPOLICY']._serialized_start=2770
+  _globals['_NONFINITEPOLICY']._serialized_end=2909
+  _globals['_CLIPFORMULA']._serialized_start=2911
+  _globals['_CLIPFORMULA']._serialized_end=3026
+  _globals['_MISSINGGRADIENTPOLICY']._serialized_start=3029
+  _globals['_MISSINGGRADIENTPOLICY']._serialized_end=3163
+  _globals['_AGGREGATIONMODE']._serialized_start=3166
+  _globals['_AGGREGATIONMODE']._serialized_end=3312
+  _globals['_REDUCTION']._serialized_start=3314
+  _globals['_REDUCTION']._serialized_end=3420
+  _globals['_OPTIMIZER']._serialized_start=74
+  _globals['_OPTIMIZER']._serialized_end=389
+  _globals['_HYPERPARAMETERS']._serialized_start=392
+  _globals['_HYPERPARAMETERS']._serialized_end=853
+  _globals['_PARAMETERGROUP']._serialized_start=856
+  _globals['_PARAMETERGROUP']._serialized_end=1082
+  _globals['_SCHEDULE']._serialized_start=1085
+  _globals['_SCHEDULE']._serialized_end=1269
+  _globals['_GRADIENTTREATMENT']._serialized_start=1272
+  _globals['_GRADIENTTREATMENT']._serialized_end=1732
+  _globals['_LOSSSCALING']._serialized_start=1734
+  _globals['_LOSSSCALING']._serialized_end=1842
+  _globals['_LOSSSCALESTATE']._serialized_start=1844
+  _globals['_LOSSSCALESTATE']._serialized_end=1896
+  _globals['_AGGREGATION']._serialized_start=1899
+  _globals['_AGGREGATION']._serialized_end=2071
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from stepwire.v1 import precision_pb2 as _precision_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -182,14 +183,16 @@ class Hyperparameters(_message.Message):
     def __init__(self, lr: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., maximize: bool = ..., momentum: _Optional[float] = ..., dampening: _Optional[float] = ..., alpha: _Optional[float] = ..., beta3: _Optional[float] = ..., decay: _Optional[float] = ..., trust_coefficient: _Optional[float] = ..., eps_root: _Optional[float] = ...) -> None: ...
 
 class ParameterGroup(_message.Message):
-    __slots__ = ("overrides", "schedule", "clip_grad_norm")
+    __slots__ = ("overrides", "schedule", "clip_grad_norm", "state_precision")
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    STATE_PRECISION_FIELD_NUMBER: _ClassVar[int]
     overrides: Hyperparameters
     schedule: Schedule
     clip_grad_norm: float
-    def __init__(self, overrides: _Optional[_Union[Hyperparameters, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., clip_grad_norm: _Optional[float] = ...) -> None: ...
+    state_precision: _precision_pb2.StatePrecision
+    def __init__(self, overrides: _Optional[_Union[Hyperparameters, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., clip_grad_norm: _Optional[float] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("kind", "warmup_steps", "total_steps", "final_factor", "gamma", "interval_steps", "warmup_start_factor")

@@ -25,6 +25,10 @@ _sym_db = _symbol_database.Default()
 from stepwire.v1 import attach_pb2 as stepwire_dot_v1_dot_attach__pb2
 from stepwire.v1 import server_pb2 as stepwire_dot_v1_dot_server__pb2
 from stepwire.v1 import session_pb2 as stepwire_dot_v1_dot_session__pb2
+try:
+  stepwire_dot_v1_dot_precision__pb2 = stepwire_dot_v1_dot_session__pb2.stepwire_dot_v1_dot_precision__pb2
+except AttributeError:
+  stepwire_dot_v1_dot_precision__pb2 = stepwire_dot_v1_dot_session__pb2.stepwire.v1.precision_pb2
 from stepwire.v1 import state_pb2 as stepwire_dot_v1_dot_state__pb2
 from stepwire.v1 import step_pb2 as stepwire_dot_v1_dot_step__pb2
 from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2

@@ -1,6 +1,7 @@
 from stepwire.v1 import attach_pb2 as _attach_pb2
 from stepwire.v1 import server_pb2 as _server_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
+from stepwire.v1 import precision_pb2 as _precision_pb2
 from stepwire.v1 import state_pb2 as _state_pb2
 from stepwire.v1 import step_pb2 as _step_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2

@@ -177,6 +177,7 @@ class OptimizerServiceServicer(object):
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: the server has as many attached streams as it may (RetryInfo).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        - DATA_LOSS/DEVICE_LOST: the device failed for good, and the server ends (metadata: device, status).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,6 +204,7 @@ class OptimizerServiceServicer(object):
         - ABORTED/STATE_CHANGED: a step or load was committed meanwhile, or a step with `overlap` is half applied; pull
         again.
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        - DATA_LOSS/DEVICE_LOST: the device failed for good, and the server ends (metadata: device, status).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,6 +231,7 @@ class OptimizerServiceServicer(object):
         feature).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room to stage the values.
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        - DATA_LOSS/DEVICE_LOST: the device failed for good, and the server ends (metadata: device, status).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

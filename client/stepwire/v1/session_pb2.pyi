@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
+from stepwire.v1 import precision_pb2 as _precision_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -10,8 +11,13 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from stepwire.v1.precision_pb2 import StatePrecision as StatePrecision
 
 DESCRIPTOR: _descriptor.FileDescriptor
+STATE_PRECISION_UNSPECIFIED: _precision_pb2.StatePrecision
+STATE_PRECISION_FLOAT32: _precision_pb2.StatePrecision
+STATE_PRECISION_BFLOAT16_MOMENTS: _precision_pb2.StatePrecision
+STATE_PRECISION_INT8_MOMENTS: _precision_pb2.StatePrecision
 
 class LifecycleState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,13 +45,6 @@ class TelemetryLevel(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TELEMETRY_LEVEL_GRADIENT: _ClassVar[TelemetryLevel]
     TELEMETRY_LEVEL_FULL: _ClassVar[TelemetryLevel]
     TELEMETRY_LEVEL_NONE: _ClassVar[TelemetryLevel]
-
-class StatePrecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    STATE_PRECISION_UNSPECIFIED: _ClassVar[StatePrecision]
-    STATE_PRECISION_FLOAT32: _ClassVar[StatePrecision]
-    STATE_PRECISION_BFLOAT16_MOMENTS: _ClassVar[StatePrecision]
-    STATE_PRECISION_INT8_MOMENTS: _ClassVar[StatePrecision]
 LIFECYCLE_STATE_UNSPECIFIED: LifecycleState
 LIFECYCLE_STATE_ACTIVE: LifecycleState
 LIFECYCLE_STATE_PARKED: LifecycleState
@@ -61,10 +60,6 @@ TELEMETRY_LEVEL_UNSPECIFIED: TelemetryLevel
 TELEMETRY_LEVEL_GRADIENT: TelemetryLevel
 TELEMETRY_LEVEL_FULL: TelemetryLevel
 TELEMETRY_LEVEL_NONE: TelemetryLevel
-STATE_PRECISION_UNSPECIFIED: StatePrecision
-STATE_PRECISION_FLOAT32: StatePrecision
-STATE_PRECISION_BFLOAT16_MOMENTS: StatePrecision
-STATE_PRECISION_INT8_MOMENTS: StatePrecision
 
 class SessionConfig(_message.Message):
     __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease", "label", "device", "telemetry")
@@ -91,12 +86,12 @@ class SessionConfig(_message.Message):
     initialization: Initialization
     gradient_dtype: _tensor_pb2.Dtype
     reply_dtype: _tensor_pb2.Dtype
-    state_precision: StatePrecision
+    state_precision: _precision_pb2.StatePrecision
     lease: _duration_pb2.Duration
     label: str
     device: str
     telemetry: TelemetryLevel
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[StatePrecision, str]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ...) -> None: ...
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state")

@@ -1,3 +1,4 @@
+from stepwire.v1 import precision_pb2 as _precision_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -21,18 +22,20 @@ DTYPE_FLOAT16: Dtype
 DTYPE_INT8_BLOCKWISE: Dtype
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "shape", "group", "frozen", "sparse")
+    __slots__ = ("name", "shape", "group", "frozen", "sparse", "state_precision")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     SPARSE_FIELD_NUMBER: _ClassVar[int]
+    STATE_PRECISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     group: int
     frozen: bool
     sparse: bool
-    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., sparse: bool = ...) -> None: ...
+    state_precision: _precision_pb2.StatePrecision
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., sparse: bool = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("size", "tensors", "groups", "slots", "chunk_alignment")

@@ -11,10 +11,11 @@ from google.protobuf.duration_pb2 import Duration
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import Layout, Placement, Range, TensorSpec
 from stepwire.optimizers import OPTIMIZERS, Adagrad, Adam, AdamW, Formula, Hyperparameters, Optimizer
-from stepwire.v1 import optimizer_pb2, tensor_pb2
+from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 
 __all__ = [
     "FORMULAS",
+    "PRECISIONS",
     "duration_to_wire",
     "hyperparameters_from_wire",
     "hyperparameters_to_wire",
@@ -24,9 +25,11 @@ __all__ = [
     "optimizer_to_wire",
     "overrides_from_wire",
     "overrides_to_wire",
+    "precision_from_wire",
     "seconds_from_wire",
     "spec_from_wire",
     "spec_to_wire",
+    "specs_from_wire",
 ]
 
 FORMULAS: Final[dict[Formula, optimizer_pb2.Formula]] = {
@@ -36,6 +39,14 @@ FORMULAS: Final[dict[Formula, optimizer_pb2.Formula]] = {
     "no_bias_correction": optimizer_pb2.FORMULA_NO_BIAS_CORRECTION,
     "decay_after": optimizer_pb2.FORMULA_DECAY_AFTER,
 }
+PRECISIONS: Final = {
+    "float32": precision_pb2.STATE_PRECISION_FLOAT32,
+    "bfloat16": precision_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
+    "int8": precision_pb2.STATE_PRECISION_INT8_MOMENTS,
+}
+"""The contract's values of the precisions of moments."""
+
+_PRECISION_NAMES: Final[dict[int, str]] = {value: name for name, value in PRECISIONS.items()}
 _FORMULA_NAMES: Final[dict[int, Formula]] = {value: name for name, value in FORMULAS.items()}
 _AMSGRAD: Final = {
     "none": optimizer_pb2.AMSGRAD_NONE,
@@ -209,11 +220,37 @@ def layout_from_wire(message: tensor_pb2.Layout) -> Layout:
     )
 
 
+def precision_from_wire(*values: int) -> str:
+    """Decode a precision: the first value that is set, from the tensor's own to the session's; float32 for none."""
+    return _PRECISION_NAMES.get(next(filter(None, values), 0), "float32")
+
+
 def spec_to_wire(spec: TensorSpec) -> tensor_pb2.TensorSpec:
     """Encode one tensor."""
-    return tensor_pb2.TensorSpec(name=spec.name, shape=spec.shape, group=spec.group, frozen=spec.frozen)
+    return tensor_pb2.TensorSpec(
+        name=spec.name,
+        shape=spec.shape,
+        group=spec.group,
+        frozen=spec.frozen,
+        state_precision=PRECISIONS[spec.state_precision],
+    )
 
 
-def spec_from_wire(message: tensor_pb2.TensorSpec) -> TensorSpec:
-    """Decode one tensor, unchecked."""
-    return TensorSpec(message.name, tuple(message.shape), message.group, message.frozen)
+def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpec:
+    """Decode one tensor, unchecked.
+
+    Args:
+        message: the tensor.
+        inherited: the precisions of its group and its session, in this order, for a tensor that names none.
+    """
+    precision = precision_from_wire(message.state_precision, *inherited)
+    return TensorSpec(message.name, tuple(message.shape), message.group, message.frozen, precision)
+
+
+def specs_from_wire(config: session_pb2.SessionConfig) -> list[TensorSpec]:
+    """Decode the tensors of a config, unchecked but for their groups, which exist."""
+    groups = config.groups or [optimizer_pb2.ParameterGroup()]
+    return [
+        spec_from_wire(tensor, groups[tensor.group].state_precision, config.state_precision)
+        for tensor in config.tensors
+    ]

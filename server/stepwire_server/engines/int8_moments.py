@@ -12,20 +12,40 @@ Quantization"; `create_dynamic_map` of bitsandbytes. The last bits of a map ther
 as `torch.linspace` does. These are the bits of torch 2.13 on x86 with AVX2 or AVX-512, whose product and sum round
 once.
 
+**A second moment that is not zero never gets the code of zero.** bitsandbytes gives that code to all below half the
+smallest value of the map. A second moment of zero beside a first moment that kept a code makes the update m / eps,
+thousands of learning rates. So 32 bits are advised there for embeddings. In the exact formula m / √v is bounded,
+because v is zero only where all gradients were. The code keeps that property: one rounding enlarges |m| at most by a
+factor of 2, and lessens √v at most by one of 1.4.
+
+The code with signs rounds to zero like any other value. m = 0 moves nothing, whereas the smallest value in place of an
+m far below is any multiple of m. Divided by a v whose g² underflowed in float32, or by none, that would diverge.
+
+The code departs from that of bitsandbytes in these points:
+
+- Without signs, an x whose nearest value is 0 has the code of the smallest other value, 3.25e-7, unless x is 0.
+- absmax is at least 2⁻¹⁰⁰, unless it is 0. So the values of every block decode to 0 or to normal numbers. Subnormal
+  ones might round to 0, and processors are slow on them. Blocks that small are of gradients below 1e-15.
+- A block without signs that holds an Inf, but no NaN, has absmax Inf and decodes to Inf throughout. A second moment
+  overflows to Inf by a gradient of 6e20. With float32 moments its element never moves again, since m / Inf is 0; here
+  its block does not. A block with a NaN, or with signs and an Inf, has absmax NaN (0x7FC00000) and decodes to NaN
+  throughout.
+
 Everything is defined on bits, so NumPy, Numba and CUDA agree on all of them:
 
 - x·(1/absmax) is two float32 operations, each rounded; the nearest value to that product is exact. A product halfway
-  between two values has the code of the one nearer to zero. −0 encodes as 0. The signed map has no −1, for which −0.993
-  stands in. The code without signs drops a sign.
-- absmax below 2⁻¹²⁶ (a subnormal) counts as 0: the block encodes as zeros, with absmax 0.
-- A block with an Inf or a NaN encodes as zeros with absmax NaN (0x7FC00000), and decodes to NaN throughout.
-- Encoding what was decoded, with the same normal absmax, returns the same codes.
+  between two values has the code of the one nearer to zero. Without signs, where the product underflows to 0, x
+  itself, then below 2⁻²², stands in for it. −0 encodes as 0. The signed map has no −1, for which −0.993 stands in. The
+  code without signs drops a sign.
+- The codes of a block that decodes to Inf or NaN are all that of the largest magnitude: 255, or 0 with signs.
+- Encoding what was decoded, with the same absmax, returns the same codes.
 
 A code is found without a search. The pattern of a float32, read as an integer, is in order of its value. A cell is all
 patterns with the same upper 15 or 16 bits. The map is so coarse that a cell holds at most one boundary between codes.
 `steps[cell] + pattern` carries into the code's bits exactly from that boundary on: one look-up, one addition, one
-shift. Arithmetic per decade needs more instructions than a look-up, so that even decoding was slower, and cannot meet
-boundaries exactly. Tables have an entry for every cell there is, so no value, NaN included, can look outside them.
+shift. Without signs, the boundary of zero is the pattern 1: that costs nothing. Arithmetic per decade needs more
+instructions than a look-up, so that even decoding was slower, and cannot meet boundaries exactly. Tables have an entry
+for every cell there is, so no value, NaN included, can look outside them.
 
 The functions from `decode_signed` on are scalar, for generated Numba kernels, as in `scalar_codecs`, whose `as_bits`
 and `as_float` they call. The four tables have to be globals there, because Numba freezes globals into constants. LLVM
@@ -36,24 +56,24 @@ tables as arguments a fused Adam kernel took much longer.
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy import arange, array, concatenate, float32, float64, int32, int64, searchsorted, sort, uint8, uint32, where
 
-from stepwire_server.engines.protocol import HostArray, Range
+from stepwire_server.engines.protocol import HostArray
 from stepwire_server.engines.scalar_codecs import as_bits, as_float
 
 __all__ = [
     "BLOCK",
+    "INFINITE",
+    "LEAST",
+    "NOT_A_NUMBER",
     "NUMPY_NAMES",
     "SIGNED_MAP",
     "SIGNED_STEPS",
     "UNSIGNED_MAP",
     "UNSIGNED_STEPS",
-    "Kept",
     "absmax_of",
     "block_count",
     "decode_blocks",
@@ -64,8 +84,10 @@ __all__ = [
     "encode_signed",
     "encode_unsigned",
     "encode_with",
+    "fill_of",
     "magnitude",
-    "mask_of",
+    "most_of",
+    "scale_of",
     "signed_steps",
     "tables_source",
     "unsigned_steps",
@@ -74,6 +96,12 @@ __all__ = [
 
 BLOCK = 256
 """Elements that share one absmax."""
+
+LEAST = 0x0D800000
+"""The pattern of 2⁻¹⁰⁰, the least absmax of a block that is not all zeros."""
+
+INFINITE = 0x7F800000
+NOT_A_NUMBER = 0x7FC00000
 
 # Elements that NumPy works on at a time: they and their intermediates stay in the second-level cache.
 _ELEMENTS = 64 * BLOCK
@@ -97,9 +125,11 @@ def dynamic_map(signed: bool) -> Any:
 def unsigned_steps(values: Any) -> Any:
     """Return the `(32768,) uint32` table for which `(steps[b >> 16] + b) >> 17` is the code of the pattern b.
 
-    `values` are ascending from 0, up to 256 of them; a pattern past the last one has the last one's code.
+    `values` are ascending from 0, up to 256 of them; a pattern past the last one has the last one's code. The pattern 0
+    alone has the code of 0.
     """
     middles = (values[1:].astype(float64) + values[:-1].astype(float64)) / 2.0
+    middles[0] = 0.0
     rounded = middles.astype(float32)
     # The first pattern above each middle.
     bounds = rounded.view(uint32).astype(int64) + where(rounded.astype(float64) > middles, 0, 1)
@@ -177,42 +207,56 @@ def tables_source() -> str:
     )
 
 
+def most_of(signed: bool) -> int:
+    """Return the largest pattern that an absmax may have besides NaN: of infinity, or with signs the one below."""
+    return INFINITE - signed
+
+
 def block_count(size: int) -> int:
     """Count the blocks of `size` elements, a shorter last one included."""
     return -(-size // BLOCK)
 
 
-def encode_blocks(values: HostArray, signed: bool) -> tuple[HostArray, HostArray]:
-    """Encode `(n,) float32` into `(n,) uint8` codes and `(block_count(n),) float32` absmax."""
+def encode_blocks(values: HostArray, signed: bool, given: HostArray | None = None) -> tuple[HostArray, HostArray]:
+    """Encode `(n,) float32` into `(n,) uint8` codes and `(block_count(n),) float32` absmax.
+
+    Args:
+        values: the values.
+        signed: the code with signs.
+        given: the absmax of each block; of effect where it is a number that an absmax can be, other than 0. So what was
+            decoded is encoded as it was, and a maximum that belongs to no values makes no zeros of them.
+    """
     absmax = np.empty(block_count(len(values)), np.float32)
     for low in range(0, len(values), _ELEMENTS):
         rows = _rows(values[low : low + _ELEMENTS])
+        blocks = slice(low // BLOCK, low // BLOCK + len(rows))
         largest = (rows.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1)
-        largest[largest < 0x00800000] = 0
-        largest[largest >= 0x7F800000] = 0x7FC00000
-        absmax[low // BLOCK :][: len(largest)] = largest.view(np.float32)
+        if given is not None:
+            patterns = given[blocks].view(np.uint32)
+            largest = np.where((patterns >= LEAST) & (patterns < INFINITE), patterns, largest)
+        largest[(largest > 0) & (largest < LEAST)] = LEAST
+        largest[largest > most_of(signed)] = NOT_A_NUMBER
+        absmax[blocks] = largest.view(np.float32)
     return encode_with(values, absmax, signed), absmax
 
 
 def encode_with(values: HostArray, absmax: HostArray, signed: bool) -> HostArray:
-    """Encode `(n,) float32` into codes, given the absmax of each block; what exceeds it gets the last code.
-
-    Blocks whose absmax is zero, subnormal, negative or not finite encode as zeros.
-    """
+    """Encode `(n,) float32` into codes, given the absmax of each block; what exceeds it gets the last code."""
     codes = np.empty(len(values), np.uint8)
-    patterns = absmax.view(np.uint32)
-    used = (patterns >= 0x00800000) & (patterns < 0x7F800000)
-    masks = np.where(used, np.uint32(0xFFFFFFFF if signed else 0x7FFFFFFF), np.uint32(0))[:, None]
+    fills = np.where(np.isfinite(absmax), np.uint32(0), np.uint32(0xFFFFFFFF))[:, None]
     with np.errstate(all="ignore"):
-        scales = (np.float32(1.0) / absmax)[:, None]
+        scales = (np.float32(1.0) / np.where(absmax == 0.0, np.float32(1.0), absmax))[:, None]
         for low in range(0, len(values), _ELEMENTS):
             rows = _rows(values[low : low + _ELEMENTS])
             blocks = slice(low // BLOCK, low // BLOCK + len(rows))
-            bits = (rows * scales[blocks]).view(np.uint32) & masks[blocks]
+            scaled = rows * scales[blocks]
             if signed:
+                bits = scaled.view(np.uint32) | fills[blocks]
                 bits ^= (bits.view(np.int32) >> 31).view(np.uint32) & np.uint32(0x7FFFFFFF)
                 found = (SIGNED_STEPS[bits >> 17] + bits) >> 18
             else:
+                bits = np.where(scaled != 0.0, scaled, rows).view(np.uint32) | fills[blocks]
+                bits &= np.uint32(0x7FFFFFFF)
                 found = (UNSIGNED_STEPS[bits >> 16] + bits) >> 17
             part = codes[low : low + _ELEMENTS]
             part[:] = found.reshape(-1)[: len(part)]
@@ -244,39 +288,6 @@ def zero_code(signed: bool) -> int:
     return int(encode_blocks(np.zeros(1, np.float32), signed)[0][0])
 
 
-class Kept:
-    """The ranges of a slot in 8 bits that are float32, one after another in an array of their own.
-
-    Attributes:
-        ranges: the ranges, in order.
-        count: the number of their elements.
-    """
-
-    def __init__(self, ranges: Sequence[Range]) -> None:
-        """Lay the ranges out."""
-        self.ranges = tuple(ranges)
-        ends = np.cumsum([0, *(end - start for start, end in ranges)])
-        self._offsets = [int(end) for end in ends[:-1]]
-        self.count = int(ends[-1])
-
-    def at(self, start: int) -> int | None:
-        """Return the index of an element in that array, or None if the element is held in 8 bits."""
-        index = bisect_right(self.ranges, start, key=lambda kept: kept[0]) - 1
-        if index < 0 or start >= self.ranges[index][1]:
-            return None
-        return self._offsets[index] + start - self.ranges[index][0]
-
-    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the parts of `[start, end)` that lie in the array: start, end and the index of the first there."""
-        for low, high in self.ranges[bisect_right(self.ranges, start, key=lambda kept: kept[1]) :]:
-            if low >= end:
-                return
-            low, high = max(low, start), min(high, end)
-            at = self.at(low)
-            assert at is not None
-            yield low, high, at
-
-
 def decode_signed(code: Any, absmax: Any) -> Any:
     """Return the value of a uint8 code with signs."""
     return SIGNED_MAP[code] * absmax
@@ -292,25 +303,31 @@ def magnitude(value: Any) -> Any:
     return uint32(as_bits(value) & 0x7FFFFFFF)
 
 
-def absmax_of(largest: Any) -> Any:
-    """Return the absmax of a block whose largest magnitude has this pattern."""
-    normal = uint32(largest if largest >= 0x00800000 else uint32(0))
-    return as_float(normal if largest < 0x7F800000 else uint32(0x7FC00000))
+def absmax_of(largest: Any, most: Any) -> Any:
+    """Return the absmax of a block whose largest magnitude has this pattern; most = `most_of(…)`."""
+    raised = uint32(0x0D800000 if 0 < largest < 0x0D800000 else largest)
+    return as_float(uint32(0x7FC00000 if raised > most else raised))
 
 
-def mask_of(largest: Any) -> Any:
-    """Return the bits to keep of what is encoded with this absmax: all, or none where there is no use for them."""
-    return uint32(0xFFFFFFFF) if 0x00800000 <= largest < 0x7F800000 else uint32(0)
+def scale_of(absmax: Any) -> Any:
+    """Return the factor of a block's values; that of zeros leaves them zeros."""
+    return float32(1.0) / (float32(1.0) if absmax == 0.0 else absmax)
 
 
-def encode_signed(value: Any, scale: Any, mask: Any) -> Any:
-    """Return the code with signs; scale = 1 / absmax, mask = `mask_of(…)`."""
-    bits = uint32(as_bits(value * scale) & mask)
+def fill_of(largest: Any) -> Any:
+    """Return the bits to set in all that is encoded: none, or all where a block is not finite."""
+    return uint32(0xFFFFFFFF) if largest >= 0x7F800000 else uint32(0)
+
+
+def encode_signed(value: Any, scale: Any, fill: Any) -> Any:
+    """Return the code with signs; scale = `scale_of(…)`, fill = `fill_of(…)`."""
+    bits = uint32(as_bits(value * scale) | fill)
     key = uint32(bits ^ uint32(uint32(int32(bits) >> 31) & 0x7FFFFFFF))
     return uint8(uint32(SIGNED_STEPS[uint32(key >> 17)] + key) >> 18)
 
 
-def encode_unsigned(value: Any, scale: Any, mask: Any) -> Any:
-    """Return the code without signs; arguments as for `encode_signed`."""
-    bits = uint32(as_bits(value * scale) & uint32(mask & 0x7FFFFFFF))
+def encode_unsigned(value: Any, scale: Any, fill: Any) -> Any:
+    """Return the code without signs, that of zero for zero alone; arguments as for `encode_signed`."""
+    scaled = value * scale
+    bits = uint32(uint32(as_bits(scaled if scaled != 0.0 else value) | fill) & 0x7FFFFFFF)
     return uint8(uint32(UNSIGNED_STEPS[uint32(bits >> 16)] + bits) >> 17)

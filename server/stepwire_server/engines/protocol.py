@@ -4,8 +4,8 @@ An engine owns memory and kernels. It knows no session, no step number and no wi
 a rule with its scalars, and a place for the encoded reply.
 
 Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`), float16, and for gradients
-`stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots that were allocated in
-another `Precision`.
+`stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots, or regions of slots, that
+were allocated in another `Precision`.
 
 A payload or a reply is an array of the host, or one of `ExportedMemory` of the same engine.
 
@@ -15,7 +15,7 @@ Calls are carried out in the order in which they are made, but a GPU carries the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import DataLossError
-from stepwire_server.rules import Precision, Recipe
+from stepwire_server.engines.regions import Holding, Range
+from stepwire_server.rules import Recipe
 
 __all__ = [
     "GRAIN",
@@ -51,15 +52,11 @@ GRAIN = 65_536
 """The elements of one block of a sum of squares; threads share ranges in multiples of them."""
 
 
-Range = tuple[int, int]
-"""Flat elements `[start, end)`."""
-
-
 class Pass(NamedTuple):
     """A recipe with the numbers of one step.
 
     Attributes:
-        recipe: the arithmetic of each element.
+        recipe: the arithmetic of each element, for slots in any precision.
         scalars: the recipe's scalars, float64 on the host, used as float32.
         seed: 32 bits that differ from step to step, for stochastic rounding.
     """
@@ -241,7 +238,7 @@ class EngineState(Protocol):
 
         Args:
             step: the arithmetic; the recipe's slots are arrays of this state.
-            start: first flat element.
+            start: first flat element; all elements lie in one region of the rule's slots.
             gradient: a chunk from `receive`.
             begin: first element within the chunk.
             end: one past the last element within the chunk.
@@ -257,7 +254,8 @@ class EngineState(Protocol):
     def read(self, slot: str, start: int, out: HostArray) -> Pending[None]:
         """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`, before the wait ends.
 
-        Beside an 8-bit slot "s" there is a slot "s_scale", which repeats the maximum of each block for its elements.
+        Beside a slot "s" there is a slot "s_scale", which repeats the maximum of each 8-bit block for its elements, and
+        is zero for elements in another precision.
         """
         ...
 
@@ -342,17 +340,17 @@ class Engine(Protocol):
         """Return the memory and the threads of the engine now."""
         ...
 
-    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
+    def state_bytes(self, slots: Mapping[str, Holding], size: int) -> int:
         """Return the bytes that `allocate` allocates."""
         ...
 
-    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> EngineState:
+    def allocate(self, slots: Mapping[str, Holding], size: int) -> EngineState:
         """Allocate one zeroed array of `size` elements a slot.
 
         Args:
-            slots: how each is held.
+            slots: how each is held; the parameters, what is accumulated and averaged as float32, and all slots of a
+                rule alike.
             size: elements of the flat space.
-            kept: ranges of it that 8-bit slots hold as float32, in order.
 
         Raises:
             ResourceExhaustedError: the device has no memory left; nothing stays allocated.
@@ -360,7 +358,10 @@ class Engine(Protocol):
         ...
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
-        """Compile the kernels of steps with these dtypes, so that no step has to wait; None stands for no reply."""
+        """Compile the kernels of steps with these dtypes, so that no step has to wait; None stands for no reply.
+
+        They are those of ranges whose slots are held in the recipe's precision.
+        """
         ...
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:

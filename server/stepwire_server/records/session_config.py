@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.layout import SMALLEST_IN_BLOCKS, Layout
+from stepwire.layout import SCALE_SUFFIX, Layout, TensorSpec
 from stepwire.optimizers import Hyperparameters, Optimizer
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire.optimizers.schedules import Schedule
-from stepwire_server.engines.protocol import PARAM, Range
+from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.regions import Holding, Region
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe, Rule, has_momentum, rule_for
 
-__all__ = ["SCALE_SUFFIX", "SessionConfig"]
-
-SCALE_SUFFIX = "_scale"
-"""Beside an 8-bit slot "s", "s_scale" repeats each block's maximum for its elements."""
+__all__ = ["SessionConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,8 @@ class SessionConfig:
         schedules: the schedule of each group's learning rate, or None.
         group_clips: the bound of each group's own norm, or None.
         treatment: what happens to gradients.
-        precision: how the rule's slots are held.
+        precision: the precision of the rule's slots, in groups and tensors that name none.
+        group_precisions: the precision of each group, in tensors that name none.
         measures: results tell the norms of update and parameters.
         gradient_dtype: default encoding of gradients.
         reply_dtype: the default encoding of replies.
@@ -51,6 +50,7 @@ class SessionConfig:
     group_clips: tuple[float | None, ...]
     treatment: GradientTreatment
     precision: Precision
+    group_precisions: tuple[Precision, ...]
     measures: bool
     gradient_dtype: np.dtype[Any]
     reply_dtype: np.dtype[Any]
@@ -89,7 +89,7 @@ class SessionConfig:
         return rule_for(self.optimizer, self.momentum)[1]
 
     def recipe(self, hyper: Hyperparameters) -> Recipe:
-        """Return the arithmetic of a group's update: numbers of 0 leave out the work that they make idle."""
+        """Return the arithmetic of a group's update, for slots that are float32: numbers of 0 leave out idle work."""
         momentum, decays, forgotten = bool(hyper.momentum), bool(hyper.weight_decay), self.rule.forgotten(hyper)
         key = (momentum, decays, forgotten)
         if (found := self._recipes.get(key)) is None:
@@ -101,7 +101,6 @@ class SessionConfig:
                 limits=treatment.clip_grad_value is not None,
                 averages=treatment.parameter_average_decay is not None,
                 measures=self.measures or treatment.clip_grad_value is not None,
-                precision=self.precision,
                 forgotten=forgotten,
             )
         return found
@@ -112,9 +111,11 @@ class SessionConfig:
         return {}
 
     @functools.cached_property
-    def slots(self) -> dict[str, Precision]:
+    def slots(self) -> dict[str, Holding]:
         """The state arrays, parameters first, and how each is held."""
-        slots = {PARAM: Precision.FLOAT32, **dict.fromkeys(self.rule.slots, self.precision)}
+        precisions = {region.precision for region in self.regions}
+        held: Holding = self.regions if len(precisions) > 1 else next(iter(precisions), Precision.FLOAT32)
+        slots: dict[str, Holding] = {PARAM: Precision.FLOAT32, **dict.fromkeys(self.rule.slots, held)}
         if self.treatment.accumulation_steps > 1:
             slots[ACCUMULATED] = Precision.FLOAT32
         if self.treatment.parameter_average_decay is not None:
@@ -123,25 +124,36 @@ class SessionConfig:
 
     @functools.cached_property
     def visible_slots(self) -> tuple[str, ...]:
-        """The slots that are pulled and loaded."""
+        """The slots that are pulled and loaded; those of 8 bits with their maxima, however small the tensors are."""
+        scaled = any(tensor.spec.state_precision == Precision.INT8.value for tensor in self.layout.tensors)
         names: list[str] = []
-        for name, precision in self.slots.items():
-            names += [name, name + SCALE_SUFFIX] if precision is Precision.INT8 else [name]
+        for name in self.slots:
+            names += [name, name + SCALE_SUFFIX] if scaled and name in self.rule.slots else [name]
         return tuple(names)
 
     @functools.cached_property
-    def kept(self) -> tuple[Range, ...]:
-        """Ranges that 8-bit slots hold as float32: those of small tensors, in order."""
-        if self.precision is not Precision.INT8:
-            return ()
-        ranges: list[Range] = []
+    def regions(self) -> tuple[Region, ...]:
+        """The regions of the flat space in which the rule's slots are held alike, in order; no tensor is in two."""
+        regions: list[Region] = []
         for tensor in self.layout.tensors:
-            if 0 < tensor.count < SMALLEST_IN_BLOCKS:
-                if ranges and ranges[-1][1] == tensor.offset:
-                    ranges[-1] = (ranges[-1][0], tensor.end)
-                else:
-                    ranges.append((tensor.offset, tensor.end))
-        return tuple(ranges)
+            precision = self._held(tensor.spec)
+            if regions and regions[-1].precision is precision:
+                regions[-1] = regions[-1]._replace(end=tensor.end)
+            elif tensor.count:
+                regions.append(Region(tensor.offset, tensor.end, precision))
+        return tuple(regions)
+
+    @functools.cached_property
+    def held_precisions(self) -> tuple[frozenset[Precision], ...]:
+        """The precisions in which the slots of each group's tensors are held."""
+        found: list[set[Precision]] = [set() for _ in self.groups]
+        for tensor in self.layout.tensors:
+            found[tensor.spec.group].add(self._held(tensor.spec))
+        return tuple(map(frozenset, found))
+
+    def _held(self, spec: TensorSpec) -> Precision:
+        """Return how a tensor's slots are held; a rule without slots is that of float32."""
+        return Precision(spec.held_precision) if self.rule.slots else Precision.FLOAT32
 
     @functools.cached_property
     def everything(self) -> TensorSelection:

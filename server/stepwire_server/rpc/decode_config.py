@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
@@ -13,7 +14,14 @@ from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.optimizers.schedules import schedule_from_wire
 from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
-from stepwire.wire.messages import optimizer_from_wire, overrides_from_wire, seconds_from_wire, spec_from_wire
+from stepwire.wire.messages import (
+    PRECISIONS,
+    optimizer_from_wire,
+    overrides_from_wire,
+    precision_from_wire,
+    seconds_from_wire,
+    specs_from_wire,
+)
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rpc.features import refuse_unserved
@@ -31,13 +39,6 @@ _PAGE_TOKEN: Final = re.compile(r"(?:[0-9a-f]{32})?")
 # A text is shown in errors and listings. The rest of Unicode is the user's: joiners make emoji and words of Persian.
 _CONTROLS: Final = ("Cc", "Cs", "Zl", "Zp")
 _DIRECTIONS: Final = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-
-_PRECISIONS: Final = {
-    session_pb2.STATE_PRECISION_UNSPECIFIED: Precision.FLOAT32,
-    session_pb2.STATE_PRECISION_FLOAT32: Precision.FLOAT32,
-    session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS: Precision.BFLOAT16,
-    session_pb2.STATE_PRECISION_INT8_MOMENTS: Precision.INT8,
-}
 
 
 def decode_request_id(request_id: str) -> str:
@@ -74,11 +75,11 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
     if len(group_messages) > MAX_GROUPS:
         raise InvalidRequestError.of("config.groups", f"{len(group_messages)} groups; at most {MAX_GROUPS} are allowed")
     optimizer = optimizer_from_wire(message.optimizer, "config.optimizer")
-    base, precision = optimizer.hyperparameters(), _PRECISIONS[message.state_precision]
+    base = optimizer.hyperparameters()
     specs = _decode_specs(message, limits.max_tensors, len(group_messages))
     clips = tuple(_decode_clip(group, f"config.groups[{index}]") for index, group in enumerate(group_messages))
     config = SessionConfig(
-        layout=place(specs, len(group_messages), in_blocks=precision is Precision.INT8),
+        layout=place(specs, len(group_messages)),
         optimizer=optimizer,
         groups=tuple(
             optimizer.override(base, overrides_from_wire(group.overrides), f"config.groups[{index}].overrides")
@@ -92,7 +93,10 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
         ),
         group_clips=clips,
         treatment=treatment_from_wire(message.gradient, "config.gradient", group_clips=any(clips)),
-        precision=precision,
+        precision=Precision(precision_from_wire(message.state_precision)),
+        group_precisions=tuple(
+            Precision(precision_from_wire(group.state_precision, message.state_precision)) for group in group_messages
+        ),
         measures=message.telemetry in (session_pb2.TELEMETRY_LEVEL_UNSPECIFIED, session_pb2.TELEMETRY_LEVEL_FULL),
         gradient_dtype=dtype_from_wire(message.gradient_dtype, FLOAT32, "config.gradient_dtype", gradients=True),
         reply_dtype=dtype_from_wire(message.reply_dtype, FLOAT32, "config.reply_dtype"),
@@ -102,14 +106,13 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
         device=message.device,
         tells_norms=message.telemetry != session_pb2.TELEMETRY_LEVEL_NONE,
     )
-    _check_precision(config)
+    _check_precision(config, message)
     return config
 
 
 def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_count: int) -> list[TensorSpec]:
     if not 1 <= len(message.tensors) <= max_tensors:
         raise _invalid_tensor("config.tensors", f"{len(message.tensors)} tensors; it must be 1 to {max_tensors}")
-    specs: list[TensorSpec] = []
     names: set[str] = set()
     for index, tensor in enumerate(message.tensors):
         field = f"config.tensors[{index}]"
@@ -123,18 +126,29 @@ def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_co
         if tensor.group >= group_count:
             raise _invalid_tensor(f"{field}.group", f"{tensor.group}; there are {group_count} groups")
         names.add(name)
-        specs.append(spec_from_wire(tensor))
-    return specs
+    return specs_from_wire(message)
 
 
-def _check_precision(config: SessionConfig) -> None:
+def _check_precision(config: SessionConfig, message: session_pb2.SessionConfig) -> None:
     coarse = [slot for slot in config.rule.slots if slot not in EIGHT_BIT_SLOTS]
-    if config.precision is Precision.INT8 and coarse:
+    if coarse and (field := _first_in_8_bits(message)) is not None:
         raise InvalidRequestError.of(
-            "config.state_precision",
+            f"{field}.state_precision",
             f"8-bit moments: this optimizer keeps {', '.join(coarse)}, which 8 bits do not hold well enough; use "
             "float32 or bfloat16 moments",
         )
+
+
+def _first_in_8_bits(message: session_pb2.SessionConfig) -> str | None:
+    """Return the first field that asks for 8 bits: the session, a group or a tensor."""
+    if message.state_precision == PRECISIONS["int8"]:
+        return "config"
+    owners: tuple[tuple[str, Sequence[Any]], ...] = (("groups", message.groups), ("tensors", message.tensors))
+    for name, members in owners:
+        for index, member in enumerate(members):
+            if member.state_precision == PRECISIONS["int8"]:
+                return f"config.{name}[{index}]"
+    return None
 
 
 def _decode_clip(group: optimizer_pb2.ParameterGroup, field: str) -> float | None:

@@ -14,6 +14,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire.dtypes import dtype_to_wire
 from stepwire.wire.messages import (
+    PRECISIONS,
     duration_to_wire,
     hyperparameters_to_wire,
     layout_to_wire,
@@ -22,17 +23,10 @@ from stepwire.wire.messages import (
 )
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import GroupResult, StepResult
-from stepwire_server.rules import Precision
 from stepwire_server.sessions.session import Session
 from stepwire_server.steps.check_gradient import GradientCheck
 
 __all__ = ["encode_gradient_check", "encode_result", "encode_session"]
-
-_PRECISIONS = {
-    Precision.FLOAT32: session_pb2.STATE_PRECISION_FLOAT32,
-    Precision.BFLOAT16: session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
-    Precision.INT8: session_pb2.STATE_PRECISION_INT8_MOMENTS,
-}
 
 
 def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
@@ -120,7 +114,7 @@ def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.Session
         initialization=(session_pb2.INITIALIZATION_ZEROS if config.start_at_zero else session_pb2.INITIALIZATION_LOAD),
         gradient_dtype=dtype_to_wire(config.gradient_dtype),
         reply_dtype=dtype_to_wire(config.reply_dtype),
-        state_precision=_PRECISIONS[config.precision],
+        state_precision=PRECISIONS[config.precision.value],
         telemetry=_telemetry(config),
         lease=duration_to_wire(config.lease_seconds),
         label=config.label,
@@ -129,8 +123,11 @@ def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.Session
     if whole:
         specs = {tensor.spec.name: tensor.spec for tensor in config.layout.tensors}
         message.tensors.extend(spec_to_wire(specs[name]) for name in config.layout.names)
-        for hyper, schedule, clip in zip(config.groups, config.schedules, config.group_clips, strict=True):
-            group_message = message.groups.add(overrides=hyperparameters_to_wire(hyper))
+        groups = zip(config.groups, config.group_precisions, config.schedules, config.group_clips, strict=True)
+        for hyper, precision, schedule, clip in groups:
+            group_message = message.groups.add(
+                overrides=hyperparameters_to_wire(hyper), state_precision=PRECISIONS[precision.value]
+            )
             if schedule is not None:
                 group_message.schedule.CopyFrom(schedule_to_wire(schedule))
             if clip is not None:

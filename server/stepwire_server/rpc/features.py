@@ -7,13 +7,13 @@ created, never ignored: each row is a field, the feature it belongs to, and how 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from stepwire.errors import UnsupportedFeatureError
-from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
+from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 
 __all__ = ["SERVED_FEATURES", "refuse_unserved", "unsupported"]
 
@@ -48,6 +48,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "schedules",
     "state_bfloat16",
     "state_int8",
+    "state_mixed",
     "transport_cuda_ipc",
     "transport_shm",
     "two_phase_clipping",
@@ -90,6 +91,14 @@ class _Choice(NamedTuple):
         name = names[value].name if value in names else str(value)
         own_prefix = names[0].name.removesuffix("UNSPECIFIED")
         return self.feature_prefix + name.removeprefix(own_prefix).lower()
+
+
+_SERVED_PRECISIONS: Final = frozenset(precision_pb2.StatePrecision.values())
+
+
+def _unserved_precision(owners: Iterable[optimizer_pb2.ParameterGroup] | Iterable[tensor_pb2.TensorSpec]) -> int:
+    """Return the first precision of groups or tensors that is not served; 0 for none."""
+    return next((owner.state_precision for owner in owners if owner.state_precision not in _SERVED_PRECISIONS), 0)
 
 
 _OPTIONS: Final = (
@@ -165,9 +174,23 @@ _CHOICES: Final = (
     _Choice(
         "config.state_precision",
         "state_",
-        session_pb2.StatePrecision,
-        frozenset(session_pb2.StatePrecision.values()),
+        precision_pb2.StatePrecision,
+        _SERVED_PRECISIONS,
         lambda c: c.state_precision,
+    ),
+    _Choice(
+        "config.groups.state_precision",
+        "state_",
+        precision_pb2.StatePrecision,
+        _SERVED_PRECISIONS,
+        lambda c: _unserved_precision(c.groups),
+    ),
+    _Choice(
+        "config.tensors.state_precision",
+        "state_",
+        precision_pb2.StatePrecision,
+        _SERVED_PRECISIONS,
+        lambda c: _unserved_precision(c.tensors),
     ),
     _Choice(
         "config.telemetry",

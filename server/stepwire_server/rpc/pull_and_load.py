@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from stepwire.errors import InvalidRequestError
+from stepwire.layout import SCALE_SUFFIX
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, tensor_pb2
@@ -13,7 +14,6 @@ from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
 from stepwire.wire.frames import Frame, FrameBuffer
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.records.load_request import LoadRequest
-from stepwire_server.records.session_config import SCALE_SUFFIX
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes

@@ -102,14 +102,17 @@ class Recipe:
         return "_".join(parts + ([] if self.precision is Precision.FLOAT32 else [self.precision.value]))
 
     @functools.cached_property
+    def _by_precision(self) -> dict[Precision, Recipe]:
+        return {each: dataclasses.replace(self, precision=each) for each in Precision if each is not self.precision}
+
+    def held(self, precision: Precision) -> Recipe:
+        """Return the same for slots in this precision; always the same object, so that its hash is computed once."""
+        return self if precision is self.precision else self._by_precision[precision]
+
+    @property
     def in_float32(self) -> Recipe:
         """The same for slots held as float32."""
-        return self if self.precision is Precision.FLOAT32 else dataclasses.replace(self, precision=Precision.FLOAT32)
-
-    @functools.cached_property
-    def variants(self) -> tuple[Recipe, ...]:
-        """The recipes for the ranges of one session: beside 8-bit moments, those of small tensors are float32."""
-        return (self, self.in_float32) if self.precision is Precision.INT8 else (self,)
+        return self.held(Precision.FLOAT32)
 
     @functools.cached_property
     def slots(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from stepwire.wire.dtypes import FLOAT32, wire_bytes
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.devices.pool import Device
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.engines.regions import Holding
 from stepwire_server.host.sealed_memory import SharedMemory
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
@@ -54,18 +55,17 @@ class Residency:
         self._reservation = reservation
 
     @classmethod
-    def allocate(cls, device: Device, slots: dict[str, Precision], config: SessionConfig, purpose: str) -> Residency:
+    def allocate(cls, device: Device, slots: Mapping[str, Holding], config: SessionConfig, purpose: str) -> Residency:
         """Reserve, then allocate.
 
         Raises:
             ResourceExhaustedError: they do not fit; nothing stays reserved.
         """
         size, engine = config.layout.size, device.engine
-        kept = config.kept if Precision.INT8 in slots.values() else ()
-        reservation = device.budget.reserve(engine.state_bytes(slots, size, kept), purpose)
+        reservation = device.budget.reserve(engine.state_bytes(slots, size), purpose)
         with contextlib.ExitStack() as undo:
             undo.callback(reservation.release)
-            arrays = engine.allocate(slots, size, kept)
+            arrays = engine.allocate(slots, size)
             undo.pop_all()
         return cls(arrays, reservation)
 
@@ -110,7 +110,7 @@ class SessionState:
         self.sum_bound = 0.0
         self._prepared: tuple[Any, ...] = (None, None, None)
         self._parameter_memory: SharedMemory | None = None
-        state_bytes = device.engine.state_bytes(config.slots, config.layout.size, config.kept)
+        state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
         gradient_bytes = _step_bytes(config.layout.size, config.gradient_dtype, config.reply_dtype)
         device.budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
         self._residency = Residency.allocate(device, config.slots, config, "the session's state")
@@ -132,8 +132,10 @@ class SessionState:
         """Compile what a step needs, unless the step before needed the same."""
         if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
             return
-        for hyper in groups:
-            self.device.engine.prepare(self.config.recipe(hyper), gradient, reply)
+        for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
+            recipe = self.config.recipe(hyper)
+            for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
+                self.device.engine.prepare(recipe.held(precision), gradient, reply)
         self._prepared = (groups, gradient, reply)
 
     # --- steps -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ class CountedSegment(NamedTuple):
     """Neighbouring tensors of one group with the same t and scalar: flat elements `[start, end)`.
 
     Almost always there is one segment a group, so a step is one kernel call a group and chunk, however many tensors.
-    Layerwise rules have a segment a tensor, and 8-bit moments split segments where small tensors keep float32.
+    Layerwise rules have a segment a tensor. A segment ends where moments are held in another precision.
 
     Attributes:
         start: first flat element.
@@ -119,7 +119,7 @@ class TensorSteps:
     def _find_segments(self) -> None:
         layout, config = self._config.layout, self._config
         alone = config.rule.direction is not None
-        bounds = {bound for kept in config.kept for bound in kept}
+        bounds = {region.start for region in config.regions}
         courses = dict[_Course, int]()
         segments = list[tuple[int, int, int]]()  # start, end, course
         self._course_of = dict[int, int]()  # of the tensors that move

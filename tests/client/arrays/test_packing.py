@@ -324,7 +324,7 @@ def test_what_is_left_out_is_zero_in_its_chunk() -> None:
 
 @pytest.mark.parametrize("most", [256, 300, 511, 1000, 5000])
 def test_chunks_start_where_the_layout_says(most: int) -> None:
-    packer = Packer(place([TensorSpec("a", (5000,)), TensorSpec("b", (7,))], 1, in_blocks=True))
+    packer = Packer(place([TensorSpec("a", (5000,), state_precision="int8"), TensorSpec("b", (7,))], 1))
     chunks = packer.chunks(most)
     assert all(offset % 256 == 0 and 0 < count <= most for offset, count, _ in chunks)
     assert [offset for offset, _, _ in chunks] == [0, *np.cumsum([count for _, count, _ in chunks])[:-1]]

@@ -206,6 +206,23 @@ def test_mixed_precisions_travel_in_float32(used: dict[str, Any]) -> None:
     assert params["b"].tolist() == [0.5 + 2.0**-20] * 2
 
 
+def test_tensors_and_groups_have_precisions_of_their_own(used: dict[str, Any]) -> None:
+    tx = stepwire.optax.adam(
+        0.1,
+        state_precision="int8",
+        tensor_precision={"embedding": "float32"},
+        groups=[{"params": ["head"], "state_precision": "bfloat16"}],
+        **used,
+    )
+    params = {"embedding": jnp.ones(3), "head": {"w": jnp.ones(4), "b": jnp.ones(2)}, "hidden": jnp.ones(5)}
+    assert tx.session(tx.init(params)).config.tensor_precision == {
+        "embedding": "float32",
+        "head/b": "bfloat16",
+        "head/w": "bfloat16",
+        "hidden": "int8",
+    }
+
+
 def test_init_works_where_it_is_traced(used: dict[str, Any]) -> None:
     """Also as checkpoint libraries use it: the shapes of a state, without a session."""
     tx = stepwire.optax.adam(0.1, **used)

@@ -14,30 +14,49 @@ from stepwire.layout import Layout, TensorSpec, place
 from stepwire.sharding.partition import GRAIN, Partition
 
 SPECS = st.lists(
-    st.tuples(st.integers(0, 300) | st.integers(GRAIN, 3 * GRAIN), st.integers(0, 2), st.booleans()),
+    st.tuples(
+        st.integers(0, 300) | st.integers(GRAIN, 3 * GRAIN),
+        st.integers(0, 2),
+        st.booleans(),
+        st.sampled_from(["float32", "bfloat16", "int8"]),
+    ),
     min_size=1,
     max_size=7,
 )
 
 
-def of(specs: list[TensorSpec], most: int, *, in_blocks: bool = False) -> Partition:
-    return Partition.make(place(specs, 3, in_blocks=in_blocks), most, within_tensors=True)
+def of(specs: list[TensorSpec], most: int) -> Partition:
+    return Partition.make(place(specs, 3), most, within_tensors=True)
 
 
-def layouts(partition: Partition, *, in_blocks: bool = False) -> list[Layout]:
-    return [place(partition.specs(shard), 3, in_blocks=in_blocks) for shard in range(len(partition.shards))]
+def layouts(partition: Partition) -> list[Layout]:
+    return [place(partition.specs(shard), 3) for shard in range(len(partition.shards))]
 
 
-@given(SPECS, st.integers(1, 5), st.booleans())
-def test_a_partition_is_read_again_from_its_shards(drawn, most: int, in_blocks: bool) -> None:
-    specs = [TensorSpec(f"t{i}", (count,), group, frozen) for i, (count, group, frozen) in enumerate(drawn)]
-    made = of(specs, most, in_blocks=in_blocks)
-    assert Partition.read(layouts(made, in_blocks=in_blocks)) == made
+@given(SPECS, st.integers(1, 5))
+def test_a_partition_is_read_again_from_its_shards(drawn, most: int) -> None:
+    specs = [TensorSpec(f"t{i}", (count,), *rest) for i, (count, *rest) in enumerate(drawn)]
+    made = of(specs, most)
+    assert Partition.read(layouts(made)) == made
+
+
+@given(SPECS, st.integers(2, 5))
+def test_a_range_is_held_as_its_tensor_is(drawn, most: int) -> None:
+    """So a tensor in blocks has the blocks that it has in the whole, and none of its ranges is too small for them."""
+    specs = [TensorSpec(f"t{i}", (count,), *rest) for i, (count, *rest) in enumerate(drawn)]
+    made = of(specs, most)
+    for ranges, layout in zip(made.shards, layouts(made), strict=True):
+        for each, tensor in zip(ranges.ranges, layout.tensors, strict=True):
+            whole = made.layout.tensors[each.tensor].spec
+            assert (tensor.spec.state_precision, tensor.spec.held_precision) == (
+                whole.state_precision,
+                whole.held_precision,
+            )
 
 
 @given(SPECS, st.integers(1, 5))
 def test_ranges_are_views_that_make_up_the_whole(drawn, most: int) -> None:
-    specs = [TensorSpec(f"t{i}", (count,), group) for i, (count, group, _) in enumerate(drawn)]
+    specs = [TensorSpec(f"t{i}", (count,), group) for i, (count, group, *_) in enumerate(drawn)]
     made = of(specs, most)
     flat = [np.arange(tensor.count) for tensor in made.layout.tensors]
     for ranges, layout in zip(made.shards, layouts(made), strict=True):

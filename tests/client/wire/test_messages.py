@@ -25,7 +25,7 @@ from stepwire.optimizers import (
     Optimizer,
     RMSprop,
 )
-from stepwire.v1 import optimizer_pb2, tensor_pb2
+from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 from stepwire.wire import messages as wire
 
 NUMBERS = Adam(lr=0.25, betas=(0.5, 0.75), eps=0.125, weight_decay=0.0625, maximize=True).hyperparameters()
@@ -196,12 +196,35 @@ def test_a_layout_goes_both_ways(tensors: list[tuple[str, list[int], int]]) -> N
 
 
 def test_the_alignment_of_blocks_goes_both_ways() -> None:
-    layout = place([TensorSpec("a", (5,)), TensorSpec("w", (5000,))], 1, in_blocks=True)
+    layout = place([TensorSpec("a", (5,)), TensorSpec("w", (5000,), state_precision="int8")], 1)
     assert wire.layout_from_wire(wire.layout_to_wire(layout, ("param",))) == layout
     assert wire.layout_from_wire(tensor_pb2.Layout()).chunk_alignment == 1
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_spec_goes_both_ways(frozen: bool) -> None:
-    spec = TensorSpec("layer/weight", (3, 0, 2), 4, frozen)
+@pytest.mark.parametrize("precision", wire.PRECISIONS)
+def test_a_spec_goes_both_ways(frozen: bool, precision: str) -> None:
+    spec = TensorSpec("layer/weight", (3, 0, 2), 4, frozen, precision)
     assert wire.spec_from_wire(wire.spec_to_wire(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("own", "group", "session", "expected"),
+    [
+        (0, 0, 0, "float32"),
+        (0, 0, 3, "int8"),
+        (0, 2, 3, "bfloat16"),
+        (1, 2, 3, "float32"),
+        (3, 0, 0, "int8"),
+    ],
+)
+def test_a_precision_is_the_tensors_or_its_groups_or_the_sessions(
+    own: int, group: int, session: int, expected: str
+) -> None:
+    config = session_pb2.SessionConfig(
+        tensors=[tensor_pb2.TensorSpec(name="w", group=1, state_precision=own)],
+        groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(state_precision=group)],
+        state_precision=session,
+    )
+    (spec,) = wire.specs_from_wire(config)
+    assert spec.state_precision == wire.precision_from_wire(own, group, session) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -62,7 +63,7 @@ COUNTS = st.one_of(
 WAYS = pairwise(
     {
         "treatment": ["norm", "group", "reject", "allow", "value"],
-        "precision": ["float32", "bfloat16", "int8"],
+        "precision": ["float32", "bfloat16", "int8", "mixed"],
         "gradient_dtype": [np.float32, ml_dtypes.bfloat16, np.float16],
         "reply_dtype": ["float32", "bfloat16", "float16"],
     }
@@ -85,8 +86,10 @@ def test_so_it_has_however_large_its_tensors_and_whatever_travels(
     options: dict[str, Any] = dict(TREATMENTS[way["treatment"]])
     if way["treatment"] == "group":
         options["groups"] = [{"params": list(shapes)[::2], "clip_grad_norm": 0.5}]
+    mixed = way["precision"] == "mixed"
     options |= {
-        "state_precision": way["precision"],
+        "state_precision": "bfloat16" if mixed else way["precision"],
+        "tensor_precision": dict(zip(shapes, itertools.cycle(["int8", "float32"]), strict=False)) if mixed else {},
         "gradient_dtype": gradient_dtype,
         "reply_dtype": way["reply_dtype"],
     }

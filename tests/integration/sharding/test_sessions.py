@@ -88,6 +88,27 @@ def test_numbers_that_change_leave_the_bits_of_one_session(
     other.close()
 
 
+@pytest.mark.parametrize("named", list(SHAPES))
+def test_one_shard_alone_may_have_8_bits(
+    servers: list[Server], opened: Opened, one: stepwire.Client, named: str
+) -> None:
+    """The others have no maxima of blocks, which are zeros in the state of the whole."""
+    many = over(servers, opened, 3)
+    options: dict[str, Any] = {"tensor_precision": {named: "int8"}, "clip_grad_norm": 1.0}
+    pair = Pair(one, many, SHAPES, **options)
+    pair.step(arrays(SHAPES, 1))
+    pair.compare()
+    other = Pair(one, many, SHAPES, **options)
+    other.whole.load_state(pair.cut.state())
+    other.cut.load_state(pair.whole.state())
+    other.cut = many.session(other.cut.session_id)
+    other.step(arrays(SHAPES, 2))
+    other.compare()
+    assert other.cut.config.tensor_precision == {name: "int8" if name == named else "float32" for name in SHAPES}
+    pair.close()
+    other.close()
+
+
 def test_a_creation_is_repeated_by_its_id(servers: list[Server], opened: Opened) -> None:
     many = over(servers, opened, 3)
     first = many.create_session(arrays(SHAPES, 0), request_id="again")

@@ -53,5 +53,5 @@ def test_moves(engine, reference, precision) -> None:
     cases.check_moves(engine, reference, precision, SIZE)
 
 
-def test_kept(engine, reference) -> None:
-    cases.check_kept(engine, reference, 4001)
+def test_mixed(engine, reference) -> None:
+    cases.check_mixed(engine, reference, 4001)

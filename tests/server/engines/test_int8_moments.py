@@ -13,6 +13,7 @@ from stepwire_server.engines import int8_moments as dynamic_code
 from stepwire_server.engines import scalar_codecs as numba_codecs
 from stepwire_server.engines.int8_moments import (
     BLOCK,
+    LEAST,
     SIGNED_MAP,
     UNSIGNED_MAP,
     block_count,
@@ -22,8 +23,11 @@ from stepwire_server.engines.int8_moments import (
 )
 
 SIGNS = pytest.mark.parametrize("signed", [True, False])
-NAN = 0x7FC00000
-EXTREMES = np.array([2.0**-126, 2.0**-125, 1e-30, 1.0, 1e30, 2.0**126, 2.0**127, 3.4028235e38], np.float32)
+INFINITE, NAN = 0x7F800000, 0x7FC00000
+LARGEST = np.float32(3.4028235e38)
+EXTREMES = np.array([2.0**-100, 2.0**-99, 1e-20, 1.0, 1e30, 2.0**126, 2.0**127, LARGEST], np.float32)
+TINY = np.array([2.0**-149, 1e-45, 1e-40, 2.0**-126, 1e-30, 1e-10, 1e-8, 1.6e-7, 2.7e-7], np.float32)
+"""Values nearest to 0 in both maps, beside a maximum of 1."""
 
 
 def map_of(signed: bool) -> np.ndarray:
@@ -31,10 +35,12 @@ def map_of(signed: bool) -> np.ndarray:
 
 
 def nearest(scaled: np.ndarray, signed: bool) -> np.ndarray:
-    """Search all 256 values in float64; of two equally near ones take that nearer to zero."""
+    """Search in float64; of two equally near values take that nearer to zero, and zero without signs for zero alone."""
     values = map_of(signed).astype(np.float64)
     order = np.argsort(abs(values), kind="stable")
     distances = abs(scaled.astype(np.float64)[:, None] - values[order][None, :])
+    if not signed:
+        distances[scaled != 0.0, 0] = np.inf
     return order[np.argmin(distances, axis=1)].astype(np.uint8)
 
 
@@ -107,14 +113,54 @@ def test_exact_tie_goes_towards_zero() -> None:
         assert len(ties) > 10
         codes = encode_with(ties, np.ones(block_count(len(ties)), np.float32), signed)
         chosen = abs(map_of(signed)[codes])
-        assert np.all(chosen < abs(ties))
+        assert np.all((chosen < abs(ties)) | (codes == 1 - signed))
+
+
+@pytest.mark.parametrize("largest", EXTREMES)
+def test_a_second_moment_that_is_not_zero_never_gets_the_code_of_zero(largest: np.float32) -> None:
+    """Whatever its product with 1 / absmax is: far below the smallest value of the map, or an underflow."""
+    below = np.concatenate([TINY, TINY * min(largest, np.float32(1e30))])
+    below = below[(below > 0) & (below < largest * UNSIGNED_MAP[1] / 2)]
+    assert len(below) > 3
+    values = np.concatenate([[largest], below, [0.0, -0.0]]).astype(np.float32)
+    codes, absmax = encode_blocks(values, False)
+    assert absmax.tolist() == [largest]
+    assert codes.tolist() == [255, *[1] * len(below), 0, 0]
+    decoded = decode_blocks(codes, absmax, False)
+    assert ((decoded == 0.0) == (values == 0.0)).all()
+    assert (decoded[decoded > 0.0] >= np.float32(2.0**-126)).all(), "none is subnormal"
+
+
+@pytest.mark.parametrize("largest", EXTREMES)
+def test_a_first_moment_far_below_the_smallest_value_is_zero(largest: np.float32) -> None:
+    """The smallest value in its place would be any multiple of it, and so would an update."""
+    below = np.concatenate([TINY, -TINY]) * min(largest, np.float32(1e30))
+    codes, _ = encode_blocks(np.concatenate([[largest], below]).astype(np.float32), True)
+    assert codes.tolist() == [255, *[127] * len(below)]
+
+
+def test_the_smallest_second_moment_reaches_down_to_zero_and_up_to_its_middle() -> None:
+    middle = np.float32((UNSIGNED_MAP[1].astype(np.float64) + UNSIGNED_MAP[2]) / 2)
+    edges = [0.0, 2.0**-149, UNSIGNED_MAP[1] / 2, np.nextafter(middle, np.float32(0)), np.nextafter(middle, 1)]
+    assert encode_with(np.float32(edges), np.ones(1, np.float32), False).tolist() == [0, 1, 1, 1, 2]
+
+
+def test_rounding_bounds_the_quotient_of_moments() -> None:
+    """Of any first moment and any second one, as large a factor as the module says; an even grid of patterns."""
+    patterns = np.arange(0x00800000, 0x3F800001, 977, dtype=np.uint32)
+    values = np.concatenate([patterns.view(np.float32), [np.float32(1.0)]])
+    one = np.ones(block_count(len(values)), np.float32)
+    first = decode_blocks(encode_with(values, one, True), one, True) / values
+    second = values / decode_blocks(encode_with(values, one, False), one, False)
+    assert first.max() == pytest.approx(2.0, rel=1e-3)
+    assert np.sqrt(second.max()) == pytest.approx(1.368, rel=1e-3)
 
 
 @SIGNS
 def test_codes_survive_decoding(signed: bool) -> None:
     codes = np.arange(256, dtype=np.uint8)
     generator = np.random.default_rng(1)
-    patterns = generator.integers(0x00800000, 0x7F800000, 3_000, dtype=np.uint32)
+    patterns = generator.integers(LEAST, INFINITE, 3_000, dtype=np.uint32)
     for absmax in np.concatenate([EXTREMES, patterns.view(np.float32)])[:, None]:
         np.testing.assert_array_equal(encode_with(decode_blocks(codes, absmax, signed), absmax, signed), codes)
 
@@ -135,28 +181,73 @@ def test_short_last_blocks(signed: bool, size: int) -> None:
 
 
 @SIGNS
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1.1754942e-38])
-def test_blocks_of_zeros_and_subnormals_are_zeros(signed: bool, value: float) -> None:
+@pytest.mark.parametrize("value", [0.0, -0.0])
+def test_blocks_of_zeros_are_zeros(signed: bool, value: float) -> None:
     codes, absmax = encode_blocks(np.full(300, value, np.float32), signed)
     assert absmax.view(np.uint32).tolist() == [0, 0]
     assert not decode_blocks(codes, absmax, signed).view(np.uint32).any()
 
 
 @SIGNS
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
-def test_a_value_that_is_not_finite_makes_its_block_nan(signed: bool, value: float) -> None:
-    values = gauss(3 * BLOCK, signed)
-    values[BLOCK + 7] = value
+@pytest.mark.parametrize("largest", [2.0**-149, 1.1754942e-38, 2.0**-126, np.nextafter(np.float32(2.0**-100), 0)])
+def test_a_block_of_tiny_values_has_the_least_absmax(signed: bool, largest: float) -> None:
+    """No second moment becomes 0, and nothing is subnormal: the values are those of a larger block."""
+    values = np.float32(largest) * np.linspace(1e-3, 1, 300, dtype=np.float32)
+    values[7] = 0.0
     codes, absmax = encode_blocks(values, signed)
-    assert absmax.view(np.uint32)[1] == NAN and np.isfinite(absmax[[0, 2]]).all()
-    assert set(codes[BLOCK : 2 * BLOCK].tolist()) == {127 if signed else 0}
-    assert np.isnan(decode_blocks(codes, absmax, signed)).reshape(3, BLOCK).all(axis=1).tolist() == [False, True, False]
+    assert absmax.view(np.uint32).tolist() == [LEAST, LEAST] and absmax[0] == np.float32(2.0**-100)
+    np.testing.assert_array_equal(codes, nearest(values.astype(np.float64) * 2.0**100, signed))
+    decoded = decode_blocks(codes, absmax, signed)
+    assert signed or ((decoded == 0.0) == (values == 0.0)).all()
+    assert (decoded[decoded > 0] > 2.0**-126).all()
+    again = encode_blocks(decoded, signed, absmax)
+    assert (again[0] == codes).all() and (again[1] == absmax).all()
+
+
+@SIGNS
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+def test_a_value_that_is_not_finite_makes_its_block_so(signed: bool, value: float) -> None:
+    """Infinite without signs, since a second moment may overflow; NaN otherwise."""
+    values = gauss(3 * BLOCK, signed)
+    values[BLOCK + 7], values[BLOCK + 8] = value, 0.0
+    codes, absmax = encode_blocks(values, signed)
+    infinite = np.isinf(value) and not signed
+    assert absmax.view(np.uint32)[1] == (INFINITE if infinite else NAN) and np.isfinite(absmax[[0, 2]]).all()
+    assert set(codes[BLOCK : 2 * BLOCK].tolist()) == {0 if signed else 255}
+    decoded = decode_blocks(codes, absmax, signed).reshape(3, BLOCK)
+    assert np.isfinite(decoded[[0, 2]]).all()
+    assert (decoded[1] == np.inf).all() if infinite else np.isnan(decoded[1]).all()
+    again = encode_blocks(decoded.reshape(-1), signed, absmax)
+    assert (again[0] == codes).all() and (again[1].view(np.uint32) == absmax.view(np.uint32)).all()
+
+
+def test_nan_beside_an_infinity_is_nan() -> None:
+    assert encode_blocks(np.float32([1.0, np.inf, np.nan]), False)[1].view(np.uint32).tolist() == [NAN]
+
+
+@SIGNS
+@pytest.mark.parametrize("given", [0.0, -0.0, 1e-45, 2.0**-101, -1.0, np.inf, -np.inf, np.nan, -np.nan])
+def test_a_given_maximum_that_is_none_is_found(signed: bool, given: float) -> None:
+    values = gauss(BLOCK + 9, signed)
+    expected = encode_blocks(values, signed)
+    codes, absmax = encode_blocks(values, signed, np.float32([given, given]))
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(absmax, expected[1])
+
+
+@SIGNS
+@pytest.mark.parametrize("given", [2.0**-100, 0.5, 3.0, LARGEST])
+def test_a_given_maximum_is_used(signed: bool, given: float) -> None:
+    values = gauss(BLOCK + 9, signed)
+    codes, absmax = encode_blocks(values, signed, np.float32([given, given]))
+    assert absmax.tolist() == [given, given]
+    np.testing.assert_array_equal(codes, encode_with(values, absmax, signed))
 
 
 def test_values_outside_the_map() -> None:
     one = np.ones(1, np.float32)
     assert encode_with(np.float32([-1, -5, 5, -np.inf, np.inf]), one, True).tolist() == [0, 0, 255, 0, 255]
-    assert encode_with(np.float32([-1, -1e-9, 5, np.inf]), one, False).tolist() == [255, 0, 255, 255]
+    assert encode_with(np.float32([-1, -1e-9, 5, np.inf]), one, False).tolist() == [255, 1, 255, 255]
 
 
 _LOOPS = """
@@ -167,11 +258,11 @@ def encode(values, codes, absmax):
         largest = uint32(0)
         for i in range(low, high):
             largest = max(largest, magnitude(values[i]))
-        absmax[low // 256] = absmax_of(largest)
-        scale = float32(1.0) / absmax[low // 256]
-        mask = mask_of(largest)
+        absmax[low // 256] = absmax_of(largest, uint32({most}))
+        scale = scale_of(absmax[low // 256])
+        fill = fill_of(largest)
         for i in range(low, high):
-            codes[i] = encode_{variant}(values[i], scale, mask)
+            codes[i] = encode_{variant}(values[i], scale, fill)
 
 
 @kernel
@@ -185,12 +276,13 @@ def generated(signed: bool) -> Any:
     """Write a module as kernels are generated, from text alone, and compile it."""
     numba = pytest.importorskip("numba")
     scalar = [numba_codecs.as_bits, numba_codecs.as_float, dynamic_code.magnitude, dynamic_code.absmax_of]
-    scalar += [dynamic_code.mask_of, dynamic_code.encode_signed, dynamic_code.encode_unsigned]
+    scalar += [dynamic_code.scale_of, dynamic_code.fill_of]
+    scalar += [dynamic_code.encode_signed, dynamic_code.encode_unsigned]
     scalar += [dynamic_code.decode_signed, dynamic_code.decode_unsigned]
     text = "from __future__ import annotations\nfrom typing import Any\n"
     text += f"from numpy import {', '.join(dynamic_code.NUMPY_NAMES)}\n" + dynamic_code.tables_source()
     text += "".join(f"\n@helper\n{inspect.getsource(function)}" for function in scalar)
-    text += _LOOPS.format(variant="signed" if signed else "unsigned")
+    text += _LOOPS.format(variant="signed" if signed else "unsigned", most=dynamic_code.most_of(signed))
     module = types.ModuleType("generated_dynamic_code")
     module.__dict__["helper"] = numba.njit(error_model="numpy")
     module.__dict__["kernel"] = numba.njit(error_model="numpy")
@@ -208,7 +300,8 @@ def test_numba_agrees_bit_for_bit(signed: bool) -> None:
     special = gauss(2_000, signed)
     special[::300] = [np.nan, np.inf, -np.inf, -np.nan, 0.0, -0.0, 1e-45]
     near = np.concatenate([[np.float32(1.0)], middles(signed), EXTREMES, -EXTREMES, np.zeros(700, np.float32)])
-    for values in (anything, tiny, special, near, gauss(70_001, signed), np.float32([])):
+    beside = np.concatenate([np.resize([largest, *TINY, *-TINY, 0.0, -0.0], BLOCK) for largest in EXTREMES])
+    for values in (anything, tiny, special, near, beside.astype(np.float32), gauss(70_001, signed), np.float32([])):
         codes, absmax = encode_blocks(values, signed)
         other_codes, other_absmax = np.empty_like(codes), np.empty_like(absmax)
         module.encode(values, other_codes, other_absmax)

@@ -55,8 +55,41 @@ def test_small_tensors_keep_float32_neighbours_as_one_range() -> None:
         (4352, 4095),
         (8448, 5000),
     ]
-    assert config.kept == ((0, 30), (4352, 8447))
-    assert make_config(*specs).kept == ()
+    eight, four = Precision.INT8, Precision.FLOAT32
+    assert config.regions == ((0, 30, four), (256, 4352, eight), (4352, 8447, four), (8448, 13448, eight))
+    assert config.slots["exp_avg"] == config.slots["exp_avg_sq"] == config.regions
+    assert config.held_precisions == ({eight, four},)
+    assert make_config(*specs).regions == ((0, 13221, four),)
+
+
+def test_slots_in_one_precision_have_no_regions() -> None:
+    for precision in Precision:
+        config = make_config(TensorSpec("a", (5000,)), TensorSpec("b", (4096,)), precision=precision)
+        assert config.slots["exp_avg"] is precision
+    small = make_config(TensorSpec("a", (5,)), TensorSpec("b", (4095,)), precision=Precision.INT8)
+    assert small.slots["exp_avg"] is Precision.FLOAT32
+    assert "exp_avg_scale" in small.visible_slots, "the slots that are loaded do not depend on sizes"
+
+
+def test_tensors_have_precisions_of_their_own() -> None:
+    kinds = [("float32", 0), ("int8", 0), ("int8", 0), ("bfloat16", 1), ("float32", 2), ("float32", 2)]
+    specs = [TensorSpec(f"t{i}", (5000,), group, False, kind) for i, (kind, group) in enumerate(kinds)]
+    config = make_config(*specs, groups=(Adam().hyperparameters(),) * 3)
+    assert config.regions == (
+        (0, 5000, Precision.FLOAT32),
+        (5120, 15240, Precision.INT8),
+        (15360, 20360, Precision.BFLOAT16),
+        (20480, 30480, Precision.FLOAT32),
+    )
+    assert config.held_precisions == (
+        {Precision.FLOAT32, Precision.INT8},
+        {Precision.BFLOAT16},
+        {Precision.FLOAT32},
+    )
+    assert config.slots["param"] is Precision.FLOAT32
+    assert config.visible_slots == ("param", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    without = make_config(*(spec for spec in specs if spec.state_precision != "int8"), groups=config.groups)
+    assert without.visible_slots == ("param", "exp_avg", "exp_avg_sq")
 
 
 @pytest.mark.parametrize("kind", [SGD, RMSprop])

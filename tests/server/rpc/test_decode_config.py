@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import SGD, Adagrad, Adam, AdamW
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
 from stepwire.optimizers.schedules import Schedule
-from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
+from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
@@ -60,6 +60,7 @@ def test_a_minimal_config_takes_the_contracts_defaults() -> None:
         group_clips=(None,),
         treatment=GradientTreatment(non_finite="reject"),
         precision=Precision.FLOAT32,
+        group_precisions=(Precision.FLOAT32,),
         measures=True,
         gradient_dtype=FLOAT32,
         reply_dtype=FLOAT32,
@@ -142,7 +143,7 @@ def test_everything_else_is_taken_as_it_is() -> None:
         parameter_average_decay=0.75,
     )
     assert (decoded.schedules, decoded.group_clips) == ((Schedule.linear(9), None), (2.5, None))
-    assert decoded.layout.tensors[0].spec == TensorSpec("w", (2, 3), frozen=True)
+    assert decoded.layout.tensors[0].spec == TensorSpec("w", (2, 3), frozen=True, state_precision="bfloat16")
     assert (decoded.precision, decoded.measures) == (Precision.BFLOAT16, False)
     assert (decoded.gradient_dtype, decoded.reply_dtype) == (BFLOAT16, FLOAT16)
     assert (decoded.start_at_zero, decoded.lease_seconds, decoded.label) == (True, 0.5, "l" * 128)
@@ -192,10 +193,44 @@ def test_names_may_hold_anything_that_is_no_control_character(name: str) -> None
     ids=["amsgrad", "adagrad", "adadelta"],
 )
 def test_eight_bits_are_refused_for_slots_that_they_do_not_hold(chosen: optimizer_pb2.Optimizer) -> None:
-    with pytest.raises(InvalidRequestError, match="which 8 bits do not hold") as refused:
-        decode(optimizer=chosen, state_precision=session_pb2.STATE_PRECISION_INT8_MOMENTS)
-    assert refused.value.metadata == {"field": "config.state_precision"}
-    assert refused.value.reason is Reason.INVALID_CONFIG
+    eight = precision_pb2.STATE_PRECISION_INT8_MOMENTS
+    groups = [optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(state_precision=eight)]
+    tensors = [tensor_pb2.TensorSpec(name="a"), tensor_pb2.TensorSpec(name="b", state_precision=eight)]
+    for field, fields in {
+        "config": {"state_precision": eight},
+        "config.groups[1]": {"groups": groups},
+        "config.tensors[1]": {"tensors": tensors},
+    }.items():
+        with pytest.raises(InvalidRequestError, match="which 8 bits do not hold") as refused:
+            decode(optimizer=chosen, **fields)
+        assert refused.value.metadata == {"field": f"{field}.state_precision"}
+        assert refused.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_tensor_has_its_own_precision_or_its_groups_or_the_sessions() -> None:
+    float32, bfloat16, int8 = (precision_pb2.StatePrecision.values())[1:]
+    decoded = decode(
+        state_precision=int8,
+        groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup(state_precision=bfloat16)],
+        tensors=[
+            tensor_pb2.TensorSpec(name="a"),
+            tensor_pb2.TensorSpec(name="b", state_precision=float32),
+            tensor_pb2.TensorSpec(name="c", group=1),
+            tensor_pb2.TensorSpec(name="d", group=1, state_precision=int8),
+        ],
+    )
+    found = {tensor.spec.name: tensor.spec.state_precision for tensor in decoded.layout.tensors}
+    assert found == {"a": "int8", "b": "float32", "c": "bfloat16", "d": "int8"}
+    assert (decoded.precision, decoded.group_precisions) == (Precision.INT8, (Precision.INT8, Precision.BFLOAT16))
+
+
+@pytest.mark.parametrize("owner", ["groups", "tensors"])
+def test_a_precision_that_does_not_exist_is_refused_by_its_field(owner: str) -> None:
+    kinds: dict[str, Any] = {"groups": optimizer_pb2.ParameterGroup(), "tensors": tensor_pb2.TensorSpec(name="w")}
+    kinds[owner].state_precision = 9
+    with pytest.raises(UnsupportedFeatureError, match="asks for 'state_9'") as refused:
+        decode(**{name: [kind] for name, kind in kinds.items()})
+    assert refused.value.metadata == {"field": f"config.{owner}.state_precision", "feature": "state_9"}
 
 
 def test_options_of_other_rules_are_taken_and_have_their_published_defaults() -> None:

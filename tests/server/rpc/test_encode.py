@@ -121,6 +121,21 @@ def test_every_treatment_is_told(clock: Any) -> None:
     assert message.layout.chunk_alignment == 256
 
 
+def test_the_precisions_of_groups_and_tensors_are_told(clock: Any) -> None:
+    specs = (TensorSpec("a", (5,), state_precision="int8"), TensorSpec("b", (5,), 1, state_precision="bfloat16"))
+    config = make_config(
+        *specs,
+        groups=(Adam().hyperparameters(),) * 2,
+        group_precisions=(Precision.FLOAT32, Precision.INT8),
+        treatment=GradientTreatment(non_finite="reject"),
+    )
+    message = told(config, clock)
+    assert [group.state_precision for group in message.config.groups] == [1, 3]
+    assert [tensor.state_precision for tensor in message.config.tensors] == [3, 2]
+    assert [tensor.spec.state_precision for tensor in message.layout.tensors] == [3, 2]
+    assert decode_session_config(message.config, ServerConfig()) == config
+
+
 def test_a_session_without_loss_scaling_tells_no_scale(session: Session, clock: Any) -> None:
     assert not encode_session(session, clock(), whole=True).HasField("loss_scale")
 

@@ -39,6 +39,8 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     **{f"groups.schedule.{field.name}": ANY for field in optimizer_pb2.Schedule.DESCRIPTOR.fields},
     "groups.schedule.kind": (1, 2, 3, 4, 5, 6, 7),
     "groups.clip_grad_norm": ANY,
+    "groups.state_precision": (1, 2, 3),
+    "tensors.state_precision": (1, 2, 3),
     "optimizer.rule": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
     "optimizer.formula": (1, 2, 3, 4, 5),
     "optimizer.amsgrad": (1, 2, 3),
@@ -98,6 +100,8 @@ DEFAULTS = {
     "reply.dtype": 1,
     "reply.mode": 1,
     "state_precision": 1,
+    "groups.state_precision": 1,
+    "tensors.state_precision": 1,
     "telemetry": 2,
 }
 # What must be set besides, by the field's path or its last name.

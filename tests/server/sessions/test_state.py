@@ -88,7 +88,7 @@ def test_a_residency_gives_its_memory_back_when_its_arrays_cannot_be_closed(devi
 def test_small_tensors_of_eight_bit_moments_are_reserved_as_float32(device: Device, engine: WatchedEngine) -> None:
     config = make_config(TensorSpec("w", (SIZE,)), precision=Precision.INT8)
     residency = Residency.allocate(device, config.slots, config, "it")
-    assert residency.nbytes == engine.state_bytes(config.slots, config.layout.size, ((0, SIZE),))
+    assert residency.nbytes == engine.state_bytes(make_config(TensorSpec("w", (SIZE,))).slots, config.layout.size)
     residency.close()
     loaded = Residency.allocate(device, dict.fromkeys(("param",), Precision.FLOAT32), config, "it")
     assert loaded.nbytes == engine.state_bytes({"param": Precision.FLOAT32}, config.layout.size)

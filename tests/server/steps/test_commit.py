@@ -49,7 +49,7 @@ class Bench:
 
     def __init__(self, config: SessionConfig) -> None:
         self.config = config
-        self.arrays = CpuEngine(threads=1, use_numba=False).allocate(config.slots, config.layout.size, config.kept)
+        self.arrays = CpuEngine(threads=1, use_numba=False).allocate(config.slots, config.layout.size)
         self.tensor_steps = TensorSteps(config, [0] * len(config.layout.tensors))
         self.loss_scale: LossScale | None = None
         self.sum_bound = 0.0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stepwire.errors import StepwireError
-from stepwire.layout import TensorSpec
+from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import (
     LAMB,
     LARS,
@@ -138,7 +138,19 @@ def make_program(seed: int) -> Program:
     config = make_config(*TENSORS, precision=precision, **fields)
     if precision is Precision.INT8 and not set(config.rule.slots) <= EIGHT_BIT_SLOTS.keys():
         config = make_config(*TENSORS, precision=Precision.BFLOAT16, **fields)
+    if seed % 2:
+        config = mixed(config)
     return Program(seed, config, pairs, ORDERS[seed % len(ORDERS)])
+
+
+def mixed(config: SessionConfig) -> SessionConfig:
+    """Hold the moments of the second group in another precision than those of the first."""
+    other = Precision.FLOAT32 if config.precision is not Precision.FLOAT32 else Precision.BFLOAT16
+    specs = [
+        dataclasses.replace(tensor.spec, state_precision=other.value) if tensor.spec.group else tensor.spec
+        for tensor in config.layout.tensors
+    ]
+    return dataclasses.replace(config, layout=place(specs, 2), group_precisions=(config.precision, other))
 
 
 PROGRAMS = [make_program(seed) for seed in range(len(OPTIMIZERS))]
@@ -156,7 +168,8 @@ def library(directory: pathlib.Path) -> Any:
             kernel
             for program in PROGRAMS
             for recipe, (gradient, reply) in itertools.product(recipes_of(program.config), program.pairs)
-            for kernel in kernels_of(recipe, gradient, reply)
+            for precision in frozenset().union(*program.config.held_precisions)
+            for kernel in kernels_of(recipe.held(precision), gradient, reply)
         ],
         directory,
     )

@@ -239,7 +239,7 @@ def test_the_ranges_of_chunks_come_in_flat_order_whatever_came_first(stage: Any)
 
 
 def test_a_chunk_must_start_where_the_layout_says() -> None:
-    layout = place([TensorSpec("a", (5000,))], 1, in_blocks=True)
+    layout = place([TensorSpec("a", (5000,), state_precision="int8")], 1)
     state = CpuEngine(threads=1, use_numba=False).allocate(SLOTS, layout.size)
     selection, room = TensorSelection(layout, frozenset()), MemoryBudget(5000).reserve(1, "it")
     gradient = StagedGradient(FLOAT32, selection, state, room, unscale=1.0)

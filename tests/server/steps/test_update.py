@@ -106,8 +106,8 @@ def test_a_recipe_does_what_the_session_asks_for() -> None:
         limits=True,
         averages=True,
         measures=True,
-        precision=config.precision,
     )
+    assert config.slots["exp_avg"] is config.precision is Precision.BFLOAT16
 
 
 def test_no_decay_is_a_recipe_of_its_own() -> None:

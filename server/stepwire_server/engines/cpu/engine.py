@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,8 @@ from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
 from stepwire_server.engines.cpu.threads import RangeThreads
-from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray, Range
+from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray
+from stepwire_server.engines.regions import Holding
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
 
@@ -62,32 +63,32 @@ class CpuEngine:
             allocated_bytes = sum(state.nbytes for state in self._states)
         return EngineStatistics(allocated_bytes, 0, 0, self._threads.threads)
 
-    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
+    def state_bytes(self, slots: Mapping[str, Holding], size: int) -> int:
         """See `Engine.state_bytes`."""
-        return sum(slot_bytes(precision, size, kept) for precision in slots.values())
+        return sum(slot_bytes(held, size) for held in slots.values())
 
-    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> CpuState:
+    def allocate(self, slots: Mapping[str, Holding], size: int) -> CpuState:
         """See `Engine.allocate`. Every page is touched here, so that no step has to wait for the system to map it."""
         try:
-            made = {name: make_slot(name, precision, size, kept) for name, precision in slots.items()}
+            made = {name: make_slot(name, held, size) for name, held in slots.items()}
         except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
-            needed_bytes = self.state_bytes(slots, size, kept)
+            needed_bytes = self.state_bytes(slots, size)
             raise ResourceExhaustedError(
                 f"no memory for {len(slots)} arrays of {size} elements ({needed_bytes} bytes); "
                 "close a session or use a machine with more memory",
                 metadata={"needed_bytes": needed_bytes},
             ) from problem
-        state = CpuState(self._kernels, self._threads, made, size)
+        regions = next((held for held in slots.values() if not isinstance(held, Precision)), ())
+        state = CpuState(self._kernels, self._threads, made, size, regions)
         with self._lock:
             self._states.add(state)
         return state
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
-        for each in recipe.variants:
-            self._kernels.update(each, gradient, reply)
-            if recipe.rule.direction is not None:
-                self._kernels.measure(each, gradient)
+        self._kernels.update(recipe, gradient, reply)
+        if recipe.rule.direction is not None:
+            self._kernels.measure(recipe, gradient)
         self._kernels.sum_of_squares(gradient, recipe.accumulates)
         if recipe.accumulates:
             self._kernels.accumulate(gradient)

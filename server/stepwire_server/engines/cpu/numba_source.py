@@ -42,7 +42,9 @@ KERNEL_OPTIONS: Final[dict[str, Any]] = {"error_model": "numpy", "nogil": True, 
 MEASURING_OPTIONS: Final[dict[str, Any]] = {**KERNEL_OPTIONS, "fastmath": {"reassoc"}}
 
 _IMPORTS = "absolute empty float32 float64 int8 maximum minimum sqrt uint16 uint32 zeros".split()
-_BLOCK_CODECS = "decode_signed decode_unsigned magnitude absmax_of mask_of encode_signed encode_unsigned".split()
+_BLOCK_CODECS = (
+    "decode_signed decode_unsigned magnitude absmax_of scale_of fill_of encode_signed encode_unsigned".split()
+)
 
 # `helper`, `kernel` and `measuring_kernel` are decorators that the loader puts into the module. Numba's cache knows
 # nothing of their options, so the text, whose hash names the file, says them.
@@ -175,7 +177,7 @@ def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -
         casts=_lines([f"{seed} = uint32({seed})" for seed in seeds_of(recipe)] + _casts(recipe.scalars), 4),
         scratch=_lines(scratch + _gradient_scratch(gradient, count), 4),
         scales=_lines([_opened(variable) for variable in in_blocks], 8),
-        maxima=_lines([_closed(variable) for variable in in_blocks], 8),
+        maxima=_lines([_closed(recipe, slot) for slot in recipe.rule.slots if in_blocks], 8),
         codes=_lines([_coded(recipe, slot) for slot in recipe.rule.slots if in_blocks], 12),
         zeros=_lines([f"sum_{total} = float32(0.0)" for total in recipe.sums], 8),
         views=_lines(views, indent - 4),
@@ -270,15 +272,16 @@ def _opened(variable: str) -> str:
     return f"{variable}_scale, {variable}_largest = {variable}_absmax[block], uint32(0)"
 
 
-def _closed(variable: str) -> str:
-    return f"""{variable}_scale = absmax_of({variable}_largest)
-        {variable}_absmax[block] = {variable}_scale
-        {variable}_scale, {variable}_mask = float32(1.0) / {variable}_scale, mask_of({variable}_largest)"""
+def _closed(recipe: Recipe, slot: str) -> str:
+    name, most = recipe.slots[slot], dynamic_code.most_of(EIGHT_BIT_SLOTS[slot])
+    return f"""{name}_scale = absmax_of({name}_largest, uint32({most:#x}))
+        {name}_absmax[block] = {name}_scale
+        {name}_scale, {name}_fill = scale_of({name}_scale), fill_of({name}_largest)"""
 
 
 def _coded(recipe: Recipe, slot: str) -> str:
     name = recipe.slots[slot]
-    return f"{name}_now[i] = encode_{_sign(slot)}({name}_new[i], {name}_scale, {name}_mask)"
+    return f"{name}_now[i] = encode_{_sign(slot)}({name}_new[i], {name}_scale, {name}_fill)"
 
 
 def _sign(slot: str) -> str:

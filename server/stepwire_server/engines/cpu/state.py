@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stepwire_server.engines.cpu.state_arrays import BlockSlot, FlatSlot, Slot
+from stepwire.layout import SCALE_SUFFIX
+from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, Slot
 from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
 from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
+from stepwire_server.engines.regions import Region
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
@@ -23,6 +27,7 @@ __all__ = ["CpuGradient", "CpuKernels", "CpuState"]
 LEAST_SHARED_UPDATE = 3 * GRAIN
 LEAST_SHARED_SUM = 16 * GRAIN
 
+_START = itemgetter(0)
 _NOTHING: Done[None] = Done(None)
 _NO_SUMS: Done[tuple[float, ...]] = Done(())
 
@@ -89,14 +94,17 @@ class CpuGradient:
 class CpuState:
     """The arrays of one session; see `EngineState`."""
 
-    def __init__(self, kernels: CpuKernels, threads: RangeThreads, slots: dict[str, Slot], size: int) -> None:
-        """Own zeroed slots of `size` elements from now on."""
+    def __init__(
+        self, kernels: CpuKernels, threads: RangeThreads, slots: dict[str, Slot], size: int, regions: Sequence[Region]
+    ) -> None:
+        """Own zeroed slots of `size` elements from now on; `regions` are those of a rule's slots, if they have any."""
         self._kernels = kernels
         self._threads = threads
         self._slots = slots
         self._size = size
+        self._regions = regions
         # A step calls the same few kernels with the same arrays as the one before.
-        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None], _Call] = {}
+        self._calls: dict[tuple[Recipe, np.dtype[Any], np.dtype[Any] | None, Region | None], _Call] = {}
 
     @property
     def nbytes(self) -> int:
@@ -118,14 +126,14 @@ class CpuState:
         """See `EngineState.sum_of_squares`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, accumulated)
         kernel = self._kernels.sum_of_squares(chunk.dtype, accumulated is not None)
-        arrays = () if accumulated is None else self._slots[ACCUMULATED].arrays()
+        arrays = () if accumulated is None else self._slots[ACCUMULATED].held(0).arrays
         (total,) = self._sums(1, kernel, (*arrays, chunk.values, accumulated or 0, begin), end - begin, (factor,))
         return Done(total)
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
         chunk = self._checked(gradient, begin, end, start)
-        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].arrays()
+        kernel, arrays = self._kernels.accumulate(chunk.dtype), self._slots[ACCUMULATED].held(0).arrays
 
         def work(first: int, size: int) -> None:
             kernel(*arrays, chunk.values, start + first, begin + first, size, factor)
@@ -135,7 +143,8 @@ class CpuState:
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Done[tuple[float, float]]:
         """See `EngineState.measure`; the same bits with any number of threads."""
         chunk = self._checked(gradient, begin, end, start)
-        recipe, at, arrays = self._arrays(step.recipe, start, end - begin)
+        at, region = self._region(start, end - begin)
+        recipe, arrays = self._arrays(step.recipe, region)
         kernel = self._kernels.measure(recipe, chunk.dtype)
         param, direction = self._sums(2, kernel, (*arrays, chunk.values, at, begin), end - begin, step.scalars[:-1])
         return Done((param, direction))
@@ -190,11 +199,10 @@ class CpuState:
     def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""
         check_range("state", start, start + len(out), self._size)
-        owner = self._slots.get(slot.removesuffix("_scale"))
-        if slot not in self._slots and isinstance(owner, BlockSlot):
-            owner.read_scale(start, out)
-        else:
+        if slot in self._slots:
             self._slots[slot].read(start, out)
+        else:
+            self._slots[slot.removesuffix(SCALE_SUFFIX)].read_scale(start, out)
         return _NOTHING
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
@@ -204,25 +212,24 @@ class CpuState:
 
     def copy(self, source: str, target: str) -> None:
         """See `EngineState.copy`."""
-        self._slots[target].write(0, self._slots[source].arrays()[0])
+        self._slots[target].write(0, self._slots[source].held(0).arrays[0])
 
     def clear(self, slot: str) -> None:
         """See `EngineState.clear`."""
-        self._slots[slot].arrays()[0][:] = 0.0
+        self._slots[slot].held(0).arrays[0][:] = 0.0
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
         assert isinstance(other, CpuState) and other._size == self._size
         self._calls.clear()
-        for name, slot in other._slots.items():
-            own = self._slots.get(name)
-            if isinstance(own, BlockSlot):
-                scale = other._slots.get(f"{name}_scale")
-                own.replace(slot.arrays()[0], None if scale is None else scale.arrays()[0])
-            elif isinstance(own, FlatSlot) and not own.moved and own.values.dtype == slot.arrays()[0].dtype:
-                self._slots[name] = slot
-            elif own is not None:
-                own.write(0, slot.arrays()[0])
+        staged = {name: slot.held(0).arrays[0] for name, slot in other._slots.items()}
+        for name, own in self._slots.items():
+            if name not in staged:
+                continue
+            if isinstance(own, FlatSlot) and not own.moved and own.values.dtype == staged[name].dtype:
+                self._slots[name] = other._slots[name]
+            else:
+                own.replace(0, staged[name], staged.get(name + SCALE_SUFFIX))
         other.close()
 
     def move(self, slot: str, memory: HostArray) -> bool:
@@ -254,28 +261,29 @@ class CpuState:
         self, recipe: Recipe, gradient: np.dtype[Any], out: HostArray | None, start: int, size: int
     ) -> tuple[int, _Call]:
         """Return how to step a range, and where in the arrays it starts."""
-        key = (recipe, gradient, None if out is None else out.dtype)
-        if (call := self._calls.get(key)) is not None:
-            return start, call
-        held, at, arrays = self._arrays(recipe, start, size)
-        seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
-        call = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
-        if recipe.precision is not Precision.INT8:  # whose arrays depend on the range
-            self._calls[key] = call
+        at, region = self._region(start, size)
+        key = (recipe, gradient, None if out is None else out.dtype, region)
+        if (call := self._calls.get(key)) is None:
+            held, arrays = self._arrays(recipe, region)
+            seeds = len(held.rule.slots) if held.precision is Precision.BFLOAT16 else 0
+            call = self._calls[key] = _Call(self._kernels.update(held, gradient, key[2]), arrays, seeds, len(held.sums))
         return at, call
 
-    def _arrays(self, recipe: Recipe, start: int, size: int) -> tuple[Recipe, int, tuple[HostArray, ...]]:
-        """Return the arrays of a range, where in them it starts, and the recipe for how they are held."""
-        slots = [self._slots[PARAM], *[self._slots[slot] for slot in recipe.slots]]
-        if recipe.precision is Precision.INT8:
-            ranges = [slot.kept_range(start, size) if isinstance(slot, BlockSlot) else None for slot in slots]
-            if any(held is not None for held in ranges):
-                within = slice(start, start + size)
-                arrays = (
-                    slot.arrays()[0][within] if held is None else held for slot, held in zip(slots, ranges, strict=True)
-                )
-                return recipe.in_float32, 0, tuple(arrays)
-        return recipe, start, tuple(array for slot in slots for array in slot.arrays())
+    def _region(self, start: int, size: int) -> tuple[int, Region | None]:
+        """Return where a range starts in its region, and the region; None where all is held alike."""
+        if not self._regions:
+            return start, None
+        region = self._regions[bisect_right(self._regions, start, key=_START) - 1]
+        if not region.start <= start <= start + size <= region.end:
+            raise IndexError(f"no region holds elements [{start}, {start + size})")
+        return start - region.start, region
+
+    def _arrays(self, recipe: Recipe, region: Region | None) -> tuple[Recipe, tuple[HostArray, ...]]:
+        """Return the arrays of a region, or of all, and the recipe for how they are held."""
+        start, end = (0, self._size) if region is None else (region.start, region.end)
+        ranges = [self._slots[slot].held(start) for slot in (PARAM, *recipe.slots)]
+        held = recipe.held(_precision_of(recipe, ranges))
+        return held, tuple(array for each in ranges for array in each.cut(end - start))
 
     def _sums(
         self,
@@ -297,6 +305,11 @@ class CpuState:
         values = np.empty(size, np.float32)
         self._slots[slot].read(start, values)
         return values
+
+
+def _precision_of(recipe: Recipe, ranges: Sequence[HeldRange]) -> Precision:
+    """Return the precision of a rule's slots in a range, which come after the parameters."""
+    return ranges[1].precision if recipe.rule.slots else Precision.FLOAT32
 
 
 def _floats(chunk: GradientChunk, begin: int, end: int) -> HostArray:

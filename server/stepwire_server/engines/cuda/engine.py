@@ -13,7 +13,7 @@ import contextlib
 import importlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -33,7 +33,8 @@ from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
 from stepwire_server.engines.cuda.sums import Cells
 from stepwire_server.engines.payloads import name_of
-from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray, Range
+from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray
+from stepwire_server.engines.regions import Holding
 from stepwire_server.rules import Precision, Recipe
 
 __all__ = ["CudaEngine", "CudaOptions"]
@@ -110,13 +111,13 @@ class CudaEngine:
             allocated_bytes = sum(state.nbytes for state in self._states)
         return EngineStatistics(allocated_bytes, self._resources.gradients.kept_bytes, self._resources.working_bytes, 1)
 
-    def state_bytes(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> int:
+    def state_bytes(self, slots: Mapping[str, Holding], size: int) -> int:
         """See `Engine.state_bytes`."""
-        return Slab(slots, size, kept).nbytes
+        return Slab(slots, size).nbytes
 
-    def allocate(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range] = ()) -> CudaState:
+    def allocate(self, slots: Mapping[str, Holding], size: int) -> CudaState:
         """See `Engine.allocate`. One allocation holds all slots."""
-        slab, device = Slab(slots, size, kept), self._resources.device
+        slab, device = Slab(slots, size), self._resources.device
         memory = device.allocate(slab.nbytes)
         device.zero(memory)
         state = CudaState(self._resources, memory, slab.place(device, memory), size)
@@ -128,10 +129,9 @@ class CudaEngine:
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
         kernels = self._resources.kernels
-        for each in recipe.variants:
-            kernels.update(each, gradient, reply)
-            if recipe.rule.direction is not None:
-                kernels.measure(each, gradient)
+        kernels.update(recipe, gradient, reply)
+        if recipe.rule.direction is not None:
+            kernels.measure(recipe, gradient)
         kernels.of_gradients(f"sum_{name_of(gradient)}")
         if recipe.precision is Precision.INT8:
             kernels.of_blocks("decode_signed_blocks")

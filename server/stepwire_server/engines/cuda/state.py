@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stepwire.errors import DataLossError
+from stepwire.layout import SCALE_SUFFIX
 from stepwire.wire.int8_blocks import BLOCK, INT8
 from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
 from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
 from stepwire_server.engines.cuda.resources import CudaResources, Together
-from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaSlot
+from stepwire_server.engines.cuda.state_arrays import CudaFlatSlot, CudaSlot
 from stepwire_server.engines.cuda.state_copies import (
     bring_bytes,
     bring_values,
@@ -113,7 +114,7 @@ class CudaState:
             window, place = chunk.window(begin + low, begin + high)
             arrays = [window]
             if accumulated is not None:
-                arrays = [*self._slots[ACCUMULATED].range(accumulated + low, high - low), *arrays]
+                arrays = [*self._slots[ACCUMULATED].held(accumulated + low, high - low).arrays, *arrays]
             numbers = [*place, np.float32(factor)]
             asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.unread))
         return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
@@ -124,7 +125,7 @@ class CudaState:
         if size:
             kernel = self._resources.kernels.of_gradients(f"accumulate_{name_of(chunk.dtype)}")
             window, place = chunk.window(begin, end)
-            arrays = [*self._slots[ACCUMULATED].range(start, size), window]
+            arrays = [*self._slots[ACCUMULATED].held(start, size).arrays, window]
             numbers = [np.int64(size), np.int64(head_of(arrays, size)), *place, np.float32(factor)]
             with self._resources.device.computing():
                 launch(kernel, self._resources.kernels.blocks(size), *arrays, *numbers)
@@ -231,8 +232,8 @@ class CudaState:
         if isinstance(out, DeviceArray):
             self._encode(slot, start, out)
             return OnDevice(self)
-        owner = self._slots.get(slot.removesuffix("_scale"))
-        if slot not in self._slots and isinstance(owner, CudaBlockSlot):
+        if slot not in self._slots:
+            owner = self._slots[slot.removesuffix(SCALE_SUFFIX)]
             return read_scale(self._resources, self._crossings, owner, start, out)
         return read_slot(self._resources, self._crossings, self._slots[slot], start, out)
 
@@ -250,13 +251,13 @@ class CudaState:
 
     def copy(self, source: str, target: str) -> None:
         """See `EngineState.copy`."""
-        (values,), (copies,) = (self._slots[name].range(0, self._size) for name in (source, target))
+        (values,), (copies,) = (self._slots[name].held(0, self._size).arrays for name in (source, target))
         with self._resources.device.current():
             copies.data.copy_from_device_async(values.data, values.nbytes, self._resources.device.compute)
 
     def clear(self, slot: str) -> None:
         """See `EngineState.clear`."""
-        (values,) = self._slots[slot].range(0, self._size)
+        (values,) = self._slots[slot].held(0, self._size).arrays
         with self._resources.device.current():
             values.data.memset_async(0, values.nbytes, self._resources.device.compute)
 
@@ -265,7 +266,7 @@ class CudaState:
         assert isinstance(other, CudaState) and other._size == self._size
         for name, slot in self._slots.items():
             if name in other._slots:
-                replace_slot(self._resources, slot, other._slots[name], other._slots.get(f"{name}_scale"))
+                replace_slot(self._resources, slot, other._slots[name], other._slots.get(name + SCALE_SUFFIX))
         other.close()
 
     # --- end ---------------------------------------------------------------------------------------------
@@ -303,19 +304,11 @@ class CudaState:
 
     def _arrays(self, recipe: Recipe, slots: Sequence[str], start: int, size: int) -> tuple[Recipe, list[Any]]:
         """Return the recipe for how a range is held, and the range as arguments of kernels."""
-        owners = [self._slots[slot] for slot in slots]
-        if recipe.precision is Precision.INT8:
-            held = [owner.kept_range(start, size) for owner in owners if isinstance(owner, CudaBlockSlot)]
-            if not held or held[0] is not None:
-                kept = iter(held)
-                blocks = [isinstance(owner, CudaBlockSlot) for owner in owners]
-                arrays = [
-                    next(kept) if block else owner.range(start, size)[0]
-                    for owner, block in zip(owners, blocks, strict=True)
-                ]
-                return recipe.in_float32, arrays
-            assert start % BLOCK == 0
-        return recipe, [array for owner in owners for array in owner.range(start, size)]
+        ranges = {slot: self._slots[slot].held(start, size) for slot in slots}
+        held = recipe
+        for slot in recipe.rule.slots[:1]:  # the others are held alike
+            held = recipe.held(ranges[slot].precision)
+        return held, [array for each in ranges.values() for array in each.arrays]
 
     def _partials(
         self, call: _SummingCall, arrays: Sequence[Any], size: int, unread: UnreadFigures

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from stepwire_server.engines.cuda.device import CudaDevice, round_up
-from stepwire_server.engines.int8_moments import BLOCK, Kept, block_count, zero_code
-from stepwire_server.engines.protocol import Range
+from stepwire_server.engines.int8_moments import BLOCK, block_count, zero_code
+from stepwire_server.engines.regions import Holding, PackedRanges, Region, packed
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 
-__all__ = ["CudaBlockSlot", "CudaFlatSlot", "CudaSlot", "Slab"]
+__all__ = ["CudaBlockSlot", "CudaFlatSlot", "CudaHeldRange", "CudaMixedSlot", "CudaSlot", "Slab"]
 
-_FLAT = {Precision.FLOAT32: np.dtype(np.float32), Precision.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+_FLAT: dict[Precision, np.dtype[Any]] = {
+    Precision.FLOAT32: np.dtype(np.float32),
+    Precision.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class CudaHeldRange(NamedTuple):
+    """A range of a slot as kernels take it.
+
+    Attributes:
+        precision: the precision of its elements.
+        arrays: the elements as arguments of kernels; in 8 bits they begin a block.
+    """
+
+    precision: Precision
+    arrays: tuple[Any, ...]
 
 
 class CudaFlatSlot(NamedTuple):
@@ -23,32 +38,33 @@ class CudaFlatSlot(NamedTuple):
 
     Attributes:
         values: device memory `(n,)`, float32 or uint16.
-        dtype: float32, or bfloat16 for uint16.
+        precision: that of the elements.
     """
 
     values: Any
-    dtype: np.dtype[Any]
+    precision: Precision
 
-    def range(self, start: int, size: int) -> tuple[Any, ...]:
-        """Return elements `[start, start + size)` as arguments of kernels."""
-        return (self.values[start : start + size],)
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype: float32, or bfloat16 for uint16."""
+        return _FLAT[self.precision]
+
+    def held(self, start: int, size: int) -> CudaHeldRange:
+        """Return elements `[start, start + size)`."""
+        return CudaHeldRange(self.precision, (self.values[start : start + size],))
 
 
 class CudaBlockSlot(NamedTuple):
-    """Elements in 8 bits, but for small tensors; see `cpu.state_arrays.BlockSlot`.
+    """Elements in 8 bits; see `cpu.state_arrays.BlockSlot`.
 
     Attributes:
         codes: device memory `(n,) uint8`.
         absmax: device memory `(n / 256,) float32`, rounded up.
-        values: device memory `(kept.count,) float32`.
-        kept: the ranges of those elements.
         signed: True where the code has signs.
     """
 
     codes: Any
     absmax: Any
-    values: Any
-    kept: Kept
     signed: bool
 
     @property
@@ -56,56 +72,93 @@ class CudaBlockSlot(NamedTuple):
         """The sign in the names of kernels."""
         return "signed" if self.signed else "unsigned"
 
-    def range(self, start: int, size: int) -> tuple[Any, ...]:
-        """Return elements `[start, start + size)`, which begin a block, as arguments of kernels."""
-        return self.codes[start : start + size], self.absmax[start // BLOCK : block_count(start + size)]
-
-    def kept_range(self, start: int, size: int) -> Any | None:
-        """Return the float32 elements of a range, or None where it is held in 8 bits."""
-        at = self.kept.at(start)
-        return None if at is None else self.values[at : at + size]
+    def held(self, start: int, size: int) -> CudaHeldRange:
+        """Return elements `[start, start + size)`, which begin a block."""
+        assert start % BLOCK == 0
+        maxima = self.absmax[start // BLOCK : block_count(start + size)]
+        return CudaHeldRange(Precision.INT8, (self.codes[start : start + size], maxima))
 
 
-CudaSlot = CudaFlatSlot | CudaBlockSlot
+class CudaMixedSlot(NamedTuple):
+    """Elements in several precisions; see `cpu.state_arrays.MixedSlot`.
+
+    Attributes:
+        parts: the ranges of each precision, and the slot that holds them one after another.
+    """
+
+    parts: tuple[tuple[PackedRanges, CudaFlatSlot | CudaBlockSlot], ...]
+
+    def held(self, start: int, size: int) -> CudaHeldRange:
+        """Return elements `[start, start + size)`, which lie in one region."""
+        for ranges, slot in self.parts:
+            if (at := ranges.at(start, size)) is not None:
+                return slot.held(at, size)
+        raise IndexError(f"no region holds elements [{start}, {start + size})")
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int, CudaFlatSlot | CudaBlockSlot, int]]:
+        """Yield the parts of `[start, end)` that one slot holds in a row: start, end, the slot, and where in it."""
+        for ranges, slot in self.parts:
+            for low, high, at in ranges.within(start, end):
+                yield low, high, slot, at
+
+
+CudaSlot = CudaFlatSlot | CudaBlockSlot | CudaMixedSlot
+
+
+class _Part(NamedTuple):
+    """Elements of a slot that are held alike: all, or those of some ranges."""
+
+    slot: str
+    precision: Precision
+    ranges: PackedRanges
 
 
 class Slab:
     """The layout of one allocation with all slots of a session."""
 
-    def __init__(self, slots: Mapping[str, Precision], size: int, kept: Sequence[Range]) -> None:
+    def __init__(self, slots: Mapping[str, Holding], size: int) -> None:
         """Lay out slots of `size` elements; see `Engine.allocate`."""
         self._slots = dict(slots)
-        self._size = size
-        self._kept = Kept(kept)
+        self._parts: list[_Part] = []
+        for name, held in slots.items():
+            regions = [Region(0, size, held)] if isinstance(held, Precision) else held
+            self._parts += [_Part(name, precision, ranges) for precision, ranges in packed(regions).items()]
 
     @property
     def nbytes(self) -> int:
         """The bytes of the allocation."""
-        return sum(round_up(count * np.dtype(dtype).itemsize) for _, dtype, count in self._parts())
+        return sum(
+            round_up(count * np.dtype(dtype).itemsize) for part in self._parts for dtype, count in _arrays_of(part)
+        )
 
     def place(self, device: CudaDevice, memory: Any) -> dict[str, CudaSlot]:
         """View `(nbytes,) uint8` of zeroed memory as slots; 8-bit ones get the code of zero, in the kernels' order."""
-        parts: dict[str, list[Any]] = {name: [] for name in self._slots}
+        made: dict[str, list[tuple[PackedRanges, CudaFlatSlot | CudaBlockSlot]]] = {name: [] for name in self._slots}
         offset = 0
-        for name, dtype, count in self._parts():
-            parts[name].append(device.view(memory, offset, count, dtype))
-            offset += round_up(count * np.dtype(dtype).itemsize)
-        return {name: self._slot(device, name, views) for name, views in parts.items()}
+        for part in self._parts:
+            views = []
+            for dtype, count in _arrays_of(part):
+                views.append(device.view(memory, offset, count, dtype))
+                offset += round_up(count * np.dtype(dtype).itemsize)
+            made[part.slot].append((part.ranges, _slot(device, part, views)))
+        return {
+            name: parts[0][1] if isinstance(self._slots[name], Precision) else CudaMixedSlot(tuple(parts))
+            for name, parts in made.items()
+        }
 
-    def _slot(self, device: CudaDevice, name: str, views: list[Any]) -> CudaSlot:
-        precision = self._slots[name]
-        if precision is not Precision.INT8:
-            return CudaFlatSlot(views[0], _FLAT[precision])
-        signed = EIGHT_BIT_SLOTS[name]
-        with device.current():
-            views[0].data.memset_async(zero_code(signed), views[0].nbytes, device.compute)
-        return CudaBlockSlot(views[0], views[1], views[2], self._kept, signed)
 
-    def _parts(self) -> Iterator[tuple[str, Any, int]]:
-        for name, precision in self._slots.items():
-            if precision is Precision.INT8:
-                yield name, np.uint8, self._size
-                yield name, np.float32, block_count(self._size)
-                yield name, np.float32, self._kept.count
-            else:
-                yield name, np.uint16 if precision is Precision.BFLOAT16 else np.float32, self._size
+def _slot(device: CudaDevice, part: _Part, views: list[Any]) -> CudaFlatSlot | CudaBlockSlot:
+    if part.precision is not Precision.INT8:
+        return CudaFlatSlot(views[0], part.precision)
+    signed = EIGHT_BIT_SLOTS[part.slot]
+    with device.current():
+        views[0].data.memset_async(zero_code(signed), views[0].nbytes, device.compute)
+    return CudaBlockSlot(views[0], views[1], signed)
+
+
+def _arrays_of(part: _Part) -> list[tuple[Any, int]]:
+    """Return the dtypes and the sizes of a part's arrays."""
+    count = part.ranges.count
+    if part.precision is Precision.INT8:
+        return [(np.uint8, count), (np.float32, block_count(count))]
+    return [(np.uint16 if part.precision is Precision.BFLOAT16 else np.float32, count)]

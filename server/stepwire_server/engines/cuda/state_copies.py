@@ -13,7 +13,7 @@ from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray
 from stepwire_server.engines.cuda.kernels import launch
 from stepwire_server.engines.cuda.resources import CudaResources, Together
-from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaSlot
+from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaMixedSlot, CudaSlot
 from stepwire_server.engines.int8_moments import BLOCK, block_count
 from stepwire_server.engines.payloads import STORED, bits_of, convert
 from stepwire_server.engines.protocol import Done, HostArray, Pending
@@ -66,6 +66,13 @@ def read_slot(
     """Encode elements `[start, start + len(out))` of a slot into `out`; 8-bit ones at once."""
     if isinstance(slot, CudaFlatSlot):
         return bring_values(resources, crossings, slot.values[start : start + len(out)], slot.dtype, out)
+    if isinstance(slot, CudaMixedSlot):
+        out[...] = 0
+        parts = slot.within(start, start + len(out))
+        asked = [
+            read_slot(resources, crossings, own, at, out[low - start : high - start]) for low, high, own, at in parts
+        ]
+        return Together(asked, lambda _: None)
     most = (resources.bus.buffer_bytes // _FLOAT32.itemsize // BLOCK - 1) * BLOCK
     for low in range(start, start + len(out), most):
         high = min(low + most, start + len(out))
@@ -74,16 +81,18 @@ def read_slot(
 
 
 def read_scale(
-    resources: CudaResources, crossings: Crossings, slot: CudaBlockSlot, start: int, out: HostArray
+    resources: CudaResources, crossings: Crossings, slot: CudaSlot, start: int, out: HostArray
 ) -> Pending[None]:
-    """Encode the maximum of each element's block into `out`; zero for elements that are float32."""
+    """Encode the maximum of each element's block into `out`; zero for elements in another precision than 8 bits."""
+    if not isinstance(slot, CudaBlockSlot):
+        out[...] = 0
+        for low, high, own, at in slot.within(start, start + len(out)) if isinstance(slot, CudaMixedSlot) else ():
+            read_scale(resources, crossings, own, at, out[low - start : high - start])
+        return Done(None)
     first, last = start // BLOCK, block_count(start + len(out))
     maxima = np.empty(last - first, np.float32)
     bring_values(resources, crossings, slot.absmax[first:last], _FLOAT32, maxima).wait()
-    values = maxima[np.arange(start, start + len(out)) // BLOCK - first]
-    for low, high, _ in slot.kept.within(start, start + len(out)):
-        values[low - start : high - start] = 0.0
-    convert(values, out)
+    convert(maxima[np.arange(start, start + len(out)) // BLOCK - first], out)
     return Done(None)
 
 
@@ -95,6 +104,10 @@ def write_slot(resources: CudaResources, slot: CudaSlot, start: int, values: Hos
     """
     if isinstance(slot, CudaBlockSlot):
         raise TypeError("8-bit elements are replaced all at once")
+    if isinstance(slot, CudaMixedSlot):
+        for low, high, own, at in slot.within(start, start + len(values)):
+            write_slot(resources, own, at, values[low - start : high - start])
+        return
     most = resources.bus.buffer_bytes // values.dtype.itemsize
     for low in range(0, len(values), most):
         part = values[low : low + most]
@@ -113,38 +126,41 @@ def encode(resources: CudaResources, source: Any, held: np.dtype[Any], out: Devi
 
 
 def replace_slot(resources: CudaResources, slot: CudaSlot, staged: CudaSlot, scale: CudaSlot | None) -> None:
-    """Replace a slot by one held as float32, which is used up; `scale` as in `cpu.state_arrays.BlockSlot.replace`."""
-    assert isinstance(staged, CudaFlatSlot)
-    if isinstance(slot, CudaFlatSlot):
-        with resources.device.computing():
-            _convert(resources, staged.values, staged.dtype, _as_bytes(slot.values), slot.dtype)
-        return
+    """Replace a slot by one held as float32; `scale` as in `cpu.state_arrays.Slot.replace`."""
+    assert isinstance(staged, CudaFlatSlot) and (scale is None or isinstance(scale, CudaFlatSlot))
+    given = None if scale is None else scale.values
+    parts = (
+        slot.within(0, len(staged.values)) if isinstance(slot, CudaMixedSlot) else [(0, len(staged.values), slot, 0)]
+    )
     with resources.device.computing():
-        for low, high, at in slot.kept.within(0, len(staged.values)):
-            moved = staged.values[low:high]
-            slot.values[at : at + high - low].data.copy_from_device_async(moved.data, moved.nbytes, None)
-            moved.data.memset_async(0, moved.nbytes, None)
-        kernel = resources.kernels.of_blocks(f"encode_{slot.sign}_{'blocks' if scale is None else 'with'}")
-        given = [] if scale is None else [scale.range(0, len(staged.values))[0]]
-        arrays = [staged.values, *given, slot.codes, slot.absmax, resources.tables]
-        size = len(staged.values)
-        if size:
-            launch(kernel, resources.kernels.blocks_of_eight_bits(size), *arrays, np.int64(size))
+        for low, high, own, at in parts:
+            if low == high:
+                continue
+            values, maxima = staged.values[low:high], None if given is None else given[low:high]
+            if isinstance(own, CudaFlatSlot):
+                _convert(resources, values, staged.dtype, _as_bytes(own.values[at : at + high - low]), own.dtype)
+            else:
+                _encode_blocks(resources, own, at, values, maxima)
+
+
+def _encode_blocks(resources: CudaResources, slot: CudaBlockSlot, start: int, values: Any, maxima: Any | None) -> None:
+    """Encode elements that begin a block of a slot; `maxima` is that of each element's block, None to find it."""
+    kernel = resources.kernels.of_blocks(f"encode_{slot.sign}_{'blocks' if maxima is None else 'with'}")
+    given, size = [] if maxima is None else [maxima], len(values)
+    arrays = [values, *given, *slot.held(start, size).arrays, resources.tables]
+    launch(kernel, resources.kernels.blocks_of_eight_bits(size), *arrays, np.int64(size))
 
 
 def _decoded(resources: CudaResources, crossings: Crossings, slot: CudaBlockSlot, start: int, end: int) -> HostArray:
     """Return elements of an 8-bit slot as float32: as many as a buffer of the bus holds."""
     first = start // BLOCK * BLOCK
-    codes, absmax = slot.range(first, end - first)
+    codes, absmax = slot.held(first, end - first).arrays
     kernel = resources.kernels.of_blocks(f"decode_{slot.sign}_blocks")
 
     def make(memory: Any) -> None:
         values = memory.view(np.float32)
         blocks = resources.kernels.blocks_of_eight_bits(len(values))
         launch(kernel, blocks, codes, absmax, values, resources.tables, np.int64(len(values)))
-        for low, high, at in slot.kept.within(first, end):
-            kept = slot.values[at : at + high - low]
-            values[low - first : high - first].data.copy_from_device_async(kept.data, kept.nbytes, None)
 
     values = np.empty(end - first, np.float32)
     crossings.bring(0, make, _bytes(values)).wait()

@@ -139,6 +139,14 @@ def test_the_loop_is_vectorised(recipe, name, wire, tmp_path) -> None:
     assert re.search(r"fdiv <\d+ x float>", code)
 
 
+def test_the_loop_over_codes_of_8_bits_is_vectorised(wire, tmp_path) -> None:
+    """The look-ups and the choice of what stands in for a product that underflowed, too."""
+    recipe = Recipe(ALL_RULES[0], precision=Precision.INT8)
+    kernel = NumbaKernels(tmp_path).update(recipe, wire["float32"], wire["float32"])
+    (code,) = kernel.inspect_llvm().values()
+    assert re.search(r"fdiv <\d+ x float>", code) and re.search(r"fcmp une <\d+ x float>", code)
+
+
 def test_what_is_kept_is_computed_without_fast_math(wire, tmp_path) -> None:
     """Reordering is for the sums of telemetry alone: no product, quotient or root has a flag."""
     recipe = Recipe(ALL_RULES[0], limits=True, measures=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stepwire.errors import DataLossError, ResourceExhaustedError
-from stepwire.layout import TensorSpec
+from stepwire.layout import TensorSpec, place
 from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
 from stepwire_server.devices.budget import MemoryBudget
@@ -61,8 +61,15 @@ def plan_of(**fields: Any) -> SessionConfig:
     return make_config(*SHAPES, groups=tuple(each.hyperparameters() for each in decays), **fields)
 
 
+def in_precisions(*kinds: str) -> SessionConfig:
+    """Return the plain plan with a precision for each tensor."""
+    specs = [dataclasses.replace(spec, state_precision=kind) for spec, kind in zip(SHAPES, kinds, strict=True)]
+    return dataclasses.replace(plan_of(), layout=place(specs, len(GROUPS)))
+
+
 PLANS = {
     "plain": plan_of(),
+    "three precisions": in_precisions("bfloat16", "float32", "int8"),
     "without telemetry": plan_of(measures=False),
     "accumulation": plan_of(treatment=GradientTreatment(accumulation_steps=2)),
     "clipping by norm": plan_of(treatment=GradientTreatment(clip_grad_norm=0.1)),
@@ -180,13 +187,14 @@ def test_any_thread_may_call(fake, library) -> None:
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 5000])
 @pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("kept", [(), ((0, 1),)])
-def test_state_bytes_are_what_the_device_gives(fake, library, precision, size, kept) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_state_bytes_are_what_the_device_gives(fake, library, precision, size, mixed) -> None:
     cupy, recipe = fake("greedy", library=library), Recipe(ALL_RULES[0], accumulates=True, precision=precision)
-    engine, slots = PretendedGpu(cupy), cases.slots_of(recipe)
+    engine, regions = PretendedGpu(cupy), cases.regions_of(size, [(0, 1, precision)]) if mixed else None
+    slots = cases.slots_of(recipe, regions)
     before, count = cupy.used_bytes, cupy.allocations
-    state = engine.allocate(slots, size, kept)
-    assert state.nbytes == engine.state_bytes(slots, size, kept) == cupy.used_bytes - before
+    state = engine.allocate(slots, size)
+    assert state.nbytes == engine.state_bytes(slots, size) == cupy.used_bytes - before
     assert cupy.allocations == count + 1
     assert not any(array.any() for array in cases.everything_of(state, recipe, size).values())
     state.close()

@@ -33,7 +33,6 @@ from stepwire_server.engines.int8_moments import (
     block_count,
     decode_blocks,
     encode_blocks,
-    encode_with,
 )
 from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.engines.protocol import GRAIN, PARAM
@@ -302,24 +301,16 @@ def test_blocks_are_encoded_and_decoded_as_by_numpy(library, sign, size) -> None
         cases.assert_same_bits(decoded.copy(), decode_blocks(codes, absmax, sign == "signed"))
 
 
-def replaced(scale: np.ndarray) -> np.ndarray:
-    """Return the maxima of blocks that `BlockSlot.replace` makes of given ones."""
-    largest = scale[::BLOCK].copy()
-    largest[~(largest >= np.float32(2.0**-126)) & ~np.isnan(largest)] = 0.0
-    largest[~np.isfinite(largest)] = np.nan
-    return largest
-
-
 @SIGNS
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_are_encoded_with_given_maxima_as_by_numpy(library, sign, size) -> None:
-    odd = np.array([*cases.ODD, -np.nan, 2.0**-126, 1.1754942e-38, -1.0, 1.0, 0.5], np.float32)
+    odd = np.array([*cases.ODD, -np.nan, 2.0**-100, 7.8886e-31, -1.0, 1.0, 0.5], np.float32)
     for head in (0, 1, NEVER):
         values = blocks_of(size, sign, head == 1)
         scale = np.repeat(np.random.default_rng(size).choice(odd, block_count(size)), BLOCK)[:size].copy()
-        absmax = replaced(scale)
         codes, got_absmax = encode(library, f"encode_{sign}_with", [values, scale], head)
-        assert np.array_equal(codes, encode_with(values, absmax, sign == "signed"))
+        expected, absmax = encode_blocks(values, sign == "signed", scale[::BLOCK].copy())
+        assert np.array_equal(codes, expected)
         assert np.array_equal(got_absmax.view(np.uint32), absmax.view(np.uint32))
 
 
@@ -332,6 +323,19 @@ def patterns_of(sign: str) -> Iterator[np.ndarray]:
     yield ((cells + near) & 0xFFFFFFFF).ravel().astype(np.uint32)
     yield np.concatenate([((middles + near) ^ flip).ravel() for flip in (0, 1 << 31)]).astype(np.uint32)
     yield np.random.default_rng(3).integers(0, 1 << 32, 500_000, np.uint32)
+
+
+@SIGNS
+@pytest.mark.parametrize("largest", [2.0**-100, 1e-20, 1.0, 1e30, 2.0**127, 3.4028235e38])
+def test_values_far_below_the_maximum_are_encoded_as_by_numpy(library, sign, largest) -> None:
+    """Without signs, zero alone has the code of zero, whether products are tiny or underflow."""
+    tiny = np.float32([2.0**-149, 1e-40, 2.0**-126, 1e-30, 1e-10, 1e-8, 1.6e-7])
+    tiny = np.concatenate([tiny, -tiny, tiny * np.float32(min(largest, 1e30)), [0.0, -0.0]])
+    values = np.concatenate([[largest], tiny]).astype(np.float32)
+    codes, absmax = encode(library, f"encode_{sign}_blocks", [values], 0)
+    expected, expected_absmax = encode_blocks(values, sign == "signed")
+    assert codes.tolist() == expected.tolist() and absmax.tolist() == expected_absmax.tolist()
+    assert sign == "signed" or ((codes == 0) == (values == 0.0)).all()
 
 
 @SIGNS

@@ -31,10 +31,16 @@ PATIENCE_SECONDS = 60.0
 MEMORY_BYTES = 2 << 20
 RECIPE, HALVED, EIGHTH, EVERYTHING = cases.OWN
 BARE = cases.BARE
-# In 8 bits, a session's small tensors are held as float32, and each starts at a block.
-KEPT = [(256, 300), (512, 515), (1024, 1280)]
-RUNS = [(0, 256), (256, 300), (512, 515), (768, 1024), (1024, 1280), (1280, 1637)]
+# Tensors in three precisions; those in 8 bits start at a block.
+OTHERS = [
+    (256, 300, Precision.FLOAT32),
+    (512, 515, Precision.FLOAT32),
+    (1024, 1200, Precision.BFLOAT16),
+    (1200, 1280, Precision.FLOAT32),
+]
+RUNS = [(0, 256), (256, 300), (512, 515), (768, 1024), (1024, 1200), (1200, 1280), (1280, 1637)]
 SIZE = 1637
+REGIONS = cases.regions_of(SIZE, OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +296,8 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def eighths(engine: Any, loaded: bool = True) -> Any:
-    """Make a state in 8 bits, with tensors held as float32 and an odd tail."""
-    state = engine.allocate(cases.slots_of(EIGHTH), SIZE, KEPT)
+    """Make a state in 8 bits, with tensors in other precisions and an odd tail."""
+    state = engine.allocate(cases.slots_of(EIGHTH, REGIONS), SIZE)
     if loaded:
         staged = engine.allocate(cases.slots_of(EIGHTH.in_float32), SIZE)
         for slot, values in tensors().items():
@@ -301,7 +307,7 @@ def eighths(engine: Any, loaded: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_tensors_of_both_kinds_are_stepped_as_on_the_cpu(start, reference, order) -> None:
+def test_tensors_of_all_precisions_are_stepped_as_on_the_cpu(start, reference, order) -> None:
     results = []
     for engine in (start(order), reference):
         state, out, moved = eighths(engine), np.zeros(SIZE, np.float32), []
@@ -327,6 +333,19 @@ def test_tensors_of_both_kinds_are_stepped_as_on_the_cpu(start, reference, order
     assert not want["exp_avg_scale"][256:300].any() and want["exp_avg"][256:300].any(), "kept as float32"
 
 
+@pytest.mark.parametrize(("low", "high"), [(255, 257), (0, 300), (299, 301), (515, 520), (1199, 1201), (768, 1025)])
+def test_elements_of_several_regions_are_not_stepped_at_once(start, reference, low, high) -> None:
+    """A kernel has the arrays of one region, and would write past their end."""
+    for engine in (start("greedy"), reference):
+        state = eighths(engine)
+        gradient = state.receive()
+        chunk = gradient.put(0, normal(SIZE))
+        with pytest.raises(IndexError, match=r"no region holds elements \["):
+            state.update(cases.step_of(EIGHTH), low, chunk, low, high, None)
+        gradient.close()
+        state.close()
+
+
 @pytest.mark.parametrize("dtype", cases.WIRE.values(), ids=str)
 def test_any_part_of_8_bits_is_read_in_any_dtype(start, reference, dtype) -> None:
     states = [eighths(engine) for engine in (start("greedy"), reference)]
@@ -343,7 +362,7 @@ def test_values_and_scales_that_were_read_continue_bit_for_bit(start, reference,
     engines = start("greedy"), reference
     states = [eighths(engine) for engine in engines]
     known = cases.everything_of(states[source], EIGHTH, SIZE)
-    moved = engines[1 - source].allocate(cases.slots_of(EIGHTH), SIZE, KEPT)
+    moved = engines[1 - source].allocate(cases.slots_of(EIGHTH, REGIONS), SIZE)
     staged = engines[1 - source].allocate(dict.fromkeys(known, Precision.FLOAT32), SIZE)
     for slot, values in known.items():
         staged.write(slot, 0, values)

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 
 from stepwire_server.engines import PARAM
-from stepwire_server.engines.cpu.state_arrays import BlockSlot
+from stepwire_server.engines.cpu.state_arrays import BlockSlot, MixedSlot, make_slot
 from stepwire_server.engines.cuda import CudaEngine, CudaOptions
 from stepwire_server.engines.cuda.source import block_kernels, gradient_kernels, module_source
+from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaMixedSlot
 from stepwire_server.engines.int8_moments import BLOCK
+from stepwire_server.engines.regions import Holding
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
+from tests.support.cuda_cases import regions_of
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 HELD = {"float32": Precision.FLOAT32, "bfloat16": Precision.BFLOAT16}
+BFLOAT16 = WIRE["bfloat16"]
 SLOT = 1 << 12
 OPTIONS = CudaOptions(buffers=3, buffer_bytes=SLOT, cells=32)
 SIZE = 5 * SLOT // 4 + 77
@@ -152,7 +156,15 @@ def test_a_read_that_fails_leaves_the_bus_to_others(engine, assert_same_bits, or
 # --- slots of 8 bits ----------------------------------------------------------------------------------------------
 
 BLOCKS_SIZE = 7 * BLOCK + 77
-KEPT = [(300, 512), (768, 1024), (1280, 1281)]
+REGIONS = regions_of(
+    BLOCKS_SIZE,
+    [
+        (300, 400, Precision.FLOAT32),
+        (400, 512, Precision.BFLOAT16),
+        (768, 1024, Precision.FLOAT32),
+        (1280, 1281, Precision.BFLOAT16),
+    ],
+)
 SHORT = (BLOCKS_SIZE // BLOCK) * BLOCK
 BLOCK_RANGES = [
     (0, 0),
@@ -181,8 +193,19 @@ def moments(name: str, seed: int = 0) -> np.ndarray:
     return values if EIGHT_BIT_SLOTS[name] else np.abs(values)
 
 
-def allocate(made: CudaEngine, name: str) -> Any:
-    return made.allocate({PARAM: Precision.FLOAT32, name: Precision.INT8}, BLOCKS_SIZE, KEPT)
+HOLDINGS = pytest.mark.parametrize("holding", [Precision.INT8, REGIONS], ids=["in 8 bits", "mixed"])
+
+
+def allocate(made: CudaEngine, name: str, holding: Holding = Precision.INT8) -> Any:
+    return made.allocate({PARAM: Precision.FLOAT32, name: holding}, BLOCKS_SIZE)
+
+
+def parts_of(slot: Any) -> list[Any]:
+    return [part for _, part in slot.parts] if isinstance(slot, (MixedSlot, CudaMixedSlot)) else [slot]
+
+
+def arrays_of(slot: Any) -> list[Any]:
+    return [slot.codes, slot.absmax] if isinstance(slot, (BlockSlot, CudaBlockSlot)) else [slot.values]
 
 
 def replace(made: CudaEngine, state: Any, name: str, values: np.ndarray, scale: np.ndarray | None) -> None:
@@ -202,26 +225,28 @@ def odd_scale(name: str) -> np.ndarray:
 
 
 @every_order
+@HOLDINGS
 @pytest.mark.parametrize("name", EIGHT_BIT_SLOTS)
 @pytest.mark.parametrize("given", ["no scale", "its own scale", "odd scale"])
-def test_8_bit_slots_are_those_of_the_cpu(engine, assert_same_bits, read, order, name, given) -> None:
+def test_8_bit_slots_are_those_of_the_cpu(engine, assert_same_bits, read, order, name, given, holding) -> None:
     made, values = engine(order), moments(name)
-    reference = BlockSlot(EIGHT_BIT_SLOTS[name], BLOCKS_SIZE, KEPT)
+    reference = make_slot(name, holding, BLOCKS_SIZE)
     scale: np.ndarray | None = None
     if given == "its own scale":
-        first, scale = BlockSlot(EIGHT_BIT_SLOTS[name], BLOCKS_SIZE, KEPT), np.empty(BLOCKS_SIZE, np.float32)
-        first.replace(values.copy(), None)
+        first, scale = make_slot(name, holding, BLOCKS_SIZE), np.empty(BLOCKS_SIZE, np.float32)
+        first.replace(0, values.copy(), None)
         first.read_scale(0, scale)
         first.read(0, values)
     elif given == "odd scale":
         scale = odd_scale(name)
-    reference.replace(values.copy(), scale)
-    state = allocate(made, name)
+    reference.replace(0, values.copy(), scale)
+    state = allocate(made, name, holding)
     replace(made, state, name, values, scale)
-    held = state._slots[name]
-    codes, absmax = reference.arrays()
-    assert_same_bits(read(made._resources.device, held.codes), codes, "codes")
-    assert_same_bits(read(made._resources.device, held.absmax), absmax, "maxima")
+    for own, other in zip(parts_of(state._slots[name]), parts_of(reference), strict=True):
+        for array, expected in zip(arrays_of(own), arrays_of(other), strict=True):
+            got = read(made._resources.device, array)
+            halves = expected.dtype == np.uint16
+            assert_same_bits(*((got.view(BFLOAT16), expected.view(BFLOAT16)) if halves else (got, expected)))
     for low, high in BLOCK_RANGES:
         for wire, dtype in WIRE.items():
             got, want = place(high - low, dtype), np.empty(high - low, dtype)
@@ -238,26 +263,44 @@ def test_8_bit_slots_are_those_of_the_cpu(engine, assert_same_bits, read, order,
 @every_order
 def test_8_bit_slots_are_replaced_again_and_begin_as_zeros(engine, assert_same_bits, order) -> None:
     made, name = engine(order), "exp_avg"
-    state, reference, out = allocate(made, name), BlockSlot(True, BLOCKS_SIZE, KEPT), np.empty(BLOCKS_SIZE, np.float32)
+    state, reference = allocate(made, name, REGIONS), make_slot(name, REGIONS, BLOCKS_SIZE)
+    out = np.empty(BLOCKS_SIZE, np.float32)
     state.read(name, 0, out).wait()
     assert not out.any()
     for seed in range(3):
         values, want = moments(name, seed), np.empty(BLOCKS_SIZE, np.float32)
-        reference.replace(values.copy(), None)
+        reference.replace(0, values.copy(), None)
         replace(made, state, name, values, None)
         state.read(name, 0, out).wait()
         reference.read(0, want)
         assert_same_bits(out, want)
-        for low, high in KEPT:
-            assert_same_bits(out[low:high], values[low:high], "kept")
+        for low, high, precision in REGIONS:
+            if precision is Precision.FLOAT32:
+                assert_same_bits(out[low:high], values[low:high], "float32")
     state.close()
 
 
-def test_8_bit_elements_are_not_written_one_by_one(engine) -> None:
+@HOLDINGS
+def test_8_bit_elements_are_not_written_one_by_one(engine, holding) -> None:
     made = engine("lazy")
-    state = allocate(made, "exp_avg")
+    state = allocate(made, "exp_avg", holding)
     with pytest.raises(TypeError, match="8-bit elements are replaced all at once"):
         state.write("exp_avg", 0, np.ones(1, np.float32))
+    state.close()
+
+
+@every_order
+def test_regions_of_other_precisions_are_written(engine, assert_same_bits, order) -> None:
+    made = engine(order)
+    state, reference = allocate(made, "exp_avg", REGIONS), make_slot("exp_avg", REGIONS, BLOCKS_SIZE)
+    got, want = np.empty(BLOCKS_SIZE, np.float32), np.empty(BLOCKS_SIZE, np.float32)
+    for each in (state, reference):
+        values = drawn(150)
+        each.write("exp_avg", 310, values) if each is state else each.write(310, values)
+    state.read("exp_avg", 0, got).wait()
+    reference.read(0, want)
+    assert_same_bits(got, want)
+    assert want[310:400].any() and want[400:460].any()
     state.close()
 
 

@@ -14,7 +14,7 @@ from stepwire_server.engines.cuda.source.memory import Array, joined
 from stepwire_server.engines.cuda.source.module import Kernel
 from stepwire_server.engines.cuda.source.passes import openings, preludes
 from stepwire_server.engines.cuda.source.prelude import THREADS
-from stepwire_server.engines.int8_moments import BLOCK
+from stepwire_server.engines.int8_moments import BLOCK, most_of
 
 __all__ = ["BlockPass", "block_kernel", "block_kernels", "encoded"]
 
@@ -73,15 +73,15 @@ __device__ __forceinline__ unsigned int largest_of(const float *values) {
 __device__ __forceinline__ void encode_{sign}_block(
     const float *values, unsigned int largest, const unsigned int *steps, unsigned char *codes, float *absmax,
     int count, bool whole) {{
-    const float scale = 1.0f / absmax_of(largest);
+    const float own = absmax_of(largest, {most_of(sign == "signed"):#x}u), scale = scale_of(own);
     #pragma unroll
     for (int group = 0; group < 2; ++group) {{
         unsigned char four[4];
         #pragma unroll
-        for (int k = 0; k < 4; ++k) four[k] = encode_{sign}(values[4 * group + k], scale, mask_of(largest), steps);
+        for (int k = 0; k < 4; ++k) four[k] = encode_{sign}(values[4 * group + k], scale, fill_of(largest), steps);
         store_group(codes, four, group, count, whole);
     }}
-    if (threadIdx.x % 32 == 0) *absmax = absmax_of(largest);
+    if (threadIdx.x % 32 == 0) *absmax = own;
 }}
 """
     for sign in ("signed", "unsigned")
@@ -189,15 +189,15 @@ def block_kernels() -> list[Kernel]:
     """Write the conversions of blocks of 256 elements, the last perhaps shorter, to 8 bits and back; signed and not.
 
     `decode_signed_blocks(codes, absmax, values, tables, size)` decodes. `encode_signed_blocks(values, codes, absmax,
-    tables, size)` finds the absmax. `encode_signed_with(values, scale, codes, absmax, tables, size)` reads it from the
-    scale of a block's first element, as `BlockSlot.replace` does; `unsigned` likewise. Tables are those of
+    tables, size)` finds the absmax. `encode_signed_with(values, scale, codes, absmax, tables, size)` is given it by the
+    scale of a block's first element, as `BlockSlot.replace` is; `unsigned` likewise. Tables are those of
     `eight_bit_tables`. Values, scale and absmax are float32, codes are uint8, and the size is int64.
     """
     kernels = []
     for sign in ("signed", "unsigned"):
         kernels += [_decode(sign), _encode(f"encode_{sign}_blocks", sign, [], "largest_of(kept)")]
         scale = "const float *__restrict__ scale"
-        kernels.append(_encode(f"encode_{sign}_with", sign, [scale], "largest_given(scale[low])"))
+        kernels.append(_encode(f"encode_{sign}_with", sign, [scale], "largest_given(scale[low], largest_of(kept))"))
     return kernels
 
 

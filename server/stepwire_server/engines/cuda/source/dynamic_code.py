@@ -1,9 +1,11 @@
 """The code of `int8_moments` in CUDA C, and its tables as shared memory holds them.
 
-The full tables would not fit there. But all magnitudes below the smallest boundary between codes have the code of zero,
-and all above the largest one the last code. So a magnitude is clamped to those ends, and the tables hold the cells in
-between alone. The table of the signed code has the cells of positive keys and then, turned round, those of negative
-ones. With these tables each of the 2³² patterns had the code of the full tables.
+The full tables would not fit there. But all magnitudes below the smallest boundary between codes have one code, and all
+above the largest one the last code. So a magnitude is clamped to those ends, and the tables hold the cells in between
+alone. The one code is that of zero with signs, and without signs that of the smallest value, beside a zero of its own.
+So there a product that underflowed is clamped like any other that small. The table of the signed code has the cells of
+positive keys and then, turned round, those of negative ones. With these tables each of the 2³² patterns had the code of
+the full tables.
 
 The sign is that of the value and not of its product with the scale: the product of a NaN keeps its sign on a processor
 and not on a GPU.
@@ -16,7 +18,14 @@ from typing import Final
 
 import numpy as np
 
-from stepwire_server.engines.int8_moments import SIGNED_MAP, SIGNED_STEPS, UNSIGNED_MAP, UNSIGNED_STEPS
+from stepwire_server.engines.int8_moments import (
+    LEAST,
+    SIGNED_MAP,
+    SIGNED_STEPS,
+    UNSIGNED_MAP,
+    UNSIGNED_STEPS,
+    zero_code,
+)
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["DYNAMIC_CODE", "eight_bit_tables", "shared_tables"]
@@ -24,12 +33,12 @@ __all__ = ["DYNAMIC_CODE", "eight_bit_tables", "shared_tables"]
 _ONE = 0x3F800000
 
 
-def _below_the_least(values: HostArray) -> int:
-    """Return the largest pattern that is nearer to zero than to the smallest value above it."""
-    return int((values[values > 0.0][0] / np.float32(2.0)).view(np.uint32))
+def _pattern_of(value: np.float32) -> int:
+    return int(value.view(np.uint32))
 
 
-_SIGNED_LEAST, _UNSIGNED_LEAST = _below_the_least(SIGNED_MAP), _below_the_least(UNSIGNED_MAP)
+_SIGNED_LEAST = _pattern_of(SIGNED_MAP[SIGNED_MAP > 0.0][0] / np.float32(2.0))
+_UNSIGNED_LEAST = _pattern_of(UNSIGNED_MAP[1])
 _SIGNED_CELLS = slice(_SIGNED_LEAST >> 17, (_ONE >> 17) + 1)
 _PARTS: Final[dict[str, HostArray]] = {
     "signed_map": SIGNED_MAP.view(np.uint32),
@@ -56,15 +65,17 @@ def shared_tables(names: Iterable[str]) -> list[str]:
     return [*lines, "__syncthreads();"]
 
 
-# All functions but `largest_given` are those of `int8_moments`. `largest_given` stands for the largest magnitude of a
-# block with a given maximum, as in `BlockSlot.replace`.
+# All functions but `largest_given` are those of `int8_moments`. `largest_given` chooses between the largest magnitude
+# of a block and a given maximum, as `encode_blocks` does.
 DYNAMIC_CODE: Final = (
     f"""\
 enum : unsigned int {{
     SIGNED_LEAST = {_SIGNED_LEAST}u,
     SIGNED_WIDTH = {len(_PARTS["signed_steps"]) // 2}u,
     UNSIGNED_LEAST = {_UNSIGNED_LEAST}u,
-    ONE = {_ONE}u
+    UNSIGNED_ZERO = {zero_code(False)}u,
+    ONE = {_ONE}u,
+    LEAST_ABSMAX = {LEAST}u
 }};
 """
     """
@@ -80,33 +91,38 @@ __device__ __forceinline__ float decode_code(unsigned char code, float absmax, c
     return __uint_as_float(map[code]) * absmax;
 }
 
-__device__ __forceinline__ float absmax_of(unsigned int largest) {
-    return __uint_as_float(largest < 0x00800000u ? 0u : largest < 0x7F800000u ? largest : 0x7FC00000u);
+__device__ __forceinline__ float absmax_of(unsigned int largest, unsigned int most) {
+    const unsigned int raised = largest != 0u && largest < LEAST_ABSMAX ? LEAST_ABSMAX : largest;
+    return __uint_as_float(raised > most ? 0x7FC00000u : raised);
 }
 
-__device__ __forceinline__ unsigned int mask_of(unsigned int largest) {
-    return 0x00800000u <= largest && largest < 0x7F800000u ? 0xFFFFFFFFu : 0u;
+__device__ __forceinline__ float scale_of(float absmax) { return 1.0f / (absmax == 0.0f ? 1.0f : absmax); }
+
+__device__ __forceinline__ unsigned int fill_of(unsigned int largest) {
+    return largest >= 0x7F800000u ? 0xFFFFFFFFu : 0u;
 }
 
 __device__ __forceinline__ unsigned char encode_signed(
-    float value, float scale, unsigned int mask, const unsigned int *steps) {
-    const unsigned int bits = __float_as_uint(value * scale) & mask & 0x7FFFFFFFu;
+    float value, float scale, unsigned int fill, const unsigned int *steps) {
+    const unsigned int bits = (__float_as_uint(value * scale) | fill) & 0x7FFFFFFFu;
     const unsigned int magnitude = clamped(bits, SIGNED_LEAST, ONE);
-    const bool negative = (__float_as_uint(value) & mask) >> 31 != 0u;
+    const bool negative = (__float_as_uint(value) | fill) >> 31 != 0u;
     const unsigned int cell = (magnitude >> 17) - (SIGNED_LEAST >> 17) + (negative ? SIGNED_WIDTH : 0u);
     return (unsigned char)((steps[cell] + (negative ? ~magnitude : magnitude)) >> 18);
 }
 
 __device__ __forceinline__ unsigned char encode_unsigned(
-    float value, float scale, unsigned int mask, const unsigned int *steps) {
-    const unsigned int bits = __float_as_uint(value * scale) & mask & 0x7FFFFFFFu;
+    float value, float scale, unsigned int fill, const unsigned int *steps) {
+    const unsigned int bits = (__float_as_uint(value * scale) | fill) & 0x7FFFFFFFu;
     const unsigned int magnitude = clamped(bits, UNSIGNED_LEAST, ONE);
-    return (unsigned char)((steps[(magnitude >> 16) - (UNSIGNED_LEAST >> 16)] + magnitude) >> 17);
+    const unsigned int code = (steps[(magnitude >> 16) - (UNSIGNED_LEAST >> 16)] + magnitude) >> 17;
+    const unsigned int own = (__float_as_uint(value) | fill) & 0x7FFFFFFFu;
+    return (unsigned char)(own == 0u ? UNSIGNED_ZERO : code);
 }
 
-__device__ __forceinline__ unsigned int largest_given(float scale) {
-    const unsigned int pattern = __float_as_uint(scale);
-    return scale != scale ? 0x7FC00000u : pattern >> 31 != 0u ? 0u : pattern;
+__device__ __forceinline__ unsigned int largest_given(float given, unsigned int largest) {
+    const unsigned int pattern = __float_as_uint(given);
+    return LEAST_ABSMAX <= pattern && pattern < 0x7F800000u ? pattern : largest;
 }
 """
 )
