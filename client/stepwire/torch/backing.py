@@ -299,8 +299,7 @@ class Backing:
         """
         if self.closed:
             raise InvalidRequestError.of(
-                "optimizer",
-                "the optimizer is closed; make a new one, with session=… if its session was left on the server",
+                "optimizer", "the optimizer is closed; make a new one, with session=… if its session was left there"
             )
 
     # --- state -------------------------------------------------------------------------------------------
@@ -315,9 +314,7 @@ class Backing:
         self._abort_begun()
         self._placement.recovery.settle()
         self.upload()
-        self._view = (
-            None  # what was read before may be older than an upload, and the arrays are the caller's from now on
-        )
+        self._view = None  # it may be older than an upload, and its arrays are the caller's from now on
         try:
             extra = self._placement.mirror.extra(self._present_view().snapshot)
             return self._live.exported([parameter for group in groups for parameter in group["params"]]), extra
@@ -325,9 +322,7 @@ class Backing:
             self._view = None
 
     def load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
-        """Replace the state. The model's parameters stay.
-
-        A session that is lost is replaced by a new one.
+        """Replace the state, in a new session if the present one is lost. The model's parameters stay.
 
         Args:
             entries: torch's state of each parameter, in order.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from stepwire.errors import SessionNotFoundError, UnsupportedFeatureError
+from stepwire.errors import SessionNotFoundError
 from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
 from stepwire.torch.backing import Backing
@@ -18,16 +18,13 @@ from stepwire.torch.error_hints import with_hints
 from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState
 from stepwire.torch.options import RemoteOptions, split_options
+from stepwire.torch.refused import REFUSED_OPTIONS, refuse_options
 from stepwire.torch.rules import STATE_KEYS, TORCH_RULES, TorchRule
 from stepwire.torch.sessions import PRECISION
 
 __all__ = ["RemoteOptimizer"]
 
 _KEY = "stepwire"
-_REFUSED = {
-    "differentiable": "no gradient flows through a step on a server",
-    "capturable": "a CUDA graph cannot contain a call to a server",
-}
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -67,7 +64,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         self._options, own = split_options(kwargs)
         super().__init__(params, *args, **own)
-        _refuse(self.param_groups)
+        refuse_options(self.param_groups)
         self.state.clear()  # Adagrad's constructor makes state, and the state is on the server
         with with_hints(self._options, None):
             self._backing = Backing(self.rule, self._options, self.param_groups, self.state)
@@ -164,7 +161,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None or not float(found_inf):  # set by GradScaler, which lowers the scale then
-            _refuse(self.param_groups)
+            refuse_options(self.param_groups)
             with with_hints(self._options, self.session_id):
                 self._apply_step(self.param_groups, None if scale is None else float(scale))
         return loss
@@ -182,7 +179,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._backing is None:
             return
         try:
-            _refuse(self.param_groups)
+            refuse_options(self.param_groups)
             with with_hints(self._options, self.session_id):
                 self._backing.follow(self.param_groups)
         except BaseException:
@@ -270,7 +267,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         def load(_: Any) -> None:
             for group, own in zip(self.param_groups, before, strict=True):
                 # The dict of an optimizer with other options has the same state.
-                group.update({name: False for name in _REFUSED if name in group})
+                group.update({name: False for name in REFUSED_OPTIONS if name in group})
                 group.pop(PRECISION, None)
                 group.update({name: own[name] for name in own if name == PRECISION})
             self._load(given)
@@ -375,17 +372,6 @@ def _no_copy(what: str) -> TypeError:
         f"an optimizer with a session cannot be {what}: two would step one session. Save state_dict(), or handle() for "
         "the session alone, and load it into a new optimizer"
     )
-
-
-def _refuse(groups: list[dict[str, Any]]) -> None:
-    """Refuse options of torch that a server cannot serve."""
-    for index, group in enumerate(groups):
-        for name, reason in _REFUSED.items():
-            if group.get(name):
-                raise UnsupportedFeatureError(
-                    f"param_groups[{index}][{name!r}] is True, and {reason}; leave it out",
-                    metadata={"field": f"param_groups[{index}].{name}", "feature": f"torch_{name}"},
-                )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The classes of torch.optim that a server does not serve: each says the reason when it is made."""
+"""The classes and options of torch.optim that a server does not serve, and the reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import torch
 
 from stepwire.errors import UnsupportedFeatureError
 
-__all__ = ["refused_class"]
+__all__ = ["REFUSED_OPTIONS", "refuse_options", "refused_class"]
+
+REFUSED_OPTIONS: Final = {
+    "differentiable": "no gradient flows through a step on a server",
+    "capturable": "a CUDA graph cannot contain a call to a server",
+}
+"""Options of a group that a server cannot serve, and the reasons."""
 
 _NO_RULE: Final = "the server has no such rule"
 _REASONS: Final = {
@@ -40,3 +46,18 @@ def refused_class(name: str) -> type[torch.optim.Optimizer] | None:
 
     attributes = {"__init__": refuse, "__doc__": f"Not served: {reason}.", "__module__": "stepwire.torch"}
     return type(name, (torch.optim.Optimizer,), attributes)
+
+
+def refuse_options(groups: list[dict[str, Any]]) -> None:
+    """Refuse options of torch that a server cannot serve.
+
+    Raises:
+        UnsupportedFeatureError: a group has such an option.
+    """
+    for index, group in enumerate(groups):
+        for name, reason in REFUSED_OPTIONS.items():
+            if group.get(name):
+                raise UnsupportedFeatureError(
+                    f"param_groups[{index}][{name!r}] is True, and {reason}; leave it out",
+                    metadata={"field": f"param_groups[{index}].{name}", "feature": f"torch_{name}"},
+                )
