@@ -81,8 +81,8 @@ def bits(arrays: Mapping[str, npt.NDArray[Any]] | list[npt.NDArray[Any]]) -> dic
 
 def same_bits(one: Snapshot, other: Snapshot) -> bool:
     """Tell whether two states are equal in every bit and count."""
-    numbers = ((each.step, each.tensor_steps, each.tensor_scalars) for each in (one, other))
-    return len(set(map(repr, numbers))) == 1 and {slot: bits(arrays) for slot, arrays in one.slots.items()} == {
+    numbers, others = ((each.step, each.tensor_steps, each.tensor_scalars) for each in (one, other))
+    return numbers == others and {slot: bits(arrays) for slot, arrays in one.slots.items()} == {
         slot: bits(arrays) for slot, arrays in other.slots.items()
     }
 

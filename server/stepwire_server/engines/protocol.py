@@ -5,7 +5,7 @@ a rule with its scalars, and a place for the encoded reply.
 
 Dtypes that cross this border are the wire's: float32, bfloat16 (`ml_dtypes`), float16, and for gradients
 `stepwire.wire.int8_blocks.INT8`, in whose blocks they stay. State is float32, but for slots, or regions of slots, that
-were allocated in another `Precision`. A payload or a reply is an array of the host, or of the engine's `ExportedMemory`.
+were allocated in another `Precision`. A payload or a reply is an array of the host, or of `ExportedMemory`.
 
 Calls are carried out in the order in which they are made, but a GPU carries them out later. Their results come as a
 `Pending`. A caller asks for the next result before it waits for the first.
