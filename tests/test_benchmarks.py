@@ -39,6 +39,7 @@ NAMES = (
     "shaped_link",
     "sockets",
     "tables",
+    "torch_memory",
     "transports",
     "variants",
     "wire_encodings",
@@ -369,3 +370,17 @@ def test_encodings_are_compared_seed_by_seed(bench) -> None:
 def test_a_ratio_of_sums(bench) -> None:
     times = {"a": [1.0, 8.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}
     assert math.isclose(bench.contest.ratio(times, "a", "b", "c"), 1.25)
+
+
+def test_saved_memory_is_that_in_use(bench: types.SimpleNamespace) -> None:
+    """Free memory of the C library is no part of a state, and libraries are the same in every row."""
+    figures = bench.torch_memory.Figures
+    rows = {
+        "torch.optim.Adam": figures(libraries=100.0, private=520.0, free=20.0, shared=0.0),
+        "tcp": figures(libraries=100.0, private=380.0, free=60.0, shared=0.0),
+    }
+    title, heading, local, remote = bench.torch_memory._table(25_000_000, rows).splitlines()
+    assert "200 MB" in title
+    assert heading.split() == ["private", "free", "in", "use", "saved", "shared"]
+    assert local.split()[1:] == ["420", "20", "400", "0"]
+    assert remote.split()[1:] == ["280", "60", "220", "180", "0"]

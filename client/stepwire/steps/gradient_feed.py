@@ -83,7 +83,7 @@ class GradientFeed:
             pack: encodes the present gradient of a chunk.
         """
         with self._changed:
-            self._pack = pack
+            self._pack = None if self._settled else pack
             self._sent = []
 
     def packed(self, chunk: ChunkLayout, pack: Callable[[], npt.NDArray[Any]]) -> None:
@@ -108,7 +108,8 @@ class GradientFeed:
         with self._changed:
             self._settled = True
             self._changed.wait_for(lambda: not self._packing)
-            pack, sent = self._pack, list(self._sent)
+            pack, sent = self._pack, self._sent
+            self._pack, self._sent = None, []  # `pack` may know the step, whose gradients would be held in a circle
         return pack is None or all(fingerprint(pack(chunk)) == known for chunk, known in sent)
 
     def commit(self) -> None:
@@ -120,7 +121,7 @@ class GradientFeed:
     def abort(self) -> None:
         """Give the step up before `commit`; the thread of the step gets `GivenUp`."""
         with self._changed:
-            self._aborted, cancel = True, self._cancel
+            self._aborted, cancel, self._pack = True, self._cancel, None
             self._changed.notify_all()
         if cancel is not None:
             cancel()

@@ -263,9 +263,10 @@ class Backing:
         return self._placement.overrides(groups), self._loss_scale
 
     def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
-        # The step reads the shapes of these arrays alone, and the gradients come from the feed. Untouched memory costs
-        # nothing.
-        shapes = {t.name: np.empty(t.shape, t.dtype) for t in self.parameters.tensors if t.name in names}
+        # The step reads the shapes of these arrays alone, and the gradients come from the feed. They have no memory:
+        # even untouched memory would be in the place of gradients that are about to be made.
+        shapes = {t.name: np.broadcast_to(np.zeros((), t.dtype), t.shape) for t in self.parameters.tensors}
+        shapes = {name: shape for name, shape in shapes.items() if name in names}
         return self.session.step_async(shapes, feed=feed, **self._step_options(numbers))
 
     def _abort_begun(self) -> None:

@@ -129,18 +129,30 @@ def test_a_gradient_that_was_sent_is_compared_by_its_content(packer: Packer, dty
     assert feed.holds() is (factor == 1.0)
 
 
-def test_a_gradient_that_is_sent_later_may_change_before(packer: Packer) -> None:
+@pytest.mark.parametrize(("name", "same"), [("b", True), ("a", False)])
+def test_a_gradient_that_is_sent_later_may_change_before(packer: Packer, name: str, same: bool) -> None:
     feed, flat = GradientFeed(NAMES), empty(packer)
-    late = values(0, 4)
-    feed.give("a", late)
-    feed.give("b", values(4, 6))
-    feed.give("c", values(10, 2))
+    given = {name: values(1, tensor.count) for name, tensor in zip(NAMES, packer.layout.tensors, strict=True)}
+    for each, gradient in given.items():
+        feed.give(each, gradient)
     messages = packing(feed, packer, flat)
-    next(messages)  # of a
-    flat[1][:] = 7.0
+    next(messages)  # the one of the first tensor
+    given[name][:] = 9.0
+    assert feed.holds() is same
+
+
+def test_a_feed_that_was_compared_holds_no_step(packer: Packer) -> None:
+    """The function that encodes chunks knows its step, and the step knows its feed: gradients would lie in a circle."""
+    feed, flat = GradientFeed(NAMES), empty(packer)
+    for each, tensor in zip(NAMES, packer.layout.tensors, strict=True):
+        feed.give(each, values(1, tensor.count))
+    list(packing(feed, packer, flat))
     assert feed.holds()
-    late[:] = 9.0
-    assert not feed.holds()
+    assert (feed._pack, feed._sent) == (None, [])
+    given_up = GradientFeed(NAMES)
+    given_up.open(lambda chunk: values(0, chunk.elements))
+    given_up.abort()
+    assert given_up._pack is None
 
 
 def test_messages_that_are_made_again_are_compared_with_the_gradients_of_then(packer: Packer) -> None:
