@@ -8,13 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from conformance.inputs import Tensors
-from stepwire.layout import TensorSpec
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_to_wire
-from stepwire.results import PRECISIONS
-from stepwire.v1 import session_pb2
+from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32
-from stepwire.wire.messages import optimizer_to_wire, spec_to_wire
+from stepwire.wire.messages import optimizer_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.devices.pool import Device
@@ -30,6 +28,11 @@ __all__ = ["LocalSession"]
 
 _BUDGET_BYTES: Final = 1 << 30
 _REPLY_ELEMENTS: Final = 1 << 20
+_PRECISIONS: Final = {
+    "float32": session_pb2.STATE_PRECISION_FLOAT32,
+    "bfloat16": session_pb2.STATE_PRECISION_BFLOAT16_MOMENTS,
+    "int8": session_pb2.STATE_PRECISION_INT8_MOMENTS,
+}
 
 
 class _Writer:
@@ -69,13 +72,13 @@ class LocalSession:
             optimizer: the rule with its numbers.
             initial: the parameters by tensor.
             treatment: the options of `GradientTreatment`.
-            precision: one of `PRECISIONS`.
+            precision: that of the moments, "float32", "bfloat16" or "int8".
         """
         message = session_pb2.SessionConfig(
-            tensors=[spec_to_wire(TensorSpec(name, values.shape)) for name, values in initial.items()],
+            tensors=[tensor_pb2.TensorSpec(name=name, shape=values.shape) for name, values in initial.items()],
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(GradientTreatment(**treatment)),
-            state_precision=PRECISIONS[precision],
+            state_precision=_PRECISIONS[precision],
         )
         self._config = decode_session_config(message, ServerConfig())
         device = Device(engine, MemoryBudget(_BUDGET_BYTES))

@@ -20,10 +20,9 @@ def table(findings: Sequence[tuple[str, Finding]]) -> str:
     reduced = [(family, each) for family, each in findings if each.unit != "ulps"]
     head = ("rule, worst option", "worst regime", "stepwire, ulps", "the framework's float32, ulps")
     other = ("rule, worst option", "worst regime", "stepwire, part of the way", "largest single change, of float64's")
-    lines = [*_lines(head, (_of_ulps(each) for each in _worst(precise)))]
-    if reduced:
-        lines += ["", *_lines(other, (_of_the_way(each) for each in _worst(reduced)))]
-    return "\n".join(lines)
+    tables = [_lines(head, [_of_ulps(each) for each in _worst(precise)])] if precise else []
+    tables += [_lines(other, [_of_the_way(each) for each in _worst(reduced)])] if reduced else []
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def _worst(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
