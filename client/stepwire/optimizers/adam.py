@@ -37,7 +37,7 @@ class Adam(TwoBetas):
         amsgrad: True (or `"raw"`) to divide by the largest raw second moment so far, as torch and Keras do.
             `"corrected"` for the largest bias-corrected one, as in optax.
         maximize: ascend instead of descend.
-        decoupled_weight_decay: AdamW's decay, p *= 1 − lr·weight_decay before the update.
+        decoupled_weight_decay: AdamW's decay by lr·weight_decay of the parameter, in the form of the formula.
         formula: the form of the rule: `"torch"` (the paper's), `"keras"` (eps beside √v before its correction),
             `"optax"` (eps_root, Nesterov), `"no_bias_correction"`, `"decay_after"` (bitsandbytes: decay after the
             update).
