@@ -125,6 +125,16 @@ def print_first_steps() -> None:
         print(f"{name:<22}" + "".join(f"{value:<16.4f}" for value in values))
 
 
+def print_no_memory() -> None:
+    """Print the steps of betas of 0 in float32, in units of the learning rate: g / (√g² + eps)."""
+    sizes = np.array([1.0, 1e-6, 1e-8, 1e-10, 1e-22, 1e-23], np.float32)
+    print("\nbeta1 = beta2 = 0     " + "".join(f"|g| = {size:<10g}" for size in sizes))
+    with np.errstate(all="ignore"):
+        for eps in (1e-8, 0.0):
+            steps = sizes / (np.sqrt(sizes * sizes) + np.float32(eps))
+            print(f"eps = {eps:<16g}" + "".join(f"{step:<16.3g}" for step in steps))
+
+
 def print_no_bias_correction() -> None:
     """Print its steps for a constant gradient, in units of the learning rate."""
     t = np.arange(1, 10_001)
@@ -212,6 +222,7 @@ def main() -> None:
     print_windows()
     print_bounds()
     print_first_steps()
+    print_no_memory()
     print_no_bias_correction()
     print_amsgrad()
     paths = {

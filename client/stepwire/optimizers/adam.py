@@ -38,7 +38,7 @@ class Adam(TwoBetas):
             `"corrected"` for the largest bias-corrected one, as in optax. Of moments in bfloat16 the largest is that of
             many rounded ones, so steps are up to a few percent too small.
         maximize: ascend instead of descend.
-        decoupled_weight_decay: AdamW's decay, p *= 1 − lr·weight_decay before the update.
+        decoupled_weight_decay: AdamW's decay by lr·weight_decay of the parameter, in the form of the formula.
         formula: the form of the rule: `"torch"` (the paper's), `"keras"` (eps beside √v before its correction),
             `"optax"` (eps_root, Nesterov), `"no_bias_correction"`, `"decay_after"` (bitsandbytes: decay after the
             update).
