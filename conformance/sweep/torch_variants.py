@@ -195,6 +195,6 @@ def _precisions() -> Iterator[Variant]:
             yield _variant("bfloat16", rule, precision="bfloat16", steps=60, long_steps=2_000, short=rule in _SHORT)
     for rule in ("adam", "adamw", "nadam", "radam", "sgd momentum", "sgd nesterov", "rmsprop", "rmsprop momentum"):
         short = rule in ("adam", "rmsprop momentum")
-        yield _variant("int8", rule, precision="int8", bank="blocks", steps=20, long_steps=400, short=short)
+        yield _variant("int8", rule, precision="int8", bank="blocks", steps=100, long_steps=400, short=short)
     numbers = {"betas": (0.0, 0.999)}
-    yield _variant("beta1=0, int8", "adam", numbers, precision="int8", bank="blocks", steps=20, long_steps=400)
+    yield _variant("beta1=0, int8", "adam", numbers, precision="int8", bank="blocks", steps=100, long_steps=400)

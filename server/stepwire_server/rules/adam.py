@@ -22,6 +22,8 @@ optax and BERT, AFTER in bitsandbytes.
 
 torch's form is computed as Keras's with eps·√c2 for eps: the same number by one division and one rounded scalar less.
 In float32 the first updates are within 4.8 ulps of the formula then; dividing √v by √c2 would leave them within 5.5.
+m is divided first, and multiplied by the step's size then, as in the frameworks: the product of a gradient of 1e-38
+and a learning rate would lose its digits.
 
 Sources: Kingma & Ba 2015, algorithm 1, and the remark on ε̂ in its section 2 (Keras's form); Loshchilov & Hutter 2019,
 algorithm 2; Reddi, Kale & Kumar 2018, algorithm 2; Dozat 2016; Devlin et al. 2019 for the form without correction; the
@@ -65,7 +67,7 @@ def adam(
     """Update with eps beside √v, as Keras does, and as torch does for other numbers. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - step_size * m / (sqrt(v) + eps), m, v
+    return p - step_size * (m / (sqrt(v) + eps)), m, v
 
 
 def amsgrad(
@@ -84,7 +86,7 @@ def amsgrad(
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
     x = maximum(x, v)
-    return p - step_size * m / (sqrt(x) + eps), m, v, x
+    return p - step_size * (m / (sqrt(x) + eps)), m, v, x
 
 
 def adam_optax(
@@ -104,7 +106,7 @@ def adam_optax(
     """Update as optax does; step_size = lr / c1, correction2 = c2. See the module."""
     m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - step_size * m / (sqrt(v / correction2 + eps_root) + eps), m, v
+    return p - step_size * (m / (sqrt(v / correction2 + eps_root) + eps)), m, v
 
 
 def amsgrad_optax(
@@ -126,7 +128,7 @@ def amsgrad_optax(
     m = weighted_mean(m, g, beta1, rate1)
     v = second_moment(v, g, beta2, rate2)
     x = maximum(x, v / correction2)
-    return p - step_size * m / (sqrt(x + eps_root) + eps), m, v, x
+    return p - step_size * (m / (sqrt(x + eps_root) + eps)), m, v, x
 
 
 def adam_nesterov(
