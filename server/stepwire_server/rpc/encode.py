@@ -50,7 +50,7 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         ready=ledger.ready,
         attached=ledger.worker.attached,
         create_time=_timestamp(wall + session.created - now),
-        expire_time=_timestamp(wall + session.last_used + session.config.lease_seconds - now),
+        expire_time=_timestamp(wall + session.last_use.at + session.config.lease_seconds - now),
         loss_scale=session.loss_scale,
         state=session_pb2.LIFECYCLE_STATE_ACTIVE,
     )

@@ -23,7 +23,7 @@ from stepwire_server.records.session_statistics import SessionStatistics
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
-from stepwire_server.sessions.calls_under_way import CallsUnderWay
+from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.ledger import Ledger, session_not_found
 from stepwire_server.sessions.load import Load
@@ -50,7 +50,7 @@ class Session:
         memory: the memory that it shares with its client.
         calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
-        last_used: the clock reading of its last use.
+        last_use: the clock reading of its last use.
     """
 
     def __init__(
@@ -81,11 +81,12 @@ class Session:
         self._clock = clock
         self._lock = threading.Lock()
         self._sinks = tuple(sinks)
-        self.calls = CallsUnderWay(self._note_use)
-        self._loads = CallsUnderWay(self._note_use)
+        self.last_use = LastUse(clock)
+        self.calls, self._loads = CallsUnderWay(self.last_use), CallsUnderWay(self.last_use)
         self._state = SessionState(config, device)
         self.memory = SessionMemory(self._state, self.ledger, self._lock)
-        self.created = self.last_used = clock()  # after the kernels are compiled: the lease runs from here
+        self.last_use.note()  # the kernels are compiled now: the lease runs from here
+        self.created = self.last_use.at
 
     @property
     def session_id(self) -> str:
@@ -127,7 +128,7 @@ class Session:
     def expired(self, now: float) -> bool:
         """Tell whether the lease has run out: no stream, no call under way, and no call for its length."""
         used = self.ledger.worker.attached or self._loads or self.calls
-        return not used and now - self.last_used > self.config.lease_seconds
+        return not used and now - self.last_use.at > self.config.lease_seconds
 
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""
@@ -136,9 +137,6 @@ class Session:
         return SessionStatistics(
             step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self._loads)
         )
-
-    def _note_use(self) -> None:
-        self.last_used = self._clock()
 
     # --- holds -------------------------------------------------------------------------------------------
 
@@ -184,7 +182,7 @@ class Session:
         finally:
             with self._lock:
                 worker.detach(stream)
-                self._note_use()
+                self.last_use.note()
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -280,7 +278,7 @@ class Session:
 
     def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
-        self._note_use()
+        self.last_use.note()
         following = self.ledger.admit_step(request, holder)
         half = self._state.unfinished
         if half is not None:
@@ -338,7 +336,7 @@ class Session:
 
     def _check_readable(self) -> None:
         self.ledger.check_usable()
-        self._note_use()
+        self.last_use.note()
         if self._state.unfinished is not None:
             raise StateChangedError(
                 f"step {self.unfinished_step} is half applied; pull when it is finished",

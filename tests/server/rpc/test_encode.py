@@ -149,7 +149,7 @@ def test_a_listing_leaves_out_what_is_long(session: Session, clock: Any) -> None
 def test_times_are_wall_times_whatever_the_clock_counts_from(session: Session, clock: Any) -> None:
     clock.now += 12.0
     session.acquire()
-    session.last_used = clock.now - 2.0
+    session.last_use.at = clock.now - 2.0
     before = time.time()
     message = encode_session(session, clock(), whole=False)
     after = time.time()

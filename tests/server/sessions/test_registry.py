@@ -281,7 +281,7 @@ def test_a_lease_runs_from_the_end_of_the_creation(make_registry: Any, clock: An
     device.engine.prepare = slow
     session = registry.create("r", config(lease_seconds=10.0)).session
     assert registry.create("r", config(lease_seconds=10.0)).replayed
-    assert (session.created, session.last_used) == (clock.now, clock.now)
+    assert (session.created, session.last_use.at) == (clock.now, clock.now)
     clock.now += 10.0
     assert registry.sweep() == []
     clock.now += 0.1

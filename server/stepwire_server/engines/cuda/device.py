@@ -46,32 +46,6 @@ _SPIN_SECONDS: Final = 50e-6
 Returned = TypeVar("Returned")
 
 
-class _Current:
-    """The device made current in this thread, and errors of its calls examined; one object serves all threads.
-
-    Threads that call an engine are the server's own, so the device before is not restored. CuPy's context manager
-    restores it by `setDevice(0)`, which makes a context on the first GPU.
-    """
-
-    __slots__ = ("_device",)
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-
-    def __enter__(self) -> None:
-        if self._device.lost is not None:
-            raise self._device.lost_again()
-        runtime = self._device.cupy.cuda.runtime
-        if runtime.getDevice() != self._device.index:
-            runtime.setDevice(self._device.index)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._device.examine(error)
-
-
 class CudaDevice:
     """A device with the three streams that all work on it goes through. Thread-safe. Unverified on a GPU.
 
@@ -96,18 +70,36 @@ class CudaDevice:
         self._reclaim: Callable[[], None] = lambda: None
         self._tell_lost: Callable[[DataLossError], None] = lambda _: None
         self._losing = threading.Lock()
-        self._current = _Current(self)
         with self.current():
             self.up, self.compute, self.down = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
             self.multiprocessors: int = cupy.cuda.Device(index).attributes["MultiProcessorCount"]
 
-    def current(self) -> contextlib.AbstractContextManager[None]:
+    def current(self) -> contextlib.AbstractContextManager[object]:
         """Make the device current in this thread, which it stays; every call of CUDA is made inside such a block.
 
+        Threads that call an engine are the server's own, so the device before is not restored. CuPy's context manager
+        restores it by `setDevice(0)`, which makes a context on the first GPU.
+
         Raises:
-            DataLossError: a call in the block found the device lost.
+            DataLossError: the device is lost, or a call in the block found it lost.
         """
-        return self._current
+        return self
+
+    def __enter__(self) -> CudaDevice:
+        """See `current`; one object serves all threads."""
+        if self.lost is not None:
+            raise self.lost_again()
+        runtime = self.cupy.cuda.runtime
+        if runtime.getDevice() != self.index:
+            runtime.setDevice(self.index)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Examine the error of the block."""
+        if error is not None:
+            self.examine(error)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
