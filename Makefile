@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers programs sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -36,6 +36,12 @@ callers: .venv/stamp-dev
 # docs/numerics.md are written with `ARGUMENTS="--page docs/numerics.md"`.
 sweep: .venv/stamp-dev
 	$(BIN)/python conformance/sweep/main.py $(ARGUMENTS)
+
+# Random programs on torch's optimizers and on `stepwire.torch` side by side, in long form; the tests have a few of them.
+# It needs PyTorch in .venv.
+PROGRAMS ?= 1000
+programs: .venv/stamp-dev
+	env STEPWIRE_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -q -n 2 tests/client/torch/programs
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto aio

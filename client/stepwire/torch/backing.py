@@ -253,14 +253,9 @@ class Backing:
 
     def _present_numbers(self) -> Numbers | None:
         """Return the numbers of a step; None if no messages carry gradients, or something must be sent first."""
-        choice, groups = self.session.transport, self._groups
-        if self.closed or choice is None or choice.name in ("shm", "cuda_ipc"):
+        if self.closed or not self._placement.can_begin(self._groups):
             return None
-        if not self._placement.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
-            return None
-        if self.session.statistics().step_in_doubt is not None:  # a whole gradient tells whether it is that step again
-            return None
-        return self._placement.overrides(groups), self._loss_scale
+        return self._placement.overrides(self._groups), self._loss_scale
 
     def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
         # The step reads the shapes of these arrays alone, and the gradients come from the feed. They have no memory:
@@ -381,8 +376,12 @@ class Backing:
         """
         if self.closed:
             return
-        if keep and self._live.edits():
-            self.follow(self._groups)
+        if keep:  # a session that is left goes on without this model
+            try:
+                self.follow(self._groups)
+                self.upload()
+            except StepwireError as error:
+                _LOG.warning("the last changes of the model, the groups or the state are not in the session: %s", error)
         self.closed = True
         with contextlib.ExitStack() as ending:
             if self._options.owns_client:

@@ -322,8 +322,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             StepwireError: as `Session.load`.
         """
-        self.backing.check_open()
         with with_hints(self._options, self.session_id):
+            self.backing.follow(self.param_groups)
             self.backing.upload(everything=True)
 
     def detach(self) -> None:

@@ -63,6 +63,18 @@ class Placement:
         """Tell whether groups have the parameters of the session, as the session has them."""
         return len(groups) == len(self.numbers) and self.parameters.are_of(groups)
 
+    def can_begin(self, groups: Sequence[Group]) -> bool:
+        """Tell whether a step can begin with its first gradient: messages carry gradients, and nothing goes before.
+
+        With a step in doubt nothing can begin, because a whole gradient tells whether it is that step again.
+        """
+        choice = self.session.transport
+        if choice is None or choice.name in ("shm", "cuda_ipc"):
+            return False
+        if not self.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
+            return False
+        return self.session.statistics().step_in_doubt is None
+
     def overrides(self, groups: Sequence[Group]) -> list[dict[str, Any]] | None:
         """Return the numbers of each group that differ from those of the session's creation; None for no difference.
 

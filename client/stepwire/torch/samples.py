@@ -23,7 +23,7 @@ _FEWEST: Final = 1024
 _LONGEST_STEP: Final = 1021
 """The largest distance of two samples in elements: a page of float32, and a prime, which meets every column."""
 
-_BITS: Final = {2: torch.int16, 4: torch.int32}
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Samples:
@@ -78,7 +78,8 @@ class _Group:
 
 def _source(tensor: ParameterTensor) -> Callable[[], Any]:
     """Return a function that returns the present samples of a parameter, `(n,)` integers of its bits."""
-    bits = tensor.real().view(_BITS[tensor.dtype.itemsize])
+    real = tensor.real()
+    bits = real.view(_BITS[real.element_size()])
     step = max(1, min(bits.numel() // _FEWEST, _LONGEST_STEP)) | 1
     if not _is_dense(bits):
         return lambda: bits.reshape(-1)[::step]
