@@ -368,8 +368,9 @@ def test_a_lease_runs_from_the_end_of_the_stream_that_shared(
     ends, before = stream_ends(server.registry), server.registry.statistics().reserved_bytes
     views = session.shared_gradients()
     real, passed = server.registry.clock, [0.0]
-    for owner in (server.registry, next(iter(server.registry._sessions.values()))):
-        monkeypatch.setattr(owner, "clock" if owner is server.registry else "_clock", lambda: real() + passed[0])
+    last_use = next(iter(server.registry._sessions.values())).last_use
+    for owner, name in ((server.registry, "clock"), (last_use, "_clock")):
+        monkeypatch.setattr(owner, name, lambda: real() + passed[0])
     passed[0] = 1000.0
     assert server.registry.sweep() == []
     session.detach()

@@ -64,7 +64,7 @@ def test_a_subclass_of_a_user_is_served(target: str) -> None:
     with Mine([parameter], weight_decay=0.0, eps=0.0, server=target) as optimizer:
         parameter.grad = torch.ones(3)
         optimizer.step()
-    assert parameter.tolist() == [-0.5] * 3
+    assert parameter.tolist() == pytest.approx([-0.5] * 3, rel=1e-6)
 
 
 # --- steps ----------------------------------------------------------------------------------------------

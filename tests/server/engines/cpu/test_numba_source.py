@@ -111,7 +111,7 @@ def test_options_allow_what_the_engine_promises() -> None:
 def test_a_rules_formula_stands_in_the_text_as_it_stands_in_the_source() -> None:
     rule = next(rule for rule in ALL_RULES if rule.update is amsgrad)
     text = update_source(Recipe(rule, Decay.BEFORE), "the_kernel", "float32", "float32")
-    assert "return p - step_size * m / (sqrt(x) + eps), m, v, x" in text
+    assert "return p - step_size * (m / (sqrt(x) + eps)), m, v, x" in text
     body = text[text.index("def the_kernel") :]
     calls = [line.strip() for line in body.splitlines() if "= scaled(" in line or "= amsgrad(" in line]
     assert calls == [
