@@ -67,7 +67,7 @@ def radam(
     """Update with a rectified step; least and most bound the divisor: both are 1 where it is none. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - step_size * m / minimum(maximum(sqrt(v) + eps, least), most), m, v
+    return p - step_size * (m / minimum(maximum(sqrt(v) + eps, least), most)), m, v
 
 
 def adamax(
