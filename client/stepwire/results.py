@@ -232,6 +232,7 @@ class SessionInfo:
         attached: True while a stream is attached.
         create_time: the time of its creation.
         expire_time: the time of its end, unless the session is used before.
+        idle_seconds: the time since its last use; 0 while a stream is attached or a call is under way.
     """
 
     session_id: str
@@ -245,6 +246,7 @@ class SessionInfo:
     attached: bool
     create_time: datetime.datetime
     expire_time: datetime.datetime
+    idle_seconds: float
 
     @classmethod
     def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
@@ -261,6 +263,7 @@ class SessionInfo:
             attached=message.attached,
             create_time=message.create_time.ToDatetime(datetime.UTC),
             expire_time=message.expire_time.ToDatetime(datetime.UTC),
+            idle_seconds=message.idle.ToTimedelta().total_seconds(),
         )
 
 

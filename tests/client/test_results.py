@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepwire.optimizers import Hyperparameters
@@ -97,6 +98,7 @@ def test_a_session_info_takes_every_value_and_times_in_utc() -> None:
         config=session_pb2.SessionConfig(label="run 7"),
         create_time=Timestamp(seconds=1_000_000_000),
         expire_time=Timestamp(seconds=1_000_003_600, nanos=500_000_000),
+        idle=Duration(seconds=7, nanos=250_000_000),
     )
     created = datetime.datetime(2001, 9, 9, 1, 46, 40, tzinfo=datetime.UTC)
     assert SessionInfo.from_wire(message) == SessionInfo(
@@ -111,6 +113,7 @@ def test_a_session_info_takes_every_value_and_times_in_utc() -> None:
         attached=True,
         create_time=created,
         expire_time=created + datetime.timedelta(hours=1, seconds=0.5),
+        idle_seconds=7.25,
     )
 
 

@@ -19,6 +19,7 @@ OPTIONS = {
     "client/stepwire/client.py": {"create_session", "session"},
     "client/stepwire/session.py": {"step", "step_async"},
     "client/stepwire/connecting.py": {"connect"},
+    "server/stepwire_server/cli/sessions.py": {"close_sessions"},
 }
 
 # The methods of every NamedTuple are public in all but their spelling.

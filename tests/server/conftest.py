@@ -267,7 +267,7 @@ class Live:
     def fingerprint(self) -> tuple[Any, ...]:
         """Return everything that a refused request must leave as it was, bit for bit."""
         session = self.wire.get(self.id)
-        for volatile in ("expire_time", "create_time", "attached"):
+        for volatile in ("expire_time", "create_time", "attached", "idle"):
             session.ClearField(volatile)  # type: ignore[arg-type]
         header, values = self.wire.pull(self.id, *session.layout.slots)
         return session.SerializeToString(deterministic=True), header.SerializeToString(deterministic=True), values

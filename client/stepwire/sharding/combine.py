@@ -92,6 +92,7 @@ def combined_info(session_id: str, infos: Sequence[SessionInfo]) -> SessionInfo:
         attached=all(info.attached for info in infos),
         create_time=min(info.create_time for info in infos),
         expire_time=min(info.expire_time for info in infos),
+        idle_seconds=min(info.idle_seconds for info in infos),
     )
 
 

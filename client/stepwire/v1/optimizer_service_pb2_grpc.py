@@ -107,8 +107,9 @@ class OptimizerServiceServicer(object):
         config (metadata: field).
         - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: this server does not serve an option (metadata: field, feature).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: the state does not fit the device's budget (metadata: requested_bytes,
-        available_bytes).
-        - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS: the server holds as many sessions as it may (metadata: max_sessions).
+        available_bytes, idle_sessions). The message names idle sessions of the device.
+        - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS: the server holds as many sessions as it may (metadata: max_sessions,
+        idle_sessions). The message names idle sessions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,10 +137,12 @@ class OptimizerServiceServicer(object):
 
     def DeleteSession(self, request, context):
         """Ends a session and frees its memory; attached streams end with NOT_FOUND. Deleting an unknown session is
-        NOT_FOUND, so a repeated delete can be told from a first one.
+        NOT_FOUND, so a repeated delete can be told from a first one. A client that ends a session because nobody uses its
+        object any more brings its token: a session that another client has acquired stays.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - FAILED_PRECONDITION/FENCED: `attach_token` is set, and another client holds the worker (metadata: worker).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

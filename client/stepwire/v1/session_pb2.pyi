@@ -94,7 +94,7 @@ class SessionConfig(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state")
+    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state", "idle")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class Session(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     epoch: int
     applied_step: int
@@ -125,4 +126,5 @@ class Session(_message.Message):
     expire_time: _timestamp_pb2.Timestamp
     loss_scale: float
     state: LifecycleState
-    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loss_scale: _Optional[float] = ..., state: _Optional[_Union[LifecycleState, str]] = ...) -> None: ...
+    idle: _duration_pb2.Duration
+    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loss_scale: _Optional[float] = ..., state: _Optional[_Union[LifecycleState, str]] = ..., idle: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

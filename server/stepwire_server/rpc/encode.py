@@ -53,6 +53,7 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         expire_time=_timestamp(wall + session.last_use.at + session.config.lease_seconds - now),
         loss_scale=session.loss_scale,
         state=session_pb2.LIFECYCLE_STATE_ACTIVE,
+        idle=duration_to_wire(session.idle_seconds(now) or 0.0),
     )
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))

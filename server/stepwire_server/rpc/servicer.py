@@ -135,7 +135,8 @@ class OptimizerService:
 
     def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session."""
-        return pb.DeleteSessionResponse(applied_step=self._registry.delete(request.session_id).ledger.applied_step)
+        session = self._registry.delete(request.session_id, request.attach_token)
+        return pb.DeleteSessionResponse(applied_step=session.ledger.applied_step)
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""

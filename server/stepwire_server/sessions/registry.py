@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
-from stepwire_server.devices.pool import DevicePool
+from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import FIRST_GENERATION
@@ -90,14 +91,14 @@ class Registry:
             if known is not None and not known.ledger.closed and not known.expired(self.clock()):
                 return self._created_before(request_id, known, config)
             if len(self._sessions) >= self._max_sessions:
-                raise ResourceExhaustedError(
+                too_many = ResourceExhaustedError(
                     f"the server holds {len(self._sessions)} sessions, its most; close some, or start it with a "
                     "larger --max-sessions",
                     reason=Reason.TOO_MANY_SESSIONS,
                     metadata={"max_sessions": self._max_sessions},
                 )
-            device = self.pool.choose(config.device)
-            session = Session(secrets.token_hex(16), config, device, epoch=1, clock=self.clock, sinks=self._sinks)
+                raise with_idle_sessions(too_many, self._present(), self.clock())
+            session = self._made(config, self.pool.choose(config.device))
             token = session.acquire().generation
             with self._lock:
                 self._sessions[session.session_id] = session
@@ -123,13 +124,16 @@ class Registry:
             chosen = [self._sessions[session_id] for session_id in ids[first : first + size]]
         return chosen, chosen[-1].session_id if first + size < len(ids) else ""
 
-    def delete(self, session_id: str) -> Session:
-        """End a session and free its memory.
+    def delete(self, session_id: str, token: int = 0) -> Session:
+        """End a session and free its memory; with a token, only if the client of the token still holds the worker.
 
         Raises:
             SessionNotFoundError: it does not exist.
+            FencedError: another client holds the worker.
         """
         session = self.get(session_id)
+        if token:
+            session.ledger.worker.check_client(token)
         self._end([session])
         return session
 
@@ -217,15 +221,29 @@ class Registry:
 
     def close(self) -> None:
         """End every session. Closing twice is harmless."""
-        with self._lock:
-            sessions = list(self._sessions.values())
-        self._end(sessions)
+        self._end(self._present())
 
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
         return RegistryStatistics(
             len(self._sessions), len(self._streams), self.pool.reserved_bytes, self.pool.limit_bytes
         )
+
+    def _present(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def _made(self, config: SessionConfig, device: Device) -> Session:
+        """Make a session on a device.
+
+        Raises:
+            ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
+        """
+        try:
+            return Session(secrets.token_hex(16), config, device, epoch=1, clock=self.clock, sinks=self._sinks)
+        except ResourceExhaustedError as error:
+            beside = [session for session in self._present() if session.device == device.name]
+            raise with_idle_sessions(error, beside, self.clock()) from None
 
     def _created_before(self, request_id: str, session: Session, config: SessionConfig) -> Created:
         if session.config != config:

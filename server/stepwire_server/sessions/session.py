@@ -125,10 +125,14 @@ class Session:
         step = self._state.unfinished
         return 0 if step is None else step.number
 
-    def expired(self, now: float) -> bool:
-        """Tell whether the lease has run out: no stream, no call under way, and no call for its length."""
+    def idle_seconds(self, now: float) -> float | None:
+        """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""
         used = self.ledger.worker.attached or self._loads or self.calls
-        return not used and now - self.last_use.at > self.config.lease_seconds
+        return None if used else max(now - self.last_use.at, 0.0)
+
+    def expired(self, now: float) -> bool:
+        """Tell whether the session has been idle for longer than its lease."""
+        return (self.idle_seconds(now) or 0.0) > self.config.lease_seconds
 
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""

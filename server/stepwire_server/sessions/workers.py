@@ -67,9 +67,17 @@ class Worker:
         Raises:
             FencedError: another client holds the worker.
         """
+        self.check_client(token)
+        return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
+
+    def check_client(self, token: int) -> None:
+        """Refuse a client that has lost the worker; any token since it acquired the worker will do.
+
+        Raises:
+            FencedError: another client holds the worker.
+        """
         if not self.holder.acquired <= token <= self.holder.generation or not token:
             raise self._fenced(token)
-        return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
 
     def holder_of(self, token: int) -> Holder:
         """Return the present hold to a call that brings its token.

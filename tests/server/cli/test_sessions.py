@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,73 @@ def test_a_session_is_closed(command: Any, server: Any, session: Any) -> None:
         session.info()
     code, out, err = command("sessions", "close", session.session_id, "-t", server.target)
     assert (code, out) == (2, "")
-    assert err.startswith(f"stepwire: session {session.session_id!r} does not exist here")
+    assert err == f"stepwire: session {session.session_id!r} does not exist here: no id begins so\n"
 
 
 def test_closing_is_told_in_words(command: Any, server: Any, session: Any) -> None:
     outcome = command("sessions", "close", session.session_id, "-t", server.target)
     assert outcome == Outcome(0, f"closed {session.session_id} at step 1\n", "")
+
+
+@pytest.fixture
+def labelled(server: Any) -> Iterator[dict[str, str]]:
+    """The ids of four sessions by their labels; all but the last are idle."""
+    parameters = {"w": np.ones(2, np.float32)}
+    with stepwire.connect(server.target) as client:
+        sessions = {label: client.create_session(parameters, label=label) for label in ("a:1", "a:2", "b:1", "busy")}
+        for session in sessions.values():
+            session.step(parameters)
+        for label in ("a:1", "a:2", "b:1"):
+            sessions[label].detach()
+        yield {label: session.session_id for label, session in sessions.items()}
+        for session in sessions.values():
+            session.close()
+
+
+def left(server: Any, labelled: dict[str, str]) -> list[str]:
+    """Return the labels of the sessions that are still there."""
+    with stepwire.connect(server.target) as client:
+        there = {session.session_id for session in client.sessions()}
+    return [label for label, session_id in labelled.items() if session_id in there]
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        (["--label", "a:*"], ["b:1", "busy"]),
+        (["--label", "a:1"], ["a:2", "b:1", "busy"]),
+        (["--idle", "0s"], ["busy"]),
+        (["--idle", "1d"], ["a:1", "a:2", "b:1", "busy"]),
+        (["--idle", "0", "--label", "b*"], ["a:1", "a:2", "busy"]),
+        (["--all"], []),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_sessions_are_closed_by_their_idle_time_and_label(
+    command: Any, server: Any, labelled: Any, options: list[str], stay: list[str]
+) -> None:
+    code, out, _ = command("sessions", "close", "-t", server.target, "--json", *options)
+    closed = {json.loads(line)["session_id"] for line in out.splitlines()}
+    assert (code, left(server, labelled)) == (0, stay)
+    assert closed >= {session_id for label, session_id in labelled.items() if label not in stay}
+
+
+def test_sessions_are_closed_by_beginnings_of_their_ids(command: Any, server: Any, labelled: Any) -> None:
+    one, other = labelled["a:1"], labelled["b:1"]
+    outcome = command("sessions", "close", one[:20], other, one, "-t", server.target)
+    assert outcome == Outcome(0, f"closed {one} at step 1\nclosed {other} at step 1\n", "")
+    assert left(server, labelled) == ["a:2", "busy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([], "ids: name sessions by their ids, --idle, --label or --all"),
+        (["--idle", "soon"], "idle: 'soon' is no time such as 90s, 15m, 2h or 1d"),
+        (["xyz"], "session 'xyz' does not exist here: no id begins so"),
+    ],
+)
+def test_a_close_of_nothing_in_particular_is_refused(
+    command: Any, server: Any, options: list[str], problem: str
+) -> None:
+    assert command("sessions", "close", "-t", server.target, *options) == Outcome(2, "", f"stepwire: {problem}\n")

@@ -295,7 +295,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     pb.CreateSessionRequest: {"request_id", "config"},
     pb.ListSessionsRequest: {"page_size", "page_token"},
     pb.GetSessionRequest: {"session_id"},
-    pb.DeleteSessionRequest: {"session_id"},
+    pb.DeleteSessionRequest: {"session_id", "attach_token"},
     pb.GetServerInfoRequest: set(),
 }
 

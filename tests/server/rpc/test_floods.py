@@ -221,7 +221,7 @@ def test_sessions_beyond_the_most_are_refused_and_unused_ones_make_room(
         refused = refusal(
             lambda: wire.create(config), "RESOURCE_EXHAUSTED", "TOO_MANY_SESSIONS", "3 sessions, its most"
         )
-        assert (refused.metadata, refused.retry_after) == ({"max_sessions": "3"}, None)
+        assert (refused.metadata, refused.retry_after) == ({"max_sessions": "3", "idle_sessions": "3"}, None)
         assert (wire.info().sessions, wire.reserved_bytes()) == (3, reserved)
         clock.now += 20.0
         lives[0].step(1)
@@ -243,7 +243,7 @@ def test_memory_beyond_the_budget_is_refused_and_comes_back(
         refused = refusal(
             lambda: wire.create(make_config((5000,))), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", "60000", "52000"
         )
-        assert refused.metadata == {"requested_bytes": "60000", "available_bytes": "52000"}
+        assert refused.metadata == {"requested_bytes": "60000", "available_bytes": "52000", "idle_sessions": "1"}
         wire.create(make_config((3500,)))
         refused = refusal(lambda: live.step(1), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", "16000 bytes", "10000")
         assert refused.retry_after is not None

@@ -175,7 +175,10 @@ def test_too_many_sessions_are_refused(make_registry: Any) -> None:
     registry.create("b", config())
     with pytest.raises(errors.ResourceExhaustedError, match="2 sessions, its most") as refused:
         registry.create("c", config())
-    assert (refused.value.reason, refused.value.metadata) == (Reason.TOO_MANY_SESSIONS, {"max_sessions": "2"})
+    assert (refused.value.reason, refused.value.metadata) == (
+        Reason.TOO_MANY_SESSIONS,
+        {"max_sessions": "2", "idle_sessions": "2"},
+    )
     registry.create("b", config())
     registry.delete(first.session_id)
     registry.create("c", config())
@@ -188,6 +191,57 @@ def test_a_session_that_does_not_fit_leaves_nothing(make_registry: Any) -> None:
         registry.create("b", config())
     assert refused.value.reason is Reason.MEMORY_EXHAUSTED
     assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 2 * BYTES - 1)
+
+
+def test_a_refusal_names_the_idle_sessions_of_the_device_and_the_command_that_ends_them(
+    make_registry: Any, clock: Any
+) -> None:
+    registry = make_registry("cuda:0", "cuda:1", budget_bytes=3 * BYTES)
+    used, old, other = (
+        registry.create(name, config(lease_seconds=9000.0, label=name, device=device)).session
+        for name, device in (("used", "cuda:0"), ("old", "cuda:0"), ("other", "cuda:1"))
+    )
+    clock.now += 3600.0
+    late = registry.create("late", config(label="l" * 60, device="cuda:0")).session
+    clock.now += 130.0
+    with registry.stream(lambda: None) as stream, used.attached(stream, 0, 1):
+        with pytest.raises(errors.ResourceExhaustedError) as refused:
+            registry.create("more", config(device="cuda:0"))
+    assert str(refused.value) == (
+        f"the session's state needs {BYTES} bytes and 0 of {3 * BYTES} are free; close sessions, or start the server "
+        f"with a larger --memory-budget. Idle are {old.session_id} 'old' with {BYTES} bytes, for 1h; {late.session_id} "
+        f"'{'l' * 48}' with {BYTES} bytes, for 2m. `stepwire sessions close --target HOST:PORT --idle 2m` ends all "
+        "that are idle for so long, and an id in the place of --idle one of them"
+    )
+    assert refused.value.metadata["idle_sessions"] == "2"
+    assert other.session_id not in str(refused.value)
+
+
+def test_a_refusal_names_five_idle_sessions_at_most_and_says_if_there_are_none(make_registry: Any) -> None:
+    registry = make_registry(max_sessions=8)
+    sessions = [registry.create(str(number), config(label=f"run {number}")).session for number in range(8)]
+    with pytest.raises(
+        errors.ResourceExhaustedError, match="'run 4' with 120 bytes, for 0s and 3 more\\. `"
+    ) as refused:
+        registry.create("more", config())
+    assert "run 5" not in str(refused.value)
+    with contextlib.ExitStack() as uses:
+        for session in sessions:
+            uses.enter_context(session.calls.one())
+        with pytest.raises(errors.ResourceExhaustedError, match="All of its 8 sessions there are in use$"):
+            registry.create("more", config())
+    with pytest.raises(errors.ResourceExhaustedError, match="It holds no session there$"):
+        make_registry(budget_bytes=BYTES - 1).create("r", config())
+
+
+def test_a_session_that_another_client_has_acquired_outlives_the_client_that_made_it(make_registry: Any) -> None:
+    registry = make_registry()
+    session, token, _ = registry.create("r", config())
+    taken = session.acquire().generation
+    with pytest.raises(errors.FencedError):
+        registry.delete(session.session_id, token)
+    assert registry.get(session.session_id) is session
+    assert registry.delete(session.session_id, taken) is session
 
 
 def test_a_deleted_session_is_gone_with_its_memory(make_registry: Any) -> None:
