@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers programs sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers programs interrupts sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -30,6 +30,11 @@ test: .venv/stamp-dev
 EXAMPLES ?= 3000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
+
+# An interrupt at every point of the thread that steps, and at every line of the thread that steps for it; the tests have a
+# few of them.
+interrupts: .venv/stamp-dev
+	env STEPWIRE_INTERRUPTS=every $(BIN)/python -m pytest -q -n 2 tests/integration/interrupts
 
 # Every rule, formula, option and precision in regimes that no vector has, against those frameworks that are installed
 # beside: torch, optax, Keras. `make sweep ARGUMENTS="--short"` runs the cases that the tests run. The tables of

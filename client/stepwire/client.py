@@ -14,6 +14,7 @@ from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
 from stepwire.arrays.packing import Arrays, named_arrays
 from stepwire.arrays.trees import expanded, flattened, structure_like
+from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.server import ServerLink
@@ -47,6 +48,7 @@ _TELEMETRY = {
 }
 
 
+@by_errands(but=["sessions"], lasting=["close"])
 class Client:
     """A connection to one server, or to several. Thread-safe. A context manager; closes twice without complaint.
 
@@ -190,12 +192,9 @@ class Client:
         )
         check_feedback(sent, error_feedback)
         link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
-        try:
-            self._initialize(link, tree.named, timeout)
-        except BaseException:
-            if request_id is None:  # nobody else knows the session, so nobody would end it
-                link.close()
-            raise
+        if request_id is None:  # nobody else knows the session, so nobody would end it
+            undelivered(link.close)
+        self._initialize(link, tree.named, timeout)
         return Session(link, tree.structure)
 
     def session(
@@ -232,7 +231,7 @@ class Client:
         Raises:
             UnavailableError: the server cannot be reached.
         """
-        return self._server.sessions(timeout)
+        return each_by_errand(self._server.sessions(timeout))
 
     def close(self) -> None:
         """Close the connection; sessions stay on the server until their leases run out."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from stepwire.client import Client
 from stepwire.connection.channel import Calls
+from stepwire.connection.errands import by_errand, undelivered
 from stepwire.connection.retry import Retry
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
@@ -16,6 +17,7 @@ from stepwire.transports.available import asked_transport
 __all__ = ["connect"]
 
 
+@by_errand
 def connect(
     target: str | Sequence[str] = "localhost:50051",
     *,
@@ -43,7 +45,9 @@ def connect(
     asked = asked_transport(transport)
     targets = _targets(target, channels)
     servers = [RemoteServer(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
-    return Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
+    client = Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
+    undelivered(client.close)
+    return client
 
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
+from stepwire.connection.errands import by_errands
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.snapshots import load_of, snapshot_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
@@ -26,10 +27,10 @@ from stepwire.wire.dtypes import FLOAT32, dtype_named
 
 __all__ = ["Session"]
 
-_PARAM = "param"
-_AVERAGE = "param_average"
+_PARAM, _AVERAGE = "param", "param_average"
 
 
+@by_errands(but=["step", "step_async", "statistics"], lasting=["close"])
 class Session:
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 

@@ -11,7 +11,7 @@ import grpc
 
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnavailableError
 from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire.wire.error_details import error_from_call
@@ -71,14 +71,16 @@ class Calls:
             _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
         )
         data = request.SerializeToString()
-        return self._repeat(lambda deadline: call(data, timeout=deadline.remaining()), timeout_seconds)
+        return self._repeat(
+            lambda deadline: _result(call.future(data, timeout=deadline.remaining()), deadline), timeout_seconds
+        )
 
     def download(self, method: str, request: Any, read: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
         """Call a server-streaming method once and hand its messages, undecoded, to `read`."""
         call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
         stream = call(request.SerializeToString(), timeout=deadline.remaining())
         try:
-            with self._translated():
+            with self._translated(), deadline.within(stream.cancel):
                 return read(stream)
         finally:
             stream.cancel()
@@ -89,7 +91,7 @@ class Calls:
             _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
         )
         with self._translated():
-            return call(iter(frames), timeout=deadline.remaining())
+            return _result(call.future(iter(frames), timeout=deadline.remaining()), deadline)
 
     def close(self) -> None:
         """Close the channel. Closing twice is harmless."""
@@ -109,6 +111,14 @@ class Calls:
             yield
         except grpc.RpcError as error:
             raise with_remedy(error_from_call(error), self.target) from None
+        except grpc.FutureCancelledError:
+            raise UnavailableError("the call was given up by its caller") from None
+
+
+def _result(future: Any, deadline: Deadline) -> Any:
+    """Wait for a call that ends with its deadline, or before, when its caller leaves."""
+    with deadline.within(future.cancel):
+        return future.result()
 
 
 def checked_timeout(seconds: float) -> float:

@@ -6,11 +6,14 @@ number. This retry repeats whole calls, which every call of the contract permits
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from stepwire.connection.errands import ends_with
 from stepwire.errors import ERROR_TABLE, DeadlineExceededError, StepwireError
 
 __all__ = ["Deadline", "Retry"]
@@ -19,17 +22,52 @@ _T = TypeVar("_T")
 
 
 class Deadline:
-    """A moment that a call must not outlast."""
+    """A moment that a call must not outlast, and that another thread can bring forward.
+
+    Attributes:
+        timeout_seconds: the time from the start to the moment.
+        ended: True after `end`.
+    """
 
     def __init__(self, timeout_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Start the time."""
         self.timeout_seconds = timeout_seconds
+        self.ended = False
         self._clock = clock
         self._end = clock() + timeout_seconds
+        self._lock = threading.Lock()
+        self._cancels: list[Callable[[], object]] = []
 
     def remaining(self) -> float:
         """Return the seconds left, never below 0."""
-        return max(self._end - self._clock(), 0.0)
+        return 0.0 if self.ended else max(self._end - self._clock(), 0.0)
+
+    def end(self) -> None:
+        """Let the time be over now, and cancel everything that goes on within it."""
+        with self._lock:
+            self.ended = True
+            cancels = list(self._cancels)
+        for cancel in cancels:
+            cancel()
+
+    @contextlib.contextmanager
+    def within(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """Have `end` call `cancel` for as long as the block lasts; at once, if the time was ended before."""
+        with self._lock:
+            self._cancels.append(cancel)
+        try:
+            if self.ended:
+                cancel()
+            yield
+        finally:
+            with self._lock:
+                self._cancels.remove(cancel)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, until `end` at the longest."""
+        over = threading.Event()
+        with self.within(over.set):
+            over.wait(seconds)
 
 
 class Retry:
@@ -41,10 +79,18 @@ class Retry:
         initial_seconds: float = 0.05,
         max_seconds: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """Wait a random part of `initial_seconds`, doubling up to `max_seconds`."""
+        """Wait a random part of `initial_seconds`, doubling up to `max_seconds`.
+
+        Args:
+            initial_seconds: the longest first pause.
+            max_seconds: the longest pause.
+            clock: the seconds of a clock.
+            sleep: the pause; None for one that ends with the deadline.
+            uniform: a random number between two others.
+        """
         self._initial_seconds = initial_seconds
         self._max_seconds = max_seconds
         self._clock = clock
@@ -52,8 +98,10 @@ class Retry:
         self._uniform = uniform
 
     def deadline(self, timeout_seconds: float) -> Deadline:
-        """Start a deadline on this retry's clock."""
-        return Deadline(timeout_seconds, self._clock)
+        """Start a deadline on this retry's clock; it ends at once if the caller of the present errand leaves."""
+        deadline = Deadline(timeout_seconds, self._clock)
+        ends_with(deadline.end)
+        return deadline
 
     def call(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         """Call `attempt` until it returns, its error is final, or the deadline would pass.
@@ -69,7 +117,9 @@ class Retry:
                 wait = max(self._uniform(0.0, ceiling), error.retry_after_seconds or 0.0)
                 if not _retryable(error) or wait >= deadline.remaining():
                     raise
-                self._sleep(wait)
+                (self._sleep or deadline.pause)(wait)
+                if deadline.ended:
+                    raise
             ceiling = min(ceiling * 2, self._max_seconds)
 
 

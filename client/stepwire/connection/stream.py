@@ -91,8 +91,9 @@ class AttachedStream:
             raise UnavailableError("the stream was cancelled between two steps; attach again")
         self._outbox.put(frames)
         try:
-            while True:
-                yield read_frame(pb.AttachResponse, self._receive(deadline))
+            with deadline.within(self._call.cancel):
+                while True:
+                    yield read_frame(pb.AttachResponse, self._receive(deadline))
         finally:
             self._watchdog.disarm()
 

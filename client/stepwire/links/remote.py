@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stepwire.arrays.packing import Flat
+from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import FencedError, Reason, SessionNotFoundError, UnavailableError, UnsupportedFeatureError
 from stepwire.links.hold import Hold
@@ -168,7 +170,16 @@ class RemoteLink(SessionLink):
             self._doubt = Doubt.after(call)
             raise
         self._doubt = None
+        undelivered(functools.partial(self._undelivered, call))
         return result
+
+    def _undelivered(self, call: StepCall) -> None:
+        """Put a step in doubt whose outcome reached nobody: the same gradient again is the same step."""
+        with self._lock:
+            hold = self._hold
+            if self._doubt is None and (hold.applied_step, hold.applied_load) == (call.begin.step, call.begin.load):
+                self._carry.failed(call)
+                self._doubt = Doubt.after(call)
 
     def step_by_number(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a call that has its number, until its reply is read.

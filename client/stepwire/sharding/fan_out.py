@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from stepwire.connection.errands import adopt_thread
 from stepwire.errors import DeadlineExceededError
 from stepwire.sharding.coordinator import Abandoned
 
@@ -61,16 +63,18 @@ class FanOut:
                 self._pool = None
 
     def _submit(self, call: Callable[[], _T], abandon: Callable[[], object]) -> Future[_T]:
+        context = contextvars.copy_context()  # a deadline of a shard ends with the errand of all
+
         def guarded() -> _T:
             try:
-                return call()
+                return context.run(call)
             except BaseException:
                 abandon()
                 raise
 
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._size, thread_name_prefix="stepwire-shard")
+                self._pool = ThreadPoolExecutor(self._size, "stepwire-shard", adopt_thread)
             return self._pool.submit(guarded)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stepwire.arrays.packing import Flat
+from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline
 from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError, UnsupportedFeatureError
 from stepwire.links.link import Load, SessionLink
@@ -191,7 +192,16 @@ class ShardedLink(SessionLink):
             raise
         self._settled()
         self._last_result = result
+        undelivered(functools.partial(self._undelivered, call, coordinator))
         return result
+
+    def _undelivered(self, call: StepCall, coordinator: Coordinator | None) -> None:
+        """Put a step in doubt whose outcome reached nobody; see `RemoteLink`."""
+        with self._lock:
+            if self._doubt is None and set(self._steps_on_servers()) == {call.begin.step}:
+                for shard in self._shards:
+                    shard.link.carry.failed(call)
+                self._doubt, self._coordinator, self._step = Doubt.after(call), coordinator, call.begin.step
 
     def _step_shards(self, call: StepCall, coordinator: Coordinator | None, deadline: Deadline) -> step_pb2.StepResult:
         notifiers = [None] * len(self._shards) if call.on_tensor is None else _gathered(self._shards, call.on_tensor)

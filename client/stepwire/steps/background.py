@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
+from stepwire.connection.errands import adopt_thread
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import whole_number
 
@@ -74,7 +75,7 @@ class BackgroundSteps:
         if whole_number(limit, "steps_in_flight") < 1:
             raise InvalidRequestError.of("steps_in_flight", f"{limit!r} is not a positive integer")
         self._limit = limit
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stepwire-steps")
+        self._thread = ThreadPoolExecutor(1, "stepwire-steps", adopt_thread)
         self._waiting: list[_StepFuture] = []
         self._failed = 0
         self._breaks = 0  # the failures, and the end: the steps handed in before are cancelled
