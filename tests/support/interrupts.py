@@ -37,6 +37,7 @@ _LOCKED = {errands.__file__, retry.__file__}
 _TESTS = str(pathlib.Path(__file__).parents[1])
 _POINTS = frozenset(code for name, code in dis.opmap.items() if name.startswith(("CALL", "RESUME", "JUMP_BACKWARD")))
 
+
 class _Signals:
     """A mapping whose reads mark a signal as arrived."""
 
@@ -121,7 +122,7 @@ class Departure:
         self._patched = pytest.MonkeyPatch()
 
     def __enter__(self) -> Self:
-        init, made, leave = errands._Errand.__init__, errands._Errand._made, errands._Errand.leave
+        init, made, leave = errands.Errand.__init__, errands.Errand._made, errands.Errand.leave
 
         def begun(errand: Any, call: Any) -> None:
             init(errand, call)
@@ -140,7 +141,7 @@ class Departure:
             return ring
 
         for name, function in (("__init__", begun), ("_made", traced), ("leave", left)):
-            self._patched.setattr(errands._Errand, name, function)
+            self._patched.setattr(errands.Errand, name, function)
         return self
 
     def __exit__(

@@ -27,7 +27,17 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, Final, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
-__all__ = ["adopt_thread", "by_errand", "by_errands", "each_by_errand", "ends_with", "later", "run", "undelivered"]
+__all__ = [
+    "Errand",
+    "adopt_thread",
+    "by_errand",
+    "by_errands",
+    "each_by_errand",
+    "ends_with",
+    "later",
+    "run",
+    "undelivered",
+]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -39,7 +49,7 @@ _PATIENCE_SECONDS: Final = 5.0
 """The longest time that an interrupted caller waits until its errand has let go of the caller's arrays."""
 
 
-class _Errand(Generic[_T]):
+class Errand(Generic[_T]):
     """One call, its outcome, and a caller who may leave.
 
     Attributes:
@@ -51,6 +61,7 @@ class _Errand(Generic[_T]):
     result: _T
 
     def __init__(self, call: Callable[[], _T]) -> None:
+        """Be ready to make a call, in the context of this moment."""
         self.bell: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.failure: BaseException | None = None
         self._call = call
@@ -70,7 +81,7 @@ class _Errand(Generic[_T]):
             self.result = self._context.run(self._made)
         except BaseException as error:
             self.failure = error
-        del self._call, self._context  # which has this errand
+        del self._call, self._context
         with self._lock:
             self._over, left = True, self._left
         if left or self.failure is not None:
@@ -78,8 +89,12 @@ class _Errand(Generic[_T]):
         return functools.partial(self.bell.put, left)
 
     def _made(self) -> _T:
-        _current.set(self)
-        return self._call()
+        present = _Present(self)
+        _current.set(present)
+        try:
+            return self._call()
+        finally:
+            present.errand = None
 
     def leave(self) -> _Ring | None:
         """End the call as at its deadline: its caller waits for it no longer. Return the ring of the bell, if over."""
@@ -99,6 +114,7 @@ class _Errand(Generic[_T]):
             _quietly(hook)
 
     def ends_with(self, end: Callable[[], object]) -> None:
+        """Call a function when the caller leaves; at once, if the caller has left."""
         with self._lock:
             if not self._left:
                 self._ends.append(end)
@@ -106,6 +122,7 @@ class _Errand(Generic[_T]):
             end()
 
     def undelivered(self, hook: Callable[[], object]) -> None:
+        """Call a function if the outcome reaches nobody."""
         self._hooks.append(hook)
 
     def outlived(self) -> BaseException | None:
@@ -122,7 +139,14 @@ class _Errand(Generic[_T]):
         return second
 
 
-_current: contextvars.ContextVar[_Errand[Any] | None] = contextvars.ContextVar("stepwire-errand", default=None)
+class _Present:
+    """The errand that goes on. A context outlives it: gRPC's threads have copies."""
+
+    def __init__(self, errand: Errand[Any]) -> None:
+        self.errand: Errand[Any] | None = errand
+
+
+_current: contextvars.ContextVar[_Present | None] = contextvars.ContextVar("stepwire-errand", default=None)
 
 
 class _OwnThreads:
@@ -213,7 +237,7 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
     """
     if _threads.is_one_of_them:
         return call()
-    errand = _Errand(call)
+    errand = Errand(call)
     try:
         _threads.inbox.put(errand)
         _threads.start()
@@ -280,14 +304,19 @@ def adopt_thread() -> None:
 
 def ends_with(end: Callable[[], object]) -> None:
     """Have the present errand, if there is one, call a function when its caller leaves it."""
-    if (errand := _current.get()) is not None:
+    if (errand := _present()) is not None:
         errand.ends_with(end)
 
 
 def undelivered(hook: Callable[[], object]) -> None:
     """Have the present errand, if there is one, call a function if its outcome reaches nobody."""
-    if (errand := _current.get()) is not None:
+    if (errand := _present()) is not None:
         errand.undelivered(hook)
+
+
+def _present() -> Errand[Any] | None:
+    present = _current.get()
+    return None if present is None else present.errand
 
 
 def _quietly(call: Callable[[], object]) -> None:

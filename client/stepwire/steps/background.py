@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
-from stepwire.connection.errands import adopt_thread
+from stepwire.connection.errands import Errand, adopt_thread, ends_with, run, undelivered
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import whole_number
 
@@ -31,22 +34,31 @@ class BackgroundStatistics:
 
 
 class _StepFuture(Future[Any]):
-    """The future of a step, which notes that its caller has read a failure."""
+    """The future of a step, which notes that its caller has read a failure.
+
+    The methods of `Future` take a lock that an interrupt may leave held, and the step's thread takes it too. So a
+    caller waits for a bell of its own, and touches no lock of a step that is not over.
+    """
 
     def __init__(self, read: Callable[[], object]) -> None:
         super().__init__()
         self._read = read
+        self._is_over = False
+        self._bells: list[queue.SimpleQueue[None]] = []
+        super().add_done_callback(self._ring)
 
     def result(self, timeout: float | None = None) -> Any:
+        self._wait(timeout)
         try:
-            return super().result(timeout)
+            return super().result(0.0)
         except BaseException:
             self._told()
             raise
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._wait(timeout)
         try:
-            failure = super().exception(timeout)
+            failure = super().exception(0.0)
         except CancelledError:
             self._told()
             raise
@@ -54,8 +66,30 @@ class _StepFuture(Future[Any]):
             self._told()
         return failure
 
+    def cancel(self) -> bool:
+        return run(super().cancel)
+
+    def done(self) -> bool:
+        return self._is_over
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        run(functools.partial(super().add_done_callback, fn))
+
+    def _wait(self, timeout: float | None) -> None:
+        """Wait for the end of the step; after `timeout` seconds `Future` raises its own error."""
+        bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._bells.append(bell)
+        if not self._is_over:
+            with contextlib.suppress(queue.Empty):
+                bell.get(timeout=None if timeout is None else max(timeout, 0.0))
+
+    def _ring(self, _: object) -> None:
+        self._is_over = True
+        for bell in list(self._bells):
+            bell.put(None)
+
     def _told(self) -> None:
-        if self.done():  # not a time-out of the wait
+        if self._is_over:  # not a time-out of the wait
             self._read()
 
 
@@ -77,11 +111,12 @@ class BackgroundSteps:
         self._limit = limit
         self._thread = ThreadPoolExecutor(1, "stepwire-steps", adopt_thread)
         self._waiting: list[_StepFuture] = []
+        self._withdrawn: set[Future[Any]] = set()
         self._failed = 0
         self._breaks = 0  # the failures, and the end: the steps handed in before are cancelled
         self._unread = False
         self._closed = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # of the client's own threads alone
 
     def submit(self, step: Callable[[], Any]) -> Future[Any]:
         """Hand a step in; the call waits while as many steps as allowed are in flight.
@@ -89,15 +124,21 @@ class BackgroundSteps:
         Returns:
             The future of the step. It is cancelled if a step before this one failed, or if the steps were ended.
         """
+        return run(functools.partial(self._submit, step))
+
+    def _submit(self, step: Callable[[], Any]) -> Future[Any]:
+        future, errand = _StepFuture(self._read), Errand(step)
+        ends_with(functools.partial(self._give_up, future))
+        undelivered(functools.partial(self._withdraw, future, errand))
         with self._changed:
-            breaks, future = self._breaks, _StepFuture(self._read)
+            breaks = self._breaks
 
             def is_cancelled() -> bool:
-                return self._unread or self._closed or breaks != self._breaks
+                return self._unread or self._closed or breaks != self._breaks or future.cancelled()
 
             self._changed.wait_for(lambda: is_cancelled() or len(self._waiting) < self._limit)
             if not (cancelled := is_cancelled()):
-                self._thread.submit(self._run, future, step)
+                self._thread.submit(self._run, future, errand)
                 self._waiting.append(future)
         if cancelled:
             future.cancel()
@@ -108,8 +149,7 @@ class BackgroundSteps:
 
     def statistics(self) -> BackgroundStatistics:
         """Return the numbers of steps in flight and of failures."""
-        with self._changed:
-            return BackgroundStatistics(limit=self._limit, in_flight=len(self._waiting), failed=self._failed)
+        return BackgroundStatistics(limit=self._limit, in_flight=len(self._waiting), failed=self._failed)
 
     def close(self) -> None:
         """Cancel the waiting steps, and let the step under way end. Closing twice is harmless."""
@@ -118,19 +158,39 @@ class BackgroundSteps:
         self._cancel_waiting()
         self._thread.shutdown(wait=False)
 
-    def _run(self, future: _StepFuture, step: Callable[[], Any]) -> None:
+    def _run(self, future: _StepFuture, errand: Errand[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
-        try:
-            result = step()
-        except BaseException as failure:
+        errand()
+        if (failure := errand.failure) is not None:
             with self._changed:
                 self._failed += 1
-                self._unread = True
+                self._unread = future not in self._withdrawn
             self._cancel_waiting()
             future.set_exception(failure)
         else:
-            future.set_result(result)
+            future.set_result(errand.result)
+
+    def _give_up(self, future: _StepFuture) -> None:
+        """Let a caller who waits for a vacancy go: it was interrupted."""
+        future.cancel()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _withdraw(self, future: _StepFuture, errand: Errand[Any]) -> None:
+        """Take back a step that was handed in by a caller who was interrupted, and so has no future of it.
+
+        A step under way ends as at its deadline, and one that was applied is in doubt: the same gradient is the same
+        step. Its failure is no news to the caller.
+        """
+        if future.cancel():
+            return
+        with self._changed:
+            if future.done():
+                self._unread = self._unread and errand.failure is None
+            else:
+                self._withdrawn.add(future)
+        errand.leave()
 
     def _cancel_waiting(self) -> None:
         with self._changed:
@@ -141,10 +201,10 @@ class BackgroundSteps:
             future.cancel()
 
     def _read(self) -> None:
-        with self._changed:
-            self._unread = False
+        self._unread = False
 
     def _done(self, future: Future[Any]) -> None:
         with self._changed:
             self._waiting = [each for each in self._waiting if each is not future]
+            self._withdrawn.discard(future)
             self._changed.notify_all()

@@ -230,7 +230,7 @@ def test_a_lasting_call_goes_on_without_its_caller(interrupt: Callable[[threadin
 
 
 def test_the_last_of_several_interrupts_is_raised() -> None:
-    errand = errands._Errand(int)
+    errand = errands.Errand(int)
 
     class Bell:
         def __init__(self) -> None:
