@@ -73,6 +73,9 @@ class Arrival:
         self._thread = ctypes.c_ulong(threading.get_ident())
         self._exception = None if exception is None else ctypes.py_object(exception)
 
+    def __repr__(self) -> str:
+        return f"Arrival({sorted(self._at)})"
+
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "call":
             if frame.f_code.co_filename.startswith(_TESTS):
@@ -120,6 +123,9 @@ class Departure:
         self._at = at
         self._left = threading.Event()
         self._patched = pytest.MonkeyPatch()
+
+    def __repr__(self) -> str:
+        return f"Departure({self._at})"
 
     def __enter__(self) -> Self:
         init, made, leave = errands.Errand.__init__, errands.Errand._made, errands.Errand.leave

@@ -7,7 +7,8 @@ it. It puts an errand into a queue and waits for a bell, which is C in one piece
 exception, so what an errand does is whole.
 
 A caller who is interrupted leaves its errand: another errand ends the deadlines of the first, which so breaks off as at
-its deadline. An outcome that nobody got is told to the code that made it, by `undelivered`.
+its deadline. An outcome that nobody got is told to the code that made it, by `undelivered`. `as_a_whole` has the
+outcomes of several errands, and the caller's own work between them, reach the caller together or not at all.
 
 The cost is two switches of threads a call. A thread for gRPC's reads alone would cost one a message, and would leave
 the numbers of steps and streams to a thread that may be interrupted.
@@ -30,6 +31,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeAlias, TypeVar, cast
 __all__ = [
     "Errand",
     "adopt_thread",
+    "as_a_whole",
     "by_errand",
     "by_errands",
     "each_by_errand",
@@ -56,6 +58,7 @@ class Errand(Generic[_T]):
         bell: rings False at the end of the call, and True once a caller who left has no more to wait for.
         result: the result of the call.
         failure: the error of the call; None without one.
+        hooks: the functions to call if the outcome reaches nobody.
     """
 
     result: _T
@@ -68,7 +71,7 @@ class Errand(Generic[_T]):
         self._context = contextvars.copy_context()
         self._lock = threading.Lock()  # of the client's own threads; the caller takes none
         self._ends: list[Callable[[], object]] = []
-        self._hooks: list[Callable[[], object]] = []
+        self.hooks: list[Callable[[], object]] = []
         self._begun = self._over = self._left = False
 
     def __call__(self) -> _Ring | None:
@@ -85,7 +88,7 @@ class Errand(Generic[_T]):
         with self._lock:
             self._over, left = True, self._left
         if left or self.failure is not None:
-            self._tell()
+            _tell(self.hooks)
         return functools.partial(self.bell.put, left)
 
     def _made(self) -> _T:
@@ -106,12 +109,8 @@ class Errand(Generic[_T]):
                 _quietly(end)
             return None
         if over:
-            self._tell()
+            _tell(self.hooks)
         return functools.partial(self.bell.put, True)
-
-    def _tell(self) -> None:
-        for hook in self._hooks:
-            _quietly(hook)
 
     def ends_with(self, end: Callable[[], object]) -> None:
         """Call a function when the caller leaves; at once, if the caller has left."""
@@ -123,7 +122,7 @@ class Errand(Generic[_T]):
 
     def undelivered(self, hook: Callable[[], object]) -> None:
         """Call a function if the outcome reaches nobody."""
-        self._hooks.append(hook)
+        self.hooks.append(hook)
 
     def outlived(self) -> BaseException | None:
         """Wait in the caller's thread until the errand is left; return a second interrupt, if one came meanwhile."""
@@ -147,6 +146,7 @@ class _Present:
 
 
 _current: contextvars.ContextVar[_Present | None] = contextvars.ContextVar("stepwire-errand", default=None)
+_whole: contextvars.ContextVar[list[Callable[[], object]] | None] = contextvars.ContextVar("whole", default=None)
 
 
 class _OwnThreads:
@@ -237,7 +237,7 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
     """
     if _threads.is_one_of_them:
         return call()
-    errand = Errand(call)
+    errand, hooks = Errand(call), _whole.get()
     try:
         _threads.inbox.put(errand)
         _threads.start()
@@ -251,11 +251,36 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
         raise
     failure, errand.failure = errand.failure, None
     if failure is None:
+        if hooks is not None:
+            hooks += errand.hooks
         return errand.result
     try:
         raise failure
     finally:
         del failure  # its traceback has this frame
+
+
+def as_a_whole(call: Callable[[], _T]) -> _T:
+    """Make a call of several errands in this thread. If it fails, the outcomes of all of them have reached nobody.
+
+    Raises:
+        BaseException: the error of the call.
+    """
+    if _threads.is_one_of_them:
+        return call()
+    hooks: list[Callable[[], object]] = []
+    outer = _whole.get()
+    try:
+        _whole.set(hooks)
+        result = call()
+        _whole.set(outer)
+    except BaseException:
+        run(functools.partial(_tell, hooks), lasting=True)
+        _whole.set(outer)
+        raise
+    if outer is not None:
+        outer += hooks
+    return result
 
 
 def by_errand(function: Callable[_P, _T], *, lasting: bool = False) -> Callable[_P, _T]:
@@ -317,6 +342,11 @@ def undelivered(hook: Callable[[], object]) -> None:
 def _present() -> Errand[Any] | None:
     present = _current.get()
     return None if present is None else present.errand
+
+
+def _tell(hooks: Sequence[Callable[[], object]]) -> None:
+    for hook in hooks:
+        _quietly(hook)
 
 
 def _quietly(call: Callable[[], object]) -> None:

@@ -171,6 +171,8 @@ class RemoteLink(SessionLink):
             raise
         self._doubt = None
         undelivered(functools.partial(self._undelivered, call))
+        if call.feed is not None:
+            call.feed.undelivered = functools.partial(self._undelivered, call)
         return result
 
     def _undelivered(self, call: StepCall) -> None:

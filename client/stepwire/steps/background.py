@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
+from stepwire.connection.bells import Bells
 from stepwire.connection.errands import Errand, adopt_thread, ends_with, run, undelivered
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import whole_number
@@ -44,7 +43,7 @@ class _StepFuture(Future[Any]):
         super().__init__()
         self._read = read
         self._is_over = False
-        self._bells: list[queue.SimpleQueue[None]] = []
+        self._over = Bells()
         super().add_done_callback(self._ring)
 
     def result(self, timeout: float | None = None) -> Any:
@@ -77,16 +76,11 @@ class _StepFuture(Future[Any]):
 
     def _wait(self, timeout: float | None) -> None:
         """Wait for the end of the step; after `timeout` seconds `Future` raises its own error."""
-        bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._bells.append(bell)
-        if not self._is_over:
-            with contextlib.suppress(queue.Empty):
-                bell.get(timeout=None if timeout is None else max(timeout, 0.0))
+        self._over.wait_for(self.done, timeout)
 
     def _ring(self, _: object) -> None:
         self._is_over = True
-        for bell in list(self._bells):
-            bell.put(None)
+        self._over.ring()
 
     def _told(self) -> None:
         if self._is_over:  # not a time-out of the wait

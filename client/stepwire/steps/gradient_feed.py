@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from stepwire.arrays.fingerprints import Fingerprint, fingerprint
 from stepwire.arrays.packing import ChunkLayout, Flat
+from stepwire.connection.bells import Bells
+from stepwire.connection.errands import later
 
 __all__ = ["GivenUp", "GradientFeed"]
 
@@ -31,12 +33,18 @@ class GradientFeed:
     Other code may write a gradient after its message was made. So each message leaves a fingerprint of its payload, and
     `holds` compares the fingerprints with the gradients of the commit.
 
+    Autograd's threads give gradients, and an interrupt may arrive there: so they take no lock, and wait for nothing.
+
     The alternative, a queue of tensors as they come, would send each tensor in chunks of its own. A model of many small
     tensors would need many small messages.
+
+    Attributes:
+        undelivered: the function to call if the outcome of the step, once there, reaches nobody; None before.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         """Expect the gradients of these tensors, in layout order."""
+        self.undelivered: Callable[[], object] | None = None
         self._indices = {name: index for index, name in enumerate(names)}
         self._ready: dict[int, npt.NDArray[Any]] = {}
         self._waits: dict[int, Callable[[], object]] = {}
@@ -47,16 +55,22 @@ class GradientFeed:
         self._sent: list[tuple[ChunkLayout, Fingerprint]] = []
         self._packing = 0
         self._settled = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = Bells()
 
     @property
     def is_committed(self) -> bool:
         """Tell whether `commit` was called, without waiting for it."""
         return self._committed
 
+    @property
+    def is_aborted(self) -> bool:
+        """Tell whether the step was given up."""
+        return self._aborted
+
     def bind(self, cancel: Callable[[], object]) -> None:
         """Keep the function that ends the exchange of the step, for `abort`; each repetition has its own."""
-        with self._changed:
+        with self._lock:
             self._cancel = cancel
         if self._aborted:
             cancel()
@@ -69,12 +83,11 @@ class GradientFeed:
             gradient: the gradient, in the tensor's shape.
             wait: a function that is called before the first read, for a gradient that a device still writes.
         """
-        with self._changed:
-            index = self._indices[name]
-            self._ready[index] = np.ascontiguousarray(gradient).reshape(-1)
-            if wait is not None:
-                self._waits[index] = wait
-            self._changed.notify_all()
+        index = self._indices[name]
+        if wait is not None:
+            self._waits[index] = wait
+        self._ready[index] = np.ascontiguousarray(gradient).reshape(-1)
+        self._changed.ring()
 
     def open(self, pack: Pack) -> None:
         """Begin to make the messages of the step, perhaps again: nothing of it is sent yet.
@@ -82,13 +95,13 @@ class GradientFeed:
         Args:
             pack: encodes the present gradient of a chunk.
         """
-        with self._changed:
+        with self._lock:
             self._pack = None if self._settled else pack
             self._sent = []
 
     def packed(self, chunk: ChunkLayout, pack: Callable[[], npt.NDArray[Any]]) -> None:
         """Make the payload of a chunk, and keep its fingerprint if the gradient may still change."""
-        with self._changed:
+        with self._lock:
             is_settled = self._settled
             self._packing += 1
         try:
@@ -96,35 +109,35 @@ class GradientFeed:
             if not is_settled:
                 self._sent.append((chunk, fingerprint(payload)))
         finally:
-            with self._changed:
+            with self._lock:
                 self._packing -= 1
-                self._changed.notify_all()
+            self._changed.ring()
 
     def holds(self) -> bool:
         """Tell whether the messages made so far have the present gradients; later messages will have them.
 
         From now on the gradients do not change until the step is done.
         """
-        with self._changed:
+        with self._lock:
             self._settled = True
-            self._changed.wait_for(lambda: not self._packing)
+        self._changed.wait_for(lambda: not self._packing)  # a later message leaves no fingerprint
+        with self._lock:
             pack, sent = self._pack, self._sent
             self._pack, self._sent = None, []  # `pack` may know the step, whose gradients would be held in a circle
         return pack is None or all(fingerprint(pack(chunk)) == known for chunk, known in sent)
 
     def commit(self) -> None:
         """Let the step end: every gradient of the step has been given, and its options hold."""
-        with self._changed:
-            self._committed = True
-            self._changed.notify_all()
+        self._committed = True
+        self._changed.ring()
 
     def abort(self) -> None:
         """Give the step up before `commit`; the thread of the step gets `GivenUp`."""
-        with self._changed:
+        with self._lock:
             self._aborted, cancel, self._pack = True, self._cancel, None
-            self._changed.notify_all()
+        self._changed.ring()
         if cancel is not None:
-            cancel()
+            later(cancel)  # which is gRPC's code
 
     def check(self) -> None:
         """Refuse to go on with a step that was given up.
@@ -157,7 +170,7 @@ class GradientFeed:
         Returns:
             The gradient in layout order, an empty array for a tensor without one; None if a tensor was not given.
         """
-        with self._changed:
+        with self._lock:
             if any(array.size and index not in self._ready for index, array in enumerate(flat)):
                 return None
             for index in list(self._waits):
@@ -165,16 +178,14 @@ class GradientFeed:
             return [self._ready[index] if array.size else array for index, array in enumerate(flat)]
 
     def _next(self, waiting: dict[int, set[int]]) -> int | None:
-        with self._changed:
-            while not self._aborted:
-                for number, tensors in waiting.items():
-                    if tensors <= self._ready.keys():
-                        return number
-                self._changed.wait()
-        return None
+        """Wait for a chunk whose tensors are all ready; None if the step is given up."""
+        self._changed.wait_for(lambda: self._aborted or self._first_ready(waiting) is not None)
+        return None if self._aborted else self._first_ready(waiting)
+
+    def _first_ready(self, waiting: dict[int, set[int]]) -> int | None:
+        return next((number for number, tensors in waiting.items() if tensors <= self._ready.keys()), None)
 
     def committed(self) -> bool:
         """Wait for `commit` or `abort`, and tell whether it was `commit`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._committed or self._aborted)
-            return not self._aborted
+        self._changed.wait_for(lambda: self._committed or self._aborted)
+        return not self._aborted

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
+from stepwire.connection.errands import as_a_whole
 from stepwire.errors import DataLossError, InvalidRequestError, SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.steps.gradient_feed import GradientFeed
@@ -219,27 +220,27 @@ class Backing:
         self._loss_scale = loss_scale
         if not any(group["params"] for group in groups):
             return
-        overrides = self._placement.overrides(groups)
+        numbers, sender = (self._placement.overrides(groups), loss_scale), self._sender
         self._expire()
-        reply = self._reply((overrides, loss_scale))
-        if reply is not None:  # without any gradient nothing changes, as with torch
-            self._placement.memory.stepped(reply)
-            self._placement.mirror.forget()
-            self._placement.recovery.stepped()
+        if sender is not None and self._followed(lambda: sender.finish(numbers)):
+            return
+        if gradients := self._placement.memory.gradients():  # without any gradient nothing changes, as with torch
+            if sender is None or not sender.committed:  # else the model may show the reply of this very step
+                self.upload()
+            self._followed(lambda: self.session.step(gradients, **self._step_options(numbers)))
 
-    def _reply(self, numbers: Numbers) -> Any:
-        """Apply a step with the present gradients, and return its reply; None without any gradient."""
-        recovery = self._placement.recovery
-        if self._sender is not None:
-            with recovery.watch():
-                if (reply := self._sender.finish(numbers)) is not None:
-                    return reply
-        if not (gradients := self._placement.memory.gradients()):
-            return None
-        if self._sender is None or not self._sender.committed:  # else the model may show the reply of this very step
-            self.upload()
-        with recovery.watch():
-            return self.session.step(gradients, **self._step_options(numbers))
+    def _followed(self, step: Callable[[], Any]) -> bool:
+        """Apply a step, and follow its reply as one with it; tell whether there was one."""
+
+        def followed() -> bool:
+            if (reply := step()) is not None:
+                self._placement.memory.stepped(reply)
+                self._placement.mirror.forget()
+                self._placement.recovery.stepped()
+            return reply is not None
+
+        with self._placement.recovery.watch():
+            return as_a_whole(followed)
 
     def _step_options(self, numbers: Numbers) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy.typing as npt
 import torch
 
+from stepwire.connection.errands import run, undelivered
 from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.parameters import Arrays, Parameters
@@ -77,19 +79,22 @@ class BackwardSender:
     def _on_gradient(self, tensor: ParameterTensor) -> None:
         with self._lock:
             if self._begun is None and not self._lost and tensor.name in self._expected:
-                self._begun = self._start()
+                self._start()
             if self._begun is None:
                 return
             self._lost = self._lost or tensor.name in self._begun.given or tensor.name not in self._expected
             if not self._lost:
                 self._feed(self._begun, tensor)
 
-    def _start(self) -> _Begun | None:
+    def _start(self) -> None:
         if (numbers := self._numbers()) is None:
-            return None
-        names = [tensor.name for tensor in self._parameters.tensors]
-        feed = GradientFeed(names)
-        return _Begun(feed, self._begin(feed, self._expected, numbers), numbers, {})
+            return
+        feed = GradientFeed([tensor.name for tensor in self._parameters.tensors])
+        try:
+            self._begun = _Begun(feed, self._begin(feed, self._expected, numbers), numbers, {})
+        except BaseException:  # an interrupt, perhaps after the step began
+            run(feed.abort, lasting=True)
+            raise
 
     def _feed(self, begun: _Begun, tensor: ParameterTensor) -> None:
         try:
@@ -100,8 +105,8 @@ class BackwardSender:
         if gradient is None:
             self._lost = True
             return
-        begun.given[tensor.name] = gradient
         begun.feed.give(tensor.name, gradient, _copy_event(tensor) if tensor.on_gpu else None)
+        begun.given[tensor.name] = gradient  # after an interrupt in between the gradients are not alike
 
     def finish(self, numbers: Numbers) -> Any:
         """End the step that was begun and return its reply; None if no step, or another step, was begun.
@@ -115,27 +120,32 @@ class BackwardSender:
         Raises:
             StepwireError: the server's refusal.
         """
+        begun = self._begun
+        try:
+            return self._finished(begun, numbers)
+        except BaseException:  # after an interrupt of the user no reply may be written behind the user's back
+            _abort(begun)
+            raise
+
+    def _finished(self, begun: _Begun | None, numbers: Numbers) -> Any:
         with self._lock:
-            begun, lost = self._begun, self._lost
+            lost = self._lost
             self._begun, self._lost, self.committed = None, False, False
         tensors = [tensor for tensor in self._parameters.tensors if tensor.parameter.grad is not None]
         self._watch(tensors)
         expected, self._expected = self._expected, frozenset(tensor.name for tensor in tensors)
         if begun is None:
             return None
-        alike = not lost and expected == self._expected and begun.numbers == numbers
+        alike = not lost and expected == self._expected and begun.numbers == numbers and not begun.feed.is_aborted
         if not alike or self._parameters.changed() or not self._holds(begun):
             _abort(begun)
             return None
         begun.feed.commit()
         self.committed = True
         try:
-            return begun.reply.result()
+            return run(functools.partial(_reply, begun))
         except (UnavailableError, DeadlineExceededError, CancelledError):
             return None  # the caller sends the same step, by its number if it was sent before
-        except BaseException:  # after an interrupt of the user no reply may be written behind the user's back
-            _abort(begun)
-            raise
 
     def _holds(self, begun: _Begun) -> bool:
         """Tell whether the step that was begun has the present gradients."""
@@ -149,10 +159,8 @@ class BackwardSender:
 
     def drop(self) -> None:
         """Abort the step that was begun, if there is one."""
-        with self._lock:
-            begun, self._begun = self._begun, None
-        if begun is not None:
-            _abort(begun)
+        _abort(self._begun)
+        self._begun = None
 
     def close(self) -> None:
         """Abort the step that was begun, and watch no more. Closing twice is harmless."""
@@ -161,10 +169,24 @@ class BackwardSender:
             hook.remove()
 
 
-def _abort(begun: _Begun) -> None:
+def _reply(begun: _Begun) -> Any:
+    """Wait for the reply, in a thread of the client's own."""
+    reply = begun.reply.result()
+    if begun.feed.undelivered is not None:
+        undelivered(begun.feed.undelivered)
+    return reply
+
+
+def _abort(begun: _Begun | None) -> None:
+    """Abort a step, and wait until the session is free again; a step that has ended stays as it is."""
+    if begun is not None:
+        run(functools.partial(_aborted, begun), lasting=True)
+
+
+def _aborted(begun: _Begun) -> None:
     begun.feed.abort()
     with contextlib.suppress(CancelledError):  # behind a step of the user's that failed, so never sent
-        begun.reply.exception()  # the session is free again when the step has ended
+        begun.reply.exception()
 
 
 def _same(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:

@@ -82,11 +82,9 @@ class Pair:
     def all_sent(self) -> None:
         """Wait until every message of the step that was begun is made, so that a later change is a lost bet."""
         begun, size = self.early.backing._sender._begun, self.early.session._packer.layout.size
-        with begun.feed._changed:
-            sent = begun.feed._changed.wait_for(
-                lambda: sum(chunk.elements for chunk, _ in begun.feed._sent) == size, PATIENCE_SECONDS
-            )
-        assert sent
+        assert begun.feed._changed.wait_for(
+            lambda: sum(chunk.elements for chunk, _ in begun.feed._sent) == size, PATIENCE_SECONDS
+        )
 
     def step(self, seed: int) -> None:
         self.backward(seed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,11 +18,10 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
+from tests.integration.interrupts.places import EVERY, SOME
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
-EVERY = "STEPWIRE_INTERRUPTS" in os.environ
-SOME = 6
 SIZE = 40_000
 """Elements of a tensor; a message holds 16,384 of them in float32."""
 
