@@ -74,6 +74,7 @@ class _Trip:
         with contextlib.ExitStack() as stack:
             for array in (self.source, self.target):
                 stack.enter_context(self._gpu.engine.bus.pin(array.view(np.uint8)))
+            self._elements = self._gpu.extent.pinned_chunk_bytes // 4
             yield
 
     def step(self, received: Callable[[], Any] = lambda: None) -> None:

@@ -34,7 +34,8 @@ class Extent:
         rounds: how often each action is timed.
         bus_rounds: how often each round trip is.
         pipeline_steps: what each of two sessions takes at once.
-        chunk_bytes: of a gradient on its way.
+        chunk_bytes: of a gradient on its way in messages.
+        pinned_chunk_bytes: of a gradient in pinned memory.
         tensors: how many small ones one session has, and of how many elements.
         guard_size: parameters that are compared with torch's.
         wiped_bytes: device memory that is overwritten before each timed action.
@@ -47,6 +48,7 @@ class Extent:
     bus_rounds: int = 5
     pipeline_steps: int = 8
     chunk_bytes: int = 4 << 20
+    pinned_chunk_bytes: int = 16 << 20
     tensors: tuple[int, int] = (300, 1000)
     guard_size: int = 1_000_000
     wiped_bytes: int = _WIPED_BYTES

@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
     "bus_rounds": 1,
     "pipeline_steps": 3,
     "chunk_bytes": 4096,
+    "pinned_chunk_bytes": 8192,
     "tensors": (3, 1000),
     "guard_size": 1500,
     "wiped_bytes": 4096,
@@ -51,7 +52,8 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def bench() -> Iterator[types.SimpleNamespace]:
     """The benchmark's modules, which import one another by their bare names."""
-    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_sections", "gpu_torch", "machine")
+    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_python", "gpu_sections", "gpu_torch")
+    names += ("idle_cupy", "machine")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -201,3 +203,12 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("no GPU benchmark: CuPy cannot be imported")
+
+
+def test_pythons_time_for_a_piece_is_told_of_every_kind_of_moments(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_python.py", "--quick"])
+    monkeypatch.setattr(bench.gpu_python, "_PIECES", {"4 KiB": 1 << 10})
+    bench.gpu_python.main()
+    rows = [line.split() for line in capsys.readouterr().out.partition("moments")[2].splitlines()[1:]]
+    assert [row[:3] for row in rows] == [[name, "4", "KiB"] for name in ("float32", "telemetry", "bfloat16", "int8")]
+    assert all(float(figure) > 0.0 for row in rows for figure in row[3:])

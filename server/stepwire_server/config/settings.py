@@ -91,7 +91,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             le=256 * MIB,
             description="The bytes of each buffer, pinned on the host and held on the GPU.",
         ),
-    ] = 8 * MIB
+    ] = 16 * MIB
     gpu_gradient_cache_bytes: Annotated[
         _Count,
         _BYTES,

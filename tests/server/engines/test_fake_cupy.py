@@ -19,6 +19,9 @@ ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(20))]
 SIZE = 16
 
 
+TWICE = 'extern "C" __global__ void twice(float *x, long long n) { if (threadIdx.x < n) x[threadIdx.x] *= 2; }'
+
+
 class Kernels:
     """Kernels in Python, in the place of compiled ones."""
 
@@ -476,7 +479,7 @@ def test_kernels_take_what_cupy_takes(make) -> None:
         (skewed,) = (cupy.ndarray(4, np.float32, array.data + 2),)
         for arguments, message in [
             ((skewed, array), "not aligned"),
-            ((array, 1), "int'> is no argument"),
+            ((array, 1.0), "float'> is no argument"),
             ((array, np.ones(3)), "is no argument"),
             ([array, array], "are no tuple"),
         ]:
@@ -524,19 +527,53 @@ def test_compiling(make) -> None:
 
 
 @pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not installed; it compiles for the processor")
-@pytest.mark.parametrize("address", [False, True], ids=["array", "address"])
-def test_a_compiled_kernel_runs(tmp_path, address) -> None:
+@pytest.mark.parametrize("kind", ["array", "address", "mapped"])
+def test_a_compiled_kernel_runs(tmp_path, kind) -> None:
     cupy, values = fake_cupy.FakeCupy(tmp_path), np.arange(SIZE, dtype=np.float32)
-    source = 'extern "C" __global__ void twice(float *x, long long n) { if (threadIdx.x < n) x[threadIdx.x] *= 2; }'
     with cupy.cuda.Device(0):
-        twice = load(cupy, cupy.cuda.compiler.compile_using_nvrtc(source)[0]).get_function("twice")
-        array = on_device(cupy)
+        twice = load(cupy, cupy.cuda.compiler.compile_using_nvrtc(TWICE)[0]).get_function("twice")
+        assert cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(twice.ptr, 32, 0) == 1
+        array, host = on_device(cupy), cupy.cuda.PinnedMemory(64, 2)
+        mapped = np.frombuffer(cupy.cuda.PinnedMemoryPointer(host, 0), np.uint8, 64).view(np.float32)
+        mapped[:] = values
         cupy.cuda.runtime.memcpy(array.data.ptr, values.ctypes.data, 64, cupy.cuda.runtime.memcpyHostToDevice)
-        twice((1,), (32,), (np.uint64(array.data.ptr) if address else array, np.int64(SIZE)))
+        argument = {"array": array, "address": array.data.ptr, "mapped": host.ptr}[kind]
+        twice((1,), (32,), (argument, SIZE))
         cupy.cuda.runtime.deviceSynchronize()
         cupy.cuda.runtime.memcpy(values.ctypes.data, array.data.ptr, 64, cupy.cuda.runtime.memcpyDeviceToHost)
-    assert values.tolist() == [2.0 * k for k in range(SIZE)]
+    assert (mapped if kind == "mapped" else values).tolist() == [2.0 * k for k in range(SIZE)]
     cupy.check()
+
+
+@pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not installed; it compiles for the processor")
+def test_a_declared_kernel_takes_what_it_declares(tmp_path) -> None:
+    cupy = fake_cupy.FakeCupy(tmp_path)
+    with cupy.cuda.Device(0):
+        twice = load(cupy, cupy.cuda.compiler.compile_using_nvrtc(TWICE)[0]).get_function("twice")
+        array, host = on_device(cupy), cupy.cuda.PinnedMemory(64)
+        for arguments, message in [
+            ((host.ptr, SIZE), "are no memory of a device"),
+            ((array.data.ptr + 64, SIZE), "are no memory of a device"),
+            ((np.float32(1.0), SIZE), "is no address"),
+            ((array, np.float32(SIZE)), "float32'> for 'long long n'"),
+        ]:
+            with pytest.raises(AssertionError, match=message):
+                twice((1,), (32,), arguments)
+        with pytest.raises(ValueError):
+            twice((1,), (32,), (array,))
+
+
+def test_modules_are_unloaded_where_their_context_is_current(make) -> None:
+    """The driver's call has no context in a thread that has called nothing yet, unlike the runtime's."""
+    cupy = make()
+    with cupy.cuda.Device(0):
+        modules = [load(cupy, cupy.cuda.compiler.compile_using_nvrtc("")[0]) for _ in range(2)]
+        modules.pop()
+    assert not cupy.faults
+    thread = threading.Thread(target=modules.clear)
+    thread.start()
+    thread.join()
+    assert cupy.faults == ["a module of device 0 is unloaded without its context"]
 
 
 # --- failures on demand, and what the devices say of themselves ---------------------------------------------------
@@ -637,6 +674,11 @@ def check_against_the_real(fake, real) -> None:
         assert hasattr(real.cuda.runtime, name), name
     for constant in ("memcpyHostToDevice", "memcpyDeviceToHost"):
         assert getattr(fake.cuda.runtime, constant) == getattr(real.cuda.runtime, constant)
+    directions = [getattr(real.cuda.runtime, f"memcpy{each}") for each in ("HostToDevice", "DeviceToHost")]
+    assert [*directions, real.cuda.runtime.memcpyDeviceToDevice] == [1, 2, 3], "those of the stand-in's memcpyAsync"
+    assert real.cuda.runtime.hostAllocMapped == fake_cupy.driver.MAPPED
+    for name in ("memcpyAsync", "memcpy"):
+        assert parameters(getattr(fake.cuda.runtime, name)) == parameters(getattr(real.cuda.runtime, name))
     for status in fake_cupy.classes.MESSAGES:
         pretended, error = (each.cuda.runtime.CUDARuntimeError(status) for each in (fake, real))
         assert (str(pretended), pretended.status) == (str(error), error.status)

@@ -57,7 +57,10 @@ class FakeCupy:
             get_current_stream=self._driver.stream,
             is_available=lambda: devices > 0,
             compiler=types.SimpleNamespace(compile_using_nvrtc=self._compile),
-            driver=types.SimpleNamespace(CUDADriverError=classes.CUDADriverError),
+            driver=types.SimpleNamespace(
+                CUDADriverError=classes.CUDADriverError,
+                occupancyMaxActiveBlocksPerMultiprocessor=self._driver.occupancy,
+            ),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=classes.CUDARuntimeError,
                 driverGetVersion=lambda: 13000,
@@ -72,6 +75,7 @@ class FakeCupy:
                 hostUnregister=self._driver.unregister,
                 ipcGetMemHandle=self._driver.share,
                 memcpy=self._driver.copy_at_once,
+                memcpyAsync=self._driver.copy_in_stream,
                 memcpyHostToDevice=1,
                 memcpyDeviceToHost=2,
             ),

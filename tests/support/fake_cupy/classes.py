@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ class PinnedMemory:
     def __init__(self, size: int, flags: int = 0) -> None:
         self.ptr, self.size, self._range = 0, size, None
         if size:
-            self._range = self._driver.pin(size)
+            self._range = self._driver.pin(size, flags)
             self.ptr = self._range.start
 
     def __del__(self) -> None:
@@ -140,6 +139,7 @@ class Stream:
         with self._driver.lock:
             self._queue = self._driver.streams.open(self._device)
         self.ptr = id(self._queue)
+        self._driver.named_streams[self.ptr] = self
 
     def synchronize(self) -> None:
         with self._driver.lock:
@@ -278,10 +278,33 @@ class Module:
         self._source = self._driver.load(cubin)
         self._device = self._driver.device()
 
-    def get_function(self, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
-        launch = self._driver.kernel(self._source, name)
-        return lambda grid, block, args, module=self: launch(grid, block, args)  # a function keeps its module
+    def get_function(self, name: str) -> Function:
+        return self._driver.classes.Function(self, name)
 
     def __del__(self) -> None:
-        if hasattr(self, "_device") and self._driver.current_device() != self._device:
-            self._driver.memories.faults.append(f"a module of device {self._device} is unloaded from another")
+        """Unload. The driver's own call wants a context, which a thread without a device has none of."""
+        if hasattr(self, "_device") and self._driver.device_of_thread() != self._device:
+            self._driver.memories.faults.append(f"a module of device {self._device} is unloaded without its context")
+
+
+class Function:
+    """As `cupy.cuda.Function`, which keeps its module."""
+
+    _driver: Any
+
+    def __init__(self, module: Module, funcname: str) -> None:
+        self.module = module
+        self._launch = self._driver.kernel(module._source, funcname)
+        self.ptr = id(self)
+
+    def __call__(
+        self,
+        grid: tuple[int],
+        block: tuple[int],
+        args: tuple[Any, ...],
+        shared_mem: int = 0,
+        stream: Stream | None = None,
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        assert not shared_mem and not enable_cooperative_groups
+        self._launch(grid, block, args, stream)

@@ -36,6 +36,7 @@ class Range:
         """
         self.kind, self.device, self.start, self.size, self.held = kind, device, start, size, held
         self.live = True
+        self.mapped = False
 
     @classmethod
     def allocate(cls, kind: str, device: int | None, size: int) -> Range:
@@ -242,13 +243,13 @@ class Memories:
             assert not self.faults, "; ".join(self.faults)
 
     def on_device(self, device: int, ptr: int, size: int) -> Range:
-        found = self._find(ptr, size)
+        found = self.find(ptr, size)
         assert found is not None and found.device is not None, f"{size} bytes at {ptr:#x} are no memory of a device"
         assert found.device == device, f"the {found} is on device {found.device}, not on {device}"
         return found
 
     def on_host(self, ptr: int, size: int) -> Range:
-        found = self._find(ptr, size)
+        found = self.find(ptr, size)
         assert found is not None, f"pageable memory in an asynchronous copy: {size} bytes at {ptr:#x}"
         assert found.device is None, f"the {found} is on device {found.device}, not on the host"
         return found
@@ -256,7 +257,7 @@ class Memories:
     def overlapping(self, ptr: int, size: int) -> bool:
         return any(known.start < ptr + size and ptr < known.start + known.size for known in tuple(self.ranges))
 
-    def _find(self, ptr: int, size: int) -> Range | None:
+    def find(self, ptr: int, size: int) -> Range | None:
         return next((known for known in tuple(self.ranges) if known.contains(ptr, size)), None)
 
     def _examine(self, known: Range) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import re
 import struct
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,19 @@ from tests.support import cuda_shim
 from tests.support.fake_cupy import classes
 from tests.support.fake_cupy import device as simulated
 
-CLASSES = ("Memory", "MemoryPointer", "Module", "PinnedMemory", "PinnedMemoryPointer", "Stream", "Event", "Device")
+CLASSES = (
+    "Memory",
+    "MemoryPointer",
+    "Module",
+    "Function",
+    "PinnedMemory",
+    "PinnedMemoryPointer",
+    "Stream",
+    "Event",
+    "Device",
+)
 DEVICE_MEMORY, PINNED_MEMORY, REGISTERED_MEMORY = "device memory", "pinned memory", "registered memory"
+MAPPED = 2  # a flag of pinned memory that kernels may touch at its own address
 
 
 class Driver:
@@ -48,6 +61,8 @@ class Driver:
         self._current = threading.local()
         self.contexts: set[int] = set()
         self.spinning_waits = 0
+        self.resident_blocks = 1
+        self.named_streams: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.classes = types.SimpleNamespace(**{name: self.bind(getattr(classes, name)) for name in CLASSES})
         self._null = [self._null_stream(index) for index in range(device_count)]
         self.contexts.clear()
@@ -61,6 +76,11 @@ class Driver:
     def current_device(self) -> int:
         """Return the current device; the first, where the thread has not set any. No context is made yet."""
         return self._current.__dict__.setdefault("device", 0)
+
+    def device_of_thread(self) -> int | None:
+        """Return the device whose context is current in this thread; None in a thread that has called nothing yet."""
+        found: int | None = self._current.__dict__.get("device")
+        return found
 
     def set_device(self, device: int) -> None:
         """Make a device current in this thread, which makes a context on it."""
@@ -118,10 +138,12 @@ class Driver:
 
     # --- memory
 
-    def pin(self, size: int) -> Any:
+    def pin(self, size: int, flags: int) -> Any:
         self.device()
         self.failures.meet("PinnedMemory")
-        return self.memories.add(simulated.Range.allocate(PINNED_MEMORY, None, size))
+        pinned = simulated.Range.allocate(PINNED_MEMORY, None, size)
+        pinned.mapped = bool(flags & MAPPED)
+        return self.memories.add(pinned)
 
     def malloc(self, size: int) -> Any:
         device = self.device()
@@ -182,6 +204,12 @@ class Driver:
                 work = functools.partial(ctypes.memmove, to, origin, size)
                 self._submit(queue, f"{label} of {size} bytes", ranges, work)
 
+    def copy_in_stream(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
+        """Copy as the classes of memory do, by addresses; the kind is the direction."""
+        host, here = self.memories.on_host, self.here
+        label, to, origin = {1: ("upload", here, host), 2: ("download", host, here), 3: ("copy", here, here)}[kind]
+        self.copy(label, dst, src, size, self.named_streams[stream], to, origin)
+
     def fill(self, ptr: int, value: int, size: int, stream: Any) -> None:
         with self.lock:
             queue = self.queue_of(stream)
@@ -216,41 +244,69 @@ class Driver:
             raise classes.CUDADriverError(209)
         return source
 
-    def kernel(self, source: str, name: str) -> Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]:
+    def occupancy(self, func: int, block_size: int, shared_bytes: int) -> int:
+        self.device()
+        assert block_size > 0 and not shared_bytes
+        return self.resident_blocks
+
+    def kernel(self, source: str, name: str) -> Callable[..., None]:
         """Find a kernel in machine code, for the current device."""
         library = self._library
         if library is None or name not in library.names:
             library = cuda_shim.Library(source, self._directory)
         if name not in library.names:
             raise classes.CUDADriverError(500)
-        return functools.partial(self._launch, library, name, self.device())
+        return functools.partial(self._launch, library, name, _parameters(source, name), self.device())
 
-    def _launch(self, library: Any, name: str, device: int, grid: tuple[int], block: tuple[int], args: Any) -> None:
+    def _launch(
+        self,
+        library: Any,
+        name: str,
+        parameters: list[str],
+        device: int,
+        grid: tuple[int],
+        block: tuple[int],
+        args: Any,
+        stream: Any,
+    ) -> None:
         assert self.device() == device, f"{name} was loaded on device {device}"
         assert isinstance(args, tuple), f"the arguments of {name} are no tuple"
         assert len(grid) == len(block) == 1 and grid[0] >= 1 and 1 <= block[0] <= 1024
         with self.lock:
-            queue = self.queue_of(None)
+            queue = self.queue_of(stream)
             self.failures.meet("kernel")
-            unpacked = [self._argument(name, arg) for arg in args]
+            declared = parameters or [""] * len(args)
+            unpacked = [self._argument(name, *each) for each in zip(declared, args, strict=True)]
             ranges = [touched for _, touched in unpacked if touched is not None]
             values = tuple(value for value, _ in unpacked)
             work = functools.partial(library.launch, name, grid[0], block[0], values)
             self._submit(queue, f"kernel {name}", ranges, work)
 
-    def _argument(self, name: str, arg: Any) -> tuple[Any, Any]:
+    def _argument(self, name: str, parameter: str, arg: Any) -> tuple[Any, Any]:
         """Return an argument of the compiled kernel, and the memory that it refers to."""
-        if isinstance(arg, np.int64 | np.uint32 | np.float32):
-            return arg, None
-        if isinstance(arg, np.uint64):  # an address; how much the kernel touches there nobody says
-            touched = self.here(int(arg), 1)
+        if isinstance(arg, classes.ndarray):
+            return self._array(name, arg)
+        if "*" in parameter:
+            assert type(arg) in (int, np.uint64), f"{type(arg)} is no address, for {parameter!r} of {name}"
+            touched = self._touched(int(arg))  # how much the kernel touches there nobody says
             return touched.bytes_at(int(arg), touched.start + touched.size - int(arg)), touched
-        assert isinstance(arg, classes.ndarray), f"{type(arg)} is no argument of {name}"
-        if not arg.size:
+        assert isinstance(arg, int | np.int64 | np.uint32 | np.float32), f"{type(arg)} is no argument of {name}"
+        kind = np.int64 if isinstance(arg, int) else type(arg)
+        declared = {"long long": np.int64, "unsigned int": np.uint32, "float": np.float32}
+        assert declared.get(parameter.rpartition(" ")[0], kind) is kind, f"{type(arg)} for {parameter!r} of {name}"
+        return kind(arg), None
+
+    def _array(self, name: str, array: Any) -> tuple[Any, Any]:
+        if not array.size:
             return np.empty(0, np.uint8), None
-        assert arg.data.ptr % arg.dtype.itemsize == 0, f"an array of {arg.dtype} for {name} is not aligned"
-        touched = self.here(arg.data.ptr, arg.nbytes)
-        return touched.bytes_at(arg.data.ptr, arg.nbytes), touched
+        assert array.data.ptr % array.dtype.itemsize == 0, f"an array of {array.dtype} for {name} is not aligned"
+        touched = self.here(array.data.ptr, array.nbytes)
+        return touched.bytes_at(array.data.ptr, array.nbytes), touched
+
+    def _touched(self, address: int) -> Any:
+        """Find memory that kernels may touch: of the device, or pinned and mapped."""
+        pinned = self.memories.find(address, 1)
+        return pinned if pinned is not None and pinned.mapped else self.here(address, 1)
 
     def _null_stream(self, index: int) -> Any:
         self._current.device = index
@@ -258,3 +314,9 @@ class Driver:
         del self._current.device
         stream.ptr = 0
         return stream
+
+
+def _parameters(source: str, name: str) -> list[str]:
+    """Return the declarations of a kernel's parameters; none of a kernel that the source does not have."""
+    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?{name}\(([^)]*)\)', source)
+    return [] if found is None else [parameter.strip() for parameter in found[1].split(",") if parameter]

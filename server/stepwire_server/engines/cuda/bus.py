@@ -24,55 +24,76 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+
+import numpy as np
 
 from stepwire.errors import DataLossError
-from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.device import CudaDevice, address_of
+from stepwire_server.engines.cuda.pool import Pool
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["Bus", "Crossing", "Crossings"]
 
 
 class _Buffer:
-    """Memory on both sides, and the events of the last work on it."""
+    """Memory on both sides, and the events of the last work on it.
+
+    Attributes:
+        host: the host's side, `(n,) uint8`.
+        address: the address of the host's side.
+        place: the address of the device's side.
+    """
 
     def __init__(self, device: CudaDevice, nbytes: int) -> None:
         self.host = device.pinned(nbytes)
-        self.address: int = self.host.ctypes.data
-        self.device = device.allocate(nbytes)
+        self.address = address_of(self.host)
+        self._device = device.allocate(nbytes)
+        self.place: int = self._device.data.ptr
         self.computed = device.event()
         self.idle = device.event()
 
 
-class _Ring:
-    """Buffers that threads acquire and release. Thread-safe."""
+class _PinnedRanges:
+    """Memory of the host that is pinned, by addresses. Thread-safe: readers see one list or the next, and no lock."""
 
-    def __init__(self, buffers: list[_Buffer]) -> None:
-        self._free = deque(buffers)
-        self._released = threading.Condition()
+    def __init__(self) -> None:
+        self._ranges: tuple[list[int], list[int]] = ([], [])
+        self._lock = threading.Lock()
 
-    def acquire(self) -> _Buffer:
-        """Wait for a buffer."""
-        with self._released:
-            self._released.wait_for(lambda: self._free)
-            return self._free.popleft()
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all ranges."""
+        starts, ends = self._ranges
+        return sum(ends) - sum(starts)
 
-    def try_acquire(self) -> _Buffer | None:
-        """Return a buffer if one is free."""
-        with self._released:
-            return self._free.popleft() if self._free else None
+    def add(self, start: int, end: int) -> None:
+        """Begin a range, which touches no other."""
+        with self._lock:
+            self._replace([*zip(*self._ranges, strict=True), (start, end)])
 
-    def release(self, buffer: _Buffer) -> None:
-        """Give a buffer to the next thread."""
-        with self._released:
-            self._free.append(buffer)
-            self._released.notify()
+    def remove(self, start: int, end: int) -> None:
+        """End a range."""
+        with self._lock:
+            self._replace([known for known in zip(*self._ranges, strict=True) if known != (start, end)])
+
+    def hold(self, address: int, nbytes: int) -> bool:
+        """Tell whether one range holds all of some memory."""
+        starts, ends = self._ranges
+        index = bisect_right(starts, address) - 1
+        return index >= 0 and address + nbytes <= ends[index]
+
+    def _replace(self, ranges: list[tuple[int, int]]) -> None:
+        self._ranges = [start for start, _ in sorted(ranges)], [end for _, end in sorted(ranges)]
 
 
 class Crossing:
     """Bytes on their way to the host; see `Pending`."""
 
-    def __init__(self, device: CudaDevice, ring: _Ring, buffer: _Buffer, shift: int, out: HostArray | None) -> None:
+    __slots__ = ("_buffer", "_device", "_out", "_ring", "_shift")
+
+    def __init__(
+        self, device: CudaDevice, ring: Pool[_Buffer], buffer: _Buffer, shift: int, out: HostArray | None
+    ) -> None:
         """Copy bytes `[shift, …)` of a buffer into `out` once they have arrived; None if they go there directly."""
         self._device = device
         self._ring = ring
@@ -93,7 +114,8 @@ class Crossing:
         try:
             self._device.wait(buffer.idle)
             if self._out is not None:
-                self._out[:] = buffer.host[self._shift : self._shift + self._out.nbytes]
+                values = self._out.view(np.uint8)
+                values[:] = buffer.host[self._shift : self._shift + values.nbytes]
         finally:
             self._ring.release(buffer)
 
@@ -115,10 +137,9 @@ class Bus:
         self.buffers = buffers
         self.buffer_bytes = buffer_bytes
         self._device = device
-        self._up = _Ring([_Buffer(device, buffer_bytes) for _ in range(buffers)])
-        self._down = _Ring([_Buffer(device, buffer_bytes) for _ in range(buffers)])
-        self._pinned: list[tuple[int, int]] = []
-        self._pinning = threading.Lock()
+        self._up = Pool([_Buffer(device, buffer_bytes) for _ in range(buffers)])
+        self._down = Pool([_Buffer(device, buffer_bytes) for _ in range(buffers)])
+        self._pinned = _PinnedRanges()
 
     @property
     def device_bytes(self) -> int:
@@ -128,61 +149,68 @@ class Bus:
     @property
     def pinned_bytes(self) -> int:
         """The bytes of host memory that are pinned by `pin` now."""
-        return sum(end - start for start, end in self._pinned)
+        return self._pinned.nbytes
 
-    def send(self, source: HostArray, target: Any) -> None:
-        """Copy bytes to the device, on the stream `up`; the source may change afterwards, unless it is pinned.
+    def send(self, source: HostArray, target: int) -> None:
+        """Copy an array to the device, on the stream `up`; the source may change afterwards, unless it is pinned.
 
         Args:
-            source: `(n,) uint8`.
-            target: device memory, `(n,) uint8`; no other stream uses it.
+            source: the array, contiguous.
+            target: the address of as many bytes on the device; no other stream uses them.
         """
-        with self._device.current():
-            if self._is_pinned(source):
-                target.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._device.up)
+        address, device = address_of(source), self._device
+        with device.current():
+            if self._pinned.hold(address, source.nbytes):
+                device.copy_up(target, address, source.nbytes)
                 return
+            values = source.view(np.uint8)
             for low in range(0, source.nbytes, self.buffer_bytes):
                 nbytes = min(self.buffer_bytes, source.nbytes - low)
-                with self._filled(source[low : low + nbytes]) as buffer:
-                    (target.data + low).copy_from_host_async(buffer.address, nbytes, self._device.up)
-                    buffer.idle.record(self._device.up)
+                with self._filled(values[low : low + nbytes]) as buffer:
+                    device.copy_up(target + low, buffer.address, nbytes)
+                    buffer.idle.record(device.up)
 
-    def hand(self, source: HostArray, use: Callable[[Any], None]) -> None:
+    def hand(self, source: HostArray, use: Callable[[int], None]) -> None:
         """Bring bytes to the device and use them there, in the order of the kernels.
 
         Args:
             source: `(n,) uint8`, at most the bytes of a buffer; may change afterwards.
-            use: asks the stream `compute` to use the bytes, `(n,) uint8` on the device.
+            use: asks the stream `compute` to use the bytes, given their address on the device.
         """
         device = self._device
-        with device.computing(), self._filled(source) as buffer:
-            buffer.device.data.copy_from_host_async(buffer.address, source.nbytes, device.up)
+        with device.current(), self._filled(source) as buffer:
+            device.copy_up(buffer.place, buffer.address, source.nbytes)
             buffer.computed.record(device.up)
             device.compute.wait_event(buffer.computed)
-            use(buffer.device[: source.nbytes])
+            use(buffer.place)
             buffer.idle.record(device.compute)
 
-    def bring(self, shift: int, make: Callable[[Any], None], out: HostArray, own: Callable[[], bool]) -> Crossing:
+    def bring(self, shift: int, make: Callable[[int], None], out: HostArray, own: Callable[[], bool]) -> Crossing:
         """Make bytes on the device and bring them to the host.
 
         Args:
             shift: the first byte in a buffer, so that the bytes can be aligned as their source is.
-            make: asks the stream `compute` to write the bytes to `(n,) uint8` on the device.
-            out: the place of the bytes on the host, `(n,) uint8`; with `shift` at most the bytes of a buffer.
+            make: asks the stream `compute` to write the bytes, given their address on the device.
+            out: the place of the bytes on the host, contiguous; with `shift` at most the bytes of a buffer.
             own: waits for the caller's oldest crossing, and returns False where the caller has none.
 
         Returns:
             The bytes on their way.
         """
-        buffer, direct = self._acquire_down(own), self._is_pinned(out)
+        device, address, nbytes = self._device, address_of(out), out.nbytes
+        direct = self._pinned.hold(address, nbytes)
+        buffer = self._acquire_down(own)
         try:
-            with self._device.computing():
-                make(buffer.device[shift : shift + out.nbytes])
-                self._ask_down(buffer, shift, out.nbytes, out.ctypes.data if direct else buffer.address + shift)
+            with device.current():
+                make(buffer.place + shift)
+                buffer.computed.record(device.compute)
+                device.down.wait_event(buffer.computed)
+                device.copy_down(address if direct else buffer.address + shift, buffer.place + shift, nbytes)
+                buffer.idle.record(device.down)
         except BaseException:
             self._down.release(buffer)
             raise
-        return Crossing(self._device, self._down, buffer, shift, None if direct else out)
+        return Crossing(device, self._down, buffer, shift, None if direct else out)
 
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:
@@ -191,18 +219,16 @@ class Bus:
         Args:
             memory: `(n,) uint8`.
         """
-        runtime, pinned = self._device.cupy.cuda.runtime, (memory.ctypes.data, memory.ctypes.data + memory.nbytes)
+        runtime, start = self._device.cupy.cuda.runtime, address_of(memory)
         with self._device.current():
-            runtime.hostRegister(pinned[0], memory.nbytes, 0)
-        with self._pinning:
-            self._pinned = sorted([*self._pinned, pinned])
+            runtime.hostRegister(start, memory.nbytes, 0)
+        self._pinned.add(start, start + memory.nbytes)
         try:
             yield
         finally:
-            with self._pinning:
-                self._pinned = [other for other in self._pinned if other != pinned]
+            self._pinned.remove(start, start + memory.nbytes)
             with contextlib.suppress(DataLossError), self._device.current():
-                runtime.hostUnregister(pinned[0])
+                runtime.hostUnregister(start)
 
     @contextlib.contextmanager
     def _filled(self, source: HostArray) -> Iterator[_Buffer]:
@@ -221,20 +247,6 @@ class Bus:
                 return self._down.acquire()
         return buffer
 
-    def _ask_down(self, buffer: _Buffer, shift: int, nbytes: int, address: int) -> None:
-        buffer.computed.record(self._device.compute)
-        self._device.down.wait_event(buffer.computed)
-        (buffer.device.data + shift).copy_to_host_async(address, nbytes, self._device.down)
-        buffer.idle.record(self._device.down)
-
-    def _is_pinned(self, memory: HostArray) -> bool:
-        ranges = self._pinned  # other threads replace the list, and never change one
-        if not ranges:
-            return False
-        address = memory.ctypes.data
-        index = bisect_right(ranges, address, key=lambda pinned: pinned[0]) - 1
-        return index >= 0 and address + memory.nbytes <= ranges[index][1]
-
 
 class Crossings:
     """The crossings of one session to the host, oldest first. The session serialises its calls."""
@@ -244,7 +256,7 @@ class Crossings:
         self._bus = bus
         self._waiting: deque[Crossing] = deque()
 
-    def bring(self, shift: int, make: Callable[[Any], None], out: HostArray) -> Crossing:
+    def bring(self, shift: int, make: Callable[[int], None], out: HostArray) -> Crossing:
         """See `Bus.bring`. After an error nothing is on its way: the session may never come back for its buffers."""
         while self._waiting and self._waiting[0].ended:
             self._waiting.popleft()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -14,10 +14,16 @@ import numpy as np
 from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["ALIGNMENT", "CudaDevice", "round_up"]
+__all__ = ["ALIGNMENT", "CudaDevice", "address_of", "round_up"]
 
 ALIGNMENT: Final = 256
 """Bytes that every array starts at a multiple of."""
+
+# CUDA's own numbers, which CuPy has no names for in every version.
+_TO_DEVICE: Final = 1
+_TO_HOST: Final = 2
+_ON_DEVICE: Final = 3
+_MAPPED: Final = 2
 
 _OUT_OF_MEMORY: Final = 2  # of the runtime and of the driver alike; CuPy has no name for it
 
@@ -72,6 +78,7 @@ class CudaDevice:
         self._losing = threading.Lock()
         with self.current():
             self.up, self.compute, self.down = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+            self._copy = cupy.cuda.runtime.memcpyAsync
             self.multiprocessors: int = cupy.cuda.Device(index).attributes["MultiProcessorCount"]
 
     def current(self) -> contextlib.AbstractContextManager[object]:
@@ -84,6 +91,24 @@ class CudaDevice:
             DataLossError: the device is lost, or a call in the block found it lost.
         """
         return self
+
+    def copy_up(self, target: int, source: int, nbytes: int) -> None:
+        """Ask the stream `up` to copy pinned memory to the device, both by their addresses.
+
+        Copies are asked of the runtime itself: CuPy's methods of memory also ask whether the stream is captured.
+        """
+        if nbytes:
+            self._copy(target, source, nbytes, _TO_DEVICE, self.up.ptr)
+
+    def copy_down(self, target: int, source: int, nbytes: int) -> None:
+        """Ask the stream `down` to copy memory of the device to pinned memory."""
+        if nbytes:
+            self._copy(target, source, nbytes, _TO_HOST, self.down.ptr)
+
+    def copy_across(self, target: int, source: int, nbytes: int) -> None:
+        """Ask the stream `compute` to copy memory of the device."""
+        if nbytes:
+            self._copy(target, source, nbytes, _ON_DEVICE, self.compute.ptr)
 
     def __enter__(self) -> CudaDevice:
         """See `current`; one object serves all threads."""
@@ -100,12 +125,6 @@ class CudaDevice:
         """Examine the error of the block."""
         if error is not None:
             self.examine(error)
-
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Make the device and its stream of kernels current in this thread."""
-        with self.current(), self.compute:
-            yield
 
     @property
     def name(self) -> str:
@@ -165,6 +184,8 @@ class CudaDevice:
             DataLossError: the device is lost.
         """
         with self.current():
+            if event.done:
+                return
             latest = time.perf_counter() + _SPIN_SECONDS
             while not event.done:
                 if time.perf_counter() > latest:
@@ -195,13 +216,13 @@ class CudaDevice:
         try:
             return call()
         except Exception as problem:  # CuPy has no common base for the errors of the runtime and of the driver
-            if self._status(problem) != _OUT_OF_MEMORY:
+            if not self.is_shortage(problem):
                 raise
         self._reclaim()
         try:
             return call()
         except Exception as problem:
-            if self._status(problem) != _OUT_OF_MEMORY:
+            if not self.is_shortage(problem):
                 raise
             needed = f"for {nbytes} bytes" if nbytes else "for a kernel"
             raise ResourceExhaustedError(
@@ -209,6 +230,10 @@ class CudaDevice:
                 "close a session or use another device",
                 metadata={"needed_bytes": nbytes, "device": self.name},
             ) from problem
+
+    def is_shortage(self, problem: BaseException) -> bool:
+        """Tell whether an error of the runtime or of the driver says that there is no memory."""
+        return self._status(problem) == _OUT_OF_MEMORY
 
     def allocate(self, nbytes: int) -> Any:
         """Return fresh device memory, `(nbytes,) uint8`, uninitialised; it is freed with its last reference.
@@ -220,9 +245,12 @@ class CudaDevice:
             return self.with_memory(lambda: self._allocate(nbytes), nbytes)
 
     def pinned(self, nbytes: int) -> HostArray:
-        """Return host memory that the device copies from and to by itself, `(nbytes,) uint8`."""
+        """Return host memory that the device copies from and to by itself, `(nbytes,) uint8`.
+
+        Kernels may write to it too, at the address that it has on the host.
+        """
         with self.current():
-            memory = self.cupy.cuda.PinnedMemory(nbytes)
+            memory = self.cupy.cuda.PinnedMemory(nbytes, _MAPPED)
             pointer = self.cupy.cuda.PinnedMemoryPointer(memory, 0)
         array: HostArray = np.frombuffer(pointer, np.uint8, nbytes)
         return array
@@ -253,13 +281,13 @@ class CudaDevice:
                 ) from problem
         return handle
 
-    def to_host(self, memory: Any) -> bytes:
-        """Copy some memory to the host, behind all that the kernels' stream was asked for."""
-        copied = np.empty(memory.nbytes, np.uint8)
+    def to_host(self, address: int, nbytes: int) -> bytes:
+        """Copy memory of the device to the host, behind all that the kernels' stream was asked for."""
+        copied = np.empty(nbytes, np.uint8)
         runtime = self.cupy.cuda.runtime
         self.settle(self.compute)
         with self.current():
-            runtime.memcpy(copied.ctypes.data, memory.data.ptr, copied.nbytes, runtime.memcpyDeviceToHost)
+            runtime.memcpy(address_of(copied), address, nbytes, runtime.memcpyDeviceToHost)
         return copied.tobytes()
 
     def zero(self, memory: Any) -> None:
@@ -285,3 +313,9 @@ class CudaDevice:
 def round_up(nbytes: int) -> int:
     """Return the next multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def address_of(array: HostArray) -> int:
+    """Return the address of an array of the host."""
+    address: int = array.ctypes.data
+    return address

@@ -32,7 +32,6 @@ from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
 from stepwire_server.engines.cuda.sums import Cells
-from stepwire_server.engines.payloads import name_of
 from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray
 from stepwire_server.engines.regions import Holding
 from stepwire_server.rules import Precision, Recipe
@@ -53,7 +52,7 @@ class CudaOptions(NamedTuple):
     """
 
     buffers: int = 4
-    buffer_bytes: int = 8 << 20
+    buffer_bytes: int = 16 << 20
     gradient_cache_bytes: int = 0
     cells: int = 320
 
@@ -88,7 +87,7 @@ class CudaEngine:
             GradientCache(device, options.gradient_cache_bytes or free_bytes // 16, not options.gradient_cache_bytes),
             device.allocate(tables.nbytes).view(np.uint32),
         )
-        bus.send(tables.view(np.uint8), self._resources.tables.view(np.uint8))
+        bus.send(tables, self._resources.tables_address)
         device.settle(device.up)
         device.on_shortage(self._resources.gradients.trim)
         self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
@@ -132,7 +131,7 @@ class CudaEngine:
         kernels.update(recipe, gradient, reply)
         if recipe.rule.direction is not None:
             kernels.measure(recipe, gradient)
-        kernels.of_gradients(f"sum_{name_of(gradient)}")
+        kernels.sum(gradient, accumulated=False)
         if recipe.precision is Precision.INT8:
             kernels.of_blocks("decode_signed_blocks")
 

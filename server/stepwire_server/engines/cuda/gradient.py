@@ -15,7 +15,7 @@ from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray
 from stepwire_server.engines.cuda.sums import UnreadFigures
-from stepwire_server.engines.payloads import GradientChunk, bits_of, check_range, count_of
+from stepwire_server.engines.payloads import check_range, count_of
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CudaChunk", "CudaGradient", "GradientCache"]
@@ -161,26 +161,38 @@ class GradientCache:
                 self._device.wait(block.idle)
 
 
-class CudaChunk(GradientChunk):
-    """A chunk in the memory of its gradient.
+class CudaChunk:
+    """A chunk on the device, in the memory of its gradient or of a client; see `Gradient`.
 
     Attributes:
+        dtype: the wire dtype.
+        address: the address of the first element; of blocks, of the first block.
         gradient: the gradient that the chunk belongs to.
     """
 
-    __slots__ = ("gradient",)
+    __slots__ = ("_count", "_memory", "address", "dtype", "gradient")
 
-    def __init__(self, dtype: np.dtype[Any], values: Any, count: int, gradient: CudaGradient) -> None:
-        """Keep a chunk: device memory `(n,)`, of blocks their bytes, and what keeps that alive."""
-        super().__init__(dtype, values, count)
+    def __init__(self, dtype: np.dtype[Any], address: int, count: int, memory: Any, gradient: CudaGradient) -> None:
+        """Keep a chunk of `count` elements, and the allocation that holds it."""
+        self.dtype = dtype
+        self.address = address
         self.gradient = gradient
+        self._count = count
+        self._memory = memory
 
-    def window(self, begin: int, end: int) -> tuple[Any, list[np.int64]]:
-        """Return elements `[begin, end)` as arguments of kernels: an array, and for blocks the first one's place."""
+    def __len__(self) -> int:
+        """Count the elements."""
+        return self._count
+
+    def window(self, begin: int) -> tuple[int, tuple[int, ...]]:
+        """Return the elements from `begin` on as arguments of kernels: their address, and for blocks the first's place.
+
+        The address is then that of the first element's code.
+        """
         if self.dtype != INT8:
-            return self.values[begin:end], []
+            return self.address + begin * self.dtype.itemsize, ()
         block, place = divmod(begin, BLOCK)
-        return self.values[block * INT8.itemsize + _CODES + place :], [np.int64(place)]
+        return self.address + block * INT8.itemsize + _CODES + place, (place,)
 
 
 class CudaGradient:
@@ -201,29 +213,33 @@ class CudaGradient:
         self._cache = cache
         self._size = size
         self._block: _Block | None = None
+        self._base = 0
 
     def put(self, offset: int, payload: HostArray, count: int | None = None) -> CudaChunk:
         """See `GradientBuffer.put`."""
-        count = count_of(payload, count)
+        count, dtype = count_of(payload, count), payload.dtype
         check_range("gradient", offset, offset + count, self._size)
-        wide = BLOCK if payload.dtype == INT8 else 1
-        nbytes, itemsize = -(-self._size // wide) * payload.dtype.itemsize, payload.dtype.itemsize
-        assert offset % wide == 0
         if isinstance(payload, DeviceArray):
-            return CudaChunk(payload.dtype, payload.stored, count, self)
-        if self._block is None:
-            self._block = self._cache.acquire(nbytes)
-        block = self._block
-        assert block.memory.nbytes == nbytes  # all chunks of a step are of one dtype
-        bits = bits_of(payload[: -(-count // wide)])
-        values = self._device.view(block.memory, offset // wide * itemsize, len(bits), bits.dtype)
-        with self._device.current():
+            return CudaChunk(dtype, payload.address, count, payload.owner, self)
+        wide = BLOCK if dtype == INT8 else 1
+        assert offset % wide == 0
+        block = self._block or self._begin(-(-self._size // wide) * dtype.itemsize)
+        address = self._base + offset // wide * dtype.itemsize
+        items = -(-count // wide)
+        assert address + items * dtype.itemsize <= self._base + block.memory.nbytes  # all are of the first one's dtype
+        device = self._device
+        with device.current():
             try:
-                self._bus.send(bits.view(np.uint8), values.view(np.uint8))
+                self._bus.send(payload[:items], address)
             finally:  # copies asked for before an error may still be on their way
-                block.uploaded.record(self._device.up)
-            self._device.compute.wait_event(block.uploaded)
-        return CudaChunk(payload.dtype, values, count, self)
+                block.uploaded.record(device.up)
+            device.compute.wait_event(block.uploaded)
+        return CudaChunk(dtype, address, count, block, self)
+
+    def _begin(self, nbytes: int) -> _Block:
+        self._block = block = self._cache.acquire(nbytes)
+        self._base = block.memory.data.ptr
+        return block
 
     def close(self) -> None:
         """See `GradientBuffer.close`; pinned chunks may change afterwards."""

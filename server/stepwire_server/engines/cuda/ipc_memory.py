@@ -13,7 +13,7 @@ import numpy as np
 
 from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
-from stepwire_server.engines.payloads import STORED, check_range
+from stepwire_server.engines.payloads import check_range
 from stepwire_server.engines.protocol import EngineState
 
 __all__ = ["CudaExportedMemory", "DeviceArray", "OnDevice"]
@@ -26,18 +26,20 @@ class DeviceArray:
     """Items of a dtype in device memory, `(n,)`, with the few methods of a NumPy array that a step needs.
 
     Attributes:
-        memory: `(nbytes,) uint8` on the device.
+        owner: the allocation, `(m,) uint8`.
+        address: the address of the first item.
         dtype: a wire dtype, or uint8.
         size: the number of items.
     """
 
-    __slots__ = ("dtype", "memory", "size")
+    __slots__ = ("address", "dtype", "owner", "size")
 
-    def __init__(self, memory: Any, dtype: np.dtype[Any]) -> None:
-        """View memory, all of it."""
-        self.memory = memory
+    def __init__(self, owner: Any, dtype: np.dtype[Any], address: int | None = None, size: int | None = None) -> None:
+        """View some of an allocation; without address and size all of it."""
+        self.owner = owner
+        self.address: int = owner.data.ptr if address is None else address
         self.dtype = dtype
-        self.size: int = memory.nbytes // dtype.itemsize
+        self.size: int = owner.nbytes // dtype.itemsize if size is None else size
 
     def __len__(self) -> int:
         """Count the items."""
@@ -47,16 +49,17 @@ class DeviceArray:
         """View some neighbouring items."""
         low, high, step = items.indices(self.size)
         assert step == 1
-        return DeviceArray(self.memory[low * self.dtype.itemsize : high * self.dtype.itemsize], self.dtype)
+        return DeviceArray(self.owner, self.dtype, self.address + low * self.dtype.itemsize, max(high - low, 0))
 
     def view(self, dtype: Any) -> DeviceArray:
         """View the same bytes as another dtype."""
-        return DeviceArray(self.memory, np.dtype(dtype))
+        other = np.dtype(dtype)
+        return DeviceArray(self.owner, other, self.address, self.size * self.dtype.itemsize // other.itemsize)
 
     @property
-    def stored(self) -> Any:
-        """The array, as an argument of kernels."""
-        return self.memory.view(STORED[self.dtype])
+    def nbytes(self) -> int:
+        """The bytes of the items."""
+        return self.size * self.dtype.itemsize
 
 
 class OnDevice:
@@ -98,13 +101,13 @@ class CudaExportedMemory:
 
     def array(self, offset: int, dtype: np.dtype[Any], items: int) -> DeviceArray:
         """See `ExportedMemory.array`."""
-        end = offset + items * dtype.itemsize
-        check_range("exported memory", offset, end, self._memory.nbytes)
-        return DeviceArray(self._memory[offset:end], dtype)
+        check_range("exported memory", offset, offset + items * dtype.itemsize, self._memory.nbytes)
+        return DeviceArray(self._memory, dtype, self._memory.data.ptr + offset, items)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """See `ExportedMemory.read`."""
-        return self._device.to_host(self.array(offset, np.dtype(np.uint8), nbytes).memory)
+        check_range("exported memory", offset, offset + nbytes, self._memory.nbytes)
+        return self._device.to_host(self._memory.data.ptr + offset, nbytes)
 
     def close(self) -> None:
         """See `ExportedMemory.close`: nothing is on its way to it any more when it is freed."""

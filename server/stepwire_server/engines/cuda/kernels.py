@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.source import (
@@ -25,31 +24,73 @@ from stepwire_server.engines.payloads import name_of
 from stepwire_server.engines.protocol import GRAIN
 from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["LANE_ELEMENTS", "CudaKernels", "grains", "head_of", "launch"]
+__all__ = ["LANE_ELEMENTS", "CudaKernel", "CudaKernels", "grains", "head_of"]
 
 LANE_ELEMENTS: Final = 4
 """The elements that a thread loads at a time: 16 bytes of float32."""
 
-# Kernels stride over the rest, and these are enough blocks to fill any GPU several times. Kernels that measure leave a
-# sum a block, which travels to the host, so they have fewer. Kernels of 8 bits copy their tables first, so they have as
-# many blocks as run at a time.
-_BLOCKS_A_MULTIPROCESSOR: Final = 64
-_BLOCKS_OF_EIGHT_BITS_A_MULTIPROCESSOR: Final = 3
+# Kernels stride over the rest of their elements. A grid is as many blocks as run at a time, or a multiple of them: the
+# blocks of a last wave that is not full would leave most of the device idle. Kernels that measure leave a sum a block,
+# which goes to the host, so their waves are fewer. Kernels of 8 bits copy their tables first, so they have one wave.
+_WAVES: Final = 16
 _MOST_MEASURING_BLOCKS: Final = 2048
 _ELEMENTS_OF_A_WARP: Final = 256
 _BLOCK_ELEMENTS: Final = THREADS * LANE_ELEMENTS
+_BLOCK: Final = (THREADS,)
 
 
-class _Kernel:
-    """A kernel of a module; a launch that finds no memory for its stack is repeated once memory is reclaimed."""
+class CudaKernel:
+    """A kernel of a module.
 
-    __slots__ = ("_device", "_function")
+    Attributes:
+        wave: the number of blocks of threads that the device runs at a time.
+    """
+
+    __slots__ = ("_device", "_function", "wave")
 
     def __init__(self, function: Any, device: CudaDevice) -> None:
+        """Launch a function of a module; its registers and its shared memory decide the wave."""
         self._function, self._device = function, device
+        resident = device.cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.ptr, THREADS, 0)
+        self.wave: int = max(resident, 1) * device.multiprocessors
 
-    def __call__(self, blocks: tuple[int], threads: tuple[int], arguments: tuple[Any, ...]) -> None:
-        self._device.with_memory(lambda: self._function(blocks, threads, arguments), 0)
+    def launch(self, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Run on the stream `compute`, in a thread whose device is current.
+
+        A launch that finds no memory for its stack is repeated once memory is reclaimed.
+
+        Args:
+            blocks: the number of blocks of threads.
+            arguments: addresses and 64-bit numbers as `int`, others as NumPy's scalars.
+        """
+        stream = self._device.compute
+        try:
+            self._function((blocks,), _BLOCK, arguments, stream=stream)
+        except Exception as problem:  # CuPy has no common base for the errors of the runtime and of the driver
+            if not self._device.is_shortage(problem):
+                raise
+            self._device.with_memory(lambda: self._function((blocks,), _BLOCK, arguments, stream=stream), 0)
+
+    def __del__(self) -> None:
+        """Let go of the function with its device current: the last one unloads the module, in whichever thread."""
+        with contextlib.suppress(Exception), self._device.current():
+            self._function = None
+
+    def blocks(self, size: int) -> int:
+        """Return the blocks of threads for some elements, at least one."""
+        return max(min(-(-size // _BLOCK_ELEMENTS), _WAVES * self.wave), 1)
+
+    def blocks_of_eight_bits(self, size: int) -> int:
+        """Return the blocks of threads for some elements of which 256 are a warp's, at least one."""
+        warps = -(-size // _ELEMENTS_OF_A_WARP)
+        return max(min(-(-warps * 32 // THREADS), self.wave), 1)
+
+    def blocks_of(self, recipe: Recipe, size: int) -> int:
+        """Return the blocks of threads for a recipe's pass over some elements."""
+        blocks = self.blocks_of_eight_bits(size) if recipe.precision is Precision.INT8 else self.blocks(size)
+        if not recipe.measures:
+            return blocks
+        return min(blocks, _MOST_MEASURING_BLOCKS // self.wave * self.wave or _MOST_MEASURING_BLOCKS)
 
 
 class CudaKernels:
@@ -59,69 +100,55 @@ class CudaKernels:
         """Compile with `compiler` for `device`."""
         self._compiler = compiler
         self._device = device
-        self._functions: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._functions: dict[tuple[Any, ...], dict[str, CudaKernel]] = {}
+        self._sums: dict[tuple[np.dtype[Any], bool], CudaKernel] = {}
         self._lock = threading.Lock()
 
-    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Any:
+    def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> CudaKernel:
         """Return the fused kernel; `update_kernel` documents its arguments."""
         names = (name_of(gradient), reply.name if reply is not None else None)
         return self._only((*recipe.key, gradient, reply), lambda: [update_kernel(recipe, *names)])
 
-    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> Any:
+    def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> CudaKernel:
         """Return the kernel that squares parameters and direction; `measure_kernel` documents its arguments."""
         return self._only(("measure", *recipe.key, gradient), lambda: [measure_kernel(recipe, name_of(gradient))])
 
-    def of_gradients(self, name: str) -> Any:
+    def sum(self, gradient: np.dtype[Any], accumulated: bool) -> CudaKernel:
+        """Return the kernel that sums the squares of a gradient, or of what it and the accumulated gradient are."""
+        key = (gradient, accumulated)
+        if (kernel := self._sums.get(key)) is None:
+            kernel = self.of_gradients(f"{'sum_accumulated' if accumulated else 'sum'}_{name_of(gradient)}")
+            self._sums[key] = kernel
+        return kernel
+
+    def of_gradients(self, name: str) -> CudaKernel:
         """Return a kernel by its name in `gradient_kernels`, which documents them."""
         return self._module(("gradients",), gradient_kernels)[name]
 
-    def of_blocks(self, name: str) -> Any:
+    def of_blocks(self, name: str) -> CudaKernel:
         """Return a kernel by its name in `block_kernels`, which documents them."""
         return self._module(("blocks",), block_kernels)[name]
 
-    def blocks(self, size: int) -> int:
-        """Return the blocks of threads for some elements, at least one."""
-        return max(
-            min(-(-size // (THREADS * LANE_ELEMENTS)), _BLOCKS_A_MULTIPROCESSOR * self._device.multiprocessors), 1
-        )
-
-    def blocks_of_eight_bits(self, size: int) -> int:
-        """Return the blocks of threads for some elements of which 256 are a warp's, at least one."""
-        warps = -(-size // _ELEMENTS_OF_A_WARP)
-        most = _BLOCKS_OF_EIGHT_BITS_A_MULTIPROCESSOR * self._device.multiprocessors
-        return max(min(-(-warps * 32 // THREADS), most), 1)
-
-    def blocks_of(self, recipe: Recipe, size: int) -> int:
-        """Return the blocks of threads for a recipe's pass over some elements."""
-        blocks = self.blocks_of_eight_bits(size) if recipe.precision is Precision.INT8 else self.blocks(size)
-        return min(blocks, _MOST_MEASURING_BLOCKS) if recipe.measures else blocks
-
     def close(self) -> None:
-        """Forget the kernels; their modules are unloaded from the device that is current."""
-        with contextlib.suppress(DataLossError), self._device.current():
-            self._functions = {}
+        """Forget the kernels; a module is unloaded with the last of its kernels."""
+        self._functions, self._sums = {}, {}
 
-    def _only(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> Any:
+    def _only(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> CudaKernel:
         (function,) = self._module(key, write).values()
         return function
 
-    def _module(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, Any]:
+    def _module(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, CudaKernel]:
         return self._functions.get(key) or self._compile(key, write)
 
-    def _compile(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, Any]:
+    def _compile(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, CudaKernel]:
         with self._lock, self._device.current():
             if key not in self._functions:
                 kernels = write()
                 module = self._compiler.load(kernels[0].name, module_source(kernels))
                 self._functions[key] = {
-                    kernel.name: _Kernel(module.get_function(kernel.name), self._device) for kernel in kernels
+                    kernel.name: CudaKernel(module.get_function(kernel.name), self._device) for kernel in kernels
                 }
             return self._functions[key]
-
-
-def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
-    """Run a kernel on the current device and stream."""
-    kernel((blocks,), (THREADS,), arguments)
 
 
 def grains(size: int) -> int:
@@ -129,8 +156,16 @@ def grains(size: int) -> int:
     return -(-size // GRAIN)
 
 
-def head_of(arrays: Sequence[Any], size: int) -> int:
-    """Return how many elements come before the first that starts a vector in all arrays; `size` if none does."""
-    places = {array.data.ptr // array.dtype.itemsize % LANE_ELEMENTS for array in arrays}
-    (place,) = places if len(places) == 1 else (None,)
-    return size if place is None else min(-place % LANE_ELEMENTS, size)
+def head_of(addresses: Sequence[int], itemsizes: Sequence[int], size: int) -> int:
+    """Return how many elements come before the first that starts a vector in all arrays; `size` if none does.
+
+    Args:
+        addresses: the address of the first element in each array.
+        itemsizes: the bytes of an element in each array.
+        size: the number of elements.
+    """
+    place = addresses[0] // itemsizes[0] % LANE_ELEMENTS
+    for address, itemsize in zip(addresses, itemsizes, strict=True):
+        if address // itemsize % LANE_ELEMENTS != place:
+            return size
+    return min(-place % LANE_ELEMENTS, size)

@@ -41,9 +41,15 @@ class CudaResources:
     tables: Any
 
     @property
+    def tables_address(self) -> int:
+        """The address of the tables, as an argument of kernels."""
+        address: int = self.tables.data.ptr
+        return address
+
+    @property
     def working_bytes(self) -> int:
         """The device memory held besides sessions and gradients, at most; kept memory of gradients counts as free."""
-        return self.bus.device_bytes + self.cells.most_bytes + int(self.tables.nbytes)
+        return self.bus.device_bytes + int(self.tables.nbytes)
 
 
 class Together(Generic[Part, Value]):

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from stepwire.errors import DataLossError
 from stepwire.layout import SCALE_SUFFIX
 from stepwire.wire.int8_blocks import BLOCK, INT8
-from stepwire_server.engines.cuda.bus import Crossings
+from stepwire_server.engines.cuda.bus import Crossing, Crossings
+from stepwire_server.engines.cuda.calls import UpdateCall
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
-from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, grains, head_of, launch
+from stepwire_server.engines.cuda.kernels import LANE_ELEMENTS, CudaKernel, grains, head_of
 from stepwire_server.engines.cuda.resources import CudaResources, Together
 from stepwire_server.engines.cuda.state_arrays import CudaFlatSlot, CudaSlot
 from stepwire_server.engines.cuda.state_copies import (
@@ -34,27 +35,17 @@ from stepwire_server.engines.cuda.state_copies import (
 )
 from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, UnreadFigures
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
-from stepwire_server.engines.payloads import STORED, bits_of, check_range, floats_of, name_of
+from stepwire_server.engines.payloads import check_range, floats_of, name_of
 from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
-from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
 __all__ = ["CudaState"]
 
 _PARTIALS = CELL_BYTES // 8
 _UNREAD_SUMS = 8
+_NO_SUMS: Done[tuple[float, ...]] = Done(())
 
-
-class _DeviceReply(NamedTuple):
-    """The place of a range's new parameters in memory of the device.
-
-    Attributes:
-        dtype: the wire dtype.
-        memory: `(n,)` as kernels write it.
-    """
-
-    dtype: np.dtype[Any]
-    memory: Any
+Value = TypeVar("Value")
 
 
 class _SummingCall(NamedTuple):
@@ -64,13 +55,31 @@ class _SummingCall(NamedTuple):
         kernel: the kernel.
         rows: the number of sums for each block.
         numbers: the arguments after the size.
-        tables: the tables of 8 bits, where the kernel reads them.
+        tables: the address of the tables of 8 bits, where the kernel reads them.
     """
 
-    kernel: Any
+    kernel: CudaKernel
     rows: int
     numbers: Sequence[Any]
-    tables: Sequence[Any] = ()
+    tables: Sequence[int] = ()
+
+
+class _Replied:
+    """The sums of an update, once its new parameters have crossed too; see `Pending`."""
+
+    __slots__ = ("_crossing", "_sums")
+
+    def __init__(self, crossing: Crossing, sums: Pending[tuple[float, ...]]) -> None:
+        self._crossing = crossing
+        self._sums = sums
+
+    def wait(self) -> tuple[float, ...]:
+        """See `Pending`; nothing is on its way afterwards, even after an error."""
+        try:
+            self._crossing.wait()
+        finally:
+            sums = self._sums.wait()
+        return sums
 
 
 class CudaState:
@@ -84,6 +93,7 @@ class CudaState:
         self._size = size
         self._unread = UnreadFigures(_UNREAD_SUMS)
         self._settled = resources.device.event()
+        self._call: UpdateCall | None = None
         self._crossings = Crossings(resources.bus)
 
     @property
@@ -107,40 +117,40 @@ class CudaState:
     ) -> Pending[float]:
         """See `EngineState.sum_of_squares`; the same bits as on the CPU."""
         chunk = self._checked(gradient, begin, end, accumulated)
-        kind = "sum" if accumulated is None else "sum_accumulated"
-        kernel = self._resources.kernels.of_gradients(f"{kind}_{name_of(chunk.dtype)}")
+        kernel = self._resources.kernels.sum(chunk.dtype, accumulated is not None)
         asked = []
         for low, high in _cut(end - begin, _PARTIALS * GRAIN):
-            window, place = chunk.window(begin + low, begin + high)
-            arrays = [window]
+            address, place = chunk.window(begin + low)
+            addresses = [address]
             if accumulated is not None:
-                arrays = [*self._slots[ACCUMULATED].held(accumulated + low, high - low).arrays, *arrays]
-            numbers = [*place, np.float32(factor)]
-            asked.append(self._partials(_SummingCall(kernel, 1, numbers), arrays, high - low, chunk.gradient.unread))
-        return Together(asked, lambda rows: math.fsum(itertools.chain(*(row for (row,) in rows))))
+                addresses = [*self._slots[ACCUMULATED].held(accumulated + low, high - low).addresses, address]
+            call = _SummingCall(kernel, 1, (*place, np.float32(factor)))
+            asked.append(self._partials(call, addresses, high - low, chunk.gradient.unread, _listed))
+        return Together(asked, lambda parts: math.fsum(itertools.chain(*parts)))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
         chunk, size = self._checked(gradient, begin, end, start), end - begin
         if size:
             kernel = self._resources.kernels.of_gradients(f"accumulate_{name_of(chunk.dtype)}")
-            window, place = chunk.window(begin, end)
-            arrays = [*self._slots[ACCUMULATED].held(start, size).arrays, window]
-            numbers = [np.int64(size), np.int64(head_of(arrays, size)), *place, np.float32(factor)]
-            with self._resources.device.computing():
-                launch(kernel, self._resources.kernels.blocks(size), *arrays, *numbers)
+            address, place = chunk.window(begin)
+            addresses = [*self._slots[ACCUMULATED].held(start, size).addresses, address]
+            head = head_of(addresses, (4, 1 if place else chunk.dtype.itemsize), size)
+            with self._resources.device.current():
+                kernel.launch(kernel.blocks(size), (*addresses, size, head, *place, np.float32(factor)))
 
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Pending[tuple[float, float]]:
         """See `EngineState.measure`; the same bits as on the CPU."""
         chunk, asked = self._checked(gradient, begin, end, start), []
         for low, high in _cut(end - begin, _PARTIALS // 2 * GRAIN):
             slots = (PARAM, *measured_slots(step.recipe))
-            recipe, arrays = self._arrays(step.recipe, slots, start + low, high - low)
+            precision, addresses = self._held(step.recipe, slots, start + low, high - low)
+            recipe = step.recipe if precision is None else step.recipe.held(precision)
             kernel = self._resources.kernels.measure(recipe, chunk.dtype)
-            window, place = chunk.window(begin + low, begin + high)
-            numbers, tables = [*place, *map(np.float32, step.scalars[:-1])], self._tables(recipe)
-            call = _SummingCall(kernel, 2, numbers, tables)
-            asked.append(self._partials(call, [*arrays, window], high - low, self._unread))
+            address, place = chunk.window(begin + low)
+            tables = (self._resources.tables_address,) if recipe.precision is Precision.INT8 else ()
+            call = _SummingCall(kernel, 2, (*place, *map(np.float32, step.scalars[:-1])), tables)
+            asked.append(self._partials(call, [*addresses, address], high - low, self._unread, _two_rows))
         return Together(asked, _two_sums)
 
     def update(
@@ -160,53 +170,58 @@ class CudaState:
             return self._step(step, start, chunk, begin, end, None)
         check_range("reply", 0, size, len(out))
         if isinstance(out, DeviceArray):
-            moved = self._step(step, start, chunk, begin, end, _DeviceReply(out.dtype, out.stored))
+            moved = self._step(step, start, chunk, begin, end, (out.dtype, out.address))
             return moved if step.recipe.sums else Together([OnDevice(self)], lambda _: ())
-        asked = []
-        for low, high in _cut(size, self._most_elements(out)):
-            asked += self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
-        return Together(asked, lambda sums: tuple(map(math.fsum, zip(*filter(None, sums), strict=True))))
+        shift = start % LANE_ELEMENTS * out.dtype.itemsize
+        if (most := self._most_elements(shift, out.dtype.itemsize)) >= size:
+            return self._replied(step, start, chunk, begin, end, out)
+        asked = [
+            self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
+            for low, high in _cut(size, most)
+        ]
+        return Together(asked, lambda sums: tuple(map(math.fsum, zip(*sums, strict=True))))
 
     def _replied(
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, out: HostArray
-    ) -> list[Pending[Any]]:
+    ) -> Pending[tuple[float, ...]]:
         """Step a range that a buffer of the bus holds, and bring the new parameters to the host."""
-        moved: list[Pending[Any]] = []
+        moved: Pending[tuple[float, ...]] = _NO_SUMS
 
-        def make(memory: Any) -> None:
-            reply = _DeviceReply(out.dtype, memory.view(STORED[out.dtype]))
-            moved.append(self._step(step, start, chunk, begin, end, reply))
+        def make(place: int) -> None:
+            nonlocal moved
+            moved = self._step(step, start, chunk, begin, end, (out.dtype, place))
 
-        shift = start % LANE_ELEMENTS * out.dtype.itemsize
-        crossing = self._crossings.bring(shift, make, bits_of(out).view(np.uint8))
-        return [crossing, *moved]
+        return _Replied(self._crossings.bring(start % LANE_ELEMENTS * out.dtype.itemsize, make, out), moved)
 
     def _step(
-        self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: _DeviceReply | None
+        self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: tuple[np.dtype[Any], int] | None
     ) -> Pending[tuple[float, ...]]:
-        """Run the fused kernel once."""
-        size, kernels = end - begin, self._resources.kernels
-        recipe, arrays = self._arrays(step.recipe, (PARAM, *step.recipe.slots), start, size)
-        window, place = chunk.window(begin, end)
-        arrays += [window, *([] if reply is None else [reply.memory])]
-        kernel = kernels.update(recipe, chunk.dtype, None if reply is None else reply.dtype)
-        in_blocks = recipe.precision is Precision.INT8
-        seeds = seeds_for(step.seed, len(recipe.rule.slots)) if recipe.precision is Precision.BFLOAT16 else ()
-        head = 0 if in_blocks else head_of(arrays, size)
-        numbers = (np.int64(size), np.int64(head), *place, *map(np.uint32, seeds), *map(np.float32, step.scalars))
-        blocks, rows = kernels.blocks_of(recipe, size), len(recipe.sums)
-        tables = self._tables(recipe)
-        with self._resources.device.computing():
-            if not rows:
-                launch(kernel, blocks, *arrays, *tables, *numbers)
-                return Done(())
+        """Run the fused kernel once.
+
+        Args:
+            step: the arithmetic.
+            start: the first flat element.
+            chunk: the gradient.
+            begin: the first element within the chunk.
+            end: one past the last element within the chunk.
+            reply: the dtype and the address on the device of the new parameters; None for no reply.
+        """
+        size, dtype = end - begin, None if reply is None else reply[0]
+        precision, addresses = self._held(step.recipe, (PARAM, *step.recipe.slots), start, size)
+        if (call := self._call) is None or not call.serves(step, precision, chunk.dtype, dtype):
+            self._call = call = UpdateCall(self._resources, step, precision, chunk.dtype, dtype)
+        address, place = chunk.window(begin)
+        addresses += [address] if reply is None else [address, reply[1]]
+        with self._resources.device.current():
+            if not (rows := call.rows):
+                call.launch(addresses, place, size)
+                return _NO_SUMS
             return Figures(
                 self._resources.cells,
                 self._unread,
-                blocks * rows,
-                np.float64,
-                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, *numbers),
+                lambda sums: call.launch(addresses, place, size, (sums,)),
                 lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1).tolist()),
+                call.blocks(size) * rows,
             )
 
     # --- rare calls, computed on the host --------------------------------------------------
@@ -241,8 +256,8 @@ class CudaState:
         """Encode a range of a slot that is not held in 8 bits into memory of the device."""
         held = self._slots[slot]
         assert isinstance(held, CudaFlatSlot)
-        with self._resources.device.computing():
-            encode(self._resources, held.values[start : start + len(out)], held.dtype, out)
+        with self._resources.device.current():
+            encode(self._resources, held.address_of(start), held.dtype, out)
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`; bfloat16 rounds to nearest even."""
@@ -251,15 +266,16 @@ class CudaState:
 
     def copy(self, source: str, target: str) -> None:
         """See `EngineState.copy`."""
-        (values,), (copies,) = (self._slots[name].held(0, self._size).arrays for name in (source, target))
+        held, copied = self._slots[source], self._slots[target]
+        assert isinstance(held, CudaFlatSlot) and isinstance(copied, CudaFlatSlot)
         with self._resources.device.current():
-            copies.data.copy_from_device_async(values.data, values.nbytes, self._resources.device.compute)
+            self._resources.device.copy_across(copied.address_of(0), held.address_of(0), held.values.nbytes)
 
     def clear(self, slot: str) -> None:
         """See `EngineState.clear`."""
-        (values,) = self._slots[slot].held(0, self._size).arrays
-        with self._resources.device.current():
-            values.data.memset_async(0, values.nbytes, self._resources.device.compute)
+        held = self._slots[slot]
+        assert isinstance(held, CudaFlatSlot)
+        self._resources.device.zero(held.values)
 
     def adopt(self, other: EngineState) -> None:
         """See `EngineState.adopt`."""
@@ -284,7 +300,7 @@ class CudaState:
 
     def close(self) -> None:
         """See `EngineState.close`; memory is zeroed before it goes back to the device."""
-        memory, self._memory, self._slots, self._size = self._memory, None, {}, 0
+        memory, self._memory, self._slots, self._size, self._call = self._memory, None, {}, 0, None
         if memory is None:
             return
         with contextlib.suppress(DataLossError):  # nothing reads the memory of a device that is lost
@@ -302,52 +318,68 @@ class CudaState:
             check_range("state", start, start + end - begin, self._size)
         return gradient
 
-    def _arrays(self, recipe: Recipe, slots: Sequence[str], start: int, size: int) -> tuple[Recipe, list[Any]]:
-        """Return the recipe for how a range is held, and the range as arguments of kernels."""
-        ranges = {slot: self._slots[slot].held(start, size) for slot in slots}
-        held = recipe
-        for slot in recipe.rule.slots[:1]:  # the others are held alike
-            held = recipe.held(ranges[slot].precision)
-        return held, [array for each in ranges.values() for array in each.arrays]
+    def _held(self, recipe: Recipe, slots: Iterable[str], start: int, size: int) -> tuple[Precision | None, list[int]]:
+        """Return the precision of a range's moments, which are held alike, and the addresses of the range."""
+        precision: Precision | None = None
+        addresses: list[int] = []
+        first = recipe.rule.slots[0] if recipe.rule.slots else None
+        for slot in slots:
+            held = self._slots[slot].held(start, size)
+            addresses += held.addresses
+            if slot == first:
+                precision = held.precision
+        return precision, addresses
 
     def _partials(
-        self, call: _SummingCall, arrays: Sequence[Any], size: int, unread: UnreadFigures
-    ) -> Figures[list[list[float]]]:
-        """Run a kernel that leaves sums for each block of elements; the results are rows of those."""
+        self,
+        call: _SummingCall,
+        addresses: Sequence[int],
+        size: int,
+        unread: UnreadFigures,
+        read: Callable[[HostArray], Value],
+    ) -> Figures[Value]:
+        """Run a kernel that leaves sums for each block of elements, one row after another, and `read` makes of them."""
         kernel, rows, numbers, tables = call
         blocks = grains(size)
-        with self._resources.device.computing():
+        with self._resources.device.current():
             return Figures(
                 self._resources.cells,
                 unread,
+                lambda sums: kernel.launch(blocks, (*addresses, sums, *tables, size, *numbers)),
+                read,
                 rows * blocks,
-                np.float64,
-                lambda sums: launch(kernel, blocks, *arrays, sums, *tables, np.int64(size), *numbers),
-                lambda sums: sums.reshape(rows, blocks).tolist(),
             )
 
-    def _tables(self, recipe: Recipe) -> list[Any]:
-        return [self._resources.tables] if recipe.precision is Precision.INT8 else []
-
-    def _most_elements(self, out: HostArray) -> int:
-        """Return the elements of a reply that a buffer of the bus holds, wherever they start."""
-        return (self._resources.bus.buffer_bytes // out.dtype.itemsize - LANE_ELEMENTS) // BLOCK * BLOCK
+    def _most_elements(self, shift: int, itemsize: int) -> int:
+        """Return the elements of a reply that a buffer of the bus holds from byte `shift` on."""
+        return (self._resources.bus.buffer_bytes - shift) // itemsize // BLOCK * BLOCK
 
     def _floats(self, chunk: CudaChunk, begin: int, end: int) -> HostArray:
         if chunk.dtype == INT8:
             first, last = begin // BLOCK, -(-end // BLOCK)
             blocks = np.empty(last - first, INT8)
-            memory = chunk.values[first * INT8.itemsize : last * INT8.itemsize]
-            bring_bytes(self._resources, self._crossings, memory, bits_of(blocks)).wait()
+            source = chunk.address + first * INT8.itemsize
+            bring_bytes(self._resources, self._crossings, source, blocks.view(np.uint8)).wait()
             return floats_of(blocks, begin - first * BLOCK, end - first * BLOCK)
         values = np.empty(end - begin, chunk.dtype)
-        bring_values(self._resources, self._crossings, chunk.values[begin:end], chunk.dtype, values).wait()
+        source = chunk.address + begin * chunk.dtype.itemsize
+        bring_values(self._resources, self._crossings, source, chunk.dtype, values).wait()
         return floats_of(values, 0, end - begin)
 
     def _fetched(self, slot: str, start: int, size: int) -> HostArray:
         values = np.empty(size, np.float32)
         self.read(slot, start, values).wait()
         return values
+
+
+def _listed(partials: HostArray) -> list[float]:
+    values: list[float] = partials.tolist()
+    return values
+
+
+def _two_rows(partials: HostArray) -> list[list[float]]:
+    rows: list[list[float]] = partials.reshape(2, -1).tolist()
+    return rows
 
 
 def _two_sums(sums: list[list[list[float]]]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,16 +21,19 @@ _FLAT: dict[Precision, np.dtype[Any]] = {
 }
 
 
+_MAXIMUM_BYTES: Final = 4
+
+
 class CudaHeldRange(NamedTuple):
     """A range of a slot as kernels take it.
 
     Attributes:
         precision: the precision of its elements.
-        arrays: the elements as arguments of kernels; in 8 bits they begin a block.
+        addresses: the addresses of the elements, as arguments of kernels; in 8 bits they begin a block.
     """
 
     precision: Precision
-    arrays: tuple[Any, ...]
+    addresses: tuple[int, ...]
 
 
 class CudaFlatSlot(NamedTuple):
@@ -50,8 +53,13 @@ class CudaFlatSlot(NamedTuple):
         return _FLAT[self.precision]
 
     def held(self, start: int, size: int) -> CudaHeldRange:
-        """Return elements `[start, start + size)`."""
-        return CudaHeldRange(self.precision, (self.values[start : start + size],))
+        """Return elements `[start, start + size)`, which the slot has."""
+        return CudaHeldRange(self.precision, (self.address_of(start),))
+
+    def address_of(self, start: int) -> int:
+        """Return the address of an element."""
+        address: int = self.values.data.ptr + start * self.values.dtype.itemsize
+        return address
 
 
 class CudaBlockSlot(NamedTuple):
@@ -75,8 +83,8 @@ class CudaBlockSlot(NamedTuple):
     def held(self, start: int, size: int) -> CudaHeldRange:
         """Return elements `[start, start + size)`, which begin a block."""
         assert start % BLOCK == 0
-        maxima = self.absmax[start // BLOCK : block_count(start + size)]
-        return CudaHeldRange(Precision.INT8, (self.codes[start : start + size], maxima))
+        maxima = self.absmax.data.ptr + start // BLOCK * _MAXIMUM_BYTES
+        return CudaHeldRange(Precision.INT8, (self.codes.data.ptr + start, maxima))
 
 
 class CudaMixedSlot(NamedTuple):

@@ -5,17 +5,16 @@ Unverified on a GPU.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray
-from stepwire_server.engines.cuda.kernels import launch
 from stepwire_server.engines.cuda.resources import CudaResources, Together
 from stepwire_server.engines.cuda.state_arrays import CudaBlockSlot, CudaFlatSlot, CudaMixedSlot, CudaSlot
 from stepwire_server.engines.int8_moments import BLOCK, block_count
-from stepwire_server.engines.payloads import STORED, bits_of, convert
+from stepwire_server.engines.payloads import convert
 from stepwire_server.engines.protocol import Done, HostArray, Pending
 
 __all__ = ["bring_bytes", "bring_values", "encode", "read_scale", "read_slot", "replace_slot", "write_slot"]
@@ -24,14 +23,14 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 def bring_values(
-    resources: CudaResources, crossings: Crossings, values: Any, dtype: np.dtype[Any], out: HostArray
+    resources: CudaResources, crossings: Crossings, source: int, dtype: np.dtype[Any], out: HostArray
 ) -> Pending[None]:
-    """Encode device memory `(n,)` into `out`, `(n,)` of any wire dtype.
+    """Encode device memory into `out`, `(n,)` of any wire dtype.
 
     Args:
         resources: the resources of the device.
         crossings: the crossings of the session.
-        values: the elements as they are stored.
+        source: the address of the first of n elements, as they are stored.
         dtype: the wire dtype of the elements.
         out: the place of the encoded elements, which are there when the wait ends.
 
@@ -40,24 +39,25 @@ def bring_values(
     """
     most = resources.bus.buffer_bytes // out.dtype.itemsize
 
-    def ask(part: Any, target: HostArray) -> Pending[None]:
+    def ask(low: int, target: HostArray) -> Pending[None]:
+        origin = _Elements(source + low * dtype.itemsize, dtype)
         return crossings.bring(
-            0, lambda memory: _convert(resources, part, dtype, memory, out.dtype), _bytes(bits_of(target))
+            0, lambda place: _convert(resources, origin, _Elements(place, out.dtype), len(target)), target
         )
 
-    ranges = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
-    return Together([ask(values[each], out[each]) for each in ranges], lambda _: None)
+    return Together([ask(low, out[low : low + most]) for low in range(0, len(out), most)], lambda _: None)
 
 
-def bring_bytes(resources: CudaResources, crossings: Crossings, memory: Any, out: HostArray) -> Pending[None]:
-    """Copy device memory into `out`, `(n,) uint8` both, before the wait ends."""
+def bring_bytes(resources: CudaResources, crossings: Crossings, source: int, out: HostArray) -> Pending[None]:
+    """Copy device memory into `out`, `(n,) uint8`, before the wait ends."""
 
-    def ask(part: Any, target: HostArray) -> Pending[None]:
-        return crossings.bring(0, lambda slot: slot.data.copy_from_device_async(part.data, part.nbytes, None), target)
+    def ask(low: int, target: HostArray) -> Pending[None]:
+        return crossings.bring(
+            0, lambda place: resources.device.copy_across(place, source + low, target.nbytes), target
+        )
 
     most = resources.bus.buffer_bytes
-    ranges = [slice(low, min(low + most, len(out))) for low in range(0, len(out), most)]
-    return Together([ask(memory[each], out[each]) for each in ranges], lambda _: None)
+    return Together([ask(low, out[low : low + most]) for low in range(0, len(out), most)], lambda _: None)
 
 
 def read_slot(
@@ -65,7 +65,7 @@ def read_slot(
 ) -> Pending[None]:
     """Encode elements `[start, start + len(out))` of a slot into `out`; 8-bit ones at once."""
     if isinstance(slot, CudaFlatSlot):
-        return bring_values(resources, crossings, slot.values[start : start + len(out)], slot.dtype, out)
+        return bring_values(resources, crossings, slot.address_of(start), slot.dtype, out)
     if isinstance(slot, CudaMixedSlot):
         out[...] = 0
         parts = slot.within(start, start + len(out))
@@ -91,7 +91,7 @@ def read_scale(
         return Done(None)
     first, last = start // BLOCK, block_count(start + len(out))
     maxima = np.empty(last - first, np.float32)
-    bring_values(resources, crossings, slot.absmax[first:last], _FLOAT32, maxima).wait()
+    bring_values(resources, crossings, slot.held(first * BLOCK, 0).addresses[1], _FLOAT32, maxima).wait()
     convert(maxima[np.arange(start, start + len(out)) // BLOCK - first], out)
     return Done(None)
 
@@ -111,76 +111,81 @@ def write_slot(resources: CudaResources, slot: CudaSlot, start: int, values: Hos
     most = resources.bus.buffer_bytes // values.dtype.itemsize
     for low in range(0, len(values), most):
         part = values[low : low + most]
-        target = _as_bytes(slot.values[start + low : start + low + len(part)])
+        target = _Elements(slot.address_of(start + low), slot.dtype)
 
-        def use(memory: Any, target: Any = target) -> None:
-            source = memory.view(STORED[values.dtype])
-            _convert(resources, source, values.dtype, target, slot.dtype)
+        def use(place: int, target: _Elements = target, count: int = len(part)) -> None:
+            _convert(resources, _Elements(place, values.dtype), target, count)
 
-        resources.bus.hand(_bytes(bits_of(part)), use)
+        resources.bus.hand(part.view(np.uint8), use)
 
 
-def encode(resources: CudaResources, source: Any, held: np.dtype[Any], out: DeviceArray) -> None:
-    """Encode device memory into exported memory, in a thread whose stream is `compute`."""
-    _convert(resources, source, held, out.memory, out.dtype)
+def encode(resources: CudaResources, source: int, held: np.dtype[Any], out: DeviceArray) -> None:
+    """Encode device memory into exported memory, in a thread whose device is current."""
+    _convert(resources, _Elements(source, held), _Elements(out.address, out.dtype), len(out))
 
 
 def replace_slot(resources: CudaResources, slot: CudaSlot, staged: CudaSlot, scale: CudaSlot | None) -> None:
     """Replace a slot by one held as float32; `scale` as in `cpu.state_arrays.Slot.replace`."""
     assert isinstance(staged, CudaFlatSlot) and (scale is None or isinstance(scale, CudaFlatSlot))
-    given = None if scale is None else scale.values
     parts = (
         slot.within(0, len(staged.values)) if isinstance(slot, CudaMixedSlot) else [(0, len(staged.values), slot, 0)]
     )
-    with resources.device.computing():
+    with resources.device.current():
         for low, high, own, at in parts:
             if low == high:
                 continue
-            values, maxima = staged.values[low:high], None if given is None else given[low:high]
+            values = staged.address_of(low)
             if isinstance(own, CudaFlatSlot):
-                _convert(resources, values, staged.dtype, _as_bytes(own.values[at : at + high - low]), own.dtype)
+                target = _Elements(own.address_of(at), own.dtype)
+                _convert(resources, _Elements(values, staged.dtype), target, high - low)
             else:
-                _encode_blocks(resources, own, at, values, maxima)
+                maxima = None if scale is None else scale.address_of(low)
+                _encode_blocks(resources, own.held(at, high - low).addresses, own.sign, (values, maxima), high - low)
 
 
-def _encode_blocks(resources: CudaResources, slot: CudaBlockSlot, start: int, values: Any, maxima: Any | None) -> None:
-    """Encode elements that begin a block of a slot; `maxima` is that of each element's block, None to find it."""
-    kernel = resources.kernels.of_blocks(f"encode_{slot.sign}_{'blocks' if maxima is None else 'with'}")
-    given, size = [] if maxima is None else [maxima], len(values)
-    arrays = [values, *given, *slot.held(start, size).arrays, resources.tables]
-    launch(kernel, resources.kernels.blocks_of_eight_bits(size), *arrays, np.int64(size))
+def _encode_blocks(
+    resources: CudaResources, target: tuple[int, ...], sign: str, source: tuple[int, int | None], size: int
+) -> None:
+    """Encode elements that begin a block of a slot.
+
+    Args:
+        resources: the resources of the device.
+        target: the addresses of the codes and of the maxima.
+        sign: the sign of the code.
+        source: the address of the elements, and that of each one's maximum, None to find it.
+        size: the number of elements.
+    """
+    values, maxima = source
+    kernel = resources.kernels.of_blocks(f"encode_{sign}_{'blocks' if maxima is None else 'with'}")
+    given = () if maxima is None else (maxima,)
+    kernel.launch(kernel.blocks_of_eight_bits(size), (values, *given, *target, resources.tables_address, size))
 
 
 def _decoded(resources: CudaResources, crossings: Crossings, slot: CudaBlockSlot, start: int, end: int) -> HostArray:
     """Return elements of an 8-bit slot as float32: as many as a buffer of the bus holds."""
     first = start // BLOCK * BLOCK
-    codes, absmax = slot.held(first, end - first).arrays
+    size, origin = end - first, slot.held(first, end - first).addresses
     kernel = resources.kernels.of_blocks(f"decode_{slot.sign}_blocks")
 
-    def make(memory: Any) -> None:
-        values = memory.view(np.float32)
-        blocks = resources.kernels.blocks_of_eight_bits(len(values))
-        launch(kernel, blocks, codes, absmax, values, resources.tables, np.int64(len(values)))
+    def make(place: int) -> None:
+        kernel.launch(kernel.blocks_of_eight_bits(size), (*origin, place, resources.tables_address, size))
 
-    values = np.empty(end - first, np.float32)
-    crossings.bring(0, make, _bytes(values)).wait()
+    values = np.empty(size, np.float32)
+    crossings.bring(0, make, values).wait()
     return values[start - first :]
 
 
-def _convert(resources: CudaResources, source: Any, held: np.dtype[Any], target: Any, wanted: np.dtype[Any]) -> None:
-    """Encode device memory into other, `(n,) uint8`, in a thread whose stream is `compute`."""
-    if held == wanted:
-        target.data.copy_from_device_async(source.data, source.nbytes, None)
-    elif len(source):
-        kernel = resources.kernels.of_gradients(f"convert_{held.name}_to_{wanted.name}")
-        values = target.view(STORED[wanted])
-        launch(kernel, resources.kernels.blocks(len(source)), source, values, np.int64(len(source)))
+class _Elements(NamedTuple):
+    """The address of elements on the device, and their wire dtype."""
+
+    address: int
+    dtype: np.dtype[Any]
 
 
-def _as_bytes(values: Any) -> Any:
-    return values.view(np.uint8)
-
-
-def _bytes(values: HostArray) -> HostArray:
-    view: HostArray = values.view(np.uint8)
-    return view
+def _convert(resources: CudaResources, source: _Elements, target: _Elements, count: int) -> None:
+    """Encode device memory into other, in a thread whose device is current."""
+    if source.dtype == target.dtype:
+        resources.device.copy_across(target.address, source.address, count * source.dtype.itemsize)
+    elif count:
+        kernel = resources.kernels.of_gradients(f"convert_{source.dtype.name}_to_{target.dtype.name}")
+        kernel.launch(kernel.blocks(count), (source.address, target.address, count))

@@ -1,4 +1,8 @@
-"""Small results of kernels on their way to the host: sums. Unverified on a GPU."""
+"""Small results of kernels, in memory of the host that kernels write to: sums. Unverified on a GPU.
+
+A copy to the host of some kilobytes would wait in the copy engine behind the megabytes of other sessions' replies. So
+kernels write sums over the bus themselves, and an event behind the kernel says that the sums are there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import numpy as np
 
 from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
+from stepwire_server.engines.cuda.pool import Pool
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["CELL_BYTES", "Cells", "Figures", "UnreadFigures"]
@@ -20,15 +25,23 @@ CELL_BYTES: Final = 48 << 10
 """The bytes of one call's results at most."""
 
 _MOST_BATCHES: Final = 7
+_FLOAT64: Final = np.dtype(np.float64)
 
 Value = TypeVar("Value")
 
 
 class _Cell:
-    """Room for the results of one call, on both sides."""
+    """Room for the results of one call.
 
-    def __init__(self, device: CudaDevice, memory: Any, pinned: HostArray, offset: int) -> None:
-        self.device = memory[offset : offset + CELL_BYTES]
+    Attributes:
+        host: the room, `(CELL_BYTES,) uint8`.
+        address: its address, for the host and for kernels alike.
+        arrived: recorded behind the kernel that writes the results.
+    """
+
+    __slots__ = ("address", "arrived", "host")
+
+    def __init__(self, device: CudaDevice, pinned: HostArray, offset: int) -> None:
         self.host = pinned[offset : offset + CELL_BYTES]
         self.address: int = self.host.ctypes.data
         self.arrived = device.event()
@@ -48,18 +61,18 @@ class Cells:
         """Start with `batch` cells; as many more are made at a time, up to a few times.
 
         Raises:
-            ResourceExhaustedError: the device has no memory left.
+            Exception: the host has no memory left that can be pinned.
         """
         self.device = device
         self._batch = batch
         self._batches = 0
-        self._free: deque[_Cell] = deque()
-        self._given = threading.Condition()
+        self._cells: Pool[_Cell] = Pool()
+        self._growing = threading.Lock()
         self._grow()
 
     @property
     def most_bytes(self) -> int:
-        """The device memory of the cells at most."""
+        """The pinned memory of the cells at most."""
         return _MOST_BATCHES * self._batch * CELL_BYTES
 
     def acquire(self, own: Callable[[], None]) -> _Cell:
@@ -71,63 +84,60 @@ class Cells:
         Returns:
             The cell, until `release`.
         """
-        with self._given:
-            if not self._free and self._batches < _MOST_BATCHES:
-                with contextlib.suppress(Exception):  # whatever a device is short of, others give back
-                    self._grow()
-            if self._free:
-                return self._free.popleft()
-        own()
-        with self._given:
-            self._given.wait_for(lambda: self._free)
-            return self._free.popleft()
+        return self._cells.try_acquire() or self._grown() or self._awaited(own)
 
     def release(self, cell: _Cell) -> None:
         """Free a cell whose results have arrived."""
-        with self._given:
-            self._free.append(cell)
-            self._given.notify()
+        self._cells.release(cell)
+
+    def _grown(self) -> _Cell | None:
+        with self._growing:
+            if not len(self._cells) and self._batches < _MOST_BATCHES:
+                with contextlib.suppress(Exception):  # whatever the host is short of, others give back
+                    self._grow()
+            return self._cells.try_acquire()
+
+    def _awaited(self, own: Callable[[], None]) -> _Cell:
+        own()
+        return self._cells.acquire()
 
     def _grow(self) -> None:
-        nbytes = self._batch * CELL_BYTES
-        memory, pinned = self.device.allocate(nbytes), self.device.pinned(nbytes)
-        self._free += [_Cell(self.device, memory, pinned, low) for low in range(0, nbytes, CELL_BYTES)]
+        pinned = self.device.pinned(self._batch * CELL_BYTES)
+        self._cells.add([_Cell(self.device, pinned, low) for low in range(0, len(pinned), CELL_BYTES)])
         self._batches += 1
 
 
 class Figures(Generic[Value]):
     """The results of one kernel; see `Pending`."""
 
+    __slots__ = ("_cell", "_cells", "_count", "_dtype", "_read", "_value")
+
     def __init__(
         self,
         cells: Cells,
         unread: UnreadFigures,
-        count: int,
-        dtype: Any,
-        launch: Callable[[Any], None],
+        launch: Callable[[int], None],
         read: Callable[[HostArray], Value],
+        count: int,
+        dtype: Any = _FLOAT64,
     ) -> None:
-        """Run a kernel in a thread whose stream is `compute`.
+        """Run a kernel in a thread whose device is current.
 
         Args:
             cells: the room for results.
             unread: the results that the caller has not read, to which these are added.
+            launch: runs the kernel on `compute`, given the address of the figures, `(count,)`.
+            read: makes the result of the figures, `(count,)`.
             count: the number of figures.
             dtype: their dtype; `count` of them fit into `CELL_BYTES`.
-            launch: runs the kernel, given the place of the figures: device memory, `(count,)`.
-            read: makes the result of the figures, `(count,)` on the host.
         """
-        self._cells = cells
-        self._read = read
+        self._cells, self._count, self._dtype, self._read = cells, count, dtype, read
         self._value: Value
         cell = cells.acquire(unread.clear)
         self._cell: _Cell | None = cell
-        nbytes = count * np.dtype(dtype).itemsize
-        self._figures: HostArray = cell.host[:nbytes].view(dtype)
         try:
-            launch(cell.device[:nbytes].view(dtype))
-            cell.device.data.copy_to_host_async(cell.address, nbytes, None)
-            cell.arrived.record()
+            launch(cell.address)
+            cell.arrived.record(cells.device.compute)
         except BaseException:
             cells.release(cell)
             raise
@@ -142,7 +152,8 @@ class Figures(Generic[Value]):
                 self._cell = None
                 self._cells.release(cell)
                 raise
-            self._value, self._cell = self._read(self._figures), None
+            self._value = self._read(cell.host[: self._count * self._dtype.itemsize].view(self._dtype))
+            self._cell = None
             self._cells.release(cell)
         return self._value
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from stepwire_server.engines.cuda.bus import Bus, Crossings
+from stepwire_server.engines.cuda.bus import Bus, Crossings, _PinnedRanges
 from stepwire_server.engines.cuda.device import CudaDevice
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
@@ -28,14 +28,14 @@ def drawn(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([count, seed]).integers(0, 256, count, np.uint8)
 
 
-def to(target: Any) -> Callable[[Any], None]:
-    """Use bytes: copy them to device memory, in a thread whose stream is `compute`."""
-    return lambda memory: target.data.copy_from_device_async(memory.data, memory.nbytes)
+def to(device: CudaDevice, target: Any, size: int = BUFFER) -> Callable[[int], None]:
+    """Use bytes: copy them to device memory."""
+    return lambda place: device.copy_across(target.data.ptr, place, size)
 
 
-def of(source: Any) -> Callable[[Any], None]:
-    """Make bytes: copy them from device memory, in a thread whose stream is `compute`."""
-    return lambda memory: memory.data.copy_from_device_async(source.data, memory.nbytes)
+def of(device: CudaDevice, source: Any, size: int = BUFFER) -> Callable[[int], None]:
+    """Make bytes: copy them from device memory."""
+    return lambda place: device.copy_across(place, source.data.ptr, size)
 
 
 def after_uploads(device: CudaDevice) -> None:
@@ -56,7 +56,7 @@ def test_what_is_sent_may_change_as_soon_as_it_is_sent(fake, read, order, size) 
     source = owned[1:]
     source[:] = drawn(size)
     source.flags.writeable = False
-    bus.send(source, target)
+    bus.send(source, target.data.ptr)
     owned[:] = 0xEE
     after_uploads(device)
     assert (read(device, target) == drawn(size)).all()
@@ -70,7 +70,7 @@ def test_sends_arrive_where_they_belong(fake, read, order) -> None:
     with device.current():
         device.up.wait_event(device.compute.record())
     for low, high in [(3000, 4000), (0, 1), (1, 999), (1000, 3000)]:
-        bus.send(source[low:high], target[low:high])
+        bus.send(source[low:high], target.data.ptr + low)
     after_uploads(device)
     source[999] = 0
     assert (read(device, target) == source).all()
@@ -84,18 +84,11 @@ def test_what_is_handed_over_is_used_in_the_order_of_the_kernels(fake, read, ord
     device.zero(target)
     for turn in range(5):
         source = drawn(size, turn)
-        bus.hand(source, to(target))
+        bus.hand(source, to(device, target, size))
         source[:] = 0xEE
-        assert bus.hand(source[:0], lambda memory: None) is None
+        assert bus.hand(source[:0], lambda place: None) is None
     expected = np.concatenate((drawn(size, 4), np.zeros(BUFFER - size, np.uint8)))
     assert (read(device, target) == expected).all()
-
-
-def test_what_is_handed_over_has_its_size_on_the_device(fake) -> None:
-    device, bus = make(fake("eager"))
-    seen: list[Any] = []
-    bus.hand(drawn(7), lambda memory: seen.append((memory.nbytes, memory.dtype, device.cupy.cuda.get_current_stream())))
-    assert seen == [(7, np.uint8, device.compute)]
 
 
 # --- down ---------------------------------------------------------------------------------------------------------
@@ -107,16 +100,15 @@ def test_what_is_handed_over_has_its_size_on_the_device(fake) -> None:
 def test_what_is_brought_is_there_after_the_wait(fake, settle, order, size, shift) -> None:
     device, bus = make(fake(order))
     crossings, source = Crossings(bus), device.allocate(BUFFER)
-    bus.send(drawn(BUFFER), source)
+    bus.send(drawn(BUFFER), source.data.ptr)
     after_uploads(device)
     places: list[int] = []
     for turn in range(3):
         part = source[turn : turn + size]
 
-        def copy(memory: Any, part: Any = part) -> None:
-            places.append(memory.data.ptr % BUFFER)
-            assert memory.nbytes == size
-            of(part)(memory)
+        def copy(place: int, part: Any = part) -> None:
+            places.append(place % BUFFER)
+            of(device, part, size)(place)
 
         owned = np.full(size + 3, 0xEE, np.uint8)
         crossing = crossings.bring(shift, copy, owned[1 : size + 1])
@@ -135,14 +127,14 @@ def test_what_is_brought_is_there_after_the_wait(fake, settle, order, size, shif
 def test_a_session_with_more_on_its_way_than_there_are_buffers_waits_for_its_oldest(fake, together, order) -> None:
     device, bus = make(fake(order), buffers=2)
     crossings, source = Crossings(bus), device.allocate(BUFFER)
-    bus.send(drawn(BUFFER), source)
+    bus.send(drawn(BUFFER), source.data.ptr)
     after_uploads(device)
     outs = np.full((5, 100), 0xEE, np.uint8)
     brought = []
 
     def bring_all() -> None:
         for turn in range(5):
-            brought.append(crossings.bring(0, of(source[turn:]), outs[turn]))
+            brought.append(crossings.bring(0, of(device, source[turn:], 100), outs[turn]))
             assert [crossing.ended for crossing in brought] == [k < turn - 1 for k in range(turn + 1)]
             for k in range(turn - 1):
                 assert (outs[k] == drawn(BUFFER)[k : k + 100]).all(), "it was brought when its buffer was needed"
@@ -150,7 +142,7 @@ def test_a_session_with_more_on_its_way_than_there_are_buffers_waits_for_its_old
 
     together(bring_all)
     brought[3].wait()
-    later = crossings.bring(0, of(source), np.empty(1, np.uint8))
+    later = crossings.bring(0, of(device, source, 1), np.empty(1, np.uint8))
     assert not brought[4].ended, "a buffer was free"
     crossings.clear()
     assert later.ended and brought[4].ended
@@ -164,14 +156,14 @@ def test_two_sessions_share_the_buffers_without_waiting_for_each_other(fake, set
     device, bus = make(fake(order), buffers)
     sources = [device.allocate(BUFFER) for _ in range(2)]
     for seed, source in enumerate(sources):
-        bus.send(drawn(BUFFER, seed), source)
+        bus.send(drawn(BUFFER, seed), source.data.ptr)
     after_uploads(device)
 
     def work(seed: int) -> None:
         crossings = Crossings(bus)
         for _ in range(3):
             outs = np.full((4, 50), 0xEE, np.uint8)
-            waited = [crossings.bring(turn, of(sources[seed][turn:]), out) for turn, out in enumerate(outs)]
+            waited = [crossings.bring(turn, of(device, sources[seed][turn:], 50), out) for turn, out in enumerate(outs)]
             for turn, crossing in reversed(list(enumerate(waited))):
                 crossing.wait()
                 assert (outs[turn] == drawn(BUFFER, seed)[turn : turn + 50]).all()
@@ -188,12 +180,12 @@ def test_one_buffer_is_enough_for_all_directions_at_once(fake, settle, together,
     def work(seed: int) -> None:
         crossings, memory = Crossings(bus), kept[seed]
         for turn in range(4):
-            bus.send(drawn(2 * BUFFER, turn), memory[BUFFER:])
-            bus.hand(drawn(BUFFER, turn), to(memory))
+            bus.send(drawn(2 * BUFFER, turn), memory.data.ptr + BUFFER)
+            bus.hand(drawn(BUFFER, turn), to(device, memory))
             after_uploads(device)
             outs = np.empty((3, BUFFER), np.uint8)
             for part, out in enumerate(outs):
-                crossings.bring(0, of(memory[part * BUFFER :]), out)
+                crossings.bring(0, of(device, memory[part * BUFFER :]), out)
             crossings.clear()
             assert (outs[0] == drawn(BUFFER, turn)).all()
             assert (outs[1:].ravel() == drawn(2 * BUFFER, turn)).all()
@@ -205,9 +197,9 @@ def test_one_buffer_is_enough_for_all_directions_at_once(fake, settle, together,
 def test_who_waits_for_a_buffer_gets_the_one_that_comes_back(fake, settle, together) -> None:
     device, bus = make(fake(), buffers=1)
     source, out = device.allocate(BUFFER), np.empty(4, np.uint8)
-    bus.send(drawn(BUFFER), source)
+    bus.send(drawn(BUFFER), source.data.ptr)
     after_uploads(device)
-    first, entered = Crossings(bus).bring(0, of(source), np.empty(1, np.uint8)), threading.Event()
+    first, entered = Crossings(bus).bring(0, of(device, source, 1), np.empty(1, np.uint8)), threading.Event()
 
     def own() -> bool:
         entered.set()
@@ -217,7 +209,7 @@ def test_who_waits_for_a_buffer_gets_the_one_that_comes_back(fake, settle, toget
         assert entered.wait(60.0)
         first.wait()
 
-    together(lambda: bus.bring(0, of(source), out, own).wait(), give)
+    together(lambda: bus.bring(0, of(device, source, 4), out, own).wait(), give)
     assert (out == drawn(BUFFER)[:4]).all()
     settle(device)
 
@@ -233,9 +225,9 @@ def test_pinned_memory_crosses_by_itself(fake, settle, read, order) -> None:
     target, ended = device.allocate(5 * BUFFER - 2), bus._up.acquire()
     with bus.pin(source), bus.pin(out):
         assert cupy.registered_bytes == 6 * BUFFER
-        bus.send(source[1:-1], target)
+        bus.send(source[1:-1], target.data.ptr)
         after_uploads(device)
-        crossing = Crossings(bus).bring(3, of(target), out[5:25])
+        crossing = Crossings(bus).bring(3, of(device, target, 20), out[5:25])
         settle(device)
         assert (out[5:25] == source[1:21]).all(), "it is there before the wait"
         crossing.wait()
@@ -251,7 +243,7 @@ def test_pinned_memory_must_stay_as_it_is_until_it_has_crossed(fake, read) -> No
     device, bus = make(fake("lazy"))
     source, target = drawn(BUFFER), device.allocate(BUFFER)
     with bus.pin(source):
-        bus.send(source, target)
+        bus.send(source, target.data.ptr)
         source[:] = 7
         after_uploads(device)
         assert (read(device, target) == 7).all()
@@ -264,12 +256,12 @@ def test_memory_that_is_not_all_pinned_goes_through_buffers(fake, read, low, hig
     memory, target = drawn(256), device.allocate(256)
     with bus.pin(memory[200:]), bus.pin(memory[64:128]):
         part = target[low:high]
-        bus.send(memory[low:high], part)
+        bus.send(memory[low:high], part.data.ptr)
         memory[:] = 7
         out = np.full(256, 0xEE, np.uint8)
         memory[:] = out
         after_uploads(device)
-        crossing = Crossings(bus).bring(0, of(part), memory[low:high])
+        crossing = Crossings(bus).bring(0, of(device, part, high - low), memory[low:high])
         with device.current():
             device.down.synchronize()
         assert (memory[low:high] == 0xEE).all()
@@ -282,7 +274,7 @@ def test_memory_that_is_pinned_no_more_goes_through_buffers(fake, read) -> None:
     source, target = drawn(BUFFER), device.allocate(BUFFER)
     with bus.pin(source):
         pass
-    bus.send(source, target)
+    bus.send(source, target.data.ptr)
     source[:] = 7
     after_uploads(device)
     assert (read(device, target) == drawn(BUFFER)).all()
@@ -295,7 +287,7 @@ def test_memory_that_cannot_be_pinned_is_not(fake, read) -> None:
     cupy.fail_next("hostRegister", cupy.cuda.runtime.CUDARuntimeError(2))
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="out of memory"), bus.pin(source):
         pytest.fail("the block is not entered")
-    bus.send(source, target)
+    bus.send(source, target.data.ptr)
     after_uploads(device)
     assert (read(device, target) == drawn(BUFFER)).all()
 
@@ -308,13 +300,12 @@ def test_memory_is_pinned_no_more_after_an_error_in_the_block(fake) -> None:
     assert cupy.registered_bytes == 0
 
 
-def test_what_is_pinned_may_change_while_it_is_looked_up(fake) -> None:
+def test_what_is_pinned_may_change_while_it_is_looked_up() -> None:
     """Another thread replaces the list between two looks at it."""
-    memory = drawn(BUFFER)
-    lists = iter([[(0, 1), (memory.ctypes.data, memory.ctypes.data + BUFFER)], [], []])
-    _, bus = make(fake())
-    bus.__class__ = type("Racing", (Bus,), {"_pinned": property(lambda self: next(lists))})
-    assert bus._is_pinned(memory)
+    address = 1 << 20
+    lists = iter([([0, address], [1, address + BUFFER]), ([], []), ([], [])])
+    racing = type("Racing", (_PinnedRanges,), {"_ranges": property(lambda self: next(lists), lambda self, _: None)})()
+    assert racing.hold(address, BUFFER)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -332,14 +323,14 @@ def prove_usable(device: CudaDevice, bus: Bus, read: Any) -> None:
     assert None not in ended, "a buffer of the way down was lost"
     for buffer in ended:
         bus._down.release(buffer)
-    bus.send(source, target)
+    bus.send(source, target.data.ptr)
     after_uploads(device)
-    bus.hand(source[:10], to(target[20:]))
+    bus.hand(source[:10], to(device, target[20:], 10))
     source[20:30] = source[:10]
     assert (read(device, target) == source).all()
     outs = np.empty((bus.buffers, BUFFER), np.uint8)
     for k, out in enumerate(outs):
-        crossings.bring(0, of(target[k * BUFFER :]), out)
+        crossings.bring(0, of(device, target[k * BUFFER :]), out)
     crossings.clear()
     assert (outs.ravel() == source).all()
 
@@ -352,7 +343,7 @@ def test_a_send_that_fails_gives_its_buffer_back(fake, read, settle, order, oper
     broken, target = cupy.cuda.runtime.CUDARuntimeError(98), device.allocate(5 * BUFFER)
     cupy.fail_next(operation, broken, after)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
-        bus.send(drawn(5 * BUFFER), target)
+        bus.send(drawn(5 * BUFFER), target.data.ptr)
     assert caught.value is broken
     prove_usable(device, bus, read)
     settle(device)
@@ -401,7 +392,7 @@ def test_a_wait_that_fails_gives_its_buffer_back(fake, read, order) -> None:
     cupy = fake(order)
     device, bus = make(cupy)
     broken, source = cupy.cuda.runtime.CUDARuntimeError(98), device.allocate(BUFFER)
-    crossing = Crossings(bus).bring(0, of(source), np.empty(10, np.uint8))
+    crossing = Crossings(bus).bring(0, of(device, source, 10), np.empty(10, np.uint8))
     cupy.fail_next("synchronize", broken)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError) as caught:
         crossing.wait()
@@ -415,9 +406,9 @@ def test_after_an_error_a_session_holds_no_buffers(fake, read, order) -> None:
     cupy = fake(order)
     device, bus = make(cupy, buffers=3)
     source, crossings, outs = device.allocate(BUFFER), Crossings(bus), np.empty((2, BUFFER), np.uint8)
-    bus.send(drawn(BUFFER), source)
+    bus.send(drawn(BUFFER), source.data.ptr)
     after_uploads(device)
-    brought = [crossings.bring(0, of(source), out) for out in outs]
+    brought = [crossings.bring(0, of(device, source), out) for out in outs]
     broken = ValueError("it cannot be made")
 
     def make_nothing(memory: Any) -> None:
@@ -467,10 +458,10 @@ MUTATIONS = [
     Mutation("hand", "wait_event", None, None, "the same, as nobody waits"),
     Mutation("hand", "record", "compute", None, "a buffer is refilled before its bytes are used"),
     Mutation("hand", "record", "compute", "up", "the same, as only their copy is waited for"),
-    Mutation("_ask_down", "record", "compute", None, "bytes leave the device before they are made"),
-    Mutation("_ask_down", "wait_event", None, None, "the same, as nobody waits"),
-    Mutation("_ask_down", "record", "down", None, "bytes are taken before they are there"),
-    Mutation("_ask_down", "record", "down", "compute", "the same, as only their making is waited for"),
+    Mutation("bring", "record", "compute", None, "bytes leave the device before they are made"),
+    Mutation("bring", "wait_event", None, None, "the same, as nobody waits"),
+    Mutation("bring", "record", "down", None, "bytes are taken before they are there"),
+    Mutation("bring", "record", "down", "compute", "the same, as only their making is waited for"),
     Mutation("wait", "wait", None, None, "the same, as nobody waits"),
 ]
 
@@ -507,9 +498,9 @@ def traffic_is_right(device: CudaDevice, bus: Bus, read: Any) -> bool:
     handed = device.allocate(BUFFER)
     outs = np.full((5, BUFFER), 0xEE, np.uint8)
     for turn, out in enumerate(outs):
-        bus.send(drawn(BUFFER, 10 + turn), sent[turn * BUFFER : (turn + 1) * BUFFER])
-        bus.hand(drawn(BUFFER, turn), to(handed))
-        crossings.bring(0, of(handed), out)
+        bus.send(drawn(BUFFER, 10 + turn), sent.data.ptr + turn * BUFFER)
+        bus.hand(drawn(BUFFER, turn), to(device, handed))
+        crossings.bring(0, of(device, handed), out)
     crossings.clear()
     brought = outs.copy()  # before anything else is waited for
     after_uploads(device)

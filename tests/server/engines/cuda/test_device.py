@@ -22,16 +22,13 @@ def test_streams_are_three_and_their_own(fake) -> None:
     assert (device.name, other.name, device.description) == ("cuda:0", "cuda:1", "Pretended GPU")
 
 
-def test_the_device_and_its_stream_are_current_for_a_block(fake) -> None:
+def test_the_device_stays_current_after_a_block(fake) -> None:
     cupy = fake()
     device, other = CudaDevice(cupy, 0), CudaDevice(cupy, 1)
     with device.current():
-        assert cupy.cuda.get_current_stream().ptr == 0
-        with device.computing():
-            assert cupy.cuda.get_current_stream() is device.compute
-        assert cupy.cuda.get_current_stream().ptr == 0
-    with other.computing():
-        assert cupy.cuda.get_current_stream() is other.compute
+        assert cupy.cuda.runtime.getDevice() == 0
+    with other.current():
+        assert cupy.cuda.get_current_stream().ptr == 0, "every call names its stream"
     assert cupy.cuda.runtime.getDevice() == 1, "the device before is not restored"
     assert cupy.contexts == {0, 1}
 
@@ -158,12 +155,29 @@ def test_pinned_memory_is_crossed_to_and_from(fake, order) -> None:
 def test_zeros_come_in_the_order_of_the_kernels(fake, read, order) -> None:
     device = CudaDevice(fake(order), 0)
     memory = device.allocate(64)
-    with device.computing():
-        memory.data.memset_async(7, 64)
+    with device.current():
+        memory.data.memset_async(7, 64, device.compute)
     device.zero(memory[:16])
-    with device.computing():
-        memory[8:12].data.memset_async(9, 4)
+    with device.current():
+        memory[8:12].data.memset_async(9, 4, device.compute)
     assert read(device, memory).tolist() == [0] * 8 + [9] * 4 + [0] * 4 + [7] * 48
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_copies_have_a_direction_and_a_stream_each(fake, order) -> None:
+    device = CudaDevice(fake(order), 0)
+    memory, host, back = device.allocate(16), device.pinned(8), device.pinned(8)
+    host[:] = range(8)
+    with device.current():
+        device.copy_up(memory.data.ptr, host.ctypes.data, 8)
+        device.compute.wait_event(device.up.record())
+        device.copy_across(memory.data.ptr + 8, memory.data.ptr, 8)
+        device.down.wait_event(device.compute.record())
+        device.copy_down(back.ctypes.data, memory.data.ptr + 8, 8)
+        for copy in (device.copy_up, device.copy_across, device.copy_down):
+            copy(0, 0, 0)
+    device.settle(device.down)
+    assert back.tolist() == list(range(8))
 
 
 def test_a_view_has_its_offset_count_and_type(fake, read) -> None:
@@ -172,8 +186,8 @@ def test_a_view_has_its_offset_count_and_type(fake, read) -> None:
     device.zero(memory)
     view = device.view(memory, 16, 3, np.float32)
     assert (view.size, view.nbytes, view.dtype, view.data.ptr - memory.data.ptr) == (3, 12, np.float32, 16)
-    with device.computing():
-        view.data.memset_async(0x40, view.nbytes)
+    with device.current():
+        view.data.memset_async(0x40, view.nbytes, device.compute)
     assert read(device, memory).tolist() == [0] * 16 + [0x40] * 12 + [0] * 36
     assert device.view(memory, 64, 0, np.float32).size == 0
 
@@ -185,9 +199,10 @@ def test_everything_works_in_a_thread_where_no_device_is_current(fake, together)
     def work() -> None:
         memory, host, event = device.allocate(8), device.pinned(8), device.event()
         device.zero(memory)
-        with device.computing():
-            memory.data.copy_to_host_async(host.ctypes.data, 8)
-            event.record()
+        device.settle(device.compute)
+        with device.current():
+            device.copy_down(host.ctypes.data, memory.data.ptr, 8)
+            event.record(device.down)
         event.synchronize()
         assert host.tolist() == [0] * 8
         assert device.view(memory, 4, 1, np.float32).nbytes == 4
@@ -246,7 +261,7 @@ def test_no_wait_takes_a_core(fake) -> None:
     memory = device.allocate(8)
     device.zero(memory)
     device.settle(device.compute)
-    assert device.to_host(memory) == bytes(8)
+    assert device.to_host(memory.data.ptr, 8) == bytes(8)
     assert cupy.spinning_waits == 0
 
 

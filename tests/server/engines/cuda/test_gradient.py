@@ -15,6 +15,8 @@ from stepwire_server.engines.cuda.bus import Bus
 from stepwire_server.engines.cuda.device import ALIGNMENT, CudaDevice
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient, GradientCache
 from stepwire_server.engines.cuda.sums import Cells, Figures
+from stepwire_server.engines.payloads import STORED
+from tests.server.engines.cuda.filling import Filling, fill
 
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -41,8 +43,13 @@ class Device:
 
     def keep(self, chunk: CudaChunk, target: Any) -> None:
         """Read a chunk in the order of the kernels, as a step does."""
-        with self.device.computing():
-            target.data.copy_from_device_async(chunk.values.data, target.nbytes)
+        with self.device.current():
+            self.device.copy_across(target.data.ptr, chunk.address, target.nbytes)
+
+    def values(self, chunk: CudaChunk) -> Any:
+        """View the elements of a chunk, as they are stored."""
+        memory = chunk.gradient._block.memory
+        return self.device.view(memory, chunk.address - memory.data.ptr, len(chunk), STORED[chunk.dtype])
 
     def cached_bytes(self) -> int:
         return self.cupy.used_bytes - self.held
@@ -58,16 +65,15 @@ def test_chunks_lie_where_their_elements_do(fake, read, unaligned, order, name) 
     gradient = place.gradient(size)
     values = np.random.default_rng(0).standard_normal(size).astype(dtype)
     chunks = [(low, gradient.put(low, unaligned(values[low:high]))) for low, high in [(300, 1000), (0, 7), (7, 300)]]
-    base = chunks[1][1].values.data.ptr
+    base = chunks[1][1].address
     assert base % ALIGNMENT == 0
     for low, chunk in chunks:
-        assert (chunk.values.data.ptr - base, chunk.dtype) == (low * dtype.itemsize, dtype)
-        got = read(place.device, chunk.values).view(dtype)
+        assert (chunk.address - base, chunk.dtype) == (low * dtype.itemsize, dtype)
+        got = read(place.device, place.values(chunk)).view(dtype)
         assert (got == values[low : low + len(chunk)]).all()
         assert chunk.gradient is gradient
     assert [len(chunk) for _, chunk in chunks] == [700, 7, 293]
     assert place.cached_bytes() == size * dtype.itemsize, "one allocation, of what it takes"
-    assert chunks[0][1].values.dtype == (np.float32 if name == "float32" else np.uint16)
     gradient.close()
 
 
@@ -77,7 +83,7 @@ def test_a_payload_may_change_as_soon_as_it_is_put(fake, read, order) -> None:
     gradient, payload = place.gradient(500), np.arange(500, dtype=np.float32)
     chunk = gradient.put(0, payload)
     payload[:] = -1.0
-    assert (read(place.device, chunk.values) == np.arange(500)).all()
+    assert (read(place.device, place.values(chunk)) == np.arange(500)).all()
     gradient.close()
 
 
@@ -122,7 +128,7 @@ def test_closing_twice_gives_memory_back_once(fake) -> None:
     gradient.close()
     first, second = place.gradient(10), place.gradient(10)
     chunks = [place.put(first, 2.0, 10), place.put(second, 3.0, 10)]
-    assert chunks[0].values.data.ptr != chunks[1].values.data.ptr
+    assert chunks[0].address != chunks[1].address
     first.close()
     second.close()
 
@@ -138,29 +144,27 @@ def test_what_nobody_closed_is_closed_when_it_is_dropped(fake, order) -> None:
     place = Device(fake(order), cache_bytes=40)
     chunk = place.put(place.gradient(10), 1.0, 10)
     before = place.cupy.allocations
-    address = chunk.values.data.ptr
+    address = chunk.address
     del chunk
     gc.collect()
     again = place.gradient(10)
-    assert place.put(again, 2.0, 10).values.data.ptr == address
+    assert place.put(again, 2.0, 10).address == address
     assert (place.cached_bytes(), place.cupy.allocations) == (40, before)
     again.close()
 
 
 @every_order
 def test_sums_are_read_when_the_gradient_is_closed(fake, order) -> None:
-    place = Device(fake(order))
+    place = Device(fake(order, library=Filling()))
     cells, gradient = Cells(place.device, 32), place.gradient(10)
     place.put(gradient, 1.0, 10)
-    with place.device.computing():
+    with place.device.current():
         sums = [
-            Figures(
-                cells, gradient.unread, 1, np.uint8, lambda out: out.data.memset_async(9, out.nbytes), np.ndarray.tolist
-            )
+            Figures(cells, gradient.unread, fill(place.device, 9, 1), np.ndarray.tolist, 1, np.dtype(np.uint8))
             for _ in range(3)
         ]
     gradient.close()
-    assert len(cells._free) == 32
+    assert len(cells._cells) == 32
     assert [each.wait() for each in sums] == [[9]] * 3
 
 
@@ -178,7 +182,7 @@ def test_a_chunk_that_fails_half_way_leaves_memory_that_can_be_given_back(fake, 
     broken.__traceback__ = None  # which holds the chunk
     assert place.cached_bytes() == (5 * SLOT if cache_bytes else 0)
     again = place.gradient(5 * SLOT // 4)
-    assert (read(place.device, place.put(again, 2.0, 5 * SLOT // 4).values) == 2.0).all()
+    assert (read(place.device, place.values(place.put(again, 2.0, 5 * SLOT // 4))) == 2.0).all()
     again.close()
 
 
@@ -202,7 +206,7 @@ def test_memory_of_the_same_size_is_used_again(fake) -> None:
     for _ in range(5):
         for size in (10, 20):
             gradient = place.gradient(size)
-            addresses.append(place.put(gradient, 1.0, size).values.data.ptr)
+            addresses.append(place.put(gradient, 1.0, size).address)
             gradient.close()
     assert place.cupy.allocations == 4 + 2
     assert addresses == addresses[:2] * 5
@@ -245,7 +249,7 @@ def test_all_that_no_step_uses_is_zeroed_and_given_back_when_asked(fake, read, o
         gradient.close()
     place.cache.trim()
     assert [read(place.device, memory).any() for memory in memories] == [False, False]
-    assert (read(place.device, chunks[2].values) == 5.0).all(), "a step uses it"
+    assert (read(place.device, place.values(chunks[2])) == 5.0).all(), "a step uses it"
     del chunks
     memories.clear()
     assert place.cached_bytes() == 48
@@ -276,7 +280,7 @@ def test_threads_share_what_is_kept(fake, read, together, order) -> None:
         for turn in range(8):
             gradient = place.gradient(50 + 10 * (turn % 2))
             chunk = place.put(gradient, seed + turn, gradient._size)
-            assert (read(place.device, chunk.values) == seed + turn).all()
+            assert (read(place.device, place.values(chunk)) == seed + turn).all()
             gradient.close()
 
     together(lambda: work(0), lambda: work(100), lambda: work(200))

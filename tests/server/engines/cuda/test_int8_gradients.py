@@ -72,7 +72,7 @@ def test_a_gradient_takes_the_bytes_of_its_blocks_and_each_lies_where_its_elemen
     assert buffer._block is not None
     base = buffer._block.memory
     assert base.nbytes == 12 * INT8.itemsize
-    assert [(chunk.values.data.ptr - base.data.ptr) / INT8.itemsize for chunk in chunks] == [5, 0, 10]
+    assert [(chunk.address - base.data.ptr) / INT8.itemsize for chunk in chunks] == [5, 0, 10]
     assert [len(chunk) for chunk in chunks] == list(counts.values())
     want = decode_blocks(blocks, SIZE)
     for low, chunk in zip(counts, chunks, strict=True):

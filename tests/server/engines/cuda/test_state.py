@@ -616,7 +616,7 @@ def test_no_room_for_a_gradient_is_an_error_and_the_state_goes_on(fake, start, l
 
 
 @pytest.mark.parametrize("operation", ["kernel", "copy", "synchronize"])
-@pytest.mark.parametrize("after", range(9))
+@pytest.mark.parametrize("after", range(8))
 def test_an_error_of_the_device_is_told_and_leaves_the_others_their_slots(start, operation, after) -> None:
     """Whoever failed may never come back for its slots."""
     engine, outs, kept = start("greedy"), [np.empty(700, np.float32) for _ in range(4)], []
