@@ -52,7 +52,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def bench() -> Iterator[types.SimpleNamespace]:
     """The benchmark's modules, which import one another by their bare names."""
-    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_python", "gpu_sections", "gpu_torch")
+    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_kernels", "gpu_python", "gpu_sections", "gpu_torch")
     names += ("idle_cupy", "machine")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
@@ -212,3 +212,49 @@ def test_pythons_time_for_a_piece_is_told_of_every_kind_of_moments(bench, monkey
     rows = [line.split() for line in capsys.readouterr().out.partition("moments")[2].splitlines()[1:]]
     assert [row[:3] for row in rows] == [[name, "4", "KiB"] for name in ("float32", "telemetry", "bfloat16", "int8")]
     assert all(float(figure) > 0.0 for row in rows for figure in row[3:])
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "blocks"),
+    [
+        (32, 0, {"75": 4, "90": 8, "100": 8}),
+        (50, 24_332, {"75": 2, "90": 4, "100": 4}),
+        (65, 0, {"75": 3, "90": 3, "100": 3}),
+        (40, 3072, {"75": 4, "90": 6, "100": 6}),
+        (16, 60_000, {"75": 1, "90": 3, "100": 3}),
+    ],
+)
+def test_blocks_follow_from_registers_shared_memory_and_threads(bench, registers, shared_bytes, blocks) -> None:
+    """The numbers are those of NVIDIA's occupancy calculator."""
+    figures = bench.gpu_kernels.Figures(registers, 0, 0, shared_bytes)
+    limits = bench.gpu_kernels.ARCHITECTURES
+    assert {arch: figures.blocks(limits[arch]) for arch in limits} == blocks
+
+
+def test_the_assemblers_words_become_figures(bench, monkeypatch) -> None:
+    told = """
+ptxas info    : Compiling entry function 'one' for 'sm_90'
+ptxas info    : Function properties for one
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 42 registers, used 1 barriers, 8 bytes cumulative stack size, 8192 bytes smem
+ptxas info    : Compiling entry function 'other' for 'sm_90'
+ptxas info    : Function properties for other
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 0 barriers
+"""
+    done = types.SimpleNamespace(returncode=0, stdout="", stderr=told)
+    monkeypatch.setattr(bench.gpu_kernels.subprocess, "run", lambda *_, **__: done)
+    found = bench.gpu_kernels.figures_of("nvcc", [], "90")
+    assert found == {"one": (42, 8, 16, 8192), "other": (30, 0, 0, 0)}
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="nvcc is not installed; it compiles the kernels for real devices"
+)
+def test_the_command_tells_figures_of_kernels(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", "--arch", "90", "--only", "decode_signed"])
+    bench.gpu_kernels.main()
+    _, row = capsys.readouterr().out.splitlines()
+    name, arch, registers, *others = row.split()
+    assert (name, arch) == ("decode_signed_blocks", "90") and 0 < int(registers) <= 64
+    assert [int(other) for other in others] == [0, 0, 1024, 8]

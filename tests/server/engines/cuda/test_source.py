@@ -26,7 +26,7 @@ from stepwire_server.engines.cuda.source import (
 from stepwire_server.engines.cuda.source.memory import MEMORY
 from stepwire_server.engines.cuda.source.prelude import SQUARES
 from stepwire_server.engines.cuda.source.printer import print_call, print_function
-from stepwire_server.engines.cuda.source.updates import is_crowded
+from stepwire_server.engines.cuda.source.updates import is_crowded, resident_in_blocks
 from stepwire_server.engines.stochastic_rounding import round_stochastically
 from stepwire_server.rules import Precision, Stage
 from stepwire_server.rules.momentum import sgd
@@ -155,12 +155,11 @@ def test_updates_use_neither_double_nor_pow_nor_headers(kernel) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_updates_call_the_formula_in_one_place(case) -> None:
-    """A function of one element; the loops over vectors and over the rest call that."""
+    """A function of one element; the loops over vectors or whole blocks, and over the rest, call that."""
     kernel = update_kernel(*case)
     calls = len(re.findall(rf"\b{kernel.functions[-1].__name__}\(", kernel.text))
     assert calls == 1
-    loops = 1 if case.recipe.precision is Precision.INT8 else 2
-    assert len(re.findall(rf"\b{kernel.name}_element\(", kernel.text)) == 1 + loops
+    assert len(re.findall(rf"\b{kernel.name}_element\(", kernel.text)) == 1 + 2
 
 
 def test_functions_shared_by_kernels_are_printed_once() -> None:
@@ -254,7 +253,8 @@ FIGURES = re.compile(
 def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, record_property, number) -> None:
     """For one of Turing, Hopper and Blackwell, and each of these compiles every rule and option.
 
-    With 64 registers a multiprocessor holds four blocks of 256 threads; with 80, as where much is held at once, three.
+    With 64 registers a multiprocessor holds four blocks of 256 threads; with 80, as where much is held at once, three;
+    with more, two.
     """
     if f"compute_{number}\n" not in nvcc("--list-gpu-arch"):
         pytest.skip(f"this nvcc does not know sm_{number}")
@@ -272,9 +272,12 @@ def test_every_kernel_compiles_for_a_real_device_and_spills_nothing(tmp_path, re
     measuring = {
         update_kernel(*case).name for case in chosen if case.recipe.measures or is_crowded(case.recipe)
     } - eight_bit
-    others = registers.keys() - eight_bit - measuring
-    for kind, bound, names in [("float", 64, others), ("measuring", 80, measuring), ("int8", 80, eight_bit)]:
-        most = max(registers[name] for name in names)
+    kinds = [("float", 64, registers.keys() - eight_bit - measuring), ("measuring", 80, measuring)]
+    for resident, bound in ((4, 64), (3, 80), (2, 128)):
+        held = [case for case in chosen if resident_in_blocks(case.recipe, case.gradient) == resident]
+        kinds.append((f"int8 ({resident})", bound, {update_kernel(*case).name for case in held} & eight_bit))
+    for kind, bound, names in kinds:
+        most = max((registers[name] for name in names), default=0)
         record_property(f"most_registers_{kind}_sm_{number}", most)
         print(f"sm_{number}: {len(names)} {kind} kernels of at most {most} registers")
         assert most <= bound

@@ -103,26 +103,35 @@ __device__ __forceinline__ void load_group(Blocks from, float *to, int group, in
 
 # Elements that wait for the maximum stay in registers until both groups are done, and no others do. With both groups
 # loaded first, kernels with many arrays spilled.
+#
+# The body stands there twice. In the first loop all blocks are whole and aligned, and the compiler knows: nothing is
+# tested block by block. The second loop has the shorter last block, or all blocks of an array that is not aligned.
 _BLOCKWISE = """{element}
-extern "C" __global__ void __launch_bounds__({threads}, 3) {name}({parameters}) {{
+extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}({parameters}) {{
     {before}
-    const bool vectors = {aligned};
-    const int warps = (int)blockDim.x / 32;
-    for (long long block = (long long)blockIdx.x * warps + threadIdx.x / 32; block * {width} < size;
-         block += (long long)gridDim.x * warps) {{
-        const long long low = block * {width};
+    const int warps = (int)blockDim.x / 32, warp = (int)(blockIdx.x * warps + threadIdx.x / 32);
+    const int blocks = (int)((size + {width} - 1) / {width}), wholes = {aligned} ? (int)(size / {width}) : 0;
+    for (int block = warp; block < wholes; block += (int)gridDim.x * warps) {{
+        const long long low = {width}ll * block;
+        constexpr int count = {width};
+        constexpr bool whole = true;
+        {body}
+    }}
+    for (int block = wholes + warp; block < blocks; block += (int)gridDim.x * warps) {{
+        const long long low = {width}ll * block;
         const int count = size - low < {width} ? (int)(size - low) : {width};
-        const bool whole = vectors && count == {width};
-        {kept}
-        #pragma unroll
-        for (int group = 0; group < 2; ++group) {{
-            {groups}
-        }}
-        {closing}
+        constexpr bool whole = false;
+        {body}
     }}
     {after}
 }}
 """
+_BODY = """{kept}
+        #pragma unroll
+        for (int group = 0; group < 2; ++group) {{
+            {groups}
+        }}
+        {closing}"""
 
 
 class BlockPass(NamedTuple):
@@ -137,6 +146,7 @@ class BlockPass(NamedTuple):
         coded: the arrays of codes, which the closing stores.
         before: the statements before everything.
         after: the statements after everything, which all threads reach.
+        resident: the blocks of threads that a multiprocessor's registers suffice for at least.
     """
 
     arrays: Sequence[Array]
@@ -147,6 +157,7 @@ class BlockPass(NamedTuple):
     coded: Sequence[Array] = ()
     before: Sequence[str] = ()
     after: Sequence[str] = ()
+    resident: int = 4
 
 
 def block_kernel(kernel: Kernel, parameters: Sequence[str], work: BlockPass) -> Kernel:
@@ -162,17 +173,21 @@ def block_kernel(kernel: Kernel, parameters: Sequence[str], work: BlockPass) -> 
     moved = "{0}_group({1}_all + low, {1}s, group, count, whole);"
     loads = [moved.format("load", array.variable) for array in read]
     stores = [moved.format("store", array.variable) for array in work.arrays if array.written]
+    body = _BODY.format(
+        kept=joined(work.kept, 8),
+        groups=joined([*registers, *loads, *work.group, *stores], 12),
+        closing=joined(work.closing, 8),
+    )
     text = _BLOCKWISE.format(
         name=kernel.name,
         threads=THREADS,
+        resident=work.resident,
         element=kernel.text,
         parameters=", ".join(parameters),
         before=joined([*shared_tables(work.tables), *openings(work.arrays), *work.before], 4),
         aligned=" && ".join(f"aligned({array.variable}_all)" for array in [*work.arrays, *work.coded]),
         width=BLOCK,
-        kept=joined(work.kept, 8),
-        groups=joined([*registers, *loads, *work.group, *stores], 12),
-        closing=joined(work.closing, 8),
+        body=body,
         after=joined(work.after, 4),
     )
     received = [*preludes(work.arrays), _RECEIVED_GROUPS] if preludes(work.arrays) else []

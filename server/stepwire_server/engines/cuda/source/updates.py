@@ -21,7 +21,7 @@ from stepwire_server.engines.cuda.source.printer import print_call
 from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe
 
-__all__ = ["is_crowded", "measure_kernel", "update_kernel"]
+__all__ = ["is_crowded", "measure_kernel", "resident_in_blocks", "update_kernel"]
 
 _TABLES = "const unsigned int *__restrict__ tables"
 
@@ -62,6 +62,17 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
 def is_crowded(recipe: Recipe) -> bool:
     """Tell whether an update that measures nothing spilled registers: of bfloat16 moments beside two more arrays."""
     return recipe.precision is Precision.BFLOAT16 and recipe.accumulates and recipe.averages
+
+
+def resident_in_blocks(recipe: Recipe, gradient: str) -> int:
+    """Return the blocks of threads that the registers of an update of 8-bit moments are bounded for.
+
+    Two groups of moments wait in registers for their maximum. With a third array beside them, or with a decoded
+    gradient, 64 registers spilled somewhere from Turing to Blackwell; with everything at once 80 spilled too.
+    """
+    if recipe.accumulates and recipe.averages and recipe.measures:
+        return 2
+    return 3 if recipe.accumulates or recipe.averages or gradient == "int8" else 4
 
 
 def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
@@ -131,6 +142,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
         list(codes.values()),
         [f"Squares {total} = {{}};" for total in sums],
         store_sums(sums),
+        resident_in_blocks(recipe, gradient),
     )
     return block_kernel(kernel._replace(text=text), parameters, work)
 
