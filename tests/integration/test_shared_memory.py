@@ -335,6 +335,7 @@ def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
         assert server.handoff.statistics()[:1] == (0,)
         twins.plain.step(ones)
         twins.shared.attach(take_over=True)
+        ends.wait()  # of the stream that its own token was refused on
         twins.applied = 2 * round_ + 2
         twins.step("arrays")
         twins.shared.detach()

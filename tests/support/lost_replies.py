@@ -10,6 +10,7 @@ import pytest
 
 from stepwire.errors import DeadlineExceededError
 from stepwire.links.hold import Hold
+from stepwire.steps.call import StepCall
 
 __all__ = ["lost_replies"]
 
@@ -19,16 +20,17 @@ def lost_replies(*, applied: bool = True, of: Callable[[Hold], bool] = lambda ho
     """Fail every step in a block, as if the deadline had passed.
 
     Args:
-        applied: the server applies the step before; else the step is never sent.
+        applied: the server applies the step before; else the step never arrives.
         of: tells the holds whose steps fail.
     """
     exchange = Hold._exchange
 
-    def lost(self: Hold, *arguments: Any) -> Any:
+    def lost(self: Hold, stream: Any, call: StepCall, deadline: Any) -> Any:
         if not of(self):
-            return exchange(self, *arguments)
+            return exchange(self, stream, call, deadline)
         if applied:
-            exchange(self, *arguments)
+            exchange(self, stream, call, deadline)
+        call.sent = True
         raise DeadlineExceededError("the reply was lost")
 
     with pytest.MonkeyPatch.context() as patched:

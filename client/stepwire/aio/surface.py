@@ -138,7 +138,7 @@ class AsyncSession(SessionBase):
             FencedError: another client acquired the session's worker.
             SessionNotFoundError: the session is gone; `metadata["last_known_step"]`.
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
-            StepMismatchError: the session moved without this client, or some shards applied another step that failed.
+            StepMismatchError: the session moved without this client, or took a step that failed; see `attach`, `pull`.
             DataLossError: the server has lost a durable step, or its state.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
@@ -163,13 +163,12 @@ class AsyncSession(SessionBase):
     async def attach(
         self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None
     ) -> None:
-        """Attach a stream now instead of at the first step.
-
-        After a step that failed, `applied_step` then tells whether it was applied.
+        """Attach a stream now instead of at the first step. `applied_step` then tells the outcome of one that failed.
 
         Args:
             transport: a transport of `stepwire.connect`, for this session from now on; None leaves it as it is.
-            take_over: acquire the worker from its holder, and fence the holder.
+            take_over: acquire the worker from another client that holds it, and fence that client. If it stepped since
+                a step of this client failed, `step` refuses those gradients until a pull, a load or another step.
             timeout: seconds.
 
         Raises:

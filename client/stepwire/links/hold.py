@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Final
+
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream
-from stepwire.errors import StepMismatchError
+from stepwire.errors import FencedError, Reason, StepMismatchError, StepwireError
 from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
+from stepwire.steps.doubt import unfinished
 from stepwire.steps.reply import ReplyReader
 from stepwire.steps.shared import can_carry, shared_message
 from stepwire.transports.attach import open_stream
@@ -14,8 +18,21 @@ from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.frames import Frame
 
 __all__ = ["Hold"]
+
+_REFUSALS: Final = frozenset(
+    {
+        Reason.FENCED,
+        Reason.STALE_EPOCH,
+        Reason.STREAM_DISPLACED,
+        Reason.NON_FINITE_GRADIENT,
+        Reason.INVALID_TENSOR,
+        Reason.INVALID_CONFIG,
+    }
+)
+"""The reasons that come from a server alone, and mean that it applied nothing of the step."""
 
 
 class Hold:
@@ -23,6 +40,8 @@ class Hold:
 
     Attributes:
         token: the proof of the hold; 0 before the worker was acquired.
+        acquisitions: how often the worker was acquired from whoever held it. Another client may have stepped the
+            session before each.
         epoch: the session's epoch; 0 once the server has named another one, until the next attach.
         applied_step: the last step known to be applied.
         applied_load: the last load known to be committed.
@@ -41,6 +60,7 @@ class Hold:
         """Be ready to attach to a session; token 0 acquires its worker at the first attach."""
         message = description.message
         self.token = token
+        self.acquisitions = 0
         self.epoch = message.epoch
         self.applied_step = self.step_on_server = message.applied_step
         self.applied_load = self._load_on_server = message.applied_load
@@ -96,10 +116,27 @@ class Hold:
             self.shared.close()
             self.shared = None
 
-    def release(self) -> None:
-        """Drop the stream and the token: the next attach acquires the worker, whoever holds it then."""
+    def displaced(self) -> None:
+        """Note that a newer stream of this client holds the worker, and drop this one: the next attach goes on."""
         self.detach()
+        self.in_doubt = True
+
+    def take_over(self, deadline: Deadline) -> AttachedStream:
+        """Attach anew, and acquire the worker if another client holds it.
+
+        The own token comes first. Where it holds, nobody stepped the session in between.
+
+        Raises:
+            StepwireError: as `attach`.
+        """
+        self.detach()
+        try:
+            return self.attach(deadline)
+        except FencedError as error:
+            if error.reason != Reason.FENCED:
+                raise
         self.token = 0
+        return self.attach(deadline)
 
     def forget_epoch(self) -> None:
         """Drop the stream and the epoch: the next attach learns the epoch that the session is in now."""
@@ -127,7 +164,10 @@ class Hold:
 
         Raises:
             StepMismatchError: the session was stepped or loaded without this client.
+            SessionNotReadyError: a step that this one does not repeat is half applied.
         """
+        if self.unfinished_step and not sent:
+            raise unfinished(self.unfinished_step)
         applied = self.step_on_server
         if applied != step - 1 and not (sent and applied == step):
             raise StepMismatchError(
@@ -168,6 +208,7 @@ class Hold:
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
         if self.token == 0:
+            self.acquisitions += 1
             self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
         elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:  # this client's own: the token held
             self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
@@ -186,7 +227,7 @@ class Hold:
         begin = call.begin
         self.check(begin.step, sent=call.sent)
         begin.epoch, begin.load = self.epoch, self.applied_load
-        again, call.sent = self.step_on_server == begin.step, True
+        again = self.step_on_server == begin.step
         if call.feed is not None:
             call.feed.bind(stream.close)
         shared = self.shared if self.shared is not None and can_carry(self.shared, call) else None
@@ -196,7 +237,7 @@ class Hold:
             if shared is None
             else iter([shared_message(shared, call, again=again)])
         )
-        for frame in stream.exchange(messages, deadline):
+        for frame in _send(stream, call, messages, deadline):
             message: pb.AttachResponse = frame.message
             if message.HasField("chunk") or shared is not None and message.HasField("result"):
                 self.answered_step = begin.step
@@ -208,3 +249,14 @@ class Hold:
         reader.finish()
         result: step_pb2.StepResult = message.result
         return result
+
+
+def _send(stream: AttachedStream, call: StepCall, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
+    """Send a step, and yield the replies; a step that the server refused has not been sent, as far as it matters."""
+    sent, call.sent = call.sent, True
+    try:
+        yield from stream.exchange(messages, deadline)
+    except StepwireError as refused:
+        if refused.reason in _REFUSALS and not call.begin.overlap:
+            call.sent = sent
+        raise

@@ -20,7 +20,7 @@ from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
-from stepwire.steps.doubt import Doubt, unfinished
+from stepwire.steps.doubt import Doubt, UntoldSteps, unfinished
 from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -57,6 +57,7 @@ class RemoteLink(SessionLink):
         self._carry = Carry(description.message, size, error_feedback=error_feedback)
         self._hold = Hold(route, description, token)
         self._doubt: Doubt | None = None
+        self._untold = UntoldSteps()
         self._load = self._hold.applied_load  # that the doubt and everything carried belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
@@ -123,18 +124,12 @@ class RemoteLink(SessionLink):
         if transport is not None and transport != before:
             hold.detach()
             self._route.ask(transport)
-        doubt, token = self._doubt, hold.token
-        if take_over:
-            hold.release()
-            self._doubt = None  # the last step may be that of a holder in between
         try:
-            self._repeat(hold.attach, deadline)
+            self._repeat(hold.take_over if take_over else hold.attach, deadline)
         except UnsupportedFeatureError:
             self._route.ask(before)
             raise
-        if take_over and hold.token == token + 1:  # nobody held the worker in between
-            self._doubt = doubt
-        self._forget_replaced()
+        self._forget_settled()
         if self._doubt is not None and hold.step_on_server == self._doubt.step:
             hold.applied_step = hold.step_on_server
 
@@ -167,9 +162,10 @@ class RemoteLink(SessionLink):
         try:
             result = self.step_by_number(call, deadline)
         except BaseException:
-            self._doubt = Doubt.after(call)
+            self._doubt = Doubt.after(call, self._hold.acquisitions)
             raise
         self._doubt = None
+        self._untold.forget()
         undelivered(functools.partial(self._undelivered, call))
         if call.feed is not None:
             call.feed.undelivered = functools.partial(self._undelivered, call)
@@ -181,7 +177,7 @@ class RemoteLink(SessionLink):
             hold = self._hold
             if self._doubt is None and (hold.applied_step, hold.applied_load) == (call.begin.step, call.begin.load):
                 self._carry.failed(call)
-                self._doubt = Doubt.after(call)
+                self._doubt = Doubt.after(call, hold.acquisitions)
 
     def step_by_number(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a call that has its number, until its reply is read.
@@ -199,11 +195,18 @@ class RemoteLink(SessionLink):
         return result
 
     def _number(self, call: StepCall, deadline: Deadline) -> int:
-        """Return the number of a call, once a load and a step in doubt are settled."""
+        """Return the number of a call, once a load and a step in doubt are settled.
+
+        Raises:
+            StepMismatchError: the call repeats a step whose outcome nobody can tell, or the session moved.
+            SessionNotReadyError: another step is half applied.
+            StepwireError: as `attach`.
+        """
         hold = self._hold
-        if hold.load_in_doubt or (self._doubt is None and hold.token == 0):  # the server alone knows what is next
+        if hold.load_in_doubt or hold.token == 0:  # the server alone knows what is next
             self._repeat(hold.attach, deadline)
-        self._forget_replaced()
+        self._forget_settled()
+        self._untold.check(call)
         if self._doubt is not None:
             if self._doubt.covers(call):
                 call.sent = True
@@ -211,12 +214,20 @@ class RemoteLink(SessionLink):
             self._resolve(self._doubt, deadline)
         return hold.applied_step + 1
 
-    def _forget_replaced(self) -> None:
-        """Forget a step in doubt, and what is carried, once a load is known to have replaced its state."""
-        if self._hold.applied_load != self._load:
-            self._load = self._hold.applied_load
+    def _forget_settled(self) -> None:
+        """Forget a step in doubt that a load has replaced, or that another client's hold has settled or hidden."""
+        hold, doubt = self._hold, self._doubt
+        if hold.applied_load != self._load:
+            self._load = hold.applied_load
             self._carry.loaded()
             self._doubt = None
+            self._untold.forget()
+        elif doubt is not None and doubt.acquisitions != hold.acquisitions:
+            self._doubt = None
+            if hold.step_on_server < doubt.step:
+                doubt.resolve(applied=False)
+            else:  # by this client, or by another one
+                self._untold.add(doubt)
 
     def _resolve(self, doubt: Doubt, deadline: Deadline) -> None:
         """Learn the outcome of a step in doubt.
@@ -245,13 +256,15 @@ class RemoteLink(SessionLink):
             dtype=dtype_to_wire(dtype),
             chunk_bytes=self._description.chunk_bytes,
         )
-        packer = self._description.packer
-        return self._repeat(
+        packer, untold = self._description.packer, self._untold.doubts
+        header = self._repeat(
             lambda left: self._route.way(left).calls.download(
                 "Pull", request, lambda messages: read_pull(messages, packer, dtype, targets), left
             ),
             deadline,
         )
+        self._untold.forget(untold)
+        return header
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`."""
@@ -259,13 +272,13 @@ class RemoteLink(SessionLink):
         if not hold.is_certain:
             self._repeat(hold.attach, deadline)
         opening = load.opening()
-        if load.step is None:  # said all the same, so that a load that arrives after a step is refused
-            opening.step = hold.step_on_server
         opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
         def attempt(left: Deadline) -> pb.LoadResponse:
-            if hold.epoch == 0:
+            if hold.epoch == 0 or not hold.is_certain:
                 hold.attach(left)
+            if load.step is None:  # said all the same, so that a load that arrives after a step is refused
+                opening.step = hold.step_on_server
             opening.attach_token, opening.epoch = hold.token, hold.epoch
             messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
             response: pb.LoadResponse = self._route.way(left).calls.upload("Load", messages, pb.LoadResponse, left)
@@ -277,7 +290,7 @@ class RemoteLink(SessionLink):
             hold.load_failed(opening.load)
             raise
         hold.loaded(opening.load, response.session.applied_step)
-        self._forget_replaced()
+        self._forget_settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`."""
@@ -334,6 +347,8 @@ class RemoteLink(SessionLink):
         except UnavailableError as error:
             if error.reason == Reason.UNREACHABLE:
                 self._route.lost()
+            elif error.reason == Reason.STREAM_DISPLACED:
+                self._hold.displaced()
             raise
         except FencedError as error:
             if error.reason != Reason.STALE_EPOCH or self._hold.epoch == 0:

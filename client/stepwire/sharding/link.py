@@ -26,12 +26,12 @@ from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import FanOut
 from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
 from stepwire.sharding.partition import Partition
-from stepwire.sharding.shard import Shard
+from stepwire.sharding.shard import Shard, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
-from stepwire.steps.call import OnTensor, StepCall
+from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
-from stepwire.steps.doubt import Doubt, unfinished
+from stepwire.steps.doubt import Doubt, UntoldSteps, unfinished
 from stepwire.transports.available import TRANSPORTS
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import state_pb2, step_pb2
@@ -75,6 +75,7 @@ class ShardedLink(SessionLink):
         self._bounds = bounds_of(whole)
         self._limited = whole.config.gradient.HasField("clip_grad_value")
         self._doubt: Doubt | None = None
+        self._untold = UntoldSteps()
         self._coordinator: Coordinator | None = None  # of the step in doubt
         self._step: int | None = None  # under way, or in doubt
         self._load: int | None = None  # that they belong to
@@ -136,12 +137,8 @@ class ShardedLink(SessionLink):
 
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the streams of all shards; see `SessionLink.attach`."""
-        doubt, coordinator, step, tokens = self._doubt, self._coordinator, self._step, self._tokens()
-        if take_over:
-            self._settled()
         self._each(lambda shard: shard.attach(deadline, transport=transport, take_over=take_over))
-        if take_over and self._tokens() == [token + 1 for token in tokens]:  # nobody held a worker in between
-            self._doubt, self._coordinator, self._step = doubt, coordinator, step
+        self._forget_settled()
         if self._doubt is not None and set(self._steps_on_servers()) == {self._doubt.step}:
             for shard in self._shards:
                 shard.link.hold.applied_step = shard.step_on_server
@@ -188,9 +185,10 @@ class ShardedLink(SessionLink):
         try:
             result = self._step_shards(call, coordinator, deadline)
         except BaseException:
-            self._doubt = Doubt.after(call)
+            self._doubt = Doubt.after(call, self._acquisitions())
             raise
         self._settled()
+        self._untold.forget()
         self._last_result = result
         undelivered(functools.partial(self._undelivered, call, coordinator))
         return result
@@ -201,10 +199,11 @@ class ShardedLink(SessionLink):
             if self._doubt is None and set(self._steps_on_servers()) == {call.begin.step}:
                 for shard in self._shards:
                     shard.link.carry.failed(call)
-                self._doubt, self._coordinator, self._step = Doubt.after(call), coordinator, call.begin.step
+                self._coordinator, self._step = coordinator, call.begin.step
+                self._doubt = Doubt.after(call, self._acquisitions())
 
     def _step_shards(self, call: StepCall, coordinator: Coordinator | None, deadline: Deadline) -> step_pb2.StepResult:
-        notifiers = [None] * len(self._shards) if call.on_tensor is None else _gathered(self._shards, call.on_tensor)
+        notifiers = [None] * len(self._shards) if call.on_tensor is None else gathered(self._shards, call.on_tensor)
         calls = [
             functools.partial(shard.step, call, coordinator, notify, deadline)
             for shard, notify in zip(self._shards, notifiers, strict=True)
@@ -222,16 +221,16 @@ class ShardedLink(SessionLink):
 
         Raises:
             StepMismatchError: a shard moved without this client, or a step of another gradient is half applied, or a
-                load was committed on some shards alone.
+                load was committed on some shards alone, or the call repeats a step whose outcome nobody can tell.
             SessionNotReadyError: a step with `overlap` of another gradient is half applied.
         """
         if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
             raise half_loaded(self._shards, loads)
-        if loads[0] != self._load:  # a load that failed may have been committed by all: it replaced a step in doubt
-            self._settled()
-            self._load = loads[0]
+        self._forget_settled()
+        self._untold.check(call)
         steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
+            self._check_finished()
             if set(steps) != {self.applied_step}:
                 raise uneven(self._shards, steps)
             return steps[0] + 1
@@ -250,13 +249,17 @@ class ShardedLink(SessionLink):
             StepMismatchError: some shards have applied it.
             SessionNotReadyError: a shard has applied a part of it.
         """
-        if begun := max(shard.link.hold.unfinished_step for shard in self._shards):
-            raise unfinished(begun)
+        self._check_finished()
         if len(set(steps)) > 1:
             raise half_applied(self._shards, doubt.step, steps)
         for shard in self._shards:
             shard.resolve(applied=steps[0] == doubt.step)
         self._settled()
+
+    def _check_finished(self) -> None:
+        """Refuse another step, by SessionNotReadyError, while a shard has applied a part of one."""
+        if begun := max(shard.link.hold.unfinished_step for shard in self._shards):
+            raise unfinished(begun)
 
     def _coordinator_of(self, step: int) -> Coordinator | None:
         """Return the coordinator of a step: the one whose decision a shard has followed already, or a new one.
@@ -284,6 +287,7 @@ class ShardedLink(SessionLink):
             StepwireError: as `Session.pull`.
         """
         seen: list[StepMismatchError] = []
+        untold = self._untold.doubts
 
         def attempt(left: Deadline) -> state_pb2.PullHeader:
             headers = self._each(lambda shard: shard.pull(targets, dtype, left))
@@ -293,6 +297,7 @@ class ShardedLink(SessionLink):
             elif len(set(steps)) > 1:
                 seen.append(read_at(steps, len(seen) + 1))
             else:
+                self._untold.forget(untold)
                 return combined_header(headers, self._partition)
             if (cause := self._own_failure(steps, loads)) is not None:
                 raise cause
@@ -363,6 +368,21 @@ class ShardedLink(SessionLink):
         """Note that no step is under way or in doubt."""
         self._doubt = self._coordinator = self._step = None
 
+    def _forget_settled(self) -> None:
+        """Forget a step in doubt that a load of all shards has replaced, or that another client has settled or hidden.
+
+        A load that failed may have been committed by all.
+        """
+        doubt, loads = self._doubt, {shard.applied_load for shard in self._shards}
+        if loads != {self._load}:
+            self._settled()
+            self._untold.forget()
+            self._load = loads.pop() if len(loads) == 1 else None
+        elif doubt is not None and doubt.acquisitions != self._acquisitions():
+            self._settled()
+            if max(self._steps_on_servers()) >= doubt.step:  # by this client, or by another one
+                self._untold.add(doubt)
+
     def _attach_missing(self, deadline: Deadline) -> None:
         """Attach the shards whose streams are not attached."""
         if missing := [shard for shard in self._shards if not shard.attached]:
@@ -371,28 +391,8 @@ class ShardedLink(SessionLink):
     def _steps_on_servers(self) -> list[int]:
         return [shard.step_on_server for shard in self._shards]
 
-    def _tokens(self) -> list[int]:
-        return [shard.link.hold.token for shard in self._shards]
+    def _acquisitions(self) -> int:
+        return sum(shard.link.hold.acquisitions for shard in self._shards)
 
     def _each(self, call: Callable[[Shard], _T]) -> list[_T]:
         return self._fan_out.each([functools.partial(call, shard) for shard in self._shards])
-
-
-def _gathered(shards: Sequence[Shard], notify: OnTensor) -> list[OnTensor]:
-    """Return a function for each shard, so that `notify` is called once all shards have their ranges of a tensor.
-
-    The calls come one at a time, and again if the reply of a shard is repeated.
-    """
-    awaited: dict[int, set[int]] = {}
-    for shard in shards:
-        for each in shard.ranges.ranges:
-            awaited.setdefault(each.tensor, set()).add(shard.rank)
-    lock = threading.Lock()
-
-    def arrived(rank: int, tensor: int) -> None:
-        with lock:
-            awaited[tensor].discard(rank)
-            if not awaited[tensor]:
-                notify(tensor)
-
-    return [functools.partial(arrived, shard.rank) for shard in shards]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from stepwire.steps.call import OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "gathered"]
 
 
 class Shard:
@@ -93,7 +95,11 @@ class Shard:
             StepwireError: as `SessionLink.step`, with the shard named.
         """
         with self.link.lock, self._named():
-            return self.link.step_by_number(self._own(call, coordinator, on_tensor, deadline), deadline)
+            own = self._own(call, coordinator, on_tensor, deadline)
+            try:
+                return self.link.step_by_number(own, deadline)
+            finally:
+                call.sent = call.sent or own.sent
 
     def resolve(self, *, applied: bool) -> None:
         """Adopt the outcome of a step in doubt, as the server said it."""
@@ -188,6 +194,26 @@ class Shard:
             metadata=metadata,
             retry_after_seconds=error.retry_after_seconds,
         )
+
+
+def gathered(shards: Sequence[Shard], notify: OnTensor) -> list[OnTensor]:
+    """Return a function for each shard, so that `notify` is called once all shards have their ranges of a tensor.
+
+    The calls come one at a time, and again if the reply of a shard is repeated.
+    """
+    awaited: dict[int, set[int]] = {}
+    for shard in shards:
+        for each in shard.ranges.ranges:
+            awaited.setdefault(each.tensor, set()).add(shard.rank)
+    lock = threading.Lock()
+
+    def arrived(rank: int, tensor: int) -> None:
+        with lock:
+            awaited[tensor].discard(rank)
+            if not awaited[tensor]:
+                notify(tensor)
+
+    return [functools.partial(arrived, shard.rank) for shard in shards]
 
 
 def _in_the_whole(metadata: Mapping[str, str], origin: Origin) -> dict[str, str]:

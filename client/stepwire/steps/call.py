@@ -47,8 +47,8 @@ class StepCall:
         feed: the feed of a gradient that is still being made; it fills `gradients`.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
-        sent: the step was sent before, by this call or by one with the same gradient and options. Only then may the
-            server's last step be the step of this call.
+        sent: the step was sent before, by this call or by one with the same gradient and options, and not refused. Only
+            then may the server's last step be the step of this call.
     """
 
     begin: step_pb2.StepBegin

@@ -10,6 +10,9 @@ A call that fails does not say whether its step was applied: perhaps only the re
 
 Without the second case, a new gradient would get the reply of the old one, and would never be applied.
 
+A third case needs another client. If one held the worker since, the number may be that client's step, and nobody can
+tell any more whether the step in doubt was applied. Then the same gradient is refused: see `UntoldSteps`.
+
 A fingerprint is computed after a failure alone: a good step does not pay for it. See `stepwire.arrays.fingerprints`.
 """
 
@@ -25,11 +28,11 @@ import numpy.typing as npt
 from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.fingerprints import Fingerprint as ArrayFingerprint
 from stepwire.arrays.fingerprints import fingerprint
-from stepwire.errors import Reason, SessionNotReadyError, StepwireError
+from stepwire.errors import Reason, SessionNotReadyError, StepMismatchError, StepwireError
 from stepwire.steps.call import StepCall
 from stepwire.v1 import step_pb2
 
-__all__ = ["Doubt", "Fingerprint", "fingerprint_of_arrays", "unfinished"]
+__all__ = ["Doubt", "Fingerprint", "UntoldSteps", "fingerprint_of_arrays", "unfinished"]
 
 Fingerprint: TypeAlias = tuple[tuple[str, ArrayFingerprint], ...]
 """For each array its dtype, and the fingerprint of its bytes."""
@@ -43,20 +46,22 @@ class Doubt:
         step: the number of the step.
         fingerprint: the fingerprint of its gradient; None for a gradient that cannot be read any more.
         options: the options that change the effect of the step, serialized.
+        acquisitions: how often this client had acquired the worker; see `Hold.acquisitions`.
         feedback: the error feedback that waits for the outcome; None without one.
     """
 
     step: int
     fingerprint: Fingerprint | None
     options: bytes
+    acquisitions: int = 0
     feedback: ErrorFeedback | None = None
 
     @classmethod
-    def after(cls, call: StepCall) -> Doubt | None:
+    def after(cls, call: StepCall, acquisitions: int) -> Doubt | None:
         """Return the doubt about a call that failed; None if its step was certainly not committed."""
-        if call.feed is not None and not call.feed.is_committed:
+        if not call.sent or (call.feed is not None and not call.feed.is_committed):
             return None
-        return cls(call.begin.step, _fingerprint(call), _options(call), call.feedback)
+        return cls(call.begin.step, _fingerprint(call), _options(call), acquisitions, call.feedback)
 
     def covers(self, call: StepCall) -> bool:
         """Tell whether a call is the same step again: the same gradient, with the same options.
@@ -75,6 +80,47 @@ class Doubt:
             self.feedback.accept()
         else:
             self.feedback.discard()
+
+
+class UntoldSteps:
+    """The steps whose outcome nobody can tell, since another client held the worker after them.
+
+    To repeat one of them could apply it twice, so it is refused. That ends with the next pull, load or step: whoever
+    knows the state of the present can send any gradient.
+    """
+
+    def __init__(self) -> None:
+        """Start without one."""
+        self._doubts: tuple[Doubt, ...] = ()
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """The steps, oldest first. The tuple is never changed, so that a pull can tell those that it came after."""
+        return self._doubts
+
+    def add(self, doubt: Doubt) -> None:
+        """Add a step. What waits for its outcome, waits in vain."""
+        doubt.resolve(applied=False)
+        self._doubts = (*self._doubts, doubt)
+
+    def check(self, call: StepCall) -> None:
+        """Refuse a call that repeats one of the steps.
+
+        Raises:
+            StepMismatchError: it does.
+        """
+        for doubt in self._doubts:
+            if doubt.covers(call):
+                raise StepMismatchError(
+                    f"step {doubt.step} of this gradient failed, and another client held the worker since: nobody can "
+                    "tell whether it was applied, and nothing was sent. Pull the parameters and compute a new gradient",
+                    metadata={"step_in_doubt": doubt.step},
+                )
+
+    def forget(self, doubts: tuple[Doubt, ...] | None = None) -> None:
+        """Forget all steps; or those that were there at an earlier moment, if no more were added since."""
+        if doubts is None or doubts is self._doubts:
+            self._doubts = ()
 
 
 def fingerprint_of_arrays(arrays: Iterable[npt.NDArray[np.generic]]) -> Fingerprint:

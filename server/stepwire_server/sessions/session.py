@@ -153,7 +153,7 @@ class Session:
         """Return the present hold to a call that brings its token.
 
         Raises:
-            FencedError: the token is not that of the present hold.
+            FencedError, UnavailableError: as `Worker.holder_of`.
             SessionNotFoundError: the session has ended.
         """
         with self._lock:

@@ -8,6 +8,7 @@ A client that attaches again after a broken connection gets a new hold too. Its 
 on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So any
 token that the client had since it acquired the worker attaches; only the newest one steps and loads in calls. An attach
 that was delayed displaces a stream of its own client at worst: the client attaches again, and no step is lost.
+An older token in a call is told apart in the same way: of its own client, or of one that is fenced.
 """
 
 from __future__ import annotations
@@ -76,18 +77,19 @@ class Worker:
         Raises:
             FencedError: another client holds the worker.
         """
-        if not self.holder.acquired <= token <= self.holder.generation or not token:
+        if not self._is_of_client(token):
             raise self._fenced(token)
 
     def holder_of(self, token: int) -> Holder:
         """Return the present hold to a call that brings its token.
 
         Raises:
-            FencedError: the token is not that of the present hold.
+            FencedError: another client holds the worker, or the token was never given out.
+            UnavailableError: the token is an older one of the client that holds the worker.
         """
-        if token != self.holder.generation or not token:
-            raise self._fenced(token)
-        return self.holder
+        if token == self.holder.generation and token:
+            return self.holder
+        raise self._displaced_by(token) if self._is_of_client(token) else self._fenced(token)
 
     def check(self, holder: Hold) -> None:
         """Refuse everybody but the present holder.
@@ -100,12 +102,7 @@ class Worker:
             return
         if holder.acquired != self.holder.acquired:
             raise self._fenced(holder.generation)
-        raise UnavailableError(
-            f"worker {self.index} is held by a newer stream of this client (generation {holder.generation}, now "
-            f"{self.holder.generation}); nothing was applied, attach again to go on",
-            reason=Reason.STREAM_DISPLACED,
-            metadata={"worker": self.index, "token": holder.generation, "current_token": self.holder.generation},
-        )
+        raise self._displaced_by(holder.generation)
 
     def detach(self, stream: ClientStream) -> None:
         """Forget a stream that has ended."""
@@ -131,6 +128,19 @@ class Worker:
                 former.cancel()
         self.holder = Holder(self.index, generation, acquired, stream)
         return self.holder
+
+    def _is_of_client(self, token: int) -> bool:
+        """Tell whether a token was given to the client that holds the worker, since it acquired the worker."""
+        return 0 < self.holder.acquired <= token <= self.holder.generation
+
+    def _displaced_by(self, token: int) -> UnavailableError:
+        current = self.holder.generation
+        return UnavailableError(
+            f"worker {self.index} is held by a newer stream of this client (generation {token}, now {current}); "
+            "nothing was applied, attach again to go on",
+            reason=Reason.STREAM_DISPLACED,
+            metadata={"worker": self.index, "token": token, "current_token": current},
+        )
 
     def _fenced(self, token: int) -> FencedError:
         current = self.holder.generation

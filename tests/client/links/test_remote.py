@@ -15,7 +15,7 @@ import stepwire
 from stepwire.arrays.packing import Packer
 from stepwire.connection.channel import Calls
 from stepwire.connection.stream import AttachedStream
-from stepwire.errors import DeadlineExceededError, FencedError, Reason
+from stepwire.errors import DeadlineExceededError, FencedError, Reason, StepMismatchError
 from stepwire.layout import TensorSpec, place
 from stepwire.links import hold as hold_module
 from stepwire.links.link import Load
@@ -30,9 +30,10 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32
 from tests.support.attach_scripts import Script, Server, answer, opened, refuse, serve_steps
 from tests.support.lost_replies import lost_replies
+from tests.support.raw import RawClient
 
 START = {"w": np.zeros(3, np.float32)}
-ONES, TWOS = {"w": np.ones(3, np.float32)}, {"w": np.full(3, 2.0, np.float32)}
+ONES, TWOS, FOURS = ({"w": np.full(3, value, np.float32)} for value in (1.0, 2.0, 4.0))
 Create = Callable[..., stepwire.Session]
 
 
@@ -48,6 +49,12 @@ def create(client: stepwire.Client) -> Iterator[Create]:
     yield created
     for session in made:
         session.close()
+
+
+@pytest.fixture
+def raw(target: str) -> Iterator[RawClient]:
+    with RawClient(target) as client:
+        yield client
 
 
 def fail(session: stepwire.Session, gradient: Any, *, applied: bool, **options: Any) -> None:
@@ -210,18 +217,84 @@ def test_a_step_that_was_given_up_leaves_no_doubt(create: Create) -> None:
 
 
 @pytest.mark.parametrize("applied", [True, False])
-def test_the_same_gradient_after_the_worker_went_to_another_client_is_a_new_step(
+def test_the_same_gradient_after_another_client_stepped_is_refused(
     client: stepwire.Client, create: Create, applied: bool
 ) -> None:
-    """The other client's step has the number of the one in doubt: its reply is not that of this gradient."""
+    """The number of the step in doubt is of either client by now: its repetition could apply the gradient twice."""
     session = create()
-    fail(session, ONES, applied=False)
+    fail(session, ONES, applied=applied)
     client.session(session.session_id).step(TWOS)
     with pytest.raises(FencedError):
         session.step(ONES)
     session.attach(take_over=True)
-    assert first(session.step(ONES)) == -3.0
-    assert session.info().applied_step == 2
+    for _ in range(2):
+        with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied"):
+            session.step(ONES)
+    session.attach(take_over=True)
+    with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied"):
+        session.step(ONES)
+    assert session.info().applied_step == 1 + applied
+    assert first(session.pull()) == -2.0 - applied
+    assert first(session.step(ONES)) == -3.0 - applied
+
+
+@pytest.mark.parametrize("settle", ["pull", "load", "step"])
+def test_whoever_knows_the_present_state_may_send_any_gradient(
+    client: stepwire.Client, create: Create, settle: str
+) -> None:
+    session = create()
+    fail(session, ONES, applied=True)
+    client.session(session.session_id).step(TWOS)
+    session.attach(take_over=True)
+    settled = {
+        "pull": lambda: session.pull(),
+        "load": lambda: session.load({"w": np.full(3, -3.0, np.float32)}),
+        "step": lambda: session.step({"w": np.zeros(3, np.float32)}),
+    }
+    settled[settle]()
+    assert first(session.step(ONES)) == -4.0
+
+
+def test_a_gradient_that_certainly_was_not_applied_is_a_new_step(client: stepwire.Client, create: Create) -> None:
+    """The other client held the worker and stepped nothing, so the number of the step in doubt is free."""
+    session = create()
+    fail(session, ONES, applied=False)
+    client.session(session.session_id).attach()
+    session.attach(take_over=True)
+    assert first(session.step(ONES)) == -1.0
+    assert session.info().applied_step == 1
+
+
+def test_another_gradient_that_fails_after_it_changes_nothing(client: stepwire.Client, create: Create) -> None:
+    session = create()
+    fail(session, ONES, applied=True)
+    client.session(session.session_id).step(TWOS)
+    session.attach(take_over=True)
+    fail(session, FOURS, applied=True)
+    with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied"):
+        session.step(ONES)
+    assert first(session.step(FOURS)) == -7.0
+    assert first(session.step(ONES)) == -8.0
+
+
+def test_a_take_over_whose_reply_is_lost_hides_the_outcome_as_well(client: stepwire.Client, create: Create) -> None:
+    """The token is gone, and the next step acquires the worker by itself."""
+    session = create()
+    fail(session, ONES, applied=True)
+    client.session(session.session_id).step(TWOS)
+    with pytest.MonkeyPatch.context() as patched:
+        open_stream = hold_module.open_stream
+
+        def lost(route: Any, opening: Any, *arguments: Any) -> Any:
+            open_stream(route, opening, *arguments)[0].close()
+            raise DeadlineExceededError("the reply was lost")
+
+        patched.setattr(hold_module, "open_stream", lost)
+        with pytest.raises(DeadlineExceededError):
+            session.attach(take_over=True)
+    with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied"):
+        session.step(ONES)
+    assert first(session.pull()) == -3.0
 
 
 def test_a_worker_taken_back_from_nobody_keeps_the_doubt(create: Create) -> None:
@@ -250,12 +323,12 @@ def test_error_feedback_goes_on_as_if_the_reply_had_come(create: Create, applied
 PACKER = Packer(place([TensorSpec("w", (5,))], 1))
 
 
-def make_link(calls: Calls, *, durable_step: int = 0) -> RemoteLink:
+def make_link(calls: Calls, *, durable_step: int = 0, token: int = 7) -> RemoteLink:
     session = session_pb2.Session(
         session_id="s", epoch=1, applied_step=3, applied_load=1, durable_step=durable_step, ready=True
     )
     session.config.optimizer.rule = optimizer_pb2.RULE_SGD
-    return RemoteLink(Route(Router(calls, "tcp"), "s"), SessionDescription(session, PACKER, 1 << 16), 7)
+    return RemoteLink(Route(Router(calls, "tcp"), "s"), SessionDescription(session, PACKER, 1 << 16), token)
 
 
 def call(value: float = 1.0, **fields: Any) -> StepCall:
@@ -467,6 +540,36 @@ def test_a_load_after_an_attach_that_failed_learns_its_token_first(create: Creat
             session.attach()
     session.load({"w": np.full(3, 10.0, np.float32)})
     assert first(session.step(ONES)) == 9.0
+
+
+def test_a_load_under_a_stream_that_was_displaced_attaches_again(create: Create, raw: RawClient) -> None:
+    """As after an attach of this client that reached the server late."""
+    session = create()
+    session.step(ONES)
+    late = raw.attach(session.session_id, 1)
+    late.receive()
+    session.load({"w": np.full(3, 10.0, np.float32)})
+    assert first(session.pull()) == 10.0
+    assert first(session.step(ONES)) == 9.0
+    assert session.statistics().streams_opened == 2
+
+
+def test_a_step_that_another_client_left_half_applied_is_not_gone_on_with(scripted: Any, scripted_calls: Calls) -> None:
+    """Its number and its options are those of the next step, and its gradient is not."""
+
+    def half(requests: Iterator[pb.AttachRequest]) -> Iterator[pb.AttachResponse]:
+        next(requests)
+        response = opened(3)
+        response.opened.unfinished_step = 4
+        yield response
+        list(requests)
+
+    server, link = Server(scripted, half), make_link(scripted_calls, token=0)
+    with pytest.raises(stepwire.SessionNotReadyError, match="step 4 was sent with overlap") as refused:
+        link.step(call(overlap=True), link.deadline(30.0))
+    assert refused.value.reason == Reason.STEP_UNFINISHED
+    link.detach()
+    assert begins(server.received[0]) == []
 
 
 def test_a_pull_that_loses_the_connection_while_a_step_attaches_disturbs_no_step(

@@ -13,6 +13,7 @@ import pytest
 
 import stepwire
 from stepwire.connection.channel import Calls
+from stepwire.connection.errands import adopt_thread
 from stepwire.errors import DeadlineExceededError, Reason, StepMismatchError, StepwireError, UnavailableError
 from stepwire.links.hold import Hold
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -165,6 +166,7 @@ def test_a_pull_beside_a_step_waits_for_the_step(create: Create, monkeypatch: py
     locked, released = threading.Event(), threading.Event()
 
     def hold() -> None:
+        adopt_thread()  # so that it is the step's thread too
         with lock:
             locked.set()
             assert released.wait(30.0)
@@ -245,6 +247,58 @@ def test_attaching_tells_the_outcome_and_forgets_nothing(create: Create) -> None
     session.attach(take_over=True)  # nobody held the workers in between
     assert values(session.step(ONES)) == {-2.0}
     assert counts(session) == [2, 2]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_the_same_gradient_after_another_client_stepped_is_refused(
+    create: Create, client: stepwire.Client, target: str, applied: bool
+) -> None:
+    """The number of the step in doubt is of either client by now: its repetition could apply the gradient twice."""
+    session = create()
+    fail(session, ONES, applied=applied)
+    with stepwire.connect(target, channels=2) as elsewhere:
+        elsewhere.session(session.session_id).step(TWOS)
+    session.attach(take_over=True)
+    with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied"):
+        session.step(ONES)
+    assert counts(session) == [1 + applied] * 2
+    assert values(session.pull()) == {-2.0 - applied}
+    assert values(session.step(ONES)) == {-3.0 - applied}
+
+
+def test_a_gradient_that_certainly_was_not_applied_is_a_new_step(create: Create, target: str) -> None:
+    """The other client held the workers and stepped nothing, so the number of the step in doubt is free."""
+    session = create()
+    fail(session, ONES, applied=False)
+    with stepwire.connect(target, channels=2) as elsewhere:
+        elsewhere.session(session.session_id).attach()
+    session.attach(take_over=True)
+    assert values(session.step(ONES)) == {-1.0}
+    assert counts(session) == [1, 1]
+
+
+def test_a_step_that_another_client_left_half_applied_is_not_gone_on_with(target: str) -> None:
+    """Neither shard takes a part of another gradient."""
+    with stepwire.connect(target, channels=2) as first, stepwire.connect(target, channels=2) as second:
+        session = first.create_session(START, optimizer=stepwire.SGD(lr=1.0), non_finite="allow")
+        apply = ServerSession.apply
+        with pytest.MonkeyPatch.context() as patched:
+            seen: list[Any] = []
+
+            def half(self: ServerSession, step: Any, chunk: Any, reply: Any) -> None:
+                if seen:
+                    raise UnavailableError("the connection broke", retry_after_seconds=1e9)
+                seen.append(apply(self, step, chunk, reply))
+
+            patched.setattr(ServerSession, "apply", half)
+            with pytest.raises(StepwireError):
+                session.step(ONES, overlap=True)
+        found = second.session(session.session_id)
+        with pytest.raises(stepwire.SessionNotReadyError) as refused:
+            found.step(TWOS, overlap=True)
+        assert refused.value.reason == Reason.STEP_UNFINISHED
+        assert counts(found) == [0, 0]
+        found.close()
 
 
 def test_shards_tell_their_numbers_together(create: Create) -> None:

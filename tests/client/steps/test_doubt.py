@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stepwire.arrays.error_feedback import ErrorFeedback
-from stepwire.errors import Reason, SessionNotReadyError
+from stepwire.errors import Reason, SessionNotReadyError, StepMismatchError
 from stepwire.steps.call import StepCall
-from stepwire.steps.doubt import Doubt, fingerprint_of_arrays, unfinished
+from stepwire.steps.doubt import Doubt, UntoldSteps, fingerprint_of_arrays, unfinished
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.v1 import optimizer_pb2, step_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32
@@ -21,11 +21,11 @@ GRADIENT = np.float32([1.0, -2.0, 3.5, 0.0, 7.0])
 
 def call(*gradients: Any, **fields: Any) -> StepCall:
     begin = step_pb2.StepBegin(step=4, **fields)
-    return StepCall(begin, gradients or [GRADIENT], FLOAT32, (), FLOAT32)
+    return StepCall(begin, gradients or [GRADIENT], FLOAT32, (), FLOAT32, sent=True)
 
 
 def doubt_about(failed: StepCall) -> Doubt:
-    doubt = Doubt.after(failed)
+    doubt = Doubt.after(failed, 1)
     assert doubt is not None
     return doubt
 
@@ -92,7 +92,7 @@ def test_options_that_change_the_step_count_and_those_of_its_reply_do_not(fields
 def test_a_feed_that_was_not_committed_leaves_no_doubt() -> None:
     failed = call()
     failed.feed = GradientFeed(["w"])
-    assert Doubt.after(failed) is None
+    assert Doubt.after(failed, 1) is None
 
 
 def test_a_feed_that_was_committed_is_known_by_its_gradients() -> None:
@@ -121,6 +121,41 @@ def test_the_error_of_the_encoding_is_kept_if_the_step_was_applied(applied: bool
     assert failed.feedback.residual.tolist() == [float(applied)] * 5
     failed.feedback.accept()
     assert failed.feedback.residual.tolist() == [float(applied)] * 5
+
+
+def test_steps_whose_outcome_nobody_can_tell_are_not_repeated() -> None:
+    untold, other = UntoldSteps(), call(GRADIENT + 1)
+    untold.check(call())
+    untold.add(doubt_about(call()))
+    untold.add(doubt_about(other))
+    untold.check(call(GRADIENT + 2))
+    for repeated in (call(), other):
+        with pytest.raises(StepMismatchError, match="nobody can tell whether it was applied.*Pull") as refused:
+            untold.check(repeated)
+        assert refused.value.metadata == {"step_in_doubt": "4"}
+
+
+def test_a_pull_forgets_the_steps_that_it_came_after_alone() -> None:
+    untold = UntoldSteps()
+    untold.add(doubt_about(call()))
+    before = untold.doubts
+    untold.add(doubt_about(call(GRADIENT + 1)))
+    untold.forget(before)
+    assert len(untold.doubts) == 2
+    untold.forget(untold.doubts)
+    assert untold.doubts == ()
+    untold.add(doubt_about(call()))
+    untold.forget()
+    untold.check(call())
+
+
+def test_the_error_of_the_encoding_is_dropped_with_a_step_whose_outcome_nobody_can_tell() -> None:
+    failed = call()
+    failed.feedback = ErrorFeedback(5)
+    failed.feedback.keep(0, GRADIENT, GRADIENT - 1)
+    UntoldSteps().add(doubt_about(failed))
+    failed.feedback.accept()
+    assert failed.feedback.residual.tolist() == [0.0] * 5
 
 
 def test_a_half_applied_step_names_its_remedies() -> None:

@@ -108,6 +108,7 @@ class Pair:
         def endless(self: Hold, stream: Any, call: Any, deadline: Any) -> Any:
             if applied:
                 exchange(self, stream, call, deadline)
+            call.sent = True
             ended = threading.Event()
             call.feed.bind(ended.set)
             sent.set()

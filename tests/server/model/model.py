@@ -200,8 +200,10 @@ class Model:
         return faults
 
     def call_faults(self, token: int) -> set[Status]:
-        """Return the fault of a call that does not bring the newest token."""
-        return set() if token == self.hold.token else {FENCED}
+        """Return the fault of a call that does not bring the newest token: one of its own client, or another's."""
+        if token == self.hold.token:
+            return set()
+        return {DISPLACED if self.hold.acquired <= token < self.hold.token else FENCED}
 
     def hold_faults(self, hold: Hold) -> set[Status]:
         """Return the fault of a stream that has been displaced: by its own client, or by another."""

@@ -119,7 +119,7 @@ def test_a_token_that_the_client_has_outgrown_steps_and_loads_nothing(live: Any,
         "Step": lambda: live.wire.unary("Step", live.unary_step(2, attach_token=1)),
         "Load": lambda: live.load(live.load_opening(2, attach_token=1), live.load_chunk(commit=True)),
     }
-    untouched(calls[where], "FAILED_PRECONDITION", "FENCED", "token 1, now 2")
+    untouched(calls[where], "UNAVAILABLE", "STREAM_DISPLACED", "generation 1, now 2")
 
 
 @pytest.mark.parametrize("where", ["Step", "Load"])

@@ -80,7 +80,7 @@ def test_calls_need_the_newest_token(live: Any, attach: Any, untouched: Any, whe
         "Step": lambda: live.wire.unary("Step", live.unary_step(2, attach_token=2)),
         "Load": lambda: live.load(live.load_opening(2, attach_token=2), live.load_chunk(commit=True)),
     }
-    untouched(calls[where], *FENCED, "token 2, now 3")
+    untouched(calls[where], *DISPLACED, "generation 2, now 3")
     assert attach(live, 2).token == 4
 
 

@@ -66,8 +66,18 @@ def test_a_client_that_attaches_again_gets_a_new_hold_and_its_older_one_commits_
         worker.check(first)
     assert displaced.value.reason is Reason.STREAM_DISPLACED
     assert displaced.value.metadata == {"worker": "0", "token": "1", "current_token": "2"}
-    with pytest.raises(FencedError):
+    with pytest.raises(UnavailableError, match="generation 1, now 2") as called:
         worker.holder_of(first.generation)
+    assert called.value.reason is Reason.STREAM_DISPLACED
+
+
+def test_a_call_with_the_token_of_a_client_before_is_fenced() -> None:
+    worker = Worker(0)
+    worker.renew(worker.acquire().generation, Stream())
+    worker.renew(worker.acquire().generation, Stream())
+    for token, refusal in ((1, FencedError), (2, FencedError), (3, UnavailableError), (5, FencedError)):
+        with pytest.raises(refusal, match=f"{token}, now 4"):
+            worker.holder_of(token)
 
 
 def test_an_attach_whose_answer_was_lost_is_repeated_with_the_token_before() -> None:
