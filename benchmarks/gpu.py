@@ -26,6 +26,7 @@ import numpy as np
 import machine
 from gpu_bus import bus
 from gpu_clock import Clock, Extent, Gpu, Skipped
+from gpu_ipc import StartClient, ipc
 from gpu_sections import GUARD_ERROR, Figures, creation, guard, kernel, many_small, memory, moments
 from gpu_torch import TorchSide
 from stepwire_server.engines import CudaEngine
@@ -82,16 +83,22 @@ class Results:
         return self.reasons.get(section, _NO_TORCH)
 
 
-def run(gpu: Gpu, keep: Callable[[Results], None] = lambda results: None, child: Any = None) -> Results:
+def run(
+    gpu: Gpu,
+    keep: Callable[[Results], None] = lambda results: None,
+    child: Any = None,
+    client: StartClient | None = None,
+) -> Results:
     """Run every section, as long as time is left.
 
     Args:
         gpu: the device with its extent.
         keep: called with the results after each section.
         child: see `creation`.
+        client: see `ipc`.
     """
     results, end = Results(), time.monotonic() + gpu.extent.seconds
-    for name, section in _sections(gpu, child):
+    for name, section in _sections(gpu, child, client):
         try:
             if time.monotonic() > end:
                 raise Skipped(f"the benchmark's {gpu.extent.seconds:.0f} seconds were over")
@@ -109,7 +116,7 @@ def run(gpu: Gpu, keep: Callable[[Results], None] = lambda results: None, child:
     return results
 
 
-def _sections(gpu: Gpu, child: Any) -> Iterator[tuple[str, Callable[[], Figures]]]:
+def _sections(gpu: Gpu, child: Any, client: StartClient | None) -> Iterator[tuple[str, Callable[[], Figures]]]:
     yield "guard", lambda: guard(gpu)
     yield "creation", lambda: creation(child)
     yield "many_small", lambda: many_small(gpu)
@@ -117,6 +124,8 @@ def _sections(gpu: Gpu, child: Any) -> Iterator[tuple[str, Callable[[], Figures]
         yield f"kernel {_millions(size)}", lambda size=size: kernel(gpu, size)
     for size in gpu.extent.sizes:
         yield f"moments {_millions(size)}", lambda size=size: moments(gpu, size)
+    for size in gpu.extent.sizes:
+        yield f"ipc {_millions(size)}", lambda size=size: ipc(gpu, size, client)
     for size in gpu.extent.bus_sizes:
         yield f"bus {_millions(size)}", lambda size=size: bus(gpu, size)
     yield "memory", lambda: memory(gpu)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stepwire.transports.cuda.driver import CudaDriver
 from stepwire_server.engines import CudaEngine
 from stepwire_server.engines.cuda.engine import CudaOptions
 from tests.support.fake_cupy import FakeCupy
@@ -52,7 +53,18 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def bench() -> Iterator[types.SimpleNamespace]:
     """The benchmark's modules, which import one another by their bare names."""
-    names = ("gpu", "gpu_bus", "gpu_clock", "gpu_creation", "gpu_kernels", "gpu_python", "gpu_sections", "gpu_torch")
+    names = (
+        "gpu",
+        "gpu_bus",
+        "gpu_clock",
+        "gpu_creation",
+        "gpu_ipc",
+        "gpu_ipc_child",
+        "gpu_kernels",
+        "gpu_python",
+        "gpu_sections",
+        "gpu_torch",
+    )
     names += ("idle_cupy", "machine")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
@@ -74,13 +86,22 @@ def fake(directory: pathlib.Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def make_gpu(bench: types.SimpleNamespace, fake: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def devices() -> list[Any]:
+    """The stand-ins that `make_gpu` has made."""
+    return []
+
+
+@pytest.fixture
+def make_gpu(
+    bench: types.SimpleNamespace, fake: Callable[..., Any], devices: list[Any]
+) -> Iterator[Callable[..., Any]]:
     """Make what the sections are run on: a device without a clock of its own, and torch's CPU."""
     made: list[Any] = []
 
     def make(*, torch: bool, **extent: Any) -> Any:
         cupy = fake()
-        engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32))
+        devices.append(cupy)
+        engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32), cupy.libcuda)
         side = bench.gpu_torch.TorchSide(pytest.importorskip("torch"), "cpu", None) if torch else None
         chosen = bench.gpu_clock.Extent(**(TINY | extent))
         gpu = bench.gpu_clock.Gpu(engine, bench.gpu_clock.Clock(engine._resources.device, 4096), side, chosen)
@@ -110,14 +131,20 @@ def child(
 
 
 @pytest.fixture
+def client(bench: types.SimpleNamespace, devices: list[Any]) -> Callable[..., Any]:
+    """Stand in for a client's process: the driver's library over the same device."""
+    return lambda told: bench.gpu_ipc_child.Opened(told, CudaDriver(devices[-1].libcuda))
+
+
+@pytest.fixture
 def described() -> dict[str, dict[str, str]]:
     return {"machine": {"cores": "2"}, "device": {"name": "Pretended GPU"}}
 
 
 @pytest.mark.slow
-def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, described) -> None:
+def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, client, described) -> None:
     gpu, kept = make_gpu(torch=True), []
-    results = bench.gpu.run(gpu, lambda results: kept.append(len(results.figures)), child)
+    results = bench.gpu.run(gpu, lambda results: kept.append(len(results.figures)), child, client)
     assert not results.reasons and not results.failed
     assert kept == list(range(1, len(results.figures) + 1))
     assert {goal.section for goal in bench.gpu.GOALS} <= {name.split()[0] for name in results.figures}
@@ -134,8 +161,8 @@ def test_every_goal_gets_a_figure_beside_torch(bench, make_gpu, child, described
     assert all(line.endswith(("  met", "  missed")) for line in judged)
 
 
-def test_without_torch_the_report_says_so(bench, make_gpu, child, described) -> None:
-    results = bench.gpu.run(make_gpu(torch=False, bus_sizes=()), child=child)
+def test_without_torch_the_report_says_so(bench, make_gpu, child, client, described) -> None:
+    results = bench.gpu.run(make_gpu(torch=False, bus_sizes=()), child=child, client=client)
     missing = {name for figures in results.figures.values() for name, value in figures.items() if value is None}
     assert missing == TORCH_FIGURES and not results.reasons
     assert results.figures["guard"]["relative_error"] < bench.gpu_sections.GUARD_ERROR
@@ -143,19 +170,23 @@ def test_without_torch_the_report_says_so(bench, make_gpu, child, described) -> 
     assert sum(line.endswith("not measured: torch is not installed") for line in judged) == 2 * 2 + 1
 
 
-def test_what_does_not_fit_and_what_time_is_too_short_for_is_told(bench, make_gpu, child, described) -> None:
-    results = bench.gpu.run(make_gpu(torch=False, sizes=(1500, 10**12), bus_sizes=(10**12,)), child=child)
-    assert set(results.reasons) == {"kernel 1e+06M", "moments 1e+06M", "bus 1e+06M"} and not results.failed
+def test_what_does_not_fit_and_what_time_is_too_short_for_is_told(bench, make_gpu, child, client, described) -> None:
+    results = bench.gpu.run(
+        make_gpu(torch=False, sizes=(1500, 10**12), bus_sizes=(10**12,)), child=child, client=client
+    )
+    assert (
+        set(results.reasons) == {"kernel 1e+06M", "moments 1e+06M", "ipc 1e+06M", "bus 1e+06M"} and not results.failed
+    )
     assert all("of device memory, " in reason for reason in results.reasons.values())
     assert "kernel 1e+06M: not measured, a pass over" in bench.gpu.report(described, results)
-    late = bench.gpu.run(make_gpu(torch=False, seconds=-1.0), child=child)
+    late = bench.gpu.run(make_gpu(torch=False, seconds=-1.0), child=child, client=client)
     assert all(reason == "the benchmark's -1 seconds were over" for reason in late.reasons.values())
     assert late.reasons.keys() == late.figures.keys()
 
 
-def test_a_section_that_breaks_leaves_the_others(bench, make_gpu, child, monkeypatch, capsys) -> None:
+def test_a_section_that_breaks_leaves_the_others(bench, make_gpu, child, client, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench.gpu, "many_small", lambda gpu: {}["gone"])
-    results = bench.gpu.run(make_gpu(torch=False, sizes=(1500,), bus_sizes=()), child=child)
+    results = bench.gpu.run(make_gpu(torch=False, sizes=(1500,), bus_sizes=()), child=child, client=client)
     assert results.failed and results.reasons == {"many_small": "KeyError: 'gone'"}
     assert "Traceback" in capsys.readouterr().err
     assert results.figures["memory"]
@@ -258,3 +289,15 @@ def test_the_command_tells_figures_of_kernels(bench, monkeypatch, capsys) -> Non
     name, arch, registers, *others = row.split()
     assert (name, arch) == ("decode_signed_blocks", "90") and 0 < int(registers) <= 64
     assert [int(other) for other in others] == [0, 0, 1024, 8]
+
+
+def test_a_client_that_cannot_open_the_memory_is_told_with_its_last_words(bench, make_gpu) -> None:
+    with pytest.raises(bench.gpu_clock.Skipped, match="a client process failed: .*"):
+        bench.gpu_ipc.ipc(make_gpu(torch=False), 1500)
+
+
+def test_a_device_without_ipc_is_told(bench, make_gpu, devices, client) -> None:
+    gpu = make_gpu(torch=False)
+    devices[-1].fail_next("ipcGetMemHandle", devices[-1].cuda.runtime.CUDARuntimeError(801))
+    with pytest.raises(bench.gpu_clock.Skipped, match="CUDA does not share memory of cuda:0"):
+        bench.gpu_ipc.ipc(gpu, 1500, client)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from stepwire.errors import ResourceExhaustedError
 from stepwire_server.engines.protocol import PARAM, Engine, EngineState
 from stepwire_server.rules import Precision, Recipe
 from tests.support import cuda_cases as cases
+from tests.support import ipc_child
 
 ADAM = Recipe(cases.RULES[0])
 FLOAT32 = Precision.FLOAT32
@@ -181,3 +183,40 @@ def check_mixed(engine: Engine, reference: Engine, size: int) -> None:
             results.append(cases.everything_of(state, recipe, size) | {"out": out})
     for name in results[1]:
         cases.assert_same_bits(results[0][name], results[1][name], name)
+
+
+class SharingClient(Protocol):
+    """A client that has opened memory and written `ipc_child.gradient_of` into it."""
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters as the client sees them, `(size,) float32`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+def check_shared(
+    engine: Engine, reference: Engine, size: int, start: Callable[[dict[str, Any]], SharingClient]
+) -> None:
+    """Step with a gradient that a client wrote on the device, and compare the parameters that the client reads there.
+
+    Args:
+        engine: the engine of the device.
+        reference: the engine that computes the same on the host.
+        size: the number of elements.
+        start: starts a client with a description of the memory, as `ipc_child` is told.
+    """
+    nbytes, at, out = 2 << 20, 1 << 20, np.empty(size, np.float32)
+    with contextlib.closing(engine.export(nbytes)) as exported:
+        told = {"handle": exported.handle.hex(), "uuid": exported.device_uuid.hex(), "nbytes": nbytes}
+        with contextlib.closing(start(told | {"size": size, "at": at})) as client:
+            target = exported.array(at, out.dtype, size)
+            sent = exported.array(0, out.dtype, size)
+            for each, gradient, reply in ((engine, sent, target), (reference, ipc_child.gradient_of(size), out)):
+                with contextlib.closing(each.allocate(cases.slots_of(ADAM), size)) as state:
+                    with contextlib.closing(state.receive()) as received:
+                        state.update(cases.step_of(ADAM), 0, received.put(0, gradient), 0, size, reply).wait()
+                        state.settle()
+            cases.assert_same_bits(client.parameters(), out)

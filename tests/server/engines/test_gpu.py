@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,56 +128,34 @@ def test_8_bit_moments_are_those_of_the_cpu(gpu_engine, cpu_engine) -> None:
 
 # --- memory that another process opens ----------------------------------------------------------------------------
 
-_CLIENT = """
-import json, socket, sys
-import numpy as np
-from stepwire.transports.cuda.driver import CudaDriver
-from stepwire.transports.cuda.memory import DeviceMapping
-from stepwire.transports.cuda.views import DeviceView
 
-told = json.loads(sys.stdin.readline())
-handle, uuid, size, at = bytes.fromhex(told["handle"]), bytes.fromhex(told["uuid"]), told["size"], told["at"]
-mapping = DeviceMapping(CudaDriver().context_on(uuid), handle, 2 << 20, socket.socketpair()[0])
-import cupy
+class Client:
+    """Another process; see `device_cases.check_shared`."""
 
-gradient = cupy.asarray(DeviceView(mapping, 0, (size,), np.dtype(np.float32)))
-assert gradient.data.ptr == mapping.address
-gradient[...] = cupy.arange(size, dtype=np.float32) - 1000
-mapping.synchronize()
-print("written", flush=True)
-sys.stdin.readline()
-print(np.asarray(DeviceView(mapping, at, (size,), np.dtype(np.float32))).tobytes().hex(), flush=True)
-sys.stdin.readline()
-"""
+    def __init__(self, told: dict[str, Any]) -> None:
+        command, pipe = [sys.executable, "-m", "tests.support.ipc_child"], subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        assert self._answer(json.dumps(told)) == "written"
+
+    def parameters(self) -> np.ndarray:
+        return np.frombuffer(bytes.fromhex(self._answer("")), np.float32)
+
+    def close(self) -> None:
+        self._process.communicate("\n", timeout=60)
+        assert self._process.returncode == 0
+
+    def _answer(self, line: str) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
 
 
 def test_another_process_writes_gradients_and_reads_parameters(gpu_engine, numpy_engine) -> None:
-    size, at, recipe = 100_003, 1 << 20, Recipe(cases.RULES[0])
     try:
-        exported = gpu_engine.export(2 << 20)
+        device_cases.check_shared(gpu_engine, numpy_engine, 100_003, Client)
     except UnsupportedFeatureError as problem:
         pytest.skip(str(problem))
-    told = {"handle": exported.handle.hex(), "uuid": exported.device_uuid.hex(), "size": size, "at": at}
-    gradient, answers = np.arange(size, dtype=np.float32) - 1000, []
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", _CLIENT], stdin=pipe, stdout=pipe, text=True) as client:
-        client.stdin.write(json.dumps(told) + "\n")
-        client.stdin.flush()
-        assert client.stdout.readline() == "written\n"
-        for engine, sent in ((gpu_engine, exported.array(0, np.dtype(np.float32), size)), (numpy_engine, gradient)):
-            state, out = engine.allocate(cases.slots_of(recipe), size), np.empty(size, np.float32)
-            target = exported.array(at, out.dtype, size) if engine is gpu_engine else out
-            state.update(cases.step_of(recipe, 1), 0, state.receive().put(0, sent), 0, size, target).wait()
-            state.settle()
-            answers.append(out)
-            state.close()
-        client.stdin.write("\n")
-        client.stdin.flush()
-        seen = np.frombuffer(bytes.fromhex(client.stdout.readline().strip()), np.float32)
-        client.stdin.write("\n")
-    assert client.returncode == 0
-    exported.close()
-    np.testing.assert_array_equal(seen, answers[1])
 
 
 # --- the whole server --------------------------------------------------------------------------------------------
