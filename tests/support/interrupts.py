@@ -120,6 +120,7 @@ class Departure:
     def __init__(self, at: int | None = None) -> None:
         """Choose the line, counted from 0; None to count alone."""
         self.lines = 0
+        self.arrived = False
         self._at = at
         self._left = threading.Event()
         self._patched = pytest.MonkeyPatch()
@@ -162,6 +163,7 @@ class Departure:
             number = self.lines
             self.lines = number + 1
             if number == self._at:
+                self.arrived = True
                 errand.bell.put(_CTRL_C)
                 assert self._left.wait(PATIENCE_SECONDS)
         return functools.partial(self._trace, errand)

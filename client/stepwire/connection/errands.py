@@ -36,8 +36,10 @@ __all__ = [
     "by_errands",
     "each_by_errand",
     "ends_with",
+    "is_left",
     "later",
     "run",
+    "together",
     "undelivered",
 ]
 
@@ -46,7 +48,7 @@ _T = TypeVar("_T")
 _Ring: TypeAlias = Callable[[], object]
 _log = logging.getLogger("stepwire")
 _END: Final = object()
-_MOST_IDLE: Final = 2
+_MOST_IDLE: Final = 8
 _PATIENCE_SECONDS: Final = 5.0
 """The longest time that an interrupted caller waits until its errand has let go of the caller's arrays."""
 
@@ -58,6 +60,7 @@ class Errand(Generic[_T]):
         bell: rings False at the end of the call, and True once a caller who left has no more to wait for.
         result: the result of the call.
         failure: the error of the call; None without one.
+        is_left: True once the caller has left.
         hooks: the functions to call if the outcome reaches nobody.
     """
 
@@ -72,12 +75,12 @@ class Errand(Generic[_T]):
         self._lock = threading.Lock()  # of the client's own threads; the caller takes none
         self._ends: list[Callable[[], object]] = []
         self.hooks: list[Callable[[], object]] = []
-        self._begun = self._over = self._left = False
+        self.is_left = self._begun = self._over = False
 
     def __call__(self) -> _Ring | None:
         """Make the call, unless the caller has left; return the ring of the bell."""
         with self._lock:
-            if self._left:
+            if self.is_left:
                 return None
             self._begun = True
         try:
@@ -86,7 +89,7 @@ class Errand(Generic[_T]):
             self.failure = error
         del self._call, self._context
         with self._lock:
-            self._over, left = True, self._left
+            self._over, left = True, self.is_left
         if left or self.failure is not None:
             _tell(self.hooks)
         return functools.partial(self.bell.put, left)
@@ -102,7 +105,7 @@ class Errand(Generic[_T]):
     def leave(self) -> _Ring | None:
         """End the call as at its deadline: its caller waits for it no longer. Return the ring of the bell, if over."""
         with self._lock:
-            self._left = True
+            self.is_left = True
             ends, under_way, over = list(self._ends), self._begun and not self._over, self._over
         if under_way:
             for end in ends:
@@ -115,9 +118,9 @@ class Errand(Generic[_T]):
     def ends_with(self, end: Callable[[], object]) -> None:
         """Call a function when the caller leaves; at once, if the caller has left."""
         with self._lock:
-            if not self._left:
+            if not self.is_left:
                 self._ends.append(end)
-        if self._left:
+        if self.is_left:
             end()
 
     def undelivered(self, hook: Callable[[], object]) -> None:
@@ -226,7 +229,7 @@ os.register_at_fork(after_in_child=_threads.forget)
 def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
     """Have another thread make a call, and wait for its outcome. A thread of the client's own makes the call itself.
 
-    Nothing stands between the bell and the caller's next instruction at which an exception can arrive.
+    Between the bell and the caller's next instruction are returns alone, and no exception arrives at a return.
 
     Args:
         call: the call.
@@ -235,9 +238,26 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
     Raises:
         BaseException: the error of the call, or an interrupt of this thread.
     """
-    if _threads.is_one_of_them:
+    is_own = _threads.is_one_of_them
+    if is_own and _present() is not None:
         return call()
     errand, hooks = Errand(call), _whole.get()
+    if is_own:
+        errand()
+    else:
+        _wait(errand, lasting=lasting)
+    failure, errand.failure = errand.failure, None
+    if failure is None:
+        if hooks is not None:
+            hooks += errand.hooks
+        return errand.result
+    try:
+        raise failure
+    finally:
+        del failure  # its traceback has this frame
+
+
+def _wait(errand: Errand[Any], *, lasting: bool) -> None:
     try:
         _threads.inbox.put(errand)
         _threads.start()
@@ -249,15 +269,6 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
         if not lasting and (second := errand.outlived()) is not None:
             raise second from None
         raise
-    failure, errand.failure = errand.failure, None
-    if failure is None:
-        if hooks is not None:
-            hooks += errand.hooks
-        return errand.result
-    try:
-        raise failure
-    finally:
-        del failure  # its traceback has this frame
 
 
 def as_a_whole(call: Callable[[], _T]) -> _T:
@@ -316,6 +327,27 @@ def each_by_errand(elements: Iterator[_T]) -> Iterator[_T]:
         yield cast(_T, element)
 
 
+def together(call: Callable[[int], object], count: int) -> None:
+    """Call a function with each number below `count`, all at once, and wait for all calls; it raises nothing.
+
+    The first call is made by this thread, and all of them within the present errand.
+    """
+    bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for number in range(1, count):
+        made = functools.partial(contextvars.copy_context().run, call, number)
+        _threads.inbox.put(functools.partial(_made, made, bell.put))
+    _threads.start()
+    if count:
+        call(0)
+    for _ in range(1, count):
+        bell.get()
+
+
+def _made(call: Callable[[], object], ring: Callable[[None], object]) -> _Ring:
+    call()
+    return functools.partial(ring, None)
+
+
 def later(call: Callable[[], object]) -> None:
     """Have another thread make a call that nobody waits for. Callable from anywhere, a finaliser included."""
     _threads.inbox.put(functools.partial(_quietly, call))
@@ -331,6 +363,11 @@ def ends_with(end: Callable[[], object]) -> None:
     """Have the present errand, if there is one, call a function when its caller leaves it."""
     if (errand := _present()) is not None:
         errand.ends_with(end)
+
+
+def is_left() -> bool:
+    """Tell whether the caller of the present errand, if there is one, has left it."""
+    return (errand := _present()) is not None and errand.is_left
 
 
 def undelivered(hook: Callable[[], object]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from stepwire.connection.channel import Calls
-from stepwire.errors import UnsupportedFeatureError
+from stepwire.connection.errands import is_left, later
+from stepwire.errors import StepwireError, UnsupportedFeatureError
 from stepwire.links.link import SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import ServerInfo, SessionInfo
@@ -18,6 +20,8 @@ from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 
 __all__ = ["RemoteServer", "ServerLink"]
+
+_END_SECONDS: Final = 5.0
 
 
 class ServerLink(Protocol):
@@ -90,7 +94,12 @@ class RemoteServer(ServerLink):
         """See `ServerLink.create`."""
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
-        response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
+        try:
+            response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
+        except StepwireError:
+            if is_left() and request_id is None:  # the session may exist, and nobody else would end it
+                later(functools.partial(self._end, request))
+            raise
         # An earlier request of this id may come from another process. Then the first step acquires the worker anew:
         # two holders of one token would mistake each other's steps for their own.
         token = 0 if response.replayed else response.attach_token
@@ -121,6 +130,12 @@ class RemoteServer(ServerLink):
     def _link(self, message: session_pb2.Session, chunk_bytes: int, token: int, error_feedback: bool) -> RemoteLink:
         route = Route(self._router, message.session_id)
         return RemoteLink(route, SessionDescription.of(message, chunk_bytes), token, error_feedback=error_feedback)
+
+    def _end(self, request: pb.CreateSessionRequest) -> None:
+        """End the session of a creation whose caller was interrupted; its request again tells the id."""
+        response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, _END_SECONDS)
+        ending = pb.DeleteSessionRequest(session_id=response.session.session_id)
+        self.calls.unary("DeleteSession", ending, pb.DeleteSessionResponse, _END_SECONDS)
 
     def _chunk_bytes(self, timeout: float | None) -> int:
         """Return the largest chunk that the server accepts, after one check that the server speaks our protocol."""

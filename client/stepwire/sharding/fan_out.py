@@ -2,80 +2,51 @@
 
 from __future__ import annotations
 
-import contextvars
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from stepwire.connection.errands import adopt_thread
+from stepwire.connection.errands import together
 from stepwire.errors import DeadlineExceededError
 from stepwire.sharding.coordinator import Abandoned
 
-__all__ = ["FanOut"]
+__all__ = ["fan_out"]
 
 _T = TypeVar("_T")
 
 
-class FanOut:
-    """A thread a shard, started with the first call.
+def fan_out(calls: Sequence[Callable[[], _T]], abandon: Callable[[], object] = lambda: None) -> list[_T]:
+    """Make all calls in parallel, and wait for all of them.
 
-    gRPC and NumPy release the interpreter in the long parts of a call. Closes twice without complaint.
+    gRPC and NumPy release the interpreter in the long parts of a call.
+
+    Args:
+        calls: one call a shard.
+        abandon: a function that is called as soon as one call fails, so that the others need not wait for it.
+
+    Returns:
+        The results of the calls, in order.
+
+    Raises:
+        BaseException: the failure of the first call in order that failed. A cause goes before its consequences: a
+            shard that gave up because of another, or a deadline.
     """
+    results: dict[int, _T] = {}
+    failures: dict[int, BaseException] = {}
 
-    def __init__(self, size: int) -> None:
-        """Be ready for `size` shards."""
-        self._size = size
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def each(self, calls: Sequence[Callable[[], _T]], abandon: Callable[[], object] = lambda: None) -> list[_T]:
-        """Make all calls in parallel, and wait for all of them.
-
-        Args:
-            calls: one call a shard.
-            abandon: a function that is called as soon as one call fails, so that the others need not wait for it.
-
-        Returns:
-            The results of the calls, in order.
-
-        Raises:
-            BaseException: the failure of the first call in order that failed. A cause goes before its consequences: a
-                shard that gave up because of another, or a deadline.
-        """
-        if len(calls) == 1:
-            return [calls[0]()]
-        running = [self._submit(call, abandon) for call in calls]
+    def make(rank: int) -> None:
         try:
-            failures = [failure for each in running if (failure := each.exception()) is not None]
-        except BaseException:  # an interrupt of the user: no shard waits for another any longer
+            results[rank] = calls[rank]()
+        except BaseException as failure:
+            failures[rank] = failure
             abandon()
-            raise
+
+    together(make, len(calls))
+    try:
         if failures:
-            raise min(failures, key=_remoteness)
-        return [each.result() for each in running]
-
-    def close(self) -> None:
-        """End the threads when they are done. Closing twice is harmless."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False)
-                self._pool = None
-
-    def _submit(self, call: Callable[[], _T], abandon: Callable[[], object]) -> Future[_T]:
-        context = contextvars.copy_context()  # a deadline of a shard ends with the errand of all
-
-        def guarded() -> _T:
-            try:
-                return context.run(call)
-            except BaseException:
-                abandon()
-                raise
-
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._size, "stepwire-shard", adopt_thread)
-            return self._pool.submit(guarded)
+            raise min((failures[rank] for rank in sorted(failures)), key=_remoteness)
+        return [results[rank] for rank in range(len(calls))]
+    finally:
+        failures.clear()  # whose tracebacks have this frame
 
 
 def _remoteness(failure: BaseException) -> int:

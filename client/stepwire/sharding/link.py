@@ -23,7 +23,7 @@ from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics
 from stepwire.sharding.coordinator import Abandoned, Coordinator
-from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.shard import Shard, gathered
@@ -71,7 +71,6 @@ class ShardedLink(SessionLink):
         self._shards = [
             Shard(link, ranges, rank) for rank, (link, ranges) in enumerate(zip(links, partition.shards, strict=True))
         ]
-        self._fan_out = FanOut(len(links))
         self._bounds = bounds_of(whole)
         self._limited = whole.config.gradient.HasField("clip_grad_value")
         self._doubt: Doubt | None = None
@@ -209,7 +208,7 @@ class ShardedLink(SessionLink):
             for shard, notify in zip(self._shards, notifiers, strict=True)
         ]
         try:
-            results = self._fan_out.each(calls, lambda: coordinator.abandon() if coordinator is not None else None)
+            results = fan_out(calls, lambda: coordinator.abandon() if coordinator is not None else None)
         except Abandoned as given_up:
             if given_up.cause is None:  # an interrupt of the user
                 raise
@@ -336,7 +335,7 @@ class ShardedLink(SessionLink):
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
         if uncertain := [shard for shard in self._shards if not shard.is_certain]:
-            self._fan_out.each([functools.partial(shard.attach, deadline) for shard in uncertain])
+            fan_out([functools.partial(shard.attach, deadline) for shard in uncertain])
         if load.step is None:
             load = load._replace(step=max(self._steps_on_servers()))
         number = max(shard.applied_load for shard in self._shards) + 1
@@ -360,7 +359,6 @@ class ShardedLink(SessionLink):
     def close(self) -> None:
         """End all shards on their servers; see `SessionLink.close`."""
         self._each(lambda shard: shard.link.close())
-        self._fan_out.close()
 
     # --- all shards --------------------------------------------------------------------------------------
 
@@ -386,7 +384,7 @@ class ShardedLink(SessionLink):
     def _attach_missing(self, deadline: Deadline) -> None:
         """Attach the shards whose streams are not attached."""
         if missing := [shard for shard in self._shards if not shard.attached]:
-            self._fan_out.each([functools.partial(shard.attach, deadline) for shard in missing])
+            fan_out([functools.partial(shard.attach, deadline) for shard in missing])
 
     def _steps_on_servers(self) -> list[int]:
         return [shard.step_on_server for shard in self._shards]
@@ -395,4 +393,4 @@ class ShardedLink(SessionLink):
         return sum(shard.link.hold.acquisitions for shard in self._shards)
 
     def _each(self, call: Callable[[Shard], _T]) -> list[_T]:
-        return self._fan_out.each([functools.partial(call, shard) for shard in self._shards])
+        return fan_out([functools.partial(call, shard) for shard in self._shards])

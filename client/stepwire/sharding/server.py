@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TypeVar
 
+from stepwire.connection.errands import undelivered
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import RemoteServer, ServerLink
 from stepwire.results import ServerInfo, SessionInfo
-from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
 from stepwire.v1 import optimizer_pb2, session_pb2
@@ -50,7 +51,7 @@ class ShardedServer(ServerLink):
         Raises:
             UnavailableError: a server cannot be reached.
         """
-        infos = self._each([functools.partial(server.info, timeout) for server in self._servers])
+        infos = fan_out([functools.partial(server.info, timeout) for server in self._servers])
         return ServerInfo(
             version=",".join(dict.fromkeys(info.version for info in infos)),
             protocol_min=max(info.protocol_min for info in infos),
@@ -73,22 +74,15 @@ class ShardedServer(ServerLink):
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
         partition = _partition(config, len(self._servers))
         configs = _configs(config, partition)
-        made: list[RemoteLink] = []
 
         def create(rank: int) -> RemoteLink:
             own_id = None if request_id is None else f"{request_id}.{rank}"
             link = self._servers[rank].create(configs[rank], own_id, timeout, error_feedback=error_feedback)
-            made.append(link)
+            if request_id is None:  # nobody else knows the session, so nobody would end it
+                undelivered(link.close)
             return link
 
-        try:
-            links = self._each([functools.partial(create, rank) for rank in range(len(configs))])
-            return ShardedLink(links, partition)
-        except BaseException:
-            if request_id is None:  # nobody else knows the sessions, so nobody would end them
-                for link in made:
-                    link.close()
-            raise
+        return ShardedLink(fan_out([functools.partial(create, rank) for rank in range(len(configs))]), partition)
 
     def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> ShardedLink:
         """Return the link to a sharded session.
@@ -110,7 +104,7 @@ class ShardedServer(ServerLink):
                 "session_id",
                 f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in order",
             )
-        links = self._each(
+        links = fan_out(
             [
                 functools.partial(server.find, each, timeout, error_feedback=error_feedback)
                 for server, each in zip(self._servers, ids, strict=False)
@@ -127,13 +121,6 @@ class ShardedServer(ServerLink):
         """See `ServerLink.close`."""
         for server in self._servers:
             server.close()
-
-    def _each(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
-        fan_out = FanOut(len(calls))
-        try:
-            return fan_out.each(calls)
-        finally:
-            fan_out.close()
 
 
 def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from stepwire.connection.bells import Bells
-from stepwire.connection.errands import Errand, adopt_thread, ends_with, run, undelivered
+from stepwire.connection.errands import Errand, ends_with, run, undelivered
+from stepwire.connection.series import Series
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import whole_number
 
@@ -88,7 +89,7 @@ class _StepFuture(Future[Any]):
 
 
 class BackgroundSteps:
-    """A thread for the steps of one session, in the order in which they were handed in. Thread-safe.
+    """The steps of one session in the background, in the order in which they were handed in. Thread-safe.
 
     A step that fails cancels the steps behind it: their gradients belong to parameters that never were. A caller that
     has not read the failure does not know of it, so steps that it hands in are behind the failed step too.
@@ -103,7 +104,7 @@ class BackgroundSteps:
         if whole_number(limit, "steps_in_flight") < 1:
             raise InvalidRequestError.of("steps_in_flight", f"{limit!r} is not a positive integer")
         self._limit = limit
-        self._thread = ThreadPoolExecutor(1, "stepwire-steps", adopt_thread)
+        self._steps = Series()
         self._waiting: list[_StepFuture] = []
         self._withdrawn: set[Future[Any]] = set()
         self._failed = 0
@@ -132,7 +133,7 @@ class BackgroundSteps:
 
             self._changed.wait_for(lambda: is_cancelled() or len(self._waiting) < self._limit)
             if not (cancelled := is_cancelled()):
-                self._thread.submit(self._run, future, errand)
+                self._steps.add(functools.partial(self._run, future, errand))
                 self._waiting.append(future)
         if cancelled:
             future.cancel()
@@ -150,7 +151,6 @@ class BackgroundSteps:
         with self._changed:
             self._closed = True
         self._cancel_waiting()
-        self._thread.shutdown(wait=False)
 
     def _run(self, future: _StepFuture, errand: Errand[Any]) -> None:
         if not future.set_running_or_notify_cancel():

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 from stepwire.connection import errands
-from stepwire.connection.errands import by_errand, by_errands, each_by_errand, later, run, undelivered
+from stepwire.connection.errands import by_errand, by_errands, each_by_errand, later, run, together, undelivered
 from stepwire.connection.retry import Deadline, Retry
 from tests.support.interrupts import Arrival
 
@@ -146,7 +146,7 @@ def test_many_callers_wait_for_each_other_nowhere() -> None:
     for caller in callers:
         caller.join(PATIENCE_SECONDS)
         assert not caller.is_alive()
-    while errands._threads._count > 3:  # one that is idle, one more, and the last caller's
+    while errands._threads._count > errands._MOST_IDLE + 1:  # the last caller's may not be idle yet
         run(int)
 
 
@@ -158,6 +158,50 @@ def test_elements_are_fetched_by_other_threads() -> None:
     found = list(each_by_errand(threads()))
     assert [number for number, _ in found] == [0, 1, 2]
     assert threading.get_ident() not in [thread for _, thread in found]
+
+
+def test_calls_that_are_made_together_wait_for_each_other_and_share_an_errand() -> None:
+    barrier, threads, ended = threading.Barrier(4), dict[int, int](), list[int]()
+
+    def call(number: int) -> None:
+        barrier.wait(PATIENCE_SECONDS)
+        threads[number] = threading.get_ident()
+        undelivered(lambda: ended.append(number))
+
+    def make() -> int:
+        together(call, 4)
+        return threading.get_ident()
+
+    assert run(make) == threads[0]
+    assert len(set(threads.values())) == 4
+
+    def fail() -> NoReturn:
+        make()
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        run(fail)
+    assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_an_errand_of_an_own_thread_tells_of_its_failure() -> None:
+    """A thread of the client's own, as those of asyncio are, has errands that nobody can leave."""
+    told: list[int] = []
+
+    def fail() -> NoReturn:
+        undelivered(lambda: told.append(threading.get_ident()))
+        raise ValueError
+
+    def work() -> None:
+        errands.adopt_thread()
+        with pytest.raises(ValueError):
+            run(fail)
+        assert told == [threading.get_ident()]
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join(PATIENCE_SECONDS)
+    assert len(told) == 1
 
 
 def test_functions_and_methods_keep_their_names_and_documentation() -> None:

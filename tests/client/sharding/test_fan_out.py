@@ -8,7 +8,7 @@ import pytest
 
 from stepwire.errors import DeadlineExceededError, StateChangedError, UnavailableError
 from stepwire.sharding.coordinator import Abandoned
-from stepwire.sharding.fan_out import FanOut
+from stepwire.sharding.fan_out import fan_out
 
 
 def raiser(failure: BaseException):
@@ -19,15 +19,14 @@ def raiser(failure: BaseException):
 
 
 def test_calls_run_side_by_side_and_return_in_order() -> None:
-    fan_out, together = FanOut(3), threading.Barrier(3)
+    together = threading.Barrier(3)
     for _ in range(2):
-        assert fan_out.each([lambda rank=rank: (together.wait(30.0), rank)[1] for rank in range(3)]) == [0, 1, 2]
-        fan_out.close()
-        fan_out.close()
+        assert fan_out([lambda rank=rank: (together.wait(30.0), rank)[1] for rank in range(3)]) == [0, 1, 2]
+    assert fan_out([]) == []
 
 
 def test_one_call_runs_where_it_is_made() -> None:
-    assert FanOut(1).each([threading.current_thread]) == [threading.current_thread()]
+    assert fan_out([threading.current_thread]) == [threading.current_thread()]
 
 
 @pytest.mark.parametrize(
@@ -41,20 +40,18 @@ def test_one_call_runs_where_it_is_made() -> None:
     ],
 )
 def test_the_cause_is_told(failures: list[BaseException], told: int) -> None:
-    fan_out, abandoned = FanOut(3), []
+    abandoned: list[bool] = []
     with pytest.raises(type(failures[told])) as raised:
-        fan_out.each([raiser(failure) for failure in failures], lambda: abandoned.append(True))
+        fan_out([raiser(failure) for failure in failures], lambda: abandoned.append(True))
     assert raised.value is failures[told]
     assert len(abandoned) == 3
-    fan_out.close()
 
 
 def test_who_waits_for_a_failed_one_is_let_go() -> None:
-    fan_out, given_up = FanOut(2), threading.Event()
+    given_up = threading.Event()
 
     def waits() -> None:
         assert given_up.wait(30.0)
 
     with pytest.raises(KeyError):
-        fan_out.each([waits, raiser(KeyError("x"))], given_up.set)
-    fan_out.close()
+        fan_out([waits, raiser(KeyError("x"))], given_up.set)
