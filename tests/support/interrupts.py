@@ -10,6 +10,7 @@ function would be a point itself.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import dis
 import functools
@@ -18,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self
 
@@ -26,7 +28,7 @@ import pytest
 import stepwire
 from stepwire.connection import errands, retry
 
-__all__ = ["Arrival", "Departure"]
+__all__ = ["Arrival", "Departure", "signalled"]
 
 PATIENCE_SECONDS = 60.0
 _CTRL_C: Any = object()
@@ -100,6 +102,42 @@ class Arrival:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.settrace(None)
+
+
+@contextlib.contextmanager
+def signalled(exception: BaseException, moment: Callable[[], object], number: int = signal.SIGUSR1) -> Iterator[None]:
+    """Have the handler of a signal raise in the main thread, once, during a block.
+
+    Args:
+        exception: the exception of the handler.
+        moment: a function that returns when the signal is to be sent.
+        number: the number of the signal.
+    """
+    handled = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+    assert threading.get_ident() == main
+
+    def raised(number: int, frame: FrameType | None) -> None:
+        if not handled.is_set():
+            handled.set()
+            raise exception
+
+    def send() -> None:
+        moment()
+        signal.pthread_kill(main, number)
+        while not handled.wait(0.01):  # a signal just before a wait does not end the wait; what follows is ignored
+            signal.pthread_kill(main, number)
+
+    before = signal.signal(number, raised)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.join(PATIENCE_SECONDS)
+        signal.signal(number, before)
+        assert not sender.is_alive()
 
 
 class _Bell(queue.SimpleQueue[bool]):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.connection.errands import by_errand
 from stepwire.errors import InvalidRequestError
 from stepwire.optax import sessions
 from stepwire.optax.callback import call_host, check_place
@@ -192,6 +193,7 @@ class Operations:
 
     # --- on the host ------------------------------------------------------------------------------------------
 
+    @by_errand
     def _create(
         self, names: Sequence[str], dtype: np.dtype[Any], options: dict[str, Any], *arrays: npt.NDArray[Any]
     ) -> npt.NDArray[np.uint8]:
@@ -203,6 +205,7 @@ class Operations:
         sessions.track(session, names, self._connection, [np.array(array) for array in arrays])
         return self._encoded(session.session_id)
 
+    @by_errand
     def _apply(
         self, names: Sequence[str], reply_dtype: np.dtype[Any], exact: bool, identity: Any, count: Any, *rest: Any
     ) -> list[npt.NDArray[Any]]:

@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy.typing as npt
 
 from stepwire.client import Client
+from stepwire.connection.errands import by_errand
 from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError
 from stepwire.optax.connection import Connection
 from stepwire.optax.program import ProgramParameters
@@ -124,6 +125,7 @@ class TrackedSession:
             self._program.stepped(given.parameters, reply, exact=given.exact)
             return reply
 
+    @by_errand
     def state_at(self, count: int) -> Snapshot:
         """Return the state of the session.
 
@@ -242,11 +244,13 @@ def _once(known: dict[_K, _V], under_way: dict[_K, Future[_V]], key: _K, make: C
     return value
 
 
+@by_errand
 def client(connection: Connection) -> Client:
     """Return the client of a connection, opened when first needed."""
     return _once(_clients, _opening, connection, connection.open)
 
 
+@by_errand
 def track(
     session: Session, names: Sequence[str], connection: Connection, parameters: Sequence[npt.NDArray[Any]]
 ) -> TrackedSession:

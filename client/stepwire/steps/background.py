@@ -123,8 +123,9 @@ class BackgroundSteps:
 
     def _submit(self, step: Callable[[], Any]) -> Future[Any]:
         future, errand = _StepFuture(self._read), Errand(step)
-        ends_with(functools.partial(self._give_up, future))
-        undelivered(functools.partial(self._withdraw, future, errand))
+        withdraw = functools.partial(self._withdraw, future, errand)
+        ends_with(withdraw)
+        undelivered(withdraw)
         with self._changed:
             breaks = self._breaks
 
@@ -165,12 +166,6 @@ class BackgroundSteps:
         else:
             future.set_result(errand.result)
 
-    def _give_up(self, future: _StepFuture) -> None:
-        """Let a caller who waits for a vacancy go: it was interrupted."""
-        future.cancel()
-        with self._changed:
-            self._changed.notify_all()
-
     def _withdraw(self, future: _StepFuture, errand: Errand[Any]) -> None:
         """Take back a step that was handed in by a caller who was interrupted, and so has no future of it.
 
@@ -178,6 +173,8 @@ class BackgroundSteps:
         step. Its failure is no news to the caller.
         """
         if future.cancel():
+            with self._changed:
+                self._changed.notify_all()  # its caller may wait for a vacancy
             return
         with self._changed:
             if future.done():

@@ -7,11 +7,9 @@ import gc
 import logging
 import os
 import queue
-import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
@@ -19,7 +17,7 @@ import pytest
 from stepwire.connection import errands
 from stepwire.connection.errands import by_errand, by_errands, each_by_errand, later, run, together, undelivered
 from stepwire.connection.retry import Deadline, Retry
-from tests.support.interrupts import Arrival
+from tests.support.interrupts import Arrival, signalled
 
 PATIENCE_SECONDS = 60.0
 
@@ -49,37 +47,6 @@ class Gate:
 
 class Interrupted(BaseException):
     """The exception of a handler of a signal."""
-
-
-@pytest.fixture
-def interrupt() -> Iterator[Callable[[threading.Event], None]]:
-    """Return a function that has a signal's handler raise in this thread, once an event is set."""
-    done = threading.Event()
-    main = threading.main_thread().ident
-    assert main is not None and threading.current_thread() is threading.main_thread()
-
-    def raised(number: int, frame: FrameType | None) -> None:
-        if not done.is_set():
-            done.set()
-            raise Interrupted
-
-    def once(moment: threading.Event) -> None:
-        assert moment.wait(PATIENCE_SECONDS)
-        while not done.wait(0.01):  # one that comes just before the wait does not wake it
-            signal.pthread_kill(main, signal.SIGUSR1)
-
-    threads: list[threading.Thread] = []
-
-    def interrupt(moment: threading.Event) -> None:
-        threads.append(threading.Thread(target=once, args=(moment,)))
-        threads[-1].start()
-
-    before = signal.signal(signal.SIGUSR1, raised)
-    yield interrupt
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-        assert not thread.is_alive()
-    signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_thread_makes_the_call_and_its_result_comes_back() -> None:
@@ -224,9 +191,7 @@ def test_functions_and_methods_keep_their_names_and_documentation() -> None:
     assert Owner().own() == threading.current_thread().name
 
 
-def test_a_caller_who_is_interrupted_ends_the_deadlines_of_its_errand(
-    interrupt: Callable[[threading.Event], None],
-) -> None:
+def test_a_caller_who_is_interrupted_ends_the_deadlines_of_its_errand() -> None:
     """The handler may raise anything: Ctrl-C, an exit at SIGTERM, the time-out of an alarm."""
     waiting, cancelled, told = threading.Event(), threading.Event(), threading.Event()
 
@@ -238,16 +203,13 @@ def test_a_caller_who_is_interrupted_ends_the_deadlines_of_its_errand(
             assert cancelled.wait(PATIENCE_SECONDS)
         assert deadline.remaining() == 0.0
 
-    interrupt(waiting)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), signalled(Interrupted(), waiting.wait):
         run(call)
     assert cancelled.is_set()
     assert told.is_set()
 
 
-def test_a_deadline_of_an_errand_that_was_left_ends_as_it_begins(
-    interrupt: Callable[[threading.Event], None],
-) -> None:
+def test_a_deadline_of_an_errand_that_was_left_ends_as_it_begins() -> None:
     waiting, left, seen = threading.Event(), threading.Event(), list[float]()
 
     def call() -> None:
@@ -257,16 +219,14 @@ def test_a_deadline_of_an_errand_that_was_left_ends_as_it_begins(
         assert left.wait(PATIENCE_SECONDS)
         seen.append(Retry().deadline(PATIENCE_SECONDS).remaining())
 
-    interrupt(waiting)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), signalled(Interrupted(), waiting.wait):
         run(call)
     assert seen == [0.0]
 
 
-def test_a_lasting_call_goes_on_without_its_caller(interrupt: Callable[[threading.Event], None]) -> None:
+def test_a_lasting_call_goes_on_without_its_caller() -> None:
     gate = Gate()
-    interrupt(gate.begun)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), signalled(Interrupted(), gate.begun.wait):
         run(gate, lasting=True)
     assert not gate.ended.is_set()
     gate.open()
