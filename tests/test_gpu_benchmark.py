@@ -298,6 +298,6 @@ def test_a_client_that_cannot_open_the_memory_is_told_with_its_last_words(bench,
 
 def test_a_device_without_ipc_is_told(bench, make_gpu, devices, client) -> None:
     gpu = make_gpu(torch=False)
-    devices[-1].fail_next("ipcGetMemHandle", devices[-1].cuda.runtime.CUDARuntimeError(801))
+    devices[-1].libcuda.statuses["cuIpcGetMemHandle"] = 801
     with pytest.raises(bench.gpu_clock.Skipped, match="CUDA does not share memory of cuda:0"):
         bench.gpu_ipc.ipc(gpu, 1500, client)

@@ -271,10 +271,11 @@ def test_a_gpu_that_the_client_does_not_see(start: Any) -> None:
 
 def test_a_gpu_without_ipc(start: Any) -> None:
     shared = start()
-    shared.cupy.fail_next("ipcGetMemHandle", shared.cupy.cuda.runtime.CUDARuntimeError(801))
+    shared.cupy.libcuda.statuses["cuIpcGetMemHandle"] = 801
     with SMALL.create(shared.client) as session:
-        with pytest.raises(stepwire.UnsupportedFeatureError, match=r"cudaErrorNotSupported.*--ipc=host --pid=host"):
+        with pytest.raises(stepwire.UnsupportedFeatureError, match=r"CUDA_ERROR_NOT_SUPPORTED.*--ipc=host --pid=host"):
             session.attach()
+        shared.cupy.libcuda.statuses.clear()
         session.attach()
         assert str(session.transport) == "transport cuda_ipc"
 

@@ -121,6 +121,9 @@ class FakeLibcuda:
         address._obj.value = start
         return 0
 
+    def _cuIpcGetMemHandle(self, handle: Any, address: Any) -> None:
+        ctypes.memmove(handle._obj.reserved, self._driver.share(address.value), 64)
+
     def _cuIpcCloseMemHandle(self, address: Any) -> int:
         if (closed := self.mapped.pop(address.value, None)) is None:
             return 1

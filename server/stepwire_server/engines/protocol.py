@@ -88,12 +88,16 @@ class EngineStatistics(NamedTuple):
         kept_gradient_bytes: the device memory of past gradients that is kept for the next step.
         working_bytes: the device memory that the engine itself holds at most; see `DeviceInfo`.
         threads: the number of threads of the processor that work on one call, the caller's included.
+        code_bytes: the machine code of kernels in device memory.
+        taken_bytes: the device memory that contexts, this process's included, had at the engine's start.
     """
 
     allocated_bytes: int
     kept_gradient_bytes: int
     working_bytes: int
     threads: int
+    code_bytes: int = 0
+    taken_bytes: int = 0
 
 
 Value = TypeVar("Value")
@@ -356,10 +360,7 @@ class Engine(Protocol):
         ...
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
-        """Compile the kernels of steps with these dtypes, so that no step has to wait; None stands for no reply.
-
-        They are those of ranges whose slots are held in the recipe's precision.
-        """
+        """Compile the kernels of steps with these dtypes and the recipe's precision; None stands for no reply."""
         ...
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:

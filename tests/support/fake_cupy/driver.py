@@ -62,6 +62,7 @@ class Driver:
         self.contexts: set[int] = set()
         self.spinning_waits = 0
         self.resident_blocks = 1
+        self.context_bytes = 0
         self.named_streams: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.classes = types.SimpleNamespace(**{name: self.bind(getattr(classes, name)) for name in CLASSES})
         self._null = [self._null_stream(index) for index in range(device_count)]
@@ -156,8 +157,8 @@ class Driver:
 
     def memory_of(self, device: int) -> tuple[int, int]:
         """Return what is free, and the whole."""
-        total = self.memories.memory_bytes
-        return total - self.memories.used_bytes(DEVICE_MEMORY, device), total
+        total, context_bytes = self.memories.memory_bytes, self.context_bytes if device in self.contexts else 0
+        return total - context_bytes - self.memories.used_bytes(DEVICE_MEMORY, device), total
 
     def register(self, ptr: int, size: int, flags: int) -> None:
         self.device()

@@ -96,6 +96,18 @@ class CudaDriver:
             "it in with: docker run --gpus all, and unset CUDA_VISIBLE_DEVICES"
         )
 
+    def ipc_handle(self, address: int) -> bytes:
+        """Return the handle by which another process opens the allocation that begins at an address, 64 bytes.
+
+        The thread's own context is that of the allocation. CuPy's call would hold the interpreter's lock.
+
+        Raises:
+            CudaFailure: the device, its driver or this container has no CUDA IPC.
+        """
+        handle = _IpcMemHandle()
+        self.call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
+        return bytes(handle.reserved)
+
     def any_context(self) -> bool:
         """Tell whether this process uses a device already."""
         flags, active = ctypes.c_uint(), ctypes.c_int()

@@ -20,10 +20,12 @@ Memory that is pinned already (`Bus.pin`) crosses without a buffer. It must stay
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import numpy as np
 
@@ -33,6 +35,9 @@ from stepwire_server.engines.cuda.pool import Pool
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["Bus", "Crossing", "Crossings"]
+
+_PAGE_BYTES: Final = mmap.PAGESIZE
+_SLICE_BYTES: Final = 64 << 20
 
 
 class _Buffer:
@@ -216,9 +221,20 @@ class Bus:
     def pin(self, memory: HostArray) -> Iterator[None]:
         """Let the device copy from and to this memory by itself for a block; no copy may be under way at the end.
 
+        A driver that pins gigabytes at once keeps the other threads of the process from the device for as long. So
+        memory that begins a page is pinned slice by slice. Bytes of two slices go through buffers.
+
         Args:
             memory: `(n,) uint8`.
         """
+        most = _SLICE_BYTES if address_of(memory) % _PAGE_BYTES == 0 else max(memory.nbytes, 1)
+        with contextlib.ExitStack() as pinned:
+            for low in range(0, memory.nbytes, most):
+                pinned.enter_context(self._pin_slice(memory[low : low + most]))
+            yield
+
+    @contextlib.contextmanager
+    def _pin_slice(self, memory: HostArray) -> Iterator[None]:
         runtime, start = self._device.cupy.cuda.runtime, address_of(memory)
         with self._device.current():
             runtime.hostRegister(start, memory.nbytes, 0)

@@ -30,6 +30,7 @@ class Compiler:
 
     Attributes:
         compiled: the number of modules that were compiled and not found in a file.
+        loaded_bytes: the machine code that is on the device; the driver may round it up.
     """
 
     def __init__(self, device: CudaDevice, directory: pathlib.Path | None = None) -> None:
@@ -40,6 +41,7 @@ class Compiler:
             directory: the directory of machine code; None for `cubin_directory()`.
         """
         self.compiled = 0
+        self.loaded_bytes = 0
         self._device = device
         self._directory = directory or cubin_directory()
         with device.current():
@@ -68,8 +70,7 @@ class Compiler:
                 source, COMPILE_OPTIONS, filename="stepwire.cu", cache_in_memory=True
             )
             self.compiled += 1
-            module = self._device.cupy.cuda.Module()
-            self._device.with_memory(lambda: module.load(code), len(code))
+            module = self._loaded(code)
         _keep(path, code)
         return module
 
@@ -84,15 +85,19 @@ class Compiler:
             code = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        module = self._device.cupy.cuda.Module()
         try:
-            self._device.with_memory(lambda: module.load(code), len(code))
+            return self._loaded(code)
         except ResourceExhaustedError:  # of the device, which says nothing about the file
             raise
         except Exception as problem:  # CuPy has no common base for what a driver refuses
             self._device.examine(problem)
             _log.warning("machine code in %s is made anew: %s", path, problem)
             return None
+
+    def _loaded(self, code: bytes) -> Any:
+        module = self._device.cupy.cuda.Module()
+        self._device.with_memory(lambda: module.load(code), len(code))
+        self.loaded_bytes += len(code)
         return module
 
 

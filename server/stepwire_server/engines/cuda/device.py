@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, UnsupportedFeatureError
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError
 from stepwire_server.engines.protocol import HostArray
 
 __all__ = ["ALIGNMENT", "CudaDevice", "address_of", "round_up"]
@@ -138,10 +138,17 @@ class CudaDevice:
         return name.decode()
 
     def free_bytes(self) -> int:
-        """Return the bytes of the device's memory that are free now."""
+        """Return the bytes of the device's memory that are free now; see `memory`."""
+        return self.memory()[0]
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of the device's memory that are free now, and all.
+
+        CuPy holds the interpreter's lock during this call, so no step makes it.
+        """
         with self.current():
-            free: int = self.cupy.cuda.runtime.memGetInfo()[0]
-        return free
+            free, total = self.cupy.cuda.runtime.memGetInfo()
+        return free, total
 
     def on_shortage(self, reclaim: Callable[[], None]) -> None:
         """Call `reclaim` when memory runs out, before giving up."""
@@ -263,23 +270,6 @@ class CudaDevice:
     def view(self, memory: Any, offset: int, count: int, dtype: Any) -> Any:
         """View `count` elements from byte `offset` of some memory on."""
         return self.cupy.ndarray(count, dtype, memory.data + offset)
-
-    def handle(self, address: int) -> bytes:
-        """Return what another process opens the allocation by that begins at an address, 64 bytes.
-
-        Raises:
-            UnsupportedFeatureError: the device, its driver or this container has no CUDA IPC.
-        """
-        with self.current():
-            try:
-                handle: bytes = self.cupy.cuda.runtime.ipcGetMemHandle(address)
-            except self.cupy.cuda.runtime.CUDARuntimeError as problem:
-                raise UnsupportedFeatureError(
-                    f"CUDA does not share memory of {self.name} with other processes ({problem}); in a container use: "
-                    "docker run --ipc=host --pid=host; under WSL and on parts of a GPU (MIG) there may be no CUDA IPC",
-                    metadata={"feature": "transport_cuda_ipc", "device": self.name},
-                ) from problem
-        return handle
 
     def to_host(self, address: int, nbytes: int) -> bytes:
         """Copy memory of the device to the host, behind all that the kernels' stream was asked for."""

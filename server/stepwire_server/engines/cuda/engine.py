@@ -59,6 +59,9 @@ class CudaOptions(NamedTuple):
 
 _DEFAULTS: Final = CudaOptions()
 
+# The room for machine code in the default budget: that of hundreds of kernels.
+_MOST_CODE_BYTES: Final = 64 << 20
+
 
 class CudaEngine:
     """Flat arrays in the memory of one GPU. Unverified on a GPU. Thread-safe, unlike its states."""
@@ -77,7 +80,8 @@ class CudaEngine:
         """
         device = CudaDevice(cupy or importlib.import_module("cupy"), index)
         self._libcuda = libcuda
-        free_bytes = device.free_bytes()
+        free_bytes, all_bytes = device.memory()  # with the context of this process, which the first call made
+        self._taken_bytes = all_bytes - free_bytes
         tables, bus = eight_bit_tables(), Bus(device, options.buffers, options.buffer_bytes)
         self._resources = CudaResources(
             device,
@@ -92,7 +96,8 @@ class CudaEngine:
         device.on_shortage(self._resources.gradients.trim)
         self._states: weakref.WeakSet[CudaState] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._device = DeviceInfo(device.name, device.description, free_bytes, self._resources.working_bytes)
+        working_bytes = self._resources.working_bytes + min(_MOST_CODE_BYTES, free_bytes // 64)
+        self._device = DeviceInfo(device.name, device.description, free_bytes, working_bytes)
 
     @property
     def device(self) -> DeviceInfo:
@@ -108,7 +113,15 @@ class CudaEngine:
         """See `Engine.statistics`; the thread that calls asks the device."""
         with self._lock:
             allocated_bytes = sum(state.nbytes for state in self._states)
-        return EngineStatistics(allocated_bytes, self._resources.gradients.kept_bytes, self._resources.working_bytes, 1)
+        resources = self._resources
+        return EngineStatistics(
+            allocated_bytes,
+            resources.gradients.kept_bytes,
+            self._device.working_bytes,
+            1,
+            resources.kernels.code_bytes,
+            self._taken_bytes,
+        )
 
     def state_bytes(self, slots: Mapping[str, Holding], size: int) -> int:
         """See `Engine.state_bytes`."""
@@ -152,14 +165,14 @@ class CudaEngine:
     def export(self, nbytes: int) -> CudaExportedMemory:
         """See `Engine.export`."""
         device = self._resources.device
-        try:  # the driver numbers devices as the runtime does; of the UUID, CuPy tells what comes before the first zero
-            uuid = CudaDriver(self._libcuda).uuids(device.index)[0]
+        try:
+            driver = CudaDriver(self._libcuda)
         except CudaFailure as problem:
             raise UnsupportedFeatureError(
-                f"the driver does not tell the UUID of {device.name}: {problem}",
+                f"{device.name} shares no memory: {problem}",
                 metadata={"feature": "transport_cuda_ipc", "device": device.name},
             ) from problem
-        return CudaExportedMemory(device, nbytes, uuid)
+        return CudaExportedMemory(device, driver, nbytes)
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""

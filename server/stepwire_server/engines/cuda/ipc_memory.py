@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from stepwire.errors import DataLossError
+from stepwire.errors import DataLossError, UnsupportedFeatureError
+from stepwire.transports.cuda.driver import CudaDriver, CudaFailure
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.payloads import check_range
 from stepwire_server.engines.protocol import EngineState
@@ -82,7 +83,7 @@ class CudaExportedMemory:
         device_uuid: the UUID of the GPU.
     """
 
-    def __init__(self, device: CudaDevice, nbytes: int, device_uuid: bytes) -> None:
+    def __init__(self, device: CudaDevice, driver: CudaDriver, nbytes: int) -> None:
         """Allocate.
 
         Raises:
@@ -90,10 +91,10 @@ class CudaExportedMemory:
         """
         assert nbytes > 0 and nbytes % _WHOLE_BLOCK_BYTES == 0
         self._device = device
-        self.device_uuid = device_uuid
+        self.device_uuid = _uuid_of(device, driver)
         self._memory: Any = device.allocate(nbytes)
         try:
-            self.handle = device.handle(self._memory.data.ptr)
+            self.handle = _handle_of(device, driver, self._memory.data.ptr)
             self._wipe()
         except BaseException:
             self._memory = None  # an error that somebody keeps keeps this object
@@ -121,3 +122,38 @@ class CudaExportedMemory:
     def _wipe(self) -> None:
         self._device.zero(self._memory)
         self._device.settle(self._device.compute)
+
+
+def _uuid_of(device: CudaDevice, driver: CudaDriver) -> bytes:
+    """Return the UUID. The driver numbers devices as the runtime does; CuPy cuts the UUID at the first zero byte.
+
+    Raises:
+        UnsupportedFeatureError: the driver does not tell it.
+    """
+    try:
+        return driver.uuids(device.index)[0]
+    except CudaFailure as problem:
+        raise UnsupportedFeatureError(
+            f"the driver does not tell the UUID of {device.name}: {problem}", metadata=_metadata(device)
+        ) from problem
+
+
+def _handle_of(device: CudaDevice, driver: CudaDriver, address: int) -> bytes:
+    """Return what another process opens an allocation by, in the thread that has just allocated.
+
+    Raises:
+        UnsupportedFeatureError: the device, its driver or this container has no CUDA IPC.
+    """
+    try:
+        with device.current():
+            return driver.ipc_handle(address)
+    except CudaFailure as problem:
+        raise UnsupportedFeatureError(
+            f"CUDA does not share memory of {device.name} with other processes ({problem}); in a container use: docker "
+            "run --ipc=host --pid=host; under WSL and on parts of a GPU (MIG) there may be no CUDA IPC",
+            metadata=_metadata(device),
+        ) from problem
+
+
+def _metadata(device: CudaDevice) -> dict[str, str]:
+    return {"feature": "transport_cuda_ipc", "device": device.name}

@@ -104,6 +104,11 @@ class CudaKernels:
         self._sums: dict[tuple[np.dtype[Any], bool], CudaKernel] = {}
         self._lock = threading.Lock()
 
+    @property
+    def code_bytes(self) -> int:
+        """The machine code on the device."""
+        return self._compiler.loaded_bytes
+
     def update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> CudaKernel:
         """Return the fused kernel; `update_kernel` documents its arguments."""
         names = (name_of(gradient), reply.name if reply is not None else None)

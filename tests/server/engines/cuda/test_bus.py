@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from stepwire_server.engines.cuda import bus as bus_module
 from stepwire_server.engines.cuda.bus import Bus, Crossings, _PinnedRanges
 from stepwire_server.engines.cuda.device import CudaDevice
 
@@ -267,6 +269,53 @@ def test_memory_that_is_not_all_pinned_goes_through_buffers(fake, read, low, hig
         assert (memory[low:high] == 0xEE).all()
         crossing.wait()
         assert (memory[low:high] == drawn(256)[low:high]).all()
+
+
+def in_pages(count: int) -> np.ndarray:
+    """Return memory that begins a page, `(count,) uint8`."""
+    return np.frombuffer(mmap.mmap(-1, count), np.uint8)
+
+
+def test_memory_is_pinned_slice_by_slice_so_that_others_come_in_between(fake, read, monkeypatch) -> None:
+    monkeypatch.setattr(bus_module, "_SLICE_BYTES", 2 * mmap.PAGESIZE)
+    cupy = fake("lazy")
+    device, bus = make(cupy)
+    memory, target = in_pages(5 * mmap.PAGESIZE), device.allocate(200)
+    with bus.pin(memory):
+        pinned = [known for known in cupy._driver.memories.ranges if known.kind == "registered memory"]
+        slices = [(known.start - memory.ctypes.data, known.size) for known in pinned]
+        assert slices == [(k * mmap.PAGESIZE, pages * mmap.PAGESIZE) for k, pages in ((0, 2), (2, 2), (4, 1))]
+        assert bus.pinned_bytes == memory.nbytes
+        for k, low in enumerate((2 * mmap.PAGESIZE, 2 * mmap.PAGESIZE - 50)):  # within a slice, and over its edge
+            memory[low : low + 100] = drawn(100)
+            bus.send(memory[low : low + 100], target.data.ptr + 100 * k)
+            memory[low : low + 100] = 7 + k
+            after_uploads(device)
+            sent = read(device, target)[100 * k : 100 * k + 100]
+            assert sent.tolist() == ([7] * 100 if k == 0 else drawn(100).tolist()), "by itself, and through a buffer"
+    assert cupy.registered_bytes == bus.pinned_bytes == 0
+
+
+def test_memory_of_which_a_slice_cannot_be_pinned_is_not_pinned_at_all(fake, monkeypatch) -> None:
+    monkeypatch.setattr(bus_module, "_SLICE_BYTES", mmap.PAGESIZE)
+    cupy = fake()
+    _, bus = make(cupy)
+    cupy.fail_next("hostRegister", cupy.cuda.runtime.CUDARuntimeError(2), after=2)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="out of memory"), bus.pin(in_pages(4 * mmap.PAGESIZE)):
+        pytest.fail("the block is not entered")
+    assert cupy.registered_bytes == bus.pinned_bytes == 0
+
+
+def test_memory_that_begins_inside_a_page_is_pinned_at_once(fake, monkeypatch) -> None:
+    """Two slices would share a page, which a driver pins once."""
+    monkeypatch.setattr(bus_module, "_SLICE_BYTES", mmap.PAGESIZE)
+    cupy = fake()
+    _, bus = make(cupy)
+    memory = in_pages(4 * mmap.PAGESIZE)[16:]
+    with bus.pin(memory):
+        assert [known.size for known in cupy._driver.memories.ranges if known.kind == "registered memory"] == [
+            memory.nbytes
+        ]
 
 
 def test_memory_that_is_pinned_no_more_goes_through_buffers(fake, read) -> None:

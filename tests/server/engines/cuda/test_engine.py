@@ -269,13 +269,32 @@ def test_statistics_count_state_and_memory_that_is_kept(fake, library) -> None:
     config, cupy = PLANS["plain"], fake(library=library)
     engine = PretendedGpu(cupy, gradient_cache_bytes=1 << 20)
     working_bytes = engine.device.working_bytes
-    assert engine.statistics() == (0, 0, working_bytes, 1)
+    assert engine.statistics() == (0, 0, working_bytes, 1, 0, 0)
     session = make_session(config, engine)
     apply_step(session, gradient_of(config, 1))
-    assert engine.statistics() == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
+    assert engine.statistics()[:4] == (session.memory_bytes, 4 * config.layout.size, working_bytes, 1)
     engine.rest()
     session.close()
-    assert engine.statistics() == (0, 0, working_bytes, 1)
+    assert engine.statistics()[:4] == (0, 0, working_bytes, 1)
+
+
+def test_what_a_context_takes_is_no_part_of_the_budget_and_code_has_its_room(
+    fake, library, tmp_path, monkeypatch
+) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    cupy = fake(library=library, memory_bytes=64 << 20)
+    cupy._driver.context_bytes = 5 << 20
+    engine = PretendedGpu(cupy)
+    assert (engine.device.memory_bytes, engine.statistics().taken_bytes) == (59 << 20, 5 << 20)
+    assert engine.device.working_bytes - cupy.used_bytes == (59 << 20) // 64, "the room for code"
+    for name in ("sum_float32", "sum_int8"):
+        engine._resources.kernels.of_gradients(name)
+    (file,) = tmp_path.glob("*.cubin")
+    assert engine.statistics().code_bytes == file.stat().st_size
+    again = PretendedGpu(cupy)
+    again._resources.kernels.of_gradients("sum_float32")
+    assert again.statistics().code_bytes == file.stat().st_size, "from the file too"
 
 
 def test_memory_that_is_given_back_was_zeroed(fake, library) -> None:

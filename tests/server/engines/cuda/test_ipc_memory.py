@@ -34,7 +34,7 @@ def test_a_device_without_ipc_says_what_to_do(fake, status) -> None:
     cupy = fake()
     engine = PretendedGpu(cupy)
     before = cupy.used_bytes
-    cupy.fail_next("ipcGetMemHandle", cupy.cuda.runtime.CUDARuntimeError(status))
+    cupy.libcuda.statuses["cuIpcGetMemHandle"] = status
     with pytest.raises(UnsupportedFeatureError, match="--ipc=host --pid=host"):
         engine.export(BLOCK)
     assert cupy.used_bytes == before
