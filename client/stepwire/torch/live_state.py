@@ -196,9 +196,11 @@ class LiveState(MutableMapping[Any, Any]):
 
     def read(self, entry: StateEntry) -> None:
         """Put the present slots into an entry; see `EntryKeeper`."""
+        slots = {} if entry.parameter in self._dropped else self._slots_to_lend(entry)
         self._read.append(entry)
-        if entry.parameter in self._dropped:
-            return
+        entry.lend(slots)
+
+    def _slots_to_lend(self, entry: StateEntry) -> dict[str, StateTensor]:
         view, slots = self._present(), {}
         for key in view.keys(entry.parameter):
             tensor = self._alive.get((id(entry.parameter), key))
@@ -206,7 +208,7 @@ class LiveState(MutableMapping[Any, Any]):
                 tensor = StateTensor.made(self, entry.parameter, key, view.value(entry.parameter, key))
                 self._alive[id(entry.parameter), key] = tensor
             slots[key] = tensor
-        entry.lend(slots)
+        return slots
 
     def _bind(self, parameter: Any, entry: StateEntry, *, is_read: bool = False) -> StateEntry:
         entry.keeper, entry.parameter, entry.is_read = self, parameter, is_read

@@ -17,7 +17,7 @@ class EntryKeeper(Protocol):
     """The owner of entries."""
 
     def read(self, entry: StateEntry) -> None:
-        """Put the present slots of the server into an entry, which has none."""
+        """Lend an entry, which has none, the present slots of the server."""
 
 
 class StateEntry(dict[str, Any]):
@@ -44,18 +44,16 @@ class StateEntry(dict[str, Any]):
         self.keeper, self.parameter, self.is_read, self.lent = None, None, False, {}
 
     def read(self) -> None:
-        """Have the present slots in the dict."""
+        """Have the present slots in the dict. After a failure it has none, and the next use reads them."""
         if self.keeper is not None and not self.is_read:
-            self.is_read = True
             self.keeper.read(self)
 
     def lend(self, slots: dict[str, StateTensor]) -> None:
         """Put slots into the dict, before the keys of other code."""
-        others = self.present()
-        dict.clear(self)
-        dict.update(self, slots)
-        dict.update(self, others)
-        self.lent = slots
+        if others := self.present():
+            dict.clear(self)
+        dict.update(self, slots | others)
+        self.lent, self.is_read = slots, True
 
     def replaced(self) -> list[str]:
         """Return the names of lent slots that other code has replaced or removed."""

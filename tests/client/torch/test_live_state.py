@@ -7,14 +7,14 @@ import io
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import stepwire
 import stepwire.torch
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnavailableError
 from stepwire.torch.state_tensor import StateTensor
 from tests.client.torch.twins import Twins, parameters, same_bits
 
@@ -93,6 +93,23 @@ def test_a_state_is_fetched_once_between_two_steps(target: str, monkeypatch: pyt
         assert fetched == [1]
         assert pair.remote.state[pair.remote_params[0]]["step"].item() == 3.0
         assert fetched == [1, 1]
+
+
+def test_a_read_that_fails_leaves_the_entry_to_be_read_again(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (pair := twins(target)).remote:
+        pair.step(1)
+        entry = pair.remote.state[pair.remote_params[0]]
+        pair.step(1)
+        with monkeypatch.context() as patched, pytest.raises(UnavailableError):
+            patched.setattr(stepwire.Session, "state", failing)
+            len(entry)
+        assert_same_state(pair)
+        pair.step(2)
+        assert_same_state(pair)
+
+
+def failing(session: stepwire.Session, **options: Any) -> NoReturn:
+    raise UnavailableError("not now")
 
 
 def test_a_tensor_that_is_held_shows_the_present_values(target: str) -> None:

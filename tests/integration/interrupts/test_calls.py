@@ -7,7 +7,6 @@ sessions of one server, of several, and of the client are tried.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import stepwire
 from stepwire.connection.errands import run
 from stepwire_server.server import Server
-from tests.integration.interrupts.places import EVERY, SOME
+from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
@@ -111,9 +110,7 @@ def places(
         counted = kind()
         assert not counting(counted)
         count = counted.points if kind is Arrival else counted.lines
-        assert count > 0
-        tried = range(count) if EVERY else random.Random(seed).sample(range(count), min(SOME, count))
-        yield from map(kind, tried)
+        yield from map(kind, chosen(count, seed))
 
 
 @pytest.mark.parametrize("name", ACTS)

@@ -5,14 +5,13 @@ A program that is interrupted has the state and the parameters of before, and up
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.integration.interrupts.places import EVERY, SOME
+from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
@@ -77,7 +76,7 @@ def test_an_update_after_an_interrupt_is_that_update(target: str) -> None:
         assert not training.interrupted(counted)
         training.close()
         count = counted.points if isinstance(counted, Arrival) else counted.lines
-        for at in range(count) if EVERY else random.Random("optax").sample(range(count), SOME):
+        for at in chosen(count, "optax"):
             training = Training(target)
             again = training.interrupted(kind(at))
             if training.course(*(2, 3) if again else (3,)) != expected:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
-from tests.integration.interrupts.places import EVERY, SOME
+from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
@@ -108,8 +107,7 @@ def places(opened: Callable[[], stepwire.Session], seed: str) -> list[Place]:
             place = kind()
             assert not interrupted(session, place)
             count = place.points if isinstance(place, Arrival) else place.lines
-        assert count > SOME
-        found += [(kind, at) for at in (range(count) if EVERY else random.Random(seed).sample(range(count), SOME))]
+            found += [(kind, at) for at in chosen(count, seed)]
     return found
 
 

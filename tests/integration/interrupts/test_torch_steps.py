@@ -6,13 +6,12 @@ After an interrupt the model is whole: as before the step or as after it. The us
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.interrupts.places import EVERY, SOME
+from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
@@ -126,8 +125,7 @@ def places(target: str, kind: Kind, seed: str) -> Iterator[Arrival | Departure]:
             counted = place()
             assert not training.interrupted(counted)
         count = counted.points if isinstance(counted, Arrival) else counted.lines
-        assert count > SOME
-        for at in range(count) if EVERY else random.Random(seed).sample(range(count), SOME):
+        for at in chosen(count, seed):
             yield place(at)
 
 
