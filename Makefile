@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers programs interrupts sweep check bench bench-peers gpu image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers programs interrupts sweep check bench bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -84,15 +84,27 @@ bench-peers: .venv-peers/stamp .venv-flower/stamp
 	touch $@
 
 # On a machine with a CUDA device and cupy, cuda-toolkit[nvrtc,cudart], numpy, grpcio, protobuf, ml_dtypes, numba and
-# pytest; nothing is installed, and the checkout need not be. A run in which every test is skipped fails. torch is compared with where it is there. The conformance vectors, which need a whole server,
-# are skipped unless there are also wheels of msgspec, structlog and grpcio-health-checking. At most 8 minutes: figures are
-# worth having where a test fails too, and a test that waits for ever is told from one that is slow.
-gpu: export PYTHONPATH := client:server$(if $(PYTHONPATH),:$(PYTHONPATH))
+# pytest; nothing is installed, and the checkout need not be. torch is compared with where it is there. The conformance
+# vectors, which need a whole server, are skipped unless there are also wheels of msgspec, structlog and
+# grpcio-health-checking. The two parts fit into a quarter of an hour together, and each into ten minutes: the tests by
+# weight, and then the figures, which are worth having where a test fails too. Whatever time was too short for is named.
+# A run in which every test is skipped fails; a test that waits for ever is told from one that is slow.
+gpu gpu-tests gpu-figures: export PYTHONPATH := client:server$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	status=0; \
-	timeout --signal=INT --kill-after=5 230 $(PYTHON) -m pytest -q -m gpu -W default -o faulthandler_timeout=100 \
-	    --confcutdir=tests/server/engines tests/server/engines/test_gpu.py || status=1; \
+	$(MAKE) gpu-tests || status=1; \
+	$(MAKE) gpu-figures || status=1; \
+	exit $$status
+
+gpu-tests: export STEPWIRE_GPU_SECONDS := 330
+gpu-tests:
+	timeout --signal=INT --kill-after=5 400 $(PYTHON) -m pytest -q -m gpu -W default -o faulthandler_timeout=100 \
+	    --confcutdir=tests/server/engines tests/server/engines/test_gpu.py
+
+gpu-figures:
+	status=0; \
 	timeout --signal=INT --kill-after=5 235 $(PYTHON) benchmarks/gpu.py || status=1; \
+	timeout --signal=INT --kill-after=5 150 $(PYTHON) benchmarks/gpu_experiments.py --seconds 120 || status=1; \
 	exit $$status
 
 # With what builder there is. `make image TARGETS="cpu gpu demo"`.

@@ -61,7 +61,7 @@ class Clock:
     def __init__(self, device: Any, wiped_bytes: int) -> None:
         """Take over the `CudaDevice` of an engine."""
         self._device = device
-        self._wiped = device.allocate(wiped_bytes)
+        self.wiped = device.allocate(wiped_bytes)
 
     def on_device(self, action: Callable[[], Any], lead: int = 16) -> float:
         """Return what passes on the stream `compute` while it does what `action` asks of it.
@@ -73,7 +73,7 @@ class Clock:
         with self._device.current():
             begin, end = event(), event()
             for _ in range(lead):
-                self._wiped.data.memset_async(0, self._wiped.nbytes, compute)
+                self.wiped.data.memset_async(0, self.wiped.nbytes, compute)
             begin.record(compute)
             action()
             end.record(compute)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
+import mmap
 import pathlib
 import shutil
 import subprocess
@@ -53,19 +55,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def bench() -> Iterator[types.SimpleNamespace]:
     """The benchmark's modules, which import one another by their bare names."""
-    names = (
-        "gpu",
-        "gpu_bus",
-        "gpu_clock",
-        "gpu_creation",
-        "gpu_ipc",
-        "gpu_ipc_child",
-        "gpu_kernels",
-        "gpu_python",
-        "gpu_sections",
-        "gpu_torch",
-    )
-    names += ("idle_cupy", "machine")
+    names = [path.stem for path in (ROOT / "benchmarks").glob("gpu*.py")] + ["idle_cupy", "machine"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -301,3 +291,47 @@ def test_a_device_without_ipc_is_told(bench, make_gpu, devices, client) -> None:
     devices[-1].libcuda.statuses["cuIpcGetMemHandle"] = 801
     with pytest.raises(bench.gpu_clock.Skipped, match="CUDA does not share memory of cuda:0"):
         bench.gpu_ipc.ipc(gpu, 1500, client)
+
+
+# --- experiments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workbench(bench: types.SimpleNamespace, fake: Callable[..., Any]) -> Iterator[Any]:
+    """A device for experiments in a tiny form."""
+    cupy = fake(memory_bytes=16 << 20)
+    engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32), cupy.libcuda)
+    yield bench.gpu_trials.Workbench(
+        engine,
+        bench.gpu_clock.Clock(engine._resources.device, 4096),
+        size=3000,
+        piece_bytes=(4096, 8192),
+        copies=2,
+        copy_bytes=4096,
+        pinned_bytes=4 * mmap.PAGESIZE,
+        busy_ms=1.0,
+        rounds=1,
+    )
+    engine.close()
+    cupy.check()
+
+
+def test_experiments_have_an_outcome_each_as_a_line(bench, workbench) -> None:
+    """That they run through, not what they find."""
+    written = io.StringIO()
+    outcomes = dict(bench.gpu_experiments.run(workbench, bench.gpu_experiments.EXPERIMENTS, 60.0, [written]))
+    assert not [outcome for outcome in outcomes.values() if "error" in outcome or "left_out" in outcome]
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [line["experiment"] for line in lines] == list(bench.gpu_experiments.EXPERIMENTS)
+    assert outcomes["shortage"]["too_much"].startswith("MEMORY_EXHAUSTED: no memory on cuda:0")
+    assert outcomes["shortage"]["session_afterwards"] == "done"
+    assert {"sum_behind_copies_us", "small_copy_behind_copies_us"} <= outcomes["sums"].keys()
+    assert all(value >= 0.0 for value in outcomes["pieces"].values())
+
+
+def test_experiments_that_fail_or_come_too_late_are_named(bench, workbench, capsys) -> None:
+    chosen = {"broken": lambda bench: {}["gone"], "late": lambda bench: {}}
+    broken, _ = bench.gpu_experiments.run(workbench, chosen, 60.0, [])
+    assert broken == ("broken", {"error": "KeyError: 'gone'"}) and "Traceback" in capsys.readouterr().err
+    _, late = bench.gpu_experiments.run(workbench, chosen, -1.0, [])
+    assert late == ("late", {"left_out": "the -1 seconds were over"})

@@ -185,6 +185,13 @@ def check_mixed(engine: Engine, reference: Engine, size: int) -> None:
         cases.assert_same_bits(results[0][name], results[1][name], name)
 
 
+def check_lost(found: dict[str, str]) -> None:
+    """Compare what `sticky_child.outcomes` found: every call names the loss, closing returns, and one call tells it."""
+    calls = ("break", "settle", "put beside", "write beside", "settle beside", "allocate", "export")
+    expected = dict.fromkeys(calls, "DEVICE_LOST") | dict.fromkeys(("close", "close beside", "close engine"), "done")
+    assert found == expected | {"told": "1"}
+
+
 class SharingClient(Protocol):
     """A client that has opened memory and written `ipc_child.gradient_of` into it."""
 

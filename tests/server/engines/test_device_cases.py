@@ -15,7 +15,8 @@ from stepwire_server.engines import CpuEngine, CudaEngine
 from stepwire_server.engines.cuda.engine import CudaOptions
 from stepwire_server.rules import Precision, Recipe
 from tests.support import device_cases as cases
-from tests.support import ipc_child
+from tests.support import ipc_child, sticky_child
+from tests.support.time_left import TimeLeft
 
 SIZE = 3001
 
@@ -86,6 +87,23 @@ class _Beside:
 
     def close(self) -> None:
         del self._mapping
+
+
+def test_time() -> None:
+    """The tests of a GPU that come too late are skipped by name."""
+    seconds = iter([100.0, 430.0, 430.5])
+    left = TimeLeft({"STEPWIRE_GPU_SECONDS": "330"}, lambda: next(seconds))
+    left.require("in time")
+    with pytest.raises(pytest.skip.Exception, match=r"left out, 330 seconds were over: test_late\[8\]"):
+        left.require("test_late[8]")
+    TimeLeft({}, lambda: 1e9).require("with all the time of the world")
+
+
+def test_lost(fake_cupy) -> None:
+    cupy = fake_cupy(memory_bytes=16 << 20)
+    engine = CudaEngine(0, cupy, CudaOptions(buffers=3, buffer_bytes=1 << 15, cells=32), cupy.libcuda)
+    poison = cupy.cuda.runtime.CUDARuntimeError(700)
+    cases.check_lost(sticky_child.outcomes(engine, lambda state: cupy.poison(poison)))
 
 
 def test_shared(engine, reference) -> None:

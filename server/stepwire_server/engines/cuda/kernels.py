@@ -33,6 +33,7 @@ LANE_ELEMENTS: Final = 4
 # blocks of a last wave that is not full would leave most of the device idle. Kernels that measure leave a sum a block,
 # which goes to the host, so their waves are fewer. Kernels of 8 bits copy their tables first, so they have one wave.
 _WAVES: Final = 16
+_WAVES_OF_EIGHT_BITS: Final = 1
 _MOST_MEASURING_BLOCKS: Final = 2048
 _ELEMENTS_OF_A_WARP: Final = 256
 _BLOCK_ELEMENTS: Final = THREADS * LANE_ELEMENTS
@@ -83,7 +84,7 @@ class CudaKernel:
     def blocks_of_eight_bits(self, size: int) -> int:
         """Return the blocks of threads for some elements of which 256 are a warp's, at least one."""
         warps = -(-size // _ELEMENTS_OF_A_WARP)
-        return max(min(-(-warps * 32 // THREADS), self.wave), 1)
+        return max(min(-(-warps * 32 // THREADS), _WAVES_OF_EIGHT_BITS * self.wave), 1)
 
     def blocks_of(self, recipe: Recipe, size: int) -> int:
         """Return the blocks of threads for a recipe's pass over some elements."""
