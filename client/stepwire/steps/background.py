@@ -160,8 +160,10 @@ class BackgroundSteps:
         if (failure := errand.failure) is not None:
             with self._changed:
                 self._failed += 1
-                self._unread = future not in self._withdrawn
-            self._cancel_waiting()
+                is_news = future not in self._withdrawn
+                self._unread = self._unread or is_news
+            if is_news:
+                self._cancel_waiting()
             future.set_exception(failure)
         else:
             future.set_result(errand.result)

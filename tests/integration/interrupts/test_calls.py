@@ -132,6 +132,7 @@ def test_the_same_call_after_an_interrupt_has_the_same_effect(client: stepwire.C
             if act(client, session) != result or told(session.step(values(3))) != last:
                 wrong.append(str(place))
     assert wrong == []
+    assert list(client.sessions()) == []
 
 
 def test_a_creation_that_is_interrupted_leaves_no_session(client: stepwire.Client, servers: list[Server]) -> None:
