@@ -146,6 +146,7 @@ class IdleCupy:
                 runtimeGetVersion=lambda: 13020,
                 getDevice=lambda: 0,
                 setDevice=_nothing,
+                free=_nothing,
                 getDeviceProperties=lambda index: {"name": b"nothing"},
                 memGetInfo=lambda: (140 << 30, 141 << 30),
                 hostRegister=_nothing,

@@ -570,7 +570,12 @@ def test_modules_are_unloaded_where_their_context_is_current(make) -> None:
         modules = [load(cupy, cupy.cuda.compiler.compile_using_nvrtc("")[0]) for _ in range(2)]
         modules.pop()
     assert not cupy.faults
-    thread = threading.Thread(target=modules.clear)
+
+    def clear() -> None:
+        assert cupy.cuda.runtime.getDevice() == 0, "which binds no context"
+        modules.clear()
+
+    thread = threading.Thread(target=clear)
     thread.start()
     thread.join()
     assert cupy.faults == ["a module of device 0 is unloaded without its context"]

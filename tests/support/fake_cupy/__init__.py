@@ -73,6 +73,7 @@ class FakeCupy:
                 memGetInfo=lambda: self._driver.memory_of(self._driver.device()),
                 hostRegister=self._driver.register,
                 hostUnregister=self._driver.unregister,
+                free=self._driver.free,
                 ipcGetMemHandle=self._driver.share,
                 memcpy=self._driver.copy_at_once,
                 memcpyAsync=self._driver.copy_in_stream,

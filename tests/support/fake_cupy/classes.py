@@ -282,8 +282,8 @@ class Module:
         return self._driver.classes.Function(self, name)
 
     def __del__(self) -> None:
-        """Unload. The driver's own call wants a context, which a thread without a device has none of."""
-        if hasattr(self, "_device") and self._driver.device_of_thread() != self._device:
+        """Unload. The driver's own call wants a context, which a thread has after its first call of the runtime."""
+        if hasattr(self, "_device") and self._driver.bound_device() != self._device:
             self._driver.memories.faults.append(f"a module of device {self._device} is unloaded without its context")
 
 

@@ -78,16 +78,16 @@ class Driver:
         """Return the current device; the first, where the thread has not set any. No context is made yet."""
         return self._current.__dict__.setdefault("device", 0)
 
-    def device_of_thread(self) -> int | None:
-        """Return the device whose context is current in this thread; None in a thread that has called nothing yet."""
-        found: int | None = self._current.__dict__.get("device")
+    def bound_device(self) -> int | None:
+        """Return the device whose context the driver has for this thread; None before the runtime has bound one."""
+        found: int | None = self._current.__dict__.get("bound")
         return found
 
     def set_device(self, device: int) -> None:
         """Make a device current in this thread, which makes a context on it."""
         if not 0 <= device < self.device_count:
             raise classes.CUDARuntimeError(101)
-        self._current.device = device
+        self._current.device = self._current.bound = device
         self.contexts.add(device)
 
     def stack_of_streams(self, device: int) -> list[Any]:
@@ -96,6 +96,7 @@ class Driver:
     def device(self) -> int:
         device: int | None = self._current.__dict__.get("device")
         assert device is not None, "no device is current in this thread"
+        self._current.bound = device
         self.contexts.add(device)
         return device
 
@@ -178,8 +179,13 @@ class Driver:
                 raise classes.CUDARuntimeError(713)
             self.memories.free(starts[ptr])
 
-    def share(self, ptr: int) -> bytes:
+    def free(self, ptr: int) -> None:
+        """Bind the context, which is all that freeing nothing does; memory is freed by its object."""
+        assert ptr == 0
         self.device()
+
+    def share(self, ptr: int) -> bytes:
+        assert self.bound_device() is not None, "the driver has no context for this thread"
         self.failures.meet("ipcGetMemHandle")
         shared = self.here(ptr, 1)
         return struct.pack("<QQQ", shared.start, shared.size, shared.device).ljust(64, b"\0")

@@ -126,6 +126,13 @@ class CudaDevice:
         if error is not None:
             self.examine(error)
 
+    def bind(self) -> None:
+        """Make the context of a current device this thread's own, for a call of the driver.
+
+        The runtime binds it with its first call. `getDevice` is none, and the first device needs no `setDevice`.
+        """
+        self.cupy.cuda.runtime.free(0)
+
     @property
     def name(self) -> str:
         """The device's name, such as "cuda:0"."""

@@ -139,13 +139,14 @@ def _uuid_of(device: CudaDevice, driver: CudaDriver) -> bytes:
 
 
 def _handle_of(device: CudaDevice, driver: CudaDriver, address: int) -> bytes:
-    """Return what another process opens an allocation by, in the thread that has just allocated.
+    """Return what another process opens an allocation by.
 
     Raises:
         UnsupportedFeatureError: the device, its driver or this container has no CUDA IPC.
     """
     try:
         with device.current():
+            device.bind()
             return driver.ipc_handle(address)
     except CudaFailure as problem:
         raise UnsupportedFeatureError(

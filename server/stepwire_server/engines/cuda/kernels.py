@@ -75,6 +75,7 @@ class CudaKernel:
     def __del__(self) -> None:
         """Let go of the function with its device current: the last one unloads the module, in whichever thread."""
         with contextlib.suppress(Exception), self._device.current():
+            self._device.bind()
             self._function = None
 
     def blocks(self, size: int) -> int:

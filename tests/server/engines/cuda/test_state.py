@@ -181,6 +181,23 @@ def test_sums_of_more_elements_than_one_call_takes_are_the_same_bits(engine, ref
     cases.check_measures(engine, reference, cases.LAYERWISE[0])
 
 
+def test_sums_reach_the_host_without_a_copy(start) -> None:
+    """A copy would wait in the copy engine behind the replies of other sessions."""
+    engine = start("lazy")
+    cupy, telemetry = engine._resources.device.cupy, Recipe(cases.RULES[0], measures=True)
+    state = engine.allocate(cases.slots_of(telemetry), 3)
+    gradient = state.receive()
+    chunk = gradient.put(0, np.array([1.0, 2.0, 3.0], np.float32))
+    cupy.fail_next("copy", RuntimeError("a copy"))
+    assert state.sum_of_squares(chunk, 0, 3, 1.0).wait() == 14.0
+    updated, parameters = state.update(cases.step_of(telemetry), 0, chunk, 0, 3, None).wait()
+    assert updated == parameters > 0.0, "the parameters were zeros"
+    with pytest.raises(RuntimeError, match="a copy"):
+        state.read(PARAM, 0, np.empty(3, np.float32)).wait()
+    gradient.close()
+    state.close()
+
+
 def test_more_sums_than_there_is_room_for_are_read_on_the_way(start) -> None:
     state = start(("random", 2)).allocate({PARAM: Precision.FLOAT32}, 3)
     gradient = state.receive()
