@@ -21,6 +21,7 @@ of each gradient of the sum goes to the next one.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,16 @@ import numpy.typing as npt
 from stepwire.errors import InvalidRequestError
 from stepwire.wire.int8_blocks import INT8
 
-__all__ = ["ErrorFeedback", "check_feedback"]
+__all__ = ["ErrorFeedback", "PendingResidual", "check_feedback"]
 
 _Floats = npt.NDArray[np.float32]
 
 
 class ErrorFeedback:
-    """The residual of one session's gradients. Not thread-safe: the session serialises its steps.
+    """The residual of one session's gradients.
+
+    The session serialises its steps. But the thread that packs the gradient of a step that broke off may pack one more
+    chunk while the next step begins. So each sending keeps its errors by a `PendingResidual` of its own.
 
     Attributes:
         residual: the addend of the next gradient, `(size,) float32`; always finite.
@@ -46,8 +50,17 @@ class ErrorFeedback:
         self.residual: _Floats = np.zeros(size, np.float32)
         self._pending: _Floats = np.empty(size, np.float32)
         self._ranges: list[tuple[int, int]] = []
+        self._latest: PendingResidual | None = None
+        self._lock = threading.Lock()
 
-    def keep(self, offset: int, wanted: _Floats, sent: _Floats) -> None:
+    def begin(self) -> PendingResidual:
+        """Forget the pending residual, and return that of the gradient which is sent from now on."""
+        with self._lock:
+            self._ranges.clear()
+            self._latest = PendingResidual(self)
+            return self._latest
+
+    def keep(self, offset: int, wanted: _Floats, sent: _Floats, of: PendingResidual | None = None) -> None:
         """Keep the encoding error of flat elements as the pending residual.
 
         A block that is not finite leaves a residual of 0, since its error is not known.
@@ -56,7 +69,13 @@ class ErrorFeedback:
             offset: the first flat element.
             wanted: the values before the encoding, residual included, `(n,) float32`.
             sent: the values that the receiver decodes, `(n,) float32`.
+            of: the sending; nothing is kept of one that is not the latest.
         """
+        with self._lock:
+            if of is None or of is self._latest:
+                self._keep(offset, wanted, sent)
+
+    def _keep(self, offset: int, wanted: _Floats, sent: _Floats) -> None:
         left = self._pending[offset : offset + len(wanted)]
         with np.errstate(all="ignore"):
             np.subtract(wanted, sent, out=left)
@@ -69,21 +88,42 @@ class ErrorFeedback:
 
     def accept(self) -> None:
         """Make the pending residual the residual: the step was applied."""
-        if self._ranges == [(0, len(self.residual))]:
-            self.residual, self._pending = self._pending, self.residual
-        else:
-            for low, high in self._ranges:
-                self.residual[low:high] = self._pending[low:high]
-        self._ranges.clear()
+        with self._lock:
+            self._latest = None
+            if self._ranges == [(0, len(self.residual))]:
+                self.residual, self._pending = self._pending, self.residual
+            else:
+                for low, high in self._ranges:
+                    self.residual[low:high] = self._pending[low:high]
+            self._ranges.clear()
 
     def discard(self) -> None:
         """Forget the pending residual: the step was skipped, failed, or is sent again."""
-        self._ranges.clear()
+        with self._lock:
+            self._latest = None
+            self._ranges.clear()
 
     def clear(self) -> None:
         """Forget the residual and the pending residual."""
         self.discard()
         self.residual[:] = 0.0
+
+
+class PendingResidual:
+    """The pending residual of one sending of a gradient."""
+
+    def __init__(self, feedback: ErrorFeedback) -> None:
+        """Keep the errors of a sending in their place."""
+        self._feedback = feedback
+
+    @property
+    def residual(self) -> _Floats:
+        """See `ErrorFeedback`."""
+        return self._feedback.residual
+
+    def keep(self, offset: int, wanted: _Floats, sent: _Floats) -> None:
+        """Keep the encoding error of flat elements, unless another sending has begun; see `ErrorFeedback.keep`."""
+        self._feedback.keep(offset, wanted, sent, of=self)
 
 
 def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool) -> None:

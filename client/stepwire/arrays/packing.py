@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.arrays.error_feedback import ErrorFeedback
+from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
 from stepwire.wire.dtypes import BLOCK, FLOAT16, FLOAT32, INT8, is_wire_dtype, wire_alignment, wire_items
@@ -203,7 +203,7 @@ class Packer:
         ranges: Sequence[PackedRange],
         chunk: npt.NDArray[Any],
         offset: int = 0,
-        feedback: ErrorFeedback | None = None,
+        feedback: ErrorFeedback | PendingResidual | None = None,
     ) -> None:
         """Encode ranges into a chunk. Padding, and the elements of a tensor without a gradient, become zero.
 
@@ -287,7 +287,11 @@ def _copy(flat: Flat, ranges: Sequence[PackedRange], chunk: npt.NDArray[Any]) ->
 
 
 def _write_blocks(
-    flat: Flat, ranges: Sequence[PackedRange], chunk: npt.NDArray[Any], offset: int, feedback: ErrorFeedback | None
+    flat: Flat,
+    ranges: Sequence[PackedRange],
+    chunk: npt.NDArray[Any],
+    offset: int,
+    feedback: ErrorFeedback | PendingResidual | None,
 ) -> None:
     """Gather batches that stay in the processor's cache, and encode each from there."""
     values = np.empty(min(BATCH, len(chunk) * BLOCK), np.float32)
@@ -307,7 +311,7 @@ def _encode_with_feedback(
     blocks: npt.NDArray[Any],
     ranges: Sequence[PackedRange],
     offset: int,
-    feedback: ErrorFeedback,
+    feedback: ErrorFeedback | PendingResidual,
 ) -> None:
     bounds = [(packed.position, packed.position + packed.end - packed.begin) for packed in ranges]
     with np.errstate(over="ignore", invalid="ignore"):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.arrays.error_feedback import ErrorFeedback
+from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.transports.cuda.stand_ins import StandIn
@@ -88,14 +88,13 @@ class StepCall:
             self.feed.check()
         if not again:
             self.bring()
-        if self.feedback is not None and not again:
-            self.feedback.discard()
+        residual = self.feedback.begin() if self.feedback is not None and not again else None
         chunks = [] if again else self._chunks(packer, chunk_bytes)
         if not chunks and self.feed is None:
             return iter([pb.AttachRequest(begin=self.begin, commit=self.commit).SerializeToString()])
         if self.feed is not None:
-            return self._fed_messages(packer, chunks, self.feed)
-        messages = self._gradient_messages(packer, chunks)
+            return self._fed_messages(packer, chunks, self.feed, residual)
+        messages = self._gradient_messages(packer, chunks, residual)
         # A single message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
         return messages if len(chunks) > 1 else iter(list(messages))
 
@@ -130,19 +129,25 @@ class StepCall:
             chunks = sorted(chunks, key=lambda chunk: min(ranks.get(packed.tensor, last) for packed in chunk.ranges))
         return chunks
 
-    def _gradient_messages(self, packer: Packer, chunks: Sequence[ChunkLayout]) -> Iterator[bytes]:
+    def _gradient_messages(
+        self, packer: Packer, chunks: Sequence[ChunkLayout], residual: PendingResidual | None
+    ) -> Iterator[bytes]:
         """Make the messages of a step on demand; a small step is one message."""
         for index, chunk in enumerate(chunks):
-            yield self._gradient_message(packer, chunk, begins=index == 0, ends=index == len(chunks) - 1)
+            frame = self._frame(chunk, begins=index == 0, ends=index == len(chunks) - 1)
+            self._write(packer, chunk, frame, residual)
+            yield frame.finish()
 
-    def _fed_messages(self, packer: Packer, chunks: Sequence[ChunkLayout], feed: GradientFeed) -> Iterator[bytes]:
+    def _fed_messages(
+        self, packer: Packer, chunks: Sequence[ChunkLayout], feed: GradientFeed, residual: PendingResidual | None
+    ) -> Iterator[bytes]:
         """Make the messages of a step from its feed; the commit is a message of its own."""
         self.gradients = flat = list(self.gradients)
         begun = False
         feed.open(functools.partial(self._encoded, packer))
         for chunk in feed.chunks(chunks, flat):
             frame = self._frame(chunk, begins=not begun, ends=False)
-            feed.packed(chunk, functools.partial(self._write, packer, chunk, frame))
+            feed.packed(chunk, functools.partial(self._write, packer, chunk, frame, residual))
             yield frame.finish()
             begun = True
         if feed.committed():
@@ -150,11 +155,6 @@ class StepCall:
             if not begun:
                 end.begin.CopyFrom(self.begin)
             yield end.SerializeToString()
-
-    def _gradient_message(self, packer: Packer, chunk: ChunkLayout, *, begins: bool, ends: bool) -> bytes:
-        frame = self._frame(chunk, begins=begins, ends=ends)
-        self._write(packer, chunk, frame)
-        return frame.finish()
 
     def _frame(self, chunk: ChunkLayout, *, begins: bool, ends: bool) -> FrameBuffer:
         """Return a message of the gradient without its payload."""
@@ -166,10 +166,12 @@ class StepCall:
             header.commit.CopyFrom(self.commit)
         return FrameBuffer(header, wire_bytes(self.gradient_dtype, chunk.elements))
 
-    def _write(self, packer: Packer, chunk: ChunkLayout, frame: FrameBuffer) -> npt.NDArray[Any]:
+    def _write(
+        self, packer: Packer, chunk: ChunkLayout, frame: FrameBuffer, residual: PendingResidual | None
+    ) -> npt.NDArray[Any]:
         """Encode a chunk into its message, and return the payload."""
         payload = frame.payload(self.gradient_dtype)
-        packer.write(self.gradients, chunk.ranges, payload, chunk.offset, self.feedback)
+        packer.write(self.gradients, chunk.ranges, payload, chunk.offset, residual)
         return payload
 
     def _encoded(self, packer: Packer, chunk: ChunkLayout) -> npt.NDArray[Any]:

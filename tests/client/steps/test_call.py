@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.packing import Packer
 from stepwire.layout import TensorSpec, place
 from stepwire.steps.call import StepCall
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
-from stepwire.wire.dtypes import FLOAT32
+from stepwire.wire.dtypes import FLOAT32, wire_bytes
 from stepwire.wire.frames import read_frame
+from stepwire.wire.int8_blocks import BLOCK, INT8
 
 SIZE = 1000
 PACKER = Packer(place([TensorSpec("w", (SIZE,))], 1))
@@ -43,3 +45,27 @@ def test_one_message_is_packed_at_once_and_several_as_they_are_asked_for() -> No
             firsts.append(float(read_frame(pb.AttachRequest, data).payload.view(np.float32)[0]))
             gradient[:] += 1.0
         assert firsts == brought
+
+
+def test_a_sending_that_broke_off_leaves_no_error_in_the_next() -> None:
+    """Its thread may still pack a chunk while the next gradient is sent, and after that one was applied."""
+    packer = Packer(place([TensorSpec("w", (4 * BLOCK,))], 1))
+
+    def call(seed: int, feedback: ErrorFeedback) -> StepCall:
+        gradient = np.random.default_rng(seed).standard_normal(4 * BLOCK).astype(np.float32)
+        return StepCall(step_pb2.StepBegin(step=1), [gradient], INT8, (), FLOAT32, feedback=feedback)
+
+    alone, disturbed = ErrorFeedback(4 * BLOCK), ErrorFeedback(4 * BLOCK)
+    list(call(2, alone).messages(packer, wire_bytes(INT8, BLOCK), again=False))
+    alone.accept()
+    broken_off = call(1, disturbed).messages(packer, wire_bytes(INT8, BLOCK), again=False)
+    next(broken_off)
+    messages = call(2, disturbed).messages(packer, wire_bytes(INT8, BLOCK), again=False)
+    next(messages)
+    next(broken_off)
+    assert len(list(messages)) == 3
+    next(broken_off)
+    disturbed.accept()
+    next(broken_off)
+    disturbed.accept()
+    assert disturbed.residual.tobytes() == alone.residual.tobytes()
