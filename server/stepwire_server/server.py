@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pathlib
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stepwire.errors import DataLossError
+from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.wire.addresses import boot_id
 from stepwire.wire.channel_options import BULK_OPTIONS
@@ -98,11 +100,11 @@ class Server:
             clock=clock,
             sinks=(log_committed,) if config.log_level == "debug" else (),
         )
-        self._commit_threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="commit")
+        self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
         calls = config.max_streams + _UNARY_CALLS
-        self._handlers = ThreadPoolExecutor(calls, thread_name_prefix="call")
+        self._handlers = DaemonThreads(calls, "call")
         self._grpc = grpc.server(
-            self._handlers,
+            cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
             interceptors=[ErrorInterceptor()],
             options=_options(config),
             maximum_concurrent_rpcs=calls,
@@ -121,6 +123,7 @@ class Server:
         self._health = health.HealthServicer()
         self._pool.on_lost(self._device_lost)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        _open.add(self)
 
     def start(self) -> None:
         """Serve from now on."""
@@ -251,6 +254,19 @@ class Server:
             self._pool.warm_up()
         except Exception as problem:  # sessions meet the same problem, and tell it to their clients
             _log.warning("kernels could not be compiled ahead", problem=str(problem))
+
+
+_open: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Close the servers that the program has left open, at its end."""
+    for server in list(_open):
+        server.close()
+
+
+# Registered with the import: functions that a program registers later run before, and find its servers at work.
+atexit.register(_close_all)
 
 
 def _start_devices(config: ServerConfig) -> DevicePool:

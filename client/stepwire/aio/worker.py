@@ -13,12 +13,13 @@ import contextvars
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from stepwire.connection.errands import adopt_thread
 from stepwire.errors import UnavailableError
 from stepwire.session import Session
+from stepwire.threads import DaemonThreads
 
 __all__ = ["Worker"]
 
@@ -31,7 +32,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         """Be ready; the thread starts with the first call."""
-        self._pool = ThreadPoolExecutor(1, name, adopt_thread)
+        self._pool = DaemonThreads(1, name, adopt_thread)
         self._lock = threading.Lock()
         self._failures = 0
         self._failure: BaseException | None = None

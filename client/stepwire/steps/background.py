@@ -14,6 +14,7 @@ from stepwire.connection.errands import Errand, ends_with, run, undelivered
 from stepwire.connection.series import Series
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.hyperparameters import whole_number
+from stepwire.steps.gradient_feed import GradientFeed
 
 __all__ = ["BackgroundStatistics", "BackgroundSteps"]
 
@@ -40,8 +41,9 @@ class _StepFuture(Future[Any]):
     caller waits for a bell of its own, and touches no lock of a step that is not over.
     """
 
-    def __init__(self, read: Callable[[], object]) -> None:
+    def __init__(self, read: Callable[[], object], feed: GradientFeed | None) -> None:
         super().__init__()
+        self.feed = feed
         self._read = read
         self._is_over = False
         self._over = Bells()
@@ -65,6 +67,10 @@ class _StepFuture(Future[Any]):
         if failure is not None:
             self._told()
         return failure
+
+    @property
+    def has_failed(self) -> bool:
+        return self._is_over and not self.cancelled() and super().exception(0.0) is not None
 
     def cancel(self) -> bool:
         return run(super().cancel)
@@ -113,16 +119,20 @@ class BackgroundSteps:
         self._closed = False
         self._changed = threading.Condition()  # of the client's own threads alone
 
-    def submit(self, step: Callable[[], Any]) -> Future[Any]:
+    def submit(self, step: Callable[[], Any], feed: GradientFeed | None = None) -> Future[Any]:
         """Hand a step in; the call waits while as many steps as allowed are in flight.
+
+        Args:
+            step: the step.
+            feed: the feed of its gradients, if they are still being made.
 
         Returns:
             The future of the step. It is cancelled if a step before this one failed, or if the steps were ended.
         """
-        return run(functools.partial(self._submit, step))
+        return run(functools.partial(self._submit, step, feed))
 
-    def _submit(self, step: Callable[[], Any]) -> Future[Any]:
-        future, errand = _StepFuture(self._read), Errand(step)
+    def _submit(self, step: Callable[[], Any], feed: GradientFeed | None) -> Future[Any]:
+        future, errand = _StepFuture(self._read, feed), Errand(step)
         withdraw = functools.partial(self._withdraw, future, errand)
         ends_with(withdraw)
         undelivered(withdraw)
@@ -148,16 +158,23 @@ class BackgroundSteps:
         return BackgroundStatistics(limit=self._limit, in_flight=len(self._waiting), failed=self._failed)
 
     def close(self) -> None:
-        """Cancel the waiting steps, and let the step under way end. Closing twice is harmless."""
+        """Cancel the waiting steps, and let the step under way end. Closing twice is harmless.
+
+        A step under way whose gradients are still being made is given up: they may never come.
+        """
         with self._changed:
             self._closed = True
+            feeds = [future.feed for future in self._waiting if future.feed is not None]
+        for feed in feeds:
+            feed.abort()
         self._cancel_waiting()
 
     def _run(self, future: _StepFuture, errand: Errand[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
         errand()
-        if (failure := errand.failure) is not None:
+        failure, errand.failure = errand.failure, None  # whose traceback has the errand: a circle
+        if failure is not None:
             with self._changed:
                 self._failed += 1
                 is_news = future not in self._withdrawn
@@ -180,7 +197,7 @@ class BackgroundSteps:
             return
         with self._changed:
             if future.done():
-                self._unread = self._unread and errand.failure is None
+                self._unread = self._unread and not future.has_failed
             else:
                 self._withdrawn.add(future)
         errand.leave()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import structlog
 
 from stepwire.errors import Reason, ResourceExhaustedError
+from stepwire.threads import DaemonThreads
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 
 __all__ = ["Loans"]
@@ -33,7 +33,7 @@ class Loans:
         self._changed = threading.Condition()
         self._closed = False
         # Freeing waits for the device, and the thread that notices the end of a client may not wait.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device-memory")
+        self._worker = DaemonThreads(1, "device-memory")
 
     def __len__(self) -> int:
         """Return the number of kept loans."""

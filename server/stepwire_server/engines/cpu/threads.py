@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable
 
+from stepwire.threads import DaemonThreads
 from stepwire_server.engines.protocol import GRAIN
 
 __all__ = ["RangeThreads"]
@@ -20,7 +21,7 @@ class RangeThreads:
     def __init__(self, threads: int) -> None:
         """Prepare to work with some threads."""
         self.threads = threads
-        self._pool = concurrent.futures.ThreadPoolExecutor(max(threads - 1, 1), "stepwire-cpu")
+        self._pool = DaemonThreads(max(threads - 1, 1), "stepwire-cpu")
 
     def run(self, work: Callable[[int, int], None], size: int, least: int) -> None:
         """Call `work(first, size)` for ranges that together make up `[0, size)`, and wait for all of them.
