@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from stepwire.lifetimes import endings as _endings  # noqa: F401 - registers before functions of the program
 from stepwire.version import __version__
 
 if TYPE_CHECKING:

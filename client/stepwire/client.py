@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -16,7 +17,9 @@ from stepwire.arrays.packing import Arrays, named_arrays
 from stepwire.arrays.trees import expanded, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.errors import InvalidRequestError, Reason
+from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.ownership import Ownership
 from stepwire.links.server import ServerLink
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.optimizers.gradient_treatment import (
@@ -58,6 +61,7 @@ class Client:
     def __init__(self, server: ServerLink) -> None:
         """Use a link to the server, or to several; see `stepwire.connect`."""
         self._server = server
+        self._ownerships: weakref.WeakSet[Ownership] = weakref.WeakSet()
 
     @property
     def target(self) -> str:
@@ -105,6 +109,7 @@ class Client:
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
+        keep: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Session:
@@ -149,8 +154,10 @@ class Client:
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
-            label: text for listings.
-            request_id: makes a creation repeatable by another process; default random.
+            label: text for listings; default the host, the process id and the script, without a `request_id`.
+            keep: the session stays on the server, until its lease runs out, when this process ends normally or drops
+                its object without closing it. By default the session ends then; see `Session.keep`.
+            request_id: makes a creation repeatable by another process, and keeps the session; default random.
             timeout: seconds for all of it.
 
         Raises:
@@ -188,14 +195,16 @@ class Client:
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
             lease=_lease(lease_seconds),
             device=checked_text(device, "device"),
-            label=checked_text(label, "label"),
+            label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
         check_feedback(sent, error_feedback)
         link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
-        return Session(link, tree.structure)
+        ownership = Ownership(link, kept=keep or request_id is not None)
+        self._ownerships.add(ownership)
+        return Session(link, tree.structure, ownership)
 
     def session(
         self,
@@ -234,7 +243,9 @@ class Client:
         return each_by_errand(self._server.sessions(timeout))
 
     def close(self) -> None:
-        """Close the connection; sessions stay on the server until their leases run out."""
+        """Close the connection, and end the sessions made through it, unless they are kept: see `Session.keep`."""
+        for ownership in list(self._ownerships):
+            ownership.end()
         self._server.close()
 
     def __enter__(self) -> Client:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +14,13 @@ from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
 from stepwire.connection.errands import by_errands
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.ownership import Ownership
 from stepwire.links.snapshots import load_of, snapshot_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
-from stepwire.steps.background import BackgroundSteps
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
+from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
-from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_named
 
 __all__ = ["Session"]
@@ -30,7 +28,7 @@ __all__ = ["Session"]
 _PARAM, _AVERAGE = "param", "param_average"
 
 
-@by_errands(but=["step", "step_async", "statistics"], lasting=["close"])
+@by_errands(but=["keep", "step", "step_async", "statistics"], lasting=["close"])
 class Session:
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
@@ -40,23 +38,33 @@ class Session:
     A client of several targets makes sharded sessions, which give the same parameters, bit for bit. A load that fails
     may have been committed on some servers: load again before the next step. A step that fails may have been applied
     on some servers: the same gradients again finish it, and `load_state` replaces it.
-
-    Attributes:
-        session_id: the session's id, the right to use the session; with shards their ids in order, joined by commas.
     """
 
-    def __init__(self, link: SessionLink, structure: Structure) -> None:
-        """Use a link to a session, and `structure` for parameters that no arrays of the user's define otherwise."""
-        self.session_id = link.description.session_id
+    def __init__(self, link: SessionLink, structure: Structure, ownership: Ownership | None = None) -> None:
+        """Use a link to a session.
+
+        Args:
+            link: the link.
+            structure: the structure of parameters that no arrays of the user's define otherwise.
+            ownership: the end of the session when nobody closes it; None for a session that stays.
+        """
         self._known = link
+        self._ownership = ownership or Ownership(link, kept=True)
         self._structure = structure
         self._packer = link.description.packer
         self._builder = StepBuilder(link.description, link.carry)
-        message = link.description.message
-        self._loaded_scale = message.loss_scale if message.HasField("loss_scale") else None
-        self._result_before_load: step_pb2.StepResult | None = None
-        self._background: BackgroundSteps | None = None
-        self._background_lock = threading.Lock()
+        self._scale = KnownLossScale(link.description.message)
+
+    @property
+    def session_id(self) -> str:
+        """The session's id, the right to use the session; of shards in order, joined by commas. Reading it keeps it."""
+        self.keep()
+        return self.own_id
+
+    @property
+    def own_id(self) -> str:
+        """The session's id for records of this process alone: reading it keeps nothing."""
+        return self._known.description.session_id
 
     @property
     def _link(self) -> SessionLink:
@@ -82,10 +90,7 @@ class Session:
     @property
     def loss_scale(self) -> float | None:
         """The factor for the next loss, in a session that scales losses by itself; else None."""
-        last = self._known.last_result
-        if last is None or last is self._result_before_load or not last.telemetry.HasField("loss_scale"):
-            return self._loaded_scale
-        return last.telemetry.loss_scale
+        return self._scale.after(self._known.last_result)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -105,15 +110,11 @@ class Session:
     @property
     def shards(self) -> tuple[Session, ...]:
         """The sessions of the shards, for their own `info`, `transport` and `last_result`; one without sharding."""
-        return tuple(Session(shard, Structure()) for shard in self._known.shards)
+        return tuple(Session(shard, Structure(), self._ownership) for shard in self._known.shards)
 
     def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""
-        statistics = self._known.statistics()
-        if (background := self._background) is None:
-            return statistics
-        counts = background.statistics()
-        return dataclasses.replace(statistics, steps_in_flight=counts.in_flight, background_failures=counts.failed)
+        return self._ownership.statistics(self._known)
 
     def step(
         self,
@@ -198,7 +199,6 @@ class Session:
             return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
-        """Apply a step of nested gradients, or with a nested `out`: by the names, and back."""
         given = flattened(gradients, "gradients")
         out = None if options.out is None else flattened(options.out, "out").named
         reply = self.apply(given.named, dataclasses.replace(options, out=out), timeout)
@@ -231,9 +231,8 @@ class Session:
         """
         self._builder.notices.check()
         chosen = StepOptions(**options)
-        with self._background_lock:
-            self._background = background = self._background or BackgroundSteps(steps_in_flight)
-        return background.submit(lambda: self.apply(gradients, chosen, timeout))
+        background = self._ownership.in_background(steps_in_flight)
+        return background.submit(lambda: self.apply(gradients, chosen, timeout), chosen.feed)
 
     def attach(self, *, transport: str | None = None, take_over: bool = False, timeout: float | None = None) -> None:
         """Attach a stream now instead of at the first step. `applied_step` then tells the outcome of one that failed.
@@ -253,8 +252,17 @@ class Session:
         with self._link.lock:
             self._link.attach(self._link.deadline(timeout), transport=asked, take_over=take_over)
 
+    def keep(self) -> None:
+        """Leave the session on the server, where its lease ends it, when nobody closes it.
+
+        Else a session that was created here ends with its object, its client or the process. `detach`, reading the id,
+        and `keep` or `request_id` at the creation keep a session too.
+        """
+        self._ownership.keep()
+
     def detach(self) -> None:
-        """Close the stream and leave the session on the server. Detaching twice is harmless."""
+        """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
+        self.keep()
         with self._link.lock:
             self._link.detach()
 
@@ -365,7 +373,7 @@ class Session:
         with self._link.lock:
             self._link.load(load, self._link.deadline(timeout))
             if state.loss_scale is not None:
-                self._loaded_scale, self._result_before_load = state.loss_scale[0], self._known.last_result
+                self._scale.loaded(state.loss_scale[0], self._known.last_result)
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.
@@ -380,20 +388,12 @@ class Session:
 
         A server that cannot be reached ends it when its lease runs out.
         """
-        link = self._link
-        with self._background_lock:
-            background, self._background = self._background, None
-        if background is not None:
-            background.close()
-        with link.lock:
-            link.close()
+        self._ownership.close(self._link)
 
     def __enter__(self) -> Session:
         """Use the session for a block and end it after."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()

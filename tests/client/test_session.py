@@ -514,7 +514,7 @@ def test_a_block_ends_the_session_and_closing_twice_is_harmless(client: stepwire
 
 def test_closing_after_the_client_is_harmless(target: str) -> None:
     with stepwire.connect(target) as client:
-        session = client.create_session(draw(0))
+        session = client.create_session(draw(0), keep=True)
     session.close()
     with stepwire.connect(target) as client:
         client.session(session.session_id).close()

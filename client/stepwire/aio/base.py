@@ -29,7 +29,7 @@ class SessionBase:
 
     @property
     def session_id(self) -> str:
-        """The session's id, the right to use the session."""
+        """The session's id, the right to use the session. Reading it keeps it: see `keep`."""
         return self.blocking.session_id
 
     async def settled(self) -> int:
@@ -78,17 +78,15 @@ class ClientBase:
         self._workers: list[Worker] = []  # of sessions, which may be forgotten without being closed
 
     async def close(self) -> None:
-        """Close the connection; sessions stay on the server until their leases run out. Twice is harmless.
+        """Close the connection, and end the sessions made through it, unless they are kept. Twice is harmless.
 
-        Waits for calls under way; the threads of its sessions end too.
+        Waits for calls under way; the threads of its sessions end too. See `stepwire.Session.keep`.
         """
         await self._worker.finish(self._close)
 
     def _close(self) -> None:
         for worker in self._workers:
             worker.close()
-        for session in list(self._sessions):
-            session.blocking.detach()
         self.blocking.close()
 
     def _adopt(self, session: _S) -> _S:

@@ -45,6 +45,16 @@ class AsyncSession(SessionBase):
     """
 
     @property
+    def session_id(self) -> str:
+        """The session's id, the right to use the session; of shards in order, joined by commas. Reading it keeps it."""
+        return self.blocking.session_id
+
+    @property
+    def own_id(self) -> str:
+        """The session's id for records of this process alone: reading it keeps nothing."""
+        return self.blocking.own_id
+
+    @property
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
         return self.blocking.applied_step
@@ -180,8 +190,16 @@ class AsyncSession(SessionBase):
             functools.partial(self.blocking.attach, transport=transport, take_over=take_over, timeout=timeout)
         )
 
+    async def keep(self) -> None:
+        """Leave the session on the server, where its lease ends it, when nobody closes it.
+
+        Else a session that was created here ends with its object, its client or the process. `detach`, reading the id,
+        and `keep` or `request_id` at the creation keep a session too.
+        """
+        await self._worker.run(functools.partial(self.blocking.keep))
+
     async def detach(self) -> None:
-        """Close the stream and leave the session on the server. Detaching twice is harmless."""
+        """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         await self._worker.run(functools.partial(self.blocking.detach))
 
     async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
@@ -345,6 +363,7 @@ class AsyncClient(ClientBase):
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
+        keep: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncSession:
@@ -389,8 +408,10 @@ class AsyncClient(ClientBase):
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
-            label: text for listings.
-            request_id: makes a creation repeatable by another process; default random.
+            label: text for listings; default the host, the process id and the script, without a `request_id`.
+            keep: the session stays on the server, until its lease runs out, when this process ends normally or drops
+                its object without closing it. By default the session ends then; see `Session.keep`.
+            request_id: makes a creation repeatable by another process, and keeps the session; default random.
             timeout: seconds for all of it.
 
         Raises:
@@ -426,6 +447,7 @@ class AsyncClient(ClientBase):
                         lease_seconds=lease_seconds,
                         device=device,
                         label=label,
+                        keep=keep,
                         request_id=request_id,
                         timeout=timeout,
                     ),

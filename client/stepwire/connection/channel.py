@@ -61,6 +61,19 @@ class Calls:
             self.timeout_seconds if timeout_seconds is None else checked_timeout(timeout_seconds)
         )
 
+    def once(self, method: str, request: Any, response: Any, seconds: float) -> Any:
+        """Call a unary method once, without repetition, and return its decoded response.
+
+        Raises:
+            StepwireError: the server's refusal, or no connection.
+            ValueError: the channel is closed.
+        """
+        call: Any = self.channel.unary_unary(
+            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+        )
+        with self._translated():
+            return call(request.SerializeToString(), timeout=seconds)
+
     def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
         """Call a unary method, again if need be, and return its decoded response.
 

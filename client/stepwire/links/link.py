@@ -163,3 +163,14 @@ class SessionLink(Protocol):
 
     def close(self) -> None:
         """End the session on the server. Closing twice is harmless."""
+
+    def leave(self, seconds: float | None) -> None:
+        """Close the stream of a session that nobody uses any more, and perhaps end the session.
+
+        The server is asked once, and a failure is silent: the lease of the session ends it too.
+
+        Args:
+            seconds: the time to end the session in, unless another client has acquired it; None leaves it there.
+        """
+        for shard in self.shards:
+            shard.leave(seconds)

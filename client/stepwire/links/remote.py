@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Mapping
@@ -12,7 +13,14 @@ import numpy as np
 from stepwire.arrays.packing import Flat
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline, Retry
-from stepwire.errors import FencedError, Reason, SessionNotFoundError, UnavailableError, UnsupportedFeatureError
+from stepwire.errors import (
+    FencedError,
+    Reason,
+    SessionNotFoundError,
+    StepwireError,
+    UnavailableError,
+    UnsupportedFeatureError,
+)
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.pull_and_load import load_messages, read_pull
@@ -328,6 +336,15 @@ class RemoteLink(SessionLink):
             )
         except (SessionNotFoundError, UnavailableError, ValueError):  # ValueError: the channel is closed
             pass
+
+    def leave(self, seconds: float | None) -> None:
+        """See `SessionLink.leave`."""
+        self._hold.detach()
+        if seconds is None:
+            return
+        request = pb.DeleteSessionRequest(session_id=self._description.session_id, attach_token=self._hold.token)
+        with contextlib.suppress(StepwireError, ValueError):  # ValueError: the channel is closed
+            self._route.calls.once("DeleteSession", request, pb.DeleteSessionResponse, max(seconds, _LEAST_SECONDS))
 
     # --- repetition --------------------------------------------------------------------------------------
 

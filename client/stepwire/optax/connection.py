@@ -52,6 +52,7 @@ class TransformationOptions(TypedDict, total=False):
     lease_seconds: float
     device: str
     label: str
+    keep: bool
 
 
 _CONNECTING: Final = ("transport", "channels", "timeout")

@@ -203,7 +203,7 @@ class Operations:
             **({"gradient_dtype": dtype, "reply_dtype": dtype} | options),
         )
         sessions.track(session, names, self._connection, [np.array(array) for array in arrays])
-        return self._encoded(session.session_id)
+        return self._encoded(session.own_id)
 
     @by_errand
     def _apply(

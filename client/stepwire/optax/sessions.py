@@ -193,7 +193,7 @@ class TrackedSession:
         else:
             problem = "the state is ahead of the session"
         return StepMismatchError(
-            f"the optax state is at step {count}, and the session {self.session.session_id} is at step {applied}: "
+            f"the optax state is at step {count}, and the session {self.session.own_id} is at step {applied}: "
             f"{problem}. Use the state that the last update returned, or continue from the session's step: "
             "`params, state = tx.resume(session_id, params)`, or from a checkpoint: "
             "`state = tx.from_arrays(arrays, params)`",
@@ -257,7 +257,7 @@ def track(
     """Track a session from now on; `parameters` are the program's, see `TrackedSession`."""
     new = TrackedSession(session, names, parameters)
     with _lock:
-        _tracked[session.session_id] = new, connection
+        _tracked[session.own_id] = new, connection
     return new
 
 

@@ -38,13 +38,13 @@ class Backing:
     """
 
     def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group], live: LiveState) -> None:
-        """Create a session of these groups, or resume the session of the options and pull its parameters.
+        """Create a session of these groups, or resume that of the options and pull its parameters.
 
         Args:
             rule: the rule.
             options: the options of the optimizer.
             groups: torch's parameter groups.
-            live: the state that users of the optimizer see.
+            live: the state that users see.
 
         Raises:
             UnsupportedFeatureError: a parameter cannot be stepped by a server.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +15,10 @@ import torch
 
 from stepwire.connection.errands import run, undelivered
 from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from stepwire.lifetimes.endings import ENDINGS
+from stepwire.lifetimes.weak_calls import weak_call
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.torch.gradient_hooks import GradientHooks
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor
 
@@ -32,6 +36,13 @@ class _Begun(NamedTuple):
     reply: Future[Any]
     numbers: Numbers
     given: Arrays
+
+
+@dataclasses.dataclass(slots=True)
+class _Bet:
+    """The step that was begun, apart from its sender, so that it ends when the sender is dropped."""
+
+    begun: _Begun | None = None
 
 
 class BackwardSender:
@@ -58,40 +69,34 @@ class BackwardSender:
             numbers: a function that returns the present numbers of a step; None if no step can begin.
         """
         self._parameters = parameters
-        self._begin = begin
-        self._numbers = numbers
+        self._begin = weak_call(begin, "optimizer")
+        self._numbers = weak_call(numbers, "optimizer")
         self._expected: frozenset[str] = frozenset()
-        self._begun: _Begun | None = None
+        self._bet = _Bet()
         self._lost = False
         self.committed = False
         self._lock = threading.Lock()  # several threads run the backward pass of a graph on several devices
-        self._hooks: dict[str, Any] = {}
-        self._watch(parameters.tensors)
-
-    def _watch(self, tensors: Iterable[ParameterTensor]) -> None:
-        """Have autograd tell of gradients; a parameter that is frozen cannot have a hook."""
-        for tensor in tensors:
-            if tensor.parameter.requires_grad and tensor.name not in self._hooks:
-                self._hooks[tensor.name] = tensor.parameter.register_post_accumulate_grad_hook(
-                    lambda _, tensor=tensor: self._on_gradient(tensor)
-                )
+        ENDINGS.with_owner(self, functools.partial(_forget, self._bet))
+        self._hooks = GradientHooks(self._on_gradient)
+        self._hooks.watch(parameters.tensors)
 
     def _on_gradient(self, tensor: ParameterTensor) -> None:
         with self._lock:
-            if self._begun is None and not self._lost and tensor.name in self._expected:
+            bet = self._bet
+            if bet.begun is None and not self._lost and tensor.name in self._expected:
                 self._start()
-            if self._begun is None:
+            if bet.begun is None:
                 return
-            self._lost = self._lost or tensor.name in self._begun.given or tensor.name not in self._expected
+            self._lost = self._lost or tensor.name in bet.begun.given or tensor.name not in self._expected
             if not self._lost:
-                self._feed(self._begun, tensor)
+                self._feed(bet.begun, tensor)
 
     def _start(self) -> None:
         if (numbers := self._numbers()) is None:
             return
         feed = GradientFeed([tensor.name for tensor in self._parameters.tensors])
         try:
-            self._begun = _Begun(feed, self._begin(feed, self._expected, numbers), numbers, {})
+            self._bet.begun = _Begun(feed, self._begin(feed, self._expected, numbers), numbers, {})
         except BaseException:  # an interrupt, perhaps after the step began
             run(feed.abort, lasting=True)
             raise
@@ -120,7 +125,7 @@ class BackwardSender:
         Raises:
             StepwireError: the server's refusal.
         """
-        begun = self._begun
+        begun = self._bet.begun
         try:
             return self._finished(begun, numbers)
         except BaseException:  # after an interrupt of the user no reply may be written behind the user's back
@@ -130,9 +135,9 @@ class BackwardSender:
     def _finished(self, begun: _Begun | None, numbers: Numbers) -> Any:
         with self._lock:
             lost = self._lost
-            self._begun, self._lost, self.committed = None, False, False
+            self._bet.begun, self._lost, self.committed = None, False, False
         tensors = [tensor for tensor in self._parameters.tensors if tensor.parameter.grad is not None]
-        self._watch(tensors)
+        self._hooks.watch(tensors)
         expected, self._expected = self._expected, frozenset(tensor.name for tensor in tensors)
         if begun is None:
             return None
@@ -159,14 +164,13 @@ class BackwardSender:
 
     def drop(self) -> None:
         """Abort the step that was begun, if there is one."""
-        _abort(self._begun)
-        self._begun = None
+        _abort(self._bet.begun)
+        self._bet.begun = None
 
     def close(self) -> None:
         """Abort the step that was begun, and watch no more. Closing twice is harmless."""
         self.drop()
-        for hook in self._hooks.values():
-            hook.remove()
+        self._hooks.remove()
 
 
 def _reply(begun: _Begun) -> Any:
@@ -187,6 +191,12 @@ def _aborted(begun: _Begun) -> None:
     begun.feed.abort()
     with contextlib.suppress(CancelledError):  # behind a step of the user's that failed, so never sent
         begun.reply.exception()
+
+
+def _forget(bet: _Bet, seconds: float) -> None:
+    """Give up the step of a sender that was dropped; nobody waits for it."""
+    if bet.begun is not None:
+        bet.begun.feed.abort()
 
 
 def _same(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:

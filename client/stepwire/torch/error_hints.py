@@ -6,18 +6,19 @@ import contextlib
 from collections.abc import Iterator
 
 from stepwire.errors import FencedError, SessionNotFoundError, StepwireError, UnavailableError
+from stepwire.session import Session
 from stepwire.torch.options import RemoteOptions
 
 __all__ = ["with_hints"]
 
 
 @contextlib.contextmanager
-def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]:
+def with_hints(options: RemoteOptions, session: Session | None) -> Iterator[None]:
     """Add the optimizer's argument and a remedy to errors of the block.
 
     Args:
         options: the options of the optimizer.
-        session_id: the id of the session in use; None before there is a session.
+        session: the session in use; None before there is a session.
 
     Raises:
         SessionNotFoundError: the session is lost.
@@ -28,17 +29,18 @@ def with_hints(options: RemoteOptions, session_id: str | None) -> Iterator[None]
         yield
     except UnavailableError as error:
         remedy = "is it running (stepwire serve), and is it the right one?"
-        if session_id is not None:
+        if session is not None:
             remedy = "try again once the server is there: a step that had arrived is not applied twice"
         raise _with_message(error, f"server={_name(options)}: {error}; {remedy}") from error
     except SessionNotFoundError as error:
-        if session_id is None:
+        if session is None:
             raise
         raise _with_message(
             error,
             f"{error}. Load a checkpoint into the model and into this optimizer: load_state_dict makes a new session",
         ) from error
     except FencedError as error:
+        session_id = None if session is None else session.session_id  # which keeps the session: the user is told the id
         raise _with_message(
             error,
             f"another optimizer attached to the session ({error}); only one may step it. To attach again, make this "

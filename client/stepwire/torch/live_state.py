@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from stepwire.errors import InvalidRequestError, StepwireError
+from stepwire.lifetimes.weak_calls import weak_call
 from stepwire.torch.state_entry import StateEntry
 from stepwire.torch.state_tensor import StateTensor, plain
 
@@ -64,7 +65,7 @@ class LiveState(MutableMapping[Any, Any]):
             view: returns the present state of the session.
             slots: the names of the slots of an entry, as torch has them.
         """
-        self._view, self._slots = view, slots
+        self._view, self._slots = weak_call(view, "optimizer"), slots
 
     def settled(self, parameters: Sequence[Any]) -> None:
         """Note that the session has everything that was written, and steps these parameters."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -120,7 +119,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     @property
     def session_id(self) -> str:
-        """The id of the session, for `session=` in a later process; another id after `add_param_group`."""
+        """The id of the session, for `session=` in a later process; another id after `add_param_group`. It is kept."""
         return self.session.session_id
 
     @property
@@ -162,7 +161,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None or not float(found_inf):  # set by GradScaler, which lowers the scale then
             refuse_options(self.param_groups)
-            with with_hints(self._options, self.session_id):
+            with with_hints(self._options, self.session):
                 self._apply_step(self.param_groups, None if scale is None else float(scale))
         return loss
 
@@ -180,7 +179,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return
         try:
             refuse_options(self.param_groups)
-            with with_hints(self._options, self.session_id):
+            with with_hints(self._options, self.session):
                 self._backing.follow(self.param_groups)
         except BaseException:
             self.param_groups.pop()
@@ -200,18 +199,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         ours: dict[str, Any] = {}
 
         def show(_: Any) -> None:
-            with with_hints(self._options, self.session_id):
+            with with_hints(self._options, self.session):
                 self._packed_state, extra = self.backing.exported(self.param_groups)
             ours.update(extra._asdict())
 
         return self._packed(show, ours)
 
     def handle(self) -> dict[str, Any]:
-        """Return a state dict without tensors, with which `load_state_dict` resumes the session."""
+        """Return a state dict without tensors, with which `load_state_dict` resumes the session, which is kept."""
 
         def show(_: Any) -> None:
-            with with_hints(self._options, self.session_id):
+            with with_hints(self._options, self.session):
                 self.backing.follow(self.param_groups)
+            self.session.keep()
             self._packed_state = {}
 
         return self._packed(show, {"handle": True})
@@ -221,7 +221,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         def add(_: Any, made: dict[str, Any]) -> dict[str, Any]:
             self._packed_state = None
-            return {**made, _KEY: {"session_id": self.session_id, "step": self.applied_step, **ours}}
+            return {**made, _KEY: {"session_id": self.session.own_id, "step": self.applied_step, **ours}}
 
         try:
             with (
@@ -295,7 +295,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         positions = [index for group in given["param_groups"] for index in group["params"]]
         states = {index: given["state"].get(index, {}) for index in positions}
         entries = [{key: entry[key] for key in entry if key in STATE_KEYS} for entry in states.values()]
-        with with_hints(self._options, self.session_id):
+        with with_hints(self._options, self.session):
             extra = ExtraState(*(ours.get(name, {}) for name in ExtraState._fields))
             self.backing.load(entries, extra, self.param_groups)
         kept: dict[Any, Any] = {key: value for key, value in given["state"].items() if key not in states}
@@ -309,7 +309,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         old = self.session
         self.backing.check_open()
         self.backing.resume(ours["session_id"], self.param_groups)
-        if old.session_id != self.session_id:
+        if old.own_id != self.session.own_id:
             old.close()
         else:
             old.detach()  # the new stream has displaced the old one
@@ -322,7 +322,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             StepwireError: as `Session.load`.
         """
-        with with_hints(self._options, self.session_id):
+        with with_hints(self._options, self.session):
             self.backing.follow(self.param_groups)
             self.backing.upload(everything=True)
 
@@ -347,9 +347,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Use the optimizer for a block, and close it after."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close; an error of the block gets a failure to do so as a note."""
         try:
             self.close()

@@ -48,7 +48,9 @@ class RemoteOptions:
         light_state_dict: True for a `state_dict()` with the session's id instead of tensors.
         lease_seconds: the life of an unused session, in seconds; by default the server's longest.
         device: the server's name of the device of the state; by default the server's choice.
-        label: a text for listings.
+        label: a text for listings; by default the host, the process id and the script.
+        keep: True to leave the session on the server when the program ends, or drops the optimizer, without `close`. By
+            default the session ends then, unless its id or a handle was read, or the optimizer was detached.
     """
 
     server: str | Sequence[str] | Client = "localhost:50051"
@@ -72,6 +74,7 @@ class RemoteOptions:
     lease_seconds: float | None = None
     device: str = ""
     label: str = ""
+    keep: bool = False
 
     def client(self) -> Client:
         """Return a client of the server: the user's own, or a new one.

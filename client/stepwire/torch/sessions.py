@@ -48,6 +48,7 @@ def create_session(
         lease_seconds=options.lease_seconds,
         device=options.device,
         label=options.label,
+        keep=options.keep,
         **{name: getattr(options, name) for name in _TREATMENT},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
+from stepwire.torch.gradient_hooks import GradientHooks
 from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.tensors import ParameterTensor, from_numpy
 from stepwire.transports.host.pages import has_written_pages
@@ -39,15 +40,12 @@ class SharedViews:
         self._session = session
         self._parameters = parameters
         self._handed: dict[str, weakref.ref[Any]] = {}
-        self._hooks = [
-            tensor.parameter.register_post_accumulate_grad_hook(self._mover(tensor))
-            for tensor in parameters.tensors
-            if tensor.parameter.requires_grad
-        ]
+        self._hooks = GradientHooks(self._move_gradient)
+        self._hooks.watch(parameters.tensors)
         try:
             self._bind()
         except BaseException:
-            self._unhook()
+            self._hooks.remove()
             raise
 
     def _bind(self) -> None:
@@ -74,18 +72,16 @@ class SharedViews:
             if not _same_elements(tensor.parameter, shared):
                 tensor.parameter.data = shared
 
-    def _mover(self, tensor: ParameterTensor) -> Callable[[Any], None]:
-        def move(parameter: Any) -> None:
-            target, gradient = self._gradient_tensors[tensor.name], parameter.grad
-            if gradient is None or (gradient.layout, gradient.dtype) != (torch.strided, target.dtype):
-                return  # `gradients` reads it where it is, or refuses it
-            if gradient.shape == target.shape and not _same_elements(gradient, target):
-                self._part_with(tensor.name)
-                target.copy_(gradient.detach())
-                parameter.grad = target.detach()  # an object of the user's own, which may be given other memory
-                self._handed[tensor.name] = weakref.ref(parameter.grad)
-
-        return move
+    def _move_gradient(self, tensor: ParameterTensor) -> None:
+        parameter, target = tensor.parameter, self._gradient_tensors[tensor.name]
+        gradient = parameter.grad
+        if gradient is None or (gradient.layout, gradient.dtype) != (torch.strided, target.dtype):
+            return  # `gradients` reads it where it is, or refuses it
+        if gradient.shape == target.shape and not _same_elements(gradient, target):
+            self._part_with(tensor.name)
+            target.copy_(gradient.detach())
+            parameter.grad = target.detach()  # an object of the user's own, which may be given other memory
+            self._handed[tensor.name] = weakref.ref(parameter.grad)
 
     def _part_with(self, name: str) -> None:
         """Give the gradient of before memory of its own, if other code has kept it: the next one lies in its place."""
@@ -157,7 +153,7 @@ class SharedViews:
 
     def release(self) -> None:
         """Give the model memory of its own again."""
-        self._unhook()
+        self._hooks.remove()
         for tensor in self._parameters.tensors:
             parameter = tensor.parameter
             if _same(parameter, self._parameter_tensors[tensor.name]):  # else other code, or other views, have moved it
@@ -165,10 +161,6 @@ class SharedViews:
                 tensor.follow()
             if _same(parameter.grad, self._gradient_tensors[tensor.name]):
                 parameter.grad = parameter.grad.clone()
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 def check_dtypes(parameters: Parameters, gradients: np.dtype[Any], replies: np.dtype[Any]) -> None:

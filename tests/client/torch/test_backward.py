@@ -81,7 +81,7 @@ class Pair:
 
     def all_sent(self) -> None:
         """Wait until every message of the step that was begun is made, so that a later change is a lost bet."""
-        begun, size = self.early.backing._sender._begun, self.early.session._packer.layout.size
+        begun, size = self.early.backing._sender._bet.begun, self.early.session._packer.layout.size
         assert begun.feed._changed.wait_for(
             lambda: sum(chunk.elements for chunk, _ in begun.feed._sent) == size, PATIENCE_SECONDS
         )
@@ -130,7 +130,7 @@ class Pair:
 
     def _begun_in_backward(self, seed: int) -> Any:
         self.backward(seed)
-        return self.early.backing._sender._begun
+        return self.early.backing._sender._bet.begun
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
 import stepwire
 from stepwire.errors import DeadlineExceededError, FencedError, InvalidRequestError, Reason, UnavailableError
+from stepwire.session import Session
 from stepwire.torch.error_hints import with_hints
 from stepwire.torch.options import RemoteOptions
 
@@ -25,7 +29,7 @@ def test_a_server_that_is_not_there_is_named(kind: type[UnavailableError]) -> No
 
 def test_a_server_that_went_away_may_come_back() -> None:
     with pytest.raises(UnavailableError, match="refused; try again once the server is there: .* not applied twice"):
-        with with_hints(HERE, "abc"):
+        with with_hints(HERE, cast(Session, SimpleNamespace(session_id="abc"))):
             raise UnavailableError("refused")
 
 
@@ -42,7 +46,7 @@ def test_an_optimizer_that_lost_its_session_can_attach_again() -> None:
     with pytest.raises(
         FencedError, match=r"attached to the session \(worker 0\).* make this optimizer again with session='abc'"
     ) as raised:
-        with with_hints(HERE, "abc"):
+        with with_hints(HERE, cast(Session, SimpleNamespace(session_id="abc"))):
             raise FencedError("worker 0", reason=Reason.STALE_EPOCH)
     assert raised.value.reason == Reason.STALE_EPOCH
 
