@@ -128,8 +128,8 @@ class AsyncSession(SessionBase):
             reply: `"parameters"`; `"none"`: no parameters, `pull` them when needed; `"changed"`, for bfloat16 replies:
                 the same parameters, but only the changed ones travel, if that is less.
             reply_first: names of tensors, or of branches, whose parameters come back first, in this order.
-            on_tensor: a function of the name and the new values of each tensor, called on arrival in the thread of the
-                step or of a shard, and again if the reply is repeated. A call of the session from within is refused.
+            on_tensor: a function of the name and the new values of each tensor, called on arrival in another thread
+                than the caller's, and again if the reply is repeated. A call of the session from within is refused.
             overlap: the server applies each chunk of the gradient as it arrives instead of all at the end, so that
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
                 step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing

@@ -10,6 +10,7 @@ from typing import Final
 
 import grpc
 
+from stepwire.connection.errands import later
 from stepwire.connection.retry import Deadline
 from stepwire.connection.watchdog import Watchdog
 from stepwire.errors import DeadlineExceededError, Reason, StepwireError, UnavailableError
@@ -71,8 +72,8 @@ class AttachedStream:
         if not self._call.add_callback(self._release):
             self._release()
         # The call ends with the stream, also when nobody closes it: its session was dropped. Nothing that lives as long
-        # as the call refers to the stream.
-        weakref.finalize(self, _end, self._release, self._call).atexit = False
+        # as the call refers to the stream. The stream may be collected in any thread, so another thread ends the call.
+        weakref.finalize(self, later, functools.partial(_end, self._release, self._call)).atexit = False
         try:
             first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
         except BaseException:
@@ -132,6 +133,6 @@ def _release(outbox: _Outbox, watchdog: Watchdog) -> None:
 
 
 def _end(release: Callable[[], object], call: grpc.Call) -> None:
-    """End a stream. The garbage collector may call this in any thread, so all locks on the way are re-entrant."""
+    """End a stream."""
     release()
     call.cancel()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -14,6 +13,7 @@ from stepwire.results import StepResult, TransportChoice
 from stepwire.session import Session
 from stepwire.torch.backing import Backing
 from stepwire.torch.error_hints import with_hints
+from stepwire.torch.hooks import hooked
 from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState
 from stepwire.torch.options import RemoteOptions, split_options
@@ -225,8 +225,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         try:
             with (
-                _hooked(self.register_state_dict_pre_hook, show),
-                _hooked(self.register_state_dict_post_hook, add, prepend=True),
+                hooked(self.register_state_dict_pre_hook, show),
+                hooked(self.register_state_dict_post_hook, add, prepend=True),
             ):
                 packed: dict[str, Any] = super().state_dict()
         finally:
@@ -276,8 +276,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._is_loading = True
         try:
             with (
-                _hooked(self.register_load_state_dict_pre_hook, keep),
-                _hooked(self.register_load_state_dict_post_hook, load, prepend=True),
+                hooked(self.register_load_state_dict_pre_hook, keep),
+                hooked(self.register_load_state_dict_post_hook, load, prepend=True),
             ):
                 super().load_state_dict(state_dict)
         except BaseException:
@@ -370,16 +370,6 @@ def _no_copy(what: str) -> TypeError:
         f"an optimizer with a session cannot be {what}: two would step one session. Save state_dict(), or handle() for "
         "the session alone, and load it into a new optimizer"
     )
-
-
-@contextlib.contextmanager
-def _hooked(register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> Iterator[None]:
-    """Register a hook for a block."""
-    handle = register(hook, **options)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _signature(cls: type) -> inspect.Signature:
