@@ -22,7 +22,7 @@ class RMSprop(Optimizer):
         eps: added to the denominator, finite, ≥ 0.
         weight_decay: added to the gradient (L2), finite, ≥ 0.
         momentum: weight of the past, in [0, 1). Without any, in any group, no buffer is kept.
-        centered: divide by the standard deviation instead of the root mean square.
+        centered: divide by the standard deviation instead of the root mean square; needs float32 moments.
         maximize: ascend instead of descend.
     """
 

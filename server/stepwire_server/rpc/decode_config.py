@@ -25,7 +25,7 @@ from stepwire.wire.messages import (
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rpc.features import refuse_unserved
-from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
+from stepwire_server.rules import EIGHT_BIT_SLOTS, FLOAT32_SLOTS, Precision
 
 __all__ = ["decode_page_token", "decode_request_id", "decode_session_config"]
 
@@ -130,8 +130,15 @@ def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_co
 
 
 def _check_precision(config: SessionConfig, message: session_pb2.SessionConfig) -> None:
+    precise = [slot for slot in config.rule.slots if slot in FLOAT32_SLOTS]
+    if precise and (field := _first_in(message, "bfloat16", "int8")) is not None:
+        raise InvalidRequestError.of(
+            f"{field}.state_precision",
+            f"the optimizer subtracts the square of {', '.join(precise)} from a mean square, and rounding alone may "
+            "remain where moments have few bits; use float32 moments, or leave out `centered`",
+        )
     coarse = [slot for slot in config.rule.slots if slot not in EIGHT_BIT_SLOTS]
-    if coarse and (field := _first_in_8_bits(message)) is not None:
+    if coarse and (field := _first_in(message, "int8")) is not None:
         raise InvalidRequestError.of(
             f"{field}.state_precision",
             f"8-bit moments: this optimizer keeps {', '.join(coarse)}, which 8 bits do not hold well enough; use "
@@ -139,14 +146,15 @@ def _check_precision(config: SessionConfig, message: session_pb2.SessionConfig) 
         )
 
 
-def _first_in_8_bits(message: session_pb2.SessionConfig) -> str | None:
-    """Return the first field that asks for 8 bits: the session, a group or a tensor."""
-    if message.state_precision == PRECISIONS["int8"]:
+def _first_in(message: session_pb2.SessionConfig, *names: str) -> str | None:
+    """Return the first field that asks for one of some precisions: the session, a group or a tensor."""
+    precisions = [PRECISIONS[name] for name in names]
+    if message.state_precision in precisions:
         return "config"
     owners: tuple[tuple[str, Sequence[Any]], ...] = (("groups", message.groups), ("tensors", message.tensors))
     for name, members in owners:
         for index, member in enumerate(members):
-            if member.state_precision == PRECISIONS["int8"]:
+            if member.state_precision in precisions:
                 return f"config.{name}[{index}]"
     return None
 

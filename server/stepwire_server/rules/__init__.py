@@ -16,7 +16,15 @@ from stepwire_server.rules.adam_family import ADAMAX, NADAM, RADAM
 from stepwire_server.rules.adaptive import ADADELTA, ADAGRAD, RMSPROP_RULES
 from stepwire_server.rules.layerwise import LAMB, LARS, LARS_NESTEROV
 from stepwire_server.rules.momentum import LION, SGD, SGD_MOMENTUM, SGD_NESTEROV
-from stepwire_server.rules.recipe import ACCUMULATED, AVERAGE, EIGHT_BIT_SLOTS, Precision, Recipe, Stage
+from stepwire_server.rules.recipe import (
+    ACCUMULATED,
+    AVERAGE,
+    EIGHT_BIT_SLOTS,
+    FLOAT32_SLOTS,
+    Precision,
+    Recipe,
+    Stage,
+)
 from stepwire_server.rules.rule import Decay, Rule, TensorScalar
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "ALL_RULES",
     "AVERAGE",
     "EIGHT_BIT_SLOTS",
+    "FLOAT32_SLOTS",
     "Decay",
     "Precision",
     "Recipe",

@@ -3,7 +3,7 @@
 With m, v, c1, c2 as Adam's, and ψ the momentum decay:
 
     NAdam    μₜ = β1·(1 − ½·0.96^(t·ψ)),  Πₜ = μ1·μ2·…·μₜ
-             p ← p − (lr·(1 − μₜ) / (1 − Πₜ)·g + lr·μₜ₊₁ / (1 − Πₜ₊₁)·m) / (√(v / c2) + eps)
+             p ← p − lr·(1 − μₜ) / (1 − Πₜ)·(g / (√(v / c2) + eps)) − lr·μₜ₊₁ / (1 − Πₜ₊₁)·(m / (√(v / c2) + eps))
     RAdam    ρ∞ = 2 / (1 − β2) − 1,  ρₜ = ρ∞ − 2·t·β2ᵗ / c2
              p ← p − (lr / c1)·m·rₜ·√c2 / (√v + eps)      rₜ² = (ρₜ−4)(ρₜ−2)ρ∞ / ((ρ∞−4)(ρ∞−2)ρₜ)     where ρₜ > 5
              p ← p − (lr / c1)·m                                                                   elsewhere
@@ -24,8 +24,8 @@ from typing import Final, cast
 
 from numpy import absolute, maximum, minimum, sqrt
 
-from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
-from stepwire_server.rules.moments import bounded, first_moment, second_moment
+from stepwire.optimizers import Hyperparameters
+from stepwire_server.rules.moments import first_moment, second_moment
 from stepwire_server.rules.rule import Rule, TensorScalar, Value
 
 __all__ = ["ADAMAX", "NADAM", "RADAM", "adamax", "nadam", "radam"]
@@ -43,12 +43,12 @@ def nadam(
     next_size: Value,
     correction2: Value,
     eps: Value,
-    largest: Value,
 ) -> tuple[Value, Value, Value]:
-    """Update with Nesterov momentum; the sizes are the factors of g and m. See the module."""
+    """Update with Nesterov momentum in two moves, of g and of m, by their sizes. See the module."""
     m = first_moment(m, g, rate1)
     v = second_moment(v, g, beta2, rate2)
-    return p - bounded(gradient_size * g + next_size * m, largest) / (sqrt(v / correction2) + eps), m, v
+    divisor = sqrt(v / correction2) + eps
+    return p - gradient_size * (g / divisor) - next_size * (m / divisor), m, v
 
 
 def radam(
@@ -129,7 +129,6 @@ def _nadam_scalars(hyper: Hyperparameters, t: int, product_before: float | None 
         next_size,
         1.0 - beta2**t,
         float(cast(float, hyper.eps)),
-        LARGEST_NUMBER,
     )
 
 

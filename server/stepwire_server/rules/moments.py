@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from numpy import maximum, minimum
-
 from stepwire_server.rules.rule import Value
 
-__all__ = ["bounded", "first_moment", "second_moment", "weighted_mean"]
+__all__ = ["first_moment", "second_moment", "weighted_mean"]
 
 
 def first_moment(m: Value, g: Value, rate1: Value) -> Value:
@@ -22,8 +20,3 @@ def weighted_mean(m: Value, g: Value, beta1: Value, rate1: Value) -> Value:
 def second_moment(v: Value, g: Value, beta2: Value, rate2: Value) -> Value:
     """Move the mean squared gradient towards g²; rate2 = 1 − β2 comes first, so that g² overflows later."""
     return beta2 * v + rate2 * g * g
-
-
-def bounded(x: Value, largest: Value) -> Value:
-    """Return a number that has overflowed as the largest of its sign, because infinity over infinity would be NaN."""
-    return minimum(maximum(x, -largest), largest)

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from stepwire_server.rules.rule import Decay, Rule
 from stepwire_server.rules.treatment import added, averaged, decayed, drawn, lessened, limited, moved, scaled
 
-__all__ = ["ACCUMULATED", "AVERAGE", "EIGHT_BIT_SLOTS", "Precision", "Recipe", "Stage"]
+__all__ = ["ACCUMULATED", "AVERAGE", "EIGHT_BIT_SLOTS", "FLOAT32_SLOTS", "Precision", "Recipe", "Stage"]
 
 ACCUMULATED = "grad_accumulation"
 """The slot of the sum of micro-steps."""
@@ -22,6 +22,9 @@ AVERAGE = "param_average"
 
 EIGHT_BIT_SLOTS: Final = {"exp_avg": True, "momentum_buffer": True, "exp_avg_sq": False, "square_avg": False}
 """Slots that 8 bits hold well, means of the gradient and its square, and whether each has a sign."""
+
+FLOAT32_SLOTS: Final = ("grad_avg",)
+"""Slots whose square is taken from another slot: in fewer bits the difference of the two is their rounding."""
 
 
 class Precision(enum.Enum):

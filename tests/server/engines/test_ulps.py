@@ -116,6 +116,8 @@ def test_the_first_update_is_the_formula_up_to_its_roundings(engine, optimizer: 
     for kind, start in starts.items():
         got, exact = first_update(engine, optimizer, start, gradient)
         own = 0.0 if kind == "zero" else 0.5 * ulp(exact)
+        if name == "nadam" and kind != "zero":  # two moves, each rounded, as torch's are
+            own += 0.5 * np.maximum(ulp(exact), ulp(start))
         off = float(np.max((np.abs(got - exact) - own) / ulp(exact - start)))
         WORST[name, kind] = max(off, WORST.get((name, kind), 0.0))
         assert off <= bound

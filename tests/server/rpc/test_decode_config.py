@@ -10,11 +10,12 @@ from google.protobuf.duration_pb2 import Duration
 
 from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.layout import TensorSpec, place
-from stepwire.optimizers import SGD, Adagrad, Adam, AdamW
+from stepwire.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
 from stepwire.optimizers.schedules import Schedule
 from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from stepwire.wire.messages import PRECISIONS, optimizer_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rpc import decode_config as decoding
@@ -205,6 +206,18 @@ def test_eight_bits_are_refused_for_slots_that_they_do_not_hold(chosen: optimize
             decode(optimizer=chosen, **fields)
         assert refused.value.metadata == {"field": f"{field}.state_precision"}
         assert refused.value.reason is Reason.INVALID_CONFIG
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_difference_of_moments_needs_float32(precision: str, momentum: float) -> None:
+    """In fewer bits the difference may be rounding alone, and an update g / eps."""
+    chosen = optimizer_to_wire(RMSprop(centered=True, momentum=momentum))
+    with pytest.raises(InvalidRequestError, match="subtracts the square of grad_avg.*use float32 moments") as refused:
+        decode(optimizer=chosen, state_precision=PRECISIONS[precision])
+    assert refused.value.metadata == {"field": "config.state_precision"}
+    groups = [optimizer_pb2.ParameterGroup(state_precision=PRECISIONS["float32"])]
+    decode(optimizer=chosen, groups=groups)
 
 
 def test_a_tensor_has_its_own_precision_or_its_groups_or_the_sessions() -> None:

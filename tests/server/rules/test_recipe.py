@@ -125,9 +125,14 @@ def test_decay_within_the_update_is_added_to_it_first() -> None:
     assert recipe.evaluate(recipe.stages, values | scalars)["p"] == 2.0 - 2.0**24
 
 
-@pytest.mark.parametrize("rule", [rule for rule in ALL_RULES if rule.direction is None], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [rule for rule in ALL_RULES if rule.direction is None and rule.name != "nadam"], ids=lambda rule: rule.name
+)
 def test_a_rule_only_ever_subtracts_from_its_parameter(rule: Rule) -> None:
-    """That is why it can step what is no parameter: see `Recipe.stages`. Layerwise rules have a decay of their own."""
+    """That is why it can step what is no parameter: see `Recipe.stages`.
+
+    Layerwise rules have a decay of their own. NAdam subtracts twice, as torch's does, and never decays within.
+    """
     count = len(inspect.signature(rule.update).parameters)
     others = np.random.default_rng(4).uniform(0.25, 1.0, count - 1).astype(np.float32)
     apart = rule.update(np.float32(0.0), *others)

@@ -36,9 +36,10 @@ MAX_BYTES = 1 << 20
 
 
 def served(optimizer: Optimizer, precisions: Sequence[str]) -> list[str]:
-    """Return the precisions that an optimizer's slots may be held in: some slots are not held in 8 bits."""
-    in_8_bits = not (getattr(optimizer, "centered", False) or getattr(optimizer, "amsgrad", False))
-    return [name for name in precisions if in_8_bits or name != "INT8_MOMENTS"]
+    """Return the precisions that an optimizer's slots may be held in."""
+    if getattr(optimizer, "centered", False):
+        return [name for name in precisions if name == "FLOAT32"]
+    return [name for name in precisions if name != "INT8_MOMENTS" or not getattr(optimizer, "amsgrad", False)]
 
 
 def engines(optimizers: Sequence[Optimizer], precisions: Sequence[str]) -> pytest.MarkDecorator:
