@@ -25,9 +25,9 @@ WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
 
-# The model of several callers of one session, in long form; the tests have a few of its examples. An example takes about
-# half a second: `make callers EXAMPLES=100000` takes most of a day.
-EXAMPLES ?= 3000
+# The model of several callers of one session, in long form: so many examples for each of one server, shards, and shards
+# that commit in two phases. The tests have some of them, and CI 1,000 of each. An example takes about 25 ms.
+EXAMPLES ?= 1000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
 
