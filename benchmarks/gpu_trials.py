@@ -203,7 +203,10 @@ def grids(bench: Workbench) -> Outcome:
 
 
 def stalls(bench: Workbench) -> Outcome:
-    """The milliseconds that calls take while the stream of kernels is busy: those that wait for it take as long."""
+    """The milliseconds that calls take while the stream of kernels is busy: those that wait for it take as long.
+
+    Another thread, whose own stream is idle, tells the longest that it was kept from the device meanwhile.
+    """
     device, outcome = bench.device, Outcome()
     compiler, kept = bench.engine._resources.kernels._compiler, list[Any]()
     source = 'extern "C" __global__ void trial_%d(float *values) { values[0] += 1.0f; }'
@@ -220,7 +223,9 @@ def stalls(bench: Workbench) -> Outcome:
     for name, call in calls.items():
         bench.clock.settle()
         bench.busy()
-        outcome[f"{name}_ms"] = _timed(call) * 1e3
+        with _longest_wait(bench) as longest:
+            outcome[f"{name}_ms"] = _timed(call) * 1e3
+        outcome[f"{name}_longest_wait_of_another_ms"] = max(longest, default=0.0) * 1e3
         outcome[f"{name}_then_busy_for_ms"] = _timed(bench.clock.settle) * 1e3
     return outcome
 
@@ -246,12 +251,12 @@ def pinning(bench: Workbench) -> Outcome:
 
 @contextlib.contextmanager
 def _longest_wait(bench: Workbench) -> Iterator[list[float]]:
-    """Ask the device for little things in another thread for a block, and note how long each takes."""
+    """Ask an idle stream for little things in another thread for a block, and note how long each takes."""
     waits, end, event = list[float](), threading.Event(), bench.device.event()
 
     def ask() -> None:
         with bench.device.current():
-            event.record(bench.device.compute)
+            event.record(bench.device.down)
         bench.device.wait(event)
 
     def work() -> None:
