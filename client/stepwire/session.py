@@ -68,7 +68,7 @@ class Session:
 
     @property
     def _link(self) -> SessionLink:
-        self._builder.notices.check()
+        self._builder.check()
         return self._known
 
     @property
@@ -229,7 +229,7 @@ class Session:
             InvalidRequestError: `steps_in_flight` is not a positive integer.
             TypeError: an option that `step` does not have.
         """
-        self._builder.notices.check()
+        self._builder.check()
         chosen = StepOptions(**options)
         background = self._ownership.in_background(steps_in_flight)
         return background.submit(lambda: self.apply(gradients, chosen, timeout), chosen.feed)
@@ -262,9 +262,7 @@ class Session:
 
     def detach(self) -> None:
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
-        self.keep()
-        with self._link.lock:
-            self._link.detach()
+        self._ownership.detach(self._known, self._builder.check)
 
     def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
@@ -388,7 +386,7 @@ class Session:
 
         A server that cannot be reached ends it when its lease runs out.
         """
-        self._ownership.close(self._link)
+        self._ownership.close(self._known, self._builder.check)
 
     def __enter__(self) -> Session:
         """Use the session for a block and end it after."""

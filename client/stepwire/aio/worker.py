@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from stepwire.connection.errands import adopt_thread
 from stepwire.errors import UnavailableError
+from stepwire.lifetimes.forks import Birthplace
 from stepwire.session import Session
 from stepwire.threads import DaemonThreads
 
@@ -33,6 +34,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         """Be ready; the thread starts with the first call."""
         self._pool = DaemonThreads(1, name, adopt_thread)
+        self._birthplace = Birthplace()
         self._lock = threading.Lock()
         self._failures = 0
         self._failure: BaseException | None = None
@@ -105,6 +107,7 @@ class Worker:
             raise unseen
 
     def _submit(self, call: Callable[[], _T]) -> Future[_T]:
+        self._birthplace.check("client", "connect anew in the child")
         if self.closed:
             raise RuntimeError(
                 "it is closed, and makes no more calls; connect, or ask the client for the session, anew"

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from stepwire.connection.line import Line
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import InvalidRequestError, UnavailableError
@@ -43,7 +44,7 @@ class Calls:
     """A channel to one server."""
 
     def __init__(self, target: str, *, timeout_seconds: float, retry: Retry) -> None:
-        """Open the channel; it connects with the first call.
+        """Describe the channel; it is opened, and connects, with the first call.
 
         Raises:
             InvalidRequestError: the timeout is not positive, or the target is no address of a server.
@@ -53,7 +54,18 @@ class Calls:
         self.target = target
         # A proxy in the environment connects to its own loopback addresses, or refuses to.
         direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(target) else []
-        self.channel = grpc.insecure_channel(grpc_target(target), options=[*_OPTIONS, *direct])
+        options, address = [*_OPTIONS, *direct], grpc_target(target)
+        self._line = Line(lambda: grpc.insecure_channel(address, options=options))
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The channel.
+
+        Raises:
+            InvalidRequestError: this is a forked child of the process that made the calls' client.
+            ValueError: the channel is closed.
+        """
+        return self._line.channel
 
     def deadline(self, timeout_seconds: float | None) -> Deadline:
         """Start a deadline; None means the client's default."""
@@ -68,10 +80,10 @@ class Calls:
             StepwireError: the server's refusal, or no connection.
             ValueError: the channel is closed.
         """
-        call: Any = self.channel.unary_unary(
-            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
-        )
-        with self._translated():
+        with self.translated():
+            call: Any = self.channel.unary_unary(
+                _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+            )
             return call(request.SerializeToString(), timeout=seconds)
 
     def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
@@ -80,52 +92,64 @@ class Calls:
         Raises:
             StepwireError: the server's refusal, or no connection within the deadline.
         """
-        call: Any = self.channel.unary_unary(
-            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
-        )
         data = request.SerializeToString()
-        return self._repeat(
-            lambda deadline: _result(call.future(data, timeout=deadline.remaining()), deadline), timeout_seconds
-        )
+
+        def attempt(deadline: Deadline) -> Any:
+            call: Any = self.channel.unary_unary(
+                _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+            )
+            return _result(call.future(data, timeout=deadline.remaining()), deadline)
+
+        return self._repeat(attempt, timeout_seconds)
 
     def download(self, method: str, request: Any, read: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
         """Call a server-streaming method once and hand its messages, undecoded, to `read`."""
-        call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
-        stream = call(request.SerializeToString(), timeout=deadline.remaining())
-        try:
-            with self._translated(), deadline.within(stream.cancel):
-                return read(stream)
-        finally:
-            stream.cancel()
+        with self.translated():
+            call: Any = self.channel.unary_stream(
+                _SERVICE + method, request_serializer=None, response_deserializer=None
+            )
+            stream = call(request.SerializeToString(), timeout=deadline.remaining())
+            try:
+                with deadline.within(stream.cancel):
+                    return read(stream)
+            finally:
+                stream.cancel()
 
     def upload(self, method: str, frames: Iterable[bytes], response: Any, deadline: Deadline) -> Any:
         """Call a client-streaming method once and return its decoded response."""
-        call: Any = self.channel.stream_unary(
-            _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
-        )
-        with self._translated():
+        with self.translated():
+            call: Any = self.channel.stream_unary(
+                _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+            )
             return _result(call.future(iter(frames), timeout=deadline.remaining()), deadline)
 
     def close(self) -> None:
         """Close the channel. Closing twice is harmless."""
-        self.channel.close()
+        self._line.close()
 
     def _repeat(self, attempt: Callable[[Deadline], _T], timeout_seconds: float | None) -> _T:
         def translated(deadline: Deadline) -> _T:
-            with self._translated():
+            with self.translated():
                 return attempt(deadline)
 
         return self.retry.call(translated, self.deadline(timeout_seconds))
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn a gRPC error into ours."""
+    def translated(self) -> Iterator[None]:
+        """Turn errors of gRPC within a block into ours.
+
+        Raises:
+            StepwireError: the error of the call.
+            ValueError: the channel is closed.
+        """
         try:
             yield
         except grpc.RpcError as error:
             raise with_remedy(error_from_call(error), self.target) from None
         except grpc.FutureCancelledError:
             raise UnavailableError("the call was given up by its caller") from None
+        except ValueError as error:  # of a channel that was closed
+            raise self._line.broken(error) from None
 
 
 def _result(future: Any, deadline: Deadline) -> Any:

@@ -14,6 +14,7 @@ from stepwire.connection.errands import later
 from stepwire.connection.retry import Deadline
 from stepwire.connection.watchdog import Watchdog
 from stepwire.errors import DeadlineExceededError, Reason, StepwireError, UnavailableError
+from stepwire.lifetimes.forks import Birthplace, forks
 from stepwire.v1 import attach_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.error_details import error_from_call
@@ -61,6 +62,7 @@ class AttachedStream:
         Raises:
             StepwireError: the server refused, or could not be reached before the deadline.
         """
+        self._forks = forks.count
         self._outbox = _Outbox()
         stub: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
             _METHOD, request_serializer=None, response_deserializer=None
@@ -73,13 +75,20 @@ class AttachedStream:
             self._release()
         # The call ends with the stream, also when nobody closes it: its session was dropped. Nothing that lives as long
         # as the call refers to the stream. The stream may be collected in any thread, so another thread ends the call.
-        weakref.finalize(self, later, functools.partial(_end, self._release, self._call)).atexit = False
+        self._birthplace = Birthplace()
+        end = functools.partial(_end, self._release, self._call, self._birthplace)
+        weakref.finalize(self, later, end).atexit = False
         try:
             first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
         except BaseException:
             self.close()
             raise
         self.opened: attach_pb2.AttachOpened = first.message.opened
+
+    @property
+    def is_cut(self) -> bool:
+        """Tell whether a fork of the process has cut the stream."""
+        return self._forks != forks.count
 
     def exchange(self, frames: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
         """Send messages and yield the replies for as long as the caller asks.
@@ -104,7 +113,7 @@ class AttachedStream:
 
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
-        _end(self._release, self._call)
+        _end(self._release, self._call, self._birthplace)
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
@@ -132,7 +141,8 @@ def _release(outbox: _Outbox, watchdog: Watchdog) -> None:
     watchdog.close()
 
 
-def _end(release: Callable[[], object], call: grpc.Call) -> None:
-    """End a stream."""
-    release()
-    call.cancel()
+def _end(release: Callable[[], object], call: grpc.Call, birthplace: Birthplace) -> None:
+    """End a stream, unless a forked child has dropped the stream of its parent."""
+    if birthplace.is_here:
+        release()
+        call.cancel()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -70,9 +72,14 @@ class Endings:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start without ends; the thread starts with the first."""
-        self.is_over = False
         self._clock = clock
         self._open: dict[Ending, None] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew without ends, in a forked child: those of its parent are the parent's."""
+        self.is_over = False
+        self._open.clear()
         self._due: queue.SimpleQueue[Ending | float] = queue.SimpleQueue()  # its `put` may interrupt any other method
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -91,6 +98,7 @@ class Endings:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, args=(self._due,), name="stepwire-ends", daemon=True)
                 self._thread.start()
+                _at_the_end_of_a_worker(self.finish)
         ending = Ending(self._open, end)
         weakref.finalize(owner, self._due.put, ending).atexit = False
         return ending
@@ -112,9 +120,17 @@ class Endings:
             ending.make(max(next_one - self._clock(), 0.0))
 
 
+def _at_the_end_of_a_worker(call: Callable[[], object]) -> None:
+    """Make a call when a child of `multiprocessing` ends: forked ones make no `atexit` function."""
+    loaded = sys.modules.get("multiprocessing.util")
+    if loaded is not None and sys.modules["multiprocessing.process"].parent_process() is not None:
+        loaded.Finalize(None, call, exitpriority=0)
+
+
 ENDINGS: Final = Endings()
 """The open ends of this process."""
 
 # Registered with the first import of the package. So the functions that a program registers later run before it, and
 # may train as ever.
 atexit.register(ENDINGS.finish)
+os.register_at_fork(after_in_child=ENDINGS.forget)

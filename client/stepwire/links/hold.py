@@ -94,6 +94,8 @@ class Hold:
             FencedError: another client holds the worker, or the epoch is stale.
             StepwireError: the server refused or cannot be reached.
         """
+        if self._stream is not None and self._stream.is_cut:
+            self.detach()
         if self._stream is None:
             opening = attach_pb2.AttachOpen(
                 session_id=self._session_id,

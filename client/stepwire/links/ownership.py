@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 
 from stepwire.lifetimes.endings import ENDINGS
+from stepwire.lifetimes.forks import Birthplace
 from stepwire.links.link import SessionLink
 from stepwire.results import SessionStatistics
 from stepwire.steps.background import BackgroundSteps
@@ -51,6 +53,7 @@ class Ownership:
 
     def __init__(self, link: SessionLink, *, kept: bool) -> None:
         """Own the session of a link; with `kept` it stays on the server when nobody closes it."""
+        self._birthplace = Birthplace()
         self._remains = _Remains(link, kept)
         self._ending = ENDINGS.with_owner(self, self._remains.end)
         self._lock = threading.Lock()
@@ -73,12 +76,32 @@ class Ownership:
         """End everything now, as without any object left. Ending twice is harmless."""
         self._ending.make()
 
-    def close(self, link: SessionLink) -> None:
-        """End the session of a link on the server; it is the whole session, or a shard of it.
+    def detach(self, link: SessionLink, check: Callable[[], object]) -> None:
+        """Close the stream of a link, and leave the session on the server; do nothing in a forked child.
+
+        Args:
+            link: the whole session, or a shard of it.
+            check: refuses a call from within a step.
+        """
+        if self._birthplace.is_here:
+            check()
+            self.keep()
+            with link.lock:
+                link.detach()
+
+    def close(self, link: SessionLink, check: Callable[[], object]) -> None:
+        """End the session of a link on the server; do nothing in a forked child, whose parent has the session.
+
+        Args:
+            link: the whole session, or a shard of it.
+            check: refuses a call from within a step.
 
         Raises:
             StepwireError: as `SessionLink.close`.
         """
+        if not self._birthplace.is_here:
+            return
+        check()
         if (background := self._remains.background) is not None:
             background.close()
         with link.lock:

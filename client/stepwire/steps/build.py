@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepwire.arrays.packing import Arrays, Container, Flat
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError
+from stepwire.lifetimes.forks import Birthplace
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.steps.carry import Carry
@@ -85,7 +86,19 @@ class StepBuilder:
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = self._packer.layout.tensor_indices()
         self.notices = Notices()
+        self._birthplace = Birthplace()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
+
+    def check(self) -> None:
+        """Refuse a call of the session in a forked child, or from within `on_tensor`.
+
+        Raises:
+            InvalidRequestError: the session is of the parent, or this thread is within `on_tensor`.
+        """
+        self._birthplace.check(
+            "session", "both would step one session. Make a session in the child, through a client of its own"
+        )
+        self.notices.check()
 
     def build(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Container | None]:
         """Check everything, and return the call without its number, and the container of its reply.

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from stepwire.connection.errands import as_a_whole
-from stepwire.errors import DataLossError, InvalidRequestError, SessionNotFoundError, StepwireError
+from stepwire.errors import DataLossError, SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.torch.backward import BackwardSender, Numbers
+from stepwire.torch.life import Life
 from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState, Wanted
 from stepwire.torch.options import RemoteOptions
@@ -34,7 +35,7 @@ class Backing:
     """One session, and the parameters that it steps.
 
     Attributes:
-        closed: True after `end`.
+        life: the time until `end`, in this process.
     """
 
     def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group], live: LiveState) -> None:
@@ -58,7 +59,7 @@ class Backing:
         self._view: SnapshotView | None = None
         self._sender: BackwardSender | None = None
         self._loss_scale: float | None = None
-        self.closed = False
+        self.life = Life()
         live.serve(self._present_view, rule.keys)
         parameters = Parameters(groups)
         self._client = options.client()
@@ -121,7 +122,7 @@ class Backing:
             InvalidRequestError: the session is of another model, another optimizer, or other options.
             StepwireError: as `Client.session`.
         """
-        self.check_open()
+        self.life.check()
         self._abort_begun()
         parameters = self.parameters if self._placement.fits(groups) else self._regrouped(groups)
         self._resume(session_id, parameters, groups)
@@ -159,7 +160,7 @@ class Backing:
             InvalidRequestError: the optimizer is closed, or the state does not fit the parameters.
             StepwireError: as `Client.create_session` and `Session.load_state`; nothing was changed.
         """
-        self.check_open()
+        self.life.check()
         self._groups = groups
         if not any(group["params"] for group in groups):
             return
@@ -197,7 +198,7 @@ class Backing:
 
     def _present_view(self) -> SnapshotView:
         """Return the state of the session, fetched once between two changes."""
-        self.check_open()
+        self.life.check()
         if self._view is None:
             self._placement.recovery.settle()
             self._view = self._placement.mirror.view()
@@ -254,7 +255,7 @@ class Backing:
 
     def _present_numbers(self) -> Numbers | None:
         """Return the numbers of a step; None if no messages carry gradients, or something must be sent first."""
-        if self.closed or not self._placement.can_begin(self._groups):
+        if self.life.is_over or not self._placement.can_begin(self._groups):
             return None
         return self._placement.overrides(self._groups), self._loss_scale
 
@@ -288,17 +289,6 @@ class Backing:
             placement.mirror.upload()
             placement.memory.uploaded()
 
-    def check_open(self) -> None:
-        """Refuse a call after `end`.
-
-        Raises:
-            InvalidRequestError: `close` or `detach` was called.
-        """
-        if self.closed:
-            raise InvalidRequestError.of(
-                "optimizer", "the optimizer is closed; make a new one, with session=… if its session was left there"
-            )
-
     # --- state -------------------------------------------------------------------------------------------
 
     def exported(self, groups: Sequence[Group]) -> tuple[dict[Any, Any], ExtraState]:
@@ -330,7 +320,7 @@ class Backing:
             InvalidRequestError: the state is of another rule or another model; nothing was changed.
             StepwireError: as `Session.load_state`.
         """
-        self.check_open()
+        self.life.check()
         self._rule.optimizer_for(groups)  # groups of another optimizer lack its numbers
         self._groups = groups
         try:
@@ -375,7 +365,7 @@ class Backing:
         Raises:
             SessionNotFoundError: a step has failed, and its session is lost; everything is closed all the same.
         """
-        if self.closed:
+        if self.life.is_over:
             return
         if keep:  # a session that is left goes on without this model
             try:
@@ -383,7 +373,7 @@ class Backing:
                 self.upload()
             except StepwireError as error:
                 _LOG.warning("the last changes of the model, the groups or the state are not in the session: %s", error)
-        self.closed = True
+        self.life.closed = True
         with contextlib.ExitStack() as ending:
             if self._options.owns_client:
                 ending.callback(self._client.close)

@@ -307,7 +307,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _resume(self, ours: dict[str, Any]) -> None:
         """Resume the session of a handle, and close the optimizer's session before."""
         old = self.session
-        self.backing.check_open()
+        self.backing.life.check()
         self.backing.resume(ours["session_id"], self.param_groups)
         if old.own_id != self.session.own_id:
             old.close()

@@ -11,7 +11,7 @@ from stepwire.transports.cuda.arrays import DeviceArrays
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
 from stepwire.transports.host.arrays import HostArrays
 from stepwire.transports.host.memory import SharedMemory, fetch
-from stepwire.transports.route import Route
+from stepwire.transports.route import Route, Way
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -37,7 +37,7 @@ def open_stream(
     way = route.way(deadline)
     for name in way.memories:
         opening.transport = MEMORIES[name]
-        stream = AttachedStream(way.calls.channel, opening, deadline)
+        stream = _attached(way, opening, deadline)
         try:
             shared = _shared(stream, packer, deadline)
             if isinstance(shared, SharedArrays):
@@ -50,9 +50,14 @@ def open_stream(
             raise
         stream.close()  # the next stream goes in its place, because this one may hold memory that nobody uses
     opening.transport = transport_pb2.TRANSPORT_GRPC
-    stream = AttachedStream(way.calls.channel, opening, deadline)
+    stream = _attached(way, opening, deadline)
     route.settle(way)
     return stream, None
+
+
+def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> AttachedStream:
+    with way.calls.translated():
+        return AttachedStream(way.calls.channel, opening, deadline)
 
 
 def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> SharedArrays | str:

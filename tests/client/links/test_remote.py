@@ -29,6 +29,7 @@ from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32
 from tests.support.attach_scripts import Script, Server, answer, opened, refuse, serve_steps
+from tests.support.ends import all_made
 from tests.support.lost_replies import lost_replies
 from tests.support.raw import RawClient
 
@@ -607,6 +608,7 @@ def test_dropped_sessions_leave_no_streams(target: str) -> None:
             stream = weakref.ref(session._link.hold._stream)  # type: ignore[attr-defined]
             del session
             gc.collect()
+            all_made()
             assert stream() is None
         for each in ids:
             found = client.session(each)

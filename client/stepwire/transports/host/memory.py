@@ -32,6 +32,7 @@ _DESCRIPTORS: Final = 2
 _FIXED_SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PATTERN_BYTES: Final = 64
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14
+_MAP_FIXED: Final = 0x10
 
 _parameter_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
@@ -54,8 +55,9 @@ class SharedMemory:
         gradient: mmap.mmap,
         parameters: mmap.mmap,
         size: int,
+        descriptor: int,
     ) -> None:
-        """Use memory that was fetched, and keep its connection."""
+        """Use memory that was fetched, and keep its connection, and a copy of the gradient's descriptor."""
         gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
         reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
         self.gradient: npt.NDArray[Any] = np.frombuffer(gradient, gradient_dtype, wire_items(gradient_dtype, size))
@@ -64,7 +66,8 @@ class SharedMemory:
         self.parameters.flags.writeable = False
         self._pages = parameters
         # Also when nobody closes it: a client was closed with its sessions attached, or everything was dropped.
-        self._let_go = weakref.finalize(self, connection.close)
+        self._descriptor = os.dup(descriptor)
+        self._let_go = weakref.finalize(self, _let_go, connection, self._descriptor)
         self._start = np.frombuffer(gradient, np.uint8)
         self._parameters_start = np.frombuffer(parameters, np.uint8)
         _parameter_maps.add(parameters)
@@ -96,13 +99,25 @@ class SharedMemory:
     def forked(self) -> None:
         """Leave the memory to the parent, in a child.
 
-        A child that writes a gradient would write the parent's, so here such a write becomes a segmentation fault. The
-        memory may not be unmapped: inherited arrays would show the next use of its addresses. And the connection would
-        outlive the parent in the child.
+        A child that writes a gradient would write the parent's. So a private mapping of the same memory, whose writes
+        are the child's own, gets its place. It may not be unmapped: inherited arrays would show the next use of its
+        addresses. And the connection would outlive the parent in the child.
         """
+        if not self._let_go.alive:
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        address, nbytes = ctypes.c_void_p(self._start.ctypes.data), ctypes.c_size_t(self._start.nbytes)
+        access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+        made = libc.mmap(address, nbytes, access, flags, self._descriptor, ctypes.c_long(0))
+        if made != self._start.ctypes.data:  # no memory for it: a write is a segmentation fault
+            libc.mprotect(address, nbytes, mmap.PROT_READ)
         self.close()
-        libc = ctypes.CDLL(None)
-        libc.mprotect(ctypes.c_void_p(self._start.ctypes.data), ctypes.c_size_t(self._start.nbytes), mmap.PROT_READ)
+
+
+def _let_go(connection: socket.socket, descriptor: int) -> None:
+    connection.close()
+    os.close(descriptor)
 
 
 def _after_fork() -> None:
@@ -136,7 +151,7 @@ def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float) -> 
     """
     with handed_over(handoff, timeout_seconds, _DESCRIPTORS) as handed:
         gradient, parameters = _mapped(handed.descriptors, handoff, size)
-        return SharedMemory(handed.connection, handoff, gradient, parameters, size)
+        return SharedMemory(handed.connection, handoff, gradient, parameters, size, handed.descriptors[0])
 
 
 def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -> tuple[mmap.mmap, mmap.mmap]:
