@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -136,8 +137,13 @@ class Parameters:
         return [tensor for tensor in self.tensors if tensor.changed] or self._uncounted()
 
     def _uncounted(self) -> list[ParameterTensor]:
-        """Return the tensors with another content than the session, although torch has counted no change."""
+        """Return the tensors with another content than the session, although torch has counted no change.
+
+        Raises:
+            UnsupportedFeatureError: another process has changed them.
+        """
         found = self._samples.changed()
+        _refuse_other_writers(found)
         if found and not self._told:
             self._told = True
             _LOG.warning(
@@ -173,6 +179,24 @@ def _refuse_overlaps(tensors: Sequence[ParameterTensor]) -> None:
                 other.name,
                 f"shares memory with {one.name!r}; tie parameters by using one Parameter twice (module.weight = "
                 "other.weight), not two over one storage",
+            )
+
+
+def _refuse_other_writers(changed: Sequence[ParameterTensor]) -> None:
+    """Refuse to step a model in shared memory that another process steps too: each would overwrite the other's steps.
+
+    A process alone may step such a model, and others read it. So the first change by another process tells.
+    """
+    if multiprocessing.parent_process() is None:
+        return
+    for tensor in changed:
+        if tensor.parameter.device.type == "cpu" and tensor.parameter.is_shared():
+            raise _unsupported(
+                tensor.name,
+                "lies in memory shared with other processes, and one of them has changed it. Steps of several "
+                "processes on one model (Hogwild) would overwrite each other: average the gradients, as "
+                "DistributedDataParallel does. After a change that was over before this step, call "
+                "optimizer.upload_parameters()",
             )
 
 
