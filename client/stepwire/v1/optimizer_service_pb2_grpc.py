@@ -226,7 +226,7 @@ class OptimizerServiceServicer(object):
         - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: `load` is not the next one (metadata: expected_load,
         actual_load), or `step` would go back.
         - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
-        - UNAVAILABLE/STREAM_DISPLACED: a newer stream of this client holds the worker (metadata: worker).
+        - UNAVAILABLE/STREAM_DISPLACED: a newer stream of this client holds the worker; attach again (metadata: worker).
         - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch than `LoadOpen.epoch` (metadata: epoch).
         - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and this load does not bring all slots
         and `step` (metadata: unfinished_step).
