@@ -5,7 +5,7 @@ from __future__ import annotations
 from stepwire.arrays.packing import Packer
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream
-from stepwire.errors import InvalidRequestError, StepwireError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, Reason, StepwireError, UnavailableError, UnsupportedFeatureError
 from stepwire.transports.available import MEMORIES
 from stepwire.transports.cuda.arrays import DeviceArrays
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
@@ -43,6 +43,8 @@ def open_stream(
             if isinstance(shared, SharedArrays):
                 route.settle(way, name)
                 return stream, shared
+            if stream.is_cut:
+                raise UnavailableError("the process forked while it attached; attach again", reason=Reason.UNREACHABLE)
             opening.attach_token = stream.opened.attach_token
             route.refuse(way, name, shared)
         except BaseException:

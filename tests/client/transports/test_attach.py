@@ -12,6 +12,7 @@ import pytest
 import stepwire
 import stepwire_server.testing
 from stepwire.errors import UnavailableError, UnsupportedFeatureError
+from stepwire.lifetimes.forks import forks
 from stepwire.transports.host import memory as shared_memory
 from tests.support.raw_handoff import held_by_process
 
@@ -95,6 +96,26 @@ def test_a_connection_that_breaks_during_the_check_is_mended(
     monkeypatch.setattr(shared_memory.SharedMemory, "check", broken)
     session.attach()
     assert (breaks, session.transport is not None and session.transport.name) == ([], "shm")
+
+
+@pytest.mark.parametrize("transport", ["auto", "shm"])
+def test_a_fork_between_a_stream_and_its_memory_is_no_reason_against_the_memory(
+    server: str, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_memory, forked = shared_memory._mapped, [False]
+
+    def forks_before(*arguments: Any) -> Any:
+        if not forked[0]:
+            forked[0] = True
+            forks.note()
+            raise OSError("the stream has ended")
+        return map_memory(*arguments)
+
+    monkeypatch.setattr(shared_memory, "_mapped", forks_before)
+    with stepwire.connect(server, transport=transport) as client, client.create_session(START) as session:
+        session.step(GRADIENT)
+        assert (forked, session.applied_step) == ([True], 1)
+        assert session.transport is not None and session.transport.name == "shm"
 
 
 def test_asked_for_by_name_it_is_had_or_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
