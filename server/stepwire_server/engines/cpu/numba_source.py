@@ -387,7 +387,8 @@ def _module(name: str, functions: Iterable[Callable[..., Any]], kernel: str, dec
     sources = (f"\n@helper\n{inspect.getsource(function)}" for function in found.values())
     tables = f"{dynamic_code.tables_source()}\n" if "decode_signed" in found else ""
     imports = sorted({*_IMPORTS, *dynamic_code.NUMPY_NAMES}) if tables else _IMPORTS
-    options = f"helpers {HELPER_OPTIONS}\nkernel {KERNEL_OPTIONS if decorator == 'kernel' else MEASURING_OPTIONS}"
+    of_kernel = KERNEL_OPTIONS if decorator == "kernel" else MEASURING_OPTIONS
+    options = f"helpers {HELPER_OPTIONS}, each in a module of its own\nkernel {of_kernel}"
     return _MODULE.format(
         name=name,
         options=options,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,40 @@ def test_equal_helpers_of_two_modules_are_one() -> None:
 def test_a_difference_anywhere_makes_another_helper(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Of what a helper calls, too: the text of both outer helpers is the same."""
     assert made(**one) is not made(**other)
+
+
+_PROCESS = """
+import pathlib, sys
+import numba
+import numpy as np
+from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
+from stepwire_server.rules import ALL_RULES, Precision, Recipe
+
+compiled, compile_extra = [], numba.core.compiler.compile_extra
+
+def counting(typing, target, function, *rest, **options):
+    compiled.append(function.__name__)
+    return compile_extra(typing, target, function, *rest, **options)
+
+numba.core.compiler.compile_extra = counting
+kernels, float32 = NumbaKernels(pathlib.Path(sys.argv[1])), np.dtype(np.float32)
+for reply in sys.argv[2:]:
+    kernels.update(Recipe(ALL_RULES[0], precision=Precision.BFLOAT16), float32, float32 if reply == "float32" else None)
+print(len(compiled))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_loads_a_kernel_whose_helpers_were_another_kernels(tmp_path: Any) -> None:
+    """The first process made the helpers for a kernel that the second process does not load."""
+
+    def compiled_in_a_process(*replies: str) -> int:
+        command = [sys.executable, "-c", _PROCESS, str(tmp_path), *replies]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    assert compiled_in_a_process("float32", "nothing") > 2
+    assert compiled_in_a_process("nothing") == 0
+    assert compiled_in_a_process("nothing", "float32") == 0
 
 
 def test_what_a_kernel_calls_is_compiled_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
