@@ -59,7 +59,7 @@ def test_statistics_count_what_is_allocated_and_not_closed(engine) -> None:
     during = engine.statistics()
     state.close()
     assert (during.allocated_bytes - before.allocated_bytes, during.threads) == (12_000, 2)
-    assert engine.statistics() == before == (before.allocated_bytes, 0, 0, 2)
+    assert engine.statistics() == before == (before.allocated_bytes, 0, 0, 2, 0, 0)
 
 
 @pytest.mark.parametrize("size", [1 << 50, 1 << 62, 1 << 70])
