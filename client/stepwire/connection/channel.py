@@ -13,6 +13,7 @@ from stepwire.connection.line import Line
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import InvalidRequestError, UnavailableError
+from stepwire.lifetimes.forks import forks
 from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire.wire.error_details import error_from_call
@@ -74,17 +75,23 @@ class Calls:
         )
 
     def once(self, method: str, request: Any, response: Any, seconds: float) -> Any:
-        """Call a unary method once, without repetition, and return its decoded response.
+        """Call a unary method once, and again only if a fork cut the call; return its decoded response.
 
         Raises:
             StepwireError: the server's refusal, or no connection.
             ValueError: the channel is closed.
         """
-        with self.translated():
-            call: Any = self.channel.unary_unary(
-                _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
-            )
-            return call(request.SerializeToString(), timeout=seconds)
+        while True:
+            count = forks.count
+            try:
+                with self.translated():
+                    call: Any = self.channel.unary_unary(
+                        _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
+                    )
+                    return call(request.SerializeToString(), timeout=seconds)
+            except UnavailableError:
+                if count == forks.count:
+                    raise
 
     def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
         """Call a unary method, again if need be, and return its decoded response.

@@ -17,7 +17,7 @@ import grpc
 
 from stepwire.errors import Reason, UnavailableError
 from stepwire.lifetimes.endings import ENDINGS
-from stepwire.lifetimes.forks import Birthplace
+from stepwire.lifetimes.forks import Birthplace, forks
 
 __all__ = ["Line"]
 
@@ -63,9 +63,13 @@ class Line:
 
     def rest(self) -> None:
         """Close the channel; the next call opens another one."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        if (channel := self.parted()) is not None:
             channel.close()
+
+    def parted(self) -> grpc.Channel | None:
+        """Return the channel, for the caller to close, and have none from now on."""
+        channel, self._channel = self._channel, None
+        return channel
 
     def broken(self, error: ValueError) -> UnavailableError | ValueError:
         """Return the error of a call whose channel was closed under it: that of a broken connection, after a fork."""
@@ -92,8 +96,10 @@ class _Gate:
 
     def close(self) -> None:
         self.lock.acquire()
-        for line in list(_lines):
-            line.rest()
+        channels = [channel for line in list(_lines) if (channel := line.parted()) is not None]
+        forks.note()  # so whoever meets a channel that was closed for the fork knows of the fork
+        for channel in channels:
+            channel.close()
 
     def open(self) -> None:
         self.lock.release()

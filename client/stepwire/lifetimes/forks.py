@@ -15,7 +15,7 @@ __all__ = ["Birthplace", "forks"]
 
 
 class _Forks:
-    """A count of the forks that this process has survived, as a parent or as a child."""
+    """The count of the forks of this process, noted before the connections are closed for one."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -25,7 +25,6 @@ class _Forks:
 
 
 forks = _Forks()
-os.register_at_fork(after_in_parent=forks.note, after_in_child=forks.note)
 
 
 class Birthplace:

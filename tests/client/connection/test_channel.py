@@ -14,6 +14,7 @@ import pytest
 import stepwire
 from stepwire.connection.channel import Calls, checked_timeout
 from stepwire.connection.retry import Deadline, Retry
+from stepwire.lifetimes.forks import forks
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.error_details import status_of
 
@@ -167,3 +168,18 @@ def test_an_error_of_an_upload_is_translated(scripted: Any, scripted_calls: Call
 def test_closing_twice_is_harmless(scripted_calls: Calls) -> None:
     scripted_calls.close()
     scripted_calls.close()
+
+
+def test_a_call_that_is_made_once_is_repeated_after_a_fork_alone(scripted: Any, scripted_calls: Calls) -> None:
+    cut = [True, False]
+
+    def behavior(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if cut.pop(0):
+            forks.note()
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        raise AssertionError
+
+    scripted.on("GetServerInfo", behavior)
+    with pytest.raises(stepwire.UnavailableError):
+        scripted_calls.once("GetServerInfo", pb.GetServerInfoRequest(), pb.GetServerInfoResponse, PATIENCE_SECONDS)
+    assert cut == []
