@@ -45,7 +45,7 @@ class Calls:
     """A channel to one server."""
 
     def __init__(self, target: str, *, timeout_seconds: float, retry: Retry) -> None:
-        """Describe the channel; it is opened, and connects, with the first call.
+        """Open the channel; it connects with the first call.
 
         Raises:
             InvalidRequestError: the timeout is not positive, or the target is no address of a server.

@@ -1,4 +1,4 @@
-"""The channel behind one client's calls: opened when it is needed, and again after a fork of the process.
+"""The channel behind one client's calls, opened again after a fork of the process.
 
 gRPC has threads that hold locks. A child that is forked meanwhile hangs now and then, and gRPC says so on standard
 error. So every channel is closed before a fork, in the parent, and its threads end. Calls that were under way are
@@ -21,6 +21,7 @@ from stepwire.lifetimes.forks import Birthplace, forks
 
 __all__ = ["Line"]
 
+_core_channel = grpc.insecure_channel  # also where a test has put another one in its place
 _REMEDY = "connect anew in the child, or make the session or the optimizer there"
 
 
@@ -28,12 +29,13 @@ class Line:
     """One channel, or none just now. Thread-safe; closes twice without complaint."""
 
     def __init__(self, open_channel: Callable[[], grpc.Channel]) -> None:
-        """Open no channel yet."""
+        """Open the channel."""
         self._open_channel = open_channel
-        self._channel: grpc.Channel | None = None
         self._closed = False
         self._birthplace = Birthplace()
+        self._channel: grpc.Channel | None = None
         _lines.add(self)
+        self.open()
 
     @property
     def channel(self) -> grpc.Channel:
@@ -44,15 +46,21 @@ class Line:
             ValueError: the line is closed.
         """
         self._birthplace.check("client", _REMEDY)
-        if (channel := self._channel) is None:
-            with _gate.lock:
-                if self._closed:
-                    raise ValueError("the client is closed, and makes no more calls")
-                _gate.enter()
-                if self._channel is None:
-                    self._channel = self._open_channel()
-                channel = self._channel
-        return channel
+        return self._channel or self.open()
+
+    def open(self) -> grpc.Channel:
+        """Open the channel, if there is none, and return it; not in the middle of a fork.
+
+        Raises:
+            ValueError: the line is closed.
+        """
+        with _gate.lock:
+            if self._closed:
+                raise ValueError("the client is closed, and makes no more calls")
+            _gate.enter()
+            if (channel := self._channel) is None:
+                self._channel = channel = self._open_channel()
+            return channel
 
     def close(self) -> None:
         """Close the channel for good."""
@@ -89,7 +97,7 @@ class _Gate:
     def enter(self) -> None:
         """Keep gRPC's core with a channel that never connects, and have all lines rest at the end of the process."""
         if self._core is None:
-            self._core = grpc.insecure_channel("unix:/stepwire/no/server")
+            self._core = _core_channel("unix:/stepwire/no/server")
         if not self._ends:  # before any session exists, so it is the last end
             self._ends = True
             ENDINGS.with_owner(self, _rest_all)
