@@ -141,11 +141,13 @@ def test_a_creation_cut_anywhere_makes_one_session(
 ) -> None:
     """Through creation, load, pull and reading all of the state: one session, as it was meant."""
     client, calm = connect(proxy.target), model.create(connect(server.target))
+    created = []  # a session that is dropped ends
     for after in itertools.count():
         cuts, sessions = proxy.cuts, server.registry.statistics().sessions
         client.info()  # so that the connection is open and quiet
         proxy.arm(Cut(direction, "message", after))
         session = model.create(client)
+        created.append(session)
         parameters, state = session.pull(), session.state()
         proxy.disarm()
         assert server.registry.statistics().sessions == sessions + 1
