@@ -20,6 +20,9 @@ from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
+# Python itself ignores an exception that arrives in a finaliser.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SIZE = 40_000
 FUTURES: dict[str, list[Any]] = {}
 Act = Callable[[stepwire.Client, stepwire.Session], Any]

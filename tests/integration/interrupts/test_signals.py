@@ -149,6 +149,12 @@ def test_a_cancelled_task_of_asyncio_leaves_its_step_to_the_end(proxy: Proxy) ->
 SCRIPT = """
 import signal, sys
 import numpy as np, stepwire
+
+def once(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # the test sends it until the script has ended
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, once)
 session = stepwire.connect(sys.argv[1], transport="tcp", timeout=600.0).create_session({"w": np.zeros(3, np.float32)})
 session.attach()
 print("attached", flush=True)
@@ -159,7 +165,7 @@ session.step({"w": np.ones(3, np.float32)})
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
 def test_a_script_ends_at_ctrl_c(server: Server) -> None:
-    """The whole way: the signal of a terminal, Python's own handler, and the end of the interpreter."""
+    """The whole way: the signal of another process, the exception, and the end of the interpreter."""
     with Proxy(server.target) as proxy:
         script = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, proxy.target],

@@ -1,6 +1,6 @@
 """The classes of the stand-in for CuPy. `fake_cupy` makes a set of them for each stand-in, over its `_driver`.
 
-A class has the attributes and the parameters of CuPy's that the engine may use; `test_fake_cupy` compares them.
+A class has the attributes and the parameters of CuPy's that the engine may use; `test_real_cupy` compares them.
 """
 
 from __future__ import annotations
