@@ -152,7 +152,8 @@ class _Bell(queue.SimpleQueue[bool]):
 class Departure:
     """Has Ctrl-C arrive in the thread that waits, while its errand is at the nth line of stepwire's own code.
 
-    The errand's thread goes on when its caller has left the errand.
+    The errand's thread goes on when its caller has left the errand. So this is not for an errand that goes on without
+    its caller, as an end does.
     """
 
     def __init__(self, at: int | None = None) -> None:

@@ -164,10 +164,15 @@ def test_an_end_that_is_interrupted_is_made_all_the_same(client: stepwire.Client
 
 
 def test_an_opening_that_is_interrupted_leaves_a_target_to_be_opened(servers: list[Server]) -> None:
-    def open_and_ask() -> None:
-        with stepwire.connect(servers[0].target) as client:
-            client.info()
+    opened: list[stepwire.Client] = []
 
+    def open_and_ask() -> str:
+        opened.append(stepwire.connect(servers[0].target))
+        return opened[-1].info().instance_id
+
+    expected = open_and_ask()
     for place in places(lambda place: interrupted(open_and_ask, place), "connect"):
         interrupted(open_and_ask, place)
-        open_and_ask()
+        assert open_and_ask() == expected
+        while opened:
+            opened.pop().close()
