@@ -102,7 +102,9 @@ class Ownership:
         if not self._birthplace.is_here:
             return
         check()
-        if (background := self._remains.background) is not None:
+        with self._lock:
+            background, self._remains.background = self._remains.background, None
+        if background is not None:
             background.close()
         with link.lock:
             link.close()
