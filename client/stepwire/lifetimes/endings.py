@@ -10,6 +10,7 @@ ends a session by its lease.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import queue
@@ -110,7 +111,8 @@ class Endings:
             thread, self._thread = self._thread, None
         if thread is not None:
             self._due.put(self._clock() + seconds)
-            thread.join(seconds)
+            with contextlib.suppress(KeyboardInterrupt):  # a user who does not wait: leases end what is left
+                thread.join(seconds)
 
     def _work(self, due: queue.SimpleQueue[Ending | float]) -> None:
         while isinstance(next_one := due.get(), Ending):

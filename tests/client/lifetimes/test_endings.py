@@ -103,6 +103,21 @@ def test_the_process_makes_the_ends_that_are_open_the_youngest_first_within_its_
     assert made == [("step", 5.0), ("session", 2.0), ("client", 0.0)]
 
 
+def test_a_user_who_interrupts_the_end_of_the_process_does_not_wait(
+    endings: Endings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, owner = threading.Event(), Owner()
+    endings.with_owner(owner, lambda seconds: gate.wait())
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "join", interrupted)
+        endings.finish()
+    gate.set()
+
+
 def test_an_end_that_fails_keeps_no_other_from_being_made(endings: Endings) -> None:
     made: list[str] = []
 
