@@ -50,8 +50,8 @@ class StateEntry(dict[str, Any]):
 
     def lend(self, slots: dict[str, StateTensor]) -> None:
         """Put slots into the dict, before the keys of other code."""
-        if others := self.present():
-            dict.clear(self)
+        others = {key: value for key, value in self.present().items() if key not in slots}
+        dict.clear(self)
         dict.update(self, slots | others)
         self.lent, self.is_read = slots, True
 
@@ -61,9 +61,9 @@ class StateEntry(dict[str, Any]):
 
     def forget(self, keys: frozenset[str]) -> None:
         """Leave the slots of these names out until the next use."""
+        self.lent, self.is_read = {}, False  # first, so that after an interrupt they are read again
         for key in keys:
             dict.pop(self, key, None)
-        self.lent, self.is_read = {}, False
 
     def present(self) -> dict[str, Any]:
         """Return the present content, which may lack slots."""
