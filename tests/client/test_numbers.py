@@ -14,6 +14,7 @@ import pytest
 
 import stepwire
 from stepwire.errors import InvalidRequestError
+from stepwire.links.server import RemoteServer
 
 ONE = {"w": np.ones(3, np.float32)}
 
@@ -38,10 +39,23 @@ def stepped(client: stepwire.Client, **options: Any) -> Any:
         return session.step(ONE, **options)["w"][0]  # type: ignore[call-overload]
 
 
+class Asked(Exception):
+    """A session was asked for."""
+
+
 def leased(client: stepwire.Client, value: Any) -> Any:
-    with client.create_session(ONE, lease_seconds=value) as session:
-        message = session._known.description.message.config.lease
-        return message.seconds + message.nanos / 1e9
+    """Return the lease that is asked for: a session of a quarter of a second might end before its load."""
+    leases = []
+
+    def create(server: RemoteServer, config: Any, *arguments: Any, **options: Any) -> Any:
+        leases.append(config.lease.seconds + config.lease.nanos / 1e9)
+        raise Asked
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RemoteServer, "create", create)
+        with pytest.raises(Asked):
+            client.create_session(ONE, lease_seconds=value)
+    return leases[0]
 
 
 PLACES: dict[str, Callable[[stepwire.Client, Any], Any]] = {
