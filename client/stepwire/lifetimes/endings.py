@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -38,7 +39,16 @@ class Ending:
         """Be open until the end is made."""
         self._still_open = still_open
         self._end: End | None = end
+        self._watch: weakref.ref[object] | None = None
         still_open[self] = None
+
+    def follow(self, owner: object, put: Callable[..., object]) -> None:
+        """Have `put` called with this end when an owner is collected.
+
+        Nothing of that is Python. An interrupt that arrives in a finaliser in Python is swallowed, with the rest of the
+        finaliser.
+        """
+        self._watch = weakref.ref(owner, functools.partial(put, self))  # `put` gets the reference as `block`, too
 
     def make(self, seconds: float = _SECONDS) -> None:
         """Make the end, unless it was made or cancelled; a failure is logged."""
@@ -60,7 +70,7 @@ class Ending:
             del self._still_open[self]
         except KeyError:
             return None
-        end, self._end = self._end, None
+        end, self._end, self._watch = self._end, None, None
         return end
 
 
@@ -101,7 +111,7 @@ class Endings:
                 self._thread.start()
                 _at_the_end_of_a_worker(self.finish)
         ending = Ending(self._open, end)
-        weakref.finalize(owner, self._due.put, ending).atexit = False
+        ending.follow(owner, self._due.put)
         return ending
 
     def finish(self, seconds: float = _SECONDS) -> None:
