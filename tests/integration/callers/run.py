@@ -349,13 +349,16 @@ class UnaryCaller:
         self._line = line
         self._session_id = session_id
         self._token = self._applied_load = 0
+        self._load_in_doubt = False
 
     def load(self, values: npt.NDArray[np.float32]) -> None:
-        """Load parameters.
+        """Load parameters; after a load that failed, an attach tells whether it was committed.
 
         Raises:
             Status: the server refused, or the connection broke.
         """
+        if self._load_in_doubt:
+            self._learn(self._attach(self._token))
         opening = state_pb2.LoadOpen(
             session_id=self._session_id, attach_token=self._token, load=self._applied_load + 1, slots=["param"]
         )
@@ -365,7 +368,9 @@ class UnaryCaller:
             chunk = tensor_pb2.Chunk(offset=start, count=len(part))
             messages.append(pb.LoadRequest(slot="param", chunk=chunk, payload=part.tobytes()))
         messages[-1].commit = True
+        self._load_in_doubt = True
         self._line.stream_unary("/stepwire.v1.OptimizerService/Load")([each.SerializeToString() for each in messages])
+        self._load_in_doubt = False
         self._applied_load += 1
 
     def step(self, gradient: npt.NDArray[np.float32], attached: Callable[[], None]) -> npt.NDArray[np.float32]:
@@ -380,7 +385,7 @@ class UnaryCaller:
             if status.code().name != "FAILED_PRECONDITION":
                 raise
             opened = self._attach(0)
-        self._token, self._applied_load = opened.attach_token, opened.applied_load
+        self._learn(opened)
         attached()
         begin = step_pb2.StepBegin(step=opened.applied_step + 1, epoch=opened.epoch, load=opened.applied_load)
         request = pb.StepRequest(
@@ -388,6 +393,9 @@ class UnaryCaller:
         )
         reply = self._line.unary_unary("/stepwire.v1.OptimizerService/Step")(request.SerializeToString())
         return read_frame(pb.StepResponse, reply).payload.view(np.float32)
+
+    def _learn(self, opened: attach_pb2.AttachOpened) -> None:
+        self._token, self._applied_load, self._load_in_doubt = opened.attach_token, opened.applied_load, False
 
     def _attach(self, token: int) -> attach_pb2.AttachOpened:
         request = pb.AttachRequest(open=attach_pb2.AttachOpen(session_id=self._session_id, attach_token=token))

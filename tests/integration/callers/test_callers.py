@@ -3,7 +3,8 @@
 Hypothesis makes the sequences: steps, repetitions, loads, pulls, attaches and take-overs of two clients and of a caller
 of unary steps; with messages lost at any place of a call, and messages that reach the server late. See `run`.
 
-The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`; `make callers` sets it.
+The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`; `make callers` sets it. Without it, and in CI, the
+examples are the same in each run.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def callers(mode: str) -> Iterator[tuple[LineServer, list[tuple[stepwire.Client,
 @given(operations=SEQUENCES)
 @settings(
     max_examples=EXAMPLES,
+    derandomize="STEPWIRE_CALLERS_EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
