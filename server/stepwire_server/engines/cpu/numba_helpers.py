@@ -65,4 +65,7 @@ def _value(value: Any) -> Any:
     """Return a global by its elements where it is an array, which a module has a copy of, else by its full name."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
-    return None if value is None else (value.__module__, getattr(value, "__qualname__", None) or value.__name__)
+    if value is None:
+        return None
+    module = getattr(value, "__module__", "numpy")  # older ufuncs do not say theirs
+    return module, getattr(value, "__qualname__", None) or value.__name__
