@@ -204,6 +204,8 @@ def run(target: str, label: str, end: str) -> subprocess.CompletedProcess[str]:
 def test_a_program_that_ends_normally_ends_the_sessions_that_it_does_not_keep(
     target: str, there: Any, label: str, end: str
 ) -> None:
+    if sys.version_info >= (3, 12) and end == "training at its exit":
+        pytest.skip("Python 3.12 and later start no thread at their exit, and gRPC needs some")
     ended = run(target, label, ENDS[end])
     assert there() == [" kept", " left", " named"]
     assert (ended.returncode, ended.stderr.strip().rpartition("\n")[2]) == (CODES.get(end, 0), SAYS.get(end, ""))

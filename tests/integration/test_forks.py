@@ -61,7 +61,12 @@ def target() -> Iterator[str]:
 
 def run(code: str, *arguments: str) -> list[str]:
     """Run a program, which says nothing on standard error, and return its lines."""
-    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout.splitlines()
 
