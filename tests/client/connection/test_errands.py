@@ -304,6 +304,7 @@ def test_exceptions_set_by_other_threads_arrive_likewise() -> None:
     arrived: list[int] = []
 
     def work() -> None:
+        run(int)  # which starts the first thread, and later calls do not
         with (counting := Arrival()):
             run(int)
         counted.append(counting.points)
