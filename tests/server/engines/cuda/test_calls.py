@@ -1,4 +1,4 @@
-"""What stays the same from range to range is found once, and never used for a range that differs."""
+"""Parts that stay the same from range to range are found once, and never used for a range that differs."""
 
 from __future__ import annotations
 
