@@ -270,7 +270,6 @@ def test_an_outcome_is_told_exactly_where_nobody_gets_it() -> None:
     assert told == ["untold"]
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the points are known of CPython up to 3.12")
 def test_interrupts_at_every_point_leave_what_the_call_did_or_tell_of_it() -> None:
     """The call was never made, or its outcome came, or the call was told that it did not."""
     run(int)  # which starts the first thread, and later calls do not
