@@ -21,6 +21,7 @@ SERVER_LAYERS = [
     "sharing",
     "sessions",
     "steps",
+    "durability",
     "observability",
     "records",
     "processes",
