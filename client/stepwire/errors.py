@@ -83,6 +83,7 @@ class Reason(enum.StrEnum):
     SESSION_DAMAGED = "SESSION_DAMAGED"
     DEVICE_LOST = "DEVICE_LOST"
     DURABLE_STEP_LOST = "DURABLE_STEP_LOST"
+    CHECKPOINT_DAMAGED = "CHECKPOINT_DAMAGED"
     INTERNAL = "INTERNAL"
 
 
@@ -271,6 +272,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.SESSION_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
     Reason.DEVICE_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.DURABLE_STEP_LOST: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.CHECKPOINT_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
     Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
 }
 
