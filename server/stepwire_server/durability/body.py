@@ -280,7 +280,11 @@ class BodyReader:
         facts = self._arrays[slot]
         data: npt.NDArray[Any] = out.view(np.uint8)
         offset = self._places[slot].offset + block * facts.block_elements * ELEMENT_BYTES
-        if (count := read_all(self._disk, self._descriptor, data.data, offset)) != data.nbytes:
+        try:
+            count = read_all(self._disk, self._descriptor, data.data, offset)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from error
+        if count != data.nbytes:
             raise damaged(self._path, slot, f"the file ends in block {block}, {data.nbytes - count} bytes too early")
         if (actual := google_crc32c.value(data)) != facts.crc32c[block]:
             raise damaged(

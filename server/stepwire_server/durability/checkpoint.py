@@ -73,9 +73,9 @@ class Checkpoint:
         if not is_folder(disk, folder):
             raise damaged(folder, "folder", "this is a symbolic link or a file")
         self.name = folder.name
-        with _no_file_is_damage(folder / MANIFEST):
+        with _about(folder / MANIFEST):
             self.manifest, manifest_bytes = read_manifest(disk, folder / MANIFEST)
-        with _no_file_is_damage(folder / BODY):
+        with _about(folder / BODY):
             self.body = BodyReader(disk, folder / BODY, self.manifest.arrays)
         self.nbytes = manifest_bytes + self.body.nbytes
 
@@ -160,10 +160,11 @@ class CheckpointWriter:
 
 
 @contextlib.contextmanager
-def _no_file_is_damage(path: pathlib.Path) -> Iterator[None]:
+def _about(path: pathlib.Path) -> Iterator[None]:
+    """Take a file that is none for damage, and name the file in every other error of the disk."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_FILE:
             raise damaged(path, "file", f"this is no file: {os.strerror(error.errno or 0)}") from None
-        raise
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error

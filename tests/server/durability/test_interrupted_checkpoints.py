@@ -158,6 +158,57 @@ def test_a_failed_read_is_no_damage_and_hands_out_nothing(tmp_path: pathlib.Path
     assert {"open", "read", "size", "names", "close"} <= set(fail_everywhere(tmp_path, action, way, check))
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path: pathlib.Path) -> None:
+    """So that the operator can delete the one checkpoint that cannot be read: that reads nothing of it."""
+
+    class BadSector(Disk):
+        bad = -1
+
+        def open(self, path: pathlib.Path, flags: int) -> int:
+            descriptor = super().open(path, flags)
+            if path.parts[-2:] == self.parts:
+                self.bad = descriptor
+            return descriptor
+
+        def close(self, descriptor: int) -> None:
+            self.bad = -1 if descriptor == self.bad else self.bad
+            super().close(descriptor)
+
+        def read(self, descriptor: int, out: memoryview, offset: int) -> int:
+            if descriptor == self.bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(descriptor, out, offset)
+
+        def __init__(self, *parts: str) -> None:
+            self.parts = parts
+
+    write_checkpoint(CheckpointStore(Disk(), tmp_path), "old", OLD, make_manifest(1))
+    write_checkpoint(CheckpointStore(Disk(), tmp_path), "new", NEW, make_manifest(2))
+    for file in ("manifest.json", "state.safetensors"):
+        store = CheckpointStore(BadSector("old", file), tmp_path)
+        for call in (
+            store.newest,
+            store.list,
+            lambda store=store: store.open("old"),
+            lambda store=store: store.prune(1),
+        ):
+            with pytest.raises(OSError, match="Input/output error") as refused:
+                call()
+            assert (refused.value.errno, refused.value.filename) == (errno.EIO, str(tmp_path / "old" / file))
+    store.delete("old")
+    assert newest_name(store) == "new"
+
+
+def test_an_error_within_an_array_names_the_file(tmp_path: pathlib.Path) -> None:
+    write_checkpoint(CheckpointStore(Disk(), tmp_path), "new", NEW, make_manifest(2))
+    disk = FailingDisk(NEVER)
+    with CheckpointStore(disk, tmp_path).open("new") as checkpoint:
+        vars(disk)["_at"] = len(disk.calls)
+        with pytest.raises(OSError, match="Input/output error") as refused:
+            checkpoint.body.read("param", 0, np.empty(2000, np.float32))
+    assert refused.value.filename == str(tmp_path / "new" / "state.safetensors")
+
+
 @pytest.mark.parametrize("most", [1, 7, 4096])
 def test_short_writes_and_reads_change_nothing(tmp_path: pathlib.Path, most: int) -> None:
     store = CheckpointStore(ShortDisk(most), tmp_path / "checkpoints")
