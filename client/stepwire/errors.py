@@ -69,6 +69,7 @@ class Reason(enum.StrEnum):
     STEP_UNFINISHED = "STEP_UNFINISHED"
     STALE_EPOCH = "STALE_EPOCH"
     FENCED = "FENCED"
+    NOT_PRIMARY = "NOT_PRIMARY"
     UNSUPPORTED_FEATURE = "UNSUPPORTED_FEATURE"
     SESSION_NOT_READY = "SESSION_NOT_READY"
     MEMORY_EXHAUSTED = "MEMORY_EXHAUSTED"
@@ -84,6 +85,8 @@ class Reason(enum.StrEnum):
     DEVICE_LOST = "DEVICE_LOST"
     DURABLE_STEP_LOST = "DURABLE_STEP_LOST"
     CHECKPOINT_DAMAGED = "CHECKPOINT_DAMAGED"
+    DURABILITY_FAILED = "DURABILITY_FAILED"
+    LOG_DAMAGED = "LOG_DAMAGED"
     INTERNAL = "INTERNAL"
 
 
@@ -172,7 +175,7 @@ class StateChangedError(StepwireError):
 
 
 class FencedError(StepwireError):
-    """Another client attached as this worker, or the session lives in a newer epoch."""
+    """Another client attached as this worker, the session lives in a newer epoch, or another server owns its data."""
 
     default_reason = Reason.FENCED
 
@@ -220,7 +223,7 @@ class PermissionDeniedError(StepwireError):
 
 
 class DataLossError(StepwireError):
-    """Stored or in-memory state failed its check and must not be used."""
+    """Stored or in-memory state failed its check and must not be used, or can no longer be made durable."""
 
     default_reason = Reason.SESSION_DAMAGED
 
@@ -258,6 +261,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.STEP_UNFINISHED: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
     Reason.STALE_EPOCH: ErrorRow("FAILED_PRECONDITION", FencedError),
     Reason.FENCED: ErrorRow("FAILED_PRECONDITION", FencedError),
+    Reason.NOT_PRIMARY: ErrorRow("FAILED_PRECONDITION", FencedError),
     Reason.UNSUPPORTED_FEATURE: ErrorRow("FAILED_PRECONDITION", UnsupportedFeatureError),
     Reason.SESSION_NOT_READY: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
     Reason.MEMORY_EXHAUSTED: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
@@ -273,6 +277,8 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.DEVICE_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.DURABLE_STEP_LOST: ErrorRow("DATA_LOSS", DataLossError),
     Reason.CHECKPOINT_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.DURABILITY_FAILED: ErrorRow("DATA_LOSS", DataLossError),
+    Reason.LOG_DAMAGED: ErrorRow("DATA_LOSS", DataLossError),
     Reason.INTERNAL: ErrorRow("INTERNAL", ServerError),
 }
 

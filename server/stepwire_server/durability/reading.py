@@ -1,0 +1,311 @@
+"""Reading the log: its records in order, the tail that may be torn, and the damage that may not.
+
+The epochs that count form a chain: each names the last record that its owner has read of older ones. What an older
+owner wrote behind that record was never acknowledged, and no later reader sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwire.errors import DataLossError, Reason
+from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.records import FORMAT, UNIT_BYTES, Header, LogPosition, SegmentHead, chained
+from stepwire_server.durability.segments import FIRST_RECORD, SegmentName, SegmentReader, chain_of, segments_of
+
+__all__ = ["Damage", "LogReader", "LogRecord", "find_damage", "read_log"]
+
+
+class Damage(Exception):
+    """A place at which the log lacks records that were acknowledged.
+
+    Attributes:
+        segment: the segment with the place.
+        offset: the place in it.
+        after: the last good record.
+    """
+
+    def __init__(self, segment: SegmentName, offset: int, after: LogPosition) -> None:
+        """Name the place."""
+        super().__init__(str(segment.path), offset)
+        self.segment, self.offset, self.after = segment, offset, after
+
+
+class LogRecord(NamedTuple):
+    """A record of the log, and its place. The payload stays on the disk.
+
+    Attributes:
+        header: the header, with the record's kind, session, entry, number and epoch.
+        meta: the small message.
+        path: the segment.
+        offset: the place of the record in the segment.
+        chain_before: the chain that the record continues.
+        disk: the system calls.
+    """
+
+    header: Header
+    meta: bytes
+    path: pathlib.Path
+    offset: int
+    chain_before: int
+    disk: Disk
+
+    @property
+    def position(self) -> LogPosition:
+        """The place behind the record."""
+        return LogPosition(self.header.epoch, self.header.number)
+
+    def read_payload(self) -> npt.NDArray[np.uint8]:
+        """Read the payload, and check it again.
+
+        Raises:
+            DataLossError: the payload is not as it was, or the disk failed.
+        """
+        payload = np.empty(self.header.payload_bytes, np.uint8)
+        with _told(self.path.parent), SegmentReader(self.disk, self.path) as file:
+            count = file.payload_into(self.offset, self.header, payload.data)
+        chain = chained(chained(self.chain_before, self.meta), payload)
+        if count < payload.size or chain != self.header.chain:
+            raise _damaged(self.path, self.offset, LogPosition(self.header.epoch, self.header.number - 1))
+        return payload
+
+
+class LogReader:
+    """Iterates over the records of a log once, in the order in which they were appended.
+
+    Attributes:
+        end: the place behind the last record that was read; once the iteration has ended, the end of the log.
+    """
+
+    def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
+        """Read nothing yet."""
+        self.end = LogPosition(0, 0)
+        self._disk, self._folder = disk, folder
+
+    def __iter__(self) -> Iterator[LogRecord]:
+        """Yield the records.
+
+        Raises:
+            DataLossError: LOG_DAMAGED, a record that was acknowledged is bad; DURABILITY_FAILED, the disk failed.
+        """
+        with _told(self._folder):
+            yield from self.records()
+
+    def records(self) -> Iterator[LogRecord]:
+        """Yield the records.
+
+        Raises:
+            Damage: a record that was acknowledged is bad.
+            DataLossError: the log has the format of a newer server.
+            OSError: the disk failed.
+        """
+        epochs: dict[int, list[SegmentName]] = {}
+        for name in segments_of(self._disk, self._folder):
+            epochs.setdefault(name.epoch, []).append(name)
+        for names, limit in self._history(epochs):
+            walk = _Walk(self._disk, names, limit)
+            for record in walk.records():
+                self.end = record.position
+                yield record
+            if limit is None:
+                self._sync(names)
+            self.end = LogPosition(names[0].epoch, walk.number - 1)
+
+    def _sync(self, names: list[SegmentName]) -> None:
+        """Put on the disk what was read: its owner may have ended before that, and a newer owner builds on it."""
+        for name in names:
+            with SegmentReader(self._disk, name.path) as file:
+                file.sync()
+        self._disk.sync_folder(self._folder)
+
+    def _history(self, epochs: dict[int, list[SegmentName]]) -> list[tuple[list[SegmentName], int | None]]:
+        """Return the epochs that count, oldest first, each with the last record that the next one has read."""
+        history: list[tuple[list[SegmentName], int | None]] = []
+        for epoch in sorted(epochs, reverse=True):
+            after = self._after(epochs[epoch])
+            if after is not None:
+                history.append((epochs[epoch], None))
+                break
+        else:
+            return []
+        while (names := epochs.get(after.epoch)) is not None:
+            history.append((names, after.number))
+            before = self._after(names)
+            if before is None:
+                raise Damage(names[0], 0, LogPosition(0, 0))
+            after = before
+        return history[::-1]
+
+    def _after(self, names: list[SegmentName]) -> LogPosition | None:
+        """Return the place at which an epoch continues the log; None for one that has not begun.
+
+        The head of a segment is on the disk before its records are: a bad head with records behind it is damage.
+        """
+        for name in names:
+            if (head := _head_of(self._disk, name)) is not None:
+                return head.after
+        for name in names:
+            if _first_proof(self._disk, name, FIRST_RECORD, 0) and _head_of(self._disk, name) is None:
+                raise Damage(names[0], 0, LogPosition(0, 0))
+        return None
+
+
+class _Walk:
+    """Reads one epoch.
+
+    Attributes:
+        number: the number of the next record.
+    """
+
+    def __init__(self, disk: Disk, names: list[SegmentName], limit: int | None) -> None:
+        self.number = 1
+        self._disk, self._names, self._limit = disk, names, limit
+        self._sync, self._chain, self._offset = 1, 0, 0
+
+    def records(self) -> Iterator[LogRecord]:
+        """Yield the records up to the limit.
+
+        Raises:
+            Damage: a record that was acknowledged is bad.
+        """
+        at = 0
+        for at, name in enumerate(self._names):
+            if not self._enter(at):
+                at -= at > 0
+                break
+            yield from self._segment(name)
+            if self._limit is not None and self.number > self._limit:
+                return
+        if self._limit is not None:  # the next owner had read more
+            if self.number <= self._limit:
+                raise self._damage(at)
+        elif self._acknowledged(at):
+            raise self._damage(at)
+
+    def _enter(self, at: int) -> bool:
+        """Begin a segment; False if it does not continue the one before."""
+        name = self._names[at]
+        head = _head_of(self._disk, name)
+        if head is None or (head.epoch, head.segment) != (name.epoch, name.segment):
+            return False
+        if at == 0 and name.segment > 0:  # older segments are no longer kept
+            self.number, self._sync, self._chain = head.number, head.sync, head.chain
+        follows = at == 0 or self._names[at - 1].segment + 1 == name.segment
+        if not follows or (head.number, head.sync, head.chain) != (self.number, self._sync, self._chain):
+            return False
+        self._chain, self._offset = chain_of(head), FIRST_RECORD
+        return True
+
+    def _segment(self, name: SegmentName) -> Iterator[LogRecord]:
+        with SegmentReader(self._disk, name.path) as file:
+            while self._limit is None or self.number <= self._limit:
+                record = self._read(file, name)
+                if record is None:
+                    return
+                yield record
+
+    def _read(self, file: SegmentReader, name: SegmentName) -> LogRecord | None:
+        """Read the next record of a segment; None for a bad one."""
+        header = file.header(self._offset)
+        if header is None or (header.epoch, header.number, header.sync) != (name.epoch, self.number, self._sync):
+            return None
+        meta = file.meta(self._offset, header)
+        if file.chain(self._offset, header, chained(self._chain, meta)) != header.chain:
+            return None
+        record = LogRecord(header, meta, name.path, self._offset, self._chain, self._disk)
+        self.number, self._chain = header.number + 1, header.chain
+        self._offset = header.end(self._offset)
+        self._sync += header.last
+        return record
+
+    def _acknowledged(self, at: int) -> bool:
+        """Tell whether a record behind the present place proves that the one here was acknowledged."""
+        offset = self._offset
+        if offset:
+            with SegmentReader(self._disk, self._names[at].path) as file:
+                bad = file.header(offset)
+            if bad is not None and bad.number == self.number:
+                offset += bad.nbytes
+        for name in self._names[at:]:
+            if _first_proof(self._disk, name, max(offset, FIRST_RECORD), self._sync):
+                return True
+            headless = _first_proof(self._disk, name, FIRST_RECORD, 0) and _head_of(self._disk, name) is None
+            if headless:  # heads are on the disk before the first record is written
+                return True
+            offset = 0
+        return False
+
+    def _damage(self, at: int) -> Damage:
+        return Damage(self._names[at], self._offset, LogPosition(self._names[at].epoch, self.number - 1))
+
+
+def read_log(disk: Disk, folder: pathlib.Path) -> LogReader:
+    """Return the records of the log in a folder, to be iterated over once."""
+    return LogReader(disk, folder)
+
+
+def find_damage(disk: Disk, folder: pathlib.Path) -> Damage | None:
+    """Read the whole log, and return its first damage.
+
+    Raises:
+        OSError: the disk failed.
+        DataLossError: the log has the format of a newer server.
+    """
+    try:
+        for _ in LogReader(disk, folder).records():
+            pass
+    except Damage as damage:
+        return damage
+    return None
+
+
+def _head_of(disk: Disk, name: SegmentName) -> SegmentHead | None:
+    with SegmentReader(disk, name.path) as file:
+        head = file.head()
+    if head is not None and head.format != FORMAT:
+        raise DataLossError(
+            f"{name.path} has format {head.format} and this server reads format {FORMAT}; start the newer server that "
+            "wrote the log",
+            reason=Reason.LOG_DAMAGED,
+            metadata={"path": name.path},
+        )
+    return head
+
+
+def _first_proof(disk: Disk, name: SegmentName, offset: int, sync: int) -> bool:
+    """Tell whether a segment has a record that waits for a later sync than a given one."""
+    with SegmentReader(disk, name.path) as file:
+        found = file.headers(offset // UNIT_BYTES * UNIT_BYTES)
+        return any(header.epoch == name.epoch and header.sync > sync for _, header in found)
+
+
+@contextlib.contextmanager
+def _told(folder: pathlib.Path) -> Iterator[None]:
+    """Tell damage and the failures of a disk as what a server's caller may see."""
+    try:
+        yield
+    except Damage as damage:
+        raise _damaged(damage.segment.path, damage.offset, damage.after) from damage
+    except OSError as error:
+        raise DataLossError(
+            f"the log in {folder} could not be read: {error}; an I/O error is no damage of the log: mend the disk, "
+            "and start the server again",
+            reason=Reason.DURABILITY_FAILED,
+            metadata={"path": error.filename or folder},
+        ) from error
+
+
+def _damaged(path: pathlib.Path, offset: int, after: LogPosition) -> DataLossError:
+    return DataLossError(
+        f"{path} is damaged at byte {offset}, behind record {after.number} of epoch {after.epoch}: records that were "
+        "acknowledged are lost; restore the data directory from a copy, or cut the log there by `stepwire checkpoint "
+        f"repair --data-dir {path.parent.parent}`",
+        reason=Reason.LOG_DAMAGED,
+        metadata={"path": path, "offset": offset},
+    )
