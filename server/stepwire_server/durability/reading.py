@@ -77,16 +77,24 @@ class LogRecord(NamedTuple):
 
 
 class LogReader:
-    """Iterates over the records of a log once, in the order in which they were appended.
-
-    Attributes:
-        end: the place behind the last record that was read; once the iteration has ended, the end of the log.
-    """
+    """Iterates over the records of a log once, in the order in which they were appended."""
 
     def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
         """Read nothing yet."""
-        self.end = LogPosition(0, 0)
         self._disk, self._folder = disk, folder
+        self._end = LogPosition(0, 0)
+        self._ended = False
+
+    @property
+    def end(self) -> LogPosition:
+        """The place behind the last record, once the iteration has ended.
+
+        Raises:
+            RuntimeError: the iteration has not ended; an owner that began there would lose the rest of the log.
+        """
+        if not self._ended:
+            raise RuntimeError("the log was not read to its end; iterate over all of its records first")
+        return self._end
 
     def __iter__(self) -> Iterator[LogRecord]:
         """Yield the records.
@@ -110,12 +118,11 @@ class LogReader:
             epochs.setdefault(name.epoch, []).append(name)
         for names, limit in self._history(epochs):
             walk = _Walk(self._disk, names, limit)
-            for record in walk.records():
-                self.end = record.position
-                yield record
+            yield from walk.records()
             if limit is None:
                 self._sync(names)
-            self.end = LogPosition(names[0].epoch, walk.number - 1)
+            self._end = LogPosition(names[0].epoch, walk.number - 1)
+        self._ended = True
 
     def _sync(self, names: list[SegmentName]) -> None:
         """Put on the disk what was read: its owner may have ended before that, and a newer owner builds on it."""

@@ -164,6 +164,17 @@ def test_a_payload_that_rots_after_it_was_found_is_not_returned() -> None:
     assert places[1].read_payload().tobytes() == bytes([2]) * 600
 
 
+def test_the_end_is_not_told_before_it_is_known() -> None:
+    disk, places = two_syncs()
+    reader = read_log(disk, FOLDER)
+    records = iter(reader)
+    assert next(records).position == places[0].position
+    with pytest.raises(RuntimeError, match="not read to its end"):
+        _ = reader.end
+    assert len(list(records)) == 4
+    assert reader.end == (1, 5)
+
+
 def test_an_empty_folder_has_an_empty_log() -> None:
     assert contents(MemoryDisk()) == ([], START)
 
