@@ -12,6 +12,7 @@ import pytest
 from stepwire.errors import DataLossError, Reason
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import Kind, LogPosition, Record, encode_head
+from stepwire_server.durability.repair import cut
 from stepwire_server.durability.segments import SegmentReader, segments_of
 from tests.server.durability.logs import (
     FOLDER,
@@ -113,6 +114,10 @@ def test_whatever_happens_to_the_bytes_no_wrong_record_is_read() -> None:
             left = [sync_of(p) for p in log.places if p.path.name != name or not start - 80 < p.offset < start + extent]
             assert max(left, default=(0, 0)) <= min(lost, default=(9, 0)), case
         else:
+            assert cut(disk, FOLDER) is not None, case
+            kept, _ = contents(disk)
+            assert found == kept[: len(found)] == log.given[: len(found)], case
+            assert kept == log.given[: len(kept)], case
             assert error.reason is Reason.LOG_DAMAGED, case
             assert len(found) < len(log.given) or start < 4096, case
         outcomes[error is None] += 1
