@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers programs interrupts sweep check bench bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers crash-test programs interrupts sweep check bench bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -30,6 +30,12 @@ test: .venv/stamp-dev
 EXAMPLES ?= 1000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
+
+# Servers that are killed at every named point while clients train, so many times at each, and every image of a disk that
+# the tests have some of.
+SEEDS ?= 20
+crash-test: .venv/stamp-dev
+	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash tests/integration/durability
 
 # An interrupt at every point of the thread that steps, and at every line of the thread that steps for it; the tests have a
 # few of them.
@@ -85,8 +91,8 @@ bench-peers: .venv-peers/stamp .venv-flower/stamp
 
 # On a machine with a CUDA device and cupy, cuda-toolkit[nvrtc,cudart], numpy, grpcio, protobuf, ml_dtypes, numba and
 # pytest; nothing is installed, and the checkout need not be. torch is compared with where it is there. The conformance
-# vectors, which need a whole server, are skipped unless there are also wheels of msgspec, structlog and
-# grpcio-health-checking. The two parts fit into a quarter of an hour together, and each into ten minutes: the tests by
+# vectors, which need a whole server, are skipped unless there are also wheels of msgspec, structlog,
+# google-crc32c and grpcio-health-checking. The two parts fit into a quarter of an hour together, and each into ten minutes: the tests by
 # weight, and then the figures, which are worth having where a test fails too. Whatever time was too short for is named.
 # A run in which every test is skipped fails; a test that waits for ever is told from one that is slow.
 gpu gpu-tests gpu-figures: export PYTHONPATH := client:server$(if $(PYTHONPATH),:$(PYTHONPATH))

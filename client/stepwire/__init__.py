@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         RAdam,
         RMSprop,
     )
+    from stepwire.optimizers.durability import Durability
     from stepwire.optimizers.gradient_treatment import LossScaling
     from stepwire.optimizers.schedules import Schedule
     from stepwire.results import (
@@ -82,6 +83,7 @@ __all__ = [
     "Client",
     "DataLossError",
     "DeadlineExceededError",
+    "Durability",
     "FencedError",
     "GroupResult",
     "Hyperparameters",
@@ -132,6 +134,7 @@ _HOMES = {
     "StepResult": "results",
     "TransportChoice": "results",
     "Retry": "connection.retry",
+    "Durability": "optimizers.durability",
     "Schedule": "optimizers.schedules",
     "Session": "session",
     "LossScaling": "optimizers.gradient_treatment",

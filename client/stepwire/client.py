@@ -22,6 +22,7 @@ from stepwire.links.link import Load, SessionLink
 from stepwire.links.ownership import Ownership
 from stepwire.links.server import ServerLink
 from stepwire.optimizers import Adam, Optimizer
+from stepwire.optimizers.durability import Durability, DurabilityLevel, durability_to_wire
 from stepwire.optimizers.gradient_treatment import (
     ClipFormula,
     GradientTreatment,
@@ -106,6 +107,7 @@ class Client:
         missing_gradient: MissingGradient = "reject",
         parameter_average_decay: float | None = None,
         telemetry: Telemetry = "full",
+        durability: Durability | DurabilityLevel = "memory",
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
@@ -151,6 +153,8 @@ class Client:
             telemetry: the measurements in each result: `"full"`, the `"gradient"`'s norms only, or `"none"`. With
                 `"none"` norms are 0, and the pass that computes them is left out. Clipping by norm and any `non_finite`
                 but "allow" need that pass all the same.
+            durability: the steps that survive a loss of the server: `"memory"`, `"checkpoint"` or `"journal"`, or a
+                `Durability` with the times of its checkpoints. All but the first need a server with `--data-dir`.
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
@@ -197,6 +201,7 @@ class Client:
             device=checked_text(device, "device"),
             label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
+        durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback)
         link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
         if request_id is None:  # nobody else knows the session, so nobody would end it

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_from_wire
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, step_pb2
@@ -43,6 +44,7 @@ class SessionConfig:
         treatment: the treatment of gradients before the rule.
         state_precision: the precision of moments, of groups and tensors without one of their own.
         tensor_precision: the precision of each tensor's moments, by name, whoever named it.
+        durability: the steps that survive a loss of the server, and the times of checkpoints.
     """
 
     optimizer: Optimizer
@@ -51,6 +53,7 @@ class SessionConfig:
     treatment: GradientTreatment
     state_precision: str
     tensor_precision: dict[str, str]
+    durability: Durability
 
     @classmethod
     def from_wire(cls, message: session_pb2.SessionConfig) -> SessionConfig:
@@ -66,6 +69,7 @@ class SessionConfig:
             ),
             state_precision=precision_from_wire(message.state_precision),
             tensor_precision={spec.name: spec.state_precision for spec in specs_from_wire(message)},
+            durability=durability_from_wire(message, "config"),
         )
 
     def arguments(self, group: int) -> dict[str, Any]:

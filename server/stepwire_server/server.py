@@ -30,10 +30,12 @@ from stepwire_server.observability.commits import log_committed
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain, DrainStatistics
+from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
+from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.registry import Registry, RegistryStatistics
 from stepwire_server.sharing.handoff import HandoffStatistics
 
@@ -100,6 +102,9 @@ class Server:
             clock=clock,
             sinks=(log_committed,) if config.log_level == "debug" else (),
         )
+        self._directory = _data_directory(config, clock)
+        if self._directory is not None:
+            self.registry.recover(self._directory)
         self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
         calls = config.max_streams + _UNARY_CALLS
         self._handlers = DaemonThreads(calls, "call")
@@ -130,6 +135,8 @@ class Server:
         self.handoff.start()
         self._grpc.start()
         self._sweeper.start()
+        if self._directory is not None:
+            self._directory.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         for name in ("", "stepwire.v1.OptimizerService"):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -141,16 +148,17 @@ class Server:
         """Refuse new steps and wait for the steps under way.
 
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
+        At last every durable session is checkpointed.
 
         Returns:
-            True if every step ended within `drain_seconds`.
+            True if every step ended within `drain_seconds`, and every checkpoint was taken.
         """
         self._drain.start()
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)
         self._stopped.wait(_LAST_REPLY_SECONDS)
-        return empty
+        return self.registry.checkpoint_all() and empty
 
     def close(self) -> None:
         """Stop at once: end the steps under way and free everything. Closing twice is harmless."""
@@ -169,6 +177,8 @@ class Server:
         if self._host_sharing is not None:
             self._host_sharing.close()
         self.registry.close()
+        if self._directory is not None:
+            self._directory.close()
         self._pool.close()
         _log.info("stopped")
 
@@ -267,6 +277,10 @@ def _close_all() -> None:
 
 # Registered with the import: functions that a program registers later run before, and find its servers at work.
 atexit.register(_close_all)
+
+
+def _data_directory(config: ServerConfig, clock: Callable[[], float]) -> DataDirectory | None:
+    return DataDirectory(config, DurableCodec(), clock) if config.data_dir else None
 
 
 def _start_devices(config: ServerConfig) -> DevicePool:

@@ -24,6 +24,7 @@ PUBLIC = [
     "Client",
     "DataLossError",
     "DeadlineExceededError",
+    "Durability",
     "FencedError",
     "GroupResult",
     "Hyperparameters",

@@ -127,10 +127,10 @@ def apply_step(
 
 def everything(session: Session) -> tuple[Snapshot, dict[str, Array]]:
     """Pull all slots."""
-    snapshot, slots = session.snapshot(), {}
+    snapshot, slots = session.exchange.snapshot(), {}
     for slot in session.slots:
         slots[slot] = np.empty(session.config.layout.size, np.float32)
-        session.read(snapshot, slot, 0, slots[slot])
+        session.exchange.read(snapshot, slot, 0, slots[slot])
     return snapshot, slots
 
 
@@ -149,10 +149,10 @@ def load(session: Session, slots: dict[str, Array], snapshot: Snapshot | None = 
 
 def commit_load(session: Session, request: LoadRequest, slots: dict[str, Array]) -> bool:
     """Bring the slots of a load, whole, and commit it; False for a replay."""
-    with session.loading(request, holder_of(session)) as staged:
+    with session.exchange.loading(request, holder_of(session)) as staged:
         if staged is None:
             return False
         for slot, values in slots.items():
             staged.add(slot, 0, len(values), values.astype(request.dtype).view(np.uint8))
         staged.complete()
-        return session.commit_load(staged)
+        return session.exchange.commit_load(staged)

@@ -22,6 +22,11 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "device": ("cuda:3,cuda:0", "cuda:3,cuda:0"),
     "threads": ("7", 7),
     "max_sessions": ("5", 5),
+    "data_dir": ("/var/lib/stepwire", "/var/lib/stepwire"),
+    "checkpoint_seconds": ("12.5", 12.5),
+    "checkpoints_kept": ("7", 7),
+    "journal_segment_bytes": ("8388608", 8 << 20),
+    "journal_bytes": ("1000000", 1_000_000),
     "memory_budget": ("123456789012", 123456789012),
     "gpu_bus_buffers": ("5", 5),
     "gpu_bus_buffer_bytes": ("65536", 65536),
@@ -295,7 +300,14 @@ BYTES = [name for name in SAMPLES_IN_ORDER if SETTINGS[name].unit == "bytes"]
 
 
 def test_sizes_are_these() -> None:
-    assert BYTES == ["memory_budget", "gpu_bus_buffer_bytes", "gpu_gradient_cache_bytes", "max_chunk_bytes"]
+    assert BYTES == [
+        "memory_budget",
+        "gpu_bus_buffer_bytes",
+        "gpu_gradient_cache_bytes",
+        "journal_segment_bytes",
+        "journal_bytes",
+        "max_chunk_bytes",
+    ]
 
 
 @pytest.mark.parametrize("name", BYTES)

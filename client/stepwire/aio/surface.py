@@ -19,6 +19,7 @@ from stepwire.client import StatePrecision, Telemetry
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.optimizers import Optimizer
+from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import (
@@ -360,6 +361,7 @@ class AsyncClient(ClientBase):
         missing_gradient: MissingGradient = "reject",
         parameter_average_decay: float | None = None,
         telemetry: Telemetry = "full",
+        durability: Durability | DurabilityLevel = "memory",
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
@@ -405,6 +407,8 @@ class AsyncClient(ClientBase):
             telemetry: the measurements in each result: `"full"`, the `"gradient"`'s norms only, or `"none"`. With
                 `"none"` norms are 0, and the pass that computes them is left out. Clipping by norm and any `non_finite`
                 but "allow" need that pass all the same.
+            durability: the steps that survive a loss of the server: `"memory"`, `"checkpoint"` or `"journal"`, or a
+                `Durability` with the times of its checkpoints. All but the first need a server with `--data-dir`.
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
@@ -444,6 +448,7 @@ class AsyncClient(ClientBase):
                         missing_gradient=missing_gradient,
                         parameter_average_decay=parameter_average_decay,
                         telemetry=telemetry,
+                        durability=durability,
                         lease_seconds=lease_seconds,
                         device=device,
                         label=label,

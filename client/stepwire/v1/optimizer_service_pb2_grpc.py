@@ -177,6 +177,8 @@ class OptimizerServiceServicer(object):
         feature).
         - ABORTED/STATE_CHANGED: the session's last load is not `StepBegin.load` (metadata: load, applied_load).
         - DATA_LOSS/DURABLE_STEP_LOST: the server knows less than `AttachOpen.durable_step` (metadata: durable_step).
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed, so nothing more becomes durable. The state can be pulled.
+        - DATA_LOSS/LOG_DAMAGED, CHECKPOINT_DAMAGED: a restarted server could not bring the session back.
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: the server has as many attached streams as it may (RetryInfo).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.

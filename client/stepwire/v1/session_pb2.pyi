@@ -62,7 +62,7 @@ TELEMETRY_LEVEL_FULL: TelemetryLevel
 TELEMETRY_LEVEL_NONE: TelemetryLevel
 
 class SessionConfig(_message.Message):
-    __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease", "label", "device", "telemetry")
+    __slots__ = ("tensors", "groups", "optimizer", "gradient", "aggregation", "durability", "initialization", "gradient_dtype", "reply_dtype", "state_precision", "lease", "label", "device", "telemetry", "checkpoints")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class SessionConfig(_message.Message):
     LABEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     groups: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.ParameterGroup]
     optimizer: _optimizer_pb2.Optimizer
@@ -91,7 +92,16 @@ class SessionConfig(_message.Message):
     label: str
     device: str
     telemetry: TelemetryLevel
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ...) -> None: ...
+    checkpoints: CheckpointPolicy
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.ParameterGroup, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., gradient: _Optional[_Union[_optimizer_pb2.GradientTreatment, _Mapping]] = ..., aggregation: _Optional[_Union[_optimizer_pb2.Aggregation, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., initialization: _Optional[_Union[Initialization, str]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label: _Optional[str] = ..., device: _Optional[str] = ..., telemetry: _Optional[_Union[TelemetryLevel, str]] = ..., checkpoints: _Optional[_Union[CheckpointPolicy, _Mapping]] = ...) -> None: ...
+
+class CheckpointPolicy(_message.Message):
+    __slots__ = ("every_steps", "every")
+    EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    every_steps: int
+    every: _duration_pb2.Duration
+    def __init__(self, every_steps: _Optional[int] = ..., every: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state", "idle")

@@ -100,6 +100,32 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "the server rests. 0 means a sixteenth of the memory that is free at start."
         ),
     ] = 0
+    data_dir: Annotated[
+        str,
+        Meta(
+            description="The folder that keeps sessions beyond the end of the server, for sessions that ask for it. "
+            "Empty: every session is in memory alone."
+        ),
+        _text("a path, or empty", r"^.*$"),
+    ] = ""
+    checkpoint_seconds: Annotated[
+        _Seconds, Meta(description="The time between two checkpoints of a session that names none.")
+    ] = 300.0
+    checkpoints_kept: Annotated[
+        _Positive, Meta(description="The number of automatic checkpoints that a session keeps.")
+    ] = 2
+    journal_segment_bytes: Annotated[
+        int,
+        _BYTES,
+        Meta(ge=MIB, le=1024 * MIB, description="The bytes of one file of the journal."),
+    ] = 64 * MIB
+    journal_bytes: Annotated[
+        _Positive,
+        _BYTES,
+        Meta(
+            description="The bytes of journal beyond which sessions are checkpointed, so that old files can be removed."
+        ),
+    ] = 4096 * MIB
     max_streams: Annotated[
         _Positive, Meta(description="The largest number of attached streams at a time; each stream costs a thread.")
     ] = 256

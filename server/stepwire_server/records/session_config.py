@@ -10,6 +10,7 @@ import numpy as np
 
 from stepwire.layout import SCALE_SUFFIX, Layout, TensorSpec
 from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire.optimizers.durability import Durability
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire.optimizers.schedules import Schedule
 from stepwire_server.engines.protocol import PARAM
@@ -41,6 +42,7 @@ class SessionConfig:
         label: for listings.
         device: where it is to live; empty for the server's choice.
         tells_norms: results tell the gradient's norms.
+        durability: the steps that survive a loss of the server, and the times of checkpoints.
     """
 
     layout: Layout
@@ -59,6 +61,7 @@ class SessionConfig:
     label: str
     device: str = ""
     tells_norms: bool = True
+    durability: Durability = Durability()
 
     @functools.cached_property
     def momentum(self) -> bool:

@@ -45,6 +45,7 @@ class StepRequest(NamedTuple):
         overlap: apply chunks as they arrive.
         shared: gradient and reply lie in the memory that the stream shares.
         decision: of the coordinator, once it is known; None where there is none.
+        opening: the message itself, without its number and what concerns the reply, for a log; else empty.
     """
 
     step: int
@@ -63,6 +64,7 @@ class StepRequest(NamedTuple):
     overlap: bool = False
     shared: bool = False
     decision: Decision | None = None
+    opening: bytes = b""
 
     def numbered(self, step: int) -> StepRequest:
         """Return the same request for another step; a third of what `_replace` costs."""

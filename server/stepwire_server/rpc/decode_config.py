@@ -8,8 +8,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final
 
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.layout import TensorSpec, place
+from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.optimizers.schedules import schedule_from_wire
 from stepwire.v1 import optimizer_pb2, session_pb2
@@ -105,6 +106,7 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
         label=_decode_label(message.label),
         device=message.device,
         tells_norms=message.telemetry != session_pb2.TELEMETRY_LEVEL_NONE,
+        durability=_decode_durability(message, limits),
     )
     _check_precision(config, message)
     return config
@@ -165,6 +167,18 @@ def _decode_clip(group: optimizer_pb2.ParameterGroup, field: str) -> float | Non
     if not 0.0 < group.clip_grad_norm < math.inf:
         raise InvalidRequestError.of(f"{field}.clip_grad_norm", f"{group.clip_grad_norm!r}; it must be finite and > 0")
     return group.clip_grad_norm
+
+
+def _decode_durability(message: session_pb2.SessionConfig, limits: ServerConfig) -> Durability:
+    durability = durability_from_wire(message, "config")
+    if durability.level != "memory" and not limits.data_dir:
+        feature = f"durability_{durability.level}"
+        raise UnsupportedFeatureError(
+            f"config.durability asks for {durability.level!r}, and this server keeps sessions in memory alone; start "
+            "it with --data-dir, or create the session with durability 'memory'",
+            metadata={"field": "config.durability", "feature": feature},
+        )
+    return durability
 
 
 def _decode_lease(message: session_pb2.SessionConfig, most: float) -> float:

@@ -57,7 +57,17 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         reply_base=_decode_reply_base(begin, reply_dtype),
         overlap=_decode_overlap(begin, config),
         shared=_decode_shared(begin, config),
+        opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
+
+
+def _opening(begin: step_pb2.StepBegin) -> bytes:
+    """Return the part of an opening that decides what the step does to the state."""
+    kept = step_pb2.StepBegin()
+    kept.CopyFrom(begin)
+    for field in ("step", "epoch", "load", "reply", "in_shared_memory", "traceparent"):
+        kept.ClearField(field)
+    return kept.SerializeToString()
 
 
 def decode_decision(commit: step_pb2.StepCommit, config: SessionConfig) -> Decision | None:

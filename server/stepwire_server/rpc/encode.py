@@ -8,6 +8,7 @@ import time
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from stepwire.optimizers.durability import durability_to_wire
 from stepwire.optimizers.gradient_treatment import treatment_to_wire
 from stepwire.optimizers.schedules import schedule_to_wire
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -26,7 +27,7 @@ from stepwire_server.records.step_result import GroupResult, StepResult
 from stepwire_server.sessions.session import Session
 from stepwire_server.steps.check_gradient import GradientCheck
 
-__all__ = ["encode_gradient_check", "encode_result", "encode_session"]
+__all__ = ["encode_config", "encode_gradient_check", "encode_result", "encode_session"]
 
 
 def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
@@ -44,7 +45,7 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         applied_step=ledger.applied_step,
         durable_step=ledger.durable_step,
         applied_load=ledger.applied_load,
-        config=_encode_config(session.config, whole=whole),
+        config=encode_config(session.config, whole=whole),
         memory_bytes=session.memory_bytes,
         device=session.device,
         ready=ledger.ready,
@@ -107,11 +108,11 @@ def _telemetry(config: SessionConfig) -> session_pb2.TelemetryLevel:
     return session_pb2.TELEMETRY_LEVEL_FULL if config.measures else session_pb2.TELEMETRY_LEVEL_GRADIENT
 
 
-def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.SessionConfig:
+def encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.SessionConfig:
+    """Encode the config of a session; `whole` includes its tensors and groups."""
     message = session_pb2.SessionConfig(
         optimizer=optimizer_to_wire(config.optimizer),
         gradient=treatment_to_wire(config.treatment),
-        durability=session_pb2.DURABILITY_MEMORY,
         initialization=(session_pb2.INITIALIZATION_ZEROS if config.start_at_zero else session_pb2.INITIALIZATION_LOAD),
         gradient_dtype=dtype_to_wire(config.gradient_dtype),
         reply_dtype=dtype_to_wire(config.reply_dtype),
@@ -121,6 +122,7 @@ def _encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.Session
         label=config.label,
         device=config.device,
     )
+    durability_to_wire(config.durability, message)
     if whole:
         specs = {tensor.spec.name: tensor.spec for tensor in config.layout.tensors}
         message.tensors.extend(spec_to_wire(specs[name]) for name in config.layout.names)

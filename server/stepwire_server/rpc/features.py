@@ -23,6 +23,8 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "centered",
     "clip_grad_norm",
     "clip_grad_value",
+    "durability_checkpoint",
+    "durability_journal",
     "formula_decay_after",
     "formula_keras",
     "formula_optax",
@@ -161,7 +163,7 @@ _CHOICES: Final = (
         "config.durability",
         "durability_",
         session_pb2.Durability,
-        frozenset({0, session_pb2.DURABILITY_MEMORY}),
+        frozenset(session_pb2.Durability.values()),  # without a data directory, the decoder refuses
         lambda c: c.durability,
     ),
     _Choice(

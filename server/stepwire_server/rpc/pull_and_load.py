@@ -39,13 +39,13 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
     with session.calls.one():  # a reader may take its time
-        snapshot = session.snapshot()
+        snapshot = session.exchange.snapshot()
         yield _header(snapshot, session.ledger.epoch).SerializeToString()
         for slot, offset in itertools.product(slots, range(0, session.config.layout.size, most)):
             count = min(most, session.config.layout.size - offset)
             header = pb.PullResponse(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * dtype.itemsize)
-            session.read(snapshot, slot, offset, frame.payload(dtype))
+            session.exchange.read(snapshot, slot, offset, frame.payload(dtype))
             yield frame.finish()
 
 
@@ -71,12 +71,12 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_by
     """
     message: state_pb2.LoadOpen = opening.message.open
     request = _decode_load(session, message)
-    with session.loading(request, session.holder_of(message.attach_token)) as staged:
+    with session.exchange.loading(request, session.holder_of(message.attach_token)) as staged:
         if staged is None:
             return False
         _receive(staged, frames, max_chunk_bytes)
         staged.complete()
-        return session.commit_load(staged)
+        return session.exchange.commit_load(staged)
 
 
 def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:

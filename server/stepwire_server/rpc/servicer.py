@@ -58,6 +58,8 @@ class OptimizerService:
         self._instance_id = instance_id
         self._local = local
         self._sharing = sharing
+        durable = [name for name in SERVED_FEATURES if name.startswith("durability_")]
+        self._features_off = sharing.features_off.union(() if config.data_dir else durable)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.
@@ -100,7 +102,7 @@ class OptimizerService:
                 max_lease=duration_to_wire(config.max_lease_seconds),
                 step_idle=duration_to_wire(config.step_idle_seconds),
             ),
-            features=[name for name in SERVED_FEATURES if name not in self._sharing.features_off],
+            features=[name for name in SERVED_FEATURES if name not in self._features_off],
             sessions=self._registry.statistics().sessions,
             draining=self._serving.drain.started,
             local=self._local,

@@ -117,6 +117,10 @@ class Ledger:
         if request.step is not None and request.step != self.applied_step:
             self.applied_step, self.last_result = request.step, None
 
+    def restore(self, step: int, load: int, *, ready: bool, last_result: StepResult | None) -> None:
+        """Go on from the numbers of an earlier server."""
+        self.applied_step, self.applied_load, self.ready, self.last_result = step, load, ready, last_result
+
     def replied(self, step: int) -> bool:
         """Tell whether a client that has the reply to `step` has the present parameters."""
         return step == self._replied

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Final
 
 from stepwire.errors import InvalidRequestError
+from stepwire_server.durability.session_log import EntryLog
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.tensor_selection import TensorSelection
@@ -27,10 +28,19 @@ class Load:
         request: the load as it was asked for.
         holder: the hold that it began under; nothing commits under an older one.
         staged: the slots that arrive.
+        entry: the load's entry in the log; None where none is kept.
     """
 
-    def __init__(self, request: LoadRequest, holder: Holder, staged: Residency, everything: TensorSelection) -> None:
+    def __init__(
+        self,
+        request: LoadRequest,
+        holder: Holder,
+        staged: Residency,
+        everything: TensorSelection,
+        entry: EntryLog | None = None,
+    ) -> None:
         """Await the chunks of a load; `everything` is all tensors of the layout."""
+        self.entry = entry
         self.request = request
         self.holder = holder
         self.staged = staged
@@ -49,6 +59,8 @@ class Load:
             )
         values = typed_payload(payload, count, self.request.dtype)
         coverage.add(offset, count)
+        if self.entry is not None:
+            self.entry.chunk(offset, count, payload, self.request.slots.index(slot))
         for start, end, _ in self._segments[bisect_right(self._segments, offset, key=_END) :]:
             if start >= offset + count:
                 return

@@ -9,17 +9,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
+import structlog
+
+from stepwire.errors import DataLossError, InvalidRequestError, Reason, ResourceExhaustedError, StepwireError
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
+
+_log = structlog.get_logger()
 
 # Of clients whose connection is half open: the server still counts the stream that they come to replace.
 _RETURNING_STREAMS: Final = 8
@@ -49,7 +54,13 @@ class RegistryStatistics(NamedTuple):
 
 
 class Registry:
-    """Owns the sessions. Thread-safe."""
+    """Owns the sessions. Thread-safe.
+
+    Attributes:
+        pool: the devices.
+        clock: returns seconds.
+        directory: the sessions on disk; None where all are in memory alone.
+    """
 
     def __init__(
         self,
@@ -62,6 +73,7 @@ class Registry:
         sinks: Sequence[CommitSink] = (),
     ) -> None:
         """Start without sessions; `sinks` are told of each commit."""
+        self.directory: DataDirectory | None = None
         self.pool = pool
         self.clock = clock
         self._sinks = tuple(sinks)
@@ -69,11 +81,24 @@ class Registry:
         self._max_streams = max_streams
         self._step_idle_seconds = step_idle_seconds
         self._lock = threading.Lock()
-        self._creation = threading.Lock()
+        self._creation = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self._streams: set[ClientStream] = set()
         self._uploads: set[ClientStream] = set()
+        self._parked: dict[str, str] = {}
+
+    def recover(self, directory: DataDirectory) -> None:
+        """Bring the sessions of a data directory back, and keep durable ones there from now on.
+
+        Raises:
+            DataLossError: the log of the data directory is damaged, or cannot be read.
+            OSError: the disk failed.
+        """
+        self.directory = directory
+        for archived, session in directory.recover(self._remade):
+            self._publish(archived.request_id, session)
+        self._parked = {each.request_id: each.session_id for each in directory.parked()}
 
     def create(self, request_id: str, config: SessionConfig) -> Created:
         """Create a session, or return the one that this request created before.
@@ -88,6 +113,8 @@ class Registry:
         # lock of their own that nobody holds for long.
         with self._creation:
             known = self._by_request.get(request_id)
+            if known is None and request_id in self._parked:
+                known = self._revived(self._parked[request_id])
             if known is not None and not known.ledger.closed and not known.expired(self.clock()):
                 return self._created_before(request_id, known, config)
             if len(self._sessions) >= self._max_sessions:
@@ -98,11 +125,10 @@ class Registry:
                     metadata={"max_sessions": self._max_sessions},
                 )
                 raise with_idle_sessions(too_many, self._present(), self.clock())
-            session = self._made(config, self.pool.choose(config.device))
+            session = self._admitted(config)
             token = session.acquire().generation
-            with self._lock:
-                self._sessions[session.session_id] = session
-                self._by_request[request_id] = session
+            self._keep(session, request_id)
+            self._publish(request_id, session)
             return Created(session, token, replayed=False)
 
     def get(self, session_id: str) -> Session:
@@ -112,7 +138,10 @@ class Registry:
             SessionNotFoundError: it does not exist, or its lease has run out.
         """
         session = self._sessions.get(session_id)
-        if session is None or session.expired(self.clock()):
+        if self.directory is not None and (session is None or session.ledger.closed):
+            with self._creation:
+                session = self._sessions.get(session_id) or self._revived(session_id)
+        if session is None or (session.expired(self.clock()) and not session.durable):
             raise session_not_found(session_id)
         return session
 
@@ -134,6 +163,11 @@ class Registry:
         session = self.get(session_id)
         if token:
             session.ledger.worker.check_client(token)
+        if self.directory is not None and session.durable:
+            with self._creation:
+                self.directory.forget(session)
+                self.directory.remove(session_id)
+                self._parked = {request: parked for request, parked in self._parked.items() if parked != session_id}
         self._end([session])
         return session
 
@@ -209,8 +243,44 @@ class Registry:
             ]
         for stream in silent:
             stream.cancel()
-        self._end(expired)
+        self._end([session for session in expired if not session.durable])
+        for session in expired:
+            if session.durable:
+                self.park(session)
         return [session.session_id for session in expired]
+
+    def park(self, session: Session) -> bool:
+        """Checkpoint a session that nobody uses, and free its memory; its next call brings it back.
+
+        Returns:
+            False if it is in use, or could not be checkpointed: it stays.
+        """
+        assert self.directory is not None
+        with self._creation:
+            if session.idle_seconds(self.clock()) is None or session.ledger.closed:
+                return False
+            if session.ledger.ready and not self._checkpointed(session):
+                return False
+            self.directory.forget(session)
+            self._end([session])
+        return True
+
+    def checkpoint_all(self) -> bool:
+        """Checkpoint every durable session: the server ends. Return False if one could not be, which is logged."""
+        complete = True
+        for session in self._present():
+            if session.durable and session.ledger.ready:
+                complete &= self._checkpointed(session)
+        return complete
+
+    def _checkpointed(self, session: Session) -> bool:
+        assert self.directory is not None
+        try:
+            self.directory.checkpointer.checkpoint(session)
+        except (StepwireError, OSError) as error:
+            _log.error("checkpoint failed", session_id=session.session_id, problem=str(error))
+            return False
+        return True
 
     def cancel_streams(self) -> None:
         """End every attached stream that does not end by itself."""
@@ -233,14 +303,78 @@ class Registry:
         with self._lock:
             return list(self._sessions.values())
 
-    def _made(self, config: SessionConfig, device: Device) -> Session:
+    def _publish(self, request_id: str, session: Session) -> None:
+        with self._lock:
+            self._sessions[session.session_id] = session
+            self._by_request[request_id] = session
+
+    def _keep(self, session: Session, request_id: str) -> None:
+        """Have the data directory keep a new session, if it is durable.
+
+        Raises:
+            DataLossError: the disk failed; the session is gone.
+        """
+        if self.directory is None or not session.durable:
+            return
+        try:
+            self.directory.add(session, request_id)
+        except OSError as error:
+            session.close()
+            raise DataLossError(
+                f"the session cannot be kept in the data directory: {error}; nothing was created",
+                reason=Reason.DURABILITY_FAILED,
+            ) from error
+
+    def _revived(self, session_id: str) -> Session:
+        """Bring a parked session back, and park others where there is no room for it.
+
+        Raises:
+            SessionNotFoundError, ResourceExhaustedError, DataLossError: as `DataDirectory.revive`.
+        """
+        assert self.directory is not None
+        archived, session = self.directory.revive(session_id, self._remade)
+        self._publish(archived.request_id, session)
+        _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
+        return session
+
+    def _remade(self, session_id: str, config: SessionConfig) -> Session:
+        """Make a session that the data directory has, on a device that this server has."""
+        names = [device.name for device in self.pool]
+        return self._admitted(config, session_id, config.device if config.device in names else "")
+
+    def _admitted(self, config: SessionConfig, session_id: str | None = None, device: str | None = None) -> Session:
+        """Make a session; where there is no room, park the idle durable ones first, the least recently used before.
+
+        Raises:
+            ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
+        """
+        while True:
+            chosen = self.pool.choose(config.device if device is None else device)
+            try:
+                return self._made(session_id or secrets.token_hex(16), config, chosen)
+            except ResourceExhaustedError:
+                if not self._parked_one(chosen):
+                    raise
+
+    def _parked_one(self, device: Device) -> bool:
+        """Park the least recently used durable session of a device; False if none is idle."""
+        now = self.clock()
+        idle = [
+            (seconds, session)
+            for session in self._present()
+            if session.durable and session.device == device.name and (seconds := session.idle_seconds(now)) is not None
+        ]
+        return any(self.park(session) for _, session in sorted(idle, key=lambda each: -each[0]))
+
+    def _made(self, session_id: str, config: SessionConfig, device: Device) -> Session:
         """Make a session on a device.
 
         Raises:
             ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
         """
+        epoch = 1 if self.directory is None else self.directory.epoch
         try:
-            return Session(secrets.token_hex(16), config, device, epoch=1, clock=self.clock, sinks=self._sinks)
+            return Session(session_id, config, device, epoch=epoch, clock=self.clock, sinks=self._sinks)
         except ResourceExhaustedError as error:
             beside = [session for session in self._present() if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None

@@ -14,20 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 from stepwire.errors import StateChangedError
 from stepwire_server.devices.pool import Device
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.durability.entries import Attempt
 from stepwire_server.observability.commits import tell
 from stepwire_server.records.committed import CommitSink, Committed
-from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.session_statistics import SessionStatistics
-from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
 from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.exchange import StateExchange
 from stepwire_server.sessions.ledger import Ledger, session_not_found
-from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.memory import SessionMemory
+from stepwire_server.sessions.progress import Progress
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
@@ -48,6 +47,8 @@ class Session:
         config: the session's config.
         ledger: its numbers.
         memory: the memory that it shares with its client.
+        exchange: its state in and out.
+        progress: the way of its commits onto the disk.
         calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
         last_use: the clock reading of its last use.
@@ -82,8 +83,10 @@ class Session:
         self._lock = threading.Lock()
         self._sinks = tuple(sinks)
         self.last_use = LastUse(clock)
-        self.calls, self._loads = CallsUnderWay(self.last_use), CallsUnderWay(self.last_use)
+        self.calls = CallsUnderWay(self.last_use)
         self._state = SessionState(config, device)
+        self.progress = Progress(self.ledger)
+        self.exchange = StateExchange(self._state, self.ledger, self._lock, self.last_use, self.progress)
         self.memory = SessionMemory(self._state, self.ledger, self._lock)
         self.last_use.note()  # the kernels are compiled now: the lease runs from here
         self.created = self.last_use.at
@@ -92,6 +95,11 @@ class Session:
     def session_id(self) -> str:
         """128 random bits in hexadecimal digits."""
         return self.ledger.session_id
+
+    @property
+    def durable(self) -> bool:
+        """The session outlives its server."""
+        return self.config.durability.level != "memory"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -127,7 +135,7 @@ class Session:
 
     def idle_seconds(self, now: float) -> float | None:
         """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""
-        used = self.ledger.worker.attached or self._loads or self.calls
+        used = self.ledger.worker.attached or self.exchange.loads or self.calls
         return None if used else max(now - self.last_use.at, 0.0)
 
     def expired(self, now: float) -> bool:
@@ -139,7 +147,7 @@ class Session:
         ledger = self.ledger
         step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
         return SessionStatistics(
-            step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self._loads)
+            step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self.exchange.loads)
         )
 
     # --- holds -------------------------------------------------------------------------------------------
@@ -181,7 +189,11 @@ class Session:
             self.ledger.check_durable(durable_step)
             worker = self.ledger.worker
             holder = worker.renew(token, stream) if token else worker.acquire(stream)
+            if not token:
+                self.progress.acquired(holder)
+            mark = self.progress.last
         try:
+            self.progress.settle(mark)  # the reply tells of the last step, and of the hold
             yield holder
         finally:
             with self._lock:
@@ -211,8 +223,9 @@ class Session:
         with self._lock:
             replay = not self._admit(request, holder)
             state, unscale = self._state, self._state.unscale(request)
+            entry = None if replay else self.progress.begin(at_once=request.overlap)
         state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
-        return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began)
+        return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began, entry=entry)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
         """Apply a staged step, or replay the last one; the parameters go to `writer`.
@@ -221,23 +234,30 @@ class Session:
             InvalidRequestError: the chunks do not cover the space; the state is as before.
             NonFiniteGradientError: under the policy `reject`; the state is as before.
             StepwireError: as `begin`; the state is as before.
+            DataLossError: DURABILITY_FAILED; the step is applied, and may be lost with the server.
         """
         with self._lock:
-            if not self._admit(step.request, step.holder, whole=True):
-                return self._replay(step.request, writer)
-            if step.replay:
-                raise _no_replay(step.request)
-            if step.request.reply_base is not None and not self.ledger.replied(step.request.reply_base):
-                step.request = step.request._replace(reply_base=None)
-            commit, started = Commit(step, self._state), self._clock()
-            if not commit.changes:
+            result, mark = self._commit(step, writer), self.progress.last
+        self.progress.settle(mark)
+        return result
+
+    def _commit(self, step: Step, writer: ReplyWriter) -> StepResult:
+        if not self._admit(step.request, step.holder, whole=True):
+            return self._replay(step.request, writer)
+        if step.replay:
+            raise _no_replay(step.request)
+        self.progress.check()
+        if step.request.reply_base is not None and not self.ledger.replied(step.request.reply_base):
+            step.request = step.request._replace(reply_base=None)
+        commit, started = Commit(step, self._state), self._clock()
+        if not commit.changes:
+            commit.apply(writer)
+        with self.ledger.changing("step", step.request.step):
+            if commit.changes:
                 commit.apply(writer)
-            with self.ledger.changing("step", step.request.step):
-                if commit.changes:
-                    commit.apply(writer)
-                self._state.advance(step.gradient, commit.effect, commit.groups)
-                times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
-                return self._committed(step, commit.result(Moment(step.request.step, self.ledger.epoch, times)))
+            self._state.advance(step.gradient, commit.effect, commit.groups)
+            times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
+            return self._committed(step, commit.result(Moment(step.request.step, self.ledger.epoch, times)))
 
     def check(self, step: Step) -> GradientCheck | None:
         """Return the facts that a coordinator decides by, before the commit; None where the step is a replay.
@@ -277,8 +297,11 @@ class Session:
             check = overlapped.check(step)
             self._state.unfinished = None
             self._state.advance(step.gradient, Effect.UPDATED, check.groups)
-            times = StepTimes(self._clock() - step.began, 0.0, 0.0)
-            return self._committed(step, overlapped.result(check, Moment(overlapped.number, self.ledger.epoch, times)))
+            moment = Moment(overlapped.number, self.ledger.epoch, StepTimes(self._clock() - step.began, 0.0, 0.0))
+            result = self._committed(step, overlapped.result(check, moment), overlapped.attempts)
+            mark = self.progress.last
+        self.progress.settle(mark)
+        return result
 
     def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
@@ -295,9 +318,10 @@ class Session:
         if not self._admit(step.request, step.holder):
             raise StateChangedError(f"step {step.request.step} was committed while it was sent; send it again")
 
-    def _committed(self, step: Step, result: StepResult) -> StepResult:
-        """Note a step that has been applied, and tell the sinks."""
+    def _committed(self, step: Step, result: StepResult, attempts: tuple[Attempt, ...] = ()) -> StepResult:
+        """Note a step that has been applied, append it to the log, and tell the sinks."""
         self.ledger.commit_step(result)
+        self.progress.step_committed(step, attempts)
         if self._sinks:
             load, request = self.ledger.applied_load, step.request
             tell(self._sinks, Committed(self.session_id, step.holder.worker, load, request, result))
@@ -307,83 +331,6 @@ class Session:
         assert self.ledger.last_result is not None  # that is what made it a replay
         reply_parameters(self._state.arrays, self.config.layout, request, writer)
         return self.ledger.last_result.replay()
-
-    # --- state in and out --------------------------------------------------------------------------------
-
-    def snapshot(self) -> Snapshot:
-        """Return the present moment: `read` compares it, so that a pull is of one moment.
-
-        Raises:
-            SessionNotReadyError, SessionNotFoundError, DataLossError: there is nothing to read.
-            StateChangedError: a step is half applied.
-        """
-        with self._lock:
-            self._check_readable()
-            return self._state.snapshot(self.ledger.applied_step, self.ledger.applied_load)
-
-    def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
-        """Encode a range of a slot as of `snapshot` into `out`, `(n,)` of a wire dtype.
-
-        Raises:
-            StateChangedError: a step or a load was committed since.
-        """
-        with self._lock:
-            self._check_readable()
-            now = (self.ledger.applied_step, self.ledger.applied_load)
-            if now != (snapshot.step, snapshot.load):
-                raise StateChangedError(
-                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
-                    f"{now[1]} during the pull; pull again",
-                    metadata={"step": snapshot.step, "applied_step": now[0]},
-                )
-            self._state.read(slot, start, out)
-
-    def _check_readable(self) -> None:
-        self.ledger.check_usable()
-        self.last_use.note()
-        if self._state.unfinished is not None:
-            raise StateChangedError(
-                f"step {self.unfinished_step} is half applied; pull when it is finished",
-                metadata={"unfinished_step": self.unfinished_step},
-            )
-
-    @contextlib.contextmanager
-    def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | None]:
-        """Admit a load and stage it for a block; yields None for a replay of the last.
-
-        While it is on its way, the session's lease does not run.
-
-        Raises:
-            StepwireError: as `Ledger.admit_load`.
-            ResourceExhaustedError: it does not fit beside the state.
-        """
-        with self._loads.one():
-            with self._lock:
-                following = self.ledger.admit_load(request, holder)
-            if not following:
-                yield None
-                return
-            everything = self.config.everything
-            with Load(request, holder, self._state.stage_load(request.slots), everything) as load:
-                yield load
-
-    def commit_load(self, load: Load) -> bool:
-        """Put staged slots in the place of the present ones; False if it had been committed before.
-
-        Raises:
-            StepwireError: as `loading`; the state is as before.
-        """
-        request = load.request
-        with self._lock:
-            if not self.ledger.admit_load(request, load.holder):
-                return False
-            half = self._state.unfinished
-            if half is not None and (request.step is None or set(request.slots) != set(self.slots)):
-                raise unfinished(half.number, "finish it")
-            with self.ledger.changing("load", request.load):
-                self._state.adopt(load.staged, request, first=not self.ledger.ready)
-                self.ledger.commit_load(request)
-            return True
 
     # --- end of life -------------------------------------------------------------------------------------
 

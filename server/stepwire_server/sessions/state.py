@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision
 from stepwire_server.rules.loss_scale import LossScale, after_step
+from stepwire_server.sessions.capture import Capture
 from stepwire_server.steps.gradient import StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
@@ -93,6 +94,7 @@ class SessionState:
         loss_scale: the state of dynamic loss scaling; None without it.
         unfinished: the step that a broken stream left half applied; None for none.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
+        capture: the moment that is being read for a checkpoint; None for none.
     """
 
     def __init__(self, config: SessionConfig, device: Device) -> None:
@@ -107,6 +109,7 @@ class SessionState:
         scaling = config.treatment.loss_scaling
         self.loss_scale = None if scaling is None else LossScale(scaling.initial_scale)
         self.unfinished: OverlappedStep | None = None
+        self.capture: Capture | None = None
         self.sum_bound = 0.0
         self._prepared: tuple[Any, ...] = (None, None, None)
         self._parameter_memory: SharedMemory | None = None
@@ -180,6 +183,11 @@ class SessionState:
         if self.loss_scale is not None and scaling is not None:
             self.loss_scale = after_step(self.loss_scale, scaling, finite=effect is not Effect.SKIPPED)
 
+    def before_change(self, start: int, end: int) -> None:
+        """Note that the flat elements `[start, end)` of all slots are about to change."""
+        if self.capture is not None:
+            self.capture.preserve(start, end)
+
     def overlapped(self, request: StepRequest) -> OverlappedStep:
         """Return the step that is half applied, or a new one, of which nothing is yet."""
         return self.unfinished or OverlappedStep(request, self)
@@ -212,6 +220,7 @@ class SessionState:
             request: names the slots.
             first: no parameters have been loaded before: their average starts from them.
         """
+        self.before_change(0, self.config.layout.size)
         self.arrays.adopt(staged.arrays)
         averages = AVERAGE in self.config.slots and AVERAGE not in request.slots
         if averages and first and PARAM in request.slots:
@@ -224,6 +233,33 @@ class SessionState:
             steps = request.tensor_steps or self.tensor_steps.tensor_steps()
             self.tensor_steps = TensorSteps(self.config, steps, request.tensor_scalars)
         self.loss_scale = request.loss_scale or self.loss_scale
+
+    def restore(self, numbers: Snapshot, sum_bound: float, read: Callable[[str, int, HostArray], None]) -> None:
+        """Take over the arrays and numbers of a checkpoint.
+
+        Args:
+            numbers: t of each tensor, the scalars, the loss scale.
+            sum_bound: of the accumulated gradient.
+            read: reads a range of a visible slot into an array, `(n,) float32`.
+
+        Raises:
+            DataLossError: the checkpoint is damaged.
+            ResourceExhaustedError: slots that are not float32 do not fit a second time beside the state.
+        """
+        config, slots = self.config, self.config.visible_slots
+        plain = all(holding is Precision.FLOAT32 for holding in config.slots.values())
+        with contextlib.ExitStack() as stack:
+            target = self.arrays if plain else stack.enter_context(contextlib.closing(self.stage_load(slots))).arrays
+            for slot in slots:
+                for low, high in split_range(0, config.layout.size, _COPY_ELEMENTS):
+                    values = np.empty(high - low, np.float32)
+                    read(slot, low, values)
+                    target.write(slot, low, values)
+            if not plain:
+                self.arrays.adopt(target)
+            self.arrays.settle()
+        self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
+        self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
     # --- memory that is shared with the client -----------------------------------------------------------
 

@@ -22,6 +22,9 @@ __all__ = ["FIRST_GENERATION", "Holder", "Worker"]
 FIRST_GENERATION = 1
 """The generation of a worker's first hold."""
 
+_RENEWALS = 1 << 32
+"""More holds than a client gets between two records of its hold."""
+
 
 class Holder:
     """One hold of a worker. Compared by identity.
@@ -70,6 +73,15 @@ class Worker:
         """
         self.check_client(token)
         return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
+
+    def restore(self, generation: int, acquired: int) -> None:
+        """Go on from the hold of an earlier server; its client attaches with any token that it had since then.
+
+        Args:
+            generation: the least number of the hold: renewals since the last record of it are not known.
+            acquired: the generation in which the client acquired the worker.
+        """
+        self.holder = Holder(self.index, generation + _RENEWALS, acquired, None)
 
     def check_client(self, token: int) -> None:
         """Refuse a client that has lost the worker; any token since it acquired the worker will do.

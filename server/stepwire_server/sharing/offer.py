@@ -89,7 +89,7 @@ class Sharing:
         Raises:
             SessionNotFoundError: the session has ended.
         """
-        refusal = self._refusal(asked)
+        refusal = self._refusal(asked, session)
         if self._handoff is None or refusal is not None:
             yield StreamTransport(transport_pb2.TRANSPORT_GRPC, refusal or "")
             return
@@ -126,15 +126,19 @@ class Sharing:
             finally:
                 end(token)
 
-    def _refusal(self, asked: transport_pb2.Transport) -> str | None:
+    def _refusal(self, asked: transport_pb2.Transport, session: Session) -> str | None:
         """Return the reason against the requested transport: "" for a request of none, None for no reason."""
         if asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC):
             return ""
         if asked == transport_pb2.TRANSPORT_SHM:
             return self.off or None
         if asked == transport_pb2.TRANSPORT_CUDA_IPC:
-            return self.device_off or None
+            journals = session.config.durability.level == "journal"
+            return self.device_off or (_JOURNALLED if journals else None)
         return f"this server does not serve transport {asked}"
+
+
+_JOURNALLED: Final = "the session's gradients are journalled on the host, so they cannot stay on the device"
 
 
 def _require_descriptors() -> None:

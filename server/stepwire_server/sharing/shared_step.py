@@ -51,7 +51,8 @@ def stage_shared(buffers: StreamMemory, step: Step, size: int, depth: int) -> No
     """Stage the gradient in place.
 
     The CPU makes no copy. A client that changes its gradient during the step gets an update of the values that were
-    read. Only that client loses by it, so a copy is not worth a pass over the memory.
+    read. Only that client loses by it, so a copy is not worth a pass over the memory. A step that is logged is copied:
+    the bytes on the disk have to be those that were applied.
 
     Args:
         buffers: the memory of the stream.
@@ -62,6 +63,8 @@ def stage_shared(buffers: StreamMemory, step: Step, size: int, depth: int) -> No
     if not size:
         return
     received, dtype = buffers.gradient.view(np.uint8), step.request.gradient_dtype
+    if step.entry is not None:
+        received = received.copy()
     at_once = depth == 1 or buffers.on_device
     for low, high in split_range(0, size, size if at_once else _CHUNK_ELEMENTS):
         assert low % BLOCK == 0

@@ -79,6 +79,7 @@ class Commit:
         if self.effect is Effect.ACCUMULATED:
             self._accumulate()
         elif self.changes:
+            self._state.before_change(0, self._state.config.layout.size)
             self._state.arrays.clear(ACCUMULATED)
             self._state.arrays.settle()
         if self._step.request.reply_base is None:  # otherwise the client has them
@@ -98,6 +99,7 @@ class Commit:
                     continue
                 gradient, offset = (None, 0) if chunk is None else (chunk.gradient, chunk.offset)
                 for low, high in split_range(start, end, request.reply_elements) if request.reply else [(start, end)]:
+                    self._state.before_change(low, high)
                     out = writer.buffer(low, high - low) if request.reply else None
                     before = writer.before() if request.reply and request.reply_base is not None else None
                     asked = [] if before is None else update.read(low, high, low, before)
@@ -111,6 +113,7 @@ class Commit:
         gradient, arrays = self._step.gradient, self._state.arrays
         for start, end, group in gradient.selection.segments:
             factor = gradient_factor(self._check.groups[group], gradient.unscale)
+            self._state.before_change(start, end)
             for found in gradient.ranges(start, end):
                 arrays.accumulate(found.start, found.chunk.gradient, found.begin, found.end, factor)
         arrays.settle()

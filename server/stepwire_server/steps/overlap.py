@@ -14,6 +14,8 @@ from fractions import Fraction
 
 from stepwire.errors import Reason, SessionNotReadyError, StateChangedError
 from stepwire.optimizers.norms import gradient_norms
+from stepwire_server.durability.entries import Attempt
+from stepwire_server.durability.session_log import EntryLog
 from stepwire_server.engines.protocol import Range
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
@@ -78,6 +80,12 @@ class OverlappedStep:
         steps = passes(config, self._groups, segments, 1.0 / request.loss_scale, (1.0,) * len(self._groups))
         self._update = Update(state.arrays, steps, len(self._groups))
         self._marks = Marks()
+        self._entries: list[EntryLog] = []
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The chunks that were applied, attempt by attempt, for a log."""
+        return tuple(Attempt(entry.entry, entry.applied) for entry in self._entries)
 
     def check_continued_by(self, request: StepRequest) -> None:
         """Refuse a step that is not this one.
@@ -91,6 +99,11 @@ class OverlappedStep:
     def apply(self, step: Step, chunk: StagedChunk, reply: ReplyPipeline) -> None:
         """Apply the ranges of a chunk that have no mark, and reply with all of it."""
         request = step.request
+        if (entry := step.entry) is not None:
+            if entry not in self._entries:
+                self._entries.append(entry)
+            entry.applied += 1
+        self._state.before_change(chunk.offset, chunk.end)
         for low, high in split_range(chunk.offset, chunk.end, request.reply_elements):
             out = reply.writer.buffer(low, high - low) if request.reply else None
             asked, done = [], low

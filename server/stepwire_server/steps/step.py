@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
+from stepwire_server.durability.session_log import EntryLog
 from stepwire_server.engines.protocol import EngineState, HostArray
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
@@ -31,6 +32,10 @@ class SteppedState(Protocol):
     tensor_steps: TensorSteps
     loss_scale: LossScale | None
     sum_bound: float
+
+    def before_change(self, start: int, end: int) -> None:
+        """Note that the flat elements `[start, end)` of all slots are about to change."""
+        ...
 
 
 class Hold(Protocol):
@@ -63,16 +68,25 @@ class Step:
         gradient: the gradient as it arrives.
         replay: the step had been applied when it began: its chunks are not kept.
         decision: the coordinator's, once it is known; None where there is none.
+        entry: the step's entry in the log; None where none is kept.
         began: the clock reading of its first message.
         received: the clock reading of its commit message; that of its first message until then.
     """
 
-    __slots__ = ("began", "decision", "gradient", "holder", "received", "replay", "request")
+    __slots__ = ("began", "decision", "entry", "gradient", "holder", "received", "replay", "request")
 
     def __init__(
-        self, request: StepRequest, holder: Hold, gradient: StagedGradient, *, replay: bool, began: float
+        self,
+        request: StepRequest,
+        holder: Hold,
+        gradient: StagedGradient,
+        *,
+        replay: bool,
+        began: float,
+        entry: EntryLog | None = None,
     ) -> None:
         """Await the chunks of a step."""
+        self.entry = entry
         self.request = request
         self.holder = holder
         self.gradient = gradient
@@ -88,6 +102,8 @@ class Step:
         """
         if not self.replay:
             self.gradient.add(offset, count, payload)
+            if self.entry is not None:
+                self.entry.chunk(offset, count, payload)
 
     def close(self) -> None:
         """Let go of the gradient. Closing twice is harmless."""

@@ -82,7 +82,7 @@ class Shard:
         """Compare with the parameters of the shard."""
         if self.is_whole:
             values = np.empty(SHARD, np.float32)
-            self._session.read(self._session.snapshot(), "param", 0, values)
+            self._session.exchange.read(self._session.exchange.snapshot(), "param", 0, values)
             self._compare(values)
 
     def settle(self) -> None:

@@ -182,7 +182,7 @@ def test_a_large_range_is_stepped_everywhere(gpu_engine, measures) -> None:
 @pytest.fixture(scope="module")
 def conformance(gpu_engine):
     """A server on the GPU, and what checks it; it needs what the project's server needs."""
-    for name in ("grpc", "grpc_health", "msgspec", "structlog"):
+    for name in ("google_crc32c", "grpc", "grpc_health", "msgspec", "structlog"):
         pytest.importorskip(name, reason=f"{name} is not installed, which the server needs")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)

@@ -58,7 +58,10 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "gradient.missing_gradient": (1, 2),
     "gradient.parameter_average_decay": ANY,
     "gradient.two_phase": ANY,
-    "durability": (session_pb2.DURABILITY_MEMORY,),
+    "durability": (1, 2, 3),
+    "checkpoints.every_steps": ANY,
+    "checkpoints.every.seconds": ANY,
+    "checkpoints.every.nanos": ANY,
     "initialization": (1, 2),
     "gradient_dtype": (1, 2, 3, 4),
     "reply_dtype": (1, 2, 3),
@@ -107,6 +110,7 @@ DEFAULTS = {
 # What must be set besides, by the field's path or its last name.
 MOMENTUM = {"optimizer.rule": optimizer_pb2.RULE_SGD, "optimizer.hyperparameters.momentum": 0.25}
 SCALED = {"gradient.loss_scaling.initial_scale": 2.0}
+JOURNALLED = {"durability": session_pb2.DURABILITY_JOURNAL}
 CONSTANT = {"groups.schedule.kind": 1, "groups.schedule.warmup_steps": 2}
 LINEAR = {"groups.schedule.kind": 2, "groups.schedule.total_steps": 9}
 STAIRS = {"groups.schedule.kind": 4, "groups.schedule.gamma": 0.25, "groups.schedule.interval_steps": 9}
@@ -122,6 +126,7 @@ CONTEXT: dict[Any, dict[str, Any]] = {
     "eps_root": {"optimizer.formula": optimizer_pb2.FORMULA_OPTAX},
     ("optimizer.amsgrad", optimizer_pb2.AMSGRAD_CORRECTED): {"optimizer.formula": optimizer_pb2.FORMULA_OPTAX},
     "gradient.clip_formula": {"gradient.clip_grad_norm": 2.0},
+    **dict.fromkeys(("checkpoints.every_steps", "checkpoints.every.seconds", "checkpoints.every.nanos"), JOURNALLED),
     **dict.fromkeys(("initial_scale", "growth_factor", "backoff_factor", "growth_interval"), SCALED),
     "warmup_steps": CONSTANT,
     "warmup_start_factor": CONSTANT,
@@ -153,7 +158,7 @@ def minimal() -> session_pb2.SessionConfig:
     )
 
 
-LIMITS = ServerConfig()
+LIMITS = ServerConfig(data_dir="/")
 CONFIG = decode_session_config(minimal(), LIMITS)
 
 
@@ -175,6 +180,8 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         "reply.chunk_bytes": [4096],
         "lease.seconds": [100],
         "lease.nanos": [5],
+        "checkpoints.every.seconds": [100],
+        "checkpoints.every.nanos": [5],
         "tensors.group": [1],
         "missing_tensors": [1],
         "reply.first": [1],
@@ -218,6 +225,24 @@ def named_by(error: UnsupportedFeatureError | InvalidRequestError, path: str, pr
     """Tell whether an error names the field, or the message that the field made be there."""
     field = re.sub(r"\[\d+\]", "", error.metadata["field"])
     return f"{prefix}.{path}" == field or f"{prefix}.{path}".startswith(field + ".")
+
+
+@pytest.mark.parametrize("level", [session_pb2.DURABILITY_CHECKPOINT, session_pb2.DURABILITY_JOURNAL])
+def test_a_server_without_a_data_directory_refuses_durable_sessions(level: session_pb2.Durability) -> None:
+    config = minimal()
+    config.durability = level
+    with pytest.raises(UnsupportedFeatureError, match="start it with --data-dir") as refused:
+        decode_session_config(config, ServerConfig())
+    assert refused.value.metadata["field"] == "config.durability"
+    assert refused.value.metadata["feature"] in ("durability_checkpoint", "durability_journal")
+
+
+def test_sessions_in_memory_have_no_checkpoints() -> None:
+    config = minimal()
+    config.checkpoints.every_steps = 3
+    with pytest.raises(InvalidRequestError, match="ask for another level") as refused:
+        decode_session_config(config, LIMITS)
+    assert refused.value.metadata["field"] == "config.checkpoints"
 
 
 @pytest.mark.parametrize(("path", "value"), cases(session_pb2.SessionConfig.DESCRIPTOR))
@@ -355,7 +380,8 @@ def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> No
     assert refused <= named
     assert set(SERVED_FEATURES) <= named
     assert tuple(sorted(SERVED_FEATURES)) == SERVED_FEATURES
-    on_cpu = tuple(name for name in SERVED_FEATURES if name != "transport_cuda_ipc")
+    off = ("transport_cuda_ipc", "durability_checkpoint", "durability_journal")  # on a CPU, in memory
+    on_cpu = tuple(name for name in SERVED_FEATURES if name not in off)
     assert tuple(live.wire.info().features) == on_cpu
 
 

@@ -260,7 +260,7 @@ def test_a_lease_runs_from_the_last_use(make_registry: Any, clock: Any) -> None:
     session = registry.create("r", config(lease_seconds=60.0)).session
     clock.now += 60.0
     assert registry.get(session.session_id) is session
-    session.snapshot()
+    session.exchange.snapshot()
     clock.now += 60.0
     assert registry.sweep() == []
     clock.now += 0.1
@@ -298,7 +298,7 @@ def test_a_lease_does_not_run_while_a_load_is_on_its_way(make_registry: Any, clo
     registry = make_registry()
     session = registry.create("r", config(lease_seconds=10.0)).session
     for request in (LoadRequest(1, ("param",)), LoadRequest(1, ("param", "exp_avg"))):
-        with pytest.raises(ZeroDivisionError), session.loading(request, session.ledger.worker.holder):
+        with pytest.raises(ZeroDivisionError), session.exchange.loading(request, session.ledger.worker.holder):
             clock.now += 1e6
             assert registry.sweep() == []
             assert registry.get(session.session_id) is session
@@ -313,8 +313,8 @@ def test_a_load_that_ends_beside_another_does_not_let_the_lease_run(make_registr
     registry = make_registry()
     session = registry.create("r", config(lease_seconds=10.0)).session
     holder = session.ledger.worker.holder
-    with session.loading(LoadRequest(1, ("param",)), holder):
-        with session.loading(LoadRequest(1, ("exp_avg",)), holder):
+    with session.exchange.loading(LoadRequest(1, ("param",)), holder):
+        with session.exchange.loading(LoadRequest(1, ("exp_avg",)), holder):
             assert session.statistics().loads == 2
         clock.now += 1e6
         assert (registry.sweep(), session.statistics().loads) == ([], 1)

@@ -225,7 +225,7 @@ def test_a_commit_that_fails_half_way_damages_the_session_for_ever(
         lambda: apply_step(session, request(2)),
         lambda: apply_step(session, request(1)),
         lambda: apply_step(session, request(3)),
-        session.snapshot,
+        session.exchange.snapshot,
         lambda: load(session, 1, param=gradient()),
     ):
         with pytest.raises(errors.DataLossError, match="damaged when step 2 failed half-way"):
@@ -248,7 +248,7 @@ def test_an_answer_that_cannot_be_held_damages_too(make: Any) -> None:
     with stage(session, wanted, gradient(), [(0, SIZE)]) as step, pytest.raises(MemoryError):
         session.commit(step, Full(SIZE, FLOAT32))
     with pytest.raises(errors.DataLossError):
-        session.snapshot()
+        session.exchange.snapshot()
 
 
 def test_a_load_replaces_its_slots_and_leaves_the_others(make: Any, budget: MemoryBudget) -> None:
@@ -272,7 +272,7 @@ def test_a_load_that_fails_half_way_damages_the_session(make: Any, engine: Watch
     with pytest.raises(Failure):
         load(session, 1, param=gradient())
     with pytest.raises(errors.DataLossError, match="damaged when load 1 failed half-way"):
-        session.snapshot()
+        session.exchange.snapshot()
 
 
 def test_a_load_that_cannot_be_staged_gives_its_memory_back(
@@ -288,10 +288,10 @@ def test_a_load_that_cannot_be_staged_gives_its_memory_back(
 def test_a_pull_is_of_one_moment(make: Any) -> None:
     session = make()
     for change in (lambda: apply_step(session, request(1)), lambda: load(session, 1, param=gradient())):
-        snapshot = session.snapshot()
+        snapshot = session.exchange.snapshot()
         change()
         with pytest.raises(errors.StateChangedError, match="pull again"):
-            session.read(snapshot, "param", 0, np.empty(SIZE, np.float32))
+            session.exchange.read(snapshot, "param", 0, np.empty(SIZE, np.float32))
 
 
 def test_a_gradient_is_reserved_for_at_its_begin_and_given_back_at_its_end(make: Any, budget: MemoryBudget) -> None:

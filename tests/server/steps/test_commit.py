@@ -53,11 +53,15 @@ class Bench:
         self.tensor_steps = TensorSteps(config, [0] * len(config.layout.tensors))
         self.loss_scale: LossScale | None = None
         self.sum_bound = 0.0
+        self.changed: list[tuple[int, int]] = []
         self.effect = Effect.SKIPPED
         self.reply = np.empty(0, np.float32)
         self.start = np.zeros(SIZE, np.float32)
         self.start[INSIDE] = np.random.default_rng(9).standard_normal(len(INSIDE)).astype(np.float32)
         self.arrays.write("param", 0, self.start)
+
+    def before_change(self, start: int, end: int) -> None:
+        self.changed.append((start, end))
 
     def stage(self, request: StepRequest, unscale: float = 1.0) -> Step:
         room, selection = MemoryBudget(10_000).reserve(1, "it"), self.config.without(request.missing)

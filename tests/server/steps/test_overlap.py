@@ -186,17 +186,17 @@ def test_only_the_same_step_goes_on(half: Session) -> None:
 
 def test_half_a_step_is_not_read(half: Session) -> None:
     with pytest.raises(StateChangedError, match="step 1 is half applied; pull when it is finished"):
-        half.snapshot()
+        half.exchange.snapshot()
     attempt(half, gradient(half), ranges(half, []))
-    assert half.snapshot().step == 1
+    assert half.exchange.snapshot().step == 1
 
 
 def test_a_pull_that_a_step_begins_under_is_told(make: Any) -> None:
     session = make()
-    snapshot = session.snapshot()
+    snapshot = session.exchange.snapshot()
     attempt(session, gradient(session), ranges(session, [1000])[:1], finish=False)
     with pytest.raises(StateChangedError):
-        session.read(snapshot, "param", 0, np.empty(10, np.float32))
+        session.exchange.read(snapshot, "param", 0, np.empty(10, np.float32))
 
 
 def test_a_load_of_everything_replaces_half_a_step_and_one_of_a_part_does_not(half: Session) -> None:
@@ -208,7 +208,7 @@ def test_a_load_of_everything_replaces_half_a_step_and_one_of_a_part_does_not(ha
         commit_load(half, whole._replace(step=None), dict.fromkeys(half.slots, values))
     assert half.unfinished_step == 1
     assert commit_load(half, whole, dict.fromkeys(half.slots, values)) is True
-    assert (half.unfinished_step, half.snapshot().step) == (0, 4)
+    assert (half.unfinished_step, half.exchange.snapshot().step) == (0, 4)
     expected = np.zeros_like(values)  # padding stays zero
     for tensor in half.config.layout.tensors:
         expected[tensor.offset : tensor.end] = 0.5

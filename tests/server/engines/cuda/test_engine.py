@@ -437,7 +437,7 @@ def test_an_error_in_a_commit_damages_the_session_and_no_other(
     cupy._driver.failures._planned[operation].clear()
     staged.close()
     try:
-        if broken.snapshot().step == 2:
+        if broken.exchange.snapshot().step == 2:
             apply_step(whole, gradient_of(config, 2))
         assert same(everything(broken), everything(whole))
     except DataLossError:
@@ -461,7 +461,7 @@ def test_the_first_kernel_of_an_update_that_fails_damages(fake, library, operati
         session.commit(step, RecordingWriter(config.layout.size, FLOAT32))
     step.close()
     with pytest.raises(DataLossError, match="step 1"):
-        session.snapshot()
+        session.exchange.snapshot()
     session.close()
 
 
@@ -472,16 +472,16 @@ def test_a_load_that_fails_half_way_damages_the_session_and_frees_its_memory(fak
     apply_step(session, gradient_of(config, 1))
     before, (snapshot, slots) = cupy.used_bytes, everything(session)
     request = LoadRequest(1, tuple(slots), step=snapshot.step, tensor_steps=snapshot.tensor_steps)
-    with session.loading(request, holder_of(session)) as staged:
+    with session.exchange.loading(request, holder_of(session)) as staged:
         for slot, values in slots.items():
             staged.add(slot, 0, len(values), values.view(np.uint8))
         staged.staged.arrays.settle()
         cupy.fail_next(operation, RuntimeError("broken"))
         with pytest.raises(RuntimeError, match="broken"):
-            session.commit_load(staged)
+            session.exchange.commit_load(staged)
     del staged
     with pytest.raises(DataLossError, match="load 1"):
-        session.snapshot()
+        session.exchange.snapshot()
     gc.collect()  # the error's traceback
     assert cupy.used_bytes == before
     session.close()

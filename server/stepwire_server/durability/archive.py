@@ -1,0 +1,151 @@
+"""The sessions of a data directory: a folder each, with the config, the creating request, and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import Final
+
+import msgspec
+
+from stepwire.errors import DataLossError, Reason, SessionNotFoundError
+from stepwire_server.durability.checkpoints import CheckpointStore
+from stepwire_server.durability.disk import Disk, read_all, write_all
+from stepwire_server.durability.folders import NEW_PREFIX, NewFolder, is_folder, remove_files
+
+__all__ = ["Archive", "ArchivedSession"]
+
+_FILE: Final = "session.json"
+_CHECKPOINTS: Final = "checkpoints"
+_ID: Final = re.compile(r"[0-9a-f]{32}")
+_MOST_BYTES: Final = 256 << 20
+
+
+class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session as its folder describes it.
+
+    Attributes:
+        session_id: its id.
+        request_id: the request that created it.
+        config: the config of its creation, as a message of the contract.
+        create_time: the time of its creation, in seconds since 1970.
+        format: the version of the format.
+    """
+
+    session_id: str
+    request_id: str
+    config: bytes
+    create_time: float
+    format: int = 1
+
+
+class Archive:
+    """The folder of all sessions. Thread-safe, as far as each session has one user at a time."""
+
+    def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
+        """Serve a folder that exists."""
+        self._disk = disk
+        self._folder = folder
+        self._stores: dict[str, CheckpointStore] = {}
+        self._adding: set[str] = set()
+
+    def add(self, session: ArchivedSession) -> None:
+        """Keep a new session; it is there for good when this returns.
+
+        Raises:
+            OSError: the disk failed; nothing stays.
+        """
+        folder = NewFolder(self._disk, self._folder / session.session_id, _FILE, self._adding)
+        folder.make()
+        try:
+            self._write(folder.path / _FILE, msgspec.json.encode(session))
+            self._disk.make_folder(folder.path / _CHECKPOINTS)
+            folder.publish()
+        except BaseException:
+            self._discard(folder)
+            raise
+
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids of all sessions, sorted.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        return tuple(name for name in self._disk.names(self._folder) if _ID.fullmatch(name))
+
+    def get(self, session_id: str) -> ArchivedSession:
+        """Return a session.
+
+        Raises:
+            SessionNotFoundError: there is none of this id.
+            DataLossError: its folder is damaged.
+            OSError: the disk failed.
+        """
+        path = self._folder / session_id / _FILE
+        if not _ID.fullmatch(session_id) or not self._disk.exists(path):
+            raise SessionNotFoundError(f"session {session_id[:64]!r} is not in {self._folder}")
+        descriptor = self._disk.open(path, os.O_RDONLY)
+        try:
+            data = bytearray(min(self._disk.size(descriptor), _MOST_BYTES))
+            count = read_all(self._disk, descriptor, memoryview(data), 0)
+        finally:
+            self._disk.close(descriptor)
+        try:
+            return msgspec.json.decode(data[:count], type=ArchivedSession)
+        except msgspec.DecodeError as error:
+            raise DataLossError(
+                f"{path} describes no session: {error}; restore the file, or move the folder away",
+                reason=Reason.CHECKPOINT_DAMAGED,
+                metadata={"path": str(path)},
+            ) from None
+
+    def checkpoints(self, session_id: str) -> CheckpointStore:
+        """Return the checkpoints of a session."""
+        if (store := self._stores.get(session_id)) is None:
+            store = CheckpointStore(self._disk, self._folder / session_id / _CHECKPOINTS)
+            self._stores[session_id] = store
+        return store
+
+    def remove(self, session_id: str) -> None:
+        """Forget a session; it is gone for good when this returns, whatever of it is still being removed.
+
+        Raises:
+            OSError: the disk failed; the session may still be there.
+        """
+        folder, gone = self._folder / session_id, self._folder / f"{NEW_PREFIX}{session_id}"
+        self._stores.pop(session_id, None)
+        self._disk.rename(folder, gone)
+        self._disk.sync_folder(self._folder)
+        self._clear(gone)
+
+    def tidy(self) -> None:
+        """Remove the remains of sessions that were being added or removed when a server ended.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        for name in self._disk.names(self._folder):
+            if name.startswith(NEW_PREFIX):
+                self._clear(self._folder / name)
+
+    def _clear(self, folder: pathlib.Path) -> None:
+        checkpoints = folder / _CHECKPOINTS
+        if self._disk.exists(checkpoints) and is_folder(self._disk, checkpoints):
+            for name in self._disk.names(checkpoints):
+                remove_files(self._disk, checkpoints / name, "manifest.json")
+            self._disk.remove_folder(checkpoints)
+        remove_files(self._disk, folder, _FILE)
+
+    def _discard(self, folder: NewFolder) -> None:
+        if self._disk.exists(folder.path / _CHECKPOINTS):
+            self._disk.remove_folder(folder.path / _CHECKPOINTS)
+        folder.discard()
+
+    def _write(self, path: pathlib.Path, data: bytes) -> None:
+        descriptor = self._disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            write_all(self._disk, descriptor, memoryview(data), 0)
+            self._disk.sync(descriptor)
+        finally:
+            self._disk.close(descriptor)

@@ -1,0 +1,133 @@
+"""The log as one session sees it: begin an entry, add its chunks, commit it, wait until it is durable."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+
+from stepwire.errors import FencedError, Reason
+from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, encode_entry
+from stepwire_server.durability.records import Kind, Record
+from stepwire_server.durability.writer import LogWriter
+from stepwire_server.engines.protocol import HostArray
+
+__all__ = ["CHUNK", "EntryLog", "SessionLog"]
+
+CHUNK: Final = struct.Struct("<QQI")
+"""Offset, count and slot index of a chunk, in elements."""
+
+# A smaller chunk waits for the commit, so that a small step is one record.
+_INLINE_BYTES: Final = 32 << 10
+
+
+class EntryLog:
+    """One step or load on its way into the log. Nothing of it counts before its commit."""
+
+    def __init__(self, log: SessionLog, entry: int, *, at_once: bool) -> None:
+        """Await the chunks of an entry; `at_once` writes small ones too as they come."""
+        self.entry = entry
+        self._log = log
+        self._inline_bytes = 0 if at_once else _INLINE_BYTES
+        self._inline: list[tuple[int, int]] = []
+        self._payloads: list[HostArray] = []
+        self.applied = self._chunks = 0
+
+    def chunk(self, offset: int, count: int, payload: HostArray, slot: int = 0) -> None:
+        """Write a chunk while the rest arrives: `payload` is its bytes, `(n,) uint8`, which never change."""
+        if payload.nbytes < self._inline_bytes:
+            self._inline.append((offset, count))
+            self._payloads.append(payload)
+            return
+        self._log.append(Kind.CHUNK, self.entry, CHUNK.pack(offset, count, slot), payload)
+        self._chunks += 1
+
+    @property
+    def attempt(self) -> Attempt:
+        """All chunks so far that have records of their own."""
+        return Attempt(self.entry, self._chunks)
+
+    @property
+    def inline(self) -> tuple[tuple[int, int], ...]:
+        """Offset and count of the chunks that wait for the commit."""
+        return tuple(self._inline)
+
+    def commit(self, entry: StepEntry | LoadEntry) -> int:
+        """Append the record that makes the entry count, and return its number to wait for."""
+        payload = self._payloads[0] if len(self._payloads) == 1 else np.concatenate([_NONE, *self._payloads])
+        kind = Kind.COMMIT if isinstance(entry, StepEntry) else Kind.LOAD
+        return self._log.append(kind, self.entry, encode_entry(entry), payload, durable=True)
+
+
+class SessionLog:
+    """The log of one session. Thread-safe."""
+
+    def __init__(
+        self, writer: LogWriter, session_id: str, entries: Iterator[int], is_owner: Callable[[], bool]
+    ) -> None:
+        """Write the records of a session.
+
+        Args:
+            writer: the log.
+            session_id: the session's id.
+            entries: numbers the entries of the whole log.
+            is_owner: the look for a newer owner, True if there is none.
+        """
+        self._writer = writer
+        self._session = bytes.fromhex(session_id)
+        self._entries = entries
+        self._is_owner = is_owner
+
+    @property
+    def position(self) -> int:
+        """The number of the log's last record."""
+        return self._writer.position.number
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole log so far."""
+        return self._writer.statistics().written_bytes
+
+    def check(self) -> None:
+        """Refuse when nothing can become durable any more.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED.
+            FencedError: NOT_PRIMARY.
+        """
+        self._writer.check()
+
+    def begin(self, *, at_once: bool = False) -> EntryLog:
+        """Begin an entry. Its chunks are written as they come, small ones too with `at_once`."""
+        return EntryLog(self, next(self._entries), at_once=at_once)
+
+    def hold(self, generation: int) -> int:
+        """Append that another client has acquired the worker, and return the record's number."""
+        return self.append(Kind.HOLD, next(self._entries), encode_entry(HoldEntry(generation=generation)), durable=True)
+
+    def append(
+        self, kind: Kind, entry: int, meta: bytes, payload: HostArray | None = None, *, durable: bool = False
+    ) -> int:
+        """Append a record, and return its number."""
+        record = Record(kind, self._session, entry, meta, _NONE if payload is None else payload)
+        return self._writer.append(record, durable=durable)
+
+    def wait(self, number: int) -> None:
+        """Wait until a record and all before it are durable, and this server still owns the directory.
+
+        Raises:
+            DataLossError, FencedError: as `check`.
+        """
+        if number > self._writer.durable_position.number:
+            self._writer.wait(number)
+            return
+        self._writer.check()
+        if not self._is_owner():
+            raise FencedError(
+                "another server owns the data directory now; connect to that one", reason=Reason.NOT_PRIMARY
+            )
+
+
+_NONE: Final = np.empty(0, np.uint8)

@@ -1,0 +1,146 @@
+"""The thread that takes the checkpoints of all sessions, removes old ones, and lets go of the log behind them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import structlog
+
+from stepwire.errors import StepwireError
+from stepwire_server.config import ServerConfig
+from stepwire_server.sessions.checkpointing import Saved
+from stepwire_server.sessions.session import Session
+
+__all__ = ["Checkpointer"]
+
+_log = structlog.get_logger()
+
+
+class _Kept(NamedTuple):
+    """The last checkpoint of a session; the clock reading and the bytes of the log when it was saved."""
+
+    saved: Saved
+    at: float
+    log_bytes: int
+
+
+class Checkpointer:
+    """Takes checkpoints when they are due. Thread-safe."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        clock: Callable[[], float],
+        save: Callable[[Session], Saved],
+        release: Callable[[int], object],
+    ) -> None:
+        """Take checkpoints of the sessions that are added.
+
+        Args:
+            config: the settings.
+            clock: returns seconds.
+            save: takes a checkpoint, and removes those that are too many.
+            release: lets go of the log's records before a number.
+        """
+        self._config = config
+        self._clock = clock
+        self._save = save
+        self._release = release
+        self._kept: dict[Session, _Kept] = {}
+        self._lock = threading.Lock()  # of the dictionary
+        self._turn = threading.Lock()  # of one checkpoint at a time
+        self._wake = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+
+    def start(self) -> None:
+        """Look for due checkpoints from now on."""
+        self._thread.start()
+
+    def add(self, session: Session, saved: Saved) -> None:
+        """Look after a session whose last checkpoint is known."""
+        with self._lock:
+            self._kept[session] = _Kept(saved, self._clock(), session.progress.log_bytes)
+
+    def remove(self, session: Session) -> None:
+        """Look after a session no more."""
+        with self._turn, self._lock:
+            self._kept.pop(session, None)
+
+    def wake(self) -> None:
+        """Look at once: a session has taken the steps between two checkpoints."""
+        self._wake.set()
+
+    def look(self) -> None:
+        """Take the checkpoints that are due, and let go of the log behind them."""
+        for session in self._due():
+            try:
+                self.checkpoint(session)
+            except (StepwireError, OSError) as error:  # the next look tries again
+                _log.warning("checkpoint failed", session_id=session.session_id, problem=str(error))
+        self._let_go()
+
+    def checkpoint(self, session: Session) -> Saved:
+        """Take a checkpoint of a session now, unless the last one has its present state.
+
+        Raises:
+            StepwireError, OSError: as `checkpointing.save`.
+        """
+        with self._turn:
+            with self._lock:
+                kept = self._kept.get(session)
+            ledger = session.ledger
+            if kept is not None and (kept.saved.step, kept.saved.load) == (ledger.applied_step, ledger.applied_load):
+                return kept.saved
+            log_bytes, saved = session.progress.log_bytes, self._save(session)
+            with self._lock:
+                if session in self._kept:
+                    self._kept[session] = _Kept(saved, self._clock(), log_bytes)
+            return saved
+
+    def close(self) -> None:
+        """End the thread, after the checkpoint that it is taking. Closing twice is harmless."""
+        self._ended = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended:
+            self._wake.wait(self._config.sweep_seconds)
+            self._wake.clear()
+            if not self._ended:
+                self.look()
+
+    def _due(self) -> Iterable[Session]:
+        now = self._clock()
+        with self._lock:
+            kept = list(self._kept.items())
+        return [session for session, last in kept if self._is_due(session, last, now)]
+
+    def _is_due(self, session: Session, kept: _Kept, now: float) -> bool:
+        ledger, durability = session.ledger, session.config.durability
+        steps = ledger.applied_step - kept.saved.step
+        loaded = ledger.applied_load != kept.saved.load
+        if not (steps or loaded) or not ledger.ready:
+            return False
+        if loaded and durability.level == "checkpoint":  # only a checkpoint has it
+            return True
+        if durability.every_steps is not None and steps >= durability.every_steps:
+            return True
+        if durability.level == "journal" and self._is_long(session, kept):
+            return True
+        return now - kept.at >= (durability.every_seconds or self._config.checkpoint_seconds)
+
+    def _is_long(self, session: Session, kept: _Kept) -> bool:
+        """Tell whether the log behind a session's checkpoint is longer than it may be."""
+        return session.progress.log_bytes - kept.log_bytes > self._config.journal_bytes
+
+    def _let_go(self) -> None:
+        with self._lock:
+            kept = list(self._kept.items())
+        needed = [last.saved.position for session, last in kept if session.progress.last.number > last.saved.position]
+        if kept:
+            self._release(1 + min(needed, default=max(session.progress.position for session, _ in kept)))

@@ -1,0 +1,127 @@
+"""Checkpoints of a session: taken while it steps, and read back into a new one."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from stepwire.errors import DataLossError, Reason
+from stepwire_server.durability.checkpoint import Checkpoint, CheckpointWriter
+from stepwire_server.durability.checkpoints import CheckpointStore
+from stepwire_server.durability.manifest import Manifest
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.exchange import Captured
+from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.workers import Holder
+
+__all__ = ["Saved", "restore", "save"]
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was saved.
+
+    Attributes:
+        step: the last step in it.
+        load: the last load in it.
+        position: the number of the log's last record that it makes superfluous.
+    """
+
+    step: int
+    load: int
+    position: int
+
+
+def save(session: Session, store: CheckpointStore, name: str, config: dict[str, Any]) -> Saved:
+    """Take a checkpoint of the present moment, while steps go on.
+
+    Args:
+        session: the session.
+        store: its checkpoints.
+        name: the checkpoint's name.
+        config: the session's config, as JSON.
+
+    Raises:
+        SessionNotReadyError, SessionNotFoundError, DataLossError, StateChangedError: as `StateExchange.captured`.
+        InvalidRequestError: the name is none, or another checkpoint has it.
+        OSError: the disk failed; there is no such checkpoint.
+    """
+    elements = session.config.layout.size
+    with session.exchange.captured() as captured:
+        writer = store.begin(name, dict.fromkeys(session.slots, elements))
+        try:
+            for slot, start, values in captured.blocks:
+                writer.write(slot, start, values)
+        except BaseException:
+            writer.abort()
+            raise
+    _commit(writer, session, captured, config)
+    return Saved(captured.numbers.step, captured.numbers.load, captured.position)
+
+
+def _commit(writer: CheckpointWriter, session: Session, captured: Captured, config: dict[str, Any]) -> None:
+    numbers, result = captured.numbers, captured.last_result
+    writer.commit(
+        Manifest(
+            session_id=session.session_id,
+            name="",
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            epoch=session.ledger.epoch,
+            step=numbers.step,
+            load=numbers.load,
+            ready=captured.ready,
+            tensor_steps=numbers.tensor_steps,
+            tensor_scalars=numbers.tensor_scalars,
+            loss_scale=numbers.loss_scale,
+            sum_bound=captured.sum_bound,
+            generation=captured.holder.generation,
+            acquired=captured.holder.acquired,
+            last_result=None if result is None else msgspec.msgpack.encode(result),
+            config=config,
+        )
+    )
+
+
+def restore(session: Session, checkpoint: Checkpoint) -> None:
+    """Take over a checkpoint.
+
+    Raises:
+        DataLossError: it is damaged, or of another shape than the session.
+        ResourceExhaustedError: it does not fit beside the session's state, where it has to.
+        OSError: the disk failed.
+    """
+    manifest = checkpoint.manifest
+    _check_shape(session.config, manifest, checkpoint)
+    numbers = Snapshot(
+        manifest.step, manifest.load, manifest.tensor_steps, manifest.loss_scale, manifest.tensor_scalars
+    )
+    captured = Captured(
+        numbers,
+        manifest.sum_bound,
+        manifest.ready,
+        _last_result(manifest),
+        Holder(0, manifest.generation, manifest.acquired, None),
+    )
+    session.exchange.restore(captured, checkpoint.body.read)
+
+
+def _last_result(manifest: Manifest) -> StepResult | None:
+    if manifest.last_result is None:
+        return None
+    return msgspec.msgpack.decode(manifest.last_result, type=StepResult)
+
+
+def _check_shape(config: SessionConfig, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    elements = {slot: facts.elements for slot, facts in manifest.arrays.items()}
+    wanted = dict.fromkeys(config.visible_slots, config.layout.size)
+    tensors = len(config.layout.tensors)
+    if elements != wanted or len(manifest.tensor_steps) != tensors:
+        raise DataLossError(
+            f"checkpoint {checkpoint.name!r} has the arrays {elements} of {len(manifest.tensor_steps)} tensors, and "
+            f"the session {wanted} of {tensors}; it belongs to another session",
+            reason=Reason.CHECKPOINT_DAMAGED,
+            metadata={"checkpoint": checkpoint.name},
+        )

@@ -1,0 +1,265 @@
+"""The data directory of a server: its epoch, its log, and the sessions that it keeps beyond the server's end.
+
+The order of the start is the fence: the epoch is created first, the log is read second. A session comes back from its
+newest good checkpoint, and what the log has beyond that is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import pathlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import structlog
+
+from stepwire.errors import DataLossError, Reason, StepwireError
+from stepwire_server.config import ServerConfig
+from stepwire_server.durability.archive import Archive, ArchivedSession
+from stepwire_server.durability.checkpoint import Checkpoint
+from stepwire_server.durability.checkpoints import CheckpointStore, automatic_name
+from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.reading import read_log
+from stepwire_server.durability.records import LogPosition
+from stepwire_server.durability.session_log import SessionLog
+from stepwire_server.durability.writer import LogLimits, LogWriter
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.checkpointer import Checkpointer
+from stepwire_server.sessions.checkpointing import Saved, restore, save
+from stepwire_server.sessions.redo import Codec, Redo
+from stepwire_server.sessions.session import Session
+
+__all__ = ["DataDirectory", "Make"]
+
+_log = structlog.get_logger()
+_EPOCHS, _LOG, _SESSIONS = _FOLDERS = ("epochs", "log", "sessions")
+_NO_CHECKPOINT: Final = Saved(0, 0, 0)
+
+Make = Callable[[str, SessionConfig], Session]
+"""Makes a session of an id, at step 0."""
+
+
+class DataDirectory:
+    """The sessions on disk. Its calls are serialised by the registry, but for those of the checkpointer's thread.
+
+    Attributes:
+        epoch: the epoch of this owner.
+        checkpointer: takes the checkpoints of the sessions that are in memory.
+    """
+
+    def __init__(
+        self, config: ServerConfig, codec: Codec, clock: Callable[[], float], disk: Disk | None = None
+    ) -> None:
+        """Own the directory from now on: every earlier owner answers nothing any more.
+
+        Raises:
+            DataLossError: the log is damaged, or cannot be read.
+            OSError: the disk failed.
+        """
+        self._config = config
+        self._codec = codec
+        self._disk = disk or Disk()
+        self._folder = pathlib.Path(config.data_dir).absolute()
+        for folder in (self._folder, *(self._folder / name for name in _FOLDERS)):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        epochs = Epochs(self._disk, self._folder / _EPOCHS)
+        self.epoch = epoch = epochs.acquire(secrets.token_hex(8))
+        self._reader = read_log(self._disk, self._folder / _LOG)
+        self._archive = Archive(self._disk, self._folder / _SESSIONS)
+        self._archive.tidy()
+        self._is_owner = lambda: epochs.is_owner(epoch)
+        self._entries = itertools.count(1)
+        self._writer: LogWriter | None = None
+        self._lost: dict[str, StepwireError] = {}
+        self._unsafe: set[str] = set()
+        self.checkpointer = Checkpointer(config, clock, self._save, self._release)
+
+    # --- the start ---------------------------------------------------------------------------------------
+
+    def recover(self, make: Make) -> list[tuple[ArchivedSession, Session]]:
+        """Bring the sessions back that the log has commits of, and begin a log of this epoch.
+
+        The others are parked: see `revive`. A session that cannot be brought back stays on disk, and tells its caller
+        why.
+
+        Raises:
+            DataLossError: the log is damaged, or cannot be read.
+            OSError: the disk failed.
+        """
+        began, found = time.monotonic(), dict[str, Redo]()
+        known, reader = frozenset(self._archive.ids()), self._reader
+        for record in reader:
+            session_id = record.header.session.hex()
+            if session_id not in known or session_id in self._lost:
+                continue
+            with self._noting_loss(session_id, found):
+                if session_id not in found:
+                    found[session_id] = Redo(self._restored(session_id, make), self._codec)
+                found[session_id].add(record)
+        limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
+        self._writer = LogWriter(
+            self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=reader.end, limits=limits
+        )
+        recovered = []
+        for session_id, redo in found.items():
+            self._unsafe.add(session_id)
+            self._open(redo.session, _NO_CHECKPOINT)
+            recovered.append((self._archive.get(session_id), redo.session))
+        commits = sum(redo.commits for redo in found.values())
+        _log.info(
+            "recovered",
+            data_dir=str(self._folder),
+            epoch=self.epoch,
+            sessions=len(found),
+            parked=len(known) - len(found) - len(self._lost),
+            lost=len(self._lost),
+            commits=commits,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        return recovered
+
+    @contextlib.contextmanager
+    def _noting_loss(self, session_id: str, found: dict[str, Redo]) -> Iterator[None]:
+        try:
+            yield
+        except StepwireError as error:
+            _log.error("session not recovered", session_id=session_id, problem=str(error))
+            self._lost[session_id] = error
+            if (redo := found.pop(session_id, None)) is not None:
+                redo.session.close()
+
+    # --- sessions ----------------------------------------------------------------------------------------
+
+    def add(self, session: Session, request_id: str) -> None:
+        """Keep a new session; it is there for good when this returns.
+
+        Raises:
+            OSError: the disk failed; nothing stays.
+        """
+        config = self._codec.encode_config(session.config)
+        self._archive.add(
+            ArchivedSession(
+                session_id=session.session_id, request_id=request_id, config=config, create_time=time.time()
+            )
+        )
+        self._open(session, _NO_CHECKPOINT)
+
+    def remove(self, session_id: str) -> None:
+        """Forget a session for good.
+
+        Raises:
+            OSError: the disk failed; the session may still be there.
+        """
+        self._archive.remove(session_id)
+        self._lost.pop(session_id, None)
+        self._unsafe.discard(session_id)
+
+    def forget(self, session: Session) -> None:
+        """Look after a session in memory no more: it is closed, and what the disk has of it stays."""
+        self.checkpointer.remove(session)
+
+    def parked(self) -> list[ArchivedSession]:
+        """Return all sessions on disk, those in memory too; one whose folder is damaged is left out."""
+        found = []
+        for session_id in self._archive.ids():
+            with contextlib.suppress(StepwireError):
+                found.append(self._archive.get(session_id))
+        return found
+
+    def revive(self, session_id: str, make: Make) -> tuple[ArchivedSession, Session]:
+        """Bring a parked session back into memory.
+
+        Raises:
+            SessionNotFoundError: there is none of this id.
+            ResourceExhaustedError: no room just now.
+            DataLossError: the session could not be brought back.
+        """
+        if (loss := self._lost.get(session_id)) is not None:
+            raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
+        session = self._restored(session_id, make)
+        ledger = session.ledger
+        self._open(session, Saved(ledger.applied_step, ledger.applied_load, self._log_writer.position.number))
+        return self._archive.get(session_id), session
+
+    def checkpoints(self, session_id: str) -> CheckpointStore:
+        """Return the checkpoints of a session."""
+        return self._archive.checkpoints(session_id)
+
+    def start(self) -> None:
+        """Take checkpoints when they are due."""
+        self.checkpointer.start()
+
+    def close(self) -> None:
+        """End the checkpoints and the log. Closing twice is harmless."""
+        self.checkpointer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _log_writer(self) -> LogWriter:
+        assert self._writer is not None
+        return self._writer
+
+    def _open(self, session: Session, saved: Saved) -> None:
+        """Have a session write into the log, and be looked after."""
+        journals = session.config.durability.level == "journal"
+        session.progress.attach(
+            SessionLog(self._log_writer, session.session_id, self._entries, self._is_owner), journals=journals
+        )
+        ledger = session.ledger
+        ledger.durable_step = ledger.applied_step
+        self.checkpointer.add(session, saved)
+
+    def _restored(self, session_id: str, make: Make) -> Session:
+        archived = self._archive.get(session_id)
+        session = make(session_id, self._codec.decode_config(archived.config))
+        try:
+            self._restore_newest(session)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _restore_newest(self, session: Session) -> None:
+        """Restore the newest checkpoint whose arrays are good; without any, the session stays at step 0."""
+        store, bad = self._archive.checkpoints(session.session_id), list[str]()
+        while (checkpoint := store.newest(without=bad).checkpoint) is not None:
+            with checkpoint:
+                if self._restore(session, checkpoint):
+                    return
+                bad.append(checkpoint.name)
+        if any(info.damage is not None for info in store.list()) or bad:
+            raise DataLossError(
+                f"session {session.session_id} has no checkpoint that is not damaged; restore one from a copy",
+                reason=Reason.CHECKPOINT_DAMAGED,
+                metadata={"session_id": session.session_id},
+            )
+        session.ledger.worker.restore(1, 1)
+
+    def _restore(self, session: Session, checkpoint: Checkpoint) -> bool:
+        try:
+            restore(session, checkpoint)
+        except DataLossError as error:
+            _log.warning("checkpoint damaged", session_id=session.session_id, problem=str(error))
+            return False
+        return True
+
+    def _save(self, session: Session) -> Saved:
+        store = self._archive.checkpoints(session.session_id)
+        config = json.loads(self._codec.config_text(session.config))
+        ledger = session.ledger
+        saved = save(session, store, automatic_name(ledger.applied_step, ledger.applied_load), config)
+        session.progress.checkpointed(saved.step)
+        self._unsafe.discard(session.session_id)
+        store.prune(self._config.checkpoints_kept)
+        return saved
+
+    def _release(self, number: int) -> None:
+        """Let go of the records before a number, once no session needs those of older epochs."""
+        if not (self._unsafe or self._lost):
+            self._log_writer.release(LogPosition(self.epoch, number))

@@ -1,0 +1,202 @@
+"""State in and out of a session: pulls as of one moment, loads all at once, captures for checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from stepwire.errors import StateChangedError
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
+from stepwire_server.sessions.capture import Block, Capture
+from stepwire_server.sessions.ledger import Ledger
+from stepwire_server.sessions.load import Load
+from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.state import SessionState
+from stepwire_server.sessions.workers import Holder
+from stepwire_server.steps.overlap import unfinished
+from stepwire_server.steps.step import Hold
+
+__all__ = ["Captured", "StateExchange"]
+
+
+class Captured(NamedTuple):
+    """One moment of a session, for a checkpoint.
+
+    Attributes:
+        numbers: the numbers of the state.
+        sum_bound: no element of the accumulated gradient is larger in magnitude.
+        ready: parameters have been loaded or were initialised.
+        last_result: the result of the last step, for a replay; None for none.
+        holder: the hold of the worker.
+        position: the number of the log's last record at that moment.
+        blocks: the blocks of all slots, in any order.
+    """
+
+    numbers: Snapshot
+    sum_bound: float
+    ready: bool
+    last_result: StepResult | None
+    holder: Hold
+    position: int = 0
+    blocks: Iterator[Block] = iter(())
+
+
+class StateExchange:
+    """The door of a session for state in and out. Thread-safe: it shares the session's lock.
+
+    Attributes:
+        loads: the loads that are under way.
+    """
+
+    def __init__(
+        self, state: SessionState, ledger: Ledger, lock: threading.Lock, last_use: LastUse, progress: Progress
+    ) -> None:
+        """Open the door of a session."""
+        self._state = state
+        self._ledger = ledger
+        self._lock = lock
+        self._last_use = last_use
+        self._progress = progress
+        self.loads = CallsUnderWay(last_use)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present moment: `read` compares it, so that a pull is of one moment, and of a durable one.
+
+        Raises:
+            SessionNotReadyError, SessionNotFoundError, DataLossError: there is nothing to read.
+            StateChangedError: a step is half applied.
+        """
+        with self._lock:
+            self._check_readable()
+            snapshot = self._state.snapshot(self._ledger.applied_step, self._ledger.applied_load)
+            mark = self._progress.last
+        self._progress.read(mark)
+        return snapshot
+
+    def read(self, snapshot: Snapshot, slot: str, start: int, out: HostArray) -> None:
+        """Encode a range of a slot as of `snapshot` into `out`, `(n,)` of a wire dtype.
+
+        Raises:
+            StateChangedError: a step or a load was committed since.
+        """
+        with self._lock:
+            self._check_readable()
+            now = (self._ledger.applied_step, self._ledger.applied_load)
+            if now != (snapshot.step, snapshot.load):
+                raise StateChangedError(
+                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
+                    f"{now[1]} during the pull; pull again",
+                    metadata={"step": snapshot.step, "applied_step": now[0]},
+                )
+            self._state.read(slot, start, out)
+
+    def _check_readable(self) -> None:
+        self._ledger.check_usable()
+        self._last_use.note()
+        if (half := self._state.unfinished) is not None:
+            raise StateChangedError(
+                f"step {half.number} is half applied; pull when it is finished",
+                metadata={"unfinished_step": half.number},
+            )
+
+    @contextlib.contextmanager
+    def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | None]:
+        """Admit a load and stage it for a block; yields None for a replay of the last.
+
+        While it is on its way, the session's lease does not run.
+
+        Raises:
+            StepwireError: as `Ledger.admit_load`.
+            ResourceExhaustedError: it does not fit beside the state.
+        """
+        with self.loads.one():
+            with self._lock:
+                following = self._ledger.admit_load(request, holder)
+                mark = self._progress.last
+            if not following:
+                self._progress.settle(mark)
+                yield None
+                return
+            entry = self._progress.begin(at_once=True)
+            everything = self._state.config.everything
+            with Load(request, holder, self._state.stage_load(request.slots), everything, entry) as load:
+                yield load
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[Captured]:
+        """Keep the present moment for a block, so that it can be read while steps go on.
+
+        Raises:
+            SessionNotReadyError, SessionNotFoundError, DataLossError: there is no sound state.
+            StateChangedError: a step is half applied, or another reader is at work.
+        """
+        state, ledger = self._state, self._ledger
+        with self._lock:
+            self._check_sound()
+            capture = Capture(state.config.visible_slots, state.config.layout.size, state.read)
+            state.capture = capture
+            captured = Captured(
+                state.snapshot(ledger.applied_step, ledger.applied_load),
+                state.sum_bound,
+                ledger.ready,
+                ledger.last_result,
+                ledger.worker.holder,
+                self._progress.position,
+                capture.blocks(self._lock),
+            )
+        try:
+            yield captured
+        finally:
+            capture.end()
+            with self._lock:
+                state.capture = None
+
+    def _check_sound(self) -> None:
+        self._ledger.check_usable()
+        if self._state.unfinished is not None or self._state.capture is not None:
+            raise StateChangedError("a step is half applied, or a checkpoint is being taken; try again later")
+
+    def restore(self, captured: Captured, read: Callable[[str, int, HostArray], None]) -> None:
+        """Take over a moment of an earlier server; `read` reads a range of a slot into an array, `(n,) float32`.
+
+        Raises:
+            DataLossError: the checkpoint is damaged.
+            ResourceExhaustedError: as `SessionState.restore`.
+        """
+        numbers, hold = captured.numbers, captured.holder
+        with self._lock:
+            self._state.restore(numbers, captured.sum_bound, read)
+            self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
+            self._ledger.worker.restore(hold.generation, hold.acquired)
+
+    def commit_load(self, load: Load) -> bool:
+        """Put staged slots in the place of the present ones; False if it had been committed before.
+
+        Raises:
+            StepwireError: as `loading`; the state is as before.
+            DataLossError: DURABILITY_FAILED; the load may be lost with the server.
+        """
+        request = load.request
+        with self._lock:
+            following = self._ledger.admit_load(request, load.holder)
+            if following:
+                self._commit_load(load)
+            mark = self._progress.last
+        self._progress.settle(mark)
+        return following
+
+    def _commit_load(self, load: Load) -> None:
+        request, state = load.request, self._state
+        half = state.unfinished
+        if half is not None and (request.step is None or set(request.slots) != set(state.config.visible_slots)):
+            raise unfinished(half.number, "finish it")
+        with self._ledger.changing("load", request.load):
+            state.adopt(load.staged, request, first=not self._ledger.ready)
+            self._ledger.commit_load(request)
+        self._progress.load_committed(load.entry, request, load.holder)

@@ -1,0 +1,145 @@
+"""The way of a session's commits onto the disk, and the steps that are durable. Without a log it does nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stepwire.errors import DataLossError
+from stepwire_server.durability.entries import Attempt, LoadEntry, StepEntry
+from stepwire_server.durability.session_log import EntryLog, SessionLog
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.sessions.ledger import Ledger
+from stepwire_server.steps.step import Hold, Step
+
+__all__ = ["Mark", "Progress"]
+
+
+class Mark(NamedTuple):
+    """A moment to wait for.
+
+    Attributes:
+        number: the number of the log's record that makes it durable; 0 for none.
+        step: the session's step at that moment.
+    """
+
+    number: int
+    step: int
+
+
+class Progress:
+    """The commits of one session on their way. All but `settle` and `read` are called under the session's lock.
+
+    Attributes:
+        last: the moment after the last commit, or the last change of the hold.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Start without a log."""
+        self._ledger = ledger
+        self._log: SessionLog | None = None
+        self._journals = False
+        self.last = Mark(0, 0)
+
+    def attach(self, log: SessionLog, *, journals: bool) -> None:
+        """Write into a log from now on: holds, and with `journals` steps and loads too."""
+        self._log, self._journals = log, journals
+        self.last = Mark(0, self._ledger.applied_step)
+
+    @property
+    def position(self) -> int:
+        """The number of the log's last record: what comes later is of the future; 0 without a log."""
+        return 0 if self._log is None else self._log.position
+
+    @property
+    def log_bytes(self) -> int:
+        """The bytes of the whole log so far; 0 without a log."""
+        return 0 if self._log is None else self._log.nbytes
+
+    def begin(self, *, at_once: bool = False) -> EntryLog | None:
+        """Begin the entry of a step or a load; None where none is kept.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED.
+            FencedError: another server owns the data directory.
+        """
+        if self._log is None:
+            return None
+        self._log.check()
+        return self._log.begin(at_once=at_once) if self._journals else None
+
+    def check(self) -> None:
+        """Refuse a commit that could not become durable.
+
+        Raises:
+            DataLossError, FencedError: as `begin`.
+        """
+        if self._log is not None:
+            self._log.check()
+
+    def step_committed(self, step: Step, attempts: tuple[Attempt, ...] = ()) -> None:
+        """Append a step that has been applied; `attempts` tells the chunks of an overlapped one."""
+        if (entry := step.entry) is None:
+            return
+        decision = step.decision
+        message = StepEntry(
+            step=step.request.step,
+            opening=step.request.opening,
+            generation=step.holder.generation,
+            acquired=step.holder.acquired,
+            attempts=attempts or ((entry.attempt,) if entry.attempt.chunks else ()),
+            inline=entry.inline,
+            decision=None if decision is None else (decision.coefficient, decision.groups, decision.skip),
+        )
+        self.last = Mark(entry.commit(message), step.request.step)
+
+    def load_committed(self, entry: EntryLog | None, request: LoadRequest, holder: Hold) -> None:
+        """Append a load that has been applied."""
+        if entry is None:
+            return
+        scale = request.loss_scale
+        message = LoadEntry(
+            load=request.load,
+            slots=request.slots,
+            dtype=request.dtype.name,
+            generation=holder.generation,
+            acquired=holder.acquired,
+            attempt=entry.attempt,
+            step=request.step,
+            tensor_steps=request.tensor_steps,
+            tensor_scalars=request.tensor_scalars,
+            loss_scale=None if scale is None else (scale.scale, scale.clean_steps),
+        )
+        self.last = Mark(entry.commit(message), self._ledger.applied_step)
+
+    def acquired(self, holder: Hold) -> None:
+        """Append that a client has acquired the worker."""
+        if self._log is not None:
+            self.last = Mark(self._log.hold(holder.generation), self._ledger.applied_step)
+
+    def checkpointed(self, step: int) -> None:
+        """Note that a checkpoint holds a step."""
+        self._ledger.durable_step = max(self._ledger.durable_step, step)
+
+    def settle(self, mark: Mark) -> None:
+        """Wait until a moment is durable: only then it may be told.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED; the server may lose the moment.
+            FencedError: another server owns the data directory.
+        """
+        if self._log is None:
+            return
+        self._log.wait(mark.number)
+        if self._journals and mark.step > self._ledger.durable_step:
+            self._ledger.durable_step = mark.step
+
+    def read(self, mark: Mark) -> None:
+        """Wait as `settle` before state is read, which stays possible when the disk has failed.
+
+        Raises:
+            FencedError: as `settle`.
+        """
+        try:
+            self.settle(mark)
+        except DataLossError:
+            return

@@ -1,0 +1,226 @@
+"""Steps and loads of the log, made again in a session that a checkpoint restored: bit for bit what they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from stepwire.errors import DataLossError, Reason
+from stepwire.wire.dtypes import dtype_named, wire_bytes
+from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, decode_entry
+from stepwire_server.durability.reading import LogRecord
+from stepwire_server.durability.records import Kind
+from stepwire_server.durability.session_log import CHUNK
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.step_request import Decision, StepRequest
+from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.sessions.session import Session
+from stepwire_server.steps.reply import ReplyPipeline
+from stepwire_server.steps.step import Step
+
+__all__ = ["Codec", "NoReply", "Redo"]
+
+_Key = tuple[int, int]
+
+
+class Codec(Protocol):
+    """The contract's messages, for a domain that knows none of them."""
+
+    def encode_config(self, config: SessionConfig) -> bytes:
+        """Encode a session's config."""
+        ...
+
+    def decode_config(self, data: bytes) -> SessionConfig:
+        """Decode a session's config.
+
+        Raises:
+            InvalidRequestError, UnsupportedFeatureError: this release cannot serve it.
+        """
+        ...
+
+    def config_text(self, config: SessionConfig) -> str:
+        """Return a session's config as JSON, for people who read a checkpoint."""
+        ...
+
+    def decode_opening(self, data: bytes, config: SessionConfig) -> StepRequest:
+        """Decode the opening of a step, which has no number and no reply.
+
+        Raises:
+            InvalidRequestError: as `decode_config`.
+        """
+        ...
+
+
+class NoReply:
+    """A reply that nobody reads; see `ReplyWriter`."""
+
+    def buffer(self, offset: int, count: int) -> HostArray:
+        """See `ReplyWriter`: no step is redone with a reply."""
+        raise AssertionError("a step that is redone has no reply")
+
+    def before(self) -> HostArray:
+        """See `ReplyWriter`."""
+        raise AssertionError("a step that is redone has no reply")
+
+    def flush(self) -> None:
+        """See `ReplyWriter`."""
+
+
+class _Chunk(NamedTuple):
+    """A chunk of a record of its own, or of a commit's payload."""
+
+    offset: int
+    elements: int
+    slot: int
+    payload: HostArray
+
+
+class Redo:
+    """The commits of one session that its checkpoint does not have, made again in the order of the log.
+
+    Attributes:
+        session: the session.
+        commits: the number of commits made so far.
+    """
+
+    def __init__(self, session: Session, codec: Codec) -> None:
+        """Go on from the session as it stands; it has no log yet."""
+        self.session = session
+        self.commits = 0
+        self._codec = codec
+        self._chunks: dict[_Key, list[LogRecord]] = defaultdict(list)
+
+    def add(self, record: LogRecord) -> None:
+        """Make the next record of the session again.
+
+        Raises:
+            DataLossError: a commit is missing before this one, or the record is damaged.
+        """
+        kind, worker = record.header.kind, self.session.ledger.worker
+        if kind is Kind.CHUNK:
+            self._chunks[record.header.epoch, record.header.entry].append(record)
+        elif kind is Kind.COMMIT:
+            self._step(decode_entry(StepEntry, record.meta), record)
+        elif kind is Kind.LOAD:
+            self._load(decode_entry(LoadEntry, record.meta), record)
+        elif kind is Kind.HOLD:
+            generation = decode_entry(HoldEntry, record.meta).generation
+            worker.restore(generation, generation)
+
+    def _step(self, entry: StepEntry, record: LogRecord) -> None:
+        session = self.session
+        if entry.step > session.ledger.applied_step:
+            _check_next(session, "step", entry.step, session.ledger.applied_step + 1)
+            _redo_step(session, entry, record, _Chunks(self._chunks, record), self._codec)
+            self._made(entry)
+
+    def _load(self, entry: LoadEntry, record: LogRecord) -> None:
+        session = self.session
+        if entry.load > session.ledger.applied_load:
+            _check_next(session, "load", entry.load, session.ledger.applied_load + 1)
+            _redo_load(session, entry, _Chunks(self._chunks, record))
+            self._made(entry)
+
+    def _made(self, entry: StepEntry | LoadEntry) -> None:
+        self.session.ledger.worker.restore(entry.generation, entry.acquired)
+        self._chunks.clear()
+        self.commits += 1
+
+
+class _Chunks:
+    """The chunks of one commit."""
+
+    def __init__(self, chunks: dict[_Key, list[LogRecord]], commit: LogRecord) -> None:
+        self._chunks = chunks
+        self._commit = commit
+
+    def of(self, attempt: Attempt) -> Iterable[_Chunk]:
+        """Yield the chunks of an attempt that count.
+
+        Raises:
+            DataLossError: one is missing.
+        """
+        found = self._chunks[self._commit.header.epoch, attempt.entry][: attempt.chunks]
+        if len(found) != attempt.chunks:
+            raise DataLossError(
+                f"the log lacks {attempt.chunks - len(found)} chunks of a commit; see `stepwire checkpoint repair`",
+                reason=Reason.LOG_DAMAGED,
+            )
+        for record in found:
+            offset, count, slot = CHUNK.unpack(record.meta)
+            yield _Chunk(offset, count, slot, record.read_payload())
+
+
+def _inline(entry: StepEntry, record: LogRecord, dtype: np.dtype[Any]) -> Iterable[_Chunk]:
+    """Yield the chunks in a commit's own payload."""
+    if not entry.inline:
+        return
+    payload, low = record.read_payload(), 0
+    for offset, count in entry.inline:
+        high = low + wire_bytes(dtype, count)
+        yield _Chunk(offset, count, 0, payload[low:high])
+        low = high
+
+
+def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _Chunks, codec: Codec) -> None:
+    opened = codec.decode_opening(entry.opening, session.config)
+    request = opened._replace(step=entry.step, epoch=0, load=None, reply=False, shared=False, reply_base=None)
+    holder = session.ledger.worker.holder
+    if request.overlap:
+        for index, attempt in enumerate(entry.attempts):
+            with session.begin(request, holder, 0.0) as step:
+                _apply(session, step, chunks.of(attempt))
+                if index == len(entry.attempts) - 1:
+                    session.finish(step)
+        return
+    with session.begin(request, holder, 0.0) as step:
+        for attempt in entry.attempts:
+            for chunk in chunks.of(attempt):
+                step.add(chunk.offset, chunk.elements, chunk.payload)
+        for chunk in _inline(entry, record, request.gradient_dtype):
+            step.add(chunk.offset, chunk.elements, chunk.payload)
+        if entry.decision is not None:
+            step.decision = Decision(*entry.decision)
+        session.commit(step, NoReply())
+
+
+def _apply(session: Session, step: Step, chunks: Iterable[_Chunk]) -> None:
+    with ReplyPipeline(NoReply(), session.depth) as reply:
+        for chunk in chunks:
+            step.add(chunk.offset, chunk.elements, chunk.payload)
+            if (staged := step.gradient.pop()) is not None:
+                session.apply(step, staged, reply)
+
+
+def _redo_load(session: Session, entry: LoadEntry, chunks: _Chunks) -> None:
+    request = LoadRequest(
+        entry.load,
+        entry.slots,
+        dtype_named(entry.dtype, "dtype"),
+        step=entry.step,
+        tensor_steps=entry.tensor_steps,
+        tensor_scalars=entry.tensor_scalars,
+        loss_scale=None if entry.loss_scale is None else LossScale(*entry.loss_scale),
+    )
+    with contextlib.ExitStack() as stack:
+        load = stack.enter_context(session.exchange.loading(request, session.ledger.worker.holder))
+        assert load is not None
+        for chunk in chunks.of(entry.attempt):
+            load.add(entry.slots[chunk.slot], chunk.offset, chunk.elements, chunk.payload)
+        load.complete()
+        session.exchange.commit_load(load)
+
+
+def _check_next(session: Session, what: str, number: int, expected: int) -> None:
+    if number != expected:
+        raise DataLossError(
+            f"session {session.session_id}: the log has {what} {number} and lacks {what} {expected}",
+            reason=Reason.LOG_DAMAGED,
+            metadata={"session_id": session.session_id},
+        )

@@ -1,0 +1,134 @@
+"""Servers that are killed at named points while clients train: no acknowledged step is lost or doubled.
+
+The suite tries some points once. `make crash-test SEEDS=20` tries every point so often, with other draws.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import stepwire
+from tests.crash.crashing_server import POINTS
+from tests.integration.proxy import Proxy
+
+pytestmark = pytest.mark.slow
+
+SEEDS = int(os.environ.get("STEPWIRE_CRASH_SEEDS", "0"))
+SOME = ("before receive", "after apply", "after append commit", "before manifest")
+"""The points of the suite."""
+
+STEPS = 12
+SHAPES = {"a": (150, 200), "b": (7,)}
+
+
+class Supervised:
+    """A server that is started again, without crash points, whenever it has died. A context manager."""
+
+    def __init__(self, proxy: Proxy, data_dir: pathlib.Path, point: str, count: int) -> None:
+        """Start a server that dies at a point."""
+        self.starts = 0
+        self._proxy, self._data_dir = proxy, data_dir
+        self._point, self._count = point, count
+        self._ended = False
+        self._process: subprocess.Popen[str] | None = None
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _start(self) -> subprocess.Popen[str]:
+        point = self._point if not self.starts else ""
+        command = [sys.executable, "-m", "tests.crash.crashing_server", point, str(self._count), str(self._data_dir)]
+        self.starts += 1
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def _run(self) -> None:
+        while not self._ended:
+            process = self._process = self._start()
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            if port:
+                self._proxy.upstream = f"127.0.0.1:{port}"
+                self._up.set()
+            process.wait()
+            process.stdout.close()
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def __enter__(self) -> Supervised:
+        self._thread.start()
+        self._up.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        assert self._process is not None
+        self._process.kill()
+        self._thread.join()
+
+
+class Case(NamedTuple):
+    """A crash: its point, how often the point is passed before it, and the session that meets it."""
+
+    point: str
+    seed: int
+
+    @property
+    def draw(self) -> random.Random:
+        """The draw of the case."""
+        return random.Random(f"{self.point} {self.seed}")
+
+
+def gradient(number: int) -> dict[str, Any]:
+    draw = np.random.default_rng((3, number))
+    return {name: draw.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def parameters() -> dict[str, Any]:
+    return {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def undisturbed() -> list[bytes]:
+    """Return the parameters after each step of a run without a crash, by the same server in this process."""
+    from tests.support.numpy_server import numpy_server
+
+    with numpy_server() as server, stepwire.connect(server.target) as client:
+        session = client.create_session(parameters())
+        return [bits(session.step(gradient(number))) for number in range(1, STEPS + 1)]
+
+
+def bits(arrays: Any) -> bytes:
+    return b"".join(arrays[name].tobytes() for name in sorted(arrays))
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[bytes]:
+    return undisturbed()
+
+
+CASES = [Case(point, seed) for point in (POINTS if SEEDS else SOME) for seed in range(SEEDS or 1)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.point}-{case.seed}")
+def test_no_acknowledged_step_is_lost_or_doubled(case: Case, expected: list[bytes], tmp_path: pathlib.Path) -> None:
+    draw = case.draw
+    count = draw.choice([1, 2, 3, 5, 8, 13, 21, 34])
+    durability = stepwire.Durability(level="journal", every_steps=draw.choice([2, 3, 100]))
+    options: dict[str, Any] = draw.choice([{}, {"overlap": True}])
+    retry = stepwire.Retry(initial_seconds=0.01, max_seconds=0.1)
+    with Proxy("127.0.0.1:1") as proxy, Supervised(proxy, tmp_path, case.point, count) as supervised:
+        with stepwire.connect(proxy.target, timeout=60.0, retry=retry) as client:
+            session = client.create_session(parameters(), durability=durability, non_finite="allow", keep=True)
+            for number in range(1, STEPS + 1):
+                assert bits(session.step(gradient(number), **options)) == expected[number - 1], number
+                assert session.last_result is not None
+                assert (session.last_result.step, session.last_result.durable_step) == (number, number)
+            assert session.info().applied_step == STEPS
+        assert supervised.starts <= 3
