@@ -24,6 +24,7 @@ def connect(
     transport: str = "auto",
     channels: int = 1,
     timeout: float = 60.0,
+    window_bytes: int = 0,
     retry: Retry | None = None,
 ) -> Client:
     """Open a client; it connects with its first call.
@@ -37,14 +38,21 @@ def connect(
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.
+        window_bytes: the most bytes of steps that a session with durability `"checkpoint"` keeps, on each server, to
+            send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
+            Where a lost step is not kept, `step` raises `StateLossError`.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
-        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
+        InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
+            target or transport.
     """
     asked = asked_transport(transport)
     targets = _targets(target, channels)
-    servers = [RemoteServer(Calls(each, timeout_seconds=timeout, retry=retry or Retry()), asked) for each in targets]
+    if whole_number(window_bytes, "window_bytes") < 0:
+        raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
+    calls = [Calls(each, timeout_seconds=timeout, retry=retry or Retry()) for each in targets]
+    servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
     client = Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
     undelivered(client.close)
     return client

@@ -5,6 +5,7 @@
     │   └── NonFiniteGradientError   INVALID_ARGUMENT
     ├── SessionNotFoundError         NOT_FOUND
     ├── StepMismatchError            ABORTED
+    │   └── StateLossError           ABORTED
     ├── StateChangedError            ABORTED
     ├── FencedError                  FAILED_PRECONDITION
     ├── UnsupportedFeatureError      FAILED_PRECONDITION
@@ -44,6 +45,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionNotReadyError",
     "StateChangedError",
+    "StateLossError",
     "StepMismatchError",
     "StepwireError",
     "UnavailableError",
@@ -84,6 +86,7 @@ class Reason(enum.StrEnum):
     SESSION_DAMAGED = "SESSION_DAMAGED"
     DEVICE_LOST = "DEVICE_LOST"
     DURABLE_STEP_LOST = "DURABLE_STEP_LOST"
+    STATE_LOST = "STATE_LOST"
     CHECKPOINT_DAMAGED = "CHECKPOINT_DAMAGED"
     DURABILITY_FAILED = "DURABILITY_FAILED"
     LOG_DAMAGED = "LOG_DAMAGED"
@@ -166,6 +169,30 @@ class StepMismatchError(StepwireError):
     """The step is neither the next one nor a replay of the last; see `expected_step`, `actual_step`."""
 
     default_reason = Reason.STEP_MISMATCH
+
+
+class StateLossError(StepMismatchError):
+    """The server was restarted, and has lost the last steps, as the session's durability allows.
+
+    The session goes on from `durable_step`: its parameters are those of that step. `pull` fetches them.
+    """
+
+    default_reason = Reason.STATE_LOST
+
+    @property
+    def durable_step(self) -> int:
+        """The last step that the server has."""
+        return int(self.metadata.get("durable_step", 0))
+
+    @property
+    def applied_step(self) -> int:
+        """The last step that the server had acknowledged."""
+        return int(self.metadata.get("applied_step", 0))
+
+    @property
+    def lost_load(self) -> bool:
+        """A load is lost as well."""
+        return self.metadata.get("lost_load") == "True"
 
 
 class StateChangedError(StepwireError):
@@ -257,6 +284,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.SESSION_NOT_FOUND: ErrorRow("NOT_FOUND", SessionNotFoundError),
     Reason.STEP_MISMATCH: ErrorRow("ABORTED", StepMismatchError),
     Reason.STEP_SUPERSEDED: ErrorRow("ABORTED", StepMismatchError),
+    Reason.STATE_LOST: ErrorRow("ABORTED", StateLossError),
     Reason.STATE_CHANGED: ErrorRow("ABORTED", StateChangedError, retryable=True),
     Reason.STEP_UNFINISHED: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
     Reason.STALE_EPOCH: ErrorRow("FAILED_PRECONDITION", FencedError),

@@ -51,6 +51,7 @@ PUBLIC = [
     "SessionStatistics",
     "Snapshot",
     "StateChangedError",
+    "StateLossError",
     "StepMismatchError",
     "StepResult",
     "StepwireError",

@@ -510,6 +510,7 @@ def connect(
     transport: str = "auto",
     channels: int = 1,
     timeout: float = 60.0,
+    window_bytes: int = 0,
     retry: Retry | None = None,
 ) -> AsyncClient:
     """Open a client; it connects with its first call.
@@ -523,9 +524,17 @@ def connect(
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.
+        window_bytes: the most bytes of steps that a session with durability `"checkpoint"` keeps, on each server, to
+            send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
+            Where a lost step is not kept, `step` raises `StateLossError`.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
-        InvalidRequestError: the timeout or `channels` is not positive, or there is no such target or transport.
+        InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
+            target or transport.
     """
-    return AsyncClient(connect_client(target, transport=transport, channels=channels, timeout=timeout, retry=retry))
+    return AsyncClient(
+        connect_client(
+            target, transport=transport, channels=channels, timeout=timeout, window_bytes=window_bytes, retry=retry
+        )
+    )

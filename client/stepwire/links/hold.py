@@ -7,7 +7,7 @@ from typing import Final
 
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream
-from stepwire.errors import FencedError, Reason, StepMismatchError, StepwireError
+from stepwire.errors import FencedError, Reason, StateLossError, StepMismatchError, StepwireError
 from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.doubt import unfinished
@@ -165,11 +165,14 @@ class Hold:
             sent: the step was sent before, so that it may be the server's last step.
 
         Raises:
+            StateLossError: a restarted server has lost steps or loads; the next step goes on from what it has.
             StepMismatchError: the session was stepped or loaded without this client.
             SessionNotReadyError: a step that this one does not repeat is half applied.
         """
         if self.unfinished_step and not sent:
             raise unfinished(self.unfinished_step)
+        if self.step_on_server < self.applied_step or self._load_on_server < self.applied_load:
+            raise self._state_lost()
         applied = self.step_on_server
         if applied != step - 1 and not (sent and applied == step):
             raise StepMismatchError(
@@ -183,6 +186,17 @@ class Hold:
                 "loaded without this client; pull the parameters and go on from there with a new Session object",
                 metadata={"applied_load": self._load_on_server, "load": self.applied_load},
             )
+
+    def _state_lost(self) -> StateLossError:
+        """Go on from the numbers of the server, and return the error that tells of the loss."""
+        applied, load, server = self.applied_step, self.applied_load, self.step_on_server
+        self.applied_step, self.applied_load = server, self._load_on_server
+        lost = f"steps {server + 1} to {applied}" if server < applied else f"load {load}"
+        return StateLossError(
+            f"the server was restarted and has lost {lost}; pull the parameters and go on from step {server}. A "
+            "client that connects with `window_bytes` sends lost steps again",
+            metadata={"durable_step": server, "applied_step": applied, "lost_load": self._load_on_server < load},
+        )
 
     def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a step once and read its reply; any failure drops the stream.

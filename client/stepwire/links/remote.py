@@ -14,9 +14,8 @@ from stepwire.arrays.packing import Flat
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import (
-    FencedError,
-    Reason,
     SessionNotFoundError,
+    StateLossError,
     StepwireError,
     UnavailableError,
     UnsupportedFeatureError,
@@ -24,6 +23,8 @@ from stepwire.errors import (
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.pull_and_load import load_messages, read_pull
+from stepwire.links.repetition import repeated
+from stepwire.links.window import ReplayWindow
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
@@ -46,7 +47,13 @@ class RemoteLink(SessionLink):
     """The link to a session on one server."""
 
     def __init__(
-        self, route: Route, description: SessionDescription, token: int, *, error_feedback: bool = False
+        self,
+        route: Route,
+        description: SessionDescription,
+        token: int,
+        *,
+        error_feedback: bool = False,
+        window_bytes: int = 0,
     ) -> None:
         """Link to a session as its server described it.
 
@@ -55,6 +62,7 @@ class RemoteLink(SessionLink):
             description: the session.
             token: the proof of the hold of its worker; 0 acquires the worker when a step or a load needs it.
             error_feedback: keep the encoding error of each gradient for the next one.
+            window_bytes: the most bytes of steps kept to be sent again to a server that has lost them.
 
         Raises:
             InvalidRequestError: error feedback of an encoding that has none.
@@ -66,6 +74,7 @@ class RemoteLink(SessionLink):
         self._hold = Hold(route, description, token)
         self._doubt: Doubt | None = None
         self._untold = UntoldSteps()
+        self._window = ReplayWindow(description, window_bytes)
         self._load = self._hold.applied_load  # that the doubt and everything carried belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
@@ -169,6 +178,10 @@ class RemoteLink(SessionLink):
         call.begin.step = self._number(call, deadline)
         try:
             result = self.step_by_number(call, deadline)
+        except StateLossError:  # the step was not sent
+            self._doubt = None
+            self._untold.forget()
+            raise
         except BaseException:
             self._doubt = Doubt.after(call, self._hold.acquisitions)
             raise
@@ -194,13 +207,44 @@ class RemoteLink(SessionLink):
             StepwireError: as `step`; the outcome is unknown to this link.
         """
         try:
-            result = self._repeat(lambda left: self._hold.step(call, left), deadline)
+            result = self._sent(call, deadline)
         except BaseException:
             self._carry.failed(call)
             raise
         self._carry.applied(call, result)
         self._last_result = result
+        self._window.keep(call, self._hold.durable_step)
         return result
+
+    def _sent(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
+        """Send a call, and before it those that a restarted server has lost."""
+        self._window.record(call)
+        while True:
+            try:
+                return self._send(deadline, call)
+            except StateLossError as loss:
+                self._resend(loss, deadline)
+
+    def _resend(self, loss: StateLossError, deadline: Deadline) -> None:
+        """Send the steps again that the server has lost.
+
+        Raises:
+            StateLossError: one of them is not kept.
+        """
+        try:
+            self._window.resend(functools.partial(self._send, deadline), loss)
+        except StateLossError:
+            self._forget_lost()
+            raise
+
+    def _send(self, deadline: Deadline, call: StepCall) -> step_pb2.StepResult:
+        return self._repeat(functools.partial(self._hold.step, call), deadline)
+
+    def _forget_lost(self) -> None:
+        """Forget everything that belongs to a state that the server has lost."""
+        self._load = self._hold.applied_load
+        self._carry.loaded()
+        self._window.clear()
 
     def _number(self, call: StepCall, deadline: Deadline) -> int:
         """Return the number of a call, once a load and a step in doubt are settled.
@@ -226,8 +270,7 @@ class RemoteLink(SessionLink):
         """Forget a step in doubt that a load has replaced, or that another client's hold has settled or hidden."""
         hold, doubt = self._hold, self._doubt
         if hold.applied_load != self._load:
-            self._load = hold.applied_load
-            self._carry.loaded()
+            self._forget_lost()
             self._doubt = None
             self._untold.forget()
         elif doubt is not None and doubt.acquisitions != hold.acquisitions:
@@ -247,7 +290,13 @@ class RemoteLink(SessionLink):
         """
         hold = self._hold
         self._repeat(hold.attach, deadline)
-        hold.check(doubt.step, sent=True)
+        try:
+            hold.check(doubt.step, sent=True)
+        except StateLossError as loss:
+            self._doubt = None
+            doubt.resolve(applied=False)
+            self._resend(loss, deadline)
+            return
         if hold.unfinished_step:
             raise unfinished(hold.unfinished_step)
         hold.applied_step = hold.step_on_server
@@ -346,29 +395,5 @@ class RemoteLink(SessionLink):
         with contextlib.suppress(StepwireError, ValueError):  # ValueError: the channel is closed
             self._route.calls.once("DeleteSession", request, pb.DeleteSessionResponse, max(seconds, _LEAST_SECONDS))
 
-    # --- repetition --------------------------------------------------------------------------------------
-
     def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
-        try:
-            return self._route.calls.retry.call(lambda left: self._on_route(attempt, left), deadline)
-        except SessionNotFoundError as error:
-            raise SessionNotFoundError(
-                f"{error} (the last step this client knows to be applied is {self.applied_step})",
-                metadata={**error.metadata, "last_known_step": self.applied_step},
-            ) from None
-
-    def _on_route(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
-        """Make one attempt, and a second one at once if the session has moved to another epoch."""
-        try:
-            return attempt(deadline)
-        except UnavailableError as error:
-            if error.reason == Reason.UNREACHABLE:
-                self._route.lost()
-            elif error.reason == Reason.STREAM_DISPLACED:
-                self._hold.displaced()
-            raise
-        except FencedError as error:
-            if error.reason != Reason.STALE_EPOCH or self._hold.epoch == 0:
-                raise
-            self._hold.forget_epoch()
-            return attempt(deadline)
+        return repeated(self._route, self._hold, attempt, deadline)

@@ -72,8 +72,15 @@ class RemoteServer(ServerLink):
         calls: the connection that the user named.
     """
 
-    def __init__(self, calls: Calls, transport: str = "auto") -> None:
-        """Use an open channel; sessions use `transport` unless they ask for another."""
+    def __init__(self, calls: Calls, transport: str = "auto", *, window_bytes: int = 0) -> None:
+        """Use an open channel; sessions use `transport` unless they ask for another.
+
+        Args:
+            calls: the channel.
+            transport: the transport of sessions that ask for none.
+            window_bytes: the most bytes of steps that each session keeps for a server that loses them.
+        """
+        self._window_bytes = window_bytes
         self.calls = calls
         self._router = Router(calls, transport)
         self._info: ServerInfo | None = None
@@ -129,7 +136,13 @@ class RemoteServer(ServerLink):
 
     def _link(self, message: session_pb2.Session, chunk_bytes: int, token: int, error_feedback: bool) -> RemoteLink:
         route = Route(self._router, message.session_id)
-        return RemoteLink(route, SessionDescription.of(message, chunk_bytes), token, error_feedback=error_feedback)
+        return RemoteLink(
+            route,
+            SessionDescription.of(message, chunk_bytes),
+            token,
+            error_feedback=error_feedback,
+            window_bytes=self._window_bytes,
+        )
 
     def _end(self, request: pb.CreateSessionRequest) -> None:
         """End the session of a creation whose caller was interrupted; its request again tells the id."""

@@ -17,7 +17,7 @@ from stepwire.transports.cuda.stand_ins import StandIn
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import elements_within, wire_bytes, wire_items
-from stepwire.wire.frames import FrameBuffer
+from stepwire.wire.frames import FrameBuffer, read_frame, whole_message
 
 __all__ = ["Decide", "OnTensor", "StepCall"]
 
@@ -47,6 +47,8 @@ class StepCall:
         feed: the feed of a gradient that is still being made; it fills `gradients`.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
+        record: the messages of the step, as they are sent, for a replay window; None to keep none.
+        recorded: the messages of a step that is sent again from a replay window; None for any other step.
         sent: the step was sent before, by this call or by one with the same gradient and options, and not refused. Only
             then may the server's last step be the step of this call.
     """
@@ -65,6 +67,8 @@ class StepCall:
     feed: GradientFeed | None = None
     on_device: Mapping[int, StandIn] = dataclasses.field(default_factory=dict)
     commit: step_pb2.StepCommit = dataclasses.field(default_factory=step_pb2.StepCommit)
+    record: list[bytes] | None = None
+    recorded: Sequence[bytes] | None = None
     sent: bool = False
 
     @property
@@ -84,6 +88,26 @@ class StepCall:
             GivenUp: the step was given up.
             UnavailableError: the device failed.
         """
+        if self.recorded is not None and not again:
+            return self._again(self.recorded)
+        messages = self._made(packer, chunk_bytes, again=again)
+        return messages if self.record is None or again else self._recording(messages, self.record)
+
+    def _again(self, recorded: Sequence[bytes]) -> Iterator[bytes]:
+        """Yield the messages of an earlier sending, with the opening of this one."""
+        frame = read_frame(pb.AttachRequest, recorded[0])
+        frame.message.begin.CopyFrom(self.begin)
+        frame.message.ClearField("payload")
+        yield whole_message(frame.message, frame.payload)
+        yield from recorded[1:]
+
+    def _recording(self, messages: Iterator[bytes], record: list[bytes]) -> Iterator[bytes]:
+        record.clear()
+        for message in messages:
+            record.append(message)
+            yield message
+
+    def _made(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterator[bytes]:
         if self.feed is not None:
             self.feed.check()
         if not again:

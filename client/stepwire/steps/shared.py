@@ -23,6 +23,7 @@ def can_carry(shared: SharedArrays, call: StepCall) -> bool:
         and not begin.overlap
         and begin.reply.mode != step_pb2.REPLY_MODE_CHANGED
         and call.feed is None
+        and call.recorded is None
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class MemoryBudget:
         self._reserved_bytes = 0
         self._released_bytes = 0
         self._lock = threading.Lock()
+        self._make_room: Callable[[], bool] = lambda: False
 
     @property
     def released_bytes(self) -> int:
@@ -64,12 +66,18 @@ class MemoryBudget:
         Raises:
             ResourceExhaustedError: too few bytes are free; nothing was reserved.
         """
-        with self._lock:
-            available = self.limit_bytes - self._reserved_bytes
-            if nbytes > available:
+        while True:
+            with self._lock:
+                available = self.limit_bytes - self._reserved_bytes
+                if nbytes <= available:
+                    self._reserved_bytes += nbytes
+                    return Reservation(self, nbytes)
+            if nbytes > self.limit_bytes or not self._make_room():
                 raise self._shortage(nbytes, purpose, available, retry_after_seconds)
-            self._reserved_bytes += nbytes
-        return Reservation(self, nbytes)
+
+    def on_shortage(self, make_room: Callable[[], bool]) -> None:
+        """Have a function called where bytes are short, which releases some if it can, and tells whether it has."""
+        self._make_room = make_room
 
     def require_possible(self, nbytes: int, purpose: str) -> None:
         """Refuse a number of bytes that would not fit even if nothing else were there.

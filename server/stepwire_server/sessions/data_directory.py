@@ -76,6 +76,7 @@ class DataDirectory:
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
         self._lost: dict[str, StepwireError] = {}
+        self._generations: dict[str, int] = {}  # of parked sessions' holds, which the disk does not have
         self._unsafe: set[str] = set()
         self.checkpointer = Checkpointer(config, clock, self._save, self._release)
 
@@ -157,11 +158,13 @@ class DataDirectory:
         """
         self._archive.remove(session_id)
         self._lost.pop(session_id, None)
+        self._generations.pop(session_id, None)
         self._unsafe.discard(session_id)
 
     def forget(self, session: Session) -> None:
         """Look after a session in memory no more: it is closed, and what the disk has of it stays."""
         self.checkpointer.remove(session)
+        self._generations[session.session_id] = session.ledger.worker.holder.generation
 
     def parked(self) -> list[ArchivedSession]:
         """Return all sessions on disk, those in memory too; one whose folder is damaged is left out."""
@@ -183,6 +186,8 @@ class DataDirectory:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
         session = self._restored(session_id, make)
         ledger = session.ledger
+        if (generation := self._generations.pop(session_id, None)) is not None:
+            ledger.worker.resume(generation)
         self._open(session, Saved(ledger.applied_step, ledger.applied_load, self._log_writer.position.number))
         return self._archive.get(session_id), session
 
@@ -239,7 +244,7 @@ class DataDirectory:
                 reason=Reason.CHECKPOINT_DAMAGED,
                 metadata={"session_id": session.session_id},
             )
-        session.ledger.worker.restore(1, 1)
+        session.ledger.worker.restore(1, self.epoch)
 
     def _restore(self, session: Session, checkpoint: Checkpoint) -> bool:
         try:

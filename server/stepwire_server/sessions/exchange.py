@@ -173,7 +173,7 @@ class StateExchange:
         with self._lock:
             self._state.restore(numbers, captured.sum_bound, read)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
-            self._ledger.worker.restore(hold.generation, hold.acquired)
+            self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
 
     def commit_load(self, load: Load) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.

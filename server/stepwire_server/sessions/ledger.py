@@ -17,6 +17,7 @@ from stepwire.errors import (
     SessionNotReadyError,
     StateChangedError,
     StepMismatchError,
+    UnavailableError,
 )
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.records.load_request import LoadRequest
@@ -24,6 +25,8 @@ from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.workers import Worker
 from stepwire_server.steps.step import Hold
+
+_PARKED_SECONDS = 0.01
 
 __all__ = ["Ledger", "session_not_found"]
 
@@ -40,7 +43,8 @@ class Ledger:
         durable_step: the last step that survives a loss of the server.
         last_result: the last step's result; None where a load has set the step since.
         ready: parameters have been loaded or were initialised.
-        closed: the session has ended.
+        closed: the session has ended, in this object at least.
+        parked: the session lives on, on disk.
     """
 
     def __init__(self, session_id: str, *, epoch: int, ready: bool) -> None:
@@ -53,7 +57,7 @@ class Ledger:
         self.durable_step = 0
         self.last_result: StepResult | None = None
         self.ready = ready
-        self.closed = False
+        self.closed = self.parked = False
         self._replied: int | None = None
         self._damage: str | None = None
         self._loss: DataLossError | None = None
@@ -178,7 +182,14 @@ class Ledger:
 
         Raises:
             SessionNotFoundError: it has.
+            UnavailableError: it was parked while this caller was on its way.
         """
+        if self.closed and self.parked:
+            raise UnavailableError(
+                f"session {self.session_id} was parked just now; call again, and it comes back",
+                reason=Reason.SHUTTING_DOWN,
+                retry_after_seconds=_PARKED_SECONDS,
+            )
         if self.closed:
             raise session_not_found(self.session_id)
 

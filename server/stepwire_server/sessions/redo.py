@@ -111,7 +111,7 @@ class Redo:
             self._load(decode_entry(LoadEntry, record.meta), record)
         elif kind is Kind.HOLD:
             generation = decode_entry(HoldEntry, record.meta).generation
-            worker.restore(generation, generation)
+            worker.restore(generation, self.session.ledger.epoch)
 
     def _step(self, entry: StepEntry, record: LogRecord) -> None:
         session = self.session
@@ -128,7 +128,7 @@ class Redo:
             self._made(entry)
 
     def _made(self, entry: StepEntry | LoadEntry) -> None:
-        self.session.ledger.worker.restore(entry.generation, entry.acquired)
+        self.session.ledger.worker.restore(entry.acquired, self.session.ledger.epoch)
         self._chunks.clear()
         self.commits += 1
 

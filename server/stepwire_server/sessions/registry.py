@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import threading
 from bisect import bisect_right
@@ -96,6 +97,8 @@ class Registry:
             OSError: the disk failed.
         """
         self.directory = directory
+        for device in self.pool:
+            device.budget.on_shortage(functools.partial(self._parked_one, device))
         for archived, session in directory.recover(self._remade):
             self._publish(archived.request_id, session)
         self._parked = {each.request_id: each.session_id for each in directory.parked()}
@@ -125,7 +128,7 @@ class Registry:
                     metadata={"max_sessions": self._max_sessions},
                 )
                 raise with_idle_sessions(too_many, self._present(), self.clock())
-            session = self._admitted(config)
+            session = self._made(secrets.token_hex(16), config, self.pool.choose(config.device))
             token = session.acquire().generation
             self._keep(session, request_id)
             self._publish(request_id, session)
@@ -262,6 +265,11 @@ class Registry:
             if session.ledger.ready and not self._checkpointed(session):
                 return False
             self.directory.forget(session)
+            with self._lock:
+                self._parked |= {
+                    request: session.session_id for request, known in self._by_request.items() if known is session
+                }
+            session.ledger.parked = True  # whoever has found it just now finds it again
             self._end([session])
         return True
 
@@ -340,24 +348,10 @@ class Registry:
     def _remade(self, session_id: str, config: SessionConfig) -> Session:
         """Make a session that the data directory has, on a device that this server has."""
         names = [device.name for device in self.pool]
-        return self._admitted(config, session_id, config.device if config.device in names else "")
-
-    def _admitted(self, config: SessionConfig, session_id: str | None = None, device: str | None = None) -> Session:
-        """Make a session; where there is no room, park the idle durable ones first, the least recently used before.
-
-        Raises:
-            ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
-        """
-        while True:
-            chosen = self.pool.choose(config.device if device is None else device)
-            try:
-                return self._made(session_id or secrets.token_hex(16), config, chosen)
-            except ResourceExhaustedError:
-                if not self._parked_one(chosen):
-                    raise
+        return self._made(session_id, config, self.pool.choose(config.device if config.device in names else ""))
 
     def _parked_one(self, device: Device) -> bool:
-        """Park the least recently used durable session of a device; False if none is idle."""
+        """Make room on a device: park its least recently used durable session. Return False if none is idle."""
         now = self.clock()
         idle = [
             (seconds, session)

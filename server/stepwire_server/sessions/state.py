@@ -247,7 +247,7 @@ class SessionState:
             ResourceExhaustedError: slots that are not float32 do not fit a second time beside the state.
         """
         config, slots = self.config, self.config.visible_slots
-        plain = all(holding is Precision.FLOAT32 for holding in config.slots.values())
+        plain = set(slots) == set(config.slots) and set(config.slots.values()) == {Precision.FLOAT32}
         with contextlib.ExitStack() as stack:
             target = self.arrays if plain else stack.enter_context(contextlib.closing(self.stage_load(slots))).arrays
             for slot in slots:

@@ -22,8 +22,8 @@ __all__ = ["FIRST_GENERATION", "Holder", "Worker"]
 FIRST_GENERATION = 1
 """The generation of a worker's first hold."""
 
-_RENEWALS = 1 << 32
-"""More holds than a client gets between two records of its hold."""
+_GENERATIONS = 1 << 32
+"""More holds than a worker has in one epoch."""
 
 
 class Holder:
@@ -74,14 +74,20 @@ class Worker:
         self.check_client(token)
         return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
 
-    def restore(self, generation: int, acquired: int) -> None:
+    def restore(self, acquired: int, epoch: int) -> None:
         """Go on from the hold of an earlier server; its client attaches with any token that it had since then.
 
+        Each epoch has a range of generations of its own: renewals of a hold are not recorded.
+
         Args:
-            generation: the least number of the hold: renewals since the last record of it are not known.
             acquired: the generation in which the client acquired the worker.
+            epoch: the epoch of this server, newer than that of any token.
         """
-        self.holder = Holder(self.index, generation + _RENEWALS, acquired, None)
+        self.holder = Holder(self.index, max(epoch * _GENERATIONS, acquired), acquired, None)
+
+    def resume(self, generation: int) -> None:
+        """Go on from a hold of this server, whose session was parked."""
+        self.holder = Holder(self.index, generation, self.holder.acquired, None)
 
     def check_client(self, token: int) -> None:
         """Refuse a client that has lost the worker; any token since it acquired the worker will do.

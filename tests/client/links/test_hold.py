@@ -80,7 +80,17 @@ def test_a_step_that_was_not_applied_is_sent_again_whole(scripted: Any, scripted
     assert server.received[1][1:] == server.received[0][1:]
 
 
-@pytest.mark.parametrize("applied", [0, 2, 5, 9])
+@pytest.mark.parametrize("applied", [0, 2])
+def test_a_server_that_knows_less_has_lost_steps(scripted: Any, scripted_calls: Calls, applied: int) -> None:
+    server = Server(scripted, serve_steps(applied))
+    held = hold(scripted_calls)
+    with pytest.raises(stepwire.StateLossError) as lost:
+        held.step(call(4), deadline())
+    assert (lost.value.durable_step, lost.value.applied_step, lost.value.lost_load) == (applied, 3, False)
+    assert (held.applied_step, len(server.received[0])) == (applied, 1)
+
+
+@pytest.mark.parametrize("applied", [5, 9])
 def test_a_session_that_moved_on_its_own_is_not_stepped(scripted: Any, scripted_calls: Calls, applied: int) -> None:
     server = Server(scripted, serve_steps(applied))
     held = hold(scripted_calls)

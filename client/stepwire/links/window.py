@@ -1,0 +1,110 @@
+"""The steps that a server with checkpoints may still lose, kept so that they can be sent again by their numbers.
+
+A step is kept as the messages that were sent: the bytes are there already, so keeping them copies nothing. Over shared
+memory a step has no such messages, and is packed once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from stepwire.errors import StateLossError
+from stepwire.steps.call import StepCall
+from stepwire.steps.description import SessionDescription
+from stepwire.v1 import session_pb2, step_pb2
+from stepwire.wire.dtypes import FLOAT32
+
+__all__ = ["ReplayWindow"]
+
+
+class _Kept(NamedTuple):
+    """One applied step: its number, the load that it was for, and its messages."""
+
+    step: int
+    load: int
+    begin: step_pb2.StepBegin
+    commit: step_pb2.StepCommit
+    messages: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.messages))
+
+    def call(self) -> StepCall:
+        """Return the call that sends the step again, without a reply."""
+        begin, commit = step_pb2.StepBegin(), step_pb2.StepCommit()
+        begin.CopyFrom(self.begin)
+        commit.CopyFrom(self.commit)
+        begin.ClearField("reply")
+        begin.reply.mode = step_pb2.REPLY_MODE_NONE
+        return StepCall(begin, [], np.dtype(FLOAT32), [], np.dtype(FLOAT32), commit=commit, recorded=self.messages)
+
+
+class ReplayWindow:
+    """The last steps of one session, up to a number of bytes. The session serialises its calls."""
+
+    def __init__(self, description: SessionDescription, limit_bytes: int) -> None:
+        """Keep at most so many bytes of messages, of a session that may lose steps; else nothing."""
+        loses = description.message.config.durability == session_pb2.DURABILITY_CHECKPOINT
+        self._limit_bytes = limit_bytes if loses else 0
+        self._description = description
+        self._kept: deque[_Kept] = deque()
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the messages that are kept."""
+        return self._nbytes
+
+    def record(self, call: StepCall) -> None:
+        """Have the messages of a step kept as they are sent."""
+        call.record = [] if self._limit_bytes else None
+
+    def resend(self, send: Callable[[StepCall], step_pb2.StepResult], loss: StateLossError) -> None:
+        """Send the steps again that the server has lost.
+
+        Raises:
+            StateLossError: one of them is not kept.
+        """
+        while (kept := self._lost(loss)) is not None:
+            try:
+                for lost in kept:
+                    send(lost)
+                return
+            except StateLossError as again:
+                loss = again
+        raise loss
+
+    def keep(self, call: StepCall, durable_step: int) -> None:
+        """Keep a step that was applied, and let go of those that are durable or too many."""
+        if not self._limit_bytes:
+            return
+        messages = tuple(call.record or self._packed(call))
+        if not self._kept or self._kept[-1].step < call.begin.step:  # else its reply was lost, and it is kept already
+            self._kept.append(_Kept(call.begin.step, call.begin.load, call.begin, call.commit, messages))
+            self._nbytes += self._kept[-1].nbytes
+        while self._kept and (self._kept[0].step <= durable_step or self._nbytes > self._limit_bytes):
+            self._nbytes -= self._kept.popleft().nbytes
+
+    def clear(self) -> None:
+        """Keep nothing: the steps belong to a state that is gone."""
+        self._kept.clear()
+        self._nbytes = 0
+
+    def _lost(self, loss: StateLossError) -> list[StepCall] | None:
+        """Return the calls that make good a loss, in order; None if a step of it is not kept."""
+        found = [kept for kept in self._kept if loss.durable_step < kept.step <= loss.applied_step]
+        wanted = list(range(loss.durable_step + 1, loss.applied_step + 1))
+        if loss.lost_load or [kept.step for kept in found] != wanted:
+            return None
+        return [kept.call() for kept in found]
+
+    def _packed(self, call: StepCall) -> list[bytes]:
+        """Return the messages of a step that went over shared memory."""
+        alone = dataclasses.replace(call, feedback=None, record=None)
+        return list(alone.messages(self._description.packer, self._description.chunk_bytes, again=False))

@@ -1,0 +1,157 @@
+"""Idle sessions on disk: parked when nobody uses them, or when there is no room, and back at their next call."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire_server.server import Server
+from tests.integration.probes import stream_ends
+from tests.support.numpy_server import numpy_server
+
+SIZE = 1000
+
+
+def gradient(number: int) -> dict[str, Any]:
+    return {"w": np.random.default_rng((5, number)).standard_normal(SIZE).astype(np.float32)}
+
+
+Serve = Callable[..., Any]
+
+
+def created(client: stepwire.Client, **options: Any) -> stepwire.Session:
+    return client.create_session({"w": np.ones(SIZE, np.float32)}, **{"durability": "journal", "keep": True} | options)
+
+
+@pytest.fixture
+def serve(tmp_path: pathlib.Path) -> Iterator[Callable[..., Parking]]:
+    """Run servers on one data directory; a later one after the end of the one before."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**settings: Any) -> Parking:
+            stack.close()
+            return Parking(stack.enter_context(numpy_server(data_dir=str(tmp_path), **settings)))
+
+        yield start
+
+
+class Parking:
+    """A server, and the waits for its streams to end.
+
+    Attributes:
+        server: the server.
+        registry: its sessions.
+    """
+
+    def __init__(self, server: Server) -> None:
+        """Watch a server."""
+        self.server, self.registry = server, server.registry
+        self._ends = stream_ends(server.registry)
+
+    def connect(self, **options: Any) -> stepwire.Client:
+        """Connect to the server."""
+        return stepwire.connect(self.server.target, **options)
+
+    def detach(self, session: stepwire.Session) -> None:
+        """Detach a session, and wait until the server has noticed."""
+        if session.statistics().attached:
+            session.detach()
+            self._ends.wait()
+
+    def park(self, session: stepwire.Session) -> bool:
+        """Park a session."""
+        self.detach(session)
+        return self.registry.park(self.registry.get(session.session_id))
+
+
+@pytest.mark.parametrize("durability", ["journal", "checkpoint"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_parked_session_goes_on_where_it_was(durability: Any, precision: Any, serve: Serve) -> None:
+    server = serve()
+    with server.connect() as client:
+        usual = client.create_session({"w": np.ones(SIZE, np.float32)}, state_precision=precision)
+        session = created(client, durability=durability, state_precision=precision)
+        for number in range(1, 8):
+            if number % 2:
+                assert server.park(session)
+                assert server.registry.statistics().sessions == 1
+            assert (session.step(gradient(number))["w"] == usual.step(gradient(number))["w"]).all()
+            assert session.last_result is not None
+            assert session.last_result.step == number
+        assert session.info().epoch == 1
+
+
+def test_a_replay_after_parking_returns_the_result_of_its_step(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as client:
+        session = created(client)
+        session.step(gradient(1))
+        served = server.registry.get(session.session_id)
+        last = served.ledger.last_result
+        assert server.park(session)
+        again = server.registry.get(session.session_id)
+        assert again is not served
+        assert again.ledger.last_result == last
+
+
+def test_a_session_in_use_is_not_parked(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as client:
+        session = created(client)
+        session.step(gradient(1))
+        assert not server.registry.park(server.registry.get(session.session_id))
+        assert server.registry.statistics().sessions == 1
+
+
+def test_only_close_destroys(serve: Serve) -> None:
+    now = 0.0
+    server = serve(clock=lambda: now, max_lease_seconds=50.0)
+    with server.connect() as client:
+        session, other = created(client), client.create_session({"w": np.ones(SIZE, np.float32)}, keep=True)
+        parameters = session.step(gradient(1))["w"].copy()
+        server.detach(session)
+        now = 100.0
+        assert set(server.registry.sweep()) == {session.session_id, other.session_id}
+        assert server.registry.statistics().sessions == 0
+        assert (session.pull()["w"] == parameters).all()
+        with pytest.raises(stepwire.SessionNotFoundError):
+            other.pull()
+        session.close()
+        with pytest.raises(stepwire.SessionNotFoundError):
+            client.session(session.session_id)
+    with serve().connect() as client:
+        with pytest.raises(stepwire.SessionNotFoundError):
+            client.session(session.session_id)
+
+
+def test_an_idle_session_makes_room(serve: Serve) -> None:
+    budget = 3 * (12 * SIZE + 4 * SIZE)
+    server = serve(memory_budget=budget)
+    with server.connect(transport="tcp") as client:
+        sessions = [created(client) for _ in range(6)]
+        for number in (1, 2):
+            for session in sessions:
+                session.step(gradient(number))
+                server.detach(session)
+        assert server.registry.statistics().sessions < 6
+        states = [session.state() for session in sessions]
+        assert all(state.step == 2 for state in states)
+        assert all((state.slots["param"]["w"] == states[0].slots["param"]["w"]).all() for state in states)
+
+
+def test_a_request_finds_its_parked_session(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as client:
+        session = created(client, request_id="run-1")
+        session.step(gradient(1))
+        assert server.park(session)
+        again = created(client, request_id="run-1")
+        assert (again.session_id, again.applied_step) == (session.session_id, 1)
+    with serve().connect() as client:
+        assert created(client, request_id="run-1").session_id == session.session_id
