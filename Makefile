@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers crash-test programs interrupts sweep check bench bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers crash-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -69,6 +69,11 @@ types: .venv/stamp-dev
 # With arguments, such as `make bench ARGUMENTS="--quick"`.
 bench: .venv/stamp-dev
 	$(BIN)/python benchmarks/main.py $(ARGUMENTS)
+
+# Durable sessions alone, into the pages; `ARGUMENTS="--data-dir DIR"` names a place on the disk to measure.
+bench-durability: .venv/stamp-dev
+	$(BIN)/python benchmarks/main.py --only durability --json benchmarks/results/durability-2-core.json $(ARGUMENTS)
+	$(BIN)/python benchmarks/page.py
 
 # Beside what other people use for the same job, in environments of their own: torch's CPU build is pinned, since a plain
 # requirement would pull gigabytes of CUDA packages, and Flower's requirements exclude ours. What cannot be installed is

@@ -1,6 +1,6 @@
 """`make bench`: stepwire beside its floors, in one run on one described machine.
 
-    python benchmarks/main.py [--quick] [--json FILE] [--only SECTION …]
+    python benchmarks/main.py [--quick] [--json FILE] [--data-dir DIR] [--only SECTION …]
 
 Quick mode runs every section in a short form; its figures are for checking the benchmark, not for quoting. A section
 that fails prints its error and does not stop the others; the exit code is then 1. `peers.py` compares with other
@@ -14,10 +14,12 @@ import contextlib
 import functools
 import pathlib
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import durability
 import footprint
 import kernels
 import messages
@@ -62,6 +64,12 @@ GOALS = (
     Goal(_SMALL_STEPS, "shm to tcp", 1.0),
     Goal("torch step", "shm views to fused", 1.25),
     Goal("torch step", "tcp to its parts", 1.2),
+    Goal("durability", durability.JOURNAL_TO_PARTS, 0.95),
+    Goal("durability", "small journalled step to its parts", 1.0),
+    Goal("durability", "64 sessions, sync delayed to 2 ms", 8.0, at_least=True),
+    Goal("durability", "checkpoint stall to copy", 0.3),
+    Goal("durability", "checkpoint growth MiB", _EXCESS_MIB),
+    Goal("durability", "recovery to its parts", 0.7, at_least=True),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -85,18 +93,27 @@ class Run:
         results: figures by section, as they come.
     """
 
-    def __init__(self, *, quick: bool, only: Sequence[str] = (), path: pathlib.Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quick: bool,
+        only: Sequence[str] = (),
+        path: pathlib.Path | None = None,
+        data_dir: pathlib.Path | None = None,
+    ) -> None:
         """Prepare a run.
 
         Args:
             quick: a short form.
             only: beginnings of the names of the sections that are wanted; empty for all.
             path: the file of the figures, written after every section.
+            data_dir: the place of the data directories of durable sessions; None for the system's temporary folder.
         """
         self.results: dict[str, Figures] = {}
         self._quick = quick
         self._only = tuple(only)
         self._path = path
+        self._data_dir = data_dir or pathlib.Path(tempfile.gettempdir())
 
     def everything(self) -> None:
         """Run every section that is wanted, each against a server of its own where memory is measured."""
@@ -115,6 +132,8 @@ class Run:
         self._section("growth", lambda: _by_variant(_QUICK_VARIANTS if quick else TRANSPORTS, self._growth))
         cut = (100_000, 2) if quick else (_LARGE, 7)
         self._section("messages", lambda: messages.messages(size=cut[0], rounds=cut[1]))
+        scale = durability.Scale.quick() if quick else durability.Scale()
+        self._section("durability", lambda: durability.durability(self._data_dir, scale))
         link = (100_000, 2) if quick else (_LARGE, 7)
         self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
 
@@ -185,8 +204,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short form, to check the benchmark itself")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here, after every section")
     parser.add_argument("--only", nargs="*", default=(), metavar="SECTION", help="sections whose names begin so")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="the place for data directories, on a disk to measure")
     arguments = parser.parse_args()
-    run = Run(quick=arguments.quick, only=arguments.only, path=arguments.json)
+    run = Run(quick=arguments.quick, only=arguments.only, path=arguments.json, data_dir=arguments.data_dir)
     run.everything()
     print(report.text(run.results, GOALS))
     failed = report.failures(run.results)

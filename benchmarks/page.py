@@ -1,8 +1,8 @@
-"""Write the figures of finished runs into docs/performance.md, and draw its plot.
+"""Write the figures of finished runs into docs/performance.md and docs/durability.md, and draw the plot.
 
     python benchmarks/page.py [RESULTS.json …]
 
-Tables stand between markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. The rest of the page does not change,
+Tables stand between markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. The rest of a page does not change,
 nor does a table without its sections in the files. Without arguments, the program reads the results of `main.py`,
 `peers.py` and `wire_encodings.py` in `benchmarks/results`.
 """
@@ -13,18 +13,23 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import plot
-from tables import TABLES, Results
+from tables import DURABILITY_TABLES, TABLES, Results
 
-__all__ = ["filled", "written"]
+__all__ = ["PAGES", "filled", "written"]
 
+Tables = Mapping[str, Callable[[Results], str]]
 _ROOT = pathlib.Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
-_FILES = tuple(_RESULTS / name for name in ("cpu-2-core.json", "peers-2-core.json", "encodings.json"))
-_PAGE = _ROOT / "docs" / "performance.md"
+_NAMES = ("cpu-2-core.json", "durability-2-core.json", "peers-2-core.json", "encodings.json")
+_FILES = tuple(_RESULTS / name for name in _NAMES)
+PAGES = {
+    _ROOT / "docs" / "performance.md": TABLES,
+    _ROOT / "docs" / "durability.md": DURABILITY_TABLES,
+}
 _PLOT = _ROOT / "docs" / "images" / "steps.png"
 
 
@@ -40,20 +45,21 @@ def filled(page: str, name: str, text: str) -> str:
     return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
 
 
-def written(page: str, results: Results) -> str:
+def written(page: str, results: Results, tables: Tables = TABLES) -> str:
     """Return a page with every table of which there are figures."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         if text := table(results):
             page = filled(page, name, text)
     return page
 
 
 def command(paths: Sequence[pathlib.Path]) -> None:
-    """Read the files, write the page and draw the plot."""
+    """Read the files, write the pages and draw the plot."""
     results: dict[str, Any] = {}
     for path in reversed(paths):  # the first file's machine is the page's
         results |= json.loads(path.read_text(encoding="utf-8"))
-    _PAGE.write_text(written(_PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for page, tables in PAGES.items():
+        page.write_text(written(page.read_text(encoding="utf-8"), results, tables), encoding="utf-8")
     plot.draw(results, _PLOT)
 
 

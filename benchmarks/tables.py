@@ -1,7 +1,8 @@
-"""The tables of docs/performance.md, in Markdown: each is made of a run's figures, and empty where it has none."""
+"""The tables of the pages, in Markdown: each is made of a run's figures, and empty where it has none."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import main
 import peers
 from goals import Goal
 
-__all__ = ["TABLES", "Results", "grid"]
+__all__ = ["DURABILITY_TABLES", "TABLES", "Results", "grid"]
 
 Results = Mapping[str, Mapping[str, Any]]
 _ABSENT = "–"
@@ -111,6 +112,18 @@ def _kernels(results: Results) -> str:
     return grid(("ratio", *places), rows)
 
 
+def _levels(results: Results) -> str:
+    """Return the time of a step at each level of durability: a row a level, a column a size."""
+    pattern = re.compile(r"(memory|checkpoint|journal|bare write) (\d+[kM] \w+) ms")
+    cells: dict[str, dict[str, str]] = {}
+    for key, value in results.get("durability", {}).items():
+        if (found := pattern.fullmatch(key)) is not None:
+            cells.setdefault(found[1], {})[found[2]] = _number(value)
+    sizes = sorted({size for row in cells.values() for size in row})
+    rows = [[level, *(row.get(size, _ABSENT) for size in sizes)] for level, row in cells.items()]
+    return grid(("ms", *(size.replace(" ", " parameters, ") for size in sizes)), rows) if rows else ""
+
+
 def _encodings(results: Results) -> str:
     tasks = {name: found for name, found in results.items() if "float32: mean" in found}
     if not tasks:
@@ -163,5 +176,9 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "kernels": _kernels,
     "many small": _section("many_small"),
     "encodings": _encodings,
+    "durability": _section("durability"),
 }
-"""The tables of the page, by the name of their markers."""
+"""The tables of docs/performance.md, by the name of their markers."""
+
+DURABILITY_TABLES: Mapping[str, Callable[[Results], str]] = {"durability levels": _levels}
+"""The tables of docs/durability.md."""

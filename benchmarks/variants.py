@@ -6,7 +6,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
         in_place: True if the gradient and the parameters are in memory that the server shares.
         servers: the number of server processes that the model is partitioned over.
         lr: Adam's learning rate.
+        durability: the level of the session's durability.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Variant(NamedTuple):
     in_place: bool = False
     servers: int = 1
     lr: float = 1e-3
+    durability: Literal["memory", "checkpoint", "journal"] = "memory"
 
 
 class Job(NamedTuple):
@@ -109,6 +111,7 @@ def open_job(stack: contextlib.ExitStack, variant: Variant, targets: Sequence[st
         gradient_dtype=variant.gradient_dtype,
         reply_dtype=variant.reply_dtype,
         non_finite="allow" if variant.options.get("overlap") else "reject",  # a step with overlap cannot be refused
+        durability=variant.durability,
     )
     stack.enter_context(session)
     session.attach(transport=variant.transport)

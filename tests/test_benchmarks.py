@@ -17,9 +17,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = (
     "arrow_flight",
+    "bare_disk",
     "child",
     "contest",
     "convergence",
+    "durability",
+    "durable_server",
     "echo",
     "floors",
     "flower_messages",
@@ -34,6 +37,7 @@ NAMES = (
     "peers",
     "plot",
     "ray_actor",
+    "recovery",
     "report",
     "sections",
     "shaped_link",
@@ -188,6 +192,28 @@ def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
     assert occupied <= names
 
 
+@pytest.mark.slow
+def test_every_goal_of_durable_sessions_is_measured(bench, tmp_path: pathlib.Path) -> None:
+    scale = bench.durability.Scale(20_000, 1, 2, 1, 1_000, 50_000, 2)
+    figures = bench.durability.durability(tmp_path, scale)
+    assert bench.report.failures({"durability": figures}) == []
+    goals = {goal.figure for goal in bench.main.GOALS if goal.section == "durability"}
+    assert goals <= figures.keys() and len(goals) == 6
+    assert figures["recovery steps"] == 2 and figures["64 sessions, steps a sync"] > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_of_durable_sessions_that_fails_leaves_the_others_alone(
+    bench, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurements = {"one": lambda folder, scale: [].pop(), "two": lambda folder, scale: {"found": folder.parent.name}}
+    monkeypatch.setattr(bench.durability, "_MEASUREMENTS", measurements)
+    monkeypatch.setattr(bench.bare_disk, "file_system_of", lambda folder: "tmpfs")
+    figures = bench.durability.durability(tmp_path, bench.durability.Scale.quick())
+    assert figures["caution"].startswith("tmpfs is memory") and figures["found"] == tmp_path.name
+    assert bench.report.failures({"durability": figures}) == ["durability: one"]
+
+
 def test_every_ratio_is_of_contenders_that_take_part(bench) -> None:
     echo, sockets = bench.echo.EchoTargets("t", "u"), bench.sockets.Addresses(("h", 1), "p")
     entrants = [one.name for one in bench.transports.contenders(["t", "t"], echo, sockets)]
@@ -297,10 +323,27 @@ def test_the_other_tables(bench) -> None:
     assert all(row.startswith("| growth |") for row in tables["goals"][2:])
 
 
-def test_the_page_has_a_place_for_every_table(bench) -> None:
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for name in bench.tables.TABLES:
-        assert bench.page.filled(page, name, "x").count(f"<!-- bench:{name} -->\nx\n<!-- /bench:{name} -->") == 1
+def test_levels_of_durability_become_a_table(bench) -> None:
+    figures = {
+        "memory 1k float32 ms": 0.5,
+        "journal 1k float32 ms": 0.75,
+        "bare write 32M bfloat16 ms": 25.0,
+        "park ms": 9,
+    }
+    assert bench.tables.DURABILITY_TABLES["durability levels"]({"durability": figures}).splitlines() == [
+        "| ms | 1k parameters, float32 | 32M parameters, bfloat16 |",
+        "| --- | --- | --- |",
+        "| memory | 0.5 | – |",
+        "| journal | 0.75 | – |",
+        "| bare write | – | 25 |",
+    ]
+
+
+def test_the_pages_have_a_place_for_every_table(bench) -> None:
+    for path, tables in bench.page.PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        for name in tables:
+            assert bench.page.filled(page, name, "x").count(f"<!-- bench:{name} -->\nx\n<!-- /bench:{name} -->") == 1
 
 
 def test_the_plot_tells_floors_from_steps_from_peers(bench, tmp_path) -> None:
@@ -314,6 +357,48 @@ def test_the_plot_tells_floors_from_steps_from_peers(bench, tmp_path) -> None:
     assert (tmp_path / "images" / "steps.png").read_bytes().startswith(b"\x89PNG")
     bench.plot.draw({"machine": {}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+# --- disks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_file_goes_on_through_its_room_and_begins_again(bench, tmp_path: pathlib.Path) -> None:
+    disk = bench.bare_disk.SlowDisk()
+    file = bench.bare_disk.BareFile(tmp_path / "bare", 3 * 4096, disk)
+    write, before = file.writer(4096), disk.syncs
+    found = []
+    for _ in range(4):
+        (tmp_path / "bare").write_bytes(bytes(3 * 4096))
+        write()
+        found.append((tmp_path / "bare").read_bytes().index(1) // 4096)
+    assert found == [0, 1, 2, 0] and disk.syncs - before == 4
+    file.close()
+    assert not (tmp_path / "bare").exists()
+
+
+def test_a_slow_disk_waits_for_the_rest_of_the_time_alone(
+    bench, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, slept = iter([10.0, 10.5, 20.0, 23.0]), list[float]()
+    monkeypatch.setattr(bench.bare_disk.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(bench.bare_disk.time, "sleep", slept.append)
+    with (tmp_path / "file").open("wb") as file:
+        disk = bench.bare_disk.SlowDisk(2.0)
+        disk.sync(file.fileno())
+        disk.sync(file.fileno())
+    assert slept == [1.5] and disk.syncs == 2
+
+
+def test_files_are_read_whole_after_an_eviction(bench, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_bytes(bytes(5 << 20))
+    (tmp_path / "other").write_bytes(b"12345")
+    bench.bare_disk.evict(tmp_path)
+    assert bench.bare_disk.read_files(tmp_path) == (5 << 20) + 5
+
+
+def test_a_file_system_is_named(bench) -> None:
+    assert bench.bare_disk.file_system_of(pathlib.Path("/proc/self")) == "proc"
 
 
 # --- what is measured with ------------------------------------------------------------------------------------

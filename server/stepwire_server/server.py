@@ -24,6 +24,7 @@ from stepwire.wire.addresses import boot_id
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
+from stepwire_server.durability.disk import Disk
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.observability.commits import log_committed
@@ -77,7 +78,12 @@ class Server:
     """
 
     def __init__(
-        self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, pool: DevicePool | None = None
+        self,
+        config: ServerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pool: DevicePool | None = None,
+        disk: Disk | None = None,
     ) -> None:
         """Choose the devices and listen; nothing is served before `start`.
 
@@ -85,6 +91,7 @@ class Server:
             config: the settings.
             clock: the clock of leases, idle times and telemetry, in seconds; tests pass their own.
             pool: the devices, closed with the server; None starts the devices that `config` names.
+            disk: the system calls of the data directory; tests and benchmarks pass their own.
 
         Raises:
             InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
@@ -102,7 +109,7 @@ class Server:
             clock=clock,
             sinks=(log_committed,) if config.log_level == "debug" else (),
         )
-        self._directory = _data_directory(config, clock)
+        self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
         self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
@@ -279,8 +286,8 @@ def _close_all() -> None:
 atexit.register(_close_all)
 
 
-def _data_directory(config: ServerConfig, clock: Callable[[], float]) -> DataDirectory | None:
-    return DataDirectory(config, DurableCodec(), clock) if config.data_dir else None
+def _data_directory(config: ServerConfig, clock: Callable[[], float], disk: Disk | None) -> DataDirectory | None:
+    return DataDirectory(config, DurableCodec(), clock, disk) if config.data_dir else None
 
 
 def _start_devices(config: ServerConfig) -> DevicePool:
