@@ -43,9 +43,10 @@ class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
 class Archive:
     """The folder of all sessions. Thread-safe, as far as each session has one user at a time."""
 
-    def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
-        """Serve a folder that exists."""
+    def __init__(self, disk: Disk, folder: pathlib.Path, work: pathlib.Path) -> None:
+        """Serve a folder that exists; sessions and checkpoints that are not complete lie in `work`."""
         self._disk = disk
+        self._work = work
         self._folder = folder
         self._stores: dict[str, CheckpointStore] = {}
         self._adding: set[str] = set()
@@ -56,7 +57,7 @@ class Archive:
         Raises:
             OSError: the disk failed; nothing stays.
         """
-        folder = NewFolder(self._disk, self._folder / session.session_id, _FILE, self._adding)
+        folder = NewFolder(self._disk, self._folder / session.session_id, _FILE, self._adding, self._work)
         folder.make()
         try:
             self._write(folder.path / _FILE, msgspec.json.encode(session))
@@ -103,7 +104,7 @@ class Archive:
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
         if (store := self._stores.get(session_id)) is None:
-            store = CheckpointStore(self._disk, self._folder / session_id / _CHECKPOINTS)
+            store = CheckpointStore(self._disk, self._folder / session_id / _CHECKPOINTS, self._work)
             self._stores[session_id] = store
         return store
 
@@ -120,7 +121,7 @@ class Archive:
         self._clear(gone)
 
     def tidy(self) -> None:
-        """Remove the remains of sessions that were being added or removed when a server ended.
+        """Remove the remains of sessions that were being removed when a server ended.
 
         Raises:
             OSError: the disk failed.

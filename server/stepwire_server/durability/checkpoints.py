@@ -56,9 +56,16 @@ class CheckpointStore:
         folder: the folder, which the first checkpoint makes.
     """
 
-    def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
-        """Serve a folder; nothing is read or made."""
+    def __init__(self, disk: Disk, folder: pathlib.Path, work: pathlib.Path | None = None) -> None:
+        """Serve a folder; nothing is read or made.
+
+        Args:
+            disk: the file system.
+            folder: the folder.
+            work: the folder for checkpoints that are not complete; None for `folder`.
+        """
         self._disk = disk
+        self._work = work
         self.folder = folder
         self._writing: set[str] = set()
 
@@ -229,7 +236,7 @@ class CheckpointStore:
         if name in self._names(""):
             raise name_taken(name)
         self._disk.sync_folder(self.folder.parent)  # every time: the call that made it may have ended before this
-        return NewFolder(self._disk, self.folder / name, MANIFEST, self._writing)
+        return NewFolder(self._disk, self.folder / name, MANIFEST, self._writing, self._work)
 
     def _is_half_deleted(self, name: str) -> bool:
         path = self.folder / name

@@ -6,14 +6,17 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 from typing import Final
 
+from stepwire.errors import FencedError, Reason
 from stepwire_server.durability.disk import Disk, write_all
 
 __all__ = ["Epochs"]
 
 KEPT: Final = 8
+_FENCED: Final = "fenced-"
 _NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -36,6 +39,37 @@ class Epochs:
         for old in self._numbers()[:-KEPT]:
             self._disk.remove(self._path(old))
         return epoch
+
+    def work(self, epoch: int, root: pathlib.Path) -> pathlib.Path:
+        """Make a folder for what the owner of an epoch has not completed, and remove those of older owners.
+
+        An older owner that goes on has no such folder any more, so it can give nothing its final name. An owner that
+        was overtaken before it had a folder finds out here.
+
+        Args:
+            epoch: the owner's epoch.
+            root: the folder for the folders of all owners, which exists.
+
+        Raises:
+            FencedError: NOT_PRIMARY, another owner has a newer epoch.
+        """
+        work = root / f"{epoch:016x}"
+        for name in self._disk.names(root):
+            if _NAME.fullmatch(name) and int(name, 16) < epoch:
+                self._disk.rename(root / name, root / f"{_FENCED}{name}")
+        self._disk.sync_folder(root)
+        for name in self._disk.names(root):
+            if name.startswith(_FENCED):  # nobody writes there any more, so leftovers do no harm
+                shutil.rmtree(root / name, ignore_errors=True)
+        self._disk.make_folder(work)
+        self._disk.sync_folder(root)
+        if not self.is_owner(epoch):
+            raise FencedError(
+                f"another server has acquired the data directory after epoch {epoch}; connect to that one",
+                reason=Reason.NOT_PRIMARY,
+                metadata={"epoch": self.newest()},
+            )
+        return work
 
     def is_owner(self, epoch: int) -> bool:
         """Tell whether an epoch is the newest.

@@ -72,7 +72,9 @@ class NewFolder:
         path: the folder as it is named now.
     """
 
-    def __init__(self, disk: Disk, target: pathlib.Path, first: str, under_way: set[str]) -> None:
+    def __init__(
+        self, disk: Disk, target: pathlib.Path, first: str, under_way: set[str], work: pathlib.Path | None = None
+    ) -> None:
         """Choose a name; nothing is made.
 
         Args:
@@ -80,12 +82,14 @@ class NewFolder:
             target: its path in the end.
             first: the file that `remove_files` is to remove first.
             under_way: has the folder's present name until `publish` or `discard`.
+            work: the folder that it lies in until then; None for the target's own. An owner that was fenced has no such
+                folder any more, so it can publish nothing.
         """
         self._disk = disk
         self._target = target
         self._first = first
         self._under_way = under_way
-        self.path = target.parent / f"{NEW_PREFIX}{target.name}-{secrets.token_hex(8)}"
+        self.path = (work or target.parent) / f"{NEW_PREFIX}{target.name}-{secrets.token_hex(8)}"
         under_way.add(self.path.name)
 
     def make(self) -> None:

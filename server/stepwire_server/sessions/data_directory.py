@@ -7,6 +7,7 @@ newest good checkpoint, and what the log has beyond that is made again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -37,7 +38,7 @@ from stepwire_server.sessions.session import Session
 __all__ = ["DataDirectory", "Make"]
 
 _log = structlog.get_logger()
-_EPOCHS, _LOG, _SESSIONS = _FOLDERS = ("epochs", "log", "sessions")
+_EPOCHS, _LOG, _SESSIONS, _WORK = _FOLDERS = ("epochs", "log", "sessions", "work")
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
 
 Make = Callable[[str, SessionConfig], Session]
@@ -58,7 +59,7 @@ class DataDirectory:
         """Own the directory from now on: every earlier owner answers nothing any more.
 
         Raises:
-            DataLossError: the log is damaged, or cannot be read.
+            FencedError: another server acquired the directory meanwhile.
             OSError: the disk failed.
         """
         self._config = config
@@ -69,10 +70,11 @@ class DataDirectory:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         epochs = Epochs(self._disk, self._folder / _EPOCHS)
         self.epoch = epoch = epochs.acquire(secrets.token_hex(8))
+        work = epochs.work(epoch, self._folder / _WORK)
         self._reader = read_log(self._disk, self._folder / _LOG)
-        self._archive = Archive(self._disk, self._folder / _SESSIONS)
+        self._archive = Archive(self._disk, self._folder / _SESSIONS, work)
         self._archive.tidy()
-        self._is_owner = lambda: epochs.is_owner(epoch)
+        self._is_owner: Callable[[], bool] = functools.partial(epochs.is_owner, epoch)
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
         self._lost: dict[str, StepwireError] = {}
@@ -266,5 +268,5 @@ class DataDirectory:
 
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""
-        if not (self._unsafe or self._lost):
+        if not (self._unsafe or self._lost) and self._is_owner():
             self._log_writer.release(LogPosition(self.epoch, number))
