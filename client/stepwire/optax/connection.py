@@ -11,6 +11,7 @@ import numpy.typing as npt
 from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import ClipFormula, NonFinite
 
 __all__ = ["Connection", "TransformationOptions"]
@@ -19,9 +20,9 @@ __all__ = ["Connection", "TransformationOptions"]
 class TransformationOptions(TypedDict, total=False):
     """The keyword options of every constructor besides optax's own arguments.
 
-    `server`, `transport`, `channels` and `timeout` are those of `stepwire.connect`. `server` may also be a
-    `stepwire.Client`, which the caller closes. The other options are those of `Client.create_session`, with paths such
-    as "encoder/0/w" as names of tensors. Three defaults differ. The default of `clip_formula` is "optax". That of
+    `server`, `transport`, `channels`, `timeout` and `window_bytes` are those of `stepwire.connect`. `server` may also
+    be a `stepwire.Client`, which the caller closes. The other options are those of `Client.create_session`, with paths
+    such as "encoder/0/w" as names of tensors. Three defaults differ. The default of `clip_formula` is "optax". That of
     `gradient_dtype` and `reply_dtype` is the parameters' dtype if all are bfloat16 or all float16, else float32.
 
     With `state_precision="int8"`, name embeddings, tensors with outliers and tensors whose gradients are mostly zero in
@@ -49,13 +50,15 @@ class TransformationOptions(TypedDict, total=False):
     accumulation_steps: int
     parameter_average_decay: float
     telemetry: Telemetry
+    durability: Durability | DurabilityLevel
+    window_bytes: int
     lease_seconds: float
     device: str
     label: str
     keep: bool
 
 
-_CONNECTING: Final = ("transport", "channels", "timeout")
+_CONNECTING: Final = ("transport", "channels", "timeout", "window_bytes")
 _ID_BYTES: Final = 33  # of one session's id, and the comma that joins the ids of shards
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
+from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import NonFinite
 
 __all__ = ["RemoteOptions", "split_options"]
@@ -40,6 +41,8 @@ class RemoteOptions:
             `model.named_parameters()`, if the optimizer has these.
         telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
             omits a pass over the gradient, which torch's optimizers do not make either.
+        durability: the steps that survive a loss of the server, as for `Client.create_session`.
+        window_bytes: the bytes of steps that are sent again after a loss, as for `stepwire.connect`.
         amp_scaling: True if the server unscales GradScaler's gradients. False if GradScaler unscales them on the
             client, with a pass over the gradients.
         shared_views: True to make parameters and `.grad` views of the memory that a server on this host shares, so that
@@ -67,6 +70,8 @@ class RemoteOptions:
     state_precision: StatePrecision = "float32"
     tensor_precision: Mapping[str, StatePrecision] | None = None
     telemetry: Telemetry = "full"
+    durability: Durability | DurabilityLevel = "memory"
+    window_bytes: int = 0
     amp_scaling: bool = True
     shared_views: bool = False
     send_in_backward: bool = False
@@ -84,7 +89,13 @@ class RemoteOptions:
         """
         if isinstance(self.server, Client):
             return self.server
-        return connect(self.server, transport=self.transport, channels=self.channels, timeout=self.timeout)
+        return connect(
+            self.server,
+            transport=self.transport,
+            channels=self.channels,
+            timeout=self.timeout,
+            window_bytes=self.window_bytes,
+        )
 
     @property
     def owns_client(self) -> bool:

@@ -44,6 +44,7 @@ def create_session(
         state_precision=options.state_precision,
         tensor_precision=_own_precisions(options, parameters),
         telemetry=options.telemetry,
+        durability=options.durability,
         missing_gradient="keep",  # as with torch, a parameter without a gradient keeps its value, its moments and its t
         lease_seconds=options.lease_seconds,
         device=options.device,

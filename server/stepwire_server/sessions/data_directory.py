@@ -215,9 +215,8 @@ class DataDirectory:
     def _open(self, session: Session, saved: Saved) -> None:
         """Have a session write into the log, and be looked after."""
         journals = session.config.durability.level == "journal"
-        session.progress.attach(
-            SessionLog(self._log_writer, session.session_id, self._entries, self._is_owner), journals=journals
-        )
+        log = SessionLog(self._log_writer, session.session_id, self._entries, self._is_owner)
+        session.progress.attach(log, functools.partial(self.checkpointer.checkpoint, session), journals=journals)
         ledger = session.ledger
         ledger.durable_step = ledger.applied_step
         self.checkpointer.add(session, saved)

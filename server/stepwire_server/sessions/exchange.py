@@ -120,7 +120,7 @@ class StateExchange:
                 following = self._ledger.admit_load(request, holder)
                 mark = self._progress.last
             if not following:
-                self._progress.settle(mark)
+                self._progress.settle_load(mark)
                 yield None
                 return
             entry = self._progress.begin(at_once=True)
@@ -188,7 +188,7 @@ class StateExchange:
             if following:
                 self._commit_load(load)
             mark = self._progress.last
-        self._progress.settle(mark)
+        self._progress.settle_load(mark)
         return following
 
     def _commit_load(self, load: Load) -> None:

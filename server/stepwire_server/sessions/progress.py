@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from stepwire.errors import DataLossError
+from stepwire.errors import DataLossError, Reason
 from stepwire_server.durability.entries import Attempt, LoadEntry, StepEntry
 from stepwire_server.durability.session_log import EntryLog, SessionLog
 from stepwire_server.records.load_request import LoadRequest
@@ -38,11 +39,18 @@ class Progress:
         self._ledger = ledger
         self._log: SessionLog | None = None
         self._journals = False
+        self._save: Callable[[], object] = lambda: None
         self.last = Mark(0, 0)
 
-    def attach(self, log: SessionLog, *, journals: bool) -> None:
-        """Write into a log from now on: holds, and with `journals` steps and loads too."""
-        self._log, self._journals = log, journals
+    def attach(self, log: SessionLog, save: Callable[[], object], *, journals: bool) -> None:
+        """Write into a log from now on.
+
+        Args:
+            log: the log; it gets all holds.
+            save: saves a checkpoint of the present moment, unless there is one.
+            journals: the log gets steps and loads too.
+        """
+        self._log, self._journals, self._save = log, journals, save
         self.last = Mark(0, self._ledger.applied_step)
 
     @property
@@ -132,6 +140,23 @@ class Progress:
         self._log.wait(mark.number)
         if self._journals and mark.step > self._ledger.durable_step:
             self._ledger.durable_step = mark.step
+
+    def settle_load(self, mark: Mark) -> None:
+        """Wait until a load is durable; where no journal has it, it is saved with a checkpoint.
+
+        Raises:
+            DataLossError, FencedError: as `settle`.
+        """
+        self.settle(mark)
+        if self._log is None or self._journals or not self._ledger.ready:
+            return
+        try:
+            self._save()
+        except OSError as error:
+            raise DataLossError(
+                f"the load is applied, and no checkpoint of it could be saved: {error}; it may be lost with the server",
+                reason=Reason.DURABILITY_FAILED,
+            ) from error
 
     def read(self, mark: Mark) -> None:
         """Wait as `settle` before state is read, which stays possible when the disk has failed.

@@ -133,7 +133,7 @@ def test_other_changes_wait_for_the_moment_too(
 ) -> None:
     options: dict[str, Any] = {"non_finite": "skip"} if operation == "skip" else {}
     session = client.create_session(
-        {"w": np.zeros(SIZE, np.float32)}, durability="checkpoint", keep=True, accumulation_steps=3, **options
+        {"w": np.zeros(SIZE, np.float32)}, durability="journal", keep=True, accumulation_steps=3, **options
     )
     session.step(gradient(1))
     moment, held = flat(session.state()), Held(monkeypatch)
