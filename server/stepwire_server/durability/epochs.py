@@ -81,7 +81,8 @@ class Epochs:
 
     def newest(self) -> int:
         """Return the newest epoch; 0 before the first."""
-        return max(self._numbers(), default=0)
+        names = reversed(self._disk.names(self._folder))  # of one length, so sorted as their numbers are
+        return next((int(name, 16) for name in names if _NAME.fullmatch(name)), 0)
 
     def _create(self, epoch: int, instance: str) -> bool:
         """Create an epoch; False if another owner has it or a newer one."""

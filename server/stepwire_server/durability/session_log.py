@@ -110,9 +110,9 @@ class SessionLog:
     def append(
         self, kind: Kind, entry: int, meta: bytes, payload: HostArray | None = None, *, durable: bool = False
     ) -> int:
-        """Append a record, and return its number."""
+        """Append a record, and return its number; after a durable one the caller calls `wait`."""
         record = Record(kind, self._session, entry, meta, _NONE if payload is None else payload)
-        return self._writer.append(record, durable=durable)
+        return self._writer.append(record, durable=durable, awaited=durable)
 
     def wait(self, number: int) -> None:
         """Wait until a record and all before it are durable, and this server still owns the directory.

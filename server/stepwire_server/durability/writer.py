@@ -1,4 +1,9 @@
-"""The thread that writes the log: one sync for all that wait, and a look for a newer owner behind each sync."""
+"""The writing of the log: one sync for all that wait, and a look for a newer owner behind each sync.
+
+One thread at a time has the pen. Mostly it is the log's own thread, which writes chunks while the rest of a step
+arrives. A caller that finds the pen free as it begins to wait for its record writes all that waits itself: two threads
+need not wake for a small step.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +114,7 @@ class LogWriter:
         self._waiters: list[_Waiter] = []
         self._callbacks: list[Callable[[StepwireError], None]] = []
         self._failure: StepwireError | None = None
-        self._closing = False
+        self._closing = self._writing = False
         self._appended = self._confirmed = self._pending_bytes = self._syncs = 0
         try:
             self._segments = SegmentWriter(disk, folder, epoch, after=after, segment_bytes=limits.segment_bytes)
@@ -148,7 +153,7 @@ class LogWriter:
         if self._failure is not None:
             raise _copy(self._failure)
 
-    def append(self, record: Record, *, durable: bool = False) -> int:
+    def append(self, record: Record, *, durable: bool = False, awaited: bool = False) -> int:
         """Have a record written, and return its number. The order of the calls is the order of the log.
 
         The call waits only while too many bytes of payload wait to be written.
@@ -156,6 +161,7 @@ class LogWriter:
         Args:
             record: the record; its payload stays as it is until the record is durable, or was written.
             durable: somebody will wait for the record, so a sync follows.
+            awaited: the caller itself calls `wait` next, which may write the record: the log's thread is not woken.
 
         Raises:
             ValueError: the record is larger than a reader would believe.
@@ -166,6 +172,7 @@ class LogWriter:
         nbytes = as_array(record.payload).nbytes
         with self._lock:
             while self._is_full(nbytes):
+                self._arrived.notify()
                 self._room.wait()
             self.check()
             if self._closing:
@@ -173,7 +180,8 @@ class LogWriter:
             self._appended += 1
             self._pending_bytes += nbytes
             self._queue.append(_Pending(record, nbytes, durable))
-            self._arrived.notify()
+            if not awaited:
+                self._arrived.notify()
             return self._appended
 
     def wait(self, number: int, timeout: float | None = None) -> None:
@@ -184,7 +192,7 @@ class LogWriter:
 
         Args:
             number: the number that `append` returned.
-            timeout: the longest time to wait, in seconds.
+            timeout: the longest time to wait, in seconds. Without it, the caller may write what waits itself.
 
         Raises:
             DataLossError, FencedError: as `check`; the record may or may not be in the log.
@@ -196,8 +204,17 @@ class LogWriter:
             self.check()
             if number > self._appended:
                 raise ValueError(f"record {number} was not appended; the last one is {self._appended}")
+            batch = self._seized() if timeout is None else None
+        if batch:
+            self._write_all(batch)
+        with self._lock:
+            if number <= self._confirmed:
+                return
+            self.check()
             waiter = _Waiter(number)
             self._waiters.append(waiter)
+            if self._queue and not self._writing:
+                self._arrived.notify()
         if not waiter.asleep.acquire(timeout=-1 if timeout is None else timeout):
             with self._lock, contextlib.suppress(ValueError):
                 self._waiters.remove(waiter)
@@ -208,7 +225,7 @@ class LogWriter:
         raise DeadlineExceededError(f"record {number} of the log was not durable within {timeout} s")
 
     def on_failure(self, callback: Callable[[StepwireError], None]) -> None:
-        """Have a function called once when the log is closed for good: by the log's thread, or at once if it is."""
+        """Have a function called once when the log is closed for good: by a thread that writes, or at once if it is."""
         with self._lock:
             failure = self._failure
             if failure is None:
@@ -249,24 +266,44 @@ class LogWriter:
     def _run(self) -> None:
         try:
             while batch := self._next_batch():
-                self._write(batch)
-            if self._segments.number > self._confirmed:
+                self._write_all(batch)
+            if self._failure is None and self._segments.number > self._confirmed:
                 self._confirm()
-        except StepwireError as error:
-            self._fail(error)
         except Exception as error:
-            self._fail(_disk_failed(error))
+            self._fail(error)
         finally:
             with contextlib.suppress(OSError):
                 self._segments.close()
 
-    def _next_batch(self) -> deque[_Pending]:
-        """Return all that waits; nothing once the log is closed."""
+    def _next_batch(self) -> deque[_Pending] | None:
+        """Return all that waits, with the pen; None once the log is closed."""
         with self._lock:
-            while not self._queue and not self._closing:
+            while (batch := self._seized()) is None:
+                if not self._writing and (self._closing or self._failure is not None):
+                    return None
                 self._arrived.wait()
-            batch, self._queue = self._queue, deque()
             return batch
+
+    def _seized(self) -> deque[_Pending] | None:
+        """Acquire the pen and all that waits; None if nothing does, or another thread writes. Under the lock."""
+        if self._writing or not self._queue:
+            return None
+        batch, self._queue, self._writing = self._queue, deque(), True
+        return batch
+
+    def _write_all(self, batch: deque[_Pending]) -> None:
+        """Write a batch with the pen, and let go of the pen. A failure closes the log."""
+        try:
+            self._write(batch)
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._lock:
+                self._writing = False
+                if self._queue or self._closing or self._failure is not None:
+                    self._arrived.notify()
 
     def _write(self, batch: deque[_Pending]) -> None:
         durable = any(pending.durable for pending in batch)
@@ -297,7 +334,8 @@ class LogWriter:
             self._syncs += 1
             self._wake(self._confirmed)
 
-    def _fail(self, failure: StepwireError) -> None:
+    def _fail(self, error: BaseException) -> None:
+        failure = error if isinstance(error, StepwireError) else _disk_failed(error)
         with self._lock:
             self._failure = failure
             self._queue.clear()
@@ -315,7 +353,7 @@ class LogWriter:
                 waiter.asleep.release()
 
 
-def _disk_failed(error: Exception) -> DataLossError:
+def _disk_failed(error: BaseException) -> DataLossError:
     return DataLossError(
         f"the log of steps failed and is closed for good: {error}; state stays readable, so save it, mend the disk and "
         "start the server again",

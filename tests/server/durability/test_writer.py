@@ -208,7 +208,7 @@ class Short(MemoryDisk):
         return super().write(descriptor, data[:count], offset)
 
 
-def work(disk: MemoryDisk) -> tuple[list[int], list[StepwireError]]:
+def work(disk: MemoryDisk, *, awaited: bool = False) -> tuple[list[int], list[StepwireError]]:
     """Append and wait until it fails; returns the entries that were confirmed, and the errors that were told."""
     confirmed, told = list[int](), list[StepwireError]()
     try:
@@ -219,7 +219,7 @@ def work(disk: MemoryDisk) -> tuple[list[int], list[StepwireError]]:
     try:
         for entry in range(0, 24, 2):
             log.append(record(entry, 2500, Kind.CHUNK))
-            log.wait(log.append(record(entry + 1, 10), durable=True))
+            log.wait(log.append(record(entry + 1, 10), durable=True, awaited=awaited))
             confirmed += [entry, entry + 1]
     except StepwireError as error:
         assert (type(error), error.reason) == (DataLossError, Reason.DURABILITY_FAILED)
@@ -239,14 +239,16 @@ def check_confirmed(disk: MemoryDisk, confirmed: list[int]) -> None:
         assert entries == list(range(len(entries)))
 
 
+@pytest.mark.parametrize("awaited", [False, True])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_fails_at_any_call_is_told_and_loses_nothing_that_was_confirmed(error: int) -> None:
+def test_a_disk_that_fails_at_any_call_is_told_and_loses_nothing_that_was_confirmed(error: int, awaited: bool) -> None:
     whole = MemoryDisk()
-    assert work(whole) == (list(range(24)), [])
+    assert work(whole, awaited=awaited) == (list(range(24)), [])
     for number in range(1, len(whole.calls)):
         failure = FailAt(number, error)
         disk = MemoryDisk(failure)
-        confirmed, told = work(disk)
+        confirmed, told = work(disk, awaited=awaited)
+        assert disk.open_files == 0 or failure.failed == "close"
         assert len(told) == 1 or (failure.failed, confirmed) == ("close", list(range(24)))
         check_confirmed(disk, confirmed)
 
@@ -277,6 +279,79 @@ def test_a_look_that_fails_closes_the_log() -> None:
         log.wait(log.append(record(1), durable=True))
     assert failed.value.reason is Reason.DURABILITY_FAILED
     log.close()
+
+
+# --- the pen --------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_that_waits_for_its_record_writes_it(held: Held) -> None:
+    writers = list[str]()
+    disk = MemoryDisk()
+    log = LogWriter(disk, FOLDER, 1, yes, after=START)
+    disk.before = lambda name: writers.append(threading.current_thread().name)
+    log.wait(log.append(record(1), durable=True, awaited=True))
+    assert set(writers) == {threading.current_thread().name} and log.durable_position.number == 1
+    log.close()
+
+
+def test_records_that_arrive_while_a_caller_writes_are_written_after_it(held: Held) -> None:
+    log = LogWriter(MemoryDisk(held), FOLDER, 1, yes, after=START)
+    held.armed = True
+    with concurrent.futures.ThreadPoolExecutor(64) as threads:
+        first = threads.submit(lambda: log.wait(log.append(record(0), durable=True, awaited=True)))
+        held.await_call()
+        numbers = [log.append(record(entry), durable=True, awaited=True) for entry in range(1, 61)]
+        waits = [threads.submit(log.wait, number) for number in numbers]
+        held.armed = False
+        held.go.release()
+        assert [wait.result(timeout=60) for wait in (first, *waits)] == [None] * 61
+    assert log.statistics().syncs == 2
+    log.close()
+
+
+def test_a_record_whose_caller_does_not_wait_is_written_by_whoever_comes_next() -> None:
+    disk = MemoryDisk()
+    log = LogWriter(disk, FOLDER, 1, yes, after=START)
+    log.append(record(1), durable=True, awaited=True)
+    log.wait(log.append(record(2), durable=True, awaited=True), timeout=60.0)
+    assert log.durable_position.number == 2
+    log.append(record(3), durable=True, awaited=True)
+    log.close()
+    assert log.durable_position.number == 3
+    assert [read.record.entry for read in contents(disk.after_power_loss(random.Random(0)))[0]] == [1, 2, 3]
+
+
+def test_an_appender_without_room_is_not_left_to_a_caller_that_does_not_wait() -> None:
+    log = LogWriter(MemoryDisk(), FOLDER, 1, yes, after=START, limits=LogLimits(SEGMENT_BYTES, 1000))
+    log.append(record(1, 900), durable=True, awaited=True)
+    log.append(record(2, 900), durable=True, awaited=True)
+    log.close()
+    assert log.durable_position.number == 2
+
+
+def test_many_callers_and_the_thread_take_turns() -> None:
+    disk = MemoryDisk()
+    log = LogWriter(disk, FOLDER, 1, yes, after=START, limits=LogLimits(SEGMENT_BYTES, 5000))
+
+    def caller(index: int) -> None:
+        chance = random.Random(index)
+        for entry in range(index * 1000, index * 1000 + 60):
+            if chance.random() < 0.4:
+                log.append(record(entry, chance.randrange(3000), Kind.CHUNK))
+                continue
+            number = log.append(record(entry, 40), durable=True, awaited=chance.random() < 0.8)
+            log.wait(number, timeout=None if chance.random() < 0.9 else 60.0)
+            assert log.durable_position.number >= number
+
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        for done in [threads.submit(caller, index) for index in range(12)]:
+            done.result(timeout=60)
+    log.close()
+    assert log.statistics().pending_bytes == 0 and disk.open_files == 0
+    entries = [read.record.entry for read in contents(disk)[0]]
+    assert len(entries) == 12 * 60
+    for index in range(12):
+        assert [entry for entry in entries if entry // 1000 == index] == list(range(index * 1000, index * 1000 + 60))
 
 
 def test_segments_are_released() -> None:
