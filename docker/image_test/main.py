@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 from compose_checks import check_compose
+from durability_checks import check_durability
 from engine import private_docker
 from gpu_checks import check_gpu
 from image_checks import check_images
@@ -74,6 +75,7 @@ def _run(report: Report, names: dict[str, str]) -> None:
     check_settings(report, names["cpu"])
     report.heading("the server for CPUs")
     check_server(report, names["cpu"])
+    check_durability(report, names["cpu"])
     report.heading("the server for GPUs, where there is none")
     check_gpu(report, names["gpu"])
     report.heading("compose")
