@@ -97,7 +97,7 @@ def _start(folder: pathlib.Path, steps: int) -> float:
     began = time.perf_counter()
     server = Server(settings(str(folder)), pool=DevicePool.of([CpuEngine()]))
     seconds = time.perf_counter() - began
-    (session_id,) = Archive(Disk(), folder / "sessions").ids()
+    (session_id,) = Archive(Disk(), folder / "sessions", folder).ids()
     found = server.registry.get(session_id).ledger.applied_step
     server.close()
     if found != steps:
@@ -107,7 +107,7 @@ def _start(folder: pathlib.Path, steps: int) -> float:
 
 def _journal_of(folder: pathlib.Path) -> Journal:
     codec, chunks = DurableCodec(), list[Chunk]()
-    archive = Archive(Disk(), folder / "sessions")
+    archive = Archive(Disk(), folder / "sessions", folder)
     config = codec.decode_config(archive.get(*archive.ids()).config)
     for record in read_log(Disk(), folder / "log"):
         kind = record.header.kind
