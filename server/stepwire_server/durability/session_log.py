@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -21,10 +22,17 @@ CHUNK: Final = struct.Struct("<QQI")
 
 # A smaller chunk waits for the commit, so that a small step is one record.
 _INLINE_BYTES: Final = 32 << 10
+_MOST_INLINE: Final = 1024
 
 
 class EntryLog:
-    """One step or load on its way into the log. Nothing of it counts before its commit."""
+    """One step or load on its way into the log. Nothing of it counts before its commit.
+
+    Attributes:
+        entry: its number.
+        applied: the chunks that an overlapped step has applied.
+        first: the number of its first record, or a smaller one; 0 without records.
+    """
 
     def __init__(self, log: SessionLog, entry: int, *, at_once: bool) -> None:
         """Await the chunks of an entry; `at_once` writes small ones too as they come."""
@@ -33,14 +41,17 @@ class EntryLog:
         self._inline_bytes = 0 if at_once else _INLINE_BYTES
         self._inline: list[tuple[int, int]] = []
         self._payloads: list[HostArray] = []
-        self.applied = self._chunks = 0
+        self.applied = self.first = self._chunks = 0
 
     def chunk(self, offset: int, count: int, payload: HostArray, slot: int = 0) -> None:
         """Write a chunk while the rest arrives: `payload` is its bytes, `(n,) uint8`, which never change."""
-        if payload.nbytes < self._inline_bytes:
+        if payload.nbytes < self._inline_bytes and len(self._inline) < _MOST_INLINE:
             self._inline.append((offset, count))
             self._payloads.append(payload)
             return
+        if not self.first:
+            self.first = self._log.position + 1  # before the record is there: the log lets go of none behind it
+            self._log.opened(self)
         self._log.append(Kind.CHUNK, self.entry, CHUNK.pack(offset, count, slot), payload)
         self._chunks += 1
 
@@ -59,6 +70,10 @@ class EntryLog:
         payload = self._payloads[0] if len(self._payloads) == 1 else np.concatenate([_NONE, *self._payloads])
         kind = Kind.COMMIT if isinstance(entry, StepEntry) else Kind.LOAD
         return self._log.append(kind, self.entry, encode_entry(entry), payload, durable=True)
+
+    def close(self) -> None:
+        """Note that the entry was committed, or never will be. Closing twice is harmless."""
+        self._log.closed(self)
 
 
 class SessionLog:
@@ -79,6 +94,8 @@ class SessionLog:
         self._session = bytes.fromhex(session_id)
         self._entries = entries
         self._is_owner = is_owner
+        self._open: set[EntryLog] = set()
+        self._lock = threading.Lock()  # of the set
 
     @property
     def position(self) -> int:
@@ -102,6 +119,21 @@ class SessionLog:
     def begin(self, *, at_once: bool = False) -> EntryLog:
         """Begin an entry. Its chunks are written as they come, small ones too with `at_once`."""
         return EntryLog(self, next(self._entries), at_once=at_once)
+
+    def opened(self, entry: EntryLog) -> None:
+        """Note an entry that has records of its own."""
+        with self._lock:
+            self._open.add(entry)
+
+    def closed(self, entry: EntryLog) -> None:
+        """Forget an entry that is over."""
+        with self._lock:
+            self._open.discard(entry)
+
+    def first_open(self) -> int | None:
+        """Return the number of the first record of all entries that are not over; None without one."""
+        with self._lock:
+            return min((entry.first for entry in self._open), default=None)
 
     def hold(self, generation: int) -> int:
         """Append that another client has acquired the worker, and return the record's number."""

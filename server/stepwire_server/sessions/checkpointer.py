@@ -141,6 +141,11 @@ class Checkpointer:
     def _let_go(self) -> None:
         with self._lock:
             kept = list(self._kept.items())
-        needed = [last.saved.position for session, last in kept if session.progress.last.number > last.saved.position]
-        if kept:
-            self._release(1 + min(needed, default=max(session.progress.position for session, _ in kept)))
+        if not kept:
+            return
+        first = kept[0][0].progress.position + 1  # of the whole log: whatever begins from here on lies behind
+        for session, last in kept:
+            if session.progress.last.number > last.saved.position:
+                first = min(first, last.saved.position + 1)
+            first = min(first, session.needed_record or first)
+        self._release(first)

@@ -147,7 +147,7 @@ class StateExchange:
                 ledger.ready,
                 ledger.last_result,
                 ledger.worker.holder,
-                self._progress.position,
+                self._position(),
                 capture.blocks(self._lock),
             )
         try:
@@ -156,6 +156,11 @@ class StateExchange:
             capture.end()
             with self._lock:
                 state.capture = None
+
+    def _position(self) -> int:
+        """Return the number of the last record that a checkpoint of this moment makes superfluous."""
+        position, needed = self._progress.position, self._progress.needed()
+        return position if needed is None else min(position, needed - 1)
 
     def _check_sound(self) -> None:
         self._ledger.check_usable()

@@ -79,6 +79,8 @@ class Load:
     def close(self) -> None:
         """Give the memory back. Closing twice is harmless."""
         self.staged.close()
+        if self.entry is not None:
+            self.entry.close()
 
     def __enter__(self) -> Load:
         """Hold the memory for a block."""

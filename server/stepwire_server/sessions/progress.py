@@ -58,6 +58,10 @@ class Progress:
         """The number of the log's last record: what comes later is of the future; 0 without a log."""
         return 0 if self._log is None else self._log.position
 
+    def needed(self) -> int | None:
+        """Return the number of the first record that commits to come may need; None without one."""
+        return None if self._log is None else self._log.first_open()
+
     @property
     def log_bytes(self) -> int:
         """The bytes of the whole log so far; 0 without a log."""

@@ -97,6 +97,13 @@ class Session:
         return self.ledger.session_id
 
     @property
+    def needed_record(self) -> int | None:
+        """The number of the first record of the log that a commit to come may need; None without one."""
+        half = self._state.unfinished
+        firsts = [first for first in (self.progress.needed(), None if half is None else half.first_record) if first]
+        return min(firsts, default=None)
+
+    @property
     def durable(self) -> bool:
         """The session outlives its server."""
         return self.config.durability.level != "memory"
@@ -257,7 +264,8 @@ class Session:
                 commit.apply(writer)
             self._state.advance(step.gradient, commit.effect, commit.groups)
             times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
-            return self._committed(step, commit.result(Moment(step.request.step, self.ledger.epoch, times)))
+            result = commit.result(Moment(step.request.step, self.ledger.epoch, times))
+        return self._committed(step, result)
 
     def check(self, step: Step) -> GradientCheck | None:
         """Return the facts that a coordinator decides by, before the commit; None where the step is a replay.

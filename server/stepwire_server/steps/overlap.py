@@ -87,6 +87,11 @@ class OverlappedStep:
         """The chunks that were applied, attempt by attempt, for a log."""
         return tuple(Attempt(entry.entry, entry.applied) for entry in self._entries)
 
+    @property
+    def first_record(self) -> int | None:
+        """The number of the first record of these chunks in the log; None without one."""
+        return min((entry.first for entry in self._entries if entry.first), default=None)
+
     def check_continued_by(self, request: StepRequest) -> None:
         """Refuse a step that is not this one.
 

@@ -106,8 +106,10 @@ class Step:
                 self.entry.chunk(offset, count, payload)
 
     def close(self) -> None:
-        """Let go of the gradient. Closing twice is harmless."""
+        """Let go of the gradient, and of the entry in the log. Closing twice is harmless."""
         self.gradient.close()
+        if self.entry is not None:
+            self.entry.close()
 
     def __enter__(self) -> Step:
         """Hold the gradient for a block."""
