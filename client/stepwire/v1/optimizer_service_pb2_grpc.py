@@ -80,6 +80,36 @@ class OptimizerServiceStub(object):
                 request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.LoadRequest.SerializeToString,
                 response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.LoadResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/SaveCheckpoint',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/ListCheckpoints',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.VerifyCheckpoint = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/VerifyCheckpoint',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/DeleteCheckpoint',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/Rollback',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/ForkSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
 
 
 class OptimizerServiceServicer(object):
@@ -242,6 +272,118 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveCheckpoint(self, request, context):
+        """Saves a checkpoint of the present state under a name, while steps go on. The server's own checkpoints keep their
+        times, and never remove one that has a name.
+
+        A name that exists is refused, never overwritten. Idempotent as long as the session stays where it is: a checkpoint
+        of this name, of the same step and load as now, is returned.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: the name is none, begins with "auto-", or is that of another checkpoint (metadata:
+        field).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone (metadata: field, feature).
+        - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
+        - ABORTED/STATE_CHANGED: a step with `overlap` is half applied; save again.
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed; there is no such checkpoint.
+        - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists the checkpoints of a session, ordered by name, damaged ones too. Changes nothing; a parked session stays
+        parked.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone (metadata: field, feature).
+        - DATA_LOSS/DURABILITY_FAILED: the disk could not be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyCheckpoint(self, request, context):
+        """Reads all of a checkpoint and compares the checksums. Changes nothing; a parked session stays parked.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: no checkpoint has the name (metadata: field).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone (metadata: field, feature).
+        - DATA_LOSS/CHECKPOINT_DAMAGED: the checkpoint is damaged; the message names the first bad array (metadata: file,
+        field).
+        - DATA_LOSS/DURABILITY_FAILED: the disk could not be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a checkpoint. Deleting an unknown one is INVALID_CONFIG, so a repeated delete can be told from a first one.
+
+        A session comes back from its newest checkpoint, so that state stays: under the name of an automatic checkpoint,
+        which the server removes in its turn.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: no checkpoint has the name, or it is the newest automatic one (metadata: field).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone (metadata: field, feature).
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed; delete it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Replaces the whole state by an earlier one of the same session: a load whose values the server has.
+
+        Everything that a load says of its number, its step and its hold holds here too: `load` is the next one, the last one
+        again changes nothing, and step numbers never go back. The session stays at its step, with the arrays, update
+        counts, scalars and loss scale of the earlier state. The rollback is durable when this returns.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: no checkpoint has the name, or neither a checkpoint nor the journal reaches the
+        step (metadata: field). The message lists what is reachable.
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone (metadata: field, feature).
+        - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: as Load.
+        - FAILED_PRECONDITION/FENCED, STALE_EPOCH: as Load.
+        - UNAVAILABLE/STREAM_DISPLACED: as Load.
+        - FAILED_PRECONDITION/STEP_UNFINISHED: a step with `overlap` was broken off, and `applied_step` is unset (metadata:
+        unfinished_step).
+        - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room to stage the values, or to make the steps again.
+        - DATA_LOSS/CHECKPOINT_DAMAGED, LOG_DAMAGED: the earlier state cannot be read.
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed. The rollback may have been committed, and may be lost.
+        - DATA_LOSS/SESSION_DAMAGED, DEVICE_LOST: as Load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Creates a session that begins with a state of another one, its tensors and its options, and gives the caller the
+        hold of worker 0. From then on the two have nothing to do with each other.
+
+        Idempotent by `request_id` as CreateSession is. A durable fork shares the arrays of the checkpoint on the disk.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: as CreateSession and Rollback (metadata: field).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session is in memory alone, or the device is missing (metadata: field,
+        feature).
+        - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
+        - ABORTED/STATE_CHANGED: as SaveCheckpoint, if the request names no origin.
+        - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED, TOO_MANY_SESSIONS: as CreateSession.
+        - DATA_LOSS/CHECKPOINT_DAMAGED, LOG_DAMAGED: the state cannot be read.
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed; nothing was created.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OptimizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -289,6 +431,36 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.Load,
                     request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.LoadRequest.FromString,
                     response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.LoadResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'VerifyCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyCheckpoint,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.RollbackRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.RollbackResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -535,6 +707,168 @@ class OptimizerService(object):
             '/stepwire.v1.OptimizerService/Load',
             stepwire_dot_v1_dot_optimizer__service__pb2.LoadRequest.SerializeToString,
             stepwire_dot_v1_dot_optimizer__service__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/SaveCheckpoint',
+            stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/ListCheckpoints',
+            stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/VerifyCheckpoint',
+            stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.VerifyCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/DeleteCheckpoint',
+            stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/Rollback',
+            stepwire_dot_v1_dot_optimizer__service__pb2.RollbackRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/ForkSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
 from stepwire.errors import DataLossError, Reason, SessionNotFoundError
+from stepwire_server.durability.checkpoint import MANIFEST
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk, read_all, write_all
 from stepwire_server.durability.folders import NEW_PREFIX, NewFolder, is_folder, remove_files
@@ -51,17 +53,24 @@ class Archive:
         self._stores: dict[str, CheckpointStore] = {}
         self._adding: set[str] = set()
 
-    def add(self, session: ArchivedSession) -> None:
+    def add(self, session: ArchivedSession, begin: Callable[[CheckpointStore], object] | None = None) -> None:
         """Keep a new session; it is there for good when this returns.
+
+        Args:
+            session: the session.
+            begin: saves its first checkpoint, before the session is there; None for none.
 
         Raises:
             OSError: the disk failed; nothing stays.
+            StepwireError: as `begin`; nothing stays.
         """
         folder = NewFolder(self._disk, self._folder / session.session_id, _FILE, self._adding, self._work)
         folder.make()
         try:
             self._write(folder.path / _FILE, msgspec.json.encode(session))
             self._disk.make_folder(folder.path / _CHECKPOINTS)
+            if begin is not None:
+                begin(CheckpointStore(self._disk, folder.path / _CHECKPOINTS))
             folder.publish()
         except BaseException:
             self._discard(folder)
@@ -131,16 +140,18 @@ class Archive:
                 self._clear(self._folder / name)
 
     def _clear(self, folder: pathlib.Path) -> None:
+        self._clear_checkpoints(folder)
+        remove_files(self._disk, folder, _FILE)
+
+    def _clear_checkpoints(self, folder: pathlib.Path) -> None:
         checkpoints = folder / _CHECKPOINTS
         if self._disk.exists(checkpoints) and is_folder(self._disk, checkpoints):
             for name in self._disk.names(checkpoints):
-                remove_files(self._disk, checkpoints / name, "manifest.json")
+                remove_files(self._disk, checkpoints / name, MANIFEST)
             self._disk.remove_folder(checkpoints)
-        remove_files(self._disk, folder, _FILE)
 
     def _discard(self, folder: NewFolder) -> None:
-        if self._disk.exists(folder.path / _CHECKPOINTS):
-            self._disk.remove_folder(folder.path / _CHECKPOINTS)
+        self._clear_checkpoints(folder.path)
         folder.discard()
 
     def _write(self, path: pathlib.Path, data: bytes) -> None:

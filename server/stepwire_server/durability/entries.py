@@ -69,6 +69,7 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
         tensor_steps: t of each tensor; empty to leave them.
         tensor_scalars: the scalar of each tensor; empty to leave or derive them.
         loss_scale: scale and clean steps; None to leave them.
+        sum_bound: no element of an accumulated gradient is larger in magnitude; None if that is not known.
     """
 
     load: int
@@ -81,6 +82,7 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
     tensor_steps: tuple[int, ...] = ()
     tensor_scalars: tuple[float, ...] = ()
     loss_scale: tuple[float, int] | None = None
+    sum_bound: float | None = None
 
 
 class HoldEntry(_Entry, frozen=True, kw_only=True):

@@ -25,6 +25,8 @@ class LoadRequest(NamedTuple):
         loss_scale: the new state of loss scaling; None leaves it.
         tensor_scalars: the scalar of each tensor, in layout order. Empty leaves them, or beside `tensor_steps` derives
             them from these and the session's numbers.
+        sum_bound: no element of an accumulated gradient among the slots is larger in magnitude; None if that is not
+            known.
     """
 
     load: int
@@ -35,3 +37,4 @@ class LoadRequest(NamedTuple):
     tensor_steps: tuple[int, ...] = ()
     loss_scale: LossScale | None = None
     tensor_scalars: tuple[float, ...] = ()
+    sum_bound: float | None = None

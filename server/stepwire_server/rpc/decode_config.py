@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import unicodedata
@@ -14,6 +15,7 @@ from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.optimizers.schedules import schedule_from_wire
 from stepwire.v1 import optimizer_pb2, session_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
 from stepwire.wire.messages import (
     PRECISIONS,
@@ -28,7 +30,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rpc.features import refuse_unserved
 from stepwire_server.rules import EIGHT_BIT_SLOTS, FLOAT32_SLOTS, Precision
 
-__all__ = ["decode_page_token", "decode_request_id", "decode_session_config"]
+__all__ = ["decode_fork_config", "decode_page_token", "decode_request_id", "decode_session_config"]
 
 MAX_GROUPS: Final = 1024
 MAX_DIMENSIONS: Final = 16
@@ -110,6 +112,29 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
     )
     _check_precision(config, message)
     return config
+
+
+def decode_fork_config(request: pb.ForkSessionRequest, config: SessionConfig, limits: ServerConfig) -> SessionConfig:
+    """Return the config of a fork: that of its session, but for what the request says of its life.
+
+    Raises:
+        InvalidRequestError: a field is wrong; the message names it.
+        UnsupportedFeatureError: the server has no data directory.
+    """
+    own = session_pb2.SessionConfig(label=request.label, durability=request.durability)
+    if request.HasField("lease"):
+        own.lease.CopyFrom(request.lease)
+    if request.HasField("checkpoints"):
+        own.checkpoints.CopyFrom(request.checkpoints)
+    refuse_unserved(own)
+    durability = _decode_durability(own, limits)
+    return dataclasses.replace(
+        config,
+        label=_decode_label(request.label) if request.HasField("label") else config.label,
+        device=request.device if request.HasField("device") else config.device,
+        lease_seconds=_decode_lease(own, limits.max_lease_seconds) if own.HasField("lease") else config.lease_seconds,
+        durability=durability if request.durability else config.durability,
+    )
 
 
 def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_count: int) -> list[TensorSpec]:

@@ -11,8 +11,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from stepwire.optimizers.durability import durability_to_wire
 from stepwire.optimizers.gradient_treatment import treatment_to_wire
 from stepwire.optimizers.schedules import schedule_to_wire
+from stepwire.v1 import checkpoint_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire.dtypes import dtype_to_wire
 from stepwire.wire.messages import (
     PRECISIONS,
@@ -22,12 +22,13 @@ from stepwire.wire.messages import (
     optimizer_to_wire,
     spec_to_wire,
 )
+from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import GroupResult, StepResult
 from stepwire_server.sessions.session import Session
 from stepwire_server.steps.check_gradient import GradientCheck
 
-__all__ = ["encode_config", "encode_gradient_check", "encode_result", "encode_session"]
+__all__ = ["encode_checkpoint", "encode_config", "encode_gradient_check", "encode_result", "encode_session"]
 
 
 def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
@@ -58,6 +59,16 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
     )
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))
+    return message
+
+
+def encode_checkpoint(info: CheckpointInfo) -> checkpoint_pb2.Checkpoint:
+    """Encode one line of a list of checkpoints."""
+    message = checkpoint_pb2.Checkpoint(
+        name=info.name, step=info.step, load=info.load, bytes=info.nbytes, damage=info.damage or ""
+    )
+    if info.created:
+        message.create_time.FromDatetime(datetime.datetime.fromisoformat(info.created))
     return message
 
 

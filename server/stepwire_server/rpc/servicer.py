@@ -18,11 +18,13 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
+from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
 from stepwire_server.rpc.encode import encode_session
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
+from stepwire_server.rpc.method import unary
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
@@ -70,17 +72,18 @@ class OptimizerService:
         return grpc.method_handlers_generic_handler(
             "stepwire.v1.OptimizerService",
             {
-                "GetServerInfo": _unary(self.get_server_info, pb.GetServerInfoRequest),
-                "CreateSession": _unary(self.create_session, pb.CreateSessionRequest),
-                "GetSession": _unary(self.get_session, pb.GetSessionRequest),
-                "ListSessions": _unary(self.list_sessions, pb.ListSessionsRequest),
-                "DeleteSession": _unary(self.delete_session, pb.DeleteSessionRequest),
+                "GetServerInfo": unary(self.get_server_info, pb.GetServerInfoRequest),
+                "CreateSession": unary(self.create_session, pb.CreateSessionRequest),
+                "GetSession": unary(self.get_session, pb.GetSessionRequest),
+                "ListSessions": unary(self.list_sessions, pb.ListSessionsRequest),
+                "DeleteSession": unary(self.delete_session, pb.DeleteSessionRequest),
                 "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
                 "Step": grpc.unary_unary_rpc_method_handler(self.step),
                 "Pull": grpc.unary_stream_rpc_method_handler(self.pull),
                 "Load": grpc.stream_unary_rpc_method_handler(
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
+                **CheckpointService(self._registry, self._serving, self._config).handlers(),
             },
         )
 
@@ -239,11 +242,3 @@ def _transport_name(shared: StreamTransport, peer: str) -> str:
     if shared.transport in _MEMORIES:
         return _MEMORIES[shared.transport]
     return "uds" if peer.startswith("unix:") else "tcp"
-
-
-def _unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    def behavior(data: bytes, context: grpc.ServicerContext) -> bytes:
-        reply: bytes = method(read_message(request, data), context).SerializeToString()
-        return reply
-
-    return grpc.unary_unary_rpc_method_handler(behavior)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import structlog
@@ -99,6 +100,12 @@ class Checkpointer:
                 if session in self._kept:
                     self._kept[session] = _Kept(saved, self._clock(), log_bytes)
             return saved
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep every other checkpoint waiting for a block: one is taken or deleted at a time."""
+        with self._turn:
+            yield
 
     def close(self) -> None:
         """End the thread, after the checkpoint that it is taking. Closing twice is harmless."""

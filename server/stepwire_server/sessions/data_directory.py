@@ -12,28 +12,30 @@ import itertools
 import json
 import pathlib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
-from stepwire.errors import DataLossError, Reason, StepwireError
+from stepwire.errors import DataLossError, FencedError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
 from stepwire_server.durability.archive import Archive, ArchivedSession
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore, automatic_name
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.epochs import Epochs
-from stepwire_server.durability.reading import read_log
+from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.durability.session_log import SessionLog
 from stepwire_server.durability.writer import LogLimits, LogWriter
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
 from stepwire_server.sessions.checkpointing import Saved, restore, save
 from stepwire_server.sessions.redo import Codec, Redo
-from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.session import Session, closed_on_failure
 
 __all__ = ["DataDirectory", "Make"]
 
@@ -50,6 +52,7 @@ class DataDirectory:
 
     Attributes:
         epoch: the epoch of this owner.
+        codec: the contract's messages, for what is on disk.
         checkpointer: takes the checkpoints of the sessions that are in memory.
     """
 
@@ -63,7 +66,7 @@ class DataDirectory:
             OSError: the disk failed.
         """
         self._config = config
-        self._codec = codec
+        self.codec = codec
         self._disk = disk or Disk()
         self._folder = pathlib.Path(config.data_dir).absolute()
         for folder in (self._folder, *(self._folder / name for name in _FOLDERS)):
@@ -80,7 +83,9 @@ class DataDirectory:
         self._lost: dict[str, StepwireError] = {}
         self._generations: dict[str, int] = {}  # of parked sessions' holds, which the disk does not have
         self._unsafe: set[str] = set()
-        self.checkpointer = Checkpointer(config, clock, self._save, self._release)
+        self._make: Make | None = None
+        self._reading = threading.Lock()  # the log; no segment is removed meanwhile
+        self.checkpointer = Checkpointer(config, clock, self.save_automatic, self._release)
 
     # --- the start ---------------------------------------------------------------------------------------
 
@@ -94,7 +99,7 @@ class DataDirectory:
             DataLossError: the log is damaged, or cannot be read.
             OSError: the disk failed.
         """
-        began, found = time.monotonic(), dict[str, Redo]()
+        began, found, self._make = time.monotonic(), dict[str, Redo](), make
         known, reader = frozenset(self._archive.ids()), self._reader
         for record in reader:
             session_id = record.header.session.hex()
@@ -102,7 +107,7 @@ class DataDirectory:
                 continue
             with self._noting_loss(session_id, found):
                 if session_id not in found:
-                    found[session_id] = Redo(self._restored(session_id, make), self._codec)
+                    found[session_id] = Redo(self._restored(session_id, make), self.codec)
                 found[session_id].add(record)
         limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
         self._writer = LogWriter(
@@ -138,19 +143,21 @@ class DataDirectory:
 
     # --- sessions ----------------------------------------------------------------------------------------
 
-    def add(self, session: Session, request_id: str) -> None:
-        """Keep a new session; it is there for good when this returns.
+    def add(self, session: Session, request_id: str, beginning: Beginning | None = None) -> None:
+        """Keep a new session, with the state that it begins with; it is there for good when this returns.
 
         Raises:
             OSError: the disk failed; nothing stays.
+            StepwireError: as `beginning.keep`; nothing stays.
         """
-        config = self._codec.encode_config(session.config)
+        config = self.codec.encode_config(session.config)
         self._archive.add(
             ArchivedSession(
                 session_id=session.session_id, request_id=request_id, config=config, create_time=time.time()
-            )
+            ),
+            None if beginning is None else functools.partial(beginning.keep, session),
         )
-        self._open(session, _NO_CHECKPOINT)
+        self._open(session, _NO_CHECKPOINT if beginning is None else self._saved(session))
 
     def remove(self, session_id: str) -> None:
         """Forget a session for good.
@@ -187,15 +194,66 @@ class DataDirectory:
         if (loss := self._lost.get(session_id)) is not None:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
         session = self._restored(session_id, make)
-        ledger = session.ledger
         if (generation := self._generations.pop(session_id, None)) is not None:
-            ledger.worker.resume(generation)
-        self._open(session, Saved(ledger.applied_step, ledger.applied_load, self._log_writer.position.number))
+            session.ledger.worker.resume(generation)
+        self._open(session, self._saved(session))
         return self._archive.get(session_id), session
+
+    def has(self, session_id: str) -> bool:
+        """Tell whether a session is on disk, be it in memory or not."""
+        return session_id in self._archive.ids()
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
         return self._archive.checkpoints(session_id)
+
+    def check_owner(self) -> None:
+        """Refuse a change of what is on disk when another server owns the directory.
+
+        Raises:
+            FencedError: NOT_PRIMARY.
+        """
+        if not self._is_owner():
+            raise FencedError(
+                "another server owns the data directory now; connect to that one", reason=Reason.NOT_PRIMARY
+            )
+
+    def save(self, session: Session, store: CheckpointStore, name: str) -> Saved:
+        """Save a checkpoint of a session's present moment into a store; the caller has the checkpointer's turn.
+
+        Raises:
+            StepwireError, OSError: as `checkpointing.save`.
+        """
+        return save(session, store, name, self.config_tree(session.config))
+
+    def config_tree(self, config: SessionConfig) -> dict[str, Any]:
+        """Return a session's config as a manifest has it."""
+        tree: dict[str, Any] = json.loads(self.codec.config_text(config))
+        return tree
+
+    def made(self, session_id: str, config: SessionConfig) -> Session:
+        """Make a session that no log and no checkpointer knows, at step 0, for the caller to close.
+
+        Raises:
+            ResourceExhaustedError: it does not fit.
+        """
+        assert self._make is not None
+        return self._make(session_id, config)
+
+    def records(self, session_id: str) -> list[LogRecord]:
+        """Return what the log still has of a session, up to what is durable now.
+
+        Raises:
+            DataLossError: the log is damaged, or cannot be read.
+        """
+        end, found = self._log_writer.durable_position, []
+        with self._reading:
+            for record in read_log(self._disk, self._folder / _LOG):
+                if record.position <= end and record.header.session.hex() == session_id:
+                    found.append(record)
+                if record.position >= end:  # behind it the writer is at work
+                    break
+        return found
 
     def start(self) -> None:
         """Take checkpoints when they are due."""
@@ -212,6 +270,12 @@ class DataDirectory:
         assert self._writer is not None
         return self._writer
 
+    def _saved(self, session: Session) -> Saved:
+        """Describe a checkpoint of the present moment: it makes the log up to here superfluous, as far as it can."""
+        position, needed = self._log_writer.position.number, session.needed_record
+        position = position if needed is None else min(position, needed - 1)
+        return Saved(session.ledger.applied_step, session.ledger.applied_load, position)
+
     def _open(self, session: Session, saved: Saved) -> None:
         """Have a session write into the log, and be looked after."""
         journals = session.config.durability.level == "journal"
@@ -223,12 +287,9 @@ class DataDirectory:
 
     def _restored(self, session_id: str, make: Make) -> Session:
         archived = self._archive.get(session_id)
-        session = make(session_id, self._codec.decode_config(archived.config))
-        try:
+        session = make(session_id, self.codec.decode_config(archived.config))
+        with closed_on_failure(session):
             self._restore_newest(session)
-        except BaseException:
-            session.close()
-            raise
         return session
 
     def _restore_newest(self, session: Session) -> None:
@@ -255,11 +316,20 @@ class DataDirectory:
             return False
         return True
 
-    def _save(self, session: Session) -> Saved:
-        store = self._archive.checkpoints(session.session_id)
-        config = json.loads(self._codec.config_text(session.config))
-        ledger = session.ledger
-        saved = save(session, store, automatic_name(ledger.applied_step, ledger.applied_load), config)
+    def save_automatic(self, session: Session) -> Saved:
+        """Save an automatic checkpoint, unless there is one of this moment, and delete those that are too many.
+
+        The caller has the checkpointer's turn.
+
+        Raises:
+            StepwireError, OSError: as `checkpointing.save`.
+        """
+        store, ledger = self._archive.checkpoints(session.session_id), session.ledger
+        saved = self._saved(session)  # for one that an earlier server, or a deletion, has left
+        name = automatic_name(saved.step, saved.load)
+        there = any(info.name == name and info.damage is None for info in store.list())
+        if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
+            saved = self.save(session, store, automatic_name(ledger.applied_step, ledger.applied_load))
         session.progress.checkpointed(saved.step)
         self._unsafe.discard(session.session_id)
         store.prune(self._config.checkpoints_kept)
@@ -267,5 +337,8 @@ class DataDirectory:
 
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""
-        if not (self._unsafe or self._lost) and self._is_owner():
-            self._log_writer.release(LogPosition(self.epoch, number))
+        if not (self._unsafe or self._lost) and self._is_owner() and self._reading.acquire(blocking=False):
+            try:
+                self._log_writer.release(LogPosition(self.epoch, number))
+            finally:
+                self._reading.release()

@@ -105,6 +105,19 @@ class StateExchange:
                 metadata={"unfinished_step": half.number},
             )
 
+    def follows(self, request: LoadRequest, holder: Holder) -> bool:
+        """Return True for the next load, and False for a replay of the last one, which is durable then.
+
+        Raises:
+            StepwireError: as `Ledger.admit_load`.
+        """
+        with self._lock:
+            following = self._ledger.admit_load(request, holder)
+            mark = self._progress.last
+        if not following:
+            self._progress.settle_load(mark)
+        return following
+
     @contextlib.contextmanager
     def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | None]:
         """Admit a load and stage it for a block; yields None for a replay of the last.
@@ -116,11 +129,7 @@ class StateExchange:
             ResourceExhaustedError: it does not fit beside the state.
         """
         with self.loads.one():
-            with self._lock:
-                following = self._ledger.admit_load(request, holder)
-                mark = self._progress.last
-            if not following:
-                self._progress.settle_load(mark)
+            if not self.follows(request, holder):
                 yield None
                 return
             entry = self._progress.begin(at_once=True)

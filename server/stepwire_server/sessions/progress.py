@@ -120,6 +120,7 @@ class Progress:
             tensor_steps=request.tensor_steps,
             tensor_scalars=request.tensor_scalars,
             loss_scale=None if scale is None else (scale.scale, scale.clean_steps),
+            sum_bound=request.sum_bound,
         )
         self.last = Mark(entry.commit(message), self._ledger.applied_step)
 

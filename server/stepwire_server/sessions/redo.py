@@ -207,6 +207,7 @@ def _redo_load(session: Session, entry: LoadEntry, chunks: _Chunks) -> None:
         tensor_steps=entry.tensor_steps,
         tensor_scalars=entry.tensor_scalars,
         loss_scale=None if entry.loss_scale is None else LossScale(*entry.loss_scale),
+        sum_bound=entry.sum_bound,
     )
     with contextlib.ExitStack() as stack:
         load = stack.enter_context(session.exchange.loading(request, session.ledger.worker.holder))

@@ -16,11 +16,13 @@ from stepwire.errors import DataLossError, InvalidRequestError, Reason, Resource
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
-from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.refusals import too_many_sessions, too_many_streams
+from stepwire_server.sessions.session import Session, closed_on_failure
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
@@ -103,13 +105,19 @@ class Registry:
             self._publish(archived.request_id, session)
         self._parked = {each.request_id: each.session_id for each in directory.parked()}
 
-    def create(self, request_id: str, config: SessionConfig) -> Created:
+    def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
         """Create a session, or return the one that this request created before.
+
+        Args:
+            request_id: the name of the request.
+            config: the config.
+            beginning: the state that it begins with; None for a session without parameters.
 
         Raises:
             InvalidRequestError: the request id came before with another config.
             UnsupportedFeatureError: the config names a device that the server does not have.
             ResourceExhaustedError: too many sessions, or no memory for this one.
+            StepwireError: as `beginning.bring`.
         """
         # One creation at a time: a repeated request that overtakes the first would otherwise make two, and two that
         # look for the emptiest device would find the same. Allocating and compiling take a while, so the maps have a
@@ -121,16 +129,13 @@ class Registry:
             if known is not None and not known.ledger.closed and not known.expired(self.clock()):
                 return self._created_before(request_id, known, config)
             if len(self._sessions) >= self._max_sessions:
-                too_many = ResourceExhaustedError(
-                    f"the server holds {len(self._sessions)} sessions, its most; close some, or start it with a "
-                    "larger --max-sessions",
-                    reason=Reason.TOO_MANY_SESSIONS,
-                    metadata={"max_sessions": self._max_sessions},
-                )
-                raise with_idle_sessions(too_many, self._present(), self.clock())
+                raise too_many_sessions(self._max_sessions, self._present(), self.clock())
             session = self._made(secrets.token_hex(16), config, self.pool.choose(config.device))
+            if beginning is not None:
+                with closed_on_failure(session):
+                    beginning.bring(session)
             token = session.acquire().generation
-            self._keep(session, request_id)
+            self._keep(session, request_id, beginning)
             self._publish(request_id, session)
             return Created(session, token, replayed=False)
 
@@ -188,7 +193,7 @@ class Registry:
         with self._lock:
             stream.surplus = len(self._streams) >= self._max_streams
             if len(self._streams) >= self._max_streams + _RETURNING_STREAMS:
-                raise self._too_many_streams()
+                raise too_many_streams(self._max_streams)
             self._streams.add(stream)
         try:
             yield stream
@@ -203,16 +208,7 @@ class Registry:
             ResourceExhaustedError: the server has all the streams it takes.
         """
         if stream.surplus and not session.ledger.worker.attached:
-            raise self._too_many_streams()
-
-    def _too_many_streams(self) -> ResourceExhaustedError:
-        return ResourceExhaustedError(
-            f"the server has {self._max_streams} attached streams, its most; detach some, or start it with a larger "
-            "--max-streams",
-            reason=Reason.TOO_MANY_STREAMS,
-            metadata={"max_streams": self._max_streams},
-            retry_after_seconds=1.0,
-        )
+            raise too_many_streams(self._max_streams)
 
     @contextlib.contextmanager
     def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
@@ -316,22 +312,23 @@ class Registry:
             self._sessions[session.session_id] = session
             self._by_request[request_id] = session
 
-    def _keep(self, session: Session, request_id: str) -> None:
+    def _keep(self, session: Session, request_id: str, beginning: Beginning | None) -> None:
         """Have the data directory keep a new session, if it is durable.
 
         Raises:
             DataLossError: the disk failed; the session is gone.
+            StepwireError: as `beginning.keep`; the session is gone.
         """
         if self.directory is None or not session.durable:
             return
-        try:
-            self.directory.add(session, request_id)
-        except OSError as error:
-            session.close()
-            raise DataLossError(
-                f"the session cannot be kept in the data directory: {error}; nothing was created",
-                reason=Reason.DURABILITY_FAILED,
-            ) from error
+        with closed_on_failure(session):
+            try:
+                self.directory.add(session, request_id, beginning)
+            except OSError as error:
+                raise DataLossError(
+                    f"the session cannot be kept in the data directory: {error}; nothing was created",
+                    reason=Reason.DURABILITY_FAILED,
+                ) from error
 
     def _revived(self, session_id: str) -> Session:
         """Bring a parked session back, and park others where there is no room for it.

@@ -37,7 +37,7 @@ from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parame
 from stepwire_server.steps.result import Effect, Moment
 from stepwire_server.steps.step import Hold, Step
 
-__all__ = ["Session"]
+__all__ = ["Session", "closed_on_failure"]
 
 
 class Session:
@@ -349,6 +349,16 @@ class Session:
                 self.ledger.closed = True
                 self.ledger.worker.end(session_not_found(self.session_id))
                 self._state.close()
+
+
+@contextlib.contextmanager
+def closed_on_failure(session: Session) -> Iterator[None]:
+    """Close a new session if a block fails, so that nothing of it stays."""
+    try:
+        yield
+    except BaseException:
+        session.close()
+        raise
 
 
 def _no_replay(request: StepRequest) -> StateChangedError:

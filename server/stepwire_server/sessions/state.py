@@ -228,7 +228,7 @@ class SessionState:
         self.arrays.settle()
         self.unfinished = None
         if ACCUMULATED in request.slots:
-            self.sum_bound = math.inf
+            self.sum_bound = math.inf if request.sum_bound is None else request.sum_bound
         if request.tensor_steps or request.tensor_scalars:
             steps = request.tensor_steps or self.tensor_steps.tensor_steps()
             self.tensor_steps = TensorSteps(self.config, steps, request.tensor_scalars)

@@ -322,6 +322,22 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     pb.GetSessionRequest: {"session_id"},
     pb.DeleteSessionRequest: {"session_id", "attach_token"},
     pb.GetServerInfoRequest: set(),
+    pb.SaveCheckpointRequest: {"session_id", "name"},
+    pb.ListCheckpointsRequest: {"session_id"},
+    pb.VerifyCheckpointRequest: {"session_id", "name"},
+    pb.DeleteCheckpointRequest: {"session_id", "name"},
+    pb.RollbackRequest: {"session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step"},
+    pb.ForkSessionRequest: {
+        "session_id",
+        "request_id",
+        "checkpoint",
+        "step",
+        "label",
+        "device",
+        "lease",
+        "durability",
+        "checkpoints",
+    },
 }
 
 

@@ -1,0 +1,107 @@
+"""The methods about checkpoints: decode, one call, encode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from stepwire.errors import InvalidRequestError
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.config import ServerConfig
+from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.rpc.attach import Serving
+from stepwire_server.rpc.decode_config import decode_fork_config, decode_request_id
+from stepwire_server.rpc.encode import encode_checkpoint, encode_session
+from stepwire_server.rpc.method import unary
+from stepwire_server.sessions.earlier import Origin
+from stepwire_server.sessions.named_checkpoints import NamedCheckpoints
+from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.rollback import Rollbacks
+
+__all__ = ["CheckpointService"]
+
+_STEP_END = 2**53
+
+
+class CheckpointService:
+    """Serves the part of `stepwire.v1.OptimizerService` that is about checkpoints."""
+
+    def __init__(self, registry: Registry, serving: Serving, config: ServerConfig) -> None:
+        """Serve the sessions of `registry`."""
+        self._registry = registry
+        self._serving = serving
+        self._config = config
+        self._checkpoints = NamedCheckpoints(registry)
+        self._rollbacks = Rollbacks(registry, self._checkpoints)
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Return the rows of the method table."""
+        return {
+            "SaveCheckpoint": unary(self.save_checkpoint, pb.SaveCheckpointRequest),
+            "ListCheckpoints": unary(self.list_checkpoints, pb.ListCheckpointsRequest),
+            "VerifyCheckpoint": unary(self.verify_checkpoint, pb.VerifyCheckpointRequest),
+            "DeleteCheckpoint": unary(self.delete_checkpoint, pb.DeleteCheckpointRequest),
+            "Rollback": unary(self.rollback, pb.RollbackRequest),
+            "ForkSession": unary(self.fork_session, pb.ForkSessionRequest),
+        }
+
+    def save_checkpoint(self, request: pb.SaveCheckpointRequest, context: grpc.ServicerContext) -> Any:
+        """Save a checkpoint under a name."""
+        session = self._registry.get(request.session_id)
+        with self._serving.drain.admit(), session.calls.one():
+            saved = self._checkpoints.save(session, request.name)
+        return pb.SaveCheckpointResponse(checkpoint=encode_checkpoint(saved.info), replayed=saved.replayed)
+
+    def list_checkpoints(self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext) -> Any:
+        """List the checkpoints of a session."""
+        found = self._checkpoints.list(request.session_id)
+        return pb.ListCheckpointsResponse(checkpoints=map(encode_checkpoint, found))
+
+    def verify_checkpoint(self, request: pb.VerifyCheckpointRequest, context: grpc.ServicerContext) -> Any:
+        """Read all of a checkpoint."""
+        info = self._checkpoints.verify(request.session_id, request.name)
+        return pb.VerifyCheckpointResponse(checkpoint=encode_checkpoint(info))
+
+    def delete_checkpoint(self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext) -> Any:
+        """Delete a checkpoint."""
+        self._checkpoints.delete(request.session_id, request.name)
+        return pb.DeleteCheckpointResponse()
+
+    def rollback(self, request: pb.RollbackRequest, context: grpc.ServicerContext) -> Any:
+        """Replace the state by an earlier one."""
+        session = self._registry.get(request.session_id)
+        origin = _origin(request)
+        if origin is None:
+            raise InvalidRequestError.of("checkpoint", "name the checkpoint, or the step, to go back to")
+        step = request.applied_step if request.HasField("applied_step") else None
+        if (step or 0) >= _STEP_END:
+            raise InvalidRequestError.of("applied_step", f"{step} is not below 2^53")
+        numbers = LoadRequest(request.load, (), epoch=request.epoch, step=step)
+        with self._serving.drain.admit(), session.calls.one():
+            done = self._rollbacks.roll_back(session, session.holder_of(request.attach_token), numbers, origin)
+        return pb.RollbackResponse(
+            session=encode_session(session, self._registry.clock(), whole=False), replayed=not done
+        )
+
+    def fork_session(self, request: pb.ForkSessionRequest, context: grpc.ServicerContext) -> Any:
+        """Create a session that begins with a state of another one."""
+        session, request_id = self._registry.get(request.session_id), decode_request_id(request.request_id)
+        config = decode_fork_config(request, session.config, self._config)
+        with self._serving.drain.admit(), session.calls.one():
+            created = self._rollbacks.fork(session, request_id, config, _origin(request))
+        return pb.ForkSessionResponse(
+            session=encode_session(created.session, self._registry.clock(), whole=True),
+            attach_token=created.token,
+            replayed=created.replayed,
+        )
+
+
+def _origin(request: pb.RollbackRequest | pb.ForkSessionRequest) -> Origin | None:
+    match request.WhichOneof("origin"):
+        case "checkpoint":
+            return Origin(checkpoint=request.checkpoint)
+        case "step":
+            return Origin(step=request.step)
+        case _:
+            return None

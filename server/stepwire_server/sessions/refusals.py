@@ -1,0 +1,31 @@
+"""The refusals of a server that has as many sessions or streams as it may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepwire.errors import Reason, ResourceExhaustedError
+from stepwire_server.sessions.idle import with_idle_sessions
+from stepwire_server.sessions.session import Session
+
+__all__ = ["too_many_sessions", "too_many_streams"]
+
+
+def too_many_sessions(most: int, present: Sequence[Session], now: float) -> ResourceExhaustedError:
+    """Return the refusal of a session beyond the limit; it names those of `present` that are idle."""
+    error = ResourceExhaustedError(
+        f"the server holds {len(present)} sessions, its most; close some, or start it with a larger --max-sessions",
+        reason=Reason.TOO_MANY_SESSIONS,
+        metadata={"max_sessions": most},
+    )
+    return with_idle_sessions(error, present, now)
+
+
+def too_many_streams(most: int) -> ResourceExhaustedError:
+    """Return the refusal of a stream beyond the limit."""
+    return ResourceExhaustedError(
+        f"the server has {most} attached streams, its most; detach some, or start it with a larger --max-streams",
+        reason=Reason.TOO_MANY_STREAMS,
+        metadata={"max_streams": most},
+        retry_after_seconds=1.0,
+    )
