@@ -20,6 +20,9 @@ TARGET = CLIENT / "aio" / "surface.py"
 # the others are for.
 NOT_AWAITED = {"apply", "close", "shards", "step_async"}
 
+# The ways of methods that a worker does not merely run.
+_WAYS = {"step": "step", "create_session": "create", "fork": "create"}
+
 HEADER = '''"""The asynchronous client: generated from the synchronous one by `make aio`; do not edit.
 
 See `stepwire.aio`. Every method awaits the one of the same name of `Client` or `Session`, in a thread.
@@ -52,11 +55,13 @@ class AsyncClient(ClientBase):
 
 def written() -> str:
     """Return the module, formatted."""
-    session, client, connecting = (_parsed(name) for name in ("session", "client", "connecting"))
+    modules = ("session", "session_state", "client", "connecting")
+    session, state, client, connecting = (_parsed(name) for name in modules)
     connect = next(node for node in connecting.body if isinstance(node, ast.FunctionDef) and node.name == "connect")
     parts = [
         SESSION,
         *(_method(node, "session") for node in _public(session, "Session")),
+        *(_method(node, "session") for node in _public(state, "StateCalls")),
         CLIENT_CLASS,
         *(_method(node, "client") for node in _public(client, "Client")),
         _function(connect),
@@ -68,6 +73,7 @@ def written() -> str:
         "from stepwire.aio.base import ClientBase, SessionBase",
         "from stepwire.connecting import connect as connect_client",
         *_imports(session, "stepwire.session", used),
+        *_imports(state, "stepwire.session_state", used),
         *_imports(client, "stepwire.client", used),
         *_imports(connecting, "stepwire.connecting", used),
     }
@@ -92,7 +98,7 @@ def _method(node: ast.FunctionDef, wrapped: str) -> str:
     if any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list):
         return _lines("@property", f"def {node.name}(self) -> {_returns(node)}:", f"    {doc}", f"    return {own}")
     call = f"functools.partial({', '.join([own, *_passed_on(node.args)])})"
-    returns, way = _returns(node), {"step": "step", "create_session": "create"}.get(node.name, "run")
+    returns, way = _returns(node), _WAYS.get(node.name, "run")
     if returns.startswith("Iterator["):
         return _lines(
             f"async def {node.name}({ast.unparse(node.args)}) -> Async{returns}:",
@@ -102,7 +108,7 @@ def _method(node: ast.FunctionDef, wrapped: str) -> str:
         )
     options = ", kept=request_id is not None" if way == "create" else ""
     awaited = f"await self._worker.{way}({call}{options})"
-    if returns == "Session":
+    if returns in ("Session", "Self"):
         returns, awaited = "AsyncSession", f"self._adopt(AsyncSession({awaited}))"
     return _lines(
         f"async def {node.name}({ast.unparse(node.args)}) -> {returns}:",

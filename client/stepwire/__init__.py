@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from stepwire.optimizers.gradient_treatment import LossScaling
     from stepwire.optimizers.schedules import Schedule
     from stepwire.results import (
+        CheckpointInfo,
         GroupResult,
         ServerInfo,
         SessionConfig,
@@ -81,6 +82,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "AuthenticationError",
+    "CheckpointInfo",
     "Client",
     "DataLossError",
     "DeadlineExceededError",
@@ -127,6 +129,7 @@ _HOMES = {
     "connect": "connecting",
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
+    "CheckpointInfo": "results",
     "GroupResult": "results",
     "ServerInfo": "results",
     "SessionConfig": "results",

@@ -14,7 +14,7 @@ from google.protobuf import duration_pb2
 from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
 from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.trees import expanded, flattened, structure_like
+from stepwire.arrays.trees import Structure, expanded, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.process import process_label
@@ -35,6 +35,8 @@ from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
+from stepwire.session_state import ForkOptions
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import PRECISIONS, duration_to_wire, optimizer_to_wire
@@ -209,7 +211,7 @@ class Client:
         self._initialize(link, tree.named, timeout)
         ownership = Ownership(link, kept=keep or request_id is not None)
         self._ownerships.add(ownership)
-        return Session(link, tree.structure, ownership)
+        return Session(link, tree.structure, ownership, self._forked)
 
     def session(
         self,
@@ -237,7 +239,8 @@ class Client:
         structure = structure_like(like)
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
-        return Session(self._server.find(joined, timeout, error_feedback=error_feedback), structure)
+        link = self._server.find(joined, timeout, error_feedback=error_feedback)
+        return Session(link, structure, fork=self._forked)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
@@ -262,6 +265,28 @@ class Client:
     ) -> None:
         """Close."""
         self.close()
+
+    def _forked(self, session_id: str, structure: Structure, options: ForkOptions) -> Session:
+        """Make a fork; see `Session.fork`."""
+        request = pb.ForkSessionRequest(
+            request_id=_request_id(options.request_id) or "",
+            label=None if options.label is None else checked_text(options.label, "label"),
+            device=None if options.device is None else checked_text(options.device, "device"),
+            lease=_lease(options.lease_seconds),
+        )
+        options.origin.fill(request)
+        if options.durability is not None:
+            own = session_pb2.SessionConfig()
+            durability_to_wire(Durability.of(options.durability, "durability"), own)
+            request.durability = own.durability
+            if own.HasField("checkpoints"):
+                request.checkpoints.CopyFrom(own.checkpoints)
+        link = self._server.fork(session_id, request, options.timeout, error_feedback=options.error_feedback)
+        if options.request_id is None:  # as in `create_session`
+            undelivered(link.close)
+        ownership = Ownership(link, kept=options.keep or options.request_id is not None)
+        self._ownerships.add(ownership)
+        return Session(link, structure, ownership, self._forked)
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
         """Load the parameters of a new session, unless it has some from an earlier request."""

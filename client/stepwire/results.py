@@ -12,8 +12,8 @@ import numpy.typing as npt
 from stepwire.optimizers import Hyperparameters, Optimizer
 from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_from_wire
+from stepwire.v1 import checkpoint_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, step_pb2
 from stepwire.wire.messages import (
     hyperparameters_from_wire,
     optimizer_from_wire,
@@ -22,6 +22,7 @@ from stepwire.wire.messages import (
 )
 
 __all__ = [
+    "CheckpointInfo",
     "GroupResult",
     "ServerInfo",
     "SessionConfig",
@@ -269,6 +270,33 @@ class SessionInfo:
             expire_time=message.expire_time.ToDatetime(datetime.UTC),
             idle_seconds=message.idle.ToTimedelta().total_seconds(),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """One checkpoint of a session.
+
+    Attributes:
+        name: its name; "auto-" begins the names of those that the server took by itself.
+        step: the last step in it; 0 if it is damaged.
+        load: the last load in it; 0 if it is damaged.
+        create_time: the moment of its creation; None if it is damaged.
+        nbytes: the bytes of its files; 0 if it is damaged.
+        damage: the reason why it cannot be used; empty for a good one, as far as its manifest tells.
+    """
+
+    name: str
+    step: int
+    load: int
+    create_time: datetime.datetime | None
+    nbytes: int
+    damage: str
+
+    @classmethod
+    def from_wire(cls, message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
+        """Decode one line of a server's list."""
+        created = message.create_time.ToDatetime(datetime.UTC) if message.HasField("create_time") else None
+        return cls(message.name, message.step, message.load, created, message.bytes, message.damage)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays
@@ -15,21 +14,21 @@ from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
 from stepwire.connection.errands import by_errands
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.ownership import Ownership
-from stepwire.links.snapshots import load_of, snapshot_of
+from stepwire.links.snapshots import load_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
+from stepwire.session_state import Fork, StateCalls
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
-from stepwire.wire.dtypes import FLOAT32, dtype_named
 
 __all__ = ["Session"]
 
-_PARAM, _AVERAGE = "param", "param_average"
+_PARAM = "param"
 
 
 @by_errands(but=["keep", "step", "step_async", "statistics"], lasting=["close"])
-class Session:
+class Session(StateCalls):
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
     Thread-safe; steps are applied one at a time. As a context manager it ends the session on the server; `detach`
@@ -40,15 +39,23 @@ class Session:
     on some servers: the same gradients again finish it, and `load_state` replaces it.
     """
 
-    def __init__(self, link: SessionLink, structure: Structure, ownership: Ownership | None = None) -> None:
+    def __init__(
+        self,
+        link: SessionLink,
+        structure: Structure,
+        ownership: Ownership | None = None,
+        fork: Fork | None = None,
+    ) -> None:
         """Use a link to a session.
 
         Args:
             link: the link.
             structure: the structure of parameters that no arrays of the user's define otherwise.
             ownership: the end of the session when nobody closes it; None for a session that stays.
+            fork: makes forks; None for a session that has none, such as a shard.
         """
         self._known = link
+        self._fork = fork
         self._ownership = ownership or Ownership(link, kept=True)
         self._structure = structure
         self._packer = link.description.packer
@@ -311,37 +318,6 @@ class Session:
         """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
         with self._link.lock:
             self._link.forget_writes()
-
-    def pull(self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Tree:
-        """Return the current parameters, nested as at creation.
-
-        For a session that was found by its id that is a flat dict of names; see `Client.session`.
-
-        Args:
-            average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: the dtype of the returned arrays.
-            timeout: seconds.
-
-        Raises:
-            InvalidRequestError: the session keeps no average.
-            StepMismatchError: the shards stayed at different steps.
-            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
-        """
-        wire_dtype = dtype_named(dtype, "dtype")
-        named, targets = self._packer.allocate_named(wire_dtype)
-        self._link.pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, self._link.deadline(timeout))
-        return self._structure.restored(named)
-
-    def state(self, *, timeout: float | None = None) -> Snapshot:
-        """Return everything: parameters, moments and step counts, all as of one step.
-
-        Raises:
-            StepwireError: as `pull`.
-        """
-        arrays = {slot: self._packer.allocate_named(FLOAT32) for slot in self.slots}
-        targets = {slot: flat for slot, (_, flat) in arrays.items()}
-        header = self._link.pull(targets, FLOAT32, self._link.deadline(timeout))
-        return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._known.description)
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.

@@ -40,6 +40,7 @@ CLIENT_LAYERS = [
     "sharding",
     "client",
     "session",
+    "session_state",
     "links",
     "steps",
     "transports",

@@ -21,6 +21,7 @@ PUBLIC = [
     "AdamW",
     "Adamax",
     "AuthenticationError",
+    "CheckpointInfo",
     "Client",
     "DataLossError",
     "DeadlineExceededError",

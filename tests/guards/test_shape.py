@@ -18,6 +18,7 @@ GENERATED = {"client/stepwire/aio/surface.py"}
 OPTIONS = {
     "client/stepwire/client.py": {"create_session", "session"},
     "client/stepwire/session.py": {"step", "step_async"},
+    "client/stepwire/session_state.py": {"fork"},
     "client/stepwire/connecting.py": {"connect"},
     "server/stepwire_server/cli/sessions.py": {"close_sessions"},
 }

@@ -26,11 +26,15 @@ class SessionBase:
         """Give a session a thread of its own."""
         self.blocking = session
         self._worker = Worker("stepwire-aio-session")
+        self._home: ClientBase | None = None
 
     @property
     def session_id(self) -> str:
         """The session's id, the right to use the session. Reading it keeps it: see `keep`."""
         return self.blocking.session_id
+
+    def _adopt(self, session: _S) -> _S:
+        return session if self._home is None else self._home._adopt(session)
 
     async def settled(self) -> int:
         """Wait until no call is under way, and return the last step known to be applied.
@@ -90,6 +94,7 @@ class ClientBase:
         self.blocking.close()
 
     def _adopt(self, session: _S) -> _S:
+        session._home = self
         self._workers = [worker for worker in self._workers if not worker.closed]
         self._workers.append(session._worker)
         self._sessions.add(session)

@@ -23,6 +23,7 @@ from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import (
+    CheckpointInfo,
     ServerInfo,
     SessionConfig,
     SessionInfo,
@@ -249,35 +250,6 @@ class AsyncSession(SessionBase):
         """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
         await self._worker.run(functools.partial(self.blocking.forget_writes))
 
-    async def pull(
-        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
-    ) -> Tree:
-        """Return the current parameters, nested as at creation.
-
-        For a session that was found by its id that is a flat dict of names; see `Client.session`.
-
-        Args:
-            average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: the dtype of the returned arrays.
-            timeout: seconds.
-
-        Raises:
-            InvalidRequestError: the session keeps no average.
-            StepMismatchError: the shards stayed at different steps.
-            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
-        """
-        return await self._worker.run(
-            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
-        )
-
-    async def state(self, *, timeout: float | None = None) -> Snapshot:
-        """Return everything: parameters, moments and step counts, all as of one step.
-
-        Raises:
-            StepwireError: as `pull`.
-        """
-        return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
-
     async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
@@ -309,6 +281,170 @@ class AsyncSession(SessionBase):
             SessionNotFoundError: the session is gone.
         """
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
+
+    async def pull(
+        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
+    ) -> Tree:
+        """Return the current parameters, nested as at creation.
+
+        For a session that was found by its id that is a flat dict of names; see `Client.session`.
+
+        Args:
+            average: their moving average instead, of a session created with `parameter_average_decay`.
+            dtype: the dtype of the returned arrays.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: the session keeps no average.
+            StepMismatchError: the shards stayed at different steps.
+            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
+        )
+
+    async def state(self, *, timeout: float | None = None) -> Snapshot:
+        """Return everything: parameters, moments and step counts, all as of one step.
+
+        Raises:
+            StepwireError: as `pull`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
+
+    async def save_checkpoint(self, name: str, *, timeout: float | None = None) -> CheckpointInfo:
+        """Have the server keep the present state under a name, for sessions with durability.
+
+        The name stays until `delete_checkpoint`; nothing is ever overwritten. Saving again without a step or a load in
+        between returns the same checkpoint.
+
+        Args:
+            name: 1 to 64 characters of A-Z, a-z, 0-9, ".", "_", "-", without a dot or "auto-" at the beginning.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: the name is none, or another checkpoint has it.
+            UnsupportedFeatureError: the session is in memory alone.
+            DataLossError: the server's disk failed.
+            StepwireError: as `pull`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.save_checkpoint, name, timeout=timeout))
+
+    async def checkpoints(self, *, timeout: float | None = None) -> tuple[CheckpointInfo, ...]:
+        """Return the checkpoints of the session, ordered by name: those with names, the server's own, damaged ones.
+
+        Of shards, one that is not the same on all of them counts as damaged.
+
+        Raises:
+            UnsupportedFeatureError: the session is in memory alone.
+            StepwireError: as `info`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.checkpoints, timeout=timeout))
+
+    async def verify_checkpoint(self, name: str, *, timeout: float | None = None) -> CheckpointInfo:
+        """Have the server read all of a checkpoint.
+
+        Raises:
+            InvalidRequestError: no checkpoint has the name.
+            DataLossError: it is damaged; the message names the first bad array.
+            StepwireError: as `checkpoints`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.verify_checkpoint, name, timeout=timeout))
+
+    async def delete_checkpoint(self, name: str, *, timeout: float | None = None) -> None:
+        """Delete a checkpoint. The newest state stays under another name: the session comes back from it.
+
+        Raises:
+            InvalidRequestError: no checkpoint has the name, or it is the newest one of the server's own.
+            StepwireError: as `checkpoints`.
+        """
+        await self._worker.run(functools.partial(self.blocking.delete_checkpoint, name, timeout=timeout))
+
+    async def rollback(
+        self, step: int | None = None, *, checkpoint: str | None = None, timeout: float | None = None
+    ) -> Tree:
+        """Replace the whole state by an earlier one of this session, and return its parameters.
+
+        It is a load whose values the server has. So step numbers never go back: the next step is
+        `applied_step + 1`, from the arrays, update counts and loss scale of the earlier state. A step that failed
+        before, and everything carried from step to step, is forgotten.
+
+        Args:
+            step: the number of a step, whose state a checkpoint has. With durability "journal" the server makes any
+                step again that its log still has.
+            checkpoint: the name of a checkpoint, in the place of a step.
+            timeout: seconds.
+
+        Returns:
+            The parameters, nested as at creation, in float32.
+
+        Raises:
+            InvalidRequestError: there is no such state; the message lists what is reachable.
+            UnsupportedFeatureError: the session is in memory alone.
+            ResourceExhaustedError: no room beside the state, which a load needs too, and a step made again twice.
+            DataLossError: the checkpoint is damaged, or the server's disk failed.
+            StepwireError: as `Session.load_state`. After a failure on some shards, roll back again.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.rollback, step, checkpoint=checkpoint, timeout=timeout)
+        )
+
+    async def fork(
+        self,
+        *,
+        checkpoint: str | None = None,
+        step: int | None = None,
+        label: str | None = None,
+        durability: Durability | DurabilityLevel | None = None,
+        lease_seconds: float | None = None,
+        device: str | None = None,
+        keep: bool = False,
+        request_id: str | None = None,
+        error_feedback: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncSession:
+        """Create another session that begins with a state of this one; from then on each goes its own way.
+
+        Tensors, optimizer and the treatment of gradients are the same. A durable fork shares the arrays on the disk.
+
+        Args:
+            checkpoint: the name of the checkpoint to begin with; without it and `step`, the present state.
+            step: the number of a step, as for `rollback`.
+            label: text for listings; default this session's.
+            durability: as for `Client.create_session`; default this session's.
+            lease_seconds: the life of the fork without use; default this session's.
+            device: the device of the fork's state; default as this session asked.
+            keep: as for `Client.create_session`.
+            request_id: makes the call repeatable by another process, and keeps the fork; default random.
+            error_feedback: as for `Client.create_session`; starts with nothing kept.
+            timeout: seconds for all of it.
+
+        Raises:
+            InvalidRequestError: there is no such state, or an argument is wrong.
+            UnsupportedFeatureError: this session is in memory alone, or is one shard of several.
+            ResourceExhaustedError: no memory, or too many sessions.
+            StepMismatchError: the shards of the fork would begin at different steps.
+            StepwireError: as `checkpoints`.
+        """
+        return self._adopt(
+            AsyncSession(
+                await self._worker.create(
+                    functools.partial(
+                        self.blocking.fork,
+                        checkpoint=checkpoint,
+                        step=step,
+                        label=label,
+                        durability=durability,
+                        lease_seconds=lease_seconds,
+                        device=device,
+                        keep=keep,
+                        request_id=request_id,
+                        error_feedback=error_feedback,
+                        timeout=timeout,
+                    ),
+                    kept=request_id is not None,
+                )
+            )
+        )
 
 
 class AsyncClient(ClientBase):

@@ -19,9 +19,29 @@ from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.shared import SharedArrays
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, step_pb2
 
-__all__ = ["Load", "SessionLink"]
+__all__ = ["Load", "SessionLink", "StateOrigin"]
+
+
+class StateOrigin(NamedTuple):
+    """An earlier state of a session, on its server: one of both.
+
+    Attributes:
+        checkpoint: the name of a checkpoint.
+        step: the number of a step.
+    """
+
+    checkpoint: str | None
+    step: int | None
+
+    def fill(self, request: pb.RollbackRequest | pb.ForkSessionRequest) -> None:
+        """Name the state in a request."""
+        if self.checkpoint is not None:
+            request.checkpoint = self.checkpoint
+        elif self.step is not None:
+            request.step = self.step
 
 
 class Load(NamedTuple):
@@ -34,6 +54,8 @@ class Load(NamedTuple):
         loss_scale: the loss scale, and the clean steps since its last change; None keeps them.
         tensor_scalars: the scalar of each tensor, in layout order; empty keeps them, or lets the server derive them
             from `tensor_steps`.
+        origin: the state on the server that all values are those of, in the place of the other attributes but `step`;
+            None for values that are sent.
     """
 
     sources: Mapping[str, Flat]
@@ -41,6 +63,7 @@ class Load(NamedTuple):
     tensor_steps: Sequence[int] = ()
     loss_scale: tuple[float, int] | None = None
     tensor_scalars: Sequence[float] = ()
+    origin: StateOrigin | None = None
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""
@@ -150,6 +173,19 @@ class SessionLink(Protocol):
 
     def forget_writes(self) -> None:
         """Show the server's parameters in private views of shared memory again."""
+
+    def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
+        """Make a unary call about the session, and return the response of each shard, in order.
+
+        Args:
+            method: the name of the method.
+            request: the request; the id of the session is filled in.
+            response: the class of the response.
+            deadline: the deadline of everything.
+
+        Raises:
+            StepwireError: the refusal of a server, which names the shard.
+        """
 
     def info(self, deadline: Deadline) -> SessionInfo:
         """Ask the server for the state of the session.

@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from stepwire.arrays.packing import Flat, Packer
+from stepwire.connection.channel import Calls
+from stepwire.connection.retry import Deadline
 from stepwire.errors import UnavailableError
+from stepwire.links.link import Load
+from stepwire.steps.description import SessionDescription
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import state_pb2, tensor_pb2
+from stepwire.v1 import session_pb2, state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_to_wire
 from stepwire.wire.frames import FrameBuffer, read_frame
 
-__all__ = ["load_messages", "read_pull"]
+__all__ = ["load_messages", "read_pull", "send_load"]
 
 
 def read_pull(
@@ -43,6 +47,33 @@ def read_pull(
     if header is None or missing:
         raise UnavailableError(f"the server ended a pull {missing} elements early; pull again")
     return header
+
+
+def send_load(
+    calls: Calls, opening: state_pb2.LoadOpen, load: Load, description: SessionDescription, deadline: Deadline
+) -> session_pb2.Session:
+    """Send a load once, or the request for one whose values the server has; return the session after it.
+
+    Raises:
+        StepwireError: the server's refusal, or a broken connection.
+    """
+    if load.origin is None:
+        messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
+        loaded: pb.LoadResponse = calls.upload("Load", messages, pb.LoadResponse, deadline)
+        return loaded.session
+    request = pb.RollbackRequest(
+        session_id=opening.session_id,
+        attach_token=opening.attach_token,
+        load=opening.load,
+        epoch=opening.epoch,
+        applied_step=opening.step,
+    )
+    load.origin.fill(request)
+    # A stream of one message is a unary call on the wire, and `unary` would repeat it under a hold that has been lost.
+    rolled_back: pb.RollbackResponse = calls.upload(
+        "Rollback", [request.SerializeToString()], pb.RollbackResponse, deadline
+    )
+    return rolled_back.session
 
 
 def load_messages(

@@ -22,7 +22,7 @@ from stepwire.errors import (
 )
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
-from stepwire.links.pull_and_load import load_messages, read_pull
+from stepwire.links.pull_and_load import read_pull, send_load
 from stepwire.links.repetition import repeated
 from stepwire.links.window import ReplayWindow
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
@@ -33,7 +33,7 @@ from stepwire.steps.doubt import Doubt, UntoldSteps, unfinished
 from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import state_pb2, step_pb2
+from stepwire.v1 import session_pb2, state_pb2, step_pb2
 from stepwire.wire.dtypes import dtype_to_wire
 
 __all__ = ["RemoteLink"]
@@ -331,22 +331,20 @@ class RemoteLink(SessionLink):
         opening = load.opening()
         opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
-        def attempt(left: Deadline) -> pb.LoadResponse:
+        def attempt(left: Deadline) -> session_pb2.Session:
             if hold.epoch == 0 or not hold.is_certain:
                 hold.attach(left)
             if load.step is None:  # said all the same, so that a load that arrives after a step is refused
                 opening.step = hold.step_on_server
             opening.attach_token, opening.epoch = hold.token, hold.epoch
-            messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
-            response: pb.LoadResponse = self._route.way(left).calls.upload("Load", messages, pb.LoadResponse, left)
-            return response
+            return send_load(self._route.way(left).calls, opening, load, description, left)
 
         try:
-            response = self._repeat(attempt, deadline)
+            session = self._repeat(attempt, deadline)
         except BaseException:
             hold.load_failed(opening.load)
             raise
-        hold.loaded(opening.load, response.session.applied_step)
+        hold.loaded(opening.load, session.applied_step)
         self._forget_settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
@@ -354,11 +352,14 @@ class RemoteLink(SessionLink):
         if not self._description.message.ready:
             self.load(load, deadline)
 
+    def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
+        """See `SessionLink.ask`."""
+        request.session_id = self._description.session_id
+        return [self._route.calls.unary(method, request, response, max(deadline.remaining(), _LEAST_SECONDS))]
+
     def info(self, deadline: Deadline) -> SessionInfo:
         """See `SessionLink.info`."""
-        request = pb.GetSessionRequest(session_id=self._description.session_id)
-        seconds = max(deadline.remaining(), _LEAST_SECONDS)
-        response = self._route.calls.unary("GetSession", request, pb.GetSessionResponse, seconds)
+        (response,) = self.ask("GetSession", pb.GetSessionRequest(), pb.GetSessionResponse, deadline)
         return SessionInfo.from_wire(response.session)
 
     def statistics(self) -> SessionStatistics:

@@ -54,6 +54,21 @@ class ServerLink(Protocol):
             StepwireError: as `Client.session`.
         """
 
+    def fork(
+        self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
+    ) -> SessionLink:
+        """Create a session that begins with a state of another one, or find the session of an earlier request.
+
+        Args:
+            session_id: the id of the session to fork.
+            request: what the fork is to be; without a request id it gets a random one.
+            timeout: seconds.
+            error_feedback: as for `create`.
+
+        Raises:
+            StepwireError: as `Session.fork`.
+        """
+
     def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
         """Yield the sessions of the server.
 
@@ -118,6 +133,17 @@ class RemoteServer(ServerLink):
         request = pb.GetSessionRequest(session_id=session_id)
         response = self.calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
         return self._link(response.session, chunk_bytes, 0, error_feedback)
+
+    def fork(
+        self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
+    ) -> RemoteLink:
+        """See `ServerLink.fork`."""
+        chunk_bytes, own = self._chunk_bytes(timeout), pb.ForkSessionRequest()
+        own.CopyFrom(request)
+        own.session_id, own.request_id = session_id, request.request_id or secrets.token_hex(16)
+        response = self.calls.unary("ForkSession", own, pb.ForkSessionResponse, timeout)
+        token = 0 if response.replayed else response.attach_token  # as in `create`
+        return self._link(response.session, chunk_bytes, token, error_feedback)
 
     def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
         """See `ServerLink.sessions`; the sessions come ordered by id."""

@@ -346,6 +346,10 @@ class ShardedLink(SessionLink):
         """See `SessionLink.initialize`; only shards without parameters are loaded."""
         self._each(lambda shard: shard.initialize(load, deadline))
 
+    def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
+        """See `SessionLink.ask`."""
+        return self._each(lambda shard: shard.ask(method, request, response, deadline))
+
     def info(self, deadline: Deadline) -> SessionInfo:
         """Ask the servers: bytes are added up, and of numbers, flags and times the least counts."""
         return combined_info(self._description.session_id, self._each(lambda shard: shard.info(deadline)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import RemoteServer, ServerLink
@@ -17,6 +17,7 @@ from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
 from stepwire.v1 import optimizer_pb2, session_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.messages import spec_to_wire, specs_from_wire
 
 __all__ = ["ShardedServer"]
@@ -110,6 +111,39 @@ class ShardedServer(ServerLink):
                 for server, each in zip(self._servers, ids, strict=False)
             ]
         )
+        return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
+
+    def fork(
+        self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
+    ) -> ShardedLink:
+        """Fork every shard; see `ServerLink.fork`. Forks of some shards alone end, unless the request has an id.
+
+        Raises:
+            StepMismatchError: the shards are at different steps.
+            StepwireError: the refusal of a server.
+        """
+        made: list[RemoteLink] = []
+
+        def fork(rank: int, own_id: str) -> RemoteLink:
+            own = pb.ForkSessionRequest()
+            own.CopyFrom(request)
+            own.request_id = request.request_id and f"{request.request_id}.{rank}"
+            link = self._servers[rank].fork(own_id, own, timeout, error_feedback=error_feedback)
+            made.append(link)
+            return link
+
+        try:
+            links = fan_out([functools.partial(fork, *each) for each in enumerate(session_id.split(","))])
+            if len(steps := {link.applied_step for link in links}) > 1:
+                raise StepMismatchError(
+                    f"the shards would begin at different steps {sorted(steps)}; name a checkpoint of one step",
+                    metadata={"steps": ",".join(map(str, sorted(steps)))},
+                )
+        except BaseException:
+            if not request.request_id:
+                for link in made:
+                    link.close()
+            raise
         return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
 
     def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:

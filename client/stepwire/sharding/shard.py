@@ -134,6 +134,13 @@ class Shard:
         with self.link.lock, self._named():
             self.link.initialize(self._own_load(load), deadline)
 
+    def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> Any:
+        """Make a unary call about this shard's session."""
+        own = type(request)()
+        own.CopyFrom(request)
+        with self._named():
+            return self.link.ask(method, own, response, deadline)[0]
+
     def info(self, deadline: Deadline) -> SessionInfo:
         """Ask the server for the state of this shard."""
         with self._named():
