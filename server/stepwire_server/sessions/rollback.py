@@ -72,14 +72,10 @@ class Rollbacks:
         """
         directory = self._checkpoints.directory_of(session.session_id)
         with telling_of_the_disk():
-            following = session.exchange.follows(request, holder)
-            if following:
-                earlier = _found(directory, session, origin)
-                with _opened(session, earlier) as values:
-                    following = _load(session, holder, _with_numbers(session, request, values), values.blocks)
-            if session.config.durability.level == "checkpoint":  # only a checkpoint has it
-                directory.checkpointer.checkpoint(session)
-        return following
+            if not session.exchange.follows(request, holder):
+                return False
+            with _opened(session, _found(directory, session, origin)) as values:
+                return _load(session, holder, _with_numbers(session, request, values), values.blocks)
 
     def fork(self, session: Session, request_id: str, config: SessionConfig, origin: Origin | None) -> Created:
         """Create a session that begins with a state of another one.

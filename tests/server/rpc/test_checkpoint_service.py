@@ -111,7 +111,8 @@ def test_the_newest_state_stays_when_its_checkpoint_is_deleted(
     (state,) = live.steps(1, 1)
     live.SaveCheckpoint(name="best")
     live.DeleteCheckpoint(name="best")
-    assert live.names() == ["auto-0000000001-000001"]
+    assert live.names() == ["auto-0000000000-000001", "auto-0000000001-000001"]
+    assert wire.get(live.id).durable_step == 1
     refusal(
         lambda: live.DeleteCheckpoint(name="auto-0000000001-000001"),
         "INVALID_ARGUMENT",
