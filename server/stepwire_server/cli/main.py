@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import stepwire
+from stepwire_server.cli.checkpoints import checkpoint_app
 from stepwire_server.cli.demo import demo
 from stepwire_server.cli.doctor import diagnose
 from stepwire_server.cli.health import health
@@ -74,5 +75,6 @@ app.command()(demo)
 app.command("doctor")(diagnose)
 app.command()(health)
 app.add_typer(sessions_app)
+app.add_typer(checkpoint_app)
 app.command()(kernels)
 app.command()(version)

@@ -16,7 +16,7 @@ from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk, read_all, write_all
 from stepwire_server.durability.folders import NEW_PREFIX, NewFolder, is_folder, remove_files
 
-__all__ = ["Archive", "ArchivedSession"]
+__all__ = ["Archive", "ArchivedSession", "checkpoints_of"]
 
 _FILE: Final = "session.json"
 _CHECKPOINTS: Final = "checkpoints"
@@ -161,3 +161,15 @@ class Archive:
             self._disk.sync(descriptor)
         finally:
             self._disk.close(descriptor)
+
+
+def checkpoints_of(disk: Disk, folder: pathlib.Path, session_id: str) -> CheckpointStore:
+    """Return the checkpoints of a session in the folder of all sessions, for reading without a server.
+
+    Raises:
+        SessionNotFoundError: there is none of this id.
+        OSError: the disk failed.
+    """
+    if not _ID.fullmatch(session_id) or not disk.exists(folder / session_id / _FILE):
+        raise SessionNotFoundError(f"session {session_id[:64]!r} is not in {folder}")
+    return CheckpointStore(disk, folder / session_id / _CHECKPOINTS)

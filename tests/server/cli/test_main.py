@@ -29,7 +29,7 @@ def test_without_a_command_help_is_printed(command: Any, arguments: tuple[str, .
     assert "sessions" in out + err
 
 
-@pytest.mark.parametrize("arguments", [(), ("serve",), ("sessions",), ("sessions", "list")])
+@pytest.mark.parametrize("arguments", [(), ("serve",), ("sessions",), ("sessions", "list"), ("checkpoint", "repair")])
 def test_help_has_two_names(command: Any, arguments: tuple[str, ...]) -> None:
     short, long = command(*arguments, "-h"), command(*arguments, "--help")
     assert short == long
@@ -52,6 +52,8 @@ def test_a_command_that_is_none_is_refused_with_usage(command: Any, arguments: t
         ("sessions", "list"),
         ("sessions", "show", "x"),
         ("sessions", "close", "x"),
+        ("checkpoint", "list", "x"),
+        ("checkpoint", "save", "x", "y"),
         ("health", "--json"),
         ("doctor",),
     ],

@@ -1,0 +1,190 @@
+"""The commands `stepwire checkpoint`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import stepwire
+from stepwire.results import CheckpointInfo
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.cli.options import Json, Target, Timeout
+from stepwire_server.durability.archive import checkpoints_of
+from stepwire_server.durability.checkpoint import BODY, MANIFEST
+from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.reading import find_damage
+from stepwire_server.durability.repair import cut
+
+__all__ = ["checkpoint_app"]
+
+checkpoint_app = typer.Typer(
+    name="checkpoint",
+    help="List, save, verify, delete and export the checkpoints of a session; repair a data directory.",
+    no_args_is_help=True,
+)
+
+SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="The id of the session.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of the checkpoint.")]
+DataDir = Annotated[
+    str, typer.Option("--data-dir", metavar="<path>", envvar="STEPWIRE_DATA_DIR", help="The data directory.")
+]
+
+
+@checkpoint_app.command("list")
+def list_checkpoints(session_id: SessionId, target: Target, timeout: Timeout = 10.0, as_json: Json = False) -> None:
+    """List the checkpoints of a session. A parked session stays parked."""
+    request = pb.ListCheckpointsRequest(session_id=session_id)
+    response = _asked(target, timeout, "ListCheckpoints", request, pb.ListCheckpointsResponse)
+    found = [CheckpointInfo.from_wire(each) for each in response.checkpoints]
+    if as_json:
+        print(json.dumps([_plain(info) for info in found]))
+        return
+    table = Table("checkpoint", "step", "load", "created", "bytes", "damage")
+    for info in found:
+        created = "" if info.create_time is None else f"{info.create_time:%Y-%m-%d %H:%M:%S} UTC"
+        numbers = ("", "", "", "") if info.damage else (str(info.step), str(info.load), created, _size(info))
+        table.add_row(info.name, *numbers, Text(info.damage))  # never markup
+    Console().print(table)
+
+
+@checkpoint_app.command("save")
+def save_checkpoint(
+    session_id: SessionId, name: Name, target: Target, timeout: Timeout = 600.0, as_json: Json = False
+) -> None:
+    """Save a checkpoint of the present state of a session, while its steps go on."""
+    request = pb.SaveCheckpointRequest(session_id=session_id, name=name)
+    response = _asked(target, timeout, "SaveCheckpoint", request, pb.SaveCheckpointResponse)
+    _tell("saved", CheckpointInfo.from_wire(response.checkpoint), as_json)
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoint(
+    session_id: SessionId, name: Name, target: Target, timeout: Timeout = 600.0, as_json: Json = False
+) -> None:
+    """Have the server read all of a checkpoint, and compare its checksums."""
+    request = pb.VerifyCheckpointRequest(session_id=session_id, name=name)
+    response = _asked(target, timeout, "VerifyCheckpoint", request, pb.VerifyCheckpointResponse)
+    _tell("verified", CheckpointInfo.from_wire(response.checkpoint), as_json)
+
+
+@checkpoint_app.command("delete")
+def delete_checkpoint(
+    session_id: SessionId, name: Name, target: Target, timeout: Timeout = 10.0, as_json: Json = False
+) -> None:
+    """Delete a checkpoint. The newest state of the session stays, under a name of the server's own."""
+    request = pb.DeleteCheckpointRequest(session_id=session_id, name=name)
+    _asked(target, timeout, "DeleteCheckpoint", request, pb.DeleteCheckpointResponse)
+    print(json.dumps({"name": name}) if as_json else f"deleted {name}")
+
+
+@checkpoint_app.command("export")
+def export_checkpoint(
+    session_id: SessionId,
+    name: Name,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    data_dir: DataDir,
+    as_json: Json = False,
+) -> None:
+    """Verify a checkpoint in a data directory, and copy its files; no server is needed."""
+    target = pathlib.Path(folder)
+    if target.exists():
+        raise stepwire.InvalidRequestError.of("folder", f"{folder} exists; name a folder that does not")
+    with _telling_of_the_disk():
+        store = checkpoints_of(Disk(), _data(data_dir, "sessions"), session_id)
+        manifest = store.verify(name)
+        target.mkdir(parents=True)
+        for file in (BODY, MANIFEST):
+            shutil.copyfile(store.folder / name / file, target / file)
+    plain = {"name": name, "step": manifest.step, "load": manifest.load, "folder": folder}
+    print(
+        json.dumps(plain)
+        if as_json
+        else f"copied {name}, of step {manifest.step} and load {manifest.load}, to {folder}"
+    )
+
+
+@checkpoint_app.command("repair")
+def repair(
+    data_dir: DataDir,
+    yes: Annotated[bool, typer.Option("--yes", help="Cut: what lies behind the damage is lost to sessions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """End a damaged log at its first damage. No server may use the directory meanwhile.
+
+    What lies behind is set aside under other names, and no server reads it. Sessions then lack the steps in it.
+    """
+    log = _data(data_dir, "log")
+    with _telling_of_the_disk():
+        damage = find_damage(Disk(), log)
+        if damage is None:
+            print(json.dumps({"damaged": False}) if as_json else f"the log in {log} has no damage")
+            return
+        place = f"{damage.segment.path} at byte {damage.offset}, behind record {damage.after.number}"
+        if not yes:
+            raise stepwire.InvalidRequestError.of(
+                "yes", f"the log is damaged: {place}. Copy the directory, and repeat with --yes to end the log there"
+            )
+        done = cut(Disk(), log)
+    assert done is not None
+    aside = [str(path) for path in done.set_aside]
+    if as_json:
+        print(json.dumps({"damaged": True, "path": str(done.path), "offset": done.offset, "set_aside": aside}))
+        return
+    print(f"the log ends now in {place}", *(f"set aside {path}" for path in aside), sep="\n")
+
+
+def _asked(target: str, timeout: float, method: str, request: Any, response: Any) -> Any:
+    """Call a method about a session, which need not be in memory for it."""
+    from stepwire.connection.channel import Calls  # loads gRPC, which the parent of several servers must not
+
+    calls = Calls(target, timeout_seconds=timeout, retry=stepwire.Retry())
+    try:
+        return calls.unary(method, request, response)
+    finally:
+        calls.close()
+
+
+def _data(data_dir: str, name: str) -> pathlib.Path:
+    """Return a folder of a data directory.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    folder = pathlib.Path(data_dir) / name
+    if not folder.is_dir():
+        raise stepwire.InvalidRequestError.of(
+            "data_dir", f"{data_dir} is no data directory of a server: it has no folder {name!r}"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _telling_of_the_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise stepwire.DataLossError(f"the disk failed: {error}", reason=stepwire.Reason.DURABILITY_FAILED) from error
+
+
+def _tell(done: str, info: CheckpointInfo, as_json: bool) -> None:
+    text = f"{done} {info.name}, of step {info.step} and load {info.load}, {_size(info)}"
+    print(json.dumps(_plain(info)) if as_json else text)
+
+
+def _size(info: CheckpointInfo) -> str:
+    return f"{info.nbytes / 2**20:.1f} MiB"
+
+
+def _plain(info: CheckpointInfo) -> dict[str, Any]:
+    created = None if info.create_time is None else info.create_time.isoformat()
+    return dataclasses.asdict(info) | {"create_time": created}
