@@ -92,14 +92,19 @@ class Checkpointer:
         with self._turn:
             with self._lock:
                 kept = self._kept.get(session)
-            ledger = session.ledger
-            if kept is not None and (kept.saved.step, kept.saved.load) == (ledger.applied_step, ledger.applied_load):
+            if kept is not None and self._is_present(session, kept.saved):
                 return kept.saved
             log_bytes, saved = session.progress.log_bytes, self._save(session)
             with self._lock:
                 if session in self._kept:
                     self._kept[session] = _Kept(saved, self._clock(), log_bytes)
             return saved
+
+    def _is_present(self, session: Session, saved: Saved) -> bool:
+        """Tell whether a checkpoint has the session's present moment, its hold included."""
+        ledger = session.ledger
+        moment = (ledger.applied_step, ledger.applied_load)
+        return (saved.step, saved.load) == moment and session.progress.last.number <= saved.position
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ import pathlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -34,7 +34,8 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
 from stepwire_server.sessions.checkpointing import Saved, restore, save
-from stepwire_server.sessions.redo import Codec, Redo
+from stepwire_server.sessions.recovery import Recovery
+from stepwire_server.sessions.redo import Codec
 from stepwire_server.sessions.session import Session, closed_on_failure
 
 __all__ = ["DataDirectory", "Make"]
@@ -74,7 +75,6 @@ class DataDirectory:
         epochs = Epochs(self._disk, self._folder / _EPOCHS)
         self.epoch = epoch = epochs.acquire(secrets.token_hex(8))
         work = epochs.work(epoch, self._folder / _WORK)
-        self._reader = read_log(self._disk, self._folder / _LOG)
         self._archive = Archive(self._disk, self._folder / _SESSIONS, work)
         self._archive.tidy()
         self._is_owner: Callable[[], bool] = functools.partial(epochs.is_owner, epoch)
@@ -99,47 +99,32 @@ class DataDirectory:
             DataLossError: the log is damaged, or cannot be read.
             OSError: the disk failed.
         """
-        began, found, self._make = time.monotonic(), dict[str, Redo](), make
-        known, reader = frozenset(self._archive.ids()), self._reader
-        for record in reader:
-            session_id = record.header.session.hex()
-            if session_id not in known or session_id in self._lost:
-                continue
-            with self._noting_loss(session_id, found):
-                if session_id not in found:
-                    found[session_id] = Redo(self._restored(session_id, make), self.codec)
-                found[session_id].add(record)
+        began, self._make, known = time.monotonic(), make, self._archive.ids()
+        recovery = Recovery(
+            functools.partial(read_log, self._disk, self._folder / _LOG),
+            functools.partial(self._restored, make=make),
+            self._save_recovered,
+            self.codec,
+        )
+        recovered = recovery.run(known)
+        self._lost, self._unsafe = recovered.lost, {session.session_id for session in recovered.sessions}
         limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
         self._writer = LogWriter(
-            self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=reader.end, limits=limits
+            self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=recovered.end, limits=limits
         )
-        recovered = []
-        for session_id, redo in found.items():
-            self._unsafe.add(session_id)
-            self._open(redo.session, _NO_CHECKPOINT)
-            recovered.append((self._archive.get(session_id), redo.session))
-        commits = sum(redo.commits for redo in found.values())
+        for session in recovered.sessions:
+            self._open(session, _NO_CHECKPOINT)
         _log.info(
             "recovered",
             data_dir=str(self._folder),
             epoch=self.epoch,
-            sessions=len(found),
-            parked=len(known) - len(found) - len(self._lost),
-            lost=len(self._lost),
-            commits=commits,
+            sessions=len(recovered.sessions),
+            parked=len(known) - len(recovered.sessions) - len(recovered.lost),
+            lost=len(recovered.lost),
+            commits=recovered.commits,
             seconds=round(time.monotonic() - began, 3),
         )
-        return recovered
-
-    @contextlib.contextmanager
-    def _noting_loss(self, session_id: str, found: dict[str, Redo]) -> Iterator[None]:
-        try:
-            yield
-        except StepwireError as error:
-            _log.error("session not recovered", session_id=session_id, problem=str(error))
-            self._lost[session_id] = error
-            if (redo := found.pop(session_id, None)) is not None:
-                redo.session.close()
+        return [(self._archive.get(session.session_id), session) for session in recovered.sessions]
 
     # --- sessions ----------------------------------------------------------------------------------------
 
@@ -281,8 +266,9 @@ class DataDirectory:
         journals = session.config.durability.level == "journal"
         log = SessionLog(self._log_writer, session.session_id, self._entries, self._is_owner)
         session.progress.attach(log, functools.partial(self.checkpointer.checkpoint, session), journals=journals)
-        ledger = session.ledger
-        ledger.durable_step = ledger.applied_step
+        session.progress.wake_every(session.config.durability.every_steps or 0, self.checkpointer.wake)
+        session.progress.checkpointed(saved.step)
+        session.ledger.durable_step = session.ledger.applied_step
         self.checkpointer.add(session, saved)
 
     def _restored(self, session_id: str, make: Make) -> Session:
@@ -326,14 +312,34 @@ class DataDirectory:
         """
         store, ledger = self._archive.checkpoints(session.session_id), session.ledger
         saved = self._saved(session)  # for one that an earlier server, or a deletion, has left
-        name = automatic_name(saved.step, saved.load)
-        there = any(info.name == name and info.damage is None for info in store.list())
+        there = self._has_moment(store, session)
         if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
-            saved = self.save(session, store, automatic_name(ledger.applied_step, ledger.applied_load))
+            saved = self.save(session, store, self._free_name(store, session))
         session.progress.checkpointed(saved.step)
         self._unsafe.discard(session.session_id)
         store.prune(self._config.checkpoints_kept)
         return saved
+
+    def _has_moment(self, store: CheckpointStore, session: Session) -> bool:
+        """Tell whether there is an automatic checkpoint of the present moment, and of the present client's hold."""
+        name, held = automatic_name(session.ledger.applied_step, session.ledger.applied_load), session.ledger.worker
+        for info in store.list():
+            if info.name.startswith(name) and info.damage is None:
+                with store.open(info.name) as checkpoint:
+                    if checkpoint.manifest.acquired == held.holder.acquired:
+                        return True
+        return False
+
+    def _free_name(self, store: CheckpointStore, session: Session) -> str:
+        ledger = session.ledger
+        name = automatic_name(ledger.applied_step, ledger.applied_load)
+        return f"{name}-{ledger.worker.holder.acquired:x}" if any(i.name == name for i in store.list()) else name
+
+    def _save_recovered(self, session: Session) -> None:
+        """Save a session that has no log yet."""
+        store = self._archive.checkpoints(session.session_id)
+        if not self._has_moment(store, session):
+            self.save(session, store, self._free_name(store, session))
 
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""

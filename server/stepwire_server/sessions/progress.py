@@ -39,6 +39,8 @@ class Progress:
         self._ledger = ledger
         self._log: SessionLog | None = None
         self._journals = False
+        self._every = self._saved_step = 0
+        self._wake: Callable[[], object] = lambda: None
         self._save: Callable[[], object] = lambda: None
         self.last = Mark(0, 0)
 
@@ -88,8 +90,14 @@ class Progress:
         if self._log is not None:
             self._log.check()
 
+    def wake_every(self, steps: int, wake: Callable[[], object]) -> None:
+        """Call a function with each step that is so many steps behind the last checkpoint, or more."""
+        self._every, self._wake = steps, wake
+
     def step_committed(self, step: Step, attempts: tuple[Attempt, ...] = ()) -> None:
         """Append a step that has been applied; `attempts` tells the chunks of an overlapped one."""
+        if self._every and step.request.step >= self._saved_step + self._every:
+            self._wake()
         if (entry := step.entry) is None:
             return
         decision = step.decision
@@ -131,6 +139,7 @@ class Progress:
 
     def checkpointed(self, step: int) -> None:
         """Note that a checkpoint holds a step."""
+        self._saved_step = max(self._saved_step, step)
         self._ledger.durable_step = max(self._ledger.durable_step, step)
 
     def settle(self, mark: Mark) -> None:

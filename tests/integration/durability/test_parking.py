@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
+from tests.integration.events import Happenings
 from tests.integration.probes import stream_ends
 from tests.support.numpy_server import numpy_server
 
@@ -62,7 +64,11 @@ class Parking:
         """Detach a session, and wait until the server has noticed."""
         if session.statistics().attached:
             session.detach()
-            self._ends.wait()
+            self.await_end()
+
+    def await_end(self) -> None:
+        """Wait until the server has noticed the end of one more stream."""
+        self._ends.wait()
 
     def park(self, session: stepwire.Session) -> bool:
         """Park a session."""
@@ -155,3 +161,54 @@ def test_a_request_finds_its_parked_session(serve: Serve) -> None:
         assert (again.session_id, again.applied_step) == (session.session_id, 1)
     with serve().connect() as client:
         assert created(client, request_id="run-1").session_id == session.session_id
+
+
+def test_sessions_that_do_not_fit_together_are_recovered_one_after_another(
+    serve: Serve, tmp_path: pathlib.Path
+) -> None:
+    server = serve()
+    with server.connect(transport="tcp") as client:
+        sessions = [created(client) for _ in range(5)]
+        expected = [[session.step(gradient(number))["w"].tobytes() for number in (1, 2)][-1] for session in sessions]
+        shutil.copytree(tmp_path, tmp_path.with_name("image"))  # as after a crash: every session has steps in the log
+    room = 2 * 12 * SIZE + 4 * SIZE
+    with numpy_server(data_dir=str(tmp_path.with_name("image")), memory_budget=room) as small:
+        assert small.registry.statistics().sessions <= 2
+        with stepwire.connect(small.target, transport="tcp") as client:
+            for session, values in zip(sessions, expected, strict=True):
+                again = client.session(session.session_id)
+                assert (again.applied_step, again.pull()["w"].tobytes()) == (2, values)
+
+
+def test_a_client_that_was_fenced_stays_fenced_after_parking_and_a_restart(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as first, server.connect() as second:
+        session = created(first)
+        session.step(gradient(1))
+        other = second.session(session.session_id)
+        other.attach(take_over=True)
+        assert other.applied_step == 1
+        session.detach()
+        other.detach()
+        server.await_end()
+        server.await_end()
+        assert server.registry.park(server.registry.get(session.session_id))
+        with pytest.raises(stepwire.FencedError):
+            session.step(gradient(2))
+        held = server.registry.get(session.session_id).ledger.worker.holder
+    server = serve()
+    assert server.registry.get(session.session_id).ledger.worker.holder.acquired == held.acquired
+
+
+def test_a_checkpoint_comes_with_the_number_of_steps(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, saves = serve(), Happenings()
+    directory = server.registry.directory
+    save = directory.checkpointer._save
+    monkeypatch.setattr(directory.checkpointer, "_save", lambda each: (save(each), saves.note())[0])
+    with server.connect() as client:
+        session = created(client, durability=stepwire.Durability(level="checkpoint", every_steps=3))
+        saves.wait()  # of the load
+        for number in range(1, 4):
+            session.step(gradient(number))
+        saves.wait()
+        assert session.info().durable_step == 3
