@@ -336,7 +336,7 @@ class Session(StateCalls):
         """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
-        into a new session.
+        into a new session, or use `rollback`.
 
         Raises:
             InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.

@@ -143,7 +143,8 @@ class StateCalls:
         """Replace the whole state by an earlier one of this session, and return its parameters.
 
         It is a load whose values the server has. So step numbers never go back: the next step is
-        `applied_step + 1`, from the arrays, update counts and loss scale of the earlier state. A step that failed
+        `applied_step + 1`, from the arrays, update counts and loss scale of the earlier state. Where gradients are
+        accumulated, `applied_step` rises to the next number at the same place of an accumulation. A step that failed
         before, and everything carried from step to step, is forgotten.
 
         Args:

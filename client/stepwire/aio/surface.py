@@ -265,7 +265,7 @@ class AsyncSession(SessionBase):
         """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
-        into a new session.
+        into a new session, or use `rollback`.
 
         Raises:
             InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
@@ -365,7 +365,8 @@ class AsyncSession(SessionBase):
         """Replace the whole state by an earlier one of this session, and return its parameters.
 
         It is a load whose values the server has. So step numbers never go back: the next step is
-        `applied_step + 1`, from the arrays, update counts and loss scale of the earlier state. A step that failed
+        `applied_step + 1`, from the arrays, update counts and loss scale of the earlier state. Where gradients are
+        accumulated, `applied_step` rises to the next number at the same place of an accumulation. A step that failed
         before, and everything carried from step to step, is forgotten.
 
         Args:

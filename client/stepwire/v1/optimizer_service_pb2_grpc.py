@@ -342,7 +342,8 @@ class OptimizerServiceServicer(object):
 
         Everything that a load says of its number, its step and its hold holds here too: `load` is the next one, the last one
         again changes nothing, and step numbers never go back. The session stays at its step, with the arrays, update
-        counts, scalars and loss scale of the earlier state. The rollback is durable when this returns.
+        counts, scalars and loss scale of the earlier state. With `accumulation_steps` its step rises to the next number that
+        has the place of the earlier state in an accumulation. The rollback is durable when this returns.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.

@@ -84,6 +84,10 @@ class Archive:
         """
         return tuple(name for name in self._disk.names(self._folder) if _ID.fullmatch(name))
 
+    def has(self, session_id: str) -> bool:
+        """Tell whether there is a session of this id."""
+        return bool(_ID.fullmatch(session_id)) and self._disk.exists(self._folder / session_id / _FILE)
+
     def get(self, session_id: str) -> ArchivedSession:
         """Return a session.
 
@@ -93,7 +97,7 @@ class Archive:
             OSError: the disk failed.
         """
         path = self._folder / session_id / _FILE
-        if not _ID.fullmatch(session_id) or not self._disk.exists(path):
+        if not self.has(session_id):
             raise SessionNotFoundError(f"session {session_id[:64]!r} is not in {self._folder}")
         descriptor = self._disk.open(path, os.O_RDONLY)
         try:

@@ -79,9 +79,9 @@ class LogRecord(NamedTuple):
 class LogReader:
     """Iterates over the records of a log once, in the order in which they were appended."""
 
-    def __init__(self, disk: Disk, folder: pathlib.Path) -> None:
-        """Read nothing yet."""
-        self._disk, self._folder = disk, folder
+    def __init__(self, disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None) -> None:
+        """Read nothing yet; `up_to` is the end to read to in the newest epoch, behind which its owner is writing."""
+        self._disk, self._folder, self._up_to = disk, folder, up_to
         self._end = LogPosition(0, 0)
         self._ended = False
 
@@ -137,7 +137,8 @@ class LogReader:
         for epoch in sorted(epochs, reverse=True):
             after = self._after(epochs[epoch])
             if after is not None:
-                history.append((epochs[epoch], None))
+                limited = self._up_to is not None and self._up_to.epoch == epoch
+                history.append((epochs[epoch], self._up_to.number if self._up_to and limited else None))
                 break
         else:
             return []
@@ -252,9 +253,15 @@ class _Walk:
         return Damage(self._names[at], self._offset, LogPosition(self._names[at].epoch, self.number - 1))
 
 
-def read_log(disk: Disk, folder: pathlib.Path) -> LogReader:
-    """Return the records of the log in a folder, to be iterated over once."""
-    return LogReader(disk, folder)
+def read_log(disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None) -> LogReader:
+    """Return the records of the log in a folder, to be iterated over once.
+
+    Args:
+        disk: the system calls.
+        folder: the folder.
+        up_to: the end to read to in the newest epoch, behind which its owner is writing; None for the log's end.
+    """
+    return LogReader(disk, folder, up_to)
 
 
 def find_damage(disk: Disk, folder: pathlib.Path) -> Damage | None:

@@ -80,10 +80,11 @@ class EarlierState(NamedTuple):
         if self.step is None:
             return
         redo = Redo(session, self.directory.codec)
-        for record in self.records:
-            if (number := _step_of(record)) is not None and number > self.step:
-                break
-            redo.add(record)
+        with session.untold():
+            for record in self.records:
+                if (number := _step_of(record)) is not None and number > self.step:
+                    break
+                redo.add(record)
 
     @contextlib.contextmanager
     def made_again(self, session: Session) -> Iterator[Session]:

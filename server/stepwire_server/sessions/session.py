@@ -157,6 +157,15 @@ class Session:
             step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self.exchange.loads)
         )
 
+    @contextlib.contextmanager
+    def untold(self) -> Iterator[None]:
+        """Tell no sink of the commits in a block: they are made again, and were told before."""
+        sinks, self._sinks = self._sinks, ()
+        try:
+            yield
+        finally:
+            self._sinks = sinks
+
     # --- holds -------------------------------------------------------------------------------------------
 
     def acquire(self) -> Holder:

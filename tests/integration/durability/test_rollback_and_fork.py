@@ -13,6 +13,7 @@ import pytest
 
 import stepwire
 import stepwire.aio
+from stepwire.connection.channel import Calls
 from stepwire.optimizers.gradient_treatment import LossScaling
 from stepwire_server.server import Server
 from tests.integration.durability.test_recovery import KINDS, created, gradient, server, steps
@@ -66,21 +67,23 @@ def test_a_rollback_goes_on_as_the_earlier_state_would_have(
     if step is not None:
         steps(session, kind, 3, step - 2)
     state = session.state()
+    ahead = steps(session.fork(), kind, 20, 3)
     steps(session, kind, 4, 3)
-    after = session.applied_step
+    every = kind.creation.get("accumulation_steps", 1)
+    after = session.applied_step + (state.step - session.applied_step) % every
     parameters: Any = session.rollback(step) if step is not None else session.rollback(checkpoint="best")
     assert bits(parameters) == bits(state.slots["param"])
     assert (session.applied_step, same_arrays(session.state(), state)) == (after, True)
     assert session.loss_scale == (None if state.loss_scale is None else state.loss_scale[0])
     shutil.copytree(folder, one := folder.with_name("one"))
-    expected = steps(session, kind, 20, 3)
+    assert steps(session, kind, 20, 3) == ahead
     final = session.state()
     shutil.copytree(folder, other := folder.with_name("other"))
     session.close()
     with server(one) as second, stepwire.connect(second.target, transport=kind.transport) as again:
         there = again.session(session.own_id)
         assert same_arrays(there.state(), state)
-        assert (there.info().applied_step, steps(there, kind, 20, 3)) == (after, expected)
+        assert (there.info().applied_step, steps(there, kind, 20, 3)) == (after, ahead)
     with server(other) as second, stepwire.connect(second.target, transport=kind.transport) as again:
         assert same_bits(again.session(session.own_id).state(), final)
 
@@ -142,6 +145,29 @@ def test_a_rollback_settles_a_step_in_doubt(client: stepwire.Client, monkeypatch
     assert session.statistics().step_in_doubt is None
     assert same_arrays(session.state(), state)
     assert session.applied_step in (1, 2)
+
+
+def test_a_rollback_whose_reply_is_lost_is_made_once(
+    durable: Server, client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = created(client, ADAM, durability="journal")
+    steps(session, ADAM, 1, 1)
+    state, lost, upload = session.state(), list[str](), Calls.upload
+    steps(session, ADAM, 2, 1)
+
+    def losing(calls: Calls, method: str, *arguments: Any) -> Any:
+        response = upload(calls, method, *arguments)
+        if not lost:
+            lost.append(method)
+            raise stepwire.UnavailableError("the reply was lost", reason=stepwire.Reason.UNREACHABLE)
+        return response
+
+    monkeypatch.setattr(Calls, "upload", losing)
+    session.rollback(1)
+    ledger = durable.registry.get(session.session_id).ledger
+    assert (lost, ledger.applied_load, ledger.applied_step) == (["Rollback"], 2, 2)
+    assert same_arrays(session.state(), state)
+    assert steps(session, ADAM, 3, 1)
 
 
 def test_error_feedback_is_forgotten(client: stepwire.Client) -> None:

@@ -241,3 +241,20 @@ def test_a_reader_puts_on_the_disk_what_it_has_read() -> None:
     write_epoch(disk, 2, end, [[Record(Kind.COMMIT, bytes(16), 2)]], acknowledged=acknowledged)
     for seed in range(10):
         assert contents(disk.after_power_loss(random.Random(seed)))[0] == found + acknowledged
+
+
+def test_a_reader_beside_the_writer_reads_to_an_end_and_not_behind_it() -> None:
+    """What lies there may be torn just now, which is nobody's damage."""
+    disk, given, chance = MemoryDisk(), list[Read](), random.Random(5)
+    write_epoch(disk, 1, START, random_batches(chance, 6), acknowledged=given)
+    older = len(given)
+    write_epoch(disk, 2, given[-1].position, random_batches(chance, 9) + random_batches(chance, 9), acknowledged=given)
+    places = list(read_log(disk, FOLDER))
+    torn = places[older + 2]
+    disk.files[torn.path].content[torn.offset + 20] ^= 1
+    for count in (0, 1, 2):
+        reader = read_log(disk, FOLDER, up_to=LogPosition(2, count))
+        assert list(records_of(reader)) == given[: older + count]
+        assert reader.end == LogPosition(2, count)
+    with pytest.raises(DataLossError):
+        list(read_log(disk, FOLDER, up_to=LogPosition(2, 3)))

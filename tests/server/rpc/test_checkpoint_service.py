@@ -13,7 +13,7 @@ import pytest
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire_server.server import Server
-from tests.server.conftest import SLOTS, Live, Wire, adam_config
+from tests.server.conftest import SLOTS, Live, Refused, Wire, adam_config
 from tests.support.numpy_server import numpy_server
 
 JOURNAL, CHECKPOINT = session_pb2.DURABILITY_JOURNAL, session_pb2.DURABILITY_CHECKPOINT
@@ -324,3 +324,23 @@ def test_a_named_checkpoint_leaves_the_automatic_ones_their_times(wire: Wire, du
     directory.checkpointer.checkpoint(durable.registry.get(live.id))
     assert live.names() == ["auto-0000000002-000001", "best"]
     assert np.all([info.step == 2 for info in live.ListCheckpoints().checkpoints])
+
+
+def test_a_server_that_lost_the_directory_changes_nothing(wire: Wire, folder: pathlib.Path, refusal: Any) -> None:
+    live = Durable(wire)
+    live.steps(1, 2)
+    live.SaveCheckpoint(name="best")
+    live.steps(3, 3)
+    with numpy_server(data_dir=str(folder)) as second, Wire(second.target) as other:
+        calls: list[Callable[[], Any]] = [
+            lambda: live.SaveCheckpoint(name="more"),
+            lambda: live.DeleteCheckpoint(name="best"),
+            lambda: live.rollback(2, checkpoint="best"),
+        ]
+        for call in calls:
+            refusal(call, "FAILED_PRECONDITION", "NOT_PRIMARY")
+        with pytest.raises(Refused):
+            live.ForkSession(request_id="r", checkpoint="best")
+        live.wire = other
+        assert (live.names(), other.get(live.id).applied_load) == (["best"], 1)
+        assert [path.name for path in (folder / "sessions").iterdir()] == [live.id]

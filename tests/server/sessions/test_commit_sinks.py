@@ -172,3 +172,13 @@ def test_statistics_are_those_of_the_moment(make: Any) -> None:
                 session.apply(step, step.gradient.pop(), reply)
         assert session.statistics() == before._replace(attached=True, unfinished_step=2)
     assert session.statistics() == before._replace(unfinished_step=2)
+
+
+def test_a_commit_that_is_made_again_is_not_told(make: Callable[..., Session], told: list[Committed]) -> None:
+    session = make()
+    load(session, {"param": gradient(0)})
+    with session.untold():
+        apply_step(session, gradient(1))
+    assert told == []
+    apply_step(session, gradient(2))
+    assert [each.result.step for each in told] == [2]
