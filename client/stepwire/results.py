@@ -238,6 +238,7 @@ class SessionInfo:
         create_time: the time of its creation.
         expire_time: the time of its end, unless the session is used before.
         idle_seconds: the time since its last use; 0 while a stream is attached or a call is under way.
+        parked: True while its state is on disk alone; the next call brings it back.
     """
 
     session_id: str
@@ -252,6 +253,7 @@ class SessionInfo:
     create_time: datetime.datetime
     expire_time: datetime.datetime
     idle_seconds: float
+    parked: bool = False
 
     @classmethod
     def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
@@ -269,6 +271,7 @@ class SessionInfo:
             create_time=message.create_time.ToDatetime(datetime.UTC),
             expire_time=message.expire_time.ToDatetime(datetime.UTC),
             idle_seconds=message.idle.ToTimedelta().total_seconds(),
+            parked=message.state == session_pb2.LIFECYCLE_STATE_PARKED,
         )
 
 

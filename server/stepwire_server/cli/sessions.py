@@ -42,9 +42,9 @@ def list_sessions(target: Target, timeout: Timeout = 10.0, as_json: Json = False
             str(session.durable_step),
             f"{session.memory_bytes / 2**20:.1f} MiB",
             session.device,
-            "yes" if session.attached else "no",
-            f"{session.idle_seconds:.0f} s",
-            f"{session.expire_time:%Y-%m-%d %H:%M:%S} UTC",
+            "parked" if session.parked else "yes" if session.attached else "no",
+            "" if session.parked else f"{session.idle_seconds:.0f} s",
+            "" if session.parked else f"{session.expire_time:%Y-%m-%d %H:%M:%S} UTC",
         )
     Console().print(table)
 

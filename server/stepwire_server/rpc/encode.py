@@ -25,10 +25,18 @@ from stepwire.wire.messages import (
 from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import GroupResult, StepResult
+from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.session import Session
 from stepwire_server.steps.check_gradient import GradientCheck
 
-__all__ = ["encode_checkpoint", "encode_config", "encode_gradient_check", "encode_result", "encode_session"]
+__all__ = [
+    "encode_checkpoint",
+    "encode_config",
+    "encode_gradient_check",
+    "encode_parked",
+    "encode_result",
+    "encode_session",
+]
 
 
 def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.Session:
@@ -60,6 +68,21 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))
     return message
+
+
+def encode_parked(session: ParkedSession) -> session_pb2.Session:
+    """Encode a session that is on disk alone, without tensors, groups and layout."""
+    return session_pb2.Session(
+        session_id=session.session_id,
+        epoch=session.epoch,
+        applied_step=session.step,
+        durable_step=session.step,
+        applied_load=session.load,
+        config=encode_config(session.config, whole=False),
+        ready=session.ready,
+        create_time=_timestamp(session.create_time),
+        state=session_pb2.LIFECYCLE_STATE_PARKED,
+    )
 
 
 def encode_checkpoint(info: CheckpointInfo) -> checkpoint_pb2.Checkpoint:

@@ -21,11 +21,12 @@ from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
-from stepwire_server.rpc.encode import encode_session
+from stepwire_server.rpc.encode import encode_parked, encode_session
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
 from stepwire_server.rpc.method import unary
 from stepwire_server.rpc.unary_step import step_once
+from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import Holder
@@ -134,14 +135,19 @@ class OptimizerService:
         sessions, token = self._registry.page(decode_page_token(request.page_token), size)
         now = self._registry.clock()
         return pb.ListSessionsResponse(
-            sessions=[encode_session(session, now, whole=False) for session in sessions],
+            sessions=[
+                encode_parked(session)
+                if isinstance(session, ParkedSession)
+                else encode_session(session, now, whole=False)
+                for session in sessions
+            ],
             next_page_token=token,
         )
 
     def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session."""
-        session = self._registry.delete(request.session_id, request.attach_token)
-        return pb.DeleteSessionResponse(applied_step=session.ledger.applied_step)
+        applied_step = self._registry.delete(request.session_id, request.attach_token)
+        return pb.DeleteSessionResponse(applied_step=applied_step)
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""

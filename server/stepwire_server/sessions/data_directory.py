@@ -160,6 +160,15 @@ class DataDirectory:
         self.checkpointer.remove(session)
         self._generations[session.session_id] = session.ledger.worker.holder.generation
 
+    def archived(self, session_id: str) -> ArchivedSession:
+        """Return a session as its folder describes it.
+
+        Raises:
+            SessionNotFoundError: there is none of this id.
+            DataLossError: its folder is damaged.
+        """
+        return self._archive.get(session_id)
+
     def parked(self) -> list[ArchivedSession]:
         """Return all sessions on disk, those in memory too; one whose folder is damaged is left out."""
         found = []

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepwire.errors import Reason, ResourceExhaustedError
+from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.session import Session
 
-__all__ = ["too_many_sessions", "too_many_streams"]
+__all__ = ["another_config", "too_many_sessions", "too_many_streams"]
+
+
+def another_config(request_id: str) -> InvalidRequestError:
+    """Return the refusal of a request that created a session before, with another config."""
+    return InvalidRequestError(
+        f"request_id: {request_id!r} created another session before, with another config; use a new id",
+        metadata={"field": "request_id"},
+    )
 
 
 def too_many_sessions(most: int, present: Sequence[Session], now: float) -> ResourceExhaustedError:

@@ -7,12 +7,18 @@ import functools
 import secrets
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 
-from stepwire.errors import DataLossError, InvalidRequestError, Reason, ResourceExhaustedError, StepwireError
+from stepwire.errors import (
+    DataLossError,
+    Reason,
+    ResourceExhaustedError,
+    SessionNotFoundError,
+    StepwireError,
+)
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
@@ -21,16 +27,15 @@ from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
-from stepwire_server.sessions.refusals import too_many_sessions, too_many_streams
+from stepwire_server.sessions.parked import ParkedSession, parked_session
+from stepwire_server.sessions.refusals import another_config, too_many_sessions, too_many_streams
 from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.streams import Streams
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Created", "Registry", "RegistryStatistics"]
 
 _log = structlog.get_logger()
-
-# Of clients whose connection is half open: the server still counts the stream that they come to replace.
-_RETURNING_STREAMS: Final = 8
 
 
 class Created(NamedTuple):
@@ -87,8 +92,7 @@ class Registry:
         self._creation = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
-        self._streams: set[ClientStream] = set()
-        self._uploads: set[ClientStream] = set()
+        self._streams = Streams(max_streams, clock)
         self._parked: dict[str, str] = {}
 
     def recover(self, directory: DataDirectory) -> None:
@@ -126,9 +130,11 @@ class Registry:
             known = self._by_request.get(request_id)
             if known is None and request_id in self._parked:
                 known = self._revived(self._parked[request_id])
-            if known is not None and not known.ledger.closed and not known.expired(self.clock()):
-                return self._created_before(request_id, known, config)
-            if len(self._sessions) >= self._max_sessions:
+            if known is not None and not known.ledger.closed and not self._is_over(known):
+                if known.config != config:
+                    raise another_config(request_id)
+                return Created(known, FIRST_GENERATION, replayed=True)
+            if len(self._sessions) >= self._max_sessions and not self._parked_one():
                 raise too_many_sessions(self._max_sessions, self._present(), self.clock())
             session = self._made(secrets.token_hex(16), config, self.pool.choose(config.device))
             if beginning is not None:
@@ -149,38 +155,62 @@ class Registry:
         if self.directory is not None and (session is None or session.ledger.closed):
             with self._creation:
                 session = self._sessions.get(session_id) or self._revived(session_id)
-        if session is None or (session.expired(self.clock()) and not session.durable):
+        if session is None or self._is_over(session):
             raise session_not_found(session_id)
         return session
 
-    def page(self, after: str, size: int) -> tuple[list[Session], str]:
-        """Return sessions ordered by id and the token of the next page, empty on the last."""
-        with self._lock:
-            ids = sorted(self._sessions)
-            first = bisect_right(ids, after)
-            chosen = [self._sessions[session_id] for session_id in ids[first : first + size]]
-        return chosen, chosen[-1].session_id if first + size < len(ids) else ""
+    def _is_over(self, session: Session) -> bool:
+        """Tell whether a session has ended by its lease; a durable one never does."""
+        return not session.durable and session.expired(self.clock())
 
-    def delete(self, session_id: str, token: int = 0) -> Session:
+    def page(self, after: str, size: int) -> tuple[list[Session | ParkedSession], str]:
+        """Return sessions ordered by id, parked ones too, and the token of the next page, empty on the last."""
+        with self._lock:
+            present = dict(self._sessions)
+            ids = sorted({*present, *self._parked.values()})
+        first = bisect_right(ids, after)
+        chosen, found = ids[first : first + size], list[Session | ParkedSession]()
+        for session_id in chosen:
+            if session_id in present:
+                found.append(present[session_id])
+            elif self.directory is not None:
+                with contextlib.suppress(SessionNotFoundError, DataLossError):  # ended just now, or to be repaired
+                    found.append(parked_session(self.directory, session_id))
+        return found, chosen[-1] if first + size < len(ids) else ""
+
+    def delete(self, session_id: str, token: int = 0) -> int:
         """End a session and free its memory; with a token, only if the client of the token still holds the worker.
+
+        Returns:
+            The number of its last step; 0 for one that cannot be brought back from the disk.
 
         Raises:
             SessionNotFoundError: it does not exist.
-            FencedError: another client holds the worker.
+            FencedError: another client holds the worker, or another server owns the data directory.
         """
-        session = self.get(session_id)
-        if token:
-            session.ledger.worker.check_client(token)
-        if self.directory is not None and session.durable:
-            with self._creation:
-                self.directory.forget(session)
+        with self._creation:
+            session = self._to_delete(session_id)
+            if token and session is not None:
+                session.ledger.worker.check_client(token)
+            if self.directory is not None and (session is None or session.durable):
+                self.directory.check_owner()
+                if session is not None:
+                    self.directory.forget(session)
                 self.directory.remove(session_id)
                 self._parked = {request: parked for request, parked in self._parked.items() if parked != session_id}
+        if session is None:
+            return 0
         self._end([session])
-        return session
+        return session.ledger.applied_step
 
-    @contextlib.contextmanager
-    def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
+    def _to_delete(self, session_id: str) -> Session | None:
+        """Return a session; None for one on disk that is damaged, or that there is no room for."""
+        try:
+            return self.get(session_id)
+        except (DataLossError, ResourceExhaustedError):
+            return None
+
+    def stream(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[ClientStream]:
         """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
 
         A full server admits a few more, for clients that come back after their connection broke without the server's
@@ -189,17 +219,7 @@ class Registry:
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
-        stream = ClientStream(cancel, self.clock())
-        with self._lock:
-            stream.surplus = len(self._streams) >= self._max_streams
-            if len(self._streams) >= self._max_streams + _RETURNING_STREAMS:
-                raise too_many_streams(self._max_streams)
-            self._streams.add(stream)
-        try:
-            yield stream
-        finally:
-            with self._lock:
-                self._streams.discard(stream)
+        return self._streams.stream(cancel)
 
     def require_room(self, stream: ClientStream, session: Session) -> None:
         """Refuse a stream beyond the limit, unless it displaces the stream of its session.
@@ -210,38 +230,20 @@ class Registry:
         if stream.surplus and not session.ledger.worker.attached:
             raise too_many_streams(self._max_streams)
 
-    @contextlib.contextmanager
-    def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    def upload(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """Watch a load for a block; yields what to call, always true, with each message it brings.
 
         The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
         counted as streams, or a server with as many clients as it takes would refuse every load.
         """
-        stream = ClientStream(cancel, self.clock())
-        stream.in_step = True
-
-        def seen() -> bool:
-            stream.last_seen = self.clock()
-            return True
-
-        with self._lock:
-            self._uploads.add(stream)
-        try:
-            yield seen
-        finally:
-            with self._lock:
-                self._uploads.discard(stream)
+        return self._streams.upload(cancel)
 
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
         now = self.clock()
         with self._lock:
             expired = [session for session in self._sessions.values() if session.expired(now)]
-            silent = [
-                stream for stream in self._streams | self._uploads if stream.overdue(now, self._step_idle_seconds)
-            ]
-        for stream in silent:
-            stream.cancel()
+        self._streams.cancel_silent(now, self._step_idle_seconds)
         self._end([session for session in expired if not session.durable])
         for session in expired:
             if session.durable:
@@ -288,10 +290,7 @@ class Registry:
 
     def cancel_streams(self) -> None:
         """End every attached stream that does not end by itself."""
-        with self._lock:
-            streams = [stream for stream in self._streams if not stream.ending]
-        for stream in streams:
-            stream.cancel()
+        self._streams.cancel()
 
     def close(self) -> None:
         """End every session. Closing twice is harmless."""
@@ -337,6 +336,8 @@ class Registry:
             SessionNotFoundError, ResourceExhaustedError, DataLossError: as `DataDirectory.revive`.
         """
         assert self.directory is not None
+        if len(self._sessions) >= self._max_sessions:
+            self._parked_one()
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
@@ -347,13 +348,15 @@ class Registry:
         names = [device.name for device in self.pool]
         return self._made(session_id, config, self.pool.choose(config.device if config.device in names else ""))
 
-    def _parked_one(self, device: Device) -> bool:
-        """Make room on a device: park its least recently used durable session. Return False if none is idle."""
+    def _parked_one(self, device: Device | None = None) -> bool:
+        """Make room: park the least recently used durable session, of a device. Return False if none is idle."""
         now = self.clock()
         idle = [
             (seconds, session)
             for session in self._present()
-            if session.durable and session.device == device.name and (seconds := session.idle_seconds(now)) is not None
+            if session.durable
+            and (device is None or session.device == device.name)
+            and (seconds := session.idle_seconds(now)) is not None
         ]
         return any(self.park(session) for _, session in sorted(idle, key=lambda each: -each[0]))
 
@@ -369,14 +372,6 @@ class Registry:
         except ResourceExhaustedError as error:
             beside = [session for session in self._present() if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None
-
-    def _created_before(self, request_id: str, session: Session, config: SessionConfig) -> Created:
-        if session.config != config:
-            raise InvalidRequestError(
-                f"request_id: {request_id!r} created another session before, with another config; use a new id",
-                metadata={"field": "request_id"},
-            )
-        return Created(session, FIRST_GENERATION, replayed=True)
 
     def _end(self, sessions: list[Session]) -> None:
         with self._lock:

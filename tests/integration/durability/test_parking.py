@@ -212,3 +212,45 @@ def test_a_checkpoint_comes_with_the_number_of_steps(serve: Serve, monkeypatch: 
             session.step(gradient(number))
         saves.wait()
         assert session.info().durable_step == 3
+
+
+def test_a_list_has_parked_sessions_and_leaves_them_there(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as client:
+        sessions = [created(client, label=f"session {number}") for number in range(3)]
+        for session in sessions:
+            session.step(gradient(1))
+        assert server.park(sessions[1])
+        listed = {info.session_id: info for info in client.sessions()}
+        assert set(listed) == {session.session_id for session in sessions}
+        assert [listed[session.session_id].parked for session in sessions] == [False, True, False]
+        parked = listed[sessions[1].session_id]
+        assert (parked.label, parked.applied_step, parked.durable_step, parked.ready) == ("session 1", 1, 1, True)
+        assert server.registry.statistics().sessions == 2
+
+
+def test_a_session_that_cannot_be_brought_back_can_be_closed(serve: Serve, tmp_path: pathlib.Path) -> None:
+    server = serve()
+    with server.connect() as client:
+        session = created(client)
+        session.step(gradient(1))
+        assert server.park(session)
+        for body in tmp_path.glob(f"sessions/{session.session_id}/checkpoints/*/state.safetensors"):
+            body.write_bytes(b"damaged")
+        with pytest.raises(stepwire.DataLossError, match="no checkpoint that is not damaged"):
+            session.step(gradient(2))
+        session.close()
+        with pytest.raises(stepwire.SessionNotFoundError):
+            client.session(session.session_id)
+        assert list(tmp_path.glob("sessions/*")) == []
+
+
+def test_more_sessions_than_a_server_holds_are_parked_in_turn(serve: Serve) -> None:
+    server = serve(max_sessions=2)
+    with server.connect() as client:
+        sessions = [created(client) for _ in range(5)]
+        for number in (1, 2):
+            for session in sessions:
+                session.step(gradient(number))
+                server.detach(session)
+        assert [session.info().applied_step for session in sessions] == [2] * 5

@@ -241,13 +241,13 @@ def test_a_session_that_another_client_has_acquired_outlives_the_client_that_mad
     with pytest.raises(errors.FencedError):
         registry.delete(session.session_id, token)
     assert registry.get(session.session_id) is session
-    assert registry.delete(session.session_id, taken) is session
+    assert registry.delete(session.session_id, taken) == session.ledger.applied_step
 
 
 def test_a_deleted_session_is_gone_with_its_memory(make_registry: Any) -> None:
     registry = make_registry()
     session = registry.create("r", config()).session
-    assert registry.delete(session.session_id) is session
+    assert registry.delete(session.session_id) == session.ledger.applied_step
     assert session.ledger.closed
     assert registry.statistics() == RegistryStatistics(0, 0, 0, 10_000)
     for call in (registry.get, registry.delete):

@@ -1,0 +1,57 @@
+"""A parked session, as a list has it: read from its folder, and not brought back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.data_directory import DataDirectory
+
+__all__ = ["ParkedSession", "parked_session"]
+
+
+class ParkedSession(NamedTuple):
+    """One session that is on disk alone.
+
+    Attributes:
+        session_id: its id.
+        epoch: the epoch of the server that owns it.
+        config: its config.
+        step: the last step of its newest checkpoint.
+        load: the last load of it.
+        ready: it has parameters.
+        create_time: the time of its creation, in seconds since 1970.
+    """
+
+    session_id: str
+    epoch: int
+    config: SessionConfig
+    step: int
+    load: int
+    ready: bool
+    create_time: float
+
+
+def parked_session(directory: DataDirectory, session_id: str) -> ParkedSession:
+    """Describe a session by its folder.
+
+    Raises:
+        SessionNotFoundError: there is none of this id.
+        DataLossError: its folder is damaged.
+    """
+    archived = directory.archived(session_id)
+    config = directory.codec.decode_config(archived.config)
+    checkpoint = directory.checkpoints(session_id).newest().checkpoint
+    if checkpoint is None:
+        return ParkedSession(session_id, directory.epoch, config, 0, 0, config.start_at_zero, archived.create_time)
+    with checkpoint:
+        manifest = checkpoint.manifest
+        return ParkedSession(
+            session_id,
+            directory.epoch,
+            config,
+            manifest.step,
+            manifest.load,
+            manifest.ready,
+            archived.create_time,
+        )

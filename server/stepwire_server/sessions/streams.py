@@ -1,0 +1,79 @@
+"""The streams and uploads of a server: counted, and cancelled where they are silent for too long."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.refusals import too_many_streams
+
+__all__ = ["Streams"]
+
+# Of clients whose connection is half open: the server still counts the stream that they come to replace.
+_RETURNING_STREAMS: Final = 8
+
+
+class Streams:
+    """All streams and uploads. Thread-safe."""
+
+    def __init__(self, most: int, clock: Callable[[], float]) -> None:
+        """Allow so many attached streams at a time."""
+        self._most = most
+        self._clock = clock
+        self._streams: set[ClientStream] = set()
+        self._uploads: set[ClientStream] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Count the streams."""
+        return len(self._streams)
+
+    @contextlib.contextmanager
+    def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
+        """See `Registry.stream`."""
+        stream = ClientStream(cancel, self._clock())
+        with self._lock:
+            stream.surplus = len(self._streams) >= self._most
+            if len(self._streams) >= self._most + _RETURNING_STREAMS:
+                raise too_many_streams(self._most)
+            self._streams.add(stream)
+        try:
+            yield stream
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+
+    @contextlib.contextmanager
+    def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+        """See `Registry.upload`."""
+        stream = ClientStream(cancel, self._clock())
+        stream.in_step = True
+
+        def seen() -> bool:
+            stream.last_seen = self._clock()
+            return True
+
+        with self._lock:
+            self._uploads.add(stream)
+        try:
+            yield seen
+        finally:
+            with self._lock:
+                self._uploads.discard(stream)
+
+    def cancel_silent(self, now: float, idle_seconds: float) -> None:
+        """End those that have been silent for too long where they must not be."""
+        with self._lock:
+            silent = [stream for stream in self._streams | self._uploads if stream.overdue(now, idle_seconds)]
+        for stream in silent:
+            stream.cancel()
+
+    def cancel(self) -> None:
+        """End every attached stream that does not end by itself."""
+        with self._lock:
+            streams = [stream for stream in self._streams if not stream.ending]
+        for stream in streams:
+            stream.cancel()
