@@ -195,7 +195,7 @@ class DataDirectory:
 
     def has(self, session_id: str) -> bool:
         """Tell whether a session is on disk, be it in memory or not."""
-        return session_id in self._archive.ids()
+        return self._archive.has(session_id)
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
@@ -240,14 +240,9 @@ class DataDirectory:
         Raises:
             DataLossError: the log is damaged, or cannot be read.
         """
-        end, found = self._log_writer.durable_position, []
         with self._reading:
-            for record in read_log(self._disk, self._folder / _LOG):
-                if record.position <= end and record.header.session.hex() == session_id:
-                    found.append(record)
-                if record.position >= end:  # behind it the writer is at work
-                    break
-        return found
+            reader = read_log(self._disk, self._folder / _LOG, up_to=self._log_writer.durable_position)
+            return [record for record in reader if record.header.session.hex() == session_id]
 
     def start(self) -> None:
         """Take checkpoints when they are due."""
