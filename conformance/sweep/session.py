@@ -121,15 +121,15 @@ class LocalSession:
     def slot(self, name: str) -> np.ndarray:
         """Return a slot, flat."""
         values = np.empty(self._config.layout.size, np.float32)
-        self._session.read(self._session.snapshot(), name, 0, values)
+        self._session.exchange.read(self._session.exchange.snapshot(), name, 0, values)
         return values
 
     def _load(self, values: np.ndarray) -> None:
-        with self._session.loading(LoadRequest(1, (PARAM,)), self._holder) as load:
+        with self._session.exchange.loading(LoadRequest(1, (PARAM,)), self._holder) as load:
             assert load is not None
             load.add(PARAM, 0, len(values), values.view(np.uint8))
             load.complete()
-            self._session.commit_load(load)
+            self._session.exchange.commit_load(load)
 
     def __enter__(self) -> LocalSession:
         """Hold the session for a block."""

@@ -105,8 +105,13 @@ def test_a_call_under_way_keeps_the_lease_from_running(
 
         return called
 
-    for name in ("begin", "commit", "snapshot", "read"):
-        monkeypatch.setattr(session, name, slow(getattr(session, name)))
+    for owner, name in (
+        (session, "begin"),
+        (session, "commit"),
+        (session.exchange, "snapshot"),
+        (session.exchange, "read"),
+    ):
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
     assert raw.step(session.session_id, created.attach_token, 1, GRADIENT).result.step == 1
     client.session(session.session_id).pull()
     assert swept == []

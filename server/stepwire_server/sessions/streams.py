@@ -31,6 +31,11 @@ class Streams:
         """Count the streams."""
         return len(self._streams)
 
+    def __iter__(self) -> Iterator[ClientStream]:
+        """Iterate over the streams of this moment."""
+        with self._lock:
+            return iter(list(self._streams))
+
     @contextlib.contextmanager
     def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
         """See `Registry.stream`."""
