@@ -21,6 +21,7 @@ OPTIONS = {
     "client/stepwire/session_state.py": {"fork"},
     "client/stepwire/connecting.py": {"connect"},
     "server/stepwire_server/cli/sessions.py": {"close_sessions"},
+    "server/stepwire_server/cli/state.py": {"import_state"},
 }
 
 # The methods of every NamedTuple are public in all but their spelling.

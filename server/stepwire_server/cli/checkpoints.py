@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +16,7 @@ from rich.text import Text
 import stepwire
 from stepwire.results import CheckpointInfo
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire_server.cli.data_directories import DataDir, SessionId, data_folder, telling_of_the_disk
 from stepwire_server.cli.options import Json, Target, Timeout
 from stepwire_server.durability.archive import checkpoints_of
 from stepwire_server.durability.checkpoint import BODY, MANIFEST
@@ -33,11 +32,7 @@ checkpoint_app = typer.Typer(
     no_args_is_help=True,
 )
 
-SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="The id of the session.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of the checkpoint.")]
-DataDir = Annotated[
-    str, typer.Option("--data-dir", metavar="<path>", envvar="STEPWIRE_DATA_DIR", help="The data directory.")
-]
 
 
 @checkpoint_app.command("list")
@@ -99,8 +94,8 @@ def export_checkpoint(
     target = pathlib.Path(folder)
     if target.exists():
         raise stepwire.InvalidRequestError.of("folder", f"{folder} exists; name a folder that does not")
-    with _telling_of_the_disk():
-        store = checkpoints_of(Disk(), _data(data_dir, "sessions"), session_id)
+    with telling_of_the_disk():
+        store = checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id)
         manifest = store.verify(name)
         target.mkdir(parents=True)
         for file in (BODY, MANIFEST):
@@ -123,8 +118,8 @@ def repair(
 
     What lies behind is set aside under other names, and no server reads it. Sessions then lack the steps in it.
     """
-    log = _data(data_dir, "log")
-    with _telling_of_the_disk():
+    log = data_folder(data_dir, "log")
+    with telling_of_the_disk():
         damage = find_damage(Disk(), log)
         if damage is None:
             print(json.dumps({"damaged": False}) if as_json else f"the log in {log} has no damage")
@@ -152,28 +147,6 @@ def _asked(target: str, timeout: float, method: str, request: Any, response: Any
         return calls.unary(method, request, response)
     finally:
         calls.close()
-
-
-def _data(data_dir: str, name: str) -> pathlib.Path:
-    """Return a folder of a data directory.
-
-    Raises:
-        InvalidRequestError: there is none.
-    """
-    folder = pathlib.Path(data_dir) / name
-    if not folder.is_dir():
-        raise stepwire.InvalidRequestError.of(
-            "data_dir", f"{data_dir} is no data directory of a server: it has no folder {name!r}"
-        )
-    return folder
-
-
-@contextlib.contextmanager
-def _telling_of_the_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise stepwire.DataLossError(f"the disk failed: {error}", reason=stepwire.Reason.DURABILITY_FAILED) from error
 
 
 def _tell(done: str, info: CheckpointInfo, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from stepwire_server.cli.kernels import kernels
 from stepwire_server.cli.options import Json
 from stepwire_server.cli.serve import serve
 from stepwire_server.cli.sessions import sessions_app
+from stepwire_server.cli.state import state_app
 
 __all__ = ["main"]
 
@@ -76,5 +77,6 @@ app.command("doctor")(diagnose)
 app.command()(health)
 app.add_typer(sessions_app)
 app.add_typer(checkpoint_app)
+app.add_typer(state_app)
 app.command()(kernels)
 app.command()(version)
