@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire.errors import Reason
 from tests.crash.crashing_server import POINTS
 from tests.integration.proxy import Proxy
 
@@ -122,9 +124,10 @@ def test_no_acknowledged_step_is_lost_or_doubled(case: Case, expected: list[byte
     count = draw.choice([1, 2, 3, 5, 8, 13, 21, 34])
     durability = stepwire.Durability(level="journal", every_steps=draw.choice([2, 3, 100]))
     options: dict[str, Any] = draw.choice([{}, {"overlap": True}])
+    transport = draw.choice(["tcp", "uds", "auto"])
     retry = stepwire.Retry(initial_seconds=0.01, max_seconds=0.1)
     with Proxy("127.0.0.1:1") as proxy, Supervised(proxy, tmp_path, case.point, count) as supervised:
-        with stepwire.connect(proxy.target, timeout=60.0, retry=retry) as client:
+        with stepwire.connect(proxy.target, transport=transport, timeout=60.0, retry=retry) as client:
             session = client.create_session(parameters(), durability=durability, non_finite="allow", keep=True)
             for number in range(1, STEPS + 1):
                 assert bits(session.step(gradient(number), **options)) == expected[number - 1], number
@@ -132,3 +135,38 @@ def test_no_acknowledged_step_is_lost_or_doubled(case: Case, expected: list[byte
                 assert (session.last_result.step, session.last_result.durable_step) == (number, number)
             assert session.info().applied_step == STEPS
         assert supervised.starts <= 3
+
+
+class Child:
+    """One server in a process of its own, without crash points. A context manager, which kills it."""
+
+    def __init__(self, data_dir: pathlib.Path) -> None:
+        """Start, and wait until it listens."""
+        command = [sys.executable, "-m", "tests.crash.crashing_server", "", "0", str(data_dir)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.target = f"127.0.0.1:{self.process.stdout.readline().strip()}"
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_server_that_was_stopped_and_goes_on_answers_nothing(tmp_path: pathlib.Path) -> None:
+    """Another server acquires the directory while the first one is paused."""
+    with Child(tmp_path) as old, stepwire.connect(old.target, timeout=20.0) as client:
+        session = client.create_session(parameters(), durability="journal", keep=True)
+        session.step(gradient(1))
+        old.process.send_signal(signal.SIGSTOP)
+        with Child(tmp_path) as new, stepwire.connect(new.target) as other:
+            again = other.session(session.own_id)
+            values = bits(again.step(gradient(2)))
+            old.process.send_signal(signal.SIGCONT)
+            for act in (lambda: session.step(gradient(2)), session.pull, session.state):
+                with pytest.raises(stepwire.FencedError) as fenced:
+                    act()
+                assert fenced.value.reason == Reason.NOT_PRIMARY
+            assert (again.applied_step, bits(again.pull())) == (2, values)
