@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contest import Action
 from stepwire_server.durability.disk import Disk
 
-__all__ = ["BareFile", "SlowDisk", "evict", "file_system_of", "read_files"]
+__all__ = ["BareFile", "SlowDisk", "evict", "read_files"]
 
 _BLOCK_BYTES = 4096
 _WRITE_BYTES = 8 << 20
@@ -99,17 +99,6 @@ class BareFile:
             return plain, False
         self._disk.close(plain)
         return direct, True
-
-
-def file_system_of(folder: pathlib.Path) -> str:
-    """Return the type of the file system that a folder is on, such as "ext4"; "tmpfs" is memory."""
-    path, found = str(folder.resolve()), ("", "unknown")
-    for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines():
-        place, kind = line.split()[4], line.partition(" - ")[2].split()[0]
-        inside = path == place or path.startswith(place.rstrip("/") + "/")
-        if inside and len(place) >= len(found[0]):
-            found = place, kind
-    return found[1]
 
 
 def evict(folder: pathlib.Path) -> None:

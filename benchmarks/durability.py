@@ -23,6 +23,7 @@ import variants
 from contest import Action, Contender, ContestResult
 from durable_server import DurableServer, durable_server
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32
+from stepwire_server.doctor.disk import file_system_of
 from stepwire_server.durability.epochs import Epochs
 from stepwire_server.durability.records import Kind, LogPosition, Record
 from stepwire_server.durability.writer import LogWriter
@@ -78,7 +79,7 @@ def durability(folder: pathlib.Path, scale: Scale) -> Figures:
         folder: the place of the data directories, on the file system to measure.
         scale: the sizes.
     """
-    figures: Figures = {"file system": bare_disk.file_system_of(folder)}
+    figures: Figures = {"file system": file_system_of(folder)}
     if figures["file system"] == "tmpfs":
         figures["caution"] = "tmpfs is memory: nothing here tells of a disk; name another place with --data-dir"
     for name, measure in _MEASUREMENTS.items():

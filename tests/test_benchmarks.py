@@ -208,7 +208,7 @@ def test_a_measurement_of_durable_sessions_that_fails_leaves_the_others_alone(
 ) -> None:
     measurements = {"one": lambda folder, scale: [].pop(), "two": lambda folder, scale: {"found": folder.parent.name}}
     monkeypatch.setattr(bench.durability, "_MEASUREMENTS", measurements)
-    monkeypatch.setattr(bench.bare_disk, "file_system_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(bench.durability, "file_system_of", lambda folder: "tmpfs")
     figures = bench.durability.durability(tmp_path, bench.durability.Scale.quick())
     assert figures["caution"].startswith("tmpfs is memory") and figures["found"] == tmp_path.name
     assert bench.report.failures({"durability": figures}) == ["durability: one"]
@@ -395,10 +395,6 @@ def test_files_are_read_whole_after_an_eviction(bench, tmp_path: pathlib.Path) -
     (tmp_path / "other").write_bytes(b"12345")
     bench.bare_disk.evict(tmp_path)
     assert bench.bare_disk.read_files(tmp_path) == (5 << 20) + 5
-
-
-def test_a_file_system_is_named(bench) -> None:
-    assert bench.bare_disk.file_system_of(pathlib.Path("/proc/self")) == "proc"
 
 
 # --- what is measured with ------------------------------------------------------------------------------------
