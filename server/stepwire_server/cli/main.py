@@ -16,6 +16,7 @@ from stepwire_server.cli.doctor import diagnose
 from stepwire_server.cli.health import health
 from stepwire_server.cli.kernels import kernels
 from stepwire_server.cli.options import Json
+from stepwire_server.cli.replay import replay
 from stepwire_server.cli.serve import serve
 from stepwire_server.cli.sessions import sessions_app
 from stepwire_server.cli.state import state_app
@@ -78,5 +79,6 @@ app.command()(health)
 app.add_typer(sessions_app)
 app.add_typer(checkpoint_app)
 app.add_typer(state_app)
+app.command()(replay)
 app.command()(kernels)
 app.command()(version)

@@ -17,7 +17,7 @@ from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.redo import Redo
 from stepwire_server.sessions.session import Session
 
-__all__ = ["EarlierState", "Origin", "find_earlier"]
+__all__ = ["EarlierState", "Origin", "find_earlier", "reached_steps"]
 
 _MOST_NAMED = 20
 
@@ -123,7 +123,7 @@ def find_earlier(directory: DataDirectory, session_id: str, origin: Origin, *, j
     records = directory.records(session_id) if journals else []
     reached: set[int] = set()
     for info in [*good, CheckpointInfo("")]:
-        steps = _reached(info, records)
+        steps = reached_steps(info, records)
         if origin.step in steps:
             return EarlierState(directory, session_id, info.name, records, origin.step)
         reached.update(steps)
@@ -141,7 +141,7 @@ def _step_of(record: LogRecord) -> int | None:
     return decode_entry(LoadEntry, record.meta).step if record.header.kind is Kind.LOAD else None
 
 
-def _reached(base: CheckpointInfo, records: Iterable[LogRecord]) -> list[int]:
+def reached_steps(base: CheckpointInfo, records: Iterable[LogRecord]) -> list[int]:
     """Return the steps that the log makes again after a checkpoint, as far as it has no gap."""
     step, load, reached = base.step, base.load, list[int]()
     for record in records:

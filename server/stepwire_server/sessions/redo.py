@@ -24,12 +24,24 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.steps.reply import ReplyPipeline
 from stepwire_server.steps.step import Step
 
-__all__ = ["Codec", "NoReply", "Redo"]
+__all__ = ["Codec", "NoReply", "Openings", "Redo"]
 
 _Key = tuple[int, int]
 
 
-class Codec(Protocol):
+class Openings(Protocol):
+    """The openings of steps that are made again."""
+
+    def decode_opening(self, data: bytes, config: SessionConfig) -> StepRequest:
+        """Decode the opening of a step, which has no number and no reply.
+
+        Raises:
+            InvalidRequestError: as `Codec.decode_config`.
+        """
+        ...
+
+
+class Codec(Openings, Protocol):
     """The contract's messages, for a domain that knows none of them."""
 
     def encode_config(self, config: SessionConfig) -> bytes:
@@ -46,14 +58,6 @@ class Codec(Protocol):
 
     def config_text(self, config: SessionConfig) -> str:
         """Return a session's config as JSON, for people who read a checkpoint."""
-        ...
-
-    def decode_opening(self, data: bytes, config: SessionConfig) -> StepRequest:
-        """Decode the opening of a step, which has no number and no reply.
-
-        Raises:
-            InvalidRequestError: as `decode_config`.
-        """
         ...
 
 
@@ -89,7 +93,7 @@ class Redo:
         commits: the number of commits made so far.
     """
 
-    def __init__(self, session: Session, codec: Codec) -> None:
+    def __init__(self, session: Session, codec: Openings) -> None:
         """Go on from the session as it stands; it has no log yet."""
         self.session = session
         self.commits = 0
@@ -168,7 +172,7 @@ def _inline(entry: StepEntry, record: LogRecord, dtype: np.dtype[Any]) -> Iterab
         low = high
 
 
-def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _Chunks, codec: Codec) -> None:
+def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _Chunks, codec: Openings) -> None:
     opened = codec.decode_opening(entry.opening, session.config)
     request = opened._replace(step=entry.step, epoch=0, load=None, reply=False, shared=False, reply_base=None)
     holder = session.ledger.worker.holder
