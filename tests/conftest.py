@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pathlib
+import signal
 from collections.abc import Iterator, MutableMapping
 from typing import Any, NoReturn
 
@@ -22,6 +23,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("stepwire")
+
+# A job in the background of a shell ignores Ctrl-C, and so would every process that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

