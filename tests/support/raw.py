@@ -168,13 +168,15 @@ class RawClient:
         self._streams.append(stream)
         return stream
 
-    def load(self, session_id: str, token: int, load: int, values: Vector, *, epoch: int = 0) -> pb.LoadResponse:
-        """Load the parameters."""
-        opening = state_pb2.LoadOpen(session_id=session_id, attach_token=token, load=load, epoch=epoch, slots=["param"])
+    def load(
+        self, session_id: str, token: int, load: int, values: Vector, *, epoch: int = 0, slot: str = "param"
+    ) -> pb.LoadResponse:
+        """Load a slot."""
+        opening = state_pb2.LoadOpen(session_id=session_id, attach_token=token, load=load, epoch=epoch, slots=[slot])
         chunk = tensor_pb2.Chunk(offset=0, count=len(values))
         messages = [
             pb.LoadRequest(open=opening),
-            pb.LoadRequest(slot="param", chunk=chunk, commit=True, payload=values.tobytes()),
+            pb.LoadRequest(slot=slot, chunk=chunk, commit=True, payload=values.tobytes()),
         ]
         answer: pb.LoadResponse = self.call("Load", iter(messages))
         return answer

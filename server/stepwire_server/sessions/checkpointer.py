@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import structlog
 
-from stepwire.errors import StepwireError
 from stepwire_server.config import ServerConfig
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.session import Session
@@ -79,9 +78,12 @@ class Checkpointer:
         for session in self._due():
             try:
                 self.checkpoint(session)
-            except (StepwireError, OSError) as error:  # the next look tries again
+            except Exception as error:  # the next look tries again, whatever it was, and the thread goes on
                 _log.warning("checkpoint failed", session_id=session.session_id, problem=str(error))
-        self._let_go()
+        try:
+            self._let_go()
+        except Exception as error:
+            _log.warning("log not shortened", problem=str(error))
 
     def checkpoint(self, session: Session) -> Saved:
         """Take a checkpoint of a session now, unless the last one has its present state.
@@ -136,13 +138,13 @@ class Checkpointer:
         ledger, durability = session.ledger, session.config.durability
         steps = ledger.applied_step - kept.saved.step
         loaded = ledger.applied_load != kept.saved.load
-        if not (steps or loaded) or not ledger.ready:
+        if session.progress.last.number > kept.saved.position and self._is_long(session, kept):
+            return True  # a hold alone would keep the log
+        if not (steps or loaded):
             return False
         if loaded and durability.level == "checkpoint":  # only a checkpoint has it
             return True
         if durability.every_steps is not None and steps >= durability.every_steps:
-            return True
-        if durability.level == "journal" and self._is_long(session, kept):
             return True
         return now - kept.at >= (durability.every_seconds or self._config.checkpoint_seconds)
 

@@ -45,7 +45,7 @@ def save(session: Session, store: CheckpointStore, name: str, config: dict[str, 
         config: the session's config, as JSON.
 
     Raises:
-        SessionNotReadyError, SessionNotFoundError, DataLossError, StateChangedError: as `StateExchange.captured`.
+        SessionNotFoundError, DataLossError, StateChangedError: as `StateExchange.captured`.
         InvalidRequestError: the name is none, or another checkpoint has it.
         OSError: the disk failed; there is no such checkpoint.
     """

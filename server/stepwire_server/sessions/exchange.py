@@ -142,7 +142,7 @@ class StateExchange:
         """Keep the present moment for a block, so that it can be read while steps go on.
 
         Raises:
-            SessionNotReadyError, SessionNotFoundError, DataLossError: there is no sound state.
+            SessionNotFoundError, DataLossError: there is no sound state.
             StateChangedError: a step is half applied, or another reader is at work.
         """
         state, ledger = self._state, self._ledger
@@ -172,7 +172,7 @@ class StateExchange:
         return position if needed is None else min(position, needed - 1)
 
     def _check_sound(self) -> None:
-        self._ledger.check_usable()
+        self._ledger.check_sound()
         if self._state.unfinished is not None or self._state.capture is not None:
             raise StateChangedError("a step is half applied, or a checkpoint is being taken; try again later")
 

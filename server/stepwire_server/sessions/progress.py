@@ -162,7 +162,7 @@ class Progress:
             DataLossError, FencedError: as `settle`.
         """
         self.settle(mark)
-        if self._log is None or self._journals or not self._ledger.ready:
+        if self._log is None or self._journals:
             return
         try:
             self._save()

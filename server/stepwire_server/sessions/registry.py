@@ -260,7 +260,7 @@ class Registry:
         with self._creation:
             if session.idle_seconds(self.clock()) is None or session.ledger.closed:
                 return False
-            if session.ledger.ready and not self._checkpointed(session):
+            if session.has_state and not self._checkpointed(session):
                 return False
             self.directory.forget(session)
             with self._lock:
@@ -275,7 +275,7 @@ class Registry:
         """Checkpoint every durable session: the server ends. Return False if one could not be, which is logged."""
         complete = True
         for session in self._present():
-            if session.durable and session.ledger.ready:
+            if session.durable and session.has_state:
                 complete &= self._checkpointed(session)
         return complete
 

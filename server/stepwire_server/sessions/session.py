@@ -104,6 +104,11 @@ class Session:
         return min(firsts, default=None)
 
     @property
+    def has_state(self) -> bool:
+        """Something has been loaded, or parameters were initialised: there is a state to save."""
+        return self.ledger.ready or self.ledger.applied_load > 0
+
+    @property
     def durable(self) -> bool:
         """The session outlives its server."""
         return self.config.durability.level != "memory"

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
 from tests.integration.events import Happenings
 from tests.integration.probes import stream_ends
 from tests.support.numpy_server import numpy_server
+from tests.support.raw import RawClient
 
 SIZE = 1000
 
@@ -254,3 +257,63 @@ def test_more_sessions_than_a_server_holds_are_parked_in_turn(serve: Serve) -> N
                 session.step(gradient(number))
                 server.detach(session)
         assert [session.info().applied_step for session in sessions] == [2] * 5
+
+
+@pytest.mark.parametrize("level", [session_pb2.DURABILITY_JOURNAL, session_pb2.DURABILITY_CHECKPOINT])
+def test_moments_that_came_before_the_parameters_are_parked_too(level: session_pb2.Durability, serve: Serve) -> None:
+    server = serve()
+    moments, parameters = np.full(SIZE, 5.0, np.float32), np.full(SIZE, 9.0, np.float32)
+    with RawClient(server.server.target) as raw:
+        config = session_pb2.SessionConfig(
+            tensors=[tensor_pb2.TensorSpec(name="w", shape=[SIZE])],
+            optimizer=optimizer_pb2.Optimizer(rule=optimizer_pb2.RULE_ADAM),
+            durability=level,
+        )
+        made = raw.call("CreateSession", pb.CreateSessionRequest(request_id="moments", config=config))
+        session_id = made.session.session_id
+        raw.load(session_id, made.attach_token, 1, moments, slot="exp_avg")
+        assert server.registry.park(server.registry.get(session_id))
+        assert raw.load(session_id, made.attach_token, 2, parameters).session.applied_load == 2
+    with server.connect() as client:
+        state = client.session(session_id).state()
+        assert (state.slots["exp_avg"]["w"] == moments).all()
+        assert (state.slots["param"]["w"] == parameters).all()
+
+
+def test_a_hold_alone_does_not_keep_the_log(serve: Serve, tmp_path: pathlib.Path) -> None:
+    server = serve(journal_segment_bytes=1 << 20, journal_bytes=4 << 20)
+    directory = server.registry.directory
+    with server.connect(transport="tcp") as first, server.connect(transport="tcp") as second:
+        idle, busy = created(first), second.create_session({"w": np.ones(60_000, np.float32)}, durability="journal")
+        idle.step(gradient(1))
+        directory.checkpointer.look()
+        second.session(idle.session_id).attach(take_over=True)
+        for number in range(80):  # 19 MB
+            busy.step({"w": np.full(60_000, float(number), np.float32)})
+            directory.checkpointer.look()
+        assert len(list((tmp_path / "log").iterdir())) <= 7
+
+
+def test_checkpoints_go_on_after_one_that_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, saved = serve(), Happenings()
+    checkpointer = server.registry.directory.checkpointer
+    save, failures = checkpointer._save, [RuntimeError("unexpected"), OSError("disk")]
+
+    def failing(session: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        result = save(session)
+        saved.note()
+        return result
+
+    monkeypatch.setattr(checkpointer, "_save", failing)
+    with server.connect() as client:
+        session = created(client, durability=stepwire.Durability(level="journal", every_steps=1))
+        session.step(gradient(1))
+        for _ in range(3):
+            checkpointer.look()
+        saved.wait()
+        checkpoint = server.registry.directory.checkpoints(session.session_id).newest().checkpoint
+        assert checkpoint is not None
+        with checkpoint:
+            assert checkpoint.manifest.step == 1
