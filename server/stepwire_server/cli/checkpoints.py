@@ -64,12 +64,40 @@ def save_checkpoint(
 
 @checkpoint_app.command("verify")
 def verify_checkpoint(
-    session_id: SessionId, name: Name, target: Target, timeout: Timeout = 600.0, as_json: Json = False
+    session_id: SessionId,
+    name: Name,
+    target: Target,
+    data_dir: Annotated[
+        str, typer.Option("--data-dir", metavar="<path>", help="Read the checkpoint here, without a server.")
+    ] = "",
+    timeout: Timeout = 600.0,
+    as_json: Json = False,
 ) -> None:
-    """Have the server read all of a checkpoint, and compare its checksums."""
+    """Read all of a checkpoint, and compare its checksums; without --data-dir the server does so.
+
+    With --data-dir, norm and digest of each array are told too, and the norm of the shadow step.
+    """
+    if data_dir:
+        _verify_here(data_dir, session_id, name, as_json)
+        return
     request = pb.VerifyCheckpointRequest(session_id=session_id, name=name)
     response = _asked(target, timeout, "VerifyCheckpoint", request, pb.VerifyCheckpointResponse)
     _tell("verified", CheckpointInfo.from_wire(response.checkpoint), as_json)
+
+
+def _verify_here(data_dir: str, session_id: str, name: str, as_json: bool) -> None:
+    with telling_of_the_disk():
+        manifest = checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id).verify(name)
+    shadow = None if manifest.shadow is None else manifest.shadow.update_norm
+    if as_json:
+        arrays = {slot: {"norm": facts.norm, "digest": facts.digest} for slot, facts in manifest.arrays.items()}
+        plain = {"name": name, "step": manifest.step, "load": manifest.load, "arrays": arrays, "shadow_norm": shadow}
+        print(json.dumps(plain))
+        return
+    print(f"verified {name}, of step {manifest.step} and load {manifest.load}")
+    for slot, facts in manifest.arrays.items():
+        print(f"{slot:>20}  norm {facts.norm:.9g}  digest {facts.digest}")
+    print(f"{'shadow step':>20}  {'none' if shadow is None else f'norm {shadow:.9g}'}")
 
 
 @checkpoint_app.command("delete")

@@ -26,6 +26,7 @@ __all__ = [
     "LARGEST_BLOCK_ELEMENTS",
     "ArrayFacts",
     "Manifest",
+    "Shadow",
     "damaged",
     "decode_manifest",
     "encode_manifest",
@@ -39,7 +40,13 @@ LARGEST_BLOCK_ELEMENTS: Final = 1 << 24
 _MOST_BYTES: Final = 256 << 20
 _EVERY: Final = "*"
 # The fields that may hold a float that JSON does not have.
-_FLOATS: Final = (("sum_bound",), ("tensor_scalars", _EVERY), ("loss_scale", 0), ("arrays", _EVERY, "norm"))
+_FLOATS: Final = (
+    ("sum_bound",),
+    ("tensor_scalars", _EVERY),
+    ("loss_scale", 0),
+    ("arrays", _EVERY, "norm"),
+    ("shadow", "update_norm"),
+)
 _WORDS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -60,6 +67,25 @@ class ArrayFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm: float
     block_elements: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_BLOCK_ELEMENTS)]
     crc32c: tuple[_Checksum, ...]
+
+    @property
+    def digest(self) -> str:
+        """The CRC32C of all checksums, in hexadecimal digits: arrays with the same digest are the same."""
+        return f"{google_crc32c.value(np.array(self.crc32c, '<u4').view(np.uint8)):08x}"
+
+
+class Shadow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A step that the state would make, on a range of its elements.
+
+    Attributes:
+        start: the first flat element of the range.
+        elements: the number of elements.
+        update_norm: the norm of the parameters' change.
+    """
+
+    start: _Count
+    elements: _Count
+    update_norm: float
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         last_result: the last step's result, encoded; None for none.
         config: the session's config, as JSON.
         arrays: the facts of each slot.
+        shadow: a step that the state would make; None for rules that have none, and of older servers.
     """
 
     session_id: str
@@ -103,6 +130,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     last_result: bytes | None = None
     config: dict[str, Any] = {}
     arrays: dict[str, ArrayFacts] = {}
+    shadow: Shadow | None = None
     format: Literal[1] = 1
 
 

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from stepwire.errors import DataLossError, Reason
-from stepwire_server.durability.checkpoint import Checkpoint, CheckpointWriter
+from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
-from stepwire_server.durability.manifest import Manifest
+from stepwire_server.durability.manifest import Manifest, Shadow
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.exchange import Captured
 from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.shadow import differs
 from stepwire_server.sessions.workers import Holder
 
 __all__ = ["Saved", "restore", "save"]
@@ -55,33 +56,33 @@ def save(session: Session, store: CheckpointStore, name: str, config: dict[str, 
         try:
             for slot, start, values in captured.blocks:
                 writer.write(slot, start, values)
+            shadow = session.exchange.shadow(captured)
         except BaseException:
             writer.abort()
             raise
-    _commit(writer, session, captured, config)
+    writer.commit(_manifest_of(session, captured, config, shadow))
     return Saved(captured.numbers.step, captured.numbers.load, captured.position)
 
 
-def _commit(writer: CheckpointWriter, session: Session, captured: Captured, config: dict[str, Any]) -> None:
+def _manifest_of(session: Session, captured: Captured, config: dict[str, Any], shadow: Shadow | None) -> Manifest:
     numbers, result = captured.numbers, captured.last_result
-    writer.commit(
-        Manifest(
-            session_id=session.session_id,
-            name="",
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-            epoch=session.ledger.epoch,
-            step=numbers.step,
-            load=numbers.load,
-            ready=captured.ready,
-            tensor_steps=numbers.tensor_steps,
-            tensor_scalars=numbers.tensor_scalars,
-            loss_scale=numbers.loss_scale,
-            sum_bound=captured.sum_bound,
-            generation=captured.holder.generation,
-            acquired=captured.holder.acquired,
-            last_result=None if result is None else msgspec.msgpack.encode(result),
-            config=config,
-        )
+    return Manifest(
+        session_id=session.session_id,
+        name="",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        epoch=session.ledger.epoch,
+        step=numbers.step,
+        load=numbers.load,
+        ready=captured.ready,
+        tensor_steps=numbers.tensor_steps,
+        tensor_scalars=numbers.tensor_scalars,
+        loss_scale=numbers.loss_scale,
+        sum_bound=captured.sum_bound,
+        generation=captured.holder.generation,
+        acquired=captured.holder.acquired,
+        last_result=None if result is None else msgspec.msgpack.encode(result),
+        config=config,
+        shadow=shadow,
     )
 
 
@@ -89,7 +90,7 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
     """Take over a checkpoint.
 
     Raises:
-        DataLossError: it is damaged, or of another shape than the session.
+        DataLossError: it is damaged, of another shape than the session, or would step otherwise than when it was saved.
         ResourceExhaustedError: it does not fit beside the session's state, where it has to.
         OSError: the disk failed.
     """
@@ -106,6 +107,23 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
         Holder(0, manifest.generation, manifest.acquired, None),
     )
     session.exchange.restore(captured, checkpoint.body.read)
+    _check_warm(session, checkpoint)
+
+
+def _check_warm(session: Session, checkpoint: Checkpoint) -> None:
+    """Compare the step that the restored state would make with that of the state that was saved."""
+    recorded = checkpoint.manifest.shadow
+    if recorded is None:
+        return
+    found = session.exchange.shadow()
+    if differs(found, recorded):
+        norm = None if found is None else found.update_norm
+        raise DataLossError(
+            f"checkpoint {checkpoint.name!r} was restored cold: its state would step by {norm!r}, and the one that "
+            f"was saved by {recorded.update_norm!r}; use another checkpoint, or bring this one back from a copy",
+            reason=Reason.CHECKPOINT_DAMAGED,
+            metadata={"checkpoint": checkpoint.name, "field": "shadow"},
+        )
 
 
 def _last_result(manifest: Manifest) -> StepResult | None:

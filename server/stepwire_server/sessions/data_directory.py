@@ -304,6 +304,16 @@ class DataDirectory:
         except DataLossError as error:
             _log.warning("checkpoint damaged", session_id=session.session_id, problem=str(error))
             return False
+        manifest = checkpoint.manifest
+        _log.info(
+            "restored",
+            session_id=session.session_id,
+            checkpoint=checkpoint.name,
+            step=manifest.step,
+            norms={slot: facts.norm for slot, facts in manifest.arrays.items()},
+            digests={slot: facts.digest for slot, facts in manifest.arrays.items()},
+            shadow_norm=None if manifest.shadow is None else manifest.shadow.update_norm,
+        )
         return True
 
     def save_automatic(self, session: Session) -> Saved:

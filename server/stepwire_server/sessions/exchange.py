@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from stepwire.errors import StateChangedError
+from stepwire_server.durability.manifest import Shadow
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
@@ -17,6 +18,7 @@ from stepwire_server.sessions.capture import Block, Capture
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.overlap import unfinished
@@ -36,6 +38,7 @@ class Captured(NamedTuple):
         holder: the hold of the worker.
         position: the number of the log's last record at that moment.
         blocks: the blocks of all slots, in any order.
+        probed: the values that a shadow step begins with; None for none.
     """
 
     numbers: Snapshot
@@ -45,6 +48,7 @@ class Captured(NamedTuple):
     holder: Hold
     position: int = 0
     blocks: Iterator[Block] = iter(())
+    probed: ProbedValues | None = None
 
 
 class StateExchange:
@@ -158,6 +162,7 @@ class StateExchange:
                 ledger.worker.holder,
                 self._position(),
                 capture.blocks(self._lock),
+                read_probe(state.config, state.read),
             )
         try:
             yield captured
@@ -188,6 +193,16 @@ class StateExchange:
             self._state.restore(numbers, captured.sum_bound, read)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
             self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
+
+    def shadow(self, captured: Captured | None = None) -> Shadow | None:
+        """Make the shadow step of a captured moment, or of the present one; the lock is held for a few reads alone."""
+        state = self._state
+        if captured is None:
+            with self._lock:
+                numbers = state.snapshot(self._ledger.applied_step, self._ledger.applied_load)
+                probed = read_probe(state.config, state.read)
+            return shadow_of(state.config, state.device, numbers, probed)
+        return shadow_of(state.config, state.device, captured.numbers, captured.probed)
 
     def commit_load(self, load: Load) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.

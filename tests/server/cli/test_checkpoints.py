@@ -61,6 +61,32 @@ def test_checkpoints_are_saved_listed_verified_and_deleted(command: Any, durable
     assert err.startswith("stepwire: name: there is no checkpoint 'first'; there are best")
 
 
+def test_a_checkpoint_is_verified_without_a_server(
+    command: Any, durable: Server, session: Any, folder: pathlib.Path
+) -> None:
+    place = ("checkpoint", "verify", session.session_id, "first", "--data-dir", str(folder))
+    path = folder / "sessions" / session.session_id / "checkpoints" / "first"
+    with Checkpoint(Disk(), path) as checkpoint:
+        arrays, shadow = checkpoint.manifest.arrays, checkpoint.manifest.shadow
+    assert shadow is not None
+    code, out, err = command(*place)
+    assert (code, err) == (0, "")
+    lines = [f"{slot:>20}  norm {facts.norm:.9g}  digest {facts.digest}" for slot, facts in arrays.items()]
+    last = f"         shadow step  norm {shadow.update_norm:.9g}"
+    assert out.splitlines() == ["verified first, of step 1 and load 1", *lines, last]
+    code, out, err = command(*place, "--json")
+    told = json.loads(out)
+    assert (code, err, told["shadow_norm"]) == (0, "", shadow.update_norm)
+    assert told["arrays"]["exp_avg"] == {"norm": arrays["exp_avg"].norm, "digest": arrays["exp_avg"].digest}
+    assert len({each["digest"] for each in told["arrays"].values()}) == len(arrays)
+    body = path / "state.safetensors"
+    data = bytearray(body.read_bytes())
+    data[-1] ^= 1
+    body.write_bytes(data)
+    code, out, err = command(*place)
+    assert (code, out, "checkpoint file first/state.safetensors" in err) == (2, "", True)
+
+
 def test_checkpoints_are_listed_in_a_table_while_the_session_is_parked(
     command: Any, durable: Server, session: Any, folder: pathlib.Path, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
