@@ -222,12 +222,14 @@ class Sessions:
             load(session, slots, snapshot)
 
     def check(self) -> None:
-        """Compare everything that can be pulled."""
+        """Compare everything that can be pulled, and the step that a checkpoint is checked by."""
         (snapshot, slots), *others = [everything(session) for session in self.sessions]
         for other, arrays in others:
             assert other == snapshot
             for slot in slots:
                 assert_same_bits(arrays[slot], slots[slot], slot)
+        first, *rest = [repr(session.exchange.shadow()) for session in self.sessions]
+        assert [first] * len(rest) == rest
 
     def close(self) -> None:
         for session in self.sessions:
