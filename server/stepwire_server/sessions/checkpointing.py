@@ -6,8 +6,9 @@ import datetime
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 
-from stepwire.errors import DataLossError, Reason
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.manifest import Manifest, Shadow
@@ -20,6 +21,8 @@ from stepwire_server.sessions.shadow import differs
 from stepwire_server.sessions.workers import Holder
 
 __all__ = ["Saved", "restore", "save"]
+
+_log = structlog.get_logger()
 
 
 class Saved(NamedTuple):
@@ -56,12 +59,21 @@ def save(session: Session, store: CheckpointStore, name: str, config: dict[str, 
         try:
             for slot, start, values in captured.blocks:
                 writer.write(slot, start, values)
-            shadow = session.exchange.shadow(captured)
+            shadow = _shadow(session, captured)
         except BaseException:
             writer.abort()
             raise
     writer.commit(_manifest_of(session, captured, config, shadow))
     return Saved(captured.numbers.step, captured.numbers.load, captured.position)
+
+
+def _shadow(session: Session, captured: Captured) -> Shadow | None:
+    """Make the shadow step; a device without room for it must not keep a state from the disk."""
+    try:
+        return session.exchange.shadow(captured)
+    except ResourceExhaustedError as error:
+        _log.warning("checkpoint without a shadow step", session_id=session.session_id, problem=str(error))
+        return None
 
 
 def _manifest_of(session: Session, captured: Captured, config: dict[str, Any], shadow: Shadow | None) -> Manifest:

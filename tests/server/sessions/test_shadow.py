@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 import stepwire
-from stepwire.errors import DataLossError, Reason
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
@@ -220,6 +220,27 @@ def test_a_state_that_is_not_finite_is_restored(folder: Any, saved: Saved) -> No
     assert shadow is not None
     assert np.isnan(shadow.update_norm)
     assert revived(folder, session_id).step == 3
+
+
+def test_a_device_without_room_keeps_no_state_from_the_disk(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with numpy_server(data_dir=str(folder)) as server, stepwire.connect(server.target) as client:
+        session = client.create_session(arrays(99), durability="checkpoint", keep=True)
+        session.step(arrays(1))
+        (device,) = server.registry.pool
+        with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+            patch.setattr(device.engine, "allocate", full)
+            session.save_checkpoint("last")
+        session_id = session.session_id
+    assert [log["problem"] for log in logs if log["event"] == "checkpoint without a shadow step"] == ["full"]
+    store = CheckpointStore(Disk(), folder / "sessions" / session_id / "checkpoints")
+    assert (manifest_of(store).name, manifest_of(store).shadow) == ("last", None)
+    assert revived(folder, session_id).step == 1
+
+
+def full(*arguments: Any) -> Any:
+    raise ResourceExhaustedError("full")
 
 
 def test_shadows_differ_beyond_a_millionth() -> None:
