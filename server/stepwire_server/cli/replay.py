@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -60,7 +61,7 @@ def replay(
             with pathlib.Path(out).open("x", encoding="utf-8", newline="") as file:
                 file.write(_table(rows))
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps([{name: _finite(value) for name, value in row.items()} for row in rows], allow_nan=False))
     elif out:
         print(f"wrote {len(rows)} steps to {out}")
     else:
@@ -87,6 +88,11 @@ def _row(result: StepResult) -> dict[str, Any]:
         **dict(zip(_COLUMNS, (result.step, *norms, rates[0], result.skipped), strict=True)),
         **{f"lr{index}": rate for index, rate in enumerate(rates) if index},
     }
+
+
+def _finite(value: Any) -> Any:
+    """Return a number that JSON has; None for NaN and infinities, such as the norms of a gradient that was skipped."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -53,6 +53,18 @@ def test_the_curve_is_that_of_the_live_session(command: Any, without_kernels: No
         assert outcome == (2, "", f"stepwire: out: {out} exists; name a file that does not\n")
 
 
+def test_norms_that_are_not_finite_are_null_in_json(
+    command: Any, without_kernels: None, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "data"
+    with numpy_server(data_dir=str(folder)) as server, stepwire.connect(server.target) as client:
+        session = client.create_session(PARAMETERS, durability="journal", non_finite="skip")
+        session.step({name: values + np.float32(np.inf) for name, values in PARAMETERS.items()})
+        code, printed, err = command("replay", session.session_id, "--data-dir", str(folder), "--json")
+    (row,) = json.loads(printed)
+    assert (code, err, row["step"], row["grad_norm"], row["skipped"]) == (0, "", 1, None, True)
+
+
 def test_changes_that_are_none_are_refused(command: Any, tmp_path: pathlib.Path) -> None:
     for text in ("lr", "lr=", "=3", "lr=fast"):
         outcome = command("replay", "0" * 32, "--data-dir", str(tmp_path), "--set", text)
