@@ -17,10 +17,10 @@ from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.exchange import Captured
 from stepwire_server.sessions.session import Session
-from stepwire_server.sessions.shadow import differs
+from stepwire_server.sessions.shadow import differs, read_probe
 from stepwire_server.sessions.workers import Holder
 
-__all__ = ["Saved", "restore", "save"]
+__all__ = ["Saved", "check_as_saved", "numbers_of", "restore", "save"]
 
 _log = structlog.get_logger()
 
@@ -70,7 +70,7 @@ def save(session: Session, store: CheckpointStore, name: str, config: dict[str, 
 def _shadow(session: Session, captured: Captured) -> Shadow | None:
     """Make the shadow step; a device without room for it must not keep a state from the disk."""
     try:
-        return session.exchange.shadow(captured)
+        return session.exchange.shadow(captured.numbers, captured.probed)
     except ResourceExhaustedError as error:
         _log.warning("checkpoint without a shadow step", session_id=session.session_id, problem=str(error))
         return None
@@ -108,27 +108,38 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
     """
     manifest = checkpoint.manifest
     _check_shape(session.config, manifest, checkpoint)
-    numbers = Snapshot(
-        manifest.step, manifest.load, manifest.tensor_steps, manifest.loss_scale, manifest.tensor_scalars
-    )
     captured = Captured(
-        numbers,
+        numbers_of(manifest),
         manifest.sum_bound,
         manifest.ready,
         _last_result(manifest),
         Holder(0, manifest.generation, manifest.acquired, None),
     )
     session.exchange.restore(captured, checkpoint.body.read)
-    _check_warm(session, checkpoint)
+    _check_warm(checkpoint, session.exchange.shadow())
 
 
-def _check_warm(session: Session, checkpoint: Checkpoint) -> None:
-    """Compare the step that the restored state would make with that of the state that was saved."""
+def check_as_saved(session: Session, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has the state that was saved, before it comes into a session like the one that it is of.
+
+    Raises:
+        DataLossError: its arrays are damaged, or it would step otherwise than when it was saved.
+        OSError: the disk failed.
+    """
+    if checkpoint.manifest.shadow is not None:
+        probed = read_probe(session.config, checkpoint.body.read)
+        _check_warm(checkpoint, session.exchange.shadow(numbers_of(checkpoint.manifest), probed))
+
+
+def numbers_of(manifest: Manifest) -> Snapshot:
+    """Return the numbers in a checkpoint."""
+    return Snapshot(manifest.step, manifest.load, manifest.tensor_steps, manifest.loss_scale, manifest.tensor_scalars)
+
+
+def _check_warm(checkpoint: Checkpoint, found: Shadow | None) -> None:
+    """Compare the step that a state would make with that of the state that was saved."""
     recorded = checkpoint.manifest.shadow
-    if recorded is None:
-        return
-    found = session.exchange.shadow()
-    if differs(found, recorded):
+    if recorded is not None and differs(found, recorded):
         norm = None if found is None else found.update_norm
         raise DataLossError(
             f"checkpoint {checkpoint.name!r} was restored cold: its state would step by {norm!r}, and the one that "

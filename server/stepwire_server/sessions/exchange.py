@@ -194,15 +194,17 @@ class StateExchange:
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
             self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
 
-    def shadow(self, captured: Captured | None = None) -> Shadow | None:
-        """Make the shadow step of a captured moment, or of the present one; the lock is held for a few reads alone."""
+    def shadow(self, numbers: Snapshot | None = None, probed: ProbedValues | None = None) -> Shadow | None:
+        """Make the shadow step of a state like this one; without numbers, of the present moment.
+
+        The lock is held for a few reads alone.
+        """
         state = self._state
-        if captured is None:
+        if numbers is None:
             with self._lock:
                 numbers = state.snapshot(self._ledger.applied_step, self._ledger.applied_load)
                 probed = read_probe(state.config, state.read)
-            return shadow_of(state.config, state.device, numbers, probed)
-        return shadow_of(state.config, state.device, captured.numbers, captured.probed)
+        return shadow_of(state.config, state.device, numbers, probed)
 
     def commit_load(self, load: Load) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.

@@ -23,6 +23,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.capture import BLOCK, Block
+from stepwire_server.sessions.checkpointing import check_as_saved, numbers_of
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.earlier import EarlierState, Origin, find_earlier
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints, telling_of_the_disk
@@ -115,11 +116,9 @@ def _opened(session: Session, earlier: EarlierState) -> Iterator[_Values]:
     """
     if earlier.is_checkpoint:
         with earlier.open() as checkpoint:
+            check_as_saved(session, checkpoint)
             manifest = checkpoint.manifest
-            numbers = Snapshot(
-                manifest.step, manifest.load, manifest.tensor_steps, manifest.loss_scale, manifest.tensor_scalars
-            )
-            yield _Values(numbers, manifest.sum_bound, _blocks(session, checkpoint))
+            yield _Values(numbers_of(manifest), manifest.sum_bound, _blocks(session, checkpoint))
         return
     with earlier.made_again(session) as again, again.exchange.captured() as captured:
         yield _Values(captured.numbers, captured.sum_bound, captured.blocks)

@@ -243,6 +243,28 @@ def full(*arguments: Any) -> Any:
     raise ResourceExhaustedError("full")
 
 
+def test_nothing_rolls_back_to_a_cold_checkpoint(folder: pathlib.Path) -> None:
+    with numpy_server(data_dir=str(folder)) as server, stepwire.connect(server.target) as client:
+        session = client.create_session(arrays(99), durability="checkpoint")
+        session.step(arrays(1))
+        session.save_checkpoint("one")
+        session.step(arrays(2))
+        before = session.state()
+        path = folder / "sessions" / session.session_id / "checkpoints" / "one" / "manifest.json"
+        manifest, _ = read_manifest(Disk(), path)
+        path.unlink()
+        write_manifest(Disk(), path, msgspec.structs.replace(manifest, tensor_steps=(0, 0)))
+        with pytest.raises(DataLossError, match="'one' was restored cold"):
+            session.rollback(checkpoint="one")
+        after = session.state()
+        assert (after.step, after.tensor_steps) == (2, before.tensor_steps)
+        assert np.array_equal(after.slots["param"]["wide"], before.slots["param"]["wide"])
+        path.unlink()
+        write_manifest(Disk(), path, manifest)
+        session.rollback(checkpoint="one")
+        assert session.state().tensor_steps == {"b": 1, "wide": 1}
+
+
 def test_shadows_differ_beyond_a_millionth() -> None:
     one = Shadow(start=0, elements=8, update_norm=1.0)
     assert not differs(one, one)
