@@ -157,6 +157,18 @@ class Hold:
         self.applied_step = self.step_on_server = applied_step
         self.unfinished_step = 0
 
+    def check_kept(self, *, steps: bool = True) -> None:
+        """Refuse to go on from the server's state while it has less than this client knows.
+
+        Args:
+            steps: mind lost steps too; without them a lost load alone is refused.
+
+        Raises:
+            StateLossError: a restarted server has lost steps or loads; the next call goes on from what it has.
+        """
+        if self._load_on_server < self.applied_load or steps and self.step_on_server < self.applied_step:
+            raise self._state_lost()
+
     def check(self, step: int, *, sent: bool) -> None:
         """Refuse a step that neither follows on the server's state nor repeats its last step.
 
@@ -171,8 +183,7 @@ class Hold:
         """
         if self.unfinished_step and not sent:
             raise unfinished(self.unfinished_step)
-        if self.step_on_server < self.applied_step or self._load_on_server < self.applied_load:
-            raise self._state_lost()
+        self.check_kept()
         applied = self.step_on_server
         if applied != step - 1 and not (sent and applied == step):
             raise StepMismatchError(

@@ -56,6 +56,7 @@ class Load(NamedTuple):
             from `tensor_steps`.
         origin: the state on the server that all values are those of, in the place of the other attributes but `step`;
             None for values that are sent.
+        whole: it brings all slots, the step and every number, so that nothing of the present state matters.
     """
 
     sources: Mapping[str, Flat]
@@ -64,6 +65,7 @@ class Load(NamedTuple):
     loss_scale: tuple[float, int] | None = None
     tensor_scalars: Sequence[float] = ()
     origin: StateOrigin | None = None
+    whole: bool = False
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""
@@ -151,6 +153,8 @@ class SessionLink(Protocol):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """Replace slots, all at once, and settle a step whose outcome is unknown.
+
+        Steps that the server has lost are sent again before it, or told, unless the load brings the whole state.
 
         Raises:
             StepwireError: as `Session.load_state`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Mapping
@@ -13,13 +12,8 @@ import numpy as np
 from stepwire.arrays.packing import Flat
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline, Retry
-from stepwire.errors import (
-    SessionNotFoundError,
-    StateLossError,
-    StepwireError,
-    UnavailableError,
-    UnsupportedFeatureError,
-)
+from stepwire.errors import StateLossError, UnsupportedFeatureError
+from stepwire.links.deletion import delete, delete_held
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.pull_and_load import read_pull, send_load
@@ -39,7 +33,6 @@ from stepwire.wire.dtypes import dtype_to_wire
 __all__ = ["RemoteLink"]
 
 _T = TypeVar("_T")
-_CLOSE_TIMEOUT_SECONDS = 5.0
 _LEAST_SECONDS = 1e-3
 
 
@@ -179,8 +172,6 @@ class RemoteLink(SessionLink):
         try:
             result = self.step_by_number(call, deadline)
         except StateLossError:  # the step was not sent
-            self._doubt = None
-            self._untold.forget()
             raise
         except BaseException:
             self._doubt = Doubt.after(call, self._hold.acquisitions)
@@ -219,9 +210,17 @@ class RemoteLink(SessionLink):
     def _sent(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send a call, and before it those that a restarted server has lost."""
         self._window.record(call)
+        return self._mended(lambda: self._send(deadline, call), deadline)
+
+    def _mended(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
+        """Make an attempt, once more after each loss in its way that the window has made good.
+
+        Raises:
+            StateLossError: as `_resend`.
+        """
         while True:
             try:
-                return self._send(deadline, call)
+                return attempt()
             except StateLossError as loss:
                 self._resend(loss, deadline)
 
@@ -245,6 +244,8 @@ class RemoteLink(SessionLink):
         self._load = self._hold.applied_load
         self._carry.loaded()
         self._window.clear()
+        self._doubt = None
+        self._untold.forget()
 
     def _number(self, call: StepCall, deadline: Deadline) -> int:
         """Return the number of a call, once a load and a step in doubt are settled.
@@ -271,8 +272,6 @@ class RemoteLink(SessionLink):
         hold, doubt = self._hold, self._doubt
         if hold.applied_load != self._load:
             self._forget_lost()
-            self._doubt = None
-            self._untold.forget()
         elif doubt is not None and doubt.acquisitions != hold.acquisitions:
             self._doubt = None
             if hold.step_on_server < doubt.step:
@@ -325,15 +324,26 @@ class RemoteLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`."""
+        if not self._hold.is_certain:
+            self._repeat(self._hold.attach, deadline)
+        self._mended(lambda: self._load_once(load, deadline), deadline)
+        self._forget_lost()
+
+    def _load_once(self, load: Load, deadline: Deadline) -> None:
+        """Send a load, until it is committed.
+
+        Raises:
+            StateLossError: the server has lost steps or loads, and the load does not bring everything.
+            StepwireError: as `load`.
+        """
         hold, description = self._hold, self._description
-        if not hold.is_certain:
-            self._repeat(hold.attach, deadline)
         opening = load.opening()
         opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
         def attempt(left: Deadline) -> session_pb2.Session:
             if hold.epoch == 0 or not hold.is_certain:
                 hold.attach(left)
+            hold.check_kept(steps=not load.whole)
             if load.step is None:  # said all the same, so that a load that arrives after a step is refused
                 opening.step = hold.step_on_server
             opening.attach_token, opening.epoch = hold.token, hold.epoch
@@ -341,11 +351,12 @@ class RemoteLink(SessionLink):
 
         try:
             session = self._repeat(attempt, deadline)
+        except StateLossError:  # the load was not committed: the server knows none of its number
+            raise
         except BaseException:
             hold.load_failed(opening.load)
             raise
         hold.loaded(opening.load, session.applied_step)
-        self._forget_settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`."""
@@ -377,24 +388,13 @@ class RemoteLink(SessionLink):
     def close(self) -> None:
         """See `SessionLink.close`."""
         self._hold.detach()
-        try:
-            self._route.calls.unary(
-                "DeleteSession",
-                pb.DeleteSessionRequest(session_id=self._description.session_id),
-                pb.DeleteSessionResponse,
-                _CLOSE_TIMEOUT_SECONDS,
-            )
-        except (SessionNotFoundError, UnavailableError, ValueError):  # ValueError: the channel is closed
-            pass
+        delete(self._route, self._description.session_id)
 
     def leave(self, seconds: float | None) -> None:
         """See `SessionLink.leave`."""
         self._hold.detach()
-        if seconds is None:
-            return
-        request = pb.DeleteSessionRequest(session_id=self._description.session_id, attach_token=self._hold.token)
-        with contextlib.suppress(StepwireError, ValueError):  # ValueError: the channel is closed
-            self._route.calls.once("DeleteSession", request, pb.DeleteSessionResponse, max(seconds, _LEAST_SECONDS))
+        if seconds is not None:
+            delete_held(self._route, self._description.session_id, self._hold.token, max(seconds, _LEAST_SECONDS))
 
     def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         return repeated(self._route, self._hold, attempt, deadline)

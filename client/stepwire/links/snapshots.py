@@ -31,7 +31,7 @@ def load_of(state: Snapshot, description: SessionDescription) -> Load:
     names = [tensor.spec.name for tensor in packer.layout.tensors]
     steps = [_entry(state.tensor_steps, name, "state.tensor_steps") for name in names]
     scalars = [_entry(state.tensor_scalars, name, "state.tensor_scalars") for name in names if state.tensor_scalars]
-    return Load(sources, state.step, steps, state.loss_scale, scalars)
+    return Load(sources, state.step, steps, state.loss_scale, scalars, whole=True)
 
 
 def _entry(values: Mapping[str, _T], name: str, field: str) -> _T:

@@ -179,3 +179,56 @@ def test_a_doubt_is_resolved_by_the_server_that_comes_next(
         session.step(gradient(9), timeout=0.2)
     restarting.crash(image)
     assert stepped(session, 4, 6) == expected[3:6]
+
+
+def lost(restarting: Restarting, session: stepwire.Session, expected: list[bytes]) -> None:
+    """Take four steps, of which a restarted server has the first two."""
+    assert stepped(session, 1, 2) == expected[:2]
+    restarting.checkpoint(session)
+    image = restarting.image()
+    assert stepped(session, 3, 4) == expected[2:4]
+    restarting.crash(image)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_load_of_parameters_is_no_end_of_a_loss(
+    attached: bool, restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    """Moments and step counts would be those before the loss: it is told, once, and nothing is loaded."""
+    session = connect().create_session(parameters(), durability="checkpoint", keep=True)
+    lost(restarting, session, expected)
+    if attached:
+        session.detach()
+        session.attach()
+    with pytest.raises(stepwire.StateLossError, match="has lost steps 3 to 4"):
+        session.load(parameters())
+    assert (session.applied_step, bits(session.pull())) == (2, expected[1])
+    session.load(parameters())
+    assert (session.applied_step, bits(session.pull())) == (2, bits(parameters()))
+    session.step(gradient(3))
+    assert set(session.state().tensor_steps.values()) == {3}
+
+
+def test_a_window_makes_a_loss_good_before_a_load(
+    restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    session = connect(window_bytes=16 << 20).create_session(parameters(), durability="checkpoint", keep=True)
+    lost(restarting, session, expected)
+    session.load(parameters())
+    assert (session.applied_step, bits(session.pull())) == (4, bits(parameters()))
+    session.step(gradient(5))
+    assert set(session.state().tensor_steps.values()) == {5}
+
+
+@pytest.mark.parametrize("window_bytes", [0, 16 << 20])
+def test_a_whole_state_replaces_what_was_lost(
+    window_bytes: int, restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    session = connect(window_bytes=window_bytes).create_session(parameters(), durability="checkpoint", keep=True)
+    assert stepped(session, 1, 2) == expected[:2]
+    image = restarting.image()
+    assert stepped(session, 3, 4) == expected[2:4]
+    state = session.state()
+    restarting.crash(image)
+    session.load_state(state)
+    assert stepped(session, 5, 6) == expected[4:6]
