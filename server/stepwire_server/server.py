@@ -183,6 +183,8 @@ class Server:
         self._commit_threads.shutdown()
         if self._host_sharing is not None:
             self._host_sharing.close()
+        if self._directory is not None:
+            self._directory.checkpointer.close()
         self.registry.close()
         if self._directory is not None:
             self._directory.close()

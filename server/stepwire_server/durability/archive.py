@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import secrets
 from collections.abc import Callable
 from typing import Final
 
+import google_crc32c
 import msgspec
+import structlog
 
 from stepwire.errors import DataLossError, Reason, SessionNotFoundError
 from stepwire_server.durability.checkpoint import MANIFEST
@@ -23,6 +26,8 @@ _CHECKPOINTS: Final = "checkpoints"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _MOST_BYTES: Final = 256 << 20
 
+_log = structlog.get_logger()
+
 
 class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
     """A session as its folder describes it.
@@ -32,6 +37,7 @@ class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
         request_id: the request that created it.
         config: the config of its creation, as a message of the contract.
         create_time: the time of its creation, in seconds since 1970.
+        crc32c: the CRC32C of the fields before.
         format: the version of the format.
     """
 
@@ -39,7 +45,13 @@ class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     config: bytes
     create_time: float
+    crc32c: int = 0
     format: int = 1
+
+    def checksum(self) -> int:
+        """Return the CRC32C of the fields."""
+        text = f"{self.session_id} {self.request_id} {self.create_time!r} ".encode()
+        return int(google_crc32c.value(text + self.config))
 
 
 class Archive:
@@ -67,7 +79,8 @@ class Archive:
         folder = NewFolder(self._disk, self._folder / session.session_id, _FILE, self._adding, self._work)
         folder.make()
         try:
-            self._write(folder.path / _FILE, msgspec.json.encode(session))
+            checked = msgspec.structs.replace(session, crc32c=session.checksum())
+            self._write(folder.path / _FILE, msgspec.json.encode(checked))
             self._disk.make_folder(folder.path / _CHECKPOINTS)
             if begin is not None:
                 begin(CheckpointStore(self._disk, folder.path / _CHECKPOINTS))
@@ -106,13 +119,17 @@ class Archive:
         finally:
             self._disk.close(descriptor)
         try:
-            return msgspec.json.decode(data[:count], type=ArchivedSession)
-        except msgspec.DecodeError as error:
+            session = msgspec.json.decode(data[:count], type=ArchivedSession)
+            problem = "" if session.checksum() == session.crc32c else "its checksum is another one"
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            problem = str(error)
+        if problem:
             raise DataLossError(
-                f"{path} describes no session: {error}; restore the file, or move the folder away",
+                f"{path} describes no session: {problem}; restore the file, or move the folder away",
                 reason=Reason.CHECKPOINT_DAMAGED,
                 metadata={"path": str(path)},
-            ) from None
+            )
+        return session
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
@@ -125,12 +142,17 @@ class Archive:
         """Forget a session; it is gone for good when this returns, whatever of it is still being removed.
 
         Raises:
-            OSError: the disk failed; the session may still be there.
+            OSError: the disk failed, and the session is still there.
         """
-        folder, gone = self._folder / session_id, self._folder / f"{NEW_PREFIX}{session_id}"
-        self._stores.pop(session_id, None)
+        folder = self._folder / session_id
+        gone = self._folder / f"{NEW_PREFIX}{session_id}-{secrets.token_hex(4)}"
         self._disk.rename(folder, gone)
-        self._disk.sync_folder(self._folder)
+        self._stores.pop(session_id, None)
+        try:
+            self._disk.sync_folder(self._folder)
+        except OSError:
+            self._disk.rename(gone, folder)
+            raise
         self._clear(gone)
 
     def tidy(self) -> None:
@@ -144,8 +166,12 @@ class Archive:
                 self._clear(self._folder / name)
 
     def _clear(self, folder: pathlib.Path) -> None:
-        self._clear_checkpoints(folder)
-        remove_files(self._disk, folder, _FILE)
+        """Remove what no name leads to any more; the next start tries again what cannot be removed now."""
+        try:
+            self._clear_checkpoints(folder)
+            remove_files(self._disk, folder, _FILE)
+        except OSError as error:
+            _log.warning("session's files not removed", folder=str(folder), problem=str(error))
 
     def _clear_checkpoints(self, folder: pathlib.Path) -> None:
         checkpoints = folder / _CHECKPOINTS

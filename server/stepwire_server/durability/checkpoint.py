@@ -38,6 +38,7 @@ class CheckpointInfo(NamedTuple):
         created: the time of its creation, ISO 8601; empty if it is damaged.
         nbytes: the bytes of its files; 0 if it is damaged.
         damage: the reason why it cannot be used; None for a good one, as far as its manifest and its body's head tell.
+        acquired: the generation in which the client of its hold acquired the worker; 0 if it is damaged.
     """
 
     name: str
@@ -46,11 +47,12 @@ class CheckpointInfo(NamedTuple):
     created: str = ""
     nbytes: int = 0
     damage: str | None = None
+    acquired: int = 0
 
     @property
-    def age(self) -> tuple[int, int, str, str]:
+    def age(self) -> tuple[int, int, int, str, str]:
         """A key by which older checkpoints come first."""
-        return (self.step, self.load, self.created, self.name)
+        return (self.step, self.load, self.acquired, self.created, self.name)
 
 
 class Checkpoint:
@@ -82,7 +84,9 @@ class Checkpoint:
     def info(self) -> CheckpointInfo:
         """Return its line in a list."""
         manifest = self.manifest
-        return CheckpointInfo(self.name, manifest.step, manifest.load, manifest.created, self.nbytes)
+        return CheckpointInfo(
+            self.name, manifest.step, manifest.load, manifest.created, self.nbytes, acquired=manifest.acquired
+        )
 
     def close(self) -> None:
         """Close the body. Closing twice is harmless."""

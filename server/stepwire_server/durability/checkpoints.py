@@ -28,10 +28,12 @@ __all__ = [
     "CheckpointStore",
     "NewestCheckpoint",
     "automatic_name",
+    "moment_of",
 ]
 
 AUTOMATIC_PREFIX: Final = "auto-"
 
+_AUTOMATIC: Final = re.compile(r"auto-(\d+)-(\d+)")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 _log = structlog.get_logger()
@@ -249,6 +251,14 @@ class CheckpointStore:
                 remove_files(self._disk, path, MANIFEST)
             else:
                 self._disk.remove(path)
+
+
+def moment_of(info: CheckpointInfo) -> tuple[int, int]:
+    """Return the step and the load of a checkpoint, of a damaged one as far as its name tells."""
+    if info.damage is None:
+        return info.step, info.load
+    named = _AUTOMATIC.match(info.name)
+    return (int(named[1]), int(named[2])) if named else (0, 0)
 
 
 def automatic_name(step: int, load: int) -> str:

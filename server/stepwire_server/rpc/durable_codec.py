@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from google.protobuf import json_format
 
+from stepwire.errors import DataLossError, Reason
 from stepwire.v1 import session_pb2, step_pb2
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.records.session_config import SessionConfig
@@ -37,7 +38,14 @@ class DurableCodec:
 
     def decode_config(self, data: bytes) -> SessionConfig:
         """See `Codec`."""
-        return decode_session_config(session_pb2.SessionConfig.FromString(data), self._limits)
+        try:
+            message = session_pb2.SessionConfig.FromString(data)
+        except Exception as error:  # protobuf's DecodeError has no importable common base across versions
+            raise DataLossError(
+                f"a session's config cannot be decoded: {error}; restore its folder from a copy",
+                reason=Reason.CHECKPOINT_DAMAGED,
+            ) from error
+        return decode_session_config(message, self._limits)
 
     def decode_opening(self, data: bytes, config: SessionConfig) -> StepRequest:
         """See `Codec`."""

@@ -138,6 +138,8 @@ class Checkpointer:
         ledger, durability = session.ledger, session.config.durability
         steps = ledger.applied_step - kept.saved.step
         loaded = ledger.applied_load != kept.saved.load
+        if kept.saved.position < 0:
+            return True  # the log of older epochs waits for it
         if session.progress.last.number > kept.saved.position and self._is_long(session, kept):
             return True  # a hold alone would keep the log
         if not (steps or loaded):

@@ -14,7 +14,8 @@ import pathlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import structlog
@@ -23,7 +24,7 @@ from stepwire.errors import DataLossError, FencedError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
 from stepwire_server.durability.archive import Archive, ArchivedSession
 from stepwire_server.durability.checkpoint import Checkpoint
-from stepwire_server.durability.checkpoints import CheckpointStore, automatic_name
+from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.epochs import Epochs
 from stepwire_server.durability.reading import LogRecord, read_log
@@ -34,8 +35,9 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
 from stepwire_server.sessions.checkpointing import Saved, restore, save
+from stepwire_server.sessions.moments import check_reached, free_name, has_moment
 from stepwire_server.sessions.recovery import Recovery
-from stepwire_server.sessions.redo import Codec
+from stepwire_server.sessions.redo import Codec, Redo
 from stepwire_server.sessions.session import Session, closed_on_failure
 
 __all__ = ["DataDirectory", "Make"]
@@ -43,6 +45,8 @@ __all__ = ["DataDirectory", "Make"]
 _log = structlog.get_logger()
 _EPOCHS, _LOG, _SESSIONS, _WORK = _FOLDERS = ("epochs", "log", "sessions", "work")
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
+_RECOVERED: Final = Saved(0, 0, -1)
+"""Of a session that the log was made again for: a checkpoint is due at once, since older epochs wait for it."""
 
 Make = Callable[[str, SessionConfig], Session]
 """Makes a session of an id, at step 0."""
@@ -83,8 +87,9 @@ class DataDirectory:
         self._lost: dict[str, StepwireError] = {}
         self._generations: dict[str, int] = {}  # of parked sessions' holds, which the disk does not have
         self._unsafe: set[str] = set()
+        self._bad: dict[str, set[str]] = defaultdict(set)  # names of checkpoints whose arrays are damaged
         self._make: Make | None = None
-        self._reading = threading.Lock()  # the log; no segment is removed meanwhile
+        self._reading, self._readers = threading.Lock(), 0  # no segment is removed while somebody reads the log
         self.checkpointer = Checkpointer(config, clock, self.save_automatic, self._release)
 
     # --- the start ---------------------------------------------------------------------------------------
@@ -104,6 +109,7 @@ class DataDirectory:
             functools.partial(read_log, self._disk, self._folder / _LOG),
             functools.partial(self._restored, make=make),
             self._save_recovered,
+            self._check_reached,
             self.codec,
         )
         recovered = recovery.run(known)
@@ -113,7 +119,7 @@ class DataDirectory:
             self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=recovered.end, limits=limits
         )
         for session in recovered.sessions:
-            self._open(session, _NO_CHECKPOINT)
+            self._open(session, _RECOVERED)
         _log.info(
             "recovered",
             data_dir=str(self._folder),
@@ -148,11 +154,20 @@ class DataDirectory:
         """Forget a session for good.
 
         Raises:
-            OSError: the disk failed; the session may still be there.
+            FencedError: another server owns the directory.
+            DataLossError: the disk failed, and the session is still there.
         """
-        self._archive.remove(session_id)
+        self.check_owner()
+        try:
+            self._archive.remove(session_id)
+        except OSError as error:
+            raise DataLossError(
+                f"session {session_id} could not be removed from the disk: {error}; it is still there, end it again",
+                reason=Reason.DURABILITY_FAILED,
+            ) from error
         self._lost.pop(session_id, None)
         self._generations.pop(session_id, None)
+        self._bad.pop(session_id, None)
         self._unsafe.discard(session_id)
 
     def forget(self, session: Session) -> None:
@@ -187,7 +202,7 @@ class DataDirectory:
         """
         if (loss := self._lost.get(session_id)) is not None:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
-        session = self._restored(session_id, make)
+        session = self._brought_back(session_id, make)
         if (generation := self._generations.pop(session_id, None)) is not None:
             session.ledger.worker.resume(generation)
         self._open(session, self._saved(session))
@@ -200,6 +215,10 @@ class DataDirectory:
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
         return self._archive.checkpoints(session_id)
+
+    def is_bad(self, session_id: str, name: str) -> bool:
+        """Tell whether a checkpoint's arrays were found to be damaged."""
+        return name in self._bad[session_id]
 
     def check_owner(self) -> None:
         """Refuse a change of what is on disk when another server owns the directory.
@@ -234,15 +253,25 @@ class DataDirectory:
         assert self._make is not None
         return self._make(session_id, config)
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep every segment of the log for a block, in which payloads of records are read."""
+        with self._reading:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._reading:
+                self._readers -= 1
+
     def records(self, session_id: str) -> list[LogRecord]:
-        """Return what the log still has of a session, up to what is durable now.
+        """Return what the log still has of a session, up to what is durable now; see `reading`.
 
         Raises:
             DataLossError: the log is damaged, or cannot be read.
         """
-        with self._reading:
-            reader = read_log(self._disk, self._folder / _LOG, up_to=self._log_writer.durable_position)
-            return [record for record in reader if record.header.session.hex() == session_id]
+        reader = read_log(self._disk, self._folder / _LOG, up_to=self._log_writer.durable_position)
+        return [record for record in reader if record.header.session.hex() == session_id]
 
     def start(self) -> None:
         """Take checkpoints when they are due."""
@@ -275,6 +304,18 @@ class DataDirectory:
         session.ledger.durable_step = session.ledger.applied_step
         self.checkpointer.add(session, saved)
 
+    def _brought_back(self, session_id: str, make: Make) -> Session:
+        """Restore a parked session; where its newest checkpoint is damaged, the log may have the rest."""
+        session = self._restored(session_id, make)
+        with closed_on_failure(session):
+            if self._bad[session_id]:
+                redo = Redo(session, self.codec)
+                with self.reading():
+                    for record in self.records(session_id):
+                        redo.add(record)
+            self._check_reached(session)
+        return session
+
     def _restored(self, session_id: str, make: Make) -> Session:
         archived = self._archive.get(session_id)
         session = make(session_id, self.codec.decode_config(archived.config))
@@ -284,12 +325,13 @@ class DataDirectory:
 
     def _restore_newest(self, session: Session) -> None:
         """Restore the newest checkpoint whose arrays are good; without any, the session stays at step 0."""
-        store, bad = self._archive.checkpoints(session.session_id), list[str]()
+        store = self._archive.checkpoints(session.session_id)
+        bad = self._bad[session.session_id] = set[str]()
         while (checkpoint := store.newest(without=bad).checkpoint) is not None:
             with checkpoint:
                 if self._restore(session, checkpoint):
                     return
-                bad.append(checkpoint.name)
+                bad.add(checkpoint.name)
         if any(info.damage is not None for info in store.list()) or bad:
             raise DataLossError(
                 f"session {session.session_id} has no checkpoint that is not damaged; restore one from a copy",
@@ -298,8 +340,17 @@ class DataDirectory:
             )
         session.ledger.worker.restore(1, self.epoch)
 
+    def _check_reached(self, session: Session) -> None:
+        store = self._archive.checkpoints(session.session_id)
+        check_reached(session, store, self._bad[session.session_id])
+
     def _restore(self, session: Session, checkpoint: Checkpoint) -> bool:
         try:
+            if checkpoint.manifest.session_id != session.session_id:
+                raise DataLossError(
+                    f"checkpoint {checkpoint.name!r} is of session {checkpoint.manifest.session_id}; move it away",
+                    reason=Reason.CHECKPOINT_DAMAGED,
+                )
             restore(session, checkpoint)
         except DataLossError as error:
             _log.warning("checkpoint damaged", session_id=session.session_id, problem=str(error))
@@ -328,37 +379,23 @@ class DataDirectory:
         saved = self._saved(session)  # for one that an earlier server, or a deletion, has left
         there = self._has_moment(store, session)
         if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
-            saved = self.save(session, store, self._free_name(store, session))
+            saved = self.save(session, store, free_name(session, store))
         session.progress.checkpointed(saved.step)
         self._unsafe.discard(session.session_id)
         store.prune(self._config.checkpoints_kept)
         return saved
 
     def _has_moment(self, store: CheckpointStore, session: Session) -> bool:
-        """Tell whether there is an automatic checkpoint of the present moment, and of the present client's hold."""
-        name, held = automatic_name(session.ledger.applied_step, session.ledger.applied_load), session.ledger.worker
-        for info in store.list():
-            if info.name.startswith(name) and info.damage is None:
-                with store.open(info.name) as checkpoint:
-                    if checkpoint.manifest.acquired == held.holder.acquired:
-                        return True
-        return False
-
-    def _free_name(self, store: CheckpointStore, session: Session) -> str:
-        ledger = session.ledger
-        name = automatic_name(ledger.applied_step, ledger.applied_load)
-        return f"{name}-{ledger.worker.holder.acquired:x}" if any(i.name == name for i in store.list()) else name
+        return has_moment(session, store, self._bad[session.session_id])
 
     def _save_recovered(self, session: Session) -> None:
         """Save a session that has no log yet."""
         store = self._archive.checkpoints(session.session_id)
         if not self._has_moment(store, session):
-            self.save(session, store, self._free_name(store, session))
+            self.save(session, store, free_name(session, store))
 
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""
-        if not (self._unsafe or self._lost) and self._is_owner() and self._reading.acquire(blocking=False):
-            try:
+        with self._reading:
+            if not (self._unsafe or self._lost or self._readers) and self._is_owner():
                 self._log_writer.release(LogPosition(self.epoch, number))
-            finally:
-                self._reading.release()

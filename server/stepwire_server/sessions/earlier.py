@@ -117,10 +117,11 @@ def find_earlier(directory: DataDirectory, session_id: str, origin: Origin, *, j
         with store.open(origin.checkpoint) as checkpoint:
             return EarlierState(directory, session_id, checkpoint.name)
     good = sorted((info for info in store.list() if info.damage is None), key=_age, reverse=True)
+    records = directory.records(session_id) if journals else []
     for info in good:
         if info.step == origin.step:
-            return EarlierState(directory, session_id, info.name)
-    records = directory.records(session_id) if journals else []
+            behind = _loads_behind(info, records)
+            return EarlierState(directory, session_id, info.name, *((records, origin.step) if behind else ()))
     reached: set[int] = set()
     for info in [*good, CheckpointInfo("")]:
         steps = reached_steps(info, records)
@@ -130,7 +131,7 @@ def find_earlier(directory: DataDirectory, session_id: str, origin: Origin, *, j
     raise InvalidRequestError.of("step", f"the state after step {origin.step} is kept nowhere; {_told(good, reached)}")
 
 
-def _age(info: CheckpointInfo) -> tuple[int, int, str, str]:
+def _age(info: CheckpointInfo) -> tuple[int, int, int, str, str]:
     return info.age
 
 
@@ -139,6 +140,18 @@ def _step_of(record: LogRecord) -> int | None:
     if record.header.kind is Kind.COMMIT:
         return decode_entry(StepEntry, record.meta).step
     return decode_entry(LoadEntry, record.meta).step if record.header.kind is Kind.LOAD else None
+
+
+def _loads_behind(base: CheckpointInfo, records: Iterable[LogRecord]) -> bool:
+    """Tell whether the log has loads after a checkpoint and before the next step."""
+    for record in records:
+        if record.header.kind is Kind.COMMIT and decode_entry(StepEntry, record.meta).step > base.step:
+            return False
+        if record.header.kind is Kind.LOAD:
+            entry = decode_entry(LoadEntry, record.meta)
+            if entry.load == base.load + 1:
+                return entry.step is None or entry.step == base.step
+    return False
 
 
 def reached_steps(base: CheckpointInfo, records: Iterable[LogRecord]) -> list[int]:

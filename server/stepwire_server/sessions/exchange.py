@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from stepwire.errors import StateChangedError
 from stepwire_server.durability.manifest import Shadow
@@ -39,6 +40,7 @@ class Captured(NamedTuple):
         position: the number of the log's last record at that moment.
         blocks: the blocks of all slots, in any order.
         probed: the values that a shadow step begins with; None for none.
+        end: ends the capture: steps copy nothing for it any more.
     """
 
     numbers: Snapshot
@@ -49,6 +51,11 @@ class Captured(NamedTuple):
     position: int = 0
     blocks: Iterator[Block] = iter(())
     probed: ProbedValues | None = None
+    end: Callable[[], object] = lambda: None
+
+
+_PATIENCE_SECONDS: Final = 5.0
+"""The longest time that a checkpoint waits for the end of a half-applied step."""
 
 
 class StateExchange:
@@ -67,6 +74,7 @@ class StateExchange:
         self._lock = lock
         self._last_use = last_use
         self._progress = progress
+        self._awaiting: queue.SimpleQueue[Captured] | None = None
         self.loads = CallsUnderWay(last_use)
 
     def snapshot(self) -> Snapshot:
@@ -149,37 +157,57 @@ class StateExchange:
             SessionNotFoundError, DataLossError: there is no sound state.
             StateChangedError: a step is half applied, or another reader is at work.
         """
-        state, ledger = self._state, self._ledger
-        with self._lock:
-            self._check_sound()
-            capture = Capture(state.config.visible_slots, state.config.layout.size, state.read)
-            state.capture = capture
-            captured = Captured(
-                state.snapshot(ledger.applied_step, ledger.applied_load),
-                state.sum_bound,
-                ledger.ready,
-                ledger.last_result,
-                ledger.worker.holder,
-                self._position(),
-                capture.blocks(self._lock),
-                read_probe(state.config, state.read),
-            )
+        captured = self._begun()
         try:
             yield captured
         finally:
-            capture.end()
+            captured.end()
             with self._lock:
-                state.capture = None
+                self._state.capture = None
+
+    def _begun(self) -> Captured:
+        """Begin a capture: now, or at the end of the step that is half applied."""
+        with self._lock:
+            self._ledger.check_sound()
+            if self._state.capture is not None or self._awaiting is not None:
+                raise StateChangedError("a checkpoint is being taken; try again later")
+            if self._state.unfinished is None:
+                return self._begin()
+            self._awaiting = awaiting = queue.SimpleQueue[Captured]()
+        try:
+            return awaiting.get(timeout=_PATIENCE_SECONDS)
+        except queue.Empty:
+            with self._lock:
+                self._awaiting = None
+                if not awaiting.empty():
+                    return awaiting.get()
+            raise StateChangedError("a step is half applied; try again when it is finished") from None
+
+    def step_over(self) -> None:
+        """Begin the capture that waits for the end of a half-applied step, if one does. Under the session's lock."""
+        if self._awaiting is not None:
+            self._awaiting.put(self._begin())
+            self._awaiting = None
+
+    def _begin(self) -> Captured:
+        state, ledger = self._state, self._ledger
+        state.capture = capture = Capture(state.config.visible_slots, state.config.layout.size, state.read)
+        return Captured(
+            state.snapshot(ledger.applied_step, ledger.applied_load),
+            state.sum_bound,
+            ledger.ready,
+            ledger.last_result,
+            ledger.worker.holder,
+            self._position(),
+            capture.blocks(self._lock),
+            read_probe(state.config, state.read),
+            capture.end,
+        )
 
     def _position(self) -> int:
         """Return the number of the last record that a checkpoint of this moment makes superfluous."""
         position, needed = self._progress.position, self._progress.needed()
         return position if needed is None else min(position, needed - 1)
-
-    def _check_sound(self) -> None:
-        self._ledger.check_sound()
-        if self._state.unfinished is not None or self._state.capture is not None:
-            raise StateChangedError("a step is half applied, or a checkpoint is being taken; try again later")
 
     def restore(self, captured: Captured, read: Callable[[str, int, HostArray], None]) -> None:
         """Take over a moment of an earlier server; `read` reads a range of a slot into an array, `(n,) float32`.
@@ -231,3 +259,5 @@ class StateExchange:
             state.adopt(load.staged, request, first=not self._ledger.ready)
             self._ledger.commit_load(request)
         self._progress.load_committed(load.entry, request, load.holder)
+        if state.unfinished is None:
+            self.step_over()

@@ -28,7 +28,7 @@ from stepwire_server.steps.step import Hold
 
 _PARKED_SECONDS = 0.01
 
-__all__ = ["Ledger", "session_not_found"]
+__all__ = ["Ledger", "session_not_found", "session_parked"]
 
 
 class Ledger:
@@ -185,11 +185,7 @@ class Ledger:
             UnavailableError: it was parked while this caller was on its way.
         """
         if self.closed and self.parked:
-            raise UnavailableError(
-                f"session {self.session_id} was parked just now; call again, and it comes back",
-                reason=Reason.SHUTTING_DOWN,
-                retry_after_seconds=_PARKED_SECONDS,
-            )
+            raise session_parked(self.session_id)
         if self.closed:
             raise session_not_found(self.session_id)
 
@@ -230,6 +226,15 @@ def session_not_found(session_id: str) -> SessionNotFoundError:
         f"session {session_id[:64]!r} does not exist here: it was never created, was closed, its lease ran out, or "
         "its server was restarted; create a new one and load your last saved state",
         metadata={"session_id": session_id[:64]},
+    )
+
+
+def session_parked(session_id: str) -> UnavailableError:
+    """Say that a session has left memory while its caller was on the way."""
+    return UnavailableError(
+        f"session {session_id} was parked just now; call again, and it comes back",
+        reason=Reason.SHUTTING_DOWN,
+        retry_after_seconds=_PARKED_SECONDS,
     )
 
 

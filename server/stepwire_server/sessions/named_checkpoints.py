@@ -98,7 +98,8 @@ class NamedCheckpoints:
         store = directory.checkpoints(session_id)
         with telling_of_the_disk(), directory.checkpointer.turn():
             directory.check_owner()
-            _keep_newest(store, name)
+            if not directory.is_bad(session_id, name):
+                _keep_newest(store, name)
             store.delete(name)
 
     def directory_of(self, session_id: str) -> DataDirectory:
@@ -142,11 +143,12 @@ def _keep_newest(store: CheckpointStore, name: str) -> None:
     """
     good = [info for info in store.list() if info.damage is None]
     doomed = next((info for info in good if info.name == name), None)
-    if doomed is None or any((info.step, info.load) >= (doomed.step, doomed.load) for info in good if info != doomed):
+    if doomed is None or any(info.age[:3] >= doomed.age[:3] for info in good if info != doomed):
         return
     automatic = automatic_name(doomed.step, doomed.load)
-    if name == automatic:
+    if name.startswith(automatic):
         raise InvalidRequestError.of(
             "name", f"{name!r} is the newest checkpoint, from which the session comes back; save another one first"
         )
-    store.link(name, store, automatic)
+    taken = {info.name for info in store.list()}
+    store.link(name, store, f"{automatic}-{doomed.acquired:x}" if automatic in taken else automatic)

@@ -48,6 +48,7 @@ class Recovery:
         read: Callable[[], LogReader],
         restored: Callable[[str], Session],
         save: Callable[[Session], object],
+        check: Callable[[Session], object],
         codec: Codec,
     ) -> None:
         """Bring back sessions.
@@ -56,9 +57,10 @@ class Recovery:
             read: begins to read the log.
             restored: makes a session from its newest checkpoint.
             save: saves a checkpoint of a session.
+            check: refuses a session that its disk had further.
             codec: decodes steps.
         """
-        self._read, self._restored, self._save, self._codec = read, restored, save, codec
+        self._read, self._restored, self._save, self._check, self._codec = read, restored, save, check, codec
         self._lost: dict[str, StepwireError] = {}
         self._end: LogPosition | None = None
 
@@ -101,11 +103,19 @@ class Recovery:
                 short[session_id] = error
                 self._drop(found, session_id)
             except StepwireError as error:
-                _log.error("session not recovered", session_id=session_id, problem=str(error))
-                self._lost[session_id] = error
-                self._drop(found, session_id)
+                self._note_loss(found, session_id, error)
         self._end = self._end or reader.end
+        for session_id, redo in list(found.items()):
+            try:
+                self._check(redo.session)
+            except StepwireError as error:
+                self._note_loss(found, session_id, error)
         return found, short
+
+    def _note_loss(self, found: dict[str, Redo], session_id: str, error: StepwireError) -> None:
+        _log.error("session not recovered", session_id=session_id, problem=str(error))
+        self._lost[session_id] = error
+        self._drop(found, session_id)
 
     def _drop(self, found: dict[str, Redo], session_id: str) -> None:
         if (redo := found.pop(session_id, None)) is not None:

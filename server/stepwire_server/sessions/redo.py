@@ -123,6 +123,7 @@ class Redo:
             _check_next(session, "step", entry.step, session.ledger.applied_step + 1)
             _redo_step(session, entry, record, _Chunks(self._chunks, record), self._codec)
             self._made(entry)
+        self._drop(record, *entry.attempts)
 
     def _load(self, entry: LoadEntry, record: LogRecord) -> None:
         session = self.session
@@ -130,11 +131,16 @@ class Redo:
             _check_next(session, "load", entry.load, session.ledger.applied_load + 1)
             _redo_load(session, entry, _Chunks(self._chunks, record))
             self._made(entry)
+        self._drop(record, entry.attempt)
 
     def _made(self, entry: StepEntry | LoadEntry) -> None:
         self.session.ledger.worker.restore(entry.acquired, self.session.ledger.epoch)
-        self._chunks.clear()
         self.commits += 1
+
+    def _drop(self, commit: LogRecord, *attempts: Attempt) -> None:
+        """Forget the chunks of a commit; those of other steps and loads may still be on their way."""
+        for attempt in attempts:
+            self._chunks.pop((commit.header.epoch, attempt.entry), None)
 
 
 class _Chunks:

@@ -16,13 +16,13 @@ from stepwire.errors import (
     DataLossError,
     Reason,
     ResourceExhaustedError,
-    SessionNotFoundError,
     StepwireError,
 )
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
+from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
@@ -174,7 +174,7 @@ class Registry:
             if session_id in present:
                 found.append(present[session_id])
             elif self.directory is not None:
-                with contextlib.suppress(SessionNotFoundError, DataLossError):  # ended just now, or to be repaired
+                with contextlib.suppress(StepwireError):  # ended just now, or to be repaired
                     found.append(parked_session(self.directory, session_id))
         return found, chosen[-1] if first + size < len(ids) else ""
 
@@ -189,26 +189,32 @@ class Registry:
             FencedError: another client holds the worker, or another server owns the data directory.
         """
         with self._creation:
-            session = self._to_delete(session_id)
-            if token and session is not None:
-                session.ledger.worker.check_client(token)
+            session = self._to_delete(session_id, token)
             if self.directory is not None and (session is None or session.durable):
-                self.directory.check_owner()
+                self.directory.remove(session_id)
                 if session is not None:
                     self.directory.forget(session)
-                self.directory.remove(session_id)
                 self._parked = {request: parked for request, parked in self._parked.items() if parked != session_id}
         if session is None:
             return 0
         self._end([session])
         return session.ledger.applied_step
 
-    def _to_delete(self, session_id: str) -> Session | None:
-        """Return a session; None for one on disk that is damaged, or that there is no room for."""
+    def _to_delete(self, session_id: str, token: int) -> Session | None:
+        """Return a session; None for one on disk that cannot be brought back, and that its caller deletes all the same.
+
+        Raises:
+            StepwireError: as `get`, or the token is of a client that has lost the worker.
+        """
         try:
-            return self.get(session_id)
+            session = self.get(session_id)
         except (DataLossError, ResourceExhaustedError):
+            if token:  # nobody can tell whether it still holds the worker
+                raise
             return None
+        if token:
+            session.ledger.worker.check_client(token)
+        return session
 
     def stream(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[ClientStream]:
         """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
@@ -260,14 +266,14 @@ class Registry:
         with self._creation:
             if session.idle_seconds(self.clock()) is None or session.ledger.closed:
                 return False
-            if session.has_state and not self._checkpointed(session):
+            saved = self._checkpointed(session)
+            if saved is None or not session.retire(*saved):
                 return False
             self.directory.forget(session)
             with self._lock:
                 self._parked |= {
                     request: session.session_id for request, known in self._by_request.items() if known is session
                 }
-            session.ledger.parked = True  # whoever has found it just now finds it again
             self._end([session])
         return True
 
@@ -276,17 +282,16 @@ class Registry:
         complete = True
         for session in self._present():
             if session.durable and session.has_state:
-                complete &= self._checkpointed(session)
+                complete &= self._checkpointed(session) is not None
         return complete
 
-    def _checkpointed(self, session: Session) -> bool:
+    def _checkpointed(self, session: Session) -> Saved | None:
         assert self.directory is not None
         try:
-            self.directory.checkpointer.checkpoint(session)
+            return self.directory.checkpointer.checkpoint(session)
         except (StepwireError, OSError) as error:
             _log.error("checkpoint failed", session_id=session.session_id, problem=str(error))
-            return False
-        return True
+            return None
 
     def cancel_streams(self) -> None:
         """End every attached stream that does not end by itself."""
@@ -336,8 +341,10 @@ class Registry:
             SessionNotFoundError, ResourceExhaustedError, DataLossError: as `DataDirectory.revive`.
         """
         assert self.directory is not None
-        if len(self._sessions) >= self._max_sessions:
-            self._parked_one()
+        if not self.directory.has(session_id):
+            raise session_not_found(session_id)
+        if len(self._sessions) >= self._max_sessions and not self._parked_one():
+            raise too_many_sessions(self._max_sessions, self._present(), self.clock())
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)

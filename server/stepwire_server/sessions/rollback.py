@@ -75,7 +75,7 @@ class Rollbacks:
         with telling_of_the_disk():
             if not session.exchange.follows(request, holder):
                 return False
-            with _opened(session, _found(directory, session, origin)) as values:
+            with directory.reading(), _opened(session, _found(directory, session, origin)) as values:
                 return _load(session, holder, _with_numbers(session, request, values), values.blocks)
 
     def fork(self, session: Session, request_id: str, config: SessionConfig, origin: Origin | None) -> Created:
@@ -97,9 +97,10 @@ class Rollbacks:
             if origin is None:
                 with directory.checkpointer.turn():
                     origin = Origin(step=directory.save_automatic(session).step)
-            earlier = _found(directory, session, origin)
-            bring = functools.partial(_bring, earlier)
-            return self._registry.create(request_id, config, Beginning(bring, functools.partial(_keep, earlier)))
+            with directory.reading():
+                earlier = _found(directory, session, origin)
+                bring = functools.partial(_bring, earlier)
+                return self._registry.create(request_id, config, Beginning(bring, functools.partial(_keep, earlier)))
 
 
 def _found(directory: DataDirectory, session: Session, origin: Origin) -> EarlierState:

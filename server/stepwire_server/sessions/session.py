@@ -24,7 +24,7 @@ from stepwire_server.records.step_result import StepResult, StepTimes
 from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.exchange import StateExchange
-from stepwire_server.sessions.ledger import Ledger, session_not_found
+from stepwire_server.sessions.ledger import Ledger, session_not_found, session_parked
 from stepwire_server.sessions.memory import SessionMemory
 from stepwire_server.sessions.progress import Progress
 from stepwire_server.sessions.state import SessionState
@@ -321,6 +321,7 @@ class Session:
             self._state.advance(step.gradient, Effect.UPDATED, check.groups)
             moment = Moment(overlapped.number, self.ledger.epoch, StepTimes(self._clock() - step.began, 0.0, 0.0))
             result = self._committed(step, overlapped.result(check, moment), overlapped.attempts)
+            self.exchange.step_over()
             mark = self.progress.last
         self.progress.settle(mark)
         return result
@@ -355,6 +356,23 @@ class Session:
         return self.ledger.last_result.replay()
 
     # --- end of life -------------------------------------------------------------------------------------
+
+    def retire(self, step: int, load: int, position: int) -> bool:
+        """Leave memory, if nobody uses the session and a checkpoint, a `Saved`, has its present moment.
+
+        Returns:
+            False if it is in use, or has moved on since the checkpoint; nothing has changed then.
+        """
+        with self._lock:
+            ledger = self.ledger
+            moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self.progress.last.number > position
+            used = ledger.worker.attached or self.exchange.loads or self.calls
+            if moved or used or ledger.closed or self._state.unfinished is not None:
+                return False
+            ledger.closed = ledger.parked = True  # whoever has found it just now finds it again
+            ledger.worker.end(session_parked(self.session_id))
+            self._state.close()
+            return True
 
     def close(self) -> None:
         """End the session after the commit under way and free its memory. Closing twice is harmless."""

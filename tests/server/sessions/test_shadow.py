@@ -14,6 +14,7 @@ import structlog
 
 import stepwire
 from stepwire.errors import DataLossError, Reason, ResourceExhaustedError
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
@@ -22,6 +23,7 @@ from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.sessions.replay import Replayer
 from stepwire_server.sessions.shadow import differs
 from tests.support.numpy_server import numpy_pool, numpy_server
+from tests.support.raw import RawClient
 
 SHAPES = {"wide": (64, 80), "b": (7,)}
 
@@ -178,7 +180,7 @@ def test_a_state_that_would_step_otherwise_is_refused(folder: Any, saved: Saved,
     assert not [log for log in logs if log["event"] == "restored"]
 
 
-def test_the_checkpoint_before_a_cold_one_is_used(folder: Any, saved: Saved) -> None:
+def test_a_cold_checkpoint_is_passed_over_once_it_is_deleted(folder: Any, saved: Saved) -> None:
     session_id, store = saved()
     with numpy_server(data_dir=str(folder)) as server, stepwire.connect(server.target) as client:
         session = client.session(session_id)
@@ -192,6 +194,13 @@ def test_the_checkpoint_before_a_cold_one_is_used(folder: Any, saved: Saved) -> 
         cold = msgspec.structs.replace(checkpoint.manifest, tensor_steps=(0, 0))
     (store.folder / name / "manifest.json").unlink()
     write_manifest(Disk(), store.folder / name / "manifest.json", cold)
+    with pytest.raises(stepwire.DataLossError, match="'cold' of step 4 is damaged, and what is left ends at step 3"):
+        revived(folder, session_id)
+    with numpy_server(data_dir=str(folder)) as server, stepwire.connect(server.target) as client:
+        with pytest.raises(stepwire.DataLossError):
+            client.session(session_id)
+        with RawClient(server.target) as raw:
+            raw.call("DeleteCheckpoint", pb.DeleteCheckpointRequest(session_id=session_id, name="cold"))
     after = revived(folder, session_id)
     assert (after.step, after.tensor_steps) == (3, before.tensor_steps)
     assert np.array_equal(after.slots["exp_avg_sq"]["wide"], before.slots["exp_avg_sq"]["wide"])
