@@ -234,6 +234,8 @@ class StateCalls:
         with (link := self._link).lock:
             if options.origin.checkpoint is not None:
                 calls.check_everywhere(link, options.origin, link.deadline(timeout))
+            elif options.origin.step is None:
+                link.make_sure(link.deadline(timeout))
             return cast(Self, self._fork(link.description.session_id, self._structure, options))
 
 

@@ -19,8 +19,10 @@ def save(link: SessionLink, name: str, deadline: Deadline) -> CheckpointInfo:
 
     Raises:
         StepMismatchError: the shards were at different steps.
+        StateLossError: as `SessionLink.make_sure`.
         StepwireError: as `SessionLink.ask`.
     """
+    link.make_sure(deadline)
     responses = link.ask("SaveCheckpoint", pb.SaveCheckpointRequest(name=name), pb.SaveCheckpointResponse, deadline)
     info = _combined(name, [response.checkpoint for response in responses])
     if info.damage:

@@ -83,6 +83,11 @@ class Hold:
         return self.token != 0 and not self.in_doubt
 
     @property
+    def acknowledged(self) -> tuple[int, int]:
+        """The step and the load that the server has to have, if nobody else holds the worker; (0, 0) for none."""
+        return (0, 0) if self.token == 0 else (self.applied_step, self.applied_load)
+
+    @property
     def attached(self) -> bool:
         """Tell whether there is a stream; a broken one shows itself at its next use alone."""
         return self._stream is not None

@@ -145,9 +145,10 @@ class SessionLink(Protocol):
         """
 
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
-        """Read slots into arrays in layout order, all as of one step.
+        """Read slots into arrays in layout order, all as of one step that has all that this client knows.
 
         Raises:
+            StateLossError: the server has lost steps that are not kept.
             StepwireError: as `Session.pull`.
         """
 
@@ -190,6 +191,16 @@ class SessionLink(Protocol):
         Raises:
             StepwireError: the refusal of a server, which names the shard.
         """
+
+    def make_sure(self, deadline: Deadline) -> None:
+        """Make sure that the server has all that this client knows: send lost steps again, or tell of them.
+
+        Raises:
+            StateLossError: the server has lost steps that are not kept.
+            StepwireError: as `ask` and `attach`.
+        """
+        for shard in self.shards:
+            shard.make_sure(deadline)
 
     def info(self, deadline: Deadline) -> SessionInfo:
         """Ask the server for the state of the session.

@@ -18,7 +18,7 @@ from stepwire.v1 import session_pb2, state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_to_wire
 from stepwire.wire.frames import FrameBuffer, read_frame
 
-__all__ = ["load_messages", "read_pull", "send_load"]
+__all__ = ["load_messages", "read_pull", "receive_pull", "send_load"]
 
 
 def read_pull(
@@ -47,6 +47,29 @@ def read_pull(
     if header is None or missing:
         raise UnavailableError(f"the server ended a pull {missing} elements early; pull again")
     return header
+
+
+def receive_pull(
+    calls: Calls,
+    description: SessionDescription,
+    targets: Mapping[str, Flat],
+    dtype: np.dtype[Any],
+    deadline: Deadline,
+) -> state_pb2.PullHeader:
+    """Ask for slots once, and read them into the target arrays of each.
+
+    Raises:
+        StepwireError: the server's refusal, or a broken connection.
+    """
+    request = pb.PullRequest(
+        session_id=description.session_id,
+        slots=targets,
+        dtype=dtype_to_wire(dtype),
+        chunk_bytes=description.chunk_bytes,
+    )
+    return calls.download(
+        "Pull", request, lambda messages: read_pull(messages, description.packer, dtype, targets), deadline
+    )
 
 
 def send_load(

@@ -16,7 +16,8 @@ from stepwire.errors import StateLossError, UnsupportedFeatureError
 from stepwire.links.deletion import delete, delete_held
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
-from stepwire.links.pull_and_load import read_pull, send_load
+from stepwire.links.losses import Losses
+from stepwire.links.pull_and_load import receive_pull, send_load
 from stepwire.links.repetition import repeated
 from stepwire.links.window import ReplayWindow
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
@@ -28,7 +29,6 @@ from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, state_pb2, step_pb2
-from stepwire.wire.dtypes import dtype_to_wire
 
 __all__ = ["RemoteLink"]
 
@@ -71,6 +71,7 @@ class RemoteLink(SessionLink):
         self._load = self._hold.applied_load  # that the doubt and everything carried belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
+        self._losses = Losses(route, self._hold, self._window, self._lock, self._forget_lost)
 
     @property
     def description(self) -> SessionDescription:
@@ -198,7 +199,7 @@ class RemoteLink(SessionLink):
             StepwireError: as `step`; the outcome is unknown to this link.
         """
         try:
-            result = self._sent(call, deadline)
+            result = self._losses.send(call, deadline)
         except BaseException:
             self._carry.failed(call)
             raise
@@ -206,38 +207,6 @@ class RemoteLink(SessionLink):
         self._last_result = result
         self._window.keep(call, self._hold.durable_step)
         return result
-
-    def _sent(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
-        """Send a call, and before it those that a restarted server has lost."""
-        self._window.record(call)
-        return self._mended(lambda: self._send(deadline, call), deadline)
-
-    def _mended(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
-        """Make an attempt, once more after each loss in its way that the window has made good.
-
-        Raises:
-            StateLossError: as `_resend`.
-        """
-        while True:
-            try:
-                return attempt()
-            except StateLossError as loss:
-                self._resend(loss, deadline)
-
-    def _resend(self, loss: StateLossError, deadline: Deadline) -> None:
-        """Send the steps again that the server has lost.
-
-        Raises:
-            StateLossError: one of them is not kept.
-        """
-        try:
-            self._window.resend(functools.partial(self._send, deadline), loss)
-        except StateLossError:
-            self._forget_lost()
-            raise
-
-    def _send(self, deadline: Deadline, call: StepCall) -> step_pb2.StepResult:
-        return self._repeat(functools.partial(self._hold.step, call), deadline)
 
     def _forget_lost(self) -> None:
         """Forget everything that belongs to a state that the server has lost."""
@@ -294,7 +263,7 @@ class RemoteLink(SessionLink):
         except StateLossError as loss:
             self._doubt = None
             doubt.resolve(applied=False)
-            self._resend(loss, deadline)
+            self._losses.resend(loss, deadline)
             return
         if hold.unfinished_step:
             raise unfinished(hold.unfinished_step)
@@ -306,18 +275,13 @@ class RemoteLink(SessionLink):
 
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """See `SessionLink.pull`."""
-        request = pb.PullRequest(
-            session_id=self._description.session_id,
-            slots=targets,
-            dtype=dtype_to_wire(dtype),
-            chunk_bytes=self._description.chunk_bytes,
-        )
-        packer, untold = self._description.packer, self._untold.doubts
-        header = self._repeat(
-            lambda left: self._route.way(left).calls.download(
-                "Pull", request, lambda messages: read_pull(messages, packer, dtype, targets), left
-            ),
-            deadline,
+        untold = self._untold.doubts
+
+        def attempt(left: Deadline) -> state_pb2.PullHeader:
+            return receive_pull(self._route.way(left).calls, self._description, targets, dtype, left)
+
+        header = self._losses.read(
+            lambda: self._repeat(attempt, deadline), lambda header: (header.step, header.load), deadline
         )
         self._untold.forget(untold)
         return header
@@ -326,7 +290,7 @@ class RemoteLink(SessionLink):
         """See `SessionLink.load`."""
         if not self._hold.is_certain:
             self._repeat(self._hold.attach, deadline)
-        self._mended(lambda: self._load_once(load, deadline), deadline)
+        self._losses.mended(lambda: self._load_once(load, deadline), deadline)
         self._forget_lost()
 
     def _load_once(self, load: Load, deadline: Deadline) -> None:
@@ -368,10 +332,21 @@ class RemoteLink(SessionLink):
         request.session_id = self._description.session_id
         return [self._route.calls.unary(method, request, response, max(deadline.remaining(), _LEAST_SECONDS))]
 
+    def make_sure(self, deadline: Deadline) -> None:
+        """See `SessionLink.make_sure`."""
+        if self._description.message.config.durability == session_pb2.DURABILITY_CHECKPOINT:  # else nothing gets lost
+            self._losses.read(
+                lambda: self._session(deadline), lambda found: (found.applied_step, found.applied_load), deadline
+            )
+
     def info(self, deadline: Deadline) -> SessionInfo:
         """See `SessionLink.info`."""
+        return SessionInfo.from_wire(self._session(deadline))
+
+    def _session(self, deadline: Deadline) -> session_pb2.Session:
         (response,) = self.ask("GetSession", pb.GetSessionRequest(), pb.GetSessionResponse, deadline)
-        return SessionInfo.from_wire(response.session)
+        session: session_pb2.Session = response.session
+        return session
 
     def statistics(self) -> SessionStatistics:
         """See `SessionLink.statistics`."""

@@ -377,7 +377,7 @@ class DataDirectory:
         """
         store, ledger = self._archive.checkpoints(session.session_id), session.ledger
         saved = self._saved(session)  # for one that an earlier server, or a deletion, has left
-        there = self._has_moment(store, session)
+        there = has_moment(session, store, self._bad[session.session_id])
         if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
             saved = self.save(session, store, free_name(session, store))
         session.progress.checkpointed(saved.step)
@@ -385,13 +385,10 @@ class DataDirectory:
         store.prune(self._config.checkpoints_kept)
         return saved
 
-    def _has_moment(self, store: CheckpointStore, session: Session) -> bool:
-        return has_moment(session, store, self._bad[session.session_id])
-
     def _save_recovered(self, session: Session) -> None:
         """Save a session that has no log yet."""
         store = self._archive.checkpoints(session.session_id)
-        if not self._has_moment(store, session):
+        if not has_moment(session, store, self._bad[session.session_id]):
             self.save(session, store, free_name(session, store))
 
     def _release(self, number: int) -> None:

@@ -232,3 +232,82 @@ def test_a_whole_state_replaces_what_was_lost(
     restarting.crash(image)
     session.load_state(state)
     assert stepped(session, 5, 6) == expected[4:6]
+
+
+def read_by_pull(session: stepwire.Session) -> bytes:
+    return bits(session.pull())
+
+
+def read_by_state(session: stepwire.Session) -> bytes:
+    return bits(session.state().slots["param"])
+
+
+def read_by_checkpoint(session: stepwire.Session) -> bytes:
+    """The parameters of a checkpoint, as a fork of it has them."""
+    session.save_checkpoint("now")
+    with session.fork(checkpoint="now") as fork:
+        return bits(fork.pull())
+
+
+def read_by_fork(session: stepwire.Session) -> bytes:
+    with session.fork() as fork:
+        return bits(fork.pull())
+
+
+READS = pytest.mark.parametrize("read", [read_by_pull, read_by_state, read_by_checkpoint, read_by_fork])
+
+
+@READS
+def test_whoever_reads_after_a_loss_reads_what_the_window_made_good(
+    read: Callable[[stepwire.Session], bytes], restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    session = connect(window_bytes=16 << 20).create_session(parameters(), durability="checkpoint", keep=True)
+    lost(restarting, session, expected)
+    assert read(session) == expected[3]
+    assert stepped(session, 5, 6) == expected[4:6]
+
+
+@READS
+def test_whoever_reads_after_a_loss_is_told(
+    read: Callable[[stepwire.Session], bytes], restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    session = connect().create_session(parameters(), durability="checkpoint", keep=True)
+    lost(restarting, session, expected)
+    with pytest.raises(stepwire.StateLossError, match="has lost steps 3 to 4"):
+        read(session)
+    assert (session.applied_step, read(session)) == (2, expected[1])
+    assert stepped(session, 3, 4) == expected[2:4]
+
+
+def test_a_loss_that_a_pull_tells_ends_a_doubt(restarting: Restarting, connect: Connect, expected: list[bytes]) -> None:
+    session = connect().create_session(parameters(), durability="checkpoint", keep=True)
+    stepped(session, 1, 2)
+    restarting.checkpoint(session)
+    image = restarting.image()
+    stepped(session, 3, 3)
+    restarting.server.close()
+    with pytest.raises(stepwire.UnavailableError):
+        session.step(gradient(4), timeout=0.2)
+    restarting.crash(image)
+    with pytest.raises(stepwire.StateLossError):
+        session.pull()
+    assert session.statistics().step_in_doubt is None
+    assert stepped(session, 3, 5) == expected[2:5]
+
+
+def test_clients_that_hold_no_worker_read_what_is_there(
+    restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    """Neither one that never stepped the session, nor one that another client has replaced."""
+    former = connect(window_bytes=16 << 20).create_session(parameters(), durability="checkpoint", keep=True)
+    assert stepped(former, 1, 2) == expected[:2]
+    holder = connect().session(former.session_id)
+    holder.attach(take_over=True)
+    restarting.checkpoint(holder)
+    image = restarting.image()
+    assert stepped(holder, 3, 4) == expected[2:4]
+    reader = connect().session(former.session_id)
+    restarting.crash(image)
+    assert bits(reader.pull()) == bits(former.pull()) == expected[1]
+    with pytest.raises(stepwire.StateLossError):
+        holder.pull()
