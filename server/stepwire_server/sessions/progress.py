@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Progress:
         self._ledger = ledger
         self._log: SessionLog | None = None
         self._journals = False
+        self._telling = threading.Lock()  # of the durable step
         self._every = self._saved_step = 0
         self._wake: Callable[[], object] = lambda: None
         self._save: Callable[[], object] = lambda: None
@@ -140,7 +142,11 @@ class Progress:
     def checkpointed(self, step: int) -> None:
         """Note that a checkpoint holds a step."""
         self._saved_step = max(self._saved_step, step)
-        self._ledger.durable_step = max(self._ledger.durable_step, step)
+        self._durable(step)
+
+    def _durable(self, step: int) -> None:
+        with self._telling:  # not the session's lock, which steps hold for long
+            self._ledger.durable_step = max(self._ledger.durable_step, step)
 
     def settle(self, mark: Mark) -> None:
         """Wait until a moment is durable: only then it may be told.
@@ -152,8 +158,8 @@ class Progress:
         if self._log is None:
             return
         self._log.wait(mark.number)
-        if self._journals and mark.step > self._ledger.durable_step:
-            self._ledger.durable_step = mark.step
+        if self._journals:
+            self._durable(mark.step)
 
     def settle_load(self, mark: Mark) -> None:
         """Wait until a load is durable; where no journal has it, it is saved with a checkpoint.
