@@ -67,7 +67,7 @@ class RemoteLink(SessionLink):
         self._hold = Hold(route, description, token)
         self._doubt: Doubt | None = None
         self._untold = UntoldSteps()
-        self._window = ReplayWindow(description, window_bytes)
+        self._window = ReplayWindow(description, self._hold, window_bytes)
         self._load = self._hold.applied_load  # that the doubt and everything carried belong to
         self._last_result: step_pb2.StepResult | None = None
         self._lock = threading.RLock()
@@ -205,7 +205,7 @@ class RemoteLink(SessionLink):
             raise
         self._carry.applied(call, result)
         self._last_result = result
-        self._window.keep(call, self._hold.durable_step)
+        self._window.keep(call)
         return result
 
     def _forget_lost(self) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stepwire.errors import StateLossError
+from stepwire.links.hold import Hold
 from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
 from stepwire.v1 import session_pb2, step_pb2
@@ -23,10 +24,9 @@ __all__ = ["ReplayWindow"]
 
 
 class _Kept(NamedTuple):
-    """One applied step: its number, the load that it was for, and its messages."""
+    """One applied step: its number, and its messages."""
 
     step: int
-    load: int
     begin: step_pb2.StepBegin
     commit: step_pb2.StepCommit
     messages: tuple[bytes, ...]
@@ -46,13 +46,19 @@ class _Kept(NamedTuple):
 
 
 class ReplayWindow:
-    """The last steps of one session, up to a number of bytes. The session serialises its calls."""
+    """The last steps of one session, up to a number of bytes. The session serialises its calls.
 
-    def __init__(self, description: SessionDescription, limit_bytes: int) -> None:
+    Steps are kept for as long as the worker is held without a break. Another client may have taken steps of the same
+    numbers before this one acquired it anew, and nobody may replace those.
+    """
+
+    def __init__(self, description: SessionDescription, hold: Hold, limit_bytes: int) -> None:
         """Keep at most so many bytes of messages, of a session that may lose steps; else nothing."""
         loses = description.message.config.durability == session_pb2.DURABILITY_CHECKPOINT
         self._limit_bytes = limit_bytes if loses else 0
         self._description = description
+        self._hold = hold
+        self._acquisitions = hold.acquisitions
         self._kept: deque[_Kept] = deque()
         self._nbytes = 0
 
@@ -80,15 +86,16 @@ class ReplayWindow:
                 loss = again
         raise loss
 
-    def keep(self, call: StepCall, durable_step: int) -> None:
+    def keep(self, call: StepCall) -> None:
         """Keep a step that was applied, and let go of those that are durable or too many."""
         if not self._limit_bytes:
             return
+        self._forget_others()
         messages = tuple(call.record or self._packed(call))
         if not self._kept or self._kept[-1].step < call.begin.step:  # else its reply was lost, and it is kept already
-            self._kept.append(_Kept(call.begin.step, call.begin.load, call.begin, call.commit, messages))
+            self._kept.append(_Kept(call.begin.step, call.begin, call.commit, messages))
             self._nbytes += self._kept[-1].nbytes
-        while self._kept and (self._kept[0].step <= durable_step or self._nbytes > self._limit_bytes):
+        while self._kept and (self._kept[0].step <= self._hold.durable_step or self._nbytes > self._limit_bytes):
             self._nbytes -= self._kept.popleft().nbytes
 
     def clear(self) -> None:
@@ -96,8 +103,15 @@ class ReplayWindow:
         self._kept.clear()
         self._nbytes = 0
 
+    def _forget_others(self) -> None:
+        """Keep nothing of the time before the worker was acquired anew."""
+        if self._acquisitions != self._hold.acquisitions:
+            self._acquisitions = self._hold.acquisitions
+            self.clear()
+
     def _lost(self, loss: StateLossError) -> list[StepCall] | None:
         """Return the calls that make good a loss, in order; None if a step of it is not kept."""
+        self._forget_others()
         found = [kept for kept in self._kept if loss.durable_step < kept.step <= loss.applied_step]
         wanted = list(range(loss.durable_step + 1, loss.applied_step + 1))
         if loss.lost_load or [kept.step for kept in found] != wanted:

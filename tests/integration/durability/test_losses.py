@@ -311,3 +311,29 @@ def test_clients_that_hold_no_worker_read_what_is_there(
     assert bits(reader.pull()) == bits(former.pull()) == expected[1]
     with pytest.raises(stepwire.StateLossError):
         holder.pull()
+
+
+def test_a_window_never_sends_steps_that_another_client_has_replaced(
+    restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    former = connect(window_bytes=16 << 20).create_session(parameters(), durability="checkpoint", keep=True)
+    assert stepped(former, 1, 2) == expected[:2]
+    restarting.checkpoint(former)
+    image = restarting.image()
+    assert stepped(former, 3, 3) == expected[2:3]
+    restarting.crash(image)
+    other = connect().session(former.session_id)
+    other.step(gradient(30))  # a third step, too
+    other.detach()
+    former.attach(take_over=True)
+    image = restarting.image()
+    assert former.applied_step == 3
+    former.step(gradient(4))
+    restarting.crash(image)
+    with pytest.raises(stepwire.StateLossError, match="has lost steps 3 to 4"):
+        former.step(gradient(5))
+    assert bits(former.pull()) == expected[1]
+    image = restarting.image()
+    assert stepped(former, 3, 4) == expected[2:4]
+    restarting.crash(image)
+    assert stepped(former, 5, 5) == expected[4:5]
