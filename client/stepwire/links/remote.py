@@ -203,9 +203,9 @@ class RemoteLink(SessionLink):
         except BaseException:
             self._carry.failed(call)
             raise
+        self._window.keep(call)
         self._carry.applied(call, result)
         self._last_result = result
-        self._window.keep(call)
         return result
 
     def _forget_lost(self) -> None:

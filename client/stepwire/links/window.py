@@ -87,7 +87,10 @@ class ReplayWindow:
         raise loss
 
     def keep(self, call: StepCall) -> None:
-        """Keep a step that was applied, and let go of those that are durable or too many."""
+        """Keep a step that was applied, and let go of those that are durable or too many.
+
+        The error feedback of the step is still pending: packing it once more brings the bytes that were applied.
+        """
         if not self._limit_bytes:
             return
         self._forget_others()
@@ -119,6 +122,6 @@ class ReplayWindow:
         return [kept.call() for kept in found]
 
     def _packed(self, call: StepCall) -> list[bytes]:
-        """Return the messages of a step that went over shared memory."""
-        alone = dataclasses.replace(call, feedback=None, record=None)
+        """Return the messages of a step that went over shared memory, or whose reply alone came over this stream."""
+        alone = dataclasses.replace(call, record=None)
         return list(alone.messages(self._description.packer, self._description.chunk_bytes, again=False))

@@ -41,6 +41,8 @@ def shared_message(shared: SharedArrays, call: StepCall, *, again: bool) -> byte
     if not again:
         if call.feedback is not None:
             call.feedback.discard()
+        if call.record is not None:  # of an attempt over another stream
+            call.record.clear()
         shared.write(call)
     begin = step_pb2.StepBegin()
     begin.CopyFrom(call.begin)
