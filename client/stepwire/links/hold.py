@@ -92,6 +92,11 @@ class Hold:
         """Tell whether there is a stream; a broken one shows itself at its next use alone."""
         return self._stream is not None
 
+    @property
+    def has_lost(self) -> bool:
+        """Tell whether the server had less than this client knows, when it was last heard."""
+        return self.step_on_server < self.applied_step or self._load_on_server < self.applied_load
+
     def attach(self, deadline: Deadline) -> AttachedStream:
         """Return the stream, attaching if there is none; without a token that acquires the worker.
 
@@ -171,7 +176,7 @@ class Hold:
         Raises:
             StateLossError: a restarted server has lost steps or loads; the next call goes on from what it has.
         """
-        if self._load_on_server < self.applied_load or steps and self.step_on_server < self.applied_step:
+        if self.has_lost and (steps or self._load_on_server < self.applied_load):
             raise self._state_lost()
 
     def check(self, step: int, *, sent: bool) -> None:

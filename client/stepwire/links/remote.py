@@ -144,6 +144,16 @@ class RemoteLink(SessionLink):
         if self._doubt is not None and hold.step_on_server == self._doubt.step:
             hold.applied_step = hold.step_on_server
 
+    def make_good(self, deadline: Deadline) -> None:
+        """Attach if need be, and make good what the server has lost; the caller holds the lock.
+
+        Raises:
+            StateLossError: the server has lost steps that are not kept.
+            StepwireError: as `attach`.
+        """
+        self._losses.make_good(deadline)
+        self._forget_settled()
+
     def detach(self) -> None:
         """See `SessionLink.detach`."""
         self._hold.detach()

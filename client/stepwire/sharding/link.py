@@ -17,7 +17,7 @@ import numpy as np
 from stepwire.arrays.packing import Flat
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline
-from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError, UnsupportedFeatureError
+from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
@@ -26,6 +26,7 @@ from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
 from stepwire.sharding.partition import Partition
+from stepwire.sharding.refusals import fed_gradients, shared_arrays
 from stepwire.sharding.shard import Shard, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import StepCall
@@ -153,11 +154,7 @@ class ShardedLink(SessionLink):
         Raises:
             UnsupportedFeatureError: always.
         """
-        raise UnsupportedFeatureError(
-            "a session that is cut has no arrays in shared memory, as a tensor may lie in several; pass arrays of your "
-            "own to `step`, which are copied into it",
-            metadata={"field": "transport", "feature": "transport_shm"},
-        )
+        raise shared_arrays()
 
     def forget_writes(self) -> None:
         """Do nothing: there are no views of shared memory."""
@@ -173,10 +170,7 @@ class ShardedLink(SessionLink):
             StepwireError: the failure of a shard; the step may have been applied on others.
         """
         if call.feed is not None:  # its ranges would be split before they are there
-            raise UnsupportedFeatureError(
-                "feed: gradients that are made while they are sent go to one server; give `step` the whole gradient",
-                metadata={"field": "feed", "feature": "feed"},
-            )
+            raise fed_gradients()
         self._attach_missing(deadline)
         call.begin.step = self._number(call)
         self._coordinator = coordinator = self._coordinator_of(call.begin.step)
@@ -281,8 +275,7 @@ class ShardedLink(SessionLink):
         """See `SessionLink.pull`.
 
         Raises:
-            StepMismatchError: the shards stayed at different steps, or of different loads; at once if a step or a load
-                of this client that failed is the cause.
+            StepMismatchError: the shards stayed at different steps or loads; at once if a failed call is the cause.
             StepwireError: as `Session.pull`.
         """
         seen: list[StepMismatchError] = []
@@ -334,6 +327,8 @@ class ShardedLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
+        if not load.whole:
+            self.make_sure(deadline)
         if uncertain := [shard for shard in self._shards if not shard.is_certain]:
             fan_out([functools.partial(shard.attach, deadline) for shard in uncertain])
         if load.step is None:
@@ -349,6 +344,10 @@ class ShardedLink(SessionLink):
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
         """See `SessionLink.ask`."""
         return self._each(lambda shard: shard.ask(method, request, response, deadline))
+
+    def make_sure(self, deadline: Deadline) -> None:
+        """See `SessionLink.make_sure`."""
+        self._each(lambda shard: shard.make_sure(deadline))
 
     def info(self, deadline: Deadline) -> SessionInfo:
         """Ask the servers: bytes are added up, and of numbers, flags and times the least counts."""
@@ -373,10 +372,11 @@ class ShardedLink(SessionLink):
     def _forget_settled(self) -> None:
         """Forget a step in doubt that a load of all shards has replaced, or that another client has settled or hidden.
 
-        A load that failed may have been committed by all.
+        A load that failed may have been committed by all. A shard that told of a loss can finish no step after it.
         """
         doubt, loads = self._doubt, {shard.applied_load for shard in self._shards}
-        if loads != {self._load}:
+        told = doubt is not None and min(shard.applied_step for shard in self._shards) < doubt.step - 1
+        if loads != {self._load} or told:
             self._settled()
             self._untold.forget()
             self._load = loads.pop() if len(loads) == 1 else None
@@ -386,9 +386,9 @@ class ShardedLink(SessionLink):
                 self._untold.add(doubt)
 
     def _attach_missing(self, deadline: Deadline) -> None:
-        """Attach the shards whose streams are not attached."""
-        if missing := [shard for shard in self._shards if not shard.attached]:
-            fan_out([functools.partial(shard.attach, deadline) for shard in missing])
+        """Attach the shards whose streams are not attached, and make good what their servers have lost."""
+        if missing := [shard for shard in self._shards if not shard.is_ready]:
+            fan_out([functools.partial(shard.make_good, deadline) for shard in missing])
 
     def _steps_on_servers(self) -> list[int]:
         return [shard.step_on_server for shard in self._shards]

@@ -47,10 +47,10 @@ class Shard:
         self._origins = {spec.name: origin for spec in tensors if (origin := origin_of(spec)).name != spec.name}
 
     @property
-    def attached(self) -> bool:
-        """Tell whether the stream is attached, as far as is known, once a step under way is over."""
+    def is_ready(self) -> bool:
+        """Tell whether a step can follow, once one under way is over: a stream is attached, and no loss is known."""
         with self.link.lock:
-            return self.link.hold.attached
+            return self.link.hold.attached and not self.link.hold.has_lost
 
     @property
     def applied_step(self) -> int:
@@ -79,6 +79,16 @@ class Shard:
         """Attach the stream, and so learn the applied step; see `SessionLink.attach`."""
         with self.link.lock, self._named():
             self.link.attach(deadline, transport=transport, take_over=take_over)
+
+    def make_good(self, deadline: Deadline) -> None:
+        """Attach the stream if need be, and make good what the server has lost; see `RemoteLink.make_good`."""
+        with self.link.lock, self._named():
+            self.link.make_good(deadline)
+
+    def make_sure(self, deadline: Deadline) -> None:
+        """See `SessionLink.make_sure`."""
+        with self._named():
+            self.link.make_sure(deadline)
 
     def step(
         self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
