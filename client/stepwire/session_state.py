@@ -149,7 +149,7 @@ class StateCalls:
 
         Args:
             step: the number of a step, whose state a checkpoint has. With durability "journal" the server makes any
-                step again that its log still has.
+                step again that its log still has. A session of several shards goes back to checkpoints alone.
             checkpoint: the name of a checkpoint, in the place of a step.
             timeout: seconds.
 
@@ -171,7 +171,7 @@ class StateCalls:
         named, targets = self._packer.allocate_named(FLOAT32)
         with (link := self._link).lock:
             deadline = link.deadline(timeout)
-            calls.check_everywhere(link, origin, deadline)
+            calls.check_reachable(link, origin, deadline)
             link.load(Load({}, origin=origin), deadline)
             header = link.pull({_PARAM: targets}, FLOAT32, deadline)
             if header.HasField("loss_scale"):

@@ -371,7 +371,7 @@ class AsyncSession(SessionBase):
 
         Args:
             step: the number of a step, whose state a checkpoint has. With durability "journal" the server makes any
-                step again that its log still has.
+                step again that its log still has. A session of several shards goes back to checkpoints alone.
             checkpoint: the name of a checkpoint, in the place of a step.
             timeout: seconds.
 

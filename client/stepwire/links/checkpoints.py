@@ -11,7 +11,7 @@ from stepwire.results import CheckpointInfo
 from stepwire.v1 import checkpoint_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
-__all__ = ["check_everywhere", "delete", "list_all", "save", "verify"]
+__all__ = ["check_everywhere", "check_reachable", "delete", "list_all", "save", "verify"]
 
 
 def save(link: SessionLink, name: str, deadline: Deadline) -> CheckpointInfo:
@@ -77,6 +77,25 @@ def check_everywhere(link: SessionLink, origin: StateOrigin, deadline: Deadline)
     if (info := found.get(origin.checkpoint)) is None or info.damage:
         problem = f"there are {', '.join(list(found)[:20]) or 'none'}" if info is None else info.damage
         raise InvalidRequestError.of("checkpoint", f"{origin.checkpoint!r} cannot be used: {problem}")
+
+
+def check_reachable(link: SessionLink, origin: StateOrigin, deadline: Deadline) -> None:
+    """Refuse a state that some shards may be unable to go back to, before a shard goes back to it.
+
+    No call tells which steps the log of a server reaches. So shards go back to checkpoints alone: a shard that cannot
+    follow the others would leave the session with half a rollback.
+
+    Raises:
+        InvalidRequestError: it is so.
+        StepwireError: as `SessionLink.ask`.
+    """
+    if len(link.shards) > 1 and origin.step is not None:
+        raise InvalidRequestError.of(
+            "step",
+            f"the logs of {len(link.shards)} servers may reach back differently, and a rollback of some shards alone "
+            "would be half done; use rollback(checkpoint=...) with one of `checkpoints`",
+        )
+    check_everywhere(link, origin, deadline)
 
 
 def _combined(name: str, messages: Sequence[checkpoint_pb2.Checkpoint | None]) -> CheckpointInfo:

@@ -261,7 +261,12 @@ def test_shards_are_saved_rolled_back_and_forked_as_one(tmp_path: pathlib.Path) 
         assert steps(fork, ADAM, 3, 2) == ahead
         assert bits(session.rollback(checkpoint="best")) == bits(state.slots["param"])  # type: ignore[arg-type]
         assert steps(session, ADAM, 3, 2) == ahead
-        session.rollback(2)
+        ahead_of_rollback = session.state()
+        with pytest.raises(stepwire.InvalidRequestError, match=r"use rollback\(checkpoint=") as unreachable:
+            session.rollback(2)
+        assert unreachable.value.metadata["field"] == "step"
+        assert same_bits(session.state(), ahead_of_rollback)
+        session.rollback(checkpoint="best")
         assert same_arrays(session.state(), state)
         assert (session.applied_step, session.fork().applied_step) == (6, 6)
         session.shards[1].delete_checkpoint("best")
