@@ -337,3 +337,24 @@ def test_a_window_never_sends_steps_that_another_client_has_replaced(
     assert stepped(former, 3, 4) == expected[2:4]
     restarting.crash(image)
     assert stepped(former, 5, 5) == expected[4:5]
+
+
+@pytest.mark.parametrize(("window_bytes", "step"), [(0, 2), (16 << 20, 4)])
+def test_a_rollback_comes_after_what_was_lost(
+    window_bytes: int, step: int, restarting: Restarting, connect: Connect, expected: list[bytes]
+) -> None:
+    session = connect(window_bytes=window_bytes).create_session(parameters(), durability="checkpoint", keep=True)
+    assert stepped(session, 1, 1) == expected[:1]
+    session.save_checkpoint("best")
+    assert stepped(session, 2, 2) == expected[1:2]
+    restarting.checkpoint(session)
+    image = restarting.image()
+    assert stepped(session, 3, 4) == expected[2:4]
+    restarting.crash(image)
+    if not window_bytes:
+        with pytest.raises(stepwire.StateLossError):
+            session.rollback(checkpoint="best")
+    assert bits(session.rollback(checkpoint="best")) == expected[0]
+    assert session.applied_step == step
+    assert stepped(session, 2, 4) == expected[1:4]
+    assert session.applied_step == step + 3
