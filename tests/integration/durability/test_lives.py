@@ -160,6 +160,8 @@ def test_a_damaged_checkpoint_without_a_log_is_refused_until_it_is_deleted(
     with pytest.raises(stepwire.DataLossError, match=f"checkpoint {name!r} of step 2 is damaged, .* ends at step 1"):
         session.pull()
     session.delete_checkpoint(name)
+    with pytest.raises(stepwire.StateLossError, match="has lost steps 2 to 2"):
+        session.pull()
     assert session.pull()["w"][0] == -1.0
 
 
