@@ -30,7 +30,12 @@ def numpy_server(*, clock: Callable[[], float] = time.monotonic, **settings: Any
         clock: the clock of leases, idle times and telemetry, in seconds.
         settings: the fields of `ServerConfig`; by default nothing is swept.
     """
-    defaults = {"bind": "127.0.0.1:0", "device": "cpu", "sweep_seconds": 3600.0}
+    defaults = {
+        "bind": "127.0.0.1:0",
+        "device": "cpu",
+        "sweep_seconds": 3600.0,
+        "journal_segment_bytes": 1 << 20,  # set aside on the disk, and copied with every image
+    }
     config = ServerConfig(**defaults | settings)
     with Server(config, clock=clock, pool=numpy_pool(config.memory_budget)) as server:
         yield server
