@@ -61,13 +61,10 @@ Bytes: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 class Kind(enum.IntEnum):
     """The subject of a record."""
 
-    BEGIN = 1
     CHUNK = 2
     COMMIT = 3
     LOAD = 4
     HOLD = 5
-    END = 6
-    APPLIED = 7
 
 
 class Record(NamedTuple):

@@ -118,6 +118,7 @@ class DataDirectory:
         self._writer = LogWriter(
             self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=recovered.end, limits=limits
         )
+        self._writer.on_failure(lambda error: _log.error("nothing more becomes durable", problem=str(error)))
         for session in recovered.sessions:
             self._open(session, _RECOVERED)
         _log.info(

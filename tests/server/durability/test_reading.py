@@ -127,7 +127,7 @@ def test_whatever_happens_to_the_bytes_no_wrong_record_is_read() -> None:
 def two_syncs() -> tuple[MemoryDisk, list[LogRecord]]:
     """Return a log of two records with a sync each, then three with one sync."""
     disk = MemoryDisk()
-    records = [Record(Kind.BEGIN, bytes(16), entry, b"m", bytes([entry]) * 600) for entry in range(1, 6)]
+    records = [Record(Kind.HOLD, bytes(16), entry, b"m", bytes([entry]) * 600) for entry in range(1, 6)]
     write_epoch(disk, 1, START, [records[:1], records[1:2], records[2:]], acknowledged=[])
     return disk, list(read_log(disk, FOLDER))
 
@@ -244,7 +244,7 @@ def test_a_reader_puts_on_the_disk_what_it_has_read() -> None:
 
 
 def test_a_reader_beside_the_writer_reads_to_an_end_and_not_behind_it() -> None:
-    """What lies there may be torn just now, which is nobody's damage."""
+    """The record there may be torn just now, and that is nobody's damage."""
     disk, given, chance = MemoryDisk(), list[Read](), random.Random(5)
     write_epoch(disk, 1, START, random_batches(chance, 6), acknowledged=given)
     older = len(given)

@@ -103,8 +103,8 @@ def test_a_chain_continues_over_all_kinds_of_bytes(data: records.Bytes) -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        Record(Kind.BEGIN, b"short", 1),
-        Record(Kind.BEGIN, bytes(16), 1, bytes(records.MOST_META_BYTES + 1)),
+        Record(Kind.HOLD, b"short", 1),
+        Record(Kind.HOLD, bytes(16), 1, bytes(records.MOST_META_BYTES + 1)),
     ],
 )
 def test_a_record_that_no_reader_would_believe_is_refused(record: Record) -> None:
