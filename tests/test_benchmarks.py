@@ -201,7 +201,7 @@ def test_every_goal_of_durable_sessions_is_measured(bench, tmp_path: pathlib.Pat
     assert bench.report.failures({"durability": figures}) == []
     goals = {goal.figure for goal in bench.main.GOALS if goal.section == "durability"}
     assert goals <= figures.keys() and len(goals) == 6
-    assert figures["recovery steps"] == 2 and figures["64 sessions, steps a sync"] >= 1
+    assert figures["recovery steps"] == 2 and figures["64 sessions, steps a sync"] > 1
     assert list(tmp_path.iterdir()) == []
 
 
