@@ -28,7 +28,7 @@ import pytest
 import stepwire
 from stepwire.connection import errands, retry
 
-__all__ = ["Arrival", "Departure", "signalled"]
+__all__ = ["Arrival", "Departure", "require_traces", "signalled"]
 
 PATIENCE_SECONDS = 60.0
 _CTRL_C: Any = object()
@@ -40,8 +40,8 @@ _TESTS = str(pathlib.Path(__file__).parents[1])
 _POINTS = frozenset(code for name, code in dis.opmap.items() if name.startswith(("CALL", "RESUME", "JUMP_BACKWARD")))
 
 
-def _require_traces() -> None:
-    """Skip the test where the places cannot be found.
+def require_traces() -> None:
+    """Skip the test where the places cannot be found. To be called in the test's own thread.
 
     CPython 3.12 traces all threads through one set of events. There a trace sees nothing now and then, where several
     threads have begun and ended traces. CPython 3.13 has no such opcodes.
@@ -77,7 +77,7 @@ class Arrival:
             at: the points.
             exception: the class of an exception that another thread sets; None for Ctrl-C.
         """
-        _require_traces()
+        require_traces()
         self.points = 0
         self.arrived = False
         self._at = frozenset(at)
@@ -169,7 +169,7 @@ class Departure:
 
     def __init__(self, at: int | None = None) -> None:
         """Choose the line, counted from 0; None to count alone."""
-        _require_traces()
+        require_traces()
         self.lines = 0
         self.arrived = False
         self._at = at

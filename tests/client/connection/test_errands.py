@@ -19,7 +19,7 @@ import pytest
 from stepwire.connection import errands
 from stepwire.connection.errands import by_errand, by_errands, each_by_errand, later, run, together, undelivered
 from stepwire.connection.retry import Deadline, Retry
-from tests.support.interrupts import Arrival, signalled
+from tests.support.interrupts import Arrival, require_traces, signalled
 
 PATIENCE_SECONDS = 60.0
 
@@ -291,6 +291,8 @@ def test_interrupts_at_every_point_leave_what_the_call_did_or_tell_of_it() -> No
 
 
 def test_exceptions_set_by_other_threads_arrive_likewise() -> None:
+    require_traces()
+
     class Ended(Exception):
         pass
 
