@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.load_request import LoadRequest
@@ -18,6 +18,7 @@ from stepwire_server.sessions.earlier import Origin
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.rollback import Rollbacks
+from stepwire_server.sessions.session import Session
 
 __all__ = ["CheckpointService"]
 
@@ -86,7 +87,8 @@ class CheckpointService:
 
     def fork_session(self, request: pb.ForkSessionRequest, context: grpc.ServicerContext) -> Any:
         """Create a session that begins with a state of another one."""
-        session, request_id = self._registry.get(request.session_id), decode_request_id(request.request_id)
+        request_id = decode_request_id(request.request_id)
+        session = self._session_to_fork(request.session_id, request_id)
         config = decode_fork_config(request, session.config, self._config)
         with self._serving.drain.admit(), session.calls.one():
             created = self._rollbacks.fork(session, request_id, config, _origin(request))
@@ -95,6 +97,15 @@ class CheckpointService:
             attach_token=created.token,
             replayed=created.replayed,
         )
+
+    def _session_to_fork(self, session_id: str, request_id: str) -> Session:
+        """Return a session; in the place of one that has ended, the fork that the request made while it was there."""
+        try:
+            return self._registry.get(session_id)
+        except SessionNotFoundError:
+            if (fork := self._registry.created(request_id)) is None:
+                raise
+            return fork.session
 
 
 def _origin(request: pb.RollbackRequest | pb.ForkSessionRequest) -> Origin | None:

@@ -51,11 +51,11 @@ class NamedCheckpoints:
                 "name", f"{name[:80]!r}: names that begin with {AUTOMATIC_PREFIX!r} are the server's own; use another"
             )
         with telling_of_the_disk(), directory.checkpointer.turn():
+            if (found := _found(store, name)) is not None and _is_present(session, found):
+                directory.check_owner()
+                return SavedCheckpoint(found, replayed=True)
             session.exchange.snapshot()  # of this server's session still, and nothing of it half applied
-            if (found := _found(store, name)) is not None:
-                ledger = session.ledger
-                if found.damage is None and (found.step, found.load) == (ledger.applied_step, ledger.applied_load):
-                    return SavedCheckpoint(found, replayed=True)
+            if found is not None:
                 raise name_taken(name)
             saved = directory.save(session, store, name)
             session.progress.checkpointed(saved.step)
@@ -133,6 +133,13 @@ def telling_of_the_disk() -> Iterator[None]:
 
 def _found(store: CheckpointStore, name: str) -> CheckpointInfo | None:
     return next((info for info in store.list() if info.name == name), None)
+
+
+def _is_present(session: Session, info: CheckpointInfo) -> bool:
+    """Tell whether a checkpoint has the last commit of a session."""
+    ledger = session.ledger
+    ledger.check_open()
+    return info.damage is None and (info.step, info.load) == (ledger.applied_step, ledger.applied_load)
 
 
 def _keep_newest(store: CheckpointStore, name: str) -> None:

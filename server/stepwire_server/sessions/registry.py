@@ -12,12 +12,7 @@ from typing import NamedTuple
 
 import structlog
 
-from stepwire.errors import (
-    DataLossError,
-    Reason,
-    ResourceExhaustedError,
-    StepwireError,
-)
+from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, StepwireError
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
@@ -127,13 +122,8 @@ class Registry:
         # look for the emptiest device would find the same. Allocating and compiling take a while, so the maps have a
         # lock of their own that nobody holds for long.
         with self._creation:
-            known = self._by_request.get(request_id)
-            if known is None and request_id in self._parked:
-                known = self._revived(self._parked[request_id])
-            if known is not None and not known.ledger.closed and not self._is_over(known):
-                if known.config != config:
-                    raise another_config(request_id)
-                return Created(known, FIRST_GENERATION, replayed=True)
+            if (known := self.created(request_id, config)) is not None:
+                return known
             if len(self._sessions) >= self._max_sessions and not self._parked_one():
                 raise too_many_sessions(self._max_sessions, self._present(), self.clock())
             session = self._made(secrets.token_hex(16), config, self.pool.choose(config.device))
@@ -144,6 +134,23 @@ class Registry:
             self._keep(session, request_id, beginning)
             self._publish(request_id, session)
             return Created(session, token, replayed=False)
+
+    def created(self, request_id: str, config: SessionConfig | None = None) -> Created | None:
+        """Return the session that a request created before; None if there is none.
+
+        Raises:
+            InvalidRequestError: it has another config than `config`.
+            StepwireError: as `get`, if it is parked.
+        """
+        with self._creation:
+            known = self._by_request.get(request_id)
+            if known is None and request_id in self._parked:
+                known = self._revived(self._parked[request_id])
+            if known is None or known.ledger.closed or self._is_over(known):
+                return None
+            if config is not None and known.config != config:
+                raise another_config(request_id)
+            return Created(known, FIRST_GENERATION, replayed=True)
 
     def get(self, session_id: str) -> Session:
         """Find a session.

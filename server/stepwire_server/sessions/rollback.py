@@ -79,7 +79,7 @@ class Rollbacks:
                 return _load(session, holder, _with_numbers(session, request, values), values.blocks)
 
     def fork(self, session: Session, request_id: str, config: SessionConfig, origin: Origin | None) -> Created:
-        """Create a session that begins with a state of another one.
+        """Create a session that begins with a state of another one, or return the one that this request created before.
 
         Args:
             session: the session to fork.
@@ -92,6 +92,8 @@ class Rollbacks:
             UnsupportedFeatureError: the session is in memory alone, or the server has not the device.
             StepwireError: as `Registry.create`.
         """
+        if (known := self._registry.created(request_id, config)) is not None:
+            return known  # whatever has become of the state since
         directory = self._checkpoints.directory_of(session.session_id)
         with telling_of_the_disk():
             if origin is None:

@@ -15,9 +15,12 @@ import stepwire
 import stepwire.aio
 from stepwire.connection.channel import Calls
 from stepwire.optimizers.gradient_treatment import LossScaling
+from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
-from tests.integration.durability.test_recovery import KINDS, created, gradient, server, steps
+from tests.integration.durability.test_recovery import KINDS, Kind, created, gradient, server, steps
+from tests.integration.probes import stream_ends
 from tests.integration.training import bits, same_bits
+from tests.support.raw import RawClient, Refused, step_message
 
 ADAM = KINDS["adam"]
 LEVELS = ("journal", "checkpoint")
@@ -38,6 +41,23 @@ def durable(folder: pathlib.Path) -> Iterator[Server]:
 def client(durable: Server) -> Iterator[stepwire.Client]:
     with stepwire.connect(durable.target, transport="tcp", timeout=30.0) as client:
         yield client
+
+
+def half_applied(durable: Server, raw: RawClient, session: stepwire.Session) -> int:
+    """Leave the next step of a session half applied: its client is gone. Return the number of the step."""
+    ended = stream_ends(durable.registry)
+    stream, served = raw.attach(session.own_id), durable.registry.get(session.own_id)
+    opened = stream.receive()
+    assert opened is not None
+    number = opened.opened.applied_step + 1
+    message = step_message(number, np.ones(16, np.float32), commit=False)
+    message.begin.overlap = True
+    stream.send(message)
+    stream.receive()
+    stream.cancel()
+    ended.wait()
+    assert served.unfinished_step == number
+    return number
 
 
 def same_arrays(one: stepwire.Snapshot, other: stepwire.Snapshot) -> bool:
@@ -233,6 +253,63 @@ def test_a_fork_is_asked_for_again_by_its_request(client: stepwire.Client) -> No
     assert (again.own_id, again.applied_step) == (one.own_id, 2)
     with pytest.raises(stepwire.InvalidRequestError, match="another config"):
         session.fork(request_id="branch", label="other")
+
+
+@pytest.mark.parametrize("loss", ["checkpoint", "session"])
+def test_a_fork_is_repeated_though_its_state_is_gone(loss: str, client: stepwire.Client, durable: Server) -> None:
+    session = created(client, ADAM, durability="journal")
+    session.save_checkpoint("best")
+    steps(session, ADAM, 1, 1)
+    request = pb.ForkSessionRequest(session_id=session.own_id, request_id="branch", checkpoint="best")
+    with RawClient(durable.target) as raw:
+        first = raw.call("ForkSession", request)
+        if loss == "checkpoint":
+            session.delete_checkpoint("best")
+        else:
+            session.close()
+        again = raw.call("ForkSession", request)
+        assert (again.replayed, again.session.session_id) == (True, first.session.session_id)
+        assert again.attach_token == first.attach_token
+        request.label = "other"
+        with pytest.raises(Refused, match="another config") as refused:
+            raw.call("ForkSession", request)
+        assert refused.value.reason == "INVALID_CONFIG"
+        request.request_id = "new"
+        with pytest.raises(Refused) as refused:
+            raw.call("ForkSession", request)
+        assert refused.value.reason == ("INVALID_CONFIG" if loss == "checkpoint" else "SESSION_NOT_FOUND")
+
+
+def test_a_fork_is_repeated_by_a_session_with_a_half_applied_step(client: stepwire.Client, durable: Server) -> None:
+    """A fork of the present state is repeated without a look at that state."""
+    session = created(client, Kind({"non_finite": "allow"}), durability="journal")
+    request = pb.ForkSessionRequest(session_id=session.own_id, request_id="branch")
+    with RawClient(durable.target) as raw:
+        first = raw.call("ForkSession", request)
+        saved = session.save_checkpoint("here")
+        half_applied(durable, raw, session)
+        assert raw.call("ForkSession", request).session.session_id == first.session.session_id
+        save = pb.SaveCheckpointRequest(session_id=session.own_id, name="here")
+        again = raw.call("SaveCheckpoint", save)
+        assert (again.replayed, again.checkpoint.step) == (True, saved.step)
+        save.name = "there"
+        with pytest.raises(Refused, match="half applied"):
+            raw.call("SaveCheckpoint", save)
+
+
+def test_a_rollback_is_repeated_though_its_state_is_gone(client: stepwire.Client, durable: Server) -> None:
+    session = created(client, ADAM, durability="journal")
+    session.save_checkpoint("best")
+    steps(session, ADAM, 1, 1)
+    with RawClient(durable.target) as raw:
+        stream = raw.attach(session.own_id)
+        stream.receive()
+        request = pb.RollbackRequest(
+            session_id=session.own_id, attach_token=stream.token, load=2, applied_step=1, checkpoint="best"
+        )
+        assert not raw.call("Rollback", request).replayed
+        raw.call("DeleteCheckpoint", pb.DeleteCheckpointRequest(session_id=session.own_id, name="best"))
+        assert raw.call("Rollback", request).replayed
 
 
 def test_a_fork_nobody_keeps_ends_with_its_client(durable: Server) -> None:
