@@ -14,7 +14,6 @@ import pathlib
 import secrets
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -23,7 +22,6 @@ import structlog
 from stepwire.errors import DataLossError, FencedError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
 from stepwire_server.durability.archive import Archive, ArchivedSession
-from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.epochs import Epochs
@@ -34,22 +32,20 @@ from stepwire_server.durability.writer import LogLimits, LogWriter
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
-from stepwire_server.sessions.checkpointing import Saved, restore, save
-from stepwire_server.sessions.moments import check_reached, free_name, has_moment
+from stepwire_server.sessions.checkpointing import Saved, save
+from stepwire_server.sessions.moments import free_name, has_moment
 from stepwire_server.sessions.recovery import Recovery
 from stepwire_server.sessions.redo import Codec, Redo
+from stepwire_server.sessions.restorer import Make, Restorer
 from stepwire_server.sessions.session import Session, closed_on_failure
 
-__all__ = ["DataDirectory", "Make"]
+__all__ = ["DataDirectory"]
 
 _log = structlog.get_logger()
 _EPOCHS, _LOG, _SESSIONS, _WORK = _FOLDERS = ("epochs", "log", "sessions", "work")
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
 _RECOVERED: Final = Saved(0, 0, -1)
 """Of a session that the log was made again for: a checkpoint is due at once, since older epochs wait for it."""
-
-Make = Callable[[str, SessionConfig], Session]
-"""Makes a session of an id, at step 0."""
 
 
 class DataDirectory:
@@ -81,13 +77,13 @@ class DataDirectory:
         work = epochs.work(epoch, self._folder / _WORK)
         self._archive = Archive(self._disk, self._folder / _SESSIONS, work)
         self._archive.tidy()
+        self._restorer = Restorer(self._archive, codec, epoch)
         self._is_owner: Callable[[], bool] = functools.partial(epochs.is_owner, epoch)
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
         self._lost: dict[str, StepwireError] = {}
         self._generations: dict[str, int] = {}  # of parked sessions' holds, which the disk does not have
         self._unsafe: set[str] = set()
-        self._bad: dict[str, set[str]] = defaultdict(set)  # names of checkpoints whose arrays are damaged
         self._make: Make | None = None
         self._reading, self._readers = threading.Lock(), 0  # no segment is removed while somebody reads the log
         self.checkpointer = Checkpointer(config, clock, self.save_automatic, self._release)
@@ -107,13 +103,14 @@ class DataDirectory:
         began, self._make, known = time.monotonic(), make, self._archive.ids()
         recovery = Recovery(
             functools.partial(read_log, self._disk, self._folder / _LOG),
-            functools.partial(self._restored, make=make),
+            functools.partial(self._restorer.restored, make=make),
             self._save_recovered,
-            self._check_reached,
+            self._restorer.check_reached,
             self.codec,
         )
         recovered = recovery.run(known)
-        self._lost, self._unsafe = recovered.lost, {session.session_id for session in recovered.sessions}
+        self._lost = recovered.lost
+        self._unsafe = recovered.short.union(session.session_id for session in recovered.sessions)
         limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
         self._writer = LogWriter(
             self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=recovered.end, limits=limits
@@ -126,8 +123,8 @@ class DataDirectory:
             data_dir=str(self._folder),
             epoch=self.epoch,
             sessions=len(recovered.sessions),
-            parked=len(known) - len(recovered.sessions) - len(recovered.lost),
-            lost=len(recovered.lost),
+            parked=len(known) - len(recovered.sessions) - len(self._lost),
+            lost=len(self._lost),
             commits=recovered.commits,
             seconds=round(time.monotonic() - began, 3),
         )
@@ -168,7 +165,7 @@ class DataDirectory:
             ) from error
         self._lost.pop(session_id, None)
         self._generations.pop(session_id, None)
-        self._bad.pop(session_id, None)
+        self._restorer.forget(session_id)
         self._unsafe.discard(session_id)
 
     def forget(self, session: Session) -> None:
@@ -206,7 +203,7 @@ class DataDirectory:
         session = self._brought_back(session_id, make)
         if (generation := self._generations.pop(session_id, None)) is not None:
             session.ledger.worker.resume(generation)
-        self._open(session, self._saved(session))
+        self._open(session, _RECOVERED if session_id in self._unsafe else self._saved(session))
         return self._archive.get(session_id), session
 
     def has(self, session_id: str) -> bool:
@@ -219,7 +216,7 @@ class DataDirectory:
 
     def is_bad(self, session_id: str, name: str) -> bool:
         """Tell whether a checkpoint's arrays were found to be damaged."""
-        return name in self._bad[session_id]
+        return name in self._restorer.bad(session_id)
 
     def check_owner(self) -> None:
         """Refuse a change of what is on disk when another server owns the directory.
@@ -306,67 +303,18 @@ class DataDirectory:
         self.checkpointer.add(session, saved)
 
     def _brought_back(self, session_id: str, make: Make) -> Session:
-        """Restore a parked session; where its newest checkpoint is damaged, the log may have the rest."""
-        session = self._restored(session_id, make)
+        """Restore a parked session; where its newest checkpoint is damaged, or behind, the log has the rest."""
+        session = self._restorer.restored(session_id, make)
         with closed_on_failure(session):
-            if self._bad[session_id]:
+            if self._restorer.bad(session_id):
+                self._unsafe.add(session_id)
+            if session_id in self._unsafe:
                 redo = Redo(session, self.codec)
                 with self.reading():
                     for record in self.records(session_id):
                         redo.add(record)
-            self._check_reached(session)
+            self._restorer.check_reached(session)
         return session
-
-    def _restored(self, session_id: str, make: Make) -> Session:
-        archived = self._archive.get(session_id)
-        session = make(session_id, self.codec.decode_config(archived.config))
-        with closed_on_failure(session):
-            self._restore_newest(session)
-        return session
-
-    def _restore_newest(self, session: Session) -> None:
-        """Restore the newest checkpoint whose arrays are good; without any, the session stays at step 0."""
-        store = self._archive.checkpoints(session.session_id)
-        bad = self._bad[session.session_id] = set[str]()
-        while (checkpoint := store.newest(without=bad).checkpoint) is not None:
-            with checkpoint:
-                if self._restore(session, checkpoint):
-                    return
-                bad.add(checkpoint.name)
-        if any(info.damage is not None for info in store.list()) or bad:
-            raise DataLossError(
-                f"session {session.session_id} has no checkpoint that is not damaged; restore one from a copy",
-                reason=Reason.CHECKPOINT_DAMAGED,
-                metadata={"session_id": session.session_id},
-            )
-        session.ledger.worker.restore(1, self.epoch)
-
-    def _check_reached(self, session: Session) -> None:
-        store = self._archive.checkpoints(session.session_id)
-        check_reached(session, store, self._bad[session.session_id])
-
-    def _restore(self, session: Session, checkpoint: Checkpoint) -> bool:
-        try:
-            if checkpoint.manifest.session_id != session.session_id:
-                raise DataLossError(
-                    f"checkpoint {checkpoint.name!r} is of session {checkpoint.manifest.session_id}; move it away",
-                    reason=Reason.CHECKPOINT_DAMAGED,
-                )
-            restore(session, checkpoint)
-        except DataLossError as error:
-            _log.warning("checkpoint damaged", session_id=session.session_id, problem=str(error))
-            return False
-        manifest = checkpoint.manifest
-        _log.info(
-            "restored",
-            session_id=session.session_id,
-            checkpoint=checkpoint.name,
-            step=manifest.step,
-            norms={slot: facts.norm for slot, facts in manifest.arrays.items()},
-            digests={slot: facts.digest for slot, facts in manifest.arrays.items()},
-            shadow_norm=None if manifest.shadow is None else manifest.shadow.update_norm,
-        )
-        return True
 
     def save_automatic(self, session: Session) -> Saved:
         """Save an automatic checkpoint, unless there is one of this moment, and delete those that are too many.
@@ -378,7 +326,7 @@ class DataDirectory:
         """
         store, ledger = self._archive.checkpoints(session.session_id), session.ledger
         saved = self._saved(session)  # for one that an earlier server, or a deletion, has left
-        there = has_moment(session, store, self._bad[session.session_id])
+        there = has_moment(session, store, self._restorer.bad(session.session_id))
         if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
             saved = self.save(session, store, free_name(session, store))
         session.progress.checkpointed(saved.step)
@@ -389,7 +337,7 @@ class DataDirectory:
     def _save_recovered(self, session: Session) -> None:
         """Save a session that has no log yet."""
         store = self._archive.checkpoints(session.session_id)
-        if not has_moment(session, store, self._bad[session.session_id]):
+        if not has_moment(session, store, self._restorer.bad(session.session_id)):
             self.save(session, store, free_name(session, store))
 
     def _release(self, number: int) -> None:

@@ -26,6 +26,7 @@ class Recovered(NamedTuple):
         parked: the number of those that were brought up to date and parked again, for want of room.
         commits: the number of commits made again.
         lost: the reason for each session that could not be brought back, by its id.
+        short: the ids of those that there is no room for, even alone: the log has what their checkpoints lack.
         end: the last record of the log that was read.
     """
 
@@ -33,6 +34,7 @@ class Recovered(NamedTuple):
     parked: int
     commits: int
     lost: dict[str, StepwireError]
+    short: set[str]
     end: LogPosition
 
 
@@ -81,9 +83,10 @@ class Recovery:
                 self._save(redo.session)
                 redo.session.close()
             parked, wanted = parked + len(found), set(short)
-        self._lost |= short
+        for session_id, error in short.items():
+            _log.error("session not recovered yet", session_id=session_id, problem=str(error))
         assert self._end is not None
-        return Recovered([redo.session for redo in found.values()], parked, commits, self._lost, self._end)
+        return Recovered([redo.session for redo in found.values()], parked, commits, self._lost, set(short), self._end)
 
     def _pass(self, wanted: set[str]) -> tuple[dict[str, Redo], dict[str, StepwireError]]:
         """Read the log once; return the sessions that are back, and those that there was no room for."""

@@ -317,3 +317,30 @@ def test_checkpoints_go_on_after_one_that_failed(serve: Serve, monkeypatch: pyte
         assert checkpoint is not None
         with checkpoint:
             assert checkpoint.manifest.step == 1
+
+
+def test_a_session_that_there_was_no_room_for_comes_back_when_there_is(serve: Serve, tmp_path: pathlib.Path) -> None:
+    server, image = serve(), tmp_path.with_name("image-of-two")
+    with server.connect(transport="tcp") as client:
+        large = client.create_session({"w": np.ones(4 * SIZE, np.float32)}, durability="journal", keep=True)
+        small = created(client)
+        for number in (1, 2):
+            small.step(gradient(number))
+            large.step({"w": np.full(4 * SIZE, float(number), np.float32)})
+        states = {each.own_id: each.state().slots["exp_avg"]["w"].tobytes() for each in (large, small)}
+        shutil.copytree(tmp_path, image)  # as after a crash
+    with numpy_server(data_dir=str(image), memory_budget=20 * SIZE) as server_without_room:
+        registry = server_without_room.registry
+        directory = registry.directory
+        assert directory is not None
+        with stepwire.connect(server_without_room.target, transport="tcp") as client:
+            there = client.session(small.own_id)
+            assert there.state().slots["exp_avg"]["w"].tobytes() == states[small.own_id]
+            with pytest.raises(stepwire.ResourceExhaustedError):
+                client.session(large.own_id)
+            directory.checkpointer.look()
+            for device in registry.pool:
+                device.budget.limit_bytes = 1000 * SIZE
+            again = client.session(large.own_id)
+            assert (again.applied_step, again.info().durable_step) == (2, 2)
+            assert again.state().slots["exp_avg"]["w"].tobytes() == states[large.own_id]
