@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 from tests.integration.events import Happenings
+from tests.support.raw import RawClient, step_message
 
-__all__ = ["chunks_staged", "steps_over", "stream_ends"]
+__all__ = ["chunks_staged", "half_applied", "steps_over", "stream_ends"]
 
 
 def stream_ends(registry: Registry) -> Happenings:
@@ -38,6 +41,23 @@ def chunks_staged(session: Session) -> Happenings:
 def steps_over(session: Session) -> Happenings:
     """Tell of each step on a stream of the session that is over for the server, answer and all."""
     return _observe_steps(session, "close")
+
+
+def half_applied(registry: Registry, raw: RawClient, session_id: str) -> int:
+    """Leave the next step of a session half applied: its client is gone. Return the number of the step."""
+    ended = stream_ends(registry)
+    stream, served = raw.attach(session_id), registry.get(session_id)
+    opened = stream.receive()
+    assert opened is not None
+    number = opened.opened.applied_step + 1
+    message = step_message(number, np.ones(16, np.float32), commit=False)
+    message.begin.overlap = True
+    stream.send(message)
+    stream.receive()
+    stream.cancel()
+    ended.wait()
+    assert served.unfinished_step == number
+    return number
 
 
 def _observe_steps(session: Session, name: str) -> Happenings:

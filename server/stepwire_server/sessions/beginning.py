@@ -1,4 +1,4 @@
-"""The state that a new session begins with, where that is the state of another session."""
+"""The beginning of a session: the state of another one, where it begins with that, and the outcome of the request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.sessions.session import Session
 
-__all__ = ["Beginning"]
+__all__ = ["Beginning", "Created"]
 
 
 class Beginning(NamedTuple):
@@ -21,3 +21,17 @@ class Beginning(NamedTuple):
 
     bring: Callable[[Session], object]
     keep: Callable[[Session, CheckpointStore], object]
+
+
+class Created(NamedTuple):
+    """A created session.
+
+    Attributes:
+        session: it.
+        token: of the hold of worker 0.
+        replayed: the request had created it before.
+    """
+
+    session: Session
+    token: int
+    replayed: bool

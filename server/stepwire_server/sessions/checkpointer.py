@@ -92,15 +92,20 @@ class Checkpointer:
             StepwireError, OSError: as `checkpointing.save`.
         """
         with self._turn:
-            with self._lock:
-                kept = self._kept.get(session)
-            if kept is not None and self._is_present(session, kept.saved):
-                return kept.saved
+            kept = self.last(session)
+            if kept is not None and self._is_present(session, kept):
+                return kept
             log_bytes, saved = session.progress.log_bytes, self._save(session)
             with self._lock:
                 if session in self._kept:
                     self._kept[session] = _Kept(saved, self._clock(), log_bytes)
             return saved
+
+    def last(self, session: Session) -> Saved | None:
+        """Return the last checkpoint of a session; None for one that is not looked after."""
+        with self._lock:
+            kept = self._kept.get(session)
+        return None if kept is None else kept.saved
 
     def _is_present(self, session: Session, saved: Saved) -> bool:
         """Tell whether a checkpoint has the session's present moment, its hold included."""

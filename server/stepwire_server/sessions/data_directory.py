@@ -168,6 +168,29 @@ class DataDirectory:
         self._restorer.forget(session_id)
         self._unsafe.discard(session_id)
 
+    def drop_half(self, session: Session) -> bool:
+        """Have a session leave memory without its half-applied step, if the disk has all the others.
+
+        Returns:
+            False if the step is no longer half applied, or others would be lost with it: nothing has changed then.
+
+        Raises:
+            FencedError, DataLossError: as `Progress.settle`; nothing has changed.
+        """
+        session_id, mark, ledger = session.session_id, session.progress.last, session.ledger
+        moment, last = (ledger.applied_step, ledger.applied_load), self.checkpointer.last(session)
+        if session.config.durability.level != "journal" and (last is None or last[:2] != moment):
+            return False
+        session.progress.settle(mark)
+        was_safe = session_id not in self._unsafe
+        self._unsafe.add(session_id)  # the log has what its checkpoints lack
+        if not session.retire(*moment, mark.number, half=True):
+            if was_safe:
+                self._unsafe.discard(session_id)
+            return False
+        self.forget(session)
+        return True
+
     def forget(self, session: Session) -> None:
         """Look after a session in memory no more: it is closed, and what the disk has of it stays."""
         self.checkpointer.remove(session)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from stepwire.errors import StepwireError
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.data_directory import DataDirectory
+from stepwire_server.sessions.session import Session
 
-__all__ = ["ParkedSession", "parked_session"]
+__all__ = ["ParkedSession", "parked_session", "with_parked"]
 
 
 class ParkedSession(NamedTuple):
@@ -55,3 +59,17 @@ def parked_session(directory: DataDirectory, session_id: str) -> ParkedSession:
             manifest.ready,
             archived.create_time,
         )
+
+
+def with_parked(
+    directory: DataDirectory | None, ids: Iterable[str], present: Mapping[str, Session]
+) -> list[Session | ParkedSession]:
+    """Return the sessions of some ids, from memory or as their folders describe them."""
+    found = list[Session | ParkedSession]()
+    for session_id in ids:
+        if session_id in present:
+            found.append(present[session_id])
+        elif directory is not None:
+            with contextlib.suppress(StepwireError):  # ended just now, or to be repaired
+                found.append(parked_session(directory, session_id))
+    return found

@@ -16,35 +16,21 @@ from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, Stepw
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.sessions.beginning import Beginning
+from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
-from stepwire_server.sessions.parked import ParkedSession, parked_session
+from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions, too_many_streams
 from stepwire_server.sessions.session import Session, closed_on_failure
 from stepwire_server.sessions.streams import Streams
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
-__all__ = ["Created", "Registry", "RegistryStatistics"]
+__all__ = ["Registry", "RegistryStatistics"]
 
 _log = structlog.get_logger()
-
-
-class Created(NamedTuple):
-    """A created session.
-
-    Attributes:
-        session: it.
-        token: of the hold of worker 0.
-        replayed: the request had created it before.
-    """
-
-    session: Session
-    token: int
-    replayed: bool
 
 
 class RegistryStatistics(NamedTuple):
@@ -176,14 +162,8 @@ class Registry:
             present = dict(self._sessions)
             ids = sorted({*present, *self._parked.values()})
         first = bisect_right(ids, after)
-        chosen, found = ids[first : first + size], list[Session | ParkedSession]()
-        for session_id in chosen:
-            if session_id in present:
-                found.append(present[session_id])
-            elif self.directory is not None:
-                with contextlib.suppress(StepwireError):  # ended just now, or to be repaired
-                    found.append(parked_session(self.directory, session_id))
-        return found, chosen[-1] if first + size < len(ids) else ""
+        chosen = ids[first : first + size]
+        return with_parked(self.directory, chosen, present), chosen[-1] if first + size < len(ids) else ""
 
     def delete(self, session_id: str, token: int = 0) -> int:
         """End a session and free its memory; with a token, only if the client of the token still holds the worker.
@@ -201,7 +181,7 @@ class Registry:
                 self.directory.remove(session_id)
                 if session is not None:
                     self.directory.forget(session)
-                self._parked = {request: parked for request, parked in self._parked.items() if parked != session_id}
+                self._parked = {name: parked for name, parked in self._parked.items() if parked != session_id}
         if session is None:
             return 0
         self._end([session])
@@ -254,12 +234,13 @@ class Registry:
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
         now = self.clock()
-        with self._lock:
-            expired = [session for session in self._sessions.values() if session.expired(now)]
+        present = self._present()
+        expired = [session for session in present if session.expired(now)]
         self._streams.cancel_silent(now, self._step_idle_seconds)
         self._end([session for session in expired if not session.durable])
-        for session in expired:
-            if session.durable:
+        for session in present:  # a half-applied step whose client is gone keeps the log
+            half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self._step_idle_seconds
+            if session.durable and (half or session in expired):
                 self.park(session)
         return [session.session_id for session in expired]
 
@@ -273,23 +254,44 @@ class Registry:
         with self._creation:
             if session.idle_seconds(self.clock()) is None or session.ledger.closed:
                 return False
-            saved = self._checkpointed(session)
-            if saved is None or not session.retire(*saved):
+            whole = self._without_half(session)
+            saved = None if whole is None else self._checkpointed(whole)
+            if whole is None or saved is None or not whole.retire(*saved):
                 return False
-            self.directory.forget(session)
-            with self._lock:
-                self._parked |= {
-                    request: session.session_id for request, known in self._by_request.items() if known is session
-                }
-            self._end([session])
+            self.directory.forget(whole)
+            self._leave(whole)
         return True
+
+    def _leave(self, session: Session) -> None:
+        """Note that a session is on disk alone."""
+        with self._lock:
+            self._parked |= {name: each.session_id for name, each in self._by_request.items() if each is session}
+        self._end([session])
+
+    def _without_half(self, session: Session) -> Session | None:
+        """Bring a session back without its half-applied step, whose client is gone; None where the disk lacks others.
+
+        A session without such a step is returned as it is.
+        """
+        assert self.directory is not None
+        if not session.unfinished_step:
+            return session
+        with self._creation:
+            try:
+                if not self.directory.drop_half(session):
+                    return None if session.unfinished_step else session
+                self._leave(session)
+                return self._revived(session.session_id)
+            except (StepwireError, OSError) as error:
+                _log.error("half step not dropped", session_id=session.session_id, problem=str(error))
+                return None
 
     def checkpoint_all(self) -> bool:
         """Checkpoint every durable session: the server ends. Return False if one could not be, which is logged."""
         complete = True
         for session in self._present():
             if session.durable and session.has_state:
-                complete &= self._checkpointed(session) is not None
+                complete &= self._checkpointed(self._without_half(session) or session) is not None
         return complete
 
     def _checkpointed(self, session: Session) -> Saved | None:
@@ -310,9 +312,8 @@ class Registry:
 
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
-        return RegistryStatistics(
-            len(self._sessions), len(self._streams), self.pool.reserved_bytes, self.pool.limit_bytes
-        )
+        pool = self.pool
+        return RegistryStatistics(len(self._sessions), len(self._streams), pool.reserved_bytes, pool.limit_bytes)
 
     def _present(self) -> list[Session]:
         with self._lock:
@@ -392,9 +393,7 @@ class Registry:
             for session in sessions:
                 self._sessions.pop(session.session_id, None)
             ended = set(map(id, sessions))
-            self._by_request = {
-                request: session for request, session in self._by_request.items() if id(session) not in ended
-            }
+            self._by_request = {name: each for name, each in self._by_request.items() if id(each) not in ended}
         with contextlib.ExitStack() as stack:  # a broken device keeps no other session from its end
             for session in reversed(sessions):
                 stack.callback(session.close)

@@ -21,13 +21,13 @@ from stepwire_server.durability.manifest import Manifest
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
-from stepwire_server.sessions.beginning import Beginning
+from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.capture import BLOCK, Block
 from stepwire_server.sessions.checkpointing import check_as_saved, numbers_of
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.earlier import EarlierState, Origin, find_earlier
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints, telling_of_the_disk
-from stepwire_server.sessions.registry import Created, Registry
+from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import FIRST_GENERATION, Holder, Worker
 from stepwire_server.steps.reply import split_range

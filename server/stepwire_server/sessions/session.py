@@ -357,17 +357,19 @@ class Session:
 
     # --- end of life -------------------------------------------------------------------------------------
 
-    def retire(self, step: int, load: int, position: int) -> bool:
-        """Leave memory, if nobody uses the session and a checkpoint, a `Saved`, has its present moment.
+    def retire(self, step: int, load: int, position: int, *, half: bool = False) -> bool:
+        """Leave memory, if the disk has the present moment, a `Saved`, and nobody uses the session.
+
+        With `half` a step is half applied, and is dropped with whoever is sending it.
 
         Returns:
-            False if it is in use, or has moved on since the checkpoint; nothing has changed then.
+            False if it is in use, or has moved on since; nothing has changed then.
         """
         with self._lock:
             ledger = self.ledger
             moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self.progress.last.number > position
-            used = ledger.worker.attached or self.exchange.loads or self.calls
-            if moved or used or ledger.closed or self._state.unfinished is not None:
+            used = not half and (ledger.worker.attached or self.exchange.loads or self.calls)
+            if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
                 return False
             ledger.closed = ledger.parked = True  # whoever has found it just now finds it again
             ledger.worker.end(session_parked(self.session_id))

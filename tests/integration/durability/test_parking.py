@@ -15,10 +15,11 @@ import stepwire
 from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
+from stepwire_server.sessions import exchange
 from tests.integration.events import Happenings
-from tests.integration.probes import stream_ends
+from tests.integration.probes import half_applied, stream_ends
 from tests.support.numpy_server import numpy_server
-from tests.support.raw import RawClient
+from tests.support.raw import RawClient, step_message
 
 SIZE = 1000
 
@@ -317,6 +318,103 @@ def test_checkpoints_go_on_after_one_that_failed(serve: Serve, monkeypatch: pyte
         assert checkpoint is not None
         with checkpoint:
             assert checkpoint.manifest.step == 1
+
+
+OVERLAP: dict[str, Any] = {"non_finite": "allow"}
+
+
+@pytest.mark.parametrize("way", ["lease", "silence", "shutdown"])
+def test_a_half_applied_step_is_dropped_where_the_disk_has_the_others(way: str, serve: Serve) -> None:
+    """Its client is gone. The session goes on from the step before, and the log is no longer kept for it."""
+    now = 0.0
+    server = serve(clock=lambda: now, max_lease_seconds=500.0, step_idle_seconds=60.0)
+    with server.connect(transport="tcp") as client:
+        usual = client.create_session({"w": np.ones(SIZE, np.float32)}, **OVERLAP)
+        session = created(client, **OVERLAP)
+        for number in (1, 2):
+            expected = usual.step(gradient(number), overlap=True)["w"].tobytes()
+            assert session.step(gradient(number), overlap=True)["w"].tobytes() == expected
+        before, ahead = session.state(), [usual.step(gradient(number))["w"].tobytes() for number in (3, 4)]
+        server.detach(session)
+        with RawClient(server.server.target) as raw:
+            half_applied(server.registry, raw, session.session_id)
+        half = server.registry.get(session.session_id)
+        assert half.needed_record is not None
+        if way == "shutdown":
+            assert server.registry.checkpoint_all()
+        else:
+            now = 61.0 if way == "silence" else 501.0
+            server.registry.sweep()
+            assert session.session_id not in server.registry._sessions
+        again = server.registry.get(session.session_id)
+        assert again is not half
+        assert (again.unfinished_step, again.needed_record, again.ledger.applied_step) == (0, None, 2)
+        assert again.ledger.durable_step == 2
+        if way != "shutdown":
+            there = client.session(session.session_id)
+            there.attach(take_over=True)
+            assert there.state().slots["exp_avg"]["w"].tobytes() == before.slots["exp_avg"]["w"].tobytes()
+            assert [there.step(gradient(number))["w"].tobytes() for number in (3, 4)] == ahead
+            return
+    server = serve()
+    with server.connect(transport="tcp") as client:
+        there = client.session(session.session_id)
+        assert [there.step(gradient(number))["w"].tobytes() for number in (3, 4)] == ahead
+
+
+def test_a_client_that_comes_back_sends_a_dropped_half_step_again(serve: Serve) -> None:
+    server = serve()
+    with server.connect(transport="tcp") as client, RawClient(server.server.target) as raw:
+        session = created(client, **OVERLAP)
+        session.step(gradient(1))
+        server.detach(session)
+        number = half_applied(server.registry, raw, session.session_id)
+        token = server.registry.get(session.session_id).ledger.worker.holder.generation
+        assert server.registry.park(server.registry.get(session.session_id))
+        stream = raw.attach(session.session_id, token)
+        opened = stream.receive()
+        assert opened is not None
+        assert (opened.opened.applied_step, opened.opened.unfinished_step) == (number - 1, 0)
+        assert stream.step(step_message(number, gradient(2)["w"])).step == number
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "steps since"])
+def test_without_a_journal_a_half_applied_step_is_dropped_if_a_checkpoint_has_the_others(
+    saved: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_PATIENCE_SECONDS", 0.0)
+    server = serve()
+    with server.connect(transport="tcp") as client, RawClient(server.server.target) as raw:
+        session = created(client, durability="checkpoint", **OVERLAP)
+        session.step(gradient(1))
+        server.detach(session)
+        if saved:
+            server.registry.directory.checkpointer.checkpoint(server.registry.get(session.session_id))
+        half_applied(server.registry, raw, session.session_id)
+        half = server.registry.get(session.session_id)
+        assert server.registry.park(half) is saved
+        assert server.registry.checkpoint_all() is saved
+        assert server.registry.get(session.session_id).unfinished_step == (0 if saved else 2)
+        assert server.registry.get(session.session_id).ledger.applied_step == 1
+
+
+def test_a_half_applied_step_stays_where_the_disk_has_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_PATIENCE_SECONDS", 0.0)
+    server = serve()
+    with server.connect(transport="tcp") as client, RawClient(server.server.target) as raw:
+        session = created(client, **OVERLAP)
+        session.step(gradient(1))
+        server.detach(session)
+        half_applied(server.registry, raw, session.session_id)
+
+        def failing(mark: Any) -> None:
+            raise stepwire.DataLossError("the disk failed", reason=stepwire.Reason.DURABILITY_FAILED)
+
+        half = server.registry.get(session.session_id)
+        monkeypatch.setattr(half.progress, "settle", failing)
+        assert not server.registry.park(half)
+        assert not server.registry.checkpoint_all()
+        assert (half.unfinished_step, half.ledger.closed) == (2, False)
 
 
 def test_a_session_that_there_was_no_room_for_comes_back_when_there_is(serve: Serve, tmp_path: pathlib.Path) -> None:

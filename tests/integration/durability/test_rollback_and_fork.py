@@ -18,9 +18,9 @@ from stepwire.optimizers.gradient_treatment import LossScaling
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
 from tests.integration.durability.test_recovery import KINDS, Kind, created, gradient, server, steps
-from tests.integration.probes import stream_ends
+from tests.integration.probes import half_applied
 from tests.integration.training import bits, same_bits
-from tests.support.raw import RawClient, Refused, step_message
+from tests.support.raw import RawClient, Refused
 
 ADAM = KINDS["adam"]
 LEVELS = ("journal", "checkpoint")
@@ -41,23 +41,6 @@ def durable(folder: pathlib.Path) -> Iterator[Server]:
 def client(durable: Server) -> Iterator[stepwire.Client]:
     with stepwire.connect(durable.target, transport="tcp", timeout=30.0) as client:
         yield client
-
-
-def half_applied(durable: Server, raw: RawClient, session: stepwire.Session) -> int:
-    """Leave the next step of a session half applied: its client is gone. Return the number of the step."""
-    ended = stream_ends(durable.registry)
-    stream, served = raw.attach(session.own_id), durable.registry.get(session.own_id)
-    opened = stream.receive()
-    assert opened is not None
-    number = opened.opened.applied_step + 1
-    message = step_message(number, np.ones(16, np.float32), commit=False)
-    message.begin.overlap = True
-    stream.send(message)
-    stream.receive()
-    stream.cancel()
-    ended.wait()
-    assert served.unfinished_step == number
-    return number
 
 
 def same_arrays(one: stepwire.Snapshot, other: stepwire.Snapshot) -> bool:
@@ -287,7 +270,7 @@ def test_a_fork_is_repeated_by_a_session_with_a_half_applied_step(client: stepwi
     with RawClient(durable.target) as raw:
         first = raw.call("ForkSession", request)
         saved = session.save_checkpoint("here")
-        half_applied(durable, raw, session)
+        half_applied(durable.registry, raw, session.own_id)
         assert raw.call("ForkSession", request).session.session_id == first.session.session_id
         save = pb.SaveCheckpointRequest(session_id=session.own_id, name="here")
         again = raw.call("SaveCheckpoint", save)
