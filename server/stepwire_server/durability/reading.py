@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Damage(Exception):
 
 
 class LogRecord(NamedTuple):
-    """A record of the log, and its place. The payload stays on the disk.
+    """A record of the log, and its place. The payload stays on the disk, unless the reader has kept it.
 
     Attributes:
         header: the header, with the record's kind, session, entry, number and epoch.
@@ -47,6 +48,7 @@ class LogRecord(NamedTuple):
         offset: the place of the record in the segment.
         chain_before: the chain that the record continues.
         disk: the system calls.
+        kept: the payload, as it was checked; None where it is on the disk alone.
     """
 
     header: Header
@@ -55,6 +57,7 @@ class LogRecord(NamedTuple):
     offset: int
     chain_before: int
     disk: Disk
+    kept: npt.NDArray[np.uint8] | None = None
 
     @property
     def position(self) -> LogPosition:
@@ -62,11 +65,13 @@ class LogRecord(NamedTuple):
         return LogPosition(self.header.epoch, self.header.number)
 
     def read_payload(self) -> npt.NDArray[np.uint8]:
-        """Read the payload, and check it again.
+        """Return the payload: the one that was kept, or read from the disk and checked again.
 
         Raises:
             DataLossError: the payload is not as it was, or the disk failed.
         """
+        if self.kept is not None:
+            return self.kept
         payload = np.empty(self.header.payload_bytes, np.uint8)
         with _told(self.path.parent), SegmentReader(self.disk, self.path) as file:
             count = file.payload_into(self.offset, self.header, payload.data)
@@ -76,12 +81,34 @@ class LogRecord(NamedTuple):
         return payload
 
 
+class _Room:
+    """Room for payloads that are kept, until nobody has them any more."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._free = nbytes
+
+    def array(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
+        """Return an array of some bytes, which has its room as long as it lives; None for none, or where room is short."""
+        if not 0 < nbytes <= self._free:
+            return None
+        self._free -= nbytes
+        array = np.empty(nbytes, np.uint8)
+        weakref.finalize(array, self._release, nbytes).atexit = False
+        return array
+
+    def _release(self, nbytes: int) -> None:
+        self._free += nbytes
+
+
 class LogReader:
     """Iterates over the records of a log once, in the order in which they were appended."""
 
-    def __init__(self, disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None) -> None:
-        """Read nothing yet; `up_to` is the end to read to in the newest epoch, behind which its owner is writing."""
+    def __init__(
+        self, disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None, *, keep_bytes: int = 0
+    ) -> None:
+        """Read nothing yet; see `read_log`."""
         self._disk, self._folder, self._up_to = disk, folder, up_to
+        self._room = _Room(keep_bytes)
         self._end = LogPosition(0, 0)
         self._ended = False
 
@@ -117,7 +144,7 @@ class LogReader:
         for name in segments_of(self._disk, self._folder):
             epochs.setdefault(name.epoch, []).append(name)
         for names, limit in self._history(epochs):
-            walk = _Walk(self._disk, names, limit)
+            walk = _Walk(self._disk, names, limit, self._room)
             yield from walk.records()
             if limit is None:
                 self._sync(names)
@@ -171,9 +198,9 @@ class _Walk:
         number: the number of the next record.
     """
 
-    def __init__(self, disk: Disk, names: list[SegmentName], limit: int | None) -> None:
+    def __init__(self, disk: Disk, names: list[SegmentName], limit: int | None, room: _Room) -> None:
         self.number = 1
-        self._disk, self._names, self._limit = disk, names, limit
+        self._disk, self._names, self._limit, self._room = disk, names, limit, room
         self._sync, self._chain, self._offset = 1, 0, 0
 
     def records(self) -> Iterator[LogRecord]:
@@ -223,10 +250,15 @@ class _Walk:
         header = file.header(self._offset)
         if header is None or (header.epoch, header.number, header.sync) != (name.epoch, self.number, self._sync):
             return None
-        meta = file.meta(self._offset, header)
-        if file.chain(self._offset, header, chained(self._chain, meta)) != header.chain:
+        meta, kept = file.meta(self._offset, header), self._room.array(header.payload_bytes)
+        chain = chained(self._chain, meta)
+        if kept is None:
+            chain = file.chain(self._offset, header, chain)
+        else:
+            chain = chained(chain, kept[: file.payload_into(self._offset, header, kept.data)])
+        if chain != header.chain:
             return None
-        record = LogRecord(header, meta, name.path, self._offset, self._chain, self._disk)
+        record = LogRecord(header, meta, name.path, self._offset, self._chain, self._disk, kept)
         self.number, self._chain = header.number + 1, header.chain
         self._offset = header.end(self._offset)
         self._sync += header.last
@@ -253,15 +285,17 @@ class _Walk:
         return Damage(self._names[at], self._offset, LogPosition(self._names[at].epoch, self.number - 1))
 
 
-def read_log(disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None) -> LogReader:
+def read_log(disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None, *, keep_bytes: int = 0) -> LogReader:
     """Return the records of the log in a folder, to be iterated over once.
 
     Args:
         disk: the system calls.
         folder: the folder.
         up_to: the end to read to in the newest epoch, behind which its owner is writing; None for the log's end.
+        keep_bytes: the bytes of payloads that are kept at a time, so that they are read once: those that the caller
+            still has count.
     """
-    return LogReader(disk, folder, up_to)
+    return LogReader(disk, folder, up_to, keep_bytes=keep_bytes)
 
 
 def find_damage(disk: Disk, folder: pathlib.Path) -> Damage | None:

@@ -44,6 +44,7 @@ __all__ = ["DataDirectory"]
 _log = structlog.get_logger()
 _EPOCHS, _LOG, _SESSIONS, _WORK = _FOLDERS = ("epochs", "log", "sessions", "work")
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
+_KEPT_BYTES: Final = 64 << 20  # of gradients, from the reading of the log until their step is made again
 _RECOVERED: Final = Saved(0, 0, -1)
 """Of a session that the log was made again for: a checkpoint is due at once, since older epochs wait for it."""
 
@@ -102,7 +103,7 @@ class DataDirectory:
         """
         began, self._make, known = time.monotonic(), make, self._archive.ids()
         recovery = Recovery(
-            functools.partial(read_log, self._disk, self._folder / _LOG),
+            functools.partial(read_log, self._disk, self._folder / _LOG, keep_bytes=_KEPT_BYTES),
             functools.partial(self._restorer.restored, make=make),
             self._save_recovered,
             self._restorer.check_reached,
