@@ -88,7 +88,7 @@ class _Room:
         self._free = nbytes
 
     def array(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
-        """Return an array of some bytes, which has its room as long as it lives; None for none, or where room is short."""
+        """Return an array of some bytes, which has its room as long as it lives; None for no bytes, or too many."""
         if not 0 < nbytes <= self._free:
             return None
         self._free -= nbytes
