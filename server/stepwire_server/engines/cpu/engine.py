@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stepwire.errors import DataLossError, ResourceExhaustedError, UnsupportedFeatureError
+from stepwire_server.engines.cpu.exact_sum import ExactSum
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
@@ -49,7 +50,7 @@ class CpuEngine:
         self._kernels = _default_kernels() if use_numba is None else _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
-        self._states: weakref.WeakSet[CpuState] = weakref.WeakSet()
+        self._states: weakref.WeakSet[CpuState | ExactSum] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     @property
@@ -83,6 +84,35 @@ class CpuEngine:
         with self._lock:
             self._states.add(state)
         return state
+
+    def staging(self, size: int) -> CpuState:
+        """Make a state without slots: it receives gradients of `size` elements, and sums their squares."""
+        return CpuState(self._kernels, self._threads, {}, size, ())
+
+    def exact_sum(self, size: int) -> ExactSum:
+        """Allocate the sum of several gradients of `size` elements. Every page is touched here.
+
+        Raises:
+            ResourceExhaustedError: the machine has no memory left.
+        """
+        try:
+            made = ExactSum(self._kernels, self._threads, size)
+        except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
+            raise ResourceExhaustedError(
+                f"no memory for the sum of gradients of {size} elements ({8 * size} bytes); "
+                "close a session or use a machine with more memory",
+                metadata={"needed_bytes": 8 * size},
+            ) from problem
+        with self._lock:
+            self._states.add(made)
+        return made
+
+    def prepare_sum(self, gradient: np.dtype[Any]) -> None:
+        """Compile the kernels of exact sums of gradients in a wire dtype."""
+        for work in ("store", "add"):
+            self._kernels.exact(work, gradient)
+        for work in ("carry", "odd", "mean"):
+            self._kernels.exact(work)
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""

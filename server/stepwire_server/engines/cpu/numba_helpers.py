@@ -17,7 +17,7 @@ from typing import Any, Final
 import numba
 import numpy as np
 
-from stepwire_server.engines.cpu.numba_source import HELPER_OPTIONS
+from stepwire_server.engines.cpu.numba_module import HELPER_OPTIONS
 
 __all__ = ["shared_helper"]
 

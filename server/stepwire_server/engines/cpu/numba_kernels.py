@@ -25,10 +25,10 @@ import numpy as np
 from stepwire_server.engines.compiled.cache import kernel_directory, store
 from stepwire_server.engines.compiled.levels import aim
 from stepwire_server.engines.compiled.stock import fill, stocked_level
+from stepwire_server.engines.cpu.numba_exact import exact_source
 from stepwire_server.engines.cpu.numba_helpers import shared_helper
+from stepwire_server.engines.cpu.numba_module import KERNEL_OPTIONS, MEASURING_OPTIONS
 from stepwire_server.engines.cpu.numba_source import (
-    KERNEL_OPTIONS,
-    MEASURING_OPTIONS,
     accumulate_source,
     measure_source,
     seeds_of,
@@ -113,6 +113,11 @@ class NumbaKernels:
         key = ("accumulate", gradient)
         return self._built.get(key) or self._build(key, lambda: self._accumulate(gradient))
 
+    def exact(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., Any]:
+        """See `CpuKernels.exact`."""
+        key = ("exact", work, gradient)
+        return self._built.get(key) or self._build(key, lambda: self._exact(work, gradient))
+
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
             if key not in self._built:
@@ -148,6 +153,19 @@ class NumbaKernels:
         name = f"accumulate_{name_of(gradient)}"
         signature = (_FLOATS, _source_type(gradient), *[numba_types.intp] * 3, numba_types.float64)
         return self._compile(name, accumulate_source(name, name_of(gradient)), signature)
+
+    def _exact(self, work: str, gradient: np.dtype[Any] | None) -> Callable[..., Any]:
+        name = f"exact_{work}" + ("" if gradient is None else f"_{name_of(gradient)}")
+        integers, source = [numba_types.intp] * 3, () if gradient is None else (_source_type(gradient),)
+        signatures: dict[str, tuple[Any, ...]] = {
+            "store": (_SUMS, *source, *integers, numba_types.float64),
+            "add": (_SUMS, *source, _SUMS, *integers, numba_types.float64, numba_types.intp),
+            "carry": (_SUMS, _SUMS),
+            "odd": (_SUMS, _SUMS),
+            "mean": (_SUMS, _FLOATS, *integers[:2], *[numba_types.float64] * 2),
+        }
+        text = exact_source(work, name, None if gradient is None else name_of(gradient))
+        return self._compile(name, text, signatures[work])
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from stepwire_server.engines.cpu.numpy_exact import EXACT_KERNELS
 from stepwire_server.engines.cpu.ufunc_tape import Tape
 from stepwire_server.engines.int8_moments import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.int8_moments import block_count, decode_blocks, encode_blocks
@@ -101,6 +102,10 @@ class NumpyKernels:
     def accumulate(self, gradient: np.dtype[Any]) -> Callable[..., None]:
         """Return `kernel(accumulated, gradient, start, begin, size, factor)`."""
         return _accumulate
+
+    def exact(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., Any]:
+        """See `CpuKernels.exact`."""
+        return EXACT_KERNELS[work]
 
 
 def _accumulate(accumulated: HostArray, gradient: HostArray, start: int, begin: int, size: int, factor: float) -> None:

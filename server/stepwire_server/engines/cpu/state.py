@@ -59,6 +59,22 @@ class CpuKernels(Protocol):
         """Return the kernel that adds gradients up."""
         ...
 
+    def exact(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., Any]:
+        """Return a kernel of `ExactSum`; totals, levels and errors are float64.
+
+        - `"store"`, of a gradient: `(total, gradient, start, begin, size, factor)` makes `total[start:start + size]`
+          `gradient[begin:begin + size] · factor`.
+        - `"add"`, of a gradient: `(total, gradient, errors, start, begin, size, factor, block)` adds the products, up
+          to the end of the first block of the total in which a sum is inexact. It returns the number of elements that
+          are done and leaves the errors of that block in `errors`, `(block,)`. It returns 0 once all sums were exact.
+        - `"carry"`: `(level, errors)` adds errors to a level and leaves the errors of that. It returns 1 if there are
+          any, plus 2 if the level changed.
+        - `"odd"`: `(total, error)` rounds their sum to odd, in the place of the total.
+        - `"mean"`: `(total, out, start, size, divisor, inverse)` divides and rounds once, to float32. `inverse` is that
+          of the divisor if it is exact, else 0. `out` may lie in the memory of `total`, from the same address on.
+        """
+        ...
+
 
 class _Call(NamedTuple):
     """The call of a kernel that all updates by one recipe have in common.

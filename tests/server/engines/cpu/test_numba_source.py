@@ -7,10 +7,8 @@ import itertools
 
 import pytest
 
+from stepwire_server.engines.cpu.numba_module import HELPER_OPTIONS, KERNEL_OPTIONS, MEASURING_OPTIONS
 from stepwire_server.engines.cpu.numba_source import (
-    HELPER_OPTIONS,
-    KERNEL_OPTIONS,
-    MEASURING_OPTIONS,
     accumulate_source,
     measure_source,
     seeds_of,
