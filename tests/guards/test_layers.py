@@ -20,6 +20,7 @@ SERVER_LAYERS = [
     "doctor",
     "sharing",
     "sessions",
+    "aggregation",
     "steps",
     "durability",
     "observability",

@@ -8,12 +8,13 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from stepwire.errors import DataLossError, ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.cpu.exact_sum import ExactSum
+from stepwire_server.engines.cpu.gradient_rows import GradientRows
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
@@ -27,6 +28,8 @@ __all__ = ["CpuEngine", "NumbaDisabledError"]
 
 
 _log = logging.getLogger(__name__)
+
+Made = TypeVar("Made", ExactSum, GradientRows)
 
 
 class NumbaDisabledError(UnsupportedFeatureError):
@@ -50,7 +53,7 @@ class CpuEngine:
         self._kernels = _default_kernels() if use_numba is None else _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
-        self._states: weakref.WeakSet[CpuState | ExactSum] = weakref.WeakSet()
+        self._states: weakref.WeakSet[CpuState | ExactSum | GradientRows] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     @property
@@ -95,17 +98,15 @@ class CpuEngine:
         Raises:
             ResourceExhaustedError: the machine has no memory left.
         """
-        try:
-            made = ExactSum(self._kernels, self._threads, size)
-        except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
-            raise ResourceExhaustedError(
-                f"no memory for the sum of gradients of {size} elements ({8 * size} bytes); "
-                "close a session or use a machine with more memory",
-                metadata={"needed_bytes": 8 * size},
-            ) from problem
-        with self._lock:
-            self._states.add(made)
-        return made
+        return self._keep(8 * size, lambda: ExactSum(self._kernels, self._threads, size))
+
+    def gradient_rows(self, size: int, rows: int) -> GradientRows:
+        """Allocate room for some gradients of `size` elements in float32. Every page is touched here.
+
+        Raises:
+            ResourceExhaustedError: the machine has no memory left.
+        """
+        return self._keep(4 * size * rows, lambda: GradientRows(self._kernels, self._threads, size, rows))
 
     def prepare_sum(self, gradient: np.dtype[Any]) -> None:
         """Compile the kernels of exact sums of gradients in a wire dtype."""
@@ -113,6 +114,14 @@ class CpuEngine:
             self._kernels.exact(work, gradient)
         for work in ("carry", "odd", "mean"):
             self._kernels.exact(work)
+
+    def prepare_rows(self, gradient: np.dtype[Any]) -> None:
+        """Compile the kernels of rows of gradients in a wire dtype, and of their means."""
+        self.prepare_sum(np.dtype(np.float32))
+        for dtype in (np.dtype(np.float32), gradient):
+            self._kernels.rows("keep", dtype)
+        self._kernels.rows("sort")
+        self._kernels.sum_of_squares(np.dtype(np.float32), False)
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """See `Engine.prepare`."""
@@ -146,6 +155,20 @@ class CpuEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._threads.close()
+
+    def _keep(self, needed_bytes: int, make: Callable[[], Made]) -> Made:
+        """Make what aggregates gradients, and count its memory."""
+        try:
+            made = make()
+        except (MemoryError, ValueError, OverflowError) as problem:  # the last two: past the address space
+            raise ResourceExhaustedError(
+                f"no memory to aggregate gradients ({needed_bytes} bytes); "
+                "close a session or use a machine with more memory",
+                metadata={"needed_bytes": needed_bytes},
+            ) from problem
+        with self._lock:
+            self._states.add(made)
+        return made
 
 
 def _default_kernels() -> CpuKernels:

@@ -28,6 +28,7 @@ from stepwire_server.engines.compiled.stock import fill, stocked_level
 from stepwire_server.engines.cpu.numba_exact import exact_source
 from stepwire_server.engines.cpu.numba_helpers import shared_helper
 from stepwire_server.engines.cpu.numba_module import KERNEL_OPTIONS, MEASURING_OPTIONS
+from stepwire_server.engines.cpu.numba_rows import rows_source
 from stepwire_server.engines.cpu.numba_source import (
     accumulate_source,
     measure_source,
@@ -118,6 +119,11 @@ class NumbaKernels:
         key = ("exact", work, gradient)
         return self._built.get(key) or self._build(key, lambda: self._exact(work, gradient))
 
+    def rows(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., None]:
+        """See `CpuKernels.rows`."""
+        key = ("rows", work, gradient)
+        return self._built.get(key) or self._build(key, lambda: self._rows(work, gradient))
+
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
             if key not in self._built:
@@ -166,6 +172,15 @@ class NumbaKernels:
         }
         text = exact_source(work, name, None if gradient is None else name_of(gradient))
         return self._compile(name, text, signatures[work])
+
+    def _rows(self, work: str, gradient: np.dtype[Any] | None) -> Callable[..., None]:
+        name = f"rows_{work}" + ("" if gradient is None else f"_{name_of(gradient)}")
+        integers = [numba_types.intp] * 3
+        if gradient is None:
+            pairs, rows = numba_types.Array(numba_types.intp, 2, "C"), numba_types.Array(numba_types.float32, 2, "C")
+            return self._compile(name, rows_source(work, name, None), (rows, pairs, rows, *integers))
+        signature = (_FLOATS, _source_type(gradient), *integers, numba_types.float64)
+        return self._compile(name, rows_source(work, name, name_of(gradient)), signature)
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""

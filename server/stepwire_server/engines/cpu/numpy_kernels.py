@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from stepwire_server.engines.cpu.numpy_exact import EXACT_KERNELS
+from stepwire_server.engines.cpu.numpy_rows import ROWS_KERNELS
 from stepwire_server.engines.cpu.ufunc_tape import Tape
 from stepwire_server.engines.int8_moments import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.int8_moments import block_count, decode_blocks, encode_blocks
@@ -106,6 +107,10 @@ class NumpyKernels:
     def exact(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., Any]:
         """See `CpuKernels.exact`."""
         return EXACT_KERNELS[work]
+
+    def rows(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., None]:
+        """See `CpuKernels.rows`."""
+        return ROWS_KERNELS[work]
 
 
 def _accumulate(accumulated: HostArray, gradient: HostArray, start: int, begin: int, size: int, factor: float) -> None:

@@ -75,6 +75,16 @@ class CpuKernels(Protocol):
         """
         ...
 
+    def rows(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., None]:
+        """Return a kernel of `GradientRows`; rows are float32.
+
+        - `"keep"`, of a gradient: `(row, gradient, start, begin, size, factor)` makes `row[start:start + size]`
+          `gradient[begin:begin + size] · factor`, without −0.
+        - `"sort"`: `(rows, pairs, out, start, rank, size)` sorts the elements `[start, start + size)` of all rows by
+          a network. It writes the values from `rank` on to `out`, `(ranks, at least size)`, from the first on.
+        """
+        ...
+
 
 class _Call(NamedTuple):
     """The call of a kernel that all updates by one recipe have in common.

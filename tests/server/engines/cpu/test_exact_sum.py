@@ -235,7 +235,7 @@ def test_the_mean_lies_in_the_memory_of_the_sum(engine) -> None:
 
 
 def test_too_large_a_sum_is_refused(engine) -> None:
-    with pytest.raises(ResourceExhaustedError, match="no memory for the sum"):
+    with pytest.raises(ResourceExhaustedError, match="no memory to aggregate"):
         engine.exact_sum(1 << 58)
 
 
