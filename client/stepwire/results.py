@@ -286,6 +286,8 @@ class CheckpointInfo:
         create_time: the moment of its creation; None if it is damaged.
         nbytes: the bytes of its files; 0 if it is damaged.
         damage: the reason why it cannot be used; empty for a good one, as far as its manifest tells.
+        stored: the object store of the server has it too.
+        store_problem: the reason why the last upload there failed, which is tried again; empty without a failure.
     """
 
     name: str
@@ -294,12 +296,15 @@ class CheckpointInfo:
     create_time: datetime.datetime | None
     nbytes: int
     damage: str
+    stored: bool = False
+    store_problem: str = ""
 
     @classmethod
     def from_wire(cls, message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
         """Decode one line of a server's list."""
         created = message.create_time.ToDatetime(datetime.UTC) if message.HasField("create_time") else None
-        return cls(message.name, message.step, message.load, created, message.bytes, message.damage)
+        numbers = (message.name, message.step, message.load, created, message.bytes)
+        return cls(*numbers, message.damage, message.stored, message.store_problem)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from stepwire.errors import DataLossError
+from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnavailableError
 from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.wire.addresses import boot_id
@@ -25,6 +25,7 @@ from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.object_store import ObjectStoreError
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.observability.commits import log_committed
@@ -155,17 +156,20 @@ class Server:
         """Refuse new steps and wait for the steps under way.
 
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
-        At last every durable session is checkpointed.
+        At last every durable session is checkpointed, and the object store gets what it has not.
 
         Returns:
-            True if every step ended within `drain_seconds`, and every checkpoint was taken.
+            True if every step ended within `drain_seconds`, every checkpoint was taken, and every upload ended within
+            `drain_seconds`.
         """
         self._drain.start()
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)
         self._stopped.wait(_LAST_REPLY_SECONDS)
-        return self.registry.checkpoint_all() and empty
+        saved = self.registry.checkpoint_all()
+        stored = self._directory is None or self._directory.settle(self._config.drain_seconds)
+        return saved and stored and empty
 
     def close(self) -> None:
         """Stop at once: end the steps under way and free everything. Closing twice is harmless."""
@@ -289,7 +293,16 @@ atexit.register(_close_all)
 
 
 def _data_directory(config: ServerConfig, clock: Callable[[], float], disk: Disk | None) -> DataDirectory | None:
-    return DataDirectory(config, DurableCodec(), clock, disk) if config.data_dir else None
+    if config.checkpoint_store and not config.data_dir:
+        raise InvalidRequestError.of("checkpoint_store", "it has copies of a data directory; give --data-dir too")
+    try:
+        return DataDirectory(config, DurableCodec(), clock, disk) if config.data_dir else None
+    except ObjectStoreError as error:
+        raise UnavailableError(
+            f"the object store of the checkpoints failed: {error}; nothing is served without it, so start again when "
+            "it answers",
+            reason=Reason.UNREACHABLE,
+        ) from error
 
 
 def _start_devices(config: ServerConfig) -> DevicePool:

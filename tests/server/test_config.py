@@ -23,6 +23,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "threads": ("7", 7),
     "max_sessions": ("5", 5),
     "data_dir": ("/var/lib/stepwire", "/var/lib/stepwire"),
+    "checkpoint_store": ("s3://bucket/prefix", "s3://bucket/prefix"),
     "checkpoint_seconds": ("12.5", 12.5),
     "checkpoints_kept": ("7", 7),
     "journal_segment_bytes": ("8388608", 8 << 20),

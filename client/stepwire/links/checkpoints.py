@@ -117,4 +117,6 @@ def _combined(name: str, messages: Sequence[checkpoint_pb2.Checkpoint | None]) -
         create_time=max((info.create_time for info in infos if info.create_time is not None), default=None),
         nbytes=sum(info.nbytes for info in infos),
         damage="; ".join(problems),
+        stored=len(infos) == len(messages) and all(info.stored for info in infos),
+        store_problem=next((info.store_problem for info in infos if info.store_problem), ""),
     )

@@ -44,11 +44,12 @@ def list_checkpoints(session_id: SessionId, target: Target, timeout: Timeout = 1
     if as_json:
         print(json.dumps([_plain(info) for info in found]))
         return
-    table = Table("checkpoint", "step", "load", "created", "bytes", "damage")
+    table = Table("checkpoint", "step", "load", "created", "bytes", "damage", "in the store")
     for info in found:
         created = "" if info.create_time is None else f"{info.create_time:%Y-%m-%d %H:%M:%S} UTC"
         numbers = ("", "", "", "") if info.damage else (str(info.step), str(info.load), created, _size(info))
-        table.add_row(info.name, *numbers, Text(info.damage))  # never markup
+        stored = "yes" if info.stored else info.store_problem or "no"
+        table.add_row(info.name, *numbers, Text(info.damage), Text(stored))  # never markup
     Console().print(table)
 
 

@@ -108,6 +108,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("a path, or empty", r"^.*$"),
     ] = ""
+    checkpoint_store: Annotated[
+        str,
+        Meta(
+            description="The object store that gets a copy of every checkpoint in the data directory: "
+            "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, or file:///path. Credentials come "
+            "from the environment. Empty: none."
+        ),
+        _text("a URL of s3, gs, az or file, or empty", r"^.*$"),  # checked where its text is not repeated
+    ] = ""
     checkpoint_seconds: Annotated[
         _Seconds, Meta(description="The time between two checkpoints of a session that names none.")
     ] = 300.0

@@ -16,10 +16,10 @@ import structlog
 from stepwire.errors import DataLossError, Reason, SessionNotFoundError
 from stepwire_server.durability.checkpoint import MANIFEST
 from stepwire_server.durability.checkpoints import CheckpointStore
-from stepwire_server.durability.disk import Disk, read_all, write_all
+from stepwire_server.durability.disk import Disk, read_all, write_new
 from stepwire_server.durability.folders import NEW_PREFIX, NewFolder, is_folder, remove_files
 
-__all__ = ["Archive", "ArchivedSession", "checkpoints_of"]
+__all__ = ["Archive", "ArchivedSession", "checkpoints_of", "decode_archived"]
 
 _FILE: Final = "session.json"
 _CHECKPOINTS: Final = "checkpoints"
@@ -80,7 +80,7 @@ class Archive:
         folder.make()
         try:
             checked = msgspec.structs.replace(session, crc32c=session.checksum())
-            self._write(folder.path / _FILE, msgspec.json.encode(checked))
+            write_new(self._disk, folder.path / _FILE, [msgspec.json.encode(checked)])
             self._disk.make_folder(folder.path / _CHECKPOINTS)
             if begin is not None:
                 begin(CheckpointStore(self._disk, folder.path / _CHECKPOINTS))
@@ -109,27 +109,24 @@ class Archive:
             DataLossError: its folder is damaged.
             OSError: the disk failed.
         """
+        return decode_archived(self.text(session_id), str(self._folder / session_id / _FILE))
+
+    def text(self, session_id: str) -> bytes:
+        """Return the file that describes a session.
+
+        Raises:
+            SessionNotFoundError: there is none of this id.
+            OSError: the disk failed.
+        """
         path = self._folder / session_id / _FILE
         if not self.has(session_id):
             raise SessionNotFoundError(f"session {session_id[:64]!r} is not in {self._folder}")
         descriptor = self._disk.open(path, os.O_RDONLY)
         try:
             data = bytearray(min(self._disk.size(descriptor), _MOST_BYTES))
-            count = read_all(self._disk, descriptor, memoryview(data), 0)
+            return bytes(data[: read_all(self._disk, descriptor, memoryview(data), 0)])
         finally:
             self._disk.close(descriptor)
-        try:
-            session = msgspec.json.decode(data[:count], type=ArchivedSession)
-            problem = "" if session.checksum() == session.crc32c else "its checksum is another one"
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            problem = str(error)
-        if problem:
-            raise DataLossError(
-                f"{path} describes no session: {problem}; restore the file, or move the folder away",
-                reason=Reason.CHECKPOINT_DAMAGED,
-                metadata={"path": str(path)},
-            )
-        return session
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
@@ -184,13 +181,25 @@ class Archive:
         self._clear_checkpoints(folder.path)
         folder.discard()
 
-    def _write(self, path: pathlib.Path, data: bytes) -> None:
-        descriptor = self._disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            write_all(self._disk, descriptor, memoryview(data), 0)
-            self._disk.sync(descriptor)
-        finally:
-            self._disk.close(descriptor)
+
+def decode_archived(text: bytes, place: str) -> ArchivedSession:
+    """Read the description of a session; `place` names it in errors.
+
+    Raises:
+        DataLossError: it is damaged.
+    """
+    try:
+        session = msgspec.json.decode(text, type=ArchivedSession)
+        problem = "" if session.checksum() == session.crc32c else "its checksum is another one"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        problem = str(error)
+    if problem:
+        raise DataLossError(
+            f"{place} describes no session: {problem}; restore the file, or move the folder away",
+            reason=Reason.CHECKPOINT_DAMAGED,
+            metadata={"path": place},
+        )
+    return session
 
 
 def checkpoints_of(disk: Disk, folder: pathlib.Path, session_id: str) -> CheckpointStore:

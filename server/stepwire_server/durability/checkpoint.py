@@ -39,6 +39,8 @@ class CheckpointInfo(NamedTuple):
         nbytes: the bytes of its files; 0 if it is damaged.
         damage: the reason why it cannot be used; None for a good one, as far as its manifest and its body's head tell.
         acquired: the generation in which the client of its hold acquired the worker; 0 if it is damaged.
+        stored: an object store has it.
+        store_problem: the reason why its last upload there failed; empty without one.
     """
 
     name: str
@@ -48,6 +50,8 @@ class CheckpointInfo(NamedTuple):
     nbytes: int = 0
     damage: str | None = None
     acquired: int = 0
+    stored: bool = False
+    store_problem: str = ""
 
     @property
     def age(self) -> tuple[int, int, int, str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,7 +19,7 @@ import structlog
 
 from stepwire.errors import DataLossError, InvalidRequestError
 from stepwire_server.durability.checkpoint import BODY, MANIFEST, Checkpoint, CheckpointInfo, CheckpointWriter
-from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.disk import Disk, write_new
 from stepwire_server.durability.folders import NEW_PREFIX, NewFolder, is_folder, name_taken, remove_files
 from stepwire_server.durability.manifest import Manifest, damaged, write_manifest
 
@@ -115,6 +115,31 @@ class CheckpointStore:
             folder.discard()
             raise
         return whole
+
+    def receive(self, name: str, manifest: bytes, body: Iterable[bytes]) -> None:
+        """Keep a checkpoint that comes from elsewhere, once all of it has been verified.
+
+        Args:
+            name: its name.
+            manifest: the content of the manifest's file.
+            body: that of the body's, in parts.
+
+        Raises:
+            InvalidRequestError: the name is none, or another checkpoint has it.
+            DataLossError: it is damaged; nothing stays.
+            OSError: the disk failed, or as `body`; nothing stays.
+        """
+        folder = self._new_folder(name)
+        try:
+            folder.make()
+            write_new(self._disk, folder.path / BODY, body)
+            write_new(self._disk, folder.path / MANIFEST, [manifest])
+            with Checkpoint(self._disk, folder.path) as checkpoint:
+                checkpoint.body.verify()
+            folder.publish()
+        except BaseException:
+            folder.discard()
+            raise
 
     def open(self, name: str) -> Checkpoint:
         """Open a checkpoint.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 
-__all__ = ["Disk", "read_all", "write_all"]
+__all__ = ["Disk", "read_all", "write_all", "write_new"]
 
 
 class Disk:
@@ -101,3 +102,19 @@ def read_all(disk: Disk, descriptor: int, out: memoryview, offset: int) -> int:
     while done < out.nbytes and (count := disk.read(descriptor, out[done:], offset + done)):
         done += count
     return done
+
+
+def write_new(disk: Disk, path: pathlib.Path, parts: Iterable[bytes]) -> None:
+    """Write a new file from its parts, and wait until its content has reached the disk.
+
+    Raises:
+        OSError: the disk failed; the file may be there in part.
+    """
+    descriptor, offset = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), 0
+    try:
+        for part in parts:
+            write_all(disk, descriptor, memoryview(part), offset)
+            offset += len(part)
+        disk.sync(descriptor)
+    finally:
+        disk.close(descriptor)

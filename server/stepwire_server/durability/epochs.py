@@ -27,13 +27,14 @@ class Epochs:
         """Acquire nothing yet."""
         self._disk, self._folder = disk, folder
 
-    def acquire(self, instance: str = "") -> int:
+    def acquire(self, instance: str = "", least: int = 1) -> int:
         """Create the next epoch, and return its number; every older owner is fenced from then on.
 
         Args:
             instance: an id of the owner, for the people who read the file.
+            least: the smallest number that the epoch may have.
         """
-        epoch = self.newest() + 1
+        epoch = max(self.newest() + 1, least)
         while not self._create(epoch, instance):
             epoch = max(epoch, self.newest()) + 1
         for old in self._numbers()[:-KEPT]:

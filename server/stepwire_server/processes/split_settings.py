@@ -54,8 +54,8 @@ def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list
     """Return the settings of each process.
 
     Ports count up from the port of `bind`, or are free ones. The path of a socket gets the number of the process as its
-    suffix, and the data directory has a folder for each. Threads and budget are divided among the processes: those of
-    the settings, or else those of the machine.
+    suffix, and the data directory and the object store have a folder for each. Threads and budget are divided among the
+    processes: those of the settings, or else those of the machine.
     Each process has one thread at least. GPUs are dealt out: those of the settings, or else all visible ones.
 
     Args:
@@ -82,6 +82,7 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
         memory_budget=_budget(config, machine, device, sharers),
         port_file="",
         data_dir=str(pathlib.Path(config.data_dir, str(index))) if config.data_dir else "",
+        checkpoint_store=f"{config.checkpoint_store.rstrip('/')}/{index}" if config.checkpoint_store else "",
     )
 
 

@@ -88,7 +88,13 @@ def encode_parked(session: ParkedSession) -> session_pb2.Session:
 def encode_checkpoint(info: CheckpointInfo) -> checkpoint_pb2.Checkpoint:
     """Encode one line of a list of checkpoints."""
     message = checkpoint_pb2.Checkpoint(
-        name=info.name, step=info.step, load=info.load, bytes=info.nbytes, damage=info.damage or ""
+        name=info.name,
+        step=info.step,
+        load=info.load,
+        bytes=info.nbytes,
+        damage=info.damage or "",
+        stored=info.stored,
+        store_problem=info.store_problem,
     )
     if info.created:
         message.create_time.FromDatetime(datetime.datetime.fromisoformat(info.created))

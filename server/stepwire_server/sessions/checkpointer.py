@@ -101,6 +101,11 @@ class Checkpointer:
                     self._kept[session] = _Kept(saved, self._clock(), log_bytes)
             return saved
 
+    def of(self, session_id: str) -> Session | None:
+        """Return the session of an id, if it is looked after."""
+        with self._lock:
+            return next((session for session in self._kept if session.session_id == session_id), None)
+
     def last(self, session: Session) -> Saved | None:
         """Return the last checkpoint of a session; None for one that is not looked after."""
         with self._lock:

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import pathlib
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,13 @@ from typing import Any, Final
 
 import structlog
 
-from stepwire.errors import DataLossError, FencedError, Reason, StepwireError
+from stepwire.errors import DataLossError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
-from stepwire_server.durability.archive import Archive, ArchivedSession
+from stepwire_server.durability.archive import ArchivedSession
+from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
-from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.ownership import LOG, Ownership
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.durability.session_log import SessionLog
@@ -42,7 +42,6 @@ from stepwire_server.sessions.session import Session, closed_on_failure
 __all__ = ["DataDirectory"]
 
 _log = structlog.get_logger()
-_EPOCHS, _LOG, _SESSIONS, _WORK = _FOLDERS = ("epochs", "log", "sessions", "work")
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
 _KEPT_BYTES: Final = 64 << 20  # of gradients, from the reading of the log until their step is made again
 _RECOVERED: Final = Saved(0, 0, -1)
@@ -64,22 +63,14 @@ class DataDirectory:
         """Own the directory from now on: every earlier owner answers nothing any more.
 
         Raises:
-            FencedError: another server acquired the directory meanwhile.
-            OSError: the disk failed.
+            StepwireError, OSError: as `Ownership`.
         """
         self._config = config
         self.codec = codec
         self._disk = disk or Disk()
-        self._folder = pathlib.Path(config.data_dir).absolute()
-        for folder in (self._folder, *(self._folder / name for name in _FOLDERS)):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        epochs = Epochs(self._disk, self._folder / _EPOCHS)
-        self.epoch = epoch = epochs.acquire(secrets.token_hex(8))
-        work = epochs.work(epoch, self._folder / _WORK)
-        self._archive = Archive(self._disk, self._folder / _SESSIONS, work)
-        self._archive.tidy()
-        self._restorer = Restorer(self._archive, codec, epoch)
-        self._is_owner: Callable[[], bool] = functools.partial(epochs.is_owner, epoch)
+        self._own = Ownership(self._disk, pathlib.Path(config.data_dir).absolute(), config.checkpoint_store)
+        self.epoch, self._archive, self._log_folder = self._own.epoch, self._own.archive, self._own.folder / LOG
+        self._restorer = Restorer(self._archive, codec, self.epoch)
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
         self._lost: dict[str, StepwireError] = {}
@@ -88,6 +79,8 @@ class DataDirectory:
         self._make: Make | None = None
         self._reading, self._readers = threading.Lock(), 0  # no segment is removed while somebody reads the log
         self.checkpointer = Checkpointer(config, clock, self.save_automatic, self._release)
+        if self._own.mirror is not None:
+            self._own.mirror.on_stored(self._stored)
 
     # --- the start ---------------------------------------------------------------------------------------
 
@@ -103,7 +96,7 @@ class DataDirectory:
         """
         began, self._make, known = time.monotonic(), make, self._archive.ids()
         recovery = Recovery(
-            functools.partial(read_log, self._disk, self._folder / _LOG, keep_bytes=_KEPT_BYTES),
+            functools.partial(read_log, self._disk, self._log_folder, keep_bytes=_KEPT_BYTES),
             functools.partial(self._restorer.restored, make=make),
             self._save_recovered,
             self._restorer.check_reached,
@@ -114,14 +107,14 @@ class DataDirectory:
         self._unsafe = recovered.short.union(session.session_id for session in recovered.sessions)
         limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
         self._writer = LogWriter(
-            self._disk, self._folder / _LOG, self.epoch, self._is_owner, after=recovered.end, limits=limits
+            self._disk, self._log_folder, self.epoch, self._own.holds, after=recovered.end, limits=limits
         )
         self._writer.on_failure(lambda error: _log.error("nothing more becomes durable", problem=str(error)))
         for session in recovered.sessions:
             self._open(session, _RECOVERED)
         _log.info(
             "recovered",
-            data_dir=str(self._folder),
+            data_dir=str(self._own.folder),
             epoch=self.epoch,
             sessions=len(recovered.sessions),
             parked=len(known) - len(recovered.sessions) - len(self._lost),
@@ -158,7 +151,7 @@ class DataDirectory:
         """
         self.check_owner()
         try:
-            self._archive.remove(session_id)
+            self._own.remove(session_id)
         except OSError as error:
             raise DataLossError(
                 f"session {session_id} could not be removed from the disk: {error}; it is still there, end it again",
@@ -222,7 +215,7 @@ class DataDirectory:
             ResourceExhaustedError: no room just now.
             DataLossError: the session could not be brought back.
         """
-        if (loss := self._lost.get(session_id)) is not None:
+        if (loss := self._lost.get(session_id) or self._own.loss(session_id)) is not None:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
         session = self._brought_back(session_id, make)
         if (generation := self._generations.pop(session_id, None)) is not None:
@@ -232,11 +225,23 @@ class DataDirectory:
 
     def has(self, session_id: str) -> bool:
         """Tell whether a session is on disk, be it in memory or not."""
-        return self._archive.has(session_id)
+        return self._own.has(session_id)
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
         return self._archive.checkpoints(session_id)
+
+    def listed(self, session_id: str) -> tuple[CheckpointInfo, ...]:
+        """Return a line for each checkpoint of a session, with its way into the object store.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        return tuple(self._own.with_store(session_id, info) for info in self.checkpoints(session_id).list())
+
+    def touch(self, session_id: str) -> None:
+        """Note that a checkpoint of a session was deleted."""
+        self._own.touch(session_id)
 
     def is_bad(self, session_id: str, name: str) -> bool:
         """Tell whether a checkpoint's arrays were found to be damaged."""
@@ -248,10 +253,7 @@ class DataDirectory:
         Raises:
             FencedError: NOT_PRIMARY.
         """
-        if not self._is_owner():
-            raise FencedError(
-                "another server owns the data directory now; connect to that one", reason=Reason.NOT_PRIMARY
-            )
+        self._own.check()
 
     def save(self, session: Session, store: CheckpointStore, name: str) -> Saved:
         """Save a checkpoint of a session's present moment into a store; the caller has the checkpointer's turn.
@@ -292,16 +294,24 @@ class DataDirectory:
         Raises:
             DataLossError: the log is damaged, or cannot be read.
         """
-        reader = read_log(self._disk, self._folder / _LOG, up_to=self._log_writer.durable_position)
+        reader = read_log(self._disk, self._log_folder, up_to=self._log_writer.durable_position)
         return [record for record in reader if record.header.session.hex() == session_id]
 
     def start(self) -> None:
         """Take checkpoints when they are due."""
         self.checkpointer.start()
+        if self._own.mirror is not None:
+            self._own.mirror.start()
+
+    def settle(self, seconds: float) -> bool:
+        """Bring the object store up to date, if there is one; return False if that failed, or took longer."""
+        return self._own.mirror is None or self._own.mirror.settle(seconds)
 
     def close(self) -> None:
         """End the checkpoints and the log. Closing twice is harmless."""
         self.checkpointer.close()
+        if self._own.mirror is not None:
+            self._own.mirror.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -319,12 +329,29 @@ class DataDirectory:
     def _open(self, session: Session, saved: Saved) -> None:
         """Have a session write into the log, and be looked after."""
         journals = session.config.durability.level == "journal"
-        log = SessionLog(self._log_writer, session.session_id, self._entries, self._is_owner)
+        log = SessionLog(self._log_writer, session.session_id, self._entries, self._own.holds)
         session.progress.attach(log, functools.partial(self.checkpointer.checkpoint, session), journals=journals)
         session.progress.wake_every(session.config.durability.every_steps or 0, self.checkpointer.wake)
-        session.progress.checkpointed(saved.step)
-        session.ledger.durable_step = session.ledger.applied_step
+        ledger = session.ledger
+        ledger.kept_step = ledger.applied_step
+        self.note_saved(session, saved)
+        ledger.durable_step = ledger.applied_step
+        if self._waits_for_store(session):
+            ledger.durable_step = min(ledger.applied_step, self._own.stored_step(session.session_id))
         self.checkpointer.add(session, saved)
+
+    def note_saved(self, session: Session, saved: Saved) -> None:
+        """Note that a checkpoint is on the disk."""
+        session.progress.checkpointed(saved.step, durable=not self._waits_for_store(session))
+        self._own.touch(session.session_id)
+
+    def _waits_for_store(self, session: Session) -> bool:
+        """Tell whether steps are durable once a checkpoint is in the object store: there is one, and no journal."""
+        return self._own.mirror is not None and session.config.durability.level != "journal"
+
+    def _stored(self, session_id: str, step: int) -> None:
+        if (session := self.checkpointer.of(session_id)) is not None:
+            session.progress.checkpointed(step)
 
     def _brought_back(self, session_id: str, make: Make) -> Session:
         """Restore a parked session; where its newest checkpoint is damaged, or behind, the log has the rest."""
@@ -353,9 +380,9 @@ class DataDirectory:
         there = has_moment(session, store, self._restorer.bad(session.session_id))
         if not there or (ledger.applied_step, ledger.applied_load) != (saved.step, saved.load):
             saved = self.save(session, store, free_name(session, store))
-        session.progress.checkpointed(saved.step)
         self._unsafe.discard(session.session_id)
         store.prune(self._config.checkpoints_kept)
+        self.note_saved(session, saved)
         return saved
 
     def _save_recovered(self, session: Session) -> None:
@@ -367,5 +394,5 @@ class DataDirectory:
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""
         with self._reading:
-            if not (self._unsafe or self._lost or self._readers) and self._is_owner():
+            if not (self._unsafe or self._lost or self._readers) and self._own.holds():
                 self._log_writer.release(LogPosition(self.epoch, number))

@@ -41,6 +41,7 @@ class Ledger:
         applied_step: the last committed step; 0 before the first.
         applied_load: the last committed load; 0 before the first.
         durable_step: the last step that survives a loss of the server.
+        kept_step: the last step that the disk had when the session came into memory.
         last_result: the last step's result; None where a load has set the step since.
         ready: parameters have been loaded or were initialised.
         closed: the session has ended, in this object at least.
@@ -54,7 +55,7 @@ class Ledger:
         self.worker = Worker(0)
         self.applied_step = 0
         self.applied_load = 0
-        self.durable_step = 0
+        self.durable_step = self.kept_step = 0
         self.last_result: StepResult | None = None
         self.ready = ready
         self.closed = self.parked = False
@@ -135,7 +136,7 @@ class Ledger:
         Raises:
             DataLossError: DURABLE_STEP_LOST.
         """
-        if durable_step > self.durable_step:
+        if durable_step > max(self.durable_step, self.kept_step):
             raise DataLossError(
                 f"session {self.session_id} is durable up to step {self.durable_step} here, and the client knows step "
                 f"{durable_step} to be durable; this server has lost steps, so load your own state into a new session",

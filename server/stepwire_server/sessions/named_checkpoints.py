@@ -58,7 +58,7 @@ class NamedCheckpoints:
             if found is not None:
                 raise name_taken(name)
             saved = directory.save(session, store, name)
-            session.progress.checkpointed(saved.step)
+            directory.note_saved(session, saved)
             with store.open(name) as checkpoint:
                 return SavedCheckpoint(checkpoint.info(), replayed=False)
 
@@ -71,7 +71,7 @@ class NamedCheckpoints:
             DataLossError: DURABILITY_FAILED, the disk could not be read.
         """
         with telling_of_the_disk():
-            return self.directory_of(session_id).checkpoints(session_id).list()
+            return self.directory_of(session_id).listed(session_id)
 
     def verify(self, session_id: str, name: str) -> CheckpointInfo:
         """Read all of a checkpoint.
@@ -101,6 +101,7 @@ class NamedCheckpoints:
             if not directory.is_bad(session_id, name):
                 _keep_newest(store, name)
             store.delete(name)
+            directory.touch(session_id)
 
     def directory_of(self, session_id: str) -> DataDirectory:
         """Return the data directory, if it has the session.

@@ -139,10 +139,11 @@ class Progress:
         if self._log is not None:
             self.last = Mark(self._log.hold(holder.generation), self._ledger.applied_step)
 
-    def checkpointed(self, step: int) -> None:
-        """Note that a checkpoint holds a step."""
+    def checkpointed(self, step: int, *, durable: bool = True) -> None:
+        """Note that a checkpoint holds a step; it may not be durable yet."""
         self._saved_step = max(self._saved_step, step)
-        self._durable(step)
+        if durable:
+            self._durable(step)
 
     def _durable(self, step: int) -> None:
         with self._telling:  # not the session's lock, which steps hold for long

@@ -51,6 +51,15 @@ def test_sockets_of_shared_memory_are_numbered() -> None:
     assert cut("handoff_socket", processes=2, shared_memory=False) == ["", ""]
 
 
+def test_folders_and_stores_are_numbered() -> None:
+    assert cut("data_dir", processes=2, data_dir="/data") == ["/data/0", "/data/1"]
+    assert cut("checkpoint_store", processes=2, checkpoint_store="s3://bucket/prefix/") == [
+        "s3://bucket/prefix/0",
+        "s3://bucket/prefix/1",
+    ]
+    assert cut("checkpoint_store", processes=2) == ["", ""]
+
+
 def test_processors_are_shared_and_each_process_has_one() -> None:
     assert cut("threads", processes=3) == [2, 2, 2]
     assert cut("threads", processes=2, threads=6) == [3, 3]

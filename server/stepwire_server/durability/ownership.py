@@ -1,0 +1,109 @@
+"""The ownership of a data directory, and of the object store that has a copy of its checkpoints."""
+
+from __future__ import annotations
+
+import pathlib
+import secrets
+from typing import Final
+
+from stepwire.errors import FencedError, Reason, StepwireError
+from stepwire_server.durability.archive import Archive
+from stepwire_server.durability.checkpoint import CheckpointInfo
+from stepwire_server.durability.disk import Disk
+from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.mirror import CLOSED, Mirror
+from stepwire_server.durability.object_store import ObjectStore
+from stepwire_server.durability.succession import Succession
+
+__all__ = ["LOG", "Ownership"]
+
+LOG: Final = "log"
+
+_EPOCHS, _SESSIONS, _WORK = "epochs", "sessions", "work"
+
+
+class Ownership:
+    """One server's ownership: from now on every earlier owner answers nothing any more.
+
+    Attributes:
+        folder: the data directory.
+        epoch: the epoch of this owner.
+        archive: the sessions on disk.
+        mirror: the copy in an object store; None without one.
+    """
+
+    def __init__(self, disk: Disk, folder: pathlib.Path, store_url: str) -> None:
+        """Acquire the directory, and the store of a URL, which is empty for none.
+
+        Raises:
+            FencedError: another server acquired one of them meanwhile.
+            InvalidRequestError, UnsupportedFeatureError: the store cannot be opened, or is that of another directory.
+            DataLossError: the index of the store is damaged.
+            OSError: the disk or the store failed.
+        """
+        self.folder = folder
+        for path in (folder, *(folder / name for name in (_EPOCHS, LOG, _SESSIONS, _WORK, CLOSED))):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._epochs = Epochs(disk, folder / _EPOCHS)
+        succession = Succession(disk, folder, ObjectStore.open(store_url)) if store_url else None
+        if succession is None:
+            self.epoch = self._epochs.acquire(secrets.token_hex(8))
+        else:
+            self.epoch = succession.acquire(self._epochs, (_SESSIONS, LOG, CLOSED))
+        work = self._epochs.work(self.epoch, folder / _WORK)
+        self.archive = Archive(disk, folder / _SESSIONS, work)
+        self.archive.tidy()
+        self.mirror = None if succession is None else Mirror(disk, folder, self.archive, succession, self.epoch)
+
+    def holds(self) -> bool:
+        """Tell whether no newer owner is there, as far as it can be seen."""
+        return self._epochs.is_owner(self.epoch) and (self.mirror is None or self.mirror.owns)
+
+    def check(self) -> None:
+        """Refuse a change of what is on disk when another server owns it.
+
+        Raises:
+            FencedError: NOT_PRIMARY.
+        """
+        if not self.holds():
+            raise FencedError(
+                "another server owns the data directory now; connect to that one", reason=Reason.NOT_PRIMARY
+            )
+
+    def has(self, session_id: str) -> bool:
+        """Tell whether there is a session of this id, even one that could not be brought here from the store."""
+        return self.archive.has(session_id) or self.loss(session_id) is not None
+
+    def loss(self, session_id: str) -> StepwireError | None:
+        """Return the reason why a session could not be brought here from the store; None for any other."""
+        return None if self.mirror is None else self.mirror.lost.get(session_id)
+
+    def remove(self, session_id: str) -> None:
+        """Forget a session, here and in the store.
+
+        Raises:
+            OSError: the disk failed, and the session is still there.
+        """
+        if self.mirror is not None:
+            self.mirror.close_session(session_id)
+        if self.archive.has(session_id):
+            self.archive.remove(session_id)
+        if self.mirror is not None:
+            self.mirror.lost.pop(session_id, None)
+            self.mirror.touch(session_id)
+
+    def touch(self, session_id: str) -> None:
+        """Note that the checkpoints of a session have changed."""
+        if self.mirror is not None:
+            self.mirror.touch(session_id)
+
+    def stored_step(self, session_id: str) -> int:
+        """Return the last step of a session that the object store has; 0 for none."""
+        return 0 if self.mirror is None else self.mirror.stored_step(session_id)
+
+    def with_store(self, session_id: str, info: CheckpointInfo) -> CheckpointInfo:
+        """Return the line of a checkpoint with its way into the store."""
+        if self.mirror is None:
+            return info
+        state = self.mirror.state(session_id, info)
+        return info._replace(stored=state.stored, store_problem=state.problem)
