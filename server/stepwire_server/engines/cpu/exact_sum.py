@@ -192,7 +192,9 @@ class ExactSum:
             return {}
         bounds = [np.empty(len(total), np.float32) for _ in range(2)]
         for bound, out in zip((-np.inf, np.inf), bounds, strict=True):
-            self._kernels.exact("mean")(np.nextafter(total, bound), out, 0, len(total), divisor, 0.0)
+            with np.errstate(all="ignore"):
+                near = np.nextafter(total, bound)
+            self._kernels.exact("mean")(near, out, 0, len(total), divisor, 0.0)
         places = np.flatnonzero((bounds[0].view(np.uint32) != bounds[1].view(np.uint32)) & (levels[0] != 0.0))
         exact = {place: sum(Fraction(level[place]) for level in (nearest, *levels)) for place in places.tolist()}
         return {start + place: _rounded(Fraction(total), divisor) for place, total in exact.items()}

@@ -47,7 +47,8 @@ def nearest(value: Fraction) -> float:
     if abs(value) >= Fraction(2) ** 128 - Fraction(2) ** 103:
         return math.copysign(math.inf, value)
     near = np.float32(min(max(float(value), -3.4028234e38), 3.4028234e38))
-    around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    with np.errstate(over="ignore"):
+        around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
     finite = [each for each in around if np.isfinite(each)]
     return float(min(finite, key=lambda each: (abs(Fraction(float(each)) - value), int(each.view(np.uint32)) & 1)))
 

@@ -42,7 +42,8 @@ def quotient(values: np.ndarray) -> float:
     """Return the mean of float32 values, rounded to float32 by way of longer arithmetic than any middle needs."""
     exact = sum(map(Fraction, values.tolist()), Fraction(0)) / len(values)
     near = np.float32(float(exact))
-    around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    with np.errstate(over="ignore"):
+        around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
     finite = [each for each in around if np.isfinite(each)]
     return float(min(finite, key=lambda each: (abs(Fraction(float(each)) - exact), int(each.view(np.uint32)) & 1)))
 
