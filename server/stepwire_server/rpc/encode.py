@@ -76,7 +76,7 @@ def encode_parked(session: ParkedSession) -> session_pb2.Session:
         session_id=session.session_id,
         epoch=session.epoch,
         applied_step=session.step,
-        durable_step=session.step,
+        durable_step=session.durable_step,
         applied_load=session.load,
         config=encode_config(session.config, whole=False),
         ready=session.ready,

@@ -21,7 +21,6 @@ import structlog
 from stepwire.errors import DataLossError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
 from stepwire_server.durability.archive import ArchivedSession
-from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.ownership import LOG, Ownership
@@ -55,6 +54,7 @@ class DataDirectory:
         epoch: the epoch of this owner.
         codec: the contract's messages, for what is on disk.
         checkpointer: takes the checkpoints of the sessions that are in memory.
+        own: the ownership of what is on the disk, and of its copy in an object store.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class DataDirectory:
         self._config = config
         self.codec = codec
         self._disk = disk or Disk()
-        self._own = Ownership(self._disk, pathlib.Path(config.data_dir).absolute(), config.checkpoint_store)
-        self.epoch, self._archive, self._log_folder = self._own.epoch, self._own.archive, self._own.folder / LOG
+        self.own = Ownership(self._disk, pathlib.Path(config.data_dir).absolute(), config.checkpoint_store)
+        self.epoch, self._archive, self._log_folder = self.own.epoch, self.own.archive, self.own.folder / LOG
         self._restorer = Restorer(self._archive, codec, self.epoch)
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
@@ -79,8 +79,8 @@ class DataDirectory:
         self._make: Make | None = None
         self._reading, self._readers = threading.Lock(), 0  # no segment is removed while somebody reads the log
         self.checkpointer = Checkpointer(config, clock, self.save_automatic, self._release)
-        if self._own.mirror is not None:
-            self._own.mirror.on_stored(self._stored)
+        if self.own.mirror is not None:
+            self.own.mirror.on_stored(self._stored)
 
     # --- the start ---------------------------------------------------------------------------------------
 
@@ -107,14 +107,14 @@ class DataDirectory:
         self._unsafe = recovered.short.union(session.session_id for session in recovered.sessions)
         limits = LogLimits(segment_bytes=self._config.journal_segment_bytes)
         self._writer = LogWriter(
-            self._disk, self._log_folder, self.epoch, self._own.holds, after=recovered.end, limits=limits
+            self._disk, self._log_folder, self.epoch, self.own.holds, after=recovered.end, limits=limits
         )
         self._writer.on_failure(lambda error: _log.error("nothing more becomes durable", problem=str(error)))
         for session in recovered.sessions:
             self._open(session, _RECOVERED)
         _log.info(
             "recovered",
-            data_dir=str(self._own.folder),
+            data_dir=str(self.own.folder),
             epoch=self.epoch,
             sessions=len(recovered.sessions),
             parked=len(known) - len(recovered.sessions) - len(self._lost),
@@ -151,7 +151,7 @@ class DataDirectory:
         """
         self.check_owner()
         try:
-            self._own.remove(session_id)
+            self.own.remove(session_id)
         except OSError as error:
             raise DataLossError(
                 f"session {session_id} could not be removed from the disk: {error}; it is still there, end it again",
@@ -215,7 +215,7 @@ class DataDirectory:
             ResourceExhaustedError: no room just now.
             DataLossError: the session could not be brought back.
         """
-        if (loss := self._lost.get(session_id) or self._own.loss(session_id)) is not None:
+        if (loss := self._lost.get(session_id) or self.own.loss(session_id)) is not None:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
         session = self._brought_back(session_id, make)
         if (generation := self._generations.pop(session_id, None)) is not None:
@@ -225,23 +225,11 @@ class DataDirectory:
 
     def has(self, session_id: str) -> bool:
         """Tell whether a session is on disk, be it in memory or not."""
-        return self._own.has(session_id)
+        return self.own.has(session_id)
 
     def checkpoints(self, session_id: str) -> CheckpointStore:
         """Return the checkpoints of a session."""
         return self._archive.checkpoints(session_id)
-
-    def listed(self, session_id: str) -> tuple[CheckpointInfo, ...]:
-        """Return a line for each checkpoint of a session, with its way into the object store.
-
-        Raises:
-            OSError: the disk failed.
-        """
-        return tuple(self._own.with_store(session_id, info) for info in self.checkpoints(session_id).list())
-
-    def touch(self, session_id: str) -> None:
-        """Note that a checkpoint of a session was deleted."""
-        self._own.touch(session_id)
 
     def is_bad(self, session_id: str, name: str) -> bool:
         """Tell whether a checkpoint's arrays were found to be damaged."""
@@ -253,7 +241,7 @@ class DataDirectory:
         Raises:
             FencedError: NOT_PRIMARY.
         """
-        self._own.check()
+        self.own.check()
 
     def save(self, session: Session, store: CheckpointStore, name: str) -> Saved:
         """Save a checkpoint of a session's present moment into a store; the caller has the checkpointer's turn.
@@ -300,18 +288,18 @@ class DataDirectory:
     def start(self) -> None:
         """Take checkpoints when they are due."""
         self.checkpointer.start()
-        if self._own.mirror is not None:
-            self._own.mirror.start()
+        if self.own.mirror is not None:
+            self.own.mirror.start()
 
     def settle(self, seconds: float) -> bool:
         """Bring the object store up to date, if there is one; return False if that failed, or took longer."""
-        return self._own.mirror is None or self._own.mirror.settle(seconds)
+        return self.own.mirror is None or self.own.mirror.settle(seconds)
 
     def close(self) -> None:
         """End the checkpoints and the log. Closing twice is harmless."""
         self.checkpointer.close()
-        if self._own.mirror is not None:
-            self._own.mirror.close()
+        if self.own.mirror is not None:
+            self.own.mirror.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -329,25 +317,27 @@ class DataDirectory:
     def _open(self, session: Session, saved: Saved) -> None:
         """Have a session write into the log, and be looked after."""
         journals = session.config.durability.level == "journal"
-        log = SessionLog(self._log_writer, session.session_id, self._entries, self._own.holds)
+        log = SessionLog(self._log_writer, session.session_id, self._entries, self.own.holds)
         session.progress.attach(log, functools.partial(self.checkpointer.checkpoint, session), journals=journals)
         session.progress.wake_every(session.config.durability.every_steps or 0, self.checkpointer.wake)
-        ledger = session.ledger
-        ledger.kept_step = ledger.applied_step
+        ledger, step = session.ledger, session.ledger.applied_step
+        ledger.kept_step = step
         self.note_saved(session, saved)
-        ledger.durable_step = ledger.applied_step
-        if self._waits_for_store(session):
-            ledger.durable_step = min(ledger.applied_step, self._own.stored_step(session.session_id))
+        ledger.durable_step = self.durable_step(session.session_id, session.config, step)
         self.checkpointer.add(session, saved)
 
     def note_saved(self, session: Session, saved: Saved) -> None:
         """Note that a checkpoint is on the disk."""
-        session.progress.checkpointed(saved.step, durable=not self._waits_for_store(session))
-        self._own.touch(session.session_id)
+        session.progress.checkpointed(saved.step, durable=not self._waits_for_store(session.config))
+        self.own.touch(session.session_id)
 
-    def _waits_for_store(self, session: Session) -> bool:
+    def durable_step(self, session_id: str, config: SessionConfig, step: int) -> int:
+        """Return the last durable step of a session that the disk has up to a step."""
+        return min(step, self.own.stored_step(session_id)) if self._waits_for_store(config) else step
+
+    def _waits_for_store(self, config: SessionConfig) -> bool:
         """Tell whether steps are durable once a checkpoint is in the object store: there is one, and no journal."""
-        return self._own.mirror is not None and session.config.durability.level != "journal"
+        return self.own.mirror is not None and config.durability.level != "journal"
 
     def _stored(self, session_id: str, step: int) -> None:
         if (session := self.checkpointer.of(session_id)) is not None:
@@ -394,5 +384,5 @@ class DataDirectory:
     def _release(self, number: int) -> None:
         """Let go of the records before a number, once no session needs those of older epochs."""
         with self._reading:
-            if not (self._unsafe or self._lost or self._readers) and self._own.holds():
+            if not (self._unsafe or self._lost or self._readers) and self.own.holds():
                 self._log_writer.release(LogPosition(self.epoch, number))

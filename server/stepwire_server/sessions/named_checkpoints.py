@@ -53,7 +53,7 @@ class NamedCheckpoints:
         with telling_of_the_disk(), directory.checkpointer.turn():
             if (found := _found(store, name)) is not None and _is_present(session, found):
                 directory.check_owner()
-                return SavedCheckpoint(found, replayed=True)
+                return SavedCheckpoint(directory.own.with_store(session.session_id, found), replayed=True)
             session.exchange.snapshot()  # of this server's session still, and nothing of it half applied
             if found is not None:
                 raise name_taken(name)
@@ -71,7 +71,9 @@ class NamedCheckpoints:
             DataLossError: DURABILITY_FAILED, the disk could not be read.
         """
         with telling_of_the_disk():
-            return self.directory_of(session_id).listed(session_id)
+            directory = self.directory_of(session_id)
+            found = directory.checkpoints(session_id).list()
+            return tuple(directory.own.with_store(session_id, info) for info in found)
 
     def verify(self, session_id: str, name: str) -> CheckpointInfo:
         """Read all of a checkpoint.
@@ -81,9 +83,10 @@ class NamedCheckpoints:
             InvalidRequestError: no checkpoint has the name.
             DataLossError: it is damaged, which names the first bad array; or the disk could not be read.
         """
-        with telling_of_the_disk(), self.directory_of(session_id).checkpoints(session_id).open(name) as checkpoint:
+        directory = self.directory_of(session_id)
+        with telling_of_the_disk(), directory.checkpoints(session_id).open(name) as checkpoint:
             checkpoint.body.verify()
-            return checkpoint.info()
+            return directory.own.with_store(session_id, checkpoint.info())
 
     def delete(self, session_id: str, name: str) -> None:
         """Delete a checkpoint; the newest state of the session stays, under the name of an automatic one.
@@ -101,7 +104,7 @@ class NamedCheckpoints:
             if not directory.is_bad(session_id, name):
                 _keep_newest(store, name)
             store.delete(name)
-            directory.touch(session_id)
+            directory.own.touch(session_id)
 
     def directory_of(self, session_id: str) -> DataDirectory:
         """Return the data directory, if it has the session.

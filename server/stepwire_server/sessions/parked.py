@@ -22,6 +22,7 @@ class ParkedSession(NamedTuple):
         epoch: the epoch of the server that owns it.
         config: its config.
         step: the last step of its newest checkpoint.
+        durable_step: the last step that survives a loss of the server.
         load: the last load of it.
         ready: it has parameters.
         create_time: the time of its creation, in seconds since 1970.
@@ -31,6 +32,7 @@ class ParkedSession(NamedTuple):
     epoch: int
     config: SessionConfig
     step: int
+    durable_step: int
     load: int
     ready: bool
     create_time: float
@@ -47,7 +49,7 @@ def parked_session(directory: DataDirectory, session_id: str) -> ParkedSession:
     config = directory.codec.decode_config(archived.config)
     checkpoint = directory.checkpoints(session_id).newest().checkpoint
     if checkpoint is None:
-        return ParkedSession(session_id, directory.epoch, config, 0, 0, config.start_at_zero, archived.create_time)
+        return ParkedSession(session_id, directory.epoch, config, 0, 0, 0, config.start_at_zero, archived.create_time)
     with checkpoint:
         manifest = checkpoint.manifest
         return ParkedSession(
@@ -55,6 +57,7 @@ def parked_session(directory: DataDirectory, session_id: str) -> ParkedSession:
             directory.epoch,
             config,
             manifest.step,
+            directory.durable_step(session_id, config, manifest.step),
             manifest.load,
             manifest.ready,
             archived.create_time,

@@ -71,7 +71,7 @@ def machines(tmp_path: pathlib.Path, objects: pathlib.Path) -> list[Machine]:
 
 def mirror_of(server: Server) -> mirror.Mirror:
     assert server.registry.directory is not None
-    found = server.registry.directory._own.mirror
+    found = server.registry.directory.own.mirror
     assert found is not None
     return found
 
@@ -242,7 +242,9 @@ def test_steps_without_a_journal_are_durable_once_the_store_has_them(machines: l
         steps(session, 3, 1)
         checkpointed(server, session)
         assert session.info().durable_step == 2
-    with first.server() as server, connect(server) as client:  # parked now
+    with first.server() as server, connect(server) as client:
+        parked = next(each for each in client.sessions() if each.session_id == session.own_id)
+        assert (parked.parked, parked.applied_step, parked.durable_step) == (True, 3, 2)
         again = client.session(session.own_id)
         assert (again.applied_step, again.info().durable_step) == (3, 2)
         again.attach(take_over=True)
@@ -267,7 +269,7 @@ def test_a_list_tells_what_the_store_has(machines: list[Machine], monkeypatch: p
         assert (info.stored, info.store_problem) == (False, "the store is away")
         assert steps(session, 1, 1)
         assert uploaded(server)
-        (info,) = session.checkpoints()
+        assert session.verify_checkpoint("one") == (info := session.checkpoints()[0])
         assert (info.stored, info.store_problem) == (True, "")
 
 

@@ -10,11 +10,14 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+import stepwire
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.durability import object_store
 from stepwire_server.durability.object_store import ObjectStore, ObjectStoreError
+from tests.support.numpy_server import numpy_server
 
 REMEDY = "pip install 'stepwire[objects]'"
 
@@ -107,6 +110,23 @@ def test_a_large_object_is_written_in_parts(
 def test_a_missing_object_is_told(objects: ObjectStore) -> None:
     with pytest.raises(FileNotFoundError, match="read none: there is no such object"):
         objects.read("none", 1)
+
+
+def test_servers_on_two_machines_go_on_over_s3(
+    s3: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason=f"obstore is not installed: {REMEDY}")
+    keyed(monkeypatch, s3)
+    gradient, place = {"w": np.ones(100, np.float32)}, {"checkpoint_store": "s3://bucket/whole"}
+    with numpy_server(data_dir=str(tmp_path / "one"), **place) as server, stepwire.connect(server.target) as client:
+        session = client.create_session({"w": np.zeros(100, np.float32)}, durability="checkpoint", keep=True)
+        before = session.step(gradient)
+        assert server.drain()
+        assert server.registry.get(session.session_id).ledger.durable_step == 1
+    with numpy_server(data_dir=str(tmp_path / "two"), **place) as server, stepwire.connect(server.target) as client:
+        again = client.session(session.session_id)
+        assert (again.pull()["w"] == before["w"]).all()
+        assert (again.info().epoch, again.info().durable_step) == (2, 1)
 
 
 def test_a_failure_tells_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
