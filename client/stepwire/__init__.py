@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         FencedError,
         InvalidRequestError,
         NonFiniteGradientError,
+        NotEnoughWorkersError,
         PermissionDeniedError,
         Reason,
         ResourceExhaustedError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         UnavailableError,
         UnsupportedFeatureError,
     )
+    from stepwire.membership import Contributor, Member, RoundResult
     from stepwire.optimizers import (
         LAMB,
         LARS,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         RAdam,
         RMSprop,
     )
+    from stepwire.optimizers.aggregation import Aggregation
     from stepwire.optimizers.durability import Durability
     from stepwire.optimizers.gradient_treatment import LossScaling
     from stepwire.optimizers.schedules import Schedule
@@ -81,9 +84,11 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Aggregation",
     "AuthenticationError",
     "CheckpointInfo",
     "Client",
+    "Contributor",
     "DataLossError",
     "DeadlineExceededError",
     "Durability",
@@ -93,8 +98,10 @@ __all__ = [
     "InvalidRequestError",
     "Lion",
     "LossScaling",
+    "Member",
     "NAdam",
     "NonFiniteGradientError",
+    "NotEnoughWorkersError",
     "Optimizer",
     "PermissionDeniedError",
     "RAdam",
@@ -102,6 +109,7 @@ __all__ = [
     "Reason",
     "ResourceExhaustedError",
     "Retry",
+    "RoundResult",
     "Schedule",
     "ServerError",
     "ServerInfo",
@@ -130,6 +138,7 @@ _HOMES = {
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "CheckpointInfo": "results",
+    **dict.fromkeys(("Contributor", "Member", "RoundResult"), "membership"),
     "GroupResult": "results",
     "ServerInfo": "results",
     "SessionConfig": "results",
@@ -139,6 +148,7 @@ _HOMES = {
     "StepResult": "results",
     "TransportChoice": "results",
     "Retry": "connection.retry",
+    "Aggregation": "optimizers.aggregation",
     "Durability": "optimizers.durability",
     "Schedule": "optimizers.schedules",
     "Session": "session",

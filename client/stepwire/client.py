@@ -20,8 +20,9 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.ownership import Ownership
-from stepwire.links.server import ServerLink
+from stepwire.links.server import LinkOptions, ServerLink
 from stepwire.optimizers import Adam, Optimizer
+from stepwire.optimizers.aggregation import Aggregation, aggregation_to_wire
 from stepwire.optimizers.durability import Durability, DurabilityLevel, durability_to_wire
 from stepwire.optimizers.gradient_treatment import (
     ClipFormula,
@@ -31,7 +32,7 @@ from stepwire.optimizers.gradient_treatment import (
     NonFinite,
     treatment_to_wire,
 )
-from stepwire.optimizers.hyperparameters import number
+from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.optimizers.schedules import Schedule
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
@@ -46,7 +47,9 @@ __all__ = ["Client"]
 
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
+Worker = int | Literal["any"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
+_MOST_WORKERS = 1 << 32
 _TELEMETRY = {
     "full": session_pb2.TELEMETRY_LEVEL_FULL,
     "gradient": session_pb2.TELEMETRY_LEVEL_GRADIENT,
@@ -110,6 +113,8 @@ class Client:
         parameter_average_decay: float | None = None,
         telemetry: Telemetry = "full",
         durability: Durability | DurabilityLevel = "memory",
+        aggregation: Aggregation | None = None,
+        worker: Worker = 0,
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
@@ -157,12 +162,16 @@ class Client:
                 but "allow" need that pass all the same.
             durability: the steps that survive a loss of the server: `"memory"`, `"checkpoint"` or `"journal"`, or a
                 `Durability` with the times of its checkpoints. All but the first need a server with `--data-dir`.
+            aggregation: the way that the gradients of several workers meet; None for one worker.
+            worker: with aggregation, the index of the worker that this client steps as, or `"any"`. Every worker may
+                create the session, with the same `request_id`: the first creates it, the others find it.
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
             label: text for listings; default the host, the process id and the script, without a `request_id`.
             keep: the session stays on the server, until its lease runs out, when this process ends normally or drops
-                its object without closing it. By default the session ends then; see `Session.keep`.
+                its object without closing it. By default the session ends then, unless it has several workers; see
+                `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
             timeout: seconds for all of it.
 
@@ -199,25 +208,26 @@ class Client:
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
             reply_dtype=dtype_to_wire(dtype_named(reply_dtype, "reply_dtype")),
+            aggregation=None if aggregation is None else aggregation_to_wire(aggregation),
             lease=_lease(lease_seconds),
             device=checked_text(device, "device"),
             label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback)
-        link = self._server.create(config, _request_id(request_id), timeout, error_feedback=error_feedback)
+        own = LinkOptions(error_feedback, _worker(worker))
+        link = self._server.create(config, _request_id(request_id), timeout, own)
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
-        ownership = Ownership(link, kept=keep or request_id is not None)
-        self._ownerships.add(ownership)
-        return Session(link, tree.structure, ownership, self._forked)
+        return self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
 
     def session(
         self,
         session_id: str | Sequence[str],
         *,
         like: Arrays | None = None,
+        worker: Worker = 0,
         error_feedback: bool = False,
         timeout: float | None = None,
     ) -> Session:
@@ -228,6 +238,7 @@ class Client:
                 session must be those of its creation, in the same order.
             like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
+            worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
@@ -239,7 +250,7 @@ class Client:
         structure = structure_like(like)
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
-        link = self._server.find(joined, timeout, error_feedback=error_feedback)
+        link = self._server.find(joined, timeout, LinkOptions(error_feedback, _worker(worker)))
         return Session(link, structure, fork=self._forked)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
@@ -284,7 +295,11 @@ class Client:
         link = self._server.fork(session_id, request, options.timeout, error_feedback=options.error_feedback)
         if options.request_id is None:  # as in `create_session`
             undelivered(link.close)
-        ownership = Ownership(link, kept=options.keep or options.request_id is not None)
+        return self._owned(link, structure, kept=options.keep or options.request_id is not None)
+
+    def _owned(self, link: SessionLink, structure: Structure, *, kept: bool) -> Session:
+        """Return a session that ends with its object, unless it is kept."""
+        ownership = Ownership(link, kept=kept)
         self._ownerships.add(ownership)
         return Session(link, structure, ownership, self._forked)
 
@@ -320,6 +335,20 @@ def _tensors(
         )
         for name, array in named.items()
     ]
+
+
+def _worker(worker: Worker) -> int | None:
+    """Return the index of a worker; None for any.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    if worker == "any":
+        return None
+    index = whole_number(worker, "worker")
+    if not 0 <= index < _MOST_WORKERS:
+        raise InvalidRequestError.of("worker", f"{index} is not in [0, {_MOST_WORKERS})")
+    return index
 
 
 def _request_id(request_id: str | None) -> str | None:

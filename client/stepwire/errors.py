@@ -7,6 +7,7 @@
     ├── StepMismatchError            ABORTED
     │   └── StateLossError           ABORTED
     ├── StateChangedError            ABORTED
+    ├── NotEnoughWorkersError        ABORTED
     ├── FencedError                  FAILED_PRECONDITION
     ├── UnsupportedFeatureError      FAILED_PRECONDITION
     ├── SessionNotReadyError         FAILED_PRECONDITION
@@ -38,6 +39,7 @@ __all__ = [
     "FencedError",
     "InvalidRequestError",
     "NonFiniteGradientError",
+    "NotEnoughWorkersError",
     "PermissionDeniedError",
     "Reason",
     "ResourceExhaustedError",
@@ -68,6 +70,7 @@ class Reason(enum.StrEnum):
     STEP_MISMATCH = "STEP_MISMATCH"
     STEP_SUPERSEDED = "STEP_SUPERSEDED"
     STATE_CHANGED = "STATE_CHANGED"
+    NOT_ENOUGH_WORKERS = "NOT_ENOUGH_WORKERS"
     STEP_UNFINISHED = "STEP_UNFINISHED"
     STALE_EPOCH = "STALE_EPOCH"
     FENCED = "FENCED"
@@ -201,6 +204,15 @@ class StateChangedError(StepwireError):
     default_reason = Reason.STATE_CHANGED
 
 
+class NotEnoughWorkersError(StepwireError):
+    """Too few workers contributed to a round within its time. Nothing was applied; the same gradient may be sent again.
+
+    `metadata["missing_workers"]` has the indices of the others, joined by commas.
+    """
+
+    default_reason = Reason.NOT_ENOUGH_WORKERS
+
+
 class FencedError(StepwireError):
     """Another client attached as this worker, the session lives in a newer epoch, or another server owns its data."""
 
@@ -286,6 +298,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.STEP_SUPERSEDED: ErrorRow("ABORTED", StepMismatchError),
     Reason.STATE_LOST: ErrorRow("ABORTED", StateLossError),
     Reason.STATE_CHANGED: ErrorRow("ABORTED", StateChangedError, retryable=True),
+    Reason.NOT_ENOUGH_WORKERS: ErrorRow("ABORTED", NotEnoughWorkersError),
     Reason.STEP_UNFINISHED: ErrorRow("FAILED_PRECONDITION", SessionNotReadyError),
     Reason.STALE_EPOCH: ErrorRow("FAILED_PRECONDITION", FencedError),
     Reason.FENCED: ErrorRow("FAILED_PRECONDITION", FencedError),

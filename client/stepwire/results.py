@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.membership import Member, RoundResult
 from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire.optimizers.aggregation import Aggregation, aggregation_from_wire
 from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_from_wire
 from stepwire.v1 import checkpoint_pb2, session_pb2, step_pb2
@@ -46,6 +48,7 @@ class SessionConfig:
         state_precision: the precision of moments, of groups and tensors without one of their own.
         tensor_precision: the precision of each tensor's moments, by name, whoever named it.
         durability: the steps that survive a loss of the server, and the times of checkpoints.
+        aggregation: the way that the gradients of several workers meet; None for one worker.
     """
 
     optimizer: Optimizer
@@ -55,6 +58,7 @@ class SessionConfig:
     state_precision: str
     tensor_precision: dict[str, str]
     durability: Durability
+    aggregation: Aggregation | None = None
 
     @classmethod
     def from_wire(cls, message: session_pb2.SessionConfig) -> SessionConfig:
@@ -71,6 +75,7 @@ class SessionConfig:
             state_precision=precision_from_wire(message.state_precision),
             tensor_precision={spec.name: spec.state_precision for spec in specs_from_wire(message)},
             durability=durability_from_wire(message, "config"),
+            aggregation=aggregation_from_wire(message.aggregation, "config.aggregation"),
         )
 
     def arguments(self, group: int) -> dict[str, Any]:
@@ -126,6 +131,7 @@ class StepResult:
             without a measurement, or without an update.
         param_norm: the norm of the parameters after the step, to about six digits; None likewise.
         loss_scale: the factor for the next loss; None without loss scaling.
+        round: the part of this worker among several; None for a session with one.
     """
 
     step: int
@@ -146,6 +152,7 @@ class StepResult:
     update_norm: float | None = None
     param_norm: float | None = None
     loss_scale: float | None = None
+    round: RoundResult | None = None
 
     @classmethod
     def from_wire(cls, message: step_pb2.StepResult) -> StepResult:
@@ -170,6 +177,7 @@ class StepResult:
             update_norm=_optional(telemetry, "update_norm"),
             param_norm=_optional(telemetry, "param_norm"),
             loss_scale=_optional(telemetry, "loss_scale"),
+            round=RoundResult.from_wire(message.round) if message.HasField("round") else None,
         )
 
 
@@ -239,6 +247,7 @@ class SessionInfo:
         expire_time: the time of its end, unless the session is used before.
         idle_seconds: the time since its last use; 0 while a stream is attached or a call is under way.
         parked: True while its state is on disk alone; the next call brings it back.
+        members: the workers that have attached so far; empty for a session with one.
     """
 
     session_id: str
@@ -254,6 +263,7 @@ class SessionInfo:
     expire_time: datetime.datetime
     idle_seconds: float
     parked: bool = False
+    members: tuple[Member, ...] = ()
 
     @classmethod
     def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
@@ -272,6 +282,7 @@ class SessionInfo:
             expire_time=message.expire_time.ToDatetime(datetime.UTC),
             idle_seconds=message.idle.ToTimedelta().total_seconds(),
             parked=message.state == session_pb2.LIFECYCLE_STATE_PARKED,
+            members=tuple(map(Member.from_wire, message.members)),
         )
 
 

@@ -84,6 +84,11 @@ class Session(StateCalls):
         return self._known.applied_step
 
     @property
+    def worker(self) -> int | None:
+        """The index of the worker that this client steps as; None before the first step as `"any"`."""
+        return self._known.worker
+
+    @property
     def last_result(self) -> StepResult | None:
         """The result of the last step; None before the first."""
         last = self._known.last_result
@@ -136,6 +141,7 @@ class Session(StateCalls):
         reply_first: Sequence[str] = (),
         on_tensor: OnReady | None = None,
         overlap: bool = False,
+        weight: float | None = None,
         out: Tree | None = None,
         timeout: float | None = None,
     ) -> Tree:
@@ -164,6 +170,7 @@ class Session(StateCalls):
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
                 step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
                 else is possible before.
+            weight: the weight of these gradients in a weighted mean over several workers; default 1.
             out: arrays to write the parameters into instead of new ones, and not over the gradients. Their content is
                 undefined after an error. Those of `shared_parameters` stand for that memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
@@ -180,6 +187,7 @@ class Session(StateCalls):
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
             StepMismatchError: the session moved without this client, or took a step that failed; see `attach`, `pull`.
             DataLossError: the server has lost a durable step, or its state.
+            NotEnoughWorkersError: too few other workers stepped in time; nothing was applied.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
         options = StepOptions(
@@ -192,6 +200,7 @@ class Session(StateCalls):
             reply_first=reply_first,
             on_tensor=on_tensor,
             overlap=overlap,
+            weight=weight,
             out=cast(Any, out),  # a tree is flattened before it is built into a call
         )
         return self.apply(gradients, options, timeout)

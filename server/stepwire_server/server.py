@@ -30,6 +30,7 @@ from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.observability.commits import log_committed
 from stepwire_server.processes.port_file import write_ports
+from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
@@ -38,7 +39,7 @@ from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
-from stepwire_server.sessions.registry import Registry, RegistryStatistics
+from stepwire_server.sessions.registry import Registry
 from stepwire_server.sharing.handoff import HandoffStatistics
 
 __all__ = ["Server", "ServerStatistics"]
@@ -162,7 +163,7 @@ class Server:
             True if every step ended within `drain_seconds`, every checkpoint was taken, and every upload ended within
             `drain_seconds`.
         """
-        self._drain.start()
+        self._refuse_steps()
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)
@@ -171,12 +172,17 @@ class Server:
         stored = self._directory is None or self._directory.settle(self._config.drain_seconds)
         return saved and stored and empty
 
+    def _refuse_steps(self) -> None:
+        """Refuse new steps, and have no worker wait for others, who would be refused."""
+        self._drain.start()
+        self.registry.end_waits(self._drain.refusal())
+
     def close(self) -> None:
         """Stop at once: end the steps under way and free everything. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True
-        self._drain.start()
+        self._refuse_steps()
         self._stopped.set()
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
         self.registry.cancel_streams()

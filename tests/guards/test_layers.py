@@ -47,6 +47,7 @@ CLIENT_LAYERS = [
     "transports",
     "connection",
     "results",
+    "membership",
     "arrays",
     "lifetimes",
     "wire",

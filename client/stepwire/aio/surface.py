@@ -15,10 +15,11 @@ import numpy.typing as npt
 from stepwire.aio.base import ClientBase, SessionBase
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Tree
-from stepwire.client import StatePrecision, Telemetry
+from stepwire.client import StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.optimizers import Optimizer
+from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import ClipFormula, LossScaling, MissingGradient, NonFinite
 from stepwire.optimizers.schedules import Schedule
@@ -60,6 +61,11 @@ class AsyncSession(SessionBase):
     def applied_step(self) -> int:
         """The last step known to be applied; the next `step` is the one after it."""
         return self.blocking.applied_step
+
+    @property
+    def worker(self) -> int | None:
+        """The index of the worker that this client steps as; None before the first step as `"any"`."""
+        return self.blocking.worker
 
     @property
     def last_result(self) -> StepResult | None:
@@ -108,6 +114,7 @@ class AsyncSession(SessionBase):
         reply_first: Sequence[str] = (),
         on_tensor: OnReady | None = None,
         overlap: bool = False,
+        weight: float | None = None,
         out: Tree | None = None,
         timeout: float | None = None,
     ) -> Tree:
@@ -136,6 +143,7 @@ class AsyncSession(SessionBase):
                 receiving and replying overlap. For sessions without clipping by norm and with `non_finite="allow"`. A
                 step that fails may then be half applied: repeat it with the same gradients until it succeeds. Nothing
                 else is possible before.
+            weight: the weight of these gradients in a weighted mean over several workers; default 1.
             out: arrays to write the parameters into instead of new ones, and not over the gradients. Their content is
                 undefined after an error. Those of `shared_parameters` stand for that memory as it is after the step.
             timeout: seconds for the step with all its repetitions; default the client's.
@@ -152,6 +160,7 @@ class AsyncSession(SessionBase):
             SessionNotReadyError: a step with `overlap` was broken off half applied, and this is not that step.
             StepMismatchError: the session moved without this client, or took a step that failed; see `attach`, `pull`.
             DataLossError: the server has lost a durable step, or its state.
+            NotEnoughWorkersError: too few other workers stepped in time; nothing was applied.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
         return await self._worker.step(
@@ -167,6 +176,7 @@ class AsyncSession(SessionBase):
                 reply_first=reply_first,
                 on_tensor=on_tensor,
                 overlap=overlap,
+                weight=weight,
                 out=out,
                 timeout=timeout,
             )
@@ -499,6 +509,8 @@ class AsyncClient(ClientBase):
         parameter_average_decay: float | None = None,
         telemetry: Telemetry = "full",
         durability: Durability | DurabilityLevel = "memory",
+        aggregation: Aggregation | None = None,
+        worker: Worker = 0,
         lease_seconds: float | None = None,
         device: str = "",
         label: str = "",
@@ -546,12 +558,16 @@ class AsyncClient(ClientBase):
                 but "allow" need that pass all the same.
             durability: the steps that survive a loss of the server: `"memory"`, `"checkpoint"` or `"journal"`, or a
                 `Durability` with the times of its checkpoints. All but the first need a server with `--data-dir`.
+            aggregation: the way that the gradients of several workers meet; None for one worker.
+            worker: with aggregation, the index of the worker that this client steps as, or `"any"`. Every worker may
+                create the session, with the same `request_id`: the first creates it, the others find it.
             lease_seconds: the life of the session without use; default the server's longest.
             device: the device of the state, by a name of `ServerInfo.devices` such as `"cuda:0"`; empty: the server's
                 choice, the device with the most free budget.
             label: text for listings; default the host, the process id and the script, without a `request_id`.
             keep: the session stays on the server, until its lease runs out, when this process ends normally or drops
-                its object without closing it. By default the session ends then; see `Session.keep`.
+                its object without closing it. By default the session ends then, unless it has several workers; see
+                `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
             timeout: seconds for all of it.
 
@@ -586,6 +602,8 @@ class AsyncClient(ClientBase):
                         parameter_average_decay=parameter_average_decay,
                         telemetry=telemetry,
                         durability=durability,
+                        aggregation=aggregation,
+                        worker=worker,
                         lease_seconds=lease_seconds,
                         device=device,
                         label=label,
@@ -603,6 +621,7 @@ class AsyncClient(ClientBase):
         session_id: str | Sequence[str],
         *,
         like: Arrays | None = None,
+        worker: Worker = 0,
         error_feedback: bool = False,
         timeout: float | None = None,
     ) -> AsyncSession:
@@ -613,6 +632,7 @@ class AsyncClient(ClientBase):
                 session must be those of its creation, in the same order.
             like: parameters, or anything else that nests as they do: the structure for `Session.pull` and for the
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
+            worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
             timeout: seconds.
 
@@ -625,7 +645,12 @@ class AsyncClient(ClientBase):
             AsyncSession(
                 await self._worker.run(
                     functools.partial(
-                        self.blocking.session, session_id, like=like, error_feedback=error_feedback, timeout=timeout
+                        self.blocking.session,
+                        session_id,
+                        like=like,
+                        worker=worker,
+                        error_feedback=error_feedback,
+                        timeout=timeout,
                     )
                 )
             )

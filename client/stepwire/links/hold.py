@@ -43,7 +43,11 @@ class Hold:
         acquisitions: how often the worker was acquired from whoever held it. Another client may have stepped the
             session before each.
         epoch: the session's epoch; 0 once the server has named another one, until the next attach.
-        applied_step: the last step known to be applied.
+        worker: the index of the worker; None before the first attach for whichever is vacant.
+        applied_step: the last step known to be applied. With aggregation it is the number of the worker's own last
+            contribution, in the worker's own series, and so are the other numbers of steps.
+        session_step: the last step of the session that this client knows; without aggregation the same.
+        base_step: with aggregation, the step whose parameters this client has.
         applied_load: the last load known to be committed.
         load_in_doubt: the number of a load that failed and may have been committed; 0 for none. The next attach tells.
         durable_step: the largest durable step that the server has told.
@@ -56,13 +60,24 @@ class Hold:
         streams_opened: the number of streams opened so far.
     """
 
-    def __init__(self, route: Route, description: SessionDescription, token: int) -> None:
-        """Be ready to attach to a session; token 0 acquires its worker at the first attach."""
+    def __init__(self, route: Route, description: SessionDescription, token: int, worker: int | None = 0) -> None:
+        """Be ready to attach to a session; token 0 acquires its worker at the first attach.
+
+        Args:
+            route: the way to its server.
+            description: the session.
+            token: the proof of the hold.
+            worker: the index of the worker; None for whichever is vacant.
+        """
         message = description.message
+        self.worker = worker
+        self._is_aggregated = description.is_aggregated
         self.token = token
         self.acquisitions = 0
         self.epoch = message.epoch
-        self.applied_step = self.step_on_server = message.applied_step
+        own = {member.worker: member.contribution for member in message.members}.get(worker or 0, 0)
+        self.session_step = self.base_step = self._session_step_on_server = message.applied_step
+        self.applied_step = self.step_on_server = own if self._is_aggregated else message.applied_step
         self.applied_load = self._load_on_server = message.applied_load
         self.load_in_doubt = 0
         self.durable_step = message.durable_step
@@ -85,7 +100,7 @@ class Hold:
     @property
     def acknowledged(self) -> tuple[int, int]:
         """The step and the load that the server has to have, if nobody else holds the worker; (0, 0) for none."""
-        return (0, 0) if self.token == 0 else (self.applied_step, self.applied_load)
+        return (0, 0) if self.token == 0 else (self.session_step, self.applied_load)
 
     @property
     def attached(self) -> bool:
@@ -95,7 +110,7 @@ class Hold:
     @property
     def has_lost(self) -> bool:
         """Tell whether the server had less than this client knows, when it was last heard."""
-        return self.step_on_server < self.applied_step or self._load_on_server < self.applied_load
+        return self._session_step_on_server < self.session_step or self._load_on_server < self.applied_load
 
     def attach(self, deadline: Deadline) -> AttachedStream:
         """Return the stream, attaching if there is none; without a token that acquires the worker.
@@ -112,6 +127,8 @@ class Hold:
                 attach_token=self.token,
                 epoch=self.epoch,
                 durable_step=self.durable_step,
+                worker=self.worker or 0,
+                any_worker=self.worker is None,
             )
             self.in_doubt = True
             stream, self.shared = open_stream(self._route, opening, self._packer, deadline)
@@ -164,8 +181,15 @@ class Hold:
     def loaded(self, load: int, applied_step: int) -> None:
         """Note a committed load, and the step that the session is at after it."""
         self.applied_load = self._load_on_server = load
-        self.applied_step = self.step_on_server = applied_step
+        self.session_step = self.base_step = self._session_step_on_server = applied_step
+        if not self._is_aggregated:
+            self.applied_step = self.step_on_server = applied_step
         self.unfinished_step = 0
+
+    def pulled(self, step: int, load: int) -> None:
+        """Note that this client has the parameters of a step and a load: other workers may have made them."""
+        if self._is_aggregated and step >= self.base_step:
+            self.base_step, self.applied_load = step, max(load, self.applied_load)
 
     def check_kept(self, *, steps: bool = True) -> None:
         """Refuse to go on from the server's state while it has less than this client knows.
@@ -210,8 +234,9 @@ class Hold:
 
     def _state_lost(self) -> StateLossError:
         """Go on from the numbers of the server, and return the error that tells of the loss."""
-        applied, load, server = self.applied_step, self.applied_load, self.step_on_server
-        self.applied_step, self.applied_load = server, self._load_on_server
+        applied, load, server = self.session_step, self.applied_load, self._session_step_on_server
+        self.applied_step, self.applied_load = self.step_on_server, self._load_on_server
+        self.session_step = self.base_step = server
         lost = f"steps {server + 1} to {applied}" if server < applied else f"load {load}"
         return StateLossError(
             f"the server was restarted and has lost {lost}; pull the parameters and go on from step {server}. A "
@@ -236,7 +261,8 @@ class Hold:
             if call.patched is not None:  # a part of the reply may have changed the patched parameters
                 call.begin.reply.ClearField("base")
             raise
-        self.applied_step = self.step_on_server = result.step
+        self.session_step = self.base_step = self._session_step_on_server = result.step
+        self.applied_step = self.step_on_server = result.round.contribution if self._is_aggregated else result.step
         self.unfinished_step = 0
         if result.durable_step > self.durable_step:
             self.durable_step = result.durable_step
@@ -244,16 +270,21 @@ class Hold:
 
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
+        own = opened.contribution if self._is_aggregated else opened.applied_step
         if self.token == 0:
             self.acquisitions += 1
-            self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
+            self.applied_step, self.applied_load = own, opened.applied_load
+            self.session_step = opened.applied_step
         elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:  # this client's own: the token held
-            self.applied_step, self.applied_load = opened.applied_step, opened.applied_load
+            self.applied_step, self.applied_load = own, opened.applied_load
+            self.session_step = self.base_step = opened.applied_step
+        elif self._is_aggregated and own < self.applied_step and opened.applied_step >= self.session_step:
+            self.applied_step = own  # it forgot contributions that it had dropped: nothing is lost
         self.load_in_doubt = 0  # a load that did not arrive before is of an older hold, and commits nothing
         self.token = opened.attach_token
         self.epoch = opened.epoch
         self.durable_step = max(self.durable_step, opened.durable_step)
-        self.step_on_server = opened.applied_step
+        self.worker, self.step_on_server, self._session_step_on_server = opened.worker, own, opened.applied_step
         self._load_on_server = opened.applied_load
         self.unfinished_step = opened.unfinished_step
         self.in_doubt = False
@@ -264,6 +295,8 @@ class Hold:
         begin = call.begin
         self.check(begin.step, sent=call.sent)
         begin.epoch, begin.load = self.epoch, self.applied_load
+        if self._is_aggregated:
+            begin.base_step = self.base_step
         again = self.step_on_server == begin.step
         if call.feed is not None:
             call.feed.bind(stream.close)

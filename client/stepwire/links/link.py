@@ -105,6 +105,11 @@ class SessionLink(Protocol):
         """
 
     @property
+    def worker(self) -> int | None:
+        """The index of the worker that this client steps as; None before the first attach for whichever is vacant."""
+        return self.shards[0].worker
+
+    @property
     def last_result(self) -> step_pb2.StepResult | None:
         """The result of the last step; None before the first."""
 

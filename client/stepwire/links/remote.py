@@ -47,6 +47,7 @@ class RemoteLink(SessionLink):
         *,
         error_feedback: bool = False,
         window_bytes: int = 0,
+        worker: int | None = 0,
     ) -> None:
         """Link to a session as its server described it.
 
@@ -56,6 +57,7 @@ class RemoteLink(SessionLink):
             token: the proof of the hold of its worker; 0 acquires the worker when a step or a load needs it.
             error_feedback: keep the encoding error of each gradient for the next one.
             window_bytes: the most bytes of steps kept to be sent again to a server that has lost them.
+            worker: the index of the worker; None for whichever is vacant.
 
         Raises:
             InvalidRequestError: error feedback of an encoding that has none.
@@ -64,7 +66,7 @@ class RemoteLink(SessionLink):
         self._description = description
         size = description.packer.layout.size
         self._carry = Carry(description.message, size, error_feedback=error_feedback)
-        self._hold = Hold(route, description, token)
+        self._hold = Hold(route, description, token, worker)
         self._doubt: Doubt | None = None
         self._untold = UntoldSteps()
         self._window = ReplayWindow(description, self._hold, window_bytes)
@@ -111,7 +113,12 @@ class RemoteLink(SessionLink):
     @property
     def applied_step(self) -> int:
         """The last step known to be applied."""
-        return self._hold.applied_step
+        return self._hold.session_step
+
+    @property
+    def worker(self) -> int | None:
+        """See `SessionLink.worker`."""
+        return self._hold.worker
 
     @property
     def last_result(self) -> step_pb2.StepResult | None:
@@ -294,6 +301,7 @@ class RemoteLink(SessionLink):
             lambda: self._repeat(attempt, deadline), lambda header: (header.step, header.load), deadline
         )
         self._untold.forget(untold)
+        self._hold.pulled(header.step, header.load)
         return header
 
     def load(self, load: Load, deadline: Deadline) -> None:
@@ -318,9 +326,9 @@ class RemoteLink(SessionLink):
             if hold.epoch == 0 or not hold.is_certain:
                 hold.attach(left)
             hold.check_kept(steps=not load.whole)
-            if load.step is None:  # said all the same, so that a load that arrives after a step is refused
-                opening.step = hold.step_on_server
-            opening.attach_token, opening.epoch = hold.token, hold.epoch
+            if load.step is None and not description.is_aggregated:
+                opening.step = hold.step_on_server  # so that a load that arrives after a step is refused
+            opening.attach_token, opening.epoch, opening.worker = hold.token, hold.epoch, hold.worker or 0
             return send_load(self._route.way(left).calls, opening, load, description, left)
 
         try:
@@ -334,7 +342,11 @@ class RemoteLink(SessionLink):
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`."""
-        if not self._description.message.ready:
+        if self._description.message.ready:
+            return
+        if self._description.is_aggregated:  # the first load of all workers counts: a second one of its number does not
+            self._repeat(self._hold.attach, deadline)
+        if not (self._description.is_aggregated and self._hold.applied_load):
             self.load(load, deadline)
 
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
@@ -362,7 +374,7 @@ class RemoteLink(SessionLink):
         """See `SessionLink.statistics`."""
         hold, doubt = self._hold, self._doubt
         return SessionStatistics(
-            applied_step=hold.applied_step,
+            applied_step=hold.session_step,
             durable_step=hold.durable_step,
             attached=hold.attached,
             streams_opened=hold.streams_opened,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from stepwire.connection.channel import Calls
 from stepwire.connection.errands import is_left, later
@@ -19,9 +19,21 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 
-__all__ = ["RemoteServer", "ServerLink"]
+__all__ = ["LinkOptions", "RemoteServer", "ServerLink"]
 
 _END_SECONDS: Final = 5.0
+
+
+class LinkOptions(NamedTuple):
+    """The options of a link that its client alone knows.
+
+    Attributes:
+        error_feedback: keep the encoding error of each gradient for the next one.
+        worker: the index of the worker that the client steps as; None for whichever is vacant.
+    """
+
+    error_feedback: bool = False
+    worker: int | None = 0
 
 
 class ServerLink(Protocol):
@@ -39,7 +51,7 @@ class ServerLink(Protocol):
         """
 
     def create(
-        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
     ) -> SessionLink:
         """Create a session without parameters, or find the session of an earlier request of this id.
 
@@ -47,7 +59,7 @@ class ServerLink(Protocol):
             StepwireError: as `Client.create_session`.
         """
 
-    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> SessionLink:
+    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> SessionLink:
         """Return the link to a session that exists.
 
         Raises:
@@ -111,7 +123,7 @@ class RemoteServer(ServerLink):
         return ServerInfo.from_wire(response)
 
     def create(
-        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
     ) -> RemoteLink:
         """See `ServerLink.create`."""
         chunk_bytes = self._chunk_bytes(timeout)
@@ -124,15 +136,16 @@ class RemoteServer(ServerLink):
             raise
         # An earlier request of this id may come from another process. Then the first step acquires the worker anew:
         # two holders of one token would mistake each other's steps for their own.
-        token = 0 if response.replayed else response.attach_token
-        return self._link(response.session, chunk_bytes, token, error_feedback)
+        if response.replayed or options.worker not in (0, None):
+            return self._link(response.session, chunk_bytes, 0, options)
+        return self._link(response.session, chunk_bytes, response.attach_token, options._replace(worker=0))
 
-    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> RemoteLink:
+    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> RemoteLink:
         """See `ServerLink.find`."""
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.GetSessionRequest(session_id=session_id)
         response = self.calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
-        return self._link(response.session, chunk_bytes, 0, error_feedback)
+        return self._link(response.session, chunk_bytes, 0, options)
 
     def fork(
         self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
@@ -143,7 +156,7 @@ class RemoteServer(ServerLink):
         own.session_id, own.request_id = session_id, request.request_id or secrets.token_hex(16)
         response = self.calls.unary("ForkSession", own, pb.ForkSessionResponse, timeout)
         token = 0 if response.replayed else response.attach_token  # as in `create`
-        return self._link(response.session, chunk_bytes, token, error_feedback)
+        return self._link(response.session, chunk_bytes, token, LinkOptions(error_feedback))
 
     def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
         """See `ServerLink.sessions`; the sessions come ordered by id."""
@@ -160,13 +173,14 @@ class RemoteServer(ServerLink):
         self._router.close()
         self.calls.close()
 
-    def _link(self, message: session_pb2.Session, chunk_bytes: int, token: int, error_feedback: bool) -> RemoteLink:
+    def _link(self, message: session_pb2.Session, chunk_bytes: int, token: int, options: LinkOptions) -> RemoteLink:
         route = Route(self._router, message.session_id)
         return RemoteLink(
             route,
             SessionDescription.of(message, chunk_bytes),
             token,
-            error_feedback=error_feedback,
+            error_feedback=options.error_feedback,
+            worker=options.worker,
             window_bytes=self._window_bytes,
         )
 

@@ -55,6 +55,7 @@ class ReplayWindow:
     def __init__(self, description: SessionDescription, hold: Hold, limit_bytes: int) -> None:
         """Keep at most so many bytes of messages, of a session that may lose steps; else nothing."""
         loses = description.message.config.durability == session_pb2.DURABILITY_CHECKPOINT
+        loses &= not description.is_aggregated  # the steps of a session are not one worker's
         self._limit_bytes = limit_bytes if loses else 0
         self._description = description
         self._hold = hold

@@ -8,12 +8,13 @@ from fractions import Fraction
 from typing import Any
 
 from stepwire.optimizers.norms import rounded_norm
-from stepwire.results import SessionInfo, SessionStatistics
+from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.coordinator import Decision
 from stepwire.sharding.partition import Partition
-from stepwire.v1 import state_pb2, step_pb2
+from stepwire.transports.available import TRANSPORTS
+from stepwire.v1 import aggregation_pb2, state_pb2, step_pb2
 
-__all__ = ["combined", "combined_header", "combined_info", "combined_statistics"]
+__all__ = ["combined", "combined_header", "combined_info", "combined_statistics", "least_transport"]
 
 _LARGEST = ("receive_seconds", "queue_seconds", "apply_seconds")
 
@@ -53,11 +54,38 @@ def combined(
         accumulated=results[0].accumulated,
         telemetry=telemetry,
     )
+    if results[0].HasField("round"):
+        whole.round.CopyFrom(_round([result.round for result in results]))
     if decision is not None:
         _decide(whole, decision)
     if not (whole.skipped or limited and not whole.accumulated):
         _clip(whole, decision)
     return whole
+
+
+def _round(parts: Sequence[aggregation_pb2.RoundResult]) -> aggregation_pb2.RoundResult:
+    """Combine the parts of one worker; of a contributor, the norms of its gradients in the shards that have it."""
+    whole = aggregation_pb2.RoundResult(
+        contribution=parts[0].contribution,
+        dropped=any(part.dropped for part in parts),
+        members=min(part.members for part in parts),
+        waiting_seconds=max(part.waiting_seconds for part in parts),
+        staleness=max(part.staleness for part in parts),
+    )
+    found: dict[int, list[aggregation_pb2.Contributor]] = {}
+    for part in parts:
+        for each in part.contributors:
+            found.setdefault(each.worker, []).append(each)
+    for worker, ranges in sorted(found.items()):
+        norm, count = _norm(each.grad_norm for each in ranges), sum(each.non_finite_count for each in ranges)
+        whole.contributors.add(worker=worker, weight=ranges[0].weight, grad_norm=norm, non_finite_count=count)
+    return whole
+
+
+def least_transport(choices: Sequence[TransportChoice | None]) -> TransportChoice | None:
+    """Return the least of the shards' transports; None unless all are known."""
+    known = [choice for choice in choices if choice is not None]
+    return max(known, key=lambda choice: TRANSPORTS.index(choice.name)) if len(known) == len(choices) else None
 
 
 def combined_header(headers: Sequence[state_pb2.PullHeader], partition: Partition) -> state_pb2.PullHeader:
@@ -93,6 +121,7 @@ def combined_info(session_id: str, infos: Sequence[SessionInfo]) -> SessionInfo:
         create_time=min(info.create_time for info in infos),
         expire_time=min(info.expire_time for info in infos),
         idle_seconds=min(info.idle_seconds for info in infos),
+        members=infos[0].members,
     )
 
 

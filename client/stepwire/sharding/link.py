@@ -21,7 +21,7 @@ from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismat
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
-from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics
+from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics, least_transport
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
@@ -33,7 +33,6 @@ from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.doubt import Doubt, UntoldSteps, unfinished
-from stepwire.transports.available import TRANSPORTS
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import state_pb2, step_pb2
 
@@ -73,6 +72,7 @@ class ShardedLink(SessionLink):
             Shard(link, ranges, rank) for rank, (link, ranges) in enumerate(zip(links, partition.shards, strict=True))
         ]
         self._bounds = bounds_of(whole)
+        self._is_aggregated = self._description.is_aggregated
         self._limited = whole.config.gradient.HasField("clip_grad_value")
         self._doubt: Doubt | None = None
         self._untold = UntoldSteps()
@@ -107,8 +107,8 @@ class ShardedLink(SessionLink):
         """The step that all shards are at, or that a step under way or in doubt follows on."""
         under_way = self._step
         steps = [shard.applied_step for shard in self._shards]
-        if len(set(steps)) == 1:
-            return steps[0]
+        if len(set(steps)) == 1 or self._is_aggregated:  # of several workers' steps, all shards have the least
+            return min(steps)
         if under_way is not None and set(steps) <= {under_way - 1, under_way}:
             return under_way - 1
         if under_way != self._step:  # another step began while the shards were asked
@@ -123,11 +123,7 @@ class ShardedLink(SessionLink):
     @property
     def transport(self) -> TransportChoice | None:
         """The least of the shards' transports; None before all streams are attached."""
-        choices = [shard.link.transport for shard in self._shards]
-        known = [choice for choice in choices if choice is not None]
-        if len(known) < len(choices):
-            return None
-        return max(known, key=lambda choice: TRANSPORTS.index(choice.name))
+        return least_transport([shard.link.transport for shard in self._shards])
 
     def deadline(self, timeout: float | None) -> Deadline:
         """See `SessionLink.deadline`."""
@@ -224,7 +220,10 @@ class ShardedLink(SessionLink):
         steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
             self._check_finished()
-            if set(steps) != {self.applied_step}:
+            known = {self.applied_step}
+            if self._is_aggregated:
+                known = {shard.contribution for shard in self._shards}
+            if set(steps) != known or len(known) > 1:
                 raise uneven(self._shards, steps)
             return steps[0] + 1
         if not set(steps) <= {doubt.step - 1, doubt.step}:
@@ -286,7 +285,7 @@ class ShardedLink(SessionLink):
             steps, loads = [header.step for header in headers], [header.load for header in headers]
             if len(set(loads)) > 1:
                 seen.append(half_loaded(self._shards, loads))
-            elif len(set(steps)) > 1:
+            elif len(set(steps)) > 1 and not self._is_aggregated:
                 seen.append(read_at(steps, len(seen) + 1))
             else:
                 self._untold.forget(untold)

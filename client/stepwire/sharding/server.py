@@ -11,7 +11,7 @@ from stepwire.connection.errands import undelivered
 from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
-from stepwire.links.server import RemoteServer, ServerLink
+from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.link import ShardedLink
@@ -70,35 +70,37 @@ class ShardedServer(ServerLink):
         )
 
     def create(
-        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, *, error_feedback: bool
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
     ) -> ShardedLink:
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
+        _check_worker(options)
         partition = _partition(config, len(self._servers))
         configs = _configs(config, partition)
 
         def create(rank: int) -> RemoteLink:
             own_id = None if request_id is None else f"{request_id}.{rank}"
-            link = self._servers[rank].create(configs[rank], own_id, timeout, error_feedback=error_feedback)
+            link = self._servers[rank].create(configs[rank], own_id, timeout, options)
             if request_id is None:  # nobody else knows the session, so nobody would end it
                 undelivered(link.close)
             return link
 
         return ShardedLink(fan_out([functools.partial(create, rank) for rank in range(len(configs))]), partition)
 
-    def find(self, session_id: str, timeout: float | None, *, error_feedback: bool) -> ShardedLink:
+    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> ShardedLink:
         """Return the link to a sharded session.
 
         Args:
             session_id: the ids of all shards in order, joined by commas. The servers must be those that the session was
                 created on, in the same order.
             timeout: seconds.
-            error_feedback: as for `create`; starts with nothing kept.
+            options: as for `create`; error feedback starts with nothing kept.
 
         Raises:
             InvalidRequestError: these are not the shards of one model.
             SessionNotFoundError: a shard does not exist.
             UnavailableError: a server cannot be reached.
         """
+        _check_worker(options)
         ids = session_id.split(",") if session_id else []
         if not 1 <= len(ids) <= len(self._servers):
             raise InvalidRequestError.of(
@@ -107,7 +109,7 @@ class ShardedServer(ServerLink):
             )
         links = fan_out(
             [
-                functools.partial(server.find, each, timeout, error_feedback=error_feedback)
+                functools.partial(server.find, each, timeout, options)
                 for server, each in zip(self._servers, ids, strict=False)
             ]
         )
@@ -157,6 +159,16 @@ class ShardedServer(ServerLink):
             server.close()
 
 
+def _check_worker(options: LinkOptions) -> None:
+    """Refuse a choice of the worker that each server would make for itself.
+
+    Raises:
+        InvalidRequestError: it is one.
+    """
+    if options.worker is None:
+        raise InvalidRequestError.of("worker", "each of several servers would choose for itself; name its index")
+
+
 def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:
     """Partition a model for at most `most` servers.
 
@@ -184,6 +196,13 @@ def _configs(config: session_pb2.SessionConfig, partition: Partition) -> list[se
         or gradient.non_finite != optimizer_pb2.NON_FINITE_POLICY_ALLOW
         or gradient.HasField("loss_scaling")
     )
+    together = config.aggregation
+    if decides and 0 < together.required_workers < together.workers and len(partition.shards) > 1:
+        raise InvalidRequestError.of(
+            "aggregation.required_workers",
+            "clipping by norm, and policies for NaN, are decided for all shards at once, and with fewer than all "
+            "workers shards may differ in theirs; leave it out, or use non_finite='allow' without clipping",
+        )
     configs = []
     for rank in range(len(partition.shards)):
         own = session_pb2.SessionConfig()

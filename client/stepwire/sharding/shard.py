@@ -58,6 +58,11 @@ class Shard:
         return self.link.applied_step
 
     @property
+    def contribution(self) -> int:
+        """With several workers, the number of this one's last contribution."""
+        return self.link.hold.applied_step
+
+    @property
     def step_on_server(self) -> int:
         """The last applied step, as the server said itself, once a step under way is over."""
         with self.link.lock:

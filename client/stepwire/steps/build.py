@@ -14,6 +14,7 @@ from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError
 from stepwire.lifetimes.forks import Birthplace
 from stepwire.optimizers.gradient_treatment import check_scale
+from stepwire.optimizers.hyperparameters import number
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
@@ -57,6 +58,7 @@ class StepOptions:
     out: Container | None = None
     decide: Decide | None = None
     feed: GradientFeed | None = None
+    weight: float | None = None
 
 
 class StepBuilder:
@@ -161,6 +163,8 @@ class StepBuilder:
         if options.loss_scale is not None:
             check_scale(options.loss_scale, "loss_scale")
             begin.loss_scale = float(options.loss_scale)
+        if options.weight is not None:
+            begin.weight = number(options.weight, "weight")
         return begin
 
     def _reply(self, gradients: Arrays, options: StepOptions, received: np.dtype[Any]) -> tuple[Container | None, Flat]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from stepwire.arrays.packing import Packer
-from stepwire.v1 import session_pb2
+from stepwire.v1 import aggregation_pb2, session_pb2
 from stepwire.wire.channel_options import chunk_bytes_for
 from stepwire.wire.dtypes import FLOAT32
 from stepwire.wire.messages import layout_from_wire
@@ -38,6 +38,11 @@ class SessionDescription(NamedTuple):
     def session_id(self) -> str:
         """The session's id."""
         return self.message.session_id
+
+    @property
+    def is_aggregated(self) -> bool:
+        """The session is for several workers."""
+        return self.message.config.aggregation.mode != aggregation_pb2.AGGREGATION_MODE_UNSPECIFIED
 
     @property
     def slots(self) -> tuple[str, ...]:

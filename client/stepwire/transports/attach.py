@@ -45,7 +45,8 @@ def open_stream(
                 return stream, shared
             if stream.is_cut:
                 raise UnavailableError("the process forked while it attached; attach again", reason=Reason.UNREACHABLE)
-            opening.attach_token = stream.opened.attach_token
+            opening.attach_token, opening.worker = stream.opened.attach_token, stream.opened.worker
+            opening.any_worker = False
             route.refuse(way, name, shared)
         except BaseException:
             stream.close()

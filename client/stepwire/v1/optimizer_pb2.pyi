@@ -68,20 +68,6 @@ class MissingGradientPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISSING_GRADIENT_POLICY_UNSPECIFIED: _ClassVar[MissingGradientPolicy]
     MISSING_GRADIENT_POLICY_REJECT: _ClassVar[MissingGradientPolicy]
     MISSING_GRADIENT_POLICY_KEEP: _ClassVar[MissingGradientPolicy]
-
-class AggregationMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    AGGREGATION_MODE_UNSPECIFIED: _ClassVar[AggregationMode]
-    AGGREGATION_MODE_SYNC: _ClassVar[AggregationMode]
-    AGGREGATION_MODE_ASYNC: _ClassVar[AggregationMode]
-    AGGREGATION_MODE_BOUNDED_STALENESS: _ClassVar[AggregationMode]
-
-class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
-    REDUCTION_MEAN: _ClassVar[Reduction]
-    REDUCTION_SUM: _ClassVar[Reduction]
-    REDUCTION_WEIGHTED_MEAN: _ClassVar[Reduction]
 RULE_UNSPECIFIED: Rule
 RULE_ADAM: Rule
 RULE_NADAM: Rule
@@ -123,14 +109,6 @@ CLIP_FORMULA_KERAS: ClipFormula
 MISSING_GRADIENT_POLICY_UNSPECIFIED: MissingGradientPolicy
 MISSING_GRADIENT_POLICY_REJECT: MissingGradientPolicy
 MISSING_GRADIENT_POLICY_KEEP: MissingGradientPolicy
-AGGREGATION_MODE_UNSPECIFIED: AggregationMode
-AGGREGATION_MODE_SYNC: AggregationMode
-AGGREGATION_MODE_ASYNC: AggregationMode
-AGGREGATION_MODE_BOUNDED_STALENESS: AggregationMode
-REDUCTION_UNSPECIFIED: Reduction
-REDUCTION_MEAN: Reduction
-REDUCTION_SUM: Reduction
-REDUCTION_WEIGHTED_MEAN: Reduction
 
 class Optimizer(_message.Message):
     __slots__ = ("rule", "formula", "amsgrad", "decoupled_weight_decay", "nesterov", "centered", "hyperparameters", "initial_accumulator_value")
@@ -253,17 +231,3 @@ class LossScaleState(_message.Message):
     scale: float
     clean_steps: int
     def __init__(self, scale: _Optional[float] = ..., clean_steps: _Optional[int] = ...) -> None: ...
-
-class Aggregation(_message.Message):
-    __slots__ = ("mode", "workers", "required_workers", "reduction", "max_staleness_steps")
-    MODE_FIELD_NUMBER: _ClassVar[int]
-    WORKERS_FIELD_NUMBER: _ClassVar[int]
-    REQUIRED_WORKERS_FIELD_NUMBER: _ClassVar[int]
-    REDUCTION_FIELD_NUMBER: _ClassVar[int]
-    MAX_STALENESS_STEPS_FIELD_NUMBER: _ClassVar[int]
-    mode: AggregationMode
-    workers: int
-    required_workers: int
-    reduction: Reduction
-    max_staleness_steps: int
-    def __init__(self, mode: _Optional[_Union[AggregationMode, str]] = ..., workers: _Optional[int] = ..., required_workers: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., max_staleness_steps: _Optional[int] = ...) -> None: ...

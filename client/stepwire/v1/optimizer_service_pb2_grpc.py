@@ -206,6 +206,8 @@ class OptimizerServiceServicer(object):
         - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: a worker or option that this server does not serve (metadata: field,
         feature).
         - ABORTED/STATE_CHANGED: the session's last load is not `StepBegin.load` (metadata: load, applied_load).
+        - ABORTED/NOT_ENOUGH_WORKERS: too few workers contributed within `Aggregation.round_timeout`, and nothing was applied
+        (metadata: missing_workers). The same number may be sent again.
         - DATA_LOSS/DURABLE_STEP_LOST: the server knows less than `AttachOpen.durable_step` (metadata: durable_step).
         - DATA_LOSS/DURABILITY_FAILED: the disk failed, so nothing more becomes durable. The state can be pulled.
         - DATA_LOSS/LOG_DAMAGED, CHECKPOINT_DAMAGED: a restarted server could not bring the session back.

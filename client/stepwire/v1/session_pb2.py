@@ -24,31 +24,32 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from stepwire.v1 import aggregation_pb2 as stepwire_dot_v1_dot_aggregation__pb2
 from stepwire.v1 import optimizer_pb2 as stepwire_dot_v1_dot_optimizer__pb2
 from stepwire.v1 import precision_pb2 as stepwire_dot_v1_dot_precision__pb2
 from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 
 from stepwire.v1.precision_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stepwire/v1/session.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstepwire/v1/optimizer.proto\x1a\x1bstepwire/v1/precision.proto\x1a\x18stepwire/v1/tensor.proto\"\x8c\x05\n\rSessionConfig\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.TensorSpec\x12+\n\x06groups\x18\x02 \x03(\x0b\x32\x1b.stepwire.v1.ParameterGroup\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.stepwire.v1.Optimizer\x12\x30\n\x08gradient\x18\x04 \x01(\x0b\x32\x1e.stepwire.v1.GradientTreatment\x12-\n\x0b\x61ggregation\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.Aggregation\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x33\n\x0einitialization\x18\x07 \x01(\x0e\x32\x1b.stepwire.v1.Initialization\x12*\n\x0egradient_dtype\x18\x08 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\'\n\x0breply_dtype\x18\t \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x34\n\x0fstate_precision\x18\n \x01(\x0e\x32\x1b.stepwire.v1.StatePrecision\x12(\n\x05lease\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05label\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12.\n\ttelemetry\x18\x0e \x01(\x0e\x32\x1b.stepwire.v1.TelemetryLevel\x12\x32\n\x0b\x63heckpoints\x18\x0f \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicy\"Q\n\x10\x43heckpointPolicy\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x04\x12(\n\x05\x65very\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe5\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x05 \x01(\x04\x12*\n\x06\x63onfig\x18\x06 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.stepwire.v1.Layout\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\r\n\x05ready\x18\n \x01(\x08\x12\x10\n\x08\x61ttached\x18\x0b \x01(\x08\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\nloss_scale\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12*\n\x05state\x18\x0f \x01(\x0e\x32\x1b.stepwire.v1.LifecycleState\x12\'\n\x04idle\x18\x10 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_loss_scale*\x87\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16LIFECYCLE_STATE_ACTIVE\x10\x01\x12\x1a\n\x16LIFECYCLE_STATE_PARKED\x10\x02\x12\x1c\n\x18LIFECYCLE_STATE_FOLLOWER\x10\x03*r\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x19\n\x15\x44URABILITY_CHECKPOINT\x10\x02\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x03*c\n\x0eInitialization\x12\x1e\n\x1aINITIALIZATION_UNSPECIFIED\x10\x00\x12\x17\n\x13INITIALIZATION_LOAD\x10\x01\x12\x18\n\x14INITIALIZATION_ZEROS\x10\x02*\x83\x01\n\x0eTelemetryLevel\x12\x1f\n\x1bTELEMETRY_LEVEL_UNSPECIFIED\x10\x00\x12\x1c\n\x18TELEMETRY_LEVEL_GRADIENT\x10\x01\x12\x18\n\x14TELEMETRY_LEVEL_FULL\x10\x02\x12\x18\n\x14TELEMETRY_LEVEL_NONE\x10\x03P\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stepwire/v1/session.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dstepwire/v1/aggregation.proto\x1a\x1bstepwire/v1/optimizer.proto\x1a\x1bstepwire/v1/precision.proto\x1a\x18stepwire/v1/tensor.proto\"\x8c\x05\n\rSessionConfig\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.TensorSpec\x12+\n\x06groups\x18\x02 \x03(\x0b\x32\x1b.stepwire.v1.ParameterGroup\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.stepwire.v1.Optimizer\x12\x30\n\x08gradient\x18\x04 \x01(\x0b\x32\x1e.stepwire.v1.GradientTreatment\x12-\n\x0b\x61ggregation\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.Aggregation\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x33\n\x0einitialization\x18\x07 \x01(\x0e\x32\x1b.stepwire.v1.Initialization\x12*\n\x0egradient_dtype\x18\x08 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\'\n\x0breply_dtype\x18\t \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x34\n\x0fstate_precision\x18\n \x01(\x0e\x32\x1b.stepwire.v1.StatePrecision\x12(\n\x05lease\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05label\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12.\n\ttelemetry\x18\x0e \x01(\x0e\x32\x1b.stepwire.v1.TelemetryLevel\x12\x32\n\x0b\x63heckpoints\x18\x0f \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicy\"Q\n\x10\x43heckpointPolicy\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x04\x12(\n\x05\x65very\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8b\x04\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x05 \x01(\x04\x12*\n\x06\x63onfig\x18\x06 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.stepwire.v1.Layout\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\r\n\x05ready\x18\n \x01(\x08\x12\x10\n\x08\x61ttached\x18\x0b \x01(\x08\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\nloss_scale\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12*\n\x05state\x18\x0f \x01(\x0e\x32\x1b.stepwire.v1.LifecycleState\x12\'\n\x04idle\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x07members\x18\x11 \x03(\x0b\x32\x13.stepwire.v1.MemberB\r\n\x0b_loss_scale*\x87\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16LIFECYCLE_STATE_ACTIVE\x10\x01\x12\x1a\n\x16LIFECYCLE_STATE_PARKED\x10\x02\x12\x1c\n\x18LIFECYCLE_STATE_FOLLOWER\x10\x03*r\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x19\n\x15\x44URABILITY_CHECKPOINT\x10\x02\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x03*c\n\x0eInitialization\x12\x1e\n\x1aINITIALIZATION_UNSPECIFIED\x10\x00\x12\x17\n\x13INITIALIZATION_LOAD\x10\x01\x12\x18\n\x14INITIALIZATION_ZEROS\x10\x02*\x83\x01\n\x0eTelemetryLevel\x12\x1f\n\x1bTELEMETRY_LEVEL_UNSPECIFIED\x10\x00\x12\x1c\n\x18TELEMETRY_LEVEL_GRADIENT\x10\x01\x12\x18\n\x14TELEMETRY_LEVEL_FULL\x10\x02\x12\x18\n\x14TELEMETRY_LEVEL_NONE\x10\x03P\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIFECYCLESTATE']._serialized_start=1418
-  _globals['_LIFECYCLESTATE']._serialized_end=1553
-  _globals['_DURABILITY']._serialized_start=1555
-  _globals['_DURABILITY']._serialized_end=1669
-  _globals['_INITIALIZATION']._serialized_start=1671
-  _globals['_INITIALIZATION']._serialized_end=1770
-  _globals['_TELEMETRYLEVEL']._serialized_start=1773
-  _globals['_TELEMETRYLEVEL']._serialized_end=1904
-  _globals['_SESSIONCONFIG']._serialized_start=192
-  _globals['_SESSIONCONFIG']._serialized_end=844
-  _globals['_CHECKPOINTPOLICY']._serialized_start=846
-  _globals['_CHECKPOINTPOLICY']._serialized_end=927
-  _globals['_SESSION']._serialized_start=930
-  _globals['_SESSION']._serialized_end=1415
+  _globals['_LIFECYCLESTATE']._serialized_start=1487
+  _globals['_LIFECYCLESTATE']._serialized_end=1622
+  _globals['_DURABILITY']._serialized_start=1624
+  _globals['_DURABILITY']._serialized_end=1738
+  _globals['_INITIALIZATION']._serialized_start=1740
+  _globals['_INITIALIZATION']._serialized_end=1839
+  _globals['_TELEMETRYLEVEL']._serialized_start=1842
+  _globals['_TELEMETRYLEVEL']._serialized_end=1973
+  _globals['_SESSIONCONFIG']._serialized_start=223
+  _globals['_SESSIONCONFIG']._serialized_end=875
+  _globals['_CHECKPOINTPOLICY']._serialized_start=877
+  _globals['_CHECKPOINTPOLICY']._serialized_end=958
+  _globals['_SESSION']._serialized_start=961
+  _globals['_SESSION']._serialized_end=1484
 # @@protoc_insertion_point(module_scope)

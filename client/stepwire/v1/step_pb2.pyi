@@ -1,3 +1,4 @@
+from stepwire.v1 import aggregation_pb2 as _aggregation_pb2
 from stepwire.v1 import optimizer_pb2 as _optimizer_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -85,7 +86,7 @@ class GradientCheck(_message.Message):
     def __init__(self, squared_norm: _Optional[float] = ..., non_finite_count: _Optional[int] = ..., group_squared_norms: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry", "accumulated")
+    __slots__ = ("step", "durable_step", "epoch", "replayed", "skipped", "telemetry", "accumulated", "round")
     STEP_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +94,7 @@ class StepResult(_message.Message):
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
     ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     step: int
     durable_step: int
     epoch: int
@@ -100,7 +102,8 @@ class StepResult(_message.Message):
     skipped: bool
     telemetry: Telemetry
     accumulated: bool
-    def __init__(self, step: _Optional[int] = ..., durable_step: _Optional[int] = ..., epoch: _Optional[int] = ..., replayed: bool = ..., skipped: bool = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ..., accumulated: bool = ...) -> None: ...
+    round: _aggregation_pb2.RoundResult
+    def __init__(self, step: _Optional[int] = ..., durable_step: _Optional[int] = ..., epoch: _Optional[int] = ..., replayed: bool = ..., skipped: bool = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ..., accumulated: bool = ..., round: _Optional[_Union[_aggregation_pb2.RoundResult, _Mapping]] = ...) -> None: ...
 
 class Telemetry(_message.Message):
     __slots__ = ("grad_norm", "clipped_grad_norm", "clip_coefficient", "update_norm", "param_norm", "non_finite_count", "loss_scale", "groups", "receive_seconds", "queue_seconds", "apply_seconds", "previous_send_seconds")

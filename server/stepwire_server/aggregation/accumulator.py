@@ -15,8 +15,7 @@ class Accumulator(Reduction):
     """The exact sum of gradients times factors, divided once and rounded once.
 
     NaN and Inf of a gradient are in the result. The memory grows where sums are inexact, which `nbytes` tells: rarely,
-    unless factors have many bits or numbers of very different size meet. Numbers of every size in every element, which
-    only a bad worker sends, may hold 64 bytes an element.
+    unless factors have many bits or numbers of very different size meet.
     """
 
     def __init__(self, total: ExactSum) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from stepwire.errors import DataLossError, Reason
+from stepwire_server.records.round_result import RoundResult
 
 __all__ = ["Attempt", "HoldEntry", "LoadEntry", "StepEntry", "decode_entry", "encode_entry"]
 
@@ -44,6 +45,11 @@ class StepEntry(_Entry, frozen=True, kw_only=True):
         attempts: the chunks, attempt by attempt; an attempt is a stream.
         inline: offset and count of each chunk in the record's own payload, one behind another.
         decision: the coordinator's coefficient, group coefficients and skip; None where there was none.
+        worker: the worker of the hold.
+        parts: for each worker whose gradient is in it, the part in the result; empty without aggregation.
+        reduced: the gradient is that of a round: float32, unscaled, whatever the opening says.
+        missing: the tensors without a gradient, where it is reduced.
+        lr_factor: the factor of the learning rates.
     """
 
     step: int
@@ -53,6 +59,11 @@ class StepEntry(_Entry, frozen=True, kw_only=True):
     attempts: tuple[Attempt, ...] = ()
     inline: tuple[tuple[int, int], ...] = ()
     decision: tuple[float, tuple[float, ...], bool] | None = None
+    worker: int = 0
+    parts: tuple[tuple[int, RoundResult], ...] = ()
+    reduced: bool = False
+    missing: tuple[int, ...] = ()
+    lr_factor: float = 1.0
 
 
 class LoadEntry(_Entry, frozen=True, kw_only=True):
@@ -70,6 +81,7 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
         tensor_scalars: the scalar of each tensor; empty to leave or derive them.
         loss_scale: scale and clean steps; None to leave them.
         sum_bound: no element of an accumulated gradient is larger in magnitude; None if that is not known.
+        worker: the worker of the hold.
     """
 
     load: int
@@ -83,6 +95,7 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
     tensor_scalars: tuple[float, ...] = ()
     loss_scale: tuple[float, int] | None = None
     sum_bound: float | None = None
+    worker: int = 0
 
 
 class HoldEntry(_Entry, frozen=True, kw_only=True):
@@ -90,9 +103,11 @@ class HoldEntry(_Entry, frozen=True, kw_only=True):
 
     Attributes:
         generation: the number of its hold.
+        worker: the worker.
     """
 
     generation: int
+    worker: int = 0
 
 
 def encode_entry(entry: _Entry) -> bytes:

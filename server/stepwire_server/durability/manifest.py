@@ -26,6 +26,7 @@ __all__ = [
     "LARGEST_BLOCK_ELEMENTS",
     "ArrayFacts",
     "Manifest",
+    "MemberFacts",
     "Shadow",
     "damaged",
     "decode_manifest",
@@ -88,6 +89,24 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     update_norm: float
 
 
+class MemberFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The facts of one worker of several.
+
+    Attributes:
+        worker: the index of the worker.
+        contribution: the number of its last contribution that was answered.
+        generation: the number of its last hold.
+        acquired: the generation in which the client of that hold took the worker from another one.
+        last_result: the result of that contribution, encoded; None for none.
+    """
+
+    worker: _Count
+    contribution: _Count
+    generation: _Count
+    acquired: _Count
+    last_result: bytes | None = None
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The description of one checkpoint.
 
@@ -105,12 +124,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         loss_scale: the state of loss scaling; None without it.
         sum_bound: no element of the accumulated gradient is larger in magnitude; may be infinite.
         generation: the number of the worker's last hold.
-        acquired: the generation in which the client of that hold took the worker from another one.
+        acquired: the generation in which the client of that hold took the worker from another one; of several workers,
+            the sum of theirs.
         replied: the step whose reply has the present parameters; None for none.
         last_result: the last step's result, encoded; None for none.
         config: the session's config, as JSON.
         arrays: the facts of each slot.
         shadow: a step that the state would make; None for rules that have none, and of older servers.
+        members: the workers of a session with several; empty for one.
     """
 
     session_id: str
@@ -131,6 +152,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config: dict[str, Any] = {}
     arrays: dict[str, ArrayFacts] = {}
     shadow: Shadow | None = None
+    members: tuple[MemberFacts, ...] = ()
     format: Literal[1] = 1
 
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from stepwire.layout import SCALE_SUFFIX, Layout, TensorSpec
 from stepwire.optimizers import Hyperparameters, Optimizer
+from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire.optimizers.schedules import Schedule
+from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.engines.regions import Holding, Region
 from stepwire_server.records.tensor_selection import TensorSelection
@@ -43,6 +45,7 @@ class SessionConfig:
         device: where it is to live; empty for the server's choice.
         tells_norms: results tell the gradient's norms.
         durability: the steps that survive a loss of the server, and the times of checkpoints.
+        aggregation: the way that gradients of several workers meet; None for one worker.
     """
 
     layout: Layout
@@ -62,6 +65,7 @@ class SessionConfig:
     device: str = ""
     tells_norms: bool = True
     durability: Durability = Durability()
+    aggregation: Aggregation | None = None
 
     @functools.cached_property
     def momentum(self) -> bool:
@@ -80,6 +84,13 @@ class SessionConfig:
         decides = treatment.policy != "allow" or treatment.two_phase or treatment.accumulation_steps > 1
         clips = treatment.clip_grad_norm is not None or any(clip is not None for clip in self.group_clips)
         return self.tells_norms or decides or clips
+
+    @property
+    def steps_in_place(self) -> bool:
+        """Clients may read the state's own parameters: none reads them while another one's step changes them."""
+        together = self.aggregation
+        alone = together is None or (together.mode == "sync" and together.required == together.workers)
+        return alone and self.reply_dtype == FLOAT32
 
     @functools.cached_property
     def rule(self) -> Rule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["SessionStatistics"]
+__all__ = ["RegistryStatistics", "SessionStatistics"]
 
 
 class SessionStatistics(NamedTuple):
@@ -25,3 +25,12 @@ class SessionStatistics(NamedTuple):
     memory_bytes: int
     attached: bool
     loads: int
+
+
+class RegistryStatistics(NamedTuple):
+    """What the registry is doing: sessions alive, streams attached, bytes reserved of all budgets together."""
+
+    sessions: int
+    streams: int
+    reserved_bytes: int
+    budget_bytes: int

@@ -45,6 +45,9 @@ class StepRequest(NamedTuple):
         overlap: apply chunks as they arrive.
         shared: gradient and reply lie in the memory that the stream shares.
         decision: of the coordinator, once it is known; None where there is none.
+        base_step: the step whose parameters the gradient is of; None for the present one. With aggregation alone.
+        weight: the weight of the gradient among those of other workers.
+        lr_factor: the factor of the learning rates, scheduled ones too.
         opening: the message itself, without its number and what concerns the reply, for a log; else empty.
     """
 
@@ -64,6 +67,9 @@ class StepRequest(NamedTuple):
     overlap: bool = False
     shared: bool = False
     decision: Decision | None = None
+    base_step: int | None = None
+    weight: float = 1.0
+    lr_factor: float = 1.0
     opening: bytes = b""
 
     def numbered(self, step: int) -> StepRequest:

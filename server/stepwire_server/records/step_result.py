@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from stepwire.optimizers import Hyperparameters
+from stepwire_server.records.round_result import RoundResult
 
 __all__ = ["GroupResult", "StepResult", "StepTimes"]
 
@@ -63,6 +64,7 @@ class StepResult(NamedTuple):
         param_norm: the norm of the parameters after the step; None likewise.
         loss_scale: the scale for the next step; None without loss scaling.
         replayed: the step had been applied before.
+        round: the part of this worker's contribution; None without aggregation.
     """
 
     step: int
@@ -79,6 +81,7 @@ class StepResult(NamedTuple):
     param_norm: float | None = None
     loss_scale: float | None = None
     replayed: bool = False
+    round: RoundResult | None = None
 
     def replay(self) -> StepResult:
         """Return the result for the reply to a replay."""

@@ -7,6 +7,7 @@ chunk of the reply is on its way while later ones are computed.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +18,11 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, transport_pb2
 from stepwire.wire.frames import Frame
+from stepwire_server.aggregation.uploads import UploadSlot
+from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.rpc.decode_step import decode_decision, decode_step_request
+from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, with_base_step
 from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.encode import encode_gradient_check, encode_result
 from stepwire_server.rpc.features import unsupported
@@ -35,6 +38,11 @@ __all__ = ["Serving", "StepStream", "check_chunk", "invalid_frame"]
 
 # Below this, a reply is computed into a scratch array and copied into one message together with the result.
 _SMALL_REPLY_BYTES: Final = 256 << 10
+
+
+_TOGETHER_BYTES: Final = 16 << 20
+_LEAST_CHUNK_BYTES: Final = 64 << 10
+"""The bytes of the messages that are on their way to all workers of a session, and of one of them at least."""
 
 
 class Serving(NamedTuple):
@@ -97,13 +105,20 @@ class StepStream:
         if not opening[0].message.HasField("begin"):
             raise invalid_frame("begin", "a step starts with `begin`")
         request = self._decode(opening[0].message.begin)
-        with self._session.begin(request, self._holder, began) as step:
-            self._stream.in_step = True
+        self._stream.in_step = True
+        with self._upload(opening[0]) as slot, self._session.begin(request, self._holder, began, slot) as step:
             try:
                 overlaps = request.overlap and not step.replay
                 yield from self._timed((self._overlap if overlaps else self._gather)(opening, frames, step))
             finally:
                 self._stream.in_step = False
+
+    def _upload(self, opening: Frame) -> contextlib.AbstractContextManager[UploadSlot | None]:
+        """Wait for a place among the uploads of several workers; a gradient that is there needs none."""
+        contributions = self._session.contributions
+        if contributions is None or opening.message.HasField("commit") or opening.message.begin.in_shared_memory:
+            return contextlib.nullcontext()
+        return contributions.upload(self._stream)
 
     def _timed(self, reply: Iterator[bytes]) -> Iterator[bytes]:
         """Pass a reply on, and sum the time until gRPC asks for the message after each: it has taken the one before."""
@@ -117,10 +132,14 @@ class StepStream:
     def _decode(self, begin: step_pb2.StepBegin) -> StepRequest:
         """Decode the opening of a step; one that differs from the step before in its number alone is decoded once."""
         step, begin.step = begin.step, 0
+        base = begin.base_step if begin.HasField("base_step") else None
+        begin.ClearField("base_step")
         settings = begin.SerializeToString()
         if self._last_request is None or settings != self._last_settings:
             config = self._session.config
             request = decode_step_request(begin, config, self._serving.max_chunk_bytes)
+            if config.aggregation is not None:
+                request = request._replace(reply_elements=_shared_elements(request, config))
             if not request.epoch:  # a stream is opened in an epoch, and never skips its check
                 request = request._replace(epoch=self._epoch)
             if request.shared and self._memory().in_place:  # the reply is the state, where the client sees it
@@ -128,7 +147,8 @@ class StepStream:
             if request.shared and self._memory().on_device:  # kernels write it where it is read, in one go
                 request = request._replace(reply_elements=max(config.layout.size, 1))
             self._last_request, self._last_settings = request, settings
-        return self._last_request.numbered(step)
+        request = self._last_request.numbered(step)
+        return request if base is None else with_base_step(request, base, self._session.config)
 
     def _gather(self, opening: list[Frame], frames: Iterator[Frame], step: Step) -> Iterator[bytes]:
         """Receive everything, then apply it and reply."""
@@ -203,11 +223,31 @@ class StepStream:
         return commit
 
     def _commit(self, step: Step) -> Iterable[bytes]:
+        if self._session.contributions is None:
+            return self._commit_alone(step)
+        self._stream.in_step = False  # it waits for other workers, however silent it is
+        return self._commit_together(step)
+
+    def _commit_together(self, step: Step) -> Iterable[bytes]:
+        """Commit a contribution in this thread, and reply when its round is over."""
         request = step.request
-        reply_bytes = self._session.config.layout.size * request.reply_dtype.itemsize
         if request.shared:
             return [self._commit_shared(step)]
-        if not request.reply or reply_bytes <= min(_SMALL_REPLY_BYTES, self._serving.max_chunk_bytes):
+        if not request.reply or self._is_small(request):
+            return [self._commit_small(step)]
+        ready: deque[bytes] = deque()
+        result = self._session.commit(step, ChunkReplyWriter(request, ready.append))
+        return _drained(ready, lambda: self._result(result).SerializeToString())
+
+    def _is_small(self, request: StepRequest) -> bool:
+        reply_bytes = self._session.config.layout.size * request.reply_dtype.itemsize
+        return reply_bytes <= min(_SMALL_REPLY_BYTES, self._serving.max_chunk_bytes)
+
+    def _commit_alone(self, step: Step) -> Iterable[bytes]:
+        request = step.request
+        if request.shared:
+            return [self._commit_shared(step)]
+        if not request.reply or self._is_small(request):
             return [self._commit_small(step)]
         return self._commit_large(step)
 
@@ -270,6 +310,20 @@ class StepStream:
     def _seen(self) -> float:
         self._stream.last_seen = now = self._serving.clock()
         return now
+
+
+def _shared_elements(request: StepRequest, config: SessionConfig) -> int:
+    """Return the elements of a chunk that goes to several workers: all their chunks together have a bound."""
+    assert config.aggregation is not None
+    alignment, workers = config.layout.chunk_alignment, config.aggregation.workers
+    most = max(_TOGETHER_BYTES // workers, _LEAST_CHUNK_BYTES) // request.reply_dtype.itemsize // alignment * alignment
+    return min(request.reply_elements, most)
+
+
+def _drained(ready: deque[bytes], last: Callable[[], bytes]) -> Iterator[bytes]:
+    while ready:
+        yield ready.popleft()
+    yield last()
 
 
 def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.layout import TensorSpec, place
+from stepwire.optimizers.aggregation import aggregation_from_wire
 from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.optimizers.schedules import schedule_from_wire
@@ -109,8 +110,20 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
         device=message.device,
         tells_norms=message.telemetry != session_pb2.TELEMETRY_LEVEL_NONE,
         durability=_decode_durability(message, limits),
+        aggregation=aggregation_from_wire(message.aggregation, "config.aggregation"),
     )
+    return _checked(config, message)
+
+
+def _checked(config: SessionConfig, message: session_pb2.SessionConfig) -> SessionConfig:
+    """Check what options ask of each other."""
     _check_precision(config, message)
+    if config.aggregation is not None and config.aggregation.is_robust and config.treatment.policy != "reject":
+        raise InvalidRequestError.of(
+            "config.aggregation.reduction",
+            f"{config.aggregation.reduction!r} has an order for finite numbers alone; use the policy 'reject' for NaN "
+            "and Inf",
+        )
     return config
 
 

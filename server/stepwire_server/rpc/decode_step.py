@@ -9,6 +9,7 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Hyperparameters
+from stepwire.optimizers.aggregation import LEAST_WEIGHT, MOST_WEIGHT
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import BFLOAT16, dtype_from_wire, dtype_to_wire
@@ -17,7 +18,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rpc.features import unsupported
 
-__all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request"]
+__all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request", "with_base_step"]
 
 # Of patches for a client that holds nothing: no step has this base, so all parameters go back.
 _NO_STEP: Final = -1
@@ -36,7 +37,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
     _refuse_unserved_step(begin)
     reply_dtype = dtype_from_wire(begin.reply.dtype, config.reply_dtype, "begin.reply.dtype")
     chunk_bytes = decode_chunk_bytes(begin.reply.chunk_bytes, max_chunk_bytes, "begin.reply.chunk_bytes")
-    return StepRequest(
+    request = StepRequest(
         step=begin.step,
         epoch=begin.epoch,
         load=begin.load if begin.HasField("load") else None,
@@ -57,15 +58,28 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         reply_base=_decode_reply_base(begin, reply_dtype),
         overlap=_decode_overlap(begin, config),
         shared=_decode_shared(begin, config),
+        weight=_decode_weight(begin, config),
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
+    return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
+
+
+def with_base_step(request: StepRequest, base_step: int, config: SessionConfig) -> StepRequest:
+    """Return a request whose gradient is of the parameters of a step.
+
+    Raises:
+        InvalidRequestError: the session has one worker.
+    """
+    if config.aggregation is None:
+        raise InvalidRequestError.of("begin.base_step", "the session has one worker; leave it out")
+    return request._replace(base_step=base_step)
 
 
 def _opening(begin: step_pb2.StepBegin) -> bytes:
     """Return the part of an opening that decides what the step does to the state."""
     kept = step_pb2.StepBegin()
     kept.CopyFrom(begin)
-    for field in ("step", "epoch", "load", "reply", "in_shared_memory", "traceparent"):
+    for field in ("step", "epoch", "load", "base_step", "weight", "reply", "in_shared_memory", "traceparent"):
         kept.ClearField(field)
     return kept.SerializeToString()
 
@@ -178,12 +192,23 @@ def _decode_reply_base(begin: step_pb2.StepBegin, reply_dtype: np.dtype[Any]) ->
     return begin.reply.base if begin.reply.HasField("base") else _NO_STEP
 
 
+def _decode_weight(begin: step_pb2.StepBegin, config: SessionConfig) -> float:
+    if not begin.HasField("weight"):
+        return 1.0
+    if config.aggregation is None or config.aggregation.reduction != "weighted_mean":
+        raise InvalidRequestError.of("begin.weight", "weights are for the reduction 'weighted_mean'; leave it out")
+    if not LEAST_WEIGHT <= begin.weight <= MOST_WEIGHT:
+        raise InvalidRequestError.of("begin.weight", f"{begin.weight!r} is not in [{LEAST_WEIGHT:g}, {MOST_WEIGHT:g}]")
+    return begin.weight
+
+
 def _decode_overlap(begin: step_pb2.StepBegin, config: SessionConfig) -> bool:
     """Refuse what needs the whole gradient before its first element is applied."""
     if not begin.overlap:
         return False
     treatment = config.treatment
     obstacles = {
+        "aggregation": config.aggregation is not None,
         "clip_grad_norm": treatment.clip_grad_norm is not None or any(config.group_clips),
         f"the policy {treatment.policy!r} for NaN and Inf (it would have to be 'allow')": treatment.policy != "allow",
         "accumulation_steps": treatment.accumulation_steps > 1,
@@ -222,10 +247,6 @@ def _decode_shared(begin: step_pb2.StepBegin, config: SessionConfig) -> bool:
 
 
 def _refuse_unserved_step(begin: step_pb2.StepBegin) -> None:
-    if begin.HasField("weight"):
-        raise unsupported("begin.weight", "aggregation")
-    if begin.HasField("base_step"):
-        raise unsupported("begin.base_step", "aggregation")
     if begin.traceparent:
         raise unsupported("begin.traceparent", "tracing")
     if begin.reply.mode not in step_pb2.ReplyMode.values():

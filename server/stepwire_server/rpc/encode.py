@@ -8,10 +8,11 @@ import time
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from stepwire.optimizers.aggregation import aggregation_to_wire
 from stepwire.optimizers.durability import durability_to_wire
 from stepwire.optimizers.gradient_treatment import treatment_to_wire
 from stepwire.optimizers.schedules import schedule_to_wire
-from stepwire.v1 import checkpoint_pb2, session_pb2, step_pb2
+from stepwire.v1 import aggregation_pb2, checkpoint_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import dtype_to_wire
 from stepwire.wire.messages import (
@@ -23,6 +24,7 @@ from stepwire.wire.messages import (
     spec_to_wire,
 )
 from stepwire_server.durability.checkpoint import CheckpointInfo
+from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_result import GroupResult, StepResult
 from stepwire_server.sessions.parked import ParkedSession
@@ -58,13 +60,20 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
         memory_bytes=session.memory_bytes,
         device=session.device,
         ready=ledger.ready,
-        attached=ledger.worker.attached,
+        attached=ledger.attached,
         create_time=_timestamp(wall + session.created - now),
         expire_time=_timestamp(wall + session.last_use.at + session.config.lease_seconds - now),
         loss_scale=session.loss_scale,
         state=session_pb2.LIFECYCLE_STATE_ACTIVE,
         idle=duration_to_wire(session.idle_seconds(now) or 0.0),
     )
+    if session.config.aggregation is not None:
+        message.members.extend(
+            aggregation_pb2.Member(
+                worker=member.worker.index, attached=member.worker.attached, contribution=member.number
+            )
+            for member in ledger.members
+        )
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))
     return message
@@ -130,6 +139,15 @@ def encode_result(result: StepResult, durable_step: int, message: step_pb2.StepR
         telemetry.loss_scale = result.loss_scale
     for group in result.groups:
         _encode_group(group, telemetry.groups.add())
+    if result.round is not None:
+        _encode_round(result.round, message.round)
+
+
+def _encode_round(part: RoundResult, message: aggregation_pb2.RoundResult) -> None:
+    message.contribution, message.dropped, message.members = part.contribution, part.dropped, part.members
+    message.waiting_seconds, message.staleness = part.waiting_seconds, part.staleness
+    for worker, weight, norm, count in part.contributors:
+        message.contributors.add(worker=worker, weight=weight, grad_norm=norm, non_finite_count=count)
 
 
 def _encode_group(group: GroupResult, message: step_pb2.GroupTelemetry) -> None:
@@ -163,6 +181,8 @@ def encode_config(config: SessionConfig, *, whole: bool) -> session_pb2.SessionC
         device=config.device,
     )
     durability_to_wire(config.durability, message)
+    if config.aggregation is not None:
+        message.aggregation.CopyFrom(aggregation_to_wire(config.aggregation))
     if whole:
         specs = {tensor.spec.name: tensor.spec for tensor in config.layout.tensors}
         message.tensors.extend(spec_to_wire(specs[name]) for name in config.layout.names)

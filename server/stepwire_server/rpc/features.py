@@ -13,12 +13,13 @@ from typing import Final, NamedTuple
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from stepwire.errors import UnsupportedFeatureError
-from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
+from stepwire.v1 import aggregation_pb2, optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 
 __all__ = ["SERVED_FEATURES", "refuse_unserved", "unsupported"]
 
 SERVED_FEATURES: Final[tuple[str, ...]] = (
     "accumulation",
+    "aggregation",
     "amsgrad_corrected",
     "centered",
     "clip_grad_norm",
@@ -37,6 +38,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "parameter_average",
     "reply_order",
     "reply_patches",
+    "robust_aggregation",
     "rule_adadelta",
     "rule_adagrad",
     "rule_adamax",
@@ -103,17 +105,7 @@ def _unserved_precision(owners: Iterable[optimizer_pb2.ParameterGroup] | Iterabl
     return next((owner.state_precision for owner in owners if owner.state_precision not in _SERVED_PRECISIONS), 0)
 
 
-_OPTIONS: Final = (
-    _Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),
-    _Option("config.aggregation.workers", "aggregation", lambda c: c.aggregation.workers > 1),
-    _Option("config.aggregation.required_workers", "aggregation", lambda c: c.aggregation.required_workers > 1),
-    _Option("config.aggregation.reduction", "aggregation", lambda c: c.aggregation.reduction != 0),
-    _Option(
-        "config.aggregation.max_staleness_steps",
-        "aggregation",
-        lambda c: c.aggregation.max_staleness_steps > 0,
-    ),
-)
+_OPTIONS: Final = (_Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),)
 
 _CHOICES: Final = (
     _Choice(
@@ -154,10 +146,16 @@ _CHOICES: Final = (
     _Choice(
         "config.aggregation.mode",
         "aggregation_",
-        optimizer_pb2.AggregationMode,
-        frozenset({0}),
+        aggregation_pb2.AggregationMode,
+        frozenset(aggregation_pb2.AggregationMode.values()),
         lambda c: c.aggregation.mode,
-        dict.fromkeys(optimizer_pb2.AggregationMode.values(), "aggregation"),
+    ),
+    _Choice(
+        "config.aggregation.reduction",
+        "reduction_",
+        aggregation_pb2.Reduction,
+        frozenset(aggregation_pb2.Reduction.values()),
+        lambda c: c.aggregation.reduction,
     ),
     _Choice(
         "config.durability",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import SCALE_SUFFIX
@@ -12,12 +15,11 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
 from stepwire.wire.frames import Frame, FrameBuffer
-from stepwire_server.engines.protocol import PARAM
+from stepwire_server.engines.protocol import PARAM, HostArray
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
-from stepwire_server.rpc.features import unsupported
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.session import Session
@@ -38,6 +40,10 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     slots = _known_slots(session, list(request.slots) or [PARAM], "slots")
     dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
+    if session.config.aggregation is not None and slots == (PARAM,):
+        with session.calls.one():
+            yield from _pull_at_once(session, dtype, most)
+        return
     with session.calls.one():  # a reader may take its time
         snapshot = session.exchange.snapshot()
         yield _header(snapshot, session.ledger.epoch).SerializeToString()
@@ -47,6 +53,25 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
             frame = FrameBuffer(header, count * dtype.itemsize)
             session.exchange.read(snapshot, slot, offset, frame.payload(dtype))
             yield frame.finish()
+
+
+def _pull_at_once(session: Session, dtype: np.dtype[Any], most: int) -> Iterator[bytes]:
+    """Encode the parameters of one moment, and then yield them.
+
+    The other workers do not wait for a newcomer, who would otherwise see the state change in each of its pulls.
+    """
+    size, frames = session.config.layout.size, list[FrameBuffer]()
+
+    def target(offset: int) -> HostArray:
+        count = min(most, size - offset)
+        header = pb.PullResponse(slot=PARAM, chunk=tensor_pb2.Chunk(offset=offset, count=count))
+        frames.append(FrameBuffer(header, count * dtype.itemsize))
+        return frames[-1].payload(dtype)
+
+    snapshot = session.exchange.read_parameters((offset, target) for offset in range(0, size, most))
+    yield _header(snapshot, session.ledger.epoch).SerializeToString()
+    for frame in frames:
+        yield frame.finish()
 
 
 def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
@@ -71,7 +96,7 @@ def load(session: Session, opening: Frame, frames: Iterator[Frame], max_chunk_by
     """
     message: state_pb2.LoadOpen = opening.message.open
     request = _decode_load(session, message)
-    with session.exchange.loading(request, session.holder_of(message.attach_token)) as staged:
+    with session.exchange.loading(request, session.holder_of(message.attach_token, message.worker)) as staged:
         if staged is None:
             return False
         _receive(staged, frames, max_chunk_bytes)
@@ -93,8 +118,6 @@ def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:
     step = message.step if message.HasField("step") else None
     _check_counter(step or 0, "open.step")
     loss_scale = _known_loss_scale(session, message)
-    if message.worker != 0:
-        raise unsupported("open.worker", "aggregation")
     dtype = dtype_from_wire(message.dtype, FLOAT32, "open.dtype")
     return LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale, tuple(scalars))
 

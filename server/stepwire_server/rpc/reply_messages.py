@@ -13,16 +13,23 @@ from stepwire.wire.frames import FrameBuffer, whole_message
 from stepwire.wire.patches import encode_patch
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.step_request import StepRequest
+from stepwire_server.steps.reply import ReplyWriter, SharedReplyWriter
 
 __all__ = ["ChunkReplyWriter", "WholeReplyWriter"]
 
 
-class WholeReplyWriter:
+class WholeReplyWriter(SharedReplyWriter):
     """Holds a small reply whole, so that it travels in one message with the result; see `ReplyWriter`."""
 
     def __init__(self, request: StepRequest, size: int) -> None:
         """Make room for `size` elements, if `request` wants a reply."""
         self._values: HostArray = np.empty(size if request.reply else 0, request.reply_dtype)
+        self.form = (WholeReplyWriter, request.reply, request.reply_dtype)
+
+    def follow(self, leader: ReplyWriter) -> None:
+        """See `SharedReplyWriter`."""
+        assert isinstance(leader, WholeReplyWriter)
+        self._values = leader._values
 
     def buffer(self, offset: int, count: int) -> HostArray:
         """See `ReplyWriter`."""
@@ -44,14 +51,20 @@ class WholeReplyWriter:
         return whole_message(header, self._values)
 
 
-class ChunkReplyWriter:
+class ChunkReplyWriter(SharedReplyWriter):
     """Makes one message a chunk, each computed straight into it; see `ReplyWriter`."""
 
     def __init__(self, request: StepRequest, send: Callable[[bytes], object]) -> None:
         """Hand complete messages to `send`."""
         self._request = request
-        self._send = send
+        self._send = [send]
+        self.form = (ChunkReplyWriter, request.reply_dtype, request.reply_elements, request.reply_first)
         self._unfinished: deque[_Chunk] = deque()
+
+    def follow(self, leader: ReplyWriter) -> None:
+        """See `SharedReplyWriter`."""
+        assert isinstance(leader, ChunkReplyWriter)
+        leader._send += self._send
 
     def buffer(self, offset: int, count: int) -> HostArray:
         """See `ReplyWriter`."""
@@ -67,7 +80,8 @@ class ChunkReplyWriter:
     def flush(self) -> None:
         """See `ReplyWriter`."""
         if (message := self._unfinished.popleft().message()) is not None:
-            self._send(message)
+            for send in self._send:
+                send(message)
 
 
 class _Chunk:

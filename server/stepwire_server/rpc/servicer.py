@@ -23,7 +23,7 @@ from stepwire_server.rpc.decode_config import decode_page_token, decode_request_
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
 from stepwire_server.rpc.encode import encode_parked, encode_session
 from stepwire_server.rpc.end_call import end_call
-from stepwire_server.rpc.features import SERVED_FEATURES, unsupported
+from stepwire_server.rpc.features import SERVED_FEATURES
 from stepwire_server.rpc.method import unary
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.parked import ParkedSession
@@ -159,12 +159,11 @@ class OptimizerService:
             stream.in_step = True
             opening: attach_pb2.AttachOpen = _opening(frames).message.open
             stream.in_step = False
-            if opening.worker != 0:
-                raise unsupported("open.worker", "aggregation")
             session = self._registry.get(opening.session_id)
             self._registry.require_room(stream, session)
+            worker = None if opening.any_worker else opening.worker
             with (
-                session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step) as holder,
+                session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
                 self._sharing.share(session, opening.transport) as shared,
             ):
                 _log.info(
@@ -180,8 +179,6 @@ class OptimizerService:
         """Take one step of a small session in one call."""
         frame = read_frame(pb.StepRequest, data)
         request: pb.StepRequest = frame.message
-        if request.worker != 0:
-            raise unsupported("worker", "aggregation")
         session = self._registry.get(request.session_id)
         with self._serving.drain.admit(), session.calls.one():  # kernels may be compiled, which outlasts a short lease
             return step_once(session, frame, self._serving)
@@ -239,6 +236,8 @@ def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.Att
             transport=shared.transport,
             transport_reason=shared.reason,
             handoff=shared.handoff,
+            worker=holder.worker,
+            contribution=ledger.members[holder.worker].number,
         )
     )
 

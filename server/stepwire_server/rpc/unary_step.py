@@ -33,7 +33,7 @@ def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
             f"{size} elements are more than the {max_bytes} bytes of one call; attach a stream instead",
         )
     writer = WholeReplyWriter(request, size)
-    with session.begin(request, session.holder_of(message.attach_token), began) as step:
+    with session.begin(request, session.holder_of(message.attach_token, message.worker), began) as step:
         if size or frame.payload.size:
             step.add(0, size, frame.payload)
         step.received = serving.clock()

@@ -91,7 +91,8 @@ def _manifest_of(session: Session, captured: Captured, config: dict[str, Any], s
         loss_scale=numbers.loss_scale,
         sum_bound=captured.sum_bound,
         generation=captured.holder.generation,
-        acquired=captured.holder.acquired,
+        acquired=captured.acquisitions,
+        members=captured.members,
         last_result=None if result is None else msgspec.msgpack.encode(result),
         config=config,
         shadow=shadow,
@@ -114,6 +115,8 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
         manifest.ready,
         _last_result(manifest),
         Holder(0, manifest.generation, manifest.acquired, None),
+        manifest.acquired,
+        manifest.members,
     )
     session.exchange.restore(captured, checkpoint.body.read)
     _check_warm(checkpoint, session.exchange.shadow())

@@ -74,7 +74,7 @@ class DataDirectory:
         self._entries = itertools.count(1)
         self._writer: LogWriter | None = None
         self._lost: dict[str, StepwireError] = {}
-        self._generations: dict[str, int] = {}  # of parked sessions' holds, which the disk does not have
+        self._generations: dict[str, dict[int, int]] = {}  # of parked sessions' holds, which the disk does not have
         self._unsafe: set[str] = set()
         self._make: Make | None = None
         self._reading, self._readers = threading.Lock(), 0  # no segment is removed while somebody reads the log
@@ -188,7 +188,7 @@ class DataDirectory:
     def forget(self, session: Session) -> None:
         """Look after a session in memory no more: it is closed, and what the disk has of it stays."""
         self.checkpointer.remove(session)
-        self._generations[session.session_id] = session.ledger.worker.holder.generation
+        self._generations[session.session_id] = session.ledger.members.generations()
 
     def archived(self, session_id: str) -> ArchivedSession:
         """Return a session as its folder describes it.
@@ -218,8 +218,7 @@ class DataDirectory:
         if (loss := self._lost.get(session_id) or self.own.loss(session_id)) is not None:
             raise type(loss)(str(loss), reason=loss.reason, metadata=loss.metadata)
         session = self._brought_back(session_id, make)
-        if (generation := self._generations.pop(session_id, None)) is not None:
-            session.ledger.worker.resume(generation)
+        session.ledger.members.resume(self._generations.pop(session_id, {}))
         self._open(session, _RECOVERED if session_id in self._unsafe else self._saved(session))
         return self._archive.get(session_id), session
 

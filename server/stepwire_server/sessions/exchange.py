@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from stepwire.errors import StateChangedError
-from stepwire_server.durability.manifest import Shadow
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.durability.manifest import MemberFacts, Shadow
+from stepwire_server.engines.protocol import PARAM, HostArray
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
@@ -36,7 +36,9 @@ class Captured(NamedTuple):
         sum_bound: no element of the accumulated gradient is larger in magnitude.
         ready: parameters have been loaded or were initialised.
         last_result: the result of the last step, for a replay; None for none.
-        holder: the hold of the worker.
+        holder: the hold of worker 0.
+        acquisitions: the sum of the generations in which the workers were acquired.
+        members: the facts of several workers; empty for one.
         position: the number of the log's last record at that moment.
         blocks: the blocks of all slots, in any order.
         probed: the values that a shadow step begins with; None for none.
@@ -48,6 +50,8 @@ class Captured(NamedTuple):
     ready: bool
     last_result: StepResult | None
     holder: Hold
+    acquisitions: int
+    members: tuple[MemberFacts, ...] = ()
     position: int = 0
     blocks: Iterator[Block] = iter(())
     probed: ProbedValues | None = None
@@ -75,7 +79,12 @@ class StateExchange:
         self._last_use = last_use
         self._progress = progress
         self._awaiting: queue.SimpleQueue[Captured] | None = None
+        self._loaded: Callable[[], object] = lambda: None
         self.loads = CallsUnderWay(last_use)
+
+    def on_load(self, loaded: Callable[[], object]) -> None:
+        """Have a function called with each load that is committed, under the session's lock."""
+        self._loaded = loaded
 
     def snapshot(self) -> Snapshot:
         """Return the present moment: `read` compares it, so that a pull is of one moment, and of a durable one.
@@ -107,6 +116,25 @@ class StateExchange:
                     metadata={"step": snapshot.step, "applied_step": now[0]},
                 )
             self._state.read(slot, start, out)
+
+    def read_parameters(self, targets: Iterable[tuple[int, Callable[[int], HostArray]]]) -> Snapshot:
+        """Encode the parameters of one moment; return that moment, which is durable.
+
+        Args:
+            targets: for each range its start, and a function of the start that returns its place, `(n,)` of a wire
+                dtype.
+
+        Raises:
+            StepwireError: as `snapshot`.
+        """
+        with self._lock:
+            self._check_readable()
+            snapshot = self._state.snapshot(self._ledger.applied_step, self._ledger.applied_load)
+            for start, target in targets:
+                self._state.read(PARAM, start, target(start))
+            mark = self._progress.last
+        self._progress.read(mark)
+        return snapshot
 
     def _check_readable(self) -> None:
         self._ledger.check_usable()
@@ -198,6 +226,8 @@ class StateExchange:
             ledger.ready,
             ledger.last_result,
             ledger.worker.holder,
+            ledger.members.acquisitions,
+            ledger.members.facts(),
             self._position(),
             capture.blocks(self._lock),
             read_probe(state.config, state.read),
@@ -220,7 +250,10 @@ class StateExchange:
         with self._lock:
             self._state.restore(numbers, captured.sum_bound, read)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
-            self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
+            if captured.members:
+                self._ledger.members.restore(captured.members, self._ledger.epoch)
+            else:
+                self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
 
     def shadow(self, numbers: Snapshot | None = None, probed: ProbedValues | None = None) -> Shadow | None:
         """Make the shadow step of a state like this one; without numbers, of the present moment.
@@ -258,6 +291,7 @@ class StateExchange:
         with self._ledger.changing("load", request.load):
             state.adopt(load.staged, request, first=not self._ledger.ready)
             self._ledger.commit_load(request)
+        self._loaded()
         self._progress.load_committed(load.entry, request, load.holder)
         if state.unfinished is None:
             self.step_over()

@@ -23,6 +23,7 @@ from stepwire_server.engines.protocol import PARAM
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.members import Members
 from stepwire_server.sessions.workers import Worker
 from stepwire_server.steps.step import Hold
 
@@ -37,7 +38,7 @@ class Ledger:
     Attributes:
         session_id: the session's id.
         epoch: the incarnation of the server that owns the session.
-        worker: the session's one worker, with its holder.
+        members: the session's workers, with their holders.
         applied_step: the last committed step; 0 before the first.
         applied_load: the last committed load; 0 before the first.
         durable_step: the last step that survives a loss of the server.
@@ -48,11 +49,11 @@ class Ledger:
         parked: the session lives on, on disk.
     """
 
-    def __init__(self, session_id: str, *, epoch: int, ready: bool) -> None:
-        """Start at step 0."""
+    def __init__(self, session_id: str, *, epoch: int, ready: bool, workers: int = 1) -> None:
+        """Start at step 0, for so many workers at most."""
         self.session_id = session_id
         self.epoch = epoch
-        self.worker = Worker(0)
+        self.members = Members(workers)
         self.applied_step = 0
         self.applied_load = 0
         self.durable_step = self.kept_step = 0
@@ -62,6 +63,16 @@ class Ledger:
         self._replied: int | None = None
         self._damage: str | None = None
         self._loss: DataLossError | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """Worker 0, the only one without aggregation."""
+        return self.members[0].worker
+
+    @property
+    def attached(self) -> bool:
+        """A stream is attached."""
+        return any(member.worker.attached for member in self.members)
 
     def admit_step(self, request: StepRequest, holder: Hold) -> bool:
         """Return True for the next step and False for a replay of the last.
@@ -75,17 +86,25 @@ class Ledger:
             StateChangedError: the last load is not the one that the client knows.
             StepMismatchError: neither the next step nor a replay.
         """
-        if request.epoch != self.epoch:
-            self.check_epoch(request.epoch)
-        self.check_usable()
-        self.worker.check(holder)
-        if request.load is not None and request.load != self.applied_load:
-            raise self._other_load(request.load)
+        self.check_step(request, holder)
         if request.step == self.applied_step + 1:
             return True
         if request.step == self.applied_step and self.last_result is not None:
             return False
         raise _mismatch("step", expected=self.applied_step + 1, actual=request.step)
+
+    def check_step(self, request: StepRequest, holder: Hold) -> None:
+        """Refuse a step, whatever its number, that is not of the present holder, epoch and load.
+
+        Raises:
+            StepwireError: as `admit_step`, but for StepMismatchError.
+        """
+        if request.epoch != self.epoch:
+            self.check_epoch(request.epoch)
+        self.check_usable()
+        self.members[holder.worker].worker.check(holder)
+        if request.load is not None and request.load != self.applied_load:
+            raise self._other_load(request.load)
 
     def admit_load(self, request: LoadRequest, holder: Hold) -> bool:
         """Return True for the next load and False for a replay of the last.
@@ -96,7 +115,7 @@ class Ledger:
         """
         self.check_epoch(request.epoch)
         self.check_sound()
-        self.worker.check(holder)
+        self.members[holder.worker].worker.check(holder)
         if request.load == self.applied_load and request.load > 0:
             return False
         if request.load != self.applied_load + 1:

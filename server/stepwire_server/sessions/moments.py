@@ -22,7 +22,7 @@ def has_moment(session: Session, store: CheckpointStore, bad: Collection[str]) -
     ledger = session.ledger
     name = automatic_name(ledger.applied_step, ledger.applied_load)
     return any(
-        info.name.startswith(name) and info.acquired == ledger.worker.holder.acquired
+        info.name.startswith(name) and info.acquired == ledger.members.acquisitions
         for info in store.list()
         if info.damage is None and info.name not in bad
     )
@@ -32,7 +32,7 @@ def free_name(session: Session, store: CheckpointStore) -> str:
     """Return a name for an automatic checkpoint of the present moment."""
     ledger, names = session.ledger, {info.name for info in store.list()}
     name = automatic_name(ledger.applied_step, ledger.applied_load)
-    others = (f"{name}-{ledger.worker.holder.acquired:x}", *(f"{name}-{ledger.epoch:x}-{k}" for k in range(len(names))))
+    others = (f"{name}-{ledger.members.acquisitions:x}", *(f"{name}-{ledger.epoch:x}-{k}" for k in range(len(names))))
     return next(each for each in (name, *others) if each not in names)
 
 

@@ -111,6 +111,11 @@ class Progress:
             attempts=attempts or ((entry.attempt,) if entry.attempt.chunks else ()),
             inline=entry.inline,
             decision=None if decision is None else (decision.coefficient, decision.groups, decision.skip),
+            worker=step.holder.worker,
+            parts=tuple(step.parts),
+            reduced=step.reduced,
+            missing=tuple(sorted(step.request.missing)) if step.reduced else (),
+            lr_factor=step.request.lr_factor,
         )
         self.last = Mark(entry.commit(message), step.request.step)
 
@@ -131,13 +136,14 @@ class Progress:
             tensor_scalars=request.tensor_scalars,
             loss_scale=None if scale is None else (scale.scale, scale.clean_steps),
             sum_bound=request.sum_bound,
+            worker=holder.worker,
         )
         self.last = Mark(entry.commit(message), self._ledger.applied_step)
 
     def acquired(self, holder: Hold) -> None:
         """Append that a client has acquired the worker."""
         if self._log is not None:
-            self.last = Mark(self._log.hold(holder.generation), self._ledger.applied_step)
+            self.last = Mark(self._log.hold(holder.worker, holder.generation), self._ledger.applied_step)
 
     def checkpointed(self, step: int, *, durable: bool = True) -> None:
         """Note that a checkpoint holds a step; it may not be durable yet."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stepwire.errors import DataLossError, Reason
-from stepwire.wire.dtypes import dtype_named, wire_bytes
+from stepwire.wire.dtypes import FLOAT32, dtype_named, wire_bytes
 from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, decode_entry
 from stepwire_server.durability.reading import LogRecord
 from stepwire_server.durability.records import Kind
@@ -106,7 +106,7 @@ class Redo:
         Raises:
             DataLossError: a commit is missing before this one, or the record is damaged.
         """
-        kind, worker = record.header.kind, self.session.ledger.worker
+        kind = record.header.kind
         if kind is Kind.CHUNK:
             self._chunks[record.header.epoch, record.header.entry].append(record)
         elif kind is Kind.COMMIT:
@@ -114,8 +114,8 @@ class Redo:
         elif kind is Kind.LOAD:
             self._load(decode_entry(LoadEntry, record.meta), record)
         elif kind is Kind.HOLD:
-            generation = decode_entry(HoldEntry, record.meta).generation
-            worker.restore(generation, self.session.ledger.epoch)
+            hold = decode_entry(HoldEntry, record.meta)
+            self._acquired(hold.worker, hold.generation)
 
     def _step(self, entry: StepEntry, record: LogRecord) -> None:
         session = self.session
@@ -134,8 +134,12 @@ class Redo:
         self._drop(record, entry.attempt)
 
     def _made(self, entry: StepEntry | LoadEntry) -> None:
-        self.session.ledger.worker.restore(entry.acquired, self.session.ledger.epoch)
+        self._acquired(entry.worker, entry.acquired)
         self.commits += 1
+
+    def _acquired(self, worker: int, generation: int) -> None:
+        ledger = self.session.ledger
+        ledger.members[worker].worker.restore(generation, ledger.epoch)
 
     def _drop(self, commit: LogRecord, *attempts: Attempt) -> None:
         """Forget the chunks of a commit; those of other steps and loads may still be on their way."""
@@ -180,8 +184,16 @@ def _inline(entry: StepEntry, record: LogRecord, dtype: np.dtype[Any]) -> Iterab
 
 def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _Chunks, codec: Openings) -> None:
     opened = codec.decode_opening(entry.opening, session.config)
-    request = opened._replace(step=entry.step, epoch=0, load=None, reply=False, shared=False, reply_base=None)
-    holder = session.ledger.worker.holder
+    request = opened._replace(
+        step=entry.step,
+        epoch=0,
+        load=None,
+        reply=False,
+        shared=False,
+        reply_base=None,
+        lr_factor=entry.lr_factor,
+    )
+    holder = session.ledger.members[entry.worker].worker.holder
     if request.overlap:
         for index, attempt in enumerate(entry.attempts):
             with session.begin(request, holder, 0.0) as step:
@@ -189,7 +201,14 @@ def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _C
                 if index == len(entry.attempts) - 1:
                     session.finish(step)
         return
-    with session.begin(request, holder, 0.0) as step:
+    if entry.reduced:
+        request = request._replace(gradient_dtype=FLOAT32, loss_scale=1.0, missing=frozenset(entry.missing))
+    again = session.contributions
+    with (
+        session.begin(request, holder, 0.0)
+        if again is None
+        else again.begin_again(request, holder, entry.parts, reduced=entry.reduced)
+    ) as step:
         for attempt in entry.attempts:
             for chunk in chunks.of(attempt):
                 step.add(chunk.offset, chunk.elements, chunk.payload)
@@ -197,7 +216,10 @@ def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _C
             step.add(chunk.offset, chunk.elements, chunk.payload)
         if entry.decision is not None:
             step.decision = Decision(*entry.decision)
-        session.commit(step, NoReply())
+        if again is None:
+            session.commit(step, NoReply())
+        else:
+            again.commit_again(step, NoReply())
 
 
 def _apply(session: Session, step: Step, chunks: Iterable[_Chunk]) -> None:
@@ -219,8 +241,9 @@ def _redo_load(session: Session, entry: LoadEntry, chunks: _Chunks) -> None:
         loss_scale=None if entry.loss_scale is None else LossScale(*entry.loss_scale),
         sum_bound=entry.sum_bound,
     )
+    holder = session.ledger.members[entry.worker].worker.holder
     with contextlib.ExitStack() as stack:
-        load = stack.enter_context(session.exchange.loading(request, session.ledger.worker.holder))
+        load = stack.enter_context(session.exchange.loading(request, holder))
         assert load is not None
         for chunk in chunks.of(entry.attempt):
             load.add(entry.slots[chunk.slot], chunk.offset, chunk.elements, chunk.payload)

@@ -8,7 +8,6 @@ import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import structlog
 
@@ -16,6 +15,7 @@ from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, Stepw
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
@@ -31,15 +31,6 @@ from stepwire_server.sessions.workers import FIRST_GENERATION
 __all__ = ["Registry", "RegistryStatistics"]
 
 _log = structlog.get_logger()
-
-
-class RegistryStatistics(NamedTuple):
-    """What the registry is doing: sessions alive, streams attached, bytes reserved of all budgets together."""
-
-    sessions: int
-    streams: int
-    reserved_bytes: int
-    budget_bytes: int
 
 
 class Registry:
@@ -301,6 +292,11 @@ class Registry:
         except (StepwireError, OSError) as error:
             _log.error("checkpoint failed", session_id=session.session_id, problem=str(error))
             return None
+
+    def end_waits(self, error: StepwireError) -> None:
+        """Have no worker wait for others from now on."""
+        for session in self._present():
+            session.end_waits(error)
 
     def cancel_streams(self) -> None:
         """End every attached stream that does not end by itself."""

@@ -26,10 +26,11 @@ from stepwire_server.sessions.capture import BLOCK, Block
 from stepwire_server.sessions.checkpointing import check_as_saved, numbers_of
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.earlier import EarlierState, Origin, find_earlier
+from stepwire_server.sessions.members import Members
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints, telling_of_the_disk
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
-from stepwire_server.sessions.workers import FIRST_GENERATION, Holder, Worker
+from stepwire_server.sessions.workers import FIRST_GENERATION, Holder
 from stepwire_server.steps.reply import split_range
 
 __all__ = ["Rollbacks"]
@@ -163,7 +164,7 @@ def _bring(earlier: EarlierState, session: Session) -> None:
     """Bring a new session into an earlier state of another one; its hold and its results are its own."""
     earlier.bring(session)
     ledger = session.ledger
-    ledger.worker, ledger.last_result = Worker(0), None
+    ledger.members, ledger.last_result = Members(ledger.members.most), None
 
 
 def _keep(earlier: EarlierState, session: Session, store: CheckpointStore) -> None:
@@ -188,5 +189,6 @@ def _as_first(manifest: Manifest, session: Session, directory: DataDirectory) ->
         generation=FIRST_GENERATION,
         acquired=FIRST_GENERATION,
         last_result=None,
+        members=(),
         config=directory.config_tree(session.config),
     )

@@ -12,30 +12,30 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from stepwire.errors import StateChangedError
+from stepwire.errors import StepwireError
+from stepwire_server.aggregation.uploads import UploadSlot
 from stepwire_server.devices.pool import Device
-from stepwire_server.durability.entries import Attempt
-from stepwire_server.observability.commits import tell
-from stepwire_server.records.committed import CommitSink, Committed
+from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.session_statistics import SessionStatistics
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.records.step_result import StepResult, StepTimes
+from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.commits import Commits
+from stepwire_server.sessions.contributions import Contributions, Parts
 from stepwire_server.sessions.exchange import StateExchange
 from stepwire_server.sessions.ledger import Ledger, session_not_found, session_parked
 from stepwire_server.sessions.memory import SessionMemory
+from stepwire_server.sessions.own_steps import OwnSteps
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.several import contributions_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
-from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
-from stepwire_server.steps.commit import Commit
+from stepwire_server.steps.check_gradient import GradientCheck
 from stepwire_server.steps.gradient import StagedChunk
-from stepwire_server.steps.overlap import unfinished
-from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters
-from stepwire_server.steps.result import Effect, Moment
-from stepwire_server.steps.step import Hold, Step
+from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter
+from stepwire_server.steps.step import Step
 
 __all__ = ["Session", "closed_on_failure"]
 
@@ -49,6 +49,7 @@ class Session:
         memory: the memory that it shares with its client.
         exchange: its state in and out.
         progress: the way of its commits onto the disk.
+        contributions: its door for several workers; None for one worker.
         calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
         last_use: the clock reading of its last use.
@@ -78,16 +79,24 @@ class Session:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
         self.config = config
-        self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero)
+        workers = 1 if config.aggregation is None else config.aggregation.workers
+        self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
         self._clock = clock
         self._lock = threading.Lock()
-        self._sinks = tuple(sinks)
         self.last_use = LastUse(clock)
         self.calls = CallsUnderWay(self.last_use)
         self._state = SessionState(config, device)
         self.progress = Progress(self.ledger)
+        self._commits = Commits(self._state, self.ledger, self.progress, clock, sinks)
         self.exchange = StateExchange(self._state, self.ledger, self._lock, self.last_use, self.progress)
         self.memory = SessionMemory(self._state, self.ledger, self._lock)
+        parts = Parts(config, self._state, self.ledger, self._lock, self.progress, self._commits, clock)
+        with closed_on_failure(self._state):
+            self.contributions = contributions_of(parts)
+        self._own = OwnSteps(parts, self.last_use, self.exchange.step_over)
+        self._steps: OwnSteps | Contributions = self.contributions or self._own
+        if self.contributions is not None:
+            self.exchange.on_load(self.contributions.loaded)
         self.last_use.note()  # the kernels are compiled now: the lease runs from here
         self.created = self.last_use.at
 
@@ -147,7 +156,7 @@ class Session:
 
     def idle_seconds(self, now: float) -> float | None:
         """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""
-        used = self.ledger.worker.attached or self.exchange.loads or self.calls
+        used = self.ledger.attached or self.exchange.loads or self.calls
         return None if used else max(now - self.last_use.at, 0.0)
 
     def expired(self, now: float) -> bool:
@@ -159,17 +168,14 @@ class Session:
         ledger = self.ledger
         step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
         return SessionStatistics(
-            step, load, unfinished_step, self.memory_bytes, ledger.worker.attached, len(self.exchange.loads)
+            step, load, unfinished_step, self.memory_bytes, ledger.attached, len(self.exchange.loads)
         )
 
     @contextlib.contextmanager
     def untold(self) -> Iterator[None]:
         """Tell no sink of the commits in a block: they are made again, and were told before."""
-        sinks, self._sinks = self._sinks, ()
-        try:
+        with self._commits.untold():
             yield
-        finally:
-            self._sinks = sinks
 
     # --- holds -------------------------------------------------------------------------------------------
 
@@ -178,19 +184,22 @@ class Session:
         with self._lock:
             return self.ledger.worker.acquire()
 
-    def holder_of(self, token: int) -> Holder:
-        """Return the present hold to a call that brings its token.
+    def holder_of(self, token: int, worker: int = 0) -> Holder:
+        """Return the present hold of a worker to a call that brings its token.
 
         Raises:
+            InvalidRequestError: the session has no such worker.
             FencedError, UnavailableError: as `Worker.holder_of`.
             SessionNotFoundError: the session has ended.
         """
         with self._lock:
             self.ledger.check_open()
-            return self.ledger.worker.holder_of(token)
+            return self.ledger.members[worker].worker.holder_of(token)
 
     @contextlib.contextmanager
-    def attached(self, stream: ClientStream, token: int, epoch: int, durable_step: int = 0) -> Iterator[Holder]:
+    def attached(
+        self, stream: ClientStream, token: int, epoch: int, durable_step: int = 0, worker: int | None = 0
+    ) -> Iterator[Holder]:
         """Keep a stream attached for a block; yields its hold of the worker.
 
         Args:
@@ -198,8 +207,11 @@ class Session:
             token: of the client's last attach, to go on; 0 acquires the worker from its holder.
             epoch: the epoch the client knows; 0 skips the check.
             durable_step: the last step that the client knows to be durable.
+            worker: the index of the worker; None for whichever no stream is attached as.
 
         Raises:
+            InvalidRequestError: the session has no such worker.
+            ResourceExhaustedError: a stream is attached as every worker.
             FencedError: the token or the epoch is not the newest.
             SessionNotFoundError: the session has ended.
             DataLossError: the server knows of fewer durable steps than the client.
@@ -208,28 +220,42 @@ class Session:
             self.ledger.check_epoch(epoch)
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
-            worker = self.ledger.worker
-            holder = worker.renew(token, stream) if token else worker.acquire(stream)
+            members = self.ledger.members
+            held = members[members.vacant() if worker is None else worker].worker
+            holder = held.renew(token, stream) if token else held.acquire(stream)
             if not token:
                 self.progress.acquired(holder)
+            self._wake()
             mark = self.progress.last
         try:
             self.progress.settle(mark)  # the reply tells of the last step, and of the hold
             yield holder
         finally:
             with self._lock:
-                worker.detach(stream)
+                held.detach(stream)
+                self._wake()
                 self.last_use.note()
+
+    def end_waits(self, error: StepwireError) -> None:
+        """Have no worker wait for others from now on: each gets an error."""
+        if self.contributions is not None:
+            self.contributions.end(error)
+
+    def _wake(self) -> None:
+        """Have workers that wait for others look again: one came, or went."""
+        if self.contributions is not None:
+            self.contributions.wake()
 
     # --- steps -------------------------------------------------------------------------------------------
 
-    def begin(self, request: StepRequest, holder: Holder, began: float) -> Step:
+    def begin(self, request: StepRequest, holder: Holder, began: float, slot: UploadSlot | None = None) -> Step:
         """Admit a step and make room for its gradient, or for the reply where that is larger.
 
         Args:
             request: the step as it is asked for.
             holder: the hold of the worker that it comes under.
             began: the clock reading of its first message.
+            slot: its place among the uploads of several workers, given back with the gradient; None for none.
 
         Raises:
             FencedError: the holder or the epoch is not the newest.
@@ -241,12 +267,7 @@ class Session:
             DataLossError: the state is damaged.
             ResourceExhaustedError: no room just now.
         """
-        with self._lock:
-            replay = not self._admit(request, holder)
-            state, unscale = self._state, self._state.unscale(request)
-            entry = None if replay else self.progress.begin(at_once=request.overlap)
-        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
-        return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began, entry=entry)
+        return self._steps.begin(request, holder, began, slot)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
         """Apply a staged step, or replay the last one; the parameters go to `writer`.
@@ -256,30 +277,9 @@ class Session:
             NonFiniteGradientError: under the policy `reject`; the state is as before.
             StepwireError: as `begin`; the state is as before.
             DataLossError: DURABILITY_FAILED; the step is applied, and may be lost with the server.
+            NotEnoughWorkersError: the round had too few contributions for too long; the state is as before.
         """
-        with self._lock:
-            result, mark = self._commit(step, writer), self.progress.last
-        self.progress.settle(mark)
-        return result
-
-    def _commit(self, step: Step, writer: ReplyWriter) -> StepResult:
-        if not self._admit(step.request, step.holder, whole=True):
-            return self._replay(step.request, writer)
-        if step.replay:
-            raise _no_replay(step.request)
-        self.progress.check()
-        if step.request.reply_base is not None and not self.ledger.replied(step.request.reply_base):
-            step.request = step.request._replace(reply_base=None)
-        commit, started = Commit(step, self._state), self._clock()
-        if not commit.changes:
-            commit.apply(writer)
-        with self.ledger.changing("step", step.request.step):
-            if commit.changes:
-                commit.apply(writer)
-            self._state.advance(step.gradient, commit.effect, commit.groups)
-            times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
-            result = commit.result(Moment(step.request.step, self.ledger.epoch, times))
-        return self._committed(step, result)
+        return self._steps.commit(step, writer)
 
     def check(self, step: Step) -> GradientCheck | None:
         """Return the facts that a coordinator decides by, before the commit; None where the step is a replay.
@@ -287,12 +287,7 @@ class Session:
         Raises:
             StepwireError: as `commit`; the state is as before.
         """
-        with self._lock:
-            if not self._admit(step.request, step.holder, whole=True):
-                return None
-            if step.replay:
-                raise _no_replay(step.request)
-            return check_gradient(step, self._state)
+        return self._steps.check(step)
 
     def apply(self, step: Step, chunk: StagedChunk, reply: ReplyPipeline) -> None:
         """Apply a chunk of an overlapped step, unless it has been applied, and reply with it.
@@ -300,11 +295,7 @@ class Session:
         Raises:
             StepwireError: as `begin`, or it is no longer this step's turn.
         """
-        with self._lock:
-            self._admit_overlapped(step)
-            overlapped = self._state.unfinished = self._state.overlapped(step.request)
-            with self.ledger.changing("step", step.request.step):
-                overlapped.apply(step, chunk, reply)
+        self._own.apply(step, chunk, reply)
 
     def finish(self, step: Step) -> StepResult:
         """Commit an overlapped step, all of which has been applied.
@@ -313,47 +304,7 @@ class Session:
             InvalidRequestError: chunks are missing; the step stays as far as it is.
             StepwireError: as `apply`.
         """
-        with self._lock:
-            self._admit_overlapped(step)
-            overlapped = self._state.overlapped(step.request)
-            check = overlapped.check(step)
-            self._state.unfinished = None
-            self._state.advance(step.gradient, Effect.UPDATED, check.groups)
-            moment = Moment(overlapped.number, self.ledger.epoch, StepTimes(self._clock() - step.began, 0.0, 0.0))
-            result = self._committed(step, overlapped.result(check, moment), overlapped.attempts)
-            self.exchange.step_over()
-            mark = self.progress.last
-        self.progress.settle(mark)
-        return result
-
-    def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
-        """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
-        self.last_use.note()
-        following = self.ledger.admit_step(request, holder)
-        half = self._state.unfinished
-        if half is not None:
-            if not following:  # the parameters are of no step just now
-                raise unfinished(half.number, "finish it")
-            half.check_continued_by(request._replace(overlap=request.overlap and not whole))
-        return following
-
-    def _admit_overlapped(self, step: Step) -> None:
-        if not self._admit(step.request, step.holder):
-            raise StateChangedError(f"step {step.request.step} was committed while it was sent; send it again")
-
-    def _committed(self, step: Step, result: StepResult, attempts: tuple[Attempt, ...] = ()) -> StepResult:
-        """Note a step that has been applied, append it to the log, and tell the sinks."""
-        self.ledger.commit_step(result)
-        self.progress.step_committed(step, attempts)
-        if self._sinks:
-            load, request = self.ledger.applied_load, step.request
-            tell(self._sinks, Committed(self.session_id, step.holder.worker, load, request, result))
-        return result
-
-    def _replay(self, request: StepRequest, writer: ReplyWriter) -> StepResult:
-        assert self.ledger.last_result is not None  # that is what made it a replay
-        reply_parameters(self._state.arrays, self.config.layout, request, writer)
-        return self.ledger.last_result.replay()
+        return self._own.finish(step)
 
     # --- end of life -------------------------------------------------------------------------------------
 
@@ -372,8 +323,8 @@ class Session:
             if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
                 return False
             ledger.closed = ledger.parked = True  # whoever has found it just now finds it again
-            ledger.worker.end(session_parked(self.session_id))
-            self._state.close()
+            ledger.members.end(session_parked(self.session_id))
+            self._release()
             return True
 
     def close(self) -> None:
@@ -381,19 +332,23 @@ class Session:
         with self._lock:
             if not self.ledger.closed:
                 self.ledger.closed = True
-                self.ledger.worker.end(session_not_found(self.session_id))
-                self._state.close()
+                self.ledger.members.end(session_not_found(self.session_id))
+                self._release()
+
+    def _release(self) -> None:
+        """Free the memory. Under the lock."""
+        try:
+            if self.contributions is not None:
+                self.contributions.close()
+        finally:
+            self._state.close()
 
 
 @contextlib.contextmanager
-def closed_on_failure(session: Session) -> Iterator[None]:
-    """Close a new session if a block fails, so that nothing of it stays."""
+def closed_on_failure(made: Session | SessionState) -> Iterator[None]:
+    """Close a new session, or its state, if a block fails, so that nothing of it stays."""
     try:
         yield
     except BaseException:
-        session.close()
+        made.close()
         raise
-
-
-def _no_replay(request: StepRequest) -> StateChangedError:
-    return StateChangedError(f"step {request.step} was a replay when it began and is not now; send it again")

@@ -29,7 +29,7 @@ from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
-from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
@@ -143,17 +143,19 @@ class SessionState:
 
     # --- steps -------------------------------------------------------------------------------------------
 
-    def stage_gradient(self, request: StepRequest, unscale: float) -> StagedGradient:
-        """Make room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
+    def stage_gradient(self, request: StepRequest, unscale: float, room: Room | None = None) -> StagedGradient:
+        """Make room for a step's gradient.
+
+        Args:
+            request: the step.
+            unscale: the factor that the gradient is multiplied by first.
+            room: the memory that it has already; None to reserve some.
 
         Raises:
             ResourceExhaustedError: no room just now.
         """
-        config, size = self.config, self.config.layout.size
-        nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
-        if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
-            nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
-        room = self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
+        config = self.config
+        room = self.reserve_step(request) if room is None else room
         with contextlib.ExitStack() as undo:
             undo.callback(room.release)
             gradient = StagedGradient(
@@ -166,6 +168,18 @@ class SessionState:
             )
             undo.pop_all()
         return gradient
+
+    def reserve_step(self, request: StepRequest) -> Reservation:
+        """Reserve room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
+
+        Raises:
+            ResourceExhaustedError: no room just now.
+        """
+        size = self.config.layout.size
+        nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
+        if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
+            nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
+        return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:
         """Return the factor that a step's gradient is multiplied by first."""

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from stepwire.v1 import transport_pb2
-from stepwire.wire.dtypes import FLOAT32, wire_bytes, wire_items
+from stepwire.wire.dtypes import wire_bytes, wire_items
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.host.sealed_memory import SharedMemory, in_pages
 from stepwire_server.sessions.session import Session
@@ -67,7 +67,7 @@ class HostBuffers:
 
     def _parameters(self, session: Session, resources: contextlib.ExitStack) -> SharedMemory:
         """Move the state's own parameters into shared memory and return it, or return new memory for replies."""
-        self.in_place = session.config.reply_dtype == FLOAT32
+        self.in_place = session.config.steps_in_place
         if self.in_place and (moved := session.memory.moved_parameters()) is not None:
             return resources.enter_context(moved)
         with contextlib.ExitStack() as copies:

@@ -133,11 +133,13 @@ class Sharing:
         if asked == transport_pb2.TRANSPORT_SHM:
             return self.off or None
         if asked == transport_pb2.TRANSPORT_CUDA_IPC:
-            journals = session.config.durability.level == "journal"
-            return self.device_off or (_JOURNALLED if journals else None)
+            config = session.config
+            kept = _JOURNALLED if config.durability.level == "journal" else _TOGETHER if config.aggregation else None
+            return self.device_off or kept
         return f"this server does not serve transport {asked}"
 
 
+_TOGETHER: Final = "the gradients of several workers are added up on the host, so they cannot stay on the device"
 _JOURNALLED: Final = "the session's gradients are journalled on the host, so they cannot stay on the device"
 
 

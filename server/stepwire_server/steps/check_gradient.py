@@ -14,7 +14,7 @@ from stepwire_server.steps.accumulated_sum import AccumulatedSum
 from stepwire_server.steps.step import Step, SteppedState
 from stepwire_server.steps.update import effective_groups
 
-__all__ = ["GradientCheck", "check_gradient"]
+__all__ = ["GradientCheck", "check_gradient", "refusal"]
 
 # Half of the largest float32: the roundings of millions of additions do not double a sum.
 _SAFE_SUM: Final = 2.0**127
@@ -76,13 +76,13 @@ def check_gradient(step: Step, state: SteppedState) -> GradientCheck:
     groups, every = effective_groups(config, step.request, updated), config.treatment.accumulation_steps
     updates, rejects = step.request.step % every == 0, config.treatment.policy == "reject"
     if rejects and gradient.non_finite_count:
-        raise _refusal(step, config.layout, gradient)
+        raise refusal(step, config.layout, gradient)
     applied: Measured = gradient
     norms = _norms(step, state, gradient)
     if every > 1 and (updates or (rejects and state.sum_bound + norms.total > _SAFE_SUM)):
         total = AccumulatedSum(gradient, state.arrays, groups)
         if rejects and total.non_finite_count:
-            raise _refusal(step, config.layout, total)
+            raise refusal(step, config.layout, total)
         if updates:
             applied, norms = total, _norms(step, state, total)
     count = applied.non_finite_count
@@ -102,7 +102,8 @@ def _norms(step: Step, state: SteppedState, measured: Measured) -> GradientNorms
     return norms if decision is None else with_factors(norms, decision.coefficient, decision.groups)
 
 
-def _refusal(step: Step, layout: Layout, found: Measured) -> NonFiniteGradientError:
+def refusal(step: Step, layout: Layout, found: Measured) -> NonFiniteGradientError:
+    """Return the error of a gradient, or of a sum, that is not finite."""
     tensor = next(layout.overlapping(found.first_non_finite, found.first_non_finite + 1))
     what = f"the gradient of tensor {tensor.spec.name!r} holds NaN or Inf"
     remedy = "Mend the gradient, or create the session with the policy 'skip' or 'allow'"

@@ -7,18 +7,17 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from operator import attrgetter, itemgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from stepwire.wire.dtypes import wire_alignment
-from stepwire_server.devices.budget import Reservation
 from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending, Range
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.steps.coverage import Coverage, invalid_chunk, typed_payload
 
-__all__ = ["ChunkRange", "StagedChunk", "StagedGradient"]
+__all__ = ["ChunkRange", "Room", "StagedChunk", "StagedGradient"]
 
 
 _FIRST: Final = itemgetter(0)
@@ -43,6 +42,14 @@ class ChunkRange(NamedTuple):
     end: int
 
 
+class Room(Protocol):
+    """Memory that is reserved for a gradient."""
+
+    def release(self) -> object:
+        """Give it back. Releasing twice is harmless."""
+        ...
+
+
 class StagedGradient:
     """One step's gradient as it arrives, with the sums that its norms and its finite check need.
 
@@ -59,7 +66,7 @@ class StagedGradient:
         dtype: np.dtype[Any],
         selection: TensorSelection,
         state: EngineState,
-        reservation: Reservation,
+        reservation: Room,
         *,
         unscale: float,
         sums: bool = True,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from stepwire.layout import Layout
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pending, Range
 from stepwire_server.records.step_request import StepRequest
 
-__all__ = ["ReplyPipeline", "ReplyWriter", "reply_parameters", "reply_ranges", "split_range"]
+__all__ = ["ReplyPipeline", "ReplyWriter", "SharedReplyWriter", "reply_parameters", "reply_ranges", "split_range"]
 
 
 class ReplyWriter(Protocol):
@@ -33,6 +34,20 @@ class ReplyWriter(Protocol):
     def flush(self) -> None:
         """Note that the oldest buffer that was not complete is complete now."""
         ...
+
+
+class SharedReplyWriter(abc.ABC):
+    """A `ReplyWriter` whose chunks may be those of another one: several workers get the same reply.
+
+    Attributes:
+        form: equal for writers that may follow each other.
+    """
+
+    form: Hashable
+
+    @abc.abstractmethod
+    def follow(self, leader: ReplyWriter) -> None:
+        """Have all chunks of another writer of the same form from now on; nothing is written to this one."""
 
 
 class ReplyPipeline:

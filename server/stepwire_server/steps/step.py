@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
 from stepwire_server.durability.session_log import EntryLog
 from stepwire_server.engines.protocol import EngineState, HostArray
+from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rules.loss_scale import LossScale
@@ -71,9 +73,24 @@ class Step:
         entry: the step's entry in the log; None where none is kept.
         began: the clock reading of its first message.
         received: the clock reading of its commit message; that of its first message until then.
+        contribution: the number that the worker gave it; with aggregation another one than the step's.
+        parts: for each worker whose gradient is in it, the part in the result; empty without aggregation.
+        reduced: the gradient is that of a round: float32, unscaled.
     """
 
-    __slots__ = ("began", "decision", "entry", "gradient", "holder", "received", "replay", "request")
+    __slots__ = (
+        "began",
+        "contribution",
+        "decision",
+        "entry",
+        "gradient",
+        "holder",
+        "parts",
+        "received",
+        "reduced",
+        "replay",
+        "request",
+    )
 
     def __init__(
         self,
@@ -93,6 +110,9 @@ class Step:
         self.replay = replay
         self.decision: Decision | None = None
         self.began = self.received = began
+        self.contribution = request.step
+        self.parts: Sequence[tuple[int, RoundResult]] = ()
+        self.reduced = False
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
         """Stage one chunk: `payload` is its received bytes, `(n,) uint8`.

@@ -52,8 +52,13 @@ def effective_groups(
     Raises:
         InvalidRequestError: a scheduled learning rate is beyond float32, itself or as a step size.
     """
-    if not config.scheduled:
-        return request.groups
+    groups = _scheduled(config, request, updates) if config.scheduled else request.groups
+    if request.lr_factor == 1.0:
+        return groups
+    return tuple(dataclasses.replace(hyper, lr=hyper.lr * request.lr_factor) for hyper in groups)
+
+
+def _scheduled(config: SessionConfig, request: StepRequest, updates: Sequence[int]) -> tuple[Hyperparameters, ...]:
     effective = []
     for index, (hyper, schedule) in enumerate(zip(request.groups, config.schedules, strict=True)):
         if schedule is not None and not (request.own_lr and request.own_lr[index]):

@@ -18,7 +18,8 @@ from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.sessions.registry import Registry, RegistryStatistics
+from stepwire_server.records.session_statistics import RegistryStatistics
+from stepwire_server.sessions.registry import Registry
 from tests.server.configs import make_config
 from tests.server.pretended_engine import PretendedEngine
 

@@ -146,7 +146,7 @@ class ExactSum:
 
         def work(first: int, size: int) -> None:
             at, last = max(start, base + first), min(end, base + first + size)
-            errors = np.empty(min(ERROR_BLOCK, self._size), np.float64)
+            errors = np.empty(ERROR_BLOCK, np.float64)
             while done := kernel(
                 self._total, gradient.values, errors, at, begin + at - start, last - at, factor, ERROR_BLOCK
             ):

@@ -235,19 +235,6 @@ def test_the_mean_lies_in_the_memory_of_the_sum(engine) -> None:
     assert (mean == gradient).all() and total.nbytes == bytes_before
 
 
-@pytest.mark.parametrize(("factor", "most"), [(1.0, 56), (1.0 / 3.0, 64)])
-def test_errors_of_errors_end(engine, factor, most) -> None:
-    """Numbers of every size in every element: as much memory as the exact sum can need."""
-    random, size = np.random.default_rng(0), 300
-    total, buffer = engine.exact_sum(size), engine.staging(size).receive()
-    rows = [(random.uniform(-2, 2, size) * np.exp2(random.integers(-149, 126, size))) for _ in range(60)]
-    gradients = [row.astype(np.float32) for row in rows]
-    for gradient in gradients:
-        total.add(0, buffer.put(0, gradient), 0, size, factor)
-    assert 8 * size < total.nbytes <= most * size
-    assert total.mean(1.1).tolist() == expected(gradients, [factor] * 60, 1.1)
-
-
 def test_too_large_a_sum_is_refused(engine) -> None:
     with pytest.raises(ResourceExhaustedError, match="no memory to aggregate"):
         engine.exact_sum(1 << 58)

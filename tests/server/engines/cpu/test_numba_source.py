@@ -7,9 +7,7 @@ import itertools
 
 import pytest
 
-from stepwire_server.engines.cpu.numba_exact import exact_source
 from stepwire_server.engines.cpu.numba_module import HELPER_OPTIONS, KERNEL_OPTIONS, MEASURING_OPTIONS
-from stepwire_server.engines.cpu.numba_rows import rows_source
 from stepwire_server.engines.cpu.numba_source import (
     accumulate_source,
     measure_source,
@@ -129,13 +127,3 @@ def test_seeds_are_of_the_rules_slots_held_as_bfloat16() -> None:
     text = update_source(recipe, "the_kernel", "float32", None)
     assert "m_now[i] = encode_bfloat16_stochastic(m, seed_m)" in text
     assert "accumulated_now[i] = float32(0.0)" in text and "average_now[i] = average" in text
-
-
-@pytest.mark.parametrize("gradient", [*WIRE, "int8"])
-def test_kernels_of_several_gradients_bind_every_name(gradient) -> None:
-    texts = [exact_source(work, "the_kernel", gradient) for work in ("store", "add")]
-    texts += [exact_source(work, "the_kernel", None) for work in ("carry", "odd", "mean")]
-    texts += [rows_source("keep", "the_kernel", gradient), rows_source("sort", "the_kernel", None)]
-    for text in texts:
-        assert unbound(text) - {"len"} == set()
-        assert "\n@kernel\n" in text  # the error of a sum lives by the order of its operations

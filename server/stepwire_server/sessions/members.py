@@ -1,0 +1,158 @@
+"""The workers of a session with what each has had answered: the key of exactly-once is (worker, number)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError, StepMismatchError, StepwireError
+from stepwire_server.durability.manifest import MemberFacts
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.workers import Worker
+
+__all__ = ["Member", "Members"]
+
+_RETRY_SECONDS = 0.5
+
+
+class Member:
+    """One worker, and its last contribution that was answered. The session serialises its calls.
+
+    Attributes:
+        worker: the worker, with its holder.
+        number: the number of the contribution; 0 before the first. Without aggregation it stays 0.
+        result: its result, for a replay; None before the first.
+        told: the result has been sent.
+    """
+
+    __slots__ = ("number", "result", "told", "worker")
+
+    def __init__(self, index: int) -> None:
+        """Start without a contribution."""
+        self.worker = Worker(index)
+        self.number = 0
+        self.result: StepResult | None = None
+        self.told = False
+
+    def admit(self, number: int) -> bool:
+        """Return True for the next contribution and False for a replay of the last one.
+
+        Raises:
+            StepMismatchError: neither.
+        """
+        if number == self.number + 1:
+            return True
+        if number == self.number and self.result is not None:
+            return False
+        old = number <= self.number
+        raise StepMismatchError(
+            f"contribution {number} of worker {self.worker.index} {'was answered' if old else 'is too far ahead'}; its "
+            f"next one is {self.number + 1}",
+            reason=Reason.STEP_SUPERSEDED if old else Reason.STEP_MISMATCH,
+            metadata={"expected_step": self.number + 1, "actual_step": number},
+        )
+
+    def answered(self, number: int, result: StepResult) -> None:
+        """Note an answer."""
+        self.number, self.result, self.told = number, result, False
+
+
+class Members:
+    """The workers of one session, made as they first attach. The session serialises its calls."""
+
+    def __init__(self, most: int) -> None:
+        """Allow the indices [0, most)."""
+        self.most = most
+        self._members = {0: Member(0)}
+
+    def __getitem__(self, index: int) -> Member:
+        """Return a worker.
+
+        Raises:
+            InvalidRequestError: the session has no such worker.
+        """
+        if (member := self._members.get(index)) is not None:
+            return member
+        if index >= self.most:
+            raise InvalidRequestError.of(
+                "worker", f"the session has the workers 0 to {self.most - 1}, and {index} is none of them"
+            )
+        member = self._members[index] = Member(index)
+        return member
+
+    def __iter__(self) -> Iterator[Member]:
+        """Iterate over the workers that have attached so far, by index."""
+        return iter([self._members[index] for index in sorted(self._members)])
+
+    @property
+    def acquisitions(self) -> int:
+        """The sum of the generations in which the workers were acquired: it grows with each acquisition."""
+        return sum(member.worker.holder.acquired for member in self._members.values())
+
+    def generations(self) -> dict[int, int]:
+        """Return the number of each worker's hold."""
+        return {index: member.worker.holder.generation for index, member in self._members.items()}
+
+    def resume(self, generations: Mapping[int, int]) -> None:
+        """Go on from holds of this server, whose session was parked."""
+        for index, generation in generations.items():
+            self[index].worker.resume(generation)
+
+    def facts(self) -> tuple[MemberFacts, ...]:
+        """Return what a checkpoint tells of the workers; nothing of a single one."""
+        if self.most == 1:
+            return ()
+        return tuple(
+            MemberFacts(
+                worker=member.worker.index,
+                contribution=member.number,
+                generation=member.worker.holder.generation,
+                acquired=member.worker.holder.acquired,
+                last_result=None if member.result is None else msgspec.msgpack.encode(member.result),
+            )
+            for member in self
+        )
+
+    def restore(self, facts: Sequence[MemberFacts], epoch: int) -> None:
+        """Go on from the workers of an earlier server.
+
+        Args:
+            facts: what a checkpoint tells of them.
+            epoch: the epoch of this server.
+        """
+        for each in facts:
+            member = self[each.worker]
+            member.worker.restore(each.acquired, epoch)
+            if each.last_result is not None:
+                member.answered(each.contribution, msgspec.msgpack.decode(each.last_result, type=StepResult))
+                member.told = True
+
+    @property
+    def attached(self) -> frozenset[int]:
+        """The indices of the workers that have a stream."""
+        return frozenset(index for index, member in self._members.items() if member.worker.attached)
+
+    def vacant(self) -> int:
+        """Return the lowest index that was never held, or else that has no stream.
+
+        Raises:
+            ResourceExhaustedError: all have one.
+        """
+        for index in range(self.most):
+            if index not in self._members or not self._members[index].worker.holder.generation:
+                return index
+        for index in range(self.most):
+            if not self._members[index].worker.attached:
+                return index
+        raise ResourceExhaustedError(
+            f"all {self.most} workers of the session are attached; wait until one leaves, or create it with more",
+            reason=Reason.TOO_MANY_STREAMS,
+            metadata={"workers": self.most},
+            retry_after_seconds=_RETRY_SECONDS,
+        )
+
+    def end(self, error: StepwireError) -> None:
+        """End all streams with an error: the session is gone."""
+        for member in self._members.values():
+            member.worker.end(error)

@@ -1,0 +1,318 @@
+"""Rounds of several workers: their gradients become one, which is one step.
+
+A gradient is staged as it arrives, and added to the reduction at its commit, in one pass. So a stream that breaks off
+poisons no round. Every worker waits for the end of its round in its own thread. The thread that finds the round at its
+end applies the step, and encodes the parameters once for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from stepwire.errors import StateChangedError, StepwireError
+from stepwire.optimizers.norms import rounded_norm
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.aggregation.grace import Grace
+from stepwire_server.aggregation.reduction import Reduction
+from stepwire_server.aggregation.round import Contribution, Round
+from stepwire_server.aggregation.uploads import UploadSlot
+from stepwire_server.devices.budget import Reservation
+from stepwire_server.engines.protocol import EngineState, HostArray
+from stepwire_server.records.round_result import Contributor, RoundResult
+from stepwire_server.records.step_request import StepRequest
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.contributions import Contributions, Parts, UploadRoom, not_sent
+from stepwire_server.sessions.progress import Mark
+from stepwire_server.sessions.workers import Holder
+from stepwire_server.steps.check_gradient import GradientCheck, check_gradient, refusal
+from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.reply import ReplyWriter, SharedReplyWriter, split_range
+from stepwire_server.steps.step import Step
+
+__all__ = ["Rounds"]
+
+_ROUNDS_KNOWN: Final = 64
+_CHUNK_ELEMENTS: Final = 4 << 20
+"""The chunk of a reduced gradient for a GPU, which squares one chunk during the copy of the next."""
+
+
+class Rounds(Contributions):
+    """The rounds of one session, one at a time."""
+
+    def __init__(self, parts: Parts, staging: EngineState, reduction: Reduction, room: Reservation) -> None:
+        """Use the parts of a session.
+
+        Args:
+            parts: the parts.
+            staging: receives gradients on the host.
+            reduction: makes one of several; closed with the session.
+            room: the memory of the reduction; released with the session.
+        """
+        super().__init__(parts)
+        aggregation = self.aggregation
+        self._staging = staging
+        self._reduction = reduction
+        self._room = room
+        self._round: Round | None = None
+        self._grace = Grace(aggregation.workers, aggregation.least_grace, aggregation.most_grace)
+        self._opened: dict[int, float] = {}  # by step, of the last rounds
+
+    def begin(self, request: StepRequest, holder: Holder, began: float, slot: UploadSlot | None) -> Step:
+        """See `Contributions.begin`."""
+        state, config = self.parts.state, self.parts.config
+        with self.parts.lock:
+            needed = self._needs_gradient(request, holder)
+            unscale = state.unscale(request)
+        state.prepare(request.groups, FLOAT32, request.reply_dtype if request.reply else None)
+        with contextlib.ExitStack() as undo:
+            room = UploadRoom(state.reserve_step(request) if needed else None, slot)
+            undo.callback(room.release)
+            selection, sums = config.without(request.missing), config.squares or self.aggregation.is_robust
+            gradient = StagedGradient(
+                request.gradient_dtype, selection, self._staging, room, unscale=unscale, sums=sums
+            )
+            undo.pop_all()
+        return Step(request, holder, gradient, replay=not needed, began=began)
+
+    def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
+        """See `Contributions.commit`."""
+        with self.parts.lock:
+            result, mark = self._commit(step, writer)
+        self.parts.progress.settle(mark)
+        return result
+
+    def check(self, step: Step) -> GradientCheck | None:
+        """See `Contributions.check`."""
+        with self.parts.lock:
+            if not self._awaits_step(step):
+                return None
+            round_ = self._contributed(step)
+            while round_.check is None and not round_.is_over:
+                self._advance(round_, step)
+            if round_.failure is not None:
+                raise _again(round_.failure)
+            return round_.check
+
+    def loaded(self) -> None:
+        """See `Contributions.loaded`."""
+        if self._round is not None:
+            changed = "a load has replaced the parameters of the round; pull them and compute the gradient again"
+            self._fail(self._round, StateChangedError(changed))
+
+    def close(self) -> None:
+        """See `Contributions.close`."""
+        super().close()
+        try:
+            self._reduction.close()
+        finally:
+            self._room.release()
+
+    # --- one contribution --------------------------------------------------------------------------------
+
+    def _needs_gradient(self, request: StepRequest, holder: Holder) -> bool:
+        """Tell whether a contribution is a new one, and in time."""
+        member = self.member(request, holder)
+        if not member.admit(request.step) or self.staleness(request):
+            return False
+        return self._round is None or self._round.of(holder.worker) is None
+
+    def _awaits_step(self, step: Step) -> bool:
+        """Tell whether a contribution is a part of a round that is not over, or may become one."""
+        member = self.member(step.request, step.holder)
+        return member.admit(step.contribution) and not self.staleness(step.request)
+
+    def _commit(self, step: Step, writer: ReplyWriter) -> tuple[StepResult, Mark]:
+        member, last = self.member(step.request, step.holder), self.parts.progress.last
+        if not member.admit(step.contribution):
+            return self.replay(member, step, writer), last
+        if staleness := self.staleness(step.request):
+            self._arrived_late(step.request)
+            return self.drop(member, step, writer, staleness), last
+        round_ = self._contributed(step)
+        contribution = round_.of(step.holder.worker)
+        assert contribution is not None
+        contribution.request, contribution.writer = step.request, writer
+        while not round_.is_over:
+            self._advance(round_, step, decided=step.decision is not None)
+        if round_.failure is not None:
+            raise _again(round_.failure)
+        assert round_.result is not None
+        result = member.result
+        assert result is not None
+        member.told = True
+        return result, self.parts.progress.last
+
+    def _contributed(self, step: Step) -> Round:
+        """Return the open round, once the contribution is in it.
+
+        Raises:
+            StepwireError: the contribution is refused; the round is as before.
+        """
+        round_, worker = self._round, step.holder.worker
+        if round_ is not None and not round_.has_enough and self._ends_at(round_) <= self.parts.clock():
+            self._fail(round_, round_.too_few())
+            round_ = None
+        if round_ is not None and round_.of(worker) is not None:
+            return round_
+        if step.replay:
+            raise not_sent(step.contribution)
+        if round_ is not None and round_.step is not None:  # its gradients are reduced by now
+            raise StateChangedError("the round is being decided without this worker; step again")
+        return self._add(step)
+
+    def _add(self, step: Step) -> Round:
+        gradient, request, parts = step.gradient, step.request, self.parts
+        parts.progress.check()
+        gradient.complete()
+        if gradient.non_finite_count and parts.config.treatment.policy == "reject":
+            raise refusal(step, parts.config.layout, gradient)
+        every = range(len(parts.config.groups))
+        norm = rounded_norm(math.fsum(gradient.squared_norms()), lambda: gradient.exact_squared_norm(every))
+        now = parts.clock()
+        if (round_ := self._round) is None:
+            round_ = self._round = Round(self.aggregation, now)
+            self._opened[parts.ledger.applied_step + 1] = now
+            if len(self._opened) > _ROUNDS_KNOWN:
+                del self._opened[next(iter(self._opened))]
+        else:
+            self._grace.arrived(now - round_.opened)
+        part = Contributor(step.holder.worker, request.weight, norm, gradient.non_finite_count)
+        with parts.ledger.changing("the sum of step", parts.ledger.applied_step + 1):
+            self._reduction.add(gradient, request.weight * gradient.unscale)
+        round_.add(Contribution(request, step.holder, part, now))
+        gradient.close()
+        self.wake()
+        return round_
+
+    def _arrived_late(self, request: StepRequest) -> None:
+        opened = None if request.base_step is None else self._opened.get(request.base_step + 1)
+        if opened is not None:
+            self._grace.arrived(self.parts.clock() - opened)
+
+    # --- the round ---------------------------------------------------------------------------------------
+
+    def _ends_at(self, round_: Round) -> float:
+        return round_.ends_at(self.parts.ledger.members.attached, self._grace)
+
+    def _advance(self, round_: Round, step: Step, *, decided: bool = False) -> None:
+        """Go on with a round, or wait until something changes.
+
+        Raises:
+            StepwireError: this worker waits no longer; the round may go on.
+        """
+        two_phase = self.parts.config.treatment.two_phase
+        if round_.step is not None and decided:
+            round_.step.decision = step.decision
+            self._apply(round_)
+            return
+        self.check_waiting(step)
+        if round_.step is not None:  # somebody decides
+            self.changed.wait()
+            return
+        left = self._ends_at(round_) - self.parts.clock()
+        if left > 0.0:
+            self.changed.wait(left)
+        elif not round_.has_enough:
+            self._fail(round_, round_.too_few())
+        else:
+            self._reduce(round_)
+            if not two_phase:
+                self._apply(round_)
+
+    def _fail(self, round_: Round, error: StepwireError) -> None:
+        """End a round without a step."""
+        round_.failure, self._round = error, None
+        if round_.step is not None:
+            round_.step.close()
+        self._reduction.clear()
+        self.wake()
+
+    def _reduce(self, round_: Round) -> None:
+        """Make the step of a round; with two phases, check it."""
+        parts, lead = self.parts, round_.lead
+        request = lead.request._replace(
+            step=parts.ledger.applied_step + 1,
+            gradient_dtype=FLOAT32,
+            missing=round_.missing_tensors(),
+            loss_scale=1.0,
+            reply_base=None,
+        )
+        try:
+            reduced = self._reduction.reduced(round_.divisor())
+            round_.step = step = self.begin_again(request, lead.holder, self._told(round_), reduced=True)
+            self._stage(step, reduced)
+            step.began, step.received = round_.opened, parts.clock()
+            if parts.config.treatment.two_phase:
+                round_.check = check_gradient(step, parts.state)
+        except StepwireError as error:
+            self._fail(round_, error)
+        self.wake()
+
+    def _stage(self, step: Step, reduced: HostArray) -> None:
+        if not len(reduced):
+            return
+        if step.entry is not None:  # the log reads it while the next round is added up
+            reduced = reduced.copy()
+        at_once = self.parts.state.arrays.depth == 1
+        for low, high in split_range(0, len(reduced), len(reduced) if at_once else _CHUNK_ELEMENTS):
+            step.add(low, high - low, reduced[low:high].view(np.uint8))
+
+    def _told(self, round_: Round) -> Sequence[tuple[int, RoundResult]]:
+        """Return what each contributor is told; the lead comes first."""
+        now, members = self.parts.clock(), len(self.parts.ledger.members.attached)
+        contributors = tuple(contribution.part for contribution in round_)
+        return tuple(
+            (each.part.worker, RoundResult(each.request.step, False, members, contributors, now - each.arrived))
+            for each in round_
+        )
+
+    def _apply(self, round_: Round) -> None:
+        """Apply the step of a round, and reply to all who wait for it."""
+        if (step := round_.step) is None:  # it could not be made
+            return
+        writers = _grouped([each for each in round_ if each.writer is not None])
+        (request, first), *others = writers
+        step.request = step.request._replace(
+            reply=request.reply,
+            reply_dtype=request.reply_dtype,
+            reply_elements=request.reply_elements,
+            reply_first=request.reply_first,
+        )
+        try:
+            with step:
+                result = self.apply(step, first)
+        except StepwireError as error:
+            round_.step = None
+            self._fail(round_, error)
+            return
+        for request, writer in others:
+            self.parts.commits.reply(request, writer)
+        self._reduction.clear()
+        round_.result, self._round = result, None
+        self.wake()
+
+
+def _grouped(waiting: Sequence[Contribution]) -> list[tuple[StepRequest, ReplyWriter]]:
+    """Return one writer for each form of reply; those of the same form follow it."""
+    leaders: dict[object, tuple[StepRequest, ReplyWriter]] = {}
+    for each in waiting:
+        writer = each.writer
+        assert writer is not None
+        key = writer.form if isinstance(writer, SharedReplyWriter) else id(writer)
+        if key not in leaders:
+            leaders[key] = (each.request._replace(reply_base=None), writer)
+        elif isinstance(writer, SharedReplyWriter):
+            writer.follow(leaders[key][1])
+    return list(leaders.values())
+
+
+def _again(error: StepwireError) -> StepwireError:
+    """Return a copy of an error: one that several threads raise gathers traces."""
+    return type(error)(
+        str(error), reason=error.reason, metadata=error.metadata, retry_after_seconds=error.retry_after_seconds
+    )
