@@ -58,6 +58,7 @@ class Rounds(Contributions):
         self._staging = staging
         self._reduction = reduction
         self._room = room
+        self._beyond: list[Reservation] = []
         self._round: Round | None = None
         self._grace = Grace(aggregation.workers, aggregation.least_grace, aggregation.most_grace)
         self._opened: dict[int, float] = {}  # by step, of the last rounds
@@ -110,7 +111,8 @@ class Rounds(Contributions):
         try:
             self._reduction.close()
         finally:
-            self._room.release()
+            for reservation in (self._room, *self._beyond):
+                reservation.release()
 
     # --- one contribution --------------------------------------------------------------------------------
 
@@ -182,12 +184,33 @@ class Rounds(Contributions):
         else:
             self._grace.arrived(now - round_.opened)
         part = Contributor(step.holder.worker, request.weight, norm, gradient.non_finite_count)
-        with parts.ledger.changing("the sum of step", parts.ledger.applied_step + 1):
-            self._reduction.add(gradient, request.weight * gradient.unscale)
+        self._reduce_with(round_, gradient, request.weight * gradient.unscale)
         round_.add(Contribution(request, step.holder, part, now))
         gradient.close()
         self.wake()
         return round_
+
+    def _reduce_with(self, round_: Round, gradient: StagedGradient, factor: float) -> None:
+        """Add a gradient to the reduction. If that fails a part of it is in there, so the round fails too.
+
+        Raises:
+            ResourceExhaustedError: the rounding errors of the sum take more memory than there is.
+        """
+        try:
+            self._reduction.add(gradient, factor)
+            if (beyond := self._reduction.nbytes - self._room.nbytes - sum(each.nbytes for each in self._beyond)) > 0:
+                budget = self.parts.state.device.budget
+                self._beyond.append(budget.reserve(beyond, "the rounding errors of the workers' gradients"))
+        except BaseException as error:
+            failed = error if isinstance(error, StepwireError) else StateChangedError("the round failed; step again")
+            self._fail(round_, failed)
+            raise
+
+    def _clear(self) -> None:
+        """Begin the next round, and give back what rounding errors took."""
+        self._reduction.clear()
+        while self._beyond:
+            self._beyond.pop().release()
 
     def _arrived_late(self, request: StepRequest) -> None:
         opened = None if request.base_step is None else self._opened.get(request.base_step + 1)
@@ -229,7 +252,7 @@ class Rounds(Contributions):
         round_.failure, self._round = error, None
         if round_.step is not None:
             round_.step.close()
-        self._reduction.clear()
+        self._clear()
         self.wake()
 
     def _reduce(self, round_: Round) -> None:
@@ -292,7 +315,7 @@ class Rounds(Contributions):
             return
         for request, writer in others:
             self.parts.commits.reply(request, writer)
-        self._reduction.clear()
+        self._clear()
         round_.result, self._round = result, None
         self.wake()
 
