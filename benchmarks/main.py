@@ -35,6 +35,7 @@ from sockets import socket_server
 from stepwire_server.processes.spawn import ServerProcess, server_process
 from torch_step import torch_step
 from variants import TRANSPORTS
+from workers import straggler, workers
 
 __all__ = ["GOALS", "Run"]
 
@@ -50,7 +51,7 @@ _OCCUPIED = (*TRANSPORTS, "tcp overlap", "tcp bfloat16", "tcp int8 up, bfloat16 
 # keeps.
 _EXCESS_MIB = 64.0
 _GROWTH_KIB = 1024.0
-_LARGE_STEPS, _SMALL_STEPS = "transports 32M", "transports 1k"
+_LARGE_STEPS, _SMALL_STEPS, _LARGE_WORKERS = "transports 32M", "transports 1k", "workers 32M"
 
 GOALS = (
     Goal("small_step", "ratio_p50", 1.25),
@@ -70,6 +71,13 @@ GOALS = (
     Goal("durability", "checkpoint stall to copy", 0.3),
     Goal("durability", "checkpoint growth MiB", _EXCESS_MIB),
     Goal("durability", "recovery to its parts", 0.7, at_least=True),
+    Goal(_LARGE_WORKERS, "accumulate to a copy", 2.2),
+    Goal(_LARGE_WORKERS, "tcp bfloat16 to 4 pushes, a step, 4 pulls", 1.1),
+    Goal(_LARGE_WORKERS, "shm to its copies and passes", 1.5),
+    Goal(_LARGE_WORKERS, "shm to gloo float32", 0.35),
+    Goal("workers 10k", "shm to gloo float32", 0.35),
+    Goal(_LARGE_WORKERS, "tcp bfloat16 to gloo bfloat16", 1.0),
+    Goal("straggler", "rounds beside a straggler to rounds without", 1.1),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -125,6 +133,7 @@ class Run:
         self._steps()
         self._transports()
         self._torch()
+        self._workers()
         self._section(
             "memory", lambda: _with_server(lambda server: sections.memory(server, size=self._large, looks=self._looks))
         )
@@ -162,6 +171,17 @@ class Run:
         size, rounds = (300_000, 2) if self._quick else (_TORCH, 9)
         with echo_process() as echo, server_process("--device", "cpu") as server:
             self._section("torch step", lambda: torch_step(server.target, echo, size=size, rounds=rounds))
+
+    def _workers(self) -> None:
+        sizes = (10_000, 300_000) if self._quick else (10_000, _LARGE)
+        names = {size: transports.section_name("workers", size) for size in sizes}
+        if not any(map(self._wants, (*names.values(), "straggler"))):
+            return
+        with echo_process() as echo, server_process("--device", "cpu") as server:
+            rounds, target = 2 if self._quick else 9, server.target
+            for size, name in names.items():
+                self._section(name, functools.partial(workers, target, echo, size=size, rounds=rounds))
+            self._section("straggler", lambda: straggler(target, size=sizes[-1], rounds=rounds))
 
     def _transports(self) -> None:
         names = {size: transports.section_name("transports", size) for size in self._sizes}
