@@ -46,7 +46,6 @@ class Hold:
         worker: the index of the worker; None before the first attach for whichever is vacant.
         applied_step: the last step known to be applied. With aggregation it is the number of the worker's own last
             contribution, in the worker's own series, and so are the other numbers of steps.
-        session_step: the last step of the session that this client knows; without aggregation the same.
         base_step: with aggregation, the step whose parameters this client has.
         applied_load: the last load known to be committed.
         load_in_doubt: the number of a load that failed and may have been committed; 0 for none. The next attach tells.
@@ -76,7 +75,7 @@ class Hold:
         self.acquisitions = 0
         self.epoch = message.epoch
         own = {member.worker: member.contribution for member in message.members}.get(worker or 0, 0)
-        self.session_step = self.base_step = self._session_step_on_server = message.applied_step
+        self._session_step = self.base_step = self._session_step_on_server = message.applied_step
         self.applied_step = self.step_on_server = own if self._is_aggregated else message.applied_step
         self.applied_load = self._load_on_server = message.applied_load
         self.load_in_doubt = 0
@@ -98,6 +97,11 @@ class Hold:
         return self.token != 0 and not self.in_doubt
 
     @property
+    def session_step(self) -> int:
+        """The last step of the session that this client knows; without aggregation it is `applied_step`."""
+        return self._session_step if self._is_aggregated else self.applied_step
+
+    @property
     def acknowledged(self) -> tuple[int, int]:
         """The step and the load that the server has to have, if nobody else holds the worker; (0, 0) for none."""
         return (0, 0) if self.token == 0 else (self.session_step, self.applied_load)
@@ -110,7 +114,8 @@ class Hold:
     @property
     def has_lost(self) -> bool:
         """Tell whether the server had less than this client knows, when it was last heard."""
-        return self._session_step_on_server < self.session_step or self._load_on_server < self.applied_load
+        server = self._session_step_on_server if self._is_aggregated else self.step_on_server
+        return server < self.session_step or self._load_on_server < self.applied_load
 
     def attach(self, deadline: Deadline) -> AttachedStream:
         """Return the stream, attaching if there is none; without a token that acquires the worker.
@@ -181,7 +186,7 @@ class Hold:
     def loaded(self, load: int, applied_step: int) -> None:
         """Note a committed load, and the step that the session is at after it."""
         self.applied_load = self._load_on_server = load
-        self.session_step = self.base_step = self._session_step_on_server = applied_step
+        self._session_step = self.base_step = self._session_step_on_server = applied_step
         if not self._is_aggregated:
             self.applied_step = self.step_on_server = applied_step
         self.unfinished_step = 0
@@ -234,9 +239,10 @@ class Hold:
 
     def _state_lost(self) -> StateLossError:
         """Go on from the numbers of the server, and return the error that tells of the loss."""
-        applied, load, server = self.session_step, self.applied_load, self._session_step_on_server
+        applied, load = self.session_step, self.applied_load
+        server = self._session_step_on_server if self._is_aggregated else self.step_on_server
         self.applied_step, self.applied_load = self.step_on_server, self._load_on_server
-        self.session_step = self.base_step = server
+        self._session_step = self.base_step = server
         lost = f"steps {server + 1} to {applied}" if server < applied else f"load {load}"
         return StateLossError(
             f"the server was restarted and has lost {lost}; pull the parameters and go on from step {server}. A "
@@ -261,7 +267,7 @@ class Hold:
             if call.patched is not None:  # a part of the reply may have changed the patched parameters
                 call.begin.reply.ClearField("base")
             raise
-        self.session_step = self.base_step = self._session_step_on_server = result.step
+        self._session_step = self.base_step = self._session_step_on_server = result.step
         self.applied_step = self.step_on_server = result.round.contribution if self._is_aggregated else result.step
         self.unfinished_step = 0
         if result.durable_step > self.durable_step:
@@ -274,10 +280,10 @@ class Hold:
         if self.token == 0:
             self.acquisitions += 1
             self.applied_step, self.applied_load = own, opened.applied_load
-            self.session_step = opened.applied_step
+            self._session_step = opened.applied_step
         elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:  # this client's own: the token held
             self.applied_step, self.applied_load = own, opened.applied_load
-            self.session_step = self.base_step = opened.applied_step
+            self._session_step = self.base_step = opened.applied_step
         elif self._is_aggregated and own < self.applied_step and opened.applied_step >= self.session_step:
             self.applied_step = own  # it forgot contributions that it had dropped: nothing is lost
         self.load_in_doubt = 0  # a load that did not arrive before is of an older hold, and commits nothing
