@@ -182,7 +182,7 @@ def aggregation_from_wire(message: pb.Aggregation, field: str) -> Aggregation | 
     """
     if message.mode == pb.AGGREGATION_MODE_UNSPECIFIED:
         if message.ByteSize():
-            raise InvalidRequestError.of(f"{field}.mode", "it is unset beside other fields; set it, or leave all out")
+            raise InvalidRequestError.of(field, "`mode` is unset beside other fields; set it, or leave all out")
         return None
     aggregation = Aggregation(
         mode=_MODE_NAMES[message.mode],

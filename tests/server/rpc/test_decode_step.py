@@ -68,9 +68,6 @@ def test_a_step_names_the_load_of_its_state_or_none(load: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "field", "feature"),
     [
-        ({"base_step": 0}, "begin.base_step", "aggregation"),
-        ({"base_step": 3}, "begin.base_step", "aggregation"),
-        ({"weight": 0.5}, "begin.weight", "aggregation"),
         ({"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}, "begin.traceparent", "tracing"),
     ],
 )
@@ -78,6 +75,15 @@ def test_a_field_of_a_feature_that_is_not_served_is_refused(fields: Any, field: 
     with pytest.raises(UnsupportedFeatureError) as refused:
         request(step=1, **fields)
     assert refused.value.metadata == {"field": field, "feature": feature}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"), [({"base_step": 0}, "base_step"), ({"base_step": 3}, "base_step"), ({"weight": 0.5}, "weight")]
+)
+def test_a_field_of_several_workers_is_refused_with_one(fields: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        request(step=1, **fields)
+    assert refused.value.metadata == {"field": f"begin.{field}"}
 
 
 def test_one_entry_of_numbers_is_for_all_groups_and_several_are_one_each() -> None:

@@ -28,6 +28,7 @@ NUMBERS = tuple(
     name for name in (field.name for field in optimizer_pb2.Hyperparameters.DESCRIPTOR.fields) if name != "beta3"
 )
 ANY = None
+PARTS = ("seconds", "nanos")
 
 # What is served: a path and the values of it that are. Everything else must be refused.
 SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
@@ -58,6 +59,25 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "gradient.missing_gradient": (1, 2),
     "gradient.parameter_average_decay": ANY,
     "gradient.two_phase": ANY,
+    "aggregation.mode": (1, 2),
+    "aggregation.reduction": (1, 2, 3, 4, 5, 6),
+    **dict.fromkeys(
+        (
+            f"aggregation.{name}"
+            for name in (
+                "workers",
+                "required_workers",
+                "max_staleness_steps",
+                "max_clock_lead",
+                "staleness_correction",
+                *(f"{time}.{part}" for time in ("round_timeout", "least_grace", "most_grace") for part in PARTS),
+                "uploads_at_once",
+                "trimmed",
+                "norm_bound",
+            )
+        ),
+        ANY,
+    ),
     "durability": (1, 2, 3),
     "checkpoints.every_steps": ANY,
     "checkpoints.every.seconds": ANY,
@@ -87,9 +107,12 @@ SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     **{f"hyperparameters.{name}": ANY for name in NUMBERS},
     "loss_scale": ANY,
     "missing_tensors": ANY,
+    "base_step": ANY,
+    "weight": ANY,
 }
 # Values that say what would hold anyway.
 DEFAULTS = {
+    "aggregation.reduction": 1,
     "optimizer.rule": 1,
     "optimizer.formula": 1,
     "optimizer.amsgrad": 1,
@@ -114,7 +137,17 @@ JOURNALLED = {"durability": session_pb2.DURABILITY_JOURNAL}
 CONSTANT = {"groups.schedule.kind": 1, "groups.schedule.warmup_steps": 2}
 LINEAR = {"groups.schedule.kind": 2, "groups.schedule.total_steps": 9}
 STAIRS = {"groups.schedule.kind": 4, "groups.schedule.gamma": 0.25, "groups.schedule.interval_steps": 9}
+ROUNDS = {"aggregation.mode": 1, "aggregation.workers": 9}
+ASYNC = {"aggregation.mode": 2, "aggregation.workers": 9}
 CONTEXT: dict[Any, dict[str, Any]] = {
+    **dict.fromkeys(("required_workers", "uploads_at_once", "aggregation.reduction"), ROUNDS),
+    **dict.fromkeys(("max_staleness_steps", "max_clock_lead", "staleness_correction"), ASYNC),
+    ("aggregation.reduction", 5): {**ROUNDS, "aggregation.trimmed": 1},
+    "workers": {"aggregation.mode": 1},
+    "trimmed": {**ROUNDS, "aggregation.reduction": 5, "aggregation.trimmed": 1},
+    "norm_bound": {**ROUNDS, "aggregation.reduction": 6},
+    "base_step": ROUNDS,
+    "weight": {**ROUNDS, "aggregation.reduction": 3},
     "momentum": MOMENTUM,
     "dampening": MOMENTUM,
     "nesterov": MOMENTUM,
@@ -147,6 +180,8 @@ CONTEXT: dict[Any, dict[str, Any]] = {
 
 
 def context_of(path: str, value: Any) -> dict[str, Any]:
+    if path.startswith("aggregation.") and path.endswith(PARTS):
+        return ROUNDS
     return CONTEXT.get((path, value)) or CONTEXT.get(path) or CONTEXT.get(path.rpartition(".")[2]) or {}
 
 
@@ -182,6 +217,12 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         "lease.nanos": [5],
         "checkpoints.every.seconds": [100],
         "checkpoints.every.nanos": [5],
+        "aggregation.round_timeout.seconds": [100],
+        "aggregation.round_timeout.nanos": [5],
+        "aggregation.least_grace.seconds": [1],
+        "aggregation.least_grace.nanos": [5],
+        "aggregation.most_grace.seconds": [100],
+        "aggregation.most_grace.nanos": [500_000_000],
         "tensors.group": [1],
         "missing_tensors": [1],
         "reply.first": [1],
@@ -250,7 +291,8 @@ def test_every_option_of_a_session_is_served_or_refused(path: str, value: Any) -
     config, usual = minimal(), minimal()
     for name, needed in context_of(path, value).items():
         assign(config, name, needed)
-        if path != "groups.schedule.kind":  # without its kind, the rest of a schedule is refused
+        # Without its kind the rest of a schedule is refused, and so is a trim without its reduction.
+        if path != "groups.schedule.kind" and (path, value) != ("aggregation.reduction", 5):
             assign(usual, name, needed)
     assign(config, path, value)
     served = SERVED_CONFIG.get(path, ())
@@ -299,7 +341,15 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
 KNOWN_FIELDS: dict[Any, set[str]] = {
     step_pb2.StepCommit: {"clip_coefficient", "skip", "group_coefficients"},
     tensor_pb2.Chunk: {"offset", "count", "rows", "patch"},
-    attach_pb2.AttachOpen: {"session_id", "worker", "attach_token", "epoch", "transport", "durable_step"},
+    attach_pb2.AttachOpen: {
+        "session_id",
+        "worker",
+        "attach_token",
+        "epoch",
+        "transport",
+        "durable_step",
+        "any_worker",
+    },
     pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "padding", "payload"},
     pb.StepRequest: {"session_id", "worker", "attach_token", "begin", "payload"},
     pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes"},
@@ -355,8 +405,6 @@ def test_every_request_is_looked_at() -> None:
     ("where", "field"),
     [
         ("chunk", "chunk.rows"),
-        ("open", "open.worker"),
-        ("load", "open.worker"),
         ("load chunk", "chunk.rows"),
     ],
 )
@@ -369,8 +417,6 @@ def test_what_comes_with_other_messages_is_refused_over_the_wire(
     loaded_rows.chunk.rows.append(1)
     calls = {
         "chunk": lambda: live.attach(rows),
-        "open": lambda: live.wire.stream("Attach", [live.opening(worker=1)]),
-        "load": lambda: live.load(live.load_opening(2, worker=1), live.load_chunk(commit=True)),
         "load chunk": lambda: live.load(live.load_opening(2), loaded_rows),
     }
     untouched(calls[where], "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE", field, field=field)

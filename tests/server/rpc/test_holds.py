@@ -325,10 +325,9 @@ def test_a_server_that_has_every_durable_step_serves_the_client(live: Any, serve
 @pytest.mark.parametrize(
     ("fields", "field", "feature"),
     [
-        ({"base_step": 1}, "begin.base_step", "aggregation"),
         ({"traceparent": "00-1-2-01"}, "begin.traceparent", "tracing"),
     ],
-    ids=["base_step", "traceparent"],
+    ids=["traceparent"],
 )
 @pytest.mark.parametrize("where", ["stream", "Step"])
 def test_fields_of_features_that_are_not_served_are_refused(
