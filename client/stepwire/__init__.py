@@ -41,7 +41,6 @@ if TYPE_CHECKING:
         UnavailableError,
         UnsupportedFeatureError,
     )
-    from stepwire.membership import Contributor, Member, RoundResult
     from stepwire.optimizers import (
         LAMB,
         LARS,
@@ -64,16 +63,16 @@ if TYPE_CHECKING:
     from stepwire.optimizers.schedules import Schedule
     from stepwire.results import (
         CheckpointInfo,
-        GroupResult,
+        Member,
         ServerInfo,
         SessionConfig,
         SessionInfo,
         SessionStatistics,
         Snapshot,
-        StepResult,
         TransportChoice,
     )
     from stepwire.session import Session
+    from stepwire.step_result import Contributor, GroupResult, RoundResult, StepResult
 
 __all__ = [
     "LAMB",
@@ -138,14 +137,13 @@ _HOMES = {
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "CheckpointInfo": "results",
-    **dict.fromkeys(("Contributor", "Member", "RoundResult"), "membership"),
-    "GroupResult": "results",
+    **dict.fromkeys(("Contributor", "GroupResult", "RoundResult", "StepResult"), "step_result"),
+    "Member": "results",
     "ServerInfo": "results",
     "SessionConfig": "results",
     "SessionInfo": "results",
     "SessionStatistics": "results",
     "Snapshot": "results",
-    "StepResult": "results",
     "TransportChoice": "results",
     "Retry": "connection.retry",
     "Aggregation": "optimizers.aggregation",

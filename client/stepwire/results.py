@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.membership import Member, RoundResult
 from stepwire.optimizers import Hyperparameters, Optimizer
 from stepwire.optimizers.aggregation import Aggregation, aggregation_from_wire
 from stepwire.optimizers.durability import Durability, durability_from_wire
 from stepwire.optimizers.gradient_treatment import GradientTreatment, treatment_from_wire
-from stepwire.v1 import checkpoint_pb2, session_pb2, step_pb2
+from stepwire.step_result import GroupResult, StepResult
+from stepwire.v1 import aggregation_pb2, checkpoint_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.messages import (
     hyperparameters_from_wire,
@@ -26,6 +26,7 @@ from stepwire.wire.messages import (
 __all__ = [
     "CheckpointInfo",
     "GroupResult",
+    "Member",
     "ServerInfo",
     "SessionConfig",
     "SessionInfo",
@@ -83,104 +84,6 @@ class SessionConfig:
         return self.optimizer.arguments(self.groups[group])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class GroupResult:
-    """One parameter group in one step.
-
-    Attributes:
-        grad_norm: the Euclidean norm of the group's gradient before clipping.
-        hyperparameters: the values of this step; a scheduled learning rate is in its place.
-        t: the updates that the group has had, this one included.
-        clipped_grad_norm: the norm after clipping.
-        clip_coefficient: the factor of clipping by norm, the group's own and the global one together.
-        update_norm: the norm of the parameters' change; None without a measurement, or without an update.
-        param_norm: the norm of the parameters after the step; None likewise.
-    """
-
-    grad_norm: float
-    hyperparameters: Hyperparameters
-    t: int
-    clipped_grad_norm: float = 0.0
-    clip_coefficient: float = 1.0
-    update_norm: float | None = None
-    param_norm: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
-    """The effect of one step.
-
-    Attributes:
-        step: the number of the step.
-        durable_step: the last step that survives a loss of the server; 0 if none does.
-        epoch: the epoch of the session that applied the step.
-        replayed: True if the step had been applied before, and its reply was lost.
-        skipped: True if nothing was updated, because the gradient, or the sum of accumulated ones, was not finite.
-        grad_norm: the Euclidean norm of the whole gradient, unscaled, before clipping. At the end of an accumulation it
-            is that of the sum.
-        non_finite_count: the elements of the same gradient that were NaN or Inf.
-        groups: one entry a group.
-        receive_seconds: the time from the step's first message to its commit, on the server.
-        queue_seconds: the time of waiting for the session and the engine.
-        apply_seconds: the time of decoding, of the rule and of encoding.
-        previous_send_seconds: the time of sending the reply before; None on the first step of a stream.
-        accumulated: True if the gradient was added to those before it, NaN and Inf included, and nothing was updated.
-        clipped_grad_norm: the norm after clipping.
-        clip_coefficient: the factor of clipping by the global norm.
-        update_norm: the norm of the parameters' change, to about six digits; 0 only if no parameter changed. None
-            without a measurement, or without an update.
-        param_norm: the norm of the parameters after the step, to about six digits; None likewise.
-        loss_scale: the factor for the next loss; None without loss scaling.
-        round: the part of this worker among several; None for a session with one.
-    """
-
-    step: int
-    durable_step: int
-    epoch: int
-    replayed: bool
-    skipped: bool
-    grad_norm: float
-    non_finite_count: int
-    groups: tuple[GroupResult, ...]
-    receive_seconds: float
-    queue_seconds: float
-    apply_seconds: float
-    previous_send_seconds: float | None = None
-    accumulated: bool = False
-    clipped_grad_norm: float = 0.0
-    clip_coefficient: float = 1.0
-    update_norm: float | None = None
-    param_norm: float | None = None
-    loss_scale: float | None = None
-    round: RoundResult | None = None
-
-    @classmethod
-    def from_wire(cls, message: step_pb2.StepResult) -> StepResult:
-        """Decode a result."""
-        telemetry = message.telemetry
-        return cls(
-            step=message.step,
-            durable_step=message.durable_step,
-            epoch=message.epoch,
-            replayed=message.replayed,
-            skipped=message.skipped,
-            grad_norm=telemetry.grad_norm,
-            non_finite_count=telemetry.non_finite_count,
-            groups=tuple(_group(group) for group in telemetry.groups),
-            receive_seconds=telemetry.receive_seconds,
-            queue_seconds=telemetry.queue_seconds,
-            apply_seconds=telemetry.apply_seconds,
-            previous_send_seconds=_optional(telemetry, "previous_send_seconds"),
-            accumulated=message.accumulated,
-            clipped_grad_norm=telemetry.clipped_grad_norm,
-            clip_coefficient=telemetry.clip_coefficient,
-            update_norm=_optional(telemetry, "update_norm"),
-            param_norm=_optional(telemetry, "param_norm"),
-            loss_scale=_optional(telemetry, "loss_scale"),
-            round=RoundResult.from_wire(message.round) if message.HasField("round") else None,
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The whole optimizer state of a session as of one step, in float32.
@@ -201,6 +104,26 @@ class Snapshot:
     tensor_steps: dict[str, int]
     loss_scale: tuple[float, int] | None = None
     tensor_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A worker of a session.
+
+    Attributes:
+        worker: the index of the worker.
+        attached: True while a stream is attached as this worker.
+        contribution: the number of its last gradient that was answered.
+    """
+
+    worker: int
+    attached: bool
+    contribution: int
+
+    @classmethod
+    def from_wire(cls, message: aggregation_pb2.Member) -> Member:
+        """Decode a worker."""
+        return cls(message.worker, message.attached, message.contribution)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -386,20 +309,3 @@ class ServerInfo:
             max_chunk_bytes=message.limits.max_chunk_bytes,
             draining=message.draining,
         )
-
-
-def _group(message: step_pb2.GroupTelemetry) -> GroupResult:
-    return GroupResult(
-        message.grad_norm,
-        hyperparameters_from_wire(message.hyperparameters),
-        message.t,
-        message.clipped_grad_norm,
-        message.clip_coefficient,
-        _optional(message, "update_norm"),
-        _optional(message, "param_norm"),
-    )
-
-
-def _optional(message: Any, name: str) -> float | None:
-    value: float = getattr(message, name)
-    return value if message.HasField(name) else None

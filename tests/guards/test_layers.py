@@ -47,7 +47,7 @@ CLIENT_LAYERS = [
     "transports",
     "connection",
     "results",
-    "membership",
+    "step_result",
     "arrays",
     "lifetimes",
     "wire",
