@@ -99,15 +99,19 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
 
 
 class HoldEntry(_Entry, frozen=True, kw_only=True):
-    """The worker was acquired by another client.
+    """The worker was acquired by another client, or a contribution of it was dropped.
 
     Attributes:
-        generation: the number of its hold.
+        generation: the generation in which its client acquired it.
         worker: the worker.
+        dropped: the number of the contribution that was dropped; 0 for none.
+        result: the answer to it, encoded; empty for none.
     """
 
     generation: int
     worker: int = 0
+    dropped: int = 0
+    result: bytes = b""
 
 
 def encode_entry(entry: _Entry) -> bytes:

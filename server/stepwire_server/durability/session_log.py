@@ -135,10 +135,9 @@ class SessionLog:
         with self._lock:
             return min((entry.first for entry in self._open), default=None)
 
-    def hold(self, worker: int, generation: int) -> int:
-        """Append that another client has acquired a worker, and return the record's number."""
-        entry = encode_entry(HoldEntry(generation=generation, worker=worker))
-        return self.append(Kind.HOLD, next(self._entries), entry, durable=True)
+    def hold(self, entry: HoldEntry) -> int:
+        """Append what has become of a worker without a step, and return the record's number."""
+        return self.append(Kind.HOLD, next(self._entries), encode_entry(entry), durable=True)
 
     def append(
         self, kind: Kind, entry: int, meta: bytes, payload: HostArray | None = None, *, durable: bool = False

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from stepwire.errors import Reason, StateChangedError, StepMismatchError, StepwireError
 from stepwire_server.aggregation.uploads import Uploader, UploadGate, UploadSlot
 from stepwire_server.devices.budget import Reservation
@@ -202,6 +204,7 @@ class Contributions(abc.ABC):
     def drop(self, member: Member, step: Step, writer: ReplyWriter, staleness: int) -> StepResult:
         """Answer a contribution that comes too late: nothing is applied, and its number is used up."""
         state, ledger, number = self.parts.state, self.parts.ledger, step.contribution
+        self.parts.progress.check()
         part = RoundResult(number, dropped=True, members=len(ledger.members.attached), staleness=staleness)
         scale = state.loss_scale
         result = StepResult(
@@ -218,6 +221,7 @@ class Contributions(abc.ABC):
         self.parts.commits.reply(step.request._replace(reply_base=None), writer)
         member.answered(number, result)
         member.told = True
+        self.parts.progress.dropped(step.holder, number, msgspec.msgpack.encode(result))
         self.wake()
         return result
 

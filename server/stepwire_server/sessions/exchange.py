@@ -37,7 +37,7 @@ class Captured(NamedTuple):
         ready: parameters have been loaded or were initialised.
         last_result: the result of the last step, for a replay; None for none.
         holder: the hold of worker 0.
-        acquisitions: the sum of the generations in which the workers were acquired.
+        acquisitions: the number that tells the workers of this moment; see `Members.acquisitions`.
         members: the facts of several workers; empty for one.
         position: the number of the log's last record at that moment.
         blocks: the blocks of all slots, in any order.

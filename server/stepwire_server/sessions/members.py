@@ -57,6 +57,12 @@ class Member:
         """Note an answer."""
         self.number, self.result, self.told = number, result, False
 
+    def restore(self, number: int, result: bytes) -> None:
+        """Note the answer of an earlier server, unless a later one is known."""
+        if number > self.number:
+            self.answered(number, msgspec.msgpack.decode(result, type=StepResult))
+            self.told = True
+
 
 class Members:
     """The workers of one session, made as they first attach. The session serialises its calls."""
@@ -87,8 +93,11 @@ class Members:
 
     @property
     def acquisitions(self) -> int:
-        """The sum of the generations in which the workers were acquired: it grows with each acquisition."""
-        return sum(member.worker.holder.acquired for member in self._members.values())
+        """The sum of the generations in which the workers were acquired, and of their contributions.
+
+        It grows with each acquisition, and with each answer: one moment of a session has one.
+        """
+        return sum(member.worker.holder.acquired + member.number for member in self._members.values())
 
     def generations(self) -> dict[int, int]:
         """Return the number of each worker's hold."""
@@ -100,8 +109,8 @@ class Members:
             self[index].worker.resume(generation)
 
     def facts(self) -> tuple[MemberFacts, ...]:
-        """Return what a checkpoint tells of the workers; nothing of a single one."""
-        if self.most == 1:
+        """Return what a checkpoint tells of the workers; nothing of a single one without aggregation."""
+        if self.most == 1 and self[0].result is None:
             return ()
         return tuple(
             MemberFacts(
@@ -125,8 +134,7 @@ class Members:
             member = self[each.worker]
             member.worker.restore(each.acquired, epoch)
             if each.last_result is not None:
-                member.answered(each.contribution, msgspec.msgpack.decode(each.last_result, type=StepResult))
-                member.told = True
+                member.restore(each.contribution, each.last_result)
 
     @property
     def attached(self) -> frozenset[int]:

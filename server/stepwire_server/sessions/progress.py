@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from stepwire.errors import DataLossError, Reason
-from stepwire_server.durability.entries import Attempt, LoadEntry, StepEntry
+from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry
 from stepwire_server.durability.session_log import EntryLog, SessionLog
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.sessions.ledger import Ledger
@@ -142,8 +142,21 @@ class Progress:
 
     def acquired(self, holder: Hold) -> None:
         """Append that a client has acquired the worker."""
+        self._held(HoldEntry(generation=holder.generation, worker=holder.worker))
+
+    def dropped(self, holder: Hold, number: int, result: bytes) -> None:
+        """Append that a contribution was dropped: its worker's numbers go on from there, whatever becomes of the server.
+
+        Args:
+            holder: the hold of the worker.
+            number: the number of the contribution.
+            result: the answer, encoded.
+        """
+        self._held(HoldEntry(generation=holder.acquired, worker=holder.worker, dropped=number, result=result))
+
+    def _held(self, entry: HoldEntry) -> None:
         if self._log is not None:
-            self.last = Mark(self._log.hold(holder.worker, holder.generation), self._ledger.applied_step)
+            self.last = Mark(self._log.hold(entry), self._ledger.applied_step)
 
     def checkpointed(self, step: int, *, durable: bool = True) -> None:
         """Note that a checkpoint holds a step; it may not be durable yet."""

@@ -116,6 +116,8 @@ class Redo:
         elif kind is Kind.HOLD:
             hold = decode_entry(HoldEntry, record.meta)
             self._acquired(hold.worker, hold.generation)
+            if hold.dropped:
+                self.session.ledger.members[hold.worker].restore(hold.dropped, hold.result)
 
     def _step(self, entry: StepEntry, record: LogRecord) -> None:
         session = self.session

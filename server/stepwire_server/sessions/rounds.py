@@ -134,7 +134,7 @@ class Rounds(Contributions):
             return self.replay(member, step, writer), last
         if staleness := self.staleness(step.request):
             self._arrived_late(step.request)
-            return self.drop(member, step, writer, staleness), last
+            return self.drop(member, step, writer, staleness), self.parts.progress.last
         round_ = self._contributed(step)
         contribution = round_.of(step.holder.worker)
         assert contribution is not None
