@@ -49,10 +49,10 @@ class Carry:
         return self._patched
 
     def applied(self, call: StepCall, result: step_pb2.StepResult) -> None:
-        """Note that a step was applied, or skipped."""
+        """Note that a step was applied, or skipped, or went on without the gradient."""
         if call.patched is not None:
             self._patched_step = result.step
-        if call.feedback is not None and not result.skipped:
+        if call.feedback is not None and not result.skipped and not result.round.dropped:
             call.feedback.accept()
 
     def failed(self, call: StepCall) -> None:

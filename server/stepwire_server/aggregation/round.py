@@ -24,18 +24,27 @@ class Contribution:
     """One worker's gradient that counts. The gradient itself is in the round's reduction.
 
     Attributes:
-        request: the step as the worker asked for it; its number is the contribution's.
+        request: the step that the gradient came with; its number is the contribution's.
         holder: the hold of the worker.
         part: what the round's result tells of it.
         arrived: the clock reading of its commit.
+        asked: the step that was asked for last: its reply counts, and nothing else of it.
         writer: the place of its reply; None until somebody waits for it.
+        replaced: another client steps as the worker by now. Its own gradient is not in the round.
     """
 
     request: StepRequest
     holder: Hold
     part: Contributor
     arrived: float
+    asked: StepRequest
     writer: ReplyWriter | None = None
+    replaced: bool = False
+
+    def ask(self, step: Step, writer: ReplyWriter) -> None:
+        """Note who waits for the answer: it is sent once, to whoever asked last."""
+        self.asked, self.writer = step.request, writer
+        self.replaced = step.holder.acquired != self.holder.acquired
 
 
 class Round:

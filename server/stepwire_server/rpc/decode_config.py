@@ -118,7 +118,15 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
 def _checked(config: SessionConfig, message: session_pb2.SessionConfig) -> SessionConfig:
     """Check what options ask of each other."""
     _check_precision(config, message)
-    if config.aggregation is not None and config.aggregation.is_robust and config.treatment.policy != "reject":
+    if config.aggregation is None:
+        return config
+    if config.treatment.two_phase and config.aggregation.required < config.aggregation.workers:
+        raise InvalidRequestError.of(
+            "config.aggregation.required_workers",
+            "with `two_phase` a round is decided by all workers: a late one would wait for a decision of others; leave "
+            "one of them out",
+        )
+    if config.aggregation.is_robust and config.treatment.policy != "reject":
         raise InvalidRequestError.of(
             "config.aggregation.reduction",
             f"{config.aggregation.reduction!r} has an order for finite numbers alone; use the policy 'reject' for NaN "

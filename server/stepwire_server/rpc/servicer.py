@@ -160,8 +160,8 @@ class OptimizerService:
             opening: attach_pb2.AttachOpen = _opening(frames).message.open
             stream.in_step = False
             session = self._registry.get(opening.session_id)
-            self._registry.require_room(stream, session)
             worker = None if opening.any_worker else opening.worker
+            self._registry.require_room(stream, session, worker)
             with (
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
                 self._sharing.share(session, opening.transport) as shared,

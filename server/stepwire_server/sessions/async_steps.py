@@ -34,7 +34,9 @@ class AsyncSteps(Contributions):
         state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
         room = UploadRoom(state.reserve_step(request) if needed else None, slot)
         gradient = state.stage_gradient(request, unscale, room)
-        return Step(request, holder, gradient, replay=not needed, began=began, entry=entry)
+        step = Step(request, holder, gradient, replay=not needed, began=began, entry=entry)
+        step.slot = slot
+        return step
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
         """See `Contributions.commit`."""
@@ -63,16 +65,19 @@ class AsyncSteps(Contributions):
             if staleness is None:
                 return self.replay(member, step, writer)
             if self._is_too_old(staleness):
+                member.clock += 1
                 return self.drop(member, step, writer, staleness)
             self._require_gradient(step)
-            if not self._waits(member, arrived):
+            if not self._waits(member, step, arrived):
                 break
             self.check_waiting(step)
         self._number(step, staleness)
         step.gradient.complete()
         part = self._part(step, staleness, self.parts.clock() - arrived)
         step.parts = ((member.worker.index, part),)
-        return self.apply(step, writer)
+        result = self.apply(step, writer)
+        member.clock += 1
+        return result
 
     def _admitted(self, step: Step) -> tuple[Member, int | None]:
         """Return the worker of a contribution and its staleness; None for a replay."""
@@ -88,7 +93,7 @@ class AsyncSteps(Contributions):
         if step.replay:
             raise not_sent(step.contribution)
 
-    def _waits(self, member: Member, arrived: float) -> bool:
+    def _waits(self, member: Member, step: Step, arrived: float) -> bool:
         """Wait until something changes, if the worker is too far ahead; False if it is not.
 
         Raises:
@@ -96,17 +101,19 @@ class AsyncSteps(Contributions):
         """
         lead, members = self.aggregation.max_clock_lead, self.parts.ledger.members
         others = [other for other in members if other.worker.attached and other is not member]
-        slowest = min(others, key=lambda other: other.number, default=member)
-        if lead is None or member.number - slowest.number <= lead:
+        slowest = min(others, key=lambda other: other.clock, default=member)
+        if lead is None or member.clock - slowest.clock <= lead:
             return False
         left = arrived + self.aggregation.round_timeout - self.parts.clock()
         if left <= 0.0:
             index = slowest.worker.index
             raise NotEnoughWorkersError(
-                f"worker {member.worker.index} is {member.number - slowest.number} contributions ahead of {index}, "
+                f"worker {member.worker.index} is {member.clock - slowest.clock} contributions ahead of {index}, "
                 f"which added none within {self.aggregation.round_timeout:g} s; nothing was applied, step again",
                 metadata={"missing_workers": index},
             )
+        if step.slot is not None:  # the slowest worker needs one
+            step.slot.release()
         self.changed.wait(left)
         return True
 

@@ -24,9 +24,10 @@ class Member:
         number: the number of the contribution; 0 before the first. Without aggregation it stays 0.
         result: its result, for a replay; None before the first.
         told: the result has been sent.
+        clock: the contributions since it joined, and those of the slowest worker that it joined.
     """
 
-    __slots__ = ("number", "result", "told", "worker")
+    __slots__ = ("clock", "number", "result", "told", "worker")
 
     def __init__(self, index: int) -> None:
         """Start without a contribution."""
@@ -34,6 +35,7 @@ class Member:
         self.number = 0
         self.result: StepResult | None = None
         self.told = False
+        self.clock = 0
 
     def admit(self, number: int) -> bool:
         """Return True for the next contribution and False for a replay of the last one.
@@ -90,6 +92,12 @@ class Members:
     def __iter__(self) -> Iterator[Member]:
         """Iterate over the workers that have attached so far, by index."""
         return iter([self._members[index] for index in sorted(self._members)])
+
+    def join(self, member: Member) -> None:
+        """Have a worker that comes begin beside the slowest present one: nobody waits until it has caught up."""
+        if not member.worker.attached:
+            present = [other.clock for other in self._members.values() if other.worker.attached]
+            member.clock = max(member.clock, min(present, default=0))
 
     @property
     def acquisitions(self) -> int:

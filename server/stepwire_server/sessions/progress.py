@@ -145,7 +145,7 @@ class Progress:
         self._held(HoldEntry(generation=holder.generation, worker=holder.worker))
 
     def dropped(self, holder: Hold, number: int, result: bytes) -> None:
-        """Append that a contribution was dropped: its worker's numbers go on from there, whatever becomes of the server.
+        """Append that a contribution was dropped: the worker's numbers go on from there on the next server.
 
         Args:
             holder: the hold of the worker.

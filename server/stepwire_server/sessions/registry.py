@@ -205,13 +205,13 @@ class Registry:
         """
         return self._streams.stream(cancel)
 
-    def require_room(self, stream: ClientStream, session: Session) -> None:
-        """Refuse a stream beyond the limit, unless it displaces the stream of its session.
+    def require_room(self, stream: ClientStream, session: Session, worker: int | None) -> None:
+        """Refuse a stream beyond the limit, unless it displaces the stream of its worker; None is a vacant one.
 
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
-        if stream.surplus and not session.ledger.worker.attached:
+        if stream.surplus and worker not in session.ledger.members.attached:
             raise too_many_streams(self._max_streams)
 
     def upload(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[Callable[[], bool]]:

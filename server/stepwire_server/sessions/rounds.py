@@ -121,7 +121,15 @@ class Rounds(Contributions):
         member = self.member(request, holder)
         if not member.admit(request.step) or self.staleness(request):
             return False
-        return self._round is None or self._round.of(holder.worker) is None
+        round_ = self._present()
+        return round_ is None or round_.of(holder.worker) is None
+
+    def _present(self) -> Round | None:
+        """Return the open round; one that had too few for too long, while nobody looked, has failed."""
+        round_ = self._round
+        if round_ is not None and not round_.has_enough and self._ends_at(round_) <= self.parts.clock():
+            self._fail(round_, round_.too_few())
+        return self._round
 
     def _awaits_step(self, step: Step) -> bool:
         """Tell whether a contribution is a part of a round that is not over, or may become one."""
@@ -138,7 +146,7 @@ class Rounds(Contributions):
         round_ = self._contributed(step)
         contribution = round_.of(step.holder.worker)
         assert contribution is not None
-        contribution.request, contribution.writer = step.request, writer
+        contribution.ask(step, writer)
         while not round_.is_over:
             self._advance(round_, step, decided=step.decision is not None)
         if round_.failure is not None:
@@ -155,11 +163,9 @@ class Rounds(Contributions):
         Raises:
             StepwireError: the contribution is refused; the round is as before.
         """
-        round_, worker = self._round, step.holder.worker
-        if round_ is not None and not round_.has_enough and self._ends_at(round_) <= self.parts.clock():
-            self._fail(round_, round_.too_few())
-            round_ = None
-        if round_ is not None and round_.of(worker) is not None:
+        round_ = self._present()
+        if round_ is not None and round_.of(step.holder.worker) is not None:
+            step.gradient.close()  # and with it the place among the uploads, which others need
             return round_
         if step.replay:
             raise not_sent(step.contribution)
@@ -185,7 +191,7 @@ class Rounds(Contributions):
             self._grace.arrived(now - round_.opened)
         part = Contributor(step.holder.worker, request.weight, norm, gradient.non_finite_count)
         self._reduce_with(round_, gradient, request.weight * gradient.unscale)
-        round_.add(Contribution(request, step.holder, part, now))
+        round_.add(Contribution(request, step.holder, part, now, asked=request))
         gradient.close()
         self.wake()
         return round_
@@ -290,7 +296,7 @@ class Rounds(Contributions):
         now, members = self.parts.clock(), len(self.parts.ledger.members.attached)
         contributors = tuple(contribution.part for contribution in round_)
         return tuple(
-            (each.part.worker, RoundResult(each.request.step, False, members, contributors, now - each.arrived))
+            (each.part.worker, RoundResult(each.request.step, each.replaced, members, contributors, now - each.arrived))
             for each in round_
         )
 
@@ -328,7 +334,7 @@ def _grouped(waiting: Sequence[Contribution]) -> list[tuple[StepRequest, ReplyWr
         assert writer is not None
         key = writer.form if isinstance(writer, SharedReplyWriter) else id(writer)
         if key not in leaders:
-            leaders[key] = (each.request._replace(reply_base=None), writer)
+            leaders[key] = (each.asked._replace(reply_base=None), writer)
         elif isinstance(writer, SharedReplyWriter):
             writer.follow(leaders[key][1])
     return list(leaders.values())

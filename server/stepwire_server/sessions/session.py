@@ -221,7 +221,9 @@ class Session:
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
             members = self.ledger.members
-            held = members[members.vacant() if worker is None else worker].worker
+            member = members[members.vacant() if worker is None else worker]
+            members.join(member)
+            held = member.worker
             holder = held.renew(token, stream) if token else held.acquire(stream)
             if not token:
                 self.progress.acquired(holder)
@@ -319,7 +321,7 @@ class Session:
         with self._lock:
             ledger = self.ledger
             moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self.progress.last.number > position
-            used = not half and (ledger.worker.attached or self.exchange.loads or self.calls)
+            used = not half and (ledger.attached or self.exchange.loads or self.calls)
             if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
                 return False
             ledger.closed = ledger.parked = True  # whoever has found it just now finds it again

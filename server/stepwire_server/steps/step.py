@@ -12,7 +12,7 @@ from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rules.loss_scale import LossScale
-from stepwire_server.steps.gradient import StagedGradient
+from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.tensor_steps import TensorSteps
 
 __all__ = ["Hold", "Step", "SteppedState"]
@@ -76,6 +76,7 @@ class Step:
         contribution: the number that the worker gave it; with aggregation another one than the step's.
         parts: for each worker whose gradient is in it, the part in the result; empty without aggregation.
         reduced: the gradient is that of a round: float32, unscaled.
+        slot: the place among the uploads of several workers; None for none.
     """
 
     __slots__ = (
@@ -90,6 +91,7 @@ class Step:
         "reduced",
         "replay",
         "request",
+        "slot",
     )
 
     def __init__(
@@ -113,6 +115,7 @@ class Step:
         self.contribution = request.step
         self.parts: Sequence[tuple[int, RoundResult]] = ()
         self.reduced = False
+        self.slot: Room | None = None
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
         """Stage one chunk: `payload` is its received bytes, `(n,) uint8`.

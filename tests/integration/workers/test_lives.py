@@ -70,9 +70,7 @@ def test_the_only_worker_of_a_session_keeps_its_number(restarting: Restarting, d
 
 @pytest.mark.parametrize("durability", ["journal", "checkpoint"])
 @pytest.mark.parametrize("how", ["crash", "park"])
-def test_a_dropped_contribution_uses_its_number_up_for_good(
-    restarting: Restarting, durability: str, how: str
-) -> None:
+def test_a_dropped_contribution_uses_its_number_up_for_good(restarting: Restarting, durability: str, how: str) -> None:
     with contextlib.ExitStack() as stack:
         sessions = joined(restarting.target, stack, AT_ONCE, durability)
         together(*(functools.partial(sessions[worker].step, GIVEN[worker][0]) for worker in (0, 1)))

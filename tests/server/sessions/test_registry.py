@@ -399,8 +399,11 @@ def test_a_stream_beyond_the_bound_may_only_displace_its_sessions_own(make_regis
     with registry.stream(lambda: cancelled.append("half open")) as former, session.attached(former, 1, 0):
         with registry.stream(lambda: None) as stream:
             with pytest.raises(errors.ResourceExhaustedError, match="1 attached streams, its most"):
-                registry.require_room(stream, other)
-            registry.require_room(stream, session)
+                registry.require_room(stream, other, 0)
+            for worker in (1, None):  # no stream of that worker is there
+                with pytest.raises(errors.ResourceExhaustedError):
+                    registry.require_room(stream, session, worker)
+            registry.require_room(stream, session, 0)
             with session.attached(stream, 1, 0) as holder:
                 assert (holder.generation, cancelled) == (3, ["half open"])
 

@@ -51,6 +51,8 @@ class Given:
     gradient: Vector
     weight: float
     number: int
+    client: int
+    replaced: bool = False
 
 
 def nearest(value: Fraction) -> np.float32:
@@ -133,6 +135,7 @@ class Model:
         if self.has_failed(now):
             self.round = {}
         if worker in self.round:
+            self.round[worker].replaced = self.round[worker].client != given.client
             return
         if self.round:
             self.arrivals.append(now - self.opened)
@@ -146,7 +149,7 @@ class Model:
         contributors = tuple((worker, self.round[worker].weight) for worker in sorted(self.round))
         for worker, given in self.round.items():
             self.numbers[worker] = given.number
-            self.answers[worker] = Answer(self.step, given.number, contributors=contributors)
+            self.answers[worker] = Answer(self.step, given.number, given.replaced, contributors)
         self.round = {}
 
     # --- late ones ----------------------------------------------------------------------------------------
@@ -176,12 +179,14 @@ class Worker:
     Attributes:
         attached: its stream; None for none.
         base: the step whose parameters it has.
+        client: the number of clients before the present one.
         pending: its contribution that was not answered.
         waiting: the commits that wait, each with the stream that it came over.
     """
 
     attached: Attached | None = None
     base: int = 0
+    client: int = 0
     pending: Given | None = None
     waiting: list[tuple[Attached, Commit, int]] = dataclasses.field(default_factory=list)
 
@@ -211,6 +216,7 @@ class Run:
         """Attach as a new client: an older one is fenced."""
         self._attach(index, 0, Reason.FENCED)
         self.workers[index].base, self.workers[index].pending = self.model.step, None
+        self.workers[index].client += 1
 
     def come_back(self, index: int) -> None:
         """Attach with the token of the client."""
@@ -298,7 +304,7 @@ class Run:
         gradient = (self.draws.standard_normal(SIZE) * scale).astype(np.float32)
         weighs = self.model.aggregation.reduction == "weighted_mean"
         weight = float(self.draws.choice([1.0, 2.0, 0.1, 7.0])) if weighs else 1.0
-        return Given(gradient, weight, self.model.numbers[index] + 1)
+        return Given(gradient, weight, self.model.numbers[index] + 1, self.workers[index].client)
 
     def _contribute(self, index: int, *, lost: bool) -> None:
         worker = self.workers[index]
