@@ -41,11 +41,6 @@ class Contribution:
     writer: ReplyWriter | None = None
     replaced: bool = False
 
-    def ask(self, step: Step, writer: ReplyWriter) -> None:
-        """Note who waits for the answer: it is sent once, to whoever asked last."""
-        self.asked, self.writer = step.request, writer
-        self.replaced = step.holder.acquired != self.holder.acquired
-
 
 class Round:
     """The contributions of one round, from the first one until its step is applied. The session serialises its calls.

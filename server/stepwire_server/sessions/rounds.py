@@ -146,7 +146,7 @@ class Rounds(Contributions):
         round_ = self._contributed(step)
         contribution = round_.of(step.holder.worker)
         assert contribution is not None
-        contribution.ask(step, writer)
+        contribution.asked, contribution.writer = step.request, writer
         while not round_.is_over:
             self._advance(round_, step, decided=step.decision is not None)
         if round_.failure is not None:
@@ -164,7 +164,8 @@ class Rounds(Contributions):
             StepwireError: the contribution is refused; the round is as before.
         """
         round_ = self._present()
-        if round_ is not None and round_.of(step.holder.worker) is not None:
+        if round_ is not None and (contribution := round_.of(step.holder.worker)) is not None:
+            contribution.replaced = step.holder.acquired != contribution.holder.acquired
             step.gradient.close()  # and with it the place among the uploads, which others need
             return round_
         if step.replay:
@@ -306,6 +307,7 @@ class Rounds(Contributions):
             return
         writers = _grouped([each for each in round_ if each.writer is not None])
         (request, first), *others = writers
+        step.parts = self._told(round_)
         step.request = step.request._replace(
             reply=request.reply,
             reply_dtype=request.reply_dtype,

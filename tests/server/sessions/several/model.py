@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -246,7 +245,7 @@ class Run:
 
     def step(self, index: int) -> None:
         """Contribute the next gradient, or the one again that was not answered."""
-        self._contribute(index, lost=False)
+        self._contribute(index)
 
     def break_off(self, index: int) -> None:
         """Bring a gradient, and break off before its commit."""
@@ -279,6 +278,19 @@ class Run:
         assert told(commit.outcome) == answer
         self._received(index, commit)
 
+    def skip_ahead(self, index: int) -> None:
+        """Send a number that is not next, and a gradient of parameters that are not there yet: both are refused."""
+        attached = self.workers[index].attached
+        if attached is None or not self._can_step(index):
+            return
+        for number, base in ((2, self.model.step), (1, self.model.step + 1)):
+            try:
+                self.rig.staged(attached.holder, None, self.model.numbers[index] + number, base_step=base).close()
+            except StepwireError as error:
+                assert error.reason == Reason.STEP_MISMATCH
+            else:
+                raise AssertionError("it was admitted")
+
     def load(self, index: int) -> None:
         """Load parameters: the open round is over."""
         worker = self.workers[index]
@@ -306,7 +318,7 @@ class Run:
         weight = float(self.draws.choice([1.0, 2.0, 0.1, 7.0])) if weighs else 1.0
         return Given(gradient, weight, self.model.numbers[index] + 1, self.workers[index].client)
 
-    def _contribute(self, index: int, *, lost: bool) -> None:
+    def _contribute(self, index: int) -> None:
         worker = self.workers[index]
         if not self._can_step(index):
             return
@@ -375,8 +387,3 @@ class Run:
     def close(self) -> None:
         """End everything."""
         self.rig.close()
-
-
-def make(rig: Any, aggregation: Aggregation) -> Run:
-    """Begin a run."""
-    return Run(rig, Model(aggregation))

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwire.optimizers.aggregation import Aggregation
+from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire_server.engines.cpu.engine import CpuEngine
 from tests.server.sessions.several.model import SIZE, Model, Operation, Run
 from tests.server.sessions.several.rig import Rig, config_of
 
 EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "100"))
 KINDS = ("join", "step", "step", "step", "step", "come_back", "leave", "break_off", "poison", "repeat", "load")
+KINDS += ("skip_ahead",)
 SECONDS = st.sampled_from([0.0, 0.001, 0.01, 1.0, 5.0, 60.0])
 OPERATIONS = st.one_of(
     st.builds(Operation, st.sampled_from(KINDS), st.integers(0, 3)),
@@ -24,6 +26,7 @@ OPERATIONS = st.one_of(
 )
 AGGREGATIONS = {
     "all": Aggregation(workers=3),
+    "two phases": Aggregation(workers=3),
     "one": Aggregation(workers=1),
     "k of n": Aggregation(workers=4, required_workers=2),
     "one of n": Aggregation(workers=3, required_workers=1, most_grace=1.0),
@@ -47,7 +50,8 @@ def engine() -> Iterator[CpuEngine]:
 @settings(max_examples=EXAMPLES)
 def test_rounds_are_those_of_the_model(engine: CpuEngine, name: str, operations: list[Operation]) -> None:
     aggregation = AGGREGATIONS[name]
-    run = Run(Rig(engine, config_of(aggregation, SIZE)), Model(aggregation))
+    treatment = GradientTreatment(non_finite="reject", two_phase=name == "two phases")
+    run = Run(Rig(engine, config_of(aggregation, SIZE, treatment=treatment)), Model(aggregation))
     try:
         for index in range(aggregation.workers):
             run.do(Operation("join", index))
