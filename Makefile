@@ -31,8 +31,8 @@ EXAMPLES ?= 1000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
 
-# Servers that are killed at every named point while clients train, so many times at each, and every image of a disk that
-# the tests have some of.
+# Servers that are killed at every named point while clients train, so many times at each, with object stores too, and
+# every image of a disk that the tests have some of.
 SEEDS ?= 20
 crash-test: .venv/stamp-dev
 	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash tests/integration/durability

@@ -1,4 +1,4 @@
-"""A server that kills itself at a named point: `python -m tests.crash.crashing_server POINT COUNT DATA_DIR`.
+"""A server that kills itself at a named point: `python -m tests.crash.crashing_server POINT COUNT DATA_DIR [STORE]`.
 
 The points lie before and behind the stages of a step, of a checkpoint, and of a start. Nothing of this is in the
 server: here its functions are wrapped. It prints its port in a line, and runs until it is killed or its standard input
@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from stepwire_server.config import ServerConfig
-from stepwire_server.durability import checkpoint
+from stepwire_server.durability import checkpoint, mirror
 from stepwire_server.durability.body import BodyWriter
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.object_store import ObjectStore
 from stepwire_server.durability.session_log import EntryLog
+from stepwire_server.durability.store_epochs import StoreEpochs
 from stepwire_server.durability.writer import LogWriter
 from stepwire_server.observability.logs import configure_logging
 from stepwire_server.rpc.attach import StepStream
@@ -28,7 +30,7 @@ from stepwire_server.steps.commit import Commit
 from stepwire_server.steps.step import Step
 from tests.support.numpy_server import numpy_pool
 
-__all__ = ["POINTS"]
+__all__ = ["POINTS", "STORE_POINTS"]
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "receive": (Step, "add"),
@@ -48,7 +50,16 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "folder sync": (Disk, "sync_folder"),
     "epoch": (Epochs, "acquire"),
 }
+_STORE_PLACES: dict[str, tuple[Any, str]] = {
+    "store epoch": (StoreEpochs, "acquire"),
+    "store look": (StoreEpochs, "newest"),
+    "upload": (ObjectStore, "upload"),
+    "put": (ObjectStore, "put"),
+    "index": (mirror, "write_index"),
+    "store delete": (ObjectStore, "delete"),
+}
 POINTS = tuple(f"{when} {place}" for place in _PLACES for when in ("before", "after"))
+STORE_POINTS = tuple(f"{when} {place}" for place in _STORE_PLACES for when in ("before", "after"))
 
 
 def _crash(function: Callable[..., Any], *, after: bool, count: int) -> Callable[..., Any]:
@@ -70,16 +81,17 @@ def _crash(function: Callable[..., Any], *, after: bool, count: int) -> Callable
     return called
 
 
-def main(point: str, count: int, data_dir: str) -> None:
+def main(point: str, count: int, data_dir: str, store: str = "") -> None:
     """Serve until the end of standard input."""
     if point:
         when, _, place = point.partition(" ")
-        owner, name = _PLACES[place]
+        owner, name = (_PLACES | _STORE_PLACES)[place]
         setattr(owner, name, _crash(getattr(owner, name), after=when == "after", count=count))
     config = ServerConfig(
         bind="127.0.0.1:0",
         device="cpu",
         data_dir=data_dir,
+        checkpoint_store=store,
         max_chunk_bytes=64 << 10,
         sweep_seconds=0.05,
         journal_segment_bytes=1 << 20,
@@ -91,4 +103,4 @@ def main(point: str, count: int, data_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

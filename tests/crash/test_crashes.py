@@ -35,9 +35,10 @@ SHAPES = {"a": (150, 200), "b": (7,)}
 class Supervised:
     """A server that is started again, without crash points, whenever it has died. A context manager."""
 
-    def __init__(self, proxy: Proxy, data_dir: pathlib.Path, point: str, count: int) -> None:
+    def __init__(self, proxy: Proxy, data_dir: pathlib.Path, point: str, count: int, store: str = "") -> None:
         """Start a server that dies at a point."""
         self.starts = 0
+        self._store = store
         self._proxy, self._data_dir = proxy, data_dir
         self._point, self._count = point, count
         self._ended = False
@@ -48,6 +49,7 @@ class Supervised:
     def _start(self) -> subprocess.Popen[str]:
         point = self._point if not self.starts else ""
         command = [sys.executable, "-m", "tests.crash.crashing_server", point, str(self._count), str(self._data_dir)]
+        command += [self._store] if self._store else []
         self.starts += 1
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
