@@ -140,6 +140,7 @@ class SessionStatistics:
             steps.
         steps_in_flight: the background steps under way or waiting.
         background_failures: the background steps that failed.
+        applied_load: the last load known to be committed; of several workers, that of this one's parameters.
     """
 
     applied_step: int
@@ -150,6 +151,7 @@ class SessionStatistics:
     reply_begun: bool = False
     steps_in_flight: int = 0
     background_failures: int = 0
+    applied_load: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -195,6 +195,8 @@ class Hold:
         """Note that this client has the parameters of a step and a load: other workers may have made them."""
         if self._is_aggregated and step >= self.base_step:
             self.base_step, self.applied_load = step, max(load, self.applied_load)
+            self._session_step_on_server = max(step, self._session_step_on_server)
+            self._load_on_server = max(load, self._load_on_server)
 
     def check_kept(self, *, steps: bool = True) -> None:
         """Refuse to go on from the server's state while it has less than this client knows.
@@ -232,8 +234,13 @@ class Hold:
             )
         if self._load_on_server != self.applied_load:
             raise StepMismatchError(
-                f"this client knows load {self.applied_load} and the session is at load {self._load_on_server}: it was "
-                "loaded without this client; pull the parameters and go on from there with a new Session object",
+                f"this client knows load {self.applied_load} and the session is at load {self._load_on_server}: "
+                + (
+                    "another worker loaded it; pull the parameters and compute the gradient again"
+                    if self._is_aggregated
+                    else "it was loaded without this client; pull the parameters and go on from there with a new "
+                    "Session object"
+                ),
                 metadata={"applied_load": self._load_on_server, "load": self.applied_load},
             )
 

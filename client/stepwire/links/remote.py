@@ -380,6 +380,7 @@ class RemoteLink(SessionLink):
             streams_opened=hold.streams_opened,
             step_in_doubt=None if doubt is None else doubt.step,
             reply_begun=doubt is not None and hold.answered_step == doubt.step,
+            applied_load=hold.applied_load,
         )
 
     def close(self) -> None:

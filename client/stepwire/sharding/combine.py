@@ -136,6 +136,7 @@ def combined_statistics(
         streams_opened=sum(shard.streams_opened for shard in shards),
         step_in_doubt=step_in_doubt,
         reply_begun=reply_begun,
+        applied_load=min(shard.applied_load for shard in shards),
     )
 
 

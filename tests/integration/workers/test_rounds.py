@@ -136,6 +136,19 @@ def test_a_load_ends_the_open_round(target: str) -> None:
     assert sessions[0].applied_step == 1
 
 
+def test_a_worker_goes_on_after_a_load_of_another_one_that_it_has_pulled(target: str) -> None:
+    shared = options(workers=2, mode="async") | {"optimizer": stepwire.SGD(lr=1.0)}
+    first, second = (joined(target, ZEROS, worker, **shared) for worker in range(2))
+    first.step(ZEROS)
+    second.step(ZEROS)
+    first.load({"w": np.ones(300, np.float32)})
+    second.pull()  # no stream broke, so no attach told of the load
+    np.testing.assert_array_equal(second.step(ZEROS)["w"], np.ones(300, np.float32))  # type: ignore[index,call-overload]
+    first.load(ZEROS)
+    with pytest.raises(stepwire.StepMismatchError, match="another worker loaded it; pull the parameters"):
+        second.step(ZEROS)
+
+
 def test_asynchronous_steps_tell_their_staleness_and_correct_for_it(target: str) -> None:
     given = gradients(2, 2)
     shared = options(workers=2, mode="async", staleness_correction=True, max_staleness_steps=1) | {
