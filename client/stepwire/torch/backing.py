@@ -24,6 +24,7 @@ from stepwire.torch.placement import Placement, Placer
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.states import SnapshotView
 from stepwire.torch.succession import edited, last_step, loaded, regrouped
+from stepwire.torch.workers import leave, refuse_among_workers
 
 __all__ = ["Backing"]
 
@@ -36,6 +37,7 @@ class Backing:
 
     Attributes:
         life: the time until `end`, in this process.
+        weight: the weight of the gradients in a weighted mean over several workers; None for 1.
     """
 
     def __init__(self, rule: TorchRule, options: RemoteOptions, groups: Sequence[Group], live: LiveState) -> None:
@@ -59,6 +61,7 @@ class Backing:
         self._view: SnapshotView | None = None
         self._sender: BackwardSender | None = None
         self._loss_scale: float | None = None
+        self.weight: float | None = None
         self.life = Life()
         live.serve(self._present_view, rule.keys)
         parameters = Parameters(groups)
@@ -84,8 +87,6 @@ class Backing:
         """The parameters that the session steps."""
         return self._placement.parameters
 
-    # --- sessions ----------------------------------------------------------------------------------------
-
     def _use(self, placement: Placement) -> None:
         """Use a session from now on; its parameters are the present values."""
         before, self._placement = getattr(self, "_placement", None), placement
@@ -101,10 +102,13 @@ class Backing:
 
     def _use_first(self, session: Session, parameters: Parameters, groups: Sequence[Group]) -> None:
         """Use the first session, and close it after a failure: no other code has the session."""
+        mirror = self._placer.mirror(session, parameters)
         try:
-            self._use(self._placer.placed(self._placer.mirror(session, parameters), groups))
+            mirror.join()
+            self._use(self._placer.placed(mirror, groups))
         except BaseException:
-            session.close()
+            if not mirror.is_shared:
+                session.close()
             raise
 
     def _resume(self, session_id: str, parameters: Parameters, groups: Sequence[Group]) -> None:
@@ -135,10 +139,11 @@ class Backing:
         try:
             mirror = self._placer.mirror(session, parameters)
             mirror.inherit(old.mirror, wanted.olds)
-            session.load_state(mirror.composed(wanted, groups), timeout=self._options.timeout)
+            mirror.load_state(mirror.composed(wanted, groups))
             placement = self._placer.placed(mirror, groups, again=True)
         except BaseException:
-            session.close()
+            if not mirror.is_shared:
+                session.close()
             raise
         stay = {id(tensor.parameter) for tensor in parameters.tensors}
         for tensor in old.parameters.tensors:
@@ -165,6 +170,7 @@ class Backing:
         if not any(group["params"] for group in groups):
             return
         if not self._placement.fits(groups):
+            refuse_among_workers(self.session, "param_groups", "all of them would have to move to another session")
             self._settle()
             parameters = self._regrouped(groups)
             wanted = regrouped(self.parameters, parameters, self._live, self._present_view(), last_step(self.session))
@@ -177,7 +183,8 @@ class Backing:
         """Load the state of some parameters."""
         view = None if len(edits) == len(self.parameters.tensors) else self._present_view()
         wanted = edited(self.parameters, edits, view, last_step(self.session))
-        self.session.load_state(self._placement.mirror.composed(wanted, groups), timeout=self._options.timeout)
+        mirror = self._placement.mirror
+        mirror.load_state(mirror.composed(wanted, groups))
         self._placement.memory.uploaded()
         self._expire()
 
@@ -225,7 +232,8 @@ class Backing:
         self._expire()
         if sender is not None and self._followed(lambda: sender.finish(numbers)):
             return
-        if gradients := self._placement.memory.gradients():  # without any gradient nothing changes, as with torch
+        gradients = self._placement.memory.gradients()
+        if gradients or self._placement.mirror.is_shared:  # without any gradient nothing changes, as with torch
             if sender is None or not sender.committed:  # else the model may show the reply of this very step
                 self.upload()
             self._followed(lambda: self.session.step(gradients, **self._step_options(numbers)))
@@ -236,7 +244,7 @@ class Backing:
         def followed() -> bool:
             if (reply := step()) is not None:
                 self._placement.memory.stepped(reply)
-                self._placement.mirror.forget()
+                self._placement.mirror.stepped()
                 self._placement.recovery.stepped()
             return reply is not None
 
@@ -250,6 +258,7 @@ class Backing:
             "gradient_dtype": self._placement.gradient_dtype,
             "reply_dtype": self._placement.reply_dtype,
             "out": self._placement.memory.targets(),
+            "weight": self.weight,
             "timeout": self._options.timeout,
         }
 
@@ -338,12 +347,13 @@ class Backing:
     def _load(self, entries: Sequence[Mapping[str, Any]], extra: ExtraState, groups: Sequence[Group]) -> None:
         placement = self._placement
         if placement.structure_change(groups) or not placement.fits(groups):
+            refuse_among_workers(self.session, "load_state_dict", "the state dict has other groups or options")
             self._load_anew(entries, extra, groups, None if placement.mirror.is_exact else self._present_view())
             return
         wanted = loaded(placement.parameters, placement.parameters, entries, extra, None, last_step(self.session))
         state = placement.mirror.composed(wanted, groups)
         self._live.release()
-        self.session.load_state(state, timeout=self._options.timeout)
+        placement.mirror.load_state(state)
 
     def _load_anew(
         self,
@@ -377,7 +387,7 @@ class Backing:
         with contextlib.ExitStack() as ending:
             if self._options.owns_client:
                 ending.callback(self._client.close)
-            ending.callback(self.session.detach if keep else self.session.close)
+            ending.callback(leave, self.session, keep=keep)
             ending.callback(lambda: self._placement.memory.release())
             if self._sender is not None:
                 self._sender.close()

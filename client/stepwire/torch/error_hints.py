@@ -40,6 +40,12 @@ def with_hints(options: RemoteOptions, session: Session | None) -> Iterator[None
             f"{error}. Load a checkpoint into the model and into this optimizer: load_state_dict makes a new session",
         ) from error
     except FencedError as error:
+        if options.job is not None:
+            raise _with_message(
+                error,
+                f"another process has joined as this worker ({error}); this one is out. Give each process its own "
+                "worker=, or make this optimizer again to be the worker once more",
+            ) from error
         session_id = None if session is None else session.session_id  # which keeps the session: the user is told the id
         raise _with_message(
             error,

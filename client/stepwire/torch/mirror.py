@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from stepwire.torch.parameters import Arrays, Parameters
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.states import PARAM, Entry, Imported, Slots, SnapshotView, imported, initial
 from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
+from stepwire.torch.workers import WorkerLoads
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["ExtraState", "Mirror", "Wanted"]
@@ -79,6 +80,7 @@ class Mirror:
         self._rule = rule
         self._reply_dtype = reply_dtype
         self._timeout = timeout
+        self._several = None if session.config.aggregation is None else WorkerLoads(session, parameters, timeout)
         dtypes = {tensor.dtype for tensor in parameters.tensors}
         self.is_exact = reply_dtype == FLOAT32 and dtypes == {FLOAT32}
         self._offered: dict[str, Any] = {}
@@ -89,7 +91,42 @@ class Mirror:
         Raises:
             StepwireError: as `Session.load`.
         """
-        self.session.load(self._values(self._pulled()), timeout=self._timeout)
+        values = self._values(self._pulled())
+        self._send(lambda: self.session.load(values, timeout=self._timeout), state=False)
+
+    def load_state(self, state: Snapshot) -> None:
+        """Load a state into the session.
+
+        Raises:
+            StepwireError: as `Session.load_state`.
+        """
+        self._send(lambda: self.session.load_state(state, timeout=self._timeout), state=True)
+
+    def _send(self, load: Callable[[], None], *, state: bool) -> None:
+        if self._several is None:
+            load()
+        else:
+            self._several.load(load, state=state)
+
+    @property
+    def is_shared(self) -> bool:
+        """The session has several workers."""
+        return self._several is not None
+
+    def join(self) -> None:
+        """Join the workers of a session with several, and write its parameters into the model.
+
+        Raises:
+            StepwireError: as `Session.attach`, `Session.pull`.
+        """
+        if self._several is not None:
+            self._several.join()
+
+    def stepped(self) -> None:
+        """Note a step: masters that were offered are older, and loads of other workers are known."""
+        self.forget()
+        if self._several is not None:
+            self._several.stepped()
 
     def offer(self, extra: ExtraState) -> None:
         """Use masters of a state dict for parameters that equal their rounding, until `forget`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NoReturn
 
@@ -16,10 +15,12 @@ from stepwire.torch.error_hints import with_hints
 from stepwire.torch.hooks import hooked
 from stepwire.torch.live_state import LiveState
 from stepwire.torch.mirror import ExtraState
-from stepwire.torch.options import RemoteOptions, split_options
+from stepwire.torch.options import split_options
 from stepwire.torch.refused import REFUSED_OPTIONS, refuse_options
 from stepwire.torch.rules import STATE_KEYS, TORCH_RULES, TorchRule
 from stepwire.torch.sessions import PRECISION
+from stepwire.torch.signatures import signature_of
+from stepwire.torch.workers import refuse_among_workers
 
 __all__ = ["RemoteOptimizer"]
 
@@ -46,7 +47,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init_subclass__(**options)
         if cls.__name__ in TORCH_RULES:
             cls.rule = TORCH_RULES[cls.__name__]
-        cls.__signature__ = _signature(cls)
+        cls.__signature__ = signature_of(cls, RemoteOptimizer)
 
     def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         """Make the optimizer and its session.
@@ -99,6 +100,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         False while other code has put a wrapper into the place of `step`: accelerate counts the calls, and would take a
         step that was left out for one that was taken. Torch's schedulers have wrappers too, and only look at the calls.
         """
+        if self.session.config.aggregation is not None:  # so that `step` sees the scaler, and refuses it
+            return True
         wrapper = self.__dict__.get("step")
         return self._options.amp_scaling and (wrapper is None or hasattr(wrapper, "_wrapped_by_lr_sched"))
 
@@ -126,6 +129,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def applied_step(self) -> int:
         """The number of the last applied step, also after a resume."""
         return self.session.applied_step
+
+    @property
+    def weight(self) -> float | None:
+        """The weight of the next steps' gradients in a weighted mean over several workers; None for 1."""
+        return self.backing.weight
+
+    @weight.setter
+    def weight(self, value: float | None) -> None:
+        self.backing.weight = value
 
     @property
     def last_result(self) -> StepResult | None:
@@ -159,6 +171,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None:
+            refuse_among_workers(self.session, "GradScaler", "each would leave out other steps; use bfloat16")
         if found_inf is None or not float(found_inf):  # set by GradScaler, which lowers the scale then
             refuse_options(self.param_groups)
             with with_hints(self._options, self.session):
@@ -174,6 +188,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             StepwireError: as the constructor; the groups are as before.
         """
+        if self._backing is not None:
+            refuse_among_workers(self.session, "add_param_group", "all of them would have to move to another session")
         super().add_param_group(param_group)
         if self._backing is None:
             return
@@ -207,6 +223,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def handle(self) -> dict[str, Any]:
         """Return a state dict without tensors, with which `load_state_dict` resumes the session, which is kept."""
+        refuse_among_workers(self.session, "handle", "a worker joins by its job and its index")
 
         def show(_: Any) -> None:
             with with_hints(self._options, self.session):
@@ -307,6 +324,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _resume(self, ours: dict[str, Any]) -> None:
         """Resume the session of a handle, and close the optimizer's session before."""
         old = self.session
+        refuse_among_workers(old, "load_state_dict", "the dict is a handle; a worker joins by its job and its index")
         self.backing.life.check()
         self.backing.resume(ours["session_id"], self.param_groups)
         if old.own_id != self.session.own_id:
@@ -370,18 +388,3 @@ def _no_copy(what: str) -> TypeError:
         f"an optimizer with a session cannot be {what}: two would step one session. Save state_dict(), or handle() for "
         "the session alone, and load it into a new optimizer"
     )
-
-
-def _signature(cls: type) -> inspect.Signature:
-    """Return torch's signature, followed by the names of `RemoteOptions`."""
-    own = next((base for base in cls.__mro__ if not issubclass(base, RemoteOptimizer)), object)
-    theirs = [
-        parameter
-        for name, parameter in inspect.signature(own.__init__).parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    ours = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(RemoteOptions).parameters.values()
-    ]
-    return inspect.Signature([*theirs, *ours])

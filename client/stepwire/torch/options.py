@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepwire.client import Client, StatePrecision, Telemetry
+from stepwire.client import Client, StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect
+from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import NonFinite
 
@@ -52,6 +53,11 @@ class RemoteOptions:
         lease_seconds: the life of an unused session, in seconds; by default the server's longest.
         device: the server's name of the device of the state; by default the server's choice.
         label: a text for listings; by default the host, the process id and the script.
+        worker: the index of this process among the workers of one model, or `"any"`; see `stepwire.Aggregation`.
+        workers: the number of workers, each with a model and an optimizer like this. Each step is one step of the mean
+            of their gradients, and all models get the same parameters.
+        aggregation: another way for the gradients of several workers to meet, in the place of `workers`.
+        job: the name by which the workers of one model find one another on the server.
         keep: True to leave the session on the server when the program ends, or drops the optimizer, without `close`. By
             default the session ends then, unless its id or a handle was read, or the optimizer was detached.
     """
@@ -79,6 +85,10 @@ class RemoteOptions:
     lease_seconds: float | None = None
     device: str = ""
     label: str = ""
+    worker: Worker | None = None
+    workers: int | None = None
+    aggregation: Aggregation | None = None
+    job: str | None = None
     keep: bool = False
 
     def client(self) -> Client:

@@ -108,6 +108,13 @@ class Parameters:
             tensor.settle()
         self.note()
 
+    def adopt(self, values: Mapping[str, Any]) -> None:
+        """Write values of the session into the parameters."""
+        for name, target in self.targets().items():
+            with np.errstate(over="ignore"):
+                target[...] = values[name]
+        self.stepped(values)
+
     def uploaded(self) -> None:
         """Note that the session has all present values."""
         self.follow()

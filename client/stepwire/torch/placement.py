@@ -144,10 +144,7 @@ class Placer:
         self._check(parameters)
         session = find_session(self._client, session_id, self._options, self._rule, parameters, groups)
         pulled: Any = session.pull()
-        for name, target in parameters.targets().items():
-            with np.errstate(over="ignore"):
-                target[...] = pulled[name]
-        parameters.stepped(pulled)
+        parameters.adopt(pulled)
         return session
 
     def mirror(self, session: Session, parameters: Parameters) -> Mirror:

@@ -147,8 +147,9 @@ class Recovery:
     def _fetch(self, failed: _FailedStep, timeout: float) -> None:
         """Learn whether the step was applied, and if it was, write the session's parameters into the model."""
         self._session.attach(timeout=timeout)  # from now on no older stream commits the step
-        # A shard may have applied a step that the session as a whole has not.
-        if len(self._session.shards) > 1 or self._session.applied_step >= failed.step:
+        # A shard may have applied a step that the session as a whole has not, and other workers may have stepped.
+        several = len(self._session.shards) > 1 or self._session.config.aggregation is not None
+        if several or self._session.applied_step >= failed.step:
             self._restore(self._session.pull(dtype=self._reply_dtype, timeout=timeout), failed.left)
 
     def _restore(self, pulled: Any, left: Arrays | None) -> None:

@@ -13,6 +13,7 @@ from stepwire.session import Session
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.rules import Group, TorchRule
+from stepwire.torch.workers import aggregation_of, refuse_options_among_workers, with_job
 
 __all__ = ["PRECISION", "create_session", "find_session"]
 
@@ -31,6 +32,16 @@ def create_session(
     Raises:
         StepwireError: as `Client.create_session`.
     """
+    try:
+        return _created(client, options, rule, parameters, groups)
+    except InvalidRequestError as error:
+        raise with_job(error, options) from error
+
+
+def _created(
+    client: Client, options: RemoteOptions, rule: TorchRule, parameters: Parameters, groups: Sequence[Group]
+) -> Session:
+    aggregation = aggregation_of(options)
     return client.create_session(
         parameters.fetch(),
         optimizer=rule.optimizer_for(groups),
@@ -50,6 +61,9 @@ def create_session(
         device=options.device,
         label=options.label,
         keep=options.keep,
+        aggregation=aggregation,
+        worker=0 if options.worker is None else options.worker,
+        request_id=None if aggregation is None else options.job,
         **{name: getattr(options, name) for name in _TREATMENT},
     )
 
@@ -79,12 +93,14 @@ def find_session(
         InvalidRequestError: the session is of another model, another optimizer, or other options.
         StepwireError: as `Client.session`.
     """
-    session = client.session(session_id, error_feedback=options.error_feedback)
+    worker = 0 if options.worker is None else options.worker
+    session = client.session(session_id, worker=worker, error_feedback=options.error_feedback)
     difference = (
         _of_tensors(session, parameters)
         or _of_groups(session.config, parameters)
         or _of_optimizer(session.config, rule, groups)
         or _of_options(session.config, options)
+        or _of_workers(session.config, options)
         or _of_precision(session.config, options, parameters, groups)
     )
     if difference:
@@ -127,6 +143,18 @@ def _of_options(configuration: SessionConfig, options: RemoteOptions) -> str:
     for name, value in theirs.items():
         if value != getattr(options, name):
             return f"it has {name}={value!r} and this has {getattr(options, name)!r}"
+    return ""
+
+
+def _of_workers(configuration: SessionConfig, options: RemoteOptions) -> str:
+    theirs, ours = configuration.aggregation, aggregation_of(options)
+    if theirs is None:
+        return "" if ours is None else "it has one worker and this is one of several"
+    if ours is not None and ours != theirs:
+        return f"it has {theirs!r} and this has {ours!r}"
+    if options.worker is None:
+        return f"it has {theirs.workers} workers; give worker=, the index of this one"
+    refuse_options_among_workers(options)
     return ""
 
 
