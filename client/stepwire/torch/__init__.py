@@ -36,6 +36,7 @@ from stepwire.torch.classes import (
     RAdam,
     RMSprop,
 )
+from stepwire.torch.local_sgd import LocalSGD
 from stepwire.torch.optimizer import RemoteOptimizer
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.refused import refused_class
@@ -56,6 +57,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Lion",
+    "LocalSGD",
     "NAdam",
     "Optimizer",
     "RAdam",
