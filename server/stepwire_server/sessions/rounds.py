@@ -166,7 +166,7 @@ class Rounds(Contributions):
         round_ = self._present()
         if round_ is not None and (contribution := round_.of(step.holder.worker)) is not None:
             contribution.replaced = step.holder.acquired != contribution.holder.acquired
-            step.gradient.close()  # and with it the place among the uploads, which others need
+            _let_go(step)
             return round_
         if step.replay:
             raise not_sent(step.contribution)
@@ -193,7 +193,7 @@ class Rounds(Contributions):
         part = Contributor(step.holder.worker, request.weight, norm, gradient.non_finite_count)
         self._reduce_with(round_, gradient, request.weight * gradient.unscale)
         round_.add(Contribution(request, step.holder, part, now, asked=request))
-        gradient.close()
+        _let_go(step)
         self.wake()
         return round_
 
@@ -340,6 +340,12 @@ def _grouped(waiting: Sequence[Contribution]) -> list[tuple[StepRequest, ReplyWr
         elif isinstance(writer, SharedReplyWriter):
             writer.follow(leaders[key][1])
     return list(leaders.values())
+
+
+def _let_go(step: Step) -> None:
+    """Let go of a gradient that is in the round, and of its place among the uploads, which others need."""
+    step.gradient.close()
+    step.replay = True
 
 
 def _again(error: StepwireError) -> StepwireError:

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.errors import NotEnoughWorkersError
+from stepwire.errors import NotEnoughWorkersError, StateChangedError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import SGD
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.gradient_treatment import GradientTreatment
 from stepwire_server.engines.cpu.engine import CpuEngine
+from stepwire_server.records.step_request import Decision
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.contributions import Contributions
 from tests.server.configs import make_config
+from tests.server.session_driver import RecordingWriter
 from tests.server.sessions.several.rig import PATIENCE_SECONDS, Attached, Commit, Rig, Vector, config_of
 
 SIZE = 3
@@ -149,4 +151,18 @@ def test_a_contribution_that_is_asked_for_again_stays_as_it_was(engine: CpuEngin
     assert part_of(again).contribution == 1
     elements = [tensor.offset for tensor in rig.session.config.layout.tensors]
     np.testing.assert_array_equal(rig.parameters[elements], [-4.0, -2.0])
+    rig.close()
+
+
+def test_a_decision_about_a_round_that_a_load_has_ended_brings_no_gradient_into_the_next(engine: CpuEngine) -> None:
+    treatment = GradientTreatment(clip_grad_norm=1.0, two_phase=True)
+    rig = Rig(engine, config_of(Aggregation(workers=1), SIZE, treatment=treatment))
+    attached = rig.attach(0)
+    with rig.staged(attached.holder, filled(1.0), 1) as step:
+        assert rig.session.check(step) is not None
+        rig.load(attached.holder, filled(5.0))
+        step.decision = Decision()
+        with pytest.raises(StateChangedError, match="send it again"):
+            rig.session.commit(step, RecordingWriter(SIZE, np.dtype(np.float32)))
+    assert rig.session.ledger.applied_step == 0
     rig.close()
