@@ -153,6 +153,7 @@ class OptimizerService:
         """Attach a client and take its steps."""
         with self._registry.stream(context.cancel) as stream:
             stream.refuse = functools.partial(end_call, context)
+            context.add_callback(stream.left)
             frames = map(functools.partial(read_frame, pb.AttachRequest), stream.received(messages))
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.

@@ -23,6 +23,7 @@ class ClientStream:
         orphaned: the worker has moved on.
         ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
             that reply that is not yet read.
+        gone: the client has left, while a step of it may still wait for other workers.
         surplus: the server had all its streams when this one came: it may only displace another one.
         last_seen: the clock reading of its last frame.
     """
@@ -34,11 +35,15 @@ class ClientStream:
         self.in_step = False
         self.orphaned = False
         self.ending = False
-        self.surplus = False
+        self.surplus = self.gone = False
         self.last_seen = now
         self._refusal: StepwireError | None = None
         self._waits = False
         self._lock = threading.Lock()
+
+    def left(self) -> None:
+        """Note that the client has left. From any thread, and at once: gRPC's own calls it."""
+        self.gone = True
 
     def overdue(self, now: float, idle_seconds: float) -> bool:
         """Tell whether the stream has been silent for too long where it must not be."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from stepwire.errors import Reason, StateChangedError, StepMismatchError, StepwireError
+from stepwire.errors import Reason, StateChangedError, StepMismatchError, StepwireError, UnavailableError
 from stepwire_server.aggregation.uploads import Uploader, UploadGate, UploadSlot
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.records.round_result import RoundResult
@@ -146,6 +146,13 @@ class Contributions(abc.ABC):
             self._ending = error
             self.changed.notify_all()
 
+    def let_go(self) -> None:
+        """End the waits for clients that have left. Without the lock."""
+        with self.parts.lock:
+            holders = [member.worker.holder for member in self.parts.ledger.members]
+            if any(holder.stream is not None and holder.stream.gone for holder in holders):
+                self.wake()
+
     def wake(self) -> None:
         """Have every wait look again: a worker came or went, or the session has ended."""
         self.changed.notify_all()
@@ -191,7 +198,10 @@ class Contributions(abc.ABC):
                 retry_after_seconds=error.retry_after_seconds,
             )
         self.parts.ledger.check_usable()
-        self.parts.ledger.members[step.holder.worker].worker.check(step.holder)
+        worker = self.parts.ledger.members[step.holder.worker].worker
+        worker.check(step.holder)
+        if (stream := worker.holder.stream) is not None and stream.gone:
+            raise UnavailableError("the client has left; its contribution counts, and nobody waits for the answer")
 
     def replay(self, member: Member, step: Step, writer: ReplyWriter) -> StepResult:
         """Answer the last contribution again, with the present parameters."""

@@ -228,6 +228,8 @@ class Registry:
         present = self._present()
         expired = [session for session in present if session.expired(now)]
         self._streams.cancel_silent(now, self._step_idle_seconds)
+        for session in present:
+            session.let_go()
         self._end([session for session in expired if not session.durable])
         for session in present:  # a half-applied step whose client is gone keeps the log
             half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self._step_idle_seconds

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from stepwire.errors import StepwireError
+from stepwire.errors import InvalidRequestError, StepwireError
 from stepwire_server.aggregation.uploads import UploadSlot
 from stepwire_server.devices.pool import Device
 from stepwire_server.records.committed import CommitSink
@@ -210,12 +210,14 @@ class Session:
             worker: the index of the worker; None for whichever no stream is attached as.
 
         Raises:
-            InvalidRequestError: the session has no such worker.
+            InvalidRequestError: the session has no such worker, or a token comes without one.
             ResourceExhaustedError: a stream is attached as every worker.
             FencedError: the token or the epoch is not the newest.
             SessionNotFoundError: the session has ended.
             DataLossError: the server knows of fewer durable steps than the client.
         """
+        if token and worker is None:
+            raise InvalidRequestError.of("open.attach_token", "a token is one worker's; leave it out beside any_worker")
         with self._lock:
             self.ledger.check_epoch(epoch)
             self.ledger.check_open()
@@ -242,6 +244,11 @@ class Session:
         """Have no worker wait for others from now on: each gets an error."""
         if self.contributions is not None:
             self.contributions.end(error)
+
+    def let_go(self) -> None:
+        """End the waits for clients that have left, which hold a thread."""
+        if self.contributions is not None:
+            self.contributions.let_go()
 
     def _wake(self) -> None:
         """Have workers that wait for others look again: one came, or went."""

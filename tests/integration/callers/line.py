@@ -118,6 +118,10 @@ class _Context:
     def cancel(self) -> None:
         """Nothing waits in another thread."""
 
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Nobody waits for others."""
+        return True
+
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
 

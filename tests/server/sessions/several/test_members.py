@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.errors import NotEnoughWorkersError, StateChangedError
+from stepwire.errors import InvalidRequestError, NotEnoughWorkersError, StateChangedError, UnavailableError
 from stepwire.layout import TensorSpec
 from stepwire.optimizers import SGD
 from stepwire.optimizers.aggregation import Aggregation
@@ -165,4 +165,29 @@ def test_a_decision_about_a_round_that_a_load_has_ended_brings_no_gradient_into_
         with pytest.raises(StateChangedError, match="send it again"):
             rig.session.commit(step, RecordingWriter(SIZE, np.dtype(np.float32)))
     assert rig.session.ledger.applied_step == 0
+    rig.close()
+
+
+def test_nobody_waits_for_a_client_that_has_left_and_its_contribution_counts(engine: CpuEngine) -> None:
+    rig = Rig(engine, config_of(Aggregation(workers=2, round_timeout=1e6), SIZE))
+    first, second = rig.attach(0), rig.attach(1)
+    waiting = contributed(rig, first, 1, 2.0)
+    rig.session.let_go()
+    rig.settle()
+    assert waiting.outcome is None
+    first.stream.left()
+    rig.session.let_go()
+    rig.settle()
+    assert isinstance(waiting.outcome, UnavailableError)
+    rig.leave(first)
+    assert [each.worker for each in part_of(contributed(rig, second, 1, 4.0)).contributors] == [0, 1]
+    np.testing.assert_array_equal(rig.parameters, filled(-3.0))
+    rig.close()
+
+
+def test_a_token_is_one_workers(engine: CpuEngine) -> None:
+    rig = Rig(engine, config_of(Aggregation(workers=3), SIZE))
+    attached = rig.attach(None)
+    with pytest.raises(InvalidRequestError, match="attach_token"):
+        rig.attach(None, attached.holder.generation)
     rig.close()
