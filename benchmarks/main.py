@@ -4,7 +4,8 @@
 
 Quick mode runs every section in a short form; its figures are for checking the benchmark, not for quoting. A section
 that fails prints its error and does not stop the others; the exit code is then 1. `peers.py` compares with other
-projects, `wire_encodings.py` and `convergence.py` measure the cost of rounding in training.
+projects, `wire_encodings.py` and `convergence.py` measure the cost of rounding in training, and
+`workers_convergence.py` that of several workers.
 """
 
 from __future__ import annotations
