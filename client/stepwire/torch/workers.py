@@ -204,8 +204,10 @@ def with_job(error: StepwireError, options: RemoteOptions) -> StepwireError:
     """Return the error of a creation in the terms of an optimizer."""
     if error.metadata.get("field") != "request_id":
         return error
-    return InvalidRequestError.of(
-        "job",
-        f"{options.job!r} is the name of a session with another config; all workers of one model have the same model, "
-        "optimizer and options, and each model has a name of its own",
-    )
+    problem = str(error).partition(": ")[2]
+    if "another config" in problem:
+        problem = (
+            f"{options.job!r} is the name of a session with another config; all workers of one model have the same "
+            "model, optimizer and options, and each model has a name of its own"
+        )
+    return InvalidRequestError.of("job", problem)

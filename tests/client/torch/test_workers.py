@@ -408,6 +408,7 @@ def test_workers_resume_a_session_by_its_id(server: str) -> None:
             "workers: it is beside",
         ),
         ({"worker": 2, "workers": 2, "job": "b"}, "workers 0 to 1"),
+        ({"worker": 0, "workers": 2, "job": "my job"}, "job: 'my job' is not 1 to 64 characters"),
         ({"worker": 0, "workers": 2, "job": "a", "shared_views": True}, "shared_views: not with several workers"),
         ({"worker": 0, "workers": 2, "job": "a", "send_in_backward": True}, "send_in_backward: not with several"),
         ({"worker": 0, "workers": 2, "job": "a", "light_state_dict": True}, "light_state_dict: not with several"),
