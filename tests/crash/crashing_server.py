@@ -25,16 +25,18 @@ from stepwire_server.durability.writer import LogWriter
 from stepwire_server.observability.logs import configure_logging
 from stepwire_server.rpc.attach import StepStream
 from stepwire_server.server import Server
-from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.own_steps import OwnSteps
+from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.rounds import Rounds
 from stepwire_server.steps.commit import Commit
 from stepwire_server.steps.step import Step
 from tests.support.numpy_server import numpy_pool
 
-__all__ = ["POINTS", "STORE_POINTS"]
+__all__ = ["POINTS", "STORE_POINTS", "WORKER_POINTS"]
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "receive": (Step, "add"),
-    "check": (Session, "_commit"),
+    "check": (OwnSteps, "_commit"),
     "apply": (Commit, "apply"),
     "append chunk": (EntryLog, "chunk"),
     "append commit": (EntryLog, "commit"),
@@ -58,7 +60,14 @@ _STORE_PLACES: dict[str, tuple[Any, str]] = {
     "index": (mirror, "write_index"),
     "store delete": (ObjectStore, "delete"),
 }
+_WORKER_PLACES: dict[str, tuple[Any, str]] = {
+    "contribute": (Rounds, "_add"),
+    "reduce": (Rounds, "_reduce"),
+    "round": (Rounds, "_apply"),
+    "drop": (Progress, "dropped"),
+}
 POINTS = tuple(f"{when} {place}" for place in _PLACES for when in ("before", "after"))
+WORKER_POINTS = tuple(f"{when} {place}" for place in _WORKER_PLACES for when in ("before", "after"))
 STORE_POINTS = tuple(f"{when} {place}" for place in _STORE_PLACES for when in ("before", "after"))
 
 
@@ -85,7 +94,7 @@ def main(point: str, count: int, data_dir: str, store: str = "") -> None:
     """Serve until the end of standard input."""
     if point:
         when, _, place = point.partition(" ")
-        owner, name = (_PLACES | _STORE_PLACES)[place]
+        owner, name = (_PLACES | _STORE_PLACES | _WORKER_PLACES)[place]
         setattr(owner, name, _crash(getattr(owner, name), after=when == "after", count=count))
     config = ServerConfig(
         bind="127.0.0.1:0",
