@@ -25,10 +25,13 @@ WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
 
-# The model of several callers of one session, in long form: so many examples for each of one server, shards, and shards
-# that commit in two phases. The tests have some of them, and CI 1,000 of each.
+# The models of several callers and of several workers of one session, in long form: so many examples for each of one
+# server, shards, and shards that commit in two phases; for each way of aggregation; and so many rounds over connections
+# that are cut. The tests have some of them, and CI 1,000 of each.
 EXAMPLES ?= 1000
 callers: .venv/stamp-dev
+	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/server/sessions/several \
+	    tests/integration/workers/test_cut_rounds.py
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
 
 # Servers that are killed at every named point while clients train, so many times at each, with object stores too, and

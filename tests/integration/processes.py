@@ -43,6 +43,11 @@ class ServerProcess:
                 return line
         raise AssertionError(f"the server ended (exit code {self._process.wait()}) without logging {event!r}")
 
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """End it as a crash does: SIGKILL."""
         self._process.kill()
