@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers crash-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers workers crash-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -25,14 +25,17 @@ WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
 
-# The models of several callers and of several workers of one session, in long form: so many examples for each of one
-# server, shards, and shards that commit in two phases; for each way of aggregation; and so many rounds over connections
-# that are cut. The tests have some of them, and CI 1,000 of each.
+# The model of several callers of one session, in long form: so many examples for each of one server, shards, and shards
+# that commit in two phases. The tests have some of them, and CI 1,000 of each.
 EXAMPLES ?= 1000
 callers: .venv/stamp-dev
-	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/server/sessions/several \
-	    tests/integration/workers/test_cut_rounds.py
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
+
+# The models of several workers of one session, in long form: so many examples for each way of aggregation, and so many
+# rounds over connections that are cut. The tests have some of them.
+workers: .venv/stamp-dev
+	env STEPWIRE_WORKERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/server/sessions/several \
+	    tests/integration/workers/test_cut_rounds.py
 
 # Servers that are killed at every named point while clients train, so many times at each, with object stores too, and
 # every image of a disk that the tests have some of.

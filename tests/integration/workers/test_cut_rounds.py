@@ -20,7 +20,7 @@ from tests.integration.workers.together import PATIENCE_SECONDS, exact_mean, gra
 from tests.support.numpy_server import numpy_server
 
 WORKERS = 3
-ROUNDS = max(int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "0")), 12)
+ROUNDS = max(int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "0")), 12)
 ADAM = stepwire.AdamW(lr=0.1)
 SIZES = {"one message": 300, "many messages": 40_000}
 

@@ -60,7 +60,7 @@ def step(sessions: list[Any], gradient: dict[str, Any]) -> None:
     together(*(functools.partial(one, session) for session in sessions))
 
 
-# The gradients of those that wait stand in their connections' windows, of 8 MiB each, and a first message of each in the
+# The gradients of those that wait stand in their connections' windows, of 8 MiB each, and their first messages in the
 # server: about 9 MB a worker.
 waits_in_windows = pytest.mark.xfail(raises=AssertionError, strict=True, reason="windows hold what waits for a place")
 

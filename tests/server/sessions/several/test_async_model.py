@@ -15,7 +15,7 @@ from tests.server.sessions.several.async_model import SIZE, AsyncRun
 from tests.server.sessions.several.model import Operation
 from tests.server.sessions.several.rig import Rig, config_of
 
-EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60"))
 KINDS = ("join", "step", "step", "step", "step", "come_back", "leave", "repeat", "skip_ahead")
 OPERATIONS = st.one_of(
     st.builds(Operation, st.sampled_from(KINDS), st.integers(0, 2)),
@@ -42,7 +42,7 @@ def engine() -> Iterator[CpuEngine]:
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 @given(operations=st.lists(OPERATIONS, max_size=40))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, derandomize="STEPWIRE_WORKERS_EXAMPLES" not in os.environ)
 def test_steps_are_those_of_the_model(engine: CpuEngine, name: str, operations: list[Operation]) -> None:
     run = AsyncRun(Rig(engine, config_of(AGGREGATIONS[name], SIZE)), AGGREGATIONS[name])
     try:

@@ -15,7 +15,7 @@ from stepwire_server.engines.cpu.engine import CpuEngine
 from tests.server.sessions.several.model import SIZE, Model, Operation, Run
 from tests.server.sessions.several.rig import Rig, config_of
 
-EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60"))
 KINDS = ("join", "step", "step", "step", "step", "come_back", "leave", "break_off", "poison", "repeat", "load")
 KINDS += ("skip_ahead",)
 SECONDS = st.sampled_from([0.0, 0.001, 0.01, 1.0, 5.0, 60.0])
@@ -47,7 +47,7 @@ def engine() -> Iterator[CpuEngine]:
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 @given(operations=st.lists(OPERATIONS, max_size=40))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, derandomize="STEPWIRE_WORKERS_EXAMPLES" not in os.environ)
 def test_rounds_are_those_of_the_model(engine: CpuEngine, name: str, operations: list[Operation]) -> None:
     aggregation = AGGREGATIONS[name]
     treatment = GradientTreatment(non_finite="reject", two_phase=name == "two phases")
