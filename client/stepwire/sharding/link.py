@@ -261,12 +261,12 @@ class ShardedLink(SessionLink):
         """
         if self._bounds is None:
             return None
-        steps = self._steps_on_servers()
-        if step not in steps:
-            return Coordinator(step, len(self._shards), self._bounds)
-        if self._coordinator is None or self._coordinator.decision is None:
+        steps, known = self._steps_on_servers(), self._coordinator
+        if step in steps and known is not None and known.decision is not None:
+            return known
+        if step in steps and not (self._is_aggregated and {*steps} == {step}):  # else another worker decided for all
             raise uneven(self._shards, steps)
-        return self._coordinator
+        return Coordinator(step, len(self._shards), self._bounds)
 
     # --- state -------------------------------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 import stepwire
+from stepwire.sharding.coordinator import Coordinator
 from tests.integration.workers.together import exact_mean, gradients, together
 from tests.support.numpy_server import numpy_server
 
@@ -69,3 +70,35 @@ def test_what_shards_cannot_agree_on_is_refused_by_name(targets: list[str]) -> N
             client.create_session(ZEROS, aggregation=few, clip_grad_norm=1.0)
         with pytest.raises(stepwire.InvalidRequestError, match="worker"):
             client.create_session(ZEROS, aggregation=stepwire.Aggregation(workers=3), worker="any")
+
+
+class Dead(Exception):
+    """The end of a worker between the two phases."""
+
+
+def test_a_worker_that_fails_between_the_phases_gets_the_answer_of_the_round(targets: list[str]) -> None:
+    """The others have every check, and decide without it."""
+    with contextlib.ExitStack() as stack:
+        sessions = joined(targets, stack, aggregation=stepwire.Aggregation(workers=WORKERS), clip_grad_norm=0.5)
+
+        def decide(*_: object) -> NoReturn:
+            raise Dead
+
+        def fail() -> None:
+            with pytest.raises(Dead):
+                sessions[1].step(GIVEN[1][0])
+
+        with pytest.MonkeyPatch.context() as patched:
+            dying = Coordinator(1, 2, sessions[1]._link._bounds)
+            patched.setattr(dying, "decide", decide)
+            patched.setattr(sessions[1]._link, "_coordinator_of", lambda step: dying)
+            first, _, third = together(
+                lambda: sessions[0].step(GIVEN[0][0]), fail, lambda: sessions[2].step(GIVEN[2][0])
+            )
+        again = sessions[1].step(GIVEN[1][0])
+        assert first["w"].tobytes() == again["w"].tobytes() == third["w"].tobytes()
+        results = [session.last_result for session in sessions]
+        assert [(each.step, each.round.contribution, each.round.dropped) for each in results] == [(1, 1, False)] * 3
+        found = together(*(functools.partial(each.step, GIVEN[worker][1]) for worker, each in enumerate(sessions)))
+        assert len({each["w"].tobytes() for each in found}) == 1
+        assert {session.last_result.grad_norm for session in sessions} == {sessions[0].last_result.grad_norm}
