@@ -68,6 +68,9 @@ class Job:
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with serving() as running:
+        params, job = model(0), Job(running, workers=1)
+        with job.made(0, params) as optimizer:  # compiles kernels while nobody waits
+            advance(optimizer, params, gradients(0, 0))
         yield running
 
 
