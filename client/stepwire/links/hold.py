@@ -57,6 +57,7 @@ class Hold:
             token; the next attach tells.
         shared: the memory that the stream shares; None without a stream, or without shared memory.
         streams_opened: the number of streams opened so far.
+        has_rounds: a contribution is answered when its round is over.
     """
 
     def __init__(self, route: Route, description: SessionDescription, token: int, worker: int | None = 0) -> None:
@@ -71,6 +72,7 @@ class Hold:
         message = description.message
         self.worker = worker
         self._is_aggregated = description.is_aggregated
+        self.has_rounds = description.has_rounds
         self.token = token
         self.acquisitions = 0
         self.epoch = message.epoch

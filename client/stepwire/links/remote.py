@@ -17,6 +17,7 @@ from stepwire.links.deletion import delete, delete_held
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.losses import Losses
+from stepwire.links.open_round import await_open_round
 from stepwire.links.pull_and_load import receive_pull, send_load
 from stepwire.links.repetition import repeated
 from stepwire.links.window import ReplayWindow
@@ -284,6 +285,7 @@ class RemoteLink(SessionLink):
             return
         if hold.unfinished_step:
             raise unfinished(hold.unfinished_step)
+        self._repeat(functools.partial(await_open_round, hold, doubt.step), deadline)
         hold.applied_step = hold.step_on_server
         doubt.resolve(applied=hold.step_on_server == doubt.step)
         self._doubt = None

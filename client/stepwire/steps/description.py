@@ -45,6 +45,11 @@ class SessionDescription(NamedTuple):
         return self.message.config.aggregation.mode != aggregation_pb2.AGGREGATION_MODE_UNSPECIFIED
 
     @property
+    def has_rounds(self) -> bool:
+        """The gradients of several workers are one step."""
+        return self.message.config.aggregation.mode == aggregation_pb2.AGGREGATION_MODE_SYNC
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """The names of the state arrays that each tensor has."""
         return tuple(self.message.layout.slots)
