@@ -34,8 +34,8 @@ class Life:
         self._birthplace.check(
             "optimizer",
             "both would step one session. Make an optimizer in the child, for a model of its own. Several processes "
-            "that step one model in shared memory (Hogwild) are not served: average their gradients, as "
-            "DistributedDataParallel does",
+            "that step one model in shared memory (Hogwild) are not served: give each a model of its own, and make "
+            "them workers of one job (worker=, workers=, job=)",
         )
         if self.closed:
             raise InvalidRequestError.of(

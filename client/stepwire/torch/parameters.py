@@ -201,9 +201,9 @@ def _refuse_other_writers(changed: Sequence[ParameterTensor]) -> None:
             raise _unsupported(
                 tensor.name,
                 "lies in memory shared with other processes, and one of them has changed it. Steps of several "
-                "processes on one model (Hogwild) would overwrite each other: average the gradients, as "
-                "DistributedDataParallel does. After a change that was over before this step, call "
-                "optimizer.upload_parameters()",
+                "processes on one model (Hogwild) would overwrite each other: give each a model of its own, and make "
+                "them workers of one job (worker=, workers=, job=). After a change that was over before this step, "
+                "call optimizer.upload_parameters()",
             )
 
 

@@ -212,6 +212,45 @@ def test_a_dropped_worker_has_the_present_parameters(server: str) -> None:
         assert_same_bits(late, mine)
 
 
+def test_too_few_workers_change_no_model_and_the_same_step_is_tried_again(server: str) -> None:
+    way = stepwire.Aggregation(workers=2, round_timeout=0.05)
+    job = Job(server, "SGD", workers=None, aggregation=way, lr=1.0)
+    mine, other = model(0), model(0)
+    with job.made(0, mine) as first, job.made(1, other) as second:
+        with pytest.raises(stepwire.NotEnoughWorkersError, match="missing: 1"):
+            advance(first, mine, gradients(0, 0))
+        assert_same_bits(mine, model(0))
+        slow = (
+            functools.partial(_until_all_are_there, first, mine),
+            functools.partial(_until_all_are_there, second, other),
+        )
+        together(*slow)
+        assert (first.applied_step, second.applied_step) == (1, 1)
+        assert_same_bits(mine, other)
+
+
+def _until_all_are_there(optimizer: Any, params: list[Any]) -> None:
+    """Step, and try the same step again until the other worker is in time."""
+    for _ in range(1000):
+        try:
+            advance(optimizer, params, gradients(0, 0))
+        except stepwire.NotEnoughWorkersError:
+            continue
+        return
+
+
+def test_any_process_is_some_worker(server: str) -> None:
+    job = Job(server)
+
+    def work(_: int) -> int:
+        params = model(0)
+        with job.made("any", params) as optimizer:  # type: ignore[arg-type]
+            advance(optimizer, params, gradients(optimizer.session.worker, 0))
+            return int(optimizer.session.worker)
+
+    assert sorted(job.run(work)) == list(range(WORKERS))
+
+
 def test_weights_are_those_of_the_optimizers(server: str) -> None:
     weights = [1.0, 24.0, 7.0]
     way = stepwire.Aggregation(workers=WORKERS, reduction="weighted_mean")
