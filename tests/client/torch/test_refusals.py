@@ -141,6 +141,10 @@ CASES: dict[str, list[tuple[Make, str]]] = {
 CASES["`gradient_dtype="] = [
     (made("Adam", of(2), gradient_dtype="int8", send_in_backward=True), "leave out one of send_in_backward and grad")
 ]
+CASES["several workers with"] = [
+    (made("Adam", of(2), worker=0, workers=2, job="a", **{option: True}), f"{option}: not with several workers")
+    for option in ("shared_views", "send_in_backward", "light_state_dict")
+]
 CLASSES = {"`Adafactor`, `ASGD`, `Muon`, `Rprop`", "`LBFGS`", "`SparseAdam`, sparse parameters and gradients"}
 
 
