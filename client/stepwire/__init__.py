@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepwire.client import Client
     from stepwire.connecting import connect
     from stepwire.connection.retry import Retry
+    from stepwire.connection.security import TLS
     from stepwire.errors import (
         AuthenticationError,
         DataLossError,
@@ -78,6 +79,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "TLS",
     "Adadelta",
     "Adagrad",
     "Adam",
@@ -146,6 +148,7 @@ _HOMES = {
     "Snapshot": "results",
     "TransportChoice": "results",
     "Retry": "connection.retry",
+    "TLS": "connection.security",
     "Aggregation": "optimizers.aggregation",
     "Durability": "optimizers.durability",
     "Schedule": "optimizers.schedules",

@@ -8,6 +8,7 @@ from stepwire.client import Client
 from stepwire.connection.channel import Calls
 from stepwire.connection.errands import by_errand, undelivered
 from stepwire.connection.retry import Retry
+from stepwire.connection.security import TLS, security_of
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
 from stepwire.optimizers.hyperparameters import whole_number
@@ -25,6 +26,8 @@ def connect(
     channels: int = 1,
     timeout: float = 60.0,
     window_bytes: int = 0,
+    tls: bool | TLS | None = None,
+    token: str | None = None,
     retry: Retry | None = None,
 ) -> Client:
     """Open a client; it connects with its first call.
@@ -41,17 +44,22 @@ def connect(
         window_bytes: the most bytes of steps that a session with durability `"checkpoint"` keeps, on each server, to
             send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
             Where a lost step is not kept, `step` raises `StateLossError`.
+        tls: encrypt the connection: True with the authorities that everybody trusts, or `TLS` with files. None: as the
+            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say.
+        token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
+            names. A token never leaves in plaintext, but to this host.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
-            target or transport.
+            target or transport, or the token would leave in plaintext.
     """
     asked = asked_transport(transport)
     targets = _targets(target, channels)
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
-    calls = [Calls(each, timeout_seconds=timeout, retry=retry or Retry()) for each in targets]
+    security, retry = security_of(tls, token), retry or Retry()
+    calls = [Calls(each, timeout_seconds=timeout, retry=retry, security=security) for each in targets]
     servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
     client = Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
     undelivered(client.close)

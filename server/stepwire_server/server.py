@@ -22,6 +22,9 @@ from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.wire.addresses import boot_id
 from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire_server.access.certificates import CertificateFiles
+from stepwire_server.access.control import AccessControl
+from stepwire_server.access.tokens import TokenFile
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.durability.disk import Disk
@@ -31,6 +34,7 @@ from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.observability.commits import log_committed
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
+from stepwire_server.rpc.access import AccessInterceptor
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
@@ -73,6 +77,7 @@ class Server:
 
     Attributes:
         registry: the sessions.
+        access: the admission of calls.
         target: the address for clients: `host:port`, or `unix:/path` without a port.
         port: the TCP port; 0 without a port.
         unix_socket: the path of the Unix socket; empty without a socket.
@@ -102,6 +107,7 @@ class Server:
         self._config = config
         check_bind(config)
         self._pool = pool or _start_devices(config)
+        self._certificates, self.access = _certificates(config), _access(config)
         self._drain = Drain()
         self.registry = Registry(
             self._pool,
@@ -119,12 +125,11 @@ class Server:
         self._handlers = DaemonThreads(calls, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(self.access)],
             options=_options(config),
             maximum_concurrent_rpcs=calls,
         )
-        self._stopped = threading.Event()
-        self._lost = threading.Event()
+        self._stopped, self._lost = threading.Event(), threading.Event()
         self._tell_lost: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         self._closed = False
@@ -137,6 +142,7 @@ class Server:
         self._health = health.HealthServicer()
         self._pool.on_lost(self._device_lost)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self.access.on_change(self.registry.streams.check)
         _open.add(self)
 
     def start(self) -> None:
@@ -185,7 +191,7 @@ class Server:
         self._refuse_steps()
         self._stopped.set()
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
-        self.registry.cancel_streams()
+        self.registry.streams.cancel()
         stopped.wait()
         if self._listening is not None:
             self._listening.close()
@@ -229,7 +235,7 @@ class Server:
 
     def _listen(self) -> Listening:
         try:
-            return Listening(self._grpc, self._config)
+            return Listening(self._grpc, self._config, self._certificates)
         except BaseException:
             self.close()
             raise
@@ -244,7 +250,7 @@ class Server:
     def _service(self, clock: Callable[[], float]) -> OptimizerService:
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, self._config.max_chunk_bytes),
+            Serving(self._drain, self._commit_threads, clock, self._config.max_chunk_bytes, self.access),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),
@@ -271,6 +277,7 @@ class Server:
         keeper = HeapKeeper()
         while not self._stopped.wait(self._config.sweep_seconds):
             try:
+                self.access.look()
                 for session_id in self.registry.sweep():
                     _log.info("lease ran out", session_id=session_id)
                 if keeper.look(self._pool.released_bytes):
@@ -283,6 +290,17 @@ class Server:
             self._pool.warm_up()
         except Exception as problem:  # sessions meet the same problem, and tell it to their clients
             _log.warning("kernels could not be compiled ahead", problem=str(problem))
+
+
+def _access(config: ServerConfig) -> AccessControl:
+    tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
+    return AccessControl(tokens, open_health=config.open_health)
+
+
+def _certificates(config: ServerConfig) -> CertificateFiles | None:
+    if not (config.tls_cert or config.tls_key or config.tls_client_ca):
+        return None
+    return CertificateFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 _open: weakref.WeakSet[Server] = weakref.WeakSet()

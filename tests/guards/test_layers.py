@@ -24,6 +24,7 @@ SERVER_LAYERS = [
     "steps",
     "durability",
     "observability",
+    "access",
     "records",
     "processes",
     "devices",

@@ -15,6 +15,7 @@ PUBLIC = [
     "LAMB",
     "LARS",
     "SGD",
+    "TLS",
     "Adadelta",
     "Adagrad",
     "Adam",

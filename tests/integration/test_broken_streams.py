@@ -148,7 +148,7 @@ def test_a_failed_step_keeps_no_gradient_alive(server: Server, client: stepwire.
         with client.create_session({"w": np.zeros(_SIZE, np.float32)}) as session:
             ended = stream_ends(server.registry)
             session.step({"w": GRADIENT})
-            server.registry.cancel_streams()
+            server.registry.streams.cancel()
             ended.wait()
             gradient = GRADIENT.copy()
             there = weakref.ref(gradient)

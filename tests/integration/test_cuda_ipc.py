@@ -168,7 +168,7 @@ def test_a_gradient_on_the_device_survives_its_stream(start: Any, exits: context
         gradients = one.shared_gradients()
         for name, values in SMALL.gradient(1).items():
             on_device(gradients[name])[...] = values
-        shared.server.registry.cancel_streams()
+        shared.server.registry.streams.cancel()
         ended.wait()
         assert len(shared.server.handoff._loans) == 1
         assert bits(one.step(gradients)) == bits(other.step(SMALL.gradient(1)))

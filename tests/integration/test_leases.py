@@ -291,7 +291,7 @@ def test_the_stream_of_an_expired_session_is_told(server, clock, raw, created, s
 
 def stream_seen(registry: Registry) -> None:
     """Have streams be heard just now: the sweep cancels displaced ones that are silent."""
-    for each in registry._streams:
+    for each in registry.streams:
         each.last_seen = registry.clock()
 
 

@@ -18,6 +18,7 @@ from stepwire.arrays.trees import Tree
 from stepwire.client import StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
+from stepwire.connection.security import TLS
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
@@ -673,6 +674,8 @@ def connect(
     channels: int = 1,
     timeout: float = 60.0,
     window_bytes: int = 0,
+    tls: bool | TLS | None = None,
+    token: str | None = None,
     retry: Retry | None = None,
 ) -> AsyncClient:
     """Open a client; it connects with its first call.
@@ -689,14 +692,25 @@ def connect(
         window_bytes: the most bytes of steps that a session with durability `"checkpoint"` keeps, on each server, to
             send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
             Where a lost step is not kept, `step` raises `StateLossError`.
+        tls: encrypt the connection: True with the authorities that everybody trusts, or `TLS` with files. None: as the
+            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say.
+        token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
+            names. A token never leaves in plaintext, but to this host.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
-            target or transport.
+            target or transport, or the token would leave in plaintext.
     """
     return AsyncClient(
         connect_client(
-            target, transport=transport, channels=channels, timeout=timeout, window_bytes=window_bytes, retry=retry
+            target,
+            transport=transport,
+            channels=channels,
+            timeout=timeout,
+            window_bytes=window_bytes,
+            tls=tls,
+            token=token,
+            retry=retry,
         )
     )

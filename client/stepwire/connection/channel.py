@@ -12,6 +12,7 @@ import grpc
 from stepwire.connection.line import Line
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
+from stepwire.connection.security import PLAIN, Security
 from stepwire.errors import InvalidRequestError, UnavailableError
 from stepwire.lifetimes.forks import forks
 from stepwire.wire.addresses import grpc_target, is_on_this_host
@@ -42,13 +43,22 @@ _OPTIONS: Final = [
 
 
 class Calls:
-    """A channel to one server."""
+    """A channel to one server.
 
-    def __init__(self, target: str, *, timeout_seconds: float, retry: Retry) -> None:
+    Attributes:
+        timeout_seconds: the default deadline of a call.
+        retry: the repetition of calls.
+        target: the target as the user wrote it.
+        security: the protection of the connection.
+        metadata: the metadata of every call.
+    """
+
+    def __init__(self, target: str, *, timeout_seconds: float, retry: Retry, security: Security = PLAIN) -> None:
         """Open the channel; it connects with the first call.
 
         Raises:
-            InvalidRequestError: the timeout is not positive, or the target is no address of a server.
+            InvalidRequestError: the timeout is not positive, the target is no address of a server, or a token would
+                leave in plaintext.
         """
         self.timeout_seconds = checked_timeout(timeout_seconds)
         self.retry = retry
@@ -56,7 +66,10 @@ class Calls:
         # A proxy in the environment connects to its own loopback addresses, or refuses to.
         direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(target) else []
         options, address = [*_OPTIONS, *direct], grpc_target(target)
-        self._line = Line(lambda: grpc.insecure_channel(address, options=options))
+        security.check(target)
+        self.security = security
+        self.metadata = security.metadata
+        self._line = Line(lambda: security.channel(target, address, options))
 
     @property
     def channel(self) -> grpc.Channel:
@@ -88,7 +101,7 @@ class Calls:
                     call: Any = self.channel.unary_unary(
                         _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
                     )
-                    return call(request.SerializeToString(), timeout=seconds)
+                    return call(request.SerializeToString(), timeout=seconds, metadata=self.metadata)
             except UnavailableError:
                 if count == forks.count:
                     raise
@@ -105,7 +118,7 @@ class Calls:
             call: Any = self.channel.unary_unary(
                 _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
             )
-            return _result(call.future(data, timeout=deadline.remaining()), deadline)
+            return _result(call.future(data, timeout=deadline.remaining(), metadata=self.metadata), deadline)
 
         return self._repeat(attempt, timeout_seconds)
 
@@ -115,7 +128,7 @@ class Calls:
             call: Any = self.channel.unary_stream(
                 _SERVICE + method, request_serializer=None, response_deserializer=None
             )
-            stream = call(request.SerializeToString(), timeout=deadline.remaining())
+            stream = call(request.SerializeToString(), timeout=deadline.remaining(), metadata=self.metadata)
             try:
                 with deadline.within(stream.cancel):
                     return read(stream)
@@ -128,7 +141,8 @@ class Calls:
             call: Any = self.channel.stream_unary(
                 _SERVICE + method, request_serializer=None, response_deserializer=response.FromString
             )
-            return _result(call.future(iter(frames), timeout=deadline.remaining()), deadline)
+            future = call.future(iter(frames), timeout=deadline.remaining(), metadata=self.metadata)
+            return _result(future, deadline)
 
     def close(self) -> None:
         """Close the channel. Closing twice is harmless."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Final
 
-from stepwire.errors import Reason, StepwireError, UnavailableError
+from stepwire.errors import AuthenticationError, Reason, StepwireError, UnavailableError
 from stepwire.wire.addresses import is_on_this_host
 
 __all__ = ["PROXIES", "with_remedy"]
@@ -14,6 +14,16 @@ __all__ = ["PROXIES", "with_remedy"]
 PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that name a proxy to gRPC, in gRPC's order."""
 
+# What OpenSSL writes into gRPC's account, and the cause with its remedy.
+_HANDSHAKES: Final = {
+    "WRONG_VERSION_NUMBER": "the server speaks plaintext; connect without tls, or start it with --tls-cert",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority that this client trusts, has "
+    "expired, or is of another host; give the authority's file by tls=stepwire.TLS(ca=…)",
+    "Hostname Verification Check failed": "the server's certificate is of another host; use a name that is in it",
+    "CERTIFICATE_REQUIRED": "the server asks for a client's certificate; give tls=stepwire.TLS(cert=…, key=…)",
+    "UNKNOWN_CA": "the server does not trust the authority of this client's certificate",
+    "Ssl handshake failed": "see gRPC's account",
+}
 _NO_CONNECTION: Final = ("failed to connect", "errors resolving", "DNS resolution failed")
 
 
@@ -27,8 +37,17 @@ def with_remedy(error: StepwireError, target: str, environment: Mapping[str, str
     """
     if error.reason is not Reason.UNREACHABLE or not str(error).startswith(_NO_CONNECTION):
         return error
-    remedy = "start a server there with `stepwire serve`, or give the address of one that runs"
+    if (cause := _handshake_problem(str(error))) is not None:
+        return AuthenticationError(
+            f"the TLS handshake with {target!r} failed: {cause}. {error}", metadata=error.metadata
+        )
+    remedy = "start a server there with `stepwire serve`, give the address of one that runs, or tls=True for TLS"
     proxy = next((name for name in PROXIES if environment.get(name)), None)
     if proxy is not None and not is_on_this_host(target):
         remedy += f". The environment names a proxy in {proxy}: a host in no_proxy is reached without it"
     return UnavailableError(f"no server answers at {target!r}: {remedy}. {error}", metadata=error.metadata)
+
+
+def _handshake_problem(account: str) -> str | None:
+    """Return the cause of a failed handshake, with its remedy; None for another failure."""
+    return next((cause for sign, cause in _HANDSHAKES.items() if sign.lower() in account.lower()), None)

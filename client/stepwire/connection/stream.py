@@ -56,8 +56,20 @@ class AttachedStream:
         opened: the server's first message.
     """
 
-    def __init__(self, channel: grpc.Channel, opening: attach_pb2.AttachOpen, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        opening: attach_pb2.AttachOpen,
+        deadline: Deadline,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         """Attach.
+
+        Args:
+            channel: the channel.
+            opening: the first message.
+            deadline: the deadline of the opening.
+            metadata: the metadata of the call.
 
         Raises:
             StepwireError: the server refused, or could not be reached before the deadline.
@@ -67,7 +79,7 @@ class AttachedStream:
         stub: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
             _METHOD, request_serializer=None, response_deserializer=None
         )
-        self._call = stub(self._outbox)
+        self._call = stub(self._outbox, metadata=metadata)
         self._watchdog = Watchdog(self._call.cancel)
         # Its two threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
         self._release = functools.partial(_release, self._outbox, self._watchdog)

@@ -60,7 +60,7 @@ def open_stream(
 
 def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> AttachedStream:
     with way.calls.translated():
-        return AttachedStream(way.calls.channel, opening, deadline)
+        return AttachedStream(way.calls.channel, opening, deadline, way.calls.metadata)
 
 
 def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> SharedArrays | str:

@@ -126,7 +126,10 @@ class Router:
         with self._lock:
             if path not in self._by_path:
                 self._by_path[path] = Calls(
-                    unix_target(path), timeout_seconds=self.calls.timeout_seconds, retry=self.calls.retry
+                    unix_target(path),
+                    timeout_seconds=self.calls.timeout_seconds,
+                    retry=self.calls.retry,
+                    security=self.calls.security,
                 )
             return self._by_path[path]
 

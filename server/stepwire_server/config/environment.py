@@ -29,7 +29,18 @@ CONFIG_VARIABLE: Final = "STEPWIRE_CONFIG"
 
 # Variables of other parts of the distribution.
 _FOREIGN: Final = frozenset(
-    (CONFIG_VARIABLE, "STEPWIRE_CACHE_DIR", "STEPWIRE_KERNELS", "STEPWIRE_TARGET", "STEPWIRE_TRANSPORT")
+    (
+        CONFIG_VARIABLE,
+        "STEPWIRE_CACHE_DIR",
+        "STEPWIRE_KERNELS",
+        "STEPWIRE_TARGET",
+        "STEPWIRE_TRANSPORT",
+        "STEPWIRE_TOKEN",
+        "STEPWIRE_TOKEN_FILE",
+        "STEPWIRE_CA",
+        "STEPWIRE_CERT",
+        "STEPWIRE_CERT_KEY",
+    )
 )
 # Kubernetes makes these in every pod for each Service of the namespace with a name such as "stepwire", and Docker in a
 # container with a link (`--link`) to one of such a name. The patterns match whole names, so that a misspelt setting is

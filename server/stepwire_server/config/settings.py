@@ -153,6 +153,34 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _Seconds, Meta(description="The pause between two searches for expired sessions and silent streams.")
     ] = 1.0
     insecure: Annotated[bool, Meta(description="Allow plaintext on an address that is not loopback.")] = False
+    tls_cert: Annotated[
+        str,
+        Meta(
+            description="The file of the server's certificate, PEM, with those that it is signed by. Read again when "
+            "it changes. Empty: no TLS."
+        ),
+        _text("a path, or empty", r"^.*$"),
+    ] = ""
+    tls_key: Annotated[
+        str, Meta(description="The file of the certificate's private key, PEM."), _text("a path, or empty", r"^.*$")
+    ] = ""
+    tls_client_ca: Annotated[
+        str,
+        Meta(
+            description="The file of the certificates that clients' certificates are signed by, PEM: then every client "
+            "on the port needs one. Empty: clients need none."
+        ),
+        _text("a path, or empty", r"^.*$"),
+    ] = ""
+    tokens: Annotated[
+        str,
+        Meta(
+            description="The file of the tokens that may call this server, made by `stepwire token create`. Read again "
+            "when it changes. Empty: whoever reaches the server may call it."
+        ),
+        _text("a path, or empty", r"^.*$"),
+    ] = ""
+    open_health: Annotated[bool, Meta(description="Answer health checks without a token.")] = True
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")

@@ -18,6 +18,7 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, transport_pb2
 from stepwire.wire.frames import Frame
+from stepwire_server.access.control import AccessControl
 from stepwire_server.aggregation.uploads import UploadSlot
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
@@ -53,12 +54,14 @@ class Serving(NamedTuple):
         commit_threads: threads that commits of large steps run in.
         clock: returns seconds.
         max_chunk_bytes: the most bytes of one chunk's payload.
+        access: the admission of calls.
     """
 
     drain: Drain
     commit_threads: Executor
     clock: Callable[[], float]
     max_chunk_bytes: int
+    access: AccessControl
 
 
 class StepStream:
@@ -104,6 +107,7 @@ class StepStream:
             return
         if not opening[0].message.HasField("begin"):
             raise invalid_frame("begin", "a step starts with `begin`")
+        self._stream.check()
         request = self._decode(opening[0].message.begin)
         self._stream.in_step = True
         with self._upload(opening[0]) as slot, self._session.begin(request, self._holder, began, slot) as step:

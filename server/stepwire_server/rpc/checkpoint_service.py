@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from stepwire_server.sessions.named_checkpoints import NamedCheckpoints
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.rollback import Rollbacks
 from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.tenants import TenantSessions
 
 __all__ = ["CheckpointService"]
 
@@ -28,8 +30,15 @@ _STEP_END = 2**53
 class CheckpointService:
     """Serves the part of `stepwire.v1.OptimizerService` that is about checkpoints."""
 
-    def __init__(self, registry: Registry, serving: Serving, config: ServerConfig) -> None:
-        """Serve the sessions of `registry`."""
+    def __init__(
+        self,
+        registry: Registry,
+        serving: Serving,
+        config: ServerConfig,
+        sessions: Callable[[grpc.ServicerContext], TenantSessions],
+    ) -> None:
+        """Serve the sessions of `registry`; `sessions` returns those that a caller sees."""
+        self._sessions = sessions
         self._registry = registry
         self._serving = serving
         self._config = config
@@ -49,29 +58,29 @@ class CheckpointService:
 
     def save_checkpoint(self, request: pb.SaveCheckpointRequest, context: grpc.ServicerContext) -> Any:
         """Save a checkpoint under a name."""
-        session = self._registry.get(request.session_id)
+        session = self._sessions(context).get(request.session_id)
         with self._serving.drain.admit(), session.calls.one():
             saved = self._checkpoints.save(session, request.name)
         return pb.SaveCheckpointResponse(checkpoint=encode_checkpoint(saved.info), replayed=saved.replayed)
 
     def list_checkpoints(self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext) -> Any:
         """List the checkpoints of a session."""
-        found = self._checkpoints.list(request.session_id)
+        found = self._checkpoints.list(self._sessions(context).check(request.session_id))
         return pb.ListCheckpointsResponse(checkpoints=map(encode_checkpoint, found))
 
     def verify_checkpoint(self, request: pb.VerifyCheckpointRequest, context: grpc.ServicerContext) -> Any:
         """Read all of a checkpoint."""
-        info = self._checkpoints.verify(request.session_id, request.name)
+        info = self._checkpoints.verify(self._sessions(context).check(request.session_id), request.name)
         return pb.VerifyCheckpointResponse(checkpoint=encode_checkpoint(info))
 
     def delete_checkpoint(self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext) -> Any:
         """Delete a checkpoint."""
-        self._checkpoints.delete(request.session_id, request.name)
+        self._checkpoints.delete(self._sessions(context).check(request.session_id), request.name)
         return pb.DeleteCheckpointResponse()
 
     def rollback(self, request: pb.RollbackRequest, context: grpc.ServicerContext) -> Any:
         """Replace the state by an earlier one."""
-        session = self._registry.get(request.session_id)
+        session = self._sessions(context).get(request.session_id)
         origin = _origin(request)
         if origin is None:
             raise InvalidRequestError.of("checkpoint", "name the checkpoint, or the step, to go back to")
@@ -88,24 +97,26 @@ class CheckpointService:
     def fork_session(self, request: pb.ForkSessionRequest, context: grpc.ServicerContext) -> Any:
         """Create a session that begins with a state of another one."""
         request_id = decode_request_id(request.request_id)
-        session = self._session_to_fork(request.session_id, request_id)
+        sessions = self._sessions(context)
+        session = _session_to_fork(sessions, request.session_id, request_id)
         config = decode_fork_config(request, session.config, self._config)
         with self._serving.drain.admit(), session.calls.one():
-            created = self._rollbacks.fork(session, request_id, config, _origin(request))
+            created = self._rollbacks.fork(session, sessions.named(request_id), config, _origin(request))
         return pb.ForkSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
             attach_token=created.token,
             replayed=created.replayed,
         )
 
-    def _session_to_fork(self, session_id: str, request_id: str) -> Session:
-        """Return a session; in the place of one that has ended, the fork that the request made while it was there."""
-        try:
-            return self._registry.get(session_id)
-        except SessionNotFoundError:
-            if (fork := self._registry.created(request_id)) is None:
-                raise
-            return fork.session
+
+def _session_to_fork(sessions: TenantSessions, session_id: str, request_id: str) -> Session:
+    """Return a session; in the place of one that has ended, the fork that the request made while it was there."""
+    try:
+        return sessions.get(session_id)
+    except SessionNotFoundError:
+        if (fork := sessions.created(request_id)) is None:
+            raise
+        return fork.session
 
 
 def _origin(request: pb.RollbackRequest | pb.ForkSessionRequest) -> Origin | None:

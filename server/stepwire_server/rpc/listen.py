@@ -15,6 +15,7 @@ import structlog
 
 from stepwire.errors import InvalidRequestError
 from stepwire.wire.addresses import checked_unix_path, grpc_target, unix_path, unix_target
+from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.config import ServerConfig
 from stepwire_server.host.sockets import claim_socket
 
@@ -34,12 +35,13 @@ class Listening:
         unix_socket: the path of the Unix socket; empty without a socket.
     """
 
-    def __init__(self, server: grpc.Server, config: ServerConfig) -> None:
+    def __init__(self, server: grpc.Server, config: ServerConfig, certificates: CertificateFiles | None = None) -> None:
         """Listen on the addresses that the settings name.
 
         Args:
             server: the server that gets the addresses.
             config: the settings.
+            certificates: the certificates of the port; None for plaintext. A Unix socket never has any.
 
         Raises:
             InvalidRequestError: an address is in use, or cannot be listened on.
@@ -48,7 +50,7 @@ class Listening:
         self.port, self.unix_socket = 0, ""
         path = unix_path(config.bind)
         if path is None:
-            self.port = _listen_tcp(server, config.bind)
+            self.port = _listen_tcp(server, config.bind, None if certificates is None else _credentials(certificates))
             self.target = f"{config.bind.rpartition(':')[0]}:{self.port}"
             self._listen_besides(server, config.unix_socket)
         else:
@@ -103,11 +105,11 @@ def check_bind(config: ServerConfig) -> None:
         loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    if not loopback and not config.insecure:
+    if not (loopback or config.insecure or config.tls_cert):
         raise InvalidRequestError.of(
             "bind",
             f"{config.bind!r} is not a loopback address and the connection is not encrypted: gradients and "
-            "session ids would travel in the clear. Put a TLS proxy in front, or accept it with --insecure or "
+            "session ids would travel in the clear. Give --tls-cert and --tls-key, or accept it with --insecure or "
             "STEPWIRE_INSECURE=1",
         )
 
@@ -123,9 +125,21 @@ def _listen_unix(server: grpc.Server, path: str, field: str) -> str:
     return path
 
 
-def _listen_tcp(server: grpc.Server, bind: str) -> int:
+def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:
+    """Return credentials for which each new connection gets the certificates of its moment."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        present = files.present()
+        return grpc.ssl_server_certificate_configuration([(present.key, present.chain)], present.client_ca)
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), configuration, require_client_authentication=files.present().client_ca is not None
+    )
+
+
+def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
-        port = server.add_insecure_port(bind)
+        port = server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
     except RuntimeError:
         port = 0
     if port == 0:

@@ -17,6 +17,7 @@ from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
+from stepwire_server.rpc.access import identity_of
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
@@ -29,6 +30,7 @@ from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.tenants import TenantSessions
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.sharing.offer import Sharing, StreamTransport
 
@@ -55,6 +57,7 @@ class OptimizerService:
         local: transport_pb2.LocalAccess,
     ) -> None:
         """Serve the sessions of `registry`; `local` and `sharing` are for clients on the same machine."""
+        self._access = serving.access
         self._registry = registry
         self._serving = serving
         self._config = config
@@ -84,9 +87,13 @@ class OptimizerService:
                 "Load": grpc.stream_unary_rpc_method_handler(
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
-                **CheckpointService(self._registry, self._serving, self._config).handlers(),
+                **CheckpointService(self._registry, self._serving, self._config, self._sessions).handlers(),
             },
         )
+
+    def _sessions(self, context: grpc.ServicerContext) -> TenantSessions:
+        """Return the sessions that the caller sees."""
+        return TenantSessions(self._registry, identity_of(context, self._access).sees)
 
     def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
         """Tell what this server is and can do."""
@@ -117,7 +124,7 @@ class OptimizerService:
         request_id = decode_request_id(request.request_id)
         config = decode_session_config(request.config, self._config)
         with self._serving.drain.admit():
-            created = self._registry.create(request_id, config)
+            created = self._sessions(context).create(request_id, config)
         return pb.CreateSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
             attach_token=created.token,
@@ -126,13 +133,13 @@ class OptimizerService:
 
     def get_session(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> Any:
         """Tell how a session stands."""
-        session = self._registry.get(request.session_id)
+        session = self._sessions(context).get(request.session_id)
         return pb.GetSessionResponse(session=encode_session(session, self._registry.clock(), whole=True))
 
     def list_sessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> Any:
         """List sessions."""
         size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
-        sessions, token = self._registry.page(decode_page_token(request.page_token), size)
+        sessions, token = self._sessions(context).page(decode_page_token(request.page_token), size)
         now = self._registry.clock()
         return pb.ListSessionsResponse(
             sessions=[
@@ -146,7 +153,7 @@ class OptimizerService:
 
     def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session."""
-        applied_step = self._registry.delete(request.session_id, request.attach_token)
+        applied_step = self._sessions(context).delete(request.session_id, request.attach_token)
         return pb.DeleteSessionResponse(applied_step=applied_step)
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -154,13 +161,15 @@ class OptimizerService:
         with self._registry.stream(context.cancel) as stream:
             stream.refuse = functools.partial(end_call, context)
             context.add_callback(stream.left)
+            identity = identity_of(context, self._access)
+            stream.check = functools.partial(self._access.check, identity)
             frames = map(functools.partial(read_frame, pb.AttachRequest), stream.received(messages))
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.
             stream.in_step = True
             opening: attach_pb2.AttachOpen = _opening(frames).message.open
             stream.in_step = False
-            session = self._registry.get(opening.session_id)
+            session = self._sessions(context).get(opening.session_id)
             worker = None if opening.any_worker else opening.worker
             self._registry.require_room(stream, session, worker)
             with (
@@ -180,21 +189,21 @@ class OptimizerService:
         """Take one step of a small session in one call."""
         frame = read_frame(pb.StepRequest, data)
         request: pb.StepRequest = frame.message
-        session = self._registry.get(request.session_id)
+        session = self._sessions(context).get(request.session_id)
         with self._serving.drain.admit(), session.calls.one():  # kernels may be compiled, which outlasts a short lease
             return step_once(session, frame, self._serving)
 
     def pull(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream state out."""
         request = read_message(pb.PullRequest, data)
-        return transfer.pull(self._registry.get(request.session_id), request, self._config.max_chunk_bytes)
+        return transfer.pull(self._sessions(context).get(request.session_id), request, self._config.max_chunk_bytes)
 
     def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
         """Stream state in."""
-        with self._registry.upload(context.cancel) as seen:
+        with self._registry.streams.upload(context.cancel) as seen:
             frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
             opening = _opening(frames)
-            session = self._registry.get(opening.message.open.session_id)
+            session = self._sessions(context).get(opening.message.open.session_id)
             with self._serving.drain.admit():
                 loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         return pb.LoadResponse(

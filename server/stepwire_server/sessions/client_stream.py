@@ -19,6 +19,7 @@ class ClientStream:
     Attributes:
         cancel: a function that ends the stream.
         refuse: a function that ends the stream with an error, from any thread; by default `cancel`.
+        check: a function that raises if whoever attached may step no longer.
         in_step: a step has begun and is not committed.
         orphaned: the worker has moved on.
         ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
@@ -32,6 +33,7 @@ class ClientStream:
         """Note a stream that `cancel` ends."""
         self.cancel = cancel
         self.refuse: Callable[[StepwireError], object] = lambda error: cancel()
+        self.check: Callable[[], object] = lambda: None
         self.in_step = False
         self.orphaned = False
         self.ending = False

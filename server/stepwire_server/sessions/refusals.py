@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.tenants import own_request_id
 
 __all__ = ["another_config", "too_many_sessions", "too_many_streams"]
 
@@ -14,7 +15,7 @@ __all__ = ["another_config", "too_many_sessions", "too_many_streams"]
 def another_config(request_id: str) -> InvalidRequestError:
     """Return the refusal of a request that created a session before, with another config."""
     return InvalidRequestError(
-        f"request_id: {request_id!r} created another session before, with another config; use a new id",
+        f"request_id: {own_request_id(request_id)!r} created another session before, with another config; use a new id",
         metadata={"field": "request_id"},
     )
 
@@ -22,7 +23,7 @@ def another_config(request_id: str) -> InvalidRequestError:
 def too_many_sessions(most: int, present: Sequence[Session], now: float) -> ResourceExhaustedError:
     """Return the refusal of a session beyond the limit; it names those of `present` that are idle."""
     error = ResourceExhaustedError(
-        f"the server holds {len(present)} sessions, its most; close some, or start it with a larger --max-sessions",
+        f"the server holds {most} sessions, its most; close some, or start it with a larger --max-sessions",
         reason=Reason.TOO_MANY_SESSIONS,
         metadata={"max_sessions": most},
     )

@@ -26,6 +26,7 @@ from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions, too_many_streams
 from stepwire_server.sessions.session import Session, closed_on_failure
 from stepwire_server.sessions.streams import Streams
+from stepwire_server.sessions.tenants import tenant_of, tenants_of
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Registry", "RegistryStatistics"]
@@ -40,6 +41,7 @@ class Registry:
         pool: the devices.
         clock: returns seconds.
         directory: the sessions on disk; None where all are in memory alone.
+        streams: the attached streams and the uploads.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Registry:
         self._creation = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
-        self._streams = Streams(max_streams, clock)
+        self.streams = Streams(max_streams, clock)
         self._parked: dict[str, str] = {}
 
     def recover(self, directory: DataDirectory) -> None:
@@ -102,8 +104,9 @@ class Registry:
             if (known := self.created(request_id, config)) is not None:
                 return known
             if len(self._sessions) >= self._max_sessions and not self._parked_one():
-                raise too_many_sessions(self._max_sessions, self._present(), self.clock())
-            session = self._made(secrets.token_hex(16), config, self.pool.choose(config.device))
+                raise too_many_sessions(self._max_sessions, self._of(tenant_of(request_id)), self.clock())
+            device = self.pool.choose(config.device)
+            session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
             if beginning is not None:
                 with closed_on_failure(session):
                     beginning.bring(session)
@@ -147,11 +150,16 @@ class Registry:
         """Tell whether a session has ended by its lease; a durable one never does."""
         return not session.durable and session.expired(self.clock())
 
-    def page(self, after: str, size: int) -> tuple[list[Session | ParkedSession], str]:
-        """Return sessions ordered by id, parked ones too, and the token of the next page, empty on the last."""
+    def tenant_of(self, session_id: str) -> str | None:
+        """Return the tenant of a session; None for an unknown one."""
+        session = self._sessions.get(session_id)
+        return tenants_of({}, self._parked).get(session_id) if session is None else session.tenant
+
+    def page(self, after: str, size: int, tenant: str | None = None) -> tuple[list[Session | ParkedSession], str]:
+        """Return sessions of a tenant ordered by id, and the token of the next page, empty on the last; None: all."""
         with self._lock:
-            present = dict(self._sessions)
-            ids = sorted({*present, *self._parked.values()})
+            present, tenants = dict(self._sessions), tenants_of(self._sessions, self._parked)
+        ids = sorted(session_id for session_id, owner in tenants.items() if tenant in (None, owner))
         first = bisect_right(ids, after)
         chosen = ids[first : first + size]
         return with_parked(self.directory, chosen, present), chosen[-1] if first + size < len(ids) else ""
@@ -203,7 +211,7 @@ class Registry:
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
-        return self._streams.stream(cancel)
+        return self.streams.stream(cancel)
 
     def require_room(self, stream: ClientStream, session: Session, worker: int | None) -> None:
         """Refuse a stream beyond the limit, unless it displaces the stream of its worker; None is a vacant one.
@@ -214,20 +222,12 @@ class Registry:
         if stream.surplus and worker not in session.ledger.members.attached:
             raise too_many_streams(self._max_streams)
 
-    def upload(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-        """Watch a load for a block; yields what to call, always true, with each message it brings.
-
-        The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
-        counted as streams, or a server with as many clients as it takes would refuse every load.
-        """
-        return self._streams.upload(cancel)
-
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
         now = self.clock()
         present = self._present()
         expired = [session for session in present if session.expired(now)]
-        self._streams.cancel_silent(now, self._step_idle_seconds)
+        self.streams.cancel_silent(now, self._step_idle_seconds)
         for session in present:
             session.let_go()
         self._end([session for session in expired if not session.durable])
@@ -300,10 +300,6 @@ class Registry:
         for session in self._present():
             session.end_waits(error)
 
-    def cancel_streams(self) -> None:
-        """End every attached stream that does not end by itself."""
-        self._streams.cancel()
-
     def close(self) -> None:
         """End every session. Closing twice is harmless."""
         self._end(self._present())
@@ -311,7 +307,11 @@ class Registry:
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
         pool = self.pool
-        return RegistryStatistics(len(self._sessions), len(self._streams), pool.reserved_bytes, pool.limit_bytes)
+        return RegistryStatistics(len(self._sessions), len(self.streams), pool.reserved_bytes, pool.limit_bytes)
+
+    def _of(self, tenant: str) -> list[Session]:
+        """Return the sessions of a tenant: errors name no others."""
+        return [session for session in self._present() if session.tenant == tenant]
 
     def _present(self) -> list[Session]:
         with self._lock:
@@ -319,6 +319,7 @@ class Registry:
 
     def _publish(self, request_id: str, session: Session) -> None:
         with self._lock:
+            session.tenant = tenant_of(request_id)
             self._sessions[session.session_id] = session
             self._by_request[request_id] = session
 
@@ -373,8 +374,8 @@ class Registry:
         ]
         return any(self.park(session) for _, session in sorted(idle, key=lambda each: -each[0]))
 
-    def _made(self, session_id: str, config: SessionConfig, device: Device) -> Session:
-        """Make a session on a device.
+    def _made(self, session_id: str, config: SessionConfig, device: Device, tenant: str = "") -> Session:
+        """Make a session of a tenant on a device.
 
         Raises:
             ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
@@ -383,7 +384,7 @@ class Registry:
         try:
             return Session(session_id, config, device, epoch=epoch, clock=self.clock, sinks=self._sinks)
         except ResourceExhaustedError as error:
-            beside = [session for session in self._present() if session.device == device.name]
+            beside = [session for session in self._of(tenant) if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None
 
     def _end(self, sessions: list[Session]) -> None:

@@ -49,6 +49,7 @@ class Session:
         memory: the memory that it shares with its client.
         exchange: its state in and out.
         progress: the way of its commits onto the disk.
+        tenant: the tenant that it belongs to; empty for the only one.
         contributions: its door for several workers; None for one worker.
         calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
@@ -79,6 +80,7 @@ class Session:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
         self.config = config
+        self.tenant = ""
         workers = 1 if config.aggregation is None else config.aggregation.workers
         self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
         self._clock = clock

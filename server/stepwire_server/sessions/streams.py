@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from stepwire.errors import StepwireError
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.refusals import too_many_streams
 
@@ -53,7 +54,11 @@ class Streams:
 
     @contextlib.contextmanager
     def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
-        """See `Registry.upload`."""
+        """Watch a load for a block; yields what to call, always true, with each message it brings.
+
+        The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
+        counted as streams, or a server with as many clients as it takes would refuse every load.
+        """
         stream = ClientStream(cancel, self._clock())
         stream.in_step = True
 
@@ -75,6 +80,14 @@ class Streams:
             silent = [stream for stream in self._streams | self._uploads if stream.overdue(now, idle_seconds)]
         for stream in silent:
             stream.cancel()
+
+    def check(self) -> None:
+        """End the streams whose identity may step no longer: each with its error."""
+        for stream in self:
+            try:
+                stream.check()
+            except StepwireError as error:
+                stream.end(error)
 
     def cancel(self) -> None:
         """End every attached stream that does not end by itself."""

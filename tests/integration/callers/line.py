@@ -19,6 +19,7 @@ import pytest
 import stepwire
 from stepwire.connection import stream
 from stepwire.v1 import transport_pb2
+from stepwire_server.access.control import AccessControl
 from stepwire_server.config import ServerConfig
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain
@@ -141,7 +142,7 @@ class LineServer:
         self.pool = numpy_pool()
         self.registry = Registry(self.pool, max_sessions=100, max_streams=100, step_idle_seconds=1e9, clock=clock)
         config = ServerConfig(max_chunk_bytes=CHUNK_BYTES, max_lease_seconds=1e9)
-        serving = Serving(Drain(), _Inline(), clock, whole_bytes)  # type: ignore[arg-type]
+        serving = Serving(Drain(), _Inline(), clock, whole_bytes, AccessControl())  # type: ignore[arg-type]
         service = OptimizerService(
             self.registry,
             serving,

@@ -96,7 +96,8 @@ def test_pages_have_a_default_and_a_limit(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def page(after: str, size: int) -> tuple[list[Any], str]:
+    def page(after: str, size: int, tenant: str | None) -> tuple[list[Any], str]:
+        assert tenant is None
         seen.append((after, size))
         return [], "f" * 32
 

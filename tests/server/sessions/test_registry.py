@@ -432,7 +432,7 @@ def test_the_sweep_cancels_streams_that_are_silent_inside_a_step(
 
 def test_the_sweep_cancels_loads_that_are_silent(make_registry: Any, clock: Any) -> None:
     registry, cancelled = make_registry(max_streams=1), list[str]()
-    with registry.stream(lambda: None), registry.upload(lambda: cancelled.append("cancelled")) as seen:
+    with registry.stream(lambda: None), registry.streams.upload(lambda: cancelled.append("cancelled")) as seen:
         assert registry.statistics().streams == 1
         for _ in range(3):
             clock.now += 4.0
@@ -451,7 +451,7 @@ def test_streams_are_cancelled_at_the_end_unless_they_end_by_themselves(make_reg
     registry, cancelled = make_registry(), list[int]()
     with registry.stream(lambda: cancelled.append(1)), registry.stream(lambda: cancelled.append(2)) as ending:
         ending.ending = True
-        registry.cancel_streams()
+        registry.streams.cancel()
         assert cancelled == [1]
 
 

@@ -1,0 +1,130 @@
+"""The protection of a connection: TLS, and the token that a client shows.
+
+A token never leaves over plaintext that is neither loopback nor a Unix socket: whoever reads it can use it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import grpc
+
+from stepwire.errors import InvalidRequestError
+from stepwire.wire.addresses import is_on_this_host, unix_path
+
+__all__ = ["PLAIN", "TLS", "Security", "security_of"]
+
+_TOKEN, _TOKEN_FILE = "STEPWIRE_TOKEN", "STEPWIRE_TOKEN_FILE"
+_CA, _CERT, _KEY = "STEPWIRE_CA", "STEPWIRE_CERT", "STEPWIRE_CERT_KEY"
+_SYSTEM: Final = "system"
+_PRINTABLE: Final = re.compile(r"[!-~]{1,4096}")
+
+
+class TLS(NamedTuple):
+    """The files of TLS on a client; each is PEM.
+
+    Attributes:
+        ca: the certificates that the server's is signed by; None for those of gRPC, which are Mozilla's.
+        cert: the client's own certificate, for a server that asks for one; None for none.
+        key: the private key of `cert`.
+    """
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+class Security(NamedTuple):
+    """The protection of a connection.
+
+    Attributes:
+        tls: the files of TLS; None for plaintext.
+        token: the token; empty for none.
+    """
+
+    tls: TLS | None = None
+    token: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata of every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def channel(self, target: str, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
+        """Open a channel.
+
+        Args:
+            target: the target as the user wrote it.
+            address: the same for gRPC.
+            options: the options of the channel.
+        """
+        if self.tls is None or unix_path(target) is not None:
+            return grpc.insecure_channel(address, options=options)
+        credentials = grpc.ssl_channel_credentials(
+            *(_bytes(each) for each in (self.tls.ca, self.tls.key, self.tls.cert))
+        )
+        return grpc.secure_channel(address, credentials, options=options)
+
+    def check(self, target: str) -> None:
+        """Refuse what would show a token to others, or cannot be opened.
+
+        Raises:
+            InvalidRequestError: the token would leave in plaintext, or a file of TLS cannot be read.
+        """
+        if self.token and self.tls is None and not is_on_this_host(target):
+            raise InvalidRequestError.of(
+                "token",
+                f"{target!r} is not this host and the connection is not encrypted: the token would travel in the "
+                "clear. Give tls=True, or tls=stepwire.TLS(ca=…)",
+            )
+        if self.tls is None:
+            return
+        if (self.tls.cert is None) != (self.tls.key is None):
+            raise InvalidRequestError.of("tls", "a certificate and its key go together; give both, or none")
+        for path in self.tls:
+            _bytes(path)
+
+
+PLAIN: Final = Security()
+
+
+def security_of(tls: bool | TLS | None, token: str | None, environment: Mapping[str, str] = os.environ) -> Security:
+    """Return the protection that arguments ask for, or else the environment.
+
+    Args:
+        tls: True for TLS with the usual authorities, or its files; None for STEPWIRE_CA, STEPWIRE_CERT and
+            STEPWIRE_CERT_KEY, where STEPWIRE_CA may be "system".
+        token: the token; None for STEPWIRE_TOKEN, or what is in the file that STEPWIRE_TOKEN_FILE names.
+        environment: the variables.
+
+    Raises:
+        InvalidRequestError: the token is none, or its file cannot be read.
+    """
+    if tls is None and (ca := environment.get(_CA)):
+        cert, key = environment.get(_CERT) or None, environment.get(_KEY) or None
+        tls = TLS(None if ca == _SYSTEM else ca, cert, key)
+    if token is None:
+        token = environment.get(_TOKEN) or ""
+        if not token and (path := environment.get(_TOKEN_FILE)):
+            token = (_bytes(path, _TOKEN_FILE) or b"").decode("utf-8", "replace").strip()
+    if token and not _PRINTABLE.fullmatch(token):
+        raise InvalidRequestError.of("token", "it has other characters than printable ASCII; give it as it was made")
+    return Security(TLS() if tls is True else tls or None, token)
+
+
+def _bytes(path: str | None, field: str = "tls") -> bytes | None:
+    """Read a file; None for none.
+
+    Raises:
+        InvalidRequestError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError.of(field, f"{path!r} cannot be read: {error.strerror}") from None

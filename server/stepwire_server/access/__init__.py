@@ -1,0 +1,5 @@
+"""Who may do what: tokens, roles, and the certificates of the server."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,74 @@
+"""The identity behind a call, and the roles with the methods that each may call."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+__all__ = ["EVERYBODY", "METHODS", "Identity", "Role"]
+
+
+class Role(enum.StrEnum):
+    """The rights of a token; each has those of the roles before it, but for `METRICS`."""
+
+    METRICS = "metrics"
+    READER = "reader"
+    TRAINER = "trainer"
+    ADMIN = "admin"
+
+
+class Identity(NamedTuple):
+    """The identity behind a call.
+
+    Attributes:
+        name: the name of the token.
+        tenant: the tenant whose sessions it sees; empty for the only one. An administrator of the empty one sees all.
+        role: its role.
+        expires: the time of its end, in seconds since 1970; infinity for none.
+        digest: the SHA-256 of its token, in hexadecimal digits; empty without one.
+    """
+
+    name: str
+    tenant: str
+    role: Role
+    expires: float = math.inf
+    digest: str = ""
+
+    @property
+    def sees(self) -> str | None:
+        """The tenant whose sessions it sees; None for those of all."""
+        return None if self.role is Role.ADMIN and not self.tenant else self.tenant
+
+
+EVERYBODY: Final = Identity("", "", Role.ADMIN)
+"""The identity of all calls to a server without tokens."""
+
+_SERVICE: Final = "/stepwire.v1.OptimizerService/"
+_HEALTH: Final = "/grpc.health.v1.Health/"
+_READERS: Final = frozenset({Role.READER, Role.TRAINER, Role.ADMIN})
+_TRAINERS: Final = frozenset({Role.TRAINER, Role.ADMIN})
+_ALL: Final = frozenset(Role)
+
+METHODS: Final[Mapping[str, frozenset[Role]]] = {
+    f"{_HEALTH}Check": _ALL,
+    f"{_HEALTH}List": _ALL,
+    f"{_HEALTH}Watch": _ALL,
+    f"{_SERVICE}GetServerInfo": _ALL,
+    f"{_SERVICE}GetSession": _READERS,
+    f"{_SERVICE}ListSessions": _READERS,
+    f"{_SERVICE}ListCheckpoints": _READERS,
+    f"{_SERVICE}VerifyCheckpoint": _READERS,
+    f"{_SERVICE}Pull": _READERS,
+    f"{_SERVICE}CreateSession": _TRAINERS,
+    f"{_SERVICE}DeleteSession": _TRAINERS,
+    f"{_SERVICE}Attach": _TRAINERS,
+    f"{_SERVICE}Step": _TRAINERS,
+    f"{_SERVICE}Load": _TRAINERS,
+    f"{_SERVICE}SaveCheckpoint": _TRAINERS,
+    f"{_SERVICE}DeleteCheckpoint": _TRAINERS,
+    f"{_SERVICE}Rollback": _TRAINERS,
+    f"{_SERVICE}ForkSession": _TRAINERS,
+}
+"""The roles that may call each method. A method that is not here is nobody's."""

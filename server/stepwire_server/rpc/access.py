@@ -1,0 +1,75 @@
+"""The one boundary where calls are admitted: every method of the server, health included, passes here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeAlias
+
+import grpc
+
+from stepwire.errors import AuthenticationError
+from stepwire_server.access.control import AccessControl
+from stepwire_server.access.identity import Identity
+
+__all__ = ["AccessInterceptor", "identity_of"]
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_AUTHORIZATION: Final = "authorization"
+"""The name of the metadata that brings a token."""
+
+
+class AccessInterceptor(grpc.ServerInterceptor):
+    """Wraps every method, so that nothing runs before its call is admitted."""
+
+    def __init__(self, access: AccessControl) -> None:
+        """Admit by tokens and roles."""
+        self._access = access
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Wrap the handler that the server would use."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        guarded: _Handler = _guarded(handler, handler_call_details.method, self._access)
+        return guarded
+
+
+def identity_of(context: grpc.ServicerContext, access: AccessControl) -> Identity:
+    """Return the identity behind a call that was admitted.
+
+    Raises:
+        AuthenticationError: it has expired, or was revoked, since.
+    """
+    return access.identify(_authorization(context))
+
+
+def _authorization(context: grpc.ServicerContext) -> str | None:
+    found = [value for name, value in context.invocation_metadata() or () if name == _AUTHORIZATION]
+    if len(found) > 1:
+        raise AuthenticationError("the metadata `authorization` came more than once; send one token")
+    value = found[0] if found else None
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _guarded(handler: Any, method: str, access: AccessControl) -> Any:
+    name = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+    behavior = getattr(handler, name)
+
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        access.admit(method, _authorization(context))
+        return behavior(request, context)
+
+    def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        access.admit(method, _authorization(context))
+        yield from behavior(request, context)
+
+    make = getattr(grpc, f"{name}_rpc_method_handler")
+    return make(
+        stream if handler.response_streaming else call,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )

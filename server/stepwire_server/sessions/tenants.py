@@ -1,0 +1,89 @@
+"""The sessions that one tenant sees. Another tenant's are not there: nothing tells them from ids that never were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.sessions.beginning import Beginning, Created
+from stepwire_server.sessions.ledger import session_not_found
+from stepwire_server.sessions.parked import ParkedSession
+from stepwire_server.sessions.session import Session
+
+if TYPE_CHECKING:
+    from stepwire_server.sessions.registry import Registry
+
+__all__ = ["TenantSessions", "own_request_id", "qualified", "tenant_of", "tenants_of"]
+
+_SEPARATOR = "/"
+"""Between a tenant and the id of a request; neither may have it."""
+
+
+def qualified(tenant: str, request_id: str) -> str:
+    """Return the name of a tenant's request among those of all tenants."""
+    return f"{tenant}{_SEPARATOR}{request_id}" if tenant else request_id
+
+
+def tenant_of(name: str) -> str:
+    """Return the tenant of a request, by its qualified name."""
+    return name.rpartition(_SEPARATOR)[0]
+
+
+def tenants_of(present: Mapping[str, Session], parked: Mapping[str, str]) -> dict[str, str]:
+    """Return the tenant of each session, by its id.
+
+    Args:
+        present: the sessions in memory, by their ids.
+        parked: the ids of parked sessions, by the qualified names of their requests.
+    """
+    tenants = {session_id: tenant_of(name) for name, session_id in parked.items()}
+    return tenants | {session_id: session.tenant for session_id, session in present.items()}
+
+
+def own_request_id(name: str) -> str:
+    """Return the id of a request, as its tenant gave it."""
+    return name.rpartition(_SEPARATOR)[2]
+
+
+class TenantSessions:
+    """The registry as one tenant sees it; `Registry` documents the calls. Thread-safe."""
+
+    def __init__(self, registry: Registry, tenant: str | None) -> None:
+        """See the sessions of a tenant; None sees those of all, and creates those of the empty one."""
+        self._registry = registry
+        self._tenant = tenant
+
+    def check(self, session_id: str) -> str:
+        """Return the id of a session that this tenant may name.
+
+        Raises:
+            SessionNotFoundError: it is another tenant's.
+        """
+        if self._tenant is not None and self._registry.tenant_of(session_id) not in (None, self._tenant):
+            raise session_not_found(session_id)
+        return session_id
+
+    def get(self, session_id: str) -> Session:
+        """See `Registry.get`."""
+        return self._registry.get(self.check(session_id))
+
+    def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
+        """See `Registry.create`."""
+        return self._registry.create(self.named(request_id), config, beginning)
+
+    def created(self, request_id: str) -> Created | None:
+        """See `Registry.created`."""
+        return self._registry.created(self.named(request_id))
+
+    def named(self, request_id: str) -> str:
+        """Return the qualified name of a request of this tenant."""
+        return qualified(self._tenant or "", request_id)
+
+    def page(self, after: str, size: int) -> tuple[list[Session | ParkedSession], str]:
+        """See `Registry.page`."""
+        return self._registry.page(after, size, self._tenant)
+
+    def delete(self, session_id: str, token: int = 0) -> int:
+        """See `Registry.delete`."""
+        return self._registry.delete(self.check(session_id), token)

@@ -1,0 +1,159 @@
+"""Tokens, roles and tenants over a real server: who may do what, and what nobody else learns."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire_server.access.identity import Role
+from stepwire_server.server import Server
+from tests.integration.access.conftest import Tokens
+from tests.support.numpy_server import numpy_server
+
+ZEROS = {"w": np.zeros(4, np.float32)}
+ONES = {"w": np.ones(4, np.float32)}
+
+
+@pytest.fixture
+def server(tokens: Tokens, tmp_path: pathlib.Path) -> Iterator[Server]:
+    with numpy_server(tokens=str(tokens.path), data_dir=str(tmp_path / "data")) as running:
+        yield running
+
+
+def connected(server: Server, token: str, **options: Any) -> stepwire.Client:
+    return stepwire.connect(server.target, token=token, **options)
+
+
+def look(server: Server) -> None:
+    """Have the server read its tokens, as its sweep does."""
+    server.access.look()
+
+
+def test_who_has_no_token_is_told_what_to_do(server: Server, tokens: Tokens) -> None:
+    with stepwire.connect(server.target) as client:
+        with pytest.raises(stepwire.AuthenticationError, match=r"connect\(token=…\), STEPWIRE_TOKEN"):
+            client.info()
+        with pytest.raises(stepwire.AuthenticationError):
+            client.create_session(ZEROS)
+    with connected(server, "sw_unknown") as client, pytest.raises(stepwire.AuthenticationError, match="unknown here"):
+        client.info()
+
+
+def test_the_environment_has_tokens_too(server: Server, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tokens.add("ann")
+    look(server)
+    monkeypatch.setenv("STEPWIRE_TOKEN", token)
+    with stepwire.connect(server.target) as client:
+        assert client.info().sessions == 0
+    monkeypatch.delenv("STEPWIRE_TOKEN")
+    file = tokens.path.with_name("token")
+    file.write_text(f"{token}\n")
+    monkeypatch.setenv("STEPWIRE_TOKEN_FILE", str(file))
+    with stepwire.connect(server.target) as client:
+        assert client.info().sessions == 0
+
+
+def test_a_reader_reads_and_does_nothing_else(server: Server, tokens: Tokens) -> None:
+    trainer, reader, metrics = tokens.add("ann"), tokens.add("eve", Role.READER), tokens.add("max", Role.METRICS)
+    look(server)
+    with connected(server, trainer) as client, connected(server, reader) as looking:
+        session: Any = client.create_session(ZEROS)
+        seen: Any = looking.session(session.session_id)
+        np.testing.assert_array_equal(seen.pull()["w"], 0.0)
+        for forbidden in (lambda: seen.step(ONES), lambda: seen.load(ONES), lambda: looking.create_session(ZEROS)):
+            with pytest.raises(stepwire.PermissionDeniedError, match="role reader"):
+                forbidden()
+        assert session.info().applied_step == 0
+    with connected(server, metrics) as client:
+        client.info()
+        with pytest.raises(stepwire.PermissionDeniedError, match="role metrics"):
+            list(client.sessions())
+
+
+def test_another_tenants_sessions_are_not_there(server: Server, tokens: Tokens) -> None:
+    ann, bob = tokens.add("ann", tenant="a"), tokens.add("bob", tenant="b")
+    root = tokens.add("root", Role.ADMIN)
+    look(server)
+    with connected(server, ann) as first, connected(server, bob) as second, connected(server, root) as admin:
+        own: Any = first.create_session(ZEROS, request_id="job", durability="checkpoint")
+        other: Any = second.create_session(ZEROS, request_id="job", durability="checkpoint")
+        assert own.session_id != other.session_id
+        never = "0" * 32
+        told = []
+        for session_id in (own.session_id, never):
+            with pytest.raises(stepwire.SessionNotFoundError) as caught:
+                second.session(session_id)
+            told.append(str(caught.value).replace(session_id, "ID"))
+        assert told[0] == told[1]
+        assert [each.session_id for each in first.sessions()] == [own.session_id]
+        assert [each.session_id for each in second.sessions()] == [other.session_id]
+        assert {each.session_id for each in admin.sessions()} == {own.session_id, other.session_id}
+        admin.session(own.session_id).close()
+        assert list(first.sessions()) == []
+
+
+def test_a_parked_session_of_another_tenant_stays_parked(server: Server, tokens: Tokens) -> None:
+    ann, bob = tokens.add("ann", tenant="a"), tokens.add("bob", tenant="b")
+    look(server)
+    with connected(server, ann) as first, connected(server, bob) as second:
+        own: Any = first.create_session(ZEROS, request_id="job", durability="checkpoint")
+        own.detach()
+        while server.registry.statistics().streams:
+            pass
+        assert server.registry.park(server.registry.get(own.session_id))
+        for call in (
+            lambda: second.session(own.session_id),
+            lambda: second.session(own.session_id).checkpoints(),
+        ):
+            with pytest.raises(stepwire.SessionNotFoundError):
+                call()
+        assert list(second.sessions()) == []
+        assert [each.parked for each in first.sessions()] == [True]
+        np.testing.assert_array_equal(own.step(ONES)["w"] != 0.0, True)
+
+
+def test_a_revoked_token_steps_no_further(server: Server, tokens: Tokens) -> None:
+    ann, bob = tokens.add("ann"), tokens.add("bob")
+    look(server)
+    with connected(server, ann) as client, connected(server, bob) as another:
+        session: Any = client.create_session(ZEROS, keep=True)
+        session.step(ONES)
+        tokens.revoke("ann")
+        look(server)
+        with pytest.raises(stepwire.AuthenticationError):
+            session.step(ONES)
+        assert another.session(session.own_id).info().applied_step == 1
+
+
+def test_health_needs_no_token_unless_the_operator_says_so(tokens: Tokens) -> None:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    for is_open in (True, False):
+        with numpy_server(tokens=str(tokens.path), open_health=is_open) as server:
+            with grpc.insecure_channel(server.target) as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                if is_open:
+                    assert check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+                else:
+                    with pytest.raises(grpc.RpcError) as caught:
+                        check(health_pb2.HealthCheckRequest())
+                    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", ["example.com:50051", "10.1.2.3:50051"])
+def test_a_token_never_leaves_in_plaintext(target: str) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="in the clear"):
+        stepwire.connect(target, token="sw_secret")
+    stepwire.connect(target, token="sw_secret", tls=True).close()
+
+
+@pytest.mark.parametrize("token", ["a b", "naïve", "x" * 5000])
+def test_a_token_that_is_none_is_refused(token: str) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="token"):
+        stepwire.connect("localhost:1", token=token)
