@@ -114,7 +114,7 @@ class OptimizerService:
                 step_idle=duration_to_wire(config.step_idle_seconds),
             ),
             features=[name for name in SERVED_FEATURES if name not in self._features_off],
-            sessions=self._registry.statistics().sessions,
+            sessions=self._sessions(context).count(),
             draining=self._serving.drain.started,
             local=self._local,
         )

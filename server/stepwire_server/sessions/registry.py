@@ -309,6 +309,10 @@ class Registry:
         pool = self.pool
         return RegistryStatistics(len(self._sessions), len(self.streams), pool.reserved_bytes, pool.limit_bytes)
 
+    def count(self, tenant: str | None = None) -> int:
+        """Count the sessions of a tenant in memory; None: of all."""
+        return len(self._sessions) if tenant is None else len(self._of(tenant))
+
     def _of(self, tenant: str) -> list[Session]:
         """Return the sessions of a tenant: errors name no others."""
         return [session for session in self._present() if session.tenant == tenant]

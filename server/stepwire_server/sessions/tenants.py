@@ -54,6 +54,10 @@ class TenantSessions:
         self._registry = registry
         self._tenant = tenant
 
+    def count(self) -> int:
+        """Count the sessions in memory."""
+        return self._registry.count(self._tenant)
+
     def check(self, session_id: str) -> str:
         """Return the id of a session that this tenant may name.
 

@@ -91,6 +91,7 @@ def test_another_tenants_sessions_are_not_there(server: Server, tokens: Tokens) 
             told.append(str(caught.value).replace(session_id, "ID"))
         assert told[0] == told[1]
         assert [each.session_id for each in first.sessions()] == [own.session_id]
+        assert (first.info().sessions, admin.info().sessions) == (1, 2)
         assert [each.session_id for each in second.sessions()] == [other.session_id]
         assert {each.session_id for each in admin.sessions()} == {own.session_id, other.session_id}
         admin.session(own.session_id).close()
