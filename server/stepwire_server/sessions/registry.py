@@ -104,7 +104,7 @@ class Registry:
             if (known := self.created(request_id, config)) is not None:
                 return known
             if len(self._sessions) >= self._max_sessions and not self._parked_one():
-                raise too_many_sessions(self._max_sessions, self._of(tenant_of(request_id)), self.clock())
+                raise too_many_sessions(self._max_sessions, self.of(tenant_of(request_id)), self.clock())
             device = self.pool.choose(config.device)
             session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
             if beginning is not None:
@@ -309,13 +309,9 @@ class Registry:
         pool = self.pool
         return RegistryStatistics(len(self._sessions), len(self.streams), pool.reserved_bytes, pool.limit_bytes)
 
-    def count(self, tenant: str | None = None) -> int:
-        """Count the sessions of a tenant in memory; None: of all."""
-        return len(self._sessions) if tenant is None else len(self._of(tenant))
-
-    def _of(self, tenant: str) -> list[Session]:
-        """Return the sessions of a tenant: errors name no others."""
-        return [session for session in self._present() if session.tenant == tenant]
+    def of(self, tenant: str | None) -> list[Session]:
+        """Return the sessions of a tenant in memory; None: of all."""
+        return [session for session in self._present() if tenant in (None, session.tenant)]
 
     def _present(self) -> list[Session]:
         with self._lock:
@@ -388,7 +384,7 @@ class Registry:
         try:
             return Session(session_id, config, device, epoch=epoch, clock=self.clock, sinks=self._sinks)
         except ResourceExhaustedError as error:
-            beside = [session for session in self._of(tenant) if session.device == device.name]
+            beside = [session for session in self.of(tenant) if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None
 
     def _end(self, sessions: list[Session]) -> None:

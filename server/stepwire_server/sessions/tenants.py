@@ -56,7 +56,7 @@ class TenantSessions:
 
     def count(self) -> int:
         """Count the sessions in memory."""
-        return self._registry.count(self._tenant)
+        return len(self._registry.of(self._tenant))
 
     def check(self, session_id: str) -> str:
         """Return the id of a session that this tenant may name.
