@@ -192,6 +192,25 @@ def test_a_result_that_arrives_is_applied_with_the_next_inner_step(server: str) 
     torch.testing.assert_close(values(model), plain(network(), range(8)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_workers_with_a_delay_have_the_same_bits_every_time(server: str, dtype: str) -> None:
+    def train(job: str, worker: int) -> Any:
+        model = network()
+        options = {"worker": worker, "workers": 2, "job": job, "gradient_dtype": dtype}
+        with local(model, server, every=3, overlap=True, delay=2, **options) as outer:
+            for number in range(9):
+                inner_step(model, 10 * worker + number)
+                outer.step()
+        return values(model)
+
+    runs = []
+    for _ in range(2):
+        job = uuid.uuid4().hex
+        runs.append(together(*(functools.partial(train, job, worker) for worker in range(2))))
+    assert torch.equal(runs[0][0], runs[0][1])  # the end waits for the last outer step
+    assert [torch.equal(one, other) for one, other in zip(*runs, strict=True)] == [True, True]
+
+
 # --- encodings ------------------------------------------------------------------------------------------
 
 

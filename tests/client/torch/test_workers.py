@@ -408,6 +408,34 @@ def test_a_lost_session_becomes_one_session_again(server: str) -> None:
         optimizer.close()
 
 
+def test_workers_go_on_over_a_restart_of_a_server_with_a_journal(tmp_path: Any) -> None:
+    """The second step waits for a server, and is one round of all like any other."""
+    job = Job("", durability="journal", timeout=200.0)
+    kept: dict[int, Any] = {}
+
+    def begin(worker: int) -> None:
+        params = model(0)
+        kept[worker] = job.made(worker, params), params
+        advance(*kept[worker], gradients(worker, 0))
+
+    def go_on(worker: int) -> list[Any]:
+        optimizer, params = kept[worker]
+        advance(optimizer, params, gradients(worker, 1))
+        assert optimizer.applied_step == 2
+        return params
+
+    with serving(data_dir=str(tmp_path)) as target:
+        job.target = target
+        job.run(begin)
+    with serving(data_dir=str(tmp_path), bind=target):
+        found = job.run(go_on)
+        for optimizer, _ in kept.values():
+            optimizer.close()
+        expected = job.alone(model(0), 2)
+    for params in found:
+        assert_same_bits(params, expected)
+
+
 # --- sessions -------------------------------------------------------------------------------------------
 
 
