@@ -49,12 +49,14 @@ class _Sent(NamedTuple):
         values: the model's values at its beginning.
         gradient: the pseudo-gradient, as it is sent.
         residual: the error of its encoding, for the next one.
+        weight: its weight.
         future: its result; None where it is sent by the caller.
     """
 
     values: Arrays
     gradient: Arrays
     residual: Arrays
+    weight: float | None
     future: Future[Any] | None
 
 
@@ -116,8 +118,7 @@ class LocalSGD:
         group = {"params": [each for _, each in named], "param_names": [name for name, _ in named]}
         self._parameters = Parameters([group])
         self._sent: _Sent | None = None
-        self._inner_steps = 0
-        self._closed = False
+        self._inner_steps, self._closed = 0, False
         sent = self._options.gradient_dtype
         self._encoding = Encoding(dtype_named(sent or FLOAT32, "gradient_dtype", gradients=True), self._options)
         self._client = self._options.client()
@@ -229,7 +230,7 @@ class LocalSGD:
         future = None
         if self._overlap:
             future = self._session.step_async(gradient, weight=self.weight, timeout=self._options.timeout)
-        self._sent, self._inner_steps = _Sent(values, gradient, residual, future), 0
+        self._sent, self._inner_steps = _Sent(values, gradient, residual, self.weight, future), 0
         if future is None:
             self._finish(self._sent)
 
@@ -254,7 +255,7 @@ class LocalSGD:
             if sent.future is not None:
                 reply: Any = sent.future.result()
             else:
-                reply = self._session.step(sent.gradient, weight=self.weight, timeout=self._options.timeout)
+                reply = self._session.step(sent.gradient, weight=sent.weight, timeout=self._options.timeout)
         except NonFiniteGradientError:
             self._sent = None
             raise

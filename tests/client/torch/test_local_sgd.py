@@ -247,13 +247,15 @@ def test_an_outer_step_that_failed_is_sent_again_as_it_was(server: str, monkeypa
     """The session tells by the same gradients that it is the same step, and applies it once."""
     model = network()
     with local(model, server, every=2, outer=PLAIN) as outer:
-        real, given = outer.session.step, []
+        real, given, weights = outer.session.step, [], []
 
         def step(gradients: Any, **options: Any) -> Any:
             given.append({name: values.copy() for name, values in gradients.items()})
+            weights.append(options["weight"])
+            outer.weight = 7.0  # for the outer steps that begin from now on
             if len(given) < 3:
                 raise stepwire.UnavailableError("nobody is there")
-            return real(gradients, **options)
+            return real(gradients, **options | {"weight": None})
 
         monkeypatch.setattr(outer.session, "step", step)
         inner_step(model, 0)
@@ -265,6 +267,7 @@ def test_an_outer_step_that_failed_is_sent_again_as_it_was(server: str, monkeypa
         inner_step(model, 3)
         outer.step()  # the third time, and then the outer step that is due
         assert outer.applied_step == 2
+    assert weights == [None, None, None, 7.0]
     for again in given[1:3]:
         assert all(again[name].tobytes() == given[0][name].tobytes() for name in again)
     torch.testing.assert_close(values(model), plain(network(), range(4)), rtol=4 * EPS, atol=8 * EPS)
