@@ -18,6 +18,7 @@ from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.dtypes import wire_bytes
 from stepwire.wire.frames import Frame
 
 __all__ = ["Hold"]
@@ -33,6 +34,9 @@ _REFUSALS: Final = frozenset(
     }
 )
 """The reasons that come from a server alone, and mean that it applied nothing of the step."""
+
+_WAITS_FROM_BYTES: Final = 1 << 20
+"""A gradient of more bytes waits on the client while those of other workers are received: HTTP/2 has no room for it."""
 
 
 class Hold:
@@ -318,15 +322,15 @@ class Hold:
         shared = self.shared if self.shared is not None and can_carry(self.shared, call) else None
         reader = ReplyReader(self._packer, call, shared)
         messages = (
-            call.messages(self._packer, self._chunk_bytes, again=again)
-            if shared is None
-            else iter([shared_message(shared, call, again=again)])
+            self._messages(call, again=again) if shared is None else iter([shared_message(shared, call, again=again)])
         )
         for frame in _send(stream, call, messages, deadline):
             message: pb.AttachResponse = frame.message
             if message.HasField("chunk") or shared is not None and message.HasField("result"):
                 self.answered_step = begin.step
             reader.read(frame)
+            if message.HasField("admitted"):
+                stream.send(call.messages(self._packer, self._chunk_bytes, again=not message.admitted.gradient))
             if message.HasField("gradient_check"):
                 stream.send([call.decided(message.gradient_check)])
             if message.HasField("result"):
@@ -334,6 +338,15 @@ class Hold:
         reader.finish()
         result: step_pb2.StepResult = message.result
         return result
+
+    def _messages(self, call: StepCall, *, again: bool) -> Iterator[bytes]:
+        """Return the messages of a step; its opening alone where a large gradient may have to wait for others."""
+        gradient_bytes = wire_bytes(call.gradient_dtype, self._packer.layout.size)
+        waits = self._is_aggregated and not again and gradient_bytes > _WAITS_FROM_BYTES
+        call.begun = call.begin.await_admission = waits
+        if waits:
+            return iter([pb.AttachRequest(begin=call.begin).SerializeToString()])
+        return call.messages(self._packer, self._chunk_bytes, again=again)
 
 
 def _send(stream: AttachedStream, call: StepCall, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:

@@ -49,6 +49,7 @@ class StepCall:
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
         record: the messages of the step, as they are sent, for a replay window; None to keep none.
         recorded: the messages of a step that is sent again from a replay window; None for any other step.
+        begun: its opening was sent alone, so the messages have none.
         sent: the step was sent before, by this call or by one with the same gradient and options, and not refused. Only
             then may the server's last step be the step of this call.
     """
@@ -70,6 +71,7 @@ class StepCall:
     record: list[bytes] | None = None
     recorded: Sequence[bytes] | None = None
     sent: bool = False
+    begun: bool = False
 
     @property
     def wants_reply(self) -> bool:
@@ -115,7 +117,8 @@ class StepCall:
         residual = self.feedback.begin() if self.feedback is not None and not again else None
         chunks = [] if again else self._chunks(packer, chunk_bytes)
         if not chunks and self.feed is None:
-            return iter([pb.AttachRequest(begin=self.begin, commit=self.commit).SerializeToString()])
+            begin = None if self.begun else self.begin
+            return iter([pb.AttachRequest(begin=begin, commit=self.commit).SerializeToString()])
         if self.feed is not None:
             return self._fed_messages(packer, chunks, self.feed, residual)
         messages = self._gradient_messages(packer, chunks, residual)
@@ -176,7 +179,7 @@ class StepCall:
             begun = True
         if feed.committed():
             end = pb.AttachRequest(commit=self.commit)
-            if not begun:
+            if not (begun or self.begun):
                 end.begin.CopyFrom(self.begin)
             yield end.SerializeToString()
 
@@ -184,7 +187,7 @@ class StepCall:
         """Return a message of the gradient without its payload."""
         header = pb.AttachRequest()
         header.chunk.offset, header.chunk.count = chunk.offset, chunk.elements
-        if begins:
+        if begins and not self.begun:
             header.begin.CopyFrom(self.begin)
         if ends:
             header.commit.CopyFrom(self.commit)

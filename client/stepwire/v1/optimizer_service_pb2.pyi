@@ -125,12 +125,13 @@ class AttachRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_attach_pb2.AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("opened", "chunk", "result", "gradient_check", "checked", "padding", "payload")
+    __slots__ = ("opened", "chunk", "result", "gradient_check", "checked", "admitted", "padding", "payload")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CHECK_FIELD_NUMBER: _ClassVar[int]
     CHECKED_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     opened: _attach_pb2.AttachOpened
@@ -138,9 +139,10 @@ class AttachResponse(_message.Message):
     result: _step_pb2.StepResult
     gradient_check: _step_pb2.GradientCheck
     checked: _transport_pb2.MemoryChecked
+    admitted: _step_pb2.StepAdmitted
     padding: bytes
     payload: bytes
-    def __init__(self, opened: _Optional[_Union[_attach_pb2.AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., gradient_check: _Optional[_Union[_step_pb2.GradientCheck, _Mapping]] = ..., checked: _Optional[_Union[_transport_pb2.MemoryChecked, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[_attach_pb2.AttachOpened, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., gradient_check: _Optional[_Union[_step_pb2.GradientCheck, _Mapping]] = ..., checked: _Optional[_Union[_transport_pb2.MemoryChecked, _Mapping]] = ..., admitted: _Optional[_Union[_step_pb2.StepAdmitted, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class StepRequest(_message.Message):
     __slots__ = ("session_id", "worker", "attach_token", "begin", "payload")

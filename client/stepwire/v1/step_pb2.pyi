@@ -22,7 +22,7 @@ REPLY_MODE_NONE: ReplyMode
 REPLY_MODE_CHANGED: ReplyMode
 
 class StepBegin(_message.Message):
-    __slots__ = ("step", "epoch", "load", "base_step", "gradient_dtype", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply", "overlap", "in_shared_memory", "traceparent")
+    __slots__ = ("step", "epoch", "load", "base_step", "gradient_dtype", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply", "overlap", "in_shared_memory", "traceparent", "await_admission")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class StepBegin(_message.Message):
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
     IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    AWAIT_ADMISSION_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     load: int
@@ -49,7 +50,14 @@ class StepBegin(_message.Message):
     overlap: bool
     in_shared_memory: bool
     traceparent: str
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[int] = ..., base_step: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply: _Optional[_Union[ReplyOptions, _Mapping]] = ..., overlap: bool = ..., in_shared_memory: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    await_admission: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[int] = ..., base_step: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply: _Optional[_Union[ReplyOptions, _Mapping]] = ..., overlap: bool = ..., in_shared_memory: bool = ..., traceparent: _Optional[str] = ..., await_admission: bool = ...) -> None: ...
+
+class StepAdmitted(_message.Message):
+    __slots__ = ("gradient",)
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    gradient: bool
+    def __init__(self, gradient: bool = ...) -> None: ...
 
 class ReplyOptions(_message.Message):
     __slots__ = ("mode", "dtype", "chunk_bytes", "first", "base")

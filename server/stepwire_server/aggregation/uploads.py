@@ -41,6 +41,7 @@ class UploadGate:
         with self._changed:
             while (seconds := self._until_vacant()) > 0.0:
                 self._changed.wait(seconds)
+            uploader.last_seen = self._clock()  # its silence begins here: it waited until now
             self._slots.add(slot)
         return slot
 

@@ -48,6 +48,7 @@ class StepRequest(NamedTuple):
         base_step: the step whose parameters the gradient is of; None for the present one. With aggregation alone.
         weight: the weight of the gradient among those of other workers.
         lr_factor: the factor of the learning rates, scheduled ones too.
+        awaits_admission: the opening came alone, and the rest follows its admission.
         opening: the message itself, without its number and what concerns the reply, for a log; else empty.
     """
 
@@ -70,6 +71,7 @@ class StepRequest(NamedTuple):
     base_step: int | None = None
     weight: float = 1.0
     lr_factor: float = 1.0
+    awaits_admission: bool = False
     opening: bytes = b""
 
     def numbered(self, step: int) -> StepRequest:

@@ -109,9 +109,11 @@ class StepStream:
             raise invalid_frame("begin", "a step starts with `begin`")
         self._stream.check()
         request = self._decode(opening[0].message.begin)
-        self._stream.in_step = True
         with self._upload(opening[0]) as slot, self._session.begin(request, self._holder, began, slot) as step:
+            self._stream.in_step = True
             try:
+                if request.awaits_admission:
+                    yield _admitted(opening[0], step)
                 overlaps = request.overlap and not step.replay
                 yield from self._timed((self._overlap if overlaps else self._gather)(opening, frames, step))
             finally:
@@ -314,6 +316,13 @@ class StepStream:
     def _seen(self) -> float:
         self._stream.last_seen = now = self._serving.clock()
         return now
+
+
+def _admitted(opening: Frame, step: Step) -> bytes:
+    """Return the admission of a step whose opening came alone."""
+    if opening.message.HasField("chunk") or opening.message.HasField("commit") or opening.payload.size:
+        raise invalid_frame("begin", "with `await_admission` it comes alone")
+    return pb.AttachResponse(admitted=step_pb2.StepAdmitted(gradient=not step.replay)).SerializeToString()
 
 
 def _shared_elements(request: StepRequest, config: SessionConfig) -> int:

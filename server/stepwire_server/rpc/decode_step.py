@@ -20,6 +20,19 @@ from stepwire_server.rpc.features import unsupported
 
 __all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request", "with_base_step"]
 
+# The fields of an opening that do not decide what its step does to the state.
+_OF_THE_MOMENT: Final = (
+    "step",
+    "epoch",
+    "load",
+    "base_step",
+    "weight",
+    "reply",
+    "in_shared_memory",
+    "traceparent",
+    "await_admission",
+)
+
 # Of patches for a client that holds nothing: no step has this base, so all parameters go back.
 _NO_STEP: Final = -1
 
@@ -59,6 +72,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         overlap=_decode_overlap(begin, config),
         shared=_decode_shared(begin, config),
         weight=_decode_weight(begin, config),
+        awaits_admission=begin.await_admission,
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
     return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
@@ -79,7 +93,7 @@ def _opening(begin: step_pb2.StepBegin) -> bytes:
     """Return the part of an opening that decides what the step does to the state."""
     kept = step_pb2.StepBegin()
     kept.CopyFrom(begin)
-    for field in ("step", "epoch", "load", "base_step", "weight", "reply", "in_shared_memory", "traceparent"):
+    for field in _OF_THE_MOMENT:
         kept.ClearField(field)
     return kept.SerializeToString()
 

@@ -21,6 +21,8 @@ def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
     """
     began, max_bytes = serving.clock(), min(serving.max_chunk_bytes, DEFAULT_REPLY_BYTES)
     message: pb.StepRequest = frame.message
+    if message.begin.await_admission:
+        raise invalid_frame("begin.await_admission", "a call brings everything at once; leave it out")
     if session.config.treatment.two_phase:
         raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
     request = decode_step_request(message.begin, session.config, max_bytes)._replace(overlap=False, reply_base=None)

@@ -109,6 +109,7 @@ SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "missing_tensors": ANY,
     "base_step": ANY,
     "weight": ANY,
+    "await_admission": ANY,
 }
 # Values that say what would hold anyway.
 DEFAULTS = {
