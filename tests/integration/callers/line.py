@@ -126,6 +126,10 @@ class _Context:
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
 
+    def invocation_metadata(self) -> tuple[()]:
+        """Nobody has a token."""
+        return ()
+
     def abort_with_status(self, status: Any) -> NoReturn:
         raise Status(status)
 
@@ -235,7 +239,7 @@ class Line:
 
     def unary_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
         behavior = self._server.handler(method).unary_stream
-        return lambda data, timeout=None: _Replies(behavior(data, _Context()))
+        return lambda data, timeout=None, metadata=(): _Replies(behavior(data, _Context()))
 
     def stream_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
         handler = self._server.handler(method)
@@ -249,7 +253,7 @@ class Line:
 
     def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
         behavior = self._server.handler(method).stream_stream
-        return lambda outbox: _Stream(self, behavior, outbox)
+        return lambda outbox, metadata=(): _Stream(self, behavior, outbox)
 
     def _exchange(self, messages: list[bytes], run: Callable[[Iterator[bytes]], Any]) -> Any:
         """Make a call of one reply."""
@@ -278,10 +282,10 @@ class _Method:
     def __init__(self, call: Callable[[Any], Any]) -> None:
         self._call = call
 
-    def __call__(self, request: Any, timeout: float | None = None) -> Any:
+    def __call__(self, request: Any, timeout: float | None = None, metadata: Any = ()) -> Any:
         return self._call(request)
 
-    def future(self, request: Any, timeout: float | None = None) -> Future[Any]:
+    def future(self, request: Any, timeout: float | None = None, metadata: Any = ()) -> Future[Any]:
         return _Inline().submit(lambda: self._call(request))
 
 
