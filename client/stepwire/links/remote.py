@@ -22,7 +22,7 @@ from stepwire.links.pull_and_load import receive_pull, send_load
 from stepwire.links.repetition import repeated
 from stepwire.links.window import ReplayWindow
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
-from stepwire.steps.call import StepCall
+from stepwire.steps.call import Decide, StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.doubt import Doubt, UntoldSteps, unfinished
@@ -65,8 +65,7 @@ class RemoteLink(SessionLink):
         """
         self._route = route
         self._description = description
-        size = description.packer.layout.size
-        self._carry = Carry(description.message, size, error_feedback=error_feedback)
+        self._carry = Carry(description.message, description.packer.layout.size, error_feedback=error_feedback)
         self._hold = Hold(route, description, token, worker)
         self._doubt: Doubt | None = None
         self._untold = UntoldSteps()
@@ -285,10 +284,14 @@ class RemoteLink(SessionLink):
             return
         if hold.unfinished_step:
             raise unfinished(hold.unfinished_step)
-        self._repeat(functools.partial(await_open_round, hold, doubt.step), deadline)
+        self.await_open_round(doubt.step, None, deadline)
         hold.applied_step = hold.step_on_server
         doubt.resolve(applied=hold.step_on_server == doubt.step)
         self._doubt = None
+
+    def await_open_round(self, step: int, decide: Decide | None, deadline: Deadline) -> bool:
+        """Wait for the round that has a contribution in doubt; see `open_round.await_open_round`."""
+        return self._repeat(functools.partial(await_open_round, self._hold, step, decide), deadline)
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -299,9 +302,7 @@ class RemoteLink(SessionLink):
         def attempt(left: Deadline) -> state_pb2.PullHeader:
             return receive_pull(self._route.way(left).calls, self._description, targets, dtype, left)
 
-        header = self._losses.read(
-            lambda: self._repeat(attempt, deadline), lambda header: (header.step, header.load), deadline
-        )
+        header = self._losses.read(lambda: self._repeat(attempt, deadline), lambda it: (it.step, it.load), deadline)
         self._untold.forget(untold)
         self._hold.pulled(header.step, header.load)
         return header
@@ -320,8 +321,7 @@ class RemoteLink(SessionLink):
             StateLossError: the server has lost steps or loads, and the load does not bring everything.
             StepwireError: as `load`.
         """
-        hold, description = self._hold, self._description
-        opening = load.opening()
+        hold, description, opening = self._hold, self._description, load.opening()
         opening.session_id, opening.load = description.session_id, hold.applied_load + 1
 
         def attempt(left: Deadline) -> session_pb2.Session:

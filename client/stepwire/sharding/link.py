@@ -25,6 +25,7 @@ from stepwire.sharding.combine import combined, combined_header, combined_info, 
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
+from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.refusals import fed_gradients, shared_arrays
 from stepwire.sharding.shard import Shard, gathered
@@ -168,7 +169,7 @@ class ShardedLink(SessionLink):
         if call.feed is not None:  # its ranges would be split before they are there
             raise fed_gradients()
         self._attach_missing(deadline)
-        call.begin.step = self._number(call)
+        call.begin.step = self._number(call, deadline)
         self._coordinator = coordinator = self._coordinator_of(call.begin.step)
         self._step = call.begin.step
         try:
@@ -205,13 +206,13 @@ class ShardedLink(SessionLink):
             raise given_up.cause from None
         return combined(results, None if coordinator is None else coordinator.decision, limited=self._limited)
 
-    def _number(self, call: StepCall) -> int:
+    def _number(self, call: StepCall, deadline: Deadline) -> int:
         """Return the number of a call, once a step in doubt is settled.
 
         Raises:
             StepMismatchError: a shard moved without this client, or a step of another gradient is half applied, or a
                 load was committed on some shards alone, or the call repeats a step whose outcome nobody can tell.
-            SessionNotReadyError: a step with `overlap` of another gradient is half applied.
+            StepwireError: as `RemoteLink.step`, of a step in doubt.
         """
         if len(set(loads := [shard.applied_load for shard in self._shards])) > 1:
             raise half_loaded(self._shards, loads)
@@ -220,33 +221,34 @@ class ShardedLink(SessionLink):
         steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
             self._check_finished()
-            known = {self.applied_step}
-            if self._is_aggregated:
-                known = {shard.contribution for shard in self._shards}
+            shards = self._shards
+            known = {shard.contribution for shard in shards} if self._is_aggregated else {self.applied_step}
             if set(steps) != known or len(known) > 1:
                 raise uneven(self._shards, steps)
             return steps[0] + 1
         if not set(steps) <= {doubt.step - 1, doubt.step}:
             raise uneven(self._shards, steps)
-        if doubt.covers(call):
+        covered = doubt.covers(call)
+        if self._is_aggregated and (len(set(steps)) > 1 or not covered):
+            await_open_rounds(self._shards, doubt.step, self._bounds, deadline)
+        if covered:
             call.sent = True
             return doubt.step
-        self._resolve(doubt, steps)
-        return steps[0] + 1
+        return self._resolve(doubt) + 1
 
-    def _resolve(self, doubt: Doubt, steps: Sequence[int]) -> None:
-        """Settle a step in doubt that all shards have applied, or none.
+    def _resolve(self, doubt: Doubt) -> int:
+        """Settle a step in doubt that all shards have applied, or none, and return the step that they are at.
 
         Raises:
-            StepMismatchError: some shards have applied it.
-            SessionNotReadyError: a shard has applied a part of it.
+            StepMismatchError, SessionNotReadyError: some shards have applied it, or a shard a part of it.
         """
         self._check_finished()
-        if len(set(steps)) > 1:
+        if len(set(steps := self._steps_on_servers())) > 1:
             raise half_applied(self._shards, doubt.step, steps)
         for shard in self._shards:
             shard.resolve(applied=steps[0] == doubt.step)
         self._settled()
+        return steps[0]
 
     def _check_finished(self) -> None:
         """Refuse another step, by SessionNotReadyError, while a shard has applied a part of one."""
@@ -328,8 +330,7 @@ class ShardedLink(SessionLink):
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
         if not load.whole:
             self.make_sure(deadline)
-        if uncertain := [shard for shard in self._shards if not shard.is_certain]:
-            fan_out([functools.partial(shard.attach, deadline) for shard in uncertain])
+        fan_out([functools.partial(shard.attach, deadline) for shard in self._shards if not shard.is_certain])
         if load.step is None:
             load = load._replace(step=max(self._steps_on_servers()))
         number = max(shard.applied_load for shard in self._shards) + 1

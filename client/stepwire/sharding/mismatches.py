@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from stepwire.errors import StepMismatchError
 from stepwire.sharding.shard import Shard
 
-__all__ = ["half_applied", "half_loaded", "read_at", "uneven"]
+__all__ = ["half_applied", "half_counted", "half_loaded", "read_at", "uneven"]
 
 
 def uneven(shards: Sequence[Shard], steps: Sequence[int]) -> StepMismatchError:
@@ -27,6 +27,16 @@ def half_applied(shards: Sequence[Shard], step: int, steps: Sequence[int]) -> St
         f"gradients, which finishes it everywhere, or load one state into all shards with load_state, its step not "
         f"below {step}; nothing else was sent",
         metadata=_numbers(steps),
+    )
+
+
+def half_counted(step: int) -> StepMismatchError:
+    """Return the error of a contribution in doubt that the open rounds of some shards have."""
+    return StepMismatchError(
+        f"contribution {step} failed, and counts in the open round of some servers alone. Repeat it with the same "
+        "gradients, which finishes it everywhere, or load one state into all shards with load_state; nothing else was "
+        "sent",
+        metadata={"step_in_doubt": step},
     )
 
 

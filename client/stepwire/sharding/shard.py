@@ -20,7 +20,7 @@ from stepwire.results import SessionInfo
 from stepwire.sharding.coordinator import Coordinator
 from stepwire.sharding.partition import ShardRanges
 from stepwire.sharding.range_names import Origin, origin_of
-from stepwire.steps.call import OnTensor, StepCall
+from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
@@ -116,6 +116,11 @@ class Shard:
             finally:
                 call.sent = call.sent or own.sent
 
+    def await_open_round(self, step: int, coordinator: Coordinator | None, deadline: Deadline) -> bool:
+        """Wait for the round that has a contribution in doubt; see `RemoteLink.await_open_round`."""
+        with self.link.lock, self._named():
+            return self.link.await_open_round(step, self._decide(coordinator, deadline), deadline)
+
     def resolve(self, *, applied: bool) -> None:
         """Adopt the outcome of a step in doubt, as the server said it."""
         hold, feedback = self.link.hold, self.link.carry.feedback
@@ -191,10 +196,14 @@ class Shard:
             feedback=carry.feedback if call.gradient_dtype == INT8 else None,
             patched=None if call.patched is None else carry.patched(begin),
             on_tensor=None if on_tensor is None else lambda index: on_tensor(ranges[index].tensor),
-            decide=None if coordinator is None else lambda check: coordinator.decide(self.rank, check, deadline),
+            decide=self._decide(coordinator, deadline),
             commit=commit,
             on_device={},
         )
+
+    def _decide(self, coordinator: Coordinator | None, deadline: Deadline) -> Decide | None:
+        """Return the way to the decision of all shards."""
+        return None if coordinator is None else lambda check: coordinator.decide(self.rank, check, deadline)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

@@ -29,8 +29,12 @@ def proxy(server: Server) -> Iterator[Proxy]:
         yield proxy
 
 
-def filled(value: float) -> dict[str, Any]:
-    return {"w": np.full(300, value, np.float32)}
+CUT = 200_000
+"""The elements of a tensor of which both of two servers hold a part."""
+
+
+def filled(value: float, size: int = 300) -> dict[str, Any]:
+    return {"w": np.full(size, value, np.float32)}
 
 
 def workers(server: Server, proxy: Proxy) -> tuple[Any, Any]:
@@ -70,3 +74,58 @@ def test_a_gradient_that_never_arrived_makes_room_for_the_next_one(server: Serve
     np.testing.assert_array_equal(found[0]["w"], filled(-52.0)["w"])
     part = first.last_result.round
     assert (part.contribution, part.dropped) == (1, False)
+
+
+def sharded(servers: list[Server], treatment: dict[str, Any]) -> tuple[Any, Any]:
+    """Return two workers of a model over two servers."""
+    options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "aggregation": stepwire.Aggregation(workers=2)}
+    options |= {"request_id": uuid.uuid4().hex} | treatment
+    targets = [each.target for each in servers]
+    first, second = (joined(targets, filled(0.0, CUT), worker, **options) for worker in range(2))
+    first.attach()
+    second.attach()
+    return first, second
+
+
+@pytest.mark.parametrize("treatment", [{}, {"clip_grad_norm": 1e6}, {"non_finite": "allow"}])
+def test_a_gradient_in_the_open_rounds_of_all_shards_is_not_taken_for_the_next_one(treatment: dict[str, Any]) -> None:
+    with numpy_server() as one, numpy_server() as other:
+        first, second = sharded([one, other], treatment)
+        held = [
+            server.registry.get(each) for server, each in zip((one, other), first.session_id.split(","), strict=True)
+        ]
+        while any(session.contributions._round is None for session in held):  # type: ignore[union-attr]
+            with pytest.raises(stepwire.DeadlineExceededError):
+                first.step(filled(2.0, CUT), timeout=0.5)
+        before = [session.ledger.members[0].worker.holder.generation for session in held]
+        following = first.step_async(filled(100.0, CUT), timeout=30.0)
+        while any(
+            session.ledger.members[0].worker.holder.generation == n for session, n in zip(held, before, strict=True)
+        ):
+            pass
+        np.testing.assert_array_equal(second.step(filled(4.0, CUT))["w"], filled(-3.0, CUT)["w"])
+        np.testing.assert_array_equal(following.result(30.0)["w"], filled(-3.0, CUT)["w"])
+        part = first.last_result.round
+        assert (part.contribution, part.dropped, part.staleness) == (2, True, 1)
+
+
+def test_a_gradient_that_is_in_the_open_round_of_one_shard_alone_is_finished_by_itself_alone(
+    server: Server, proxy: Proxy
+) -> None:
+    with numpy_server() as other:
+        options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "aggregation": stepwire.Aggregation(workers=2)}
+        options["request_id"] = uuid.uuid4().hex
+        first = joined([other.target, proxy.target], filled(0.0, CUT), 0, **options)
+        second = joined([other.target, server.target], filled(0.0, CUT), 1, **options)
+        first.attach(transport="tcp")
+        held = other.registry.get(first.session_id.split(",")[0])
+        proxy.hold("up")
+        while held.contributions._round is None:  # type: ignore[union-attr]
+            with pytest.raises(stepwire.DeadlineExceededError):
+                first.step(filled(2.0, CUT), timeout=0.5)
+        proxy.sever()
+        others = second.step_async(filled(4.0, CUT))
+        with pytest.raises(stepwire.StepMismatchError, match="Repeat it with the same gradients"):
+            first.step(filled(100.0, CUT), timeout=30.0)
+        np.testing.assert_array_equal(first.step(filled(2.0, CUT))["w"], filled(-3.0, CUT)["w"])
+        np.testing.assert_array_equal(others.result(30.0)["w"], filled(-3.0, CUT)["w"])

@@ -31,7 +31,7 @@ def exact_mean(parts: Sequence[Gradient], weights: Sequence[float] | None = None
     return {"w": np.asarray(total / sum(factors), np.float32)}
 
 
-def joined(target: str, like: Gradient, worker: int | str, **options: Any) -> stepwire.Session:
+def joined(target: str | list[str], like: Gradient, worker: int | str, **options: Any) -> stepwire.Session:
     """Make a session that several workers create together, on a client of its own."""
     client = stepwire.connect(target)
     return client.create_session(like, worker=worker, **options)  # type: ignore[arg-type]
