@@ -41,7 +41,7 @@ def with_remedy(error: StepwireError, target: str, environment: Mapping[str, str
         return AuthenticationError(
             f"the TLS handshake with {target!r} failed: {cause}. {error}", metadata=error.metadata
         )
-    remedy = "start a server there with `stepwire serve`, give the address of one that runs, or tls=True for TLS"
+    remedy = "start a server there with `stepwire serve`, or give the address of one that runs, or tls=True for TLS"
     proxy = next((name for name in PROXIES if environment.get(name)), None)
     if proxy is not None and not is_on_this_host(target):
         remedy += f". The environment names a proxy in {proxy}: a host in no_proxy is reached without it"

@@ -142,8 +142,7 @@ class Backing:
             mirror.load_state(mirror.composed(wanted, groups))
             placement = self._placer.placed(mirror, groups, again=True)
         except BaseException:
-            if not mirror.is_shared:
-                session.close()
+            session.close()
             raise
         stay = {id(tensor.parameter) for tensor in parameters.tensors}
         for tensor in old.parameters.tensors:

@@ -107,7 +107,7 @@ class Run:
         )
         faults = model.attach_faults(token, operation.epoch, operation.durable_step)
         if operation.worker:
-            faults.add(UNSUPPORTED)
+            faults.add(INVALID_CONFIG)
         if operation.fault:
             faults.add(INVALID_FRAME)
         if operation.fault == "begin":
@@ -136,7 +136,7 @@ class Run:
             return
         stream.handle.finish()
         if stream.staged is not None:
-            self.expect_refusal(stream.handle, {INVALID_FRAME, *self.stale_faults(stream)})
+            self.expect_refusal(stream.handle, {INVALID_FRAME, *self.stale_faults(stream), *self.end_faults()})
         elif self.model.alive:
             with pytest.raises(StopIteration):
                 stream.handle.receive()
@@ -229,7 +229,7 @@ class Run:
         )
         faults = model.begin_faults(operation.begin) | model.call_faults(token)
         if operation.worker:
-            faults.add(UNSUPPORTED)
+            faults.add(INVALID_CONFIG)
         staged = model.stage(operation.begin)
         if model.size or payload:
             faults |= model.chunk_faults(staged, 0, model.size, payload)
@@ -265,7 +265,7 @@ class Run:
         if step is not None and step >= 2**53:
             faults.add(INVALID_CONFIG)
         if operation.fault == "worker":
-            faults.add(UNSUPPORTED)
+            faults.add(INVALID_CONFIG)
         if operation.fault == "unopened":
             faults.add(INVALID_FRAME)
         if not replay:
@@ -364,7 +364,7 @@ class Run:
         stale = self.stale_faults(stream)
         if faults or (stale and (begin is not None or commit)):
             del self.streams[index]
-            self.expect_refusal(stream.handle, faults | stale)
+            self.expect_refusal(stream.handle, faults | stale | self.end_faults())
         elif commit:
             assert stream.staged is not None
             staged, stream.staged = stream.staged, None
@@ -374,6 +374,10 @@ class Run:
         """Return the refusals of a stream that has been displaced; at the latest, its commit leads to one."""
         stale = self.model.hold_faults(stream.hold)
         return {*stale, NOT_FOUND} if stale and not self.model.alive else stale
+
+    def end_faults(self) -> set[Status]:
+        """Return the refusal that a stream may have had already: the end of a session ends it at any moment."""
+        return set() if self.model.alive else {NOT_FOUND}
 
     def frame_faults(self, stream: Stream, begin: Begin | None, request: pb.AttachRequest) -> set[Status]:
         model, faults = self.model, set()
