@@ -54,11 +54,13 @@ def train(model: nn.Module, optimizer: Any, x: Any, y: Any, number: int) -> None
         optimizer.step()
 
 
-def client(worker: int, digits: Digits, rounds: int, session: dict[str, Any]) -> list[tuple[float, float]]:
+def client(
+    worker: int, model: nn.Module, digits: Digits, rounds: int, session: dict[str, Any]
+) -> list[tuple[float, float]]:
     """Be one client; return the loss and the accuracy on test images after each round."""
     own = np.isin(digits.train_y, DIGITS[worker])
     x, y = digits.train_x[own], digits.train_y[own]
-    model, found = network(), []
+    found = []
     inner = torch.optim.SGD(model.parameters(), lr=INNER_LR)
     with LocalSGD(model, inner, every=None, worker=worker, **session) as local:
         local.weight = float(len(y))
@@ -73,8 +75,9 @@ def federated(outer: stepwire.Optimizer, target: str, digits: Digits, rounds: in
     """Train by all clients, each in a thread in the place of a machine; return what the first one found."""
     way = stepwire.Aggregation(workers=len(DIGITS), reduction="weighted_mean")
     session = {"server": target, "outer": outer, "aggregation": way, "job": uuid.uuid4().hex}
+    models = [network() for _ in DIGITS]  # not in the threads, which draw from one generator
     with ThreadPoolExecutor(len(DIGITS)) as threads:
-        running = [threads.submit(client, worker, digits, rounds, session) for worker in range(len(DIGITS))]
+        running = [threads.submit(client, worker, each, digits, rounds, session) for worker, each in enumerate(models)]
         found = [each.result() for each in running]
     assert all(each == found[0] for each in found)  # all have the same model after each round
     return found[0]
