@@ -114,8 +114,9 @@ class Training:
         }
 
     def _started(self, rank: int) -> tuple[Connection, tuple[int, Any]]:
-        """Start a process anew, not forked: it has nothing of this one, as on another machine."""
-        context = multiprocessing.get_context("spawn")
+        """Start a process that has nothing of this one, as on another machine: of a server that has torch already."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "stepwire.torch"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=worker, args=(theirs, rank, self.target, self.job, self.steps))
         process.start()
