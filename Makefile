@@ -41,7 +41,8 @@ workers: .venv/stamp-dev
 # every image of a disk that the tests have some of.
 SEEDS ?= 20
 crash-test: .venv/stamp-dev
-	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash tests/integration/durability
+	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash \
+		tests/integration/durability/test_recovery.py
 
 # An interrupt at every point of the thread that steps, and at every line of the thread that steps for it; the tests have a
 # few of them.
