@@ -77,6 +77,8 @@ GOALS = (
     Goal(_LARGE_WORKERS, "shm to its copies and passes", 1.5),
     Goal(_LARGE_WORKERS, "shm to gloo float32", 0.35),
     Goal("workers 10k", "shm to gloo float32", 0.35),
+    Goal(_LARGE_WORKERS, "shm to Ray actor", 0.25),
+    Goal("workers 10k", "shm to Ray actor", 0.25),
     Goal(_LARGE_WORKERS, "tcp bfloat16 to gloo bfloat16", 1.0),
     Goal("straggler", "rounds beside a straggler to rounds without", 1.1),
     Goal("shaped link", "tcp to its link time", 1.05),

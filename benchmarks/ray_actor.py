@@ -19,7 +19,7 @@ import numpy as np
 import variants
 from contest import Action, Contender, needed
 
-__all__ = ["contenders"]
+__all__ = ["contenders", "started"]
 
 
 def contenders() -> list[Contender]:
@@ -53,14 +53,14 @@ def _into_arrays(stack: contextlib.ExitStack, size: int) -> Action:
 
 
 def _in_place(stack: contextlib.ExitStack, size: int) -> Action:
-    ray, cores = _started(stack), len(os.sched_getaffinity(0))
+    ray, cores = started(stack), len(os.sched_getaffinity(0))
     server = ray.remote(num_cpus=0)(ParameterServer).remote(variants.parameters_of(size), cores)
     stack.callback(ray.kill, server)
     gradient = variants.gradient_of(size)
     return lambda: ray.get(server.step.remote(ray.put(gradient)))
 
 
-def _started(stack: contextlib.ExitStack) -> Any:
+def started(stack: contextlib.ExitStack) -> Any:
     """Return Ray, running until the contest's end."""
     needed("torch")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

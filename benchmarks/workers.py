@@ -16,6 +16,7 @@ import numpy as np
 
 import contest
 import floors
+import ray_actor
 import variants
 from child import Child, child, python
 from contest import Action, Contender, Ratios
@@ -59,6 +60,7 @@ def workers(target: str, echo: EchoTargets, *, size: int, rounds: int) -> dict[s
     entrants = [
         *(crew(name, kind, dtype, target) for name, (kind, dtype) in _OURS.items()),
         *(crew(name, kind, dtype) for name, (kind, dtype) in _GLOO.items()),
+        Contender("Ray actor", _ray),
         *_parts(echo),
     ]
     result, repeats = contest.run_contest(entrants, size, rounds=rounds, batch=1), contest.batch_of(size)
@@ -77,6 +79,12 @@ def crew(name: str, kind: str, dtype: str, place: str = "") -> Contender:
         return _Rounds(group, threads, contest.batch_of(size))
 
     return Contender(name, prepare)
+
+
+def _ray(stack: contextlib.ExitStack, size: int) -> Action:
+    """Prepare a round of processes that give their gradients to one actor."""
+    address = ray_actor.started(stack).get_runtime_context().gcs_address
+    return crew("Ray actor", "ray", "float32", address).prepare(stack, size)
 
 
 class _Rounds:

@@ -14,7 +14,7 @@ __all__ = ["PROXIES", "with_remedy"]
 PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that name a proxy to gRPC, in gRPC's order."""
 
-# What OpenSSL writes into gRPC's account, and the cause with its remedy.
+# The words of OpenSSL in gRPC's account, and for each the cause with its remedy.
 _HANDSHAKES: Final = {
     "WRONG_VERSION_NUMBER": "the server speaks plaintext; connect without tls, or start it with --tls-cert",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority that this client trusts, has "

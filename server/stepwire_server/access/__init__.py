@@ -1,4 +1,4 @@
-"""Who may do what: tokens, roles, and the certificates of the server."""
+"""The rights of callers: tokens, roles, and the certificates of the server."""
 
 from __future__ import annotations
 

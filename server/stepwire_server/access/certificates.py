@@ -18,7 +18,7 @@ _log = structlog.get_logger()
 
 
 class Certificates(NamedTuple):
-    """What a server shows and asks for.
+    """The certificate that a server shows, and those that it asks for.
 
     Attributes:
         key: its private key, PEM.

@@ -28,7 +28,7 @@ class SessionStatistics(NamedTuple):
 
 
 class RegistryStatistics(NamedTuple):
-    """What the registry is doing: sessions alive, streams attached, bytes reserved of all budgets together."""
+    """The present work of the registry: sessions alive, streams attached, bytes reserved of all budgets together."""
 
     sessions: int
     streams: int

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import grpc
 
 from stepwire.errors import AuthenticationError
 from stepwire_server.access.control import AccessControl
 from stepwire_server.access.identity import Identity
+from stepwire_server.rpc.wrapping import Behavior, Handler, wrapped
 
 __all__ = ["AccessInterceptor", "identity_of"]
 
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _AUTHORIZATION: Final = "authorization"
 """The name of the metadata that brings a token."""
 
@@ -27,15 +27,14 @@ class AccessInterceptor(grpc.ServerInterceptor):
 
     def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
+    ) -> Handler | None:
         """Wrap the handler that the server would use."""
         handler = continuation(handler_call_details)
         if handler is None:
             return None
-        guarded: _Handler = _guarded(handler, handler_call_details.method, self._access)
-        return guarded
+        return _guarded(handler, handler_call_details.method, self._access)
 
 
 def identity_of(context: grpc.ServicerContext, access: AccessControl) -> Identity:
@@ -55,21 +54,19 @@ def _authorization(context: grpc.ServicerContext) -> str | None:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
-def _guarded(handler: Any, method: str, access: AccessControl) -> Any:
-    name = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-    behavior = getattr(handler, name)
+def _guarded(handler: Handler, method: str, access: AccessControl) -> Handler:
+    def call(behavior: Behavior) -> Behavior:
+        def admitted_call(request: Any, context: grpc.ServicerContext) -> Any:
+            access.admit(method, _authorization(context))
+            return behavior(request, context)
 
-    def call(request: Any, context: grpc.ServicerContext) -> Any:
-        access.admit(method, _authorization(context))
-        return behavior(request, context)
+        return admitted_call
 
-    def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        access.admit(method, _authorization(context))
-        yield from behavior(request, context)
+    def stream(behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def admitted_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            access.admit(method, _authorization(context))
+            yield from behavior(request, context)
 
-    make = getattr(grpc, f"{name}_rpc_method_handler")
-    return make(
-        stream if handler.response_streaming else call,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+        return admitted_stream
+
+    return wrapped(handler, call, stream)

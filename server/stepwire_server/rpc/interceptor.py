@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, cast
 
 import grpc
 import structlog
 
 from stepwire.errors import Reason, ServerError, StepwireError
 from stepwire.wire.error_details import status_of
+from stepwire_server.rpc.wrapping import Handler, wrapped
 
 __all__ = ["ErrorInterceptor"]
 
 _log = structlog.get_logger()
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
@@ -27,31 +27,19 @@ class ErrorInterceptor(grpc.ServerInterceptor):
 
     def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
+    ) -> Handler | None:
         """Wrap the handler that the server would use."""
         handler = continuation(handler_call_details)
         if handler is None:
             return None
         method = handler_call_details.method
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            return make(_guarded_stream(behavior, method), **serializers)
-        make_unary = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        return wrapped(
+            handler,
+            lambda behavior: _guarded_call(behavior, method),
+            lambda behavior: _guarded_stream(behavior, method),
         )
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        return make_unary(_guarded_call(behavior, method), **serializers)
 
 
 def _guarded_call(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:

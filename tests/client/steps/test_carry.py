@@ -1,4 +1,4 @@
-"""What the client carries from one step to the next."""
+"""The things that the client carries from one step to the next."""
 
 from __future__ import annotations
 

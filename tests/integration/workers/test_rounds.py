@@ -115,8 +115,11 @@ def test_any_worker_is_the_lowest_that_was_never_there(target: str) -> None:
         session.attach()
     assert [session.worker for session in sessions] == [0, 1, 2]
     assert [(each.worker, each.attached) for each in sessions[0].info().members] == [(0, True), (1, True), (2, True)]
-    with pytest.raises(stepwire.ResourceExhaustedError, match="all 3 workers"):
-        joined(target, ZEROS, "any", **shared).attach(timeout=0.1)
+    later = stepwire.Retry(uniform=lambda low, high: 1e9)  # the next attempt would come after the deadline
+    with stepwire.connect(target, retry=later) as client:
+        session = client.create_session(ZEROS, worker="any", **shared)
+        with pytest.raises(stepwire.ResourceExhaustedError, match="all 3 workers"):
+            session.attach()
 
 
 def test_a_load_ends_the_open_round(target: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -31,13 +30,6 @@ AGGREGATIONS = {
     "both": Aggregation(workers=3, mode="async", max_clock_lead=1, max_staleness_steps=2),
     "one": Aggregation(workers=1, mode="async", max_clock_lead=0),
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[CpuEngine]:
-    engine = CpuEngine(threads=1, use_numba=False)
-    yield engine
-    engine.close()
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)

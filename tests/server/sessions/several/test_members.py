@@ -1,9 +1,8 @@
-"""What workers of one session owe each other: nobody waits for those who came late, or who hold what others need."""
+"""The duties of workers of one session: nobody waits for those who came late, or who hold what others need."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,6 @@ from tests.server.session_driver import RecordingWriter
 from tests.server.sessions.several.rig import PATIENCE_SECONDS, Attached, Commit, Rig, Vector, config_of
 
 SIZE = 3
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[CpuEngine]:
-    engine = CpuEngine(threads=1, use_numba=False)
-    yield engine
-    engine.close()
 
 
 def filled(value: float) -> Vector:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -36,13 +35,6 @@ AGGREGATIONS = {
     "median": Aggregation(workers=4, reduction="median", required_workers=3),
     "trimmed": Aggregation(workers=4, reduction="trimmed_mean", trimmed=1, required_workers=3),
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[CpuEngine]:
-    engine = CpuEngine(threads=1, use_numba=False)
-    yield engine
-    engine.close()
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
