@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from stepwire.optimizers.norms import rounded_norm
+from stepwire.optimizers.norms import GradientNorms, rounded_norm
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.coordinator import Decision
 from stepwire.sharding.partition import Partition
@@ -26,8 +26,8 @@ def combined(
 
     Args:
         results: the results of the shards, in order.
-        decision: the decision about the step; without one, the gradient's norms are within a float32 ulp of the
-            whole's.
+        decision: the decision about the step; without one, or with another worker's, the gradient's norms are within
+            a float32 ulp of the whole's.
         limited: elements are clipped by value, so the shards know the norms after clipping.
     """
     if len(results) == 1:
@@ -56,10 +56,12 @@ def combined(
     )
     if results[0].HasField("round"):
         whole.round.CopyFrom(_round([result.round for result in results]))
-    if decision is not None:
-        _decide(whole, decision)
-    if not (whole.skipped or limited and not whole.accumulated):
-        _clip(whole, decision)
+    norms = None if decision is None else decision.norms
+    if norms is not None:
+        _decide(whole, norms)
+    followed = decision is not None and norms is None  # then the shards' own norms after clipping remain
+    if not (whole.skipped or followed or limited and not whole.accumulated):
+        _clip(whole, norms)
     return whole
 
 
@@ -160,20 +162,20 @@ def _measure(whole: Any, shards: Sequence[Any]) -> None:
             setattr(whole, name, _root(getattr(shard, name) for shard in shards))
 
 
-def _decide(whole: step_pb2.StepResult, decision: Decision) -> None:
+def _decide(whole: step_pb2.StepResult, norms: GradientNorms) -> None:
     """Put the norms of the whole gradient, as the decision has them, in the place of the shards' sums."""
-    whole.telemetry.grad_norm = decision.norms.total
-    for norm, group in zip(decision.norms.groups, whole.telemetry.groups, strict=True):
+    whole.telemetry.grad_norm = norms.total
+    for norm, group in zip(norms.groups, whole.telemetry.groups, strict=True):
         group.grad_norm = norm
 
 
-def _clip(whole: step_pb2.StepResult, decision: Decision | None) -> None:
+def _clip(whole: step_pb2.StepResult, norms: GradientNorms | None) -> None:
     """Set the norms after clipping by norm, in a step without any other clipping."""
     telemetry = whole.telemetry
-    if decision is None or whole.accumulated:
+    if norms is None or whole.accumulated:
         clipped, total = [group.grad_norm for group in telemetry.groups], telemetry.grad_norm
     else:
-        clipped, total = list(decision.norms.clipped()), decision.norms.left * decision.norms.coefficient
+        clipped, total = list(norms.clipped()), norms.left * norms.coefficient
     telemetry.clipped_grad_norm = total
     for norm, group in zip(clipped, telemetry.groups, strict=True):
         group.clipped_grad_norm = norm

@@ -43,11 +43,11 @@ class Decision(NamedTuple):
     """The decision about a step.
 
     Attributes:
-        norms: the norms of the whole gradient, with the factors of clipping.
+        norms: the norms of the whole gradient, with the factors of clipping; None if another worker decided.
         commit: the message that tells the decision to the servers.
     """
 
-    norms: GradientNorms
+    norms: GradientNorms | None
     commit: step_pb2.StepCommit
 
 
@@ -103,6 +103,16 @@ class Coordinator:
                 raise Abandoned(self._failure.cause)
             return self.decision.commit
 
+    def follow(self, result: step_pb2.StepResult) -> None:
+        """Adopt the decision of another worker, which the result of a shard tells.
+
+        That shard's check never comes, so the others would wait for it in vain.
+        """
+        with self._changed:
+            if self.decision is None and not result.round.dropped:
+                self.decision = Decision(None, _followed(result, any(self._bounds.groups)))
+                self._changed.notify_all()
+
     def abandon(self) -> None:
         """End all waiting: a shard failed for good. A decision stays as it is."""
         self._fail(Abandoned())
@@ -141,6 +151,16 @@ def _decision(step: int, checks: Sequence[step_pb2.GradientCheck], bounds: Bound
     if not finite and bounds.policy == "skip":
         return Decision(norms, step_pb2.StepCommit(skip=True))
     return Decision(norms, step_pb2.StepCommit(clip_coefficient=norms.coefficient, group_coefficients=own))
+
+
+def _followed(result: step_pb2.StepResult, by_group: bool) -> step_pb2.StepCommit:
+    """Return the commit that gives other shards the factors of a shard's result."""
+    if result.skipped:
+        return step_pb2.StepCommit(skip=True)
+    if by_group:  # a group's factor in a result is the whole of it
+        factors = [group.clip_coefficient for group in result.telemetry.groups]
+        return step_pb2.StepCommit(clip_coefficient=1.0, group_coefficients=factors)
+    return step_pb2.StepCommit(clip_coefficient=result.telemetry.clip_coefficient)
 
 
 def _norms(sums: Sequence[Sequence[float]], bounds: Bounds) -> tuple[GradientNorms, tuple[float, ...]]:

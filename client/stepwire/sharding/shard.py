@@ -112,7 +112,10 @@ class Shard:
         with self.link.lock, self._named():
             own = self._own(call, coordinator, on_tensor, deadline)
             try:
-                return self.link.step_by_number(own, deadline)
+                result = self.link.step_by_number(own, deadline)
+                if coordinator is not None:
+                    coordinator.follow(result)
+                return result
             finally:
                 call.sent = call.sent or own.sent
 

@@ -129,3 +129,31 @@ def test_a_gradient_that_is_in_the_open_round_of_one_shard_alone_is_finished_by_
             first.step(filled(100.0, CUT), timeout=30.0)
         np.testing.assert_array_equal(first.step(filled(2.0, CUT))["w"], filled(-3.0, CUT)["w"])
         np.testing.assert_array_equal(others.result(30.0)["w"], filled(-3.0, CUT)["w"])
+
+
+@pytest.mark.parametrize(
+    "treatment",
+    [{"clip_grad_norm": 1.0}, {"groups": [{"params": ["w"], "clip_grad_norm": 1.0}]}, {"non_finite": "skip"}],
+    ids=["clipped", "clipped by group", "skipped"],
+)
+def test_a_decision_of_another_worker_is_followed_where_a_check_was_lost(
+    server: Server, proxy: Proxy, treatment: dict[str, Any]
+) -> None:
+    """The check of one shard never comes, and the step is applied there meanwhile: the other shard waits for nobody."""
+    with numpy_server() as other:
+        options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "aggregation": stepwire.Aggregation(workers=2)}
+        options |= {"request_id": uuid.uuid4().hex} | treatment
+        first = joined([other.target, proxy.target], filled(0.0, CUT), 0, **options)
+        second = joined([other.target, server.target], filled(0.0, CUT), 1, **options)
+        first.attach(transport="tcp")
+        second.attach()
+        value = np.nan if "non_finite" in treatment else 2.0
+        proxy.hold("down")
+        waiting = first.step_async(filled(value, CUT), timeout=30.0)
+        expected = second.step(filled(4.0, CUT), timeout=30.0)
+        proxy.sever()
+        np.testing.assert_array_equal(waiting.result(30.0)["w"], expected["w"])
+        assert first.last_result.skipped == second.last_result.skipped == ("non_finite" in treatment)
+        assert first.last_result.grad_norm == pytest.approx(second.last_result.grad_norm, rel=1e-6, nan_ok=True)
+        clipped = [each.last_result.clipped_grad_norm for each in (first, second)]
+        assert clipped[0] == pytest.approx(clipped[1], rel=1e-6, nan_ok=True)
