@@ -61,6 +61,7 @@ class Errand(Generic[_T]):
         result: the result of the call.
         failure: the error of the call; None without one.
         is_left: True once the caller has left.
+        is_settled: True once a caller who left has no more to wait for.
         hooks: the functions to call if the outcome reaches nobody.
     """
 
@@ -75,7 +76,7 @@ class Errand(Generic[_T]):
         self._lock = threading.Lock()  # of the client's own threads; the caller takes none
         self._ends: list[Callable[[], object]] = []
         self.hooks: list[Callable[[], object]] = []
-        self.is_left = self._begun = self._over = False
+        self.is_left = self.is_settled = self._begun = self._over = False
 
     def __call__(self) -> _Ring | None:
         """Make the call, unless the caller has left; return the ring of the bell."""
@@ -92,6 +93,7 @@ class Errand(Generic[_T]):
             self._over, left = True, self.is_left
         if left or self.failure is not None:
             _tell(self.hooks)
+        self.is_settled = left
         return functools.partial(self.bell.put, left)
 
     def _made(self) -> _T:
@@ -113,6 +115,7 @@ class Errand(Generic[_T]):
             return None
         if over:
             _tell(self.hooks)
+        self.is_settled = True
         return functools.partial(self.bell.put, True)
 
     def ends_with(self, end: Callable[[], object]) -> None:
@@ -138,6 +141,8 @@ class Errand(Generic[_T]):
                 break
             except BaseException as interrupt:
                 second = interrupt
+                if self.is_settled:  # it may have come with the ring, which rings once
+                    break
         return second
 
 

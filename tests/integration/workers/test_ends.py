@@ -52,7 +52,7 @@ def joined(process: ServerProcess, worker: int, request_id: str) -> Any:
 
 def test_a_server_that_ends_keeps_nobody_waiting(process: ServerProcess) -> None:
     session = joined(process, 0, uuid.uuid4().hex)
-    waiting = session.step_async(ONES, timeout=5.0)
+    waiting = session.step_async(ONES, timeout=2.0)
     while not session.info().members[0].attached:
         pass
     process.signal(signal.SIGTERM)

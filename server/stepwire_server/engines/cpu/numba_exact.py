@@ -31,6 +31,7 @@ _STORE = """def {name}(total_all, gradient, start, begin, size, factor):
 """
 
 # Errors are rare, so they are stored in the first-level cache, and copied where there is one. The loop has no branch.
+# An assignment to a slice takes Numba a second to compile, and a loop is no slower.
 _ADD = """def {name}(total_all, gradient, errors, start, begin, size, factor, block):
     error_now = empty(1024)
     {scratch}
@@ -48,10 +49,12 @@ _ADD = """def {name}(total_all, gradient, errors, start, begin, size, factor, bl
                 found |= int64(error != 0.0)
             if found != 0:
                 if inexact == 0:
-                    errors[:] = 0.0
+                    for i in range(len(errors)):
+                        errors[i] = 0.0
                 inexact = int64(1)
                 place = (start + low) % block
-                errors[place : place + high - low] = error_now[: high - low]
+                for i in range(high - low):
+                    errors[place + i] = error_now[i]
         done = stop
         if inexact != 0:
             return done
