@@ -26,7 +26,7 @@ test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
 
 # The model of several callers of one session, in long form: so many examples for each of one server, shards, and shards
-# that commit in two phases. The tests have some of them, and CI 1,000 of each.
+# that commit in two phases. The tests have some of them, and CI 300 of each.
 EXAMPLES ?= 1000
 callers: .venv/stamp-dev
 	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers

@@ -17,7 +17,7 @@ from tests.integration.workers.together import together
 
 pytestmark = pytest.mark.slow
 
-SIZE, ROUNDS, UPLOADS = 4_000_000, 3, 2
+SIZE, ROUNDS, UPLOADS = 2_000_000, 2, 2
 STATE_BYTES, SUM_BYTES, WIRE_BYTES = 12 * SIZE, 17 * SIZE // 2, 2 * SIZE
 SLACK_BYTES = 64 << 20
 

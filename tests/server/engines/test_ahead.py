@@ -79,16 +79,6 @@ each(step)
 )
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Make a stock, once."""
-    if level_of_this_processor() is None:
-        pytest.skip("this processor has no level")
-    directory = tmp_path_factory.mktemp("image") / "kernels"
-    assert ahead.make(directory) == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
-    return directory
-
-
 def run(script: str, *arguments: tuple[object, object]) -> tuple[list[str], str]:
     """Run a script; returns a line for each tuple of arguments, and what it warned of."""
     lines = ["|".join(map(str, each)) for each in arguments]
@@ -96,40 +86,29 @@ def run(script: str, *arguments: tuple[object, object]) -> tuple[list[str], str]
     return done.stdout.splitlines(), done.stderr
 
 
-@pytest.fixture(scope="module")
-def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A directory for kernels that are compiled for this very processor."""
-    return tmp_path_factory.mktemp("here")
-
-
 @pytest.mark.slow
-def test_what_was_compiled_ahead_is_not_compiled_again(
-    stock: pathlib.Path, tmp_path: pathlib.Path, compiled_here: pathlib.Path
-) -> None:
-    """The second time the kernels come from the cache; without a stock they are compiled."""
-    cache = tmp_path / "cache"
-    found, warned = run(PREPARE, (cache, stock), (cache, stock), (compiled_here, tmp_path / "nothing"))
-    assert found == ["8 0", "8 0", "0 8"]
-    assert warned.count("no kernels for this processor") == 1
-    (own,) = cache.iterdir()
-    assert own.stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.slow
-def test_every_level_computes_the_same_bits(stock: pathlib.Path, compiled_here: pathlib.Path) -> None:
+def test_what_was_compiled_ahead_is_for_everybody_and_computes_the_same_bits(tmp_path: pathlib.Path) -> None:
+    """One test, since a stock takes many seconds to make. Without a stock, kernels are compiled; a second time not."""
     own = level_of_this_processor()
-    assert own is not None
-    levels = [(stock / level.name, level.name) for level in LEVELS if level.needs <= own.needs]
-    found, _ = run(STEP, *levels, (compiled_here, ""))
-    assert found[-1].count("float") == 4
-    assert len(found) == len(levels) + 1 and set(found) == {found[-1]}
-
-
-@pytest.mark.slow
-def test_a_stock_is_for_everybody_to_read(stock: pathlib.Path) -> None:
+    if own is None:
+        pytest.skip("this processor has no level")
+    stock, cache, here = tmp_path / "image" / "kernels", tmp_path / "cache", tmp_path / "here"
+    stock.parent.mkdir()
+    assert ahead.make(stock) == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
     modes = {path.stat().st_mode & 0o777 for path in stock.rglob("*") if path.is_file()}
     folders = {path.stat().st_mode & 0o777 for path in [stock, *stock.rglob("*")] if path.is_dir()}
     assert (modes, folders) == ({0o644}, {0o755})
+
+    found, warned = run(PREPARE, (cache, stock), (cache, stock), (here, tmp_path / "nothing"))
+    assert found == ["8 0", "8 0", "0 8"]
+    assert warned.count("no kernels for this processor") == 1
+    (directory,) = cache.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+    levels = [(stock / level.name, level.name) for level in LEVELS if level.needs <= own.needs]
+    digests, _ = run(STEP, *levels, (here, ""))
+    assert digests[-1].count("float") == 4
+    assert len(digests) == len(levels) + 1 and set(digests) == {digests[-1]}
 
 
 def test_a_level_that_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
