@@ -36,22 +36,32 @@ from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.access import AccessInterceptor
 from stepwire_server.rpc.attach import Serving
+from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptor import ErrorInterceptor
+from stepwire_server.rpc.limits import CallLimits
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.streams import RETURNING_STREAMS
 from stepwire_server.sharing.handoff import HandoffStatistics
 
 __all__ = ["Server", "ServerStatistics"]
 
 _log = structlog.get_logger()
 
-# The calls besides attached streams. gRPC refuses a call beyond both together with RESOURCE_EXHAUSTED at once.
-_UNARY_CALLS: Final = 64
+# Threads for calls that have just lost their place, or are refused. gRPC itself refuses a call only where so many wait
+# for a thread that it must be a flood.
+_LEAVING_CALLS: Final = 64
+_MOST_PENDING_CALLS: Final = 8192
+_MOST_CONNECTIONS: Final = 8192
+_KEEPALIVE_MS: Final = 60_000
+_KEEPALIVE_TIMEOUT_MS: Final = 20_000
+"""A host that has vanished is noticed after both together."""
+
 _MESSAGE_HEADROOM: Final = 1 * MIB
 _LARGEST_CREATE_BYTES: Final = 32 * MIB
 _LAST_REPLY_SECONDS: Final = 0.25
@@ -65,11 +75,13 @@ class ServerStatistics(NamedTuple):
         drain: the steps under way, and the refusal of new ones.
         registry: the sessions, streams and bytes.
         handoff: the memory that waits for clients on this machine.
+        calls: the calls under way.
     """
 
     drain: DrainStatistics
     registry: RegistryStatistics
     handoff: HandoffStatistics
+    calls: CallStatistics
 
 
 class Server:
@@ -121,13 +133,13 @@ class Server:
         if self._directory is not None:
             self.registry.recover(self._directory)
         self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
-        calls = config.max_streams + _UNARY_CALLS
-        self._handlers = DaemonThreads(calls, "call")
+        self._rooms = CallRooms(clock, config.step_idle_seconds)
+        self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=[ErrorInterceptor(), AccessInterceptor(self.access)],
+            interceptors=[ErrorInterceptor(), CallLimits(self._rooms, self.access), AccessInterceptor(self.access)],
             options=_options(config),
-            maximum_concurrent_rpcs=calls,
+            maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )
         self._stopped, self._lost = threading.Event(), threading.Event()
         self._tell_lost: Callable[[], None] = lambda: None
@@ -220,7 +232,12 @@ class Server:
 
     def statistics(self) -> ServerStatistics:
         """Return the state as of now."""
-        return ServerStatistics(self._drain.statistics(), self.registry.statistics(), self.handoff.statistics())
+        return ServerStatistics(
+            self._drain.statistics(),
+            self.registry.statistics(),
+            self.handoff.statistics(),
+            self._rooms.statistics(),
+        )
 
     def __enter__(self) -> Server:
         """Start for a block."""
@@ -278,6 +295,7 @@ class Server:
         while not self._stopped.wait(self._config.sweep_seconds):
             try:
                 self.access.look()
+                self._rooms.end_silent()
                 for session_id in self.registry.sweep():
                     _log.info("lease ran out", session_id=session_id)
                 if keeper.look(self._pool.released_bytes):
@@ -357,5 +375,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

@@ -168,7 +168,7 @@ class OptimizerService:
             # take every thread otherwise.
             stream.in_step = True
             opening: attach_pb2.AttachOpen = _opening(frames).message.open
-            stream.in_step = False
+            stream.is_open, stream.in_step = True, False
             session = self._sessions(context).get(opening.session_id)
             worker = None if opening.any_worker else opening.worker
             self._registry.require_room(stream, session, worker)
@@ -200,12 +200,11 @@ class OptimizerService:
 
     def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.LoadResponse:
         """Stream state in."""
-        with self._registry.streams.upload(context.cancel) as seen:
-            frames = (read_frame(pb.LoadRequest, data) for data in messages if seen())
-            opening = _opening(frames)
-            session = self._sessions(context).get(opening.message.open.session_id)
-            with self._serving.drain.admit():
-                loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
+        frames = map(functools.partial(read_frame, pb.LoadRequest), messages)
+        opening = _opening(frames)
+        session = self._sessions(context).get(opening.message.open.session_id)
+        with self._serving.drain.admit():
+            loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
         )

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-__all__ = ["Behavior", "Handler", "wrapped"]
+__all__ = ["Behavior", "Handler", "kinds_of", "wrapped"]
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behavior: TypeAlias = Callable[[Any, grpc.ServicerContext], Any]
@@ -26,11 +26,18 @@ def wrapped(
         call: makes the behaviour of a method of one response, from the handler's.
         stream: makes the behaviour of a method of many responses, likewise.
     """
-    kinds = ["stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)]
-    name = "_".join(kinds)
+    name = "_".join(kinds_of(handler))
     make = getattr(grpc, f"{name}_rpc_method_handler")
     behavior = (stream if handler.response_streaming else call)(getattr(handler, name))
     made: Handler = make(
         behavior, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
     )
     return made
+
+
+def kinds_of(handler: Any) -> tuple[str, str]:
+    """Return the kinds of a handler's requests and responses, each `unary` or `stream`, as gRPC names them."""
+    return (
+        "stream" if handler.request_streaming else "unary",
+        "stream" if handler.response_streaming else "unary",
+    )

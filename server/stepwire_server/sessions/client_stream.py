@@ -14,12 +14,13 @@ _T = TypeVar("_T")
 
 
 class ClientStream:
-    """One attached stream, or one upload.
+    """One attached stream.
 
     Attributes:
         cancel: a function that ends the stream.
         refuse: a function that ends the stream with an error, from any thread; by default `cancel`.
         check: a function that raises if whoever attached may step no longer.
+        is_open: it has said which session it attaches to.
         in_step: a step has begun and is not committed.
         orphaned: the worker has moved on.
         ending: the last reply has left and the stream ends by itself. A cancel would take from its client the part of
@@ -34,7 +35,7 @@ class ClientStream:
         self.cancel = cancel
         self.refuse: Callable[[StepwireError], object] = lambda error: cancel()
         self.check: Callable[[], object] = lambda: None
-        self.in_step = False
+        self.is_open = self.in_step = False
         self.orphaned = False
         self.ending = False
         self.surplus = self.gone = False
@@ -50,6 +51,14 @@ class ClientStream:
     def overdue(self, now: float, idle_seconds: float) -> bool:
         """Tell whether the stream has been silent for too long where it must not be."""
         return (self.in_step or self.orphaned) and now - self.last_seen > idle_seconds
+
+    def may_be_displaced(self, now: float, idle_seconds: float) -> bool:
+        """Tell whether a stream that the server has no place for may displace this one.
+
+        That is one that has not opened, or has been silent between two steps for so long that its client will hardly
+        miss it: it attaches again before its next step.
+        """
+        return not self.is_open or self._waits and not self.in_step and now - self.last_seen > idle_seconds
 
     def received(self, messages: Iterator[_T]) -> Iterator[_T]:
         """Iterate over the messages of the client, until the stream is ended.

@@ -214,12 +214,13 @@ class Registry:
         return self.streams.stream(cancel)
 
     def require_room(self, stream: ClientStream, session: Session, worker: int | None) -> None:
-        """Refuse a stream beyond the limit, unless it displaces the stream of its worker; None is a vacant one.
+        """Refuse a stream beyond the limit, unless it displaces its worker's (None is a vacant one), or an idle one.
 
         Raises:
             ResourceExhaustedError: the server has all the streams it takes.
         """
-        if stream.surplus and worker not in session.ledger.members.attached:
+        beyond = stream.surplus and worker not in session.ledger.members.attached
+        if beyond and not self.streams.make_room(stream, self._step_idle_seconds):
             raise too_many_streams(self._max_streams)
 
     def sweep(self) -> list[str]:

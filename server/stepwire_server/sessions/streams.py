@@ -1,4 +1,4 @@
-"""The streams and uploads of a server: counted, and cancelled where they are silent for too long."""
+"""The attached streams of a server: counted, and cancelled where they are silent for too long."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from stepwire.errors import StepwireError
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.refusals import too_many_streams
 
-__all__ = ["Streams"]
+__all__ = ["RETURNING_STREAMS", "Streams"]
 
-# Of clients whose connection is half open: the server still counts the stream that they come to replace.
-_RETURNING_STREAMS: Final = 8
+RETURNING_STREAMS: Final = 8
+"""Streams beyond the most, of clients whose connection is half open: the one that they come to replace still counts."""
 
 
 class Streams:
-    """All streams and uploads. Thread-safe."""
+    """All streams. Thread-safe."""
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
         """Allow so many attached streams at a time."""
         self._most = most
         self._clock = clock
         self._streams: set[ClientStream] = set()
-        self._uploads: set[ClientStream] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -43,41 +42,43 @@ class Streams:
         stream = ClientStream(cancel, self._clock())
         with self._lock:
             stream.surplus = len(self._streams) >= self._most
-            if len(self._streams) >= self._most + _RETURNING_STREAMS:
+            full = len(self._streams) >= self._most + RETURNING_STREAMS
+            displaced = self._displaced(lambda each: not each.is_open) if full else None
+            if full and displaced is None:
                 raise too_many_streams(self._most)
             self._streams.add(stream)
+        if displaced is not None:
+            displaced.cancel()
         try:
             yield stream
         finally:
             with self._lock:
                 self._streams.discard(stream)
 
-    @contextlib.contextmanager
-    def upload(self, cancel: Callable[[], object]) -> Iterator[Callable[[], bool]]:
-        """Watch a load for a block; yields what to call, always true, with each message it brings.
+    def make_room(self, stream: ClientStream, idle_seconds: float) -> bool:
+        """Displace another stream by one that came when the server had all its streams; tell whether one was found.
 
-        The sweep cancels a load that is silent: it holds memory, and a draining server waits for it. Loads are not
-        counted as streams, or a server with as many clients as it takes would refuse every load.
+        The longest silent one goes: of those that have not opened, or have been idle for so long.
         """
-        stream = ClientStream(cancel, self._clock())
-        stream.in_step = True
-
-        def seen() -> bool:
-            stream.last_seen = self._clock()
-            return True
-
+        now = self._clock()
         with self._lock:
-            self._uploads.add(stream)
-        try:
-            yield seen
-        finally:
-            with self._lock:
-                self._uploads.discard(stream)
+            displaced = self._displaced(lambda each: each is not stream and each.may_be_displaced(now, idle_seconds))
+            stream.surplus = displaced is None
+        if displaced is not None:
+            displaced.cancel()
+        return displaced is not None
+
+    def _displaced(self, may_be: Callable[[ClientStream], bool]) -> ClientStream | None:
+        """Take out the stream that has been silent for longest of those that may be displaced."""
+        found = min(filter(may_be, self._streams), key=lambda each: each.last_seen, default=None)
+        if found is not None:
+            self._streams.discard(found)
+        return found
 
     def cancel_silent(self, now: float, idle_seconds: float) -> None:
         """End those that have been silent for too long where they must not be."""
         with self._lock:
-            silent = [stream for stream in self._streams | self._uploads if stream.overdue(now, idle_seconds)]
+            silent = [stream for stream in self._streams if stream.overdue(now, idle_seconds)]
         for stream in silent:
             stream.cancel()
 

@@ -60,6 +60,44 @@ def test_a_client_comes_back_to_a_full_server_that_still_counts_its_stream(
         stream.cancel()
 
 
+def test_a_stream_that_has_been_idle_for_long_gives_its_place_and_steps_all_the_same(
+    serve: Any, connect: Any, make_live: Any, make_config: Any, clock: Any, until: Any, refusal: Any
+) -> None:
+    with serve(max_streams=2, **LONG_LEASE) as server, connect(server.target) as wire:
+        lives = [make_live(wire, wire.create(make_config((2,)))) for _ in range(3)]
+        first = opened(lives[0])
+        until(lambda: server.statistics().calls.waiting == 0)
+        clock.now += IDLE_SECONDS + 1
+        second = opened(lives[1])
+        until(lambda: server.statistics().calls.waiting == 0)
+        third = opened(lives[2])
+        refusal(first.receive, "CANCELLED", "")
+        for live, stream in zip(lives[1:], (second, third), strict=True):
+            stream.send(live.frame(begin=1, commit=True))
+            assert pb.AttachResponse.FromString(stream.receive()).result.step == 1
+        refusal(lambda: lives[0].step(1), "RESOURCE_EXHAUSTED", "TOO_MANY_STREAMS")
+        second.finish()
+        with pytest.raises(StopIteration):
+            second.receive()
+        assert lives[0].step(1).step == 1
+        third.cancel()
+
+
+def test_streams_that_never_open_keep_nobody_from_attaching(
+    serve: Any, connect: Any, make_live: Any, make_config: Any, until: Any
+) -> None:
+    with serve(max_streams=2) as server, connect(server.target) as wire, connect(server.target) as flood:
+        live = make_live(wire, wire.create(make_config((2,))))
+        silent = [flood.open() for _ in range(30)]
+        until(lambda: sum(stream.over for stream in silent) == 20)
+        stream = opened(live)
+        stream.send(live.frame(begin=1, commit=True))
+        assert pb.AttachResponse.FromString(stream.receive()).result.step == 1
+        stream.cancel()
+        for each in silent:
+            each.cancel()
+
+
 def test_a_flood_of_streams_leaves_room_for_calls(
     serve: Any, connect: Any, make_live: Any, make_config: Any, until: Any
 ) -> None:
@@ -185,6 +223,7 @@ def test_a_displaced_stream_that_stays_silent_is_cancelled(
         first = opened(live)
         live.token = live.token if same_client else 0
         second = opened(live)
+        until(lambda: server.statistics().calls.waiting == 0)
 
         def silence() -> bool:
             clock.now += IDLE_SECONDS + 1

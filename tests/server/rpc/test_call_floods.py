@@ -1,0 +1,109 @@
+"""Calls that wait for their clients without end: others are served all the same, and nothing of them stays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2
+
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import state_pb2, step_pb2
+from tests.support.http2 import RawHttp2, grpc_message
+
+SERVICE: Final = "/stepwire.v1.OptimizerService/"
+HEALTH: Final = "/grpc.health.v1.Health/"
+CALLS: Final = 200
+"""More than there are places."""
+
+UNREAD_BYTES: Final = 64 << 20
+
+
+class Silent:
+    """Calls of every kind that give the server nothing more to do."""
+
+    def __init__(self, live: Any, port: int) -> None:
+        self.live, self.port = live, port
+
+    def message(self, connection: RawHttp2, method: str = "GetServerInfo") -> None:
+        """A call that never brings its message."""
+        connection.open(SERVICE + method, end=False)
+
+    def health_message(self, connection: RawHttp2) -> None:
+        connection.open(HEALTH + "Check", end=False)
+
+    def half_message(self, connection: RawHttp2) -> None:
+        """A call whose message is cut."""
+        connection.open(SERVICE + "Step", grpc_message(bytes(1000))[:500], end=False)
+
+    def watch(self, connection: RawHttp2) -> None:
+        connection.open(HEALTH + "Watch", grpc_message(b""))
+
+    def pull(self, connection: RawHttp2) -> None:
+        """A pull that nobody reads; the connection's window is 0."""
+        request = pb.PullRequest(session_id=self.live.id)
+        connection.open(SERVICE + "Pull", grpc_message(request.SerializeToString()))
+
+    def load(self, connection: RawHttp2) -> None:
+        """A load that opens, and lives on empty messages."""
+        opening = state_pb2.LoadOpen(session_id=self.live.id, attach_token=self.live.token, load=1, slots=["param"])
+        message = grpc_message(pb.LoadRequest(open=opening).SerializeToString())
+        connection.open(SERVICE + "Load", message + grpc_message(b""), end=False)
+
+
+@pytest.fixture
+def served(serve: Any, connect: Any, make_live: Any, make_config: Any) -> Iterator[tuple[Any, Any, Any]]:
+    with serve() as server, connect(server.target) as wire:
+        yield server, wire, make_live(wire, wire.create(make_config((2,))))
+
+
+def check_served(server: Any, wire: Any, live: Any, step: int) -> None:
+    """Check that a step, a pull, a listing and a health check are served."""
+    with grpc.insecure_channel(server.target) as channel:
+        health = channel.unary_unary(HEALTH + "Check")(b"", timeout=60.0)
+    assert health_pb2.HealthCheckResponse.FromString(health).status == health_pb2.HealthCheckResponse.SERVING
+    assert live.step(step).step == step
+    assert wire.pull(live.id, "param")[0].step == step
+    assert wire.info().sessions == 1
+
+
+@pytest.mark.parametrize("kind", ["message", "health_message", "half_message", "watch", "pull", "load"])
+@pytest.mark.parametrize("connections", [1, 20])
+def test_calls_that_wait_for_their_clients_keep_nobody_out(
+    served: Any, until: Callable[[Callable[[], bool]], None], kind: str, connections: int
+) -> None:
+    server, wire, live = served
+    silent = Silent(live, server.port)
+    opened = [RawHttp2(server.port, window=0) for _ in range(connections)]
+    try:
+        for connection in itertools.islice(itertools.cycle(opened), CALLS):
+            getattr(silent, kind)(connection)
+        check_served(server, wire, live, 1)
+        check_served(server, wire, live, 2)
+    finally:
+        for connection in opened:
+            connection.close()
+    until(lambda: server.statistics().calls.total == 0)
+
+
+def test_responses_that_nobody_reads_are_bounded(
+    served: Any, connect: Any, make_live: Any, make_config: Any, until: Callable[[Callable[[], bool]], None]
+) -> None:
+    """A replay of 100 bytes has a response of 200 KB."""
+    server, wire, _ = served
+    size = 50_000
+    live = make_live(wire, wire.create(make_config((size,))))
+    live.step(1, np.ones(size, np.float32))
+    request = pb.StepRequest(session_id=live.id, attach_token=live.token, begin=step_pb2.StepBegin(step=1))
+    message = grpc_message(request.SerializeToString())
+    with RawHttp2(server.port, window=0) as connection:
+        for _ in range(UNREAD_BYTES // (4 * size) + 50):
+            connection.open(SERVICE + "Step", message)
+        until(lambda: server.statistics().calls.unread_bytes > UNREAD_BYTES - 8 * size)
+        assert wire.info().sessions == 2
+        assert server.statistics().calls.unread_bytes <= UNREAD_BYTES
+    until(lambda: server.statistics().calls.unread_bytes == 0)
