@@ -190,6 +190,10 @@ class Server:
         stored = self._directory is None or self._directory.settle(self._config.drain_seconds)
         return saved and stored and empty
 
+    def hasten(self) -> None:
+        """Have `drain` wait no longer for the steps under way."""
+        self._drain.hasten()
+
     def _refuse_steps(self) -> None:
         """Refuse new steps, and have no worker wait for others, who would be refused."""
         self._drain.start()

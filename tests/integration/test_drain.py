@@ -153,6 +153,18 @@ def test_a_step_that_never_ends_is_cut_and_the_exit_code_says_so(process: Server
     assert ended.value.code in {"CANCELLED", "UNAVAILABLE"}
 
 
+@pytest.mark.parametrize("flags", [["--drain-seconds", "100000"]])
+def test_a_second_signal_ends_the_wait_for_steps(process: ServerProcess, raw: RawClient) -> None:
+    busy = half_a_step(raw)
+    process.signal(signal.SIGTERM)
+    process.wait_for("draining")
+    process.signal(signal.SIGTERM)
+    assert process.exit_code() == 1
+    with pytest.raises(Refused) as ended:
+        busy.receive()
+    assert ended.value.code in {"CANCELLED", "UNAVAILABLE"}
+
+
 def test_the_answer_of_the_last_step_is_there_for_a_slow_reader(process: ServerProcess) -> None:
     """The client reads nothing until the server is gone; its window has room for the whole answer."""
     size = 300_000

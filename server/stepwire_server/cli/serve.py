@@ -18,7 +18,7 @@ import typer
 from stepwire_server.cli.options import takes_settings
 from stepwire_server.config import ServerConfig, kubernetes_variables, load_config
 from stepwire_server.engines.compiled import cache as kernel_cache
-from stepwire_server.host import heap, limits, parent
+from stepwire_server.host import heap, limits, parent, serving_thread
 from stepwire_server.observability.logs import configure_logging, discard_unwritten_lines
 
 __all__ = ["DEVICE_LOST_EXIT_CODE", "serve"]
@@ -39,7 +39,8 @@ def serve(
 ) -> None:
     """Run a server until SIGTERM or SIGINT; steps under way finish, new steps are refused, and the exit code is 0.
 
-    After a GPU has failed for good the server ends by itself, with exit code 75: start it again.
+    A second signal ends the wait for steps under way. After a GPU has failed for good the server ends by itself, with
+    exit code 75, and after gRPC has failed with 71: start it again.
 
     Every setting is a flag, an environment variable STEPWIRE_<NAME> and a key of the TOML file. Flags win over
     variables, and variables over the file. A number of bytes may have a unit, such as 8G or 512MiB.
@@ -62,9 +63,10 @@ def _serve(settings: ServerConfig) -> int:
     from stepwire_server.server import Server  # here, because a parent of several processes must not load gRPC
 
     heap.configure()
-    stop = threading.Event()
-    _on_signals(stop.set)
+    stop, hasten = threading.Event(), threading.Event()
+    _on_signals(lambda: (hasten if stop.is_set() else stop).set())
     parent.follow(settings.parent_pid, stop.set)
+    serving_thread.end_with_serving_thread()
     with Server(settings) as server:
         server.on_lost(stop.set)
         # The objects of imports and start-up live as long as the process: the collector must not walk them again and
@@ -72,11 +74,17 @@ def _serve(settings: ServerConfig) -> int:
         gc.collect()
         gc.freeze()
         stop.wait()
+        threading.Thread(target=_hasten, args=(hasten, server.hasten), name="hasten", daemon=True).start()
         drained = server.drain()
         if server.lost:
             # What waits for a lost device may wait for ever, so nothing is closed. The log's lines are written already.
             os._exit(DEVICE_LOST_EXIT_CODE)
         return 0 if drained else 1
+
+
+def _hasten(asked: threading.Event, hasten: Callable[[], None]) -> None:
+    asked.wait()
+    hasten()
 
 
 def _supervise(settings: ServerConfig) -> int:

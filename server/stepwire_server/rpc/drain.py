@@ -39,7 +39,7 @@ class Drain:
         self._emptied = threading.Condition()
         self._awaited = False
         self._steps = 0
-        self._started = False
+        self._started = self._hastened = False
         self._admission = Admission(self)
 
     @property
@@ -71,11 +71,18 @@ class Drain:
             timeout_seconds: the longest wait.
 
         Returns:
-            True if no step is under way, False if the time ran out before.
+            True if no step is under way, False if the time ran out, or was ended by `hasten`, before.
         """
         with self._emptied:
             self._awaited = True
-            return self._emptied.wait_for(lambda: self._steps == 0, timeout_seconds)
+            self._emptied.wait_for(lambda: self._steps == 0 or self._hastened, timeout_seconds)
+            return self._steps == 0
+
+    def hasten(self) -> None:
+        """End the wait for steps under way, now or when it begins."""
+        with self._emptied:
+            self._hastened = True
+            self._emptied.notify_all()
 
     def statistics(self) -> DrainStatistics:
         """Return the state as of now."""

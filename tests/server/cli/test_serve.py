@@ -134,6 +134,9 @@ class LostServer:
     def drain(self) -> bool:
         return True
 
+    def hasten(self) -> None:
+        """Nothing is waited for."""
+
 
 def test_a_server_that_loses_its_device_ends_with_exit_code_75(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []

@@ -41,6 +41,18 @@ def test_steps_under_way_may_finish_and_starting_twice_is_harmless() -> None:
     assert drain.wait(0.0) is True
 
 
+def test_a_wait_is_ended_before_or_after_it_begins() -> None:
+    drain, ended = Drain(), list[bool]()
+    with drain.admit():
+        waiting = threading.Thread(target=lambda: ended.append(drain.wait(PATIENCE_SECONDS * 100)))
+        waiting.start()
+        drain.hasten()
+        waiting.join(PATIENCE_SECONDS)
+        assert ended == [False]
+        assert drain.wait(PATIENCE_SECONDS * 100) is False
+    assert drain.wait(0.0) is True
+
+
 def test_a_step_that_fails_has_left() -> None:
     drain = Drain()
     with pytest.raises(ZeroDivisionError), drain.admit():
