@@ -21,6 +21,9 @@
 
 The server raises these same classes. One interceptor writes `(code, reason, metadata)` into the status. The client
 reads the reason back into the class. Programs match the class or `reason`, never the text.
+
+The contract has the same table for every language: the enum `Reason` in `reason.proto`, with the causes, the codes and
+the remedies. A test holds this one to it. The table is repeated here, since the errors load no protobuf.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ ERROR_DOMAIN = "stepwire"
 
 
 class Reason(enum.StrEnum):
-    """The cause of an error for programs: `ErrorInfo.reason` on the wire."""
+    """The cause of an error for programs: `ErrorInfo.reason` on the wire, and `Reason` in the contract."""
 
     INVALID_TENSOR = "INVALID_TENSOR"
     INVALID_CONFIG = "INVALID_CONFIG"

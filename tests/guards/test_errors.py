@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from stepwire import errors
+from stepwire.v1 import reason_pb2
 from stepwire.wire.error_details import error_from_call
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from tests.guards.source import ROOT
@@ -70,6 +71,36 @@ def test_the_contracts_comments_speak_of_the_tables_rows() -> None:
     assert {reason for _, reason in rows} - {reason for _, reason in pairs} - of_the_client - without_pair <= {
         "STEP_SUPERSEDED"
     }
+
+
+def contract_rows() -> dict[str, reason_pb2.ReasonRow]:
+    values = reason_pb2.Reason.DESCRIPTOR.values[1:]
+    row = reason_pb2.reason_row
+    return {value.name.removeprefix("REASON_"): value.GetOptions().Extensions[row] for value in values}
+
+
+def test_the_table_is_that_of_the_contract() -> None:
+    """The strings on the wire are the names there without the prefix."""
+    contract = [(name, row.code, row.repeatable) for name, row in contract_rows().items()]
+    assert sorted(contract) == sorted(
+        (reason.value, row.code, row.retryable) for reason, row in errors.ERROR_TABLE.items()
+    )
+    assert {reason_pb2.REASON_UNSPECIFIED, *range(1, len(contract) + 1)} == set(reason_pb2.Reason.values())
+
+
+def test_every_reason_of_the_contract_says_its_cause_and_what_to_do() -> None:
+    text = (ROOT / "proto/stepwire/v1/reason.proto").read_text()
+    for name, row in contract_rows().items():
+        assert row.remedy.endswith("."), f"{name} has no remedy"
+        assert re.search(rf"  // .*\.\n  REASON_{name} = ", text), f"{name} has no cause"
+
+
+def test_every_reason_is_in_the_page_of_the_protocol() -> None:
+    """But for those that no status needs a word of its own for."""
+    page = (ROOT / "docs/protocol.md").read_text()
+    by_status_alone = {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+    for name, row in contract_rows().items():
+        assert f"`{name}`" in page or row.code in by_status_alone and f"`{row.code}`" in page, name
 
 
 class Raiser(grpc.GenericRpcHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import re
 import shutil
@@ -44,6 +45,24 @@ def test_generated_code_is_fresh(tmp_path: pathlib.Path) -> None:
     committed = {path.name: path.read_bytes() for path in (CLIENT / "v1").glob("*_pb2*.py*")}
     assert set(fresh) == set(committed)
     assert [name for name in fresh if fresh[name] != committed[name]] == []
+
+
+def test_every_file_of_the_contract_names_its_packages_in_other_languages() -> None:
+    """One package for all files in each language, and an outer class of Java for each that no message is named like."""
+    files = [
+        importlib.import_module(f"stepwire.v1.{path.stem}_pb2").DESCRIPTOR
+        for path in sorted((ROOT / "proto/stepwire/v1").glob("*.proto"))
+    ]
+    messages = {name for file in files for name in (*file.message_types_by_name, *file.enum_types_by_name)}
+    outer = set()
+    for file in files:
+        options = file.GetOptions()
+        assert options.go_package == "github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1", file.name
+        assert (options.java_package, options.java_multiple_files) == ("io.github.stepwire.v1", True), file.name
+        assert options.csharp_namespace == "Stepwire.V1", file.name
+        assert (options.php_namespace, options.ruby_package) == ("Stepwire\\V1", "Stepwire::V1"), file.name
+        outer.add(options.java_outer_classname)
+    assert len(outer) == len(files) and not outer & (messages | {""})
 
 
 def test_no_file_tells_of_the_machine_it_was_written_on() -> None:

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/precision.proto\x12\x0bstepwire.v1*\x96\x01\n\x0eStatePrecision\x12\x1f\n\x1bSTATE_PRECISION_UNSPECIFIED\x10\x00\x12\x1b\n\x17STATE_PRECISION_FLOAT32\x10\x01\x12$\n STATE_PRECISION_BFLOAT16_MOMENTS\x10\x02\x12 \n\x1cSTATE_PRECISION_INT8_MOMENTS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/precision.proto\x12\x0bstepwire.v1*\x96\x01\n\x0eStatePrecision\x12\x1f\n\x1bSTATE_PRECISION_UNSPECIFIED\x10\x00\x12\x1b\n\x17STATE_PRECISION_FLOAT32\x10\x01\x12$\n STATE_PRECISION_BFLOAT16_MOMENTS\x10\x02\x12 \n\x1cSTATE_PRECISION_INT8_MOMENTS\x10\x03\x42\x8f\x01\n\x15io.github.stepwire.v1B\x0ePrecisionProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.precision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\016PrecisionProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
   _globals['_STATEPRECISION']._serialized_start=45
   _globals['_STATEPRECISION']._serialized_end=195
 # @@protoc_insertion_point(module_scope)

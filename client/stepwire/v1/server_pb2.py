@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/server.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\"s\n\nDeviceInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x05 \x01(\x04\"\xd6\x01\n\x06Limits\x12\x14\n\x0cmax_sessions\x18\x01 \x01(\x04\x12\x13\n\x0bmax_tensors\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmax_unary_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x05 \x01(\x04\x12,\n\tmax_lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tstep_idle\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Durationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/server.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\"s\n\nDeviceInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x05 \x01(\x04\"\xd6\x01\n\x06Limits\x12\x14\n\x0cmax_sessions\x18\x01 \x01(\x04\x12\x13\n\x0bmax_tensors\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmax_unary_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x05 \x01(\x04\x12,\n\tmax_lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tstep_idle\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x8c\x01\n\x15io.github.stepwire.v1B\x0bServerProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\013ServerProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
   _globals['_DEVICEINFO']._serialized_start=73
   _globals['_DEVICEINFO']._serialized_end=188
   _globals['_LIMITS']._serialized_start=191

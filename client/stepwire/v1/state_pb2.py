@@ -26,13 +26,14 @@ from stepwire.v1 import optimizer_pb2 as stepwire_dot_v1_dot_optimizer__pb2
 from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17stepwire/v1/state.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/optimizer.proto\x1a\x18stepwire/v1/tensor.proto\"\xaa\x01\n\nPullHeader\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0ctensor_steps\x18\x03 \x03(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\x34\n\nloss_scale\x18\x05 \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x00\x88\x01\x01\x12\x16\n\x0etensor_scalars\x18\x06 \x03(\x01\x42\r\n\x0b_loss_scale\"\xa2\x02\n\x08LoadOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\r\n\x05slots\x18\x05 \x03(\t\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x11\n\x04step\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0ctensor_steps\x18\x08 \x03(\x04\x12\x34\n\nloss_scale\x18\t \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x01\x88\x01\x01\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\x16\n\x0etensor_scalars\x18\x0b \x03(\x01\x42\x07\n\x05_stepB\r\n\x0b_loss_scaleb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17stepwire/v1/state.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/optimizer.proto\x1a\x18stepwire/v1/tensor.proto\"\xaa\x01\n\nPullHeader\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0ctensor_steps\x18\x03 \x03(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\x34\n\nloss_scale\x18\x05 \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x00\x88\x01\x01\x12\x16\n\x0etensor_scalars\x18\x06 \x03(\x01\x42\r\n\x0b_loss_scale\"\xa2\x02\n\x08LoadOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\x0c\n\x04load\x18\x04 \x01(\x04\x12\r\n\x05slots\x18\x05 \x03(\t\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x11\n\x04step\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0ctensor_steps\x18\x08 \x03(\x04\x12\x34\n\nloss_scale\x18\t \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x01\x88\x01\x01\x12\r\n\x05\x65poch\x18\n \x01(\x04\x12\x16\n\x0etensor_scalars\x18\x0b \x03(\x01\x42\x07\n\x05_stepB\r\n\x0b_loss_scaleB\x8b\x01\n\x15io.github.stepwire.v1B\nStateProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\nStateProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
   _globals['_PULLHEADER']._serialized_start=96
   _globals['_PULLHEADER']._serialized_end=266
   _globals['_LOADOPEN']._serialized_start=269
