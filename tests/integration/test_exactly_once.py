@@ -137,7 +137,7 @@ def attached(client: RawClient, session: Held) -> RawStream:
     """Attach with the session's token, as a client that comes back."""
     stream = client.attach(*session)
     stream.receive()
-    assert stream.token > session[1]
+    assert stream.token not in (0, session[1])
     return stream
 
 
@@ -168,11 +168,7 @@ def test_a_delayed_step_of_an_older_stream_is_refused(
     with pytest.raises(Refused) as refused:
         late.receive()
     assert refused.value.row == DISPLACED
-    assert refused.value.metadata == {
-        "worker": "0",
-        "token": str(late.token),
-        "current_token": str(on_time.token),
-    }
+    assert refused.value.metadata == {"worker": "0"}
     assert same_bits(state(session), expected(steps_meanwhile))
     assert on_time.step(step_message(steps_meanwhile + 1, gradient(steps_meanwhile + 1))).step == steps_meanwhile + 1
 

@@ -112,9 +112,9 @@ def test_a_fenced_token_is_refused_in_every_call(raw: RawClient, client) -> None
     session, old = created.session.session_id, created.attach_token
     raw.step(session, old, 1, ONES)
     new = raw.attach(session).receive().opened.attach_token
-    assert new > old
+    assert len({0, old, new}) == 3
     before = client.session(session).state()
-    for token in (old, new + 1, 2**64 - 1):
+    for token in (old, new ^ 1, 1, 2**64 - 1):
         for act in (
             lambda token=token: raw.step(session, token, 1, ONES),
             lambda token=token: raw.step(session, token, 2, ONES),
@@ -124,7 +124,7 @@ def test_a_fenced_token_is_refused_in_every_call(raw: RawClient, client) -> None
             with pytest.raises(Refused) as refused:
                 act()
             assert refused.value.row == ("FAILED_PRECONDITION", "FENCED")
-            assert refused.value.metadata == {"worker": "0", "token": str(token), "current_token": str(new)}
+            assert refused.value.metadata == {"worker": "0"}
     assert same_bits(client.session(session).state(), before)
     assert raw.step(session, new, 2, ONES).result.step == 2
 
@@ -177,10 +177,11 @@ def test_acquiring_a_worker_again_and_again_leaves_nothing_behind(raw: RawClient
     session = created.session.session_id
     held = server.registry.statistics()
     ended = stream_ends(server.registry)
-    streams = []
-    for number in range(10):
+    streams, tokens = [], {0, created.attach_token}
+    for _ in range(10):
         streams.append(raw.attach(session))
-        assert streams[-1].receive().opened.attach_token == created.attach_token + 1 + number
+        tokens.add(streams[-1].receive().opened.attach_token)
+    assert len(tokens) == 12
     for stream in streams:
         stream.cancel()
     ended.wait(len(streams))

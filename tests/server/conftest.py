@@ -182,13 +182,14 @@ class Live:
         wire: the client.
         id: the session's id.
         token: the newest `attach_token` that the client knows.
+        first_token: the one that it got when it created the session.
         size: elements of its flat space.
     """
 
     def __init__(self, wire: Wire, created: pb.CreateSessionResponse) -> None:
         self.wire = wire
         self.id = created.session.session_id
-        self.token = created.attach_token
+        self.token = self.first_token = created.attach_token
         self.size = created.session.layout.size
 
     def opening(self, **fields: Any) -> pb.AttachRequest:

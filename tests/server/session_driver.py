@@ -66,7 +66,7 @@ def make_session(
     clock: Callable[[], float] = lambda: 0.0,
     sinks: Sequence[Any] = (),
 ) -> Session:
-    """Make a session whose worker is held with token 1."""
+    """Make a session whose worker is held."""
     device = Device(engine, budget or MemoryBudget(budget_bytes))
     session = Session("ab" * 16, config, device, epoch=1, clock=clock, sinks=sinks)
     session.acquire()

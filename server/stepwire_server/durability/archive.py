@@ -37,6 +37,7 @@ class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
         request_id: the request that created it.
         config: the config of its creation, as a message of the contract.
         create_time: the time of its creation, in seconds since 1970.
+        attach_key: the key of the attach tokens; empty in a folder of an earlier release.
         crc32c: the CRC32C of the fields before.
         format: the version of the format.
     """
@@ -45,13 +46,14 @@ class ArchivedSession(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     config: bytes
     create_time: float
+    attach_key: bytes = b""
     crc32c: int = 0
     format: int = 1
 
     def checksum(self) -> int:
         """Return the CRC32C of the fields."""
         text = f"{self.session_id} {self.request_id} {self.create_time!r} ".encode()
-        return int(google_crc32c.value(text + self.config))
+        return int(google_crc32c.value(text + self.config + self.attach_key))
 
 
 class Archive:

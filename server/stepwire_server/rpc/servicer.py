@@ -235,7 +235,7 @@ def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.Att
     ledger = session.ledger
     return pb.AttachResponse(
         opened=attach_pb2.AttachOpened(
-            attach_token=holder.generation,
+            attach_token=holder.token,
             epoch=ledger.epoch,
             applied_step=ledger.applied_step,
             durable_step=ledger.durable_step,

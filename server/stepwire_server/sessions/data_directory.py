@@ -136,7 +136,11 @@ class DataDirectory:
         config = self.codec.encode_config(session.config)
         self._archive.add(
             ArchivedSession(
-                session_id=session.session_id, request_id=request_id, config=config, create_time=time.time()
+                session_id=session.session_id,
+                request_id=request_id,
+                config=config,
+                create_time=time.time(),
+                attach_key=session.ledger.members.tokens.key,
             ),
             None if beginning is None else functools.partial(beginning.keep, session),
         )

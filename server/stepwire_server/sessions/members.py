@@ -9,6 +9,7 @@ import msgspec
 from stepwire.errors import InvalidRequestError, Reason, ResourceExhaustedError, StepMismatchError, StepwireError
 from stepwire_server.durability.manifest import MemberFacts
 from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.attach_tokens import AttachTokens
 from stepwire_server.sessions.workers import Worker
 
 __all__ = ["Member", "Members"]
@@ -29,9 +30,9 @@ class Member:
 
     __slots__ = ("clock", "number", "result", "told", "worker")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, tokens: AttachTokens) -> None:
         """Start without a contribution."""
-        self.worker = Worker(index)
+        self.worker = Worker(index, tokens)
         self.number = 0
         self.result: StepResult | None = None
         self.told = False
@@ -67,12 +68,18 @@ class Member:
 
 
 class Members:
-    """The workers of one session, made as they first attach. The session serialises its calls."""
+    """The workers of one session, made as they first attach. The session serialises its calls.
+
+    Attributes:
+        most: the number of workers that there may be.
+        tokens: the tokens of their holds.
+    """
 
     def __init__(self, most: int) -> None:
         """Allow the indices [0, most)."""
         self.most = most
-        self._members = {0: Member(0)}
+        self.tokens = AttachTokens()
+        self._members = {0: Member(0, self.tokens)}
 
     def __getitem__(self, index: int) -> Member:
         """Return a worker.
@@ -86,7 +93,7 @@ class Members:
             raise InvalidRequestError.of(
                 "worker", f"the session has the workers 0 to {self.most - 1}, and {index} is none of them"
             )
-        member = self._members[index] = Member(index)
+        member = self._members[index] = Member(index, self.tokens)
         return member
 
     def __iter__(self) -> Iterator[Member]:

@@ -110,7 +110,7 @@ class Registry:
             if beginning is not None:
                 with closed_on_failure(session):
                     beginning.bring(session)
-            token = session.acquire().generation
+            token = session.acquire().token
             self._keep(session, request_id, beginning)
             self._publish(request_id, session)
             return Created(session, token, replayed=False)
@@ -130,7 +130,7 @@ class Registry:
                 return None
             if config is not None and known.config != config:
                 raise another_config(request_id)
-            return Created(known, FIRST_GENERATION, replayed=True)
+            return Created(known, known.ledger.members.tokens.token(0, FIRST_GENERATION), replayed=True)
 
     def get(self, session_id: str) -> Session:
         """Find a session.

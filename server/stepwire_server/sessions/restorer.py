@@ -43,6 +43,7 @@ class Restorer:
         """
         archived = self._archive.get(session_id)
         session = make(session_id, self._codec.decode_config(archived.config))
+        session.ledger.members.tokens.adopt(archived.attach_key)
         with closed_on_failure(session):
             self._restore_newest(session)
         return session

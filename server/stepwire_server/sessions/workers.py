@@ -2,7 +2,8 @@
 
 A hold of a worker is an object, and a step keeps the one that it began under. The session compares it by identity at
 the moment of the commit, so nothing commits that began under an older hold, whatever brings it: a stream, a unary call
-or a load. Each hold has the next generation, which travels as the `attach_token` (Kleppmann's fencing token).
+or a load. Each hold has the next generation: it is Kleppmann's fencing token. It travels as the `attach_token`, which
+tells nothing of it (`attach_tokens`).
 
 A client that attaches again after a broken connection gets a new hold too. Its own older streams and calls may still be
 on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So any
@@ -14,6 +15,7 @@ An older token in a call is told apart in the same way: of its own client, or of
 from __future__ import annotations
 
 from stepwire.errors import FencedError, Reason, StepwireError, UnavailableError
+from stepwire_server.sessions.attach_tokens import AttachTokens
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.steps.step import Hold
 
@@ -31,29 +33,34 @@ class Holder:
 
     Attributes:
         worker: the worker's number.
-        generation: the number of the hold; the client's `attach_token`.
+        generation: the number of the hold. It never leaves the server.
         acquired: the generation in which this client took the worker from another one.
         stream: the attached stream; None where calls alone step.
+        token: the client's `attach_token`; 0 for a hold of an earlier server, whose token its client knows.
     """
 
-    __slots__ = ("acquired", "generation", "stream", "worker")
+    __slots__ = ("acquired", "generation", "stream", "token", "worker")
 
-    def __init__(self, worker: int, generation: int, acquired: int, stream: ClientStream | None) -> None:
+    def __init__(
+        self, worker: int, generation: int, acquired: int, stream: ClientStream | None, token: int = 0
+    ) -> None:
         """Describe a hold."""
         self.worker = worker
         self.generation = generation
         self.acquired = acquired
         self.stream = stream
+        self.token = token
 
 
 class Worker:
     """One worker of a session. The session serialises its calls."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, tokens: AttachTokens) -> None:
         """Start without a holder; the first hold has generation 1."""
         self.index = index
+        self._tokens = tokens
         self.holder = Holder(index, 0, 0, None)
-        self._displaced: ClientStream | None = None
+        self._waiting: ClientStream | None = None
 
     @property
     def attached(self) -> bool:
@@ -95,8 +102,8 @@ class Worker:
         Raises:
             FencedError: another client holds the worker.
         """
-        if not self._is_of_client(token):
-            raise self._fenced(token)
+        if not self._is_of_client(self._tokens.generation(self.index, token)):
+            raise self._fenced()
 
     def holder_of(self, token: int) -> Holder:
         """Return the present hold to a call that brings its token.
@@ -105,9 +112,12 @@ class Worker:
             FencedError: another client holds the worker, or the token was never given out.
             UnavailableError: the token is an older one of the client that holds the worker.
         """
-        if token == self.holder.generation and token:
+        if token == self.holder.token and token:
             return self.holder
-        raise self._displaced_by(token) if self._is_of_client(token) else self._fenced(token)
+        generation = self._tokens.generation(self.index, token)
+        if generation == self.holder.generation and generation:
+            return self.holder
+        raise self._displaced() if self._is_of_client(generation) else self._fenced()
 
     def check(self, holder: Hold) -> None:
         """Refuse everybody but the present holder.
@@ -119,52 +129,48 @@ class Worker:
         if holder is self.holder:
             return
         if holder.acquired != self.holder.acquired:
-            raise self._fenced(holder.generation)
-        raise self._displaced_by(holder.generation)
+            raise self._fenced()
+        raise self._displaced()
 
     def detach(self, stream: ClientStream) -> None:
         """Forget a stream that has ended."""
         if self.holder.stream is stream:
             self.holder.stream = None
-        if self._displaced is stream:
-            self._displaced = None
+        if self._waiting is stream:
+            self._waiting = None
 
     def end(self, error: StepwireError) -> None:
         """End the streams with an error: the session is gone."""
-        for stream in (self.holder.stream, self._displaced):
+        for stream in (self.holder.stream, self._waiting):
             if stream is not None:
                 stream.end(error)
 
     def _hold(self, generation: int, acquired: int, stream: ClientStream | None) -> Holder:
         """Make a hold; a silent stream of an older one is cancelled by the sweep, and no more than one waits for it."""
         if (former := self.holder.stream) is not None:
-            if self._displaced is not None:
-                self._displaced.cancel()
-            self._displaced = former
+            if self._waiting is not None:
+                self._waiting.cancel()
+            self._waiting = former
             former.orphaned = True
             if stream is not None and stream.surplus:  # the server has no room for both
                 former.cancel()
-        self.holder = Holder(self.index, generation, acquired, stream)
+        self.holder = Holder(self.index, generation, acquired, stream, self._tokens.token(self.index, generation))
         return self.holder
 
-    def _is_of_client(self, token: int) -> bool:
-        """Tell whether a token was given to the client that holds the worker, since it acquired the worker."""
-        return 0 < self.holder.acquired <= token <= self.holder.generation
+    def _is_of_client(self, generation: int) -> bool:
+        """Tell whether a hold was given to the client that holds the worker, since it acquired the worker."""
+        return 0 < self.holder.acquired <= generation <= self.holder.generation
 
-    def _displaced_by(self, token: int) -> UnavailableError:
-        current = self.holder.generation
+    def _displaced(self) -> UnavailableError:
         return UnavailableError(
-            f"worker {self.index} is held by a newer stream of this client (generation {token}, now {current}); "
-            "nothing was applied, attach again to go on",
+            f"worker {self.index} is held by a newer stream of this client; nothing was applied, attach again to go on",
             reason=Reason.STREAM_DISPLACED,
-            metadata={"worker": self.index, "token": token, "current_token": current},
+            metadata={"worker": self.index},
         )
 
-    def _fenced(self, token: int) -> FencedError:
-        current = self.holder.generation
+    def _fenced(self) -> FencedError:
         return FencedError(
-            f"worker {self.index} is held by another client (token {token}, now {current}); attach without a token "
-            "to acquire it again",
+            f"worker {self.index} is held by another client; attach without a token to acquire it again",
             reason=Reason.FENCED,
-            metadata={"worker": self.index, "token": token, "current_token": current},
+            metadata={"worker": self.index},
         )

@@ -369,7 +369,7 @@ def test_a_client_that_comes_back_sends_a_dropped_half_step_again(serve: Serve) 
         session.step(gradient(1))
         server.detach(session)
         number = half_applied(server.registry, raw, session.session_id)
-        token = server.registry.get(session.session_id).ledger.worker.holder.generation
+        token = server.registry.get(session.session_id).ledger.worker.holder.token
         assert server.registry.park(server.registry.get(session.session_id))
         stream = raw.attach(session.session_id, token)
         opened = stream.receive()

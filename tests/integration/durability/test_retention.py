@@ -58,7 +58,7 @@ def test_a_step_that_is_still_arriving_keeps_its_records(tmp_path: pathlib.Path)
             server.registry.directory.checkpointer.checkpoint(session)
             opening = step_pb2.StepBegin(step=2)
             request, payload = decode_step_request(opening, session.config, 4 << 20), gradient(2)["w"].view(np.uint8)
-            holder = session.holder_of(session.ledger.worker.holder.generation)
+            holder = session.holder_of(session.ledger.worker.holder.token)
             with session.begin(request, holder, 0.0) as step:
                 step.add(0, half, payload[: 4 * half])
                 for number in range(1, 41):

@@ -35,9 +35,9 @@ HALF_ULP = {1: 2.0**-24, 2: 2.0**-8, 3: 2.0**-11}
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """The hold of a stream: its token, and the token with which its client acquired the worker."""
+    """The hold of a stream: its number, and the number with which its client acquired the worker."""
 
-    token: int
+    number: int
     acquired: int
 
 
@@ -156,10 +156,10 @@ class Model:
 
     # Holds of the worker.
 
-    def attach(self, token: int) -> Hold:
+    def attach(self, number: int) -> Hold:
         """Note an attach that was accepted; returns its hold."""
-        new = self.hold.token + 1
-        self.hold = Hold(new, self.hold.acquired if token else new)
+        new = self.hold.number + 1
+        self.hold = Hold(new, self.hold.acquired if number else new)
         return self.hold
 
     # Faults: the refusals that a message may lead to.
@@ -191,19 +191,19 @@ class Model:
             faults.add(STALE_EPOCH)
         return faults
 
-    def attach_faults(self, token: int, epoch: int, durable_step: int) -> set[Status]:
+    def attach_faults(self, number: int, epoch: int, durable_step: int) -> set[Status]:
         faults = self.session_faults(epoch)
-        if token and not self.hold.acquired <= token <= self.hold.token:
+        if number and not self.hold.acquired <= number <= self.hold.number:
             faults.add(FENCED)
         if durable_step:
             faults.add(DURABLE_STEP_LOST)
         return faults
 
-    def call_faults(self, token: int) -> set[Status]:
+    def call_faults(self, number: int) -> set[Status]:
         """Return the fault of a call that does not bring the newest token: one of its own client, or another's."""
-        if token == self.hold.token:
+        if number == self.hold.number:
             return set()
-        return {DISPLACED if self.hold.acquired <= token < self.hold.token else FENCED}
+        return {DISPLACED if self.hold.acquired <= number < self.hold.number else FENCED}
 
     def hold_faults(self, hold: Hold) -> set[Status]:
         """Return the fault of a stream that has been displaced: by its own client, or by another."""

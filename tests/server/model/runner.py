@@ -63,7 +63,7 @@ class Run:
         self.refused = refused
         created = wire.create(self.model.message())
         self.id = created.session.session_id
-        assert created.attach_token == 1
+        self.tokens = [0, created.attach_token]  # by the number of the hold
         assert created.session.layout.size == self.model.size
         assert list(created.session.layout.slots) == list(self.model.slots)
         self.streams: dict[int, Stream] = {}
@@ -94,18 +94,18 @@ class Run:
 
     def open(self, operation: Open) -> None:
         self.close(Close(operation.stream))
-        model, token = self.model, self.token(operation.token)
+        model, number = self.model, self.number(operation.token)
         handle = self.wire.open()
         first = pb.AttachRequest(
             open=attach_pb2.AttachOpen(
                 session_id=self.id,
                 worker=operation.worker,
-                attach_token=token,
+                attach_token=self.token_of(number),
                 epoch=operation.epoch,
                 durable_step=operation.durable_step,
             )
         )
-        faults = model.attach_faults(token, operation.epoch, operation.durable_step)
+        faults = model.attach_faults(number, operation.epoch, operation.durable_step)
         if operation.worker:
             faults.add(INVALID_CONFIG)
         if operation.fault:
@@ -121,11 +121,12 @@ class Run:
             self.expect_refusal(handle, faults)
             return
         opened = pb.AttachResponse.FromString(handle.receive()).opened
-        event("attached again" if token else "acquired")
+        event("attached again" if number else "acquired")
         if any(stream.staged is not None for stream in self.streams.values()):
             event("attached while a step was under way")
-        hold = model.attach(token)
-        assert (opened.attach_token, opened.epoch) == (hold.token, 1)
+        hold = model.attach(number)
+        assert opened.attach_token not in self.tokens and opened.epoch == 1
+        self.tokens.append(opened.attach_token)
         assert (opened.applied_step, opened.applied_load) == (model.applied_step, model.applied_load)
         assert (opened.ready, opened.durable_step) == (model.ready, 0)
         self.streams[operation.stream] = Stream(handle, hold)
@@ -216,18 +217,18 @@ class Run:
         )
 
     def unary(self, operation: Unary) -> None:
-        model, token = self.model, self.token(operation.token)
+        model, number = self.model, self.number(operation.token)
         dtype = np.dtype(DTYPES[model.gradient_dtype(operation.begin)])
         payload = operation.gradient.values(model.size).astype(dtype).tobytes()
         payload = resized(payload, operation.extra_bytes)
         request = pb.StepRequest(
             session_id=self.id,
             worker=operation.worker,
-            attach_token=token,
+            attach_token=self.token_of(number),
             begin=begin_message(self.model, operation.begin),
             payload=payload,
         )
-        faults = model.begin_faults(operation.begin) | model.call_faults(token)
+        faults = model.begin_faults(operation.begin) | model.call_faults(number)
         if operation.worker:
             faults.add(INVALID_CONFIG)
         staged = model.stage(operation.begin)
@@ -241,14 +242,14 @@ class Run:
         self.check_answer(model.commit(staged), answer.result, answer.payload)
 
     def load(self, operation: Load) -> None:
-        model, token = self.model, self.token(operation.token)
+        model, number = self.model, self.number(operation.token)
         number = min(max(model.applied_load + operation.delta, 0), LAST)
         replay = number == model.applied_load and number > 0
         step = None if operation.step_delta is None else min(max(model.applied_step + operation.step_delta, 0), LAST)
         opening = state_pb2.LoadOpen(
             session_id=self.id,
             worker=1 if operation.fault == "worker" else 0,
-            attach_token=token,
+            attach_token=self.token_of(number),
             load=number,
             slots=operation.slots,
             dtype=operation.dtype,  # type: ignore[arg-type]
@@ -256,7 +257,7 @@ class Run:
             step=step,
             tensor_steps=operation.tensor_steps,
         )
-        faults = model.session_faults(operation.epoch) | model.call_faults(token)
+        faults = model.session_faults(operation.epoch) | model.call_faults(number)
         names = operation.slots
         if not names or len(set(names)) < len(names) or not set(names) <= set(model.slots):
             faults.add(INVALID_CONFIG)
@@ -330,12 +331,16 @@ class Run:
         assert answer.applied_step == model.applied_step
         model.alive = False
 
-    def token(self, kind: str) -> int:
+    def token_of(self, number: int) -> int:
+        """Return the token of a hold; of one that is not given out, a number that is nobody's."""
+        return self.tokens[number] if number < len(self.tokens) else LAST
+
+    def number(self, kind: str) -> int:
         hold = self.model.hold
         return {
-            "newest": hold.token,
+            "newest": hold.number,
             "none": 0,
-            "older": hold.token - 1 or LAST,
+            "older": hold.number - 1 or LAST,
             "foreign": hold.acquired - 1 or LAST,
             "future": LAST,
         }[kind]

@@ -152,7 +152,7 @@ def test_a_repeated_creation_says_so(wire: Any, make_config: Any) -> None:
     answers = [wire.create(make_config((3,)), request_id="again-and-again") for _ in range(3)]
     assert [answer.replayed for answer in answers] == [False, True, True]
     assert {answer.session.session_id for answer in answers} == {answers[0].session.session_id}
-    assert [answer.attach_token for answer in answers] == [1, 1, 1]
+    assert len({answer.attach_token for answer in answers}) == 1
 
 
 def test_only_grpcs_services_that_are_meant_are_served(server: Any, wire: Any, refusal: Any) -> None:

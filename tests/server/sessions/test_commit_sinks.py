@@ -164,7 +164,7 @@ def test_statistics_are_those_of_the_moment(make: Any) -> None:
     assert load(session, {"param": gradient()})
     before = session.statistics()
     assert before == SessionStatistics(1, 1, 0, nbytes, attached=False, loads=0)
-    with session.attached(ClientStream(lambda: None, 0.0), 1, 0) as holder:
+    with session.attached(ClientStream(lambda: None, 0.0), holder_of(session).token, 0) as holder:
         assert session.statistics() == before._replace(attached=True)
         with session.begin(request_of(session, overlap=True), holder, 0.0) as step:
             bring(step, gradient(), [(0, 5)])

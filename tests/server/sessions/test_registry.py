@@ -49,16 +49,17 @@ def test_a_created_session_is_found_and_its_creator_holds_the_worker(make_regist
     session, token, replayed = registry.create("r", config())
     assert registry.get(session.session_id) is session
     assert replayed is False
-    assert (token, session.ledger.worker.holder.generation, session.ledger.epoch) == (1, 1, 1)
+    holder = session.ledger.worker.holder
+    assert (token, holder.generation, session.ledger.epoch) == (holder.token, 1, 1)
     assert registry.statistics() == RegistryStatistics(1, 0, BYTES, 10_000)
 
 
 def test_the_same_request_returns_the_same_session(make_registry: Any) -> None:
     registry = make_registry()
     first, second = registry.create("r", config()), registry.create("r", config())
-    assert second == (first.session, 1, True)
+    assert second == (first.session, first.token, True)
     first.session.acquire()
-    assert registry.create("r", config()).token == 1, "a client that acquired the worker since keeps it"
+    assert registry.create("r", config()).token == first.token, "a client that acquired the worker since keeps it"
     assert registry.statistics().sessions == 1
 
 
@@ -163,9 +164,9 @@ def test_an_ended_session_gives_its_memory_back_to_its_own_device(make_registry:
 def test_a_repeated_request_returns_the_session_wherever_it_is(make_registry: Any) -> None:
     registry = make_registry("cuda:0", "cuda:1")
     registry.create("first", config())
-    there = registry.create("r", config()).session
+    there, token, _ = registry.create("r", config())
     assert there.device == "cuda:1"
-    assert registry.create("r", config()) == (there, 1, True), "though cuda:0 is the one to choose now"
+    assert registry.create("r", config()) == (there, token, True), "though cuda:0 is the one to choose now"
     with pytest.raises(errors.InvalidRequestError, match="'r' created another session before"):
         registry.create("r", config(device="cuda:0"))
 
@@ -238,7 +239,7 @@ def test_a_refusal_names_five_idle_sessions_at_most_and_says_if_there_are_none(m
 def test_a_session_that_another_client_has_acquired_outlives_the_client_that_made_it(make_registry: Any) -> None:
     registry = make_registry()
     session, token, _ = registry.create("r", config())
-    taken = session.acquire().generation
+    taken = session.acquire().token
     with pytest.raises(errors.FencedError):
         registry.delete(session.session_id, token)
     assert registry.get(session.session_id) is session
@@ -284,7 +285,7 @@ def test_each_session_has_a_lease_of_its_own(make_registry: Any, clock: Any) -> 
 def test_a_lease_does_not_run_while_a_stream_is_attached(make_registry: Any, clock: Any) -> None:
     registry = make_registry()
     session = registry.create("r", config(lease_seconds=10.0)).session
-    with registry.stream(lambda: None) as stream, session.attached(stream, 1, 0):
+    with registry.stream(lambda: None) as stream, session.attached(stream, session.ledger.worker.holder.token, 0):
         clock.now += 1e6
         assert registry.sweep() == []
         assert registry.get(session.session_id) is session
@@ -398,7 +399,11 @@ def test_streams_are_counted_and_bounded(make_registry: Any) -> None:
 def test_a_stream_beyond_the_bound_may_only_displace_its_sessions_own(make_registry: Any) -> None:
     registry = make_registry(max_streams=1)
     (session, other), cancelled = [registry.create(name, config()).session for name in ("a", "b")], list[str]()
-    with registry.stream(lambda: cancelled.append("half open")) as former, session.attached(former, 1, 0):
+    token = session.ledger.worker.holder.token
+    with (
+        registry.stream(lambda: cancelled.append("half open")) as former,
+        session.attached(former, token, 0),
+    ):
         former.is_open = True
         with registry.stream(lambda: None) as stream:
             with pytest.raises(errors.ResourceExhaustedError, match="1 attached streams, its most"):
@@ -407,7 +412,7 @@ def test_a_stream_beyond_the_bound_may_only_displace_its_sessions_own(make_regis
                 with pytest.raises(errors.ResourceExhaustedError):
                     registry.require_room(stream, session, worker)
             registry.require_room(stream, session, 0)
-            with session.attached(stream, 1, 0) as holder:
+            with session.attached(stream, token, 0) as holder:
                 assert (holder.generation, cancelled) == (3, ["half open"])
 
 

@@ -203,7 +203,7 @@ def test_a_second_client_gets_memory_of_its_own_and_the_first_is_fenced(live: An
         with SharedStream(live, attach_token=0) as second:
             memory = second.fetch()
             assert not memory.gradient.any()
-            assert second.opened.attach_token == first.opened.attach_token + 1
+            assert second.opened.attach_token not in (0, first.opened.attach_token)
             second.step(3, live.gradient(3))
             first.stream.send(shared_step(4))
             with pytest.raises(Exception) as refused:

@@ -75,7 +75,7 @@ class AsyncRun:
     def come_back(self, worker: Worker) -> None:
         """Attach with the token of the client."""
         if (former := worker.attached) is not None:
-            self._come(worker, former.holder.generation, Reason.STREAM_DISPLACED)
+            self._come(worker, former.holder.token, Reason.STREAM_DISPLACED)
             former.leave()
 
     def _come(self, worker: Worker, token: int, refused: Reason) -> None:

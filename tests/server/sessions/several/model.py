@@ -220,7 +220,7 @@ class Run:
     def come_back(self, index: int) -> None:
         """Attach with the token of the client."""
         if (attached := self.workers[index].attached) is not None:
-            self._attach(index, attached.holder.generation, Reason.STREAM_DISPLACED)
+            self._attach(index, attached.holder.token, Reason.STREAM_DISPLACED)
 
     def _attach(self, index: int, token: int, refused: Reason) -> None:
         worker = self.workers[index]

@@ -103,7 +103,7 @@ def test_a_worker_that_waits_keeps_no_place_among_the_uploads(engine: CpuEngine,
     first, second = rig.attach(0), rig.attach(1)
     contributed(rig, first, 1)
     if mode == "sync":  # it is in the round already, and is asked for again
-        first = rig.attach(0, first.holder.generation)
+        first = rig.attach(0, first.holder.token)
     number = 2 if mode == "async" else 1
     slot = contributions.upload(ClientStream(lambda: None, 0.0))
     step = rig.session.begin(rig.request(number), first.holder, 0.0, slot)
@@ -137,7 +137,7 @@ def test_a_contribution_that_is_asked_for_again_stays_as_it_was(engine: CpuEngin
     size = rig.session.config.layout.size
     given = np.full(size, 4.0, np.float32)
     rig.commit(rig.staged(first.holder, given, 1))
-    first = rig.attach(0, first.holder.generation)
+    first = rig.attach(0, first.holder.token)
     again = rig.commit(rig.staged(first.holder, None, 1, missing=frozenset({1})))
     rig.commit(rig.staged(second.holder, given, 1, missing=frozenset({1})))
     assert part_of(again).contribution == 1
@@ -181,5 +181,5 @@ def test_a_token_is_one_workers(engine: CpuEngine) -> None:
     rig = Rig(engine, config_of(Aggregation(workers=3), SIZE))
     attached = rig.attach(None)
     with pytest.raises(InvalidRequestError, match="attach_token"):
-        rig.attach(None, attached.holder.generation)
+        rig.attach(None, attached.holder.token)
     rig.close()
