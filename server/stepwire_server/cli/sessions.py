@@ -17,6 +17,7 @@ from rich.text import Text
 import stepwire
 from stepwire.results import SessionInfo
 from stepwire_server.cli.options import Json, Target, Timeout
+from stepwire_server.observability.digests import digest_in_logs
 
 __all__ = ["sessions_app"]
 
@@ -33,10 +34,11 @@ def list_sessions(target: Target, timeout: Timeout = 10.0, as_json: Json = False
     if as_json:
         print(json.dumps([_plain(session) for session in sessions]))
         return
-    table = Table("session", "label", "step", "durable", "memory", "device", "attached", "idle", "expires")
+    table = Table("session", "in logs", "label", "step", "durable", "memory", "device", "attached", "idle", "expires")
     for session in sessions:
         table.add_row(
             session.session_id,
+            digest_in_logs(session.session_id),
             Text(session.label),  # never markup
             str(session.applied_step),
             str(session.durable_step),
@@ -60,6 +62,15 @@ def show_session(session_id: str, target: Target, timeout: Timeout = 10.0, as_js
         return
     for name, value in plain.items():
         print(f"{name:>14}  {value}")
+
+
+@sessions_app.command("digest")
+def print_digest(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of sessions, or tokens.")],
+) -> None:
+    """Print the digests that log lines have in the place of ids and tokens; no server is asked."""
+    for each in ids:
+        print(digest_in_logs(each))
 
 
 @sessions_app.command("close")
@@ -130,7 +141,7 @@ def _duration(text: str) -> float:
 
 
 def _plain(session: SessionInfo) -> dict[str, Any]:
-    values = dataclasses.asdict(session)
+    values = dataclasses.asdict(session) | {"digest_in_logs": digest_in_logs(session.session_id)}
     for name in ("create_time", "expire_time"):
         values[name] = values[name].isoformat()
     return values

@@ -1,4 +1,8 @@
-"""The log lines of a server: readable on a terminal, JSON elsewhere, and never two lines from one event."""
+"""The log lines of a server: readable on a terminal, JSON elsewhere, and never two lines from one event.
+
+Every line passes `without_secrets` on its way out, traces and the lines of Python's `logging` included. So no call has
+to think of it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from typing import Any
 
 import structlog
 import structlog.stdlib
+
+from stepwire_server.observability.digests import without_secrets
 
 __all__ = ["configure_logging", "discard_unwritten_lines", "logging_to_stderr"]
 
@@ -79,7 +85,7 @@ class _Output:
     def write(self, text: str) -> None:
         if sys.stdout is not None:
             with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-                sys.stdout.write(text)
+                sys.stdout.write(without_secrets(text))
 
     def flush(self) -> None:
         if sys.stdout is not None:
@@ -174,12 +180,22 @@ class _ErrorLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line in one piece."""
         if not logging.getLogger().handlers:
-            print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+            print(without_secrets(f"{record.levelname.lower()}: {self.format(record)}"), file=sys.stderr)
+
+
+class _ErrorLogger(structlog.PrintLogger):
+    """Writes lines without secrets."""
+
+    def msg(self, message: str) -> None:
+        """Write a line."""
+        super().msg(without_secrets(message))
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
 
 
 def _stderr_logger(*names: Any) -> structlog.PrintLogger:
     """Return a logger to the standard error of the moment; structlog asks for one for each line."""
-    return structlog.PrintLogger(sys.stderr)
+    return _ErrorLogger(sys.stderr)
 
 
 _BLOCK_LEVELS = _BlockLevels()

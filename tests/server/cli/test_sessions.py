@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire_server.observability.digests import digest_in_logs
 from tests.server.cli.outcome import Outcome
 
 
@@ -40,6 +42,14 @@ def test_sessions_are_listed_in_a_table(
     code, out, _ = command("sessions", "list", "-t", server.target)
     (row,) = [line for line in out.splitlines() if session.session_id in line]
     assert (code, "nightly [run]" in row) == (0, True)
+    assert digest_in_logs(session.session_id) in row
+
+
+def test_an_id_leads_to_its_log_lines(command: Any, server: Any, session: Any) -> None:
+    digest = "~" + hashlib.sha256(session.session_id.encode()).hexdigest()[:12]
+    assert command("sessions", "digest", session.session_id) == (0, digest + "\n", "")
+    _, shown, _ = command("sessions", "show", session.session_id, "-t", server.target, "--json")
+    assert json.loads(shown)["digest_in_logs"] == digest
 
 
 def test_a_session_is_shown(command: Any, server: Any, session: Any) -> None:
