@@ -15,6 +15,8 @@ from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 
+if len(sys.argv) != 2:
+    sys.exit(f"usage: {sys.argv[0]} HOST:PORT of a server, such as localhost:50051; start one with: stepwire serve")
 stub = OptimizerServiceStub(grpc.insecure_channel(sys.argv[1]))
 config = session_pb2.SessionConfig(
     tensors=[tensor_pb2.TensorSpec(name="w", shape=[3, 4])],

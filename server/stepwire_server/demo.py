@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import stepwire
+from stepwire.errors import InvalidRequestError
 from stepwire_server.processes.spawn import server_process
 
 __all__ = ["DemoReport", "run_demo"]
@@ -173,14 +175,16 @@ def run_demo(
 
     Args:
         steps: the number of optimizer steps.
-        output: the folder for the plot; it is made if missing.
+        output: the folder for the plot; it is made if missing, before the training.
         device: the device of the server that is started.
         target: the address of a server that runs already; None starts one.
         quiet: True leaves the progress bar out.
 
     Raises:
+        InvalidRequestError: the folder cannot be made or written.
         StepwireError: the server failed or could not be started.
     """
+    _make_folder(output)
     digits = Digits.load()
     rng = np.random.default_rng(_SEED)
     model = MLP((64, _HIDDEN, 10), rng)
@@ -213,6 +217,18 @@ def run_demo(
     )
 
 
+def _make_folder(output: pathlib.Path) -> None:
+    """Make the folder of the plot, and try it: nobody trains for a result that is lost at the end."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as problem:
+        raise InvalidRequestError.of(
+            "output", f"{str(output)!r} cannot be written: {problem.strerror}; name another folder with --output DIR"
+        ) from None
+
+
 @contextlib.contextmanager
 def _server(target: str | None, device: str) -> Iterator[str]:
     """Yield the address of a server: `target`, or a new server until the block ends."""
@@ -240,7 +256,6 @@ def _plot(losses: list[float], test_losses: list[tuple[int, float]], output: pat
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    output.mkdir(parents=True, exist_ok=True)
     path = (output / "digits-loss.png").resolve()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, alpha=0.7, label="training batch")

@@ -66,6 +66,7 @@ _MESSAGE_HEADROOM: Final = 1 * MIB
 _LARGEST_CREATE_BYTES: Final = 32 * MIB
 _LAST_REPLY_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
+_SILENT_SHARE: Final = 0.5
 
 
 class ServerStatistics(NamedTuple):
@@ -174,6 +175,7 @@ class Server:
     def drain(self) -> bool:
         """Refuse new steps and wait for the steps under way.
 
+        A step whose client is silent for half of that time is dropped: it has no commit, and leaves no trace.
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
         At last every durable session is checkpointed, and the object store gets what it has not.
 
@@ -182,6 +184,7 @@ class Server:
             `drain_seconds`.
         """
         self._refuse_steps()
+        self.registry.streams.hurry(self._config.drain_seconds * _SILENT_SHARE)
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)

@@ -27,8 +27,8 @@ REST = slice(50, _SIZE)
 
 @pytest.fixture
 def flags() -> list[str]:
-    """Further flags of the server."""
-    return []
+    """Further flags of the server, which has patience with half a step on a machine under load."""
+    return ["--drain-seconds", "300"]
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_real_client_is_told_that_the_server_goes_away(
     assert process.exit_code() == 0
 
 
-@pytest.mark.parametrize("flags", [["--drain-seconds", "0.1"]])
+@pytest.mark.parametrize("flags", [["--drain-seconds", "0.1", "--sweep-seconds", "3600"]])
 def test_a_step_that_never_ends_is_cut_and_the_exit_code_says_so(process: ServerProcess, raw: RawClient) -> None:
     busy = half_a_step(raw)
     process.signal(signal.SIGTERM)

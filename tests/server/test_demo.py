@@ -43,6 +43,13 @@ def test_the_server_may_be_one_that_runs(server: Any, tmp_path: pathlib.Path) ->
     assert report.largest_difference < 1e-5
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(stepwire.InvalidRequestError, match=r"'.*file' cannot be written: .*; name another folder with"):
+        demo.run_demo(steps=10**9, output=file, target="127.0.0.1:1", quiet=True)
+
+
 def test_the_report_is_told_in_words() -> None:
     report = demo.DemoReport("cpu", "shm", 1000, 812.6, 0.9722, 1.25e-7, "/x/loss.png")
     assert report.text().splitlines() == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -15,6 +14,7 @@ from stepwire.connection.retry import Deadline, Retry
 from stepwire.connection.security import PLAIN, Security
 from stepwire.errors import InvalidRequestError, UnavailableError
 from stepwire.lifetimes.forks import forks
+from stepwire.optimizers.hyperparameters import number
 from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire.wire.error_details import error_from_call
@@ -185,6 +185,7 @@ def checked_timeout(seconds: float) -> float:
     Raises:
         InvalidRequestError: the timeout is not a positive number.
     """
-    if not isinstance(seconds, numbers.Real) or not seconds > 0:
+    plain = number(seconds, "timeout")
+    if not plain > 0:
         raise InvalidRequestError.of("timeout", f"{seconds!r} is not a positive number of seconds")
-    return float(min(seconds, _LONGEST_SECONDS))
+    return min(plain, _LONGEST_SECONDS)

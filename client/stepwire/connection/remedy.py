@@ -39,7 +39,8 @@ def with_remedy(error: StepwireError, target: str, environment: Mapping[str, str
         return error
     if (cause := _handshake_problem(str(error))) is not None:
         return AuthenticationError(
-            f"the TLS handshake with {target!r} failed: {cause}. {error}", metadata=error.metadata
+            f"the TLS handshake with {target!r} failed: {cause}. {error}",
+            metadata=error.metadata | {"handshake": "failed"},
         )
     remedy = "start a server there with `stepwire serve`, or give the address of one that runs, or tls=True for TLS"
     proxy = next((name for name in PROXIES if environment.get(name)), None)

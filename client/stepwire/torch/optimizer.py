@@ -380,7 +380,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse `pickle` and `copy.copy` for the same reason."""
-        raise _no_copy("pickled")
+        raise _no_copy("pickled, or copied by copy.copy")
 
 
 def _no_copy(what: str) -> TypeError:

@@ -28,7 +28,7 @@ app = typer.Typer(
     name="stepwire",
     help="The optimizer as a service: stateful, exactly-once Adam steps over gRPC.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # in the frames of rich, names of variables are cut at 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from stepwire.wire.addresses import unix_path
-from stepwire_server.config import named_bind
+from stepwire_server.config import DEFAULT_TARGET, beside_target, named_bind
 from stepwire_server.config.parse import SETTINGS, Setting
 
-__all__ = ["Json", "Target", "Timeout", "beside_target", "takes_settings"]
-
-_DEFAULT_TARGET: Final = "localhost:50051"
-_EVERY_ADDRESS: Final = ("0.0.0.0", "[::]")
+__all__ = ["Json", "Target", "Timeout", "takes_settings"]
 
 _Command: TypeAlias = Callable[..., None]
-
-
-def beside_target(bind: str) -> str:
-    """Return the address of a server for clients on its own machine.
-
-    So the health check of a container asks the server beside it, whatever STEPWIRE_BIND says.
-
-    Args:
-        bind: the setting `bind` of the server; empty for the default.
-    """
-    if unix_path(bind) is not None:
-        return bind
-    host, _, port = bind.rpartition(":")
-    if not host or port == "0":
-        return _DEFAULT_TARGET
-    return f"localhost:{port}" if host in _EVERY_ADDRESS else bind
 
 
 def takes_settings(*names: str) -> Callable[[_Command], _Command]:
@@ -87,7 +67,7 @@ Target = Annotated[
         envvar="STEPWIRE_TARGET",
         help="The address of the server, host:port or unix:/path.",
         default_factory=_target,
-        show_default=f"the address in STEPWIRE_BIND, else {_DEFAULT_TARGET}",
+        show_default=f"the address in STEPWIRE_BIND, else {DEFAULT_TARGET}",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

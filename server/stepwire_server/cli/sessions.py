@@ -6,12 +6,13 @@ import dataclasses
 import fnmatch
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import stepwire
@@ -23,6 +24,8 @@ __all__ = ["sessions_app"]
 
 sessions_app = typer.Typer(name="sessions", help="List, show and close the sessions of a server.", no_args_is_help=True)
 
+_ID_LENGTH: Final = 32
+_UNBOUNDED_WIDTH: Final = 10_000
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -34,28 +37,37 @@ def list_sessions(target: Target, timeout: Timeout = 10.0, as_json: Json = False
     if as_json:
         print(json.dumps([_plain(session) for session in sessions]))
         return
-    table = Table("session", "in logs", "label", "step", "durable", "memory", "device", "attached", "idle", "expires")
+    table = Table(
+        Column("session", no_wrap=True, min_width=_ID_LENGTH),  # whole, since other commands ask for it
+        *("in logs", "label", "step", "durable", "memory", "device", "attached", "idle", "expires"),
+    )
     for session in sessions:
         table.add_row(
             session.session_id,
             digest_in_logs(session.session_id),
             Text(session.label),  # never markup
             str(session.applied_step),
-            str(session.durable_step),
+            str(session.durable_step or ""),  # most sessions are in memory alone
             f"{session.memory_bytes / 2**20:.1f} MiB",
             session.device,
             "parked" if session.parked else "yes" if session.attached else "no",
             "" if session.parked else f"{session.idle_seconds:.0f} s",
             "" if session.parked else f"{session.expire_time:%Y-%m-%d %H:%M:%S} UTC",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _UNBOUNDED_WIDTH).print(table)
 
 
 @sessions_app.command("show")
-def show_session(session_id: str, target: Target, timeout: Timeout = 10.0, as_json: Json = False) -> None:
+def show_session(
+    session_id: Annotated[str, typer.Argument(metavar="ID", help="The id of a session, or its beginning.")],
+    target: Target,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
     """Show one session."""
     with stepwire.connect(target, timeout=timeout) as client:
-        session = client.session(session_id)
+        (found,) = _named(list(client.sessions()), [session_id])
+        session = client.session(found.session_id)
         plain = _plain(session.info()) | {"tensors": {name: list(shape) for name, shape in session.shapes.items()}}
     if as_json:
         print(json.dumps(plain))

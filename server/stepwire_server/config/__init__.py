@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
-from stepwire_server.config.environment import ENVIRONMENT, environment_of, kubernetes_variables, named_bind
+from stepwire_server.config.environment import (
+    DEFAULT_TARGET,
+    ENVIRONMENT,
+    beside_target,
+    environment_of,
+    kubernetes_variables,
+    named_bind,
+)
 from stepwire_server.config.load import load_config
 from stepwire_server.config.parse import ENVIRONMENT_PREFIX
 from stepwire_server.config.settings import MIB, ServerConfig
 
 __all__ = [
+    "DEFAULT_TARGET",
     "ENVIRONMENT",
     "ENVIRONMENT_PREFIX",
     "MIB",
     "ServerConfig",
+    "beside_target",
     "environment_of",
     "kubernetes_variables",
     "load_config",

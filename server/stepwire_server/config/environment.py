@@ -9,12 +9,15 @@ from typing import Final
 
 import msgspec
 
+from stepwire.wire.addresses import unix_path
 from stepwire_server.config.parse import ENVIRONMENT_PREFIX, SETTINGS
 from stepwire_server.config.settings import ServerConfig
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "DEFAULT_TARGET",
     "ENVIRONMENT",
+    "beside_target",
     "environment_of",
     "is_setting",
     "kubernetes_variables",
@@ -26,6 +29,9 @@ ENVIRONMENT: Final[Mapping[str, str]] = os.environ
 """The variables of this process, as they are at the moment of reading."""
 
 CONFIG_VARIABLE: Final = "STEPWIRE_CONFIG"
+DEFAULT_TARGET: Final = "localhost:50051"
+
+_EVERY_ADDRESS: Final = ("0.0.0.0", "[::]")
 
 # Variables of other parts of the distribution.
 _FOREIGN: Final = frozenset(
@@ -72,6 +78,22 @@ def kubernetes_variables(environment: Mapping[str, str] = ENVIRONMENT) -> list[s
 def named_bind(environment: Mapping[str, str] = ENVIRONMENT) -> str:
     """Return the address in the environment for a server; empty for none."""
     return environment.get(SETTINGS["bind"].variable, "")
+
+
+def beside_target(bind: str) -> str:
+    """Return the address of a server for clients on its own machine.
+
+    So the health check of a container asks the server beside it, whatever STEPWIRE_BIND says.
+
+    Args:
+        bind: the setting `bind` of the server; empty for the default.
+    """
+    if unix_path(bind) is not None:
+        return bind
+    host, _, port = bind.rpartition(":")
+    if not host or port == "0":
+        return DEFAULT_TARGET
+    return f"localhost:{port}" if host in _EVERY_ADDRESS else bind
 
 
 def environment_of(config: ServerConfig, base: Mapping[str, str] = ENVIRONMENT) -> dict[str, str]:

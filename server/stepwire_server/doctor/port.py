@@ -6,37 +6,46 @@ import errno
 import os
 import pathlib
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Final
 
-from stepwire.errors import InvalidRequestError
+import stepwire
+from stepwire.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    StepwireError,
+)
 from stepwire.wire.addresses import checked_unix_path, unix_path
+from stepwire_server.config import beside_target
 from stepwire_server.engines.probe import Finding
-from stepwire_server.host.sockets import is_dead
+from stepwire_server.host.sockets import is_dead, listen_problem
 
 __all__ = ["examine_port"]
 
+_ASK_SECONDS: Final = 2.0
 
-def examine_port(bind: str) -> Finding:
+
+def examine_port(bind: str, ask: Callable[[str], str] | None = None) -> Finding:
     """Listen on the address of the server for a moment; a Unix socket is looked at only, because its file would stay.
 
     Args:
         bind: the setting `bind`, host:port or unix:/path.
+        ask: returns what a stepwire server at an address says of itself, empty for none; None asks over gRPC.
     """
+    ask = ask or _served
     if (path := unix_path(bind)) is not None:
         return _examine_socket(path)
     name, separator, port = bind.rpartition(":")
     # `Server` reads a port likewise: the name of a service is refused, and gRPC would apply modulo 65536.
     if not (separator and name and port.isascii() and port.isdigit() and int(port) < 65536):
         return Finding("port", False, f"{bind!r} is not host:port", "--bind 127.0.0.1:50051")
-    try:
-        addresses = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as problem:
+    problem = listen_problem(name, int(port))
+    if isinstance(problem, socket.gaierror):
         return Finding("port", False, f"{bind} is no address: {problem}", "--bind 127.0.0.1:50051")
-    problems = [problem for problem in map(_listen, addresses) if problem is not None]
-    taken = [problem for problem in problems if problem.errno == errno.EADDRINUSE]
-    # A name such as localhost has several addresses; a machine without IPv6 can listen on one of them.
-    if taken or len(problems) == len(addresses):
-        return _cannot_listen(bind, port, (taken or problems)[0])
+    if problem is not None:
+        return _taken(bind, ask) if problem.errno == errno.EADDRINUSE else _cannot_listen(bind, problem)
     return Finding("port", True, f"{bind} is free" if int(port) else f"{bind} takes a free one")
 
 
@@ -57,24 +66,39 @@ def _examine_socket(path: str) -> Finding:
     return Finding("socket", True, f"{socket_path} is free")
 
 
-def _listen(address: tuple[Any, ...]) -> OSError | None:
-    family, kind, protocol, _, socket_address = address
+def _served(target: str) -> str:
+    """Return what a stepwire server at an address says of itself; empty where none answers."""
     try:
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-            listener.bind(socket_address)
-            listener.listen()
-    except OSError as problem:
-        return problem
-    return None
+        with stepwire.connect(target, timeout=_ASK_SECONDS) as client:
+            return f"version {client.info().version}"
+    except (AuthenticationError, PermissionDeniedError, ResourceExhaustedError) as refused:
+        return "" if "handshake" in refused.metadata else f"which refuses this call: {refused}"
+    except StepwireError:
+        return ""
 
 
-def _cannot_listen(bind: str, port: str, problem: OSError) -> Finding:
-    detail = f"{bind} cannot be listened on: {problem.strerror}"
-    if problem.errno == errno.EADDRINUSE:
-        remedy = f"find the process with: ss -ltnp 'sport = :{port}'; or choose another port with: --bind 127.0.0.1:0"
-    elif problem.errno == errno.EACCES:
+def _taken(bind: str, ask: Callable[[str], str]) -> Finding:
+    target = beside_target(bind)
+    if served := ask(target):
+        return Finding(
+            "port",
+            False,
+            f"a stepwire server is at {bind} already, {served}",
+            f"stepwire doctor --target {target}; for one more server choose another port with: --bind 127.0.0.1:0",
+            optional=True,
+        )
+    return Finding(
+        "port",
+        False,
+        f"{bind} cannot be listened on: {os.strerror(errno.EADDRINUSE)}",
+        f"find the process with: ss -ltnp 'sport = :{bind.rpartition(':')[2]}'; or choose another port with: --bind "
+        "127.0.0.1:0",
+    )
+
+
+def _cannot_listen(bind: str, problem: OSError) -> Finding:
+    if problem.errno == errno.EACCES:
         remedy = "choose a port from 1024 up with: --bind 127.0.0.1:50051"
     else:
         remedy = "choose an address of this machine, shown by: ip -brief address; such as: --bind 127.0.0.1:50051"
-    return Finding("port", False, detail, remedy)
+    return Finding("port", False, f"{bind} cannot be listened on: {problem.strerror}", remedy)

@@ -1,18 +1,20 @@
-"""Unix sockets on the disk: one server at a path at a time. Knows no gRPC."""
+"""Addresses of this machine: Unix sockets on the disk, one server at a path at a time, and ports. Knows no gRPC."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
 import socket
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["claim_socket", "is_dead"]
+__all__ = ["claim_socket", "is_dead", "listen_problem"]
 
 
 @contextlib.contextmanager
@@ -81,6 +83,37 @@ def is_dead(path: str) -> bool:
         except OSError:
             return False
     return False
+
+
+def listen_problem(host: str, port: int) -> OSError | None:
+    """Listen on an address for a moment, and return the reason if nobody can.
+
+    gRPC tells no reason, and writes lines of its own to standard error. A name such as localhost has several addresses:
+    a machine without IPv6 can listen on one of them, but none of them may be taken.
+
+    Args:
+        host: the name or the number, in brackets or not.
+        port: the port; 0 for a free one.
+    """
+    try:
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as problem:
+        return problem
+    problems = [problem for problem in map(_listen, addresses) if problem is not None]
+    taken = [problem for problem in problems if problem.errno == errno.EADDRINUSE]
+    return (taken or problems)[0] if taken or len(problems) == len(addresses) else None
+
+
+def _listen(address: tuple[Any, ...]) -> OSError | None:
+    family, kind, protocol, _, socket_address = address
+    try:
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            listener.bind(socket_address)
+            listener.listen()
+    except OSError as problem:
+        return problem
+    return None
 
 
 def _refusal(field: str, problem: str) -> InvalidRequestError:

@@ -88,7 +88,9 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
         # A program that is killed ends no process, and the server would stay for ever without --parent-pid.
         command += ["--port-file", str(port_file), "--parent-pid", str(os.getpid()), "--log-level", "warning", *flags]
         # Programs read the standard output of this process, so the log lines of the server go to standard error.
-        process = subprocess.Popen(command, stdout=_STANDARD_ERROR)
+        # Ctrl-C goes to every process of the terminal's group. The server is in a group of its own: only its parent
+        # ends it, and it has no trace to print.
+        process = subprocess.Popen(command, stdout=_STANDARD_ERROR, process_group=0)
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)

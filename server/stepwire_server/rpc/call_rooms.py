@@ -175,6 +175,10 @@ class CallRooms:
         for each in dropped:
             each.cancel()
 
+    def hurry(self, silent_seconds: float) -> None:
+        """From now on cancel the calls that have waited for this long already: the server drains, and waits for them."""
+        self._silent_seconds = min(self._silent_seconds, silent_seconds)
+
     def end_silent(self) -> None:
         """Cancel the calls that have waited for their clients for too long."""
         before = self._clock() - self._silent_seconds

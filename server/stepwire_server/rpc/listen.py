@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import pathlib
@@ -17,7 +18,7 @@ from stepwire.errors import InvalidRequestError
 from stepwire.wire.addresses import checked_unix_path, grpc_target, unix_path, unix_target
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.config import ServerConfig
-from stepwire_server.host.sockets import claim_socket
+from stepwire_server.host.sockets import claim_socket, listen_problem
 
 __all__ = ["Listening", "check_bind"]
 
@@ -138,6 +139,13 @@ def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:
 
 
 def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:
+    host, _, port_text = bind.rpartition(":")
+    if (problem := listen_problem(host, int(port_text))) is not None:
+        cause = "the port is taken" if problem.errno == errno.EADDRINUSE else problem.strerror
+        raise InvalidRequestError.of(
+            "bind",
+            f"cannot listen on {bind!r}: {cause}; choose another with --bind host:port (port 0 takes a free one)",
+        )
     try:
         port = server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
     except RuntimeError:
@@ -145,7 +153,7 @@ def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredenti
     if port == 0:
         raise InvalidRequestError.of(
             "bind",
-            f"cannot listen on {bind!r}: the port is taken or the address is not this machine's; choose another with "
-            "--bind host:port (port 0 takes a free one)",
+            f"cannot listen on {bind!r}, as gRPC says on standard error; choose another with --bind host:port (port 0 "
+            "takes a free one)",
         )
     return port

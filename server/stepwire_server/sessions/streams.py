@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -25,6 +26,7 @@ class Streams:
         self._most = most
         self._clock = clock
         self._streams: set[ClientStream] = set()
+        self._patience_seconds = math.inf
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -75,8 +77,13 @@ class Streams:
             self._streams.discard(found)
         return found
 
+    def hurry(self, patience_seconds: float) -> None:
+        """From now on end those that have been silent for this long already: the server drains, and waits for them."""
+        self._patience_seconds = patience_seconds
+
     def cancel_silent(self, now: float, idle_seconds: float) -> None:
         """End those that have been silent for too long where they must not be."""
+        idle_seconds = min(idle_seconds, self._patience_seconds)
         with self._lock:
             silent = [stream for stream in self._streams if stream.overdue(now, idle_seconds)]
         for stream in silent:

@@ -16,11 +16,17 @@ def test_the_doctor_finds_a_machine_fit_to_serve(command: Any) -> None:
     assert "ok      port           127.0.0.1:0 takes a free one\n" in out
 
 
-def test_the_doctor_exits_with_1_where_something_needed_is_missing(command: Any, server: Any) -> None:
-    code, out, err = command("doctor", "--device", "cpu", "--bind", server.target)
+def test_the_doctor_exits_with_1_where_something_needed_is_missing(command: Any) -> None:
+    code, out, err = command("doctor", "--device", "cpu", "--bind", "192.0.2.1:50051")
     assert (code, err) == (1, "")
-    assert f"WRONG   port           {server.target} cannot be listened on: Address already in use\n" in out
-    assert "                       -> find the process with: ss -ltnp 'sport = :" in out
+    assert "WRONG   port           192.0.2.1:50051 cannot be listened on: Cannot assign requested address\n" in out
+    assert "                       -> choose an address of this machine, shown by: ip -brief address" in out
+
+
+def test_a_machine_whose_server_is_there_already_is_fit(command: Any, server: Any) -> None:
+    code, out, err = command("doctor", "--device", "cpu", "--bind", server.target)
+    assert (code, err) == (0, "")
+    assert f"note    port           a stepwire server is at {server.target} already, version " in out
 
 
 def test_a_gpu_is_needed_only_where_it_is_asked_for(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.cli.options import beside_target
-from stepwire_server.config import named_bind
+from stepwire.connection.remedy import with_remedy
+from stepwire.errors import Reason, UnavailableError, error_from_code
+from stepwire_server.config import beside_target, named_bind
+from stepwire_server.testing import serving
 
 
 @pytest.fixture
@@ -75,3 +78,38 @@ def test_a_draining_server_is_unhealthy(command: Any, serve: Any) -> None:
         assert (code, f"{server.target}: draining, " in out) == (1, True)
         code, out, _ = command("health", "-t", server.target, "--json")
         assert (code, json.loads(out)["draining"]) == (1, True)
+
+
+def test_a_server_that_refuses_the_question_is_alive(command: Any, tmp_path: pathlib.Path) -> None:
+    """A supervisor that restarted it would end every session, because its own token is missing."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("[]")
+    with serving(tokens=str(tokens)) as target:
+        code, out, err = command("health", "-t", target)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{target}: serving, and refuses this call: this server needs a token")
+        code, out, _ = command("health", "-t", target, "--json")
+        assert (code, json.loads(out)) == (0, {"refused": "UNAUTHENTICATED"})
+
+
+def test_a_server_with_too_many_calls_is_alive(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call beyond the most is refused by gRPC with a bare status."""
+    busy = error_from_code("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!")
+
+    def refuse(self: stepwire.Client) -> None:
+        raise busy
+
+    monkeypatch.setattr(stepwire.Client, "info", refuse)
+    code, out, err = command("health", "-t", "127.0.0.1:1")
+    assert (code, err) == (0, "")
+    assert out == f"127.0.0.1:1: serving, and refuses this call: {busy}\n"
+
+
+def test_a_failed_handshake_is_no_sign_of_life(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: stepwire.Client) -> None:
+        raise with_remedy(UnavailableError("failed to connect: Ssl handshake failed", reason=Reason.UNREACHABLE), "x:1")
+
+    monkeypatch.setattr(stepwire.Client, "info", fail)
+    code, out, err = command("health", "-t", "127.0.0.1:1")
+    assert (code, out) == (2, "")
+    assert err.startswith("stepwire: the TLS handshake with 'x:1' failed")

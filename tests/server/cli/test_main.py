@@ -82,6 +82,14 @@ def test_a_demo_against_a_running_server_has_that_servers_device(command: Any) -
     assert (code, out, "--device is of a server that is started" in err) == (2, "", True)
 
 
+def test_the_shell_can_complete(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_STEPWIRE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "stepwire se")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = command()
+    assert (code, out.split()) == (0, ["serve", "sessions"])
+
+
 def test_the_module_is_the_command(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 

@@ -102,16 +102,16 @@ def test_a_bad_file_is_one_line_with_its_path_and_key(command: Any, tmp_path: pa
 def test_every_setting_is_a_flag_with_its_help_default_and_variable(
     command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    """On a terminal of 80 columns, and with no name cut."""
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, err = command("serve", "-h")
     assert (code, err) == (0, "")
+    text = " ".join(out.split())
     for setting in SETTINGS.values():
-        (line,) = [line for line in out.splitlines() if f" {setting.flag} " in line]
-        assert setting.description in line
-        assert f" Variable: {setting.variable}." in line
-        if setting.default not in (None, ""):
-            assert f" Default: {setting.text_of(setting.default)}. " in line
-        assert (f" --no-{setting.flag[2:]} " in line) is (setting.unit == "switch")
+        known = setting.default not in (None, "")
+        default = f"Default: {setting.text_of(setting.default)}. " if known else ""
+        switch = f" / --no-{setting.flag[2:]}" if setting.unit == "switch" else f" <{setting.unit}>"
+        assert f" {setting.flag}{switch} {setting.description} {default}Variable: {setting.variable}." in text
 
 
 class LostServer:

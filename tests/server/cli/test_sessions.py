@@ -63,6 +63,34 @@ def test_a_session_is_shown(command: Any, server: Any, session: Any) -> None:
     assert f"    session_id  {session.session_id}\n" in out
 
 
+def test_ids_are_whole_in_a_pipe_and_on_a_narrow_terminal(
+    command: Any, server: Any, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`show` and `close` ask for them. In a pipe a session is one line."""
+    code, out, _ = command("sessions", "list", "-t", server.target)
+    (row,) = [line for line in out.splitlines() if session.session_id in line]
+    assert (code, "nightly [run]" in row) == (0, True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    code, out, _ = command("sessions", "list", "-t", server.target)
+    assert (code, session.session_id in out) == (0, True)
+
+
+def test_a_session_is_shown_by_the_beginning_of_its_id(command: Any, server: Any, session: Any) -> None:
+    code, out, _ = command("sessions", "show", session.session_id[:20], "-t", server.target, "--json")
+    assert (code, json.loads(out)["session_id"]) == (0, session.session_id)
+    code, out, err = command("sessions", "show", "no-such", "-t", server.target)
+    assert (code, out, err) == (2, "", "stepwire: session 'no-such' does not exist here: no id begins so\n")
+
+
+def test_a_session_in_memory_alone_has_no_durable_step(
+    command: Any, server: Any, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = command("sessions", "list", "-t", server.target)
+    (row,) = [line for line in out.splitlines() if session.session_id in line]
+    assert [cell.strip() for cell in row.split("│")[3:5]] == ["1", ""]
+
+
 def test_a_session_is_closed(command: Any, server: Any, session: Any) -> None:
     code, out, _ = command("sessions", "close", session.session_id, "-t", server.target, "--json")
     assert (code, json.loads(out)) == (0, {"session_id": session.session_id, "applied_step": 1})

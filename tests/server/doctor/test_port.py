@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from stepwire_server.doctor import port as doctor_port
+import stepwire
 from stepwire_server.doctor.port import examine_port
 from stepwire_server.engines.probe import Finding
+from stepwire_server.host import sockets
+from stepwire_server.testing import serving
 
 
 def test_a_free_port_stays_free() -> None:
@@ -24,16 +27,48 @@ def test_a_free_port_stays_free() -> None:
         assert examine_port(bind) == Finding("port", True, f"{bind} is free")
 
 
+def nobody(target: str) -> str:
+    """Ask for a stepwire server where there is none."""
+    return ""
+
+
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 def test_a_port_in_use(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert examine_port(f"{name}:{port}") == Finding(
+        assert examine_port(f"{name}:{port}", nobody) == Finding(
             "port",
             False,
             f"{name}:{port} cannot be listened on: Address already in use",
             f"find the process with: ss -ltnp 'sport = :{port}'; or choose another port with: --bind 127.0.0.1:0",
         )
+
+
+def test_a_port_at_which_stepwire_serves_is_no_fault(server: Any) -> None:
+    assert examine_port(server.target) == Finding(
+        "port",
+        False,
+        f"a stepwire server is at {server.target} already, version {stepwire.__version__}",
+        f"stepwire doctor --target {server.target}; for one more server choose another port with: --bind 127.0.0.1:0",
+        optional=True,
+    )
+
+
+def test_a_server_that_refuses_the_question_is_a_server(tmp_path: pathlib.Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("[]")
+    with serving(tokens=str(tokens)) as target:
+        finding = examine_port(target)
+    assert (finding.ok, finding.optional) == (False, True)
+    assert finding.detail.startswith(f"a stepwire server is at {target} already, which refuses this call: this server")
+
+
+def test_a_server_on_every_address_is_asked_on_this_machine(server: Any) -> None:
+    asked: list[str] = []
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert not examine_port(f"0.0.0.0:{port}", lambda target: asked.append(target) or "").ok
+    assert asked == [f"localhost:{port}"]
 
 
 def refusing(number: int, *families: int) -> Callable[[tuple[Any, ...]], OSError | None]:
@@ -52,13 +87,13 @@ def both_families(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
 
 def test_a_machine_without_ipv6_has_a_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", both_families)
-    monkeypatch.setattr(doctor_port, "_listen", refusing(errno.EADDRNOTAVAIL, socket.AF_INET6))
+    monkeypatch.setattr(sockets, "_listen", refusing(errno.EADDRNOTAVAIL, socket.AF_INET6))
     assert examine_port("localhost:0").ok
 
 
 def test_a_port_that_one_of_two_addresses_has_lost_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", both_families)
-    monkeypatch.setattr(doctor_port, "_listen", refusing(errno.EADDRINUSE, socket.AF_INET))
+    monkeypatch.setattr(sockets, "_listen", refusing(errno.EADDRINUSE, socket.AF_INET))
     assert not examine_port("localhost:0").ok
 
 
@@ -73,7 +108,7 @@ def test_a_port_that_one_of_two_addresses_has_lost_is_in_use(monkeypatch: pytest
     ],
 )
 def test_an_address_that_is_refused(monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
-    monkeypatch.setattr(doctor_port, "_listen", refusing(number))
+    monkeypatch.setattr(sockets, "_listen", refusing(number))
     detail = f"127.0.0.1:80 cannot be listened on: {os.strerror(number)}"
     assert examine_port("127.0.0.1:80") == Finding("port", False, detail, remedy)
 

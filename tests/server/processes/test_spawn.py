@@ -20,6 +20,7 @@ def test_a_server_process_serves_until_the_block_ends() -> None:
             assert list(client.info().devices) == ["cpu"]
         assert pathlib.Path("/proc", str(server.pid)).exists()
         assert server.pid != os.getpid()
+        assert os.getpgid(server.pid) == server.pid  # so Ctrl-C in the terminal is its parent's alone
     assert not pathlib.Path("/proc", str(server.pid)).exists()
 
 

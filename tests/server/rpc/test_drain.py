@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from stepwire.errors import Reason, UnavailableError
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import step_pb2
 from stepwire_server.rpc.drain import Drain, DrainStatistics
+from tests.server.rpc.streams import COMMIT, Attached
 
 PATIENCE_SECONDS = 30.0
 
@@ -80,3 +85,23 @@ def test_waiting_ends_with_the_last_step() -> None:
     for thread in threads:
         thread.join()
     assert emptied == [True]
+
+
+def test_a_silent_step_does_not_keep_the_server_for_the_whole_drain(
+    serve: Any, connect: Any, make_live: Any, make_config: Any, clock: Any, refusal: Any
+) -> None:
+    """It has no commit, so nothing is lost; a client that goes on sending has all of the time."""
+    with serve(drain_seconds=30.0, step_idle_seconds=60.0) as server, connect(server.target) as wire:
+        lives = [make_live(wire, wire.create(make_config((2,)))) for _ in range(2)]
+        silent, busy = (Attached(live, live.token) for live in lives)
+        for attached in (silent, busy):
+            attached.stream.send(pb.AttachRequest(begin=step_pb2.StepBegin(step=1, await_admission=True)))
+            assert attached.receive().HasField("admitted")
+        with ThreadPoolExecutor(1) as threads:
+            drained = threads.submit(server.drain)
+            clock.now += 14.0
+            busy.stream.send(busy.live.frame(payload=busy.live.gradient(1)), COMMIT)
+            assert busy.receive().result.step == 1
+            clock.now += 2.0
+            assert drained.result()
+        refusal(silent.receive, "CANCELLED", "")
