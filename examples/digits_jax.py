@@ -1,6 +1,6 @@
 """Handwritten digits in JAX: `stepwire.optax.adam` beside `optax.adam`, both inside `jax.jit`.
 
-    pip install 'stepwire[demo,jax]'
+    pip install '.[demo,jax]'
     python examples/digits_jax.py [--target HOST:PORT] [--quick]
 
 Both runs are one function. Only the gradient transformation differs.

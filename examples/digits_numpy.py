@@ -1,6 +1,6 @@
 """Handwritten digits in NumPy: Adam on a stepwire server beside a float64 Adam in this process.
 
-    pip install 'stepwire[demo]'
+    pip install '.[demo]'
     python examples/digits_numpy.py [--target HOST:PORT] [--quick]
 
 The model, its written-out gradients and the float64 Adam are those of `stepwire demo`, which feeds both optimizers the

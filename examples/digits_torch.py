@@ -1,6 +1,6 @@
 """Handwritten digits in PyTorch: `stepwire.torch.Adam` beside `torch.optim.Adam`.
 
-    pip install 'stepwire[demo]' torch
+    pip install '.[demo]' torch
     python examples/digits_torch.py [--target HOST:PORT] [--quick]
 
 Both runs are one function. Only the imported class and `server=` differ.

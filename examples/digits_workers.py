@@ -1,6 +1,6 @@
 """Handwritten digits by several processes, one of which is killed: each has a part of every batch, and no collectives.
 
-    pip install 'stepwire[demo]' torch
+    pip install '.[demo]' torch
     python examples/digits_workers.py [--target HOST:PORT] [--quick]
 
 The processes know the server, the job's name and their index. The same training in one process has whole batches.

@@ -1,6 +1,6 @@
 """Federated averaging on handwritten digits: data stay with their owners, and models meet on a server.
 
-    pip install 'stepwire[demo]' torch
+    pip install '.[demo]' torch
     python examples/federated_digits.py [--target HOST:PORT] [--quick]
 
 Each client has images of some digits alone, and trains for an epoch between two rounds. FedAvg is an outer SGD with

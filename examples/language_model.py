@@ -1,6 +1,6 @@
 """A character-level language model in PyTorch: AdamW on a stepwire server beside torch's; its client is killed.
 
-    pip install 'stepwire[demo]' torch
+    pip install '.[demo]' torch
     python examples/language_model.py [--target HOST:PORT] [--precision bfloat16] [--quick]
 
 The program trains four times, from the same seed and on the same batches:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnavailableError
 from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
+from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
 from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire_server.access.certificates import CertificateFiles
@@ -170,7 +171,16 @@ class Server:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if self._config.port_file:
             write_ports(pathlib.Path(self._config.port_file), [self.port])
-        _log.info("listening", target=self.target, unix_socket=self.unix_socket)
+        _log.info(
+            "listening",
+            target=self.target,
+            unix_socket=self.unix_socket,
+            version=__version__,
+            pid=os.getpid(),
+            tls=self._certificates is not None,
+            tokens=bool(self._config.tokens),
+            shared_memory=self.handoff.off or "on",
+        )
 
     def drain(self) -> bool:
         """Refuse new steps and wait for the steps under way.

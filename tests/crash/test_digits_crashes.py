@@ -19,7 +19,7 @@ from tests.crash.test_crashes import SEEDS, SOME, Supervised, bits
 from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'stepwire[demo]'")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
 pytestmark = pytest.mark.slow
 
 STEPS = 16

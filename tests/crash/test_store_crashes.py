@@ -13,7 +13,7 @@ from tests.crash.test_crashes import SEEDS, STEPS, Case, Supervised, bits, gradi
 from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
 
-pytest.importorskip("obstore", reason="obstore is not installed: pip install 'stepwire[objects]'")
+pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
 pytestmark = pytest.mark.slow
 
 SOME = ("after upload", "before store delete")

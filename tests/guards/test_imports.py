@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import stepwire
@@ -33,7 +35,7 @@ def test_an_adapter_says_what_to_install(adapter: str, framework: str) -> None:
         f"try:\n    import {adapter}\nexcept ImportError as error:\n    print(json.dumps(str(error)))"
     )
     assert f"{adapter} needs" in said
-    assert "pip install 'stepwire[" in said
+    assert re.search(rf"pip install [a-z ]*{framework}", said)
 
 
 @pytest.mark.parametrize(("adapter", "framework"), ADAPTERS.items())

@@ -16,7 +16,7 @@ try:
     import optax
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"stepwire.optax needs jax and optax, and {error.name!r} is not installed: pip install 'stepwire[jax]'",
+        f"stepwire.optax needs jax and optax, and {error.name!r} is not installed: pip install jax optax",
         name=error.name,
     ) from error
 

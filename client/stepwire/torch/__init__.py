@@ -19,7 +19,7 @@ try:
     import torch as _torch
 except ImportError as missing:
     raise ImportError(
-        "stepwire.torch needs PyTorch, which is not installed: pip install 'stepwire[torch]'", name="torch"
+        "stepwire.torch needs PyTorch, which is not installed: pip install torch", name="torch"
     ) from missing
 
 from stepwire.torch.classes import (

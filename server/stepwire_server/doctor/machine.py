@@ -100,9 +100,9 @@ def _without_numba(name: str, problem: Exception) -> Finding:
     """Return the finding without Numba: the server falls back to NumPy, but does not start with a broken Numba."""
     if importlib.util.find_spec("numba") is None:
         detail = f"{name}, kernels by NumPy, many times slower: Numba is not installed"
-        return Finding("processor", False, detail, "pip install 'stepwire[server]'", optional=True)
+        return Finding("processor", False, detail, "pip install numba", optional=True)
     detail = f"{name}; Numba cannot be imported: {_text(problem)}"
-    return Finding("processor", False, detail, "pip install --upgrade --force-reinstall 'stepwire[server]'")
+    return Finding("processor", False, detail, "pip install --upgrade --force-reinstall numba llvmlite")
 
 
 def examine_kernel_cache(environment: Mapping[str, str] = ENVIRONMENT) -> Finding:

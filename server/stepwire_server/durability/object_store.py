@@ -142,7 +142,7 @@ def _loaded(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UnsupportedFeatureError(
-            "--checkpoint-store needs obstore, which is not installed: pip install 'stepwire[objects]'",
+            "--checkpoint-store needs obstore, which is not installed: pip install obstore",
             metadata={"feature": "checkpoint_store"},
         ) from None
 

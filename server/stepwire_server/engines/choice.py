@@ -64,6 +64,8 @@ def choose_engines(
     engines, problems = _start_working(visible_gpus(cupy), cupy, options)
     if not engines and device == "cuda":
         raise problems[0]
+    if not engines and all(problem.metadata.get("check") == "cupy" for problem in problems):  # of most machines: short
+        return Choice((CpuEngine(threads),), "no GPU is used: CuPy cannot be imported, as `stepwire doctor` explains")
     told = "; ".join(map(str, problems))
     remarkable = any(problem.metadata.get("check") != "cupy" for problem in problems)
     if not engines:
@@ -127,7 +129,7 @@ def _failed(what: str, problem: Exception) -> Finding:
         "self-test",
         False,
         f"{what} ({type(problem).__name__}: {problem})",
-        "NVRTC may be missing, which 'stepwire[cuda13]' and 'stepwire[cuda12]' bring",
+        "NVRTC may be missing: pip install 'cuda-toolkit[nvrtc,cudart]==13.*', or 12.* for CUDA 12",
     )
 
 

@@ -35,8 +35,14 @@ _LONGEST_TEXT: Final = 300
 _DRIVERS: Final = {12: "525", 13: "580"}
 _CAPABILITIES: Final = {12: (5, 0), 13: (7, 5)}
 
+
+def _install(major: int) -> str:
+    """Return the command that installs the packages of an extra, wherever stepwire itself came from."""
+    return f"pip install cupy-cuda{major}x 'cuda-toolkit[nvrtc,cudart]=={major}.*'"
+
+
 # Two CuPys in one environment overwrite each other, so the one goes first.
-_CUDA12_REMEDY: Final = "pip uninstall -y cupy-cuda13x && pip install 'stepwire[cuda12]'"
+_CUDA12_REMEDY: Final = f"pip uninstall -y cupy-cuda13x && {_install(12)}"
 _NO_DRIVER_REMEDY: Final = (
     "install the NVIDIA driver and check it with: nvidia-smi; in a container, install nvidia-container-toolkit on the "
     "host and use: docker run --gpus all"
@@ -340,14 +346,12 @@ _OPTIONAL: Final = ("ipc", "free memory")
 
 
 def _extras() -> str:
-    return ", or: ".join(
-        f"pip install 'stepwire[cuda{major}]' (driver {_DRIVERS[major]} or newer)" for major in sorted(_DRIVERS)[::-1]
-    )
+    return ", or: ".join(f"{_install(major)} (driver {_DRIVERS[major]} or newer)" for major in sorted(_DRIVERS)[::-1])
 
 
 def _nvrtc_remedy(cupy: Any) -> str:
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-    return f"pip install 'stepwire[cuda{major}]', or: pip install 'cuda-toolkit[nvrtc,cudart]=={major}.*'"
+    return f"pip install 'cuda-toolkit[nvrtc,cudart]=={major}.*'"
 
 
 def _version(number: int) -> str:

@@ -11,6 +11,7 @@ from stepwire.errors import InvalidRequestError, SessionNotFoundError
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.load_request import LoadRequest
+from stepwire_server.rpc import session_lines
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.decode_config import decode_fork_config, decode_request_id
 from stepwire_server.rpc.encode import encode_checkpoint, encode_session
@@ -102,6 +103,7 @@ class CheckpointService:
         config = decode_fork_config(request, session.config, self._config)
         with self._serving.drain.admit(), session.calls.one():
             created = self._rollbacks.fork(session, sessions.named(request_id), config, _origin(request))
+        session_lines.created(created, context)
         return pb.ForkSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
             attach_token=created.token,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import structlog
 
 from stepwire.v1 import attach_pb2, server_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -17,6 +16,7 @@ from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
+from stepwire_server.rpc import session_lines
 from stepwire_server.rpc.access import identity_of
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
@@ -36,11 +36,8 @@ from stepwire_server.sharing.offer import Sharing, StreamTransport
 
 __all__ = ["OptimizerService"]
 
-_log = structlog.get_logger()
-
 _DEFAULT_PAGE = 100
 _LARGEST_PAGE = 1000
-_MEMORIES = {transport_pb2.TRANSPORT_SHM: "shm", transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc"}
 
 
 class OptimizerService:
@@ -125,6 +122,7 @@ class OptimizerService:
         config = decode_session_config(request.config, self._config)
         with self._serving.drain.admit():
             created = self._sessions(context).create(request_id, config)
+        session_lines.created(created, context)
         return pb.CreateSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
             attach_token=created.token,
@@ -154,6 +152,7 @@ class OptimizerService:
     def delete_session(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session."""
         applied_step = self._sessions(context).delete(request.session_id, request.attach_token)
+        session_lines.closed(request.session_id, applied_step, context)
         return pb.DeleteSessionResponse(applied_step=applied_step)
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -175,13 +174,8 @@ class OptimizerService:
             with (
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
                 self._sharing.share(session, opening.transport) as shared,
+                session_lines.attached(session, holder, shared, context),
             ):
-                _log.info(
-                    "attached",
-                    session_id=session.session_id,
-                    transport=_transport_name(shared, context.peer()),
-                    reason=shared.reason,
-                )
                 yield _opened(session, holder, shared).SerializeToString()
                 yield from StepStream(session, holder, stream, self._serving, shared.buffers).replies(frames)
 
@@ -249,10 +243,3 @@ def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.Att
             contribution=ledger.members[holder.worker].number,
         )
     )
-
-
-def _transport_name(shared: StreamTransport, peer: str) -> str:
-    """Name the transport of a stream as clients do."""
-    if shared.transport in _MEMORIES:
-        return _MEMORIES[shared.transport]
-    return "uds" if peer.startswith("unix:") else "tcp"

@@ -59,6 +59,6 @@ def test_without_jax_or_optax_the_import_says_what_to_install(missing: str) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [
-        f"stepwire.optax needs jax and optax, and {missing!r} is not installed: pip install 'stepwire[jax]'",
+        f"stepwire.optax needs jax and optax, and {missing!r} is not installed: pip install jax optax",
         missing,
     ]

@@ -22,7 +22,7 @@ from tests.integration.training import same_bits
 from tests.support.numpy_server import numpy_server
 from tests.support.raw import RawClient
 
-pytest.importorskip("obstore", reason="obstore is not installed: pip install 'stepwire[objects]'")
+pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
 
 SIZE = 1000
 START = mirror.Mirror.start

@@ -102,7 +102,7 @@ def test_without_numba_numpy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = doctor.examine_processor()
     assert (finding.check, finding.ok, finding.optional) == ("processor", False, True)
     assert finding.detail.endswith("kernels by NumPy, many times slower: Numba is not installed")
-    assert finding.remedy == "pip install 'stepwire[server]'"
+    assert finding.remedy == "pip install numba"
 
 
 def test_a_broken_numba_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
@@ -112,7 +112,7 @@ def test_a_broken_numba_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: path
     finding = doctor.examine_processor()
     assert (finding.ok, finding.optional) == (False, False)
     assert finding.detail.endswith("; Numba cannot be imported: Numba needs NumPy 1")
-    assert finding.remedy == "pip install --upgrade --force-reinstall 'stepwire[server]'"
+    assert finding.remedy == "pip install --upgrade --force-reinstall numba llvmlite"
 
 
 def test_the_kernel_cache_is_named(tmp_path: pathlib.Path) -> None:

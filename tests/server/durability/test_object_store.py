@@ -19,7 +19,7 @@ from stepwire_server.durability import object_store
 from stepwire_server.durability.object_store import ObjectStore, ObjectStoreError
 from tests.support.numpy_server import numpy_server
 
-REMEDY = "pip install 'stepwire[objects]'"
+REMEDY = "pip install obstore"
 
 # In a process of its own: what it imports warns, and here warnings are errors.
 S3 = """

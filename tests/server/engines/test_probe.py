@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import pathlib
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from stepwire_server.engines.probe import Finding, Surroundings, examine_cuda, look_around, visible_gpus
 
 GIB = 1 << 30
+INSTALL_12, INSTALL_13 = (f"pip install cupy-cuda{n}x 'cuda-toolkit[nvrtc,cudart]=={n}.*'" for n in (12, 13))
 SURROUNDED = Surroundings(driver_library=True, device_nodes=True)
 CHECKS = ["cupy", "driver", "device", "nvrtc", "pinned memory", "ipc", "free memory"]
 GPUS = "check the host with: nvidia-smi; in a container use: docker run --gpus all"
@@ -152,15 +154,13 @@ def test_cupy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = examine_cuda(0)
     assert (finding.check, finding.ok, finding.optional) == ("cupy", False, False)
     assert finding.detail.startswith("CuPy cannot be imported: ModuleNotFoundError: ")
-    assert finding.remedy == (
-        "pip install 'stepwire[cuda13]' (driver 580 or newer), or: pip install 'stepwire[cuda12]' (driver 525 or newer)"
-    )
+    assert finding.remedy == (f"{INSTALL_13} (driver 580 or newer), or: {INSTALL_12} (driver 525 or newer)")
 
 
 def test_cupy_is_there_and_broken() -> None:
     finding = last(gpu(runtimeGetVersion=raising(ImportError("libcudart.so.13:\n  cannot open"))))
     assert finding[:3] == ("cupy", False, "ImportError: libcudart.so.13: cannot open")
-    assert finding.remedy.startswith("pip install 'stepwire[cuda13]'")
+    assert finding.remedy.startswith(INSTALL_13)
 
 
 NO_DRIVERS = {
@@ -197,7 +197,7 @@ def test_no_driver(what: str) -> None:
             12020,
             13020,
             "the NVIDIA driver is for CUDA 12.2, CuPy for CUDA 13.2",
-            "install NVIDIA driver 580 or newer, or: pip uninstall -y cupy-cuda13x && pip install 'stepwire[cuda12]'",
+            f"install NVIDIA driver 580 or newer, or: pip uninstall -y cupy-cuda13x && {INSTALL_12}",
         ),
         (
             11080,
@@ -280,7 +280,12 @@ def test_the_visible_devices_are_shown() -> None:
 @pytest.mark.parametrize(
     ("runtime", "capability", "oldest", "remedy"),
     [
-        (13020, (7, 0), "CUDA 13 compiles for 7.5", "pip uninstall -y cupy-cuda13x && pip install 'stepwire[cuda12]'"),
+        (
+            13020,
+            (7, 0),
+            "CUDA 13 compiles for 7.5",
+            f"pip uninstall -y cupy-cuda13x && {INSTALL_12}",
+        ),
         (12090, (3, 7), "CUDA 12 compiles for 5.0", "use --device cpu"),
     ],
 )
@@ -298,13 +303,13 @@ def test_nvrtc_is_missing() -> None:
         "nvrtc",
         False,
         f"NVRTC does not compile: DynamicLibNotFoundError: {text.strip()}",
-        "pip install 'stepwire[cuda13]', or: pip install 'cuda-toolkit[nvrtc,cudart]==13.*'",
+        "pip install 'cuda-toolkit[nvrtc,cudart]==13.*'",
     )
 
 
 def test_nvrtc_of_another_cuda() -> None:
     cupy = gpu(runtimeGetVersion=lambda: 12080, compile_using_nvrtc=raising(RuntimeError("no libnvrtc.so.12")))
-    assert only(cupy).remedy == "pip install 'stepwire[cuda12]', or: pip install 'cuda-toolkit[nvrtc,cudart]==12.*'"
+    assert only(cupy).remedy == "pip install 'cuda-toolkit[nvrtc,cudart]==12.*'"
 
 
 def test_a_compiler_with_much_to_say_is_cut_short() -> None:
@@ -336,7 +341,7 @@ def test_a_compiler_older_than_the_device() -> None:
     detail = "CUDADriverError: CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image"
     assert finding[:2] == ("nvrtc", False)
     assert finding.detail == f"NVRTC is older than the device, which does not load its machine code: {detail}"
-    assert finding.remedy == "pip install 'stepwire[cuda13]', or: pip install 'cuda-toolkit[nvrtc,cudart]==13.*'"
+    assert finding.remedy == "pip install 'cuda-toolkit[nvrtc,cudart]==13.*'"
 
 
 def test_a_kernel_that_does_not_load() -> None:
@@ -413,3 +418,11 @@ def test_visible_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus(gpu(getDeviceCount=raising(NO_DEVICE))) == range(1)
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert visible_gpus() == range(1)
+
+
+@pytest.mark.parametrize(("major", "install"), [(12, INSTALL_12), (13, INSTALL_13)])
+def test_a_remedy_installs_what_the_extra_has(major: int, install: str) -> None:
+    """No index has stepwire, so remedies name the packages."""
+    project = tomllib.loads((pathlib.Path(__file__).parents[3] / "pyproject.toml").read_text())
+    _, cupy, toolkit = project["project"]["optional-dependencies"][f"cuda{major}"]
+    assert install == f"pip install {cupy.partition('>')[0]} '{toolkit}'"

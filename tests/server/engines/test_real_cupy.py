@@ -10,9 +10,7 @@ import pytest
 
 from tests.support import fake_cupy
 
-cupy = pytest.importorskip(
-    "cupy", reason="CuPy is not installed (pip install 'stepwire[cuda13]')", exc_type=ImportError
-)
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed (pip install '.[cuda13]')", exc_type=ImportError)
 
 
 @pytest.fixture

@@ -19,9 +19,7 @@ from stepwire_server.engines.cuda.source import (
 )
 from tests.support import cuda_cases as cases
 
-cupy = pytest.importorskip(
-    "cupy", reason="CuPy is not installed (pip install 'stepwire[cuda13]')", exc_type=ImportError
-)
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed (pip install '.[cuda13]')", exc_type=ImportError)
 
 
 ARCHITECTURES = ("75", "90", "100")
@@ -38,7 +36,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     try:
         compiler._get_nvrtc_version()
     except Exception as problem:
-        pytest.skip(f"NVRTC is not installed (pip install 'stepwire[cuda13]'): {problem}")
+        pytest.skip(f"NVRTC is not installed (pip install '.[cuda13]'): {problem}")
 
     def choose(option: str, form: str) -> None:
         monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch={option}", form))

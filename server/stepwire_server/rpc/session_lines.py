@@ -1,0 +1,82 @@
+"""The log lines of a session's life: created, attached, detached, closed, each with the peer that did so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import grpc
+import structlog
+
+from stepwire.v1 import transport_pb2
+from stepwire_server.sessions.beginning import Created
+from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.workers import Holder
+from stepwire_server.sharing.offer import StreamTransport
+
+__all__ = ["attached", "closed", "created"]
+
+_log = structlog.get_logger()
+
+_MEMORIES = {transport_pb2.TRANSPORT_SHM: "shm", transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc"}
+
+
+def created(made: Created, context: grpc.ServicerContext) -> None:
+    """Log a session that was created; one that was there before has its line already."""
+    if made.replayed:
+        return
+    session = made.session
+    _log.info(
+        "session created",
+        session_id=session.session_id,
+        label=session.config.label,
+        device=session.device,
+        elements=session.config.layout.size,
+        memory_bytes=session.memory_bytes,
+        durability=session.config.durability.level,
+        peer=context.peer(),
+    )
+
+
+def closed(session_id: str, applied_step: int, context: grpc.ServicerContext) -> None:
+    """Log a session that a client has closed."""
+    _log.info("session closed", session_id=session_id, step=applied_step, peer=context.peer())
+
+
+@contextlib.contextmanager
+def attached(
+    session: Session, holder: Holder, shared: StreamTransport, context: grpc.ServicerContext
+) -> Iterator[None]:
+    """Log a stream for a block: its beginning, and its end, whoever ends it.
+
+    `acquired` tells a client that came without a token, and fences whoever held the worker before.
+    """
+    peer = context.peer()
+    reason = {"reason": shared.reason} if shared.reason else {}
+    _log.info(
+        "attached",
+        session_id=session.session_id,
+        worker=holder.worker,
+        acquired=holder.acquired == holder.generation,
+        transport=_transport_name(shared, peer),
+        step=session.ledger.applied_step,
+        peer=peer,
+        **reason,
+    )
+    try:
+        yield
+    finally:
+        _log.info(
+            "detached",
+            session_id=session.session_id,
+            worker=holder.worker,
+            step=session.ledger.applied_step,
+            peer=peer,
+        )
+
+
+def _transport_name(shared: StreamTransport, peer: str) -> str:
+    """Name the transport of a stream as clients do."""
+    if shared.transport in _MEMORIES:
+        return _MEMORIES[shared.transport]
+    return "uds" if peer.startswith("unix:") else "tcp"
