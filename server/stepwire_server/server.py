@@ -22,11 +22,10 @@ from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
-from stepwire.wire.channel_options import BULK_OPTIONS
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.access.control import AccessControl
 from stepwire_server.access.tokens import TokenFile
-from stepwire_server.config import MIB, ServerConfig
+from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.object_store import ObjectStoreError
@@ -38,6 +37,7 @@ from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.access import AccessInterceptor
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
+from stepwire_server.rpc.channel_options import channel_options
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptor import ErrorInterceptor
@@ -58,13 +58,6 @@ _log = structlog.get_logger()
 # for a thread that it must be a flood.
 _LEAVING_CALLS: Final = 64
 _MOST_PENDING_CALLS: Final = 8192
-_MOST_CONNECTIONS: Final = 8192
-_KEEPALIVE_MS: Final = 60_000
-_KEEPALIVE_TIMEOUT_MS: Final = 20_000
-"""A host that has vanished is noticed after both together."""
-
-_MESSAGE_HEADROOM: Final = 1 * MIB
-_LARGEST_CREATE_BYTES: Final = 32 * MIB
 _LAST_REPLY_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
 _SILENT_SHARE: Final = 0.5
@@ -140,7 +133,7 @@ class Server:
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
             interceptors=[ErrorInterceptor(), CallLimits(self._rooms, self.access), AccessInterceptor(self.access)],
-            options=_options(config),
+            options=channel_options(config),
             maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )
         self._stopped, self._lost = threading.Event(), threading.Event()
@@ -194,7 +187,9 @@ class Server:
             `drain_seconds`.
         """
         self._refuse_steps()
-        self.registry.streams.hurry(self._config.drain_seconds * _SILENT_SHARE)
+        patience = self._config.drain_seconds * _SILENT_SHARE
+        self.registry.streams.hurry(patience)
+        self._rooms.hurry(patience)
         self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)
@@ -381,19 +376,3 @@ def _start_devices(config: ServerConfig) -> DevicePool:
             budget_bytes=device.budget.limit_bytes,
         )
     return pool
-
-
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    largest = max(config.max_chunk_bytes + _MESSAGE_HEADROOM, _LARGEST_CREATE_BYTES)
-    return [
-        *BULK_OPTIONS,
-        ("grpc.max_receive_message_length", largest),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_metadata_size", 16 << 10),
-        ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-        ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
-        ("grpc.keepalive_permit_without_calls", 1),
-    ]

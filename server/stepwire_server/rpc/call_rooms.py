@@ -176,7 +176,7 @@ class CallRooms:
             each.cancel()
 
     def hurry(self, silent_seconds: float) -> None:
-        """From now on cancel the calls that have waited for this long already: the server drains, and waits for them."""
+        """From now on cancel the calls that have waited for so long: the server drains, and waits for them."""
         self._silent_seconds = min(self._silent_seconds, silent_seconds)
 
     def end_silent(self) -> None:

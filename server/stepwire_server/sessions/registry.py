@@ -113,7 +113,6 @@ class Registry:
             token = session.acquire().token
             self._keep(session, request_id, beginning)
             self._publish(request_id, session)
-            _log.info("session created", session_id=session.session_id, device=session.device)
             return Created(session, token, replayed=False)
 
     def created(self, request_id: str, config: SessionConfig | None = None) -> Created | None:

@@ -88,7 +88,7 @@ def test_a_session_in_memory_alone_has_no_durable_step(
 ) -> None:
     _, out, _ = command("sessions", "list", "-t", server.target)
     (row,) = [line for line in out.splitlines() if session.session_id in line]
-    assert [cell.strip() for cell in row.split("│")[3:5]] == ["1", ""]
+    assert [cell.strip() for cell in row.split("│")[4:6]] == ["1", ""]
 
 
 def test_a_session_is_closed(command: Any, server: Any, session: Any) -> None:

@@ -1,0 +1,34 @@
+"""The arguments of gRPC's server: sizes of messages, and the signs of life of connections."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire_server.config import MIB, ServerConfig
+
+__all__ = ["channel_options"]
+
+_MESSAGE_HEADROOM: Final = 1 * MIB
+_LARGEST_CREATE_BYTES: Final = 32 * MIB
+_MOST_CONNECTIONS: Final = 8192
+_KEEPALIVE_MS: Final = 60_000
+_KEEPALIVE_TIMEOUT_MS: Final = 20_000
+"""A host that has vanished is noticed after both together."""
+
+
+def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Return the arguments of gRPC's server."""
+    largest = max(config.max_chunk_bytes + _MESSAGE_HEADROOM, _LARGEST_CREATE_BYTES)
+    return [
+        *BULK_OPTIONS,
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
