@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers workers crash-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -43,6 +43,12 @@ SEEDS ?= 20
 crash-test: .venv/stamp-dev
 	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash \
 		tests/integration/durability/test_recovery.py
+
+# Hostile requests of strangers and of another tenant, so many for each way of keeping state, beside a session that trains.
+# The tests have some hundreds of them.
+REQUESTS ?= 1000000
+attack-test: .venv/stamp-dev
+	env STEPWIRE_ATTACK_REQUESTS=$(REQUESTS) $(BIN)/python -m pytest -q tests/attack tests/server/rpc/test_call_floods.py
 
 # An interrupt at every point of the thread that steps, and at every line of the thread that steps for it; the tests have a
 # few of them.

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import grpc
 import structlog
 
 from stepwire.errors import Reason, ServerError, StepwireError
 from stepwire.wire.error_details import status_of
+from stepwire_server.observability.bounded_lines import BoundedLines
 from stepwire_server.rpc.wrapping import Handler, wrapped
 
 __all__ = ["ErrorInterceptor"]
 
 _log = structlog.get_logger()
+_refusals: Final = BoundedLines(lambda event, **values: _log.info(event, **values))
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
@@ -69,7 +71,7 @@ def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoRe
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
-    _log.info("call refused", method=method, reason=str(error.reason), error=str(error))
+    _refusals.write("call refused", method=method, reason=str(error.reason), error=str(error))
     context.abort_with_status(cast(grpc.Status, status_of(error)))
 
 

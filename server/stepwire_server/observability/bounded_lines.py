@@ -1,0 +1,46 @@
+"""Log lines of what strangers can cause as often as they like: so many a second, and the number of the others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["BoundedLines"]
+
+_LINES_A_SECOND: Final = 20
+_LINES_AT_ONCE: Final = 100
+
+
+class BoundedLines:
+    """Passes log lines on, up to a rate. Thread-safe."""
+
+    def __init__(self, log: Callable[..., object], clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with room for a burst.
+
+        Args:
+            log: writes a line: a function of structlog such as `log.info`.
+            clock: returns seconds.
+        """
+        self._log = log
+        self._clock = clock
+        self._room = float(_LINES_AT_ONCE)
+        self._filled = clock()
+        self._left_out = 0
+        self._lock = threading.Lock()
+
+    def write(self, event: str, **values: Any) -> None:
+        """Write a line, or count it as left out; the next line that is written says how many were."""
+        with self._lock:
+            now = self._clock()
+            self._room = min(self._room + (now - self._filled) * _LINES_A_SECOND, float(_LINES_AT_ONCE))
+            self._filled = now
+            if self._room < 1.0:
+                self._left_out += 1
+                return
+            self._room -= 1.0
+            left_out, self._left_out = self._left_out, 0
+        if left_out:
+            values["lines_left_out"] = left_out
+        self._log(event, **values)
