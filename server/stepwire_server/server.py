@@ -47,6 +47,7 @@ from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.registry_limits import RegistryLimits, TenantLimits
 from stepwire_server.sessions.streams import RETURNING_STREAMS
 from stepwire_server.sharing.handoff import HandoffStatistics
 
@@ -116,14 +117,8 @@ class Server:
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = _certificates(config), _access(config)
         self._drain = Drain()
-        self.registry = Registry(
-            self._pool,
-            max_sessions=config.max_sessions,
-            max_streams=config.max_streams,
-            step_idle_seconds=config.step_idle_seconds,
-            clock=clock,
-            sinks=(log_committed,) if config.log_level == "debug" else (),
-        )
+        sinks = (log_committed,) if config.log_level == "debug" else ()
+        self.registry = Registry(self._pool, _limits(config), clock, sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
@@ -320,6 +315,11 @@ class Server:
             self._pool.warm_up()
         except Exception as problem:  # sessions meet the same problem, and tell it to their clients
             _log.warning("kernels could not be compiled ahead", problem=str(problem))
+
+
+def _limits(config: ServerConfig) -> RegistryLimits:
+    tenant = TenantLimits(config.tenant_max_sessions, config.tenant_max_streams, config.tenant_memory)
+    return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
 
 
 def _access(config: ServerConfig) -> AccessControl:

@@ -33,6 +33,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "gpu_bus_buffer_bytes": ("65536", 65536),
     "gpu_gradient_cache_bytes": ("7", 7),
     "max_streams": ("6", 6),
+    "tenant_max_sessions": ("7", 7),
+    "tenant_max_streams": ("8", 8),
+    "tenant_memory": ("9M", 9 * MIB),
     "max_tensors": ("8", 8),
     "max_chunk_bytes": ("65536", 65536),
     "max_lease_seconds": ("12.5", 12.5),
@@ -237,6 +240,9 @@ WRONG = {
     "gpu_bus_buffer_bytes": [0, 65535, 256 * MIB + 1, "63K", "1G"],
     "gpu_gradient_cache_bytes": [-1, "1GG", "1e999G"],
     "max_streams": [0],
+    "tenant_max_sessions": [-1],
+    "tenant_max_streams": [-1],
+    "tenant_memory": [-1],
     "max_tensors": [0],
     "max_chunk_bytes": [0, 65535, 64 * MIB + 1],
     "max_lease_seconds": [0, -1.0, "soon", "inf", "nan", 1e300],
@@ -312,6 +318,7 @@ def test_sizes_are_these() -> None:
         "gpu_gradient_cache_bytes",
         "journal_segment_bytes",
         "journal_bytes",
+        "tenant_memory",
         "max_chunk_bytes",
     ]
 

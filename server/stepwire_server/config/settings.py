@@ -138,6 +138,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_streams: Annotated[
         _Positive, Meta(description="The largest number of attached streams at a time; each stream costs a thread.")
     ] = 256
+    tenant_max_sessions: Annotated[
+        _Count, Meta(description="The largest number of sessions of one tenant. 0 means no limit of its own.")
+    ] = 0
+    tenant_max_streams: Annotated[
+        _Count,
+        Meta(
+            description="The largest number of attached streams of one tenant at a time. 0 means no limit of its own."
+        ),
+    ] = 0
+    tenant_memory: Annotated[
+        _Count,
+        _BYTES,
+        Meta(description="The bytes that sessions of one tenant may hold, such as 8G. 0 means no limit of its own."),
+    ] = 0
     max_tensors: Annotated[_Positive, Meta(description="The largest number of tensors in a session.")] = 65536
     max_chunk_bytes: Annotated[
         int, _BYTES, Meta(ge=64 * _KIB, le=64 * MIB, description="The largest payload of one message, in bytes.")

@@ -20,6 +20,7 @@ class ClientStream:
         cancel: a function that ends the stream.
         refuse: a function that ends the stream with an error, from any thread; by default `cancel`.
         check: a function that raises if whoever attached may step no longer.
+        tenant: the tenant of its session; None before it is admitted.
         is_open: it has said which session it attaches to.
         in_step: a step has begun and is not committed.
         orphaned: the worker has moved on.
@@ -35,6 +36,7 @@ class ClientStream:
         self.cancel = cancel
         self.refuse: Callable[[StepwireError], object] = lambda error: cancel()
         self.check: Callable[[], object] = lambda: None
+        self.tenant: str | None = None
         self.is_open = self.in_step = False
         self.orphaned = False
         self.ending = False

@@ -23,7 +23,8 @@ from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.parked import ParkedSession, with_parked
-from stepwire_server.sessions.refusals import another_config, too_many_sessions, too_many_streams
+from stepwire_server.sessions.refusals import another_config, too_many_sessions
+from stepwire_server.sessions.registry_limits import RegistryLimits
 from stepwire_server.sessions.session import Session, closed_on_failure
 from stepwire_server.sessions.streams import Streams
 from stepwire_server.sessions.tenants import tenant_of, tenants_of
@@ -41,16 +42,13 @@ class Registry:
         pool: the devices.
         clock: returns seconds.
         directory: the sessions on disk; None where all are in memory alone.
-        streams: the attached streams and the uploads.
+        streams: the attached streams.
     """
 
     def __init__(
         self,
         pool: DevicePool,
-        *,
-        max_sessions: int,
-        max_streams: int,
-        step_idle_seconds: float,
+        limits: RegistryLimits,
         clock: Callable[[], float],
         sinks: Sequence[CommitSink] = (),
     ) -> None:
@@ -59,14 +57,12 @@ class Registry:
         self.pool = pool
         self.clock = clock
         self._sinks = tuple(sinks)
-        self._max_sessions = max_sessions
-        self._max_streams = max_streams
-        self._step_idle_seconds = step_idle_seconds
+        self._limits = limits
         self._lock = threading.Lock()
         self._creation = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
-        self.streams = Streams(max_streams, clock)
+        self.streams = Streams(limits, clock)
         self._parked: dict[str, str] = {}
 
     def recover(self, directory: DataDirectory) -> None:
@@ -103,12 +99,13 @@ class Registry:
         with self._creation:
             if (known := self.created(request_id, config)) is not None:
                 return known
-            if len(self._sessions) >= self._max_sessions and not self._parked_one():
-                raise too_many_sessions(self._max_sessions, self.of(tenant_of(request_id)), self.clock())
+            if len(self._sessions) >= self._limits.sessions and not self._parked_one():
+                raise too_many_sessions(self._limits.sessions, self.of(tenant_of(request_id)), self.clock())
             device = self.pool.choose(config.device)
             session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
-            if beginning is not None:
-                with closed_on_failure(session):
+            with closed_on_failure(session):
+                self._limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
+                if beginning is not None:
                     beginning.bring(session)
             token = session.acquire().token
             self._keep(session, request_id, beginning)
@@ -214,26 +211,20 @@ class Registry:
         return self.streams.stream(cancel)
 
     def require_room(self, stream: ClientStream, session: Session, worker: int | None) -> None:
-        """Refuse a stream beyond the limit, unless it displaces its worker's (None is a vacant one), or an idle one.
-
-        Raises:
-            ResourceExhaustedError: the server has all the streams it takes.
-        """
-        beyond = stream.surplus and worker not in session.ledger.members.attached
-        if beyond and not self.streams.make_room(stream, self._step_idle_seconds):
-            raise too_many_streams(self._max_streams)
+        """Refuse a stream beyond a limit: see `Streams.admit`; the worker None is a vacant one."""
+        self.streams.admit(stream, session.tenant, returns=worker in session.ledger.members.attached)
 
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
         now = self.clock()
         present = self._present()
         expired = [session for session in present if session.expired(now)]
-        self.streams.cancel_silent(now, self._step_idle_seconds)
+        self.streams.cancel_silent(now)
         for session in present:
             session.let_go()
         self._end([session for session in expired if not session.durable])
         for session in present:  # a half-applied step whose client is gone keeps the log
-            half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self._step_idle_seconds
+            half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self._limits.idle_seconds
             if session.durable and (half or session in expired):
                 self.park(session)
         return [session.session_id for session in expired]
@@ -351,8 +342,8 @@ class Registry:
         assert self.directory is not None
         if not self.directory.has(session_id):
             raise session_not_found(session_id)
-        if len(self._sessions) >= self._max_sessions and not self._parked_one():
-            raise too_many_sessions(self._max_sessions, self._present(), self.clock())
+        if len(self._sessions) >= self._limits.sessions and not self._parked_one():
+            raise too_many_sessions(self._limits.sessions, self._present(), self.clock())
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)

@@ -11,6 +11,7 @@ from typing import Final
 from stepwire.errors import StepwireError
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.refusals import too_many_streams
+from stepwire_server.sessions.registry_limits import RegistryLimits
 
 __all__ = ["RETURNING_STREAMS", "Streams"]
 
@@ -21,9 +22,9 @@ RETURNING_STREAMS: Final = 8
 class Streams:
     """All streams. Thread-safe."""
 
-    def __init__(self, most: int, clock: Callable[[], float]) -> None:
-        """Allow so many attached streams at a time."""
-        self._most = most
+    def __init__(self, limits: RegistryLimits, clock: Callable[[], float]) -> None:
+        """Have no stream yet."""
+        self._limits = limits
         self._clock = clock
         self._streams: set[ClientStream] = set()
         self._patience_seconds = math.inf
@@ -43,11 +44,11 @@ class Streams:
         """See `Registry.stream`."""
         stream = ClientStream(cancel, self._clock())
         with self._lock:
-            stream.surplus = len(self._streams) >= self._most
-            full = len(self._streams) >= self._most + RETURNING_STREAMS
+            stream.surplus = len(self._streams) >= self._limits.streams
+            full = len(self._streams) >= self._limits.streams + RETURNING_STREAMS
             displaced = self._displaced(lambda each: not each.is_open) if full else None
             if full and displaced is None:
-                raise too_many_streams(self._most)
+                raise too_many_streams(self._limits.streams)
             self._streams.add(stream)
         if displaced is not None:
             displaced.cancel()
@@ -57,18 +58,34 @@ class Streams:
             with self._lock:
                 self._streams.discard(stream)
 
-    def make_room(self, stream: ClientStream, idle_seconds: float) -> bool:
-        """Displace another stream by one that came when the server had all its streams; tell whether one was found.
+    def admit(self, stream: ClientStream, tenant: str, *, returns: bool) -> None:
+        """Refuse a stream beyond a limit, unless another one makes room for it.
 
-        The longest silent one goes: of those that have not opened, or have been idle for so long.
+        Beyond the server's limit that is the longest silent one: of those that have not opened, or are idle for long.
+
+        Args:
+            stream: the stream.
+            tenant: the tenant of the session that it attaches to.
+            returns: it displaces the stream of its own worker.
+
+        Raises:
+            ResourceExhaustedError: the server, or the tenant, has all the streams it may have.
         """
-        now = self._clock()
+        now, displaced = self._clock(), None
         with self._lock:
-            displaced = self._displaced(lambda each: each is not stream and each.may_be_displaced(now, idle_seconds))
-            stream.surplus = displaced is None
+            if not returns:
+                self._limits.tenant.check_stream(sum(each.tenant == tenant for each in self._streams))
+                if stream.surplus:
+                    displaced = self._displaced(lambda each: each is not stream and self._may_go(each, now))
+                    if displaced is None:
+                        raise too_many_streams(self._limits.streams)
+                    stream.surplus = False
+            stream.tenant = tenant
         if displaced is not None:
             displaced.cancel()
-        return displaced is not None
+
+    def _may_go(self, stream: ClientStream, now: float) -> bool:
+        return stream.may_be_displaced(now, self._limits.idle_seconds)
 
     def _displaced(self, may_be: Callable[[ClientStream], bool]) -> ClientStream | None:
         """Take out the stream that has been silent for longest of those that may be displaced."""
@@ -81,9 +98,9 @@ class Streams:
         """From now on end those that have been silent for this long already: the server drains, and waits for them."""
         self._patience_seconds = patience_seconds
 
-    def cancel_silent(self, now: float, idle_seconds: float) -> None:
+    def cancel_silent(self, now: float) -> None:
         """End those that have been silent for too long where they must not be."""
-        idle_seconds = min(idle_seconds, self._patience_seconds)
+        idle_seconds = min(self._limits.idle_seconds, self._patience_seconds)
         with self._lock:
             silent = [stream for stream in self._streams if stream.overdue(now, idle_seconds)]
         for stream in silent:

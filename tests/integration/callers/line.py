@@ -26,6 +26,7 @@ from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.registry_limits import RegistryLimits
 from stepwire_server.sharing.offer import Sharing
 from tests.support.numpy_server import numpy_pool
 
@@ -144,7 +145,7 @@ class LineServer:
     def __init__(self, clock: Clock, whole_bytes: int) -> None:
         """Serve with NumPy, in messages of `CHUNK_BYTES`; unary calls and small replies have up to `whole_bytes`."""
         self.pool = numpy_pool()
-        self.registry = Registry(self.pool, max_sessions=100, max_streams=100, step_idle_seconds=1e9, clock=clock)
+        self.registry = Registry(self.pool, RegistryLimits(100, 100, 1e9), clock)
         config = ServerConfig(max_chunk_bytes=CHUNK_BYTES, max_lease_seconds=1e9)
         serving = Serving(Drain(), _Inline(), clock, whole_bytes, AccessControl())  # type: ignore[arg-type]
         service = OptimizerService(

@@ -20,10 +20,14 @@ from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.registry_limits import RegistryLimits, TenantLimits
 from tests.server.configs import make_config
 from tests.server.pretended_engine import PretendedEngine
 
 BYTES = 3 * 4 * 10
+
+
+NO_LIMITS = TenantLimits()
 
 
 def config(lease_seconds: float = 60.0, label: str = "", device: str = "") -> SessionConfig:
@@ -32,14 +36,15 @@ def config(lease_seconds: float = 60.0, label: str = "", device: str = "") -> Se
 
 @pytest.fixture
 def make_registry(clock: Any) -> Callable[..., Registry]:
-    def make(*devices: str, max_sessions: int = 10, max_streams: int = 3, budget_bytes: int = 10_000) -> Registry:
-        return Registry(
-            DevicePool.of([PretendedEngine(name) for name in devices or ("cpu",)], budget_bytes),
-            max_sessions=max_sessions,
-            max_streams=max_streams,
-            step_idle_seconds=5.0,
-            clock=clock,
-        )
+    def make(
+        *devices: str,
+        max_sessions: int = 10,
+        max_streams: int = 3,
+        budget_bytes: int = 10_000,
+        tenant: TenantLimits = NO_LIMITS,
+    ) -> Registry:
+        pool = DevicePool.of([PretendedEngine(name) for name in devices or ("cpu",)], budget_bytes)
+        return Registry(pool, RegistryLimits(max_sessions, max_streams, 5.0, tenant), clock)
 
     return make
 

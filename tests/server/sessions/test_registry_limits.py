@@ -1,0 +1,62 @@
+"""Limits of each tenant: others have theirs, and what was refused leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from stepwire.errors import Reason, ResourceExhaustedError
+from stepwire_server.sessions.registry_limits import TenantLimits
+from stepwire_server.sessions.tenants import TenantSessions
+from tests.server.sessions.test_registry import config, make_registry
+
+__all__ = ["make_registry"]
+
+
+def test_a_tenant_has_so_many_sessions_and_others_have_theirs(make_registry: Any) -> None:
+    registry = make_registry(tenant=TenantLimits(sessions=2))
+    one, other = TenantSessions(registry, "one"), TenantSessions(registry, "other")
+    first = one.create("a", config())
+    one.create("b", config())
+    reserved = registry.pool.choose("").budget.reserved_bytes
+    with pytest.raises(ResourceExhaustedError, match="this tenant has 2 sessions, its most") as refused:
+        one.create("c", config())
+    assert refused.value.reason is Reason.TOO_MANY_SESSIONS
+    assert {"limit": "tenant_max_sessions", "most": "2"}.items() <= refused.value.metadata.items()
+    assert registry.pool.choose("").budget.reserved_bytes == reserved
+    assert one.create("a", config()).replayed
+    other.create("c", config())
+    one.delete(first.session.session_id)
+    assert not one.create("c", config()).replayed
+
+
+def test_a_tenant_has_so_many_bytes(make_registry: Any) -> None:
+    size = make_registry().create("a", config()).session.memory_bytes
+    registry = make_registry(tenant=TenantLimits(state_bytes=2 * size))
+    one = TenantSessions(registry, "one")
+    for name in ("a", "b"):
+        one.create(name, config())
+    with pytest.raises(
+        ResourceExhaustedError, match=f"needs {size} bytes and 0 of this tenant's {2 * size}"
+    ) as refused:
+        one.create("c", config())
+    assert refused.value.reason is Reason.MEMORY_EXHAUSTED
+    TenantSessions(registry, "other").create("c", config())
+    assert (one.count(), registry.statistics().sessions) == (2, 3)
+
+
+def test_a_tenant_has_so_many_streams_and_comes_back_to_its_own(make_registry: Any) -> None:
+    registry = make_registry(tenant=TenantLimits(streams=1))
+    mine, second = (registry.create(f"one/{name}", config()).session for name in "ab")
+    other = registry.create("other/a", config()).session
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(registry.stream(lambda: None)) for _ in range(4)]
+        registry.require_room(streams[0], mine, 0)
+        stack.enter_context(mine.attached(streams[0], 0, 0))
+        with pytest.raises(ResourceExhaustedError, match="this tenant has 1 attached streams, its most") as refused:
+            registry.require_room(streams[1], second, 0)
+        assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
+        registry.require_room(streams[2], other, 0)
+        registry.require_room(streams[3], mine, 0)
