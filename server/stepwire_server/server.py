@@ -23,6 +23,7 @@ from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
 from stepwire_server.access.certificates import CertificateFiles
+from stepwire_server.access.client_certificates import ClientCertificates
 from stepwire_server.access.control import AccessControl
 from stepwire_server.access.tokens import TokenFile
 from stepwire_server.config import ServerConfig
@@ -115,7 +116,7 @@ class Server:
         self._config = config
         check_bind(config)
         self._pool = pool or _start_devices(config)
-        self._certificates, self.access = _certificates(config), _access(config)
+        self._certificates, self.access = _access(config)
         self._drain = Drain()
         sinks = (log_committed,) if config.log_level == "debug" else ()
         self.registry = Registry(self._pool, _limits(config), clock, sinks)
@@ -322,9 +323,12 @@ def _limits(config: ServerConfig) -> RegistryLimits:
     return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
 
 
-def _access(config: ServerConfig) -> AccessControl:
+def _access(config: ServerConfig) -> tuple[CertificateFiles | None, AccessControl]:
+    """Return the certificates of the port, None for plaintext, and the admission of calls."""
+    certificates = _certificates(config)
     tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
-    return AccessControl(tokens, open_health=config.open_health)
+    clients = ClientCertificates(certificates) if certificates is not None and config.tls_client_ca else None
+    return certificates, AccessControl(tokens, certificates=clients, open_health=config.open_health)
 
 
 def _certificates(config: ServerConfig) -> CertificateFiles | None:

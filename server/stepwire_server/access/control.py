@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from stepwire.errors import AuthenticationError, PermissionDeniedError
+from stepwire_server.access.client_certificates import ClientCertificate, ClientCertificates
 from stepwire_server.access.identity import EVERYBODY, METHODS, Identity
 from stepwire_server.access.tokens import TokenFile
 
-__all__ = ["AccessControl"]
+__all__ = ["AccessControl", "Caller"]
 
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _BEARER: Final = "bearer "
+
+
+class Caller(NamedTuple):
+    """Whoever makes a call.
+
+    Attributes:
+        identity: the identity behind its token.
+        certificate: the certificate of its connection; None where none is asked for.
+    """
+
+    identity: Identity
+    certificate: ClientCertificate | None = None
 
 
 class AccessControl:
@@ -21,33 +34,44 @@ class AccessControl:
 
     Attributes:
         tokens: the file of tokens; None where every call is admitted.
+        certificates: the certificates of clients; None where none is asked for.
     """
 
     def __init__(
-        self, tokens: TokenFile | None = None, *, open_health: bool = True, clock: Callable[[], float] = time.time
+        self,
+        tokens: TokenFile | None = None,
+        *,
+        certificates: ClientCertificates | None = None,
+        open_health: bool = True,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Admit by a file of tokens.
+        """Admit by a file of tokens, and by certificates.
 
         Args:
             tokens: the file; None admits every call.
+            certificates: the certificates of clients; None asks for none.
             open_health: health checks need no token.
             clock: returns seconds since 1970.
         """
         self.tokens = tokens
+        self.certificates = certificates
         self._open_health = open_health
         self._clock = clock
 
-    def admit(self, method: str, authorization: str | None) -> Identity:
+    def admit(self, method: str, authorization: str | None, certificate: bytes | None = None) -> Identity:
         """Return the identity behind a call that may be made.
 
         Args:
             method: the full name of the method.
             authorization: the metadata of this name; None for none.
+            certificate: that of the connection, PEM; None for none, as over a Unix socket.
 
         Raises:
-            AuthenticationError: there is no token, an unknown one, or an expired one.
+            AuthenticationError: there is no token, an unknown one, or an expired one; or the certificate counts no
+                longer.
             PermissionDeniedError: the role of the token may not call the method.
         """
+        self._certificate(certificate)
         roles = METHODS.get(method, frozenset())
         if self._open_health and method.startswith(_HEALTH):
             return EVERYBODY
@@ -69,21 +93,36 @@ class AccessControl:
         return EVERYBODY if self.tokens is None else self._recognised(self.tokens, authorization)
 
     def on_change(self, tell: Callable[[], object]) -> None:
-        """Call a function after tokens have changed."""
-        if self.tokens is not None:
-            self.tokens.on_change(tell)
+        """Call a function after tokens or authorities have changed."""
+        for each in (self.tokens, self.certificates):
+            if each is not None:
+                each.on_change(tell)
 
     def look(self) -> None:
-        """Read the tokens again, if their file has changed."""
-        if self.tokens is not None:
-            self.tokens.look()
+        """Read the tokens and the authorities again, if their files have changed."""
+        for each in (self.tokens, self.certificates):
+            if each is not None:
+                each.look()
 
-    def check(self, identity: Identity) -> None:
-        """Refuse an identity that was admitted before, and has expired or was revoked since.
+    def caller(self, authorization: str | None, certificate: bytes | None = None) -> Caller:
+        """Return whoever makes a call, for `check`; the arguments are those of `admit`.
+
+        Raises:
+            AuthenticationError: as `admit`.
+        """
+        return Caller(self.identify(authorization), self._certificate(certificate))
+
+    def check(self, caller: Caller) -> None:
+        """Refuse a caller that was admitted before, and has expired or was revoked since.
 
         Raises:
             AuthenticationError: it has.
         """
+        if caller.certificate is not None and self.certificates is not None:
+            self.certificates.check(caller.certificate)
+        self._check(caller.identity)
+
+    def _check(self, identity: Identity) -> None:
         if identity.expires <= self._clock():
             raise AuthenticationError(
                 f"the token {identity.name!r} has expired; attach with a new one",
@@ -104,5 +143,10 @@ class AccessControl:
         identity = tokens.find(authorization[len(_BEARER) :].strip())
         if identity is None:
             raise AuthenticationError("the token is unknown here; ask the server's operator for another one")
-        self.check(identity)
+        self._check(identity)
         return identity
+
+    def _certificate(self, certificate: bytes | None) -> ClientCertificate | None:
+        if certificate is None or self.certificates is None:
+            return None
+        return self.certificates.admit(certificate)

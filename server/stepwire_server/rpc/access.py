@@ -8,14 +8,17 @@ from typing import Any, Final
 import grpc
 
 from stepwire.errors import AuthenticationError
-from stepwire_server.access.control import AccessControl
+from stepwire_server.access.control import AccessControl, Caller
 from stepwire_server.access.identity import Identity
 from stepwire_server.rpc.wrapping import Behavior, Handler, wrapped
 
-__all__ = ["AccessInterceptor", "identity_of"]
+__all__ = ["AccessInterceptor", "caller_of", "identity_of"]
 
 _AUTHORIZATION: Final = "authorization"
 """The name of the metadata that brings a token."""
+
+_CERTIFICATE: Final = "x509_pem_cert"
+"""The name of the client's certificate among the properties of a connection. Only TLS has it."""
 
 
 class AccessInterceptor(grpc.ServerInterceptor):
@@ -46,6 +49,22 @@ def identity_of(context: grpc.ServicerContext, access: AccessControl) -> Identit
     return access.identify(_authorization(context))
 
 
+def caller_of(context: grpc.ServicerContext, access: AccessControl) -> Caller:
+    """Return whoever makes a call that was admitted.
+
+    Raises:
+        AuthenticationError: as `identity_of`.
+    """
+    return access.caller(_authorization(context), _certificate(context, access))
+
+
+def _certificate(context: grpc.ServicerContext, access: AccessControl) -> bytes | None:
+    if access.certificates is None:
+        return None
+    found = context.auth_context().get(_CERTIFICATE)
+    return bytes(found[0]) if found else None
+
+
 def _authorization(context: grpc.ServicerContext) -> str | None:
     found = [value for name, value in context.invocation_metadata() or () if name == _AUTHORIZATION]
     if len(found) > 1:
@@ -57,14 +76,14 @@ def _authorization(context: grpc.ServicerContext) -> str | None:
 def _guarded(handler: Handler, method: str, access: AccessControl) -> Handler:
     def call(behavior: Behavior) -> Behavior:
         def admitted_call(request: Any, context: grpc.ServicerContext) -> Any:
-            access.admit(method, _authorization(context))
+            access.admit(method, _authorization(context), _certificate(context, access))
             return behavior(request, context)
 
         return admitted_call
 
     def stream(behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def admitted_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            access.admit(method, _authorization(context))
+            access.admit(method, _authorization(context), _certificate(context, access))
             yield from behavior(request, context)
 
         return admitted_stream

@@ -17,7 +17,7 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc import session_lines
-from stepwire_server.rpc.access import identity_of
+from stepwire_server.rpc.access import caller_of, identity_of
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
@@ -160,8 +160,7 @@ class OptimizerService:
         with self._registry.stream(context.cancel) as stream:
             stream.refuse = functools.partial(end_call, context)
             context.add_callback(stream.left)
-            identity = identity_of(context, self._access)
-            stream.check = functools.partial(self._access.check, identity)
+            stream.check = functools.partial(self._access.check, caller_of(context, self._access))
             frames = map(functools.partial(read_frame, pb.AttachRequest), stream.received(messages))
             # Counted, and cancelled when silent, from before its opening: a flood of streams that never open would
             # take every thread otherwise.

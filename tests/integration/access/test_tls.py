@@ -94,3 +94,52 @@ def test_a_client_with_half_a_certificate_is_refused(own: Authority) -> None:
         stepwire.connect("localhost:1", tls=stepwire.TLS(cert=own.cert))
     with pytest.raises(stepwire.InvalidRequestError, match="cannot be read"):
         stepwire.connect("localhost:1", tls=stepwire.TLS(ca="/nowhere/ca.pem"))
+
+
+@pytest.fixture
+def clients(tmp_path: pathlib.Path) -> Authority:
+    """An authority of clients, and a certificate that it has signed."""
+    return authority(tmp_path / "clients", "ann")
+
+
+def mutual(own: Authority, client: Authority) -> stepwire.TLS:
+    return stepwire.TLS(ca=own.ca, cert=client.cert, key=client.key)
+
+
+def test_after_the_authority_of_clients_has_changed_its_clients_are_out(
+    own: Authority, clients: Authority, tmp_path: pathlib.Path
+) -> None:
+    """Over connections that are open still: calls are refused, and silent streams end within a sweep."""
+    following = authority(tmp_path / "following", "bob")
+    settings = {"tls_cert": own.cert, "tls_key": own.key, "tls_client_ca": clients.ca, "sweep_seconds": 3600.0}
+    with numpy_server(**settings) as server:
+        with stepwire.connect(at(server), tls=mutual(own, clients), transport="tcp") as client:
+            session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0), keep=True)
+            session.step({"w": np.ones(4, np.float32)})
+            shutil.copy(following.ca, clients.ca)
+            server.access.look()  # as the sweep does
+            while server.registry.statistics().streams:  # it waited for a message, and has ended
+                pass
+            for call in (client.info, lambda: session.step({"w": np.ones(4, np.float32)})):
+                with pytest.raises(stepwire.AuthenticationError, match="no authority in --tls-client-ca vouches for"):
+                    call()
+        with stepwire.connect(at(server), tls=mutual(own, following)) as client:
+            assert client.session(session.own_id).info().applied_step == 1
+
+
+def test_a_connection_does_not_outlive_its_certificate(own: Authority, clients: Authority) -> None:
+    with numpy_server(tls_cert=own.cert, tls_key=own.key, tls_client_ca=clients.ca) as server:
+        with stepwire.connect(at(server), tls=mutual(own, clients), transport="tcp") as client:
+            session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0), keep=True)
+            session.step({"w": np.ones(4, np.float32)})
+            assert server.access.certificates is not None
+            server.access.certificates.clock = lambda: 1e11  # after the year 3000
+            for call in (lambda: session.step({"w": np.ones(4, np.float32)}), client.info):
+                with pytest.raises(stepwire.AuthenticationError, match=r"the certificate 'CN=ann.*' has expired"):
+                    call()
+
+
+def test_a_unix_socket_asks_for_no_certificate(own: Authority, clients: Authority) -> None:
+    with numpy_server(tls_cert=own.cert, tls_key=own.key, tls_client_ca=clients.ca) as server:
+        with stepwire.connect(f"unix:{server.unix_socket}") as client:
+            assert client.info().sessions == 0

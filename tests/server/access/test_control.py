@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 
 from stepwire.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire_server.access.control import AccessControl
+from stepwire_server.access.control import AccessControl, Caller
 from stepwire_server.access.identity import EVERYBODY, METHODS, Role
 from stepwire_server.access.tokens import TokenFile, TokenRecord, digest_of, new_token, read_tokens, write_tokens
 
@@ -64,10 +64,10 @@ def test_a_token_ends_with_its_time_and_with_its_line(path: pathlib.Path) -> Non
     file = TokenFile(path)
     access = AccessControl(file, clock=lambda: now[0])
     ann, bob = access.admit(STEP, "Bearer sw_a"), access.admit(STEP, "BEARER sw_b")
-    access.check(ann)
+    access.check(Caller(ann))
     now[0] = 100.0
     with pytest.raises(AuthenticationError, match="expired"):
-        access.check(ann)
+        access.check(Caller(ann))
     with pytest.raises(AuthenticationError, match="expired"):
         access.admit(STEP, "Bearer sw_a")
     told: list[str] = []
@@ -78,7 +78,7 @@ def test_a_token_ends_with_its_time_and_with_its_line(path: pathlib.Path) -> Non
     file.look()
     assert told == ["changed"]
     with pytest.raises(AuthenticationError, match="revoked"):
-        access.check(bob)
+        access.check(Caller(bob))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"name": "a"}]', '[{"name":"a b","digest":"' + "0" * 64 + '"}]'])
