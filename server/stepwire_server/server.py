@@ -25,6 +25,7 @@ from stepwire.wire.addresses import boot_id
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.access.client_certificates import ClientCertificates
 from stepwire_server.access.control import AccessControl
+from stepwire_server.access.signed_tokens import SignedTokens
 from stepwire_server.access.tokens import TokenFile
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.pool import DevicePool
@@ -328,7 +329,18 @@ def _access(config: ServerConfig) -> tuple[CertificateFiles | None, AccessContro
     certificates = _certificates(config)
     tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
     clients = ClientCertificates(certificates) if certificates is not None and config.tls_client_ca else None
-    return certificates, AccessControl(tokens, certificates=clients, open_health=config.open_health)
+    return certificates, AccessControl(
+        tokens, signed=_signed_tokens(config), certificates=clients, open_health=config.open_health
+    )
+
+
+def _signed_tokens(config: ServerConfig) -> SignedTokens | None:
+    if config.jwt_key:
+        return SignedTokens(pathlib.Path(config.jwt_key), issuer=config.jwt_issuer, audience=config.jwt_audience)
+    for name in ("jwt_issuer", "jwt_audience"):
+        if getattr(config, name):
+            raise InvalidRequestError.of(name, "it is of signed tokens, which need --jwt-key; give it too")
+    return None
 
 
 def _certificates(config: ServerConfig) -> CertificateFiles | None:

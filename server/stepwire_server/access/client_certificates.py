@@ -97,10 +97,7 @@ class ClientCertificates:
             AuthenticationError: as `admit`.
         """
         if certificate.expires <= self.clock():
-            raise AuthenticationError(
-                f"the certificate {certificate.name!r} has expired; connect with a new one",
-                metadata={"certificate": certificate.name},
-            )
+            raise _expired(certificate)
         if certificate.rotation != self._rotation and certificate.pem not in self._known:
             self._verified(certificate.pem)
 
@@ -128,6 +125,9 @@ class ClientCertificates:
             verifier, rotation, known = self._verifier, self._rotation, self._known
         read = verifier.read(pem)
         name = read.subject.rfc4514_string()
+        certificate = ClientCertificate(name, read.not_valid_after_utc.timestamp(), rotation, pem)
+        if certificate.expires <= self.clock():
+            raise _expired(certificate)
         # Before the first change, the handshake of every connection has verified what it shows, by these authorities.
         if rotation and not verifier.vouches_for(read, self.clock()):
             raise AuthenticationError(
@@ -135,12 +135,18 @@ class ClientCertificates:
                 "the new authority has signed",
                 metadata={"certificate": name},
             )
-        certificate = ClientCertificate(name, read.not_valid_after_utc.timestamp(), rotation, pem)
         with self._lock:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
             known[pem] = certificate
         return certificate
+
+
+def _expired(certificate: ClientCertificate) -> AuthenticationError:
+    return AuthenticationError(
+        f"the certificate {certificate.name!r} has expired; connect with a new one",
+        metadata={"certificate": certificate.name},
+    )
 
 
 class _Verifier:

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from stepwire.errors import AuthenticationError, PermissionDeniedError
 from stepwire_server.access.client_certificates import ClientCertificate, ClientCertificates
 from stepwire_server.access.identity import EVERYBODY, METHODS, Identity
+from stepwire_server.access.signed_tokens import SignedTokens, looks_signed
 from stepwire_server.access.tokens import TokenFile
 
 __all__ = ["AccessControl", "Caller"]
@@ -33,7 +34,8 @@ class AccessControl:
     """Admits calls. Thread-safe.
 
     Attributes:
-        tokens: the file of tokens; None where every call is admitted.
+        tokens: the file of tokens; None for none. Without it and `signed` every call is admitted.
+        signed: the tokens that a key has signed; None for none.
         certificates: the certificates of clients; None where none is asked for.
     """
 
@@ -41,19 +43,22 @@ class AccessControl:
         self,
         tokens: TokenFile | None = None,
         *,
+        signed: SignedTokens | None = None,
         certificates: ClientCertificates | None = None,
         open_health: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Admit by a file of tokens, and by certificates.
+        """Admit by a file of tokens, by tokens that are signed, and by certificates.
 
         Args:
-            tokens: the file; None admits every call.
+            tokens: the file; None for none.
+            signed: the tokens that a key has signed; None for none.
             certificates: the certificates of clients; None asks for none.
             open_health: health checks need no token.
             clock: returns seconds since 1970.
         """
         self.tokens = tokens
+        self.signed = signed
         self.certificates = certificates
         self._open_health = open_health
         self._clock = clock
@@ -90,17 +95,17 @@ class AccessControl:
         Raises:
             AuthenticationError: as `admit`.
         """
-        return EVERYBODY if self.tokens is None else self._recognised(self.tokens, authorization)
+        return EVERYBODY if self.tokens is None and self.signed is None else self._recognised(authorization)
 
     def on_change(self, tell: Callable[[], object]) -> None:
-        """Call a function after tokens or authorities have changed."""
-        for each in (self.tokens, self.certificates):
+        """Call a function after tokens, keys or authorities have changed."""
+        for each in (self.tokens, self.signed, self.certificates):
             if each is not None:
                 each.on_change(tell)
 
     def look(self) -> None:
-        """Read the tokens and the authorities again, if their files have changed."""
-        for each in (self.tokens, self.certificates):
+        """Read the tokens, keys and authorities again, if their files have changed."""
+        for each in (self.tokens, self.signed, self.certificates):
             if each is not None:
                 each.look()
 
@@ -132,19 +137,29 @@ class AccessControl:
             raise AuthenticationError(
                 f"the token {identity.name!r} was revoked; attach with another one", metadata={"token": identity.name}
             )
+        if self.signed is not None and identity.key and not self.signed.knows(identity):
+            raise AuthenticationError(
+                f"the key that has signed the token {identity.name!r} was replaced; attach with a new token",
+                metadata={"token": identity.name},
+            )
 
-    def _recognised(self, tokens: TokenFile, authorization: str | None) -> Identity:
+    def _recognised(self, authorization: str | None) -> Identity:
         if not authorization:
             raise AuthenticationError(
                 "this server needs a token: give one by connect(token=…), STEPWIRE_TOKEN or STEPWIRE_TOKEN_FILE"
             )
         if not authorization.lower().startswith(_BEARER):
             raise AuthenticationError("the metadata `authorization` is not `Bearer TOKEN`")
-        identity = tokens.find(authorization[len(_BEARER) :].strip())
+        identity = self._found(authorization[len(_BEARER) :].strip())
         if identity is None:
             raise AuthenticationError("the token is unknown here; ask the server's operator for another one")
         self._check(identity)
         return identity
+
+    def _found(self, token: str) -> Identity | None:
+        if self.signed is not None and looks_signed(token):
+            return self.signed.find(token)
+        return None if self.tokens is None else self.tokens.find(token)
 
     def _certificate(self, certificate: bytes | None) -> ClientCertificate | None:
         if certificate is None or self.certificates is None:

@@ -27,7 +27,8 @@ class Identity(NamedTuple):
         tenant: the tenant whose sessions it sees; empty for the only one. An administrator of the empty one sees all.
         role: its role.
         expires: the time of its end, in seconds since 1970; infinity for none.
-        digest: the SHA-256 of its token, in hexadecimal digits; empty without one.
+        digest: the SHA-256 of its token, in hexadecimal digits; empty without a line in the file of tokens.
+        key: the digest of the key that has signed its token; empty where none has.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Identity(NamedTuple):
     role: Role
     expires: float = math.inf
     digest: str = ""
+    key: str = ""
 
     @property
     def sees(self) -> str | None:

@@ -194,6 +194,25 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("a path, or empty", r"^.*$"),
     ] = ""
+    jwt_key: Annotated[
+        str,
+        Meta(
+            description="The file of the key that verifies JSON web tokens: a public key, PEM, or a secret. "
+            "Ed25519, P-256 and RSA keys serve; a secret has 32 bytes or more. Read again when it changes. Empty: no "
+            "such token is accepted."
+        ),
+        _text("a path, or empty", r"^.*$"),
+    ] = ""
+    jwt_issuer: Annotated[
+        str,
+        Meta(description="The claim `iss` that a JSON web token needs. Empty: any, or none."),
+        _text("text, or empty", r"^.*$"),
+    ] = ""
+    jwt_audience: Annotated[
+        str,
+        Meta(description="The claim `aud` that a JSON web token needs. Empty: a token that has one is refused."),
+        _text("text, or empty", r"^.*$"),
+    ] = ""
     open_health: Annotated[bool, Meta(description="Answer health checks without a token.")] = True
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[

@@ -158,3 +158,38 @@ def test_a_token_never_leaves_in_plaintext(target: str) -> None:
 def test_a_token_that_is_none_is_refused(token: str) -> None:
     with pytest.raises(stepwire.InvalidRequestError, match="token"):
         stepwire.connect("localhost:1", token=token)
+
+
+def test_signed_tokens_step_until_their_key_is_replaced(tokens: Tokens, tmp_path: pathlib.Path) -> None:
+    """Beside tokens of the file; each sees the sessions of its own tenant."""
+    jwt = pytest.importorskip("jwt")
+    secret, key = "0123456789abcdef" * 2, tmp_path / "secret"
+    key.write_text(secret)
+    claims = {"sub": "ann", "role": "trainer", "tenant": "a", "exp": 4e9, "iss": "login", "aud": "stepwire"}
+    settings = {"jwt_key": str(key), "jwt_issuer": "login", "jwt_audience": "stepwire"}
+    bob = tokens.add("bob", tenant="b")
+    with numpy_server(tokens=str(tokens.path), **settings) as server:
+        with connected(server, jwt.encode(claims, secret, "HS256")) as client, connected(server, bob) as another:
+            session: Any = client.create_session(ZEROS, keep=True)
+            session.step(ONES)
+            assert list(another.sessions()) == []
+            with pytest.raises(stepwire.SessionNotFoundError):
+                another.session(session.own_id)
+            key.write_text(secret[::-1])
+            look(server)
+            for call in (lambda: session.step(ONES), client.info):
+                with pytest.raises(stepwire.AuthenticationError):
+                    call()
+            assert another.info().sessions == 0
+        with connected(server, jwt.encode(claims | {"exp": 1e9}, secret[::-1], "HS256")) as late:
+            with pytest.raises(stepwire.AuthenticationError, match="the token 'ann' has expired"):
+                late.info()
+        with connected(server, jwt.encode(claims | {"role": "reader"}, secret[::-1], "HS256")) as reader:
+            with pytest.raises(stepwire.PermissionDeniedError, match="the token 'ann' has the role reader"):
+                reader.create_session(ZEROS)
+
+
+@pytest.mark.parametrize("name", ["jwt_issuer", "jwt_audience"])
+def test_rules_for_signed_tokens_need_a_key(name: str) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="give it too"), numpy_server(**{name: "x"}):
+        pass
