@@ -10,6 +10,7 @@ import grpc
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.access.control import AccessControl
+from stepwire_server.access.identity import EVERYBODY, Role
 from stepwire_server.rpc.access import identity_of
 from stepwire_server.rpc.call_rooms import CALLS, ENTRANCE, HEALTH, STREAMS, WATCH, CallRooms, ClientCall
 from stepwire_server.rpc.end_call import end_call
@@ -107,7 +108,8 @@ class CallLimits(grpc.ServerInterceptor):
         return _Received(self._rooms, call, messages, room, functools.partial(self._is_administrator, context))
 
     def _is_administrator(self, context: grpc.ServicerContext) -> bool:
-        return self._access.tokens is not None and identity_of(context, self._access).role == "admin"
+        identity = identity_of(context, self._access)
+        return identity is not EVERYBODY and identity.role is Role.ADMIN
 
 
 class _Received(Iterator[_T]):
