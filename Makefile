@@ -177,4 +177,5 @@ aio: .venv/stamp-dev
 
 clean:
 	rm -rf .venv .venv-examples .venv-proto .venv-peers .venv-flower .venv-lock build
+	rm -rf examples/javascript/node_modules examples/go/stepwirev1 examples/go/digits
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
