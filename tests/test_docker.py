@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import stepwire
 from stepwire_server.config import ENVIRONMENT_PREFIX, ServerConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,6 +73,25 @@ def test_every_variable_of_ours_is_known(file: pathlib.Path) -> None:
     named = set(re.findall(rf"{ENVIRONMENT_PREFIX}([A-Z_]+)", file.read_text()))
     assert named
     assert named <= known
+
+
+def test_a_server_fills_no_disk_with_its_log() -> None:
+    """Docker keeps every line for ever by default."""
+    text = COMPOSE[0].read_text()
+    assert re.search(
+        r'logging: &logging\n    driver: json-file\n    options: { max-size: \d+m, max-file: "\d+" }\n', text
+    )
+    assert text.count("logging: *logging") == 1
+
+
+def test_an_image_tells_its_version_and_revision() -> None:
+    labels = set(re.findall(r'org\.opencontainers\.image\.(version|revision)="\$\{([A-Z]+)\}"', DOCKERFILE))
+    assert labels == {("version", "VERSION"), ("revision", "REVISION")}
+    build = (DOCKER / "build").read_text()
+    (expression,) = re.findall(r"sed -n '(.*)' client/stepwire/version.py", build)
+    pattern = expression.removeprefix("s/").partition("/\\1/")[0].replace("\\(", "(").replace("\\)", ")")
+    assert re.findall(pattern, (ROOT / "client/stepwire/version.py").read_text(), re.M) == [stepwire.__version__]
+    assert all(f'--build-arg "{name}=$' in build for name in ("VERSION", "REVISION"))
 
 
 def test_docker_waits_longer_than_the_drain() -> None:

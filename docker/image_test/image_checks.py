@@ -11,7 +11,9 @@ from report import Report, require
 __all__ = ["check_images"]
 
 _GOALS_BYTES: Final = {"base": 250_000_000, "cpu": 450_000_000}
-_LABELS: Final = {f"org.opencontainers.image.{name}" for name in ("title", "description", "source", "licenses")}
+_LABELS: Final = {
+    f"org.opencontainers.image.{name}" for name in ("title", "description", "source", "licenses", "version", "revision")
+}
 
 
 def check_images(report: Report, names: dict[str, str]) -> None:
