@@ -165,8 +165,15 @@ proto: .venv-proto/stamp
 aio: .venv/stamp-dev
 	$(BIN)/python generators/aio.py
 
+# An environment that another Python made stays broken unless it is cleared; one of the same Python is used again, with
+# what was installed by hand.
+CHECKED_VERSION := import sys; sys.exit(sys.version_info < (3, 11) and "stepwire needs Python 3.11 or newer, and this is " \
+    + sys.version.split()[0] + "; name another: make PYTHON=python3.12 …")
+SAME_PYTHON := import pathlib, re, sys; found = pathlib.Path(".venv/pyvenv.cfg"); \
+    sys.exit(not (found.exists() and re.search(r"^version *= *%d[.]%d[.]" % sys.version_info[:2], found.read_text(), re.M)))
 .venv/stamp-%: pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c '$(CHECKED_VERSION)'
+	$(PYTHON) -c '$(SAME_PYTHON)' && $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -77,9 +78,9 @@ class Materials:
     def _bootstrap(self) -> None:
         if self.base.exists() and time.time() - self.base.stat().st_mtime < _FRESH_SECONDS:
             return
-        unfinished, room = self.base.with_suffix(".part"), self.base.with_name("bootstrap")
-        room.mkdir(exist_ok=True)
-        run("unshare", "--mount", "sh", "-euc", _BOOTSTRAP, "sh", room, _PACKAGES, _SUITE, unfinished, *_BARE)
+        unfinished = self.base.with_suffix(".part")
+        with tempfile.TemporaryDirectory() as room:  # debootstrap takes no path with a blank, as the checkout's may be
+            run("unshare", "--mount", "sh", "-euc", _BOOTSTRAP, "sh", room, _PACKAGES, _SUITE, unfinished, *_BARE)
         unfinished.replace(self.base)
 
     def _fetch(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -185,7 +186,12 @@ def checked_timeout(seconds: float) -> float:
     Raises:
         InvalidRequestError: the timeout is not a positive number.
     """
-    plain = number(seconds, "timeout")
+    if isinstance(seconds, int) and seconds > _LONGEST_SECONDS:  # perhaps beyond every float
+        return _LONGEST_SECONDS
+    try:
+        plain = number(seconds, "timeout")
+    except InvalidRequestError:
+        plain = math.nan
     if not plain > 0:
         raise InvalidRequestError.of("timeout", f"{seconds!r} is not a positive number of seconds")
     return min(plain, _LONGEST_SECONDS)

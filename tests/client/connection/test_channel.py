@@ -43,7 +43,7 @@ def failing(*failures: stepwire.StepwireError) -> Any:
     return behavior
 
 
-@pytest.mark.parametrize("seconds", [0.001, 1, 60.0, 1e8, np.float32(0.5), np.int64(30)])
+@pytest.mark.parametrize("seconds", [0.001, 1, 60.0, 1e8, np.float32(0.5), np.int64(30), np.array(3.0)])
 def test_a_positive_timeout_is_one(seconds: float) -> None:
     assert checked_timeout(seconds) == seconds
     assert type(checked_timeout(seconds)) is float
@@ -59,7 +59,7 @@ def test_a_timeout_beyond_every_program_is_the_longest_that_all_waits_take(
         assert session.info(timeout=seconds).applied_step == 1
 
 
-@pytest.mark.parametrize("seconds", [0, 0.0, -1, float("nan"), "5", None])
+@pytest.mark.parametrize("seconds", [0, 0.0, -1, float("nan"), "5", None, True, [5.0]])
 def test_what_is_no_positive_number_of_seconds_is_refused(seconds: Any) -> None:
     with pytest.raises(stepwire.InvalidRequestError, match="is not a positive number of seconds") as refused:
         checked_timeout(seconds)
