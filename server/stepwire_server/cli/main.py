@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import stepwire
+from stepwire_server.cli.bench import bench
 from stepwire_server.cli.checkpoints import checkpoint_app
 from stepwire_server.cli.demo import demo
 from stepwire_server.cli.doctor import diagnose
@@ -77,6 +78,7 @@ app.command()(serve)
 app.command()(demo)
 app.command("doctor")(diagnose)
 app.command()(health)
+app.command()(bench)
 app.add_typer(sessions_app)
 app.add_typer(token_app)
 app.add_typer(checkpoint_app)
