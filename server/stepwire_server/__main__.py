@@ -1,8 +1,19 @@
-"""`python -m stepwire_server`: the command `stepwire`, for a machine without it on the PATH."""
+"""The command `stepwire`, and `python -m stepwire_server` for a machine without it on the PATH."""
 
-from stepwire_server.cli.main import main
+import signal
+import sys
 
-__all__: list[str] = []
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command. Ctrl-C ends it without a trace also while its modules load."""
+    try:
+        from stepwire_server.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -39,7 +39,7 @@ def main() -> None:
     """Run the command; an error of stepwire is one line on standard error and exit code 2."""
     _occupy_standard_streams()
     try:
-        app()
+        app(prog_name="stepwire")  # also for `python -m stepwire_server`
     except stepwire.StepwireError as error:
         print(f"stepwire: {error}", file=sys.stderr)
         sys.exit(2)

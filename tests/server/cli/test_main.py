@@ -97,3 +97,20 @@ def test_the_module_is_the_command(command: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("stepwire_server", run_name="__main__")
     assert not ended.value.code
+
+
+def test_an_interrupt_while_the_command_loads_ends_it_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting:
+        """A module in whose import the user presses Ctrl-C."""
+
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "stepwire_server.cli.main":
+                raise KeyboardInterrupt
+
+    from stepwire_server.__main__ import main
+
+    monkeypatch.delitem(sys.modules, "stepwire_server.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
