@@ -216,6 +216,7 @@ def test_a_client_that_lost_the_worker_cannot_end_a_session_that_has_no_room(tmp
     settings = {"data_dir": str(tmp_path / "data"), "memory_budget": 12 * SIZE}
     with numpy_server(**settings) as server, stepwire.connect(server.target, transport="tcp") as first:
         session = created(first)
+        lost = server.registry.get(session.own_id).ledger.worker.holder.token
         with stepwire.connect(server.target, transport="tcp") as second:
             held = second.session(session.session_id)
             held.attach(take_over=True)
@@ -223,7 +224,7 @@ def test_a_client_that_lost_the_worker_cannot_end_a_session_that_has_no_room(tmp
             assert server.registry.park(server.registry.get(session.own_id))
             other = second.create_session({"v": np.zeros(SIZE + SIZE // 2, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
             with RawClient(server.target) as raw, pytest.raises(Refused) as refused:
-                raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session.own_id, attach_token=1))
+                raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session.own_id, attach_token=lost))
             assert refused.value.reason in (Reason.MEMORY_EXHAUSTED, Reason.FENCED)
             other.close()
             assert held.info().applied_step == 0
