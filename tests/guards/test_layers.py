@@ -18,6 +18,7 @@ SERVER_LAYERS = [
     "server",
     "rpc",
     "doctor",
+    "monitoring",
     "sharing",
     "sessions",
     "aggregation",

@@ -44,6 +44,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "tls_key": ("/run/tls/server.key", "/run/tls/server.key"),
     "tls_client_ca": ("/run/tls/clients.pem", "/run/tls/clients.pem"),
     "tokens": ("/run/tokens.json", "/run/tokens.json"),
+    "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
     "open_health": ("false", False),
     "port_file": ("/run/port", "/run/port"),
     "shared_memory": ("false", False),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["EVERYBODY", "METHODS", "Identity", "Role"]
+__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "Identity", "Role"]
 
 
 class Role(enum.StrEnum):
@@ -51,7 +51,11 @@ _READERS: Final = frozenset({Role.READER, Role.TRAINER, Role.ADMIN})
 _TRAINERS: Final = frozenset({Role.TRAINER, Role.ADMIN})
 _ALL: Final = frozenset(Role)
 
+METRICS_PATH: Final = "/metrics"
+"""The path of the metrics, over HTTP: a row of the table of methods like any other."""
+
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
+    METRICS_PATH: frozenset({Role.METRICS, Role.ADMIN}),
     f"{_HEALTH}Check": _ALL,
     f"{_HEALTH}List": _ALL,
     f"{_HEALTH}Watch": _ALL,

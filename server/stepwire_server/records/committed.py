@@ -20,6 +20,7 @@ class Committed(NamedTuple):
         load: the last committed load of the state that was stepped.
         request: the step as it was asked for.
         result: the step's result, with its norms and times.
+        transport: the way that the gradient came: "tcp", "uds", "shm", "cuda_ipc", or "unary" for a step in one call.
     """
 
     session_id: str
@@ -27,6 +28,7 @@ class Committed(NamedTuple):
     load: int
     request: StepRequest
     result: StepResult
+    transport: str = "unary"
 
 
 CommitSink: TypeAlias = Callable[[Committed], None]

@@ -132,7 +132,7 @@ def encode_result(result: StepResult, durable_step: int, message: step_pb2.StepR
     telemetry.clipped_grad_norm = result.clipped_grad_norm
     telemetry.clip_coefficient = result.clip_coefficient
     telemetry.non_finite_count = result.non_finite_count
-    telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds = result.times
+    telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds, _ = result.times
     if result.update_norm is not None and result.param_norm is not None:
         telemetry.update_norm, telemetry.param_norm = result.update_norm, result.param_norm
     if result.loss_scale is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 import structlog
@@ -25,6 +25,10 @@ _log = structlog.get_logger()
 class ErrorInterceptor(grpc.ServerInterceptor):
     """Wraps every method of the server, so that errors leave as statuses."""
 
+    def __init__(self, refused: Callable[[str], object] = lambda reason: None) -> None:
+        """Tell `refused` the reason of each error that leaves."""
+        self._refused = refused
+
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
@@ -37,38 +41,44 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         return wrapped(
             handler,
-            lambda behavior: _guarded_call(behavior, method),
-            lambda behavior: _guarded_stream(behavior, method),
+            lambda behavior: _guarded_call(behavior, method, self._refused),
+            lambda behavior: _guarded_stream(behavior, method, self._refused),
         )
 
 
-def _guarded_call(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+_Refused: TypeAlias = Callable[[str], object]
+
+
+def _guarded_call(behavior: Callable[..., Any], method: str, refused: _Refused) -> Callable[..., Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behavior(request, context)
         except Exception as error:
-            _abort(error, context, method)
+            _abort(error, context, method, refused)
 
     return call
 
 
-def _guarded_stream(behavior: Callable[..., Iterator[Any]], method: str) -> Callable[..., Iterator[Any]]:
+def _guarded_stream(
+    behavior: Callable[..., Iterator[Any]], method: str, refused: _Refused
+) -> Callable[..., Iterator[Any]]:
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behavior(request, context)
         except Exception as error:
-            _abort(error, context, method)
+            _abort(error, context, method, refused)
 
     return stream
 
 
-def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoReturn:
+def _abort(error: Exception, context: grpc.ServicerContext, method: str, refused: _Refused) -> NoReturn:
     # When the client is gone, gRPC raises its own error out of the request iterator and recognizes it here; nobody is
     # left to be told. Every other error is told to gRPC as a status, because gRPC logs the trace of a raised error.
     if isinstance(error, grpc.RpcError):
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
+    refused(str(error.reason))
     _log.info("call refused", method=method, reason=str(error.reason), error=str(error))
     context.abort_with_status(cast(grpc.Status, status_of(error)))
 

@@ -176,10 +176,11 @@ class OptimizerService:
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
                 self._sharing.share(session, opening.transport) as shared,
             ):
+                stream.transport = _transport_name(shared, context.peer())
                 _log.info(
                     "attached",
                     session_id=session.session_id,
-                    transport=_transport_name(shared, context.peer()),
+                    transport=stream.transport,
                     reason=shared.reason,
                 )
                 yield _opened(session, holder, shared).SerializeToString()

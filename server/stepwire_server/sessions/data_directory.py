@@ -27,7 +27,8 @@ from stepwire_server.durability.ownership import LOG, Ownership
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.durability.session_log import SessionLog
-from stepwire_server.durability.writer import LogLimits, LogWriter
+from stepwire_server.durability.writer import LogLimits, LogStatistics, LogWriter
+from stepwire_server.observability.histograms import Histogram
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
@@ -123,6 +124,15 @@ class DataDirectory:
             seconds=round(time.monotonic() - began, 3),
         )
         return [(self._archive.get(session.session_id), session) for session in recovered.sessions]
+
+    @property
+    def sync_seconds(self) -> Histogram:
+        """The times of the log's syncs."""
+        return self._log_writer.sync_seconds
+
+    def log_statistics(self) -> LogStatistics:
+        """Return the work of the log so far."""
+        return self._log_writer.statistics()
 
     # --- sessions ----------------------------------------------------------------------------------------
 

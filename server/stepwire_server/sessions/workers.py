@@ -45,6 +45,12 @@ class Holder:
         self.acquired = acquired
         self.stream = stream
 
+    @property
+    def transport(self) -> str:
+        """The way that steps under this hold come; see `Committed`."""
+        stream = self.stream
+        return "unary" if stream is None else stream.transport
+
 
 class Worker:
     """One worker of a session. The session serialises its calls."""

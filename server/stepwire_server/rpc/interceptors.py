@@ -1,0 +1,30 @@
+"""The interceptors of a server, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+
+from stepwire_server.access.control import AccessControl
+from stepwire_server.observability.tallies import Tallies
+from stepwire_server.rpc.access import AccessInterceptor
+from stepwire_server.rpc.counting import CountingInterceptor
+from stepwire_server.rpc.interceptor import ErrorInterceptor
+
+__all__ = ["interceptors"]
+
+
+def interceptors(
+    access: AccessControl, tallies: Tallies | None, clock: Callable[[], float]
+) -> list[grpc.ServerInterceptor]:
+    """Return the interceptors, from the outermost to the one that is nearest to the methods.
+
+    Args:
+        access: the admission of calls.
+        tallies: count the calls; None where nobody asks for them.
+        clock: returns seconds.
+    """
+    if tallies is None:
+        return [ErrorInterceptor(), AccessInterceptor(access)]
+    return [CountingInterceptor(tallies, clock), ErrorInterceptor(tallies.refused), AccessInterceptor(access)]
