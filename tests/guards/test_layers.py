@@ -49,6 +49,7 @@ CLIENT_LAYERS = [
     "transports",
     "connection",
     "results",
+    "statistics",
     "step_result",
     "arrays",
     "lifetimes",

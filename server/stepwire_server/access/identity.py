@@ -62,6 +62,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     f"{_SERVICE}GetServerInfo": _ALL,
     f"{_SERVICE}GetSession": _READERS,
     f"{_SERVICE}ListSessions": _READERS,
+    f"{_SERVICE}GetStatistics": _READERS,
     f"{_SERVICE}ListCheckpoints": _READERS,
     f"{_SERVICE}VerifyCheckpoint": _READERS,
     f"{_SERVICE}Pull": _READERS,

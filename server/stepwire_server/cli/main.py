@@ -21,6 +21,7 @@ from stepwire_server.cli.serve import serve
 from stepwire_server.cli.sessions import sessions_app
 from stepwire_server.cli.state import state_app
 from stepwire_server.cli.tokens import token_app
+from stepwire_server.cli.top import top
 
 __all__ = ["main"]
 
@@ -77,6 +78,7 @@ app.command()(serve)
 app.command()(demo)
 app.command("doctor")(diagnose)
 app.command()(health)
+app.command()(top)
 app.add_typer(sessions_app)
 app.add_typer(token_app)
 app.add_typer(checkpoint_app)

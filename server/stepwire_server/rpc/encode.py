@@ -12,7 +12,7 @@ from stepwire.optimizers.aggregation import aggregation_to_wire
 from stepwire.optimizers.durability import durability_to_wire
 from stepwire.optimizers.gradient_treatment import treatment_to_wire
 from stepwire.optimizers.schedules import schedule_to_wire
-from stepwire.v1 import aggregation_pb2, checkpoint_pb2, session_pb2, step_pb2
+from stepwire.v1 import aggregation_pb2, checkpoint_pb2, server_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import dtype_to_wire
 from stepwire.wire.messages import (
@@ -23,6 +23,7 @@ from stepwire.wire.messages import (
     optimizer_to_wire,
     spec_to_wire,
 )
+from stepwire_server.devices.pool import Device
 from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
@@ -34,6 +35,7 @@ from stepwire_server.steps.check_gradient import GradientCheck
 __all__ = [
     "encode_checkpoint",
     "encode_config",
+    "encode_device",
     "encode_gradient_check",
     "encode_parked",
     "encode_result",
@@ -91,6 +93,18 @@ def encode_parked(session: ParkedSession) -> session_pb2.Session:
         ready=session.ready,
         create_time=_timestamp(session.create_time),
         state=session_pb2.LIFECYCLE_STATE_PARKED,
+    )
+
+
+def encode_device(device: Device) -> server_pb2.DeviceInfo:
+    """Encode a device with its budget, as of now."""
+    info, budget = device.engine.device, device.budget
+    return server_pb2.DeviceInfo(
+        name=info.name,
+        description=info.description,
+        memory_bytes=info.memory_bytes,
+        budget_bytes=budget.limit_bytes,
+        reserved_bytes=budget.reserved_bytes,
     )
 
 
