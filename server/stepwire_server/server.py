@@ -125,7 +125,7 @@ class Server:
         self._handlers = DaemonThreads(calls, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=interceptors(self.access, self.monitoring.tallies, clock),
+            interceptors=interceptors(self.access, self.monitoring.tallies, self.monitoring.refused, clock),
             options=_options(config),
             maximum_concurrent_rpcs=calls,
         )

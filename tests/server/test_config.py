@@ -45,6 +45,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "tls_client_ca": ("/run/tls/clients.pem", "/run/tls/clients.pem"),
     "tokens": ("/run/tokens.json", "/run/tokens.json"),
     "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
+    "status": ("127.0.0.1:8088", "127.0.0.1:8088"),
+    "status_hosts": ("a.example,b.example", "a.example,b.example"),
     "open_health": ("false", False),
     "port_file": ("/run/port", "/run/port"),
     "shared_memory": ("false", False),

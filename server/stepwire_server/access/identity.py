@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "Identity", "Role"]
+__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "STATUS_PATH", "Identity", "Role"]
 
 
 class Role(enum.StrEnum):
@@ -54,8 +54,12 @@ _ALL: Final = frozenset(Role)
 METRICS_PATH: Final = "/metrics"
 """The path of the metrics, over HTTP: a row of the table of methods like any other."""
 
+STATUS_PATH: Final = "/status"
+"""The name of the status page in the table, whatever file of it is asked for."""
+
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
     METRICS_PATH: frozenset({Role.METRICS, Role.ADMIN}),
+    STATUS_PATH: _READERS,
     f"{_HEALTH}Check": _ALL,
     f"{_HEALTH}List": _ALL,
     f"{_HEALTH}Watch": _ALL,

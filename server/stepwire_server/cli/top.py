@@ -22,7 +22,7 @@ import stepwire
 from stepwire.statistics import ServerLoad, SessionProgress, Statistics
 from stepwire_server.cli.options import Json, Target, Timeout
 
-__all__ = ["Order", "Row", "heading", "plain", "rows", "snapshots", "top"]
+__all__ = ["Order", "Row", "drawn", "heading", "plain", "rows", "snapshots", "top"]
 
 
 class Order(enum.StrEnum):
@@ -201,21 +201,24 @@ def _screen(as_json: bool) -> Iterator[Callable[[Statistics], None]]:
 
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[Statistics], None]]:
-    from rich.console import Group
     from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    def drawn(statistics: Statistics) -> Group:
-        table = Table(box=None, expand=True)
-        for name in _COLUMNS:
-            table.add_column(name, justify="left" if name in ("session", "label", "state", "via") else "right")
-        for row in rows(statistics.sessions):  # texts, never markup
-            table.add_row(*map(Text, row.cells), style="bold red" if row.alarming else None)
-        return Group(*(Text(heading(server), style="bold") for server in statistics.servers), table)
 
     with Live(screen=True, auto_refresh=False) as live:
         yield lambda statistics: live.update(drawn(statistics), refresh=True)
+
+
+def drawn(statistics: Statistics) -> Any:
+    """Return a snapshot as rich draws it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, expand=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name in ("session", "label", "state", "via") else "right")
+    for row in rows(statistics.sessions):  # texts, never markup
+        table.add_row(*map(Text, row.cells), style="bold red" if row.alarming else None)
+    return Group(*(Text(heading(server), style="bold") for server in statistics.servers), table)
 
 
 def _print_lines(statistics: Statistics) -> None:

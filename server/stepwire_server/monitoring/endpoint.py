@@ -7,7 +7,8 @@ import ipaddress
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -17,12 +18,14 @@ from stepwire.errors import InvalidRequestError
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.config import ServerConfig
 
-__all__ = ["Address", "Endpoint", "Get", "Response", "checked_address"]
+__all__ = ["Address", "Endpoint", "Get", "Request", "Response", "checked_address"]
 
 _log = structlog.get_logger()
 
 _MOST_CONNECTIONS: Final = 32
 _REQUEST_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.1
+"""The longest time until the end of the server is noticed."""
 
 
 class Address(NamedTuple):
@@ -39,6 +42,20 @@ class Address(NamedTuple):
     loopback: bool
 
 
+class Request(NamedTuple):
+    """A GET.
+
+    Attributes:
+        path: the path, without the query.
+        query: the fields of the query, the last one of each name.
+        headers: the headers, by their names in lower case.
+    """
+
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
 class Response(NamedTuple):
     """The response to a request.
 
@@ -47,16 +64,18 @@ class Response(NamedTuple):
         body: the content.
         content_type: the type of the content.
         headers: further headers.
+        stream: what follows the body, for as long as the client listens; None for nothing.
     """
 
     status: HTTPStatus
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
     headers: Mapping[str, str] = {}
+    stream: Iterator[bytes] | None = None
 
 
-Get: TypeAlias = Callable[[str, Mapping[str, str]], Response]
-"""Answers a GET of a path, with the request's headers by their names in lower case."""
+Get: TypeAlias = Callable[[Request], Response]
+"""Responds to a GET."""
 
 
 def checked_address(config: ServerConfig, field: str) -> Address:
@@ -110,8 +129,9 @@ class Endpoint:
         """
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         served = type("Server", (_Server,), {"address_family": family})
+        handler = type("Handler", (_Handler,), {"get": staticmethod(get)})
         try:
-            self._server: _Server = served((address.host, address.port), _handler(get), certificates)
+            self._server: _Server = served((address.host, address.port), handler, certificates)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InvalidRequestError.of(
@@ -120,7 +140,9 @@ class Endpoint:
         self.port: int = self._server.server_address[1]
         host = f"[{address.host}]" if family is socket.AF_INET6 else address.host
         self.url = f"{'http' if certificates is None else 'https'}://{host}:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name=field, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name=field, daemon=True
+        )
 
     def start(self) -> None:
         """Response from now on."""
@@ -177,43 +199,50 @@ class _Server(http.server.ThreadingHTTPServer):
         """Drop a connection that has failed: its client has left, or is none."""
 
 
-def _handler(get: Get) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = _REQUEST_SECONDS
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Responds to the requests of one connection; a subclass has the function."""
 
-        def setup(self) -> None:
-            if isinstance(self.request, ssl.SSLSocket):
-                self.request.do_handshake()
-            super().setup()
+    get: Get
+    timeout = _REQUEST_SECONDS
 
-        def do_GET(self) -> None:
-            self._respond(with_body=True)
+    def setup(self) -> None:
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.do_handshake()
+        super().setup()
 
-        def do_HEAD(self) -> None:
-            self._respond(with_body=False)
+    def do_GET(self) -> None:
+        self._respond(with_body=True)
 
-        def _respond(self, *, with_body: bool) -> None:
-            try:
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                response = get(self.path.partition("?")[0], headers)
-            except Exception:
-                _log.exception("request failed", path=self.path)
-                response = Response(HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; the server's log explains it\n")
-            self.send_response(response.status)
-            self.send_header("Content-Type", response.content_type)
+    def do_HEAD(self) -> None:
+        self._respond(with_body=False)
+
+    def _respond(self, *, with_body: bool) -> None:
+        try:
+            response = type(self).get(self._request())
+        except Exception:
+            _log.exception("request failed", path=self.path)
+            response = Response(HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; the server's log explains it\n")
+        self.send_response(response.status)
+        self.send_header("Content-Type", response.content_type)
+        if response.stream is None:
             self.send_header("Content-Length", str(len(response.body)))
-            self.send_header("X-Content-Type-Options", "nosniff")
-            for name, value in response.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(response.body)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(response.body)
+            for part in response.stream or ():
+                self.wfile.write(part)
 
-        def version_string(self) -> str:
-            """Name no version of Python."""
-            return "stepwire"
+    def _request(self) -> Request:
+        path, _, query = self.path.partition("?")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return Request(path, dict(urllib.parse.parse_qsl(query)), headers)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Log no request: a scrape every few seconds would fill the log."""
+    def version_string(self) -> str:
+        """Name no version of Python."""
+        return "stepwire"
 
-    return Handler
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log no request: a scrape every few seconds would fill the log."""

@@ -16,7 +16,7 @@ from stepwire.errors import AuthenticationError, PermissionDeniedError, Stepwire
 from stepwire.version import PROTOCOL_MAX, __version__
 from stepwire_server.access.control import AccessControl
 from stepwire_server.access.identity import METRICS_PATH
-from stepwire_server.monitoring.endpoint import Response
+from stepwire_server.monitoring.endpoint import Request, Response
 from stepwire_server.monitoring.gpus import Gpus
 from stepwire_server.observability.histograms import Histogram
 from stepwire_server.observability.tallies import STAGES, Tallies, Tally
@@ -64,17 +64,17 @@ class Metrics:
         self._collectors.register(self)
         process.ProcessCollector(registry=self._collectors)
 
-    def get(self, path: str, headers: Mapping[str, str]) -> Response:
-        """Response a scrape; see `Get`."""
-        if path not in (METRICS_PATH, "/"):
+    def get(self, request: Request) -> Response:
+        """Respond to a scrape; see `Get`."""
+        if request.path not in (METRICS_PATH, "/"):
             return Response(HTTPStatus.NOT_FOUND, f"not found; metrics are at {METRICS_PATH}\n".encode())
         try:
-            self._access.admit(METRICS_PATH, headers.get("authorization"))
+            self._access.admit(METRICS_PATH, request.headers.get("authorization"))
         except AuthenticationError as error:
             return _refusal(HTTPStatus.UNAUTHORIZED, error, {"WWW-Authenticate": "Bearer"})
         except PermissionDeniedError as error:
             return _refusal(HTTPStatus.FORBIDDEN, error, {})
-        encode, content_type = self._exposition.choose_encoder(headers.get("accept") or "")
+        encode, content_type = self._exposition.choose_encoder(request.headers.get("accept") or "")
         return Response(HTTPStatus.OK, encode(self._collectors), content_type)
 
     def collect(self) -> Iterator[Any]:

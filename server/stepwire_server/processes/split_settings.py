@@ -76,6 +76,7 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
         processes=1,
         bind=_bind(config, index),
         metrics=_counted(config, "metrics", index),
+        status=_counted(config, "status", index),
         unix_socket=_socket(config, folder, index),
         handoff_socket=_handoff_socket(config, folder, index),
         device=device,

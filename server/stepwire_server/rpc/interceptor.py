@@ -25,8 +25,8 @@ _log = structlog.get_logger()
 class ErrorInterceptor(grpc.ServerInterceptor):
     """Wraps every method of the server, so that errors leave as statuses."""
 
-    def __init__(self, refused: Callable[[str], object] = lambda reason: None) -> None:
-        """Tell `refused` the reason of each error that leaves."""
+    def __init__(self, refused: Callable[[StepwireError], object] = lambda error: None) -> None:
+        """Tell `refused` each error that leaves."""
         self._refused = refused
 
     def intercept_service(
@@ -46,7 +46,7 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         )
 
 
-_Refused: TypeAlias = Callable[[str], object]
+_Refused: TypeAlias = Callable[[StepwireError], object]
 
 
 def _guarded_call(behavior: Callable[..., Any], method: str, refused: _Refused) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def _abort(error: Exception, context: grpc.ServicerContext, method: str, refused
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
-    refused(str(error.reason))
+    refused(error)
     _log.info("call refused", method=method, reason=str(error.reason), error=str(error))
     context.abort_with_status(cast(grpc.Status, status_of(error)))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import grpc
 
+from stepwire.errors import StepwireError
 from stepwire_server.access.control import AccessControl
 from stepwire_server.observability.tallies import Tallies
 from stepwire_server.rpc.access import AccessInterceptor
@@ -16,15 +17,18 @@ __all__ = ["interceptors"]
 
 
 def interceptors(
-    access: AccessControl, tallies: Tallies | None, clock: Callable[[], float]
+    access: AccessControl,
+    tallies: Tallies | None,
+    refused: Callable[[StepwireError], object],
+    clock: Callable[[], float],
 ) -> list[grpc.ServerInterceptor]:
     """Return the interceptors, from the outermost to the one that is nearest to the methods.
 
     Args:
         access: the admission of calls.
         tallies: count the calls; None where nobody asks for them.
+        refused: is told of each error that leaves.
         clock: returns seconds.
     """
-    if tallies is None:
-        return [ErrorInterceptor(), AccessInterceptor(access)]
-    return [CountingInterceptor(tallies, clock), ErrorInterceptor(tallies.refused), AccessInterceptor(access)]
+    found = [ErrorInterceptor(refused), AccessInterceptor(access)]
+    return found if tallies is None else [CountingInterceptor(tallies, clock), *found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -17,9 +17,9 @@ from stepwire_server.records.session_snapshot import SessionSnapshot
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.encode import encode_device, encode_result
 from stepwire_server.sessions.registry import Registry
-from stepwire_server.sessions.watching import snapshots
+from stepwire_server.sessions.watching import Rates, snapshots
 
-__all__ = ["Rates", "StatisticsService"]
+__all__ = ["StatisticsService"]
 
 _DEFAULT_SECONDS: Final = 1.0
 _LEAST_SECONDS: Final = 0.1
@@ -30,36 +30,6 @@ _ACTIVITIES: Final = {
     "empty": statistics_pb2.SESSION_ACTIVITY_EMPTY,
     "damaged": statistics_pb2.SESSION_ACTIVITY_DAMAGED,
 }
-
-
-class Rates:
-    """The steps per second of sessions, from one look to the next."""
-
-    def __init__(self) -> None:
-        """Start without a look."""
-        self._steps: Mapping[str, int] = {}
-        self._at: float | None = None
-
-    def look(self, sessions: list[SessionSnapshot], now: float) -> dict[str, float]:
-        """Return the rate of each session that was there at the look before, by id.
-
-        Args:
-            sessions: the sessions now.
-            now: the clock reading of this look, in seconds.
-        """
-        before, self._steps = self._steps, {session.session_id: session.applied_step for session in sessions}
-        since, self._at = self._at, now
-        if since is None or now <= since:
-            return {}
-        # A load may set the step of a session, which is no progress.
-        return {
-            name: max(self._steps[name] - before[name], 0) / (now - since) for name in self._steps if name in before
-        }
-
-    @property
-    def looked(self) -> bool:
-        """There was a look."""
-        return self._at is not None
 
 
 class StatisticsService:

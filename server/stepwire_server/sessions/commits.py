@@ -86,8 +86,8 @@ class Commits:
         self._progress.step_committed(step, attempts)
         if self._sinks:
             load, holder = self._ledger.applied_load, step.holder
-            told = Committed(self._ledger.session_id, holder.worker, load, step.request, result, holder.transport)
-            tell(self._sinks, told)
+            origin = (self._ledger.session_id, holder.worker, load, step.request)
+            tell(self._sinks, Committed(*origin, result, holder.transport, step.parts))
         return result
 
     def reply(self, request: StepRequest, writer: ReplyWriter) -> None:

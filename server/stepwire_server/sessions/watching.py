@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from stepwire_server.records.session_snapshot import SessionSnapshot
@@ -11,7 +11,37 @@ from stepwire_server.sessions.session import Session
 if TYPE_CHECKING:
     from stepwire_server.sessions.registry import Registry
 
-__all__ = ["snapshots", "state_of"]
+__all__ = ["Rates", "snapshots", "state_of"]
+
+
+class Rates:
+    """The steps per second of sessions, from one look to the next."""
+
+    def __init__(self) -> None:
+        """Start without a look."""
+        self._steps: Mapping[str, int] = {}
+        self._at: float | None = None
+
+    def look(self, sessions: list[SessionSnapshot], now: float) -> dict[str, float]:
+        """Return the rate of each session that was there at the look before, by id.
+
+        Args:
+            sessions: the sessions now.
+            now: the clock reading of this look, in seconds.
+        """
+        before, self._steps = self._steps, {session.session_id: session.applied_step for session in sessions}
+        since, self._at = self._at, now
+        if since is None or now <= since:
+            return {}
+        # A load may set the step of a session, which is no progress.
+        return {
+            name: max(self._steps[name] - before[name], 0) / (now - since) for name in self._steps if name in before
+        }
+
+    @property
+    def looked(self) -> bool:
+        """There was a look."""
+        return self._at is not None
 
 
 def snapshots(registry: Registry, tenant: str | None) -> list[SessionSnapshot]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import http.client
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 import pytest
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ServerConfig
-from stepwire_server.monitoring.endpoint import Address, Endpoint, Response, checked_address
+from stepwire_server.monitoring.endpoint import Address, Endpoint, Request, Response, checked_address
 
 
-def respond(path: str, headers: Mapping[str, str]) -> Response:
-    if path == "/broken":
+def respond(request: Request) -> Response:
+    if request.path == "/broken":
         raise RuntimeError("a secret")
-    return Response(HTTPStatus.OK, f"{path} {headers.get('x-name')}".encode(), headers={"X-Further": "yes"})
+    if request.path == "/stream":
+        return Response(HTTPStatus.OK, b"1", stream=iter((b"2", b"3")))
+    text = f"{request.path} {request.query.get('query')} {request.headers.get('x-name')}"
+    return Response(HTTPStatus.OK, text.encode(), headers={"X-Further": "yes"})
 
 
 @pytest.fixture
@@ -38,9 +41,9 @@ def ask(endpoint: Endpoint) -> Callable[..., http.client.HTTPResponse]:
     return make
 
 
-def test_a_get_is_responded_to_without_its_query(ask: Callable[..., http.client.HTTPResponse]) -> None:
+def test_a_get_has_a_path_a_query_and_headers(ask: Callable[..., http.client.HTTPResponse]) -> None:
     found = ask("GET", "/some/path?query=1", **{"X-NAME": "Ann"})
-    assert (found.status, found.read()) == (200, b"/some/path Ann")
+    assert (found.status, found.read()) == (200, b"/some/path 1 Ann")
     assert found.headers["X-Further"] == "yes"
     assert found.headers["X-Content-Type-Options"] == "nosniff"
     assert found.headers["Server"] == "stepwire"
@@ -48,8 +51,13 @@ def test_a_get_is_responded_to_without_its_query(ask: Callable[..., http.client.
 
 def test_head_has_no_body_and_nothing_else_is_served(ask: Callable[..., http.client.HTTPResponse]) -> None:
     head = ask("HEAD", "/")
-    assert (head.status, head.headers["Content-Length"], head.read()) == (200, "6", b"")
+    assert (head.status, head.headers["Content-Length"], head.read()) == (200, "11", b"")
     assert [ask(method, "/").status for method in ("POST", "PUT", "DELETE")] == [501] * 3
+
+
+def test_a_stream_follows_the_body(ask: Callable[..., http.client.HTTPResponse]) -> None:
+    found = ask("GET", "/stream")
+    assert (found.status, found.headers["Content-Length"], found.read()) == (200, None, b"123")
 
 
 def test_an_error_tells_nothing(ask: Callable[..., http.client.HTTPResponse]) -> None:

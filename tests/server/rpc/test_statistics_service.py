@@ -11,7 +11,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import statistics_pb2
 from stepwire.wire.messages import duration_to_wire
 from stepwire_server.records.session_snapshot import SessionSnapshot
-from stepwire_server.rpc.statistics_service import Rates
+from stepwire_server.sessions.watching import Rates
 from tests.server.conftest import Refused
 from tests.support.numpy_server import numpy_pool
 
