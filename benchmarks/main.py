@@ -24,6 +24,7 @@ import durability
 import footprint
 import kernels
 import messages
+import metrics
 import occupancy
 import report
 import sections
@@ -72,6 +73,8 @@ GOALS = (
     Goal("durability", "checkpoint stall to copy", 0.3),
     Goal("durability", "checkpoint growth MiB", _EXCESS_MIB),
     Goal("durability", "recovery to its parts", 0.7, at_least=True),
+    Goal("metrics", "scrape p50 ms", 20.0),
+    Goal("metrics", "counting to a step", 0.01),
     Goal(_LARGE_WORKERS, "accumulate to a copy", 2.2),
     Goal(_LARGE_WORKERS, "tcp bfloat16 to 4 pushes, a step, 4 pulls", 1.1),
     Goal(_LARGE_WORKERS, "shm to its copies and passes", 1.5),
@@ -143,6 +146,8 @@ class Run:
         self._section("occupancy", lambda: _by_variant(_QUICK_VARIANTS if quick else _OCCUPIED, self._memory))
         self._section("growth", lambda: _by_variant(_QUICK_VARIANTS if quick else TRANSPORTS, self._growth))
         cut = (100_000, 2) if quick else (_LARGE, 7)
+        watched = {"sessions": 8, "scrapes": 3, "rounds": 2} if quick else {}
+        self._section("metrics", lambda: metrics.metrics(**watched))
         self._section("messages", lambda: messages.messages(size=cut[0], rounds=cut[1]))
         scale = durability.Scale.quick() if quick else durability.Scale()
         self._section("durability", lambda: durability.durability(self._data_dir, scale))

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         TransportChoice,
     )
     from stepwire.session import Session
+    from stepwire.statistics import ServerLoad, SessionProgress, Statistics
     from stepwire.step_result import Contributor, GroupResult, RoundResult, StepResult
 
 __all__ = [
@@ -114,15 +115,18 @@ __all__ = [
     "Schedule",
     "ServerError",
     "ServerInfo",
+    "ServerLoad",
     "Session",
     "SessionConfig",
     "SessionInfo",
     "SessionNotFoundError",
     "SessionNotReadyError",
+    "SessionProgress",
     "SessionStatistics",
     "Snapshot",
     "StateChangedError",
     "StateLossError",
+    "Statistics",
     "StepMismatchError",
     "StepResult",
     "StepwireError",
@@ -147,6 +151,7 @@ _HOMES = {
     "SessionStatistics": "results",
     "Snapshot": "results",
     "TransportChoice": "results",
+    **dict.fromkeys(("ServerLoad", "SessionProgress", "Statistics"), "statistics"),
     "Retry": "connection.retry",
     "TLS": "connection.security",
     "Aggregation": "optimizers.aggregation",

@@ -16,6 +16,7 @@ from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
 from stepwire.arrays.packing import Arrays, named_arrays
 from stepwire.arrays.trees import Structure, expanded, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
+from stepwire.connection.watch import watched
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
@@ -37,6 +38,7 @@ from stepwire.optimizers.schedules import Schedule
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
 from stepwire.session_state import ForkOptions
+from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, tensor_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
@@ -49,6 +51,7 @@ StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
 Worker = int | Literal["any"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
+_LEAST_INTERVAL, _LONGEST_INTERVAL = 0.1, 3600.0
 _MOST_WORKERS = 1 << 32
 _TELEMETRY = {
     "full": session_pb2.TELEMETRY_LEVEL_FULL,
@@ -57,7 +60,7 @@ _TELEMETRY = {
 }
 
 
-@by_errands(but=["sessions"], lasting=["close"])
+@by_errands(but=["sessions", "statistics"], lasting=["close"])
 class Client:
     """A connection to one server, or to several. Thread-safe. A context manager; closes twice without complaint.
 
@@ -260,6 +263,25 @@ class Client:
             UnavailableError: the server cannot be reached.
         """
         return each_by_errand(self._server.sessions(timeout))
+
+    def statistics(self, *, interval: float = 1.0, timeout: float | None = None) -> Iterator[Statistics]:
+        """Yield a snapshot of the server and of its sessions in memory at once, and one per interval, for ever.
+
+        Args:
+            interval: the time between two snapshots in seconds, in [0.1, 3600].
+            timeout: the longest wait for a snapshot beyond the interval, in seconds.
+
+        Raises:
+            InvalidRequestError: the interval is out of range.
+            ResourceExhaustedError: as many callers watch the server as may.
+            UnavailableError: the server cannot be reached, or has ended.
+        """
+        seconds = number(interval, "interval")
+        if not _LEAST_INTERVAL <= seconds <= _LONGEST_INTERVAL:
+            raise InvalidRequestError.of(
+                "interval", f"{interval!r:.80} is not in [{_LEAST_INTERVAL}, {_LONGEST_INTERVAL}]"
+            )
+        return watched(self._server.statistics(seconds, timeout))
 
     def close(self) -> None:
         """Close the connection, and end the sessions made through it, unless they are kept: see `Session.keep`."""

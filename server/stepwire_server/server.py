@@ -33,17 +33,15 @@ from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.object_store import ObjectStoreError
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
-from stepwire_server.observability.commits import log_committed
+from stepwire_server.monitoring.monitoring import Monitoring
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
-from stepwire_server.rpc.access import AccessInterceptor
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
 from stepwire_server.rpc.channel_options import channel_options
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
-from stepwire_server.rpc.interceptor import ErrorInterceptor
-from stepwire_server.rpc.limits import CallLimits
+from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
@@ -92,6 +90,7 @@ class Server:
         port: the TCP port; 0 without a port.
         unix_socket: the path of the Unix socket; empty without a socket.
         handoff: the memory that is shared with processes of this machine, or the reason why none is.
+        monitoring: the addresses for whoever watches.
     """
 
     def __init__(
@@ -114,13 +113,12 @@ class Server:
             InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
             UnsupportedFeatureError: a device is missing, or does not work.
         """
-        self._config = config
         check_bind(config)
+        self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = _access(config)
         self._drain = Drain()
-        sinks = (log_committed,) if config.log_level == "debug" else ()
-        self.registry = Registry(self._pool, _limits(config), clock, sinks)
+        self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
@@ -129,7 +127,9 @@ class Server:
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=[ErrorInterceptor(), CallLimits(self._rooms, self.access), AccessInterceptor(self.access)],
+            interceptors=interceptors(
+                self.access, self._rooms, self.monitoring.tallies, self.monitoring.refused, clock
+            ),
             options=channel_options(config),
             maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )
@@ -153,6 +153,7 @@ class Server:
         """Serve from now on."""
         self.handoff.start()
         self._grpc.start()
+        self.monitoring.start()
         self._sweeper.start()
         if self._directory is not None:
             self._directory.start()
@@ -216,6 +217,7 @@ class Server:
         stopped.wait()
         if self._listening is not None:
             self._listening.close()
+        self.monitoring.close()
         self._handlers.shutdown()
         self._commit_threads.shutdown()
         if self._host_sharing is not None:
@@ -261,6 +263,7 @@ class Server:
 
     def _listen(self) -> Listening:
         try:
+            self.monitoring.listen(self.registry, self.access, lambda: self._drain.started, self._certificates)
             return Listening(self._grpc, self._config, self._certificates)
         except BaseException:
             self.close()
@@ -274,9 +277,10 @@ class Server:
             raise
 
     def _service(self, clock: Callable[[], float]) -> OptimizerService:
+        most, tallies = self._config.max_chunk_bytes, self.monitoring.tallies
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, self._config.max_chunk_bytes, self.access),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, tallies),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),

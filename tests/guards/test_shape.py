@@ -22,6 +22,7 @@ OPTIONS = {
     "client/stepwire/connecting.py": {"connect"},
     "server/stepwire_server/cli/sessions.py": {"close_sessions"},
     "server/stepwire_server/cli/state.py": {"import_state"},
+    "server/stepwire_server/cli/top.py": {"top"},
 }
 
 # The methods of every NamedTuple are public in all but their spelling.

@@ -37,6 +37,18 @@ def clock() -> Callable[[], float]:
 
 
 @pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Look again and again until something is true that another thread is about to make true."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60.0
+        while not condition():
+            assert time.monotonic() < end, "it did not come true"
+
+    return wait
+
+
+@pytest.fixture
 def settings() -> dict[str, Any]:
     """Settings of the server: chunks of 64 KiB, and a sweep that only tests call. Overridden where others matter."""
     return {"max_chunk_bytes": 64 << 10, "sweep_seconds": 3600.0}

@@ -173,7 +173,7 @@ def test_a_server_tells_what_it_is_doing(connect: Any, make_config: Any, make_li
         make_live(wire, wire.create(make_config((10,)))).step(1)
         doing = server.statistics()
         assert doing.registry == server.registry.statistics()
-        assert doing.registry[2:] == (120, 10_000)
+        assert doing.registry[2:] == (120, 10_000, 0)
         assert (doing.drain, doing.handoff) == ((False, 0), server.handoff.statistics())
         server.drain()
         assert server.statistics().drain == (True, 0)

@@ -34,6 +34,7 @@ from stepwire.results import (
     StepResult,
     TransportChoice,
 )
+from stepwire.statistics import Statistics
 from stepwire.steps.build import Overrides, Reply
 from stepwire.steps.notices import OnReady
 
@@ -664,6 +665,23 @@ class AsyncClient(ClientBase):
             UnavailableError: the server cannot be reached.
         """
         async for each in self._worker.iterate(functools.partial(self.blocking.sessions, timeout=timeout)):
+            yield each
+
+    async def statistics(self, *, interval: float = 1.0, timeout: float | None = None) -> AsyncIterator[Statistics]:
+        """Yield a snapshot of the server and of its sessions in memory at once, and one per interval, for ever.
+
+        Args:
+            interval: the time between two snapshots in seconds, in [0.1, 3600].
+            timeout: the longest wait for a snapshot beyond the interval, in seconds.
+
+        Raises:
+            InvalidRequestError: the interval is out of range.
+            ResourceExhaustedError: as many callers watch the server as may.
+            UnavailableError: the server cannot be reached, or has ended.
+        """
+        async for each in self._worker.iterate(
+            functools.partial(self.blocking.statistics, interval=interval, timeout=timeout)
+        ):
             yield each
 
 

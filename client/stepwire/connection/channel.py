@@ -136,6 +136,11 @@ class Calls:
             finally:
                 stream.cancel()
 
+    def stream(self, method: str, request: bytes) -> Any:
+        """Begin a server-streaming method, and return the iterator of its messages, undecoded; it has `cancel`."""
+        call: Any = self.channel.unary_stream(_SERVICE + method, request_serializer=None, response_deserializer=None)
+        return call(request, metadata=self.metadata)
+
     def upload(self, method: str, frames: Iterable[bytes], response: Any, deadline: Deadline) -> Any:
         """Call a client-streaming method once and return its decoded response."""
         with self.translated():

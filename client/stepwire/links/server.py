@@ -7,17 +7,20 @@ import secrets
 from collections.abc import Iterator
 from typing import Final, NamedTuple, Protocol
 
-from stepwire.connection.channel import Calls
+from stepwire.connection.channel import Calls, checked_timeout
 from stepwire.connection.errands import is_left, later
+from stepwire.connection.watch import Closable, Watch
 from stepwire.errors import StepwireError, UnsupportedFeatureError
 from stepwire.links.link import SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import ServerInfo, SessionInfo
+from stepwire.statistics import Statistics
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.route import Route, Router
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
+from stepwire.wire.messages import duration_to_wire
 
 __all__ = ["LinkOptions", "RemoteServer", "ServerLink"]
 
@@ -86,6 +89,13 @@ class ServerLink(Protocol):
 
         Raises:
             UnavailableError: the server cannot be reached.
+        """
+
+    def statistics(self, interval: float, timeout: float | None) -> Closable[Statistics]:
+        """Return an iterator over snapshots of the server, which begins with the first.
+
+        Raises:
+            InvalidRequestError: a number is out of range.
         """
 
     def close(self) -> None:
@@ -167,6 +177,16 @@ class RemoteServer(ServerLink):
             yield from map(SessionInfo.from_wire, page.sessions)
             if not (token := page.next_page_token):
                 return
+
+    def statistics(self, interval: float, timeout: float | None) -> Watch[Statistics]:
+        """See `ServerLink.statistics`."""
+        request = pb.GetStatisticsRequest(interval=duration_to_wire(interval))
+        seconds = (self.calls.timeout_seconds if timeout is None else checked_timeout(timeout)) + interval
+
+        def read(data: bytes) -> Statistics:
+            return Statistics.from_wire(pb.GetStatisticsResponse.FromString(data), self.calls.target)
+
+        return Watch(self.calls, "GetStatistics", request.SerializeToString(), read, seconds)
 
     def close(self) -> None:
         """See `ServerLink.close`."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
+from stepwire.connection.watch import Closable
 from stepwire.errors import InvalidRequestError, StepMismatchError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
@@ -16,6 +17,7 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
+from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.messages import spec_to_wire, specs_from_wire
@@ -153,10 +155,32 @@ class ShardedServer(ServerLink):
         by_target = {server.targets: server for server in self._servers}
         return itertools.chain.from_iterable(server.sessions(timeout) for server in by_target.values())
 
+    def statistics(self, interval: float, timeout: float | None) -> Closable[Statistics]:
+        """See `ServerLink.statistics`; a snapshot has one of each server."""
+        by_target = {server.targets: server for server in self._servers}
+        return _Watches([server.statistics(interval, timeout) for server in by_target.values()])
+
     def close(self) -> None:
         """See `ServerLink.close`."""
         for server in self._servers:
             server.close()
+
+
+class _Watches(Iterator[Statistics]):
+    """Snapshots of several servers, put together."""
+
+    def __init__(self, watches: Sequence[Closable[Statistics]]) -> None:
+        self._watches = watches
+
+    def __next__(self) -> Statistics:
+        found = [next(watch) for watch in self._watches]
+        servers = tuple(server for each in found for server in each.servers)
+        return Statistics(servers, tuple(session for each in found for session in each.sessions))
+
+    def close(self) -> None:
+        """See `Closable`."""
+        for watch in self._watches:
+            watch.close()
 
 
 def _check_worker(options: LinkOptions) -> None:

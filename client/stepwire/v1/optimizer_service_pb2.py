@@ -32,12 +32,13 @@ try:
 except AttributeError:
   stepwire_dot_v1_dot_precision__pb2 = stepwire_dot_v1_dot_session__pb2.stepwire.v1.precision_pb2
 from stepwire.v1 import state_pb2 as stepwire_dot_v1_dot_state__pb2
+from stepwire.v1 import statistics_pb2 as stepwire_dot_v1_dot_statistics__pb2
 from stepwire.v1 import step_pb2 as stepwire_dot_v1_dot_step__pb2
 from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 from stepwire.v1 import transport_pb2 as stepwire_dot_v1_dot_transport__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18stepwire/v1/attach.proto\x1a\x1cstepwire/v1/checkpoint.proto\x1a\x18stepwire/v1/server.proto\x1a\x19stepwire/v1/session.proto\x1a\x17stepwire/v1/state.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xbf\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"\xa1\x03\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12\x37\n\x0egradient_check\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.GradientCheckH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x30\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x19.stepwire.v1.StepAdmittedH\x05\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\x11\n\x0f_gradient_checkB\n\n\x08_checkedB\x0b\n\t_admitted\"\x7f\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"h\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"9\n\x15SaveCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"W\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\x12\x10\n\x08replayed\x18\x02 \x01(\x08\",\n\x16ListCheckpointsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17VerifyCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17\x44\x65leteCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\xb4\x01\n\x0fRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x0c\n\x04load\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x0c\x61pplied_step\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\ncheckpoint\x18\x06 \x01(\tH\x00\x12\x0e\n\x04step\x18\x07 \x01(\x04H\x00\x42\x08\n\x06originB\x0f\n\r_applied_step\"K\n\x10RollbackResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xb5\x02\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\x0e\n\x04step\x18\x04 \x01(\x04H\x00\x12\x12\n\x05label\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x02\x88\x01\x01\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x32\n\x0b\x63heckpoints\x18\t \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicyB\x08\n\x06originB\x08\n\x06_labelB\t\n\x07_device\"d\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x32\xd6\t\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x12Y\n\x0eSaveCheckpoint\x12\".stepwire.v1.SaveCheckpointRequest\x1a#.stepwire.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.stepwire.v1.ListCheckpointsRequest\x1a$.stepwire.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.stepwire.v1.VerifyCheckpointRequest\x1a%.stepwire.v1.VerifyCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.stepwire.v1.DeleteCheckpointRequest\x1a%.stepwire.v1.DeleteCheckpointResponse\x12G\n\x08Rollback\x12\x1c.stepwire.v1.RollbackRequest\x1a\x1d.stepwire.v1.RollbackResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwire.v1.ForkSessionRequest\x1a .stepwire.v1.ForkSessionResponseB\x96\x01\n\x15io.github.stepwire.v1B\x15OptimizerServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18stepwire/v1/attach.proto\x1a\x1cstepwire/v1/checkpoint.proto\x1a\x18stepwire/v1/server.proto\x1a\x19stepwire/v1/session.proto\x1a\x17stepwire/v1/state.proto\x1a\x1cstepwire/v1/statistics.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xbf\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"\xa1\x03\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12\x37\n\x0egradient_check\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.GradientCheckH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x30\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x19.stepwire.v1.StepAdmittedH\x05\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\x11\n\x0f_gradient_checkB\n\n\x08_checkedB\x0b\n\t_admitted\"\x7f\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"h\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"9\n\x15SaveCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"W\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\x12\x10\n\x08replayed\x18\x02 \x01(\x08\",\n\x16ListCheckpointsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17VerifyCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17\x44\x65leteCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\xb4\x01\n\x0fRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x0c\n\x04load\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x0c\x61pplied_step\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\ncheckpoint\x18\x06 \x01(\tH\x00\x12\x0e\n\x04step\x18\x07 \x01(\x04H\x00\x42\x08\n\x06originB\x0f\n\r_applied_step\"K\n\x10RollbackResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xb5\x02\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\x0e\n\x04step\x18\x04 \x01(\x04H\x00\x12\x12\n\x05label\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x02\x88\x01\x01\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x32\n\x0b\x63heckpoints\x18\t \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicyB\x08\n\x06originB\x08\n\x06_labelB\t\n\x07_device\"d\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"C\n\x14GetStatisticsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"p\n\x15GetStatisticsResponse\x12\'\n\x06server\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.ServerLoad\x12.\n\x08sessions\x18\x02 \x03(\x0b\x32\x1c.stepwire.v1.SessionProgress2\xb0\n\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x12Y\n\x0eSaveCheckpoint\x12\".stepwire.v1.SaveCheckpointRequest\x1a#.stepwire.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.stepwire.v1.ListCheckpointsRequest\x1a$.stepwire.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.stepwire.v1.VerifyCheckpointRequest\x1a%.stepwire.v1.VerifyCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.stepwire.v1.DeleteCheckpointRequest\x1a%.stepwire.v1.DeleteCheckpointResponse\x12G\n\x08Rollback\x12\x1c.stepwire.v1.RollbackRequest\x1a\x1d.stepwire.v1.RollbackResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwire.v1.ForkSessionRequest\x1a .stepwire.v1.ForkSessionResponse\x12X\n\rGetStatistics\x12!.stepwire.v1.GetStatisticsRequest\x1a\".stepwire.v1.GetStatisticsResponse0\x01\x42\x96\x01\n\x15io.github.stepwire.v1B\x15OptimizerServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,66 +46,70 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.optimizer_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\025OptimizerServiceProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=297
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=319
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=322
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=601
-  _globals['_CREATESESSIONREQUEST']._serialized_start=603
-  _globals['_CREATESESSIONREQUEST']._serialized_end=689
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=691
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=793
-  _globals['_GETSESSIONREQUEST']._serialized_start=795
-  _globals['_GETSESSIONREQUEST']._serialized_end=834
-  _globals['_GETSESSIONRESPONSE']._serialized_start=836
-  _globals['_GETSESSIONRESPONSE']._serialized_end=895
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=897
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=957
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=959
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1046
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1048
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1112
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1114
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1159
-  _globals['_ATTACHREQUEST']._serialized_start=1162
-  _globals['_ATTACHREQUEST']._serialized_end=1481
-  _globals['_ATTACHRESPONSE']._serialized_start=1484
-  _globals['_ATTACHRESPONSE']._serialized_end=1901
-  _globals['_STEPREQUEST']._serialized_start=1903
-  _globals['_STEPREQUEST']._serialized_end=2030
-  _globals['_STEPRESPONSE']._serialized_start=2032
-  _globals['_STEPRESPONSE']._serialized_end=2104
-  _globals['_PULLREQUEST']._serialized_start=2106
-  _globals['_PULLREQUEST']._serialized_end=2210
-  _globals['_PULLRESPONSE']._serialized_start=2213
-  _globals['_PULLRESPONSE']._serialized_end=2382
-  _globals['_LOADREQUEST']._serialized_start=2385
-  _globals['_LOADREQUEST']._serialized_end=2563
-  _globals['_LOADRESPONSE']._serialized_start=2565
-  _globals['_LOADRESPONSE']._serialized_end=2636
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2638
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2695
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2697
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2784
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2786
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2830
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2832
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2903
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2905
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2964
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=2966
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=3037
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=3039
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=3098
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=3100
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=3126
-  _globals['_ROLLBACKREQUEST']._serialized_start=3129
-  _globals['_ROLLBACKREQUEST']._serialized_end=3309
-  _globals['_ROLLBACKRESPONSE']._serialized_start=3311
-  _globals['_ROLLBACKRESPONSE']._serialized_end=3386
-  _globals['_FORKSESSIONREQUEST']._serialized_start=3389
-  _globals['_FORKSESSIONREQUEST']._serialized_end=3698
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=3700
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=3800
-  _globals['_OPTIMIZERSERVICE']._serialized_start=3803
-  _globals['_OPTIMIZERSERVICE']._serialized_end=5041
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=327
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=349
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=352
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=631
+  _globals['_CREATESESSIONREQUEST']._serialized_start=633
+  _globals['_CREATESESSIONREQUEST']._serialized_end=719
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=721
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=823
+  _globals['_GETSESSIONREQUEST']._serialized_start=825
+  _globals['_GETSESSIONREQUEST']._serialized_end=864
+  _globals['_GETSESSIONRESPONSE']._serialized_start=866
+  _globals['_GETSESSIONRESPONSE']._serialized_end=925
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=927
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=987
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=989
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1076
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1078
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1142
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1144
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1189
+  _globals['_ATTACHREQUEST']._serialized_start=1192
+  _globals['_ATTACHREQUEST']._serialized_end=1511
+  _globals['_ATTACHRESPONSE']._serialized_start=1514
+  _globals['_ATTACHRESPONSE']._serialized_end=1931
+  _globals['_STEPREQUEST']._serialized_start=1933
+  _globals['_STEPREQUEST']._serialized_end=2060
+  _globals['_STEPRESPONSE']._serialized_start=2062
+  _globals['_STEPRESPONSE']._serialized_end=2134
+  _globals['_PULLREQUEST']._serialized_start=2136
+  _globals['_PULLREQUEST']._serialized_end=2240
+  _globals['_PULLRESPONSE']._serialized_start=2243
+  _globals['_PULLRESPONSE']._serialized_end=2412
+  _globals['_LOADREQUEST']._serialized_start=2415
+  _globals['_LOADREQUEST']._serialized_end=2593
+  _globals['_LOADRESPONSE']._serialized_start=2595
+  _globals['_LOADRESPONSE']._serialized_end=2666
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2668
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2725
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2727
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2814
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2816
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2860
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2862
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2933
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2935
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2994
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=2996
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=3067
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=3069
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=3128
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=3130
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=3156
+  _globals['_ROLLBACKREQUEST']._serialized_start=3159
+  _globals['_ROLLBACKREQUEST']._serialized_end=3339
+  _globals['_ROLLBACKRESPONSE']._serialized_start=3341
+  _globals['_ROLLBACKRESPONSE']._serialized_end=3416
+  _globals['_FORKSESSIONREQUEST']._serialized_start=3419
+  _globals['_FORKSESSIONREQUEST']._serialized_end=3728
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=3730
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=3830
+  _globals['_GETSTATISTICSREQUEST']._serialized_start=3832
+  _globals['_GETSTATISTICSREQUEST']._serialized_end=3899
+  _globals['_GETSTATISTICSRESPONSE']._serialized_start=3901
+  _globals['_GETSTATISTICSRESPONSE']._serialized_end=4013
+  _globals['_OPTIMIZERSERVICE']._serialized_start=4016
+  _globals['_OPTIMIZERSERVICE']._serialized_end=5344
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from stepwire.v1 import server_pb2 as _server_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
 from stepwire.v1 import precision_pb2 as _precision_pb2
 from stepwire.v1 import state_pb2 as _state_pb2
+from stepwire.v1 import statistics_pb2 as _statistics_pb2
 from stepwire.v1 import step_pb2 as _step_pb2
 from stepwire.v1 import tensor_pb2 as _tensor_pb2
 from stepwire.v1 import transport_pb2 as _transport_pb2
@@ -327,3 +328,17 @@ class ForkSessionResponse(_message.Message):
     attach_token: int
     replayed: bool
     def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., attach_token: _Optional[int] = ..., replayed: bool = ...) -> None: ...
+
+class GetStatisticsRequest(_message.Message):
+    __slots__ = ("interval",)
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    interval: _duration_pb2.Duration
+    def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class GetStatisticsResponse(_message.Message):
+    __slots__ = ("server", "sessions")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    server: _statistics_pb2.ServerLoad
+    sessions: _containers.RepeatedCompositeFieldContainer[_statistics_pb2.SessionProgress]
+    def __init__(self, server: _Optional[_Union[_statistics_pb2.ServerLoad, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[_statistics_pb2.SessionProgress, _Mapping]]] = ...) -> None: ...

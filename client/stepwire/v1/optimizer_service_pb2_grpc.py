@@ -110,6 +110,11 @@ class OptimizerServiceStub(object):
                 request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
                 response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
                 _registered_method=True)
+        self.GetStatistics = channel.unary_stream(
+                '/stepwire.v1.OptimizerService/GetStatistics',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsResponse.FromString,
+                _registered_method=True)
 
 
 class OptimizerServiceServicer(object):
@@ -387,6 +392,18 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatistics(self, request, context):
+        """Streams snapshots of the server and of the caller's sessions in memory: one at once, and one per interval, until the
+        caller leaves. Changes nothing, renews no lease, and brings no parked session back.
+
+        Errors:
+        - INVALID_ARGUMENT/INVALID_CONFIG: `interval` is out of range (metadata: field).
+        - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: as many callers watch as may (RetryInfo).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OptimizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -464,6 +481,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.ForkSession,
                     request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.FromString,
                     response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'GetStatistics': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetStatistics,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -872,6 +894,33 @@ class OptimizerService(object):
             '/stepwire.v1.OptimizerService/ForkSession',
             stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
             stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/GetStatistics',
+            stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,11 +24,13 @@ class Certificates(NamedTuple):
         key: its private key, PEM.
         chain: its certificate and those that it is signed by, PEM.
         client_ca: the certificates that clients' certificates are signed by, PEM; None to ask for none.
+        context: the same, for addresses that are not gRPC's.
     """
 
     key: bytes
     chain: bytes
     client_ca: bytes | None
+    context: ssl.SSLContext
 
 
 class CertificateFiles:
@@ -77,9 +79,9 @@ class CertificateFiles:
                 context.load_verify_locations(path)
             except (OSError, ValueError) as error:
                 raise InvalidRequestError.of("tls_client_ca", f"{str(path)!r}: {_reason(error)}") from None
-        return Certificates(
-            key.read_bytes(), certificate.read_bytes(), client_ca[0].read_bytes() if client_ca else None
-        )
+            context.verify_mode = ssl.CERT_REQUIRED
+        authority = client_ca[0].read_bytes() if client_ca else None
+        return Certificates(key.read_bytes(), certificate.read_bytes(), authority, context)
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in self._paths]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["EVERYBODY", "METHODS", "Identity", "Role"]
+__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "STATUS_PATH", "Identity", "Role"]
 
 
 class Role(enum.StrEnum):
@@ -53,13 +53,22 @@ _READERS: Final = frozenset({Role.READER, Role.TRAINER, Role.ADMIN})
 _TRAINERS: Final = frozenset({Role.TRAINER, Role.ADMIN})
 _ALL: Final = frozenset(Role)
 
+METRICS_PATH: Final = "/metrics"
+"""The path of the metrics, over HTTP: a row of the table of methods like any other."""
+
+STATUS_PATH: Final = "/status"
+"""The name of the status page in the table, whatever file of it is asked for."""
+
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
+    METRICS_PATH: frozenset({Role.METRICS, Role.ADMIN}),
+    STATUS_PATH: _READERS,
     f"{_HEALTH}Check": _ALL,
     f"{_HEALTH}List": _ALL,
     f"{_HEALTH}Watch": _ALL,
     f"{_SERVICE}GetServerInfo": _ALL,
     f"{_SERVICE}GetSession": _READERS,
     f"{_SERVICE}ListSessions": _READERS,
+    f"{_SERVICE}GetStatistics": _READERS,
     f"{_SERVICE}ListCheckpoints": _READERS,
     f"{_SERVICE}VerifyCheckpoint": _READERS,
     f"{_SERVICE}Pull": _READERS,

@@ -51,6 +51,7 @@ class Round:
         check: the check of the same, for the coordinator.
         result: the result of the step; None before.
         failure: the error that ended the round without a step; None without one.
+        reduce_seconds: the time of making one gradient of all of them, so far.
     """
 
     def __init__(self, aggregation: Aggregation, opened: float) -> None:
@@ -62,6 +63,7 @@ class Round:
         self.check: GradientCheck | None = None
         self.result: StepResult | None = None
         self.failure: StepwireError | None = None
+        self.reduce_seconds = 0.0
 
     def __len__(self) -> int:
         """Count the contributions."""

@@ -22,6 +22,7 @@ from stepwire_server.cli.serve import serve
 from stepwire_server.cli.sessions import sessions_app
 from stepwire_server.cli.state import state_app
 from stepwire_server.cli.tokens import token_app
+from stepwire_server.cli.top import top
 
 __all__ = ["main"]
 
@@ -79,6 +80,7 @@ app.command()(demo)
 app.command("doctor")(diagnose)
 app.command()(health)
 app.command()(bench)
+app.command()(top)
 app.add_typer(sessions_app)
 app.add_typer(token_app)
 app.add_typer(checkpoint_app)

@@ -214,6 +214,30 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _text("text, or empty", r"^.*$"),
     ] = ""
     open_health: Annotated[bool, Meta(description="Answer health checks without a token.")] = True
+    metrics: Annotated[
+        str,
+        Meta(
+            description="The address of the metrics for Prometheus, such as 127.0.0.1:9464. Beyond loopback it needs "
+            "--tokens, and a scrape a token of the role metrics. Empty: none."
+        ),
+        _text("host:port, or empty", r"^(.+:[0-9]{1,5})?$"),
+    ] = ""
+    status: Annotated[
+        str,
+        Meta(
+            description="The address of the status page, such as 127.0.0.1:8088. Beyond loopback it needs --tokens, "
+            "and a browser asks for a token of the role reader. Empty: none."
+        ),
+        _text("host:port, or empty", r"^(.+:[0-9]{1,5})?$"),
+    ] = ""
+    status_hosts: Annotated[
+        str,
+        Meta(
+            description="The names by which browsers may ask for the status page besides those of loopback, with "
+            "commas between, such as trainer.example.com."
+        ),
+        _text("names of hosts with commas between", r"^([A-Za-z0-9._:\[\]-]+(,[A-Za-z0-9._:\[\]-]+)*)?$"),
+    ] = ""
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")

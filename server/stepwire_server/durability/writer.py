@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -19,6 +20,7 @@ from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.records import LogPosition, Record, as_array, require_writable
 from stepwire_server.durability.retention import remove_before
 from stepwire_server.durability.segments import SEGMENT_BYTES, SegmentWriter
+from stepwire_server.observability.histograms import Histogram
 
 __all__ = ["LogLimits", "LogStatistics", "LogWriter"]
 
@@ -80,6 +82,7 @@ class LogWriter:
 
     Attributes:
         epoch: the owner's epoch.
+        sync_seconds: the times of its syncs; whoever has the pen observes them.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class LogWriter:
             DataLossError: DURABILITY_FAILED, the disk failed.
         """
         self.epoch = epoch
+        self.sync_seconds = Histogram()
         self._disk, self._folder, self._is_owner, self._limits = disk, folder, is_owner, limits
         self._lock = threading.Lock()
         self._arrived, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -321,7 +325,9 @@ class LogWriter:
 
     def _confirm(self) -> None:
         """Sync, look, and wake those who wait for what was synced."""
+        began = time.perf_counter()
         self._segments.sync()
+        self.sync_seconds.observe(time.perf_counter() - began)
         if not self._is_owner():
             raise FencedError(
                 f"another server owns the data directory since epoch {self.epoch + 1}, and this one is of epoch "

@@ -75,6 +75,8 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
         config,
         processes=1,
         bind=_bind(config, index),
+        metrics=_counted(config, "metrics", index),
+        status=_counted(config, "status", index),
         unix_socket=_socket(config, folder, index),
         handoff_socket=_handoff_socket(config, folder, index),
         device=device,
@@ -89,12 +91,18 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
 def _bind(config: ServerConfig, index: int) -> str:
     if unix_path(config.bind) is not None:
         return f"{config.bind}.{index}"
-    host_name, _, port = config.bind.rpartition(":")
+    return _counted(config, "bind", index)
+
+
+def _counted(config: ServerConfig, field: str, index: int) -> str:
+    """Return the address of a process: the port of the setting and those behind it, or free ones."""
+    address: str = getattr(config, field)
+    host_name, _, port = address.rpartition(":")
     if not port.isdigit() or not int(port):
-        return config.bind
+        return address
     if int(port) + index > 65535:
         raise InvalidRequestError.of(
-            "bind", f"{config.processes} processes need as many ports from {config.bind!r} on; choose a lower port"
+            field, f"{config.processes} processes need as many ports from {address!r} on; choose a lower port"
         )
     return f"{host_name}:{int(port) + index}"
 

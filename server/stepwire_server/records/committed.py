@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
+from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 
@@ -20,6 +21,8 @@ class Committed(NamedTuple):
         load: the last committed load of the state that was stepped.
         request: the step as it was asked for.
         result: the step's result, with its norms and times.
+        transport: the way that the gradient came: "tcp", "uds", "shm", "cuda_ipc", or "unary" for a step in one call.
+        parts: for each worker whose gradient is in it, its part; empty without aggregation.
     """
 
     session_id: str
@@ -27,6 +30,8 @@ class Committed(NamedTuple):
     load: int
     request: StepRequest
     result: StepResult
+    transport: str = "unary"
+    parts: Sequence[tuple[int, RoundResult]] = ()
 
 
 CommitSink: TypeAlias = Callable[[Committed], None]

@@ -28,9 +28,18 @@ class SessionStatistics(NamedTuple):
 
 
 class RegistryStatistics(NamedTuple):
-    """The present work of the registry: sessions alive, streams attached, bytes reserved of all budgets together."""
+    """The present work of the registry.
+
+    Attributes:
+        sessions: the sessions in memory.
+        streams: the attached streams.
+        reserved_bytes: the bytes reserved, of all budgets together.
+        budget_bytes: the bytes that may be reserved, likewise.
+        parked: the sessions that are on disk alone.
+    """
 
     sessions: int
     streams: int
     reserved_bytes: int
     budget_bytes: int
+    parked: int = 0

@@ -39,11 +39,13 @@ class StepTimes(NamedTuple):
         receive: from the step's first message to its commit message.
         queue: waiting for a worker thread and for the session.
         apply: decode, rule and encode.
+        reduce: making one gradient of those of several workers; 0 for one worker.
     """
 
     receive: float
     queue: float
     apply: float
+    reduce: float = 0.0
 
 
 class StepResult(NamedTuple):

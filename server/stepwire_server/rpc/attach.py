@@ -20,6 +20,8 @@ from stepwire.v1 import step_pb2, transport_pb2
 from stepwire.wire.frames import Frame
 from stepwire_server.access.control import AccessControl
 from stepwire_server.aggregation.uploads import UploadSlot
+from stepwire_server.observability.tallies import Tallies
+from stepwire_server.records.replied import Replied
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
@@ -55,6 +57,7 @@ class Serving(NamedTuple):
         clock: returns seconds.
         max_chunk_bytes: the most bytes of one chunk's payload.
         access: the admission of calls.
+        tallies: count the replies; None where nobody asks for them.
     """
 
     drain: Drain
@@ -62,6 +65,7 @@ class Serving(NamedTuple):
     clock: Callable[[], float]
     max_chunk_bytes: int
     access: AccessControl
+    tallies: Tallies | None = None
 
 
 class StepStream:
@@ -85,6 +89,8 @@ class StepStream:
         self._last_settings = b""
         self._last_send_seconds: float | None = None
         self._last_request: StepRequest | None = None
+        self._received_bytes = 0
+        self._told: StepResult | None = None
 
     def replies(self, frames: Iterator[Frame]) -> Iterator[bytes]:
         """Yield the replies to the steps in `frames`, until the client is done.
@@ -115,7 +121,7 @@ class StepStream:
                 if request.awaits_admission:
                     yield _admitted(opening[0], step)
                 overlaps = request.overlap and not step.replay
-                yield from self._timed((self._overlap if overlaps else self._gather)(opening, frames, step))
+                yield from self._timed(step, (self._overlap if overlaps else self._gather)(opening, frames, step))
             finally:
                 self._stream.in_step = False
 
@@ -126,14 +132,36 @@ class StepStream:
             return contextlib.nullcontext()
         return contributions.upload(self._stream)
 
-    def _timed(self, reply: Iterator[bytes]) -> Iterator[bytes]:
+    def _timed(self, step: Step, reply: Iterator[bytes]) -> Iterator[bytes]:
         """Pass a reply on, and sum the time until gRPC asks for the message after each: it has taken the one before."""
-        total = 0.0
+        total, sent_bytes = 0.0, 0
         for message in reply:
+            sent_bytes += len(message)
             handed_over = self._serving.clock()
             yield message
             total += self._seen() - handed_over
         self._last_send_seconds = total
+        if self._serving.tallies is not None and self._told is not None:
+            self._serving.tallies.replied(self._replied(step, self._told, sent_bytes, total))
+
+    def _replied(self, step: Step, result: StepResult, sent_bytes: int, send_seconds: float) -> Replied:
+        request, size, received_bytes = step.request, self._session.config.layout.size, self._received_bytes
+        if request.shared:
+            received_bytes = size * request.gradient_dtype.itemsize
+            sent_bytes += size * request.reply_dtype.itemsize if request.reply else 0
+        seconds = self._stream.last_seen - step.began
+        self._received_bytes, self._told = 0, None
+        return Replied(
+            self._stream.transport,
+            result,
+            request.gradient_dtype,
+            request.reply_dtype,
+            received_bytes,
+            sent_bytes,
+            step.sync_seconds,
+            send_seconds,
+            seconds,
+        )
 
     def _decode(self, begin: step_pb2.StepBegin) -> StepRequest:
         """Decode the opening of a step; one that differs from the step before in its number alone is decoded once."""
@@ -208,6 +236,7 @@ class StepStream:
         if step.request.shared:
             raise invalid_frame("chunk", "a step in shared memory brings no chunks")
         check_chunk(frame, self._serving.max_chunk_bytes)
+        self._received_bytes += frame.payload.size
         step.add(message.chunk.offset, message.chunk.count, frame.payload)
         return ends
 
@@ -307,7 +336,7 @@ class StepStream:
         return self._shared
 
     def _result(self, result: StepResult) -> pb.AttachResponse:
-        response = pb.AttachResponse()
+        response, self._told = pb.AttachResponse(), result
         encode_result(result, self._session.ledger.durable_step, response.result)
         if self._last_send_seconds is not None:
             response.result.telemetry.previous_send_seconds = self._last_send_seconds

@@ -12,7 +12,7 @@ from stepwire.optimizers.aggregation import aggregation_to_wire
 from stepwire.optimizers.durability import durability_to_wire
 from stepwire.optimizers.gradient_treatment import treatment_to_wire
 from stepwire.optimizers.schedules import schedule_to_wire
-from stepwire.v1 import aggregation_pb2, checkpoint_pb2, session_pb2, step_pb2
+from stepwire.v1 import aggregation_pb2, checkpoint_pb2, server_pb2, session_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import dtype_to_wire
 from stepwire.wire.messages import (
@@ -23,6 +23,7 @@ from stepwire.wire.messages import (
     optimizer_to_wire,
     spec_to_wire,
 )
+from stepwire_server.devices.pool import Device
 from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
@@ -34,6 +35,7 @@ from stepwire_server.steps.check_gradient import GradientCheck
 __all__ = [
     "encode_checkpoint",
     "encode_config",
+    "encode_device",
     "encode_gradient_check",
     "encode_parked",
     "encode_result",
@@ -94,6 +96,18 @@ def encode_parked(session: ParkedSession) -> session_pb2.Session:
     )
 
 
+def encode_device(device: Device) -> server_pb2.DeviceInfo:
+    """Encode a device with its budget, as of now."""
+    info, budget = device.engine.device, device.budget
+    return server_pb2.DeviceInfo(
+        name=info.name,
+        description=info.description,
+        memory_bytes=info.memory_bytes,
+        budget_bytes=budget.limit_bytes,
+        reserved_bytes=budget.reserved_bytes,
+    )
+
+
 def encode_checkpoint(info: CheckpointInfo) -> checkpoint_pb2.Checkpoint:
     """Encode one line of a list of checkpoints."""
     message = checkpoint_pb2.Checkpoint(
@@ -132,7 +146,7 @@ def encode_result(result: StepResult, durable_step: int, message: step_pb2.StepR
     telemetry.clipped_grad_norm = result.clipped_grad_norm
     telemetry.clip_coefficient = result.clip_coefficient
     telemetry.non_finite_count = result.non_finite_count
-    telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds = result.times
+    telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds, _ = result.times
     if result.update_norm is not None and result.param_norm is not None:
         telemetry.update_norm, telemetry.param_norm = result.update_norm, result.param_norm
     if result.loss_scale is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, TypeAlias, cast
 
 import grpc
 import structlog
@@ -27,6 +27,10 @@ _refusals: Final = BoundedLines(lambda event, **values: _log.info(event, **value
 class ErrorInterceptor(grpc.ServerInterceptor):
     """Wraps every method of the server, so that errors leave as statuses."""
 
+    def __init__(self, refused: Callable[[StepwireError], object] = lambda error: None) -> None:
+        """Tell `refused` each error that leaves."""
+        self._refused = refused
+
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
@@ -39,38 +43,44 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         return wrapped(
             handler,
-            lambda behavior: _guarded_call(behavior, method),
-            lambda behavior: _guarded_stream(behavior, method),
+            lambda behavior: _guarded_call(behavior, method, self._refused),
+            lambda behavior: _guarded_stream(behavior, method, self._refused),
         )
 
 
-def _guarded_call(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+_Refused: TypeAlias = Callable[[StepwireError], object]
+
+
+def _guarded_call(behavior: Callable[..., Any], method: str, refused: _Refused) -> Callable[..., Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behavior(request, context)
         except Exception as error:
-            _abort(error, context, method)
+            _abort(error, context, method, refused)
 
     return call
 
 
-def _guarded_stream(behavior: Callable[..., Iterator[Any]], method: str) -> Callable[..., Iterator[Any]]:
+def _guarded_stream(
+    behavior: Callable[..., Iterator[Any]], method: str, refused: _Refused
+) -> Callable[..., Iterator[Any]]:
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behavior(request, context)
         except Exception as error:
-            _abort(error, context, method)
+            _abort(error, context, method, refused)
 
     return stream
 
 
-def _abort(error: Exception, context: grpc.ServicerContext, method: str) -> NoReturn:
+def _abort(error: Exception, context: grpc.ServicerContext, method: str, refused: _Refused) -> NoReturn:
     # When the client is gone, gRPC raises its own error out of the request iterator and recognizes it here; nobody is
     # left to be told. Every other error is told to gRPC as a status, because gRPC logs the trace of a raised error.
     if isinstance(error, grpc.RpcError):
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
+    refused(error)
     _refusals.write("call refused", method=method, reason=str(error.reason), error=str(error))
     context.abort_with_status(cast(grpc.Status, status_of(error)))
 

@@ -14,7 +14,6 @@ from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
 from stepwire.wire.frames import Frame, read_frame, read_message
 from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
-from stepwire_server.devices.pool import Device
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc import session_lines
 from stepwire_server.rpc.access import caller_of, identity_of
@@ -22,10 +21,11 @@ from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
-from stepwire_server.rpc.encode import encode_parked, encode_session
+from stepwire_server.rpc.encode import encode_device, encode_parked, encode_session
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES
 from stepwire_server.rpc.method import unary
+from stepwire_server.rpc.statistics_service import StatisticsService
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.registry import Registry
@@ -85,12 +85,17 @@ class OptimizerService:
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
                 **CheckpointService(self._registry, self._serving, self._config, self._sessions).handlers(),
+                **StatisticsService(self._registry, self._serving, self._tenant).handlers(),
             },
         )
 
     def _sessions(self, context: grpc.ServicerContext) -> TenantSessions:
         """Return the sessions that the caller sees."""
-        return TenantSessions(self._registry, identity_of(context, self._access).sees)
+        return TenantSessions(self._registry, self._tenant(context))
+
+    def _tenant(self, context: grpc.ServicerContext) -> str | None:
+        """Return the tenant whose sessions the caller sees; None for those of all."""
+        return identity_of(context, self._access).sees
 
     def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
         """Tell what this server is and can do."""
@@ -100,7 +105,7 @@ class OptimizerService:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             instance_id=self._instance_id,
-            devices=map(_device_info, self._registry.pool),
+            devices=map(encode_device, self._registry.pool),
             limits=server_pb2.Limits(
                 max_sessions=config.max_sessions,
                 max_tensors=config.max_tensors,
@@ -175,6 +180,7 @@ class OptimizerService:
                 self._sharing.share(session, opening.transport) as shared,
                 session_lines.attached(session, holder, shared, context),
             ):
+                stream.transport = session_lines.transport_name(shared, context.peer())
                 yield _opened(session, holder, shared).SerializeToString()
                 yield from StepStream(session, holder, stream, self._serving, shared.buffers).replies(frames)
 
@@ -201,17 +207,6 @@ class OptimizerService:
         return pb.LoadResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
         )
-
-
-def _device_info(device: Device) -> server_pb2.DeviceInfo:
-    info, budget = device.engine.device, device.budget
-    return server_pb2.DeviceInfo(
-        name=info.name,
-        description=info.description,
-        memory_bytes=info.memory_bytes,
-        budget_bytes=budget.limit_bytes,
-        reserved_bytes=budget.reserved_bytes,
-    )
 
 
 def _opening(frames: Iterator[Frame]) -> Frame:

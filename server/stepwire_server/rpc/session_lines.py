@@ -14,7 +14,7 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.sharing.offer import StreamTransport
 
-__all__ = ["attached", "closed", "created"]
+__all__ = ["attached", "closed", "created", "transport_name"]
 
 _log = structlog.get_logger()
 
@@ -58,7 +58,7 @@ def attached(
         session_id=session.session_id,
         worker=holder.worker,
         acquired=holder.acquired == holder.generation,
-        transport=_transport_name(shared, peer),
+        transport=transport_name(shared, peer),
         step=session.ledger.applied_step,
         peer=peer,
         **reason,
@@ -75,7 +75,7 @@ def attached(
         )
 
 
-def _transport_name(shared: StreamTransport, peer: str) -> str:
+def transport_name(shared: StreamTransport, peer: str) -> str:
     """Name the transport of a stream as clients do."""
     if shared.transport in _MEMORIES:
         return _MEMORIES[shared.transport]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame
+from stepwire_server.records.replied import Replied
 from stepwire_server.rpc.attach import Serving, invalid_frame
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES, decode_step_request
 from stepwire_server.rpc.encode import encode_result
@@ -42,4 +43,19 @@ def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
         result = session.commit(step, writer)
     response = pb.StepResponse()
     encode_result(result, session.ledger.durable_step, response.result)
-    return writer.message(response)
+    reply = writer.message(response)
+    if serving.tallies is not None:
+        serving.tallies.replied(
+            Replied(
+                "unary",
+                result,
+                request.gradient_dtype,
+                request.reply_dtype,
+                frame.payload.size,
+                len(reply),
+                step.sync_seconds,
+                0.0,
+                serving.clock() - began,
+            )
+        )
+    return reply

@@ -42,7 +42,7 @@ class AsyncSteps(Contributions):
         """See `Contributions.commit`."""
         with self.parts.lock:
             result, mark = self._commit(step, writer), self.parts.progress.last
-        self.parts.progress.settle(mark)
+        self.parts.progress.settle_step(step, mark)
         return result
 
     def check(self, step: Step) -> GradientCheck | None:

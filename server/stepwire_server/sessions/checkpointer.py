@@ -10,6 +10,7 @@ from typing import NamedTuple
 import structlog
 
 from stepwire_server.config import ServerConfig
+from stepwire_server.observability.histograms import Histogram
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.session import Session
 
@@ -27,7 +28,11 @@ class _Kept(NamedTuple):
 
 
 class Checkpointer:
-    """Takes checkpoints when they are due. Thread-safe."""
+    """Takes checkpoints when they are due. Thread-safe.
+
+    Attributes:
+        save_seconds: the times of the checkpoints, those that failed too.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Checkpointer:
         self._clock = clock
         self._save = save
         self._release = release
+        self.save_seconds = Histogram()
         self._kept: dict[Session, _Kept] = {}
         self._lock = threading.Lock()  # of the dictionary
         self._turn = threading.Lock()  # of one checkpoint at a time
@@ -95,7 +101,11 @@ class Checkpointer:
             kept = self.last(session)
             if kept is not None and self._is_present(session, kept):
                 return kept
-            log_bytes, saved = session.progress.log_bytes, self._save(session)
+            log_bytes, began = session.progress.log_bytes, self._clock()
+            try:
+                saved = self._save(session)
+            finally:
+                self.save_seconds.observe(self._clock() - began)
             with self._lock:
                 if session in self._kept:
                     self._kept[session] = _Kept(saved, self._clock(), log_bytes)

@@ -29,6 +29,7 @@ class ClientStream:
         gone: the client has left, while a step of it may still wait for other workers.
         surplus: the server had all its streams when this one came: it may only displace another one.
         last_seen: the clock reading of its last frame.
+        transport: the way that its steps come; see `Committed`.
     """
 
     def __init__(self, cancel: Callable[[], object], now: float) -> None:
@@ -42,6 +43,7 @@ class ClientStream:
         self.ending = False
         self.surplus = self.gone = False
         self.last_seen = now
+        self.transport = "tcp"
         self._refusal: StepwireError | None = None
         self._waits = False
         self._lock = threading.Lock()

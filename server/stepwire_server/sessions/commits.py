@@ -75,7 +75,8 @@ class Commits:
             if commit.changes:
                 commit.apply(writer)
             self._state.advance(step.gradient, commit.effect, commit.groups)
-            times = StepTimes(step.received - step.began, started - step.received, self._clock() - started)
+            receive, queue = step.received - step.began, started - step.received
+            times = StepTimes(receive, queue, self._clock() - started, step.reduce_seconds)
             result = commit.result(Moment(step.request.step, self._ledger.epoch, times))
         return self.note(step, result if part is None else result._replace(round=part))
 
@@ -84,8 +85,9 @@ class Commits:
         self._ledger.commit_step(result)
         self._progress.step_committed(step, attempts)
         if self._sinks:
-            load, request = self._ledger.applied_load, step.request
-            tell(self._sinks, Committed(self._ledger.session_id, step.holder.worker, load, request, result))
+            load, holder = self._ledger.applied_load, step.holder
+            origin = (self._ledger.session_id, holder.worker, load, step.request)
+            tell(self._sinks, Committed(*origin, result, holder.transport, step.parts))
         return result
 
     def reply(self, request: StepRequest, writer: ReplyWriter) -> None:

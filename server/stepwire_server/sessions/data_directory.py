@@ -27,7 +27,8 @@ from stepwire_server.durability.ownership import LOG, Ownership
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.durability.session_log import SessionLog
-from stepwire_server.durability.writer import LogLimits, LogWriter
+from stepwire_server.durability.writer import LogLimits, LogStatistics, LogWriter
+from stepwire_server.observability.histograms import Histogram
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
@@ -43,8 +44,7 @@ __all__ = ["DataDirectory"]
 _log = structlog.get_logger()
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
 _KEPT_BYTES: Final = 64 << 20  # of gradients, from the reading of the log until their step is made again
-_RECOVERED: Final = Saved(0, 0, -1)
-"""Of a session that the log was made again for: a checkpoint is due at once, since older epochs wait for it."""
+_RECOVERED: Final = Saved(0, 0, -1)  # the log was made again for it: a checkpoint is due, since older epochs wait
 
 
 class DataDirectory:
@@ -123,6 +123,15 @@ class DataDirectory:
             seconds=round(time.monotonic() - began, 3),
         )
         return [(self._archive.get(session.session_id), session) for session in recovered.sessions]
+
+    @property
+    def sync_seconds(self) -> Histogram:
+        """The times of the log's syncs."""
+        return self._log_writer.sync_seconds
+
+    def log_statistics(self) -> LogStatistics:
+        """Return the work of the log so far."""
+        return self._log_writer.statistics()
 
     # --- sessions ----------------------------------------------------------------------------------------
 

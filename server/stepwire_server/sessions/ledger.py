@@ -70,6 +70,11 @@ class Ledger:
         return self.members[0].worker
 
     @property
+    def damaged(self) -> bool:
+        """The state is half changed, or its device is lost."""
+        return self._damage is not None or self._loss is not None
+
+    @property
     def attached(self) -> bool:
         """A stream is attached."""
         return any(member.worker.attached for member in self.members)

@@ -54,7 +54,7 @@ class OwnSteps:
         """See `Session.commit`."""
         with self._lock:
             result, mark = self._commit(step, writer), self._progress.last
-        self._progress.settle(mark)
+        self._progress.settle_step(step, mark)
         return result
 
     def check(self, step: Step) -> GradientCheck | None:
@@ -86,7 +86,7 @@ class OwnSteps:
             result = self._commits.note(step, overlapped.result(check, moment), overlapped.attempts)
             self._step_over()
             mark = self._progress.last
-        self._progress.settle(mark)
+        self._progress.settle_step(step, mark)
         return result
 
     def _commit(self, step: Step, writer: ReplyWriter) -> StepResult:

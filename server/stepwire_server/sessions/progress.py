@@ -35,9 +35,10 @@ class Progress:
         last: the moment after the last commit, or the last change of the hold.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        """Start without a log."""
+    def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
+        """Start without a log; `clock` returns seconds."""
         self._ledger = ledger
+        self._clock = clock
         self._log: SessionLog | None = None
         self._journals = False
         self._telling = threading.Lock()  # of the durable step
@@ -180,6 +181,18 @@ class Progress:
         self._log.wait(mark.number)
         if self._journals:
             self._durable(mark.step)
+
+    def settle_step(self, step: Step, mark: Mark) -> None:
+        """Settle a step, and note in it the time that it took.
+
+        Raises:
+            DataLossError, FencedError: as `settle`.
+        """
+        if self._log is None:
+            return
+        began = self._clock()
+        self.settle(mark)
+        step.sync_seconds = self._clock() - began
 
     def settle_load(self, mark: Mark) -> None:
         """Wait until a load is durable; where no journal has it, it is saved with a checkpoint.

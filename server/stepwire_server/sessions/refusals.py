@@ -9,7 +9,7 @@ from stepwire_server.sessions.idle import with_idle_sessions
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.tenants import own_request_id
 
-__all__ = ["another_config", "too_many_sessions", "too_many_streams"]
+__all__ = ["another_config", "too_many_sessions", "too_many_streams", "too_many_watchers"]
 
 
 def another_config(request_id: str) -> InvalidRequestError:
@@ -36,5 +36,15 @@ def too_many_streams(most: int) -> ResourceExhaustedError:
         f"the server has {most} attached streams, its most; detach some, or start it with a larger --max-streams",
         reason=Reason.TOO_MANY_STREAMS,
         metadata={"max_streams": most},
+        retry_after_seconds=1.0,
+    )
+
+
+def too_many_watchers(most: int) -> ResourceExhaustedError:
+    """Return the refusal of a caller that watches beyond the limit."""
+    return ResourceExhaustedError(
+        f"{most} callers watch the server, its most; end one of them, such as a `stepwire top`",
+        reason=Reason.TOO_MANY_STREAMS,
+        metadata={"max_watchers": most},
         retry_after_seconds=1.0,
     )

@@ -298,8 +298,9 @@ class Registry:
 
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
-        pool = self.pool
-        return RegistryStatistics(len(self._sessions), len(self.streams), pool.reserved_bytes, pool.limit_bytes)
+        pool, sessions, streams = self.pool, len(self._sessions), len(self.streams)
+        parked = len(set(self._parked.values()).difference(list(self._sessions)))
+        return RegistryStatistics(sessions, streams, pool.reserved_bytes, pool.limit_bytes, parked)
 
     def of(self, tenant: str | None) -> list[Session]:
         """Return the sessions of a tenant in memory; None: of all."""

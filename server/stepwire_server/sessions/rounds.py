@@ -84,7 +84,7 @@ class Rounds(Contributions):
         """See `Contributions.commit`."""
         with self.parts.lock:
             result, mark = self._commit(step, writer)
-        self.parts.progress.settle(mark)
+        self.parts.progress.settle_step(step, mark)
         return result
 
     def check(self, step: Step) -> GradientCheck | None:
@@ -203,8 +203,10 @@ class Rounds(Contributions):
         Raises:
             ResourceExhaustedError: the rounding errors of the sum take more memory than there is.
         """
+        began = self.parts.clock()
         try:
             self._reduction.add(gradient, factor)
+            round_.reduce_seconds += self.parts.clock() - began
             if (beyond := self._reduction.nbytes - self._room.nbytes - sum(each.nbytes for each in self._beyond)) > 0:
                 budget = self.parts.state.device.budget
                 self._beyond.append(budget.reserve(beyond, "the rounding errors of the workers' gradients"))
@@ -273,10 +275,12 @@ class Rounds(Contributions):
             reply_base=None,
         )
         try:
+            began = parts.clock()
             reduced = self._reduction.reduced(round_.divisor())
+            round_.reduce_seconds += parts.clock() - began
             round_.step = step = self.begin_again(request, lead.holder, self._told(round_), reduced=True)
             self._stage(step, reduced)
-            step.began, step.received = round_.opened, parts.clock()
+            step.began, step.received, step.reduce_seconds = round_.opened, parts.clock(), round_.reduce_seconds
             if parts.config.treatment.two_phase:
                 round_.check = check_gradient(step, parts.state)
         except StepwireError as error:

@@ -88,7 +88,7 @@ class Session:
         self.last_use = LastUse(clock)
         self.calls = CallsUnderWay(self.last_use)
         self._state = SessionState(config, device)
-        self.progress = Progress(self.ledger)
+        self.progress = Progress(self.ledger, clock)
         self._commits = Commits(self._state, self.ledger, self.progress, clock, sinks)
         self.exchange = StateExchange(self._state, self.ledger, self._lock, self.last_use, self.progress)
         self.memory = SessionMemory(self._state, self.ledger, self._lock)

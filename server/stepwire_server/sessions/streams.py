@@ -10,13 +10,16 @@ from typing import Final
 
 from stepwire.errors import StepwireError
 from stepwire_server.sessions.client_stream import ClientStream
-from stepwire_server.sessions.refusals import too_many_streams
+from stepwire_server.sessions.refusals import too_many_streams, too_many_watchers
 from stepwire_server.sessions.registry_limits import RegistryLimits
 
 __all__ = ["RETURNING_STREAMS", "Streams"]
 
 RETURNING_STREAMS: Final = 8
 """Streams beyond the most, of clients whose connection is half open: the one that they come to replace still counts."""
+
+_MOST_WATCHERS: Final = 16
+"""Each has a thread, of those that calls have besides streams."""
 
 
 class Streams:
@@ -28,6 +31,7 @@ class Streams:
         self._clock = clock
         self._streams: set[ClientStream] = set()
         self._patience_seconds = math.inf
+        self._watchers: list[Callable[[], object]] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -38,6 +42,11 @@ class Streams:
         """Iterate over the streams of this moment."""
         with self._lock:
             return iter(list(self._streams))
+
+    @property
+    def watchers(self) -> int:
+        """The number of callers that watch the server."""
+        return len(self._watchers)
 
     @contextlib.contextmanager
     def stream(self, cancel: Callable[[], object]) -> Iterator[ClientStream]:
@@ -94,6 +103,23 @@ class Streams:
             self._streams.discard(found)
         return found
 
+    @contextlib.contextmanager
+    def watcher(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """Count a caller that watches the server for a block; `cancel` ends its call with the server.
+
+        Raises:
+            ResourceExhaustedError: as many watch as may.
+        """
+        with self._lock:
+            if len(self._watchers) >= _MOST_WATCHERS:
+                raise too_many_watchers(_MOST_WATCHERS)
+            self._watchers.append(cancel)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers.remove(cancel)
+
     def hurry(self, patience_seconds: float) -> None:
         """From now on end those that have been silent for this long already: the server drains, and waits for them."""
         self._patience_seconds = patience_seconds
@@ -115,8 +141,8 @@ class Streams:
                 stream.end(error)
 
     def cancel(self) -> None:
-        """End every attached stream that does not end by itself."""
+        """End every attached stream that does not end by itself, and the calls of those that watch."""
         with self._lock:
-            streams = [stream for stream in self._streams if not stream.ending]
-        for stream in streams:
-            stream.cancel()
+            cancels = [stream.cancel for stream in self._streams if not stream.ending] + self._watchers
+        for cancel in cancels:
+            cancel()

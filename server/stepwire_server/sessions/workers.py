@@ -51,6 +51,12 @@ class Holder:
         self.stream = stream
         self.token = token
 
+    @property
+    def transport(self) -> str:
+        """The way that steps under this hold come; see `Committed`."""
+        stream = self.stream
+        return "unary" if stream is None else stream.transport
+
 
 class Worker:
     """One worker of a session. The session serialises its calls."""

@@ -58,6 +58,11 @@ class Hold(Protocol):
         """The generation in which the client acquired the worker."""
         ...
 
+    @property
+    def transport(self) -> str:
+        """The way that its steps come; see `Committed`."""
+        ...
+
 
 class Step:
     """One step from its first message to its commit. A context manager, which lets go of its gradient.
@@ -77,6 +82,8 @@ class Step:
         parts: for each worker whose gradient is in it, the part in the result; empty without aggregation.
         reduced: the gradient is that of a round: float32, unscaled.
         slot: the place among the uploads of several workers; None for none.
+        reduce_seconds: the time of making one gradient of those of several workers.
+        sync_seconds: the time of waiting for the disk; 0 without a log.
     """
 
     __slots__ = (
@@ -88,10 +95,12 @@ class Step:
         "holder",
         "parts",
         "received",
+        "reduce_seconds",
         "reduced",
         "replay",
         "request",
         "slot",
+        "sync_seconds",
     )
 
     def __init__(
@@ -116,6 +125,7 @@ class Step:
         self.parts: Sequence[tuple[int, RoundResult]] = ()
         self.reduced = False
         self.slot: Room | None = None
+        self.reduce_seconds = self.sync_seconds = 0.0
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
         """Stage one chunk: `payload` is its received bytes, `(n,) uint8`.

@@ -34,6 +34,13 @@ def test_ports_that_do_not_exist_are_refused() -> None:
         cut("bind", processes=3, bind="127.0.0.1:65534")
 
 
+def test_ports_of_metrics_follow_one_another_too() -> None:
+    assert cut("metrics", processes=2, metrics="127.0.0.1:9464") == ["127.0.0.1:9464", "127.0.0.1:9465"]
+    assert cut("metrics", processes=2) == ["", ""]
+    with pytest.raises(InvalidRequestError, match="metrics: 2 processes need as many ports from '127.0.0.1:65535' on"):
+        cut("metrics", processes=2, metrics="127.0.0.1:65535")
+
+
 def test_sockets_are_numbered() -> None:
     assert cut("bind", processes=2, bind="unix:/run/s") == ["unix:/run/s.0", "unix:/run/s.1"]
     assert cut("unix_socket", processes=2, bind="unix:/run/s") == ["auto", "auto"]

@@ -377,6 +377,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     pb.ListCheckpointsRequest: {"session_id"},
     pb.VerifyCheckpointRequest: {"session_id", "name"},
     pb.DeleteCheckpointRequest: {"session_id", "name"},
+    pb.GetStatisticsRequest: {"interval"},
     pb.RollbackRequest: {"session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step"},
     pb.ForkSessionRequest: {
         "session_id",
