@@ -180,6 +180,17 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("a path, or empty", r"^.*$"),
     ] = ""
+    tenant_weights: Annotated[
+        str,
+        Meta(
+            description="The shares of tenants in an engine that several use at a time: whole numbers from 1 to 999, "
+            "such as lab=3,shop=1. Tenants that are not named have 1."
+        ),
+        _text(
+            "tenants with weights from 1 to 999, such as lab=3,shop=1",
+            r"^([A-Za-z0-9._-]{1,64}=[1-9][0-9]{0,2}(,[A-Za-z0-9._-]{1,64}=[1-9][0-9]{0,2})*)?$",
+        ),
+    ] = ""
     open_health: Annotated[bool, Meta(description="Answer health checks without a token.")] = True
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[
