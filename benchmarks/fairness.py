@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import statistics
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
@@ -16,12 +18,16 @@ import numpy as np
 
 from child import Child, child, python
 from fairness_server import FairnessServer, fairness_server
+from stepwire_server.devices.fair_share import FairShare
+from stepwire_server.engines.cpu.engine import CpuEngine
 
 __all__ = ["JAIN", "LARGE_SHARE", "P99_TO_P50", "Scale", "fairness", "jains_index"]
 
 JAIN: Final = "Jain's index of the small"
 P99_TO_P50: Final = "small p99 to p50"
 LARGE_SHARE: Final = "large share of the engine's time"
+_BATCHES: Final = 9
+_BATCH: Final = 10_000
 
 
 class Scale(NamedTuple):
@@ -104,4 +110,19 @@ def _figures(scale: Scale, small: Sequence[_Steps], large: _Steps, share: float)
         "large steps": len(large.seconds),
         "large p50 ms": float(np.median(large.seconds)) * 1e3,
         LARGE_SHARE: share,
+        "free turn us": _free_turn_seconds() * 1e6,
     }
+
+
+def _free_turn_seconds() -> float:
+    """Return the time of a turn that nobody else wants."""
+    engine = CpuEngine(threads=1)
+    state, flow = engine.staging(1), FairShare().flow(1)
+    times = []
+    for _ in range(_BATCHES):
+        began = time.perf_counter()
+        for _ in range(_BATCH):
+            flow.release(flow.acquire(1, state))
+        times.append((time.perf_counter() - began) / _BATCH)
+    engine.close()
+    return statistics.median(times)

@@ -1,8 +1,8 @@
 """The turns of an engine: the sessions of a device use it one pass after another, each its share.
 
-A pass over a range of a session's arrays needs a turn. A turn lasts for one call of the engine, some milliseconds at
-most, and its holder waits for no other session. So a thread may wait for a turn under any lock, and a commit goes on to
-its end however many wait. Between two passes of a large step others have the engine.
+A pass over a range of a session's arrays needs a turn. A turn lasts for one call of the engine, some milliseconds, and
+its holder waits for no other session. So a thread may wait for a turn under any lock, and a commit goes on to its end
+however many wait. Between two passes of a large step others have the engine.
 
 **Order.** Deficit round robin by bytes (`rotation`) over tenants, then over the two kinds of a tenant's sessions, then
 over the sessions of a kind. Sessions whose step is about one pass are small, and those whose step is many passes are

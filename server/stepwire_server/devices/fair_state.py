@@ -11,8 +11,8 @@ from stepwire_server.engines.protocol import Done, EngineState, Gradient, Gradie
 
 __all__ = ["FairState"]
 
-_MOST_ELEMENTS: Final = 8 << 20
-"""The elements that the processor steps in one turn, in some milliseconds: a whole number of `GRAIN`."""
+_MOST_ELEMENTS: Final = 16 << 20
+"""The elements that the processor steps in one turn, in about ten milliseconds: a whole number of `GRAIN`."""
 
 _LEAST_BYTES: Final = 1 << 20
 """The bytes of a chunk from which its sum needs a turn: fewer are summed before a turn has changed hands."""
