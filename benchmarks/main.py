@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import durability
+import fairness
 import footprint
 import kernels
 import messages
@@ -84,6 +85,9 @@ GOALS = (
     Goal("workers 10k", "shm to Ray actor", 0.25),
     Goal(_LARGE_WORKERS, "tcp bfloat16 to gloo bfloat16", 1.0),
     Goal("straggler", "rounds beside a straggler to rounds without", 1.1),
+    Goal("fairness", fairness.JAIN, 0.95, at_least=True),
+    Goal("fairness", fairness.P99_TO_P50, 5.0),
+    Goal("fairness", fairness.LARGE_SHARE, 0.3, at_least=True),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -151,6 +155,7 @@ class Run:
         self._section("messages", lambda: messages.messages(size=cut[0], rounds=cut[1]))
         scale = durability.Scale.quick() if quick else durability.Scale()
         self._section("durability", lambda: durability.durability(self._data_dir, scale))
+        self._section("fairness", lambda: fairness.fairness(fairness.Scale.quick() if quick else fairness.Scale()))
         link = (100_000, 2) if quick else (_LARGE, 7)
         self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
 

@@ -24,7 +24,7 @@ __all__ = ["PAGES", "filled", "written"]
 Tables = Mapping[str, Callable[[Results], str]]
 _ROOT = pathlib.Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
-_NAMES = ("cpu-2-core.json", "durability-2-core.json", "peers-2-core.json", "encodings.json")
+_NAMES = ("cpu-2-core.json", "durability-2-core.json", "fairness-2-core.json", "peers-2-core.json", "encodings.json")
 _FILES = tuple(_RESULTS / name for name in _NAMES)
 PAGES = {
     _ROOT / "docs" / "performance.md": TABLES,

@@ -170,6 +170,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "large step": _section("large_step"),
     "torch step": _section("torch step"),
     "concurrency": _section("concurrency"),
+    "fairness": _section("fairness"),
     "memory": _section("memory"),
     "occupancy": _by_variant("occupancy"),
     "growth": _by_variant("growth"),

@@ -25,6 +25,9 @@ NAMES = (
     "durability",
     "durable_server",
     "echo",
+    "fairness",
+    "fairness_child",
+    "fairness_server",
     "floors",
     "flower_messages",
     "footprint",
@@ -467,3 +470,22 @@ def test_saved_memory_is_that_in_use(bench: types.SimpleNamespace) -> None:
     assert heading.split() == ["private", "free", "in", "use", "saved", "shared"]
     assert local.split()[1:] == ["420", "20", "400", "0"]
     assert remote.split()[1:] == ["280", "60", "220", "180", "0"]
+
+
+# --- sessions side by side ------------------------------------------------------------------------------------
+
+
+def test_jains_index_is_one_for_equal_values_and_one_in_n_where_one_has_all(bench) -> None:
+    assert bench.fairness.jains_index([3.0] * 7) == pytest.approx(1.0)
+    assert bench.fairness.jains_index([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert bench.fairness.jains_index([1.0, 2.0, 3.0]) == pytest.approx(36 / 42)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="it starts a server and clients; CI runs it")
+def test_sessions_side_by_side_are_measured_by_every_goals_figure(bench) -> None:
+    scale = bench.fairness.Scale(small=2, small_size=1_000, large_size=1_100_000, processes=1, seconds=0.2)
+    figures = bench.fairness.fairness(scale)
+    goals = {goal.figure for goal in bench.main.GOALS if goal.section == "fairness"}
+    assert len(goals) == 3 and goals <= figures.keys()
+    assert figures["small steps a second"] > 0 and 0.0 < figures[bench.fairness.LARGE_SHARE] < 1.0

@@ -28,6 +28,7 @@ from stepwire_server.access.control import AccessControl
 from stepwire_server.access.signed_tokens import SignedTokens
 from stepwire_server.access.tokens import TokenFile
 from stepwire_server.config import ServerConfig
+from stepwire_server.devices.fair_share import parse_weights
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.object_store import ObjectStoreError
@@ -381,9 +382,10 @@ def _data_directory(config: ServerConfig, clock: Callable[[], float], disk: Disk
 
 def _start_devices(config: ServerConfig) -> DevicePool:
     """Start the devices that the settings name, and log the choice with its reason."""
+    weights = parse_weights(config.tenant_weights)
     options = CudaOptions(config.gpu_bus_buffers, config.gpu_bus_buffer_bytes, config.gpu_gradient_cache_bytes)
     choice = choose_engines(config.device, config.threads or None, options=options)
-    pool = DevicePool.of(choice.engines, config.memory_budget)
+    pool = DevicePool.of(choice.engines, config.memory_budget, weights)
     log = _log.warning if choice.remarkable else _log.info
     log("devices chosen", devices=", ".join(device.name for device in pool), why=choice.why)
     for device in pool:

@@ -213,6 +213,17 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="The claim `aud` that a JSON web token needs. Empty: a token that has one is refused."),
         _text("text, or empty", r"^.*$"),
     ] = ""
+    tenant_weights: Annotated[
+        str,
+        Meta(
+            description="The shares of tenants in an engine that several use at a time: whole numbers from 1 to 999, "
+            "such as lab=3,shop=1. Tenants that are not named have 1."
+        ),
+        _text(
+            "tenants with weights from 1 to 999, such as lab=3,shop=1",
+            r"^([A-Za-z0-9._-]{1,64}=[1-9][0-9]{0,2}(,[A-Za-z0-9._-]{1,64}=[1-9][0-9]{0,2})*)?$",
+        ),
+    ] = ""
     open_health: Annotated[bool, Meta(description="Answer health checks without a token.")] = True
     metrics: Annotated[
         str,

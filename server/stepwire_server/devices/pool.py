@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from stepwire.errors import DataLossError, UnsupportedFeatureError
 from stepwire_server.devices.budget import BudgetStatistics, MemoryBudget
+from stepwire_server.devices.fair_share import FairShare, ShareStatistics
 from stepwire_server.engines.protocol import DeviceInfo, Engine, EngineStatistics
 
 __all__ = ["Device", "DevicePool", "DeviceStatistics", "default_budget"]
@@ -24,23 +25,31 @@ class DeviceStatistics(NamedTuple):
         name: the device's name, such as "cuda:0".
         budget: the bytes that sessions have reserved there.
         engine: the memory and the threads of its engine.
+        share: the turns of its engine.
     """
 
     name: str
     budget: BudgetStatistics
     engine: EngineStatistics
+    share: ShareStatistics
 
 
-class Device(NamedTuple):
+class Device:
     """A device where sessions can live.
 
     Attributes:
         engine: the owner of its memory and kernels.
         budget: the account of the bytes that sessions hold there.
+        share: the turns of the engine.
     """
 
-    engine: Engine
-    budget: MemoryBudget
+    __slots__ = ("budget", "engine", "share")
+
+    def __init__(self, engine: Engine, budget: MemoryBudget, share: FairShare | None = None) -> None:
+        """Share an engine; None for tenants of equal weights."""
+        self.engine = engine
+        self.budget = budget
+        self.share = share or FairShare()
 
     @property
     def name(self) -> str:
@@ -49,7 +58,7 @@ class Device(NamedTuple):
 
     def statistics(self) -> DeviceStatistics:
         """Return the state of the device now."""
-        return DeviceStatistics(self.name, self.budget.statistics(), self.engine.statistics())
+        return DeviceStatistics(self.name, self.budget.statistics(), self.engine.statistics(), self.share.statistics())
 
 
 class DevicePool:
@@ -62,9 +71,22 @@ class DevicePool:
         assert 0 < len(self._by_name) == len(self._devices)
 
     @classmethod
-    def of(cls, engines: Sequence[Engine], budget_bytes: int = 0) -> DevicePool:
-        """Give each engine a budget of its own: the same for each, or, with 0, by the memory of its device."""
-        return cls([Device(engine, MemoryBudget(budget_bytes or default_budget(engine.device))) for engine in engines])
+    def of(
+        cls, engines: Sequence[Engine], budget_bytes: int = 0, weights: Mapping[str, int] | None = None
+    ) -> DevicePool:
+        """Give each engine a budget and turns of its own.
+
+        Args:
+            engines: the engines.
+            budget_bytes: the budget of each; 0 for one by the memory of its device.
+            weights: the weights of tenants; see `FairShare`.
+        """
+        return cls(
+            [
+                Device(engine, MemoryBudget(budget_bytes or default_budget(engine.device)), FairShare(weights))
+                for engine in engines
+            ]
+        )
 
     def __iter__(self) -> Iterator[Device]:
         """Iterate over the devices, in order."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import DataLossError
+from stepwire_server.engines.pending import Done, Pending
 from stepwire_server.engines.regions import Holding, Range
 from stepwire_server.rules import Recipe
 
@@ -98,36 +99,6 @@ class EngineStatistics(NamedTuple):
     threads: int
     code_bytes: int = 0
     taken_bytes: int = 0
-
-
-Value = TypeVar("Value")
-Value_co = TypeVar("Value_co", covariant=True)
-
-
-class Pending(Protocol[Value_co]):
-    """A result that was asked of an engine and may not be there yet."""
-
-    def wait(self) -> Value_co:
-        """Return the result, once it is there. Further calls return the same.
-
-        Raises:
-            Exception: the device failed; CuPy has no common base for its errors.
-        """
-        ...
-
-
-class Done(Generic[Value]):
-    """A result that was there at once."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Value) -> None:
-        """Hold the result."""
-        self._value = value
-
-    def wait(self) -> Value:
-        """See `Pending`."""
-        return self._value
 
 
 class Gradient(Protocol):
@@ -285,6 +256,17 @@ class EngineState(Protocol):
 
         Returns:
             False where slots cannot lie in memory of the host; nothing has changed then.
+        """
+        ...
+
+    def yield_buffers(self, gradient: Gradient | None) -> None:
+        """Give back what sessions share and this one holds: the caller is about to wait for another session.
+
+        Results that were asked for stay valid: those that lie in shared buffers are copied out. So are those of
+        `gradient`, if a chunk is given.
+
+        Raises:
+            Exception: the device failed; CuPy has no common base for its errors.
         """
         ...
 

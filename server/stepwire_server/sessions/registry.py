@@ -312,7 +312,7 @@ class Registry:
 
     def _publish(self, request_id: str, session: Session) -> None:
         with self._lock:
-            session.tenant = tenant_of(request_id)
+            session.give_to(tenant_of(request_id))
             self._sessions[session.session_id] = session
             self._by_request[request_id] = session
 

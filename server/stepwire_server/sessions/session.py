@@ -140,6 +140,11 @@ class Session:
         return self._state.device.name
 
     @property
+    def engine_seconds(self) -> float:
+        """The time that the session has had turns of its engine."""
+        return self._state.flow.seconds
+
+    @property
     def depth(self) -> int:
         """The chunks of a reply that it pays to have asked for before the first is waited for."""
         return self._state.arrays.depth
@@ -155,6 +160,11 @@ class Session:
         """The step that a broken stream left half applied; 0 for none."""
         step = self._state.unfinished
         return 0 if step is None else step.number
+
+    def give_to(self, tenant: str) -> None:
+        """Belong to a tenant from now on."""
+        self.tenant = tenant
+        self._state.flow.give_to(tenant)
 
     def idle_seconds(self, now: float) -> float | None:
         """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""

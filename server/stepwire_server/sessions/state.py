@@ -18,6 +18,8 @@ import numpy as np
 from stepwire.optimizers import Adagrad, Hyperparameters
 from stepwire.wire.dtypes import FLOAT32, wire_bytes
 from stepwire_server.devices.budget import Reservation
+from stepwire_server.devices.fair_share import Flow
+from stepwire_server.devices.fair_state import FairState
 from stepwire_server.devices.pool import Device
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
 from stepwire_server.engines.regions import Holding
@@ -70,6 +72,11 @@ class Residency:
             undo.pop_all()
         return cls(arrays, reservation)
 
+    def in_turns(self, size: int, flow: Flow) -> Residency:
+        """Have passes over the arrays, of `size` elements, wait for turns of their engine from now on."""
+        self.arrays = FairState(self.arrays, size, flow)
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes that are reserved."""
@@ -89,6 +96,7 @@ class SessionState:
     Attributes:
         config: the session's config.
         device: the device that the arrays reside on.
+        flow: the place among all sessions that share the engine.
         arrays: the engine's arrays.
         tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
@@ -116,7 +124,9 @@ class SessionState:
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
         gradient_bytes = _step_bytes(config.layout.size, config.gradient_dtype, config.reply_dtype)
         device.budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
-        self._residency = Residency.allocate(device, config.slots, config, "the session's state")
+        self.flow = device.share.flow(2 * state_bytes + gradient_bytes)
+        residency = Residency.allocate(device, config.slots, config, "the session's state")
+        self._residency = residency.in_turns(config.layout.size, self.flow)
         self.arrays = self._residency.arrays
         with contextlib.ExitStack() as undo:
             undo.callback(self._residency.close)
@@ -224,7 +234,8 @@ class SessionState:
             ResourceExhaustedError: it does not fit.
         """
         held = dict.fromkeys(slots, Precision.FLOAT32)
-        return Residency.allocate(self.device, held, self.config, "staging the load")
+        residency = Residency.allocate(self.device, held, self.config, "staging the load")
+        return residency.in_turns(self.config.layout.size, self.flow)
 
     def adopt(self, staged: Residency, request: LoadRequest, *, first: bool) -> None:
         """Put staged slots in the place of the present ones, with the numbers that the load brings.

@@ -115,5 +115,5 @@ def test_statistics_are_those_of_each_device_at_one_moment() -> None:
     assert [each.name for each in before] == ["cuda:0", "cuda:1"]
     assert [each.budget for each in before] == [(1 << 20, 4000, 0), (1 << 20, 0, 0)]
     assert [each.engine.allocated_bytes for each in before] == [4000, 0]
-    assert first.statistics() == ("cuda:0", (1 << 20, 0, 4000), (0, 0, 0, 1, 0, 0))
+    assert first.statistics() == ("cuda:0", (1 << 20, 0, 4000), (0, 0, 0, 1, 0, 0), (0, 0))
     assert second.statistics() == before[1]

@@ -266,6 +266,9 @@ class CpuState:
         held.move(memory)
         return True
 
+    def yield_buffers(self, gradient: Gradient | None) -> None:
+        """See `EngineState.yield_buffers`: nothing is shared."""
+
     def settle(self) -> None:
         """See `EngineState.settle`."""
 

@@ -286,6 +286,15 @@ class Crossings:
         self._waiting.append(crossing)
         return crossing
 
+    def arrive(self) -> None:
+        """Wait for all, and copy the bytes to their places.
+
+        Raises:
+            DataLossError: the device is lost.
+        """
+        while self._wait_for_oldest():
+            pass
+
     def clear(self) -> None:
         """Wait for all, and release their buffers even where the device is lost.
 

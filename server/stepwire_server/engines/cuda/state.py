@@ -291,6 +291,13 @@ class CudaState:
         """See `EngineState.move`: slots lie in the memory of the device."""
         return False
 
+    def yield_buffers(self, gradient: Gradient | None) -> None:
+        """See `EngineState.yield_buffers`: buffers of the bus, and cells of sums."""
+        self._crossings.arrive()
+        self._unread.clear()
+        if isinstance(gradient, CudaChunk):
+            gradient.gradient.unread.clear()
+
     def settle(self) -> None:
         """See `EngineState.settle`."""
         self._unread.clear()
