@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe, Rule, has_momentum, rule_for
 
 __all__ = ["SessionConfig"]
+
+_TENSOR_BYTES: Final = 512
+"""The bytes of a tensor's objects beside its name, as they were measured."""
+
+_FREE_DESCRIPTION_BYTES: Final = 64 << 10
+"""About a hundred tensors: the number of sessions bounds them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,12 @@ class SessionConfig:
         together = self.aggregation
         alone = together is None or (together.mode == "sync" and together.required == together.workers)
         return alone and self.reply_dtype == FLOAT32
+
+    @functools.cached_property
+    def description_bytes(self) -> int:
+        """The bytes that the names and places of tensors hold, beyond what every session may have of them."""
+        names = sum(len(tensor.spec.name.encode()) for tensor in self.layout.tensors)
+        return max(_TENSOR_BYTES * len(self.layout.tensors) + names - _FREE_DESCRIPTION_BYTES, 0)
 
     @functools.cached_property
     def rule(self) -> Rule:

@@ -123,12 +123,15 @@ class SessionState:
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
         gradient_bytes = _step_bytes(config.layout.size, config.gradient_dtype, config.reply_dtype)
-        device.budget.require_possible(state_bytes + gradient_bytes, "the session's state with one gradient")
+        needed = state_bytes + gradient_bytes + config.description_bytes
+        device.budget.require_possible(needed, "the session's state with one gradient")
         self.flow = device.share.flow(2 * state_bytes + gradient_bytes)
-        residency = Residency.allocate(device, config.slots, config, "the session's state")
-        self._residency = residency.in_turns(config.layout.size, self.flow)
-        self.arrays = self._residency.arrays
         with contextlib.ExitStack() as undo:
+            self._description = device.budget.reserve(config.description_bytes, "the session's tensors")
+            undo.callback(self._description.release)
+            residency = Residency.allocate(device, config.slots, config, "the session's state")
+            self._residency = residency.in_turns(config.layout.size, self.flow)
+            self.arrays = self._residency.arrays
             undo.callback(self._residency.close)
             _initialize(config, self.arrays)
             self.prepare(config.groups, config.gradient_dtype, config.reply_dtype)
@@ -136,8 +139,8 @@ class SessionState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved for the arrays."""
-        return self._residency.nbytes
+        """Bytes reserved for the arrays, and for the description of many tensors."""
+        return self._residency.nbytes + self._description.nbytes
 
     def prepare(
         self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
@@ -315,6 +318,7 @@ class SessionState:
         try:
             self._residency.close()
         finally:
+            self._description.release()
             if self._parameter_memory is not None:
                 self._parameter_memory.close()
 

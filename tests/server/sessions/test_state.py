@@ -241,3 +241,23 @@ def test_an_update_counts_and_a_skipped_one_lowers_the_scale(
 
 def test_without_loss_scaling_the_request_says_the_factor(device: Device) -> None:
     assert SessionState(CONFIG, device).unscale(request(loss_scale=4.0)) == 0.25
+
+
+def test_many_tensors_count_with_their_names() -> None:
+    tensors = [TensorSpec(f"{index:04d}" + "x" * 96, (1,)) for index in range(1000)]
+    config = make_config(*tensors)
+    device = Device(WatchedEngine(), MemoryBudget(10_000_000))
+    described = 1000 * (512 + 100) - 65_536
+    state = SessionState(config, device)
+    assert device.budget.reserved_bytes == state.nbytes == 12 * config.layout.size + described > described
+    state.close()
+    state.close()
+    assert device.budget.reserved_bytes == 0
+    small = Device(WatchedEngine(), MemoryBudget(described))
+    with pytest.raises(ResourceExhaustedError, match="needs"):
+        SessionState(config, small)
+    assert small.budget.reserved_bytes == 0
+
+
+def test_few_tensors_are_free() -> None:
+    assert make_config(*(TensorSpec(str(index), (1,)) for index in range(100))).description_bytes == 0
