@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import ssl
 import threading
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import structlog
 
 from stepwire.errors import InvalidRequestError
+from stepwire_server.access.watched_files import WatchedFiles
 
 __all__ = ["CertificateFiles", "Certificates"]
 
@@ -48,15 +48,13 @@ class CertificateFiles:
             )
         self._paths = [pathlib.Path(each) for each in (certificate, key, client_ca) if each]
         self._lock = threading.Lock()
-        self._seen = self._stamps()
+        self._files = WatchedFiles(*self._paths)
         self._present = self._read()
 
     def present(self) -> Certificates:
         """Return the certificates, read again if a file has changed; those before if the new ones are wrong."""
         with self._lock:
-            stamps = self._stamps()
-            if stamps != self._seen:
-                self._seen = stamps
+            if self._files.changed():
                 try:
                     self._present = self._read()
                     _log.info("certificates read")
@@ -82,17 +80,6 @@ class CertificateFiles:
             context.verify_mode = ssl.CERT_REQUIRED
         authority = client_ca[0].read_bytes() if client_ca else None
         return Certificates(key.read_bytes(), certificate.read_bytes(), authority, context)
-
-    def _stamps(self) -> list[tuple[int, int, int] | None]:
-        return [_stamp(path) for path in self._paths]
-
-
-def _stamp(path: pathlib.Path) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _no_password() -> str:

@@ -24,6 +24,7 @@ from msgspec import Meta
 from stepwire.errors import AuthenticationError, InvalidRequestError
 from stepwire_server.access.identity import Identity, Role
 from stepwire_server.access.tokens import digest_of
+from stepwire_server.access.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
     from jwt.algorithms import AllowedPublicKeys
@@ -90,7 +91,7 @@ class SignedTokens:
         self._issuer = issuer or None
         self._audience = audience or None
         self._clock = clock
-        self._seen = self._stamp()
+        self._file = WatchedFiles(path)
         self._key = _read_key(path)
         self._known: dict[str, Identity] = {}
         self._lock = threading.Lock()
@@ -102,10 +103,8 @@ class SignedTokens:
 
     def look(self) -> None:
         """Read the key again if its file has changed. A file that is wrong changes nothing, and is logged."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        if not self._file.changed():
             return
-        self._seen = stamp
         try:
             key = _read_key(self._path)
         except InvalidRequestError as problem:
@@ -174,13 +173,6 @@ class SignedTokens:
                 f"the token is no JWT that this server's key has signed with {key.algorithm}; ask its issuer for "
                 "another one"
             ) from None
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _read_key(path: pathlib.Path) -> _Key:

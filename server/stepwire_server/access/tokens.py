@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.access.identity import Identity, Role
+from stepwire_server.access.watched_files import WatchedFiles
 
 __all__ = ["TOKEN_PREFIX", "TokenFile", "TokenRecord", "digest_of", "new_token", "read_tokens", "write_tokens"]
 
@@ -124,7 +125,7 @@ class TokenFile:
             InvalidRequestError: as `read_tokens`.
         """
         self._path = path
-        self._seen = self._stamp()
+        self._file = WatchedFiles(path)
         self._identities = {record.digest: record.identity() for record in read_tokens(path)}
         self._on_change: Callable[[], object] = lambda: None
 
@@ -142,10 +143,8 @@ class TokenFile:
 
     def look(self) -> None:
         """Read the file again if it has changed. A file that is wrong changes nothing, and is logged."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        if not self._file.changed():
             return
-        self._seen = stamp
         try:
             records = read_tokens(self._path)
         except InvalidRequestError as problem:
@@ -154,10 +153,3 @@ class TokenFile:
         self._identities = {record.digest: record.identity() for record in records}
         _log.info("tokens read", count=len(records))
         self._on_change()
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino, status.st_size
