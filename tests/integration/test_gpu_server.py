@@ -88,6 +88,12 @@ def gradient(seed: int = 5) -> Vector:
     return np.random.default_rng(seed).standard_normal(_SIZE, np.float32)
 
 
+def made(raw: RawClient, size: int = _SIZE) -> tuple[str, int]:
+    """Create a session; returns its id and the token of its creator."""
+    created = raw.create(size)
+    return created.session.session_id, created.attach_token
+
+
 def train(client: stepwire.Client, model: Model, steps: range, **options: Any) -> tuple[Any, ...]:
     """Train from the start; returns the state at the end, and every answer."""
     with model.create(client, **options) as session:
@@ -164,7 +170,7 @@ def test_a_device_without_room_for_a_session_refuses_it_and_harms_nobody(start: 
     """The budget would have allowed it: somebody else holds the device's memory."""
     gpus = start(budget_bytes=1 << 30)
     with RawClient(gpus.server.target) as raw:
-        live = raw.create(_SIZE).session.session_id
+        live = made(raw)
         before = gpus.cupy.used_bytes, raw.info().devices[0].reserved_bytes
         assert before == (gpus.idle_bytes + _STATE_BYTES, _STATE_BYTES)
         hog = gpus.engines[0]._resources.device.allocate(_MEMORY_BYTES - before[0] - _STATE_BYTES + 1)
@@ -173,7 +179,7 @@ def test_a_device_without_room_for_a_session_refuses_it_and_harms_nobody(start: 
         assert refused.value.row == ("RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
         assert refused.value.metadata["needed_bytes"] == str(_STATE_BYTES)
         assert (gpus.cupy.used_bytes - hog.nbytes, raw.info().devices[0].reserved_bytes) == before
-        assert raw.step(live, 1, 1, gradient()).result.step == 1
+        assert raw.step(*live, 1, gradient()).result.step == 1
         del hog
         assert raw.create(_SIZE).session.device == "cuda:0"
 
@@ -182,18 +188,17 @@ def test_a_device_without_room_for_a_gradient_refuses_the_step_and_takes_it_late
     """`raw` is a client of a server on the CPU."""
     gpus, states = start(budget_bytes=1 << 30), []
     with RawClient(gpus.server.target) as there:
-        created, beside = there.create(_SIZE), there.create(12)
+        created, beside = made(there), made(there, 12)
         hog = gpus.engines[0]._resources.device.allocate(_MEMORY_BYTES - gpus.cupy.used_bytes - 4 * _SIZE + 1)
         reserved, used = there.info().devices[0].reserved_bytes, gpus.cupy.used_bytes
         with pytest.raises(Refused) as refused:
-            there.step(created.session.session_id, created.attach_token, 1, gradient())
+            there.step(*created, 1, gradient())
         assert refused.value.row == ("RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
         assert (there.info().devices[0].reserved_bytes, gpus.cupy.used_bytes) == (reserved, used)
-        assert there.step(beside.session.session_id, 1, 1, gradient()[:12]).result.step == 1
+        assert there.step(*beside, 1, gradient()[:12]).result.step == 1
         del hog
-        other = raw.create(_SIZE)
-        for who, session in ((there, created.session.session_id), (raw, other.session.session_id)):
-            states.append(who.step(session, 1, 1, gradient()).payload)
+        for who, session in ((there, created), (raw, made(raw))):
+            states.append(who.step(*session, 1, gradient()).payload)
         assert states[0] == states[1]
 
 
@@ -222,16 +227,16 @@ def test_a_stream_that_breaks_inside_a_step_leaves_no_gradient_behind(start: Any
 def test_a_device_that_fails_inside_a_commit_is_told_and_damages_one_session(start: Any) -> None:
     gpus = start()
     with RawClient(gpus.server.target) as raw:
-        broken, beside = (raw.create(_SIZE).session.session_id for _ in range(2))
+        broken, beside = made(raw), made(raw)
         gpus.cupy.fail_next("kernel", RuntimeError("an illegal memory access"), after=1)
         with pytest.raises(Refused) as refused:
-            raw.step(broken, 1, 1, gradient())
+            raw.step(*broken, 1, gradient())
         assert refused.value.code == "INTERNAL"
         assert "illegal" not in str(refused.value), "that is for the log"
         with pytest.raises(Refused) as refused:
-            raw.step(broken, 1, 1, gradient())
+            raw.step(*broken, 1, gradient())
         assert refused.value.row == ("DATA_LOSS", "SESSION_DAMAGED")
-        assert [raw.step(beside, 1, step, gradient(step)).result.step for step in (1, 2)] == [1, 2]
+        assert [raw.step(*beside, step, gradient(step)).result.step for step in (1, 2)] == [1, 2]
     gpus.server.close()  # when it returns, no handler's error keeps a gradient any more
     assert gpus.cupy.used_bytes == gpus.idle_bytes
 
@@ -241,20 +246,20 @@ def test_a_device_that_fails_for_good_is_told_and_the_server_is_not_healthy(star
     gpus.server.on_lost(lambda: told.append(gpus.server.lost))
     with RawClient(gpus.server.target) as raw, grpc.insecure_channel(gpus.server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        sessions = [raw.create(_SIZE).session.session_id for _ in range(2)]
+        sessions = [made(raw) for _ in range(2)]
         for session in sessions:
-            raw.step(session, 1, 1, gradient())
+            raw.step(*session, 1, gradient())
         gpus.cupy.poison(gpus.cupy.cuda.runtime.CUDARuntimeError(700))
         for session in [*sessions, *sessions]:
             with pytest.raises(Refused) as refused:
-                raw.step(session, 1, 2, gradient())
+                raw.step(*session, 2, gradient())
             assert refused.value.row == ("DATA_LOSS", "DEVICE_LOST")
         with pytest.raises(Refused) as refused:
             raw.create(_SIZE)
         assert refused.value.row == ("DATA_LOSS", "DEVICE_LOST")
         status = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS).status
         assert status == health_pb2.HealthCheckResponse.NOT_SERVING
-        for session in sessions:
-            raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session))
+        for session_id, _ in sessions:
+            raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session_id))
     assert told == [True]
     assert [device.budget.reserved_bytes for device in gpus.server._pool] == [0]

@@ -547,7 +547,7 @@ def test_a_load_under_a_stream_that_was_displaced_attaches_again(create: Create,
     """As after an attach of this client that reached the server late."""
     session = create()
     session.step(ONES)
-    late = raw.attach(session.session_id, 1)
+    late = raw.attach(session.session_id, session._link.hold.token)
     late.receive()
     session.load({"w": np.full(3, 10.0, np.float32)})
     assert first(session.pull()) == 10.0

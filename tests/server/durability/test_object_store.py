@@ -161,8 +161,8 @@ def test_a_wrong_url_is_refused_and_not_repeated(url: str, problem: str) -> None
     assert refused.value.metadata["field"] == "checkpoint_store"
 
 
-def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_obstore_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("obstore", "obstore.store", "obstore.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UnsupportedFeatureError, match="stepwire\\[objects\\]"):
+    with pytest.raises(UnsupportedFeatureError, match="pip install obstore"):
         ObjectStore.open("s3://bucket/prefix")
