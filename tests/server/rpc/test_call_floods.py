@@ -21,6 +21,8 @@ CALLS: Final = 200
 """More than there are places."""
 
 UNREAD_BYTES: Final = 64 << 20
+BATCH: Final = 20
+"""Fewer than there are places, so that no call displaces another one."""
 
 
 class Silent:
@@ -100,10 +102,18 @@ def test_responses_that_nobody_reads_are_bounded(
     live.step(1, np.ones(size, np.float32))
     request = pb.StepRequest(session_id=live.id, attach_token=live.token, begin=step_pb2.StepBegin(step=1))
     message = grpc_message(request.SerializeToString())
+    full = UNREAD_BYTES - 8 * size
+
+    def held() -> int:
+        unread: int = server.statistics().calls.unread_bytes
+        return unread
+
     with RawHttp2(server.port, window=0) as connection:
-        for _ in range(UNREAD_BYTES // (4 * size) + 50):
-            connection.open(SERVICE + "Step", message)
-        until(lambda: server.statistics().calls.unread_bytes > UNREAD_BYTES - 8 * size)
+        for number in range(1, UNREAD_BYTES // (4 * size) // BATCH + 3):
+            for _ in range(BATCH):
+                connection.open(SERVICE + "Step", message)
+            until(lambda number=number: held() >= min(number * BATCH * 4 * size, full))
+        until(lambda: held() > full)
         assert wire.info().sessions == 2
         assert server.statistics().calls.unread_bytes <= UNREAD_BYTES
     until(lambda: server.statistics().calls.unread_bytes == 0)
