@@ -173,7 +173,7 @@ def test_silence_between_steps_is_nobodys_business(
         live = make_live(wire, wire.create(make_config((10,))))
         stream = opened(live)
         for step in (1, 2):
-            until(lambda: not streams[0].in_step)
+            until(lambda: not streams[0].in_step and server.statistics().calls.waiting == 0)
             clock.now += 1e6
             assert server.registry.sweep() == []
             stream.send(live.frame(begin=step, commit=True))
