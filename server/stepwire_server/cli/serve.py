@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
@@ -26,6 +28,9 @@ __all__ = ["DEVICE_LOST_EXIT_CODE", "serve"]
 DEVICE_LOST_EXIT_CODE: Final = 75
 """The exit code after a device has failed for good: `EX_TEMPFAIL` of sysexits, since a new process has the device."""
 
+_SECOND_SIGNAL_SECONDS: Final = 1.0
+"""Signals within this time are one request."""
+
 _log = structlog.get_logger()
 
 
@@ -39,8 +44,8 @@ def serve(
 ) -> None:
     """Run a server until SIGTERM or SIGINT; steps under way finish, new steps are refused, and the exit code is 0.
 
-    A second signal ends the wait for steps under way. After a GPU has failed for good the server ends by itself, with
-    exit code 75, and after gRPC has failed with 71: start it again.
+    A second signal, a second later, ends the wait for steps. After a GPU has failed for good the server ends by itself,
+    with exit code 75, and after gRPC has failed with 71: start it again.
 
     Every setting is a flag, an environment variable STEPWIRE_<NAME> and a key of the TOML file. Flags win over
     variables, and variables over the file. A number of bytes may have a unit, such as 8G or 512MiB.
@@ -64,7 +69,7 @@ def _serve(settings: ServerConfig) -> int:
 
     heap.configure()
     stop, hasten = threading.Event(), threading.Event()
-    _on_signals(lambda: (hasten if stop.is_set() else stop).set())
+    _on_signals(functools.partial(_stop_or_hasten, stop, hasten, []))
     parent.follow(settings.parent_pid, stop.set)
     serving_thread.end_with_serving_thread()
     with Server(settings) as server:
@@ -82,8 +87,20 @@ def _serve(settings: ServerConfig) -> int:
         return 0 if drained else 1
 
 
+def _stop_or_hasten(stop: threading.Event, hasten: threading.Event, signalled: list[float]) -> None:
+    """Stop at a first signal, and hasten at one that comes later.
+
+    One request may bring two signals at once: Ctrl-C goes to a server and to its parent, who passes it on.
+    """
+    signalled.append(time.monotonic())
+    stop.set()
+    if signalled[-1] - signalled[0] >= _SECOND_SIGNAL_SECONDS:
+        hasten.set()
+
+
 def _hasten(asked: threading.Event, hasten: Callable[[], None]) -> None:
     asked.wait()
+    _log.info("hastened")
     hasten()
 
 

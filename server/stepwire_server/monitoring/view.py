@@ -1,4 +1,4 @@
-"""What the status page shows, as JSON: the server, its sessions, and the history of the one that is looked at."""
+"""The contents of the status page as JSON: the server, its sessions, and the history of the one that is looked at."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ _ADMINISTRATORS: Final = 8
 MOST_CALLS: Final = sum(_PLACES.values()) + _ADMINISTRATORS
 """The places of all rooms that have a bound."""
 
+_MOST_UNREAD: Final = 4096
 _MOST_UNREAD_BYTES: Final = 64 << 20
+"""The most responses, and their bytes, that nothing but their reader is missing from; gRPC holds something of each."""
 _RETRY_SECONDS: Final = 1.0
 
 
@@ -106,13 +108,14 @@ class CallRooms:
         self._unread_bytes = unread_bytes
         self._rooms: dict[str, set[ClientCall]] = {}
         self._unread: set[ClientCall] = set()
+        self._held_bytes = 0
         self._lock = threading.Lock()
 
     def statistics(self) -> CallStatistics:
         """Return the state as of now."""
         with self._lock:
             present = [call for calls in self._rooms.values() for call in calls]
-            unread = sum(call.unread_bytes for call in self._unread)
+            unread = self._held_bytes
             total = len(present) + len(self._unread)
         return CallStatistics(
             total, dict(Counter(call.room for call in present)), sum(call.waits for call in present), unread
@@ -154,7 +157,7 @@ class CallRooms:
         """End a call, or what is left of it. Leaving twice is harmless."""
         with self._lock:
             self._rooms.get(call.room, set()).discard(call)
-            self._unread.discard(call)
+            self._forget(call)
 
     def wait(self, call: ClientCall) -> None:
         """Note that a call waits for its client."""
@@ -171,6 +174,7 @@ class CallRooms:
             self._rooms.get(call.room, set()).discard(call)
             call.unread_bytes = size
             self._unread.add(call)
+            self._held_bytes += size
             dropped = self._surplus()
         for each in dropped:
             each.cancel()
@@ -222,17 +226,24 @@ class CallRooms:
 
     def _surplus(self) -> list[ClientCall]:
         """Take out the responses that are dropped."""
+        if self._held_bytes <= self._unread_bytes and len(self._unread) <= _MOST_UNREAD:
+            return []
         held = Counter[str]()
         for call in self._unread:
             held[call.peer] += call.unread_bytes
-        dropped, total = [], sum(held.values())
-        while total > self._unread_bytes and len(self._unread) > 1:
+        dropped = []
+        while len(self._unread) > 1 and (self._held_bytes > self._unread_bytes or len(self._unread) > _MOST_UNREAD):
             call = min(self._unread, key=lambda each: (-held[each.peer], each.since))
-            self._unread.discard(call)
             held[call.peer] -= call.unread_bytes
-            total -= call.unread_bytes
+            self._forget(call)
             dropped.append(call)
         return dropped
+
+    def _forget(self, call: ClientCall) -> None:
+        """Count a response no longer."""
+        if call in self._unread:
+            self._unread.discard(call)
+            self._held_bytes -= call.unread_bytes
 
 
 def _displaced(calls: set[ClientCall]) -> ClientCall | None:
