@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -232,3 +233,13 @@ def test_a_port_file_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path) 
     with pytest.raises(InvalidRequestError, match="^port_file: '.*/folder' cannot be written: Is a directory; name a"):
         write_ports(tmp_path / "folder", [1])
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_signals_within_a_second_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C goes to a server and to its parent, who passes it on."""
+    now, stop, hasten, signalled = [100.0], threading.Event(), threading.Event(), list[float]()
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    for seconds, expected in ((0.0, False), (0.0, False), (0.5, False), (0.75, True)):
+        now[0] += seconds
+        cli._stop_or_hasten(stop, hasten, signalled)
+        assert (stop.is_set(), hasten.is_set()) == (True, expected)

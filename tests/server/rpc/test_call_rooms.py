@@ -125,3 +125,13 @@ def test_unread_responses_have_a_bound_that_the_connection_with_most_of_them_pay
 def test_one_response_may_be_larger_than_the_bound(rooms: CallRooms, ended: Ended) -> None:
     rooms.replied(enter(rooms, ended, "a"), 1000)
     assert (ended, rooms.statistics().unread_bytes) == ([], 1000)
+
+
+def test_responses_of_no_bytes_have_a_bound_too(rooms: CallRooms, ended: Ended, clock: Any) -> None:
+    for number in range(4096):
+        rooms.replied(enter(rooms, ended, f"flood/{number}", STREAMS), 0)
+        clock.now += 1e-3
+    assert ended == []
+    rooms.replied(enter(rooms, ended, "honest", STREAMS), 0)
+    assert ended == [("flood/0", "cancelled")]
+    assert (rooms.statistics().total, rooms.statistics().unread_bytes) == (4096, 0)
