@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pathlib
-import stat
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from msgspec import Meta
 from stepwire.errors import AuthenticationError, InvalidRequestError
 from stepwire_server.access.identity import Identity, Role
 from stepwire_server.access.tokens import digest_of
-from stepwire_server.access.watched_files import WatchedFiles
+from stepwire_server.access.watched_files import WatchedFiles, read_owned
 
 if TYPE_CHECKING:
     from jwt.algorithms import AllowedPublicKeys
@@ -181,16 +179,7 @@ def _read_key(path: pathlib.Path) -> _Key:
     Raises:
         InvalidRequestError: it cannot be read, is no key for signed tokens, or others than its owner may write it.
     """
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read(_MOST_KEY_BYTES + 1)
-    except OSError as error:
-        raise InvalidRequestError.of("jwt_key", f"{str(path)!r} cannot be read: {error.strerror}") from None
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InvalidRequestError.of("jwt_key", f"others may write {str(path)!r}: `chmod go-w` it")
-    if len(data) > _MOST_KEY_BYTES:
-        raise InvalidRequestError.of("jwt_key", f"{str(path)!r} has more than {_MOST_KEY_BYTES} bytes")
+    data = read_owned(path, "jwt_key", _MOST_KEY_BYTES)
     _require_packages()
     digest = hashlib.sha256(data).hexdigest()
     if b"-----BEGIN" in data:

@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import secrets
-import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Annotated, Final
@@ -23,7 +22,7 @@ from msgspec import Meta
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.access.identity import Identity, Role
-from stepwire_server.access.watched_files import WatchedFiles
+from stepwire_server.access.watched_files import WatchedFiles, read_owned
 
 __all__ = ["TOKEN_PREFIX", "TokenFile", "TokenRecord", "digest_of", "new_token", "read_tokens", "write_tokens"]
 
@@ -75,16 +74,7 @@ def read_tokens(path: pathlib.Path) -> list[TokenRecord]:
     Raises:
         InvalidRequestError: it cannot be read, is not such a file, or others than its owner may write it.
     """
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise InvalidRequestError.of("tokens", f"{str(path)!r} cannot be read: {error.strerror}") from None
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InvalidRequestError.of("tokens", f"others may write {str(path)!r}: `chmod go-w` it")
-    if len(data) > _MOST_BYTES:
-        raise InvalidRequestError.of("tokens", f"{str(path)!r} has more than {_MOST_BYTES} bytes")
+    data = read_owned(path, "tokens", _MOST_BYTES)
     try:
         records = msgspec.json.decode(data, type=list[TokenRecord])
     except msgspec.DecodeError as error:

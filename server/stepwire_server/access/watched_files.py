@@ -1,11 +1,33 @@
-"""Files that are read again when they change."""
+"""Files of the operator: read if nobody else may write them, and again when they change."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import stat
 
-__all__ = ["WatchedFiles"]
+from stepwire.errors import InvalidRequestError
+
+__all__ = ["WatchedFiles", "read_owned"]
+
+
+def read_owned(path: pathlib.Path, field: str, most_bytes: int) -> bytes:
+    """Read a file that decides who may call; `field` names its setting.
+
+    Raises:
+        InvalidRequestError: it cannot be read, is larger, or others than its owner may write it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise InvalidRequestError.of(field, f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InvalidRequestError.of(field, f"others may write {str(path)!r}: `chmod go-w` it")
+    if len(data) > most_bytes:
+        raise InvalidRequestError.of(field, f"{str(path)!r} has more than {most_bytes} bytes")
+    return data
 
 
 class WatchedFiles:
