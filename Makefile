@@ -29,7 +29,7 @@ test: .venv/stamp-dev
 # that commit in two phases. The tests have some of them, and CI 300 of each.
 EXAMPLES ?= 1000
 callers: .venv/stamp-dev
-	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/integration/callers
+	env STEPWIRE_CALLERS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/integration/callers
 
 # The models of several workers of one session, in long form: so many examples for each way of aggregation, and so many
 # rounds over connections that are cut. The tests have some of them.

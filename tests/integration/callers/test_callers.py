@@ -3,8 +3,8 @@
 Hypothesis makes the sequences: steps, repetitions, loads, pulls, attaches and take-overs of two clients and of a caller
 of unary steps; with messages lost at any place of a call, and messages that reach the server late. See `run`.
 
-The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`; `make callers` sets it. Without it, and in CI, the
-examples are the same in each run.
+The number of examples comes from `STEPWIRE_CALLERS_EXAMPLES`; `make callers` sets it. A short run, as CI has, tries the
+same examples each time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tests.integration.callers.line import CHUNK_BYTES, Clock, Fault, Line, Line
 from tests.integration.callers.run import CALL, Operation, Run
 
 EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "60"))
+PARTS = -(-EXAMPLES // 2000)
+"""The examples of a long run are dealt to so many tests, since hypothesis remembers what a test has tried."""
 KINDS = ("step", "step", "overlapped", "pair", "again", "again", "load", "pull", "attach", "take over", "detach")
 DEAD = st.sampled_from([True, True, False])
 FAULTS = st.one_of(
@@ -105,18 +107,21 @@ def callers(mode: str) -> Iterator[tuple[LineServer, list[tuple[stepwire.Client,
         yield server, [exits.enter_context(connected(server, clock, shards)) for _ in range(2)]
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @example(operations=REPLACED)
 @example(operations=HIDDEN)
 @example(operations=LATE_CALL)
 @example(operations=HALF)
 @given(operations=SEQUENCES)
 @settings(
-    max_examples=EXAMPLES,
-    derandomize="STEPWIRE_CALLERS_EXAMPLES" not in os.environ,
+    max_examples=-(-EXAMPLES // PARTS),
+    derandomize=PARTS == 1,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_an_acknowledged_step_has_been_applied_once(callers: Any, mode: str, operations: list[Operation]) -> None:
+def test_an_acknowledged_step_has_been_applied_once(
+    callers: Any, mode: str, part: int, operations: list[Operation]
+) -> None:
     shards, _, options = MODES[mode]
     run = Run(*callers, options)
     try:
