@@ -35,6 +35,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept_out_of_collections() -> Iterator[None]:
+    """Leave out what the modules before have left for good, too: it was a fifth of the processor time of the suite."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def _drop(logger: object, method: str, event: MutableMapping[str, Any]) -> NoReturn:
     raise structlog.DropEvent
 

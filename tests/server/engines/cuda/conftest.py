@@ -24,15 +24,6 @@ def directory(kernel_directory: pathlib.Path) -> pathlib.Path:
     return kernel_directory
 
 
-@pytest.fixture(scope="module", autouse=True)
-def young_objects() -> Iterator[None]:
-    """Freeze the objects that are there before a module, so that a search for cycles lasts no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def fake(request: pytest.FixtureRequest, directory: pathlib.Path) -> Iterator[Fake]:
     """Make stand-ins for CuPy: `fake(order="lazy", **options)`.
