@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def run(script: str, *arguments: tuple[object, object]) -> tuple[list[str], str]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="a stock of kernels takes long to compile; CI runs it")
 def test_what_was_compiled_ahead_is_for_everybody_and_computes_the_same_bits(tmp_path: pathlib.Path) -> None:
     """One test, since a stock takes many seconds to make. Without a stock, kernels are compiled; a second time not."""
     own = level_of_this_processor()
