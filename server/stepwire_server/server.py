@@ -39,7 +39,7 @@ from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
-from stepwire_server.rpc.channel_options import channel_options
+from stepwire_server.rpc.channel_options import channel_options, largest_message_bytes
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptors import interceptors
@@ -124,7 +124,7 @@ class Server:
         if self._directory is not None:
             self.registry.recover(self._directory)
         self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
-        self._rooms = CallRooms(clock, config.step_idle_seconds)
+        self._rooms = CallRooms(clock, config.step_idle_seconds, message_bytes=largest_message_bytes(config))
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
