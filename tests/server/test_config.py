@@ -36,6 +36,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "tenant_max_sessions": ("7", 7),
     "tenant_max_streams": ("8", 8),
     "tenant_memory": ("9M", 9 * MIB),
+    "max_kernels": ("11", 11),
+    "tenant_max_kernels": ("12", 12),
     "max_tensors": ("8", 8),
     "max_chunk_bytes": ("65536", 65536),
     "max_lease_seconds": ("12.5", 12.5),

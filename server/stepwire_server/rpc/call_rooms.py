@@ -211,9 +211,7 @@ class CallRooms:
     def _slow_beyond_bound(self) -> list[ClientCall]:
         before = self._clock() - _SLOW_SECONDS
         with self._lock:
-            slow = {
-                call for calls in self._rooms.values() for call in calls if call.receives and call.since < before
-            }
+            slow = {call for calls in self._rooms.values() for call in calls if call.receives and call.since < before}
         beyond = []
         while len(slow) > self._most_slow and (call := _displaced(slow)) is not None:
             slow.discard(call)

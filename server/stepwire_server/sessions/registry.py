@@ -102,7 +102,8 @@ class Registry:
             if len(self._sessions) >= self._limits.sessions and not self._parked_one():
                 raise too_many_sessions(self._limits.sessions, self.of(tenant_of(request_id)), self.clock())
             device = self.pool.choose(config.device)
-            session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
+            with device.kernels.asked_by(tenant_of(request_id)):
+                session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
             with closed_on_failure(session):
                 self._limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
                 if beginning is not None:
