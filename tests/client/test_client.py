@@ -170,9 +170,7 @@ def test_a_wrong_option_is_refused_by_name(client: stepwire.Client, options: dic
 
 def test_a_description_that_no_server_receives_is_refused_before_it_is_sent(client: stepwire.Client) -> None:
     names = {f"{index}{'x' * (1 << 20)}": np.zeros(1, np.float32) for index in range(8)}
-    with pytest.raises(
-        stepwire.InvalidRequestError, match=r"8 tensors take 8388\d+ bytes, .* 8388608 at most"
-    ):
+    with pytest.raises(stepwire.InvalidRequestError, match=r"8 tensors take 8388\d+ bytes, .* 8388608 at most"):
         client.create_session(names)
 
 

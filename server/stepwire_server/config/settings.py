@@ -152,6 +152,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _BYTES,
         Meta(description="The bytes that sessions of one tenant may hold, such as 8G. 0 means no limit of its own."),
     ] = 0
+    tenant_steps_per_second: Annotated[
+        _Count,
+        Meta(
+            description="The largest number of steps of one tenant in a second, with those of a second at once. "
+            "0 means no limit."
+        ),
+    ] = 0
     max_kernels: Annotated[
         _Positive,
         Meta(
