@@ -291,7 +291,7 @@ class Session:
             ResourceExhaustedError: no room just now, or the tenant's steps come faster than they may.
         """
         if self._rate is not None:
-            self._rate.take(began)
+            self._rate.admit(began)
         return self._steps.begin(request, holder, began, slot)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:

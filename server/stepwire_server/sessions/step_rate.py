@@ -40,8 +40,8 @@ class StepRate:
         self._burst_seconds = _BURST_SECONDS - self._interval_seconds
         self._full_at = 0.0
 
-    def take(self, now: float) -> None:
-        """Take a step from the bucket.
+    def admit(self, now: float) -> None:
+        """Admit a step, which is one less in the bucket.
 
         Args:
             now: the clock reading.

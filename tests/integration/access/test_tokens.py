@@ -61,6 +61,15 @@ def test_the_environment_has_tokens_too(server: Server, tokens: Tokens, monkeypa
         assert client.info().sessions == 0
 
 
+def test_memory_is_handed_to_the_identity_that_attached(server: Server, tokens: Tokens) -> None:
+    token = tokens.add("ann")
+    look(server)
+    with connected(server, token, transport="shm") as client:
+        session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0))
+        np.testing.assert_array_equal(session.step(ONES)["w"], -1.0)
+        assert session.transport.name == "shm"
+
+
 def test_a_config_file_has_the_target_and_the_token_for_programs_and_commands(
     server: Server, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:

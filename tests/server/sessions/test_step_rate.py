@@ -17,11 +17,11 @@ from tests.support.numpy_server import numpy_server
 ONES = {"w": np.ones(3, np.float32)}
 
 
-def taken(rate: StepRate, now: float) -> int:
-    """Take steps until one is refused; return their number."""
+def admitted(rate: StepRate, now: float) -> int:
+    """Make steps until one is refused; return their number."""
     for count in itertools.count():
         try:
-            rate.take(now)
+            rate.admit(now)
         except ResourceExhaustedError:
             return count
     raise AssertionError
@@ -29,23 +29,21 @@ def taken(rate: StepRate, now: float) -> int:
 
 def test_a_second_of_steps_may_come_at_once_and_then_they_come_at_the_rate() -> None:
     rate = StepRate(4)
-    assert taken(rate, 1000.0) == 4
-    assert taken(rate, 1000.25) == 1
-    assert taken(rate, 1000.75) == 2
-    assert taken(rate, 2000.0) == 4, "a long rest saves no more than a second"
+    assert admitted(rate, 1000.0) == 4
+    assert admitted(rate, 1000.25) == 1
+    assert admitted(rate, 1000.75) == 2
+    assert admitted(rate, 2000.0) == 4, "a long rest saves no more than a second"
 
 
 def test_a_refusal_has_the_limits_name_and_the_time_until_the_next_step() -> None:
     rate = StepRate(4)
-    taken(rate, 1000.0)
-    with pytest.raises(
-        ResourceExhaustedError, match="4 steps a second, its most; .* 0.150 s"
-    ) as refused:
-        rate.take(1000.1)
+    admitted(rate, 1000.0)
+    with pytest.raises(ResourceExhaustedError, match="4 steps a second, its most; .* 0.150 s") as refused:
+        rate.admit(1000.1)
     assert refused.value.reason is Reason.TOO_MANY_STEPS
     assert refused.value.metadata == {"limit": "tenant_steps_per_second", "most": "4"}
     assert refused.value.retry_after_seconds == pytest.approx(0.15)
-    rate.take(1000.1 + refused.value.retry_after_seconds)
+    rate.admit(1000.1 + refused.value.retry_after_seconds)
 
 
 def test_sessions_of_a_tenant_share_and_other_tenants_have_their_own() -> None:
@@ -59,7 +57,7 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     rates = StepRates(1)
     busy = rates.of("busy", 1000.0)
     assert busy is not None
-    busy.take(1000.0)
+    busy.admit(1000.0)
     for number in range(2000):
         rates.of(f"tenant-{number}", 1000.0)
     assert rates.of("busy", 1000.0) is busy
