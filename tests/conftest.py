@@ -52,6 +52,14 @@ def _drop(logger: object, method: str, event: MutableMapping[str, Any]) -> NoRet
 structlog.configure(processors=[_drop])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_config_file() -> Iterator[None]:
+    """Keep the config file of whoever runs the tests out of all clients, their processes' too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPWIRE_CLIENT_CONFIG", "")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     """Undo what a test, or a command that it ran, did to the logging of the whole process."""

@@ -6,21 +6,22 @@ from collections.abc import Sequence
 
 from stepwire.client import Client
 from stepwire.connection.channel import Calls
+from stepwire.connection.config_file import ConfigFile, asked_target, read_config_file
 from stepwire.connection.errands import by_errand, undelivered
 from stepwire.connection.retry import Retry
-from stepwire.connection.security import TLS, security_of
+from stepwire.connection.security import TLS, Security, security_of
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
 from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.sharding.server import ShardedServer
 from stepwire.transports.available import asked_transport
 
-__all__ = ["connect"]
+__all__ = ["calls_to", "connect"]
 
 
 @by_errand
 def connect(
-    target: str | Sequence[str] = "localhost:50051",
+    target: str | Sequence[str] | None = None,
     *,
     transport: str = "auto",
     channels: int = 1,
@@ -32,12 +33,17 @@ def connect(
 ) -> Client:
     """Open a client; it connects with its first call.
 
+    The config file is the one that STEPWIRE_CLIENT_CONFIG names, or `~/.config/stepwire/config.toml`. Its certificates
+    and its token are for the target in it alone.
+
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones.
+            which step it together. A model that is too small to be cut lies on the first ones. None: that of
+            STEPWIRE_TARGET, else of the config file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+            one GPU). The environment variable STEPWIRE_TRANSPORT, or else the config file, replaces
+            "auto".
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.
@@ -45,25 +51,42 @@ def connect(
             send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
             Where a lost step is not kept, `step` raises `StateLossError`.
         tls: encrypt the connection: True with the authorities that everybody trusts, or `TLS` with files. None: as the
-            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say.
+            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say, or else
+            the config file.
         token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
-            names. A token never leaves in plaintext, but to this host.
+            names, or else the config file. A token never leaves in plaintext, but to this host.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
-            target or transport, or the token would leave in plaintext.
+            target or transport, or the token would leave in plaintext, or the config file is wrong.
     """
-    asked = asked_transport(transport)
-    targets = _targets(target, channels)
+    file = read_config_file()
+    targets = _targets(asked_target(None, file) if target is None else target, channels)
+    asked = asked_transport(transport, file=file)
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
-    security, retry = security_of(tls, token), retry or Retry()
+    security, retry = _security(targets, tls, token, file), retry or Retry()
     calls = [Calls(each, timeout_seconds=timeout, retry=retry, security=security) for each in targets]
     servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
     client = Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
     undelivered(client.close)
     return client
+
+
+def calls_to(target: str, *, timeout: float) -> Calls:
+    """Open the calls of one server, protected as `connect` does without `tls` and `token`.
+
+    Raises:
+        InvalidRequestError: as `connect`.
+    """
+    security = _security([target], None, None, read_config_file())
+    return Calls(target, timeout_seconds=timeout, retry=Retry(), security=security)
+
+
+def _security(targets: Sequence[str], tls: bool | TLS | None, token: str | None, file: ConfigFile) -> Security:
+    """Return the protection of connections; that of the config file is for its own target."""
+    return security_of(tls, token, file=file if file.protects(targets) else ConfigFile())
 
 
 def _targets(target: str | Sequence[str], channels: int) -> list[str]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
+from stepwire.connection.config_file import read_config_file
 from stepwire.connection.errands import by_errands
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.ownership import Ownership
@@ -264,7 +265,7 @@ class Session(StateCalls):
             UnsupportedFeatureError: the transport cannot be had.
             StepwireError: as `step`.
         """
-        asked = None if transport is None else asked_transport(transport)
+        asked = None if transport is None else asked_transport(transport, file=read_config_file())
         with self._link.lock:
             self._link.attach(self._link.deadline(timeout), transport=asked, take_over=take_over)
 

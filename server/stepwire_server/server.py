@@ -22,13 +22,10 @@ from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
-from stepwire_server.access.certificates import CertificateFiles
-from stepwire_server.access.client_certificates import ClientCertificates
-from stepwire_server.access.control import AccessControl
-from stepwire_server.access.signed_tokens import SignedTokens
-from stepwire_server.access.tokens import TokenFile
+from stepwire_server.access.from_settings import access_of
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.fair_share import parse_weights
+from stepwire_server.devices.kernels import KernelLimits
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.object_store import ObjectStoreError
@@ -39,7 +36,7 @@ from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
-from stepwire_server.rpc.channel_options import channel_options
+from stepwire_server.rpc.channel_options import channel_options, largest_message_bytes
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptors import interceptors
@@ -117,14 +114,14 @@ class Server:
         check_bind(config)
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
-        self._certificates, self.access = _access(config)
+        self._certificates, self.access = access_of(config)
         self._drain = Drain()
         self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
         self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
-        self._rooms = CallRooms(clock, config.step_idle_seconds)
+        self._rooms = CallRooms(clock, config.step_idle_seconds, message_bytes=largest_message_bytes(config))
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
@@ -325,33 +322,10 @@ class Server:
 
 
 def _limits(config: ServerConfig) -> RegistryLimits:
-    tenant = TenantLimits(config.tenant_max_sessions, config.tenant_max_streams, config.tenant_memory)
-    return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
-
-
-def _access(config: ServerConfig) -> tuple[CertificateFiles | None, AccessControl]:
-    """Return the certificates of the port, None for plaintext, and the admission of calls."""
-    certificates = _certificates(config)
-    tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
-    clients = ClientCertificates(certificates) if certificates is not None and config.tls_client_ca else None
-    return certificates, AccessControl(
-        tokens, signed=_signed_tokens(config), certificates=clients, open_health=config.open_health
+    tenant = TenantLimits(
+        config.tenant_max_sessions, config.tenant_max_streams, config.tenant_memory, config.tenant_steps_per_second
     )
-
-
-def _signed_tokens(config: ServerConfig) -> SignedTokens | None:
-    if config.jwt_key:
-        return SignedTokens(pathlib.Path(config.jwt_key), issuer=config.jwt_issuer, audience=config.jwt_audience)
-    for name in ("jwt_issuer", "jwt_audience"):
-        if getattr(config, name):
-            raise InvalidRequestError.of(name, "it is of signed tokens, which need --jwt-key; give it too")
-    return None
-
-
-def _certificates(config: ServerConfig) -> CertificateFiles | None:
-    if not (config.tls_cert or config.tls_key or config.tls_client_ca):
-        return None
-    return CertificateFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
 
 
 _open: weakref.WeakSet[Server] = weakref.WeakSet()
@@ -385,7 +359,9 @@ def _start_devices(config: ServerConfig) -> DevicePool:
     weights = parse_weights(config.tenant_weights)
     options = CudaOptions(config.gpu_bus_buffers, config.gpu_bus_buffer_bytes, config.gpu_gradient_cache_bytes)
     choice = choose_engines(config.device, config.threads or None, options=options)
-    pool = DevicePool.of(choice.engines, config.memory_budget, weights)
+    pool = DevicePool.of(
+        choice.engines, config.memory_budget, weights, KernelLimits(config.max_kernels, config.tenant_max_kernels)
+    )
     log = _log.warning if choice.remarkable else _log.info
     log("devices chosen", devices=", ".join(device.name for device in pool), why=choice.why)
     for device in pool:

@@ -168,6 +168,12 @@ def test_a_wrong_option_is_refused_by_name(client: stepwire.Client, options: dic
     assert client.info().sessions == before
 
 
+def test_a_description_that_no_server_receives_is_refused_before_it_is_sent(client: stepwire.Client) -> None:
+    names = {f"{index}{'x' * (1 << 20)}": np.zeros(1, np.float32) for index in range(8)}
+    with pytest.raises(stepwire.InvalidRequestError, match=r"8 tensors take 8388\d+ bytes, .* 8388608 at most"):
+        client.create_session(names)
+
+
 @pytest.mark.parametrize("parameters", [{}, []])
 def test_a_model_without_tensors_is_refused(client: stepwire.Client, parameters: Any) -> None:
     with pytest.raises(stepwire.InvalidRequestError, match="0 tensors"):

@@ -686,7 +686,7 @@ class AsyncClient(ClientBase):
 
 
 def connect(
-    target: str | Sequence[str] = "localhost:50051",
+    target: str | Sequence[str] | None = None,
     *,
     transport: str = "auto",
     channels: int = 1,
@@ -698,12 +698,17 @@ def connect(
 ) -> AsyncClient:
     """Open a client; it connects with its first call.
 
+    The config file is the one that STEPWIRE_CLIENT_CONFIG names, or `~/.config/stepwire/config.toml`. Its certificates
+    and its token are for the target in it alone.
+
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones.
+            which step it together. A model that is too small to be cut lies on the first ones. None: that of
+            STEPWIRE_TARGET, else of the config file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+            one GPU). The environment variable STEPWIRE_TRANSPORT, or else the config file, replaces
+            "auto".
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.
@@ -711,14 +716,15 @@ def connect(
             send them again by their numbers after a crash: about the bytes of the gradients since the last checkpoint.
             Where a lost step is not kept, `step` raises `StateLossError`.
         tls: encrypt the connection: True with the authorities that everybody trusts, or `TLS` with files. None: as the
-            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say.
+            environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say, or else
+            the config file.
         token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
-            names. A token never leaves in plaintext, but to this host.
+            names, or else the config file. A token never leaves in plaintext, but to this host.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
-            target or transport, or the token would leave in plaintext.
+            target or transport, or the token would leave in plaintext, or the config file is wrong.
     """
     return AsyncClient(
         connect_client(

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import grpc
 
+from stepwire.connection.config_file import ConfigFile
 from stepwire.errors import InvalidRequestError
 from stepwire.wire.addresses import is_on_this_host, unix_path
 
@@ -22,6 +23,7 @@ _TOKEN, _TOKEN_FILE = "STEPWIRE_TOKEN", "STEPWIRE_TOKEN_FILE"
 _CA, _CERT, _KEY = "STEPWIRE_CA", "STEPWIRE_CERT", "STEPWIRE_CERT_KEY"
 _SYSTEM: Final = "system"
 _PRINTABLE: Final = re.compile(r"[!-~]{1,4096}")
+_NO_FILE: Final = ConfigFile()
 
 
 class TLS(NamedTuple):
@@ -92,25 +94,35 @@ class Security(NamedTuple):
 PLAIN: Final = Security()
 
 
-def security_of(tls: bool | TLS | None, token: str | None, environment: Mapping[str, str] = os.environ) -> Security:
-    """Return the protection that arguments ask for, or else the environment.
+def security_of(
+    tls: bool | TLS | None,
+    token: str | None,
+    environment: Mapping[str, str] = os.environ,
+    file: ConfigFile = _NO_FILE,
+) -> Security:
+    """Return the protection that arguments ask for, or else the environment, or else the config file.
 
     Args:
         tls: True for TLS with the usual authorities, or its files; None for STEPWIRE_CA, STEPWIRE_CERT and
-            STEPWIRE_CERT_KEY, where STEPWIRE_CA may be "system".
-        token: the token; None for STEPWIRE_TOKEN, or what is in the file that STEPWIRE_TOKEN_FILE names.
+            STEPWIRE_CERT_KEY, where STEPWIRE_CA may be "system", or for `ca`, `cert` and `cert_key` of the file.
+        token: the token; None for STEPWIRE_TOKEN, or the content of the file that STEPWIRE_TOKEN_FILE, or `token_file`
+            of the config file, names.
         environment: the variables.
+        file: the config file, as far as it is for the targets.
 
     Raises:
         InvalidRequestError: the token is none, or its file cannot be read.
     """
-    if tls is None and (ca := environment.get(_CA)):
-        cert, key = environment.get(_CERT) or None, environment.get(_KEY) or None
-        tls = TLS(None if ca == _SYSTEM else ca, cert, key)
+    if tls is None:
+        named = (_CA, _CERT, _KEY) if environment.get(_CA) else ()
+        ca, cert, key = [environment.get(each) for each in named] or (file.ca, file.cert, file.cert_key)
+        tls = TLS(None if ca == _SYSTEM else ca, cert or None, key or None) if ca else None
     if token is None:
         token = environment.get(_TOKEN) or ""
-        if not token and (path := environment.get(_TOKEN_FILE)):
-            token = (_bytes(path, _TOKEN_FILE) or b"").decode("utf-8", "replace").strip()
+        from_environment = environment.get(_TOKEN_FILE)
+        if not token and (path := from_environment or file.token_file):
+            token = (_bytes(path, _TOKEN_FILE if from_environment else "token_file") or b"").decode("utf-8", "replace")
+            token = token.strip()
     if token and not _PRINTABLE.fullmatch(token):
         raise InvalidRequestError.of("token", "it has other characters than printable ASCII; give it as it was made")
     return Security(TLS() if tls is True else tls or None, token)

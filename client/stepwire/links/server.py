@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Protocol
 from stepwire.connection.channel import Calls, checked_timeout
 from stepwire.connection.errands import is_left, later
 from stepwire.connection.watch import Closable, Watch
-from stepwire.errors import StepwireError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, Reason, StepwireError, UnsupportedFeatureError
 from stepwire.links.link import SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import ServerInfo, SessionInfo
@@ -20,6 +20,7 @@ from stepwire.transports.route import Route, Router
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
+from stepwire.wire.channel_options import LARGEST_REQUEST_BYTES
 from stepwire.wire.messages import duration_to_wire
 
 __all__ = ["LinkOptions", "RemoteServer", "ServerLink"]
@@ -138,6 +139,13 @@ class RemoteServer(ServerLink):
         """See `ServerLink.create`."""
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
+        if (size := request.ByteSize()) > LARGEST_REQUEST_BYTES:
+            raise InvalidRequestError.of(
+                "parameters",
+                f"the names and shapes of {len(config.tensors)} tensors take {size} bytes, and a server receives "
+                f"{LARGEST_REQUEST_BYTES} at most; shorten the names, or join small tensors",
+                reason=Reason.INVALID_TENSOR,
+            )
         try:
             response = self.calls.unary("CreateSession", request, pb.CreateSessionResponse, timeout)
         except StepwireError:

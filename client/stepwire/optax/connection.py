@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from stepwire.client import Client, StatePrecision, Telemetry
 from stepwire.connecting import connect
+from stepwire.connection.config_file import asked_target, read_config_file
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import ClipFormula, NonFinite
@@ -84,7 +85,7 @@ class Connection:
         if unknown := sorted(set(options) - set(TransformationOptions.__annotations__)):
             allowed = ", ".join(TransformationOptions.__annotations__)
             raise InvalidRequestError.of(unknown[0], f"there is no such option; use one of: {allowed}")
-        server = options.get("server", "localhost:50051")
+        server = options.get("server") or asked_target(None, read_config_file())
         given = tuple((name, options[name]) for name in _CONNECTING if name in options)
         if isinstance(server, Client) and given:
             raise InvalidRequestError.of(

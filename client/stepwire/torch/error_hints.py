@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from stepwire.connection.config_file import asked_target, read_config_file
 from stepwire.errors import FencedError, SessionNotFoundError, StepwireError, UnavailableError
 from stepwire.session import Session
 from stepwire.torch.options import RemoteOptions
@@ -64,5 +65,5 @@ def _with_message(error: StepwireError, message: str) -> StepwireError:
 
 
 def _name(options: RemoteOptions) -> str:
-    target = getattr(options.server, "target", options.server)
-    return repr(target)
+    server = asked_target(None, read_config_file()) if options.server is None else options.server
+    return repr(getattr(server, "target", server))

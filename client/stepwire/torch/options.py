@@ -21,6 +21,7 @@ class RemoteOptions:
 
     Attributes:
         server: `host:port`, `unix:/path`, several of them for a model partitioned over servers, or a `stepwire.Client`.
+            By default the target that `stepwire.connect()` finds.
         session: the id of a session to resume instead of a new one. Its parameters are pulled into the model.
         transport: the transport, as for `stepwire.connect`.
         channels: the number of channels, as for `stepwire.connect`.
@@ -62,7 +63,7 @@ class RemoteOptions:
             default the session ends then, unless its id or a handle was read, or the optimizer was detached.
     """
 
-    server: str | Sequence[str] | Client = "localhost:50051"
+    server: str | Sequence[str] | Client | None = None
     session: str | None = None
     transport: str = "auto"
     channels: int = 1

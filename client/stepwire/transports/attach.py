@@ -39,7 +39,7 @@ def open_stream(
         opening.transport = MEMORIES[name]
         stream = _attached(way, opening, deadline)
         try:
-            shared = _shared(stream, packer, deadline)
+            shared = _shared(stream, packer, deadline, way.calls.security.token)
             if isinstance(shared, SharedArrays):
                 route.settle(way, name)
                 return stream, shared
@@ -63,7 +63,7 @@ def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> A
         return AttachedStream(way.calls.channel, opening, deadline, way.calls.metadata)
 
 
-def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> SharedArrays | str:
+def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline, access_token: str) -> SharedArrays | str:
     """Return the memory that the server shares with a stream, or the reason against it.
 
     Raises:
@@ -75,9 +75,9 @@ def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline) -> Share
     memory: SharedMemory | DeviceMemory
     try:
         if opened.transport == transport_pb2.TRANSPORT_CUDA_IPC:
-            memory = fetch_device(opened.handoff, packer.layout.size, deadline.remaining())
+            memory = fetch_device(opened.handoff, packer.layout.size, deadline.remaining(), access_token)
         else:
-            memory = fetch(opened.handoff, packer.layout.size, deadline.remaining())
+            memory = fetch(opened.handoff, packer.layout.size, deadline.remaining(), access_token)
     except StepwireError as failed:
         return str(failed)
     try:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from stepwire.connection.config_file import ConfigFile
 from stepwire.errors import InvalidRequestError
 from stepwire.transports.cuda.driver import cuda_in_use
 from stepwire.v1 import transport_pb2
@@ -27,6 +28,7 @@ MEMORIES: Final[Mapping[str, transport_pb2.Transport]] = {
 }
 """The transports that share memory, as `AttachOpen.transport` asks for them."""
 VARIABLE: Final = "STEPWIRE_TRANSPORT"
+_NO_FILE: Final = ConfigFile()
 _ONE_USER: Final = "run both as one user; in a container: docker run --user {uid}:{gid}"
 _NO_CUDA: Final = (
     "this process does nothing on a GPU; use one before it attaches, or ask for it by name: transport='cuda_ipc'"
@@ -37,8 +39,8 @@ _SHARED_FOLDER: Final = (
 )
 
 
-def asked_transport(transport: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the transport that is asked for: the argument, or STEPWIRE_TRANSPORT in the place of "auto".
+def asked_transport(transport: str, environment: Mapping[str, str] = os.environ, file: ConfigFile = _NO_FILE) -> str:
+    """Return the transport that is asked for: in the place of "auto", STEPWIRE_TRANSPORT or the config file's.
 
     Raises:
         InvalidRequestError: there is no such transport.
@@ -46,6 +48,8 @@ def asked_transport(transport: str, environment: Mapping[str, str] = os.environ)
     asked, field = transport, "transport"
     if transport == "auto" and environment.get(VARIABLE):
         asked, field = environment[VARIABLE], VARIABLE
+    elif transport == "auto" and file.transport:
+        asked, field = file.transport, "transport in the client config"
     if asked != "auto" and asked not in TRANSPORTS:
         raise InvalidRequestError(
             f"{field}: {asked!r} is no transport; use one of: auto, {', '.join(reversed(TRANSPORTS))}",

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from stepwire.errors import StepwireError, UnavailableError
 from stepwire.v1 import transport_pb2
 from stepwire.wire.error_details import error_from_details
+from stepwire.wire.handoff_proof import handoff_proof
 
 __all__ = ["Handed", "handed_over"]
 
@@ -39,13 +40,16 @@ class Handed(NamedTuple):
 
 
 @contextlib.contextmanager
-def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descriptors: int) -> Iterator[Handed]:
+def handed_over(
+    handoff: transport_pb2.Handoff, timeout_seconds: float, descriptors: int, access_token: str = ""
+) -> Iterator[Handed]:
     """Fetch the memory of a token for a block. The descriptors are closed after the block, the connection if it fails.
 
     Args:
         handoff: the handoff of `AttachOpened`.
         timeout_seconds: the time for everything; at most some seconds are used.
         descriptors: the expected number of descriptors.
+        access_token: the token that the stream was attached with; empty for none.
 
     Raises:
         StepwireError: the server refused, cannot be reached, or sent something else than it says.
@@ -54,7 +58,10 @@ def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descript
     received: list[int] = []
     try:
         _bound(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
-        response = _ask(connection, handoff, received, descriptors)
+        request = transport_pb2.HandoffRequest(token=handoff.token, proof=handoff_proof(access_token, handoff.token))
+        connection.connect(handoff.socket)
+        connection.send(request.SerializeToString())
+        response = _received(connection, handoff, received, descriptors)
         yield Handed(connection, response, received)
     except OSError as problem:
         connection.close()
@@ -74,12 +81,10 @@ def _bound(connection: socket.socket, seconds: float) -> None:
         connection.setsockopt(socket.SOL_SOCKET, direction, moment)
 
 
-def _ask(
+def _received(
     connection: socket.socket, handoff: transport_pb2.Handoff, received: list[int], wanted: int
 ) -> transport_pb2.HandoffResponse:
-    """Send the token and return the response; all its descriptors are put into `received`, also those of a refusal."""
-    connection.connect(handoff.socket)
-    connection.send(transport_pb2.HandoffRequest(token=handoff.token).SerializeToString())
+    """Return the response; all its descriptors are put into `received`, also those of a refusal."""
     data, came, _, _ = socket.recv_fds(connection, _LARGEST_RESPONSE, wanted, socket.MSG_CMSG_CLOEXEC)
     received += came
     if not data and not came:

@@ -134,7 +134,7 @@ class OptimizerServiceServicer(object):
         """Creates a session and its zeroed state, and gives the caller the hold of worker 0.
 
         Idempotent by `request_id`: while the session lives, the same id with the same config returns it again.
-        Memory is reserved before it is allocated.
+        Memory is reserved before it is allocated. The request has at most 8 MiB: tens of thousands of tensors.
 
         Errors:
         - INVALID_ARGUMENT/INVALID_TENSOR: a name, shape or group is wrong (metadata: field).
@@ -142,7 +142,8 @@ class OptimizerServiceServicer(object):
         config (metadata: field).
         - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: this server does not serve an option (metadata: field, feature).
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: the state does not fit the device's budget (metadata: requested_bytes,
-        available_bytes, idle_sessions). The message names idle sessions of the device.
+        available_bytes, idle_sessions). The message names idle sessions of the device. Or the options need one more
+        compiled kernel than there may be (metadata: limit, most).
         - RESOURCE_EXHAUSTED/TOO_MANY_SESSIONS: the server holds as many sessions as it may (metadata: max_sessions,
         idle_sessions). The message names idle sessions.
         """
@@ -218,6 +219,7 @@ class OptimizerServiceServicer(object):
         - DATA_LOSS/LOG_DAMAGED, CHECKPOINT_DAMAGED: a restarted server could not bring the session back.
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: the server has as many attached streams as it may (RetryInfo).
+        - RESOURCE_EXHAUSTED/TOO_MANY_STEPS: the tenant steps faster than it may (RetryInfo; metadata: limit, most).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         - DATA_LOSS/DEVICE_LOST: the device failed for good, and the server ends (metadata: device, status).
         """

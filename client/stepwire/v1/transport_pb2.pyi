@@ -50,10 +50,12 @@ class Handoff(_message.Message):
     def __init__(self, socket: _Optional[str] = ..., token: _Optional[bytes] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., gradient_bytes: _Optional[int] = ..., reply_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., parameter_bytes: _Optional[int] = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
-    __slots__ = ("token",)
+    __slots__ = ("token", "proof")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     token: bytes
-    def __init__(self, token: _Optional[bytes] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, token: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class HandoffResponse(_message.Message):
     __slots__ = ("refused", "cuda_ipc_handle", "cuda_device_uuid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["BULK_OPTIONS", "chunk_bytes_for"]
+__all__ = ["BULK_OPTIONS", "LARGEST_REQUEST_BYTES", "chunk_bytes_for"]
 
 # The flow-control window is fixed. With the probe on, gRPC grows the window over many round trips. It shrinks the
 # window when the reader pauses, as a server does between a gradient and its reply. Probe, window and frame size work
@@ -15,6 +15,9 @@ BULK_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.lookahead_bytes", 8 << 20),
     ("grpc.http2.max_frame_size", 1 << 20),
 )
+
+LARGEST_REQUEST_BYTES: Final = 8 << 20
+"""The largest message of a call that carries no chunk, such as the description of a session."""
 
 _LEAST_CHUNK_BYTES: Final = 512 << 10
 _MOST_CHUNK_BYTES: Final = 4 << 20

@@ -97,6 +97,12 @@ class AccessControl:
         """
         return EVERYBODY if self.tokens is None and self.signed is None else self._recognised(authorization)
 
+    def bearer(self, authorization: str | None) -> str:
+        """Return the token in the metadata of a call that was admitted; empty where none is asked for."""
+        if self.tokens is None and self.signed is None:
+            return ""
+        return (authorization or "")[len(_BEARER) :].strip()
+
     def on_change(self, tell: Callable[[], object]) -> None:
         """Call a function after tokens, keys or authorities have changed."""
         for each in (self.tokens, self.signed, self.certificates):
@@ -150,7 +156,7 @@ class AccessControl:
             )
         if not authorization.lower().startswith(_BEARER):
             raise AuthenticationError("the metadata `authorization` is not `Bearer TOKEN`")
-        identity = self._found(authorization[len(_BEARER) :].strip())
+        identity = self._found(self.bearer(authorization))
         if identity is None:
             raise AuthenticationError("the token is unknown here; ask the server's operator for another one")
         self._check(identity)

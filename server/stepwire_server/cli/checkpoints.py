@@ -169,9 +169,9 @@ def repair(
 
 def _asked(target: str, timeout: float, method: str, request: Any, response: Any) -> Any:
     """Call a method about a session, which need not be in memory for it."""
-    from stepwire.connection.channel import Calls  # loads gRPC, which the parent of several servers must not
+    from stepwire.connecting import calls_to  # loads gRPC, which the parent of several servers must not
 
-    calls = Calls(target, timeout_seconds=timeout, retry=stepwire.Retry())
+    calls = calls_to(target, timeout=timeout)
     try:
         return calls.unary(method, request, response)
     finally:

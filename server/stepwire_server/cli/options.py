@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from stepwire.connection.config_file import read_config_file
 from stepwire_server.config import DEFAULT_TARGET, beside_target, named_bind
 from stepwire_server.config.parse import SETTINGS, Setting
 
@@ -56,7 +57,9 @@ def _help(setting: Setting) -> str:
 
 
 def _target() -> str:
-    return beside_target(named_bind())
+    """Return the address of a server where none is named: the one beside, of a container, or the config file's."""
+    bind = named_bind()
+    return beside_target(bind) if bind else read_config_file().target or DEFAULT_TARGET
 
 
 Target = Annotated[
@@ -67,7 +70,7 @@ Target = Annotated[
         envvar="STEPWIRE_TARGET",
         help="The address of the server, host:port or unix:/path.",
         default_factory=_target,
-        show_default=f"the address in STEPWIRE_BIND, else {DEFAULT_TARGET}",
+        show_default=f"the address in STEPWIRE_BIND, else that of the client's config file, else {DEFAULT_TARGET}",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

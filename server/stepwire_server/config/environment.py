@@ -38,6 +38,7 @@ _FOREIGN: Final = frozenset(
     (
         CONFIG_VARIABLE,
         "STEPWIRE_CACHE_DIR",
+        "STEPWIRE_CLIENT_CONFIG",
         "STEPWIRE_KERNELS",
         "STEPWIRE_TARGET",
         "STEPWIRE_TRANSPORT",

@@ -152,6 +152,27 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _BYTES,
         Meta(description="The bytes that sessions of one tenant may hold, such as 8G. 0 means no limit of its own."),
     ] = 0
+    tenant_steps_per_second: Annotated[
+        _Count,
+        Meta(
+            description="The largest number of steps of one tenant in a second, with those of a second at once. "
+            "0 means no limit."
+        ),
+    ] = 0
+    max_kernels: Annotated[
+        _Positive,
+        Meta(
+            description="The largest number of compiled kernels on each device: about three for each combination of "
+            "rule, options and dtypes. On the CPU a session that needs one more is refused; a GPU unloads another."
+        ),
+    ] = 512
+    tenant_max_kernels: Annotated[
+        _Count,
+        Meta(
+            description="The largest number of compiled kernels that sessions of one tenant were the first to need. "
+            "0 means no limit of its own."
+        ),
+    ] = 0
     max_tensors: Annotated[_Positive, Meta(description="The largest number of tensors in a session.")] = 65536
     max_chunk_bytes: Annotated[
         int, _BYTES, Meta(ge=64 * _KIB, le=64 * MIB, description="The largest payload of one message, in bytes.")

@@ -170,19 +170,22 @@ class Flow:
 
     Attributes:
         seconds: the time that the session has held turns.
+        tenant: the tenant that it was given to; None before.
     """
 
-    __slots__ = ("_is_small", "_queue", "_share", "_tenant", "seconds")
+    __slots__ = ("_is_small", "_queue", "_share", "_tenant", "seconds", "tenant")
 
     def __init__(self, share: FairShare, tenant: _Tenant, step_bytes: int) -> None:
         """Share with the other sessions of a tenant; see `FairShare.flow`."""
         self._share = share
         self._is_small = step_bytes <= QUANTUM_BYTES
         self.seconds = 0.0
+        self.tenant: str | None = None
         self._join(tenant)
 
     def give_to(self, tenant: str) -> None:
         """Share with the sessions of another tenant from now on. Requests that wait keep their places."""
+        self.tenant = tenant
         self._join(self._share.tenant(tenant))
 
     def acquire(self, nbytes: int, state: EngineState, gradient: Gradient | None = None) -> float:

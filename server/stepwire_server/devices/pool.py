@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from stepwire.errors import DataLossError, UnsupportedFeatureError
 from stepwire_server.devices.budget import BudgetStatistics, MemoryBudget
 from stepwire_server.devices.fair_share import FairShare, ShareStatistics
+from stepwire_server.devices.kernels import KernelAccount, KernelLimits
 from stepwire_server.engines.protocol import DeviceInfo, Engine, EngineStatistics
 
 __all__ = ["Device", "DevicePool", "DeviceStatistics", "default_budget"]
@@ -16,6 +17,7 @@ __all__ = ["Device", "DevicePool", "DeviceStatistics", "default_budget"]
 _BUDGET_SHARE: Final = 0.8
 # The characters of a device's name that an error shows; more would only fill the error.
 _SHOWN_CHARACTERS: Final = 32
+_KERNELS: Final = KernelLimits()
 
 
 class DeviceStatistics(NamedTuple):
@@ -41,15 +43,24 @@ class Device:
         engine: the owner of its memory and kernels.
         budget: the account of the bytes that sessions hold there.
         share: the turns of the engine.
+        kernels: the account of its compiled kernels.
     """
 
-    __slots__ = ("budget", "engine", "share")
+    __slots__ = ("budget", "engine", "kernels", "share")
 
-    def __init__(self, engine: Engine, budget: MemoryBudget, share: FairShare | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        budget: MemoryBudget,
+        share: FairShare | None = None,
+        kernels: KernelLimits = _KERNELS,
+    ) -> None:
         """Share an engine; None for tenants of equal weights."""
         self.engine = engine
         self.budget = budget
         self.share = share or FairShare()
+        self.kernels = KernelAccount(budget, kernels)
+        engine.bound_kernels(self.kernels)
 
     @property
     def name(self) -> str:
@@ -72,7 +83,11 @@ class DevicePool:
 
     @classmethod
     def of(
-        cls, engines: Sequence[Engine], budget_bytes: int = 0, weights: Mapping[str, int] | None = None
+        cls,
+        engines: Sequence[Engine],
+        budget_bytes: int = 0,
+        weights: Mapping[str, int] | None = None,
+        kernels: KernelLimits = _KERNELS,
     ) -> DevicePool:
         """Give each engine a budget and turns of its own.
 
@@ -80,10 +95,11 @@ class DevicePool:
             engines: the engines.
             budget_bytes: the budget of each; 0 for one by the memory of its device.
             weights: the weights of tenants; see `FairShare`.
+            kernels: the most compiled kernels of each.
         """
         return cls(
             [
-                Device(engine, MemoryBudget(budget_bytes or default_budget(engine.device)), FairShare(weights))
+                Device(engine, MemoryBudget(budget_bytes or default_budget(engine.device)), FairShare(weights), kernels)
                 for engine in engines
             ]
         )

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import DataLossError
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.pending import Done, Pending
 from stepwire_server.engines.regions import Holding, Range
 from stepwire_server.rules import Recipe
@@ -343,6 +344,13 @@ class Engine(Protocol):
 
     def prepare(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> None:
         """Compile the kernels of steps with these dtypes and the recipe's precision; None stands for no reply."""
+        ...
+
+    def bound_kernels(self, room: KernelRoom) -> None:
+        """Have kernels admitted to a room before they are made, from now on.
+
+        An engine that gives their memory back unloads the least recently used one instead.
+        """
         ...
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ figures. Elsewhere than glibc nothing happens.
 from __future__ import annotations
 
 import ctypes
+import resource
 from typing import Any
 
 __all__ = ["HeapKeeper", "configure"]
@@ -36,15 +37,48 @@ def configure() -> None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
+class _Mallinfo2(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def _idle_bytes() -> int:
+    """Return the resident bytes that no allocation of the heap has: free ones, and the program itself."""
+    if (mallinfo2 := _function("mallinfo2")) is None:
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    info = mallinfo2()
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    return max(resident - int(info.uordblks) - int(info.hblkhd), 0)
+
+
 class HeapKeeper:
     """Trims the heap once a server that has released much memory is at rest.
 
-    Trimming at once would make the next step of a training loop fault the memory in again.
+    Trimming at once would make the next step of a training loop fault the memory in again. Messages that no session
+    knows of leave memory behind too, as those of a flood: it shows in the resident bytes that nothing has allocated.
     """
 
     def __init__(self) -> None:
         """Start with nothing to give back."""
         self._trimmed_at = 0
+        self._idle_after_trim = _idle_bytes()
         self._seen = 0
         self._quiet_looks = 0
 
@@ -59,11 +93,15 @@ class HeapKeeper:
         """
         self._quiet_looks = self._quiet_looks + 1 if released_bytes == self._seen else 0
         self._seen = released_bytes
-        if self._quiet_looks < _LOOKS_AT_REST or released_bytes - self._trimmed_at < _WORTH_BYTES:
+        if self._quiet_looks < _LOOKS_AT_REST:
+            return False
+        released = released_bytes - self._trimmed_at >= _WORTH_BYTES
+        if not released and _idle_bytes() - self._idle_after_trim < _WORTH_BYTES:
             return False
         self._trimmed_at = released_bytes
         if (malloc_trim := _function("malloc_trim")) is not None:
             malloc_trim(0)
+        self._idle_after_trim = _idle_bytes()
         return True
 
 

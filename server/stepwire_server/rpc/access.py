@@ -12,7 +12,7 @@ from stepwire_server.access.control import AccessControl, Caller
 from stepwire_server.access.identity import Identity
 from stepwire_server.rpc.wrapping import Behavior, Handler, wrapped
 
-__all__ = ["AccessInterceptor", "caller_of", "identity_of"]
+__all__ = ["AccessInterceptor", "caller_of", "identity_of", "token_of"]
 
 _AUTHORIZATION: Final = "authorization"
 """The name of the metadata that brings a token."""
@@ -47,6 +47,11 @@ def identity_of(context: grpc.ServicerContext, access: AccessControl) -> Identit
         AuthenticationError: it has expired, or was revoked, since.
     """
     return access.identify(_authorization(context))
+
+
+def token_of(context: grpc.ServicerContext, access: AccessControl) -> str:
+    """Return the token that a call which was admitted has brought; empty where the server asks for none."""
+    return access.bearer(_authorization(context))
 
 
 def caller_of(context: grpc.ServicerContext, access: AccessControl) -> Caller:

@@ -4,6 +4,9 @@ Every call costs a thread, whoever makes it. So a client that sends no message, 
 out for as long as it liked. Where all places of a room are taken, the call that waits for its client makes room: one of
 the connection with the most calls there, and of those the one that has waited longest. A call that waits for longer
 than a bound ends anyway.
+
+A call that waits for its message may hold nearly all of it: gRPC keeps the bytes and tells nobody. So a call that is
+slow with its message counts as many bytes as a message may have, and all of them together have a bound.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ STREAMS: Final = "streams"
 """The room of attached streams, which are counted elsewhere: here their unread replies alone are watched."""
 
 # A message comes with its call. So where 128 calls are opened between a call and its message, it is a flood of them.
-_PLACES: Final[Mapping[str, int]] = {ENTRANCE: 128, CALLS: 64, HEALTH: 128, WATCH: 16}
+_PLACES: Final[Mapping[str, int]] = {ENTRANCE: 128, CALLS: 64, HEALTH: 32, WATCH: 16}
 _ADMINISTRATORS: Final = 8
 """The places of `CALLS` beyond its own that only administrators take."""
 
@@ -37,6 +40,10 @@ MOST_CALLS: Final = sum(_PLACES.values()) + _ADMINISTRATORS
 _MOST_UNREAD: Final = 4096
 _MOST_UNREAD_BYTES: Final = 64 << 20
 """The most responses, and their bytes, that nothing but their reader is missing from; gRPC holds something of each."""
+_LARGEST_MESSAGE_BYTES: Final = 8 << 20
+_MOST_UNFINISHED_BYTES: Final = 256 << 20
+"""The most bytes of messages that calls are slow with, each counted as the largest one."""
+_SLOW_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 1.0
 
 
@@ -52,6 +59,7 @@ class ClientCall:
         end: a function that ends it with an error, from any thread.
         cancel: a function that ends it, and drops what is not read of its responses, likewise.
         waits: it waits for its client: for a message, or until a response is read.
+        receives: it waits for a message.
         since: the clock reading of the last message that it brought, or of the last response that it was given.
         unread_bytes: the bytes of its response, where nothing but the response is left.
     """
@@ -62,7 +70,7 @@ class ClientCall:
         self.room = room
         self.end = end
         self.cancel = cancel
-        self.waits = False
+        self.waits = self.receives = False
         self.since = now
         self.unread_bytes = 0
 
@@ -93,6 +101,7 @@ class CallRooms:
         *,
         places: Mapping[str, int] = _PLACES,
         unread_bytes: int = _MOST_UNREAD_BYTES,
+        message_bytes: int = _LARGEST_MESSAGE_BYTES,
     ) -> None:
         """Have no call yet.
 
@@ -101,11 +110,13 @@ class CallRooms:
             silent_seconds: the time that a call may wait for its client.
             places: the most calls in each room; a room that is not named has no bound.
             unread_bytes: the most bytes of responses that nothing but their reader is missing from.
+            message_bytes: the bytes of the largest message that is received.
         """
         self._clock = clock
         self._silent_seconds = silent_seconds
         self._places = places
         self._unread_bytes = unread_bytes
+        self._most_slow = max(_MOST_UNFINISHED_BYTES // message_bytes, 1)
         self._rooms: dict[str, set[ClientCall]] = {}
         self._unread: set[ClientCall] = set()
         self._held_bytes = 0
@@ -159,10 +170,10 @@ class CallRooms:
             self._rooms.get(call.room, set()).discard(call)
             self._forget(call)
 
-    def wait(self, call: ClientCall) -> None:
-        """Note that a call waits for its client."""
+    def wait(self, call: ClientCall, *, receives: bool = False) -> None:
+        """Note that a call waits for its client; it `receives` where a message is missing."""
         call.since = self._clock()
-        call.waits = True
+        call.waits, call.receives = True, receives
 
     def replied(self, call: ClientCall, size: int) -> None:
         """Note that nothing but a response of so many bytes is left of a call. `leave` follows once it is read.
@@ -184,13 +195,28 @@ class CallRooms:
         self._silent_seconds = min(self._silent_seconds, silent_seconds)
 
     def end_silent(self) -> None:
-        """Cancel the calls that have waited for their clients for too long."""
+        """Cancel the calls that have waited for their clients for too long, and end those that are slow beyond bound.
+
+        Those are of the connection with the most slow calls, the oldest first.
+        """
+        for call in self._slow_beyond_bound():
+            call.end(_too_many("messages", self._most_slow))
         before = self._clock() - self._silent_seconds
         with self._lock:
             present = [*self._unread, *(call for calls in self._rooms.values() for call in calls)]
             silent = [call for call in present if call.waits and call.since < before and call.room != WATCH]
         for call in silent:
             call.cancel()
+
+    def _slow_beyond_bound(self) -> list[ClientCall]:
+        before = self._clock() - _SLOW_SECONDS
+        with self._lock:
+            slow = {call for calls in self._rooms.values() for call in calls if call.receives and call.since < before}
+        beyond = []
+        while len(slow) > self._most_slow and (call := _displaced(slow)) is not None:
+            slow.discard(call)
+            beyond.append(call)
+        return beyond
 
     def _place(self, call: ClientCall, room: str, is_administrator: Callable[[], bool]) -> None:
         """Give a call a place in a room, and take the one that it has."""
@@ -222,7 +248,7 @@ class CallRooms:
             self._rooms[room].discard(displaced)
         self._rooms.get(call.room, set()).discard(call)
         self._rooms[room].add(call)
-        call.room, call.waits = room, False
+        call.room, call.waits, call.receives = room, False, False
 
     def _surplus(self) -> list[ClientCall]:
         """Take out the responses that are dropped."""

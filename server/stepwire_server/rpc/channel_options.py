@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from typing import Final
 
-from stepwire.wire.channel_options import BULK_OPTIONS
+from stepwire.wire.channel_options import BULK_OPTIONS, LARGEST_REQUEST_BYTES
 from stepwire_server.config import MIB, ServerConfig
 
-__all__ = ["channel_options"]
+__all__ = ["channel_options", "largest_message_bytes"]
 
 _MESSAGE_HEADROOM: Final = 1 * MIB
-_LARGEST_CREATE_BYTES: Final = 32 * MIB
 _MOST_CONNECTIONS: Final = 8192
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
 """A host that has vanished is noticed after both together."""
 
 
+def largest_message_bytes(config: ServerConfig) -> int:
+    """Return the bytes of the largest message that is received.
+
+    gRPC has one limit for all methods. It keeps a message until the last byte of it is there, and tells nobody of the
+    bytes before: so a call that waits for its message may hold as many.
+    """
+    return max(config.max_chunk_bytes + _MESSAGE_HEADROOM, LARGEST_REQUEST_BYTES)
+
+
 def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     """Return the arguments of gRPC's server."""
-    largest = max(config.max_chunk_bytes + _MESSAGE_HEADROOM, _LARGEST_CREATE_BYTES)
     return [
         *BULK_OPTIONS,
-        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_receive_message_length", largest_message_bytes(config)),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.so_reuseport", 0),

@@ -27,6 +27,8 @@ def interceptors(
 ) -> list[grpc.ServerInterceptor]:
     """Return the interceptors, from the outermost to the one that is nearest to the methods.
 
+    A call is admitted before it takes a place and before its message is read: a stranger holds neither.
+
     Args:
         access: the admission of calls.
         rooms: the places of calls.
@@ -34,5 +36,5 @@ def interceptors(
         refused: is told of each error that leaves.
         clock: returns seconds.
     """
-    found = [ErrorInterceptor(refused), CallLimits(rooms, access), AccessInterceptor(access)]
+    found = [ErrorInterceptor(refused), AccessInterceptor(access), CallLimits(rooms, access)]
     return found if tallies is None else [CountingInterceptor(tallies, clock), *found]

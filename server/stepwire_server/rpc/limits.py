@@ -132,11 +132,12 @@ class _Received(Iterator[_T]):
 
     def __next__(self) -> _T:
         if self._was_empty:
-            self._call.waits = True
+            self._call.waits = self._call.receives = True
         else:
-            self._rooms.wait(self._call)
+            self._rooms.wait(self._call, receives=True)
         message = next(self._messages)
-        self._call.waits, self._was_empty = False, message == b""
+        self._call.waits = self._call.receives = False
+        self._was_empty = message == b""
         if self._call.room != self._room:
             self._rooms.move(self._call, self._room, self._is_administrator)
         return message

@@ -16,7 +16,7 @@ from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc import session_lines
-from stepwire_server.rpc.access import caller_of, identity_of
+from stepwire_server.rpc.access import caller_of, identity_of, token_of
 from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
@@ -177,7 +177,7 @@ class OptimizerService:
             self._registry.require_room(stream, session, worker)
             with (
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
-                self._sharing.share(session, opening.transport) as shared,
+                self._sharing.share(session, opening.transport, token_of(context, self._access)) as shared,
                 session_lines.attached(session, holder, shared, context),
             ):
                 stream.transport = session_lines.transport_name(shared, context.peer())

@@ -26,6 +26,7 @@ from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions
 from stepwire_server.sessions.registry_limits import RegistryLimits
 from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.step_rate import StepRates
 from stepwire_server.sessions.streams import Streams
 from stepwire_server.sessions.tenants import tenant_of, tenants_of
 from stepwire_server.sessions.workers import FIRST_GENERATION
@@ -58,6 +59,7 @@ class Registry:
         self.clock = clock
         self._sinks = tuple(sinks)
         self._limits = limits
+        self._rates = StepRates(limits.tenant.steps_per_second)
         self._lock = threading.Lock()
         self._creation = threading.RLock()
         self._sessions: dict[str, Session] = {}
@@ -102,7 +104,8 @@ class Registry:
             if len(self._sessions) >= self._limits.sessions and not self._parked_one():
                 raise too_many_sessions(self._limits.sessions, self.of(tenant_of(request_id)), self.clock())
             device = self.pool.choose(config.device)
-            session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
+            with device.kernels.asked_by(tenant_of(request_id)):
+                session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
             with closed_on_failure(session):
                 self._limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
                 if beginning is not None:
@@ -312,7 +315,7 @@ class Registry:
 
     def _publish(self, request_id: str, session: Session) -> None:
         with self._lock:
-            session.give_to(tenant_of(request_id))
+            session.give_to(tenant_of(request_id), self._rates.of(tenant_of(request_id), self.clock()))
             self._sessions[session.session_id] = session
             self._by_request[request_id] = session
 

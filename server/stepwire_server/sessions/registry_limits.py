@@ -21,11 +21,13 @@ class TenantLimits(NamedTuple):
         sessions: the sessions in memory.
         streams: the attached streams.
         state_bytes: the bytes of the sessions in memory, on all devices.
+        steps_per_second: the steps of all its sessions in a second.
     """
 
     sessions: int = 0
     streams: int = 0
     state_bytes: int = 0
+    steps_per_second: int = 0
 
     def check_session(self, session: Session, others: Sequence[Session], now: float) -> None:
         """Refuse a session that is one too many for its tenant, or too large.

@@ -31,6 +31,7 @@ from stepwire_server.sessions.own_steps import OwnSteps
 from stepwire_server.sessions.progress import Progress
 from stepwire_server.sessions.several import contributions_of
 from stepwire_server.sessions.state import SessionState
+from stepwire_server.sessions.step_rate import StepRate
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck
 from stepwire_server.steps.gradient import StagedChunk
@@ -81,6 +82,7 @@ class Session:
         """
         self.config = config
         self.tenant = ""
+        self._rate: StepRate | None = None
         workers = 1 if config.aggregation is None else config.aggregation.workers
         self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
         self._clock = clock
@@ -161,9 +163,9 @@ class Session:
         step = self._state.unfinished
         return 0 if step is None else step.number
 
-    def give_to(self, tenant: str) -> None:
-        """Belong to a tenant from now on."""
-        self.tenant = tenant
+    def give_to(self, tenant: str, rate: StepRate | None = None) -> None:
+        """Belong to a tenant from now on, whose steps take from a bucket; None for no bound."""
+        self.tenant, self._rate = tenant, rate
         self._state.flow.give_to(tenant)
 
     def idle_seconds(self, now: float) -> float | None:
@@ -286,8 +288,10 @@ class Session:
             StateChangedError: the last load is not the one that the client knows.
             StepMismatchError: neither the next step nor a replay.
             DataLossError: the state is damaged.
-            ResourceExhaustedError: no room just now.
+            ResourceExhaustedError: no room just now, or the tenant's steps come faster than they may.
         """
+        if self._rate is not None:
+            self._rate.admit(began)
         return self._steps.begin(request, holder, began, slot)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:

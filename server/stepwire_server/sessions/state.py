@@ -148,10 +148,12 @@ class SessionState:
         """Compile what a step needs, unless the step before needed the same."""
         if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
             return
-        for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
-            recipe = self.config.recipe(hyper)
-            for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
-                self.device.engine.prepare(recipe.held(precision), gradient, reply)
+        tenant = self.flow.tenant
+        with contextlib.nullcontext() if tenant is None else self.device.kernels.asked_by(tenant):
+            for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
+                recipe = self.config.recipe(hyper)
+                for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
+                    self.device.engine.prepare(recipe.held(precision), gradient, reply)
         self._prepared = (groups, gradient, reply)
 
     # --- steps -------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The handoff of memory to processes of this host: once for each offer, to the right user with the right token.
 
+Where clients have access tokens, whoever fetches proves that it has that of the stream: the token of the handoff alone
+is of no use to another identity of the same user, or of another user that may share memory.
+
 One thread serves the socket and never waits for a client. Connections are few, each has a deadline for its only
 datagram, and a reply is small enough for an empty socket. The connection stays open after the handoff, as the sign that
 the process uses the memory. The kernel closes the connection with the process, after any kind of death.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import hmac
 import secrets
 import selectors
 import socket
@@ -24,6 +28,7 @@ from google.protobuf.message import DecodeError
 
 from stepwire.errors import AuthenticationError, PermissionDeniedError, StepwireError
 from stepwire.v1 import status_pb2, transport_pb2
+from stepwire.wire.handoff_proof import handoff_proof
 
 __all__ = ["HandoffServer", "HandoffStatistics", "Offer", "peer_uid"]
 
@@ -117,7 +122,7 @@ class HandoffServer:
         self._clock = clock
         self._uid_of = uid_of
         self._lock = threading.Lock()  # of everything below
-        self._offers: dict[bytes, Offer] = {}
+        self._offers: dict[bytes, tuple[Offer, bytes]] = {}
         self._waiting: collections.OrderedDict[_Connection, None] = collections.OrderedDict()
         self._fetched: dict[bytes, _Connection] = {}
         self._accepts_from = 0.0
@@ -134,11 +139,17 @@ class HandoffServer:
         """Start the thread."""
         self._thread.start()
 
-    def offer(self, offer: Offer) -> bytes:
-        """Offer memory to a client; return the token that the client needs."""
+    def offer(self, offer: Offer, access_token: str = "") -> bytes:
+        """Offer memory to a client; return the token that the client needs.
+
+        Args:
+            offer: the memory.
+            access_token: the token that the client's stream was attached with: only whoever has it fetches the memory.
+                Empty for a server without tokens.
+        """
         token = secrets.token_bytes(_TOKEN_BYTES)
         with self._lock:
-            self._offers[token] = offer
+            self._offers[token] = offer, handoff_proof(access_token, token)
         return token
 
     def withdraw(self, token: bytes) -> None:
@@ -245,22 +256,26 @@ class HandoffServer:
     def _reply(self, connection: _Connection, request: bytes) -> bool:
         """Reply to a request; return False if the connection ends."""
         try:
-            token = transport_pb2.HandoffRequest.FromString(request).token
+            asked = transport_pb2.HandoffRequest.FromString(request)
         except DecodeError:
-            token = b""
+            asked = transport_pb2.HandoffRequest()
         # Under the lock, so that no offer is withdrawn, and its descriptors closed, during the send.
         with self._lock:
             if connection.uid not in self._uids:
                 return self._refuse(connection, _wrong_user(connection.uid))
-            if (offer := self._offers.pop(token, None)) is None:
+            offer, proof = self._offers.get(asked.token, (None, b""))
+            if offer is None:
                 return self._refuse(connection, _unknown_token())
-            connection.token, connection.offer = token, offer
+            if proof and not hmac.compare_digest(proof, asked.proof):  # the offer stays, for whoever it is for
+                return self._refuse(connection, _wrong_identity())
+            del self._offers[asked.token]
+            connection.token, connection.offer = asked.token, offer
             try:
                 _send(connection.end, offer.response(), offer.descriptors())
             except OSError:  # the client is gone, and the offer is used up
                 return False
             del self._waiting[connection]
-            self._fetched[token] = connection
+            self._fetched[asked.token] = connection
             return True
 
     def _refuse(self, connection: _Connection, error: StepwireError) -> bool:
@@ -291,6 +306,12 @@ def _wrong_user(uid: int) -> PermissionDeniedError:
         f"memory is shared with processes of the server's user, and this one is of uid {uid}. Run both as one user, "
         "or start the server with --handoff-uids",
         metadata={"uid": uid},
+    )
+
+
+def _wrong_identity() -> AuthenticationError:
+    return AuthenticationError(
+        "the token of the handoff is of a stream that was attached with another access token; attach with your own"
     )
 
 

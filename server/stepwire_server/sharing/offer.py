@@ -76,12 +76,15 @@ class Sharing:
         return frozenset(feature for feature, reason in off.items() if reason)
 
     @contextlib.contextmanager
-    def share(self, session: Session, asked: transport_pb2.Transport) -> Iterator[StreamTransport]:
+    def share(
+        self, session: Session, asked: transport_pb2.Transport, access_token: str = ""
+    ) -> Iterator[StreamTransport]:
         """Share memory with a stream of a session for a block, if the client requests it and the server has it.
 
         Args:
             session: the session.
             asked: the transport that the client requests.
+            access_token: the token that the client has attached with; empty for none.
 
         Yields:
             The transport of the stream, with the memory or the reason for none.
@@ -95,7 +98,7 @@ class Sharing:
             return
         with contextlib.ExitStack() as resources:
             try:
-                shared = resources.enter_context(self._lend(session, self._handoff, asked))
+                shared = resources.enter_context(self._lend(session, self._handoff, asked, access_token))
             except (OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError) as problem:
                 _log.warning("no shared memory", session_id=session.session_id, problem=str(problem))
                 shared = StreamTransport(transport_pb2.TRANSPORT_GRPC, f"no shared memory: {problem}")
@@ -103,7 +106,7 @@ class Sharing:
 
     @contextlib.contextmanager
     def _lend(
-        self, session: Session, handoff: HandoffServer, asked: transport_pb2.Transport
+        self, session: Session, handoff: HandoffServer, asked: transport_pb2.Transport, access_token: str
     ) -> Iterator[StreamTransport]:
         """Share memory with a stream for a block.
 
@@ -120,7 +123,7 @@ class Sharing:
             self._loans.check_room()
             buffers, end = DeviceBuffers(session, self._loans), handoff.withdraw
         with contextlib.closing(buffers):
-            token = handoff.offer(buffers)
+            token = handoff.offer(buffers, access_token)
             try:
                 yield StreamTransport(asked, "", _handoff_message(handoff.path, token, session, buffers), buffers)
             finally:

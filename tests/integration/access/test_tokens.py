@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import stepwire
 from stepwire_server.access.identity import Role
+from stepwire_server.cli.main import app
 from stepwire_server.server import Server
 from tests.integration.access.conftest import Tokens
 from tests.support.numpy_server import numpy_server
@@ -56,6 +59,33 @@ def test_the_environment_has_tokens_too(server: Server, tokens: Tokens, monkeypa
     monkeypatch.setenv("STEPWIRE_TOKEN_FILE", str(file))
     with stepwire.connect(server.target) as client:
         assert client.info().sessions == 0
+
+
+def test_memory_is_handed_to_the_identity_that_attached(server: Server, tokens: Tokens) -> None:
+    token = tokens.add("ann")
+    look(server)
+    with connected(server, token, transport="shm") as client:
+        session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0))
+        np.testing.assert_array_equal(session.step(ONES)["w"], -1.0)
+        assert session.transport.name == "shm"
+
+
+def test_a_config_file_has_the_target_and_the_token_for_programs_and_commands(
+    server: Server, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STEPWIRE_TARGET", "STEPWIRE_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    config = tokens.path.with_name("config.toml")
+    config.write_text(f'target = "{server.target}"\ntoken_file = "token"\n')
+    config.with_name("token").write_text(tokens.add("ann"))
+    look(server)
+    monkeypatch.setenv("STEPWIRE_CLIENT_CONFIG", str(config))
+    with stepwire.connect() as client:
+        session_id = client.create_session(ZEROS, durability="checkpoint", keep=True).session_id
+    health = CliRunner().invoke(app, ["health"])
+    assert health.stdout.startswith(f"{server.target}: serving, ")
+    listed = CliRunner().invoke(app, ["checkpoint", "list", session_id, "--json"])
+    assert [each["step"] for each in json.loads(listed.stdout)] == [0]
 
 
 def test_a_reader_reads_and_does_nothing_else(server: Server, tokens: Tokens) -> None:

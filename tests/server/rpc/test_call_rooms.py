@@ -108,6 +108,22 @@ def test_a_call_that_waits_for_too_long_is_cancelled(rooms: CallRooms, ended: En
     assert works.waits is False
 
 
+def test_calls_that_are_slow_with_their_messages_have_a_bound_in_bytes(ended: Ended, clock: Any) -> None:
+    """256 MiB together, each counted as the largest message: here two of them."""
+    rooms = CallRooms(clock, 60.0, places={CALLS: 100}, message_bytes=128 << 20)
+    for name in ("honest", "flood/1", "flood/2"):
+        rooms.wait(enter(rooms, ended, name), receives=True)
+        clock.now += 0.1
+    reading = enter(rooms, ended, "reads")
+    rooms.wait(reading)  # until its response is read, which is no message
+    rooms.end_silent()
+    assert ended == []  # nobody is slow yet
+    clock.now += 1.0
+    rooms.wait(enter(rooms, ended, "new"), receives=True)
+    rooms.end_silent()
+    assert ended == [("flood/1", "TOO_MANY_CALLS")]
+
+
 def test_unread_responses_have_a_bound_that_the_connection_with_most_of_them_pays(
     rooms: CallRooms, ended: Ended, clock: Any
 ) -> None:

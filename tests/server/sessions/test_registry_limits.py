@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from stepwire.errors import Reason, ResourceExhaustedError
-from stepwire_server.sessions.registry_limits import TenantLimits
+from stepwire_server.devices.kernels import KernelLimits
+from stepwire_server.devices.pool import DevicePool
+from stepwire_server.engines import CpuEngine
+from stepwire_server.engines.kernel_room import KernelRoom
+from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.registry_limits import RegistryLimits, TenantLimits
 from stepwire_server.sessions.tenants import TenantSessions
 from tests.server.sessions.test_registry import config, make_registry
 
@@ -60,3 +68,35 @@ def test_a_tenant_has_so_many_streams_and_comes_back_to_its_own(make_registry: A
         assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
         registry.require_room(streams[2], other, 0)
         registry.require_room(streams[3], mine, 0)
+
+
+class CompilingEngine(CpuEngine):
+    """An engine that says that each update dtype is a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__(threads=1, use_numba=False)
+        self.made: list[Any] = []
+
+    def bound_kernels(self, room: KernelRoom) -> None:
+        self.room = room
+
+    def prepare(self, recipe: Any, gradient: Any, reply: Any) -> None:
+        if (key := (recipe.key, gradient, reply)) not in self.made:
+            with self.room.admitted():
+                self.made.append(key)
+
+
+def test_a_tenant_whose_sessions_need_too_many_kernels_keeps_to_those_that_there_are(clock: Any) -> None:
+    pool = DevicePool.of([CompilingEngine()], 10_000, kernels=KernelLimits(3, tenant=1))
+    registry = Registry(pool, RegistryLimits(10, 3, 5.0), clock)
+    one, other = TenantSessions(registry, "one"), TenantSessions(registry, "other")
+    bfloat16 = dataclasses.replace(config(), gradient_dtype=np.dtype(ml_dtypes.bfloat16))
+    one.create("a", config())
+    reserved = registry.pool.choose("").budget.reserved_bytes
+    with pytest.raises(ResourceExhaustedError, match="this tenant has 1 compiled kernels, its most") as refused:
+        one.create("b", bfloat16)
+    assert {"limit": "tenant_max_kernels", "most": "1"}.items() <= refused.value.metadata.items()
+    assert registry.pool.choose("").budget.reserved_bytes == reserved
+    other.create("b", bfloat16)
+    one.create("b", bfloat16)  # which another tenant has paid for
+    assert one.count() == 2

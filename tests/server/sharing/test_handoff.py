@@ -16,6 +16,7 @@ import pytest
 from stepwire.errors import AuthenticationError, PermissionDeniedError, StepwireError
 from stepwire.v1 import transport_pb2
 from stepwire.wire.error_details import error_from_details
+from stepwire.wire.handoff_proof import handoff_proof
 from stepwire_server.sharing.handoff import HandoffServer, HandoffStatistics
 from tests.support.raw_handoff import Handed, fetch, held_by_process
 
@@ -83,6 +84,25 @@ def test_a_token_is_good_for_one_fetch(hand_over: Start, parcel: Any, pipes: tup
     with ask(server, token):
         assert "unknown, was used" in str(refusal(ask(server, token)))
     assert isinstance(refusal(ask(server, token)), AuthenticationError)
+
+
+def test_a_stolen_token_is_of_no_use_to_another_identity(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
+    server = hand_over()
+    token = server.offer(parcel(*pipes), "sw_ann")
+    for proof in (b"", b"x" * 32, handoff_proof("sw_eve", token), handoff_proof("sw_ann", b"x" * 16)):
+        stolen = fetch(server.path, transport_pb2.HandoffRequest(token=token, proof=proof))
+        assert "attached with another access token" in str(refusal(stolen))
+    own = transport_pb2.HandoffRequest(token=token, proof=handoff_proof("sw_ann", token))
+    with fetch(server.path, own) as fetched:
+        assert len(fetched.descriptors) == 2
+
+
+def test_without_tokens_a_proof_is_asked_of_nobody(hand_over: Start, parcel: Any, pipes: tuple[int, int]) -> None:
+    server = hand_over()
+    token = server.offer(parcel(*pipes))
+    request = transport_pb2.HandoffRequest(token=token, proof=handoff_proof("sw_ann", token))
+    with fetch(server.path, request) as fetched:
+        assert len(fetched.descriptors) == 2
 
 
 @pytest.mark.parametrize("guess", [b"x", b"\0" * 16, b"x" * 4000])

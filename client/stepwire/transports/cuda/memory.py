@@ -163,19 +163,22 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def fetch_device(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float) -> DeviceMemory:
+def fetch_device(
+    handoff: transport_pb2.Handoff, size: int, timeout_seconds: float, access_token: str = ""
+) -> DeviceMemory:
     """Fetch and map the device memory of a stream.
 
     Args:
         handoff: the handoff of `AttachOpened`.
         size: elements of the flat space.
         timeout_seconds: the time for the conversation with the server; at most some seconds are used.
+        access_token: the token that the stream was attached with; empty for none.
 
     Raises:
         UnsupportedFeatureError: CUDA cannot open the memory here; the message has the reason and the remedy.
         StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
-    with handed_over(handoff, timeout_seconds, 0) as handed:
+    with handed_over(handoff, timeout_seconds, 0, access_token) as handed:
         _check(handoff, handed.response, size)
         try:
             context = CudaDriver().context_on(handed.response.cuda_device_uuid)

@@ -138,18 +138,19 @@ def lies_in_parameters(array: npt.NDArray[Any]) -> bool:
     return isinstance(owner, mmap.mmap) and owner in _parameter_maps
 
 
-def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float) -> SharedMemory:
+def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float, access_token: str = "") -> SharedMemory:
     """Fetch, check and map the memory of a stream.
 
     Args:
         handoff: the handoff of `AttachOpened`.
         size: elements of the flat space.
         timeout_seconds: the time for everything; at most some seconds are used.
+        access_token: the token that the stream was attached with; empty for none.
 
     Raises:
         StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
-    with handed_over(handoff, timeout_seconds, _DESCRIPTORS) as handed:
+    with handed_over(handoff, timeout_seconds, _DESCRIPTORS, access_token) as handed:
         gradient, parameters = _mapped(handed.descriptors, handoff, size)
         return SharedMemory(handed.connection, handoff, gradient, parameters, size, handed.descriptors[0])
 

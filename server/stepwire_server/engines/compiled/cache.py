@@ -4,8 +4,8 @@ Numba caches machine code beside the source file of a function, and throws it aw
 generated module becomes a file named by the hash of its text. Several versions of stepwire use one directory, and no
 file is ever rewritten.
 
-The directory is trusted, because Numba's cache holds pickles. A directory that others own or can write is refused. A
-private temporary directory then stands in for the life of the process.
+The directory is trusted, because Numba's cache holds pickles. A directory that others own or can write, or that
+lies in such a one, is refused. A private temporary directory then stands in for the life of the process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Mapping
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ENVIRONMENT
+from stepwire_server.host.trusted_paths import require_trusted_above
 
 __all__ = ["kernel_directory", "require_named_directory", "store"]
 
@@ -93,11 +94,15 @@ def _wanted(environ: Mapping[str, str]) -> pathlib.Path:
 
 
 def _make_private(directory: pathlib.Path) -> None:
-    """Make it if need be; raise OSError unless the caller owns it, nobody else can write it, and a write succeeds."""
+    """Make it if need be; raise OSError unless the caller owns it, and can write it, and nobody else can.
+
+    A folder above it that others can write would let them put a directory of their own in its place.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise PermissionError(f"{directory} belongs to, or can be written by, another user")
+    require_trusted_above(directory)
     with tempfile.TemporaryFile(dir=directory):
         pass
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 
 from stepwire_server.config import ENVIRONMENT
 from stepwire_server.engines.compiled.levels import Level, level_of_this_processor
+from stepwire_server.host.trusted_paths import require_trusted_above
 
 __all__ = ["fill", "stocked_level"]
 
@@ -59,6 +60,7 @@ def fill(cache: pathlib.Path, stock: pathlib.Path) -> None:
 
 def _trusted(stock: pathlib.Path) -> list[pathlib.Path]:
     """Return the files of a stock; OSError where others than root and this user could have written one."""
+    require_trusted_above(stock)
     paths = [stock, *stock.rglob("*")]
     for path in paths:
         status = path.lstat()

@@ -19,6 +19,7 @@ from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
 from stepwire_server.engines.cpu.threads import RangeThreads
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.protocol import DeviceInfo, EngineStatistics, ExportedMemory, HostArray
 from stepwire_server.engines.regions import Holding
 from stepwire_server.host import limits as host
@@ -131,6 +132,10 @@ class CpuEngine:
         self._kernels.sum_of_squares(gradient, recipe.accumulates)
         if recipe.accumulates:
             self._kernels.accumulate(gradient)
+
+    def bound_kernels(self, room: KernelRoom) -> None:
+        """See `Engine.bound_kernels`."""
+        self._kernels.bound(room)
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:
         """See `Engine.pin`: it makes no difference here."""

@@ -8,6 +8,7 @@ once, by its default threading layer.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import sys
@@ -36,6 +37,7 @@ from stepwire_server.engines.cpu.numba_source import (
     sum_source,
     update_source,
 )
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.payloads import STORED, bits_of, name_of
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.rules import Precision, Recipe
@@ -63,7 +65,12 @@ class NumbaKernels:
         self._directory = directory or _stocked_directory()
         prefer_wide_vectors()
         self._built: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._room: KernelRoom | None = None
         self._lock = threading.Lock()
+
+    def bound(self, room: KernelRoom) -> None:
+        """Have kernels admitted to a room before they are made."""
+        self._room = room
 
     # Every gradient and reply is declared unaligned, so that one compiled kernel serves them all. Vector loads cost the
     # same, and a chunk at an odd offset of a message needs no copy.
@@ -127,7 +134,8 @@ class NumbaKernels:
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
             if key not in self._built:
-                self._built[key] = compile_kernel()
+                with contextlib.nullcontext() if self._room is None else self._room.admitted():
+                    self._built[key] = compile_kernel()
             return self._built[key]
 
     def _update(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from stepwire_server.engines.cpu.numpy_rows import ROWS_KERNELS
 from stepwire_server.engines.cpu.ufunc_tape import Tape
 from stepwire_server.engines.int8_moments import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.int8_moments import block_count, decode_blocks, encode_blocks
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.measured_sums import measured_sum
 from stepwire_server.engines.payloads import floats_of
 from stepwire_server.engines.protocol import HostArray
@@ -28,6 +29,9 @@ BLOCK = 65_536
 
 class NumpyKernels:
     """The kernels of `NumbaKernels`, with the same arguments and, but for telemetry, the same bits."""
+
+    def bound(self, room: KernelRoom) -> None:
+        """Change nothing: these kernels are no machine code, and hold next to nothing."""
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""

@@ -13,6 +13,7 @@ import numpy as np
 from stepwire.layout import SCALE_SUFFIX
 from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, Slot
 from stepwire_server.engines.cpu.threads import RangeThreads
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
 from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
@@ -34,6 +35,10 @@ _NO_SUMS: Done[tuple[float, ...]] = Done(())
 
 class CpuKernels(Protocol):
     """The interface of `NumbaKernels` and `NumpyKernels`; the former documents it."""
+
+    def bound(self, room: KernelRoom) -> None:
+        """Have kernels admitted to a room before they are made."""
+        ...
 
     def source(self, payload: HostArray) -> HostArray:
         """View a chunk of any wire dtype as the kernels read it."""

@@ -32,6 +32,7 @@ from stepwire_server.engines.cuda.source import eight_bit_tables
 from stepwire_server.engines.cuda.state import CudaState
 from stepwire_server.engines.cuda.state_arrays import Slab
 from stepwire_server.engines.cuda.sums import Cells
+from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.protocol import PARAM, DeviceInfo, EngineStatistics, HostArray
 from stepwire_server.engines.regions import Holding
 from stepwire_server.rules import Precision, Recipe
@@ -147,6 +148,10 @@ class CudaEngine:
         kernels.sum(gradient, accumulated=False)
         if recipe.precision is Precision.INT8:
             kernels.of_blocks("decode_signed_blocks")
+
+    def bound_kernels(self, room: KernelRoom) -> None:
+        """See `Engine.bound_kernels`: the least recently used kernel is unloaded."""
+        self._resources.kernels.most = room.most
 
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ _MOST_MEASURING_BLOCKS: Final = 2048
 _ELEMENTS_OF_A_WARP: Final = 256
 _BLOCK_ELEMENTS: Final = THREADS * LANE_ELEMENTS
 _BLOCK: Final = (THREADS,)
+_MOST_MODULES: Final = 512
 
 
 class CudaKernel:
@@ -96,13 +98,20 @@ class CudaKernel:
 
 
 class CudaKernels:
-    """The kernels of one device. Thread-safe."""
+    """The kernels of one device. Thread-safe.
+
+    Attributes:
+        most: the most modules of recipes; beyond them the least recently used one is unloaded, which gives its memory
+            back.
+    """
 
     def __init__(self, device: CudaDevice, compiler: Compiler) -> None:
         """Compile with `compiler` for `device`."""
         self._compiler = compiler
         self._device = device
-        self._functions: dict[tuple[Any, ...], dict[str, CudaKernel]] = {}
+        self.most = _MOST_MODULES
+        self._functions: OrderedDict[tuple[Any, ...], dict[str, CudaKernel]] = OrderedDict()
+        self._code_bytes: dict[tuple[Any, ...], int] = {}
         self._sums: dict[tuple[np.dtype[Any], bool], CudaKernel] = {}
         self._lock = threading.Lock()
 
@@ -138,24 +147,40 @@ class CudaKernels:
 
     def close(self) -> None:
         """Forget the kernels; a module is unloaded with the last of its kernels."""
-        self._functions, self._sums = {}, {}
+        self._functions, self._sums = OrderedDict(), {}
 
     def _only(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> CudaKernel:
         (function,) = self._module(key, write).values()
         return function
 
     def _module(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, CudaKernel]:
-        return self._functions.get(key) or self._compile(key, write)
+        try:
+            self._functions.move_to_end(key)
+            return self._functions[key]
+        except KeyError:
+            return self._compile(key, write)
 
     def _compile(self, key: tuple[Any, ...], write: Callable[[], list[Kernel]]) -> dict[str, CudaKernel]:
         with self._lock, self._device.current():
-            if key not in self._functions:
-                kernels = write()
-                module = self._compiler.load(kernels[0].name, module_source(kernels))
-                self._functions[key] = {
-                    kernel.name: CudaKernel(module.get_function(kernel.name), self._device) for kernel in kernels
-                }
-            return self._functions[key]
+            if (found := self._functions.get(key)) is not None:
+                return found
+            self._make_room()
+            kernels, before = write(), self._compiler.loaded_bytes
+            module = self._compiler.load(kernels[0].name, module_source(kernels))
+            made = {kernel.name: CudaKernel(module.get_function(kernel.name), self._device) for kernel in kernels}
+            self._functions[key] = made
+            self._code_bytes[key] = self._compiler.loaded_bytes - before
+            return made
+
+    def _make_room(self) -> None:
+        """Forget the least recently used recipes' modules beyond the bound; launches of them are over first."""
+        recipes = [key for key in self._functions if len(key) > 1]
+        if len(recipes) < self.most:
+            return
+        self._device.settle(self._device.compute)
+        for key in recipes[: len(recipes) - self.most + 1]:
+            self._functions.pop(key, None)
+            self._compiler.loaded_bytes -= self._code_bytes.pop(key, 0)
 
 
 def grains(size: int) -> int:

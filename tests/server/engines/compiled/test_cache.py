@@ -38,6 +38,28 @@ def test_a_directory_that_others_can_write_is_refused(tmp_path, caplog) -> None:
     check_replaced(tmp_path, caplog)
 
 
+def test_a_directory_in_one_that_others_can_write_is_refused(tmp_path, caplog) -> None:
+    """They could put a directory of their own in its place, and the server would load their code."""
+    middle = tmp_path / "shared" / "middle"
+    middle.mkdir(parents=True)
+    (tmp_path / "shared").chmod(0o777)
+    check_replaced(middle / "cache", caplog)
+    with pytest.raises(InvalidRequestError, match=r"shared, above .*cache, belongs to, or can be written by, another"):
+        require_named_directory({"STEPWIRE_CACHE_DIR": str(middle / "cache")})
+    (tmp_path / "shared").chmod(0o1777)  # as /tmp: others replace nothing there
+    assert kernel_directory({"STEPWIRE_CACHE_DIR": str(middle / "cache")}) == middle / "cache"
+
+
+def test_a_link_that_leads_through_a_directory_of_others_is_refused(tmp_path, caplog) -> None:
+    (tmp_path / "shared" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("shared/mine")
+    assert kernel_directory({"STEPWIRE_CACHE_DIR": str(tmp_path / "link" / "cache")}) == tmp_path / "link" / "cache"
+    (tmp_path / "shared").chmod(0o777)
+    check_replaced(tmp_path / "link" / "cache", caplog)
+    (tmp_path / "round").symlink_to("round")
+    check_replaced(tmp_path / "round" / "cache", caplog)
+
+
 def test_a_directory_of_another_user_is_refused(tmp_path, caplog, monkeypatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     check_replaced(tmp_path, caplog)

@@ -7,6 +7,7 @@ import gc
 import itertools
 import pathlib
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from stepwire.optimizers import LAMB, LARS, SGD, Adam, AdamW
 from stepwire.optimizers.gradient_treatment import GradientTreatment, LossScaling
 from stepwire_server.devices.budget import MemoryBudget
 from stepwire_server.engines import PARAM, CpuEngine, CudaEngine, DeviceInfo
+from stepwire_server.engines.cuda.compiler import Compiler
 from stepwire_server.engines.cuda.engine import CudaOptions
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
@@ -350,6 +352,28 @@ def test_prepare_compiles_each_module_once(fake, library, nothing_compiled) -> N
     assert len(cupy.compiled) == 2, "one module to update, one for gradients"
     engine.prepare(Recipe(ALL_RULES[0], precision=Precision.INT8), FLOAT32, FLOAT32)
     assert len(cupy.compiled) == 4, "one more, for tensors of both kinds, and one for blocks"
+
+
+def test_the_least_recently_used_module_is_unloaded_where_there_are_too_many(
+    fake, library, nothing_compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load_module = Compiler.load
+    monkeypatch.setattr(Compiler, "load", lambda *of: (loaded.append(of[1]), load_module(*of))[1])
+    engine = PretendedGpu(fake(library=library))
+    recipes = [Recipe(ALL_RULES[0], precision=each) for each in (Precision.INT8, Precision.FLOAT32, Precision.BFLOAT16)]
+    int8, float32, _ = recipes
+    for recipe in (int8, float32):
+        engine.prepare(recipe, FLOAT32, FLOAT32)
+    engine.bound_kernels(types.SimpleNamespace(most=2))
+    before = engine.statistics().code_bytes
+    engine.prepare(int8, FLOAT32, FLOAT32)  # now the one that was used last
+    loaded.clear()
+    for recipe in (*recipes, int8):
+        engine.prepare(recipe, FLOAT32, FLOAT32)
+    assert len(loaded) == 2, "bfloat16 in the place of int8, then int8 in that of float32"
+    engine.prepare(float32, FLOAT32, FLOAT32)
+    assert (len(loaded), engine.statistics().code_bytes) == (3, before)
 
 
 def test_rules_of_one_formula_share_a_kernel_and_layerwise_ones_prepare_to_measure(
