@@ -100,7 +100,7 @@ def _counting(rounds: int = 50, batch: int = 1000) -> float:
 
     def count() -> None:
         tallies.committed(Committed("0" * 32, 0, 1, request, result, "tcp"))
-        tallies.replied(Replied("tcp", result, FLOAT32, FLOAT32, 4000, 4200, 0.0, 1e-5, 3e-4))
+        tallies.replied(Replied("tcp", result, FLOAT32, FLOAT32, 4000, 4200, 0.0, 1e-5, 3e-4, "s"))
 
     return min(sum(_times(count, batch)) / batch for _ in range(rounds))
 

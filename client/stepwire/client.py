@@ -12,14 +12,16 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
-from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
+from stepwire.arrays.groups import check_choice, grouped
 from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.trees import Structure, expanded, flattened, structure_like
+from stepwire.arrays.tensor_specs import tensor_specs
+from stepwire.arrays.trees import Structure, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.connection.watch import watched
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError
 from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.observed import ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.server import LinkOptions, ServerLink
 from stepwire.optimizers import Adam, Optimizer
@@ -39,8 +41,9 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
 from stepwire.session_state import ForkOptions
 from stepwire.statistics import Statistics
+from stepwire.steps.trace import StepTracing
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, tensor_pb2
+from stepwire.v1 import session_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import PRECISIONS, duration_to_wire, optimizer_to_wire
 from stepwire.wire.text import checked_text
@@ -67,9 +70,9 @@ class Client:
     With several targets, sessions are sharded over them: see `stepwire.connect`.
     """
 
-    def __init__(self, server: ServerLink) -> None:
-        """Use a link to the server, or to several; see `stepwire.connect`."""
-        self._server = server
+    def __init__(self, server: ServerLink, tracing: StepTracing | None = None) -> None:
+        """Use a link to the server, or to several, and perhaps trace steps; see `stepwire.connect`."""
+        self._server, self._tracing = server, tracing
         self._ownerships: weakref.WeakSet[Ownership] = weakref.WeakSet()
 
     @property
@@ -203,7 +206,7 @@ class Client:
         check_choice("telemetry", telemetry, _TELEMETRY)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=_tensors(named, membership, frozen, tensor_precision or {}),
+            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
@@ -254,7 +257,7 @@ class Client:
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
         link = self._server.find(joined, timeout, LinkOptions(error_feedback, _worker(worker)))
-        return Session(link, structure, fork=self._forked)
+        return Session(link, structure, fork=self._forked, observed=self._observed(link))
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
@@ -288,6 +291,8 @@ class Client:
         for ownership in list(self._ownerships):
             ownership.end()
         self._server.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
     def __enter__(self) -> Client:
         """Use the client for a block."""
@@ -323,40 +328,16 @@ class Client:
         """Return a session that ends with its object, unless it is kept."""
         ownership = Ownership(link, kept=kept)
         self._ownerships.add(ownership)
-        return Session(link, structure, ownership, self._forked)
+        return Session(link, structure, ownership, self._forked, self._observed(link))
+
+    def _observed(self, link: SessionLink) -> ObservedSteps:
+        return ObservedSteps(link, None if self._tracing is None else self._tracing.of_session())
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
         """Load the parameters of a new session, unless it has some from an earlier request."""
         parameters = Load({"param": link.description.packer.ordered(named, "parameters")})
         with link.lock:
             link.initialize(parameters, link.deadline(timeout))
-
-
-def _tensors(
-    named: Mapping[str, npt.NDArray[Any]],
-    membership: Mapping[str, int],
-    frozen: Sequence[str],
-    precisions: Mapping[str, str],
-) -> list[tensor_pb2.TensorSpec]:
-    """Return the tensors of a session.
-
-    Raises:
-        InvalidRequestError: a tensor that is frozen, or has a precision of its own, is not a parameter.
-    """
-    fixed = list(expanded(frozen, named))
-    if unknown := [name for name in fixed if name not in named]:
-        raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
-    own = precisions_by_name(named, precisions)
-    return [
-        tensor_pb2.TensorSpec(
-            name=_name(name),
-            shape=array.shape,
-            group=membership[name],
-            frozen=name in fixed,
-            state_precision=PRECISIONS[own[name]] if name in own else None,
-        )
-        for name, array in named.items()
-    ]
 
 
 def _worker(worker: Worker) -> int | None:
@@ -375,10 +356,6 @@ def _worker(worker: Worker) -> int | None:
 
 def _request_id(request_id: str | None) -> str | None:
     return None if request_id is None else checked_text(request_id, "request_id")
-
-
-def _name(name: str) -> str:
-    return checked_text(name, "parameters", reason=Reason.INVALID_TENSOR)
 
 
 def _lease(seconds: float | None) -> duration_pb2.Duration | None:

@@ -13,6 +13,7 @@ from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
 from stepwire.connection.errands import by_errands
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.observed import ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.snapshots import load_of
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
@@ -45,6 +46,7 @@ class Session(StateCalls):
         structure: Structure,
         ownership: Ownership | None = None,
         fork: Fork | None = None,
+        observed: ObservedSteps | None = None,
     ) -> None:
         """Use a link to a session.
 
@@ -53,9 +55,11 @@ class Session(StateCalls):
             structure: the structure of parameters that no arrays of the user's define otherwise.
             ownership: the end of the session when nobody closes it; None for a session that stays.
             fork: makes forks; None for a session that has none, such as a shard.
+            observed: makes the steps, and shows them to observers; None for no observer.
         """
         self._known = link
         self._fork = fork
+        self._observed = observed or ObservedSteps(link)
         self._ownership = ownership or Ownership(link, kept=True)
         self._structure = structure
         self._packer = link.description.packer
@@ -211,7 +215,7 @@ class Session(StateCalls):
             return self._apply_nested(gradients, options, timeout)
         with (link := self._link).lock:
             call, reply = self._builder.build(gradients, options)
-            link.step(call, link.deadline(timeout))
+            self._observed.step(call, link.deadline(timeout))
             return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:

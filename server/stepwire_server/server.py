@@ -278,10 +278,10 @@ class Server:
             raise
 
     def _service(self, clock: Callable[[], float]) -> OptimizerService:
-        most, tallies = self._config.max_chunk_bytes, self.monitoring.tallies
+        most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, tallies),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),

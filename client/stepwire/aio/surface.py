@@ -694,6 +694,7 @@ def connect(
     window_bytes: int = 0,
     tls: bool | TLS | None = None,
     token: str | None = None,
+    trace_one_in: int = 0,
     retry: Retry | None = None,
 ) -> AsyncClient:
     """Open a client; it connects with its first call.
@@ -714,11 +715,14 @@ def connect(
             environment variables STEPWIRE_CA (a file, or "system"), STEPWIRE_CERT and STEPWIRE_CERT_KEY say.
         token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
             names. A token never leaves in plaintext, but to this host.
+        trace_one_in: trace one step in so many of each session, and steps that are slower than 99 % of those before,
+            by OpenTelemetry (the extra `otel`); 0 for no traces. The variables OTEL_… choose the exporter.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext.
+        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
     """
     return AsyncClient(
         connect_client(
@@ -729,6 +733,7 @@ def connect(
             window_bytes=window_bytes,
             tls=tls,
             token=token,
+            trace_one_in=trace_one_in,
             retry=retry,
         )
     )

@@ -249,6 +249,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("names of hosts with commas between", r"^([A-Za-z0-9._:\[\]-]+(,[A-Za-z0-9._:\[\]-]+)*)?$"),
     ] = ""
+    trace_one_in: Annotated[
+        _Count,
+        Meta(
+            description="Trace one step in so many of each session, steps that their clients trace, and slow ones, by "
+            "OpenTelemetry. The variables OTEL_… choose the exporter. 0 means no traces."
+        ),
+    ] = 0
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")
