@@ -24,6 +24,7 @@ from stepwire.links.link import Load, SessionLink
 from stepwire.links.observed import ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.server import LinkOptions, ServerLink
+from stepwire.loggers import Logger, checked_logger
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.optimizers.aggregation import Aggregation, aggregation_to_wire
 from stepwire.optimizers.durability import Durability, DurabilityLevel, durability_to_wire
@@ -126,6 +127,7 @@ class Client:
         label: str = "",
         keep: bool = False,
         request_id: str | None = None,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> Session:
         """Create an optimizer on the server and load the parameters into it.
@@ -179,6 +181,7 @@ class Client:
                 its object without closing it. By default the session ends then, unless it has several workers; see
                 `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
+            logger: a function of the step and its scalars, called after each step; see `stepwire.loggers`.
             timeout: seconds for all of it.
 
         Raises:
@@ -204,6 +207,7 @@ class Client:
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
         check_choice("state_precision", state_precision, PRECISIONS)
         check_choice("telemetry", telemetry, _TELEMETRY)
+        checked_logger(logger)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
             tensors=tensor_specs(named, membership, frozen, tensor_precision or {}),
@@ -226,7 +230,9 @@ class Client:
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
-        return self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
+        session = self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
+        session.log_to(logger)
+        return session
 
     def session(
         self,
@@ -235,6 +241,7 @@ class Client:
         like: Arrays | None = None,
         worker: Worker = 0,
         error_feedback: bool = False,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> Session:
         """Return a session that exists; its first step or load acquires the worker and fences the former holder.
@@ -246,6 +253,7 @@ class Client:
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
+            logger: as for `create_session`.
             timeout: seconds.
 
         Raises:
@@ -257,7 +265,7 @@ class Client:
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
         link = self._server.find(joined, timeout, LinkOptions(error_feedback, _worker(worker)))
-        return Session(link, structure, fork=self._forked, observed=self._observed(link))
+        return Session(link, structure, fork=self._forked, observed=self._observed(link, logger))
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
@@ -330,8 +338,8 @@ class Client:
         self._ownerships.add(ownership)
         return Session(link, structure, ownership, self._forked, self._observed(link))
 
-    def _observed(self, link: SessionLink) -> ObservedSteps:
-        return ObservedSteps(link, None if self._tracing is None else self._tracing.of_session())
+    def _observed(self, link: SessionLink, logger: Logger | None = None) -> ObservedSteps:
+        return ObservedSteps(link, logger, None if self._tracing is None else self._tracing.of_session())
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
         """Load the parameters of a new session, unless it has some from an earlier request."""

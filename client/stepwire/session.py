@@ -12,12 +12,16 @@ import numpy.typing as npt
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
 from stepwire.connection.errands import by_errands
+from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load, SessionLink
-from stepwire.links.observed import ObservedSteps
+from stepwire.links.observed import MOST_PAST_STEPS, ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.snapshots import load_of
-from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
+from stepwire.loggers import Logger
+from stepwire.optimizers.hyperparameters import whole_number
+from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, TransportChoice
 from stepwire.session_state import Fork, StateCalls
+from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
@@ -28,7 +32,7 @@ __all__ = ["Session"]
 _PARAM = "param"
 
 
-@by_errands(but=["keep", "step", "step_async", "statistics"], lasting=["close"])
+@by_errands(but=["history", "keep", "log_to", "step", "step_async", "statistics"], lasting=["close"])
 class Session(StateCalls):
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
@@ -132,6 +136,29 @@ class Session(StateCalls):
         """Return the numbers that this client knows of the session; nothing is sent."""
         return self._ownership.statistics(self._known)
 
+    def history(self, n: int | None = None) -> tuple[PastStep, ...]:
+        """Return the last steps that this object made, oldest first: norms, learning rates, times.
+
+        It remembers 1,024 steps; a step costs it two readings of the clock and an addition to a ring.
+
+        Args:
+            n: the most steps; None for all that are remembered.
+
+        Raises:
+            InvalidRequestError: `n` is no number of steps.
+        """
+        if n is not None and whole_number(n, "n") < 0:
+            raise InvalidRequestError.of("n", f"{n} is negative")
+        return self._observed.history(MOST_PAST_STEPS if n is None else n)
+
+    def log_to(self, logger: Logger | None) -> None:
+        """Have a function told of each step from now on, None for nobody; see `stepwire.loggers`.
+
+        Raises:
+            InvalidRequestError: it is no function.
+        """
+        self._observed.log_to(logger)
+
     def step(
         self,
         gradients: Arrays,
@@ -215,8 +242,9 @@ class Session(StateCalls):
             return self._apply_nested(gradients, options, timeout)
         with (link := self._link).lock:
             call, reply = self._builder.build(gradients, options)
-            self._observed.step(call, link.deadline(timeout))
-            return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
+            past = self._observed.step(call, link.deadline(timeout))
+        self._observed.tell(past, self._builder.notices)
+        return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
         given = flattened(gradients, "gradients")
@@ -283,54 +311,6 @@ class Session(StateCalls):
     def detach(self) -> None:
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         self._ownership.detach(self._known, self._builder.check)
-
-    def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
-
-        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
-        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
-
-        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
-
-        Args:
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        with self._link.lock:
-            return self._structure.restored(self._link.shared(self._link.deadline(timeout)).gradients())
-
-    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
-
-        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
-        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
-        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
-        returns, or ask again.
-
-        Over `cuda_ipc` they are views of device memory, as gradients are.
-
-        Args:
-            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
-                page, until `forget_writes`; `load` makes them the server's too.
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        with self._link.lock:
-            shared = self._link.shared(self._link.deadline(timeout))
-            return self._structure.restored(shared.parameters(private=private))
-
-    def forget_writes(self) -> None:
-        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
-        with self._link.lock:
-            self._link.forget_writes()
 
     def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.

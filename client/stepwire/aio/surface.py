@@ -19,6 +19,7 @@ from stepwire.client import StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS
+from stepwire.loggers import Logger
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
@@ -31,10 +32,10 @@ from stepwire.results import (
     SessionInfo,
     SessionStatistics,
     Snapshot,
-    StepResult,
     TransportChoice,
 )
 from stepwire.statistics import Statistics
+from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply
 from stepwire.steps.notices import OnReady
 
@@ -102,6 +103,27 @@ class AsyncSession(SessionBase):
     async def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""
         return await self._worker.run(functools.partial(self.blocking.statistics))
+
+    async def history(self, n: int | None = None) -> tuple[PastStep, ...]:
+        """Return the last steps that this object made, oldest first: norms, learning rates, times.
+
+        It remembers 1,024 steps; a step costs it two readings of the clock and an addition to a ring.
+
+        Args:
+            n: the most steps; None for all that are remembered.
+
+        Raises:
+            InvalidRequestError: `n` is no number of steps.
+        """
+        return await self._worker.run(functools.partial(self.blocking.history, n))
+
+    async def log_to(self, logger: Logger | None) -> None:
+        """Have a function told of each step from now on, None for nobody; see `stepwire.loggers`.
+
+        Raises:
+            InvalidRequestError: it is no function.
+        """
+        await self._worker.run(functools.partial(self.blocking.log_to, logger))
 
     async def step(
         self,
@@ -216,52 +238,6 @@ class AsyncSession(SessionBase):
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         await self._worker.run(functools.partial(self.blocking.detach))
 
-    async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
-
-        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
-        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
-
-        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
-
-        Args:
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
-
-    async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
-
-        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
-        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
-        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
-        returns, or ask again.
-
-        Over `cuda_ipc` they are views of device memory, as gradients are.
-
-        Args:
-            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
-                page, until `forget_writes`; `load` makes them the server's too.
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        return await self._worker.run(
-            functools.partial(self.blocking.shared_parameters, private=private, timeout=timeout)
-        )
-
-    async def forget_writes(self) -> None:
-        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
-        await self._worker.run(functools.partial(self.blocking.forget_writes))
-
     async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
@@ -322,6 +298,52 @@ class AsyncSession(SessionBase):
             StepwireError: as `pull`.
         """
         return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
+
+    async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
+        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
+
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
+            StepwireError: as `attach`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.shared_gradients, timeout=timeout))
+
+    async def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
+        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
+
+        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
+        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
+        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
+        returns, or ask again.
+
+        Over `cuda_ipc` they are views of device memory, as gradients are.
+
+        Args:
+            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
+                page, until `forget_writes`; `load` makes them the server's too.
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
+            StepwireError: as `attach`.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.shared_parameters, private=private, timeout=timeout)
+        )
+
+    async def forget_writes(self) -> None:
+        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
+        await self._worker.run(functools.partial(self.blocking.forget_writes))
 
     async def save_checkpoint(self, name: str, *, timeout: float | None = None) -> CheckpointInfo:
         """Have the server keep the present state under a name, for sessions with durability.
@@ -518,6 +540,7 @@ class AsyncClient(ClientBase):
         label: str = "",
         keep: bool = False,
         request_id: str | None = None,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> AsyncSession:
         """Create an optimizer on the server and load the parameters into it.
@@ -571,6 +594,7 @@ class AsyncClient(ClientBase):
                 its object without closing it. By default the session ends then, unless it has several workers; see
                 `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
+            logger: a function of the step and its scalars, called after each step; see `stepwire.loggers`.
             timeout: seconds for all of it.
 
         Raises:
@@ -611,6 +635,7 @@ class AsyncClient(ClientBase):
                         label=label,
                         keep=keep,
                         request_id=request_id,
+                        logger=logger,
                         timeout=timeout,
                     ),
                     kept=request_id is not None,
@@ -625,6 +650,7 @@ class AsyncClient(ClientBase):
         like: Arrays | None = None,
         worker: Worker = 0,
         error_feedback: bool = False,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> AsyncSession:
         """Return a session that exists; its first step or load acquires the worker and fences the former holder.
@@ -636,6 +662,7 @@ class AsyncClient(ClientBase):
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
+            logger: as for `create_session`.
             timeout: seconds.
 
         Raises:
@@ -652,6 +679,7 @@ class AsyncClient(ClientBase):
                         like=like,
                         worker=worker,
                         error_feedback=error_feedback,
+                        logger=logger,
                         timeout=timeout,
                     )
                 )

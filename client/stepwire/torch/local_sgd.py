@@ -153,6 +153,7 @@ class LocalSGD:
                 device=options.device,
                 label=options.label,
                 keep=options.keep,
+                logger=options.logger,
                 request_id=None if aggregation is None else options.job,
             )
         except InvalidRequestError as error:
