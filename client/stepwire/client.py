@@ -191,8 +191,7 @@ class Client:
             UnavailableError: the server cannot be reached.
         """
         tree = flattened(parameters, "parameters")
-        named = named_arrays(tree.named, "parameters")
-        optimizer = optimizer or Adam()
+        named, optimizer = named_arrays(tree.named, "parameters"), optimizer or Adam()
         membership, messages = grouped(named, groups or [], optimizer, schedule)
         treatment = GradientTreatment(
             non_finite=non_finite,
@@ -225,14 +224,14 @@ class Client:
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback)
-        own = LinkOptions(error_feedback, _worker(worker))
-        link = self._server.create(config, _request_id(request_id), timeout, own)
+        link = self._server.create(
+            config, _request_id(request_id), timeout, LinkOptions(error_feedback, _worker(worker))
+        )
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
-        session = self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
-        session.log_to(logger)
-        return session
+        kept = keep or request_id is not None or aggregation is not None
+        return self._owned(link, tree.structure, kept=kept, logger=logger)
 
     def session(
         self,
@@ -332,11 +331,11 @@ class Client:
             undelivered(link.close)
         return self._owned(link, structure, kept=options.keep or options.request_id is not None)
 
-    def _owned(self, link: SessionLink, structure: Structure, *, kept: bool) -> Session:
+    def _owned(self, link: SessionLink, structure: Structure, *, kept: bool, logger: Logger | None = None) -> Session:
         """Return a session that ends with its object, unless it is kept."""
         ownership = Ownership(link, kept=kept)
         self._ownerships.add(ownership)
-        return Session(link, structure, ownership, self._forked, self._observed(link))
+        return Session(link, structure, ownership, self._forked, self._observed(link, logger))
 
     def _observed(self, link: SessionLink, logger: Logger | None = None) -> ObservedSteps:
         return ObservedSteps(link, logger, None if self._tracing is None else self._tracing.of_session())

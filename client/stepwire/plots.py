@@ -59,8 +59,9 @@ def training(steps: Session | Sequence[PastStep], *, n: int | None = None) -> An
 def _norms(history: Sequence[PastStep]) -> Series:
     results = [past.result for past in history]
     series = {"before clipping": [result.grad_norm for result in results]}
-    if any(result.clipped_grad_norm != result.grad_norm for result in results):
-        series["after clipping"] = [result.clipped_grad_norm for result in results]
+    clipped = [_MISSING if result.skipped else result.clipped_grad_norm for result in results]
+    if any(norm < result.grad_norm for norm, result in zip(clipped, results, strict=True)):
+        series["after clipping"] = clipped
     return series
 
 
