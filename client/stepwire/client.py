@@ -224,9 +224,7 @@ class Client:
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback)
-        link = self._server.create(
-            config, _request_id(request_id), timeout, LinkOptions(error_feedback, _worker(worker))
-        )
+        link = self._server.create(config, _request_id(request_id), timeout, _link_options(worker, error_feedback))
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
@@ -263,7 +261,7 @@ class Client:
         structure = structure_like(like)
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
-        link = self._server.find(joined, timeout, LinkOptions(error_feedback, _worker(worker)))
+        link = self._server.find(joined, timeout, _link_options(worker, error_feedback))
         return Session(link, structure, fork=self._forked, observed=self._observed(link, logger))
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
@@ -347,18 +345,18 @@ class Client:
             link.initialize(parameters, link.deadline(timeout))
 
 
-def _worker(worker: Worker) -> int | None:
-    """Return the index of a worker; None for any.
+def _link_options(worker: Worker, error_feedback: bool) -> LinkOptions:
+    """Return the options of a link.
 
     Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: the worker is no index.
     """
     if worker == "any":
-        return None
+        return LinkOptions(error_feedback, None)
     index = whole_number(worker, "worker")
     if not 0 <= index < _MOST_WORKERS:
         raise InvalidRequestError.of("worker", f"{index} is not in [0, {_MOST_WORKERS})")
-    return index
+    return LinkOptions(error_feedback, index)
 
 
 def _request_id(request_id: str | None) -> str | None:
