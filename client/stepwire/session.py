@@ -16,6 +16,7 @@ from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.observed import MOST_PAST_STEPS, ObservedSteps
 from stepwire.links.ownership import Ownership
+from stepwire.links.progress import LoadProgress, OnProgress
 from stepwire.links.snapshots import load_of
 from stepwire.loggers import Logger
 from stepwire.optimizers.hyperparameters import whole_number
@@ -26,6 +27,7 @@ from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
+from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Session"]
 
@@ -312,10 +314,16 @@ class Session(StateCalls):
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         self._ownership.detach(self._known, self._builder.check)
 
-    def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
+    def load(self, parameters: Arrays, *, progress: OnProgress | None = None, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
         A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
+        Args:
+            parameters: as at creation.
+            progress: a function of the bytes that are sent and of all bytes, called in another thread; a repetition
+                begins again.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
@@ -323,24 +331,36 @@ class Session(StateCalls):
         """
         named = flattened(parameters, "parameters").named
         with self._link.lock:
-            self._link.load(Load({_PARAM: self._packer.ordered(named, "parameters")}), self._link.deadline(timeout))
+            load = self._told(Load({_PARAM: self._packer.ordered(named, "parameters")}), progress)
+            self._link.load(load, self._link.deadline(timeout))
 
-    def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+    def load_state(self, state: Snapshot, *, progress: OnProgress | None = None, timeout: float | None = None) -> None:
         """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session, or use `rollback`.
+
+        Args:
+            state: the snapshot.
+            progress: as for `load`.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        load = load_of(state, self._known.description)
+        load = self._told(load_of(state, self._known.description), progress)
         with self._link.lock:
             self._link.load(load, self._link.deadline(timeout))
             if state.loss_scale is not None:
                 self._scale.loaded(state.loss_scale[0], self._known.last_result)
+
+    def _told(self, load: Load, progress: OnProgress | None) -> Load:
+        if progress is None:
+            return load
+        total_bytes = len(load.sources) * self._packer.layout.size * FLOAT32.itemsize
+        return load._replace(progress=LoadProgress(progress, total_bytes))
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.

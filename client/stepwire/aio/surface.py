@@ -19,6 +19,7 @@ from stepwire.client import StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS
+from stepwire.links.progress import OnProgress
 from stepwire.loggers import Logger
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.aggregation import Aggregation
@@ -238,29 +239,44 @@ class AsyncSession(SessionBase):
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         await self._worker.run(functools.partial(self.blocking.detach))
 
-    async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
+    async def load(
+        self, parameters: Arrays, *, progress: OnProgress | None = None, timeout: float | None = None
+    ) -> None:
         """Replace the parameters; moments and step counts stay.
 
         A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
+        Args:
+            parameters: as at creation.
+            progress: a function of the bytes that are sent and of all bytes, called in another thread; a repetition
+                begins again.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
             StepwireError: as `step`.
         """
-        await self._worker.run(functools.partial(self.blocking.load, parameters, timeout=timeout))
+        await self._worker.run(functools.partial(self.blocking.load, parameters, progress=progress, timeout=timeout))
 
-    async def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+    async def load_state(
+        self, state: Snapshot, *, progress: OnProgress | None = None, timeout: float | None = None
+    ) -> None:
         """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session, or use `rollback`.
+
+        Args:
+            state: the snapshot.
+            progress: as for `load`.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
+        await self._worker.run(functools.partial(self.blocking.load_state, state, progress=progress, timeout=timeout))
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.
