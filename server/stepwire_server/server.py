@@ -22,11 +22,7 @@ from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
-from stepwire_server.access.certificates import CertificateFiles
-from stepwire_server.access.client_certificates import ClientCertificates
-from stepwire_server.access.control import AccessControl
-from stepwire_server.access.signed_tokens import SignedTokens
-from stepwire_server.access.tokens import TokenFile
+from stepwire_server.access.configured import access_of
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.fair_share import parse_weights
 from stepwire_server.devices.pool import DevicePool
@@ -44,6 +40,7 @@ from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.listen import Listening, check_bind
+from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
@@ -117,7 +114,7 @@ class Server:
         check_bind(config)
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
-        self._certificates, self.access = _access(config)
+        self._certificates, self.access = access_of(config)
         self._drain = Drain()
         self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
@@ -147,6 +144,7 @@ class Server:
         self._health = health.HealthServicer()
         self._pool.on_lost(self._device_lost)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._reflect()
         self.access.on_change(self.registry.streams.check)
         _open.add(self)
 
@@ -270,6 +268,13 @@ class Server:
             self.close()
             raise
 
+    def _reflect(self) -> None:
+        try:
+            add_reflection(self._grpc, self._config)
+        except BaseException:
+            self.close()
+            raise
+
     def _share(self, clock: Callable[[], float]) -> HostSharing:
         try:
             return HostSharing(self._config, clock, [device.name for device in self._pool])
@@ -327,31 +332,6 @@ class Server:
 def _limits(config: ServerConfig) -> RegistryLimits:
     tenant = TenantLimits(config.tenant_max_sessions, config.tenant_max_streams, config.tenant_memory)
     return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
-
-
-def _access(config: ServerConfig) -> tuple[CertificateFiles | None, AccessControl]:
-    """Return the certificates of the port, None for plaintext, and the admission of calls."""
-    certificates = _certificates(config)
-    tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
-    clients = ClientCertificates(certificates) if certificates is not None and config.tls_client_ca else None
-    return certificates, AccessControl(
-        tokens, signed=_signed_tokens(config), certificates=clients, open_health=config.open_health
-    )
-
-
-def _signed_tokens(config: ServerConfig) -> SignedTokens | None:
-    if config.jwt_key:
-        return SignedTokens(pathlib.Path(config.jwt_key), issuer=config.jwt_issuer, audience=config.jwt_audience)
-    for name in ("jwt_issuer", "jwt_audience"):
-        if getattr(config, name):
-            raise InvalidRequestError.of(name, "it is of signed tokens, which need --jwt-key; give it too")
-    return None
-
-
-def _certificates(config: ServerConfig) -> CertificateFiles | None:
-    if not (config.tls_cert or config.tls_key or config.tls_client_ca):
-        return None
-    return CertificateFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 _open: weakref.WeakSet[Server] = weakref.WeakSet()

@@ -249,6 +249,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("names of hosts with commas between", r"^([A-Za-z0-9._:\[\]-]+(,[A-Za-z0-9._:\[\]-]+)*)?$"),
     ] = ""
+    reflection: Annotated[
+        bool,
+        Meta(
+            description="Tell tools such as grpcurl the methods and messages of the contract, by gRPC's reflection. "
+            "With --tokens it needs the role reader."
+        ),
+    ] = False
     trace_one_in: Annotated[
         _Count,
         Meta(
