@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
@@ -31,6 +32,7 @@ Spans: TypeAlias = Callable[[], Iterable[Span]]
 
 _GROUP: Final = "opentelemetry_traces_exporter"
 _MOST_WAITING: Final = 1024
+_STEPS_A_SECOND: Final = 200
 _CLOSE_SECONDS: Final = 5.0
 _PACKAGES: Final = "install it: pip install 'stepwire[otel]'"
 
@@ -76,23 +78,26 @@ def _exporter(name: str, field: str) -> Any:
 class SpanExport:
     """Exports spans from a thread of its own. Thread-safe; closes twice without complaint, and with its last user."""
 
-    def __init__(self, exporter: Any, service: str, field: str) -> None:
+    def __init__(self, exporter: Any, service: str, field: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Export by one of OpenTelemetry's `SpanExporter`s, which is closed with this.
 
         Args:
             exporter: the exporter.
             service: the name of the service, unless the environment has one.
             field: the option that asks for traces, for errors.
+            clock: returns seconds; tests pass their own.
 
         Raises:
             UnsupportedFeatureError: OpenTelemetry is not installed.
         """
+        self._clock = clock
         try:
             self._api = importlib.import_module("opentelemetry.trace")
             records = _Records(self._api, service)
             batches = importlib.import_module("opentelemetry.sdk.trace.export")
         except ImportError as missing:
             raise _missing(field, "traces need opentelemetry-sdk") from missing
+        self._second, self._put = 0, 0
         self._waiting: queue.SimpleQueue[Spans | None] = queue.SimpleQueue()
         work = functools.partial(_export, self._waiting, records, batches.BatchSpanProcessor(exporter))
         self._thread = threading.Thread(target=work, name="stepwire-traces", daemon=True)
@@ -100,8 +105,16 @@ class SpanExport:
         self._ending = weakref.finalize(self, _end, self._waiting, self._thread)
 
     def put(self, spans: Spans) -> None:
-        """Export spans that the exporting thread makes; drop them, where too many wait."""
-        if self._waiting.qsize() < _MOST_WAITING:
+        """Export the spans of a step, which the exporting thread makes, unless there are too many steps.
+
+        A client decides whether its steps are traced, and may have all of them traced. That must not cost a server much
+        more than the steps do.
+        """
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._put = second, 0
+        self._put += 1
+        if self._put <= _STEPS_A_SECOND and self._waiting.qsize() < _MOST_WAITING:
             self._waiting.put(spans)
 
     def current(self) -> TraceContext | None:
