@@ -143,9 +143,10 @@ image-test: .venv/stamp-dev
 # What the images hold, resolved anew and pinned with the hashes of every wheel, for each Python that is supported.
 LOCK := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
     --custom-compile-command 'make lock'
-IMAGE_EXTRAS := --extra server --extra objects --extra tls --extra jwt --extra metrics
+IMAGE_EXTRAS := --extra server --extra objects --extra tls --extra jwt --extra metrics --extra otel --extra reflection
 lock: .venv-lock/stamp
 	echo hatchling | $(LOCK) - --output-file docker/requirements/build.txt
+	echo cyclonedx-bom | $(LOCK) - --output-file docker/requirements/sbom.txt
 	$(LOCK) pyproject.toml $(IMAGE_EXTRAS) --output-file docker/requirements/cpu.txt
 	$(LOCK) pyproject.toml --extra cuda13 $(IMAGE_EXTRAS) --constraint docker/requirements/cpu.txt --output-file docker/requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra demo $(IMAGE_EXTRAS) --constraint docker/requirements/cpu.txt --output-file docker/requirements/demo.txt

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import statistics
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +19,7 @@ from stepwire_server.records.committed import Committed
 from stepwire_server.records.replied import Replied
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
+from timing import times_of
 
 __all__ = ["metrics"]
 
@@ -65,16 +65,14 @@ def _measured_server() -> Iterator[tuple[str, str]]:
 
 
 def _scrapes(target: str, url: str, sessions: int, scrapes: int) -> list[float]:
-    times = []
+    def scrape() -> None:
+        with urllib.request.urlopen(url) as response:
+            response.read()
+
     with stepwire.connect(target, transport="tcp") as client, contextlib.ExitStack() as stack:
         for _ in range(sessions):
             stack.enter_context(client.create_session(_GRADIENT)).step(_GRADIENT)
-        for _ in range(scrapes):
-            start = time.perf_counter()
-            with urllib.request.urlopen(url) as response:
-                response.read()
-            times.append(time.perf_counter() - start)
-    return times
+        return times_of(scrape, scrapes)
 
 
 def _steps(targets: tuple[str, str], rounds: int, batch: int) -> tuple[list[float], list[float]]:
@@ -86,7 +84,7 @@ def _steps(targets: tuple[str, str], rounds: int, batch: int) -> tuple[list[floa
         sessions = [stack.enter_context(client.create_session(_GRADIENT)) for client in clients]
         for turn in range(-3, rounds):
             for found, session in zip(medians, sessions, strict=True):
-                times = _times(lambda session=session: session.step(_GRADIENT, out=out), batch)
+                times = times_of(lambda session=session: session.step(_GRADIENT, out=out), batch)
                 if turn >= 0:
                     found.append(statistics.median(times))
     return medians
@@ -100,15 +98,6 @@ def _counting(rounds: int = 50, batch: int = 1000) -> float:
 
     def count() -> None:
         tallies.committed(Committed("0" * 32, 0, 1, request, result, "tcp"))
-        tallies.replied(Replied("tcp", result, FLOAT32, FLOAT32, 4000, 4200, 0.0, 1e-5, 3e-4))
+        tallies.replied(Replied("tcp", result, FLOAT32, FLOAT32, 4000, 4200, 0.0, 1e-5, 3e-4, "s"))
 
-    return min(sum(_times(count, batch)) / batch for _ in range(rounds))
-
-
-def _times(action: Callable[[], Any], count: int) -> list[float]:
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return times
+    return min(sum(times_of(count, batch)) / batch for _ in range(rounds))

@@ -17,6 +17,7 @@ import stepwire
 from echo import EchoStream, bulk_messages, sized_message
 from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.processes.spawn import ServerProcess
+from timing import times_of
 
 Figures = dict[str, Any]
 # The bytes of a step's messages besides the payload: header fields, padding, tag and length.
@@ -37,10 +38,10 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
             "echo": lambda: raw.round_trip(message),
         }
         for action in actions.values():
-            _batch(action, 3 * batch)
+            times_of(action, 3 * batch)
         for _ in range(rounds):
             for name, action in actions.items():
-                times[name] += _batch(action, batch)
+                times[name] += times_of(action, batch)
     raw.close()
     figures: Figures = {"parameters": size, "samples": rounds * batch}
     for quantile in (50, 99):
@@ -76,7 +77,7 @@ def large_step(server: ServerProcess, echo: str, *, size: int, rounds: int = 7) 
             action()
         for _ in range(rounds):
             for name, action in actions.items():
-                times[name] += _batch(action, 1)
+                times[name] += times_of(action, 1)
     raw.close()
     engine.close()
     medians = {f"{name}_ms": statistics.median(values) * 1e3 for name, values in times.items()}
@@ -124,15 +125,6 @@ def concurrency(
     return figures
 
 
-def _batch(action: Callable[[], Any], count: int) -> list[float]:
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def _session_rate(server: ServerProcess, count: int, size: int, each: int) -> float:
     gradient = {"w": np.full(size, 0.01, np.float32)}
     clients = [stepwire.connect(server.target, transport="tcp") for _ in range(count)]
@@ -157,8 +149,8 @@ def _echo_rate(target: str, count: int, message: bytes, each: int) -> float:
 
 def _rate(actions: list[Callable[[], Any]], each: int) -> float:
     for action in actions:
-        _batch(action, 3)
-    threads = [threading.Thread(target=_batch, args=(action, each)) for action in actions]
+        times_of(action, 3)
+    threads = [threading.Thread(target=times_of, args=(action, each)) for action in actions]
     start = time.perf_counter()
     for thread in threads:
         thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ Results = Mapping[str, Mapping[str, Any]]
 _ABSENT = "–"
 _LEFT_OUT = " left out"
 _TIME = " ms"
+_PAGE_WIDTH = 120
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -156,8 +158,15 @@ _KERNEL_RATIOS = {
     "ratio_copies": "float32 step to a copy of 4 B a parameter",
 }
 
+
+def _machine(results: Results) -> str:
+    """Return the lines of the machine, as wide as the page."""
+    text = "; ".join(f"{name}: {value}" for name, value in results.get("machine", {}).items())
+    return textwrap.fill(text, _PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 TABLES: Mapping[str, Callable[[Results], str]] = {
-    "machine": lambda results: "; ".join(f"{name}: {value}" for name, value in results.get("machine", {}).items()),
+    "machine": _machine,
     "goals": _goals(main.GOALS),
     "goals of peers": _goals(peers.GOALS),
     "times": _times("transports"),

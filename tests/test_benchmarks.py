@@ -313,6 +313,8 @@ def test_the_other_tables(bench) -> None:
     }
     tables = {name: table(results).splitlines()[2:] for name, table in bench.tables.TABLES.items() if name != "machine"}
     assert bench.tables.TABLES["machine"](results) == "cores: 2; memory: 24 GiB"
+    wide = bench.tables.TABLES["machine"]({"machine": {"packages": ", ".join(["one 1.0-post"] * 30)}}).splitlines()
+    assert len(wide) == 4 and max(map(len, wide)) <= 120
     assert tables["small step"] == ["| ratio_p50 | 3.5 |", "| ratio_p99 | 1.25 |"]
     assert tables["growth"] == ["| tcp | -16 | 8 |"]
     assert tables["kernels"] == [

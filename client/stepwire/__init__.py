@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     )
     from stepwire.session import Session
     from stepwire.statistics import ServerLoad, SessionProgress, Statistics
-    from stepwire.step_result import Contributor, GroupResult, RoundResult, StepResult
+    from stepwire.step_result import Contributor, GroupResult, PastStep, RoundResult, StepResult
 
 __all__ = [
     "LAMB",
@@ -105,6 +105,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NotEnoughWorkersError",
     "Optimizer",
+    "PastStep",
     "PermissionDeniedError",
     "RAdam",
     "RMSprop",
@@ -143,7 +144,7 @@ _HOMES = {
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "CheckpointInfo": "results",
-    **dict.fromkeys(("Contributor", "GroupResult", "RoundResult", "StepResult"), "step_result"),
+    **dict.fromkeys(("Contributor", "GroupResult", "PastStep", "RoundResult", "StepResult"), "step_result"),
     "Member": "results",
     "ServerInfo": "results",
     "SessionConfig": "results",

@@ -12,16 +12,19 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
-from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
+from stepwire.arrays.groups import check_choice, grouped
 from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.trees import Structure, expanded, flattened, structure_like
+from stepwire.arrays.tensor_specs import tensor_specs
+from stepwire.arrays.trees import Structure, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.connection.watch import watched
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError
 from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.observed import ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.server import LinkOptions, ServerLink
+from stepwire.loggers import Logger, checked_logger
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.optimizers.aggregation import Aggregation, aggregation_to_wire
 from stepwire.optimizers.durability import Durability, DurabilityLevel, durability_to_wire
@@ -39,8 +42,9 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.session import Session
 from stepwire.session_state import ForkOptions
 from stepwire.statistics import Statistics
+from stepwire.steps.trace import StepTracing
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, tensor_pb2
+from stepwire.v1 import session_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import PRECISIONS, duration_to_wire, optimizer_to_wire
 from stepwire.wire.text import checked_text
@@ -67,9 +71,9 @@ class Client:
     With several targets, sessions are sharded over them: see `stepwire.connect`.
     """
 
-    def __init__(self, server: ServerLink) -> None:
-        """Use a link to the server, or to several; see `stepwire.connect`."""
-        self._server = server
+    def __init__(self, server: ServerLink, tracing: StepTracing | None = None) -> None:
+        """Use a link to the server, or to several, and perhaps trace steps; see `stepwire.connect`."""
+        self._server, self._tracing = server, tracing
         self._ownerships: weakref.WeakSet[Ownership] = weakref.WeakSet()
 
     @property
@@ -123,6 +127,7 @@ class Client:
         label: str = "",
         keep: bool = False,
         request_id: str | None = None,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> Session:
         """Create an optimizer on the server and load the parameters into it.
@@ -176,6 +181,7 @@ class Client:
                 its object without closing it. By default the session ends then, unless it has several workers; see
                 `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
+            logger: a function of the step and its scalars, called after each step; see `stepwire.loggers`.
             timeout: seconds for all of it.
 
         Raises:
@@ -185,8 +191,7 @@ class Client:
             UnavailableError: the server cannot be reached.
         """
         tree = flattened(parameters, "parameters")
-        named = named_arrays(tree.named, "parameters")
-        optimizer = optimizer or Adam()
+        named, optimizer = named_arrays(tree.named, "parameters"), optimizer or Adam()
         membership, messages = grouped(named, groups or [], optimizer, schedule)
         treatment = GradientTreatment(
             non_finite=non_finite,
@@ -201,9 +206,10 @@ class Client:
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
         check_choice("state_precision", state_precision, PRECISIONS)
         check_choice("telemetry", telemetry, _TELEMETRY)
+        checked_logger(logger)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=_tensors(named, membership, frozen, tensor_precision or {}),
+            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
@@ -218,12 +224,12 @@ class Client:
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback)
-        own = LinkOptions(error_feedback, _worker(worker))
-        link = self._server.create(config, _request_id(request_id), timeout, own)
+        link = self._server.create(config, _request_id(request_id), timeout, _link_options(worker, error_feedback))
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, tree.named, timeout)
-        return self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
+        kept = keep or request_id is not None or aggregation is not None
+        return self._owned(link, tree.structure, kept=kept, logger=logger)
 
     def session(
         self,
@@ -232,6 +238,7 @@ class Client:
         like: Arrays | None = None,
         worker: Worker = 0,
         error_feedback: bool = False,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> Session:
         """Return a session that exists; its first step or load acquires the worker and fences the former holder.
@@ -243,6 +250,7 @@ class Client:
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
+            logger: as for `create_session`.
             timeout: seconds.
 
         Raises:
@@ -253,8 +261,8 @@ class Client:
         structure = structure_like(like)
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
-        link = self._server.find(joined, timeout, LinkOptions(error_feedback, _worker(worker)))
-        return Session(link, structure, fork=self._forked)
+        link = self._server.find(joined, timeout, _link_options(worker, error_feedback))
+        return Session(link, structure, fork=self._forked, observed=self._observed(link, logger))
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
         """Yield the server's sessions, ordered by id; several servers one after another, shards singly.
@@ -288,6 +296,8 @@ class Client:
         for ownership in list(self._ownerships):
             ownership.end()
         self._server.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
     def __enter__(self) -> Client:
         """Use the client for a block."""
@@ -319,11 +329,14 @@ class Client:
             undelivered(link.close)
         return self._owned(link, structure, kept=options.keep or options.request_id is not None)
 
-    def _owned(self, link: SessionLink, structure: Structure, *, kept: bool) -> Session:
+    def _owned(self, link: SessionLink, structure: Structure, *, kept: bool, logger: Logger | None = None) -> Session:
         """Return a session that ends with its object, unless it is kept."""
         ownership = Ownership(link, kept=kept)
         self._ownerships.add(ownership)
-        return Session(link, structure, ownership, self._forked)
+        return Session(link, structure, ownership, self._forked, self._observed(link, logger))
+
+    def _observed(self, link: SessionLink, logger: Logger | None = None) -> ObservedSteps:
+        return ObservedSteps(link, logger, None if self._tracing is None else self._tracing.of_session())
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
         """Load the parameters of a new session, unless it has some from an earlier request."""
@@ -332,53 +345,22 @@ class Client:
             link.initialize(parameters, link.deadline(timeout))
 
 
-def _tensors(
-    named: Mapping[str, npt.NDArray[Any]],
-    membership: Mapping[str, int],
-    frozen: Sequence[str],
-    precisions: Mapping[str, str],
-) -> list[tensor_pb2.TensorSpec]:
-    """Return the tensors of a session.
+def _link_options(worker: Worker, error_feedback: bool) -> LinkOptions:
+    """Return the options of a link.
 
     Raises:
-        InvalidRequestError: a tensor that is frozen, or has a precision of its own, is not a parameter.
-    """
-    fixed = list(expanded(frozen, named))
-    if unknown := [name for name in fixed if name not in named]:
-        raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
-    own = precisions_by_name(named, precisions)
-    return [
-        tensor_pb2.TensorSpec(
-            name=_name(name),
-            shape=array.shape,
-            group=membership[name],
-            frozen=name in fixed,
-            state_precision=PRECISIONS[own[name]] if name in own else None,
-        )
-        for name, array in named.items()
-    ]
-
-
-def _worker(worker: Worker) -> int | None:
-    """Return the index of a worker; None for any.
-
-    Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: the worker is no index.
     """
     if worker == "any":
-        return None
+        return LinkOptions(error_feedback, None)
     index = whole_number(worker, "worker")
     if not 0 <= index < _MOST_WORKERS:
         raise InvalidRequestError.of("worker", f"{index} is not in [0, {_MOST_WORKERS})")
-    return index
+    return LinkOptions(error_feedback, index)
 
 
 def _request_id(request_id: str | None) -> str | None:
     return None if request_id is None else checked_text(request_id, "request_id")
-
-
-def _name(name: str) -> str:
-    return checked_text(name, "parameters", reason=Reason.INVALID_TENSOR)
 
 
 def _lease(seconds: float | None) -> duration_pb2.Duration | None:

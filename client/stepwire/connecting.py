@@ -14,6 +14,7 @@ from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
 from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.sharding.server import ShardedServer
+from stepwire.steps.trace import tracing_of
 from stepwire.transports.available import asked_transport
 
 __all__ = ["calls_to", "connect"]
@@ -29,6 +30,7 @@ def connect(
     window_bytes: int = 0,
     tls: bool | TLS | None = None,
     token: str | None = None,
+    trace_one_in: int = 0,
     retry: Retry | None = None,
 ) -> Client:
     """Open a client; it connects with its first call.
@@ -55,21 +57,26 @@ def connect(
             the config file.
         token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
             names, or else the config file. A token never leaves in plaintext, but to this host.
+        trace_one_in: trace one step in so many of each session, and steps that are slower than 99 % of those before,
+            by OpenTelemetry (the extra `otel`); 0 for no traces. The variables OTEL_… choose the exporter.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
+        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
     """
     file = read_config_file()
     targets = _targets(asked_target(None, file) if target is None else target, channels)
     asked = asked_transport(transport, file=file)
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
+    tracing = tracing_of(trace_one_in, ",".join(targets))
     security, retry = _security(targets, tls, token, file), retry or Retry()
     calls = [Calls(each, timeout_seconds=timeout, retry=retry, security=security) for each in targets]
     servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
-    client = Client(servers[0] if len(servers) == 1 else ShardedServer(servers))
+    server = servers[0] if len(servers) == 1 else ShardedServer(servers)
+    client = Client(server, tracing)
     undelivered(client.close)
     return client
 

@@ -13,22 +13,29 @@ from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
 from stepwire.connection.config_file import read_config_file
 from stepwire.connection.errands import by_errands
+from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.observed import MOST_PAST_STEPS, ObservedSteps
 from stepwire.links.ownership import Ownership
+from stepwire.links.progress import LoadProgress, OnProgress
 from stepwire.links.snapshots import load_of
-from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, StepResult, TransportChoice
+from stepwire.loggers import Logger
+from stepwire.optimizers.hyperparameters import whole_number
+from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, TransportChoice
 from stepwire.session_state import Fork, StateCalls
+from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
+from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Session"]
 
 _PARAM = "param"
 
 
-@by_errands(but=["keep", "step", "step_async", "statistics"], lasting=["close"])
+@by_errands(but=["history", "keep", "log_to", "step", "step_async", "statistics"], lasting=["close"])
 class Session(StateCalls):
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
@@ -46,6 +53,7 @@ class Session(StateCalls):
         structure: Structure,
         ownership: Ownership | None = None,
         fork: Fork | None = None,
+        observed: ObservedSteps | None = None,
     ) -> None:
         """Use a link to a session.
 
@@ -54,9 +62,11 @@ class Session(StateCalls):
             structure: the structure of parameters that no arrays of the user's define otherwise.
             ownership: the end of the session when nobody closes it; None for a session that stays.
             fork: makes forks; None for a session that has none, such as a shard.
+            observed: makes the steps, and shows them to observers; None for no observer.
         """
         self._known = link
         self._fork = fork
+        self._observed = observed or ObservedSteps(link)
         self._ownership = ownership or Ownership(link, kept=True)
         self._structure = structure
         self._packer = link.description.packer
@@ -128,6 +138,29 @@ class Session(StateCalls):
     def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""
         return self._ownership.statistics(self._known)
+
+    def history(self, n: int | None = None) -> tuple[PastStep, ...]:
+        """Return the last steps that this object made, oldest first: norms, learning rates, times.
+
+        It remembers 1,024 steps; a step costs it two readings of the clock and an addition to a ring.
+
+        Args:
+            n: the most steps; None for all that are remembered.
+
+        Raises:
+            InvalidRequestError: `n` is no number of steps.
+        """
+        if n is not None and whole_number(n, "n") < 0:
+            raise InvalidRequestError.of("n", f"{n} is negative")
+        return self._observed.history(MOST_PAST_STEPS if n is None else n)
+
+    def log_to(self, logger: Logger | None) -> None:
+        """Have a function told of each step from now on, None for nobody; see `stepwire.loggers`.
+
+        Raises:
+            InvalidRequestError: it is no function.
+        """
+        self._observed.log_to(logger)
 
     def step(
         self,
@@ -212,8 +245,9 @@ class Session(StateCalls):
             return self._apply_nested(gradients, options, timeout)
         with (link := self._link).lock:
             call, reply = self._builder.build(gradients, options)
-            link.step(call, link.deadline(timeout))
-            return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
+            past = self._observed.step(call, link.deadline(timeout))
+        self._observed.tell(past, self._builder.notices)
+        return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
 
     def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
         given = flattened(gradients, "gradients")
@@ -281,58 +315,16 @@ class Session(StateCalls):
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         self._ownership.detach(self._known, self._builder.check)
 
-    def shared_gradients(self, *, timeout: float | None = None) -> Tree:
-        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
-
-        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
-        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
-
-        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
-
-        Args:
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        with self._link.lock:
-            return self._structure.restored(self._link.shared(self._link.deadline(timeout)).gradients())
-
-    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
-        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
-
-        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
-        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
-        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
-        returns, or ask again.
-
-        Over `cuda_ipc` they are views of device memory, as gradients are.
-
-        Args:
-            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
-                page, until `forget_writes`; `load` makes them the server's too.
-            timeout: seconds.
-
-        Raises:
-            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
-                why.
-            StepwireError: as `attach`.
-        """
-        with self._link.lock:
-            shared = self._link.shared(self._link.deadline(timeout))
-            return self._structure.restored(shared.parameters(private=private))
-
-    def forget_writes(self) -> None:
-        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
-        with self._link.lock:
-            self._link.forget_writes()
-
-    def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
+    def load(self, parameters: Arrays, *, progress: OnProgress | None = None, timeout: float | None = None) -> None:
         """Replace the parameters; moments and step counts stay.
 
         A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
+        Args:
+            parameters: as at creation.
+            progress: a function of the bytes that are sent and of all bytes, called in another thread; a repetition
+                begins again.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
@@ -340,24 +332,36 @@ class Session(StateCalls):
         """
         named = flattened(parameters, "parameters").named
         with self._link.lock:
-            self._link.load(Load({_PARAM: self._packer.ordered(named, "parameters")}), self._link.deadline(timeout))
+            load = self._told(Load({_PARAM: self._packer.ordered(named, "parameters")}), progress)
+            self._link.load(load, self._link.deadline(timeout))
 
-    def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
+    def load_state(self, state: Snapshot, *, progress: OnProgress | None = None, timeout: float | None = None) -> None:
         """Replace everything by a snapshot, of this session or of another one with the same tensors.
 
         The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
         into a new session, or use `rollback`.
+
+        Args:
+            state: the snapshot.
+            progress: as for `load`.
+            timeout: seconds.
 
         Raises:
             InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
             StepMismatchError: the session is beyond `state.step`.
             StepwireError: as `step`.
         """
-        load = load_of(state, self._known.description)
+        load = self._told(load_of(state, self._known.description), progress)
         with self._link.lock:
             self._link.load(load, self._link.deadline(timeout))
             if state.loss_scale is not None:
                 self._scale.loaded(state.loss_scale[0], self._known.last_result)
+
+    def _told(self, load: Load, progress: OnProgress | None) -> Load:
+        if progress is None:
+            return load
+        total_bytes = len(load.sources) * self._packer.layout.size * FLOAT32.itemsize
+        return load._replace(progress=LoadProgress(progress, total_bytes))
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.

@@ -1,4 +1,4 @@
-"""The user's surface of a session's state: read as it is, kept in checkpoints, brought back, and forked."""
+"""The user's surface of a session's state: read, shared as memory, kept in checkpoints, brought back, and forked."""
 
 from __future__ import annotations
 
@@ -89,6 +89,54 @@ class StateCalls:
         targets = {slot: flat for slot, (_, flat) in arrays.items()}
         header = self._link.pull(targets, FLOAT32, self._link.deadline(timeout))
         return snapshot_of(header, {slot: named for slot, (named, _) in arrays.items()}, self._known.description)
+
+    def shared_gradients(self, *, timeout: float | None = None) -> Tree:
+        """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
+
+        `step` sends these arrays as they are, without a copy. The arrays start as zeros, and may be written between
+        steps. After a broken connection they are ordinary arrays, which a step copies: ask again for new ones.
+
+        Over `cuda_ipc` they are views of device memory: see `stepwire.transports.cuda.views.DeviceView`.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
+            StepwireError: as `attach`.
+        """
+        with self._link.lock:
+            return self._structure.restored(self._link.shared(self._link.deadline(timeout)).gradients())
+
+    def shared_parameters(self, *, private: bool = False, timeout: float | None = None) -> Tree:
+        """Return read-only arrays that show the parameters in the server's memory, attaching first if need be.
+
+        Each step changes them in place, also while it is under way; given as `out` they make its reply free of copies.
+        A load shows in them after the next step that goes over shared memory, at the latest. So does a step with other
+        dtypes, `overlap` or `reply="changed"`. After a broken connection they may be stale: use the arrays that `step`
+        returns, or ask again.
+
+        Over `cuda_ipc` they are views of device memory, as gradients are.
+
+        Args:
+            private: arrays that may be written. Writes are this process's own, and hide the server's values, page by
+                page, until `forget_writes`; `load` makes them the server's too.
+            timeout: seconds.
+
+        Raises:
+            UnsupportedFeatureError: the session is not attached over shared memory, or is sharded; the message says
+                why.
+            StepwireError: as `attach`.
+        """
+        with self._link.lock:
+            shared = self._link.shared(self._link.deadline(timeout))
+            return self._structure.restored(shared.parameters(private=private))
+
+    def forget_writes(self) -> None:
+        """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
+        with self._link.lock:
+            self._link.forget_writes()
 
     def save_checkpoint(self, name: str, *, timeout: float | None = None) -> CheckpointInfo:
         """Have the server keep the present state under a name, for sessions with durability.

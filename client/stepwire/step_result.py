@@ -9,7 +9,7 @@ from stepwire.optimizers import Hyperparameters
 from stepwire.v1 import aggregation_pb2, step_pb2
 from stepwire.wire.messages import hyperparameters_from_wire
 
-__all__ = ["Contributor", "GroupResult", "RoundResult", "StepResult"]
+__all__ = ["Contributor", "GroupResult", "PastStep", "RoundResult", "StepResult"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,6 +163,31 @@ class StepResult:
             loss_scale=_optional(telemetry, "loss_scale"),
             round=RoundResult.from_wire(message.round) if message.HasField("round") else None,
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PastStep:
+    """A step that a session remembers; see `Session.history`.
+
+    Attributes:
+        result: its effect: norms, learning rates, times on the server.
+        end_time: the moment of its end, in seconds since 1970 by the client's clock.
+        seconds: the time until its reply was read, repetitions included.
+    """
+
+    result: StepResult
+    end_time: float
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        """The number of the step."""
+        return self.result.step
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """The learning rate of each group."""
+        return tuple(group.hyperparameters.lr for group in self.result.groups)
 
 
 def _group(message: step_pb2.GroupTelemetry) -> GroupResult:

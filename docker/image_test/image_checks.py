@@ -10,8 +10,12 @@ from report import Report, require
 
 __all__ = ["check_images"]
 
-_GOALS_BYTES: Final = {"base": 250_000_000, "cpu": 490_000_000}
-"""Of the second, some 30 MB are what object stores, certificates of clients, JSON web tokens and metrics need."""
+_GOALS_BYTES: Final = {"base": 250_000_000, "cpu": 500_000_000}
+"""Of the second, some 40 MB are what object stores, certificates, JSON web tokens, metrics and traces need."""
+_SBOM: Final = "io.github.stepwire.sbom"
+_INSTALLED: Final = (
+    "import importlib.metadata as m, json; print(json.dumps([[d.name, d.version] for d in m.distributions()]))"
+)
 _LABELS: Final = {
     f"org.opencontainers.image.{name}" for name in ("title", "description", "source", "licenses", "version", "revision")
 }
@@ -29,11 +33,28 @@ def check_images(report: Report, names: dict[str, str]) -> None:
     for what in set(names) - {"base"}:
         with report.showing(f"the {what} image says how it is run") as figures:
             figures += _described(what, _inspected(names[what])["Config"])
+        with report.showing(f"the {what} image has a list of its contents") as figures:
+            figures += _listed(names[what], _inspected(names[what])["Config"]["Labels"])
 
 
 def _inspected(name: str) -> dict[str, Any]:
     (image,) = json.loads(run("docker", "image", "inspect", name))
     return dict(image)
+
+
+def _listed(image: str, labels: dict[str, str]) -> list[str]:
+    """Compare the list with the distributions that Python finds in the image."""
+    path = labels.get(_SBOM, "")
+    listed = json.loads(run("docker", "run", "--rm", "--entrypoint", "cat", image, path))
+    python = ("--entrypoint", "/opt/stepwire/bin/python3")
+    installed = json.loads(run("docker", "run", "--rm", *python, image, "-c", _INSTALLED))
+    require((listed["bomFormat"], listed["specVersion"]) == ("CycloneDX", "1.6"), listed["bomFormat"])
+    contents = {(each["name"], each["version"]) for each in listed["components"]}
+    require(
+        contents == {(name, version) for name, version in installed}, contents ^ {tuple(each) for each in installed}
+    )
+    require(any(name == "stepwire" for name, _ in contents), contents)
+    return [f"{len(contents)} distributions", path]
 
 
 def _described(what: str, config: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ __all__ = ["Materials"]
 
 _SUITE: Final = "bookworm"
 _PACKAGES: Final = "python3,python3-venv,ca-certificates"
-_LOCKS: Final = ("build", "cpu", "gpu", "demo")
+_LOCKS: Final = ("build", "sbom", "cpu", "gpu", "demo")
 _FRESH_SECONDS: Final = 7 * 86400.0
 # What images for containers leave out.
 _BARE: Final = (

@@ -1,4 +1,4 @@
-"""Screenshots of the status page and of `stepwire top`, of a real server: `python docs/plots/screenshots.py`.
+"""Screenshots of the page, of `stepwire top` and of a plot, of a real server: `python docs/plots/screenshots.py`.
 
 It takes a minute, and needs Debian's package `chromium`. Run it from the root of the checkout.
 """
@@ -21,9 +21,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import stepwire  # noqa: E402
+import stepwire.plots  # noqa: E402
 from stepwire_server.cli.top import drawn  # noqa: E402
 from stepwire_server.config import ServerConfig  # noqa: E402
 from stepwire_server.server import Server  # noqa: E402
+from stepwire_server.testing import serving  # noqa: E402
 from tests.support import chromium  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -77,8 +79,20 @@ def training(server: Server) -> Iterator[None]:
         yield
 
 
+def draw_training() -> None:
+    """Train a session of two groups, whose gradient has NaN once, and draw it as its client remembers it."""
+    groups = [{"params": ["encoder"], "lr": 3e-4}, {"params": ["decoder"], "lr": 1e-3}]
+    options = {"schedule": stepwire.Schedule.cosine(300, warmup_steps=30), "clip_grad_norm": 300.0}
+    with serving() as target, stepwire.connect(target) as client:
+        with client.create_session(PARAMETERS, groups=groups, non_finite="skip", **options) as session:  # type: ignore[arg-type]
+            for step in range(300):
+                session.step(gradient(step, 5, spoilt=step == 210))
+            stepwire.plots.training(session).savefig(IMAGES / "training.png", dpi=80)
+
+
 def main() -> None:
     """Write the screenshots."""
+    draw_training()
     with tempfile.TemporaryDirectory() as folder:
         config = ServerConfig(
             bind="127.0.0.1:0", device="cpu", status="127.0.0.1:0", data_dir=folder, log_level="error"

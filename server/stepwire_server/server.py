@@ -22,7 +22,7 @@ from stepwire.threads import DaemonThreads
 from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
 from stepwire.wire.addresses import boot_id
-from stepwire_server.access.from_settings import access_of
+from stepwire_server.access.configured import access_of
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.fair_share import parse_weights
 from stepwire_server.devices.kernels import KernelLimits
@@ -41,6 +41,7 @@ from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.listen import Listening, check_bind
+from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
@@ -144,6 +145,7 @@ class Server:
         self._health = health.HealthServicer()
         self._pool.on_lost(self._device_lost)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._reflect()
         self.access.on_change(self.registry.streams.check)
         _open.add(self)
 
@@ -267,6 +269,13 @@ class Server:
             self.close()
             raise
 
+    def _reflect(self) -> None:
+        try:
+            add_reflection(self._grpc, self._config)
+        except BaseException:
+            self.close()
+            raise
+
     def _share(self, clock: Callable[[], float]) -> HostSharing:
         try:
             return HostSharing(self._config, clock, [device.name for device in self._pool])
@@ -275,10 +284,10 @@ class Server:
             raise
 
     def _service(self, clock: Callable[[], float]) -> OptimizerService:
-        most, tallies = self._config.max_chunk_bytes, self.monitoring.tallies
+        most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, tallies),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),

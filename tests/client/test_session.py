@@ -700,3 +700,17 @@ def test_shared_arrays_have_the_order_of_the_creation(client: stepwire.Client) -
         assert [list(arrays) for arrays in shared] == [list("cab")] * 3
         found = client.session(session.session_id)
         assert list(found.pull()) == list("cab")
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_progress_of_a_load_is_told(target: str, channels: int, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tuple[int, int]] = []
+    with stepwire.connect(target, channels=channels, timeout=30.0) as client:
+        with client.create_session({"w": np.zeros(160_000, np.float32)}) as session:
+            assert len(session.shards) == channels
+            session.load_state(session.state(), progress=lambda *given: told.append(given))
+            assert told == sorted(told) and {total for _, total in told} == {3 * 640_000}
+            assert told[-1] == (3 * 640_000, 3 * 640_000) and len(told) >= 3 * 640_000 // (64 << 10)
+            session.load({"w": np.ones(160_000, np.float32)}, progress=lambda sent, total: 1 // 0)
+            assert [record.getMessage().partition("; ")[2] for record in caplog.records] == ["the load goes on"]
+            assert session.pull()["w"][0] == 1.0

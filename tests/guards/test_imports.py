@@ -18,7 +18,7 @@ from tests.guards.source import (
     run,
 )
 
-HEAVY = {"cupy", "numba", "torch", "ray", "jax", "stepwire_server"}
+HEAVY = {"cupy", "numba", "torch", "ray", "jax", "stepwire_server", "opentelemetry"}
 
 
 def test_the_client_is_light() -> None:
@@ -103,17 +103,26 @@ def test_nobody_imports_pickle() -> None:
     assert found == []
 
 
-def test_everything_imports_and_steps_without_numba_and_cupy() -> None:
+def test_everything_imports_and_steps_without_numba_and_cupy_and_traces_nothing() -> None:
+    """Without traces no thread of client or server calls anything of theirs."""
     names = [name for name in modules_of(stepwire_server) if "numba" not in name]
     loaded = loaded_by(*names, missing=("numba", "cupy", "llvmlite"))
     assert list(loaded) == names
     answer = run(
-        "import json, sys\n"
+        "import json, sys, threading\n"
         "sys.modules.update(dict.fromkeys(('numba', 'cupy', 'llvmlite')))\n"
         "import numpy as np, stepwire, structlog, stepwire_server.testing\n"
+        "called = set()\n"
+        "threading.setprofile(lambda frame, event, _: called.add(frame.f_code.co_filename))\n"
         "structlog.configure(logger_factory=structlog.ReturnLoggerFactory())\n"
         "with stepwire_server.testing.serving(device='auto') as target, stepwire.connect(target) as client:\n"
         "    with client.create_session({'w': np.ones(2, np.float32)}, optimizer=stepwire.Adam(lr=0.5)) as session:\n"
-        "        print(json.dumps(session.step({'w': np.float32([1, -1])})['w'].tolist()))\n"
+        "        called.clear()\n"
+        "        stepped = session.step({'w': np.float32([1, -1])})['w'].tolist()\n"
+        "print(json.dumps([stepped, sorted(called), 'opentelemetry' in sys.modules]))\n"
     )
-    assert answer == pytest.approx([0.5, 1.5], rel=1e-6)
+    stepped, called, loaded = answer
+    assert stepped == pytest.approx([0.5, 1.5], rel=1e-6)
+    assert any(name.endswith("links/observed.py") for name in called)
+    assert any(name.endswith("rpc/attach.py") for name in called)
+    assert not [name for name in called if "trac" in name.rpartition("stepwire")[2]] and not loaded

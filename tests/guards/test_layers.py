@@ -39,6 +39,7 @@ CLIENT_LAYERS = [
     "torch",
     "optax",
     "aio",
+    "plots",
     "connecting",
     "sharding",
     "client",
@@ -50,9 +51,11 @@ CLIENT_LAYERS = [
     "connection",
     "results",
     "statistics",
+    "loggers",
     "step_result",
     "arrays",
     "lifetimes",
+    "tracing",
     "wire",
     "optimizers",
     "layout",
@@ -61,7 +64,7 @@ CLIENT_LAYERS = [
     "version",
     "v1",
 ]
-SHARED_HALF = {"wire", "optimizers", "layout", "errors", "threads", "version", "v1"}
+SHARED_HALF = {"tracing", "wire", "optimizers", "layout", "errors", "threads", "version", "v1"}
 # The driver of CUDA is a client's, for memory that it maps; an engine asks it for the same memory.
 DRIVER = "stepwire.transports.cuda.driver"
 # These are clients themselves: they use the public names, and what the command prints of them.

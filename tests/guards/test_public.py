@@ -40,6 +40,7 @@ PUBLIC = [
     "NonFiniteGradientError",
     "NotEnoughWorkersError",
     "Optimizer",
+    "PastStep",
     "PermissionDeniedError",
     "RAdam",
     "RMSprop",

@@ -32,6 +32,8 @@ RETIRED = {
     "stretches",
     "verdict",
 }
+# OpenTelemetry's spans are those of a trace.
+TRACING = {"tracing", "trace.py", "trace_context.py", "step_traces.py"}
 # `take_over` is the public option for acquiring a worker from its holder, and `slice` is Python's own.
 ALLOWED = {"take_over", "slice"}
 RETIRED_NAMES = re.compile(
@@ -51,10 +53,11 @@ def words(name: str) -> set[str]:
 def test_identifiers_use_the_words_of_the_table(package: pathlib.Path) -> None:
     found = set()
     for path in modules(package):
+        retired = RETIRED - ({"span", "spans"} if TRACING & set(path.parts) else set())
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.type != tokenize.NAME or token.string in ALLOWED:
                 continue
-            if words(token.string) & (RETIRED | {"take"}):
+            if words(token.string) & (retired | {"take"}):
                 found.add((str(path.relative_to(ROOT)), token.string))
     assert sorted(found) == []
 

@@ -56,6 +56,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
     "status": ("127.0.0.1:8088", "127.0.0.1:8088"),
     "status_hosts": ("a.example,b.example", "a.example,b.example"),
+    "reflection": ("true", True),
+    "trace_one_in": ("1000", 1000),
     "tenant_weights": ("lab=3,shop=1", "lab=3,shop=1"),
     "open_health": ("false", False),
     "port_file": ("/run/port", "/run/port"),

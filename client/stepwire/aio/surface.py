@@ -19,6 +19,8 @@ from stepwire.client import StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS
+from stepwire.links.progress import OnProgress
+from stepwire.loggers import Logger
 from stepwire.optimizers import Optimizer
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
@@ -31,10 +33,10 @@ from stepwire.results import (
     SessionInfo,
     SessionStatistics,
     Snapshot,
-    StepResult,
     TransportChoice,
 )
 from stepwire.statistics import Statistics
+from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply
 from stepwire.steps.notices import OnReady
 
@@ -102,6 +104,27 @@ class AsyncSession(SessionBase):
     async def statistics(self) -> SessionStatistics:
         """Return the numbers that this client knows of the session; nothing is sent."""
         return await self._worker.run(functools.partial(self.blocking.statistics))
+
+    async def history(self, n: int | None = None) -> tuple[PastStep, ...]:
+        """Return the last steps that this object made, oldest first: norms, learning rates, times.
+
+        It remembers 1,024 steps; a step costs it two readings of the clock and an addition to a ring.
+
+        Args:
+            n: the most steps; None for all that are remembered.
+
+        Raises:
+            InvalidRequestError: `n` is no number of steps.
+        """
+        return await self._worker.run(functools.partial(self.blocking.history, n))
+
+    async def log_to(self, logger: Logger | None) -> None:
+        """Have a function told of each step from now on, None for nobody; see `stepwire.loggers`.
+
+        Raises:
+            InvalidRequestError: it is no function.
+        """
+        await self._worker.run(functools.partial(self.blocking.log_to, logger))
 
     async def step(
         self,
@@ -216,6 +239,82 @@ class AsyncSession(SessionBase):
         """Close the stream and leave the session on the server: see `keep`. Detaching twice is harmless."""
         await self._worker.run(functools.partial(self.blocking.detach))
 
+    async def load(
+        self, parameters: Arrays, *, progress: OnProgress | None = None, timeout: float | None = None
+    ) -> None:
+        """Replace the parameters; moments and step counts stay.
+
+        A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
+
+        Args:
+            parameters: as at creation.
+            progress: a function of the bytes that are sent and of all bytes, called in another thread; a repetition
+                begins again.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
+            StepwireError: as `step`.
+        """
+        await self._worker.run(functools.partial(self.blocking.load, parameters, progress=progress, timeout=timeout))
+
+    async def load_state(
+        self, state: Snapshot, *, progress: OnProgress | None = None, timeout: float | None = None
+    ) -> None:
+        """Replace everything by a snapshot, of this session or of another one with the same tensors.
+
+        The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
+        into a new session, or use `rollback`.
+
+        Args:
+            state: the snapshot.
+            progress: as for `load`.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
+            StepMismatchError: the session is beyond `state.step`.
+            StepwireError: as `step`.
+        """
+        await self._worker.run(functools.partial(self.blocking.load_state, state, progress=progress, timeout=timeout))
+
+    async def info(self, *, timeout: float | None = None) -> SessionInfo:
+        """Ask the server, or all servers of a sharded session, for the state of the session.
+
+        Raises:
+            SessionNotFoundError: the session is gone.
+        """
+        return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
+
+    async def pull(
+        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
+    ) -> Tree:
+        """Return the current parameters, nested as at creation.
+
+        For a session that was found by its id that is a flat dict of names; see `Client.session`.
+
+        Args:
+            average: their moving average instead, of a session created with `parameter_average_decay`.
+            dtype: the dtype of the returned arrays.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: the session keeps no average.
+            StepMismatchError: the shards stayed at different steps.
+            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
+        """
+        return await self._worker.run(
+            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
+        )
+
+    async def state(self, *, timeout: float | None = None) -> Snapshot:
+        """Return everything: parameters, moments and step counts, all as of one step.
+
+        Raises:
+            StepwireError: as `pull`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
+
     async def shared_gradients(self, *, timeout: float | None = None) -> Tree:
         """Return writable arrays in the memory that the server reads gradients from, attaching first if need be.
 
@@ -261,67 +360,6 @@ class AsyncSession(SessionBase):
     async def forget_writes(self) -> None:
         """Show the server's parameters in all arrays of `shared_parameters`, also in private ones that were written."""
         await self._worker.run(functools.partial(self.blocking.forget_writes))
-
-    async def load(self, parameters: Arrays, *, timeout: float | None = None) -> None:
-        """Replace the parameters; moments and step counts stay.
-
-        A step that failed before is settled first. If only some shards applied it, all of them go on from its number.
-
-        Raises:
-            InvalidRequestError: names, shapes or dtypes are wrong; nothing was changed.
-            StepwireError: as `step`.
-        """
-        await self._worker.run(functools.partial(self.blocking.load, parameters, timeout=timeout))
-
-    async def load_state(self, state: Snapshot, *, timeout: float | None = None) -> None:
-        """Replace everything by a snapshot, of this session or of another one with the same tensors.
-
-        The next step is `state.step + 1`. Step numbers never go back, so to return to an earlier state, load it
-        into a new session, or use `rollback`.
-
-        Raises:
-            InvalidRequestError: slots, names, shapes or dtypes do not fit; nothing was changed.
-            StepMismatchError: the session is beyond `state.step`.
-            StepwireError: as `step`.
-        """
-        await self._worker.run(functools.partial(self.blocking.load_state, state, timeout=timeout))
-
-    async def info(self, *, timeout: float | None = None) -> SessionInfo:
-        """Ask the server, or all servers of a sharded session, for the state of the session.
-
-        Raises:
-            SessionNotFoundError: the session is gone.
-        """
-        return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
-
-    async def pull(
-        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
-    ) -> Tree:
-        """Return the current parameters, nested as at creation.
-
-        For a session that was found by its id that is a flat dict of names; see `Client.session`.
-
-        Args:
-            average: their moving average instead, of a session created with `parameter_average_decay`.
-            dtype: the dtype of the returned arrays.
-            timeout: seconds.
-
-        Raises:
-            InvalidRequestError: the session keeps no average.
-            StepMismatchError: the shards stayed at different steps.
-            StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
-        """
-        return await self._worker.run(
-            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
-        )
-
-    async def state(self, *, timeout: float | None = None) -> Snapshot:
-        """Return everything: parameters, moments and step counts, all as of one step.
-
-        Raises:
-            StepwireError: as `pull`.
-        """
-        return await self._worker.run(functools.partial(self.blocking.state, timeout=timeout))
 
     async def save_checkpoint(self, name: str, *, timeout: float | None = None) -> CheckpointInfo:
         """Have the server keep the present state under a name, for sessions with durability.
@@ -518,6 +556,7 @@ class AsyncClient(ClientBase):
         label: str = "",
         keep: bool = False,
         request_id: str | None = None,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> AsyncSession:
         """Create an optimizer on the server and load the parameters into it.
@@ -571,6 +610,7 @@ class AsyncClient(ClientBase):
                 its object without closing it. By default the session ends then, unless it has several workers; see
                 `Session.keep`.
             request_id: makes a creation repeatable by another process, and keeps the session; default random.
+            logger: a function of the step and its scalars, called after each step; see `stepwire.loggers`.
             timeout: seconds for all of it.
 
         Raises:
@@ -611,6 +651,7 @@ class AsyncClient(ClientBase):
                         label=label,
                         keep=keep,
                         request_id=request_id,
+                        logger=logger,
                         timeout=timeout,
                     ),
                     kept=request_id is not None,
@@ -625,6 +666,7 @@ class AsyncClient(ClientBase):
         like: Arrays | None = None,
         worker: Worker = 0,
         error_feedback: bool = False,
+        logger: Logger | None = None,
         timeout: float | None = None,
     ) -> AsyncSession:
         """Return a session that exists; its first step or load acquires the worker and fences the former holder.
@@ -636,6 +678,7 @@ class AsyncClient(ClientBase):
                 shared arrays. Without it they are a flat dict of names: a server knows names, and no structure.
             worker: as for `create_session`.
             error_feedback: as for `create_session`; starts with nothing kept.
+            logger: as for `create_session`.
             timeout: seconds.
 
         Raises:
@@ -652,6 +695,7 @@ class AsyncClient(ClientBase):
                         like=like,
                         worker=worker,
                         error_feedback=error_feedback,
+                        logger=logger,
                         timeout=timeout,
                     )
                 )
@@ -694,6 +738,7 @@ def connect(
     window_bytes: int = 0,
     tls: bool | TLS | None = None,
     token: str | None = None,
+    trace_one_in: int = 0,
     retry: Retry | None = None,
 ) -> AsyncClient:
     """Open a client; it connects with its first call.
@@ -720,11 +765,14 @@ def connect(
             the config file.
         token: the token to show the server. None: that of STEPWIRE_TOKEN, or in the file that STEPWIRE_TOKEN_FILE
             names, or else the config file. A token never leaves in plaintext, but to this host.
+        trace_one_in: trace one step in so many of each session, and steps that are slower than 99 % of those before,
+            by OpenTelemetry (the extra `otel`); 0 for no traces. The variables OTEL_… choose the exporter.
         retry: the pauses between repetitions; tests pass their own clock.
 
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
+        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
     """
     return AsyncClient(
         connect_client(
@@ -735,6 +783,7 @@ def connect(
             window_bytes=window_bytes,
             tls=tls,
             token=token,
+            trace_one_in=trace_one_in,
             retry=retry,
         )
     )

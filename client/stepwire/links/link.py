@@ -14,6 +14,7 @@ import numpy as np
 
 from stepwire.arrays.packing import Flat
 from stepwire.connection.retry import Deadline
+from stepwire.links.progress import LoadProgress
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
@@ -57,6 +58,7 @@ class Load(NamedTuple):
         origin: the state on the server that all values are those of, in the place of the other attributes but `step`;
             None for values that are sent.
         whole: it brings all slots, the step and every number, so that nothing of the present state matters.
+        progress: is told of the bytes as they are sent; None for nobody.
     """
 
     sources: Mapping[str, Flat]
@@ -66,6 +68,7 @@ class Load(NamedTuple):
     tensor_scalars: Sequence[float] = ()
     origin: StateOrigin | None = None
     whole: bool = False
+    progress: LoadProgress | None = None
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""

@@ -81,7 +81,7 @@ def send_load(
         StepwireError: the server's refusal, or a broken connection.
     """
     if load.origin is None:
-        messages = load_messages(opening, description.packer, load.sources, description.chunk_bytes)
+        messages = load_messages(opening, description.packer, load, description.chunk_bytes)
         loaded: pb.LoadResponse = calls.upload("Load", messages, pb.LoadResponse, deadline)
         return loaded.session
     request = pb.RollbackRequest(
@@ -99,16 +99,18 @@ def send_load(
     return rolled_back.session
 
 
-def load_messages(
-    opening: state_pb2.LoadOpen, packer: Packer, sources: Mapping[str, Flat], chunk_bytes: int
-) -> Iterator[bytes]:
+def load_messages(opening: state_pb2.LoadOpen, packer: Packer, load: Load, chunk_bytes: int) -> Iterator[bytes]:
     """Yield the messages of a load of float32 values, each made on demand."""
+    sent_bytes = 0
     opening.dtype = dtype_to_wire(FLOAT32)
     yield pb.LoadRequest(open=opening).SerializeToString()
-    for slot, flat in sources.items():
+    for slot, flat in load.sources.items():
         for offset, count, ranges in packer.chunks(chunk_bytes // FLOAT32.itemsize):
             header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
             frame = FrameBuffer(header, count * FLOAT32.itemsize)
             packer.write(flat, ranges, frame.payload(FLOAT32))
             yield frame.finish()
+            sent_bytes += count * FLOAT32.itemsize
+            if load.progress is not None:
+                load.progress.sent(opening.session_id, sent_bytes)
     yield pb.LoadRequest(commit=True).SerializeToString()

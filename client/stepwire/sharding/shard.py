@@ -118,6 +118,8 @@ class Shard:
                 return result
             finally:
                 call.sent = call.sent or own.sent
+                if own.trace is not None:
+                    own.trace.end()
 
     def await_open_round(self, step: int, coordinator: Coordinator | None, deadline: Deadline) -> bool:
         """Wait for the round that has a contribution in doubt; see `RemoteLink.await_open_round`."""
@@ -202,6 +204,7 @@ class Shard:
             decide=self._decide(coordinator, deadline),
             commit=commit,
             on_device={},
+            trace=None if call.trace is None else call.trace.part(begin, self.link.target),
         )
 
     def _decide(self, coordinator: Coordinator | None, deadline: Deadline) -> Decide | None:

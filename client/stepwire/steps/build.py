@@ -65,7 +65,7 @@ class StepBuilder:
     """Builds the steps of one session.
 
     Attributes:
-        notices: the calls of `on_tensor` in the session's steps.
+        notices: the calls of the user's functions in the session's steps.
     """
 
     def __init__(self, description: SessionDescription, carry: Carry) -> None:
@@ -92,10 +92,10 @@ class StepBuilder:
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
 
     def check(self) -> None:
-        """Refuse a call of the session in a forked child, or from within `on_tensor`.
+        """Refuse a call of the session in a forked child, or from within a function of the user's.
 
         Raises:
-            InvalidRequestError: the session is of the parent, or this thread is within `on_tensor`.
+            InvalidRequestError: the session is of the parent, or this thread is within `on_tensor` or the logger.
         """
         self._birthplace.check(
             "session", "both would step one session. Make a session in the child, through a client of its own"
@@ -199,7 +199,8 @@ class StepBuilder:
 
         def arrived(index: int) -> None:
             name = tensors[index].spec.name
-            self.notices.give(notify, name, reply[name] if isinstance(reply, Mapping) else reply[int(name)])
+            values = reply[name] if isinstance(reply, Mapping) else reply[int(name)]
+            self.notices.give("on_tensor", notify, name, values)
 
         return arrived
 

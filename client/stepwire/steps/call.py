@@ -13,6 +13,7 @@ import numpy.typing as npt
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
 from stepwire.steps.gradient_feed import GradientFeed
+from stepwire.steps.trace import StepTrace
 from stepwire.transports.cuda.stand_ins import StandIn
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
@@ -49,6 +50,7 @@ class StepCall:
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
         record: the messages of the step, as they are sent, for a replay window; None to keep none.
         recorded: the messages of a step that is sent again from a replay window; None for any other step.
+        trace: the trace of the step; None without one.
         begun: its opening was sent alone, so the messages have none.
         sent: the step was sent before, by this call or by one with the same gradient and options, and not refused. Only
             then may the server's last step be the step of this call.
@@ -72,6 +74,7 @@ class StepCall:
     recorded: Sequence[bytes] | None = None
     sent: bool = False
     begun: bool = False
+    trace: StepTrace | None = None
 
     @property
     def wants_reply(self) -> bool:

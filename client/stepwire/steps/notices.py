@@ -1,4 +1,4 @@
-"""Calls of a user's `on_tensor`, which runs in the middle of a step: it cannot use the session that steps."""
+"""Calls of a user's functions, `on_tensor` in the middle of a step and the logger after it: they cannot step."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ OnReady: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
 
 
 class Notices(threading.local):
-    """The flag of a thread that is within an `on_tensor` of one session.
+    """The note of a thread that is within a function of the user's.
 
-    The step waits for the function to return. A call from within it would wait for the step: on the client for the turn
-    of the session, or on the server for the session's lock. Neither would end.
+    The step waits for the function to return. A call from within `on_tensor` would wait for the step: on the client for
+    the turn of the session, or on the server for the session's lock. Neither would end. A step from within the logger
+    would call the logger.
     """
 
-    _within = False
+    _within = ""
 
     def check(self) -> None:
-        """Refuse a call from within `on_tensor`.
+        """Refuse a call from within the user's function.
 
         Raises:
             InvalidRequestError: this thread is within it.
         """
         if self._within:
             raise InvalidRequestError.of(
-                "on_tensor",
+                self._within,
                 "the function called the session, whose step waits for the function; note the name, and call the "
                 "session after the step",
             )
 
-    def give(self, notify: OnReady, name: str, values: npt.NDArray[Any]) -> None:
-        """Call the function for a tensor."""
-        self._within = True
+    def give(self, name: str, function: Callable[..., object], *values: object) -> None:
+        """Call the user's function of a name, such as "on_tensor"."""
+        self._within = name
         try:
-            notify(name, values)
+            function(*values)
         finally:
-            self._within = False
+            self._within = ""

@@ -133,8 +133,7 @@ class LocalSGD:
         self._start = self._values()
 
     def _made(self, outer: Optimizer) -> Session:
-        options = self._options
-        aggregation = aggregation_of(options)
+        options, aggregation = self._options, aggregation_of(self._options)
         try:
             return self._client.create_session(
                 self._parameters.fetch(),
@@ -153,6 +152,7 @@ class LocalSGD:
                 device=options.device,
                 label=options.label,
                 keep=options.keep,
+                logger=options.logger,
                 request_id=None if aggregation is None else options.job,
             )
         except InvalidRequestError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepwire.client import Client, StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect
+from stepwire.loggers import Logger
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.gradient_treatment import NonFinite
@@ -61,6 +62,7 @@ class RemoteOptions:
         job: the name by which the workers of one model find one another on the server.
         keep: True to leave the session on the server when the program ends, or drops the optimizer, without `close`. By
             default the session ends then, unless its id or a handle was read, or the optimizer was detached.
+        logger: a function of the step and its scalars, called after each step; see `stepwire.loggers`.
     """
 
     server: str | Sequence[str] | Client | None = None
@@ -91,6 +93,7 @@ class RemoteOptions:
     aggregation: Aggregation | None = None
     job: str | None = None
     keep: bool = False
+    logger: Logger | None = None
 
     def client(self) -> Client:
         """Return a client of the server: the user's own, or a new one.

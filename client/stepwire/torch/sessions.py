@@ -61,6 +61,7 @@ def _created(
         device=options.device,
         label=options.label,
         keep=options.keep,
+        logger=options.logger,
         aggregation=aggregation,
         worker=0 if options.worker is None else options.worker,
         request_id=None if aggregation is None else options.job,
@@ -94,7 +95,7 @@ def find_session(
         StepwireError: as `Client.session`.
     """
     worker = 0 if options.worker is None else options.worker
-    session = client.session(session_id, worker=worker, error_feedback=options.error_feedback)
+    session = client.session(session_id, worker=worker, error_feedback=options.error_feedback, logger=options.logger)
     difference = (
         _of_tensors(session, parameters)
         or _of_groups(session.config, parameters)

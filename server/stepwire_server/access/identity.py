@@ -65,6 +65,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     f"{_HEALTH}Check": _ALL,
     f"{_HEALTH}List": _ALL,
     f"{_HEALTH}Watch": _ALL,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _READERS,
     f"{_SERVICE}GetServerInfo": _ALL,
     f"{_SERVICE}GetSession": _READERS,
     f"{_SERVICE}ListSessions": _READERS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
-import shutil
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from stepwire.results import CheckpointInfo
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.cli.data_directories import DataDir, SessionId, data_folder, telling_of_the_disk
 from stepwire_server.cli.options import Json, Target, Timeout
+from stepwire_server.cli.progress import progress_bar, verified
 from stepwire_server.durability.archive import checkpoints_of
 from stepwire_server.durability.checkpoint import BODY, MANIFEST
 from stepwire_server.durability.disk import Disk
@@ -31,6 +32,8 @@ checkpoint_app = typer.Typer(
     help="List, save, verify, delete and export the checkpoints of a session; repair a data directory.",
     no_args_is_help=True,
 )
+
+_COPIED_BYTES: Final = 8 << 20
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of the checkpoint.")]
 
@@ -59,7 +62,8 @@ def save_checkpoint(
 ) -> None:
     """Save a checkpoint of the present state of a session, while its steps go on."""
     request = pb.SaveCheckpointRequest(session_id=session_id, name=name)
-    response = _asked(target, timeout, "SaveCheckpoint", request, pb.SaveCheckpointResponse)
+    with progress_bar("saving"):
+        response = _asked(target, timeout, "SaveCheckpoint", request, pb.SaveCheckpointResponse)
     _tell("saved", CheckpointInfo.from_wire(response.checkpoint), as_json)
 
 
@@ -82,13 +86,15 @@ def verify_checkpoint(
         _verify_here(data_dir, session_id, name, as_json)
         return
     request = pb.VerifyCheckpointRequest(session_id=session_id, name=name)
-    response = _asked(target, timeout, "VerifyCheckpoint", request, pb.VerifyCheckpointResponse)
+    with progress_bar("verifying"):
+        response = _asked(target, timeout, "VerifyCheckpoint", request, pb.VerifyCheckpointResponse)
     _tell("verified", CheckpointInfo.from_wire(response.checkpoint), as_json)
 
 
 def _verify_here(data_dir: str, session_id: str, name: str, as_json: bool) -> None:
     with telling_of_the_disk():
-        manifest = checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id).verify(name)
+        with checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id).open(name) as checkpoint:
+            manifest = verified(checkpoint)
     shadow = None if manifest.shadow is None else manifest.shadow.update_norm
     if as_json:
         arrays = {slot: {"norm": facts.norm, "digest": facts.digest} for slot, facts in manifest.arrays.items()}
@@ -125,10 +131,11 @@ def export_checkpoint(
         raise stepwire.InvalidRequestError.of("folder", f"{folder} exists; name a folder that does not")
     with telling_of_the_disk():
         store = checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id)
-        manifest = store.verify(name)
+        with store.open(name) as checkpoint:
+            manifest = verified(checkpoint)
         target.mkdir(parents=True)
         for file in (BODY, MANIFEST):
-            shutil.copyfile(store.folder / name / file, target / file)
+            _copy(store.folder / name / file, target / file)
     plain = {"name": name, "step": manifest.step, "load": manifest.load, "folder": folder}
     print(
         json.dumps(plain)
@@ -176,6 +183,14 @@ def _asked(target: str, timeout: float, method: str, request: Any, response: Any
         return calls.unary(method, request, response)
     finally:
         calls.close()
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    with source.open("rb") as read, target.open("xb") as written:
+        with progress_bar("copying", os.fstat(read.fileno()).st_size) as advance:
+            while data := read.read(_COPIED_BYTES):
+                written.write(data)
+                advance(written.tell())
 
 
 def _tell(done: str, info: CheckpointInfo, as_json: bool) -> None:

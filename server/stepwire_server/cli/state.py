@@ -15,6 +15,7 @@ from stepwire.results import SessionConfig, Snapshot
 from stepwire.wire.messages import specs_from_wire
 from stepwire_server.cli.data_directories import DataDir, SessionId, data_folder, telling_of_the_disk
 from stepwire_server.cli.options import Json, Target, Timeout
+from stepwire_server.cli.progress import progress_bar, telling_of_reads, verified
 from stepwire_server.cli.state_config import config_of, metadata_of, numbers_of, options_of
 from stepwire_server.cli.state_forms import FORMS, Numbers, State, arrays_of, decoded_slots, params_of, state_of
 from stepwire_server.cli.tensor_file import Tensor, TensorFile, read_tensor_file, write_tensor_file
@@ -54,8 +55,7 @@ def export_state(
     with telling_of_the_disk():
         store = checkpoints_of(Disk(), data_folder(data_dir, "sessions"), session_id)
         with _opened(store, checkpoint) as found:
-            found.body.verify()
-            manifest = found.manifest
+            manifest = verified(found)
             message = config_of(manifest.config)
             specs = specs_from_wire(message)
             layout = place(specs, max(len(message.groups), 1))
@@ -63,7 +63,9 @@ def export_state(
             frozen = [spec.name for spec in specs if spec.frozen]
             optimizer = SessionConfig.from_wire(message).optimizer
             arrays = arrays_of(form, state, optimizer, frozen)
-            write_tensor_file(pathlib.Path(file), arrays, metadata_of(form, message, state.numbers))
+            with progress_bar("writing", sum(array.nbytes for array in arrays.values())) as advance:
+                arrays = telling_of_reads(arrays, advance)
+                write_tensor_file(pathlib.Path(file), arrays, metadata_of(form, message, state.numbers))
             decoded = decoded_slots(form, manifest.arrays)
             name = found.name
     plain = {"checkpoint": name, "step": manifest.step, "form": form, "file": file, "decoded": decoded}
@@ -168,12 +170,18 @@ def _created(client: Any, form: str, read: TensorFile, optimizer: str, durabilit
 
 def _load(session: stepwire.Session, form: str, read: TensorFile) -> None:
     """Load the state of a file into a session."""
-    given = numbers_of(read.metadata)
-    state = state_of(form, read.tensors, given, session.config.optimizer, session.slots)
+    given, total_bytes = numbers_of(read.metadata), sum(tensor.nbytes for tensor in read.tensors.values())
+    with progress_bar("reading", total_bytes) as advance:
+        tensors = telling_of_reads(read.tensors, advance)
+        state = state_of(form, tensors, given, session.config.optimizer, session.slots)
+        slots = {slot: {name: _float32(each) for name, each in arrays.items()} for slot, arrays in state.slots.items()}
     numbers = state.numbers
-    slots = {slot: {name: _float32(each) for name, each in arrays.items()} for slot, arrays in state.slots.items()}
     steps, scalars = dict(numbers.tensor_steps), dict(numbers.tensor_scalars)
-    session.load_state(Snapshot(numbers.step or 0, slots, steps, numbers.loss_scale, scalars))
+    snapshot = Snapshot(numbers.step or 0, slots, steps, numbers.loss_scale, scalars)
+    with progress_bar(
+        "sending", sum(array.nbytes for arrays in slots.values() for array in arrays.values())
+    ) as advance:
+        session.load_state(snapshot, progress=lambda sent, total: advance(sent))
 
 
 def _float32(tensor: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import struct
@@ -48,6 +49,11 @@ class Tensor(NamedTuple):
     dtype: np.dtype[Any]
     read: Callable[[], npt.NDArray[Any]]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the array in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> Tensor:
         """Return an array that is there already."""
@@ -82,7 +88,7 @@ def write_tensor_file(path: pathlib.Path, tensors: Mapping[str, Tensor], metadat
     head: dict[str, Any] = {_METADATA: dict(metadata)}
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+        start, end = end, end + tensor.nbytes
         head[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(head).encode("ascii")
     text += b" " * (-(len(text) + _LENGTH.size) % _UNIT_BYTES)

@@ -270,6 +270,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
         _text("names of hosts with commas between", r"^([A-Za-z0-9._:\[\]-]+(,[A-Za-z0-9._:\[\]-]+)*)?$"),
     ] = ""
+    reflection: Annotated[
+        bool,
+        Meta(
+            description="Tell tools such as grpcurl the methods and messages of the contract, by gRPC's reflection. "
+            "With --tokens it needs the role reader."
+        ),
+    ] = False
+    trace_one_in: Annotated[
+        _Count,
+        Meta(
+            description="Trace one step in so many of each session, steps that their clients trace, and slow ones, by "
+            "OpenTelemetry. The variables OTEL_… choose the exporter. 0 means no traces."
+        ),
+    ] = 0
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")

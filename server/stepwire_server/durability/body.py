@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final
 
@@ -234,18 +234,23 @@ class BodyReader:
                     low - first : high - first
                 ]
 
-    def verify(self) -> None:
+    def verify(self, told: Callable[[int], object] = lambda nbytes: None) -> None:
         """Read everything.
+
+        Args:
+            told: a function of the bytes of the arrays that were read so far, as float32.
 
         Raises:
             DataLossError: naming the first array that is damaged, and its first block.
             OSError: the disk failed.
         """
+        nbytes = 0
         for slot in self._places:
             facts = self._arrays[slot]
             for block in range(len(facts.crc32c)):
                 count = min(facts.block_elements, facts.elements - block * facts.block_elements)
                 self._whole_block(slot, block, count)
+                told(nbytes := nbytes + count * ELEMENT_BYTES)
 
     def close(self) -> None:
         """Close the file. Closing twice is harmless."""

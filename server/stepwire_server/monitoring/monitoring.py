@@ -18,8 +18,10 @@ from stepwire_server.monitoring.metrics import Metrics
 from stepwire_server.monitoring.refusals import Refusals
 from stepwire_server.monitoring.status import StatusPage
 from stepwire_server.observability.commits import log_committed
+from stepwire_server.observability.step_traces import ReplyTraces
 from stepwire_server.observability.tallies import Tallies
 from stepwire_server.records.committed import CommitSink
+from stepwire_server.records.replied import RepliedSink
 from stepwire_server.sessions.registry import Registry
 
 __all__ = ["Monitoring"]
@@ -33,6 +35,7 @@ class Monitoring:
     Attributes:
         tallies: the counts of steps and calls; None where nobody asks for them.
         sinks: are told of each commit.
+        reply_sinks: are told of each reply.
         metrics: the address of the metrics; None without one.
         status: the address of the status page; None without one.
     """
@@ -41,7 +44,8 @@ class Monitoring:
         """Count, and listen nowhere so far.
 
         Raises:
-            InvalidRequestError: an address is none, or would tell strangers.
+            InvalidRequestError: an address is none, or would tell strangers; the exporter of traces cannot be had.
+            UnsupportedFeatureError: a package is missing.
         """
         self._config = config
         self._metrics_address = checked_address(config, "metrics") if config.metrics else None
@@ -54,6 +58,9 @@ class Monitoring:
             self.sinks.append(self.tallies.committed)
         if self._histories is not None:
             self.sinks.append(self._histories.committed)
+        self._traces = ReplyTraces.of_environment(config.trace_one_in)
+        counting: list[RepliedSink] = [] if self.tallies is None else [self.tallies.replied]
+        self.reply_sinks = counting if self._traces is None else [*counting, self._traces.replied]
         self._page: StatusPage | None = None
         self.metrics: Endpoint | None = None
         self.status: Endpoint | None = None
@@ -110,6 +117,8 @@ class Monitoring:
         if self._page is not None:
             self._page.close()
         with contextlib.ExitStack() as stack:
+            if self._traces is not None:
+                stack.callback(self._traces.close)
             for endpoint in (self.metrics, self.status):
                 if endpoint is not None:
                     stack.callback(endpoint.close)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from stepwire.wire.trace_context import TraceContext
 from stepwire_server.records.step_result import StepResult
 
-__all__ = ["Replied"]
+__all__ = ["Replied", "RepliedSink"]
 
 
 class Replied(NamedTuple):
@@ -24,6 +26,8 @@ class Replied(NamedTuple):
         sync_seconds: the time of waiting for the disk; 0 without a log.
         send_seconds: the time until gRPC had taken the reply; 0 in a call.
         seconds: the time from the first message of the step until then.
+        session_id: the session's id.
+        trace: the client's place in a trace; None without one.
     """
 
     transport: str
@@ -35,3 +39,9 @@ class Replied(NamedTuple):
     sync_seconds: float
     send_seconds: float
     seconds: float
+    session_id: str
+    trace: TraceContext | None = None
+
+
+RepliedSink: TypeAlias = Callable[[Replied], None]
+"""Called in the thread that serves the stream or the call, after the reply: must not block and must not fail."""

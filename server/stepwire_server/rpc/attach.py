@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
@@ -18,14 +18,14 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, transport_pb2
 from stepwire.wire.frames import Frame
+from stepwire.wire.trace_context import TraceContext
 from stepwire_server.access.control import AccessControl
 from stepwire_server.aggregation.uploads import UploadSlot
-from stepwire_server.observability.tallies import Tallies
-from stepwire_server.records.replied import Replied
+from stepwire_server.records.replied import Replied, RepliedSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, with_base_step
+from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, decode_trace, with_base_step
 from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.encode import encode_gradient_check, encode_result
 from stepwire_server.rpc.features import unsupported
@@ -57,7 +57,7 @@ class Serving(NamedTuple):
         clock: returns seconds.
         max_chunk_bytes: the most bytes of one chunk's payload.
         access: the admission of calls.
-        tallies: count the replies; None where nobody asks for them.
+        reply_sinks: are told of each reply.
     """
 
     drain: Drain
@@ -65,7 +65,7 @@ class Serving(NamedTuple):
     clock: Callable[[], float]
     max_chunk_bytes: int
     access: AccessControl
-    tallies: Tallies | None = None
+    reply_sinks: Sequence[RepliedSink] = ()
 
 
 class StepStream:
@@ -91,6 +91,7 @@ class StepStream:
         self._last_request: StepRequest | None = None
         self._received_bytes = 0
         self._told: StepResult | None = None
+        self._trace: TraceContext | None = None
 
     def replies(self, frames: Iterator[Frame]) -> Iterator[bytes]:
         """Yield the replies to the steps in `frames`, until the client is done.
@@ -133,16 +134,23 @@ class StepStream:
         return contributions.upload(self._stream)
 
     def _timed(self, step: Step, reply: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass a reply on, and sum the time until gRPC asks for the message after each: it has taken the one before."""
+        """Pass a reply on, and sum the time until gRPC asks for the message after each: it has taken the one before.
+
+        After the last one it may never ask: a client that has read its reply may detach at once.
+        """
         total, sent_bytes = 0.0, 0
-        for message in reply:
-            sent_bytes += len(message)
-            handed_over = self._serving.clock()
-            yield message
-            total += self._seen() - handed_over
-        self._last_send_seconds = total
-        if self._serving.tallies is not None and self._told is not None:
-            self._serving.tallies.replied(self._replied(step, self._told, sent_bytes, total))
+        try:
+            for message in reply:
+                sent_bytes += len(message)
+                handed_over = self._serving.clock()
+                yield message
+                total += self._seen() - handed_over
+        finally:
+            self._last_send_seconds = total
+            if self._serving.reply_sinks and self._told is not None:
+                replied = self._replied(step, self._told, sent_bytes, total)
+                for sink in self._serving.reply_sinks:
+                    sink(replied)
 
     def _replied(self, step: Step, result: StepResult, sent_bytes: int, send_seconds: float) -> Replied:
         request, size, received_bytes = step.request, self._session.config.layout.size, self._received_bytes
@@ -161,6 +169,8 @@ class StepStream:
             step.sync_seconds,
             send_seconds,
             seconds,
+            self._session.session_id,
+            self._trace,
         )
 
     def _decode(self, begin: step_pb2.StepBegin) -> StepRequest:
@@ -168,6 +178,7 @@ class StepStream:
         step, begin.step = begin.step, 0
         base = begin.base_step if begin.HasField("base_step") else None
         begin.ClearField("base_step")
+        self._trace = decode_trace(begin) if begin.traceparent else None
         settings = begin.SerializeToString()
         if self._last_request is None or settings != self._last_settings:
             config = self._session.config

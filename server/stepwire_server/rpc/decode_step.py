@@ -14,11 +14,19 @@ from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import BFLOAT16, dtype_from_wire, dtype_to_wire
 from stepwire.wire.messages import overrides_from_wire
+from stepwire.wire.trace_context import TraceContext
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rpc.features import unsupported
 
-__all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request", "with_base_step"]
+__all__ = [
+    "DEFAULT_REPLY_BYTES",
+    "decode_chunk_bytes",
+    "decode_decision",
+    "decode_step_request",
+    "decode_trace",
+    "with_base_step",
+]
 
 # The fields of an opening that do not decide what its step does to the state.
 _OF_THE_MOMENT: Final = (
@@ -76,6 +84,18 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
     return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
+
+
+def decode_trace(begin: step_pb2.StepBegin) -> TraceContext | None:
+    """Cut the client's place in a trace out of an opening: the rest is alike from step to step.
+
+    Raises:
+        InvalidRequestError: it is no W3C trace context.
+    """
+    if not (text := begin.traceparent):
+        return None
+    begin.ClearField("traceparent")
+    return TraceContext.parse(text, "begin.traceparent")
 
 
 def with_base_step(request: StepRequest, base_step: int, config: SessionConfig) -> StepRequest:
@@ -261,7 +281,5 @@ def _decode_shared(begin: step_pb2.StepBegin, config: SessionConfig) -> bool:
 
 
 def _refuse_unserved_step(begin: step_pb2.StepBegin) -> None:
-    if begin.traceparent:
-        raise unsupported("begin.traceparent", "tracing")
     if begin.reply.mode not in step_pb2.ReplyMode.values():
         raise unsupported("begin.reply.mode", "reply_patches")

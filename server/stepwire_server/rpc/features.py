@@ -53,6 +53,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "state_bfloat16",
     "state_int8",
     "state_mixed",
+    "tracing",
     "transport_cuda_ipc",
     "transport_shm",
     "two_phase_clipping",

@@ -11,6 +11,7 @@ import pytest
 from stepwire.arrays.packing import Packer
 from stepwire.errors import UnavailableError
 from stepwire.layout import TensorSpec, place
+from stepwire.links.link import Load
 from stepwire.links.pull_and_load import load_messages, read_pull
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, tensor_pb2
@@ -71,7 +72,7 @@ def test_a_load_is_opening_chunks_of_each_slot_and_commit() -> None:
         "param": [np.float32([1, 2, 3]), np.float32([4, 5])],
         "exp_avg": [np.array([6, 7, 8], BFLOAT16), np.float16([9, 10])],
     }
-    first, *chunks, last = map(pb.LoadRequest.FromString, load_messages(opening, PACKER, sources, 16))
+    first, *chunks, last = map(pb.LoadRequest.FromString, load_messages(opening, PACKER, Load(sources), 16))
     assert (first.open.session_id, first.open.dtype) == ("s", tensor_pb2.DTYPE_FLOAT32)
     assert [
         (chunk.slot, chunk.chunk.offset, np.frombuffer(chunk.payload, np.float32).tolist()) for chunk in chunks

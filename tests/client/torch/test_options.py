@@ -36,6 +36,18 @@ def test_every_option_is_described_and_none_is_torchs() -> None:
     assert names & theirs == set()
 
 
+def test_a_logger_is_told_of_each_step_and_the_session_remembers_them(remote: Any) -> None:
+    told: list[tuple[int, float]] = []
+    optimizer = remote("SGD", parameters(), lr=0.25, logger=lambda step, scalars: told.append((step, scalars["lr"])))
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert told == [(1, 0.25), (2, 0.25)]
+    assert [past.step for past in optimizer.session.history()] == [1, 2]
+
+
 # --- clipping -------------------------------------------------------------------------------------------
 
 

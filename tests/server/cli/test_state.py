@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -412,3 +413,26 @@ def test_a_file_that_exists_is_not_overwritten(command: Any, client: Any, folder
     code, _, err = command("state", "export", session.session_id, str(file), "--data-dir", str(folder))
     assert (code, err) == (2, f"stepwire: file: {file} exists; name a file that does not\n")
     assert file.read_bytes() == b"mine"
+
+
+def test_a_terminal_is_shown_how_much_is_done(
+    command: Any, server: Server, client: Any, folder: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other tests have a pipe, and nothing of it there."""
+    session = client.create_session(parameters(), durability="checkpoint")
+    file, place = str(tmp_path / "out.safetensors"), ("--data-dir", str(folder))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    told = {
+        ("checkpoint", "save", session.session_id, "whole", "-t", server.target): ["saving"],
+        ("checkpoint", "export", session.session_id, "whole", str(tmp_path / "copy"), *place): ["verifying", "copying"],
+        ("state", "export", session.session_id, file, *place): ["verifying", "writing"],
+        ("state", "import", file, "-t", server.target): ["reading", "sending"],
+    }
+    for arguments, titles in told.items():
+        code, out, err = command(*arguments)
+        assert code == 0 and not any(title in out for title in titles), err
+        assert all(f"{title} " in err for title in titles)
+        assert arguments[1] == "save" or "/" in err  # the bytes that are done, of all
+    body = folder / "sessions" / session.session_id / "checkpoints" / "whole" / "state.safetensors"
+    assert (tmp_path / "copy" / "state.safetensors").read_bytes() == body.read_bytes()

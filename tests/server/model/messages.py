@@ -133,7 +133,7 @@ def spoil(message: step_pb2.StepBegin, fault: str) -> None:
     elif fault == "base_step":
         message.base_step = 0
     elif fault == "traceparent":
-        message.traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        message.traceparent = "00-1-2-01"
     elif fault == "overlap":
         message.overlap = True
     elif fault == "patches":

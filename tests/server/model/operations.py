@@ -178,9 +178,9 @@ CONFIGS = st.builds(
 )
 BEGIN_FAULTS = [
     "lr", "foreign", "entries", "gradient_dtype", "reply_dtype", "reply_chunk_bytes", "loss_scale", "missing_tensors",
-    "weight", "base_step",
+    "weight", "base_step", "traceparent",
 ]  # fmt: skip
-BEGIN_REFUSED = ["reply_mode", "traceparent"]
+BEGIN_REFUSED = ["reply_mode"]
 # Refused or not, as the session is.
 BEGIN_DEPENDING = ["overlap", "patches"]
 BEGINS = st.builds(

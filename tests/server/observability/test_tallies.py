@@ -32,7 +32,16 @@ def committed(**fields: Any) -> Committed:
 def replied(**fields: Any) -> Replied:
     bfloat16 = np.dtype(np.float16)
     return Replied(
-        "tcp", result_of(**fields), bfloat16, FLOAT32, 20, 48, sync_seconds=0.1, send_seconds=0.2, seconds=2.0
+        "tcp",
+        result_of(**fields),
+        bfloat16,
+        FLOAT32,
+        20,
+        48,
+        sync_seconds=0.1,
+        send_seconds=0.2,
+        seconds=2.0,
+        session_id="ab" * 16,
     )
 
 

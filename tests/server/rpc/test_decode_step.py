@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire.optimizers import SGD
 from stepwire.optimizers.gradient_treatment import LossScaling
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
@@ -16,7 +16,7 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rpc.decode_config import decode_session_config
-from stepwire_server.rpc.decode_step import decode_chunk_bytes, decode_decision, decode_step_request
+from stepwire_server.rpc.decode_step import decode_chunk_bytes, decode_decision, decode_step_request, decode_trace
 
 
 def decoded_config(**fields: Any) -> SessionConfig:
@@ -65,16 +65,11 @@ def test_a_step_names_the_load_of_its_state_or_none(load: int) -> None:
     assert request(step=1).load is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "field", "feature"),
-    [
-        ({"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}, "begin.traceparent", "tracing"),
-    ],
-)
-def test_a_field_of_a_feature_that_is_not_served_is_refused(fields: Any, field: str, feature: str) -> None:
-    with pytest.raises(UnsupportedFeatureError) as refused:
-        request(step=1, **fields)
-    assert refused.value.metadata == {"field": field, "feature": feature}
+def test_the_trace_context_of_a_step_is_cut_out_of_its_opening() -> None:
+    begin = step_pb2.StepBegin(step=1, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    assert decode_trace(begin) == (0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, True)
+    assert begin == step_pb2.StepBegin(step=1)
+    assert decode_trace(begin) is None
 
 
 @pytest.mark.parametrize(

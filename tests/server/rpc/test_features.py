@@ -21,7 +21,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rpc.decode_config import decode_session_config
-from stepwire_server.rpc.decode_step import decode_step_request
+from stepwire_server.rpc.decode_step import decode_step_request, decode_trace
 from stepwire_server.rpc.features import SERVED_FEATURES, refuse_unserved, unsupported
 
 NUMBERS = tuple(
@@ -332,9 +332,10 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
         assert changed is (DEFAULTS.get(path) != value)
         return
     with pytest.raises((InvalidRequestError, UnsupportedFeatureError)) as refused:
+        decode_trace(begin)
         decode_step_request(begin, decoded, 1 << 20)
     assert named_by(refused.value, path, "begin")
-    if "hyperparameters" not in path and "dtype" not in path:
+    if "hyperparameters" not in path and "dtype" not in path and path != "traceparent":
         assert isinstance(refused.value, UnsupportedFeatureError)
 
 

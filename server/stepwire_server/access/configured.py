@@ -1,4 +1,4 @@
-"""From settings to the admission of calls."""
+"""The certificates and the admission of a server, as its settings name them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def access_of(config: ServerConfig) -> tuple[CertificateFiles | None, AccessCont
     """Return the certificates of the port, None for plaintext, and the admission of calls.
 
     Raises:
-        InvalidRequestError: a file is missing or wrong, or settings contradict each other.
+        InvalidRequestError: settings contradict each other, or a file is none.
+        UnsupportedFeatureError: a package is missing.
     """
     certificates = _certificates(config)
     tokens = TokenFile(pathlib.Path(config.tokens)) if config.tokens else None
