@@ -79,14 +79,16 @@ def fetch(path: str, request: transport_pb2.HandoffRequest | bytes) -> Handed:
 def held_by_process() -> tuple[int, int]:
     """Count the descriptors of this process, and its mappings of memory that is shared.
 
-    TCP is left out: gRPC closes the connections of earlier tests when it pleases, and no memory is shared over them.
+    TCP and events are left out: gRPC closes those of earlier tests when it pleases, and no memory is shared over them.
     """
     mappings = pathlib.Path("/proc/self/maps").read_text().count("/memfd:stepwire-")
-    return sum(not _is_tcp(int(descriptor)) for descriptor in os.listdir("/proc/self/fd")), mappings
+    return sum(not _is_of_grpc(int(descriptor)) for descriptor in os.listdir("/proc/self/fd")), mappings
 
 
-def _is_tcp(descriptor: int) -> bool:
+def _is_of_grpc(descriptor: int) -> bool:
     try:
+        if os.readlink(f"/proc/self/fd/{descriptor}") in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]"):
+            return True
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return False
     except OSError:  # the listing's own, which is closed
