@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
+.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-fairness bench-metrics bench-workers bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -87,6 +87,16 @@ bench: .venv/stamp-dev
 bench-durability: .venv/stamp-dev
 	$(BIN)/python benchmarks/main.py --only durability --json benchmarks/results/durability-2-core.json $(ARGUMENTS)
 	$(BIN)/python benchmarks/page.py
+
+# Sections that have files of their own, into the pages: `make bench-workers` in the environment of the peers below.
+bench-fairness bench-metrics: bench-%: .venv/stamp-dev
+	$(BIN)/python benchmarks/main.py --only $* --json benchmarks/results/$*-2-core.json $(ARGUMENTS)
+	$(BIN)/python benchmarks/page.py
+
+bench-workers: .venv-peers/stamp
+	.venv-peers/bin/python benchmarks/main.py --only workers straggler --json benchmarks/results/workers-2-core.json \
+	    $(ARGUMENTS)
+	.venv-peers/bin/python benchmarks/page.py
 
 # Beside what other people use for the same job, in environments of their own: torch's CPU build is pinned, since a plain
 # requirement would pull gigabytes of CUDA packages, and Flower's requirements exclude ours. What cannot be installed is

@@ -24,8 +24,18 @@ __all__ = ["PAGES", "filled", "written"]
 Tables = Mapping[str, Callable[[Results], str]]
 _ROOT = pathlib.Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
-_NAMES = ("cpu-2-core.json", "durability-2-core.json", "fairness-2-core.json", "peers-2-core.json", "encodings.json")
-_FILES = tuple(_RESULTS / name for name in _NAMES)
+_FILES = tuple(
+    _RESULTS / f"{name}.json"
+    for name in (
+        "cpu-2-core",
+        "durability-2-core",
+        "fairness-2-core",
+        "metrics-2-core",
+        "workers-2-core",
+        "peers-2-core",
+        "encodings",
+    )
+)
 PAGES = {
     _ROOT / "docs" / "performance.md": TABLES,
     _ROOT / "docs" / "durability.md": DURABILITY_TABLES,
