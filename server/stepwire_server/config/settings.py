@@ -137,7 +137,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 4096 * MIB
     max_streams: Annotated[
         _Positive, Meta(description="The largest number of attached streams at a time; each stream costs a thread.")
-    ] = 256
+    ] = 1024
     tenant_max_sessions: Annotated[
         _Count, Meta(description="The largest number of sessions of one tenant. 0 means no limit of its own.")
     ] = 0
