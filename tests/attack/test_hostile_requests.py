@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 # Taken out, since a server refuses variables that it does not know.
 REQUESTS: Final = int(os.environ.pop("STEPWIRE_ATTACK_REQUESTS", "600"))
-ATTACKERS: Final = 2
+ATTACKERS: Final = 8
 SIZE: Final = 1000
 SLACK_BYTES: Final = 64 << 20
 PATIENCE_SECONDS: Final = 60.0
