@@ -152,6 +152,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _BYTES,
         Meta(description="The bytes that sessions of one tenant may hold, such as 8G. 0 means no limit of its own."),
     ] = 0
+    tenant_disk: Annotated[
+        _Count,
+        _BYTES,
+        Meta(
+            description="The bytes of checkpoints on the disk beyond which a tenant makes no durable session and saves "
+            "no checkpoint, such as 50G; those of parked sessions count. 0 means no limit."
+        ),
+    ] = 0
     tenant_steps_per_second: Annotated[
         _Count,
         Meta(
