@@ -22,13 +22,16 @@ from typing import Any
 
 import durability
 import fairness
+import floods
 import footprint
 import kernels
+import many
 import messages
 import metrics
 import occupancy
 import report
 import sections
+import security
 import transports
 from contest import Contender, failure
 from echo import echo_process
@@ -88,6 +91,10 @@ GOALS = (
     Goal("fairness", fairness.JAIN, 0.95, at_least=True),
     Goal("fairness", fairness.P99_TO_P50, 5.0),
     Goal("fairness", fairness.LARGE_SHARE, 0.3, at_least=True),
+    Goal("floods", floods.WORST_RATIO, 2.0),
+    Goal("floods", floods.SLOWEST_HEALTH, 1000.0),
+    Goal("many", many.ERRORS, 0.0),
+    Goal("security", security.AUTHENTICATION, 2.0),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -156,6 +163,10 @@ class Run:
         scale = durability.Scale.quick() if quick else durability.Scale()
         self._section("durability", lambda: durability.durability(self._data_dir, scale))
         self._section("fairness", lambda: fairness.fairness(fairness.Scale.quick() if quick else fairness.Scale()))
+        self._section("floods", lambda: floods.floods(floods.Scale.quick() if quick else floods.Scale()))
+        self._section("many", lambda: many.many(many.Scale.quick() if quick else many.Scale()))
+        protected = (2, 3) if quick else (30, 20)
+        self._section("security", lambda: security.security(rounds=protected[0], batch=protected[1]))
         link = (100_000, 2) if quick else (_LARGE, 7)
         self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
 

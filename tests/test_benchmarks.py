@@ -28,6 +28,8 @@ NAMES = (
     "fairness",
     "fairness_child",
     "fairness_server",
+    "flood_child",
+    "floods",
     "floors",
     "flower_messages",
     "footprint",
@@ -36,14 +38,17 @@ NAMES = (
     "local_torch",
     "machine",
     "main",
+    "many",
     "occupancy",
     "page",
     "peers",
     "plot",
+    "raw_http2",
     "ray_actor",
     "recovery",
     "report",
     "sections",
+    "security",
     "shaped_link",
     "sockets",
     "tables",
@@ -194,6 +199,21 @@ def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
     names = {variant.name for variant in bench.variants.VARIANTS}
     occupied = {goal.figure.rpartition(" ")[0] for goal in goals if goal.section in ("occupancy", "growth")}
     assert occupied <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="it starts several servers; CI runs it")
+def test_every_goal_of_a_server_among_strangers_is_measured(bench) -> None:
+    sections = {
+        "floods": bench.floods.floods(bench.floods.Scale(seconds=0.1, kinds=("silent_call",))),
+        "many": bench.many.many(bench.many.Scale.quick()),
+        "security": bench.security.security(rounds=1, batch=2),
+    }
+    assert bench.report.failures(sections) == []
+    for goal in bench.main.GOALS:
+        assert goal.section not in sections or goal.figure in sections[goal.section], goal
+    assert (sections["many"]["clients"], sections["many"]["errors"]) == (20, 0)
+    assert {"4 KiB mTLS to plaintext", "1 MiB mTLS to plaintext"} <= sections["security"].keys()
 
 
 @pytest.mark.slow

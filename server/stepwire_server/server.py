@@ -332,7 +332,11 @@ class Server:
 
 def _limits(config: ServerConfig) -> RegistryLimits:
     tenant = TenantLimits(
-        config.tenant_max_sessions, config.tenant_max_streams, config.tenant_memory, config.tenant_steps_per_second
+        config.tenant_max_sessions,
+        config.tenant_max_streams,
+        config.tenant_memory,
+        config.tenant_steps_per_second,
+        config.tenant_disk,
     )
     return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
 

@@ -35,6 +35,7 @@ _METHODS: Final = (
     "ForkSession",
     "NoSuchMethod",
 )
+_STREAMING: Final = ("Attach", "Load", "Pull")
 _NUMBERS: Final = (0, 1, 2, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 _NAMES: Final = ("", "w", "../../etc/passwd", "/", "a" * 600, "\x00", "\u202e", "{}", "%s%n", "CON", "w\nlevel=error")
 _PATIENCE_SECONDS: Final = 60.0
@@ -62,6 +63,7 @@ class Attacker:
         self._victim = victim
         self._tokens = tokens
         self._own: list[tuple[str, int]] = []
+        self._unary: dict[str, Any] = {}
         self.statuses = Counter[str]()
         self.wrong: list[tuple[str, str]] = []
 
@@ -69,12 +71,8 @@ class Attacker:
         """Send one request, and note the status."""
         method = self._random.choice(_METHODS)
         messages = list(self._messages(method))
-        metadata = self._metadata()
-        call = self._channel.stream_stream(_SERVICE + method)(
-            iter(messages), timeout=_PATIENCE_SECONDS, metadata=metadata
-        )
         try:
-            responses = list(call)
+            responses = self._responses(method, messages, self._metadata())
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
             code = error.code().name
@@ -84,6 +82,14 @@ class Attacker:
             code = "OK"
             self._remember(method, responses)
         self.statuses[code] += 1
+
+    def _responses(self, method: str, messages: list[bytes], metadata: list[tuple[str, str]]) -> list[bytes]:
+        """Call a method. A call of one message each way costs gRPC's client no thread, and so a fifth of the time."""
+        if len(messages) == 1 and method not in _STREAMING:
+            unary = self._unary.setdefault(method, self._channel.unary_unary(_SERVICE + method))
+            return [unary(messages[0], timeout=_PATIENCE_SECONDS, metadata=metadata)]
+        call = self._channel.stream_stream(_SERVICE + method)
+        return list(call(iter(messages), timeout=_PATIENCE_SECONDS, metadata=metadata))
 
     def leave(self) -> None:
         """Delete every session of its own tenant."""

@@ -36,6 +36,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "tenant_max_sessions": ("7", 7),
     "tenant_max_streams": ("8", 8),
     "tenant_memory": ("9M", 9 * MIB),
+    "tenant_disk": ("9G", 9 << 30),
     "tenant_steps_per_second": ("13", 13),
     "max_kernels": ("11", 11),
     "tenant_max_kernels": ("12", 12),

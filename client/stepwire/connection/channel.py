@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from stepwire.connection.handshake import refused_handshake
 from stepwire.connection.line import Line
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
@@ -161,6 +162,9 @@ class Calls:
 
         return self.retry.call(translated, self.deadline(timeout_seconds))
 
+    def _refused_handshake(self) -> str | None:
+        return refused_handshake(self.target, self.security.tls)
+
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
         """Turn errors of gRPC within a block into ours.
@@ -172,7 +176,7 @@ class Calls:
         try:
             yield
         except grpc.RpcError as error:
-            raise with_remedy(error_from_call(error), self.target) from None
+            raise with_remedy(error_from_call(error), self.target, look=self._refused_handshake) from None
         except grpc.FutureCancelledError:
             raise UnavailableError("the call was given up by its caller") from None
         except ValueError as error:  # of a channel that was closed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from stepwire.errors import AuthenticationError, Reason, StepwireError, UnavailableError
@@ -27,17 +27,30 @@ _HANDSHAKES: Final = {
 _NO_CONNECTION: Final = ("failed to connect", "errors resolving", "DNS resolution failed")
 
 
-def with_remedy(error: StepwireError, target: str, environment: Mapping[str, str] = os.environ) -> StepwireError:
+# gRPC's account of a connection that was closed before it was one.
+_CLOSED: Final = ("socket closed", "connection reset", "broken pipe", "endpoint closing", "transport closed")
+
+
+def with_remedy(
+    error: StepwireError,
+    target: str,
+    environment: Mapping[str, str] = os.environ,
+    look: Callable[[], str | None] = lambda: None,
+) -> StepwireError:
     """Return an error that names the target and the next action, if gRPC made no connection; else the error itself.
 
     Args:
         error: the error of a call.
         target: the target of its channel.
         environment: the variables, which may name a proxy.
+        look: tells why the server refuses a handshake that gRPC has no reason for, with the remedy; None for no reason.
     """
     if error.reason is not Reason.UNREACHABLE or not str(error).startswith(_NO_CONNECTION):
         return error
-    if (cause := _handshake_problem(str(error))) is not None:
+    cause = _handshake_problem(str(error))
+    if cause is None and (_is_closed(str(error)) or is_on_this_host(target)):
+        cause = look()
+    if cause is not None:
         return AuthenticationError(
             f"the TLS handshake with {target!r} failed: {cause}. {error}",
             metadata=error.metadata | {"handshake": "failed"},
@@ -47,6 +60,10 @@ def with_remedy(error: StepwireError, target: str, environment: Mapping[str, str
     if proxy is not None and not is_on_this_host(target):
         remedy += f". The environment names a proxy in {proxy}: a host in no_proxy is reached without it"
     return UnavailableError(f"no server answers at {target!r}: {remedy}. {error}", metadata=error.metadata)
+
+
+def _is_closed(account: str) -> bool:
+    return any(sign in account.lower() for sign in _CLOSED)
 
 
 def _handshake_problem(account: str) -> str | None:

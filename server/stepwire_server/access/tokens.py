@@ -106,7 +106,11 @@ def write_tokens(path: pathlib.Path, records: Sequence[TokenRecord]) -> None:
 
 
 class TokenFile:
-    """The tokens that a server knows: those of its file, read again when the file changes. Thread-safe."""
+    """The tokens that a server knows: those of its file, read again when the file changes. Thread-safe.
+
+    Attributes:
+        path: the file.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         """Read a file.
@@ -114,7 +118,7 @@ class TokenFile:
         Raises:
             InvalidRequestError: as `read_tokens`.
         """
-        self._path = path
+        self.path = path
         self._file = WatchedFiles(path)
         self._identities = {record.digest: record.identity() for record in read_tokens(path)}
         self._on_change: Callable[[], object] = lambda: None
@@ -136,7 +140,7 @@ class TokenFile:
         if not self._file.changed():
             return
         try:
-            records = read_tokens(self._path)
+            records = read_tokens(self.path)
         except InvalidRequestError as problem:
             _log.error("the tokens stay as they were", problem=str(problem))
             return

@@ -137,7 +137,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 4096 * MIB
     max_streams: Annotated[
         _Positive, Meta(description="The largest number of attached streams at a time; each stream costs a thread.")
-    ] = 256
+    ] = 1024
     tenant_max_sessions: Annotated[
         _Count, Meta(description="The largest number of sessions of one tenant. 0 means no limit of its own.")
     ] = 0
@@ -151,6 +151,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _Count,
         _BYTES,
         Meta(description="The bytes that sessions of one tenant may hold, such as 8G. 0 means no limit of its own."),
+    ] = 0
+    tenant_disk: Annotated[
+        _Count,
+        _BYTES,
+        Meta(
+            description="The bytes of checkpoints on the disk beyond which a tenant makes no durable session and saves "
+            "no checkpoint, such as 50G; those of parked sessions count. 0 means no limit."
+        ),
     ] = 0
     tenant_steps_per_second: Annotated[
         _Count,

@@ -52,13 +52,17 @@ class MemoryBudget:
         with self._lock:
             return BudgetStatistics(self.limit_bytes, self._reserved_bytes, self._released_bytes)
 
-    def reserve(self, nbytes: int, purpose: str, *, retry_after_seconds: float | None = None) -> Reservation:
+    def reserve(
+        self, nbytes: int, purpose: str, *, retry_after_seconds: float | None = None, makes_room: bool = True
+    ) -> Reservation:
         """Reserve bytes of the budget.
 
         Args:
             nbytes: the number of bytes.
             purpose: the subject of the error's sentence, such as "the session".
             retry_after_seconds: the time after which a client may try again; None where waiting does not help.
+            makes_room: where bytes are short, others may be released for these; False for a caller with a lock that
+                whoever releases them may wait for.
 
         Returns:
             The reservation, which the caller releases.
@@ -72,7 +76,7 @@ class MemoryBudget:
                 if nbytes <= available:
                     self._reserved_bytes += nbytes
                     return Reservation(self, nbytes)
-            if nbytes > self.limit_bytes or not self._make_room():
+            if nbytes > self.limit_bytes or not makes_room or not self._make_room():
                 raise self._shortage(nbytes, purpose, available, retry_after_seconds)
 
     def on_shortage(self, make_room: Callable[[], bool]) -> None:

@@ -92,7 +92,11 @@ class KernelAccount:
             beyond = self.count >= _BESIDE_THE_BUDGET
             self._count(tenant, 1)
         try:
-            return self._budget.reserve(KERNEL_BYTES, "a compiled kernel") if beyond else None
+            if not beyond:
+                return None
+            # The engine's lock of kernels is held here, and a session that is parked may wait for a creation, which
+            # may wait for that lock.
+            return self._budget.reserve(KERNEL_BYTES, "a compiled kernel", makes_room=False)
         except BaseException:
             self._withdraw(tenant, None)
             raise

@@ -59,7 +59,9 @@ class CheckpointService:
 
     def save_checkpoint(self, request: pb.SaveCheckpointRequest, context: grpc.ServicerContext) -> Any:
         """Save a checkpoint under a name."""
-        session = self._sessions(context).get(request.session_id)
+        sessions = self._sessions(context)
+        session = sessions.get(request.session_id)
+        sessions.check_disk(lambda: request.name in {each.name for each in self._checkpoints.list(session.session_id)})
         with self._serving.drain.admit(), session.calls.one():
             saved = self._checkpoints.save(session, request.name)
         return pb.SaveCheckpointResponse(checkpoint=encode_checkpoint(saved.info), replayed=saved.replayed)
@@ -101,6 +103,8 @@ class CheckpointService:
         sessions = self._sessions(context)
         session = _session_to_fork(sessions, request.session_id, request_id)
         config = decode_fork_config(request, session.config, self._config)
+        if config.durability.level != "memory":
+            sessions.check_disk(lambda: sessions.created(request_id) is not None)
         with self._serving.drain.admit(), session.calls.one():
             created = self._rollbacks.fork(session, sessions.named(request_id), config, _origin(request))
         session_lines.created(created, context)

@@ -44,6 +44,7 @@ class Registry:
         clock: returns seconds.
         directory: the sessions on disk; None where all are in memory alone.
         streams: the attached streams.
+        limits: the limits of the server and of each tenant.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Registry:
         self.pool = pool
         self.clock = clock
         self._sinks = tuple(sinks)
-        self._limits = limits
+        self.limits = limits
         self._rates = StepRates(limits.tenant.steps_per_second)
         self._lock = threading.Lock()
         self._creation = threading.RLock()
@@ -101,13 +102,13 @@ class Registry:
         with self._creation:
             if (known := self.created(request_id, config)) is not None:
                 return known
-            if len(self._sessions) >= self._limits.sessions and not self._parked_one():
-                raise too_many_sessions(self._limits.sessions, self.of(tenant_of(request_id)), self.clock())
+            if len(self._sessions) >= self.limits.sessions and not self._parked_one():
+                raise too_many_sessions(self.limits.sessions, self.of(tenant_of(request_id)), self.clock())
             device = self.pool.choose(config.device)
             with device.kernels.asked_by(tenant_of(request_id)):
                 session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
             with closed_on_failure(session):
-                self._limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
+                self.limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
                 if beginning is not None:
                     beginning.bring(session)
             token = session.acquire().token
@@ -154,6 +155,11 @@ class Registry:
         """Return the tenant of a session; None for an unknown one."""
         session = self._sessions.get(session_id)
         return tenants_of({}, self._parked).get(session_id) if session is None else session.tenant
+
+    def ids_of(self, tenant: str) -> list[str]:
+        """Return the ids of a tenant's sessions, of parked ones too."""
+        with self._lock:
+            return [each for each, owner in tenants_of(self._sessions, self._parked).items() if owner == tenant]
 
     def page(self, after: str, size: int, tenant: str | None = None) -> tuple[list[Session | ParkedSession], str]:
         """Return sessions of a tenant ordered by id, and the token of the next page, empty on the last; None: all."""
@@ -227,7 +233,7 @@ class Registry:
             session.let_go()
         self._end([session for session in expired if not session.durable])
         for session in present:  # a half-applied step whose client is gone keeps the log
-            half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self._limits.idle_seconds
+            half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self.limits.idle_seconds
             if session.durable and (half or session in expired):
                 self.park(session)
         return [session.session_id for session in expired]
@@ -346,8 +352,8 @@ class Registry:
         assert self.directory is not None
         if not self.directory.has(session_id):
             raise session_not_found(session_id)
-        if len(self._sessions) >= self._limits.sessions and not self._parked_one():
-            raise too_many_sessions(self._limits.sessions, self._present(), self.clock())
+        if len(self._sessions) >= self.limits.sessions and not self._parked_one():
+            raise too_many_sessions(self.limits.sessions, self._present(), self.clock())
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)

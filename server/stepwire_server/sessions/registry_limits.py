@@ -22,12 +22,14 @@ class TenantLimits(NamedTuple):
         streams: the attached streams.
         state_bytes: the bytes of the sessions in memory, on all devices.
         steps_per_second: the steps of all its sessions in a second.
+        disk_bytes: the bytes of the checkpoints of its sessions, parked ones too.
     """
 
     sessions: int = 0
     streams: int = 0
     state_bytes: int = 0
     steps_per_second: int = 0
+    disk_bytes: int = 0
 
     def check_session(self, session: Session, others: Sequence[Session], now: float) -> None:
         """Refuse a session that is one too many for its tenant, or too large.
@@ -58,6 +60,20 @@ class TenantLimits(NamedTuple):
                 metadata={"limit": "tenant_memory", "most": self.state_bytes, "requested_bytes": session.memory_bytes},
             )
             raise with_idle_sessions(error, others, now)
+
+    def check_disk(self, held: int) -> None:
+        """Refuse more on the disk where a tenant has so many bytes there.
+
+        Raises:
+            ResourceExhaustedError: they are its most, or more.
+        """
+        if held >= self.disk_bytes:
+            raise ResourceExhaustedError(
+                f"this tenant's sessions hold {held} bytes on the disk, parked ones too, and {self.disk_bytes} are its "
+                "most; delete checkpoints or sessions, or have the server started with a larger --tenant-disk",
+                reason=Reason.MEMORY_EXHAUSTED,
+                metadata={"limit": "tenant_disk", "most": self.disk_bytes},
+            )
 
     def check_stream(self, attached: int) -> None:
         """Refuse a stream beside as many attached ones of its tenant.

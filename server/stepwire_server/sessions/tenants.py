@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning, Created
+from stepwire_server.sessions.disk_use import bytes_on_disk
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.session import Session
@@ -73,12 +74,27 @@ class TenantSessions:
         return self._registry.get(self.check(session_id))
 
     def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
-        """See `Registry.create`."""
+        """See `Registry.create`; a durable session needs room on the disk."""
+        if config.durability.level != "memory":
+            self.check_disk(lambda: self.created(request_id) is not None)
         return self._registry.create(self.named(request_id), config, beginning)
 
     def created(self, request_id: str) -> Created | None:
         """See `Registry.created`."""
         return self._registry.created(self.named(request_id))
+
+    def check_disk(self, is_there: Callable[[], bool]) -> None:
+        """Refuse more on the disk beyond the tenant's limit, unless it is there: then this is a repeated request.
+
+        Raises:
+            ResourceExhaustedError: the tenant has all the bytes that it may have.
+        """
+        limits, directory, tenant = self._registry.limits.tenant, self._registry.directory, self._tenant or ""
+        if not limits.disk_bytes or directory is None:
+            return
+        held = bytes_on_disk(directory.checkpoints(each).folder for each in self._registry.ids_of(tenant))
+        if held >= limits.disk_bytes and not is_there():
+            limits.check_disk(held)
 
     def named(self, request_id: str) -> str:
         """Return the qualified name of a request of this tenant."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -56,8 +58,15 @@ def test_a_server_may_ask_for_certificates_of_clients(own: Authority, tmp_path: 
         tls = stepwire.TLS(ca=own.ca, cert=clients.cert, key=clients.key)
         with stepwire.connect(at(server), tls=tls) as client:
             assert client.info().sessions == 0
-        with stepwire.connect(at(server), tls=own.tls, timeout=2.0) as client, pytest.raises(stepwire.StepwireError):
-            client.info()
+        other = authority(tmp_path / "other", "eve")
+        for wrong, words in (
+            (own.tls, r"asks for a client's certificate; give tls=stepwire\.TLS\(cert=…, key=…\)"),
+            (stepwire.TLS(ca=own.ca, cert=other.cert, key=other.key), "does not accept this client's certificate"),
+            (None, r"the server speaks TLS; connect with tls=True"),
+        ):
+            with stepwire.connect(at(server), tls=wrong, timeout=60.0) as client:
+                with pytest.raises(stepwire.AuthenticationError, match=words):  # at once: not after a minute
+                    client.info()
 
 
 def test_new_certificates_serve_new_connections_and_no_step_is_lost(
@@ -75,6 +84,36 @@ def test_new_certificates_serve_new_connections_and_no_step_is_lost(
         (tmp_path / "own" / "cert.pem").write_text("no certificate")
         with stepwire.connect(at(server), tls=following.tls) as another:
             assert another.info().sessions == 1
+
+
+def test_certificates_rotate_while_a_session_steps_and_no_step_is_lost_or_doubled(
+    server: Server, own: Authority, tmp_path: pathlib.Path
+) -> None:
+    """Each new connection is over the newest certificate; a step is sent over each of them in turn."""
+    over, steps = threading.Event(), [0]
+    ones = {"w": np.ones(4, np.float32)}
+    with stepwire.connect(at(server), tls=own.tls, transport="tcp") as client:
+        session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0))
+
+        def train() -> None:
+            while not over.is_set():
+                session.step(ones)
+                steps[0] += 1
+
+        with ThreadPoolExecutor(1) as threads:
+            training = threads.submit(train)
+            try:
+                for number in range(3):
+                    following = authority(tmp_path / f"following-{number}")
+                    for new, old in ((following.cert, own.cert), (following.key, own.key)):
+                        shutil.copy(new, old)
+                    with stepwire.connect(at(server), tls=following.tls) as another:
+                        assert another.info().sessions == 1
+            finally:
+                over.set()
+            training.result()
+        assert steps[0] == session.applied_step == session.info().applied_step > 0
+        np.testing.assert_array_equal(session.pull()["w"], -float(steps[0]))
 
 
 def test_certificates_that_are_none_keep_a_server_from_starting(own: Authority, tmp_path: pathlib.Path) -> None:

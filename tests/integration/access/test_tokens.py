@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -68,6 +69,30 @@ def test_memory_is_handed_to_the_identity_that_attached(server: Server, tokens: 
         session: Any = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0))
         np.testing.assert_array_equal(session.step(ONES)["w"], -1.0)
         assert session.transport.name == "shm"
+
+
+def test_a_tenants_bytes_on_disk_have_a_limit_that_parked_sessions_count_in(
+    tokens: Tokens, tmp_path: pathlib.Path
+) -> None:
+    """A checkpoint of this session has 6,000 bytes. A repeated request for what is there is no more on the disk."""
+    ann, bob = tokens.add("ann", tenant="a"), tokens.add("bob", tenant="b")
+    settings = {"tokens": str(tokens.path), "data_dir": str(tmp_path / "data"), "tenant_disk": 10_000}
+    with numpy_server(**settings) as server, connected(server, ann) as client, connected(server, bob) as other:
+        session: Any = client.create_session(ZEROS, durability="checkpoint", request_id="first")
+        saved = session.save_checkpoint("best")
+        session.detach()
+        assert server.registry.park(server.registry.get(session.session_id))
+        create = functools.partial(client.create_session, ZEROS, durability="checkpoint")
+        for refused in (create, lambda: session.save_checkpoint("next"), lambda: session.fork(durability="checkpoint")):
+            with pytest.raises(stepwire.ResourceExhaustedError, match="--tenant-disk") as told:
+                refused()
+            assert told.value.metadata["limit"] == "tenant_disk"
+        assert session.save_checkpoint("best") == saved
+        assert create(request_id="first").session_id == session.session_id
+        client.create_session(ZEROS)
+        other.create_session(ZEROS, durability="checkpoint")
+        session.close()
+        create()
 
 
 def test_a_config_file_has_the_target_and_the_token_for_programs_and_commands(

@@ -54,6 +54,7 @@ def test_kernels_beyond_the_first_are_in_the_budget_for_good() -> None:
     assert budget.reserved_bytes == 0
     make(account)
     assert budget.reserved_bytes == KERNEL_BYTES
+    budget.on_shortage(lambda: pytest.fail("the engine's lock is held: nothing may be parked for a kernel"))
     with pytest.raises(ResourceExhaustedError, match=f"a compiled kernel needs {KERNEL_BYTES} bytes and 0 of"):
         make(account)
     assert account.count == FIRST + 1

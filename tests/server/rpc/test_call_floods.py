@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -13,12 +14,16 @@ from grpc_health.v1 import health_pb2
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, step_pb2
+from stepwire.wire.channel_options import LARGEST_REQUEST_BYTES
 from tests.support.http2 import RawHttp2, grpc_message
 
 SERVICE: Final = "/stepwire.v1.OptimizerService/"
 HEALTH: Final = "/grpc.health.v1.Health/"
 CALLS: Final = 200
 """More than there are places."""
+
+UNFINISHED: Final = 32
+"""The calls that may be slow with messages of 8 MiB."""
 
 UNREAD_BYTES: Final = 64 << 20
 BATCH: Final = 20
@@ -89,6 +94,25 @@ def test_calls_that_wait_for_their_clients_keep_nobody_out(
     finally:
         for connection in opened:
             connection.close()
+    until(lambda: server.statistics().calls.total == 0)
+
+
+def test_messages_that_never_end_are_bounded_and_a_too_large_one_is_refused_at_its_length(
+    served: Any, clock: Any, until: Callable[[Callable[[], bool]], None]
+) -> None:
+    """Each counts as 8 MiB, which it may have: gRPC says nothing of the bytes that are there."""
+    server, wire, live = served
+    half = grpc_message(bytes(1000))[:-1]
+    with RawHttp2(server.port) as one, RawHttp2(server.port) as other:
+        for connection, count in ((one, 60), (other, 4)):
+            for _ in range(count):
+                connection.open(SERVICE + "Step", half, end=False)
+        until(lambda: server.statistics().calls.rooms.get("entrance", 0) == 64)
+        clock.now += 1.1
+        until(lambda: server.statistics().calls.rooms.get("entrance", 0) == UNFINISHED)
+        check_served(server, wire, live, 1)
+        large = one.open(SERVICE + "Step", b"\x00" + struct.pack(">I", LARGEST_REQUEST_BYTES + 1), end=False)
+        until(lambda: one.read()[1] == large)
     until(lambda: server.statistics().calls.total == 0)
 
 
