@@ -35,8 +35,8 @@ _MOST_WAITING: Final = 1024
 _STEPS_A_SECOND: Final = 200
 _CLOSE_SECONDS: Final = 5.0
 _PACKAGES: Final = (
-    "pip install 'stepwire[otel]' brings OpenTelemetry and its exporter over gRPC; others are packages of their own, such "
-    "as opentelemetry-exporter-otlp-proto-http"
+    "pip install 'stepwire[otel]' brings OpenTelemetry and its exporter over gRPC; others are packages of their own, "
+    "such as opentelemetry-exporter-otlp-proto-http"
 )
 
 
