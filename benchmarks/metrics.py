@@ -1,4 +1,4 @@
-"""The cost of metrics: of a scrape with many sessions, and of the counting in a small step."""
+"""The cost of being seen: of a scrape with many sessions, and of counts, history and traces in a small step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from typing import Any, Final
 import numpy as np
 
 import stepwire
+from stepwire.links.observed import ObservedSteps
+from stepwire.steps.trace import StepTraces as ClientTraces
+from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import FLOAT32
+from stepwire.wire.trace_context import TraceContext
+from stepwire_server.observability.step_traces import ReplyTraces
 from stepwire_server.observability.tallies import Tallies
 from stepwire_server.processes.spawn import server_process
 from stepwire_server.records.committed import Committed
@@ -25,6 +30,19 @@ __all__ = ["metrics"]
 
 Figures = dict[str, Any]
 _SIZE: Final = 1000
+_RESULT: Final = step_pb2.StepResult(step=1)
+_REPLIED: Final = Replied(
+    "tcp",
+    StepResult(1, 1, False, 1.0, 0, (), StepTimes(1e-4, 2e-5, 3e-5)),
+    FLOAT32,
+    FLOAT32,
+    received_bytes=4000,
+    sent_bytes=4200,
+    sync_seconds=0.0,
+    send_seconds=1e-5,
+    seconds=3e-4,
+    session_id="0" * 32,
+)
 _GRADIENT: Final = {"w": np.full(_SIZE, 0.01, np.float32)}
 
 
@@ -51,6 +69,8 @@ def metrics(*, sessions: int = 256, scrapes: int = 100, rounds: int = 40, batch:
         "with metrics to without": statistics.median(b / a for a, b in zip(off, on, strict=True)),
         "counting of a step us": counting * 1e6,
         "counting to a step": counting / statistics.median(off),
+        "history of a step us": _remembering() * 1e6,
+        "step beside traced ones us": _choosing() * 1e6,
     }
 
 
@@ -94,10 +114,49 @@ def _counting(rounds: int = 50, batch: int = 1000) -> float:
     """Return the seconds of all that is counted in a step."""
     tallies = Tallies()
     request = StepRequest(1, 1, FLOAT32, FLOAT32, True, _SIZE, ())
-    result = StepResult(1, 1, False, 1.0, 0, (), StepTimes(1e-4, 2e-5, 3e-5))
 
     def count() -> None:
-        tallies.committed(Committed("0" * 32, 0, 1, request, result, "tcp"))
-        tallies.replied(Replied("tcp", result, FLOAT32, FLOAT32, 4000, 4200, 0.0, 1e-5, 3e-4, "s"))
+        tallies.committed(Committed("0" * 32, 0, 1, request, _REPLIED.result, "tcp"))
+        tallies.replied(_REPLIED)
 
     return min(sum(times_of(count, batch)) / batch for _ in range(rounds))
+
+
+class _NoServer:
+    """A link whose steps cost nothing."""
+
+    def step(self, call: Any, deadline: Any) -> step_pb2.StepResult:
+        return _RESULT
+
+
+def _remembering(rounds: int = 50, batch: int = 1000) -> float:
+    """Return the seconds that the history costs a step on the client."""
+    observed = ObservedSteps(_NoServer())  # type: ignore[arg-type]
+
+    def remember() -> None:
+        observed.step(None, None)  # type: ignore[arg-type]
+
+    return min(sum(times_of(remember, batch)) / batch for _ in range(rounds))
+
+
+class _NoExport:
+    """An export that nothing reaches."""
+
+    def current(self) -> None:
+        return None
+
+    def put(self, spans: Any) -> None:  # of a step that was slow by chance
+        pass
+
+
+def _choosing(rounds: int = 50, batch: int = 1000) -> float:
+    """Return the seconds that traces cost a step that is not traced, on client and server together."""
+    export: Any = _NoExport()
+    client, server, begin = ClientTraces(export, 1 << 50, "here"), ReplyTraces(export, 1 << 50), step_pb2.StepBegin()
+    client.begin(begin)  # the first one is chosen
+
+    def choose() -> None:
+        client.end(client.begin(begin), 1, None)
+        server.replied(_REPLIED._replace(trace=TraceContext.parse(begin.traceparent, "traceparent")))
+
+    return min(sum(times_of(choose, batch)) / batch for _ in range(rounds))

@@ -43,13 +43,30 @@ def test_a_lock_is_what_the_project_asks_for(name: str) -> None:
         assert all(version in requirement.specifier for version in versions), f"{requirement}: {versions}; make lock"
 
 
-@pytest.mark.parametrize("name", ["build", *EXTRAS])
+@pytest.mark.parametrize("name", ["build", "sbom", *EXTRAS])
 def test_every_pin_has_hashes_and_no_place(name: str) -> None:
     """Wherever the wheels come from, they are the same; where they were looked for is nobody's business."""
     text = (DOCKER / "requirements" / f"{name}.txt").read_text()
     blocks = re.split(r"\n(?=\S)", text)
     assert all("--hash=sha256:" in block for block in blocks if "==" in block.partition("\n")[0])
     assert not re.search(r"https?://|--index|--find-links|file:", text)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_images_have_what_optional_settings_need(name: str) -> None:
+    """Whoever runs an image cannot install an extra."""
+    locked = {package for package, _ in pins(name)}
+    for extra in ("objects", "tls", "jwt", "metrics", "otel", "reflection"):
+        assert {canonicalize_name(each.name) for each in asked(extra)} <= locked, f"{extra} is not locked; make lock"
+
+
+def test_every_image_lists_its_contents_where_its_label_says() -> None:
+    """Each target writes the list anew, over that of the target below it."""
+    (path,) = re.findall(r'io\.github\.stepwire\.sbom="([^"]+)"', DOCKERFILE)
+    stages = re.findall(r"^FROM \S+ AS (packages\S*)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.M | re.S)
+    assert [name for name, _ in stages] == ["packages", "packages-gpu", "packages-demo"]
+    listing = f"--output-file {path} /opt/stepwire/bin/python3\n"
+    assert [stage.count(listing) for _, stage in stages] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["gpu", "demo"])

@@ -20,14 +20,13 @@ _MISSING: Final = math.nan
 _NON_FINITE_COLOR: Final = "tab:red"
 
 
-def training(steps: Session | Sequence[PastStep], *, n: int | None = None) -> Any:
+def training(steps: Session | Sequence[PastStep]) -> Any:
     """Draw norms, learning rates and times over the steps.
 
     Red lines mark the steps whose gradients had NaN or Inf.
 
     Args:
-        steps: a session, or steps of its `history`.
-        n: the most steps; None for all that are remembered.
+        steps: a session, or steps of its `history`, such as `session.history(100)`.
 
     Returns:
         A `matplotlib.figure.Figure`, which notebooks show; `savefig(path)` writes it to a file.
@@ -36,9 +35,7 @@ def training(steps: Session | Sequence[PastStep], *, n: int | None = None) -> An
         ImportError: matplotlib is not installed.
         InvalidRequestError: there are no steps.
     """
-    history = steps.history(n) if isinstance(steps, Session) else tuple(steps)[-n if n else None :]
-    if not history:
-        raise InvalidRequestError.of("steps", "there are none to draw; step the session first")
+    history = _checked(steps)
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as missing:
@@ -54,6 +51,22 @@ def training(steps: Session | Sequence[PastStep], *, n: int | None = None) -> An
     for axes in (rates, times):
         axes.set_xlabel("step")
     return figure
+
+
+def _checked(steps: Session | Sequence[PastStep]) -> tuple[PastStep, ...]:
+    if not isinstance(steps, (Session, Sequence)) or not all(isinstance(each, PastStep) for each in _of(steps)):
+        raise InvalidRequestError.of(
+            "steps",
+            f"{type(steps).__name__} is neither a session nor steps of `history`; of an `AsyncSession` give `await "
+            "session.history()`, and of an optimizer its `session`",
+        )
+    if not (history := tuple(_of(steps))):
+        raise InvalidRequestError.of("steps", "there are none to draw; step the session first")
+    return history
+
+
+def _of(steps: Session | Sequence[PastStep]) -> Sequence[PastStep]:
+    return steps.history() if isinstance(steps, Session) else steps
 
 
 def _norms(history: Sequence[PastStep]) -> Series:

@@ -208,4 +208,7 @@ def test_a_training_is_drawn_as_it_was(client: stepwire.Client) -> None:
         assert [list(values) for values in drawn] == [[0.25] * 3, [0.5] * 3]
         assert list(times.lines[0].get_ydata()) == [past.seconds for past in session.history()]
         assert ratio.lines[0].get_ydata()[1:2].tolist() != [0.0]
-        assert plots.training(session.history(), n=1).axes[0].lines[0].get_xdata() == [3]
+        assert plots.training(session.history(1)).axes[0].lines[0].get_xdata() == [3]
+        for wrong in (client, [1.0], "steps"):
+            with pytest.raises(stepwire.InvalidRequestError, match="^steps: .* is neither a session nor steps"):
+                plots.training(wrong)  # type: ignore[arg-type]

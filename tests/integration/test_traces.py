@@ -160,5 +160,5 @@ def test_the_environment_turns_traces_off(monkeypatch: pytest.MonkeyPatch, varia
 
 def test_an_exporter_that_is_not_there_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier-pigeon")
-    with pytest.raises(stepwire.UnsupportedFeatureError, match=r"'carrier-pigeon' .*pip install 'stepwire\[otel\]'"):
+    with pytest.raises(stepwire.UnsupportedFeatureError, match=r"'carrier-pigeon' is .*pip install 'stepwire\[otel\]'"):
         stepwire.connect("localhost:1", trace_one_in=1)

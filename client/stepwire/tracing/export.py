@@ -34,7 +34,10 @@ _GROUP: Final = "opentelemetry_traces_exporter"
 _MOST_WAITING: Final = 1024
 _STEPS_A_SECOND: Final = 200
 _CLOSE_SECONDS: Final = 5.0
-_PACKAGES: Final = "install it: pip install 'stepwire[otel]'"
+_PACKAGES: Final = (
+    "pip install 'stepwire[otel]' brings OpenTelemetry and its exporter over gRPC; others are packages of their own, "
+    "such as opentelemetry-exporter-otlp-proto-http"
+)
 
 
 def export_of_environment(service: str, field: str) -> SpanExport | None:

@@ -63,8 +63,8 @@ def _spans(replied: Replied, end_ns: int) -> Iterator[Span]:
     yield Span(_SERVER_SPAN, context, replied.trace, start_ns, end_ns, "server", _attributes(replied))
     for stage, first, last in _stages(replied):
         place = TraceContext.new(context, sampled=True)
-        begin = max(start_ns, start_ns + round(first * _NANOSECONDS))
-        yield Span(f"{SPAN}.{stage}", place, context, begin, start_ns + round(last * _NANOSECONDS))
+        begin_ns = max(start_ns, start_ns + round(first * _NANOSECONDS))
+        yield Span(f"{SPAN}.{stage}", place, context, begin_ns, max(begin_ns, start_ns + round(last * _NANOSECONDS)))
 
 
 def _stages(replied: Replied) -> Iterator[tuple[str, float, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2
 
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.access.identity import Role
@@ -16,7 +17,6 @@ from tests.support.numpy_server import numpy_server
 
 _REASON = "grpcio-reflection is not installed: pip install 'stepwire[reflection]'"
 reflection_pb2 = pytest.importorskip("grpc_reflection.v1alpha.reflection_pb2", reason=_REASON)
-descriptors = pytest.importorskip("google.protobuf.descriptor_pb2")
 
 METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -44,10 +44,10 @@ def test_a_server_tells_its_contract_if_it_is_allowed_to() -> None:
     listed = {service.name for service in services.list_services_response.service}
     assert listed == {name, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     told = [
-        descriptors.FileDescriptorProto.FromString(each)
+        descriptor_pb2.FileDescriptorProto.FromString(each)
         for each in files.file_descriptor_response.file_descriptor_proto
     ]
-    wanted = descriptors.FileDescriptorProto()
+    wanted = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(wanted)
     assert wanted in told
     assert nothing.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]

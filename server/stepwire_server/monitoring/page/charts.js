@@ -47,13 +47,24 @@ const Charts = (() => {
       legend: { show: count > 1 },
       cursor: { sync: { key: "stepwire" } },
       scales: { x: { time: true }, y: kind.log ? { distr: 3 } : kind.range ? { range: kind.range } : {} },
-      axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
+      axes: [{ ...axis, space: 72, values: moments }, { ...axis, size: 64, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
       series: [{}, ...series],
       hooks: { draw: [bands(bad)] },
     };
   }
 
   const short = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(0) : String(+value.toPrecision(4)));
+
+  // The time of day alone, and the day where another one begins: uPlot's own second line overlaps in narrow charts.
+  function moments(_, ticks, __, ___, step) {
+    const time = { hour: "2-digit", minute: "2-digit", ...(step < 60 ? { second: "2-digit" } : {}), hour12: false };
+    let day = new Date().toDateString();
+    return ticks.map((tick) => {
+      const moment = new Date(tick * 1000), isSame = moment.toDateString() === day;
+      day = moment.toDateString();
+      return isSame ? moment.toLocaleTimeString([], time) : moment.toLocaleDateString([], { month: "short", day: "numeric" });
+    });
+  }
 
   function build(root, points, id) {
     root.replaceChildren();
