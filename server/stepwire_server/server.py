@@ -19,9 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnavailableError
 from stepwire.threads import DaemonThreads
-from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
-from stepwire.wire.addresses import boot_id
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.access.client_certificates import ClientCertificates
 from stepwire_server.access.control import AccessControl
@@ -285,17 +283,7 @@ class Server:
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),
-            local=self._local_access(),
-        )
-
-    def _local_access(self) -> transport_pb2.LocalAccess:
-        """Return the ways besides TCP for processes of this machine."""
-        return transport_pb2.LocalAccess(
-            unix_socket=self.unix_socket,
-            handoff_socket=self.handoff.path,
-            boot_id=boot_id(),
-            shared_memory_off=self.handoff.off,
-            device_memory_off=self.handoff.device_off,
+            local=self.handoff.local_access(self.unix_socket),
         )
 
     def _device_lost(self, error: DataLossError) -> None:

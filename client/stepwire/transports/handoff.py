@@ -18,10 +18,11 @@ from stepwire.errors import StepwireError, UnavailableError
 from stepwire.v1 import transport_pb2
 from stepwire.wire.error_details import error_from_details
 
-__all__ = ["Handed", "handed_over"]
+__all__ = ["Handed", "bound_waits", "handed_over"]
 
 _LARGEST_RESPONSE: Final = 16 << 10
 _MOST_SECONDS: Final = 5.0
+_LONGEST_SECONDS: Final = 1 << 30
 
 
 class Handed(NamedTuple):
@@ -53,7 +54,7 @@ def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descript
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     received: list[int] = []
     try:
-        _bound(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
+        bound_waits(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
         response = _ask(connection, handoff, received, descriptors)
         yield Handed(connection, response, received)
     except OSError as problem:
@@ -67,9 +68,13 @@ def handed_over(handoff: transport_pb2.Handoff, timeout_seconds: float, descript
             os.close(descriptor)
 
 
-def _bound(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel bound each wait: Python's own timeouts fail at once where the server has yet to accept others."""
-    moment = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+def bound_waits(connection: socket.socket, seconds: float) -> None:
+    """Let the kernel bound each wait: Python's own timeouts fail at once where the server has yet to accept others.
+
+    A wait that is over raises BlockingIOError. The bound is at least a microsecond, since 0 would be none.
+    """
+    whole = int(min(seconds, _LONGEST_SECONDS))
+    moment = struct.pack("@ll", whole, max(int((seconds - whole) * 1e6) if whole < _LONGEST_SECONDS else 0, not whole))
     for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, direction, moment)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -58,6 +59,7 @@ class Serving(NamedTuple):
         max_chunk_bytes: the most bytes of one chunk's payload.
         access: the admission of calls.
         tallies: count the replies; None where nobody asks for them.
+        most_reply_bytes: the most bytes of a reply's payload in one message, whatever its client asks for.
     """
 
     drain: Drain
@@ -66,6 +68,7 @@ class Serving(NamedTuple):
     max_chunk_bytes: int
     access: AccessControl
     tallies: Tallies | None = None
+    most_reply_bytes: int = sys.maxsize
 
 
 class StepStream:
@@ -100,11 +103,19 @@ class StepStream:
         """
         # A frame holds megabytes, so none stays in a variable longer than it takes to stage it.
         for opening in map(lambda frame: [frame], frames):
-            with self._serving.drain.admit():
-                yield from self._step(opening, frames)
-                self._stream.ending = self._serving.drain.started
-            if self._stream.ending:
-                raise self._serving.drain.refusal()
+            yield from self.step(opening, frames)
+
+    def step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
+        """Yield the replies to one step: to a list of its first message, which is emptied, and to what follows.
+
+        Raises:
+            StepwireError: the step is refused, or the server ends; the stream ends with it.
+        """
+        with self._serving.drain.admit():
+            yield from self._step(opening, frames)
+            self._stream.ending = self._serving.drain.started
+        if self._stream.ending:
+            raise self._serving.drain.refusal()
 
     def _step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
@@ -172,8 +183,7 @@ class StepStream:
         if self._last_request is None or settings != self._last_settings:
             config = self._session.config
             request = decode_step_request(begin, config, self._serving.max_chunk_bytes)
-            if config.aggregation is not None:
-                request = request._replace(reply_elements=_shared_elements(request, config))
+            request = request._replace(reply_elements=_elements_together(request, config, self._serving))
             if not request.epoch:  # a stream is opened in an epoch, and never skips its check
                 request = request._replace(epoch=self._epoch)
             if request.shared and self._memory().in_place:  # the reply is the state, where the client sees it
@@ -228,6 +238,8 @@ class StepStream:
         message: pb.AttachRequest = frame.message
         if message.HasField("open"):
             raise invalid_frame("open", "only the first message of a stream carries `open`")
+        if message.over_stream:
+            raise invalid_frame("over_stream", "it comes on a packet lane, as a message of its own")
         ends = message.HasField("commit")
         if not message.HasField("chunk"):
             if frame.payload.size:
@@ -276,7 +288,8 @@ class StepStream:
 
     def _is_small(self, request: StepRequest) -> bool:
         reply_bytes = self._session.config.layout.size * request.reply_dtype.itemsize
-        return reply_bytes <= min(_SMALL_REPLY_BYTES, self._serving.max_chunk_bytes)
+        serving = self._serving
+        return reply_bytes <= min(_SMALL_REPLY_BYTES, serving.max_chunk_bytes, serving.most_reply_bytes)
 
     def _commit_alone(self, step: Step) -> Iterable[bytes]:
         request = step.request
@@ -354,12 +367,12 @@ def _admitted(opening: Frame, step: Step) -> bytes:
     return pb.AttachResponse(admitted=step_pb2.StepAdmitted(gradient=not step.replay)).SerializeToString()
 
 
-def _shared_elements(request: StepRequest, config: SessionConfig) -> int:
-    """Return the elements of a chunk that goes to several workers: all their chunks together have a bound."""
-    assert config.aggregation is not None
-    alignment, workers = config.layout.chunk_alignment, config.aggregation.workers
-    most = max(_TOGETHER_BYTES // workers, _LEAST_CHUNK_BYTES) // request.reply_dtype.itemsize // alignment * alignment
-    return min(request.reply_elements, most)
+def _elements_together(request: StepRequest, config: SessionConfig, serving: Serving) -> int:
+    """Return the elements of a chunk of a reply. Chunks for several workers have a bound for all of them together."""
+    alignment, most = config.layout.chunk_alignment, serving.most_reply_bytes
+    if config.aggregation is not None:
+        most = min(most, max(_TOGETHER_BYTES // config.aggregation.workers, _LEAST_CHUNK_BYTES))
+    return min(request.reply_elements, most // request.reply_dtype.itemsize // alignment * alignment)
 
 
 def _drained(ready: deque[bytes], last: Callable[[], bytes]) -> Iterator[bytes]:

@@ -54,6 +54,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "state_int8",
     "state_mixed",
     "transport_cuda_ipc",
+    "transport_packets",
     "transport_shm",
     "two_phase_clipping",
     "update_norm",

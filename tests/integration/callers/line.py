@@ -152,7 +152,7 @@ class LineServer:
             self.registry,
             serving,
             config,
-            Sharing(None, "off", "off"),
+            Sharing(None, dict.fromkeys(transport_pb2.Transport.values(), "off")),
             instance_id=secrets.token_hex(8),
             local=transport_pb2.LocalAccess(),
         )
