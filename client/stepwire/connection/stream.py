@@ -135,6 +135,16 @@ class AttachedStream:
         """Send more messages within an exchange."""
         self._outbox.put(messages)
 
+    def ended(self, deadline: Deadline) -> StepwireError:
+        """Send nothing more, and return the error that the server ends the stream with."""
+        self._outbox.close()
+        try:
+            for _ in self.exchange((), deadline):
+                self.close()
+        except StepwireError as error:
+            return error
+        raise AssertionError("an exchange ends with an error")
+
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
         _end(self._release, self._call, self._birthplace)

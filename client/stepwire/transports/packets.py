@@ -78,16 +78,10 @@ class PacketLane:
         except OSError:  # the server has ended the lane, and left messages unread
             count = 0
         if not count:
-            return self._ended(deadline)
+            raise self._stream.ended(deadline)
         if count > REPLY_BYTES:
             raise UnavailableError(f"a packet of the server has more than {REPLY_BYTES} bytes; attach again")
         return bytes(self._received[:count])
-
-    def _ended(self, deadline: Deadline) -> bytes:
-        """Raise the status that the stream of this lane has ended with."""
-        for _ in self._stream.exchange((), deadline):
-            break
-        raise UnavailableError("the server has ended the packet lane of the stream; attach again")
 
     def _end_waits(self) -> None:
         """End the wait of another thread."""
