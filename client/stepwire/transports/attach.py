@@ -56,9 +56,7 @@ def open_stream(route: Route, opening: attach_pb2.AttachOpen, packer: Packer, de
         try:
             opened = _handed_over(stream, packer, deadline)
             if isinstance(opened, Opened):
-                if opened.shared is None:
-                    way.reasons["shm"] = stream.opened.transport_reason
-                route.settle(way, name)
+                route.settle(way, name, stream.opened.transport_reason)
                 return opened
             if stream.is_cut:
                 raise UnavailableError("the process forked while it attached; attach again", reason=Reason.UNREACHABLE)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from stepwire.errors import StepwireError
+from stepwire.errors import StepwireError, UnavailableError
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame, read_frame
 from stepwire.wire.packets import PAYLOAD_BYTES, REQUEST_BYTES
@@ -67,7 +67,7 @@ class PacketSteps:
             StepwireError: the first step that is refused; the stream ends with it.
         """
         frames = map(functools.partial(read_frame, pb.AttachRequest), self._stream.received(messages))
-        packets = map(_read_packet, self._stream.received(_Packets(self._lane, messages)))
+        packets = map(_read_packet, self._stream.received(_Packets(self._lane, messages, self._stream)))
         for opening in map(lambda packet: [packet], packets):
             if not opening[0].message.over_stream:
                 self._reply(opening, packets)
@@ -85,15 +85,19 @@ class PacketSteps:
 class _Packets(Iterator[bytes]):
     """The messages on a lane. At its end gRPC's own say whether the client is gone, or has finished."""
 
-    def __init__(self, lane: PacketLane, messages: Iterator[bytes]) -> None:
+    def __init__(self, lane: PacketLane, messages: Iterator[bytes], stream: ClientStream) -> None:
         self._lane = lane
         self._messages = messages
+        self._stream = stream
 
     def __next__(self) -> bytes:
         if packet := self._lane.receive():
             return packet
         self._lane.end()
-        next(self._messages)
+        if next(self._messages, None) is None:
+            if self._stream.in_step:
+                raise UnavailableError("the packet lane broke off inside a step; attach again and repeat the step")
+            raise StopIteration
         raise invalid_frame("over_stream", "the packet lane of this stream has ended; attach again")
 
 
