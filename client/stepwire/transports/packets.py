@@ -26,6 +26,7 @@ from stepwire.wire.packets import REPLY_BYTES
 __all__ = ["PacketLane", "fetch_lane"]
 
 _OVER_STREAM: Final = pb.AttachRequest(over_stream=True).SerializeToString()
+_BOUND_SECONDS: Final = 1e-3
 _FLAGS: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 
 _open: weakref.WeakSet[PacketLane] = weakref.WeakSet()
@@ -38,6 +39,7 @@ class PacketLane:
         """Own a socket from now on, for the messages of a stream."""
         self._end = end
         self._stream = stream
+        self._bound_seconds = 0.0
         self._received = memoryview(bytearray(REPLY_BYTES + 1))
         self._close = weakref.finalize(self, end.close)  # also when nobody closes it: its session was dropped
         _open.add(self)
@@ -49,7 +51,7 @@ class PacketLane:
             StepwireError: the server's refusal, a broken connection, or the deadline.
         """
         with deadline.within(self._end_waits):
-            bound_waits(self._end, deadline.remaining())
+            self._bound(deadline.remaining())
             self.send(messages)
             while True:
                 yield read_frame(pb.AttachResponse, self._receive(deadline))
@@ -69,6 +71,12 @@ class PacketLane:
     def close(self) -> None:
         """Close the lane; the stream stays."""
         self._close()
+
+    def _bound(self, seconds: float) -> None:
+        """Bound the waits in the kernel; most steps have the bound of the step before, within a millisecond."""
+        if not seconds <= self._bound_seconds <= seconds + _BOUND_SECONDS:
+            self._bound_seconds = seconds + _BOUND_SECONDS / 2
+            bound_waits(self._end, self._bound_seconds)
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
