@@ -36,8 +36,9 @@ def connect(
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
             which step it together. A model that is too small to be cut lies on the first ones.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
-            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
+            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
+            messages without gRPC), `"cuda_ipc"` (memory shared on one GPU). The environment variable STEPWIRE_TRANSPORT
+            replaces "auto".
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.
