@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import numpy as np
+
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream, deadline_passed
 from stepwire.errors import UnavailableError
@@ -40,7 +42,7 @@ class PacketLane:
         self._end = end
         self._stream = stream
         self._bound_seconds = 0.0
-        self._received = memoryview(bytearray(REPLY_BYTES + 1))
+        self._received = np.empty(REPLY_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._close = weakref.finalize(self, end.close)  # also when nobody closes it: its session was dropped
         _open.add(self)
 

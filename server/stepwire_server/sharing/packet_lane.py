@@ -13,6 +13,8 @@ import contextlib
 import socket
 from typing import Final
 
+import numpy as np
+
 from stepwire.wire.packets import REQUEST_BYTES, SEND_BUFFER_BYTES
 
 __all__ = ["PacketLane"]
@@ -33,7 +35,7 @@ class PacketLane:
         self._end, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in (self._end, self._handed):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self._received = memoryview(bytearray(REQUEST_BYTES + 1))
+        self._received = np.empty(REQUEST_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._is_fetched = False
 
     @property
