@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from typing import Final
 
 import numpy as np
@@ -18,6 +19,10 @@ import numpy as np
 from stepwire.wire.packets import REQUEST_BYTES, SEND_BUFFER_BYTES
 
 __all__ = ["PacketLane"]
+
+_FLAGS: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+_SEND_SECONDS: Final = 5
+"""The longest wait for room in the buffer of the socket, which the reply to a small step fits into."""
 
 
 class PacketLane:
@@ -35,6 +40,7 @@ class PacketLane:
         self._end, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in (self._end, self._handed):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
         self._received = np.empty(REQUEST_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._is_fetched = False
 
@@ -55,10 +61,11 @@ class PacketLane:
         return bytes(self._received[:count])
 
     def send(self, message: bytes) -> bool:
-        """Send a message, and wait until there is room for it; tell whether the client is there."""
+        """Send a message, and tell whether the client is there. One that leaves many replies unread ends the lane."""
         try:
             self._end.send(message, _FLAGS)
         except OSError:
+            self.end()
             return False
         return True
 
@@ -72,6 +79,3 @@ class PacketLane:
         self.end()
         self._end.close()
         self._handed.close()
-
-
-_FLAGS: Final = getattr(socket, "MSG_NOSIGNAL", 0)
