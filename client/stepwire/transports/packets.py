@@ -7,6 +7,7 @@ status: so errors, deadlines and cancellation are those of a stream.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import weakref
@@ -78,7 +79,8 @@ class PacketLane:
         """Bound the waits in the kernel; most steps have the bound of the step before, within a millisecond."""
         if not seconds <= self._bound_seconds <= seconds + _BOUND_SECONDS:
             self._bound_seconds = seconds + _BOUND_SECONDS / 2
-            bound_waits(self._end, self._bound_seconds)
+            with contextlib.suppress(OSError):  # closed at the end of the process, which the next reply shows
+                bound_waits(self._end, self._bound_seconds)
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
@@ -95,10 +97,8 @@ class PacketLane:
 
     def _end_waits(self) -> None:
         """End the wait of another thread."""
-        try:
+        with contextlib.suppress(OSError):  # closed meanwhile
             self._end.shutdown(socket.SHUT_RDWR)
-        except OSError:  # closed meanwhile
-            return
 
 
 def _after_fork() -> None:

@@ -64,12 +64,14 @@ def test_no_reply_in_time_is_the_deadline_of_a_stream(pair: tuple[PacketLane, so
     assert reply(lane).result.step == 7, "the next deadline is its own"
 
 
-@pytest.mark.parametrize("end", ["closed", "shut down", "left unread"])
+@pytest.mark.parametrize("end", ["closed", "shut down", "left unread", "closed here"])
 def test_a_lane_that_has_ended_has_its_reason_from_the_stream(pair: tuple[PacketLane, socket.socket], end: str) -> None:
     lane, other = pair
     if end == "left unread":
         lane.send([b"unread"])
-    if end == "shut down":
+    if end == "closed here":  # by another thread, at the end of the process
+        lane.close()
+    elif end == "shut down":
         other.shutdown(socket.SHUT_RDWR)
     else:
         other.close()
