@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -43,6 +44,7 @@ class PacketLane:
         self._end = end
         self._stream = stream
         self._bound_seconds = 0.0
+        self._lock = threading.Lock()  # no descriptor is shut down after its number belongs to another socket
         self._received = np.empty(REPLY_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._close = weakref.finalize(self, end.close)  # also when nobody closes it: its session was dropped
         _open.add(self)
@@ -73,7 +75,8 @@ class PacketLane:
 
     def close(self) -> None:
         """Close the lane; the stream stays."""
-        self._close()
+        with self._lock:
+            self._close()
 
     def _bound(self, seconds: float) -> None:
         """Bound the waits in the kernel; most steps have the bound of the step before, within a millisecond."""
@@ -81,6 +84,11 @@ class PacketLane:
             self._bound_seconds = seconds + _BOUND_SECONDS / 2
             with contextlib.suppress(OSError):  # closed at the end of the process, which the next reply shows
                 bound_waits(self._end, self._bound_seconds)
+
+    def forked(self) -> None:
+        """Leave the lane to the parent, in a child."""
+        self._lock = threading.Lock()
+        self._close()
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
@@ -97,13 +105,13 @@ class PacketLane:
 
     def _end_waits(self) -> None:
         """End the wait of another thread."""
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with self._lock, contextlib.suppress(OSError):  # closed meanwhile
             self._end.shutdown(socket.SHUT_RDWR)
 
 
 def _after_fork() -> None:
-    for lane in list(_open):  # in a child: the lane stays the parent's
-        lane.close()
+    for lane in list(_open):  # in a child: the lane stays the parent's, and its lock may be held by another thread
+        lane.forked()
 
 
 os.register_at_fork(after_in_child=_after_fork)

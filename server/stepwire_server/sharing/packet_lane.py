@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 from typing import Final
 
 import numpy as np
@@ -43,6 +44,7 @@ class PacketLane:
         self._end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
         self._received = np.empty(REQUEST_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._is_fetched = False
+        self._lock = threading.Lock()  # no descriptor is shut down after its number belongs to another socket
 
     @property
     def descriptor(self) -> int:
@@ -71,11 +73,12 @@ class PacketLane:
 
     def end(self) -> None:
         """End the lane: whoever waits on it, on either side, goes on. Messages on their way arrive."""
-        with contextlib.suppress(OSError):  # it is closed, or the client's end is
+        with self._lock, contextlib.suppress(OSError):  # it is closed, or the client's end is
             self._end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the lane, and close what is open of it."""
         self.end()
-        self._end.close()
+        with self._lock:
+            self._end.close()
         self._handed.close()
