@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "FAILED",
+    "PAUSE_SECONDS",
     "Absent",
     "Action",
     "Contender",
@@ -37,7 +38,7 @@ Ratios = Mapping[str, tuple[str, tuple[str, ...]]]
 Prepare = Callable[[contextlib.ExitStack, int], Action]
 # Some contenders leave threads that wait for work on every core for a while (OpenMP). The pause keeps them out of the
 # next time.
-_PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.02
 FAILED = "failed:"
 _BATCHES = ((2_000, 100), (20_000, 50), (2_000_000, 5))
 
@@ -144,7 +145,7 @@ def needed(module: str) -> Any:
 
 
 def _round(action: Action, batch: int) -> float:
-    time.sleep(_PAUSE_SECONDS)
+    time.sleep(PAUSE_SECONDS)
     if batch > 1:  # fills the caches with a short job's own data; a long job's data do not fit
         action()
     return statistics.median(timed(action) for _ in range(batch))

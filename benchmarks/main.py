@@ -25,6 +25,7 @@ import fairness
 import floods
 import footprint
 import kernels
+import lane
 import many
 import messages
 import metrics
@@ -34,6 +35,7 @@ import sections
 import security
 import transports
 from contest import Contender, failure
+from doorbell import doorbell_process
 from echo import echo_process
 from goals import Goal
 from shaped_link import shaped_link
@@ -65,6 +67,7 @@ GOALS = (
     Goal("large_step", "ratio", 1.05),
     Goal("memory", "rest_bytes", 12.5),
     Goal("memory", "peak_bytes", 17.0),
+    Goal("lane", lane.ECHO_GOAL, 0.9),
     Goal(_LARGE_STEPS, "tcp to its parts", 1.05),
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
@@ -148,6 +151,7 @@ class Run:
         self._section("kernels", lambda: kernels.kernels(sizes=sizes))
         self._section("many_small", lambda: kernels.many_small(rounds=20 if quick else 200))
         self._steps()
+        self._lane()
         self._transports()
         self._torch()
         self._workers()
@@ -188,6 +192,13 @@ class Run:
                 "large_step", lambda: sections.large_step(server, echo.tcp, size=self._large, rounds=3 if quick else 9)
             )
             self._section("concurrency", lambda: sections.concurrency(server, echo.tcp, steps=200 if quick else 6000))
+
+    def _lane(self) -> None:
+        if not self._wants("lane"):
+            return
+        scale = lane.Scale.quick() if self._quick else lane.Scale()
+        with echo_process() as echo, doorbell_process() as doorbell, server_process("--device", "cpu") as server:
+            self._section("lane", lambda: lane.lane(server.target, echo.tcp, doorbell, scale))
 
     def _torch(self) -> None:
         if not self._wants("torch step"):

@@ -100,6 +100,18 @@ def _by_variant(name: str) -> Callable[[Results], str]:
     return table
 
 
+def _lane(results: Results) -> str:
+    """Return the ratios of small steps to their floors: a row a step and a floor, a column a size and a pause."""
+    pattern = re.compile(r"(.+) (\d+k?, [\d.]+ ms) to (.+)")
+    cells: dict[str, dict[str, str]] = {}
+    for key, value in results.get("lane", {}).items():
+        if (found := pattern.fullmatch(key)) is not None:
+            cells.setdefault(f"{found[1]} to {found[3]}", {})[found[2]] = _number(value)
+    places = list(dict.fromkeys(place for row in cells.values() for place in row))
+    rows = [[name, *(row.get(place, _ABSENT) for place in places)] for name, row in cells.items()]
+    return grid(("ratio of medians", *places), rows) if rows else ""
+
+
 def _kernels(results: Results) -> str:
     """Return the ratios of the engine's pass: a row a ratio, a column a size and number of threads."""
     cells: dict[str, dict[str, str]] = {}
@@ -176,6 +188,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "messages": _section("messages"),
     "shaped link": _section("shaped link"),
     "small step": _section("small_step"),
+    "lane": _lane,
     "large step": _section("large_step"),
     "torch step": _section("torch step"),
     "concurrency": _section("concurrency"),

@@ -22,6 +22,7 @@ NAMES = (
     "child",
     "contest",
     "convergence",
+    "doorbell",
     "durability",
     "durable_server",
     "echo",
@@ -35,6 +36,7 @@ NAMES = (
     "footprint",
     "goals",
     "kernels",
+    "lane",
     "local_torch",
     "machine",
     "main",
@@ -511,3 +513,29 @@ def test_sessions_side_by_side_are_measured_by_every_goals_figure(bench) -> None
     goals = {goal.figure for goal in bench.main.GOALS if goal.section == "fairness"}
     assert len(goals) == 3 and goals <= figures.keys()
     assert figures["small steps a second"] > 0 and 0.0 < figures[bench.fairness.LARGE_SHARE] < 1.0
+
+
+# --- small steps on one host ----------------------------------------------------------------------------------
+
+
+def test_small_steps_are_compared_with_each_floor_round_by_round(bench) -> None:
+    lane = bench.lane
+    scale = lane.Scale(rounds=3, batch=4)
+    calls = {name: [0.0] for name in ("doorbell", "gRPC echo", *(variant.name for variant in lane._STEPS))}
+    ready = {name: (lambda count=count: count.__setitem__(0, count[0] + 1)) for name, count in calls.items()}
+    assert {len(batch) for rounds in lane._times(ready, 0.0, scale).values() for batch in rounds} == {4}
+    assert {count[0] for count in calls.values()} == {16}, "the first round is not counted"
+    times = {name: [[1e-6] * 4, [2e-6] * 4, [4e-6] * 4] for name in calls}
+    times["packets"] = [[3e-6] * 4, [4e-6] * 4, [4e-6] * 4]
+    figures = lane._figures(times, "1k, 0 ms")
+    assert figures[lane.ECHO_GOAL] == 2.0, "the ratios are 3, 2 and 1"
+    assert figures["gRPC echo 1k, 0 ms p50 us"] == pytest.approx(2.0)
+    assert not any("torch" in name for name in figures)
+    table = bench.tables.TABLES["lane"]({"lane": figures}).splitlines()
+    assert table[0] == "| ratio of medians | 1k, 0 ms |"
+    assert "| packets to gRPC echo | 2 |" in table
+
+
+def test_a_doorbell_rings_back(bench) -> None:
+    with bench.doorbell.doorbell_process() as path, contextlib.closing(bench.doorbell.Doorbell(path)) as doorbell:
+        assert [doorbell.ring() for _ in range(3)] == [64] * 3

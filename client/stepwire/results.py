@@ -248,8 +248,9 @@ class TransportChoice:
     """The transport of a session's gradients and parameters, and the reasons against the better ones.
 
     Attributes:
-        name: "cuda_ipc", "shm", "uds" or "tcp".
-        reasons: for each better transport the reason against it, and the remedy.
+        name: "cuda_ipc", "packets", "shm", "uds" or "tcp".
+        reasons: for each better transport the reason against it, and the remedy. For packets without shared memory, the
+            reason against that memory too, as "shm".
     """
 
     name: str

@@ -40,7 +40,9 @@ def check_compose(report: Report, folder: pathlib.Path) -> None:
     """Bring the CPU profile up from each file, train, and take it down; look at the GPU profile."""
     plain, shared = folder / "compose.yaml", folder / "compose.shared-memory.yaml"
     _check_training(report, _Compose(plain), "compose.yaml trains in two containers", "tcp")
-    _check_training(report, _Compose(plain, shared), "compose.shared-memory.yaml trains through shared memory", "shm")
+    _check_training(
+        report, _Compose(plain, shared), "compose.shared-memory.yaml trains through shared memory", "packets"
+    )
     with report.showing("the profile gpu is understood"):
         said = _Compose(plain, shared).profile("gpu", "config")
         require("capabilities:" in said and "STEPWIRE_DEVICE: cuda" in said, said)

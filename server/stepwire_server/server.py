@@ -19,9 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnavailableError
 from stepwire.threads import DaemonThreads
-from stepwire.v1 import transport_pb2
 from stepwire.version import __version__
-from stepwire.wire.addresses import boot_id
 from stepwire_server.access.configured import access_of
 from stepwire_server.config import ServerConfig
 from stepwire_server.devices.fair_share import parse_weights
@@ -34,7 +32,6 @@ from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.monitoring.monitoring import Monitoring
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
-from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
 from stepwire_server.rpc.channel_options import channel_options, largest_message_bytes
 from stepwire_server.rpc.drain import Drain, DrainStatistics
@@ -43,6 +40,7 @@ from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.servicer import OptimizerService
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.registry import Registry
@@ -291,17 +289,7 @@ class Server:
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),
-            local=self._local_access(),
-        )
-
-    def _local_access(self) -> transport_pb2.LocalAccess:
-        """Return the ways besides TCP for processes of this machine."""
-        return transport_pb2.LocalAccess(
-            unix_socket=self.unix_socket,
-            handoff_socket=self.handoff.path,
-            boot_id=boot_id(),
-            shared_memory_off=self.handoff.off,
-            device_memory_off=self.handoff.device_off,
+            local=self.handoff.local_access(self.unix_socket),
         )
 
     def _device_lost(self, error: DataLossError) -> None:

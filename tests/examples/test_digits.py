@@ -23,7 +23,7 @@ def check(summary: dict[str, Any], local: str, *, first: float, last: float, apa
     assert mine[str(STEPS)] == pytest.approx(last, rel=0.02)
     assert theirs == pytest.approx(mine, abs=apart)
     facts = summary["facts"]
-    assert facts["transport"] == "shm"
+    assert facts["transport"] == "packets"
     assert facts["test accuracy, local"] > 0.9
     assert facts["test accuracy, stepwire"] == pytest.approx(facts["test accuracy, local"], abs=1.5 / 360)
     assert facts["largest difference of a parameter"] < 1e-4

@@ -52,7 +52,7 @@ def test_the_server_trains_as_torch_does_and_a_kill_changes_no_bit(run_quickly: 
     assert facts["held-out loss, stepwire, killed"] == facts["held-out loss, stepwire"]
     assert facts["tensors that the kill changed"] == 0
     assert facts["killed after step"] in (STEPS // 2, STEPS // 2 + 1)
-    assert facts["transport"] == "shm"
+    assert facts["transport"] == "packets"
     assert list(summary["checks"].values()) == [True] * 3
     assert (summary["plot"], summary["files"]) == (None, [])
 

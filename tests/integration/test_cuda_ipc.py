@@ -220,7 +220,7 @@ def test_what_the_budget_has_no_room_for_goes_another_way(start: Any) -> None:
     hog = next(iter(shared.server.registry.pool)).budget.reserve((24 << 20) - (1 << 20), "a test")
     with SMALL.create(shared.client) as session:
         session.step(SMALL.gradient(1))
-        assert session.transport is not None and session.transport.name == "shm"
+        assert session.transport is not None and session.transport.name == "packets"
         assert "the device memory that is shared with the client needs 2097152" in session.transport.reasons["cuda_ipc"]
     hog.release()
 
@@ -256,7 +256,7 @@ def test_memory_that_is_not_the_servers_fails_the_check(start: Any, monkeypatch:
     monkeypatch.setattr(FakeLibcuda, "_cuMemcpyHtoD_v2", lambda *arguments: 0)
     with SMALL.create(shared.client) as session:
         session.step(SMALL.gradient(1))
-        assert session.transport is not None and session.transport.name == "shm"
+        assert session.transport is not None and session.transport.name == "packets"
         assert "check.pattern: it is not in the memory" in session.transport.reasons["cuda_ipc"]
     shared.until_freed()
 
@@ -291,7 +291,7 @@ def test_a_program_that_uses_no_gpu_is_left_so(start: Any) -> None:
     shared = start("auto")
     with SMALL.create(shared.client) as session:
         session.attach()
-        assert session.transport is not None and session.transport.name == "shm"
+        assert session.transport is not None and session.transport.name == "packets"
         assert session.transport.reasons["cuda_ipc"].startswith("this process does nothing on a GPU; ")
         assert (shared.libcuda.contexts, shared.libcuda.initialized) == ([0], False)
         shared.libcuda.initialized, shared.libcuda.contexts = True, [1]

@@ -73,7 +73,7 @@ def run(code: str, *arguments: str) -> list[str]:
     return ended.stdout.splitlines()
 
 
-@pytest.mark.parametrize("transport", ["tcp", "uds", "shm"])
+@pytest.mark.parametrize("transport", ["tcp", "uds", "packets"])
 def test_a_child_has_sessions_of_its_own_and_none_of_its_parents(target: str, transport: str) -> None:
     calls = "".join(f"child(lambda: {call})\n" for call in REFUSED.values())
     lines = run(

@@ -297,7 +297,7 @@ _VICTIM = """
 import sys
 import numpy as np
 import stepwire
-client = stepwire.connect(sys.argv[1], transport="shm", timeout=60.0)
+client = stepwire.connect(sys.argv[1], transport=sys.argv[3], timeout=60.0)
 session = client.session(sys.argv[2])
 session.attach(take_over=True)
 gradients = session.shared_gradients()
@@ -309,8 +309,9 @@ while True:
 """
 
 
-def victim(target: str, session_id: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _VICTIM, target, session_id], stdout=subprocess.PIPE, text=True)
+def victim(target: str, session_id: str, transport: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", _VICTIM, target, session_id, transport]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
@@ -325,7 +326,7 @@ def test_a_client_killed_while_it_writes_leaves_the_session_to_the_next(
     ones = {name: np.ones(shape, np.float32) for name, shape in SMALL.shapes.items()}
     held, mappings = server.registry.statistics(), held_by_process()
     for round_ in range(5):
-        with victim(server.target, twins.shared.session_id) as process:
+        with victim(server.target, twins.shared.session_id, ("shm", "packets")[round_ % 2]) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == f"{2 * round_ + 2}\n"
             process.kill()

@@ -41,6 +41,8 @@ def trained(session: Any, **options: Any) -> Any:
 WAYS: dict[str, tuple[Callable[[list[Server]], Any], dict[str, Any], dict[str, Any]]] = {
     "uds": (lambda servers: servers[0].target, {"transport": "uds"}, {}),
     "shm": (lambda servers: servers[0].target, {"transport": "shm"}, {}),
+    "packets": (lambda servers: servers[0].target, {"transport": "packets"}, {}),
+    "packets overlap": (lambda servers: servers[0].target, {"transport": "packets"}, {"overlap": True}),
     "auto": (lambda servers: servers[0].target, {}, {}),
     "unix target": (lambda servers: f"unix:{servers[0].unix_socket}", {"transport": "uds"}, {}),
     "tcp overlap": (lambda servers: servers[0].target, {"transport": "tcp"}, {"overlap": True}),

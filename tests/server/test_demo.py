@@ -39,7 +39,7 @@ def test_the_server_may_be_one_that_runs(server: Any, tmp_path: pathlib.Path) ->
         before = client.info().sessions
         report = demo.run_demo(steps=30, output=tmp_path, target=server.target, quiet=True)
         assert (report.device, report.steps, client.info().sessions) == ("cpu", 30, before)
-    assert report.transport in ("shm", "uds", "tcp")
+    assert report.transport in ("packets", "shm", "uds", "tcp")
     assert report.largest_difference < 1e-5
 
 

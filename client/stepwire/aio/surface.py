@@ -751,9 +751,9 @@ def connect(
             which step it together. A model that is too small to be cut lies on the first ones. None: that of
             STEPWIRE_TARGET, else of the config file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
-            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
-            one GPU). The environment variable STEPWIRE_TRANSPORT, or else the config file, replaces
-            "auto".
+            alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
+            messages without gRPC), `"cuda_ipc"` (memory shared on one GPU). The environment variable
+            STEPWIRE_TRANSPORT, or else the config file, replaces "auto".
         channels: connections to each target; with more than one, sessions are sharded over them as over several
             servers.
         timeout: default seconds of a call with all its repetitions.

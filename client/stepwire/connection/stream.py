@@ -6,7 +6,7 @@ import functools
 import queue
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 import grpc
 
@@ -20,9 +20,21 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.error_details import error_from_call
 from stepwire.wire.frames import Frame, read_frame
 
-__all__ = ["AttachedStream"]
+__all__ = ["AttachedStream", "Carrier", "deadline_passed"]
 
 _METHOD: Final = "/stepwire.v1.OptimizerService/Attach"
+
+
+class Carrier(Protocol):
+    """The way of a stream's messages: the stream itself, or another one beside it."""
+
+    def exchange(self, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
+        """See `AttachedStream.exchange`."""
+        ...
+
+    def send(self, messages: Iterable[bytes]) -> None:
+        """See `AttachedStream.send`."""
+        ...
 
 
 class _Outbox(Iterator[bytes]):
@@ -102,7 +114,7 @@ class AttachedStream:
         """Tell whether a fork of the process has cut the stream."""
         return self._forks != forks.count
 
-    def exchange(self, frames: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
+    def exchange(self, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
         """Send messages and yield the replies for as long as the caller asks.
 
         Raises:
@@ -111,7 +123,7 @@ class AttachedStream:
         self._watchdog.arm(deadline.remaining())
         if self._watchdog.barked:  # as the step before ended: too late for that one, and no fault of this one
             raise UnavailableError("the stream was cancelled between two steps; attach again")
-        self._outbox.put(frames)
+        self._outbox.put(messages)
         try:
             with deadline.within(self._call.cancel):
                 while True:
@@ -119,9 +131,19 @@ class AttachedStream:
         finally:
             self._watchdog.disarm()
 
-    def send(self, frames: Iterable[bytes]) -> None:
+    def send(self, messages: Iterable[bytes]) -> None:
         """Send more messages within an exchange."""
-        self._outbox.put(frames)
+        self._outbox.put(messages)
+
+    def ended(self, deadline: Deadline) -> StepwireError:
+        """Send nothing more, and return the error that the server ends the stream with."""
+        self._outbox.close()
+        try:
+            for _ in self.exchange((), deadline):
+                self.close()
+        except StepwireError as error:
+            return error
+        raise AssertionError("an exchange ends with an error")
 
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
@@ -139,12 +161,17 @@ class AttachedStream:
     def _translated(self, error: grpc.RpcError, deadline: Deadline) -> StepwireError:
         failure = error_from_call(error)
         if self._watchdog.barked:
-            return DeadlineExceededError(
-                f"no reply within {deadline.timeout_seconds} s; the step may have been applied: send it again with "
-                "the same gradients, or with a longer timeout",
-                metadata={"timeout_seconds": deadline.timeout_seconds},
-            )
+            return deadline_passed(deadline)
         return failure
+
+
+def deadline_passed(deadline: Deadline) -> DeadlineExceededError:
+    """Return the error of a step whose reply did not come in time."""
+    return DeadlineExceededError(
+        f"no reply within {deadline.timeout_seconds} s; the step may have been applied: send it again with the same "
+        "gradients, or with a longer timeout",
+        metadata={"timeout_seconds": deadline.timeout_seconds},
+    )
 
 
 def _release(outbox: _Outbox, watchdog: Watchdog) -> None:

@@ -6,20 +6,22 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from stepwire.connection.retry import Deadline
-from stepwire.connection.stream import AttachedStream
+from stepwire.connection.stream import AttachedStream, Carrier
 from stepwire.errors import FencedError, Reason, StateLossError, StepMismatchError, StepwireError
-from stepwire.steps.call import StepCall
+from stepwire.steps.call import StepCall, fits_in_packets
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.doubt import unfinished
 from stepwire.steps.reply import ReplyReader
 from stepwire.steps.shared import can_carry, shared_message
 from stepwire.transports.attach import open_stream
+from stepwire.transports.packets import PacketLane
 from stepwire.transports.route import Route
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import wire_bytes
 from stepwire.wire.frames import Frame
+from stepwire.wire.packets import REQUEST_BYTES
 
 __all__ = ["Hold"]
 
@@ -60,6 +62,7 @@ class Hold:
         in_doubt: True after a step or an attach failed. Perhaps the server applied the step, or has given out another
             token; the next attach tells.
         shared: the memory that the stream shares; None without a stream, or without shared memory.
+        lane: the packet lane of the stream; None without a stream, or without a lane.
         streams_opened: the number of streams opened so far.
         has_rounds: a contribution is answered when its round is over.
     """
@@ -90,6 +93,7 @@ class Hold:
         self.unfinished_step = 0
         self.in_doubt = False
         self.shared: SharedArrays | None = None
+        self.lane: PacketLane | None = None
         self.streams_opened = 0
         self._session_id = message.session_id
         self._route = route
@@ -142,7 +146,7 @@ class Hold:
                 any_worker=self.worker is None,
             )
             self.in_doubt = True
-            stream, self.shared = open_stream(self._route, opening, self._packer, deadline)
+            stream, self.shared, self.lane = open_stream(self._route, opening, self._packer, deadline)
             self._learn(stream.opened)
             self._stream = stream
         return self._stream
@@ -152,9 +156,10 @@ class Hold:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        if self.shared is not None:
-            self.shared.close()
-            self.shared = None
+        for part in (self.shared, self.lane):
+            if part is not None:
+                part.close()
+        self.shared = self.lane = None
 
     def displaced(self) -> None:
         """Note that a newer stream of this client holds the worker, and drop this one: the next attach goes on."""
@@ -321,23 +326,39 @@ class Hold:
             call.feed.bind(stream.close)
         shared = self.shared if self.shared is not None and can_carry(self.shared, call) else None
         reader = ReplyReader(self._packer, call, shared)
-        messages = (
-            self._messages(call, again=again) if shared is None else iter([shared_message(shared, call, again=again)])
-        )
-        for frame in _send(stream, call, messages, deadline):
+        carrier, messages = self._carried(stream, call, shared, again=again)
+        for frame in _send(carrier, call, messages, deadline):
             message: pb.AttachResponse = frame.message
             if message.HasField("chunk") or shared is not None and message.HasField("result"):
                 self.answered_step = begin.step
             reader.read(frame)
             if message.HasField("admitted"):
-                stream.send(call.messages(self._packer, self._chunk_bytes, again=not message.admitted.gradient))
+                carrier.send(call.messages(self._packer, self._chunk_bytes, again=not message.admitted.gradient))
             if message.HasField("gradient_check"):
-                stream.send([call.decided(message.gradient_check)])
+                carrier.send([call.decided(message.gradient_check)])
             if message.HasField("result"):
                 break
         reader.finish()
         result: step_pb2.StepResult = message.result
         return result
+
+    def _carried(
+        self, stream: AttachedStream, call: StepCall, shared: SharedArrays | None, *, again: bool
+    ) -> tuple[Carrier, Iterable[bytes]]:
+        """Return the way of a step, and its messages: over the lane if there is one, and the step fits there."""
+        messages: Iterable[bytes]
+        if shared is not None:
+            messages = [shared_message(shared, call, again=again)]
+        else:
+            messages = self._messages(call, again=again)
+        if self.lane is None:
+            return stream, messages
+        if shared is not None or fits_in_packets(call, self._packer.layout.size):
+            messages = list(messages)
+            if len(messages) == 1 and len(messages[0]) <= REQUEST_BYTES:
+                return self.lane, messages
+        self.lane.announce()
+        return stream, messages
 
     def _messages(self, call: StepCall, *, again: bool) -> Iterator[bytes]:
         """Return the messages of a step; its opening alone where a large gradient may have to wait for others."""
@@ -349,11 +370,11 @@ class Hold:
         return call.messages(self._packer, self._chunk_bytes, again=again)
 
 
-def _send(stream: AttachedStream, call: StepCall, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
+def _send(carrier: Carrier, call: StepCall, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
     """Send a step, and yield the replies; a step that the server refused has not been sent, as far as it matters."""
     sent, call.sent = call.sent, True
     try:
-        yield from stream.exchange(messages, deadline)
+        yield from carrier.exchange(messages, deadline)
     except StepwireError as refused:
         if refused.reason in _REFUSALS and not call.begin.overlap:
             call.sent = sent

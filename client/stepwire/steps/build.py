@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays, Container, Flat
+from stepwire.arrays.recognised import RecognisedArrays
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError
 from stepwire.lifetimes.forks import Birthplace
@@ -87,6 +88,9 @@ class StepBuilder:
         keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = self._packer.layout.tensor_indices()
+        order = tuple(tensor.spec.name for tensor in tensors)
+        self._given, self._out = (RecognisedArrays(order, written=written) for written in (False, True))
+        self._apart: tuple[int, int] | None = None
         self.notices = Notices()
         self._birthplace = Birthplace()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
@@ -113,7 +117,7 @@ class StepBuilder:
         _check_reply(options, received)
         begin = self._begin(options, sent, received)
         gradients, on_device = stood_in(gradients)
-        flat, missing = self._packer.present(gradients, "gradients", self._optional)
+        flat, missing = self._present(gradients)
         if missing:
             begin.missing_tensors.extend(sorted(missing - self._frozen))
         reply, targets = self._reply(gradients, options, received)
@@ -136,6 +140,17 @@ class StepBuilder:
             on_device={self._indices[name]: stand_in for name, stand_in in on_device.items()},
         )
         return call, reply
+
+    def _present(self, gradients: Arrays) -> tuple[Flat, frozenset[int]]:
+        """Return the views of the gradients, and the indices of the tensors without one."""
+        missing: frozenset[int] = frozenset()
+
+        def checked() -> list[npt.NDArray[Any]]:
+            nonlocal missing
+            flat, missing = self._packer.present(gradients, "gradients", self._optional)
+            return flat
+
+        return self._given.views(gradients, checked), missing
 
     def _dtype(
         self, chosen: npt.DTypeLike | None, default: np.dtype[Any], field: str, *, gradients: bool = False
@@ -171,8 +186,11 @@ class StepBuilder:
         """Return the container of the reply, as the user sees it, and its arrays in layout order."""
         if options.reply == "none":
             return None, ()
-        if options.out is not None and not _shows_parameters(options.out):
-            return options.out, self._packer.targets(options.out, "out")
+        out = options.out
+        if self._out.knows(out):
+            return out, self._out.again(out)
+        if out is not None and not _shows_parameters(out):
+            return out, self._out.views(out, lambda: self._packer.targets(out, "out"))
         reply, targets = self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
         if isinstance(reply, dict) and reply.keys() == gradients.keys():  # type: ignore[union-attr]
             reply = {name: reply[name] for name in gradients}
@@ -180,12 +198,16 @@ class StepBuilder:
 
     def _check_apart(self, flat: Flat, targets: Flat) -> None:
         """Refuse a reply over the gradient: it may break off, and then the gradient is sent, or told, again."""
+        versions = (self._given.version, self._out.version)
+        if versions == self._apart:
+            return
         for index, (gradient, target) in enumerate(zip(flat, targets, strict=True)):
             if np.may_share_memory(gradient, target):
                 name = self._packer.layout.tensors[index].spec.name
                 raise InvalidRequestError.of(
                     f"out[{name!r}]", "the array shares memory with the gradient, which a repetition needs; use another"
                 )
+        self._apart = versions
 
     def _index(self, name: str) -> int:
         if (index := self._indices.get(name)) is None:

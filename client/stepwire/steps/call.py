@@ -19,8 +19,9 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import elements_within, wire_bytes, wire_items
 from stepwire.wire.frames import FrameBuffer, read_frame, whole_message
+from stepwire.wire.packets import PAYLOAD_BYTES
 
-__all__ = ["Decide", "OnTensor", "StepCall"]
+__all__ = ["Decide", "OnTensor", "StepCall", "fits_in_packets"]
 
 Decide: TypeAlias = Callable[[step_pb2.GradientCheck], step_pb2.StepCommit]
 """Turns the first half of a two-phase commit into the second; may wait for others, and raises to give the step up."""
@@ -209,3 +210,9 @@ class StepCall:
         payload = np.empty(wire_items(self.gradient_dtype, chunk.elements), self.gradient_dtype)
         packer.write(self.gradients, chunk.ranges, payload, chunk.offset)
         return payload
+
+
+def fits_in_packets(call: StepCall, size: int) -> bool:
+    """Tell whether the payloads of a step of `size` elements fit into one packet each way, and are all there."""
+    sent, received = wire_bytes(call.gradient_dtype, size), call.reply_dtype.itemsize * size if call.wants_reply else 0
+    return call.feed is None and call.recorded is None and max(sent, received) <= PAYLOAD_BYTES

@@ -44,10 +44,10 @@ def shared_message(shared: SharedArrays, call: StepCall, *, again: bool) -> byte
         if call.record is not None:  # of an attempt over another stream
             call.record.clear()
         shared.write(call)
-    begin = step_pb2.StepBegin()
-    begin.CopyFrom(call.begin)
-    begin.in_shared_memory = True
-    return pb.AttachRequest(begin=begin, commit=call.commit).SerializeToString()
+    message = pb.AttachRequest(commit=call.commit)
+    message.begin.CopyFrom(call.begin)
+    message.begin.in_shared_memory = True
+    return message.SerializeToString()
 
 
 def read_shared_reply(shared: SharedArrays, call: StepCall) -> None:

@@ -25,6 +25,9 @@ __all__ = ["Memory", "Placement", "Placer"]
 
 _LOG = logging.getLogger(__name__)
 
+_WHOLE = ("packets", "shm", "cuda_ipc")
+"""The transports whose steps go as a whole, with nothing gained by an early beginning."""
+
 Memory: TypeAlias = Parameters | SharedViews
 """The memory that a session steps: the model's own, or memory shared with the server."""
 
@@ -69,7 +72,7 @@ class Placement:
         With a step in doubt nothing can begin, because a whole gradient tells whether it is that step again.
         """
         choice = self.session.transport
-        if choice is None or choice.name in ("shm", "cuda_ipc"):
+        if choice is None or choice.name in _WHOLE:
             return False
         if not self.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
             return False

@@ -1,28 +1,43 @@
-"""Opens a session's stream, over the best of the memories that its way offers, or over none."""
+"""Opens a session's stream, over the best of what its way offers to be handed over, or over none of it."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stepwire.arrays.packing import Packer
 from stepwire.connection.retry import Deadline
-from stepwire.connection.stream import AttachedStream
+from stepwire.connection.stream import AttachedStream, Carrier
 from stepwire.errors import InvalidRequestError, Reason, StepwireError, UnavailableError, UnsupportedFeatureError
 from stepwire.transports.available import MEMORIES
 from stepwire.transports.cuda.arrays import DeviceArrays
 from stepwire.transports.cuda.memory import DeviceMemory, fetch_device
 from stepwire.transports.host.arrays import HostArrays
 from stepwire.transports.host.memory import SharedMemory, fetch
+from stepwire.transports.packets import PacketLane, fetch_lane
 from stepwire.transports.route import Route, Way
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
-__all__ = ["open_stream"]
+__all__ = ["Opened", "open_stream"]
 
 
-def open_stream(
-    route: Route, opening: attach_pb2.AttachOpen, packer: Packer, deadline: Deadline
-) -> tuple[AttachedStream, SharedArrays | None]:
-    """Attach over the first memory that works; the route keeps the reason against each memory that does not.
+class Opened(NamedTuple):
+    """A stream, and whatever was handed over with it.
+
+    Attributes:
+        stream: the stream.
+        shared: the memory that it shares; None without memory.
+        lane: the packet lane that its messages travel on; None without a lane.
+    """
+
+    stream: AttachedStream
+    shared: SharedArrays | None = None
+    lane: PacketLane | None = None
+
+
+def open_stream(route: Route, opening: attach_pb2.AttachOpen, packer: Packer, deadline: Deadline) -> Opened:
+    """Attach over the first of `MEMORIES` that works; the route keeps the reason against each that does not.
 
     Args:
         route: the way to the server.
@@ -39,15 +54,15 @@ def open_stream(
         opening.transport = MEMORIES[name]
         stream = _attached(way, opening, deadline)
         try:
-            shared = _shared(stream, packer, deadline, way.calls.security.token)
-            if isinstance(shared, SharedArrays):
-                route.settle(way, name)
-                return stream, shared
+            opened = _handed_over(stream, packer, deadline, way.calls.security.token)
+            if isinstance(opened, Opened):
+                route.settle(way, name, stream.opened.transport_reason)
+                return opened
             if stream.is_cut:
                 raise UnavailableError("the process forked while it attached; attach again", reason=Reason.UNREACHABLE)
             opening.attach_token, opening.worker = stream.opened.attach_token, stream.opened.worker
             opening.any_worker = False
-            route.refuse(way, name, shared)
+            route.refuse(way, name, opened)
         except BaseException:
             stream.close()
             raise
@@ -55,7 +70,7 @@ def open_stream(
     opening.transport = transport_pb2.TRANSPORT_GRPC
     stream = _attached(way, opening, deadline)
     route.settle(way)
-    return stream, None
+    return Opened(stream)
 
 
 def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> AttachedStream:
@@ -63,8 +78,8 @@ def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> A
         return AttachedStream(way.calls.channel, opening, deadline, way.calls.metadata)
 
 
-def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline, access_token: str) -> SharedArrays | str:
-    """Return the memory that the server shares with a stream, or the reason against it.
+def _handed_over(stream: AttachedStream, packer: Packer, deadline: Deadline, access_token: str) -> Opened | str:
+    """Return a stream with what the server hands over, or the reason against it.
 
     Raises:
         UnavailableError: the connection broke.
@@ -72,30 +87,48 @@ def _shared(stream: AttachedStream, packer: Packer, deadline: Deadline, access_t
     opened = stream.opened
     if opened.transport not in MEMORIES.values() or not opened.HasField("handoff"):
         return opened.transport_reason or "the server does not say why"
-    memory: SharedMemory | DeviceMemory
     try:
-        if opened.transport == transport_pb2.TRANSPORT_CUDA_IPC:
-            memory = fetch_device(opened.handoff, packer.layout.size, deadline.remaining(), access_token)
-        else:
-            memory = fetch(opened.handoff, packer.layout.size, deadline.remaining(), access_token)
+        memory, lane = _fetched(stream, packer.layout.size, deadline, access_token)
     except StepwireError as failed:
         return str(failed)
     try:
-        if problem := _check(stream, memory, deadline):
-            memory.close()
-            return problem
+        problem = "" if memory is None else _check(lane or stream, memory, deadline)
     except BaseException:
-        memory.close()
+        _close(memory, lane)
         raise
-    return DeviceArrays(memory, packer) if isinstance(memory, DeviceMemory) else HostArrays(memory, packer)
+    if problem:
+        _close(memory, lane)
+        return problem
+    shared: SharedArrays | None = None
+    if memory is not None:
+        shared = DeviceArrays(memory, packer) if isinstance(memory, DeviceMemory) else HostArrays(memory, packer)
+    return Opened(stream, shared, lane)
 
 
-def _check(stream: AttachedStream, memory: SharedMemory | DeviceMemory, deadline: Deadline) -> str:
+def _fetched(
+    stream: AttachedStream, size: int, deadline: Deadline, access_token: str
+) -> tuple[SharedMemory | DeviceMemory | None, PacketLane | None]:
+    handoff, seconds = stream.opened.handoff, deadline.remaining()
+    if stream.opened.transport == transport_pb2.TRANSPORT_CUDA_IPC:
+        return fetch_device(handoff, size, seconds, access_token), None
+    if stream.opened.transport == transport_pb2.TRANSPORT_SHM:
+        return fetch(handoff, size, seconds, access_token), None
+    lane, memory = fetch_lane(handoff, size, seconds, stream, access_token)
+    return memory, lane
+
+
+def _close(memory: SharedMemory | DeviceMemory | None, lane: PacketLane | None) -> None:
+    for each in (memory, lane):
+        if each is not None:
+            each.close()
+
+
+def _check(carrier: Carrier, memory: SharedMemory | DeviceMemory, deadline: Deadline) -> str:
     """Return the reason for a difference between the memories of server and client; empty without one."""
 
     def ask(pattern: bytes) -> bytes:
         message = pb.AttachRequest(check=transport_pb2.MemoryCheck(pattern=pattern)).SerializeToString()
-        checked: bytes = next(stream.exchange([message], deadline)).message.checked.parameters
+        checked: bytes = next(carrier.exchange([message], deadline)).message.checked.parameters
         return checked
 
     try:

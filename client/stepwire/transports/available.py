@@ -1,8 +1,9 @@
 """The ladder of transports: all of them, the one that was asked for, and the reasons against better ones.
 
-From the best: device memory shared on one GPU (`cuda_ipc`), memory shared on one host (`shm`), a Unix socket (`uds`),
-TCP. The first two move the bytes, and need a connection for the rest: a Unix socket or TCP. Everything here is a look
-at this machine; `stepwire.transports.route` tries the transports.
+From the best: device memory shared on one GPU (`cuda_ipc`), packets on one host beside memory shared on it (`packets`),
+that memory without packets (`shm`), a Unix socket (`uds`), TCP. The first three are handed over by the server, and need
+a connection for the rest: a Unix socket or TCP. Everything here is a look at this machine; `stepwire.transports.route`
+tries the transports.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from stepwire.wire.addresses import boot_id, checked_unix_path
 
 __all__ = ["MEMORIES", "TRANSPORTS", "VARIABLE", "asked_transport", "memory_problem", "socket_problem"]
 
-TRANSPORTS: Final = ("cuda_ipc", "shm", "uds", "tcp")
+TRANSPORTS: Final = ("cuda_ipc", "packets", "shm", "uds", "tcp")
 """All transports, the best first."""
 MEMORIES: Final[Mapping[str, transport_pb2.Transport]] = {
     "cuda_ipc": transport_pb2.TRANSPORT_CUDA_IPC,
+    "packets": transport_pb2.TRANSPORT_PACKETS,
     "shm": transport_pb2.TRANSPORT_SHM,
 }
-"""The transports that share memory, as `AttachOpen.transport` asks for them."""
+"""The transports that the server hands over, as `AttachOpen.transport` asks for them."""
 VARIABLE: Final = "STEPWIRE_TRANSPORT"
 _NO_FILE: Final = ConfigFile()
 _ONE_USER: Final = "run both as one user; in a container: docker run --user {uid}:{gid}"
@@ -93,7 +95,7 @@ def memory_problem(
     named: bool = False,
     uses_cuda: Callable[[], bool] = cuda_in_use,
 ) -> str:
-    """Return the reason against the server's memory, as far as it shows without a try; empty if the memory may work.
+    """Return the reason against a transport of `MEMORIES`, as far as it shows without a try; empty if it may work.
 
     A program without work on a GPU gets no CUDA context unless it asks: the context would cost more than shared memory
     saves.
@@ -107,8 +109,13 @@ def memory_problem(
     """
     if problem := _machine_problem(local, boot_id() if own_boot_id is None else own_boot_id):
         return problem
-    if off := local.device_memory_off if name == "cuda_ipc" else local.shared_memory_off:
-        return off
+    off = {
+        "cuda_ipc": local.device_memory_off,
+        "packets": local.packets_off,
+        "shm": local.shared_memory_off,
+    }
+    if off[name]:
+        return off[name]
     if name == "cuda_ipc" and not named and not uses_cuda():
         return _NO_CUDA
     if not local.handoff_socket:

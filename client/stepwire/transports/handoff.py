@@ -19,10 +19,11 @@ from stepwire.v1 import transport_pb2
 from stepwire.wire.error_details import error_from_details
 from stepwire.wire.handoff_proof import handoff_proof
 
-__all__ = ["Handed", "handed_over"]
+__all__ = ["Handed", "bound_waits", "handed_over"]
 
 _LARGEST_RESPONSE: Final = 16 << 10
 _MOST_SECONDS: Final = 5.0
+_LONGEST_SECONDS: Final = 1 << 30
 
 
 class Handed(NamedTuple):
@@ -57,11 +58,8 @@ def handed_over(
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     received: list[int] = []
     try:
-        _bound(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
-        request = transport_pb2.HandoffRequest(token=handoff.token, proof=handoff_proof(access_token, handoff.token))
-        connection.connect(handoff.socket)
-        connection.send(request.SerializeToString())
-        response = _received(connection, handoff, received, descriptors)
+        bound_waits(connection, max(min(timeout_seconds, _MOST_SECONDS), 1e-3))
+        response = _ask(connection, handoff, access_token, received, descriptors)
         yield Handed(connection, response, received)
     except OSError as problem:
         connection.close()
@@ -74,17 +72,24 @@ def handed_over(
             os.close(descriptor)
 
 
-def _bound(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel bound each wait: Python's own timeouts fail at once where the server has yet to accept others."""
-    moment = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+def bound_waits(connection: socket.socket, seconds: float) -> None:
+    """Let the kernel bound each wait: Python's own timeouts fail at once where the server has yet to accept others.
+
+    A wait that is over raises BlockingIOError. The bound is at least a microsecond, since 0 would be none.
+    """
+    whole = int(min(seconds, _LONGEST_SECONDS))
+    moment = struct.pack("@ll", whole, max(int((seconds - whole) * 1e6) if whole < _LONGEST_SECONDS else 0, not whole))
     for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, direction, moment)
 
 
-def _received(
-    connection: socket.socket, handoff: transport_pb2.Handoff, received: list[int], wanted: int
+def _ask(
+    connection: socket.socket, handoff: transport_pb2.Handoff, access_token: str, received: list[int], wanted: int
 ) -> transport_pb2.HandoffResponse:
-    """Return the response; all its descriptors are put into `received`, also those of a refusal."""
+    """Send the token and return the response; all its descriptors are put into `received`, also those of a refusal."""
+    request = transport_pb2.HandoffRequest(token=handoff.token, proof=handoff_proof(access_token, handoff.token))
+    connection.connect(handoff.socket)
+    connection.send(request.SerializeToString())
     data, came, _, _ = socket.recv_fds(connection, _LARGEST_RESPONSE, wanted, socket.MSG_CMSG_CLOEXEC)
     received += came
     if not data and not came:

@@ -190,14 +190,18 @@ class Route:
             raise _cannot(name, reason)
         way.reasons[name] = reason
 
-    def settle(self, way: Way, memory: str = "") -> None:
-        """Note the transport of the attached stream: a memory of its way, or the connection alone.
+    def settle(self, way: Way, memory: str = "", bare: str = "") -> None:
+        """Note the transport of the attached stream, and log a change.
 
-        A change is logged.
+        Args:
+            way: the way of the stream.
+            memory: one of its memories; empty for the connection alone.
+            bare: the reason for a packet lane without shared memory; empty if there is memory, or no lane.
         """
         name = memory or way.name
         better = TRANSPORTS[: TRANSPORTS.index(name)]
-        choice = TransportChoice(name, {other: way.reasons[other] for other in better if other in way.reasons})
+        reasons = {other: way.reasons[other] for other in better if other in way.reasons}
+        choice = TransportChoice(name, reasons | ({"shm": bare} if bare else {}))
         if choice != self.choice:
             self.choice = choice
             _log.info("session %s: %s", self._session_id, choice)

@@ -108,12 +108,13 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self, applied_step: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("open", "begin", "chunk", "commit", "check", "padding", "payload")
+    __slots__ = ("open", "begin", "chunk", "commit", "check", "over_stream", "padding", "payload")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     CHECK_FIELD_NUMBER: _ClassVar[int]
+    OVER_STREAM_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     open: _attach_pb2.AttachOpen
@@ -121,9 +122,10 @@ class AttachRequest(_message.Message):
     chunk: _tensor_pb2.Chunk
     commit: _step_pb2.StepCommit
     check: _transport_pb2.MemoryCheck
+    over_stream: bool
     padding: bytes
     payload: bytes
-    def __init__(self, open: _Optional[_Union[_attach_pb2.AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[_attach_pb2.AttachOpen, _Mapping]] = ..., begin: _Optional[_Union[_step_pb2.StepBegin, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_step_pb2.StepCommit, _Mapping]] = ..., check: _Optional[_Union[_transport_pb2.MemoryCheck, _Mapping]] = ..., over_stream: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
     __slots__ = ("opened", "chunk", "result", "gradient_check", "checked", "admitted", "padding", "payload")

@@ -26,7 +26,7 @@ from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 from stepwire.v1 import status_pb2 as stepwire_dot_v1_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/transport.proto\x12\x0bstepwire.v1\x1a\x18stepwire/v1/tensor.proto\x1a\x18stepwire/v1/status.proto\"\x81\x01\n\x0bLocalAccess\x12\x13\n\x0bunix_socket\x18\x01 \x01(\t\x12\x16\n\x0ehandoff_socket\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x19\n\x11shared_memory_off\x18\x04 \x01(\t\x12\x19\n\x11\x64\x65vice_memory_off\x18\x05 \x01(\t\"\xae\x01\n\x07Handoff\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12*\n\x0egradient_dtype\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x16\n\x0egradient_bytes\x18\x04 \x01(\x04\x12\'\n\x0breply_dtype\x18\x05 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x17\n\x0fparameter_bytes\x18\x06 \x01(\x04\".\n\x0eHandoffRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x7f\n\x0fHandoffResponse\x12-\n\x07refused\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.RichStatusH\x00\x88\x01\x01\x12\x17\n\x0f\x63uda_ipc_handle\x18\x02 \x01(\x0c\x12\x18\n\x10\x63uda_device_uuid\x18\x03 \x01(\x0c\x42\n\n\x08_refused\"\x1e\n\x0bMemoryCheck\x12\x0f\n\x07pattern\x18\x01 \x01(\x0c\"#\n\rMemoryChecked\x12\x12\n\nparameters\x18\x01 \x01(\x0c*e\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x42\x8f\x01\n\x15io.github.stepwire.v1B\x0eTransportProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstepwire/v1/transport.proto\x12\x0bstepwire.v1\x1a\x18stepwire/v1/tensor.proto\x1a\x18stepwire/v1/status.proto\"\x96\x01\n\x0bLocalAccess\x12\x13\n\x0bunix_socket\x18\x01 \x01(\t\x12\x16\n\x0ehandoff_socket\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x19\n\x11shared_memory_off\x18\x04 \x01(\t\x12\x19\n\x11\x64\x65vice_memory_off\x18\x05 \x01(\t\x12\x13\n\x0bpackets_off\x18\x06 \x01(\t\"\xae\x01\n\x07Handoff\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12*\n\x0egradient_dtype\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x16\n\x0egradient_bytes\x18\x04 \x01(\x04\x12\'\n\x0breply_dtype\x18\x05 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x17\n\x0fparameter_bytes\x18\x06 \x01(\x04\".\n\x0eHandoffRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x7f\n\x0fHandoffResponse\x12-\n\x07refused\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.RichStatusH\x00\x88\x01\x01\x12\x17\n\x0f\x63uda_ipc_handle\x18\x02 \x01(\x0c\x12\x18\n\x10\x63uda_device_uuid\x18\x03 \x01(\x0c\x42\n\n\x08_refused\"\x1e\n\x0bMemoryCheck\x12\x0f\n\x07pattern\x18\x01 \x01(\x0c\"#\n\rMemoryChecked\x12\x12\n\nparameters\x18\x01 \x01(\x0c*|\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x12\x15\n\x11TRANSPORT_PACKETS\x10\x04\x42\x8f\x01\n\x15io.github.stepwire.v1B\x0eTransportProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.transport_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\016TransportProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
-  _globals['_TRANSPORT']._serialized_start=651
-  _globals['_TRANSPORT']._serialized_end=752
+  _globals['_TRANSPORT']._serialized_start=672
+  _globals['_TRANSPORT']._serialized_end=796
   _globals['_LOCALACCESS']._serialized_start=97
-  _globals['_LOCALACCESS']._serialized_end=226
-  _globals['_HANDOFF']._serialized_start=229
-  _globals['_HANDOFF']._serialized_end=403
-  _globals['_HANDOFFREQUEST']._serialized_start=405
-  _globals['_HANDOFFREQUEST']._serialized_end=451
-  _globals['_HANDOFFRESPONSE']._serialized_start=453
-  _globals['_HANDOFFRESPONSE']._serialized_end=580
-  _globals['_MEMORYCHECK']._serialized_start=582
-  _globals['_MEMORYCHECK']._serialized_end=612
-  _globals['_MEMORYCHECKED']._serialized_start=614
-  _globals['_MEMORYCHECKED']._serialized_end=649
+  _globals['_LOCALACCESS']._serialized_end=247
+  _globals['_HANDOFF']._serialized_start=250
+  _globals['_HANDOFF']._serialized_end=424
+  _globals['_HANDOFFREQUEST']._serialized_start=426
+  _globals['_HANDOFFREQUEST']._serialized_end=472
+  _globals['_HANDOFFRESPONSE']._serialized_start=474
+  _globals['_HANDOFFRESPONSE']._serialized_end=601
+  _globals['_MEMORYCHECK']._serialized_start=603
+  _globals['_MEMORYCHECK']._serialized_end=633
+  _globals['_MEMORYCHECKED']._serialized_start=635
+  _globals['_MEMORYCHECKED']._serialized_end=670
 # @@protoc_insertion_point(module_scope)

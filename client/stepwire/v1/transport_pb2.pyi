@@ -14,24 +14,28 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSPORT_GRPC: _ClassVar[Transport]
     TRANSPORT_SHM: _ClassVar[Transport]
     TRANSPORT_CUDA_IPC: _ClassVar[Transport]
+    TRANSPORT_PACKETS: _ClassVar[Transport]
 TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_GRPC: Transport
 TRANSPORT_SHM: Transport
 TRANSPORT_CUDA_IPC: Transport
+TRANSPORT_PACKETS: Transport
 
 class LocalAccess(_message.Message):
-    __slots__ = ("unix_socket", "handoff_socket", "boot_id", "shared_memory_off", "device_memory_off")
+    __slots__ = ("unix_socket", "handoff_socket", "boot_id", "shared_memory_off", "device_memory_off", "packets_off")
     UNIX_SOCKET_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_SOCKET_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_OFF_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_OFF_FIELD_NUMBER: _ClassVar[int]
+    PACKETS_OFF_FIELD_NUMBER: _ClassVar[int]
     unix_socket: str
     handoff_socket: str
     boot_id: str
     shared_memory_off: str
     device_memory_off: str
-    def __init__(self, unix_socket: _Optional[str] = ..., handoff_socket: _Optional[str] = ..., boot_id: _Optional[str] = ..., shared_memory_off: _Optional[str] = ..., device_memory_off: _Optional[str] = ...) -> None: ...
+    packets_off: str
+    def __init__(self, unix_socket: _Optional[str] = ..., handoff_socket: _Optional[str] = ..., boot_id: _Optional[str] = ..., shared_memory_off: _Optional[str] = ..., device_memory_off: _Optional[str] = ..., packets_off: _Optional[str] = ...) -> None: ...
 
 class Handoff(_message.Message):
     __slots__ = ("socket", "token", "gradient_dtype", "gradient_bytes", "reply_dtype", "parameter_bytes")

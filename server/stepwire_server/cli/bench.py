@@ -71,7 +71,7 @@ def bench(
         int, typer.Option(min=1, help="The number of parameters; the server holds 12 bytes for each.")
     ] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="The number of steps to measure.")] = 100,
-    transport: Annotated[str, typer.Option(help="The transport: auto, tcp, uds, shm or cuda_ipc.")] = "auto",
+    transport: Annotated[str, typer.Option(help="The transport: auto, tcp, uds, shm, packets or cuda_ipc.")] = "auto",
     timeout: Timeout = 60.0,
     as_json: Json = False,
 ) -> None:

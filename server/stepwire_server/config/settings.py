@@ -293,6 +293,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = 0
     shared_memory: Annotated[bool, Meta(description="Share memory with clients on this machine.")] = True
+    packets: Annotated[
+        bool, Meta(description="Step clients on this machine over packets, without gRPC in the way of each step.")
+    ] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")
     ] = True

@@ -18,6 +18,7 @@ _ELEMENTS: Final = 1000
 _LEASE_SECONDS: Final = 60.0
 _TRANSPORT_NAMES: Final = {
     "cuda_ipc": "device memory (cuda_ipc)",
+    "packets": "packets on this machine (packets)",
     "shm": "shared memory (shm)",
     "uds": "Unix socket (uds)",
     "tcp": "TCP (tcp)",

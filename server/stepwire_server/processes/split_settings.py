@@ -119,7 +119,11 @@ def _handoff_socket(config: ServerConfig, folder: pathlib.Path, index: int) -> s
     if config.handoff_socket:
         return f"{config.handoff_socket}.{index}"
     # Other users must reach the socket, and the folder is closed to them.
-    return "" if config.handoff_uids or not config.shared_memory else _own_path(folder / f"{index}.handoff")
+    return (
+        ""
+        if config.handoff_uids or not (config.shared_memory or config.packets)
+        else _own_path(folder / f"{index}.handoff")
+    )
 
 
 def _own_path(path: pathlib.Path) -> str:

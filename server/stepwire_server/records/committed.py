@@ -21,7 +21,7 @@ class Committed(NamedTuple):
         load: the last committed load of the state that was stepped.
         request: the step as it was asked for.
         result: the step's result, with its norms and times.
-        transport: the way that the gradient came: "tcp", "uds", "shm", "cuda_ipc", or "unary" for a step in one call.
+        transport: the way that the gradient came: "tcp", "uds", "shm", "packets", "cuda_ipc", or "unary" for a call.
         parts: for each worker whose gradient is in it, its part; empty without aggregation.
     """
 

@@ -10,26 +10,24 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, transport_pb2
 from stepwire.wire.frames import Frame
 from stepwire.wire.trace_context import TraceContext
-from stepwire_server.access.control import AccessControl
 from stepwire_server.aggregation.uploads import UploadSlot
-from stepwire_server.records.replied import Replied, RepliedSink
+from stepwire_server.records.replied import Replied
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, decode_trace, with_base_step
-from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.encode import encode_gradient_check, encode_result
 from stepwire_server.rpc.features import unsupported
 from stepwire_server.rpc.reply_messages import ChunkReplyWriter, WholeReplyWriter
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import Holder
@@ -37,7 +35,7 @@ from stepwire_server.sharing.shared_step import MemoryReplyWriter, StreamMemory,
 from stepwire_server.steps.reply import ReplyPipeline
 from stepwire_server.steps.step import Step
 
-__all__ = ["Serving", "StepStream", "check_chunk", "invalid_frame"]
+__all__ = ["StepStream", "check_chunk", "invalid_frame"]
 
 # Below this, a reply is computed into a scratch array and copied into one message together with the result.
 _SMALL_REPLY_BYTES: Final = 256 << 10
@@ -46,26 +44,6 @@ _SMALL_REPLY_BYTES: Final = 256 << 10
 _TOGETHER_BYTES: Final = 16 << 20
 _LEAST_CHUNK_BYTES: Final = 64 << 10
 """The bytes of the messages that are on their way to all workers of a session, and of one of them at least."""
-
-
-class Serving(NamedTuple):
-    """The parts of a server that every stream and call uses.
-
-    Attributes:
-        drain: the steps under way, and the refusal of new ones at the end of the server.
-        commit_threads: threads that commits of large steps run in.
-        clock: returns seconds.
-        max_chunk_bytes: the most bytes of one chunk's payload.
-        access: the admission of calls.
-        reply_sinks: are told of each reply.
-    """
-
-    drain: Drain
-    commit_threads: Executor
-    clock: Callable[[], float]
-    max_chunk_bytes: int
-    access: AccessControl
-    reply_sinks: Sequence[RepliedSink] = ()
 
 
 class StepStream:
@@ -101,11 +79,19 @@ class StepStream:
         """
         # A frame holds megabytes, so none stays in a variable longer than it takes to stage it.
         for opening in map(lambda frame: [frame], frames):
-            with self._serving.drain.admit():
-                yield from self._step(opening, frames)
-                self._stream.ending = self._serving.drain.started
-            if self._stream.ending:
-                raise self._serving.drain.refusal()
+            yield from self.step(opening, frames)
+
+    def step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
+        """Yield the replies to one step: to a list of its first message, which is emptied, and to what follows.
+
+        Raises:
+            StepwireError: the step is refused, or the server ends; the stream ends with it.
+        """
+        with self._serving.drain.admit():
+            yield from self._step(opening, frames)
+            self._stream.ending = self._serving.drain.started
+        if self._stream.ending:
+            raise self._serving.drain.refusal()
 
     def _step(self, opening: list[Frame], frames: Iterator[Frame]) -> Iterator[bytes]:
         began = self._seen()
@@ -183,8 +169,7 @@ class StepStream:
         if self._last_request is None or settings != self._last_settings:
             config = self._session.config
             request = decode_step_request(begin, config, self._serving.max_chunk_bytes)
-            if config.aggregation is not None:
-                request = request._replace(reply_elements=_shared_elements(request, config))
+            request = request._replace(reply_elements=_elements_together(request, config, self._serving))
             if not request.epoch:  # a stream is opened in an epoch, and never skips its check
                 request = request._replace(epoch=self._epoch)
             if request.shared and self._memory().in_place:  # the reply is the state, where the client sees it
@@ -239,6 +224,8 @@ class StepStream:
         message: pb.AttachRequest = frame.message
         if message.HasField("open"):
             raise invalid_frame("open", "only the first message of a stream carries `open`")
+        if message.over_stream:
+            raise invalid_frame("over_stream", "it comes on a packet lane, as a message of its own")
         ends = message.HasField("commit")
         if not message.HasField("chunk"):
             if frame.payload.size:
@@ -287,7 +274,8 @@ class StepStream:
 
     def _is_small(self, request: StepRequest) -> bool:
         reply_bytes = self._session.config.layout.size * request.reply_dtype.itemsize
-        return reply_bytes <= min(_SMALL_REPLY_BYTES, self._serving.max_chunk_bytes)
+        serving = self._serving
+        return reply_bytes <= min(_SMALL_REPLY_BYTES, serving.max_chunk_bytes, serving.most_reply_bytes)
 
     def _commit_alone(self, step: Step) -> Iterable[bytes]:
         request = step.request
@@ -365,12 +353,12 @@ def _admitted(opening: Frame, step: Step) -> bytes:
     return pb.AttachResponse(admitted=step_pb2.StepAdmitted(gradient=not step.replay)).SerializeToString()
 
 
-def _shared_elements(request: StepRequest, config: SessionConfig) -> int:
-    """Return the elements of a chunk that goes to several workers: all their chunks together have a bound."""
-    assert config.aggregation is not None
-    alignment, workers = config.layout.chunk_alignment, config.aggregation.workers
-    most = max(_TOGETHER_BYTES // workers, _LEAST_CHUNK_BYTES) // request.reply_dtype.itemsize // alignment * alignment
-    return min(request.reply_elements, most)
+def _elements_together(request: StepRequest, config: SessionConfig, serving: Serving) -> int:
+    """Return the elements of a chunk of a reply. Chunks for several workers have a bound for all of them together."""
+    alignment, most = config.layout.chunk_alignment, serving.most_reply_bytes
+    if config.aggregation is not None:
+        most = min(most, max(_TOGETHER_BYTES // config.aggregation.workers, _LEAST_CHUNK_BYTES))
+    return min(request.reply_elements, most // request.reply_dtype.itemsize // alignment * alignment)
 
 
 def _drained(ready: deque[bytes], last: Callable[[], bytes]) -> Iterator[bytes]:

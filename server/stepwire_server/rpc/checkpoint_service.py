@@ -12,10 +12,10 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.rpc import session_lines
-from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.decode_config import decode_fork_config, decode_request_id
 from stepwire_server.rpc.encode import encode_checkpoint, encode_session
 from stepwire_server.rpc.method import unary
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.earlier import Origin
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints
 from stepwire_server.sessions.registry import Registry

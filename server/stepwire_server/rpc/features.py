@@ -55,6 +55,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "state_mixed",
     "tracing",
     "transport_cuda_ipc",
+    "transport_packets",
     "transport_shm",
     "two_phase_clipping",
     "update_norm",

@@ -13,11 +13,12 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN, __version__
 from stepwire.wire.frames import Frame, read_frame, read_message
 from stepwire.wire.messages import duration_to_wire
+from stepwire.wire.packets import PAYLOAD_BYTES
 from stepwire_server.config import ServerConfig
 from stepwire_server.rpc import pull_and_load as transfer
 from stepwire_server.rpc import session_lines
 from stepwire_server.rpc.access import caller_of, identity_of, token_of
-from stepwire_server.rpc.attach import Serving, StepStream, invalid_frame
+from stepwire_server.rpc.attach import StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
@@ -25,6 +26,8 @@ from stepwire_server.rpc.encode import encode_device, encode_parked, encode_sess
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES
 from stepwire_server.rpc.method import unary
+from stepwire_server.rpc.packet_steps import PacketSteps, end_together
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.statistics_service import StatisticsService
 from stepwire_server.rpc.unary_step import step_once
 from stepwire_server.sessions.parked import ParkedSession
@@ -182,7 +185,14 @@ class OptimizerService:
             ):
                 stream.transport = session_lines.transport_name(shared, context.peer())
                 yield _opened(session, holder, shared).SerializeToString()
-                yield from StepStream(session, holder, stream, self._serving, shared.buffers).replies(frames)
+                steps = StepStream(session, holder, stream, self._serving, shared.buffers)
+                if shared.lane is None:
+                    yield from steps.replies(frames)
+                    return
+                end_together(shared.lane, stream, context)
+                serving = self._serving._replace(most_reply_bytes=PAYLOAD_BYTES)
+                packets = StepStream(session, holder, stream, serving, shared.buffers)
+                yield from PacketSteps(shared.lane, stream, packets, steps).replies(messages)
 
     def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Take one step of a small session in one call."""

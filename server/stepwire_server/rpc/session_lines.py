@@ -18,7 +18,11 @@ __all__ = ["attached", "closed", "created", "transport_name"]
 
 _log = structlog.get_logger()
 
-_MEMORIES = {transport_pb2.TRANSPORT_SHM: "shm", transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc"}
+_NAMES = {
+    transport_pb2.TRANSPORT_SHM: "shm",
+    transport_pb2.TRANSPORT_CUDA_IPC: "cuda_ipc",
+    transport_pb2.TRANSPORT_PACKETS: "packets",
+}
 
 
 def created(made: Created, context: grpc.ServicerContext) -> None:
@@ -77,6 +81,6 @@ def attached(
 
 def transport_name(shared: StreamTransport, peer: str) -> str:
     """Name the transport of a stream as clients do."""
-    if shared.transport in _MEMORIES:
-        return _MEMORIES[shared.transport]
+    if shared.transport in _NAMES:
+        return _NAMES[shared.transport]
     return "uds" if peer.startswith("unix:") else "tcp"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from stepwire.errors import InvalidRequestError
+from stepwire.v1 import transport_pb2
+from stepwire.wire.addresses import boot_id
 from stepwire.wire.error_details import status_details
 from stepwire_server.config import ServerConfig
 from stepwire_server.host.sockets import claim_socket
@@ -31,6 +33,7 @@ class HostSharing:
         path: the path of the socket over which clients fetch memory; empty if none is shared.
         off: the reason for sharing no memory of the host; empty if it is shared.
         device_off: the reason for sharing no memory of a device; empty if it is shared.
+        packets_off: the reason for opening no packet lanes; empty if they are opened.
     """
 
     def __init__(
@@ -48,16 +51,33 @@ class HostSharing:
         """
         self.path = ""
         self.off, self.device_off = _why_off(config), _why_device_off(config, devices)
+        self.packets_off = "" if config.packets else "packet lanes are switched off on this server (--no-packets)"
         self._listener: HandoffSocket | None = None
         self._handoff: HandoffServer | None = None
         self._loans = Loans()
-        if not (self.off and self.device_off):
+        if not (self.off and self.device_off and self.packets_off):
             self._listen(config, clock)
-        self.sharing = Sharing(self._handoff, self.off, self.device_off, self._loans)
+        off = {
+            transport_pb2.TRANSPORT_SHM: self.off,
+            transport_pb2.TRANSPORT_CUDA_IPC: self.device_off,
+            transport_pb2.TRANSPORT_PACKETS: self.packets_off,
+        }
+        self.sharing = Sharing(self._handoff, off, self._loans)
 
     def statistics(self) -> HandoffStatistics:
         """Return the state of the handoff."""
         return HandoffStatistics(0, 0, 0, False) if self._handoff is None else self._handoff.statistics()
+
+    def local_access(self, unix_socket: str) -> transport_pb2.LocalAccess:
+        """Return the ways besides TCP for processes of this machine, with the server's Unix socket among them."""
+        return transport_pb2.LocalAccess(
+            unix_socket=unix_socket,
+            handoff_socket=self.path,
+            boot_id=boot_id(),
+            shared_memory_off=self.off,
+            device_memory_off=self.device_off,
+            packets_off=self.packets_off,
+        )
 
     def start(self) -> None:
         """Hand memory over from now on."""
@@ -82,6 +102,7 @@ class HostSharing:
                 raise _refusal(config.handoff_socket, problem) from None
             why = f"there is no socket to hand shared memory over: {problem}"
             self.off, self.device_off = self.off or why, self.device_off or why
+            self.packets_off = self.packets_off or why
             _log.warning("no shared memory", problem=str(problem), remedy="name a socket with --handoff-socket PATH")
             return
         self.path = listener.path

@@ -14,8 +14,8 @@ from stepwire.v1 import statistics_pb2
 from stepwire.wire.frames import read_message
 from stepwire.wire.messages import duration_to_wire, seconds_from_wire
 from stepwire_server.records.session_snapshot import SessionSnapshot
-from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.encode import encode_device, encode_result
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.watching import Rates, snapshots
 

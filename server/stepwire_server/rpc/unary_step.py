@@ -6,10 +6,11 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame
 from stepwire_server.records.replied import Replied
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rpc.attach import Serving, invalid_frame
+from stepwire_server.rpc.attach import invalid_frame
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES, decode_step_request, decode_trace
 from stepwire_server.rpc.encode import encode_result
 from stepwire_server.rpc.reply_messages import WholeReplyWriter
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.session import Session
 
 __all__ = ["step_once"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 import structlog
@@ -17,7 +17,9 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 from stepwire_server.sharing.handoff import HandoffServer
 from stepwire_server.sharing.host_buffers import HostBuffers
+from stepwire_server.sharing.lane_offer import LaneOffer, is_small, tells_little
 from stepwire_server.sharing.loans import Loans
+from stepwire_server.sharing.packet_lane import PacketLane
 from stepwire_server.sharing.shared_step import StreamMemory
 
 __all__ = ["Sharing", "StreamTransport"]
@@ -25,8 +27,8 @@ __all__ = ["Sharing", "StreamTransport"]
 _log = structlog.get_logger()
 
 # The descriptors of one client: two for each memory (the offered one and the mapping), one more for parameters in
-# place, and the connection.
-_DESCRIPTORS: Final = 6
+# place, the connection, and both ends of a packet lane.
+_DESCRIPTORS: Final = 8
 
 
 class StreamTransport(NamedTuple):
@@ -35,51 +37,48 @@ class StreamTransport(NamedTuple):
     Attributes:
         transport: the transport in use.
         reason: the reason for another transport than the requested one; empty if there is none.
-        handoff: the message with which the client fetches the memory; None without shared memory.
+        handoff: the message with which the client fetches the memory and the lane; None without either.
         buffers: the memory; None without shared memory. The arrays end with the stream.
+        lane: the packet lane; None without one. It ends with the stream.
     """
 
     transport: transport_pb2.Transport
     reason: str = ""
     handoff: transport_pb2.Handoff | None = None
     buffers: StreamMemory | None = None
+    lane: PacketLane | None = None
 
 
 class Sharing:
-    """The memory that a server shares with clients on its host.
-
-    Attributes:
-        off: the reason why the server shares no host memory; empty if it shares host memory.
-        device_off: the reason why the server shares no device memory; empty if it shares device memory.
-    """
+    """The memory that a server shares with clients on its host, and the lanes beside it."""
 
     def __init__(
-        self, handoff: HandoffServer | None, off: str = "", device_off: str = "", loans: Loans | None = None
+        self,
+        handoff: HandoffServer | None,
+        off: Mapping[transport_pb2.Transport, str],
+        loans: Loans | None = None,
     ) -> None:
-        """Offer memory through a handoff server, or keep the reason for none.
+        """Offer memory and lanes through a handoff server, or keep the reasons for none.
 
         Args:
-            handoff: the handoff server; None if no memory is shared.
-            off: the reason why no host memory is shared; empty if it is.
-            device_off: the reason why no device memory is shared; empty if it is.
+            handoff: the handoff server; None if nothing is offered.
+            off: the reason against each transport of `transport.proto`; empty for one that is offered.
             loans: the loans of device memory; None if no device memory is shared.
         """
-        self.off = off
-        self.device_off = device_off
         self._handoff = handoff
+        self._off = off
         self._loans = loans
 
     @property
     def features_off(self) -> frozenset[str]:
         """The features of this build that this server does not have."""
-        off = {"transport_shm": self.off, "transport_cuda_ipc": self.device_off}
-        return frozenset(feature for feature, reason in off.items() if reason)
+        return frozenset(feature for transport, feature in _FEATURES.items() if self._off[transport])
 
     @contextlib.contextmanager
     def share(
         self, session: Session, asked: transport_pb2.Transport, access_token: str = ""
     ) -> Iterator[StreamTransport]:
-        """Share memory with a stream of a session for a block, if the client requests it and the server has it.
+        """Share memory, or a lane, with a stream of a session for a block, if the client requests what the server has.
 
         Args:
             session: the session.
@@ -87,7 +86,7 @@ class Sharing:
             access_token: the token that the client has attached with; empty for none.
 
         Yields:
-            The transport of the stream, with the memory or the reason for none.
+            The transport of the stream, with its parts or the reason for none.
 
         Raises:
             SessionNotFoundError: the session has ended.
@@ -96,12 +95,12 @@ class Sharing:
         if self._handoff is None or refusal is not None:
             yield StreamTransport(transport_pb2.TRANSPORT_GRPC, refusal or "")
             return
+        lend = self._lend_lane if asked == transport_pb2.TRANSPORT_PACKETS else self._lend
         with contextlib.ExitStack() as resources:
             try:
-                shared = resources.enter_context(self._lend(session, self._handoff, asked, access_token))
-            except (OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError) as problem:
-                _log.warning("no shared memory", session_id=session.session_id, problem=str(problem))
-                shared = StreamTransport(transport_pb2.TRANSPORT_GRPC, f"no shared memory: {problem}")
+                shared = resources.enter_context(lend(session, self._handoff, asked, access_token))
+            except _NO_MEMORY as problem:
+                shared = StreamTransport(transport_pb2.TRANSPORT_GRPC, _no_memory(session, problem))
             yield shared
 
     @contextlib.contextmanager
@@ -129,21 +128,64 @@ class Sharing:
             finally:
                 end(token)
 
+    @contextlib.contextmanager
+    def _lend_lane(
+        self, session: Session, handoff: HandoffServer, asked: transport_pb2.Transport, access_token: str
+    ) -> Iterator[StreamTransport]:
+        """Share a lane with a stream for a block, and memory if there is some.
+
+        Raises:
+            OSError: there are no descriptors left.
+        """
+        _require_descriptors()
+        with contextlib.ExitStack() as resources:
+            buffers, reason = self._memory_beside_lane(session, resources)
+            if buffers is None and not is_small(session.config):
+                yield StreamTransport(transport_pb2.TRANSPORT_GRPC, f"{reason}; the steps are too large for packets")
+                return
+            lane = resources.enter_context(contextlib.closing(PacketLane()))
+            token = handoff.offer(LaneOffer(lane, buffers), access_token)
+            resources.callback(handoff.drop, token)
+            message = _handoff_message(handoff.path, token, session, buffers)
+            yield StreamTransport(asked, reason, message, buffers, lane)
+
+    def _memory_beside_lane(self, session: Session, resources: contextlib.ExitStack) -> tuple[HostBuffers | None, str]:
+        """Return the memory of a stream that has a lane, or None and the reason."""
+        if off := self._off[transport_pb2.TRANSPORT_SHM]:
+            return None, off
+        try:
+            return resources.enter_context(contextlib.closing(HostBuffers(session))), ""
+        except _NO_MEMORY as problem:
+            return None, _no_memory(session, problem)
+
     def _refusal(self, asked: transport_pb2.Transport, session: Session) -> str | None:
         """Return the reason against the requested transport: "" for a request of none, None for no reason."""
         if asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC):
             return ""
-        if asked == transport_pb2.TRANSPORT_SHM:
-            return self.off or None
+        if asked not in _FEATURES:
+            return f"this server does not serve transport {asked}"
+        kept = None
         if asked == transport_pb2.TRANSPORT_CUDA_IPC:
             config = session.config
             kept = _JOURNALLED if config.durability.level == "journal" else _TOGETHER if config.aggregation else None
-            return self.device_off or kept
-        return f"this server does not serve transport {asked}"
+        elif asked == transport_pb2.TRANSPORT_PACKETS and not tells_little(session.config):
+            kept = "the result of a step has more groups or workers than a packet has room for"
+        return self._off[asked] or kept
 
 
+_FEATURES: Final[Mapping[transport_pb2.Transport, str]] = {
+    transport_pb2.TRANSPORT_SHM: "transport_shm",
+    transport_pb2.TRANSPORT_CUDA_IPC: "transport_cuda_ipc",
+    transport_pb2.TRANSPORT_PACKETS: "transport_packets",
+}
+_NO_MEMORY: Final = (OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError)
 _TOGETHER: Final = "the gradients of several workers are added up on the host, so they cannot stay on the device"
 _JOURNALLED: Final = "the session's gradients are journalled on the host, so they cannot stay on the device"
+
+
+def _no_memory(session: Session, problem: Exception) -> str:
+    _log.warning("no shared memory", session_id=session.session_id, problem=str(problem))
+    return f"no shared memory: {problem}"
 
 
 def _require_descriptors() -> None:
@@ -157,12 +199,12 @@ def _require_descriptors() -> None:
         raise OSError(f"{used} descriptors are open, and shared memory may use them up to {most}; raise `ulimit -n`")
 
 
-def _handoff_message(path: str, token: bytes, session: Session, buffers: StreamMemory) -> transport_pb2.Handoff:
+def _handoff_message(path: str, token: bytes, session: Session, buffers: StreamMemory | None) -> transport_pb2.Handoff:
     return transport_pb2.Handoff(
         socket=path,
         token=token,
         gradient_dtype=dtype_to_wire(session.config.gradient_dtype),
-        gradient_bytes=buffers.gradient_bytes,
+        gradient_bytes=0 if buffers is None else buffers.gradient_bytes,
         reply_dtype=dtype_to_wire(session.config.reply_dtype),
-        parameter_bytes=buffers.parameter_bytes,
+        parameter_bytes=0 if buffers is None else buffers.parameter_bytes,
     )

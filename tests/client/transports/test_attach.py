@@ -49,9 +49,9 @@ def assert_in_messages(session: stepwire.Session, reason: str) -> None:
     assert reason in str(refused.value)
 
 
-def test_shared_memory_is_what_is_found_by_itself(session: stepwire.Session) -> None:
+def test_packets_beside_shared_memory_are_what_is_found_by_itself(session: stepwire.Session) -> None:
     session.attach()
-    assert session.transport is not None and session.transport.name == "shm"
+    assert session.transport is not None and session.transport.name == "packets"
     assert set(session.transport.reasons) == {"cuda_ipc"}
 
 
@@ -95,12 +95,12 @@ def test_a_connection_that_breaks_during_the_check_is_mended(
 
     monkeypatch.setattr(shared_memory.SharedMemory, "check", broken)
     session.attach()
-    assert (breaks, session.transport is not None and session.transport.name) == ([], "shm")
+    assert (breaks, session.transport is not None and session.transport.name) == ([], "packets")
 
 
-@pytest.mark.parametrize("transport", ["auto", "shm"])
+@pytest.mark.parametrize(("transport", "found"), [("auto", "packets"), ("shm", "shm")])
 def test_a_fork_between_a_stream_and_its_memory_is_no_reason_against_the_memory(
-    server: str, transport: str, monkeypatch: pytest.MonkeyPatch
+    server: str, transport: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     map_memory, forked = shared_memory._mapped, [False]
 
@@ -115,7 +115,7 @@ def test_a_fork_between_a_stream_and_its_memory_is_no_reason_against_the_memory(
     with stepwire.connect(server, transport=transport) as client, client.create_session(START) as session:
         session.step(GRADIENT)
         assert (forked, session.applied_step) == ([True], 1)
-        assert session.transport is not None and session.transport.name == "shm"
+        assert session.transport is not None and session.transport.name == found
 
 
 def test_asked_for_by_name_it_is_had_or_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +138,5 @@ def test_the_worker_is_acquired_once_however_many_streams_that_needs(
     monkeypatch.setattr(shared_memory.SharedMemory, "check", lambda self, ask: bool(checks.append(ask)))
     other.attach()
     assert other.step(GRADIENT)["b"].shape == (4,)
-    # The first stream acquires the worker, and the second renews the hold.
-    assert (other.applied_step, other._link.hold.acquisitions, len(checks)) == (2, 1, 1)
+    # The first stream, for packets, acquires the worker, and those for memory and for messages renew the hold.
+    assert (other.applied_step, other._link.hold.acquisitions, len(checks)) == (2, 1, 2)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stepwire.errors import InvalidRequestError
-from stepwire.transports.available import TRANSPORTS, asked_transport, memory_problem, socket_problem
+from stepwire.transports.available import MEMORIES, TRANSPORTS, asked_transport, memory_problem, socket_problem
 from stepwire.v1 import transport_pb2
 from stepwire.wire.addresses import boot_id
 
@@ -43,7 +43,9 @@ def test_a_transport_that_is_named_is_asked_for(transport: str) -> None:
 def test_what_is_no_transport_is_refused_by_where_it_came_from() -> None:
     with pytest.raises(InvalidRequestError) as refused:
         asked_transport("pigeon", {})
-    assert str(refused.value) == "transport: 'pigeon' is no transport; use one of: auto, tcp, uds, shm, cuda_ipc"
+    assert (
+        str(refused.value) == "transport: 'pigeon' is no transport; use one of: auto, tcp, uds, shm, packets, cuda_ipc"
+    )
     with pytest.raises(InvalidRequestError, match="STEPWIRE_TRANSPORT: 'pigeon' is no transport"):
         asked_transport("auto", {"STEPWIRE_TRANSPORT": "pigeon"})
 
@@ -74,8 +76,8 @@ def test_a_socket_that_is_not_offered(path: pathlib.Path) -> None:
 
 
 def test_a_reason_of_the_servers_is_passed_on(path: pathlib.Path) -> None:
-    offer = local(handoff_socket=path, shared_memory_off="no memfd", device_memory_off="no GPU")
-    assert (memory_problem("shm", offer), memory_problem("cuda_ipc", offer)) == ("no memfd", "no GPU")
+    offer = local(handoff_socket=path, shared_memory_off="no memfd", device_memory_off="no GPU", packets_off="no lane")
+    assert [memory_problem(name, offer) for name in MEMORIES] == ["no GPU", "no lane", "no memfd"]
 
 
 def test_a_socket_in_another_container_cannot_be_seen(path: pathlib.Path) -> None:

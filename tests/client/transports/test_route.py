@@ -138,7 +138,7 @@ def test_tcp_is_taken_without_asking_anybody(answering: Any, router: Any) -> Non
     server = answering()
     way = find(router(server.target), "tcp")
     assert (way.name, way.memories, server.asked) == ("tcp", (), 0)
-    assert way.reasons == dict.fromkeys(("cuda_ipc", "shm", "uds"), "transport 'tcp' was asked for")
+    assert way.reasons == dict.fromkeys(("cuda_ipc", "packets", "shm", "uds"), "transport 'tcp' was asked for")
 
 
 def test_a_target_that_is_a_socket_is_one(answering: Any, router: Any, place: pathlib.Path) -> None:
@@ -169,10 +169,13 @@ def test_memory_that_may_be_had_is_tried_when_a_stream_opens(answering: Any, rou
     server.info.local.unix_socket = server.info.local.handoff_socket = str(place)
     server.info.local.device_memory_off = "no GPU"
     way = find(router(server.target))
-    assert (way.name, way.memories, way.reasons) == ("uds", ("shm",), {"cuda_ipc": "no GPU"})
+    assert (way.name, way.memories, way.reasons) == ("uds", ("packets", "shm"), {"cuda_ipc": "no GPU"})
     assert find(router(server.target), "shm").memories == ("shm",)
     uds = find(router(server.target), "uds")
-    assert (uds.memories, uds.reasons) == ((), dict.fromkeys(("cuda_ipc", "shm"), "transport 'uds' was asked for"))
+    assert (uds.memories, uds.reasons) == (
+        (),
+        dict.fromkeys(("cuda_ipc", "packets", "shm"), "transport 'uds' was asked for"),
+    )
 
 
 # --- one session's route --------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def test_a_session_keeps_its_transport_when_another_is_refused(target: str) -> N
         session.step(ONE)
         assert session.transport == before
         assert before is not None
-        assert (before.name, set(before.reasons)) == ("tcp", {"cuda_ipc", "shm", "uds"})
+        assert (before.name, set(before.reasons)) == ("tcp", {"cuda_ipc", "packets", "shm", "uds"})
 
 
 def test_the_environment_may_choose_for_who_does_not(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +294,7 @@ def test_the_environment_may_choose_for_who_does_not(target: str, monkeypatch: p
 
 def test_a_server_without_local_ways_is_used_over_tcp() -> None:
     with (
-        stepwire_server.testing.serving(unix_socket="off", shared_memory=False) as target,
+        stepwire_server.testing.serving(unix_socket="off", shared_memory=False, packets=False) as target,
         stepwire.connect(target) as client,
         client.create_session(ONE) as session,
     ):

@@ -21,10 +21,10 @@ from stepwire.connection import stream
 from stepwire.v1 import transport_pb2
 from stepwire_server.access.control import AccessControl
 from stepwire_server.config import ServerConfig
-from stepwire_server.rpc.attach import Serving
 from stepwire_server.rpc.drain import Drain
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 from stepwire_server.rpc.servicer import OptimizerService
+from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.registry_limits import RegistryLimits
 from stepwire_server.sharing.offer import Sharing
@@ -152,7 +152,7 @@ class LineServer:
             self.registry,
             serving,
             config,
-            Sharing(None, "off", "off"),
+            Sharing(None, dict.fromkeys(transport_pb2.Transport.values(), "off")),
             instance_id=secrets.token_hex(8),
             local=transport_pb2.LocalAccess(),
         )

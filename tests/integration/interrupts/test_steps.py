@@ -45,6 +45,7 @@ KINDS = {
     "tcp": Kind("tcp"),
     "uds": Kind("uds", {"clip_grad_norm": 1.0}),
     "shm": Kind("shm"),
+    "packets": Kind("packets"),
     "overlap": Kind("tcp", {"non_finite": "allow"}, {"overlap": True}),
     "changed": Kind("tcp", {"reply_dtype": "bfloat16"}, {"reply": "changed"}),
     "int8": Kind("tcp", {"gradient_dtype": "int8", "error_feedback": True}),

@@ -36,7 +36,7 @@ KINDS = {
     "tcp": Kind({"transport": "tcp"}),
     "shm": Kind({"transport": "shm"}),
     "bfloat16": Kind({"transport": "uds"}, dtype="bfloat16"),
-    "views": Kind({"transport": "shm", "shared_views": True}),
+    "views": Kind({"transport": "packets", "shared_views": True}),
     "early": Kind({"transport": "tcp", "send_in_backward": True}, backward=True),
 }
 

@@ -22,29 +22,30 @@ def test_every_way_is_tried_and_the_best_is_named() -> None:
         found = by_check(target)
         with stepwire.connect(target) as client:
             assert list(client.sessions()) == [], "what was made for it is gone"
-    assert list(found) == ["server", "cuda_ipc", "shm", "uds", "tcp", "in use"]
+    assert list(found) == ["server", "cuda_ipc", "packets", "shm", "uds", "tcp", "in use"]
     for name in ("uds", "tcp"):
         assert found[name] == Finding(name, True, "works")
     assert found["server"].detail == f"{target} serves, version {stepwire.__version__}, on cpu"
-    best = "shm" if found["shm"].ok else "uds"
+    best = "packets" if found["packets"].ok else "uds"
     assert found["in use"].ok
     assert found["in use"].detail.endswith(f"({best})")
     assert doctor.healthy(found.values())
 
 
 def test_what_is_missing_is_told_with_its_remedy_and_is_no_fault() -> None:
-    with serving(unix_socket="off", shared_memory=False) as target:
+    with serving(unix_socket="off", shared_memory=False, packets=False) as target:
         found = by_check(target)
     detail, remedy = "the server has no Unix socket", "start it with: --unix-socket auto, or a path"
     assert found["uds"] == Finding("uds", False, detail, remedy, optional=True)
     assert found["shm"].detail == "shared memory is switched off on this server (--no-shared-memory)"
+    assert found["packets"].detail == "packet lanes are switched off on this server (--no-packets)"
     assert found["in use"].detail == "sessions that leave the choice to stepwire use TCP (tcp)"
     assert doctor.healthy(found.values())
 
 
 def test_a_socket_alone_has_no_port(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("s") / "s"
-    with serving(bind=f"unix:{path}", shared_memory=False) as target:
+    with serving(bind=f"unix:{path}", shared_memory=False, packets=False) as target:
         found = by_check(target)
     assert found["tcp"] == Finding("tcp", False, f"the target unix:{path} has no port", optional=True)
     assert found["uds"].ok

@@ -352,7 +352,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "durable_step",
         "any_worker",
     },
-    pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "padding", "payload"},
+    pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "over_stream", "padding", "payload"},
     pb.StepRequest: {"session_id", "worker", "attach_token", "begin", "payload"},
     pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes"},
     pb.LoadRequest: {"open", "slot", "chunk", "commit", "padding", "payload"},

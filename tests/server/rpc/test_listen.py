@@ -195,10 +195,11 @@ def test_a_named_socket_that_is_taken_leaves_nothing_of_the_server(folder: pathl
 
 
 def test_what_is_offered_to_neighbours_is_told_with_why_not(connect: Any) -> None:
-    with make(shared_memory=False) as server, connect(server.target) as wire:
+    with make(shared_memory=False, packets=False) as server, connect(server.target) as wire:
         local = wire.info().local
         assert (local.handoff_socket, local.shared_memory_off) == (
             "",
             "shared memory is switched off on this server (--no-shared-memory)",
         )
+        assert local.packets_off == "packet lanes are switched off on this server (--no-packets)"
         assert local.device_memory_off != ""

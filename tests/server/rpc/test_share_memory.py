@@ -24,7 +24,7 @@ def no_session_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_named_socket_is_used_and_removed(tmp_path: pathlib.Path) -> None:
     path, before = tmp_path / "handoff.sock", held_by_process()
     sharing = HostSharing(ServerConfig(handoff_socket=str(path)))
-    assert (sharing.path, sharing.off, sharing.sharing.off, path.is_socket()) == (str(path), "", "", True)
+    assert (sharing.path, sharing.off, sharing.packets_off, path.is_socket()) == (str(path), "", "", True)
     sharing.start()
     sharing.close()
     sharing.close()
@@ -57,21 +57,23 @@ def test_without_a_folder_for_the_socket_nothing_is_shared(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     sharing = HostSharing(ServerConfig())
-    assert (sharing.path, sharing.sharing.off) == ("", sharing.off)
+    assert (sharing.path, sharing.packets_off) == ("", sharing.off)
+    assert {"transport_shm", "transport_packets"} <= sharing.sharing.features_off
     assert sharing.off.startswith("there is no socket to hand shared memory over: ")
     sharing.start()
     sharing.close()
 
 
 def test_it_can_be_switched_off() -> None:
-    sharing = HostSharing(ServerConfig(shared_memory=False))
+    sharing = HostSharing(ServerConfig(shared_memory=False, packets=False))
     assert (sharing.path, sharing.off) == ("", "shared memory is switched off on this server (--no-shared-memory)")
     sharing.close()
 
 
 def test_where_there_is_no_shared_memory_to_be_made_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    assert HostSharing(ServerConfig()).off == "shared memory needs Linux"
+    with contextlib.closing(HostSharing(ServerConfig())) as sharing:
+        assert (sharing.off, sharing.packets_off) == ("shared memory needs Linux", "")
 
 
 @pytest.mark.parametrize(("uids", "mode"), [("", 0o600), ("1000,1001", 0o666)])

@@ -299,9 +299,9 @@ def test_a_budget_that_has_none_leads_to_messages(wire: Any, make_config: Any, m
 
 
 def test_a_server_told_to_share_nothing_says_so(make_config: Any, make_live: Any, connect: Any, serve: Any) -> None:
-    with serve(shared_memory=False) as server, connect(server.target) as own:
+    with serve(shared_memory=False, packets=False) as server, connect(server.target) as own:
         info = own.info()
-        assert "transport_shm" not in info.features
+        assert not {"transport_shm", "transport_packets"} & set(info.features)
         assert (info.local.handoff_socket, info.local.shared_memory_off) == ("", server.handoff.off)
         live = make_live(own, own.create(make_config((3,))))
         assert (

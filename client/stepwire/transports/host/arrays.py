@@ -10,7 +10,7 @@ import numpy.typing as npt
 from stepwire.arrays.packing import Flat, Packer
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.transports.shared import GradientSource, SharedArrays
-from stepwire.wire.dtypes import INT8
+from stepwire.wire.dtypes import FLOAT16, INT8
 
 __all__ = ["HostArrays"]
 
@@ -22,6 +22,9 @@ class HostArrays(SharedArrays):
         """Lay a session's tensors out in its memory."""
         super().__init__(packer, memory.gradient.dtype, memory.parameters.dtype)
         self._memory = memory
+        tensors = packer.layout.tensors
+        self._gradients = [memory.gradient[tensor.offset : tensor.end] for tensor in tensors]
+        self._parameters = [memory.parameters[tensor.offset : tensor.end] for tensor in tensors]
 
     def close(self) -> None:
         """See `SharedMemory.close`."""
@@ -45,8 +48,8 @@ class HostArrays(SharedArrays):
 
     def read(self, targets: Flat) -> None:
         """Copy the parameters, tensor by tensor."""
-        for tensor, target in zip(self.packer.layout.tensors, targets, strict=True):
-            target[:] = self._memory.parameters[tensor.offset : tensor.end]
+        for parameters, target in zip(self._parameters, targets, strict=True):
+            target[:] = parameters
 
     def write(self, source: GradientSource) -> None:
         """See `SharedArrays.write`."""
@@ -55,23 +58,37 @@ class HostArrays(SharedArrays):
         if gradient.dtype == INT8:
             self.packer.write(source.gradients, self.packer.ranges(0, layout.size), gradient, 0, source.feedback)
             return
-        places = [gradient[tensor.offset : tensor.end] for tensor in layout.tensors]
-        moving = [
-            (place, array)
-            for place, array in zip(places, source.gradients, strict=True)
-            if len(array) == len(place) and not _same(place, array)
-        ]
-        # Views that lie in the place of another tensor would be overwritten before their turn.
-        moving = [(place, array.copy() if np.may_share_memory(array, gradient) else array) for place, array in moving]
+        moving = []
+        for place, array in zip(self._gradients, source.gradients, strict=True):
+            if len(array) != len(place):
+                continue
+            if _is_elsewhere(array):
+                moving.append((place, array))
+            elif not _same(place, array):
+                # A view that lies in the place of another tensor would be overwritten before its turn.
+                moving.append((place, array.copy() if np.may_share_memory(array, gradient) else array))
+        if gradient.dtype != FLOAT16:
+            _copy(moving)
+            return
         with np.errstate(over="ignore"):  # as `Packer.write`: a value beyond float16 becomes infinite
-            for place, array in moving:
-                place[:] = array
+            _copy(moving)
 
     def _named(self, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         return {
             tensor.spec.name: values[tensor.offset : tensor.end].reshape(tensor.spec.shape)
             for tensor in self.packer.layout.tensors
         }
+
+
+def _copy(moving: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+    for place, array in moving:
+        place[:] = array
+
+
+def _is_elsewhere(array: npt.NDArray[Any]) -> bool:
+    """Tell that an array shows memory that NumPy has allocated, so none that is shared; False if that takes a look."""
+    owner = array.base
+    return array.flags.owndata if owner is None else type(owner) is np.ndarray and owner.flags.owndata
 
 
 def _same(place: npt.NDArray[Any], array: npt.NDArray[Any]) -> bool:

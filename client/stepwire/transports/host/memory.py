@@ -22,13 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import UnavailableError
-from stepwire.transports.handoff import handed_over
+from stepwire.transports.handoff import Handed, handed_over
 from stepwire.v1 import transport_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire, wire_bytes, wire_items
 
-__all__ = ["SharedMemory", "fetch", "lies_in_parameters"]
+__all__ = ["DESCRIPTORS", "SharedMemory", "fetch", "lies_in_parameters"]
 
-_DESCRIPTORS: Final = 2
+DESCRIPTORS: Final = 2
+"""The descriptors of the memory: the gradient's, and the parameters'."""
+
 _FIXED_SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PATTERN_BYTES: Final = 64
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14
@@ -72,6 +74,17 @@ class SharedMemory:
         self._parameters_start = np.frombuffer(parameters, np.uint8)
         _parameter_maps.add(parameters)
         _open.add(self)
+
+    @classmethod
+    def mapped(cls, handed: Handed, handoff: transport_pb2.Handoff, size: int) -> SharedMemory:
+        """Check and map memory that was handed over; its descriptors are the first of all that came.
+
+        Raises:
+            UnavailableError: it is other memory than the server says.
+            OSError: it cannot be mapped.
+        """
+        gradient, parameters = _mapped(handed.descriptors[:DESCRIPTORS], handoff, size)
+        return cls(handed.connection, handoff, gradient, parameters, size, handed.descriptors[0])
 
     def check(self, ask: Callable[[bytes], bytes]) -> bool:
         """Tell whether the server sees the same memory.
@@ -150,9 +163,8 @@ def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float, acc
     Raises:
         StepwireError: the server refused, cannot be reached, or sent something else than it says.
     """
-    with handed_over(handoff, timeout_seconds, _DESCRIPTORS, access_token) as handed:
-        gradient, parameters = _mapped(handed.descriptors, handoff, size)
-        return SharedMemory(handed.connection, handoff, gradient, parameters, size, handed.descriptors[0])
+    with handed_over(handoff, timeout_seconds, DESCRIPTORS, access_token) as handed:
+        return SharedMemory.mapped(handed, handoff, size)
 
 
 def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -> tuple[mmap.mmap, mmap.mmap]:

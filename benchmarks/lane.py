@@ -1,0 +1,133 @@
+"""Small steps on one host: the packet lane beside a bare doorbell, a raw gRPC echo, and torch in the client's process.
+
+A training program computes between two steps, and both processes sleep meanwhile. So every contender is measured with
+pauses between its calls too. A pause is not part of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import local_torch
+import transports
+import variants
+from contest import PAUSE_SECONDS, Absent, Action, Contender, timed
+from doorbell import Doorbell
+from echo import EchoStream, sized_message
+from stepwire.wire.dtypes import FLOAT32
+from variants import Variant
+
+__all__ = ["ECHO_GOAL", "Scale", "lane"]
+
+_DOORBELL, _ECHO, _FUSED = "doorbell", "gRPC echo", "local torch fused"
+_STEPS = (
+    Variant("packets", "packets"),
+    Variant("packets in place", "packets", in_place=True),
+    Variant("shm in place", "shm", in_place=True),
+)
+_FLOORS = (_DOORBELL, _ECHO, _FUSED)
+ECHO_GOAL = f"packets 1k, 0 ms to {_ECHO}"
+"""The ratio of the packet lane to the echo, without a pause."""
+
+
+class Scale(NamedTuple):
+    """The extent of a measurement.
+
+    Attributes:
+        sizes: the numbers of parameters.
+        gaps: the pauses between two calls, in milliseconds.
+        rounds: the turns of every contender.
+        batch: the calls of a turn.
+    """
+
+    sizes: tuple[int, ...] = (1_000, 10_000)
+    gaps: tuple[float, ...] = (0, 0.2, 2)
+    rounds: int = 15
+    batch: int = 60
+
+    @classmethod
+    def quick(cls) -> Scale:
+        """Return a short form, to check the benchmark itself."""
+        return cls((1_000,), (0, 0.2), 2, 10)
+
+
+def lane(target: str, echo: str, doorbell: str, scale: Scale) -> dict[str, Any]:
+    """Return the times of each contender by size and pause, and the ratios to the floors, of medians round by round.
+
+    Args:
+        target: the server.
+        echo: the server of raw gRPC streams.
+        doorbell: the path of the doorbell.
+        scale: the extent.
+    """
+    figures: dict[str, Any] = {"rounds": scale.rounds, "batch": scale.batch}
+    for size in scale.sizes:
+        with contextlib.ExitStack() as stack:
+            ready = _prepared(stack, _contenders(target, echo, doorbell), size, figures)
+            for gap in scale.gaps:
+                place = f"{transports.section_name('', size).strip()}, {gap:g} ms"
+                figures |= _figures(_times(ready, gap / 1e3, scale), place)
+    return figures
+
+
+def _contenders(target: str, echo: str, doorbell: str) -> list[Contender]:
+    def ring(stack: contextlib.ExitStack, size: int) -> Action:
+        return stack.enter_context(contextlib.closing(Doorbell(doorbell))).ring
+
+    def echoed(stack: contextlib.ExitStack, size: int) -> Action:
+        stream = stack.enter_context(contextlib.closing(EchoStream(echo, "Echo")))
+        message = sized_message(size * FLOAT32.itemsize, size * FLOAT32.itemsize)
+        return lambda: stream.round_trip(message)
+
+    fused = next(each for each in local_torch.contenders() if each.name == _FUSED)
+    steps = [variants.contender(variant, [target]) for variant in _STEPS]
+    return [Contender(_DOORBELL, ring), Contender(_ECHO, echoed), fused, *steps]
+
+
+def _prepared(
+    stack: contextlib.ExitStack, contenders: Sequence[Contender], size: int, figures: dict[str, Any]
+) -> dict[str, Action]:
+    """Return the actions of those that can run here; the others are told among the figures."""
+    ready: dict[str, Action] = {}
+    for contender in contenders:
+        try:
+            ready[contender.name] = contender.prepare(stack, size)
+        except Absent as reason:
+            figures[f"{contender.name} left out"] = str(reason)
+    return ready
+
+
+def _times(ready: dict[str, Action], gap_seconds: float, scale: Scale) -> dict[str, list[list[float]]]:
+    """Return the seconds of every call, by contender and round; the calls before the first round are not counted."""
+    times: dict[str, list[list[float]]] = {name: [] for name in ready}
+    for _ in range(scale.rounds + 1):
+        for name, action in ready.items():
+            time.sleep(PAUSE_SECONDS)
+            times[name].append([_after(gap_seconds, action) for _ in range(scale.batch)])
+    return {name: rounds[1:] for name, rounds in times.items()}
+
+
+def _after(gap_seconds: float, action: Action) -> float:
+    if gap_seconds:
+        time.sleep(gap_seconds)
+    return timed(action)
+
+
+def _figures(times: dict[str, list[list[float]]], place: str) -> dict[str, float]:
+    medians = {name: [statistics.median(batch) for batch in rounds] for name, rounds in times.items()}
+    figures: dict[str, float] = {}
+    for name, rounds in times.items():
+        calls = np.concatenate(rounds) * 1e6
+        figures[f"{name} {place} p50 us"] = float(np.percentile(calls, 50))
+        figures[f"{name} {place} p99 us"] = float(np.percentile(calls, 99))
+    for variant in _STEPS:
+        for floor in (floor for floor in _FLOORS if floor in medians):
+            pairs = zip(medians[variant.name], medians[floor], strict=True)
+            figures[f"{variant.name} {place} to {floor}"] = statistics.median(one / other for one, other in pairs)
+    return figures

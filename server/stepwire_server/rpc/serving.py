@@ -1,0 +1,36 @@
+"""What every stream and call of a server uses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import NamedTuple
+
+from stepwire_server.access.control import AccessControl
+from stepwire_server.records.replied import RepliedSink
+from stepwire_server.rpc.drain import Drain
+
+__all__ = ["Serving"]
+
+
+class Serving(NamedTuple):
+    """The parts of a server that every stream and call uses.
+
+    Attributes:
+        drain: the steps under way, and the refusal of new ones at the end of the server.
+        commit_threads: threads that commits of large steps run in.
+        clock: returns seconds.
+        max_chunk_bytes: the most bytes of one chunk's payload.
+        access: the admission of calls.
+        reply_sinks: are told of each reply.
+        most_reply_bytes: the most bytes of a reply's payload in one message, whatever its client asks for.
+    """
+
+    drain: Drain
+    commit_threads: Executor
+    clock: Callable[[], float]
+    max_chunk_bytes: int
+    access: AccessControl
+    reply_sinks: Sequence[RepliedSink] = ()
+    most_reply_bytes: int = sys.maxsize

@@ -1,0 +1,123 @@
+"""Arrays that come back: recognised while nothing of them has changed, and checked again otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwire
+from stepwire.arrays.recognised import RecognisedArrays
+from tests.support.numpy_server import numpy_server
+
+
+class Checks:
+    """Counts its calls, and returns views in the order of the names."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self.count = 0
+        self.arrays = arrays
+
+    def __call__(self) -> list[Any]:
+        self.count += 1
+        return [self.arrays[name].reshape(-1) for name in ("b", "a")]
+
+
+def arrays() -> dict[str, Any]:
+    return {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
+
+
+def known(given: dict[str, Any], *, written: bool = False) -> tuple[RecognisedArrays, Checks]:
+    recognised, checks = RecognisedArrays(("b", "a"), written=written), Checks(given)
+    recognised.views(given, checks)
+    return recognised, checks
+
+
+def test_the_same_arrays_are_checked_once_and_seen_anew() -> None:
+    given = arrays()
+    recognised, checks = known(given)
+    given["a"] += 1
+    for container in (given, dict(given)):
+        b, a = recognised.views(container, checks)
+        assert (a.tolist(), b.tolist()) == ([1, 2, 3, 4, 5, 6], [1, 1])
+        assert np.shares_memory(a, given["a"])
+    assert (checks.count, recognised.version) == (1, 1)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "array", "names", "missing", "more", "list"])
+def test_whatever_changes_is_checked_again(change: str) -> None:
+    given: Any = arrays()
+    recognised, checks = known(given)
+    if change == "shape":
+        given["a"].shape = (3, 2)
+    elif change == "dtype":
+        given["b"].dtype = np.int32
+    elif change == "array":
+        given["b"] = given["b"].copy()
+    elif change == "names":
+        given = {"b": given["a"], "a": given["b"]}
+    elif change == "missing":
+        del given["a"]
+    elif change == "more":
+        given["c"] = np.ones(1)
+    else:
+        given = list(given.values())
+    assert not recognised.knows(given)
+    recognised.views(given, list if change == "missing" else checks)
+    assert recognised.version == 2
+
+
+def test_what_is_written_has_to_stay_writable() -> None:
+    given = arrays()
+    recognised, _ = known(given, written=True)
+    assert recognised.knows(given)
+    given["a"].flags.writeable = False
+    assert not recognised.knows(given)
+
+
+def test_an_array_that_is_gone_is_not_recognised_in_another_of_its_identity() -> None:
+    given = arrays()
+    recognised, _ = known(given)
+    array = given.pop("b")
+    identity = id(array)
+    del array
+    for _ in range(100):  # the allocator gives the place out again sooner or later
+        given["b"] = np.ones(4, np.float32)[::2]
+        assert not recognised.knows(given)
+        if id(given["b"]) == identity:
+            break
+
+
+@pytest.mark.parametrize(
+    "odd", [np.ones((2, 6), np.float32)[:, ::2], np.ma.ones((2, 3)), np.ones((200, 300), np.float32)]
+)
+def test_odd_and_large_arrays_are_checked_each_time(odd: Any) -> None:
+    given = arrays() | {"a": odd}
+    recognised, checks = known(given)
+    recognised.views(given, checks)
+    assert checks.count == 2
+
+
+def test_a_session_checks_arrays_that_changed_in_place() -> None:
+    """Its own checks are what a change leads to: none of them is skipped for an array that was good before."""
+    with numpy_server() as server, stepwire.connect(server.target) as client:
+        start = {"w": np.ones((2, 3), np.float32), "b": np.ones(2, np.float32)}
+        with client.create_session(start, optimizer=stepwire.SGD(lr=1.0)) as session:
+            gradient = {name: np.ones_like(array) for name, array in start.items()}
+            out = {name: np.empty_like(array) for name, array in start.items()}
+            for _ in range(2):
+                session.step(gradient, out=out)
+            gradient["w"][:] = 2.0
+            assert session.step(gradient, out=out)["w"].tolist() == [[-3.0] * 3] * 2
+            with pytest.raises(stepwire.InvalidRequestError, match="shares memory with the gradient"):
+                session.step(out, out=out)
+            session.step(gradient, out=out)
+            with pytest.raises(stepwire.InvalidRequestError, match="shares memory with the gradient"):
+                session.step(gradient, out=gradient)
+            out["w"].flags.writeable = False
+            with pytest.raises(stepwire.InvalidRequestError, match="read-only"):
+                session.step(gradient, out=out)
+            gradient["w"].shape = (3, 2)
+            with pytest.raises(stepwire.InvalidRequestError, match="shape"):
+                session.step(gradient)
