@@ -17,6 +17,7 @@ from stepwire.lifetimes import endings as _endings  # noqa: F401 - registers bef
 from stepwire.version import __version__
 
 if TYPE_CHECKING:
+    from stepwire.arrays.rows import Rows
     from stepwire.client import Client
     from stepwire.connecting import connect
     from stepwire.connection.retry import Retry
@@ -112,6 +113,7 @@ __all__ = [
     "ResourceExhaustedError",
     "Retry",
     "RoundResult",
+    "Rows",
     "Schedule",
     "ServerError",
     "ServerInfo",
@@ -145,6 +147,7 @@ _HOMES = {
     "CheckpointInfo": "results",
     **dict.fromkeys(("Contributor", "GroupResult", "RoundResult", "StepResult"), "step_result"),
     "Member": "results",
+    "Rows": "arrays.rows",
     "ServerInfo": "results",
     "SessionConfig": "results",
     "SessionInfo": "results",

@@ -12,12 +12,13 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
-from stepwire.arrays.groups import check_choice, grouped, precisions_by_name
+from stepwire.arrays.groups import check_choice, grouped
 from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.trees import Structure, expanded, flattened, structure_like
+from stepwire.arrays.specs import tensor_specs
+from stepwire.arrays.trees import Structure, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.connection.watch import watched
-from stepwire.errors import InvalidRequestError, Reason
+from stepwire.errors import InvalidRequestError
 from stepwire.lifetimes.process import process_label
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.ownership import Ownership
@@ -40,7 +41,7 @@ from stepwire.session import Session
 from stepwire.session_state import ForkOptions
 from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, tensor_pb2
+from stepwire.v1 import session_pb2
 from stepwire.wire.dtypes import dtype_named, dtype_to_wire
 from stepwire.wire.messages import PRECISIONS, duration_to_wire, optimizer_to_wire
 from stepwire.wire.text import checked_text
@@ -49,6 +50,7 @@ __all__ = ["Client"]
 
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
+RowSemantics = Literal["torch_sparse", "row_counter", "skipped", "global"]
 Worker = int | Literal["any"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
 _LEAST_INTERVAL, _LONGEST_INTERVAL = 0.1, 3600.0
@@ -101,6 +103,7 @@ class Client:
         groups: Sequence[Mapping[str, Any]] | None = None,
         schedule: Schedule | None = None,
         frozen: Sequence[str] = (),
+        tables: Mapping[str, RowSemantics] | None = None,
         gradient_dtype: npt.DTypeLike = np.float32,
         error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
@@ -137,6 +140,8 @@ class Client:
                 `"state_precision"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
+            tables: the meaning of a step for rows, by the names of tensors whose gradients are `Rows`:
+                `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`. See `docs/embeddings.md`.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
                 blocks of 256 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
@@ -203,7 +208,7 @@ class Client:
         check_choice("telemetry", telemetry, _TELEMETRY)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=_tensors(named, membership, frozen, tensor_precision or {}),
+            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}, tables or {}),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
@@ -217,7 +222,7 @@ class Client:
             label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
-        check_feedback(sent, error_feedback)
+        check_feedback(sent, error_feedback, tables)
         own = LinkOptions(error_feedback, _worker(worker))
         link = self._server.create(config, _request_id(request_id), timeout, own)
         if request_id is None:  # nobody else knows the session, so nobody would end it
@@ -332,33 +337,6 @@ class Client:
             link.initialize(parameters, link.deadline(timeout))
 
 
-def _tensors(
-    named: Mapping[str, npt.NDArray[Any]],
-    membership: Mapping[str, int],
-    frozen: Sequence[str],
-    precisions: Mapping[str, str],
-) -> list[tensor_pb2.TensorSpec]:
-    """Return the tensors of a session.
-
-    Raises:
-        InvalidRequestError: a tensor that is frozen, or has a precision of its own, is not a parameter.
-    """
-    fixed = list(expanded(frozen, named))
-    if unknown := [name for name in fixed if name not in named]:
-        raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
-    own = precisions_by_name(named, precisions)
-    return [
-        tensor_pb2.TensorSpec(
-            name=_name(name),
-            shape=array.shape,
-            group=membership[name],
-            frozen=name in fixed,
-            state_precision=PRECISIONS[own[name]] if name in own else None,
-        )
-        for name, array in named.items()
-    ]
-
-
 def _worker(worker: Worker) -> int | None:
     """Return the index of a worker; None for any.
 
@@ -375,10 +353,6 @@ def _worker(worker: Worker) -> int | None:
 
 def _request_id(request_id: str | None) -> str | None:
     return None if request_id is None else checked_text(request_id, "request_id")
-
-
-def _name(name: str) -> str:
-    return checked_text(name, "parameters", reason=Reason.INVALID_TENSOR)
 
 
 def _lease(seconds: float | None) -> duration_pb2.Duration | None:

@@ -47,6 +47,7 @@ PUBLIC = [
     "ResourceExhaustedError",
     "Retry",
     "RoundResult",
+    "Rows",
     "Schedule",
     "ServerError",
     "ServerInfo",

@@ -16,6 +16,7 @@ from stepwire.wire.dtypes import BFLOAT16, dtype_from_wire, dtype_to_wire
 from stepwire.wire.messages import overrides_from_wire
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
+from stepwire_server.rpc.decode_tables import check_table_groups, decode_table_entries
 from stepwire_server.rpc.features import unsupported
 
 __all__ = ["DEFAULT_REPLY_BYTES", "decode_chunk_bytes", "decode_decision", "decode_step_request", "with_base_step"]
@@ -73,6 +74,8 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         shared=_decode_shared(begin, config),
         weight=_decode_weight(begin, config),
         awaits_admission=begin.await_admission,
+        tables=decode_table_entries(begin, config),
+        reply_rows=bool(config.tables) and not begin.reply.omit_rows,
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
     return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
@@ -156,6 +159,7 @@ def _decode_step_groups(begin: step_pb2.StepBegin, config: SessionConfig) -> tup
                 "created",
             )
         decoded.append(values)
+    check_table_groups(config, decoded, "begin.hyperparameters")
     return tuple(decoded)
 
 

@@ -14,6 +14,15 @@ from stepwire_server.sessions.session import Session
 __all__ = ["step_once"]
 
 
+def _refuse_stream_only(session: Session, message: pb.StepRequest) -> None:
+    if message.begin.await_admission:
+        raise invalid_frame("begin.await_admission", "a call brings everything at once; leave it out")
+    if session.config.treatment.two_phase:
+        raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
+    if session.config.tables:
+        raise invalid_frame("begin", "a session with tables takes rows in messages; attach a stream instead")
+
+
 def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
     """Apply the one step of a `StepRequest` and return its `StepResponse`.
 
@@ -22,10 +31,7 @@ def step_once(session: Session, frame: Frame, serving: Serving) -> bytes:
     """
     began, max_bytes = serving.clock(), min(serving.max_chunk_bytes, DEFAULT_REPLY_BYTES)
     message: pb.StepRequest = frame.message
-    if message.begin.await_admission:
-        raise invalid_frame("begin.await_admission", "a call brings everything at once; leave it out")
-    if session.config.treatment.two_phase:
-        raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
+    _refuse_stream_only(session, message)
     request = decode_step_request(message.begin, session.config, max_bytes)._replace(overlap=False, reply_base=None)
     if request.shared:
         raise invalid_frame("begin.in_shared_memory", "a call shares no memory; attach a stream instead")

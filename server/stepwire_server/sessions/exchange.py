@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import StateChangedError
 from stepwire_server.durability.manifest import MemberFacts, Shadow
-from stepwire_server.engines.protocol import PARAM, HostArray
+from stepwire_server.engines.protocol import PARAM, HostArray, Table
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
@@ -107,15 +107,28 @@ class StateExchange:
             StateChangedError: a step or a load was committed since.
         """
         with self._lock:
-            self._check_readable()
-            now = (self._ledger.applied_step, self._ledger.applied_load)
-            if now != (snapshot.step, snapshot.load):
-                raise StateChangedError(
-                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
-                    f"{now[1]} during the pull; pull again",
-                    metadata={"step": snapshot.step, "applied_step": now[0]},
-                )
+            self._check_unmoved(snapshot)
             self._state.read(slot, start, out)
+
+    def read_rows(self, snapshot: Snapshot, slot: str, table: Table, rows: HostArray, out: HostArray) -> None:
+        """Encode rows of a table as of `snapshot` into `out`, `(n · width,)` of a wire dtype.
+
+        Raises:
+            StateChangedError: a step or a load was committed since.
+        """
+        with self._lock:
+            self._check_unmoved(snapshot)
+            self._state.arrays.read_rows(slot, table, rows, out).wait()
+
+    def _check_unmoved(self, snapshot: Snapshot) -> None:
+        self._check_readable()
+        now = (self._ledger.applied_step, self._ledger.applied_load)
+        if now != (snapshot.step, snapshot.load):
+            raise StateChangedError(
+                f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
+                f"{now[1]} during the pull; pull again",
+                metadata={"step": snapshot.step, "applied_step": now[0]},
+            )
 
     def read_parameters(self, targets: Iterable[tuple[int, Callable[[int], HostArray]]]) -> Snapshot:
         """Encode the parameters of one moment; return that moment, which is durable.

@@ -130,6 +130,8 @@ class Sharing:
         """Return the reason against the requested transport: "" for a request of none, None for no reason."""
         if asked in (transport_pb2.TRANSPORT_UNSPECIFIED, transport_pb2.TRANSPORT_GRPC):
             return ""
+        if session.config.tables:
+            return _TABLES
         if asked == transport_pb2.TRANSPORT_SHM:
             return self.off or None
         if asked == transport_pb2.TRANSPORT_CUDA_IPC:
@@ -139,6 +141,7 @@ class Sharing:
         return f"this server does not serve transport {asked}"
 
 
+_TABLES: Final = "the session has tables, whose rows travel in messages"
 _TOGETHER: Final = "the gradients of several workers are added up on the host, so they cannot stay on the device"
 _JOURNALLED: Final = "the session's gradients are journalled on the host, so they cannot stay on the device"
 
