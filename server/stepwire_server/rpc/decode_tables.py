@@ -25,12 +25,14 @@ def check_table(message: tensor_pb2.TensorSpec, field: str) -> None:
     """Check the form of a table.
 
     Raises:
-        InvalidRequestError: its shape or its semantics is wrong.
+        InvalidRequestError: its shape is wrong, or it has no semantics.
+        UnsupportedFeatureError: the server does not know its semantics.
     """
+    if not message.table.semantics:
+        raise InvalidRequestError.of(f"{field}.table.semantics", f"is not set; name one: {', '.join(SEMANTICS)}")
     if message.table.semantics not in SEMANTICS.values():
-        raise InvalidRequestError.of(
-            f"{field}.table.semantics", f"{message.table.semantics}; name one: {', '.join(SEMANTICS)}"
-        )
+        problem = f"{message.table.semantics} is unknown to this server, which has {', '.join(SEMANTICS)}"
+        raise _unsupported(f"{field}.table.semantics", problem)
     width = int(np.prod([min(extent, 1 << 20) for extent in message.shape[1:]], dtype=object))
     if not message.shape or not message.shape[0] or not 1 <= width <= MOST_WIDTH:
         raise InvalidRequestError.of(
