@@ -49,6 +49,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         UnsupportedFeatureError: a field asks for what is not served.
     """
     _refuse_unserved_step(begin)
+    tables = decode_table_entries(begin, config)
     reply_dtype = dtype_from_wire(begin.reply.dtype, config.reply_dtype, "begin.reply.dtype")
     chunk_bytes = decode_chunk_bytes(begin.reply.chunk_bytes, max_chunk_bytes, "begin.reply.chunk_bytes")
     request = StepRequest(
@@ -74,7 +75,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         shared=_decode_shared(begin, config),
         weight=_decode_weight(begin, config),
         awaits_admission=begin.await_admission,
-        tables=decode_table_entries(begin, config),
+        tables=tables,
         reply_rows=bool(config.tables) and not begin.reply.omit_rows,
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
