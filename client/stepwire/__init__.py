@@ -17,7 +17,7 @@ from stepwire.lifetimes import endings as _endings  # noqa: F401 - registers bef
 from stepwire.version import __version__
 
 if TYPE_CHECKING:
-    from stepwire.arrays.rows import Rows
+    from stepwire.arrays.rows import Rows, Table
     from stepwire.client import Client
     from stepwire.connecting import connect
     from stepwire.connection.retry import Retry
@@ -132,6 +132,7 @@ __all__ = [
     "StepMismatchError",
     "StepResult",
     "StepwireError",
+    "Table",
     "TransportChoice",
     "UnavailableError",
     "UnsupportedFeatureError",
@@ -147,7 +148,7 @@ _HOMES = {
     "CheckpointInfo": "results",
     **dict.fromkeys(("Contributor", "GroupResult", "RoundResult", "StepResult"), "step_result"),
     "Member": "results",
-    "Rows": "arrays.rows",
+    **dict.fromkeys(("Rows", "Table"), "arrays.rows"),
     "ServerInfo": "results",
     "SessionConfig": "results",
     "SessionInfo": "results",

@@ -13,8 +13,8 @@ from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import check_choice, grouped
-from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.specs import tensor_specs
+from stepwire.arrays.packing import Arrays
+from stepwire.arrays.specs import described, tensor_specs
 from stepwire.arrays.trees import Structure, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.connection.watch import watched
@@ -133,7 +133,7 @@ class Client:
         Args:
             parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
                 a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
-                paths such as "encoder/0/w".
+                paths such as "encoder/0/w". `stepwire.Table` in the places of all arrays leaves them to the server.
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
                 keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its
@@ -190,7 +190,7 @@ class Client:
             UnavailableError: the server cannot be reached.
         """
         tree = flattened(parameters, "parameters")
-        named = named_arrays(tree.named, "parameters")
+        named, semantics, made = described(tree.named, tables or {})
         optimizer = optimizer or Adam()
         membership, messages = grouped(named, groups or [], optimizer, schedule)
         treatment = GradientTreatment(
@@ -208,10 +208,11 @@ class Client:
         check_choice("telemetry", telemetry, _TELEMETRY)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}, tables or {}),
+            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}, semantics),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
+            initialization=session_pb2.INITIALIZATION_ZEROS if made else session_pb2.INITIALIZATION_UNSPECIFIED,
             state_precision=PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
@@ -222,12 +223,13 @@ class Client:
             label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
-        check_feedback(sent, error_feedback, tables)
+        check_feedback(sent, error_feedback, semantics)
         own = LinkOptions(error_feedback, _worker(worker))
         link = self._server.create(config, _request_id(request_id), timeout, own)
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
-        self._initialize(link, tree.named, timeout)
+        if not made:
+            self._initialize(link, tree.named, timeout)
         return self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
 
     def session(

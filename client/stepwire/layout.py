@@ -45,6 +45,8 @@ class TensorSpec:
         frozen: True for a tensor that the server keeps and never steps.
         state_precision: the precision of the tensor's moments: `"float32"`, `"bfloat16"` or `"int8"`.
         table: the name of the semantics of a table, whose gradients are rows; empty for another tensor.
+        uniform_bound: the bound of a table's first parameters; 0 for zeros.
+        seed: the seed of these.
     """
 
     name: str
@@ -53,6 +55,8 @@ class TensorSpec:
     frozen: bool = False
     state_precision: str = "float32"
     table: str = ""
+    uniform_bound: float = 0.0
+    seed: int = 0
 
     @property
     def width(self) -> int:

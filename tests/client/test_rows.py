@@ -165,7 +165,7 @@ def test_rows_travel_in_every_encoding_and_in_many_messages(client: stepwire.Cli
     rng = drawn(3)
     table, rows = np.zeros((900, 100), np.float32), rng.permutation(900)[:600]
     values = rng.integers(-127, 128, (600, 100)).astype(np.float32)
-    values[:, 0] = 127.0  # so that a quantum of int8 is 1 in every block
+    values[:, [0, 99]] = 127.0  # so that a quantum of int8 is 1 in every block, the last ones too
     options = {"tables": {"table": "torch_sparse"}, "gradient_dtype": dtype, "reply_dtype": "bfloat16"}
     with client.create_session({"table": table}, optimizer=stepwire.SGD(lr=1.0), **options) as session:
         reply = session.step({"table": Rows(rows, values)})["table"]
@@ -256,3 +256,18 @@ def test_a_load_of_moments_without_the_numbers_of_rows_is_refused(client: stepwi
             session.load_state(state)
         session.load({"table": np.full((3, 2), 2.0, np.float32)})
         assert session.step({"table": Rows([1], np.zeros((1, 2), np.float32))})["table"].values.tolist() == [[2, 2]]
+
+
+def test_a_server_makes_a_table_that_no_client_holds(client: stepwire.Client) -> None:
+    """Output 1 of SplitMix64 for seed 1234567 is 6457827717110365317, by the reference code."""
+    table = stepwire.Table((5, 3), "row_counter", uniform_bound=0.5, seed=1234567)
+    with client.create_session({"table": table}, optimizer=stepwire.SGD(lr=1.0)) as session:
+        values = session.pull()["table"]
+        assert values[0, 0] == np.float32(0.5 * ((6457827717110365317 >> 40) / 2**23 - 1))
+        assert np.all(np.abs(values) <= 0.5) and len(np.unique(values)) == 15
+        reply = session.step({"table": Rows([4, 4], np.ones((2, 3), np.float32))})
+        assert np.array_equal(reply["table"].values[0], values[4] - 2)
+    with pytest.raises(stepwire.InvalidRequestError, match="nothing else to load"):
+        client.create_session({"table": table, "w": np.ones(2, np.float32)})
+    with pytest.raises(stepwire.InvalidRequestError, match=r"uniform_bound.*-1"):
+        client.create_session({"table": stepwire.Table((5, 3), uniform_bound=-1.0)})

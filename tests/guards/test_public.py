@@ -66,6 +66,7 @@ PUBLIC = [
     "StepMismatchError",
     "StepResult",
     "StepwireError",
+    "Table",
     "TransportChoice",
     "UnavailableError",
     "UnsupportedFeatureError",

@@ -532,7 +532,7 @@ class AsyncClient(ClientBase):
         Args:
             parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
                 a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
-                paths such as "encoder/0/w".
+                paths such as "encoder/0/w". `stepwire.Table` in the places of all arrays leaves them to the server.
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
                 keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its

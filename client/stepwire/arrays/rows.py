@@ -21,6 +21,7 @@ __all__ = [
     "RowReader",
     "RowTarget",
     "Rows",
+    "Table",
     "row_parts",
     "rows_of",
     "split_rows",
@@ -45,6 +46,23 @@ class Rows:
 
     indices: npt.ArrayLike
     values: npt.ArrayLike
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """A table that its server makes, in the place of an array at a session's creation: no client ever holds it whole.
+
+    Attributes:
+        shape: the extents: rows first.
+        semantics: the meaning of a step for its rows: `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`.
+        uniform_bound: the bound b, finite and ≥ 0, of first parameters that are uniform in [−b, b); 0 for zeros.
+        seed: their seed, in [0, 2⁶⁴): the same numbers on every server.
+    """
+
+    shape: tuple[int, ...]
+    semantics: str = "torch_sparse"
+    uniform_bound: float = 0.0
+    seed: int = 0
 
 
 class RowGradient(NamedTuple):

@@ -3,22 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy.typing as npt
+from typing import Any, NamedTuple
 
 from stepwire.arrays.groups import check_choice, precisions_by_name
+from stepwire.arrays.packing import named_arrays
+from stepwire.arrays.rows import Table
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError, Reason
+from stepwire.optimizers.hyperparameters import number
 from stepwire.v1 import tensor_pb2
 from stepwire.wire.messages import PRECISIONS, SEMANTICS, table_to_wire
 from stepwire.wire.text import checked_text
 
-__all__ = ["tensor_specs"]
+__all__ = ["Described", "described", "tensor_specs"]
+
+
+class Described(NamedTuple):
+    """The tensors of a session before it is created.
+
+    Attributes:
+        named: the parameters by name: arrays, or tables that the server makes.
+        tables: by the name of a table, the meaning of a step for its rows.
+        made: the server makes all tensors, and nothing is loaded.
+    """
+
+    named: Mapping[str, Any]
+    tables: Mapping[str, str]
+    made: bool
+
+
+def described(leaves: Mapping[str, Any], tables: Mapping[str, str]) -> Described:
+    """Check the parameters of a session to create.
+
+    Args:
+        leaves: arrays, or `Table`, by name.
+        tables: by the names of arrays that are tables, the meaning of a step for their rows.
+
+    Raises:
+        InvalidRequestError: an array cannot be sent, or tables that the server makes stand beside arrays.
+    """
+    made = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Table)}
+    if not made:
+        return Described(named_arrays(leaves, "parameters"), tables, False)
+    if others := [name for name in leaves if name not in made]:
+        raise InvalidRequestError.of(
+            f"parameters[{others[0]!r}]",
+            "a session whose server makes tables has nothing else to load; create another session for it, or load the "
+            "tables too",
+        )
+    for name, table in made.items():
+        if not isinstance(table.seed, int) or not 0 <= table.seed < 2**64:
+            raise InvalidRequestError.of(f"parameters[{name!r}].seed", f"{table.seed!r} is not in [0, 2^64)")
+        number(table.uniform_bound, f"parameters[{name!r}].uniform_bound")
+    return Described(made, {name: table.semantics for name, table in made.items()} | dict(tables), True)
 
 
 def tensor_specs(
-    named: Mapping[str, npt.NDArray[Any]],
+    named: Mapping[str, Any],
     membership: Mapping[str, int],
     frozen: Sequence[str],
     precisions: Mapping[str, str],
@@ -51,7 +92,13 @@ def tensor_specs(
             group=membership[name],
             frozen=name in fixed,
             state_precision=PRECISIONS[own[name]] if name in own else None,
-            table=table_to_wire(tables[name]) if name in tables else None,
+            table=_table(array, tables[name]) if name in tables else None,
         )
         for name, array in named.items()
     ]
+
+
+def _table(tensor: Any, semantics: str) -> tensor_pb2.Table:
+    if isinstance(tensor, Table):
+        return table_to_wire(semantics, tensor.uniform_bound, tensor.seed)
+    return table_to_wire(semantics)

@@ -51,10 +51,14 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., table: _Optional[_Union[Table, _Mapping]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
 
 class Table(_message.Message):
-    __slots__ = ("semantics",)
+    __slots__ = ("semantics", "uniform_bound", "seed")
     SEMANTICS_FIELD_NUMBER: _ClassVar[int]
+    UNIFORM_BOUND_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     semantics: RowSemantics
-    def __init__(self, semantics: _Optional[_Union[RowSemantics, str]] = ...) -> None: ...
+    uniform_bound: float
+    seed: int
+    def __init__(self, semantics: _Optional[_Union[RowSemantics, str]] = ..., uniform_bound: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TableRows(_message.Message):
     __slots__ = ("tensor", "rows")

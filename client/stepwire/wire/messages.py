@@ -244,13 +244,13 @@ def spec_to_wire(spec: TensorSpec) -> tensor_pb2.TensorSpec:
         group=spec.group,
         frozen=spec.frozen,
         state_precision=PRECISIONS[spec.state_precision],
-        table=table_to_wire(spec.table) if spec.table else None,
+        table=table_to_wire(spec.table, spec.uniform_bound, spec.seed) if spec.table else None,
     )
 
 
-def table_to_wire(semantics: str) -> tensor_pb2.Table:
+def table_to_wire(semantics: str, uniform_bound: float = 0.0, seed: int = 0) -> tensor_pb2.Table:
     """Encode a table."""
-    return tensor_pb2.Table(semantics=SEMANTICS[semantics])
+    return tensor_pb2.Table(semantics=SEMANTICS[semantics], uniform_bound=uniform_bound, seed=seed)
 
 
 def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpec:
@@ -262,7 +262,16 @@ def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpe
     """
     precision = precision_from_wire(message.state_precision, *inherited)
     table = _SEMANTICS_NAMES.get(message.table.semantics, "") if message.HasField("table") else ""
-    return TensorSpec(message.name, tuple(message.shape), message.group, message.frozen, precision, table)
+    return TensorSpec(
+        message.name,
+        tuple(message.shape),
+        message.group,
+        message.frozen,
+        precision,
+        table,
+        message.table.uniform_bound,
+        message.table.seed,
+    )
 
 
 def specs_from_wire(config: session_pb2.SessionConfig) -> list[TensorSpec]:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
-from stepwire.optimizers import Hyperparameters
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
 from stepwire.v1 import step_pb2, tensor_pb2
 from stepwire.wire.messages import SEMANTICS
 from stepwire_server.engines.protocol import HostArray
@@ -33,6 +33,9 @@ def check_table(message: tensor_pb2.TensorSpec, field: str) -> None:
     if message.table.semantics not in SEMANTICS.values():
         problem = f"{message.table.semantics} is unknown to this server, which has {', '.join(SEMANTICS)}"
         raise _unsupported(f"{field}.table.semantics", problem)
+    if not 0.0 <= message.table.uniform_bound <= LARGEST_NUMBER:
+        problem = f"{message.table.uniform_bound!r}; it must be finite and >= 0"
+        raise InvalidRequestError.of(f"{field}.table.uniform_bound", problem)
     width = int(np.prod([min(extent, 1 << 20) for extent in message.shape[1:]], dtype=object))
     if not message.shape or not message.shape[0] or not 1 <= width <= MOST_WIDTH:
         raise InvalidRequestError.of(
@@ -47,6 +50,7 @@ def check_tables(config: SessionConfig) -> None:
 
     Raises:
         UnsupportedFeatureError: names the option.
+        InvalidRequestError: a table has first values, and parameters are loaded.
     """
     if not config.tables:
         return
@@ -65,6 +69,11 @@ def check_tables(config: SessionConfig) -> None:
         if spec.held_precision != Precision.FLOAT32.value:
             problem = f"table {spec.name!r} has {spec.state_precision} moments; tables have float32 ones"
             raise _unsupported("config.tensors.state_precision", problem)
+        if spec.uniform_bound and not config.start_at_zero:
+            problem = f"table {spec.name!r} has first values of its own, and parameters are to be loaded"
+            raise InvalidRequestError.of(
+                "config.tensors.table.uniform_bound", f"{problem}; ask for INITIALIZATION_ZEROS, or leave it out"
+            )
         if semantics.counts_rows and config.durability.level != "memory":
             problem = f"the numbers of rows of {semantics.value!r} are in memory alone; use 'torch_sparse' or 'global'"
             raise _unsupported("config.durability", problem)

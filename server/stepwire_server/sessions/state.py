@@ -29,6 +29,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
+from stepwire_server.rules.first_values import uniform
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
 from stepwire_server.steps.gradient import Room, StagedGradient
@@ -358,6 +359,11 @@ def _initialize(config: SessionConfig, arrays: EngineState) -> None:
         for tensor in config.layout.tensors:
             for low, high in split_range(tensor.offset, tensor.end, _COPY_ELEMENTS):
                 arrays.write("sum", low, values[: high - low])
+    for table in config.layout.tables.values():
+        if table.spec.uniform_bound:
+            for low, high in split_range(table.offset, table.end, _COPY_ELEMENTS):
+                numbers = uniform(low - table.offset, high - low, table.spec.uniform_bound, table.spec.seed)
+                arrays.write(PARAM, low, numbers)
 
 
 @functools.lru_cache(256)
