@@ -191,8 +191,7 @@ class Client:
         """
         tree = flattened(parameters, "parameters")
         named, semantics, made = described(tree.named, tables or {})
-        optimizer = optimizer or Adam()
-        membership, messages = grouped(named, groups or [], optimizer, schedule)
+        membership, messages = grouped(named, groups or [], optimizer := optimizer or Adam(), schedule)
         treatment = GradientTreatment(
             non_finite=non_finite,
             clip_grad_norm=clip_grad_norm,
@@ -212,7 +211,7 @@ class Client:
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
-            initialization=session_pb2.INITIALIZATION_ZEROS if made else session_pb2.INITIALIZATION_UNSPECIFIED,
+            initialization=session_pb2.INITIALIZATION_ZEROS if made else None,
             state_precision=PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
@@ -228,8 +227,7 @@ class Client:
         link = self._server.create(config, _request_id(request_id), timeout, own)
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
-        if not made:
-            self._initialize(link, tree.named, timeout)
+        self._initialize(link, {} if made else tree.named, timeout)
         return self._owned(link, tree.structure, kept=keep or request_id is not None or aggregation is not None)
 
     def session(
@@ -333,7 +331,9 @@ class Client:
         return Session(link, structure, ownership, self._forked)
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
-        """Load the parameters of a new session, unless it has some from an earlier request."""
+        """Load the parameters of a new session, if any, unless it has some from an earlier request."""
+        if not named:
+            return
         parameters = Load({"param": link.description.packer.ordered(named, "parameters")})
         with link.lock:
             link.initialize(parameters, link.deadline(timeout))
