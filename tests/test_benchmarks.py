@@ -43,6 +43,7 @@ NAMES = (
     "ray_actor",
     "recovery",
     "report",
+    "row_steps",
     "sections",
     "shaped_link",
     "sockets",
