@@ -2,7 +2,7 @@
 
 Groups lie in index order. The tensors of a group lie one after another, in the order given. A group starts at a
 multiple of `GROUP_ALIGNMENT`, so that vector loads and blocks of codes never straddle two groups. A tensor with moments
-in blocks starts at such a multiple too. The padding between tensors is never stepped.
+in blocks starts at such a multiple too, and so does a table. The padding between tensors is never stepped.
 Tables are the last tensors of their group, so that dense gradients and replies end before them.
 """
 
@@ -183,7 +183,7 @@ def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
     for group in members:
         start = end = _aligned(end)
         for spec in sorted(group, key=lambda spec: bool(spec.table)):
-            offset = _aligned(end) if spec.held_precision == "int8" else end
+            offset = _aligned(end) if spec.table or spec.held_precision == "int8" else end
             tensors.append(Placement(spec, offset, spec.count))
             end = offset + spec.count
         groups.append(Range(start, end - start))

@@ -158,6 +158,8 @@ class StepBuilder:
         for field in ("out", "feed", "overlap", "reply_first"):
             if getattr(options, field):
                 raise InvalidRequestError.of(field, "it is not served in a session with tables; leave it out")
+        if options.reply == "changed":
+            raise InvalidRequestError.of("reply", "'changed' is not served in a session with tables; use 'parameters'")
         if not isinstance(gradients, Mapping) and isinstance(gradients, Sequence):
             gradients = {str(place): value for place, value in enumerate(gradients)}
         return split_rows(gradients, self._packer.layout) if isinstance(gradients, Mapping) else (gradients, ())

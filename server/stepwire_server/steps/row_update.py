@@ -24,6 +24,7 @@ from stepwire_server.steps.tensor_steps import CountedSegment
 __all__ = ["RowUpdate", "reply_rows", "row_updates"]
 
 _DENSE_ELEMENTS: Final = 1 << 20
+_TURN_ELEMENTS: Final = 16 << 20
 _LARGEST_NUMBER: Final = 2**32 - 1
 
 
@@ -182,8 +183,9 @@ def _reply_table(arrays: EngineState, request: StepRequest, gradient: TableGradi
 
 
 def _parts(request: StepRequest, rows: int, width: int) -> list[tuple[int, int]]:
-    """Cut rows into those of one message each; all of them are one part where none go back."""
-    most = max(request.reply_elements // (width + _INDEX_ELEMENTS), 1) if request.replies_rows else max(rows, 1)
+    """Cut rows into those of one message each, or where none go back into those of one turn of the engine."""
+    elements = request.reply_elements if request.replies_rows else _TURN_ELEMENTS
+    most = max(elements // (width + _INDEX_ELEMENTS), 1)
     return [(low, min(low + most, rows)) for low in range(0, rows, most)]
 
 
