@@ -271,3 +271,21 @@ def test_a_server_makes_a_table_that_no_client_holds(client: stepwire.Client) ->
         client.create_session({"table": table, "w": np.ones(2, np.float32)})
     with pytest.raises(stepwire.InvalidRequestError, match=r"uniform_bound.*-1"):
         client.create_session({"table": stepwire.Table((5, 3), uniform_bound=-1.0)})
+
+
+def test_a_table_stands_beside_moments_in_8_bits(client: stepwire.Client) -> None:
+    """A dense tensor of 5,000 elements ends inside a block of its moments, and the table begins at the next."""
+    rng = drawn(4)
+    table, w = np.ones((ROWS, WIDTH), np.float32), rng.standard_normal(5000).astype(np.float32)
+    options: dict[str, Any] = {"optimizer": ADAM, "state_precision": "int8"}
+    mixed = {"tensor_precision": {"table": "float32"}, "tables": {"table": "row_counter"}}
+    with (
+        client.create_session({"table": table, "w": w}, **options, **mixed) as session,
+        client.create_session({"w": w}, **options) as alone,
+        client.create_session({"table": table}, optimizer=ADAM, tables={"table": "row_counter"}) as other,
+    ):
+        for rows, values in batches()[:3]:
+            gradient = rng.standard_normal(5000).astype(np.float32)
+            reply = session.step({"table": Rows(rows, values), "w": gradient})
+            assert np.array_equal(reply["w"], alone.step({"w": gradient})["w"])
+            assert np.array_equal(reply["table"].values, other.step({"table": Rows(rows, values)})["table"].values)
