@@ -90,10 +90,40 @@ def test_a_journal_and_a_checkpoint_have_the_steps_of_rows(tmp_path: pathlib.Pat
         assert again.state().slots["param"]["large"].tobytes() == expected.slots["param"]["large"].tobytes()
 
 
-@pytest.mark.parametrize("semantics", ["row_counter", "skipped"])
-def test_numbers_of_rows_are_in_memory_alone(tmp_path: pathlib.Path, semantics: str) -> None:
-    with numpy_server(data_dir=str(tmp_path)) as server, stepwire.connect(server.target) as client:
-        tables = {"small": semantics}
-        with pytest.raises(stepwire.UnsupportedFeatureError, match="in memory alone") as refused:
-            client.create_session(PARAMETERS, tables=tables, durability="checkpoint")
-        assert refused.value.metadata["field"] == "config.durability"
+def test_checkpoints_and_forks_have_the_numbers_of_rows(tmp_path: pathlib.Path) -> None:
+    """Both meanings that count rows; a rollback is refused, because a load brings no numbers of rows."""
+    tables = {"small": "row_counter", "large": "skipped"}
+    with numpy_server(data_dir=str(tmp_path / "data")) as server, stepwire.connect(server.target) as client:
+        session = client.create_session(PARAMETERS, tables=tables, durability="checkpoint")
+        twin = client.create_session(PARAMETERS, tables=tables)
+        replies = {step: plain(twin.step(gradient(step))) for step in range(1, 6)}
+        for step in range(1, 4):
+            assert plain(session.step(gradient(step))) == replies[step]
+        session.save_checkpoint("third")
+        shutil.copytree(tmp_path / "data", tmp_path / "image")
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="fork the state instead"):
+            session.rollback(checkpoint="third")
+        session.step(gradient(9))
+        with session.fork(checkpoint="third") as fork:
+            assert {step: plain(fork.step(gradient(step))) for step in (4, 5)} == {4: replies[4], 5: replies[5]}
+    with numpy_server(data_dir=str(tmp_path / "image")) as server, stepwire.connect(server.target) as client:
+        again = client.session(session.own_id)
+        again.attach(take_over=True)
+        assert {step: plain(again.step(gradient(step))) for step in (4, 5)} == {4: replies[4], 5: replies[5]}
+
+
+def test_a_journal_has_the_numbers_of_rows(tmp_path: pathlib.Path) -> None:
+    tables = {"small": "skipped", "large": "row_counter"}
+    with numpy_server(data_dir=str(tmp_path / "data")) as server, stepwire.connect(server.target) as client:
+        session = client.create_session(PARAMETERS, tables=tables, durability="journal")
+        twin = client.create_session(PARAMETERS, tables=tables)
+        replies = {step: plain(twin.step(gradient(step))) for step in range(1, 6)}
+        for step in range(1, 5):
+            assert plain(session.step(gradient(step))) == replies[step]
+            if step == 2:
+                session.save_checkpoint("second")
+        shutil.copytree(tmp_path / "data", tmp_path / "image")
+    with numpy_server(data_dir=str(tmp_path / "image")) as server, stepwire.connect(server.target) as client:
+        again = client.session(session.own_id)
+        again.attach(take_over=True)
+        assert again.applied_step == 4 and plain(again.step(gradient(5))) == replies[5]

@@ -64,7 +64,7 @@ def check_tables(config: SessionConfig) -> None:
     for field, asked in obstacles.items():
         if asked:
             raise _unsupported(f"config.{field}", "it is not served in a session with tables; leave it out")
-    for index, semantics in config.tables.items():
+    for index in config.tables:
         spec = config.layout.tensors[index].spec
         if spec.held_precision != Precision.FLOAT32.value:
             problem = f"table {spec.name!r} has {spec.state_precision} moments; tables have float32 ones"
@@ -74,9 +74,6 @@ def check_tables(config: SessionConfig) -> None:
             raise InvalidRequestError.of(
                 "config.tensors.table.uniform_bound", f"{problem}; ask for INITIALIZATION_ZEROS, or leave it out"
             )
-        if semantics.counts_rows and config.durability.level != "memory":
-            problem = f"the numbers of rows of {semantics.value!r} are in memory alone; use 'torch_sparse' or 'global'"
-            raise _unsupported("config.durability", problem)
     check_table_groups(config, config.groups, "config.groups")
 
 

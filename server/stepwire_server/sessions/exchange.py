@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from stepwire_server.sessions.capture import Block, Capture
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.row_numbers import row_blocks
 from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
@@ -242,7 +244,7 @@ class StateExchange:
             ledger.members.acquisitions,
             ledger.members.facts(),
             self._position(),
-            capture.blocks(self._lock),
+            itertools.chain(capture.blocks(self._lock), row_blocks(state.row_numbers)),
             read_probe(state.config, state.read),
             capture.end,
         )

@@ -32,6 +32,7 @@ from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
 from stepwire_server.rules.first_values import uniform
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
+from stepwire_server.sessions.row_numbers import decoded, row_slots
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
@@ -308,6 +309,10 @@ class SessionState:
             if not plain:
                 self.arrays.adopt(target)
             self.arrays.settle()
+        for (slot, elements), own in zip(row_slots(config).items(), self.row_numbers.values(), strict=True):
+            values = np.empty(elements, np.float32)
+            read(slot, 0, values)
+            own[:] = decoded(values)
         self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
         self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
