@@ -7,6 +7,7 @@ of all rows, then the upper ones. 24 bits in one float32 would end at 16 million
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.capture import BLOCK, Block
 from stepwire_server.steps.reply import split_range
 
-__all__ = ["decoded", "encoded", "row_blocks", "row_slots"]
+__all__ = ["ROW_NUMBERS", "decoded", "encoded", "row_blocks", "row_slots"]
+
+ROW_NUMBERS: Final = "row_numbers."
+"""The beginning of the names of these arrays; the index of the table follows."""
 
 _HALF = np.uint32(16)
 _LOWER = np.uint32(0xFFFF)
@@ -49,4 +53,4 @@ def decoded(values: HostArray) -> HostArray:
 
 
 def _name(index: int) -> str:
-    return f"row_numbers.{index}"
+    return f"{ROW_NUMBERS}{index}"
