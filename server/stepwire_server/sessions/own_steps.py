@@ -47,7 +47,8 @@ class OwnSteps:
             replay = not self._admit(request, holder)
             state, unscale = self._state, self._state.unscale(request)
             entry = None if replay else self._progress.begin(at_once=request.overlap)
-        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
+        reply = request.reply_dtype if request.reply else None
+        state.prepare(request.groups, request.gradient_dtype, reply, rows=request.reply_rows)
         return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began, entry=entry)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:

@@ -123,7 +123,7 @@ class SessionState:
         self.capture: Capture | None = None
         self.sum_bound = 0.0
         self.row_numbers = _row_numbers(config)
-        self._prepared: tuple[Any, ...] = (None, None, None)
+        self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
         gradient_bytes = _step_bytes(config.layout.dense_extent, config.gradient_dtype, config.reply_dtype)
@@ -148,10 +148,16 @@ class SessionState:
         return self._residency.nbytes + self._description.nbytes
 
     def prepare(
-        self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
+        self,
+        groups: tuple[Hyperparameters, ...],
+        gradient: np.dtype[Any],
+        reply: np.dtype[Any] | None,
+        *,
+        rows: bool = True,
     ) -> None:
-        """Compile what a step needs, unless the step before needed the same."""
-        if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
+        """Compile what a step needs, unless the step before needed the same; `rows` says that rows go back too."""
+        rows = rows and bool(self.config.tables)
+        if (gradient, reply, rows) == self._prepared[1:] and groups is self._prepared[0]:
             return
         for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
             recipe = self.config.recipe(hyper)
@@ -163,8 +169,8 @@ class SessionState:
             if semantics is RowSemantics.GLOBAL:
                 self.device.engine.prepare(recipe.in_float32, FLOAT32, None)
             else:
-                self.device.engine.prepare_table(recipe, reply)
-        self._prepared = (groups, gradient, reply)
+                self.device.engine.prepare_table(recipe, reply if rows else None)
+        self._prepared = (groups, gradient, reply, rows)
 
     # --- steps -------------------------------------------------------------------------------------------
 
