@@ -10,7 +10,7 @@ demo: .venv/stamp-demo
 
 # In full: a few minutes, most of them the language model's. CI runs them in their short form, as tests.
 examples: .venv-examples/stamp
-	for name in digits_numpy digits_torch digits_jax digits_workers federated_digits language_model; do \
+	for name in digits_numpy digits_torch digits_jax digits_workers federated_digits two_tower language_model; do \
 	    .venv-examples/bin/python examples/$$name.py --plot demo-output/$$name.png || exit 1; done
 
 .venv-examples/stamp: pyproject.toml

@@ -31,6 +31,7 @@ import messages
 import metrics
 import occupancy
 import report
+import row_steps
 import sections
 import security
 import transports
@@ -91,6 +92,10 @@ GOALS = (
     Goal("workers 10k", "shm to Ray actor", 0.25),
     Goal(_LARGE_WORKERS, "tcp bfloat16 to gloo bfloat16", 1.0),
     Goal("straggler", "rounds beside a straggler to rounds without", 1.1),
+    Goal("rows", row_steps.DENSE_TO_ROWS, 20.0, at_least=True),
+    Goal("rows", row_steps.TO_PARTS, 1.2),
+    Goal("rows", row_steps.TO_TORCH, 1.5),
+    Goal("rows", row_steps.BESIDE, 8.0),
     Goal("fairness", fairness.JAIN, 0.95, at_least=True),
     Goal("fairness", fairness.P99_TO_P50, 5.0),
     Goal("fairness", fairness.LARGE_SHARE, 0.3, at_least=True),
@@ -155,6 +160,7 @@ class Run:
         self._transports()
         self._torch()
         self._workers()
+        self._rows()
         self._section(
             "memory", lambda: _with_server(lambda server: sections.memory(server, size=self._large, looks=self._looks))
         )
@@ -206,6 +212,15 @@ class Run:
         size, rounds = (300_000, 2) if self._quick else (_TORCH, 9)
         with echo_process() as echo, server_process("--device", "cpu") as server:
             self._section("torch step", lambda: torch_step(server.target, echo, size=size, rounds=rounds))
+
+    def _rows(self) -> None:
+        if not self._wants("rows"):
+            return
+        scale = {"rows": 20_000, "width": 8, "came": 500, "rounds": 2}
+        if not self._quick:
+            scale = {"rows": 1_000_000, "width": 64, "came": 8192, "rounds": 9}
+        with echo_process() as echo, server_process("--device", "cpu") as server:
+            self._section("rows", lambda: row_steps.row_steps(server, echo, **scale))
 
     def _workers(self) -> None:
         sizes = (10_000, 300_000) if self._quick else (10_000, _LARGE)

@@ -49,6 +49,7 @@ NAMES = (
     "ray_actor",
     "recovery",
     "report",
+    "row_steps",
     "sections",
     "security",
     "shaped_link",

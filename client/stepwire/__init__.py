@@ -17,6 +17,7 @@ from stepwire.lifetimes import endings as _endings  # noqa: F401 - registers bef
 from stepwire.version import __version__
 
 if TYPE_CHECKING:
+    from stepwire.arrays.rows import Rows, Table
     from stepwire.client import Client
     from stepwire.connecting import connect
     from stepwire.connection.retry import Retry
@@ -113,6 +114,7 @@ __all__ = [
     "ResourceExhaustedError",
     "Retry",
     "RoundResult",
+    "Rows",
     "Schedule",
     "ServerError",
     "ServerInfo",
@@ -131,6 +133,7 @@ __all__ = [
     "StepMismatchError",
     "StepResult",
     "StepwireError",
+    "Table",
     "TransportChoice",
     "UnavailableError",
     "UnsupportedFeatureError",
@@ -146,6 +149,7 @@ _HOMES = {
     "CheckpointInfo": "results",
     **dict.fromkeys(("Contributor", "GroupResult", "PastStep", "RoundResult", "StepResult"), "step_result"),
     "Member": "results",
+    **dict.fromkeys(("Rows", "Table"), "arrays.rows"),
     "ServerInfo": "results",
     "SessionConfig": "results",
     "SessionInfo": "results",

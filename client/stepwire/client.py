@@ -13,8 +13,8 @@ from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
 from stepwire.arrays.groups import check_choice, grouped
-from stepwire.arrays.packing import Arrays, named_arrays
-from stepwire.arrays.tensor_specs import tensor_specs
+from stepwire.arrays.packing import Arrays
+from stepwire.arrays.tensor_specs import described, tensor_specs
 from stepwire.arrays.trees import Structure, flattened, structure_like
 from stepwire.connection.errands import by_errands, each_by_errand, undelivered
 from stepwire.connection.watch import watched
@@ -53,6 +53,7 @@ __all__ = ["Client"]
 
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
+RowSemantics = Literal["torch_sparse", "row_counter", "skipped", "global"]
 Worker = int | Literal["any"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
 _LEAST_INTERVAL, _LONGEST_INTERVAL = 0.1, 3600.0
@@ -105,6 +106,7 @@ class Client:
         groups: Sequence[Mapping[str, Any]] | None = None,
         schedule: Schedule | None = None,
         frozen: Sequence[str] = (),
+        tables: Mapping[str, RowSemantics] | None = None,
         gradient_dtype: npt.DTypeLike = np.float32,
         error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
@@ -135,13 +137,15 @@ class Client:
         Args:
             parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
                 a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
-                paths such as "encoder/0/w".
+                paths such as "encoder/0/w". `stepwire.Table` in the places of all arrays leaves them to the server.
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
                 keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its
                 `"state_precision"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
+            tables: the meaning of a step for rows, by the names of tensors whose gradients are `Rows`:
+                `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`. See `docs/embeddings.md`.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
                 blocks of 256 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
@@ -190,9 +194,9 @@ class Client:
             ResourceExhaustedError: no memory, or too many sessions.
             UnavailableError: the server cannot be reached.
         """
-        tree = flattened(parameters, "parameters")
-        named, optimizer = named_arrays(tree.named, "parameters"), optimizer or Adam()
-        membership, messages = grouped(named, groups or [], optimizer, schedule)
+        tree, logger = flattened(parameters, "parameters"), checked_logger(logger)
+        named, semantics, made = described(tree.named, tables or {})
+        membership, messages = grouped(named, groups or [], optimizer := optimizer or Adam(), schedule)
         treatment = GradientTreatment(
             non_finite=non_finite,
             clip_grad_norm=clip_grad_norm,
@@ -206,13 +210,13 @@ class Client:
         treatment.check("", group_clips=any(message.HasField("clip_grad_norm") for message in messages))
         check_choice("state_precision", state_precision, PRECISIONS)
         check_choice("telemetry", telemetry, _TELEMETRY)
-        checked_logger(logger)
         sent = dtype_named(gradient_dtype, "gradient_dtype", gradients=True)
         config = session_pb2.SessionConfig(
-            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}),
+            tensors=tensor_specs(named, membership, frozen, tensor_precision or {}, semantics),
             groups=messages,
             optimizer=optimizer_to_wire(optimizer),
             gradient=treatment_to_wire(treatment),
+            initialization=session_pb2.INITIALIZATION_ZEROS if made else None,
             state_precision=PRECISIONS[state_precision],
             telemetry=_TELEMETRY[telemetry],
             gradient_dtype=dtype_to_wire(sent),
@@ -223,13 +227,13 @@ class Client:
             label=checked_text(label, "label") or ("" if request_id is not None else process_label()),
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
-        check_feedback(sent, error_feedback)
+        check_feedback(sent, error_feedback, semantics)
         link = self._server.create(config, _request_id(request_id), timeout, _link_options(worker, error_feedback))
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
-        self._initialize(link, tree.named, timeout)
-        kept = keep or request_id is not None or aggregation is not None
-        return self._owned(link, tree.structure, kept=kept, logger=logger)
+        self._initialize(link, {} if made else tree.named, timeout)
+        keep = keep or request_id is not None or aggregation is not None
+        return self._owned(link, tree.structure, kept=keep, logger=logger)
 
     def session(
         self,
@@ -339,7 +343,9 @@ class Client:
         return ObservedSteps(link, logger, None if self._tracing is None else self._tracing.of_session())
 
     def _initialize(self, link: SessionLink, named: Mapping[str, Any], timeout: float | None) -> None:
-        """Load the parameters of a new session, unless it has some from an earlier request."""
+        """Load the parameters of a new session, if any, unless it has some from an earlier request."""
+        if not named:
+            return
         parameters = Load({"param": link.description.packer.ordered(named, "parameters")})
         with link.lock:
             link.initialize(parameters, link.deadline(timeout))

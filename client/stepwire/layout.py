@@ -2,7 +2,8 @@
 
 Groups lie in index order. The tensors of a group lie one after another, in the order given. A group starts at a
 multiple of `GROUP_ALIGNMENT`, so that vector loads and blocks of codes never straddle two groups. A tensor with moments
-in blocks starts at such a multiple too. The padding between tensors is never stepped.
+in blocks starts at such a multiple too, and so does a table. The padding between tensors is never stepped.
+Tables are the last tensors of their group, so that dense gradients and replies end before them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class TensorSpec:
         group: the index of the tensor's parameter group.
         frozen: True for a tensor that the server keeps and never steps.
         state_precision: the precision of the tensor's moments: `"float32"`, `"bfloat16"` or `"int8"`.
+        table: the name of the semantics of a table, whose gradients are rows; empty for another tensor.
+        uniform_bound: the bound of a table's first parameters; 0 for zeros.
+        seed: the seed of these.
     """
 
     name: str
@@ -50,6 +54,14 @@ class TensorSpec:
     group: int = 0
     frozen: bool = False
     state_precision: str = "float32"
+    table: str = ""
+    uniform_bound: float = 0.0
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        """The number of elements of a row: the product of all extents but the first."""
+        return math.prod(self.shape[1:])
 
     @property
     def count(self) -> int:
@@ -115,6 +127,27 @@ class Layout:
     def _offsets(self) -> list[int]:
         return [tensor.offset for tensor in self.tensors]
 
+    @functools.cached_property
+    def tables(self) -> dict[int, Placement]:
+        """The tables by their index in `tensors`."""
+        return {index: tensor for index, tensor in enumerate(self.tensors) if tensor.spec.table}
+
+    @functools.cached_property
+    def dense_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The ranges `(start, end)` of the space outside tables, in order."""
+        ranges, done = [], 0
+        for table in self.tables.values():
+            ranges.append((done, table.offset))
+            done = table.end
+        return tuple((start, end) for start, end in [*ranges, (done, self.size)] if start < end)
+
+    @functools.cached_property
+    def dense_extent(self) -> int:
+        """One past the last element outside tables; the size of the space without tables."""
+        if not self.tables:
+            return self.size
+        return self.dense_ranges[-1][1] if self.dense_ranges else 0
+
     def overlapping(self, start: int, end: int) -> Iterator[Placement]:
         """Yield the non-empty tensors that overlap `[start, end)`, in order."""
         first = max(bisect_right(self._offsets, start) - 1, 0)
@@ -149,8 +182,8 @@ def place(specs: Sequence[TensorSpec], group_count: int) -> Layout:
     end = 0
     for group in members:
         start = end = _aligned(end)
-        for spec in group:
-            offset = _aligned(end) if spec.held_precision == "int8" else end
+        for spec in sorted(group, key=lambda spec: bool(spec.table)):
+            offset = _aligned(end) if spec.table or spec.held_precision == "int8" else end
             tensors.append(Placement(spec, offset, spec.count))
             end = offset + spec.count
         groups.append(Range(start, end - start))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Packer
+from stepwire.arrays.rows import Rows, RowTarget, rows_of
 from stepwire.arrays.trees import Structure, Tree
 from stepwire.connection.errands import by_errands
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
@@ -59,13 +60,21 @@ class StateCalls:
     def _link(self) -> SessionLink:
         return self._known
 
-    def pull(self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None) -> Tree:
-        """Return the current parameters, nested as at creation.
+    def pull(
+        self,
+        *,
+        average: bool = False,
+        rows: Mapping[str, npt.ArrayLike] | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        timeout: float | None = None,
+    ) -> Tree:
+        """Return the current parameters, nested as at creation; or some rows of tables, as a dict of `Rows`.
 
         For a session that was found by its id that is a flat dict of names; see `Client.session`.
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
+            rows: the indices of rows by the names of tables, in any order: these rows alone come, in that order.
             dtype: the dtype of the returned arrays.
             timeout: seconds.
 
@@ -75,9 +84,29 @@ class StateCalls:
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
+        if rows is not None:
+            return self._pulled_rows(rows, wire_dtype, timeout)
         named, targets = self._packer.allocate_named(wire_dtype)
         self._link.pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, self._link.deadline(timeout))
         return self._structure.restored(named)
+
+    def _pulled_rows(
+        self, rows: Mapping[str, npt.ArrayLike], dtype: np.dtype[Any], timeout: float | None
+    ) -> dict[str, Any]:
+        """Return rows of tables; see `pull`."""
+        layout = self._packer.layout
+        tables = {table.spec.name: index for index, table in layout.tables.items()}
+        found, targets = dict[str, Any](), list[RowTarget]()
+        for name, indices in rows.items():
+            if name not in tables:
+                raise InvalidRequestError.of("rows", f"{name!r} is no table of this session; it has {sorted(tables)}")
+            table = layout.tensors[tables[name]]
+            own = rows_of(indices, table, f"rows[{name!r}]")
+            targets.append(RowTarget(tables[name], own, np.empty((len(own), table.spec.width), dtype)))
+            found[name] = Rows(own, targets[-1].values.reshape(-1, *table.spec.shape[1:]))
+        if targets:
+            self._link.pull_rows(targets, dtype, self._link.deadline(timeout))
+        return found
 
     def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.

@@ -135,7 +135,8 @@ def private_reaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_no_class_reaches_into_another_modules_privates() -> None:
     found = [(name, line, text) for name, _, tree in sources() for line, text in private_reaches(tree)]
-    allowed = {"os._exit", "tensor._version"}  # torch has no public name for the count of a tensor's changes
+    # torch has no public name for the count of a tensor's changes, and for the indices of one that is not coalesced.
+    allowed = {"os._exit", "tensor._version", "gradient._indices"}
     assert [(name, line, text) for name, line, text in found if text not in allowed] == []
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from stepwire.aio.base import ClientBase, SessionBase
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Tree
-from stepwire.client import StatePrecision, Telemetry, Worker
+from stepwire.client import RowSemantics, StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
 from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS
@@ -287,14 +287,20 @@ class AsyncSession(SessionBase):
         return await self._worker.run(functools.partial(self.blocking.info, timeout=timeout))
 
     async def pull(
-        self, *, average: bool = False, dtype: npt.DTypeLike = np.float32, timeout: float | None = None
+        self,
+        *,
+        average: bool = False,
+        rows: Mapping[str, npt.ArrayLike] | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        timeout: float | None = None,
     ) -> Tree:
-        """Return the current parameters, nested as at creation.
+        """Return the current parameters, nested as at creation; or some rows of tables, as a dict of `Rows`.
 
         For a session that was found by its id that is a flat dict of names; see `Client.session`.
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
+            rows: the indices of rows by the names of tables, in any order: these rows alone come, in that order.
             dtype: the dtype of the returned arrays.
             timeout: seconds.
 
@@ -304,7 +310,7 @@ class AsyncSession(SessionBase):
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         return await self._worker.run(
-            functools.partial(self.blocking.pull, average=average, dtype=dtype, timeout=timeout)
+            functools.partial(self.blocking.pull, average=average, rows=rows, dtype=dtype, timeout=timeout)
         )
 
     async def state(self, *, timeout: float | None = None) -> Snapshot:
@@ -534,6 +540,7 @@ class AsyncClient(ClientBase):
         groups: Sequence[Mapping[str, Any]] | None = None,
         schedule: Schedule | None = None,
         frozen: Sequence[str] = (),
+        tables: Mapping[str, RowSemantics] | None = None,
         gradient_dtype: npt.DTypeLike = np.float32,
         error_feedback: bool = False,
         reply_dtype: npt.DTypeLike = np.float32,
@@ -564,13 +571,15 @@ class AsyncClient(ClientBase):
         Args:
             parameters: float32, bfloat16 or float16 arrays; masters are float32 on the server. They come in a dict, in
                 a list with the names "0", "1", …, or in a tree of dicts, lists and tuples. The names in a tree are
-                paths such as "encoder/0/w".
+                paths such as "encoder/0/w". `stepwire.Table` in the places of all arrays leaves them to the server.
             optimizer: default `Adam()`.
             groups: mappings, as torch has them. `"params"` names the group's tensors, or branches of them. The other
                 keys are the group's own hyper-parameters, its `"schedule"`, its `"clip_grad_norm"` and its
                 `"state_precision"`. Tensors in no group form one more, first, with the optimizer's values.
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
+            tables: the meaning of a step for rows, by the names of tensors whose gradients are `Rows`:
+                `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`. See `docs/embeddings.md`.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
                 blocks of 256 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;
@@ -629,6 +638,7 @@ class AsyncClient(ClientBase):
                         groups=groups,
                         schedule=schedule,
                         frozen=frozen,
+                        tables=tables,
                         gradient_dtype=gradient_dtype,
                         error_feedback=error_feedback,
                         reply_dtype=reply_dtype,

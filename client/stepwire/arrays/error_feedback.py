@@ -22,6 +22,7 @@ of each gradient of the sum goes to the next one.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,8 @@ class PendingResidual:
         self._feedback.keep(offset, wanted, sent, of=self)
 
 
-def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool) -> None:
-    """Refuse error feedback for gradients in another encoding than int8.
+def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool, tables: Collection[str] | None = None) -> None:
+    """Refuse error feedback for gradients in another encoding than int8, and for those of tables.
 
     Raises:
         InvalidRequestError: error feedback would use memory and change nothing.
@@ -137,4 +138,9 @@ def check_feedback(gradient_dtype: np.dtype[Any], error_feedback: bool) -> None:
             "error_feedback",
             f"the session's gradients travel as {gradient_dtype.name}, and only 'int8' has error feedback; create the "
             "session with gradient_dtype 'int8', or without error feedback",
+        )
+    if error_feedback and tables:
+        raise InvalidRequestError.of(
+            "error_feedback",
+            f"{sorted(tables)[0]!r} is a table, of whose rows no error is kept; create the session without it",
         )

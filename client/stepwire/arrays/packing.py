@@ -107,22 +107,30 @@ class Packer:
         self._shapes = [(tensor.spec.name, tensor.spec.shape) for tensor in layout.tensors]
         self._reordered = bool(layout.names) and layout.names != tuple(self._indices)
         # Every step has the same chunks.
-        self._chunks: dict[tuple[int, int], Sequence[ChunkLayout]] = {}
+        self._chunks: dict[tuple[int, int, bool], Sequence[ChunkLayout]] = {}
         self._ranges: dict[tuple[int, int], list[PackedRange]] = {}
 
-    def chunks(self, most: int, dtype: np.dtype[Any] = FLOAT32) -> Sequence[ChunkLayout]:
-        """Return the chunks of at most `most` elements, in order, each aligned as the layout and the encoding ask."""
-        key = (most, wire_alignment(dtype))
+    def chunks(self, most: int, dtype: np.dtype[Any] = FLOAT32, *, tables: bool = True) -> Sequence[ChunkLayout]:
+        """Return the chunks of at most `most` elements, in order, each aligned as the layout and the encoding ask.
+
+        Args:
+            most: the elements of a chunk at most.
+            dtype: the encoding.
+            tables: True for the whole space, False for no chunk that has elements of tables alone.
+        """
+        key = (most, wire_alignment(dtype), tables)
         if (known := self._chunks.get(key)) is None:
             known = self._chunks[key] = tuple(self._split(*key))
         return known
 
-    def _split(self, most: int, alignment: int) -> Iterator[ChunkLayout]:
-        size = self.layout.size
-        most -= most % max(self.layout.chunk_alignment, alignment)
-        for offset in range(0, size, most):
-            count = min(most, size - offset)
-            yield ChunkLayout(offset, count, self.ranges(offset, count))
+    def _split(self, most: int, alignment: int, tables: bool) -> Iterator[ChunkLayout]:
+        alignment = max(self.layout.chunk_alignment, alignment)
+        most -= most % alignment
+        for start, end in [(0, self.layout.size)] if tables else self.layout.dense_ranges:
+            start -= start % alignment
+            for offset in range(start, end, most):
+                count = min(most, end - offset)
+                yield ChunkLayout(offset, count, self.ranges(offset, count))
 
     def ranges(self, offset: int, count: int) -> list[PackedRange]:
         """Return the ranges of tensors in flat elements `[offset, offset + count)`, from a cache."""
@@ -240,6 +248,16 @@ class Packer:
     def allocate(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
         """Return new arrays as `empty` does, and 1-D views of them as `targets` does."""
         named, flat = self.allocate_named(dtype)
+        return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
+
+    def allocate_dense(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
+        """Return new arrays as `allocate` does; None, and an empty view, for each table."""
+        named, flat = dict[str, Any](), list[npt.NDArray[Any]]()
+        for tensor in self.layout.tensors:
+            values = np.empty(0 if tensor.spec.table else tensor.count, dtype)
+            flat.append(values)
+            named[tensor.spec.name] = None if tensor.spec.table else values.reshape(tensor.spec.shape)
+        named = self.in_order(named)
         return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
 
     def allocate_named(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:

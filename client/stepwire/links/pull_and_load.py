@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stepwire.arrays.packing import Flat, Packer
+from stepwire.arrays.rows import RowReader, RowTarget
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Deadline
 from stepwire.errors import UnavailableError
@@ -22,15 +23,19 @@ __all__ = ["load_messages", "read_pull", "receive_pull", "send_load"]
 
 
 def read_pull(
-    messages: Iterator[bytes], packer: Packer, dtype: np.dtype[Any], targets: Mapping[str, Flat]
+    messages: Iterator[bytes],
+    packer: Packer,
+    dtype: np.dtype[Any],
+    targets: Mapping[str, Flat],
+    rows: Sequence[RowTarget] = (),
 ) -> state_pb2.PullHeader:
-    """Decode the messages of a pull into the target arrays of each slot.
+    """Decode the messages of a pull into the target arrays of each slot, or of one slot's rows.
 
     Raises:
         UnavailableError: the server ended the stream early.
     """
     header: state_pb2.PullHeader | None = None
-    missing = packer.layout.size * len(targets)
+    missing, reader = 0 if rows else packer.layout.size * len(targets), RowReader(packer.layout, rows)
     for data in messages:
         frame = read_frame(pb.PullResponse, data)
         message: pb.PullResponse = frame.message
@@ -38,14 +43,18 @@ def read_pull(
             header = message.header
         if message.HasField("chunk"):
             chunk = message.chunk
+            if chunk.rows:
+                reader.read(chunk, frame.payload.view(dtype))
+                continue
             packer.read(
                 targets[message.slot],
                 packer.ranges(chunk.offset, chunk.count),
                 frame.payload.view(dtype),
             )
             missing -= chunk.count
-    if header is None or missing:
-        raise UnavailableError(f"the server ended a pull {missing} elements early; pull again")
+    if header is None or missing or reader.missing:
+        left = f"{reader.missing} rows" if rows else f"{missing} elements"
+        raise UnavailableError(f"the server ended a pull {left} early; pull again")
     return header
 
 
@@ -55,8 +64,9 @@ def receive_pull(
     targets: Mapping[str, Flat],
     dtype: np.dtype[Any],
     deadline: Deadline,
+    rows: Sequence[RowTarget] = (),
 ) -> state_pb2.PullHeader:
-    """Ask for slots once, and read them into the target arrays of each.
+    """Ask for slots once, and read them into the target arrays of each; or for rows of tables in one slot.
 
     Raises:
         StepwireError: the server's refusal, or a broken connection.
@@ -66,9 +76,10 @@ def receive_pull(
         slots=targets,
         dtype=dtype_to_wire(dtype),
         chunk_bytes=description.chunk_bytes,
+        rows=[tensor_pb2.TableRows(tensor=target.tensor, rows=target.indices.tolist()) for target in rows],
     )
     return calls.download(
-        "Pull", request, lambda messages: read_pull(messages, description.packer, dtype, targets), deadline
+        "Pull", request, lambda messages: read_pull(messages, description.packer, dtype, targets, rows), deadline
     )
 
 

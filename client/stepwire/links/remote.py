@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from stepwire.arrays.packing import Flat
+from stepwire.arrays.rows import RowTarget
+from stepwire.connection.channel import Calls
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.errors import StateLossError, UnsupportedFeatureError
@@ -169,12 +171,7 @@ class RemoteLink(SessionLink):
         """See `SessionLink.shared`."""
         self.attach(deadline)
         if self._hold.shared is None:
-            choice = self._route.choice
-            reason = "" if choice is None else choice.reasons.get("shm", f"it uses {choice.name!r}")
-            raise UnsupportedFeatureError(
-                f"the session shares no memory with its server: {reason}; pass arrays of your own to `step`",
-                metadata={"field": "transport", "feature": "transport_shm"},
-            )
+            raise self._route.no_shared_memory()
         return self._hold.shared
 
     def forget_writes(self) -> None:
@@ -227,10 +224,9 @@ class RemoteLink(SessionLink):
 
     def _forget_lost(self) -> None:
         """Forget everything that belongs to a state that the server has lost."""
-        self._load = self._hold.applied_load
+        self._load, self._doubt = self._hold.applied_load, None
         self._carry.loaded()
         self._window.clear()
-        self._doubt = None
         self._untold.forget()
 
     def _number(self, call: StepCall, deadline: Deadline) -> int:
@@ -295,14 +291,18 @@ class RemoteLink(SessionLink):
 
     # --- state -------------------------------------------------------------------------------------------
 
+    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """See `SessionLink.pull_rows`."""
+        return self._pulled(lambda calls, left: receive_pull(calls, self._description, {}, dtype, left, rows), deadline)
+
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """See `SessionLink.pull`."""
-        untold = self._untold.doubts
+        return self._pulled(lambda calls, left: receive_pull(calls, self._description, targets, dtype, left), deadline)
 
-        def attempt(left: Deadline) -> state_pb2.PullHeader:
-            return receive_pull(self._route.way(left).calls, self._description, targets, dtype, left)
-
-        header = self._losses.read(lambda: self._repeat(attempt, deadline), lambda it: (it.step, it.load), deadline)
+    def _pulled(self, pull: Callable[[Calls, Deadline], state_pb2.PullHeader], end: Deadline) -> state_pb2.PullHeader:
+        untold, way = self._untold.doubts, self._route.way
+        attempt = functools.partial(self._repeat, lambda left: pull(way(left).calls, left), end)
+        header = self._losses.read(attempt, lambda it: (it.step, it.load), end)
         self._untold.forget(untold)
         self._hold.pulled(header.step, header.load)
         return header

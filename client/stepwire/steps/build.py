@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays, Container, Flat
 from stepwire.arrays.recognised import RecognisedArrays
+from stepwire.arrays.rows import RowGradient, Rows, RowTarget, split_rows, targets_of
 from stepwire.arrays.trees import expanded
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.forks import Birthplace
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.optimizers.hyperparameters import number
@@ -91,6 +92,7 @@ class StepBuilder:
         order = tuple(tensor.spec.name for tensor in tensors)
         self._given, self._out = (RecognisedArrays(order, written=written) for written in (False, True))
         self._apart: tuple[int, int] | None = None
+        self._tables = {table.spec.name: index for index, table in self._packer.layout.tables.items()}
         self.notices = Notices()
         self._birthplace = Birthplace()
         self._beginnings: dict[tuple[object, ...], step_pb2.StepBegin] = {}
@@ -116,11 +118,17 @@ class StepBuilder:
         received = self._dtype(options.reply_dtype, self._reply_dtype, "reply_dtype")
         _check_reply(options, received)
         begin = self._begin(options, sent, received)
-        gradients, on_device = stood_in(gradients)
-        flat, missing = self._present(gradients)
-        if missing:
-            begin.missing_tensors.extend(sorted(missing - self._frozen))
+        given, rows = self._parted(gradients, options)
+        given, on_device = stood_in(given)
+        flat, missing = self._present(given)
+        came = frozenset(table.tensor for table in rows)
+        self._check_tables(missing - came)
+        if left := missing - came - self._frozen:
+            begin.missing_tensors.extend(sorted(left))
+        for table in rows:
+            begin.tables.add(tensor=table.tensor, entries=len(table.indices))
         reply, targets = self._reply(gradients, options, received)
+        row_targets = targets_of(rows, received) if reply is not None else ()
         if options.out is not None:
             self._check_apart(flat, targets)
         views = reply if reply is not options.out and options.out is not None else None
@@ -138,8 +146,52 @@ class StepBuilder:
             decide=options.decide,
             feed=options.feed,
             on_device={self._indices[name]: stand_in for name, stand_in in on_device.items()},
+            rows=rows,
+            row_targets=row_targets,
         )
-        return call, reply
+        return call, self._with_rows(reply, row_targets)
+
+    def _parted(self, gradients: Arrays, options: StepOptions) -> tuple[Arrays, tuple[RowGradient, ...]]:
+        """Part the gradients of tables from the others, and refuse options that tables exclude.
+
+        Raises:
+            InvalidRequestError: a gradient or an option is wrong.
+        """
+        if not self._tables and not _has_rows(gradients):
+            return gradients, ()
+        for field in ("out", "feed", "overlap", "reply_first"):
+            if getattr(options, field):
+                raise InvalidRequestError.of(field, "it is not served in a session with tables; leave it out")
+        if options.reply == "changed":
+            raise InvalidRequestError.of("reply", "'changed' is not served in a session with tables; use 'parameters'")
+        if not isinstance(gradients, Mapping) and isinstance(gradients, Sequence):
+            gradients = {str(place): value for place, value in enumerate(gradients)}
+        return split_rows(gradients, self._packer.layout) if isinstance(gradients, Mapping) else (gradients, ())
+
+    def _check_tables(self, missing: frozenset[int]) -> None:
+        """Refuse a step without a gradient for a table, unless the session lets tensors be left out."""
+        for name, index in self._tables.items():
+            if index in missing and name not in self._optional:
+                raise InvalidRequestError.of(
+                    f"gradients[{name!r}]",
+                    "the table has no gradient; pass stepwire.Rows, perhaps without rows, or create the session with "
+                    "missing_gradient='keep'",
+                    reason=Reason.INVALID_TENSOR,
+                )
+
+    def _with_rows(self, reply: Container | None, rows: Sequence[RowTarget]) -> Container | None:
+        """Put the rows that come back in the places of their tables, and leave out tables without rows."""
+        if reply is None or not self._tables:
+            return reply
+        came = {target.tensor: target for target in rows}
+        for name, index in self._tables.items():
+            shape, found = self._packer.layout.tensors[index].spec.shape[1:], came.get(index)
+            value = None if found is None else Rows(found.indices, found.values.reshape(-1, *shape))
+            if isinstance(reply, list):
+                reply[int(name)] = value
+            else:
+                reply[name] = value
+        return reply
 
     def _present(self, gradients: Arrays) -> tuple[Flat, frozenset[int]]:
         """Return the views of the gradients, and the indices of the tensors without one."""
@@ -147,7 +199,7 @@ class StepBuilder:
 
         def checked() -> list[npt.NDArray[Any]]:
             nonlocal missing
-            flat, missing = self._packer.present(gradients, "gradients", self._optional)
+            flat, missing = self._packer.present(gradients, "gradients", self._optional | self._tables.keys())
             return flat
 
         return self._given.views(gradients, checked), missing
@@ -191,7 +243,9 @@ class StepBuilder:
             return out, self._out.again(out)
         if out is not None and not _shows_parameters(out):
             return out, self._out.views(out, lambda: self._packer.targets(out, "out"))
-        reply, targets = self._packer.allocate(received, as_list=not isinstance(gradients, Mapping))
+        as_list = not isinstance(gradients, Mapping)
+        allocate = self._packer.allocate_dense if self._tables else self._packer.allocate
+        reply, targets = allocate(received, as_list=as_list)
         if isinstance(reply, dict) and reply.keys() == gradients.keys():  # type: ignore[union-attr]
             reply = {name: reply[name] for name in gradients}
         return reply, targets
@@ -237,6 +291,11 @@ class StepBuilder:
             overrides_to_wire(self._optimizer, group, {**shared, **values}, f"hyperparameters[{index}]")
             for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
         ]
+
+
+def _has_rows(gradients: object) -> bool:
+    values = gradients.values() if isinstance(gradients, Mapping) else gradients if isinstance(gradients, list) else ()
+    return Rows in set(map(type, values))
 
 
 def _shows_parameters(out: Container) -> bool:

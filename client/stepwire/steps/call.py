@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
+from stepwire.arrays.rows import RowGradient, RowPart, RowTarget, row_parts
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.steps.trace import StepTrace
 from stepwire.transports.cuda.stand_ins import StandIn
@@ -47,6 +48,8 @@ class StepCall:
         on_tensor: the function to call for each tensor as it arrives, again if the reply is repeated.
         decide: the function that decides the second half of a two-phase commit.
         feed: the feed of a gradient that is still being made; it fills `gradients`.
+        rows: the gradients of tables, which have empty arrays in `gradients`.
+        row_targets: the places of the rows that come back.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
         record: the messages of the step, as they are sent, for a replay window; None to keep none.
@@ -69,6 +72,8 @@ class StepCall:
     on_tensor: OnTensor | None = None
     decide: Decide | None = None
     feed: GradientFeed | None = None
+    rows: tuple[RowGradient, ...] = ()
+    row_targets: tuple[RowTarget, ...] = ()
     on_device: Mapping[int, StandIn] = dataclasses.field(default_factory=dict)
     commit: step_pb2.StepCommit = dataclasses.field(default_factory=step_pb2.StepCommit)
     record: list[bytes] | None = None
@@ -119,12 +124,13 @@ class StepCall:
         if not again:
             self.bring()
         residual = self.feedback.begin() if self.feedback is not None and not again else None
-        chunks = [] if again else self._chunks(packer, chunk_bytes)
+        chunks: list[ChunkLayout | RowPart] = [] if again else list(self._chunks(packer, chunk_bytes))
+        chunks += row_parts(self.rows, self.gradient_dtype, chunk_bytes)  # which name the rows of the reply, too
         if not chunks and self.feed is None:
             begin = None if self.begun else self.begin
             return iter([pb.AttachRequest(begin=begin, commit=self.commit).SerializeToString()])
         if self.feed is not None:
-            return self._fed_messages(packer, chunks, self.feed, residual)
+            return self._fed_messages(packer, self._chunks(packer, chunk_bytes), self.feed, residual)
         messages = self._gradient_messages(packer, chunks, residual)
         # A single message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
         return messages if len(chunks) > 1 else iter(list(messages))
@@ -151,7 +157,8 @@ class StepCall:
 
     def _chunks(self, packer: Packer, chunk_bytes: int) -> Sequence[ChunkLayout]:
         """Return the chunks in the order of sending: in flat order, or in the order of the reply with `overlap`."""
-        chunks = packer.chunks(elements_within(self.gradient_dtype, chunk_bytes), self.gradient_dtype)
+        most = elements_within(self.gradient_dtype, chunk_bytes)
+        chunks = packer.chunks(most, self.gradient_dtype, tables=False)
         if self.missing:
             chunks = [chunk for chunk in chunks if any(packed.tensor not in self.missing for packed in chunk.ranges)]
         if self.begin.overlap and self.begin.reply.first:
@@ -161,12 +168,15 @@ class StepCall:
         return chunks
 
     def _gradient_messages(
-        self, packer: Packer, chunks: Sequence[ChunkLayout], residual: PendingResidual | None
+        self, packer: Packer, chunks: Sequence[ChunkLayout | RowPart], residual: PendingResidual | None
     ) -> Iterator[bytes]:
         """Make the messages of a step on demand; a small step is one message."""
         for index, chunk in enumerate(chunks):
             frame = self._frame(chunk, begins=index == 0, ends=index == len(chunks) - 1)
-            self._write(packer, chunk, frame, residual)
+            if isinstance(chunk, RowPart):
+                chunk.write(frame.payload(self.gradient_dtype))
+            else:
+                self._write(packer, chunk, frame, residual)
             yield frame.finish()
 
     def _fed_messages(
@@ -187,10 +197,13 @@ class StepCall:
                 end.begin.CopyFrom(self.begin)
             yield end.SerializeToString()
 
-    def _frame(self, chunk: ChunkLayout, *, begins: bool, ends: bool) -> FrameBuffer:
+    def _frame(self, chunk: ChunkLayout | RowPart, *, begins: bool, ends: bool) -> FrameBuffer:
         """Return a message of the gradient without its payload."""
         header = pb.AttachRequest()
-        header.chunk.offset, header.chunk.count = chunk.offset, chunk.elements
+        if isinstance(chunk, RowPart):
+            chunk.describe(header.chunk)
+        else:
+            header.chunk.offset, header.chunk.count = chunk.offset, chunk.elements
         if begins and not self.begun:
             header.begin.CopyFrom(self.begin)
         if ends:

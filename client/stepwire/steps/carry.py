@@ -34,7 +34,8 @@ class Carry:
             InvalidRequestError: error feedback of an encoding that has none.
         """
         sent = dtype_from_wire(message.config.gradient_dtype, FLOAT32, "gradient_dtype", gradients=True)
-        check_feedback(sent, error_feedback)
+        tables = [tensor.name for tensor in message.config.tensors if tensor.HasField("table")]
+        check_feedback(sent, error_feedback, tables)
         self.feedback = ErrorFeedback(size) if error_feedback else None
         self._size = size
         self._patched: npt.NDArray[Any] | None = None

@@ -145,7 +145,8 @@ def _fingerprint(call: StepCall) -> Fingerprint | None:
     except StepwireError:
         return None
     gradients = call.gradients if call.feed is None else call.feed.complete(call.gradients)
-    return None if gradients is None else fingerprint_of_arrays(gradients)
+    rows = [array for table in call.rows for array in (table.indices, table.values)]
+    return None if gradients is None else fingerprint_of_arrays([*gradients, *rows])
 
 
 def _options(call: StepCall) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Packer
+from stepwire.arrays.rows import RowReader
 from stepwire.errors import UnavailableError
 from stepwire.steps.call import StepCall
 from stepwire.steps.shared import read_shared_reply
@@ -28,7 +29,9 @@ class ReplyReader:
         self._packer = packer
         self._call = call
         self._shared = shared
-        self._missing = packer.layout.size if call.wants_reply and call.patched is None and shared is None else 0
+        dense = sum(end - start for start, end in packer.layout.dense_ranges)
+        self._missing = dense if call.wants_reply and call.patched is None and shared is None else 0
+        self._rows = RowReader(packer.layout, call.row_targets)
         self._left = [tensor.count for tensor in packer.layout.tensors] if call.on_tensor is not None else []
 
     def read(self, frame: Frame) -> None:
@@ -43,6 +46,11 @@ class ReplyReader:
         chunk, call = message.chunk, self._call
         if call.patched is not None:
             _patch(call.patched, chunk, frame)
+            return
+        if chunk.rows:
+            table = self._rows.read(chunk, frame.payload.view(call.reply_dtype))
+            if table is not None and call.on_tensor is not None:
+                call.on_tensor(table)
             return
         ranges = self._packer.ranges(chunk.offset, chunk.count)
         self._packer.read(call.targets, ranges, frame.payload.view(call.reply_dtype))
@@ -62,6 +70,8 @@ class ReplyReader:
         call = self._call
         if self._missing:
             raise UnavailableError(f"the reply to step {call.begin.step} lacks {self._missing} elements")
+        if self._rows.missing:
+            raise UnavailableError(f"the reply to step {call.begin.step} lacks {self._rows.missing} rows")
         if self._shared is not None:
             read_shared_reply(self._shared, call)
         if call.patched is not None:

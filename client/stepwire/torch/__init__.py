@@ -36,10 +36,12 @@ from stepwire.torch.classes import (
     RAdam,
     RMSprop,
 )
+from stepwire.torch.embedding import RemoteEmbedding, RemoteEmbeddingBag
 from stepwire.torch.local_sgd import LocalSGD
 from stepwire.torch.optimizer import RemoteOptimizer
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.refused import refused_class
+from stepwire.torch.sparse import SparseAdam
 
 Optimizer = _torch.optim.Optimizer
 lr_scheduler = _torch.optim.lr_scheduler
@@ -62,8 +64,11 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "RMSprop",
+    "RemoteEmbedding",
+    "RemoteEmbeddingBag",
     "RemoteOptimizer",
     "RemoteOptions",
+    "SparseAdam",
     "lr_scheduler",
     "swa_utils",
 ]

@@ -20,7 +20,6 @@ REFUSED_OPTIONS: Final = {
 _NO_RULE: Final = "the server has no such rule"
 _REASONS: Final = {
     "LBFGS": "it evaluates the model several times in one step",
-    "SparseAdam": "sparse rows are not served yet",
 }
 
 

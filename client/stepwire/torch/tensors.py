@@ -141,7 +141,7 @@ class ParameterTensor:
 
     def _check_gradient(self, gradient: Any) -> None:
         if gradient.layout != torch.strided:
-            problem = f"is sparse ({gradient.layout}); make it dense, for example Embedding(sparse=False)"
+            problem = f"is sparse ({gradient.layout}); make it dense, with Embedding(sparse=False), or use SparseAdam"
         elif gradient.device != self.parameter.device:
             problem = f"is on {gradient.device} and the parameter on {self.parameter.device}; move the gradient there"
         elif gradient.dtype not in _DTYPES:

@@ -190,8 +190,18 @@ class Route:
             raise _cannot(name, reason)
         way.reasons[name] = reason
 
+    def no_shared_memory(self) -> UnsupportedFeatureError:
+        """Return the error of a call that needs memory shared with the server, where the stream shares none."""
+        reason = ""
+        if self.choice is not None:
+            reason = self.choice.reasons.get("shm", f"it uses {self.choice.name!r}")
+        return UnsupportedFeatureError(
+            f"the session shares no memory with its server: {reason}; pass arrays of your own to `step`",
+            metadata={"field": "transport", "feature": "transport_shm"},
+        )
+
     def settle(self, way: Way, memory: str = "", bare: str = "") -> None:
-        """Note the transport of the attached stream, and log a change.
+        """Note the transport of the attached stream: a memory of its way, or the connection alone.
 
         Args:
             way: the way of the stream.

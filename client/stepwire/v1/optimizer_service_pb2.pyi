@@ -170,16 +170,18 @@ class StepResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("session_id", "slots", "dtype", "chunk_bytes")
+    __slots__ = ("session_id", "slots", "dtype", "chunk_bytes", "rows")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     slots: _containers.RepeatedScalarFieldContainer[str]
     dtype: _tensor_pb2.Dtype
     chunk_bytes: int
-    def __init__(self, session_id: _Optional[str] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+    rows: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TableRows]
+    def __init__(self, session_id: _Optional[str] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[_tensor_pb2.TableRows, _Mapping]]] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "slot", "chunk", "padding", "payload")

@@ -22,7 +22,7 @@ REPLY_MODE_NONE: ReplyMode
 REPLY_MODE_CHANGED: ReplyMode
 
 class StepBegin(_message.Message):
-    __slots__ = ("step", "epoch", "load", "base_step", "gradient_dtype", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply", "overlap", "in_shared_memory", "traceparent", "await_admission")
+    __slots__ = ("step", "epoch", "load", "base_step", "gradient_dtype", "hyperparameters", "loss_scale", "missing_tensors", "weight", "reply", "overlap", "in_shared_memory", "traceparent", "await_admission", "tables")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class StepBegin(_message.Message):
     IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     AWAIT_ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     load: int
@@ -51,7 +52,8 @@ class StepBegin(_message.Message):
     in_shared_memory: bool
     traceparent: str
     await_admission: bool
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[int] = ..., base_step: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply: _Optional[_Union[ReplyOptions, _Mapping]] = ..., overlap: bool = ..., in_shared_memory: bool = ..., traceparent: _Optional[str] = ..., await_admission: bool = ...) -> None: ...
+    tables: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TableEntries]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[int] = ..., base_step: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.Hyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., missing_tensors: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ..., reply: _Optional[_Union[ReplyOptions, _Mapping]] = ..., overlap: bool = ..., in_shared_memory: bool = ..., traceparent: _Optional[str] = ..., await_admission: bool = ..., tables: _Optional[_Iterable[_Union[_tensor_pb2.TableEntries, _Mapping]]] = ...) -> None: ...
 
 class StepAdmitted(_message.Message):
     __slots__ = ("gradient",)
@@ -60,18 +62,20 @@ class StepAdmitted(_message.Message):
     def __init__(self, gradient: bool = ...) -> None: ...
 
 class ReplyOptions(_message.Message):
-    __slots__ = ("mode", "dtype", "chunk_bytes", "first", "base")
+    __slots__ = ("mode", "dtype", "chunk_bytes", "first", "base", "omit_rows")
     MODE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    OMIT_ROWS_FIELD_NUMBER: _ClassVar[int]
     mode: ReplyMode
     dtype: _tensor_pb2.Dtype
     chunk_bytes: int
     first: _containers.RepeatedScalarFieldContainer[int]
     base: int
-    def __init__(self, mode: _Optional[_Union[ReplyMode, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., first: _Optional[_Iterable[int]] = ..., base: _Optional[int] = ...) -> None: ...
+    omit_rows: bool
+    def __init__(self, mode: _Optional[_Union[ReplyMode, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., first: _Optional[_Iterable[int]] = ..., base: _Optional[int] = ..., omit_rows: bool = ...) -> None: ...
 
 class StepCommit(_message.Message):
     __slots__ = ("clip_coefficient", "skip", "group_coefficients")

@@ -8,6 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RowSemantics(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROW_SEMANTICS_UNSPECIFIED: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_TORCH_SPARSE: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_ROW_COUNTER: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_SKIPPED: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_GLOBAL: _ClassVar[RowSemantics]
+
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DTYPE_UNSPECIFIED: _ClassVar[Dtype]
@@ -15,6 +23,11 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_BFLOAT16: _ClassVar[Dtype]
     DTYPE_FLOAT16: _ClassVar[Dtype]
     DTYPE_INT8_BLOCKWISE: _ClassVar[Dtype]
+ROW_SEMANTICS_UNSPECIFIED: RowSemantics
+ROW_SEMANTICS_TORCH_SPARSE: RowSemantics
+ROW_SEMANTICS_ROW_COUNTER: RowSemantics
+ROW_SEMANTICS_SKIPPED: RowSemantics
+ROW_SEMANTICS_GLOBAL: RowSemantics
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype
@@ -22,20 +35,46 @@ DTYPE_FLOAT16: Dtype
 DTYPE_INT8_BLOCKWISE: Dtype
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "shape", "group", "frozen", "sparse", "state_precision")
+    __slots__ = ("name", "shape", "group", "frozen", "table", "state_precision")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
-    SPARSE_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
     STATE_PRECISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     group: int
     frozen: bool
-    sparse: bool
+    table: Table
     state_precision: _precision_pb2.StatePrecision
-    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., sparse: bool = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., table: _Optional[_Union[Table, _Mapping]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
+
+class Table(_message.Message):
+    __slots__ = ("semantics", "uniform_bound", "seed")
+    SEMANTICS_FIELD_NUMBER: _ClassVar[int]
+    UNIFORM_BOUND_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    semantics: RowSemantics
+    uniform_bound: float
+    seed: int
+    def __init__(self, semantics: _Optional[_Union[RowSemantics, str]] = ..., uniform_bound: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class TableRows(_message.Message):
+    __slots__ = ("tensor", "rows")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tensor: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TableEntries(_message.Message):
+    __slots__ = ("tensor", "entries")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    entries: int
+    def __init__(self, tensor: _Optional[int] = ..., entries: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("size", "tensors", "groups", "slots", "chunk_alignment")

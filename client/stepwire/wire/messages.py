@@ -16,6 +16,7 @@ from stepwire.v1 import optimizer_pb2, precision_pb2, session_pb2, tensor_pb2
 __all__ = [
     "FORMULAS",
     "PRECISIONS",
+    "SEMANTICS",
     "duration_to_wire",
     "hyperparameters_from_wire",
     "hyperparameters_to_wire",
@@ -30,6 +31,7 @@ __all__ = [
     "spec_from_wire",
     "spec_to_wire",
     "specs_from_wire",
+    "table_to_wire",
 ]
 
 FORMULAS: Final[dict[Formula, optimizer_pb2.Formula]] = {
@@ -46,6 +48,15 @@ PRECISIONS: Final = {
 }
 """The contract's values of the precisions of moments."""
 
+SEMANTICS: Final = {
+    "torch_sparse": tensor_pb2.ROW_SEMANTICS_TORCH_SPARSE,
+    "row_counter": tensor_pb2.ROW_SEMANTICS_ROW_COUNTER,
+    "skipped": tensor_pb2.ROW_SEMANTICS_SKIPPED,
+    "global": tensor_pb2.ROW_SEMANTICS_GLOBAL,
+}
+"""The contract's values of the meanings of a step for the rows of a table."""
+
+_SEMANTICS_NAMES: Final[dict[int, str]] = {value: name for name, value in SEMANTICS.items()}
 _PRECISION_NAMES: Final[dict[int, str]] = {value: name for name, value in PRECISIONS.items()}
 _FORMULA_NAMES: Final[dict[int, Formula]] = {value: name for name, value in FORMULAS.items()}
 _AMSGRAD: Final = {
@@ -233,7 +244,13 @@ def spec_to_wire(spec: TensorSpec) -> tensor_pb2.TensorSpec:
         group=spec.group,
         frozen=spec.frozen,
         state_precision=PRECISIONS[spec.state_precision],
+        table=table_to_wire(spec.table, spec.uniform_bound, spec.seed) if spec.table else None,
     )
+
+
+def table_to_wire(semantics: str, uniform_bound: float = 0.0, seed: int = 0) -> tensor_pb2.Table:
+    """Encode a table."""
+    return tensor_pb2.Table(semantics=SEMANTICS[semantics], uniform_bound=uniform_bound, seed=seed)
 
 
 def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpec:
@@ -244,7 +261,17 @@ def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpe
         inherited: the precisions of its group and its session, in this order, for a tensor that names none.
     """
     precision = precision_from_wire(message.state_precision, *inherited)
-    return TensorSpec(message.name, tuple(message.shape), message.group, message.frozen, precision)
+    table = _SEMANTICS_NAMES.get(message.table.semantics, "") if message.HasField("table") else ""
+    return TensorSpec(
+        message.name,
+        tuple(message.shape),
+        message.group,
+        message.frozen,
+        precision,
+        table,
+        message.table.uniform_bound,
+        message.table.seed,
+    )
 
 
 def specs_from_wire(config: session_pb2.SessionConfig) -> list[TensorSpec]:

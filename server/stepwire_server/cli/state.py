@@ -24,6 +24,7 @@ from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.manifest import Manifest
+from stepwire_server.sessions.row_numbers import ROW_NUMBERS
 
 __all__ = ["state_app"]
 
@@ -128,6 +129,11 @@ def _state_of(checkpoint: Checkpoint, layout: Layout) -> State:
     """
     manifest, tensors = checkpoint.manifest, layout.tensors
     for slot, facts in manifest.arrays.items():
+        if slot.startswith(ROW_NUMBERS):
+            raise stepwire.InvalidRequestError.of(
+                "checkpoint",
+                "its tables count their rows, and files of state have no such numbers; fork the session",
+            )
         if facts.elements != layout.size or len(manifest.tensor_steps) != len(tensors):
             raise stepwire.InvalidRequestError.of(
                 "checkpoint", f"{slot!r} has {facts.elements} elements, and the config {layout.size}"

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from stepwire_server.devices.fair_share import Flow
-from stepwire_server.engines.protocol import Done, EngineState, Gradient, GradientBuffer, HostArray, Pass, Pending
+from stepwire_server.engines.protocol import (
+    Done,
+    EngineState,
+    Gradient,
+    GradientBuffer,
+    HostArray,
+    Pass,
+    Pending,
+    RowPass,
+    Table,
+)
 
 __all__ = ["FairState"]
 
@@ -45,9 +55,9 @@ class FairState:
         """See `EngineState.depth`."""
         return self._state.depth
 
-    def receive(self) -> GradientBuffer:
+    def receive(self, size: int | None = None) -> GradientBuffer:
         """See `EngineState.receive`."""
-        return self._state.receive()
+        return self._state.receive(size)
 
     # --- the calls of a step ----------------------------------------------------------------------------
 
@@ -92,6 +102,13 @@ class FairState:
             sums.append(self.update(step, start + low, gradient, begin + low, begin + high, target).wait())
         return Done(tuple(map(math.fsum, zip(*sums, strict=True))))
 
+    def update_rows(
+        self, step: RowPass, table: Table, rows: HostArray, gradient: Gradient, begin: int, out: HostArray | None
+    ) -> Pending[tuple[float, ...]]:
+        """See `EngineState.update_rows`."""
+        nbytes = len(rows) * table.width * (2 * self._slots_bytes + _FLOAT32_BYTES)
+        return self._in_turn(nbytes, lambda: self._state.update_rows(step, table, rows, gradient, begin, out), gradient)
+
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
         """See `EngineState.accumulate`."""
         nbytes = (end - begin) * (2 * _FLOAT32_BYTES + gradient.dtype.itemsize)
@@ -120,6 +137,11 @@ class FairState:
         """See `EngineState.read`."""
         nbytes = _FLOAT32_BYTES * len(out) + out.nbytes
         return self._in_turn(nbytes, lambda: self._state.read(slot, start, out))
+
+    def read_rows(self, slot: str, table: Table, rows: HostArray, out: HostArray) -> Pending[None]:
+        """See `EngineState.read_rows`."""
+        nbytes = _FLOAT32_BYTES * len(out) + out.nbytes
+        return self._in_turn(nbytes, lambda: self._state.read_rows(slot, table, rows, out))
 
     def write(self, slot: str, start: int, values: HostArray) -> None:
         """See `EngineState.write`."""

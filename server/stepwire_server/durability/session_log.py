@@ -15,10 +15,10 @@ from stepwire_server.durability.records import Kind, Record
 from stepwire_server.durability.writer import LogWriter
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["CHUNK", "EntryLog", "SessionLog"]
+__all__ = ["CHUNK", "EntryLog", "SessionLog", "logged_rows"]
 
 CHUNK: Final = struct.Struct("<QQI")
-"""Offset, count and slot index of a chunk, in elements."""
+"""Offset and count of a chunk, in elements, and the slot index of a load, or the number of rows of a step's chunk."""
 
 # A smaller chunk waits for the commit, so that a small step is one record.
 _INLINE_BYTES: Final = 32 << 10
@@ -55,6 +55,15 @@ class EntryLog:
         self._log.append(Kind.CHUNK, self.entry, CHUNK.pack(offset, count, slot), payload)
         self._chunks += 1
 
+    def rows(self, offset: int, count: int, rows: HostArray, payload: HostArray) -> None:
+        """Write a chunk of rows, `(k,) uint64`, as `chunk` does, always at once; see `logged_rows`."""
+        if not self.first:
+            self.first = self._log.position + 1
+            self._log.opened(self)
+        whole = np.concatenate([np.ascontiguousarray(rows).view(np.uint8), payload])
+        self._log.append(Kind.CHUNK, self.entry, CHUNK.pack(offset, count, len(rows)), whole)
+        self._chunks += 1
+
     @property
     def attempt(self) -> Attempt:
         """All chunks so far that have records of their own."""
@@ -74,6 +83,11 @@ class EntryLog:
     def close(self) -> None:
         """Note that the entry was committed, or never will be. Closing twice is harmless."""
         self._log.closed(self)
+
+
+def logged_rows(payload: HostArray, count: int) -> tuple[HostArray, HostArray]:
+    """Return the rows of a chunk, `(count,) uint64`, and its bytes, from the payload of its record."""
+    return payload[: 8 * count].copy().view(np.uint64), payload[8 * count :]
 
 
 class SessionLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ __all__ = [
     "check_range",
     "convert",
     "count_of",
+    "cut",
     "floats_of",
     "name_of",
 ]
@@ -99,3 +101,8 @@ def check_range(what: str, begin: int, end: int, size: int) -> None:
     """
     if not 0 <= begin <= end <= size:
         raise IndexError(f"elements [{begin}, {end}) of the {what} are outside its {size}")
+
+
+def cut(size: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut `[0, size)` into ranges of at most `most` elements."""
+    return ((low, min(low + most, size)) for low in range(0, size, most))

@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import DataLossError
+from stepwire_server.engines.device_info import DeviceInfo, EngineStatistics
+from stepwire_server.engines.exported_memory import ExportedMemory
 from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.pending import Done, Pending
-from stepwire_server.engines.regions import Holding, Range
+from stepwire_server.engines.regions import Holding, Range, Table
 from stepwire_server.rules import Recipe
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "Pass",
     "Pending",
     "Range",
+    "RowPass",
+    "Table",
 ]
 
 HostArray = npt.NDArray[Any]
@@ -66,40 +70,18 @@ class Pass(NamedTuple):
     seed: int = 0
 
 
-class DeviceInfo(NamedTuple):
-    """The description of a device.
+class RowPass(NamedTuple):
+    """A recipe with the numbers of one step for rows of a table, each kind of row with its own.
 
     Attributes:
-        name: `"cpu"` or `"cuda:0"`.
-        description: the processor or GPU, in words.
-        memory_bytes: its memory: all of a processor's, and of a GPU's the memory free when the engine started.
-        working_bytes: the memory that the engine itself holds at most, besides sessions and their gradients.
+        recipe: the arithmetic of each element, for slots held as float32.
+        scalars: the recipe's scalars, one line a kind of row, `(kinds, scalars) float32`.
+        kinds: the kind of each row, `(rows,) int32`.
     """
 
-    name: str
-    description: str
-    memory_bytes: int
-    working_bytes: int = 0
-
-
-class EngineStatistics(NamedTuple):
-    """The memory and the threads of an engine at one moment.
-
-    Attributes:
-        allocated_bytes: the bytes of all state that is allocated, loads that are not committed included.
-        kept_gradient_bytes: the device memory of past gradients that is kept for the next step.
-        working_bytes: the device memory that the engine itself holds at most; see `DeviceInfo`.
-        threads: the number of threads of the processor that work on one call, the caller's included.
-        code_bytes: the machine code of kernels in device memory.
-        taken_bytes: the device memory that contexts, this process's included, had at the engine's start.
-    """
-
-    allocated_bytes: int
-    kept_gradient_bytes: int
-    working_bytes: int
-    threads: int
-    code_bytes: int = 0
-    taken_bytes: int = 0
+    recipe: Recipe
+    scalars: HostArray
+    kinds: HostArray
 
 
 class Gradient(Protocol):
@@ -155,8 +137,12 @@ class EngineState(Protocol):
         """The number of replies that it pays to ask for before the first wait."""
         ...
 
-    def receive(self) -> GradientBuffer:
-        """Make ready for a gradient; may be called while a step with another one is under way."""
+    def receive(self, size: int | None = None) -> GradientBuffer:
+        """Make ready for a gradient; may be called while a step with another one is under way.
+
+        Args:
+            size: its elements; None for those of the flat space.
+        """
         ...
 
     def sum_of_squares(
@@ -225,6 +211,35 @@ class EngineState(Protocol):
         """
         ...
 
+    def update_rows(
+        self, step: RowPass, table: Table, rows: HostArray, gradient: Gradient, begin: int, out: HostArray | None
+    ) -> Pending[tuple[float, ...]]:
+        """Step some rows of a table: gather, arithmetic, scatter and encode are one pass over them.
+
+        Args:
+            step: the arithmetic; the recipe's slots are arrays of this state.
+            table: the place of the table, whose rule's slots are held as float32.
+            rows: the rows, `(n,) int64`, rising, each once.
+            gradient: a chunk of float32 from `receive`, rows one after another.
+            begin: the place of the first row within the chunk, in rows.
+            out: the place of the new rows, `(n · width,)`, as for `update`; None for no reply.
+
+        Returns:
+            The recipe's `sums`, as `update`.
+        """
+        ...
+
+    def read_rows(self, slot: str, table: Table, rows: HostArray, out: HostArray) -> Pending[None]:
+        """Encode rows of a slot that is held as float32 into `out`, `(n · width,)`, before the wait ends.
+
+        Args:
+            slot: the slot.
+            table: the place of the table.
+            rows: the rows, `(n,) int64`, in any order.
+            out: the place of the rows, in its dtype.
+        """
+        ...
+
     def read(self, slot: str, start: int, out: HostArray) -> Pending[None]:
         """Encode `slot[start:start + len(out)]` into `out`, in the dtype of `out`, before the wait ends.
 
@@ -284,35 +299,6 @@ class EngineState(Protocol):
         ...
 
 
-class ExportedMemory(Protocol):
-    """Zeroed memory of a device that one other process can open, and nothing of which is state."""
-
-    @property
-    def handle(self) -> bytes:
-        """The 64 bytes by which the other process opens the memory."""
-        ...
-
-    @property
-    def device_uuid(self) -> bytes:
-        """The 16 bytes of the device's UUID."""
-        ...
-
-    def array(self, offset: int, dtype: np.dtype[Any], items: int) -> Any:
-        """Return items of a wire dtype from byte `offset` on, `(items,)`, for `GradientBuffer.put` and for replies.
-
-        A reply is there for the other process once the wait, or `settle`, has ended.
-        """
-        ...
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Copy some bytes to the host."""
-        ...
-
-    def close(self) -> None:
-        """Zero it and give it back. Closing twice is harmless; the other process must have closed it before."""
-        ...
-
-
 class Engine(Protocol):
     """A device with its kernels."""
 
@@ -351,6 +337,10 @@ class Engine(Protocol):
 
         An engine that gives their memory back unloads the least recently used one instead.
         """
+        ...
+
+    def prepare_table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> None:
+        """Compile the kernels of steps of rows with this recipe; None stands for no reply."""
         ...
 
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:

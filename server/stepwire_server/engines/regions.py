@@ -13,7 +13,7 @@ from typing import NamedTuple
 from stepwire.layout import GROUP_ALIGNMENT
 from stepwire_server.rules import Precision
 
-__all__ = ["Holding", "PackedRanges", "Range", "Region", "packed"]
+__all__ = ["Holding", "PackedRanges", "Range", "Region", "Table", "packed"]
 
 Range = tuple[int, int]
 """Flat elements `[start, end)`."""
@@ -25,6 +25,19 @@ class Region(NamedTuple):
     start: int
     end: int
     precision: Precision
+
+
+class Table(NamedTuple):
+    """The place of a table: `rows` rows of `width` elements each, one after another, from flat element `start` on."""
+
+    start: int
+    rows: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The elements of the table."""
+        return self.rows * self.width
 
 
 Holding = Precision | tuple[Region, ...]

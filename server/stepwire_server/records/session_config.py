@@ -18,7 +18,19 @@ from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.engines.protocol import PARAM
 from stepwire_server.engines.regions import Holding, Region
 from stepwire_server.records.tensor_selection import TensorSelection
-from stepwire_server.rules import ACCUMULATED, AVERAGE, Decay, Precision, Recipe, Rule, has_momentum, rule_for
+from stepwire_server.rules import (
+    ACCUMULATED,
+    AVERAGE,
+    Decay,
+    Precision,
+    Recipe,
+    RowSemantics,
+    Rule,
+    faded_slots,
+    has_momentum,
+    row_rule,
+    rule_for,
+)
 
 __all__ = ["SessionConfig"]
 
@@ -72,6 +84,17 @@ class SessionConfig:
     tells_norms: bool = True
     durability: Durability = Durability()
     aggregation: Aggregation | None = None
+
+    @functools.cached_property
+    def tables(self) -> dict[int, RowSemantics]:
+        """The tables by index, each with the meaning of a step for its rows."""
+        return {index: RowSemantics(table.spec.table) for index, table in self.layout.tables.items()}
+
+    @functools.cached_property
+    def row_number_bytes(self) -> int:
+        """The bytes of the numbers that are kept for rows: four for each row of a table that counts them."""
+        counted = [index for index, semantics in self.tables.items() if semantics.counts_rows]
+        return 4 * sum(self.layout.tensors[index].spec.shape[0] for index in counted)
 
     @functools.cached_property
     def momentum(self) -> bool:
@@ -131,6 +154,23 @@ class SessionConfig:
             )
         return found
 
+    def row_recipe(self, hyper: Hyperparameters, semantics: RowSemantics) -> Recipe:
+        """Return the arithmetic of the rows that came, of a table in a group with these numbers."""
+        dense = self.recipe(hyper)
+        if semantics is RowSemantics.GLOBAL:
+            return dense
+        rule = row_rule(self.optimizer, semantics, dense.rule)
+        faded, forgotten = tuple(faded_slots(semantics, rule)), rule.forgotten(hyper)
+        key = (semantics, dense.rule.name, forgotten)
+        if (found := self._row_recipes.get(key)) is None:
+            found = self._row_recipes[key] = dataclasses.replace(dense, rule=rule, forgotten=forgotten, faded=faded)
+        return found
+
+    @functools.cached_property
+    def _row_recipes(self) -> dict[tuple[RowSemantics, str, tuple[str, ...]], Recipe]:
+        """The recipes of rows so far."""
+        return {}
+
     @functools.cached_property
     def _recipes(self) -> dict[tuple[bool, bool, tuple[str, ...]], Recipe]:
         """The recipes so far, by the numbers that are not 0."""
@@ -184,7 +224,7 @@ class SessionConfig:
     @functools.cached_property
     def everything(self) -> TensorSelection:
         """All tensors, the frozen ones too."""
-        return TensorSelection(self.layout, frozenset())
+        return TensorSelection(self.layout, frozenset(), whole=True)
 
     @functools.cached_property
     def active(self) -> TensorSelection:

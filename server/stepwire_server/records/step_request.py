@@ -49,6 +49,8 @@ class StepRequest(NamedTuple):
         weight: the weight of the gradient among those of other workers.
         lr_factor: the factor of the learning rates, scheduled ones too.
         awaits_admission: the opening came alone, and the rest follows its admission.
+        tables: the index of each table that has a gradient, with the number of its rows.
+        reply_rows: the rows of tables go back too.
         opening: the message itself, without its number and what concerns the reply, for a log; else empty.
     """
 
@@ -72,7 +74,14 @@ class StepRequest(NamedTuple):
     weight: float = 1.0
     lr_factor: float = 1.0
     awaits_admission: bool = False
+    tables: tuple[tuple[int, int], ...] = ()
+    reply_rows: bool = False
     opening: bytes = b""
+
+    @property
+    def replies_rows(self) -> bool:
+        """Tell whether rows of tables go back."""
+        return self.reply and self.reply_rows
 
     def numbered(self, step: int) -> StepRequest:
         """Return the same request for another step; a third of what `_replace` costs."""

@@ -24,12 +24,14 @@ class TensorSelection:
     Attributes:
         layout: the layout of all tensors.
         absent: the indices of tensors that stay as they are: no gradient is needed, and one that comes is ignored.
+        whole: tables are moved whole, as by a load, and not by rows.
     """
 
-    def __init__(self, layout: Layout, absent: frozenset[int]) -> None:
+    def __init__(self, layout: Layout, absent: frozenset[int], *, whole: bool = False) -> None:
         """Leave out the tensors with indices `absent`."""
         self.layout = layout
         self.absent = absent
+        self.whole = whole
 
     @functools.cached_property
     def indices(self) -> tuple[int, ...]:
@@ -37,12 +39,18 @@ class TensorSelection:
         return tuple(index for index in range(len(self.layout.tensors)) if index not in self.absent)
 
     @functools.cached_property
+    def tables(self) -> tuple[int, ...]:
+        """The tables that move by rows, by index."""
+        return () if self.whole else tuple(index for index in self.layout.tables if index not in self.absent)
+
+    @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of the tensors that move: neighbours of one group merged, in flat order."""
+        """The segments of the tensors that move otherwise: neighbours of one group merged, in flat order."""
         found: list[Segment] = []
+        tables = frozenset(self.tables)
         for index in self.indices:
             tensor = self.layout.tensors[index]
-            if not tensor.count:
+            if not tensor.count or index in tables:
                 continue
             last = found[-1] if found else None
             if last and (last.end, last.group) == (tensor.offset, tensor.spec.group):

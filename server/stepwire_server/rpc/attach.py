@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+import numpy as np
+
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, transport_pb2
@@ -25,7 +27,6 @@ from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, decode_trace, with_base_step
 from stepwire_server.rpc.encode import encode_gradient_check, encode_result
-from stepwire_server.rpc.features import unsupported
 from stepwire_server.rpc.reply_messages import ChunkReplyWriter, WholeReplyWriter
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.client_stream import ClientStream
@@ -235,7 +236,11 @@ class StepStream:
             raise invalid_frame("chunk", "a step in shared memory brings no chunks")
         check_chunk(frame, self._serving.max_chunk_bytes)
         self._received_bytes += frame.payload.size
-        step.add(message.chunk.offset, message.chunk.count, frame.payload)
+        if message.chunk.rows:
+            rows = np.array(message.chunk.rows, np.uint64)
+            step.add_rows(message.chunk.offset, message.chunk.count, rows, frame.payload)
+        else:
+            step.add(message.chunk.offset, message.chunk.count, frame.payload)
         return ends
 
     def _following(self, frames: Iterator[Frame]) -> Frame:
@@ -273,6 +278,8 @@ class StepStream:
         return _drained(ready, lambda: self._result(result).SerializeToString())
 
     def _is_small(self, request: StepRequest) -> bool:
+        if self._session.config.tables:  # rows have chunks of their own
+            return False
         reply_bytes = self._session.config.layout.size * request.reply_dtype.itemsize
         serving = self._serving
         return reply_bytes <= min(_SMALL_REPLY_BYTES, serving.max_chunk_bytes, serving.most_reply_bytes)
@@ -371,11 +378,8 @@ def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:
     """Refuse a chunk that is wrong in any space.
 
     Raises:
-        UnsupportedFeatureError: it brings rows.
         InvalidRequestError: it has more bytes than a message may carry.
     """
-    if frame.message.chunk.rows:
-        raise unsupported("chunk.rows", "sparse_rows")
     if frame.payload.size > max_chunk_bytes:
         raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {max_chunk_bytes}")
 

@@ -28,6 +28,7 @@ from stepwire.wire.messages import (
 )
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.rpc.decode_tables import check_table, check_tables
 from stepwire_server.rpc.features import refuse_unserved
 from stepwire_server.rules import EIGHT_BIT_SLOTS, FLOAT32_SLOTS, Precision
 
@@ -118,6 +119,7 @@ def decode_session_config(message: session_pb2.SessionConfig, limits: ServerConf
 def _checked(config: SessionConfig, message: session_pb2.SessionConfig) -> SessionConfig:
     """Check what options ask of each other."""
     _check_precision(config, message)
+    check_tables(config)
     if config.aggregation is None:
         return config
     if config.treatment.two_phase and config.aggregation.required < config.aggregation.workers:
@@ -174,6 +176,8 @@ def _decode_specs(message: session_pb2.SessionConfig, max_tensors: int, group_co
         if tensor.group >= group_count:
             raise _invalid_tensor(f"{field}.group", f"{tensor.group}; there are {group_count} groups")
         names.add(name)
+        if tensor.HasField("table"):
+            check_table(tensor, field)
     return specs_from_wire(message)
 
 

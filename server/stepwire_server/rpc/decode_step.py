@@ -17,6 +17,7 @@ from stepwire.wire.messages import overrides_from_wire
 from stepwire.wire.trace_context import TraceContext
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
+from stepwire_server.rpc.decode_tables import check_table_groups, decode_table_entries
 from stepwire_server.rpc.features import unsupported
 
 __all__ = [
@@ -56,6 +57,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         UnsupportedFeatureError: a field asks for what is not served.
     """
     _refuse_unserved_step(begin)
+    tables = decode_table_entries(begin, config)
     reply_dtype = dtype_from_wire(begin.reply.dtype, config.reply_dtype, "begin.reply.dtype")
     chunk_bytes = decode_chunk_bytes(begin.reply.chunk_bytes, max_chunk_bytes, "begin.reply.chunk_bytes")
     request = StepRequest(
@@ -81,6 +83,8 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         shared=_decode_shared(begin, config),
         weight=_decode_weight(begin, config),
         awaits_admission=begin.await_admission,
+        tables=tables,
+        reply_rows=bool(config.tables) and not begin.reply.omit_rows,
         opening=_opening(begin) if config.durability.level == "journal" else b"",
     )
     return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
@@ -176,6 +180,7 @@ def _decode_step_groups(begin: step_pb2.StepBegin, config: SessionConfig) -> tup
                 "created",
             )
         decoded.append(values)
+    check_table_groups(config, decoded, "begin.hyperparameters")
     return tuple(decoded)
 
 

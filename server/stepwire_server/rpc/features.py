@@ -50,6 +50,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "rule_rmsprop",
     "rule_sgd",
     "schedules",
+    "sparse_rows",
     "state_bfloat16",
     "state_int8",
     "state_mixed",
@@ -67,14 +68,6 @@ They are served on every device, but for transports, which take what a machine h
 """
 
 _Config = session_pb2.SessionConfig
-
-
-class _Option(NamedTuple):
-    """An option that is refused when asked for."""
-
-    field: str
-    feature: str
-    asked: Callable[[_Config], bool]
 
 
 class _Choice(NamedTuple):
@@ -106,8 +99,6 @@ def _unserved_precision(owners: Iterable[optimizer_pb2.ParameterGroup] | Iterabl
     """Return the first precision of groups or tensors that is not served; 0 for none."""
     return next((owner.state_precision for owner in owners if owner.state_precision not in _SERVED_PRECISIONS), 0)
 
-
-_OPTIONS: Final = (_Option("config.tensors.sparse", "sparse_rows", lambda c: any(t.sparse for t in c.tensors)),)
 
 _CHOICES: Final = (
     _Choice(
@@ -232,9 +223,6 @@ def refuse_unserved(config: _Config) -> None:
     Raises:
         UnsupportedFeatureError: names the field and the feature.
     """
-    for option in _OPTIONS:
-        if option.asked(config):
-            raise unsupported(option.field, option.feature)
     for choice in _CHOICES:
         if (feature := choice.refused_feature(config)) is not None:
             raise unsupported(choice.field, feature)

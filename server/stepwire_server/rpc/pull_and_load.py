@@ -15,18 +15,21 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire
 from stepwire.wire.frames import Frame, FrameBuffer
-from stepwire_server.engines.protocol import PARAM, HostArray
+from stepwire_server.engines.protocol import PARAM, HostArray, Table
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
+from stepwire_server.rpc.decode_tables import check_load, decode_rows
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.session import Session
+from stepwire_server.steps.row_gradients import table_of
 
 __all__ = ["load", "pull"]
 
 _COUNTER_END = 2**53
+_INDEX_ELEMENTS = 4
 
 
 def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
@@ -43,6 +46,10 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     if session.config.aggregation is not None and slots == (PARAM,):
         with session.calls.one():
             yield from _pull_at_once(session, dtype, most)
+        return
+    if request.rows:
+        with session.calls.one():
+            yield from _pull_rows(session, slots, request, dtype, most)
         return
     with session.calls.one():  # a reader may take its time
         snapshot = session.exchange.snapshot()
@@ -72,6 +79,31 @@ def _pull_at_once(session: Session, dtype: np.dtype[Any], most: int) -> Iterator
     yield _header(snapshot, session.ledger.epoch).SerializeToString()
     for frame in frames:
         yield frame.finish()
+
+
+def _pull_rows(
+    session: Session, slots: tuple[str, ...], request: pb.PullRequest, dtype: np.dtype[Any], most: int
+) -> Iterator[bytes]:
+    """Yield the messages of a pull of rows, all as of one moment.
+
+    Raises:
+        InvalidRequestError: a tensor is no table, or a row is out of range.
+        StateChangedError: as `pull`.
+    """
+    config, asked = session.config, list[tuple[Table, HostArray]]()
+    for place, message in enumerate(request.rows):
+        rows = decode_rows(message, config, f"rows[{place}]")
+        asked.append((table_of(config.layout.tensors[message.tensor]), rows))
+    snapshot = session.exchange.snapshot()
+    yield _header(snapshot, session.ledger.epoch).SerializeToString()
+    for slot, (table, rows) in itertools.product(slots, asked):
+        size = max(most // (table.width + _INDEX_ELEMENTS), 1)
+        for low in range(0, len(rows), size):
+            now = rows[low : low + size]
+            chunk = tensor_pb2.Chunk(offset=table.start, count=len(now) * table.width, rows=now.tolist())
+            frame = FrameBuffer(pb.PullResponse(slot=slot, chunk=chunk), chunk.count * dtype.itemsize)
+            session.exchange.read_rows(snapshot, slot, table, now, frame.payload(dtype))
+            yield frame.finish()
 
 
 def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:
@@ -113,6 +145,7 @@ def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:
     """
     slots = _known_slots(session, list(message.slots), "open.slots")
     _check_scales(session, slots)
+    check_load(session.config, slots, bool(message.tensor_steps))
     steps = _known_steps(session, list(message.tensor_steps))
     scalars = _known_scalars(session, list(message.tensor_scalars))
     step = message.step if message.HasField("step") else None
@@ -129,6 +162,8 @@ def _receive(staged: Load, frames: Iterator[Frame], max_chunk_bytes: int) -> Non
             raise invalid_frame("open", "only the first message of a stream carries `open`")
         if message.HasField("chunk"):
             check_chunk(frame, max_chunk_bytes)
+            if message.chunk.rows:
+                raise invalid_frame("chunk.rows", "a load brings whole slots; leave the rows out")
             staged.add(message.slot, message.chunk.offset, message.chunk.count, frame.payload)
         elif frame.payload.size:
             raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")

@@ -35,6 +35,10 @@ class WholeReplyWriter(SharedReplyWriter):
         """See `ReplyWriter`."""
         return self._values[offset : offset + count]
 
+    def rows(self, offset: int, rows: HostArray, width: int) -> HostArray:
+        """See `ReplyWriter`."""
+        raise AssertionError("rows go back in chunks")
+
     def before(self) -> HostArray:
         """See `ReplyWriter`; a small reply is no patch."""
         raise AssertionError("a whole reply has no base")
@@ -71,6 +75,11 @@ class ChunkReplyWriter(SharedReplyWriter):
         self._unfinished.append(_Chunk(offset, count, self._request))
         return self._unfinished[-1].values
 
+    def rows(self, offset: int, rows: HostArray, width: int) -> HostArray:
+        """See `ReplyWriter`."""
+        self._unfinished.append(_Chunk(offset, len(rows) * width, self._request, rows))
+        return self._unfinished[-1].values
+
     def before(self) -> HostArray:
         """See `ReplyWriter`."""
         chunk = self._unfinished[-1]
@@ -87,8 +96,8 @@ class ChunkReplyWriter(SharedReplyWriter):
 class _Chunk:
     """One chunk of a reply in the making."""
 
-    def __init__(self, offset: int, count: int, request: StepRequest) -> None:
-        self._chunk = tensor_pb2.Chunk(offset=offset, count=count)
+    def __init__(self, offset: int, count: int, request: StepRequest, rows: HostArray | None = None) -> None:
+        self._chunk = tensor_pb2.Chunk(offset=offset, count=count, rows=None if rows is None else rows.tolist())
         self._frame = FrameBuffer(pb.AttachResponse(chunk=self._chunk), count * request.reply_dtype.itemsize)
         self.values = self._frame.payload(request.reply_dtype)
         self.before: HostArray | None = None

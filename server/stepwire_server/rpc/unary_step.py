@@ -65,6 +65,8 @@ def _checked_request(session: Session, frame: Frame, serving: Serving) -> StepRe
         raise invalid_frame("begin.await_admission", "a call brings everything at once; leave it out")
     if session.config.treatment.two_phase:
         raise invalid_frame("begin", "a session with `two_phase` commits in two messages; attach a stream instead")
+    if session.config.tables:
+        raise invalid_frame("begin", "a session with tables takes rows in messages; attach a stream instead")
     request = decode_step_request(begin, session.config, most)._replace(overlap=False, reply_base=None)
     if request.shared:
         raise invalid_frame("begin.in_shared_memory", "a call shares no memory; attach a stream instead")

@@ -25,10 +25,12 @@ from stepwire_server.rules.recipe import (
     Recipe,
     Stage,
 )
+from stepwire_server.rules.rows import ADAM_SPARSE, RowSemantics, faded_slots, row_obstacle, row_rule
 from stepwire_server.rules.rule import Decay, Rule, TensorScalar
 
 __all__ = [
     "ACCUMULATED",
+    "ADAM_SPARSE",
     "ALL_RULES",
     "AVERAGE",
     "EIGHT_BIT_SLOTS",
@@ -36,10 +38,14 @@ __all__ = [
     "Decay",
     "Precision",
     "Recipe",
+    "RowSemantics",
     "Rule",
     "Stage",
     "TensorScalar",
+    "faded_slots",
     "has_momentum",
+    "row_obstacle",
+    "row_rule",
     "rule_for",
 ]
 

@@ -50,6 +50,7 @@ __all__ = [
     "adam_rule_for",
     "amsgrad",
     "amsgrad_optax",
+    "sparse_scalars",
 ]
 
 
@@ -186,6 +187,12 @@ def _torch_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
 def _keras_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
     n = _numbers(hyper, t)
     return (*n.rates(), n.lr * math.sqrt(n.c2) / n.c1, n.eps)
+
+
+def sparse_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:
+    """Return the scalars of `rows.adam_sparse`."""
+    rate1, _, rate2, step_size, eps = _keras_scalars(hyper, t)
+    return rate1, rate2, step_size, eps
 
 
 def _uncorrected_scalars(hyper: Hyperparameters, t: int) -> tuple[float, ...]:

@@ -70,6 +70,7 @@ class Recipe:
             that of the clipped gradient.
         precision: the form in which the rule's slots are held.
         forgotten: slots that keep nothing of the past: see `Rule.forgotten`.
+        faded: slots of rows that are multiplied first by what sleep has left of them: see `rows`.
     """
 
     rule: Rule
@@ -80,6 +81,7 @@ class Recipe:
     measures: bool = False
     precision: Precision = Precision.FLOAT32
     forgotten: tuple[str, ...] = ()
+    faded: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         """Hash the `key`, once: every pass of a step looks its kernel up."""
@@ -93,7 +95,7 @@ class Recipe:
     def key(self) -> tuple[Any, ...]:
         """The values that a kernel depends on."""
         flags = (self.accumulates, self.limits, self.averages, self.measures)
-        return (self.rule.update, self.decay, *flags, self.precision, self.forgotten)
+        return (self.rule.update, self.decay, *flags, self.precision, self.forgotten, self.faded)
 
     @functools.cached_property
     def name(self) -> str:
@@ -101,7 +103,7 @@ class Recipe:
         flags = ("accumulates", "limits", "averages", "measures")
         parts = [self.rule.update.__name__, *(flag for flag in flags if getattr(self, flag))]
         parts += [] if self.decay is Decay.NONE else [f"decay_{self.decay.value}"]
-        parts += [f"no_{slot}" for slot in self.forgotten]
+        parts += [f"no_{slot}" for slot in self.forgotten] + (["faded"] if self.faded else [])
         return "_".join(parts + ([] if self.precision is Precision.FLOAT32 else [self.precision.value]))
 
     @functools.cached_property
@@ -137,6 +139,7 @@ class Recipe:
         names += ["limit"] if self.limits else []
         names += [] if self.decay is Decay.NONE else ["decay_scalar"]
         names += ["average_rate"] if self.averages else []
+        names += [f"fade_{self.slots[slot]}" for slot in self.faded]
         return (*names, *self.rule_scalars)
 
     @functools.cached_property
@@ -165,6 +168,7 @@ class Recipe:
         stages, (_, *slots) = list(self.treatment), self._state
         before, after = _DECAY_STAGES[self.decay]
         stepped = "way" if self.decay is Decay.WITHIN else "p"
+        stages += [Stage(scaled, (name,), (name, f"fade_{name}")) for name in map(self.slots.__getitem__, self.faded)]
         arguments = (stepped, "g", *self._past, *self.rule_scalars)
         stages += [*before, Stage(self.rule.update, (stepped, *slots), arguments), *after]
         if self.averages:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.engines.protocol import HostArray, Table
 
 __all__ = ["BLOCK", "Block", "Capture"]
 
@@ -59,6 +59,12 @@ class Capture:
         for index in range(start // BLOCK, -(-end // BLOCK)):
             if not (self._done[index] or self._ended):
                 self._copy(index, bounded=True)
+
+    def preserve_rows(self, table: Table, rows: HostArray) -> None:
+        """Copy the blocks of some rows of a table that have not been read: they are about to change. Under the lock."""
+        firsts = table.start + rows * table.width
+        for index in np.unique(np.concatenate([firsts, firsts + table.width - 1]) // BLOCK).tolist():
+            self.preserve(index * BLOCK, index * BLOCK + 1)
 
     def blocks(self, lock: threading.Lock) -> Iterator[Block]:
         """Yield all blocks once, each read under `lock`; those that steps have copied come first."""

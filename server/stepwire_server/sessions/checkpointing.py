@@ -16,6 +16,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.exchange import Captured
+from stepwire_server.sessions.row_numbers import row_slots
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.shadow import differs, read_probe
 from stepwire_server.sessions.workers import Holder
@@ -55,7 +56,7 @@ def save(session: Session, store: CheckpointStore, name: str, config: dict[str, 
     """
     elements = session.config.layout.size
     with session.exchange.captured() as captured:
-        writer = store.begin(name, dict.fromkeys(session.slots, elements))
+        writer = store.begin(name, {**dict.fromkeys(session.slots, elements), **row_slots(session.config)})
         try:
             for slot, start, values in captured.blocks:
                 writer.write(slot, start, values)
@@ -160,7 +161,7 @@ def _last_result(manifest: Manifest) -> StepResult | None:
 
 def _check_shape(config: SessionConfig, manifest: Manifest, checkpoint: Checkpoint) -> None:
     elements = {slot: facts.elements for slot, facts in manifest.arrays.items()}
-    wanted = dict.fromkeys(config.visible_slots, config.layout.size)
+    wanted = {**dict.fromkeys(config.visible_slots, config.layout.size), **row_slots(config)}
     tensors = len(config.layout.tensors)
     if elements != wanted or len(manifest.tensor_steps) != tensors:
         raise DataLossError(

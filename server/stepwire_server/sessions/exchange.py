@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import StateChangedError
 from stepwire_server.durability.manifest import MemberFacts, Shadow
-from stepwire_server.engines.protocol import PARAM, HostArray
+from stepwire_server.engines.protocol import PARAM, HostArray, Table
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
@@ -19,6 +20,7 @@ from stepwire_server.sessions.capture import Block, Capture
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.row_numbers import row_blocks
 from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
@@ -107,15 +109,28 @@ class StateExchange:
             StateChangedError: a step or a load was committed since.
         """
         with self._lock:
-            self._check_readable()
-            now = (self._ledger.applied_step, self._ledger.applied_load)
-            if now != (snapshot.step, snapshot.load):
-                raise StateChangedError(
-                    f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
-                    f"{now[1]} during the pull; pull again",
-                    metadata={"step": snapshot.step, "applied_step": now[0]},
-                )
+            self._check_unmoved(snapshot)
             self._state.read(slot, start, out)
+
+    def read_rows(self, snapshot: Snapshot, slot: str, table: Table, rows: HostArray, out: HostArray) -> None:
+        """Encode rows of a table as of `snapshot` into `out`, `(n · width,)` of a wire dtype.
+
+        Raises:
+            StateChangedError: a step or a load was committed since.
+        """
+        with self._lock:
+            self._check_unmoved(snapshot)
+            self._state.arrays.read_rows(slot, table, rows, out).wait()
+
+    def _check_unmoved(self, snapshot: Snapshot) -> None:
+        self._check_readable()
+        now = (self._ledger.applied_step, self._ledger.applied_load)
+        if now != (snapshot.step, snapshot.load):
+            raise StateChangedError(
+                f"the session moved from step {snapshot.step}, load {snapshot.load} to step {now[0]}, load "
+                f"{now[1]} during the pull; pull again",
+                metadata={"step": snapshot.step, "applied_step": now[0]},
+            )
 
     def read_parameters(self, targets: Iterable[tuple[int, Callable[[int], HostArray]]]) -> Snapshot:
         """Encode the parameters of one moment; return that moment, which is durable.
@@ -229,7 +244,7 @@ class StateExchange:
             ledger.members.acquisitions,
             ledger.members.facts(),
             self._position(),
-            capture.blocks(self._lock),
+            itertools.chain(capture.blocks(self._lock), row_blocks(state.row_numbers)),
             read_probe(state.config, state.read),
             capture.end,
         )

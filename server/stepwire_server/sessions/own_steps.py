@@ -47,7 +47,8 @@ class OwnSteps:
             replay = not self._admit(request, holder)
             state, unscale = self._state, self._state.unscale(request)
             entry = None if replay else self._progress.begin(at_once=request.overlap)
-        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
+        reply = request.reply_dtype if request.reply else None
+        state.prepare(request.groups, request.gradient_dtype, reply, rows=request.reply_rows)
         return Step(request, holder, state.stage_gradient(request, unscale), replay=replay, began=began, entry=entry)
 
     def commit(self, step: Step, writer: ReplyWriter) -> StepResult:
@@ -91,7 +92,7 @@ class OwnSteps:
 
     def _commit(self, step: Step, writer: ReplyWriter) -> StepResult:
         if not self._admit(step.request, step.holder, whole=True):
-            return self._replay(step.request, writer)
+            return self._replay(step, writer)
         if step.replay:
             raise _no_replay(step.request)
         return self._commits.apply(step, writer)
@@ -111,9 +112,11 @@ class OwnSteps:
         if not self._admit(step.request, step.holder):
             raise StateChangedError(f"step {step.request.step} was committed while it was sent; send it again")
 
-    def _replay(self, request: StepRequest, writer: ReplyWriter) -> StepResult:
+    def _replay(self, step: Step, writer: ReplyWriter) -> StepResult:
         assert self._ledger.last_result is not None  # that is what made it a replay
-        self._commits.reply(request, writer)
+        if step.gradient.rows is not None:
+            step.gradient.rows.complete_replay()
+        self._commits.reply(step.request, writer, step.gradient.rows)
         return self._ledger.last_result.replay()
 
 

@@ -14,7 +14,7 @@ from stepwire.wire.dtypes import FLOAT32, dtype_named, wire_bytes
 from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, decode_entry
 from stepwire_server.durability.reading import LogRecord
 from stepwire_server.durability.records import Kind
-from stepwire_server.durability.session_log import CHUNK
+from stepwire_server.durability.session_log import CHUNK, logged_rows
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
@@ -66,6 +66,10 @@ class NoReply:
 
     def buffer(self, offset: int, count: int) -> HostArray:
         """See `ReplyWriter`: no step is redone with a reply."""
+        raise AssertionError("a step that is redone has no reply")
+
+    def rows(self, offset: int, rows: HostArray, width: int) -> HostArray:
+        """See `ReplyWriter`."""
         raise AssertionError("a step that is redone has no reply")
 
     def before(self) -> HostArray:
@@ -213,7 +217,7 @@ def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _C
     ) as step:
         for attempt in entry.attempts:
             for chunk in chunks.of(attempt):
-                step.add(chunk.offset, chunk.elements, chunk.payload)
+                _stage(step, chunk)
         for chunk in _inline(entry, record, request.gradient_dtype):
             step.add(chunk.offset, chunk.elements, chunk.payload)
         if entry.decision is not None:
@@ -222,6 +226,14 @@ def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _C
             session.commit(step, NoReply())
         else:
             again.commit_again(step, NoReply())
+
+
+def _stage(step: Step, chunk: _Chunk) -> None:
+    if not chunk.slot:
+        step.add(chunk.offset, chunk.elements, chunk.payload)
+        return
+    rows, payload = logged_rows(chunk.payload, chunk.slot)
+    step.add_rows(chunk.offset, chunk.elements, rows, payload)
 
 
 def _apply(session: Session, step: Step, chunks: Iterable[_Chunk]) -> None:

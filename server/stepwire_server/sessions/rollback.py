@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore, automatic_name
 from stepwire_server.durability.manifest import Manifest
@@ -29,6 +29,7 @@ from stepwire_server.sessions.earlier import EarlierState, Origin, find_earlier
 from stepwire_server.sessions.members import Members
 from stepwire_server.sessions.named_checkpoints import NamedCheckpoints, telling_of_the_disk
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.row_numbers import row_slots
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import FIRST_GENERATION, Holder
 from stepwire_server.steps.reply import split_range
@@ -73,6 +74,7 @@ class Rollbacks:
             StepwireError: as `StateExchange.loading` and `commit_load`.
         """
         directory = self._checkpoints.directory_of(session.session_id)
+        _refuse_numbers_of_rows(session)
         with telling_of_the_disk():
             if not session.exchange.follows(request, holder):
                 return False
@@ -104,6 +106,20 @@ class Rollbacks:
                 earlier = _found(directory, session, origin)
                 bring = functools.partial(_bring, earlier)
                 return self._registry.create(request_id, config, Beginning(bring, functools.partial(_keep, earlier)))
+
+
+def _refuse_numbers_of_rows(session: Session) -> None:
+    """Refuse a load of a state whose rows have numbers, which no load brings.
+
+    Raises:
+        UnsupportedFeatureError: a table counts its rows.
+    """
+    if row_slots(session.config):
+        raise UnsupportedFeatureError(
+            "rollback: the tables of this session count their rows, and a rollback is a load, which brings no numbers "
+            "of rows; fork the state instead",
+            metadata={"field": "rollback", "feature": "sparse_rows"},
+        )
 
 
 def _found(directory: DataDirectory, session: Session, origin: Origin) -> EarlierState:

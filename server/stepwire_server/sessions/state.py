@@ -21,20 +21,23 @@ from stepwire_server.devices.budget import Reservation
 from stepwire_server.devices.fair_share import Flow
 from stepwire_server.devices.fair_state import FairState
 from stepwire_server.devices.pool import Device
-from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
+from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Table
 from stepwire_server.engines.regions import Holding
 from stepwire_server.host.sealed_memory import SharedMemory
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
+from stepwire_server.rules.first_values import uniform
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
+from stepwire_server.sessions.row_numbers import decoded, row_slots
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
+from stepwire_server.steps.row_gradients import RowGradients, row_bytes
 from stepwire_server.steps.tensor_steps import TensorSteps
 
 __all__ = ["Residency", "SessionState"]
@@ -119,15 +122,17 @@ class SessionState:
         self.unfinished: OverlappedStep | None = None
         self.capture: Capture | None = None
         self.sum_bound = 0.0
-        self._prepared: tuple[Any, ...] = (None, None, None)
+        self.row_numbers = _row_numbers(config)
+        self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
-        gradient_bytes = _step_bytes(config.layout.size, config.gradient_dtype, config.reply_dtype)
-        needed = state_bytes + gradient_bytes + config.description_bytes
+        gradient_bytes = _step_bytes(config.layout.dense_extent, config.gradient_dtype, config.reply_dtype)
+        described_bytes = config.description_bytes + config.row_number_bytes
+        needed = state_bytes + gradient_bytes + described_bytes
         device.budget.require_possible(needed, "the session's state with one gradient")
         self.flow = device.share.flow(2 * state_bytes + gradient_bytes)
         with contextlib.ExitStack() as undo:
-            self._description = device.budget.reserve(config.description_bytes, "the session's tensors")
+            self._description = device.budget.reserve(described_bytes, "the session's tensors")
             undo.callback(self._description.release)
             residency = Residency.allocate(device, config.slots, config, "the session's state")
             self._residency = residency.in_turns(config.layout.size, self.flow)
@@ -143,18 +148,41 @@ class SessionState:
         return self._residency.nbytes + self._description.nbytes
 
     def prepare(
-        self, groups: tuple[Hyperparameters, ...], gradient: np.dtype[Any], reply: np.dtype[Any] | None
+        self,
+        groups: tuple[Hyperparameters, ...],
+        gradient: np.dtype[Any],
+        reply: np.dtype[Any] | None,
+        *,
+        rows: bool = True,
     ) -> None:
-        """Compile what a step needs, unless the step before needed the same."""
-        if (gradient, reply) == self._prepared[1:] and groups is self._prepared[0]:
+        """Compile what a step needs, unless the step before needed the same; `rows` says that rows go back too."""
+        rows = rows and bool(self.config.tables)
+        if (gradient, reply, rows) == self._prepared[1:] and groups is self._prepared[0]:
             return
         tenant = self.flow.tenant
         with contextlib.nullcontext() if tenant is None else self.device.kernels.asked_by(tenant):
-            for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
-                recipe = self.config.recipe(hyper)
-                for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
-                    self.device.engine.prepare(recipe.held(precision), gradient, reply)
-        self._prepared = (groups, gradient, reply)
+            self._compile(groups, gradient, reply, rows=rows)
+        self._prepared = (groups, gradient, reply, rows)
+
+    def _compile(
+        self,
+        groups: tuple[Hyperparameters, ...],
+        gradient: np.dtype[Any],
+        reply: np.dtype[Any] | None,
+        *,
+        rows: bool,
+    ) -> None:
+        for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
+            recipe = self.config.recipe(hyper)
+            for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
+                self.device.engine.prepare(recipe.held(precision), gradient, reply)
+        for index, semantics in self.config.tables.items():
+            group = self.config.layout.tensors[index].spec.group
+            recipe = self.config.row_recipe(groups[group], semantics)
+            if semantics is RowSemantics.GLOBAL:
+                self.device.engine.prepare(recipe.in_float32, FLOAT32, None)
+            else:
+                self.device.engine.prepare_table(recipe, reply if rows else None)
 
     # --- steps -------------------------------------------------------------------------------------------
 
@@ -181,6 +209,9 @@ class SessionState:
                 unscale=unscale,
                 sums=config.squares,
             )
+            if config.tables:
+                dtype = request.gradient_dtype
+                gradient.rows = RowGradients(dict(request.tables), gradient.selection, dtype, self.arrays)
             undo.pop_all()
         return gradient
 
@@ -190,10 +221,13 @@ class SessionState:
         Raises:
             ResourceExhaustedError: no room just now.
         """
-        size = self.config.layout.size
+        size = self.config.layout.dense_extent
         nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
         if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
             nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
+        for index, entries in request.tables:
+            width = self.config.layout.tensors[index].spec.width
+            nbytes += row_bytes(entries, width, request.gradient_dtype.itemsize)
         return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:
@@ -216,6 +250,11 @@ class SessionState:
         """Note that the flat elements `[start, end)` of all slots are about to change."""
         if self.capture is not None:
             self.capture.preserve(start, end)
+
+    def before_rows(self, table: Table, rows: HostArray) -> None:
+        """Note that some rows of a table are about to change in all slots; they rise."""
+        if self.capture is not None:
+            self.capture.preserve_rows(table, rows)
 
     def overlapped(self, request: StepRequest) -> OverlappedStep:
         """Return the step that is half applied, or a new one, of which nothing is yet."""
@@ -288,6 +327,10 @@ class SessionState:
             if not plain:
                 self.arrays.adopt(target)
             self.arrays.settle()
+        for (slot, elements), own in zip(row_slots(config).items(), self.row_numbers.values(), strict=True):
+            values = np.empty(elements, np.float32)
+            read(slot, 0, values)
+            own[:] = decoded(values)
         self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
         self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
@@ -325,6 +368,12 @@ class SessionState:
                 self._parameter_memory.close()
 
 
+def _row_numbers(config: SessionConfig) -> dict[int, HostArray]:
+    """Return the numbers of rows, by the index of each table that keeps some: none has come so far."""
+    counted = [index for index, semantics in config.tables.items() if semantics.counts_rows]
+    return {index: np.zeros(config.layout.tensors[index].spec.shape[0], np.uint32) for index in counted}
+
+
 def _initialize(config: SessionConfig, arrays: EngineState) -> None:
     """Give slots their first values where these are not zeros."""
     if isinstance(config.optimizer, Adagrad) and config.optimizer.initial_accumulator_value:
@@ -333,6 +382,11 @@ def _initialize(config: SessionConfig, arrays: EngineState) -> None:
         for tensor in config.layout.tensors:
             for low, high in split_range(tensor.offset, tensor.end, _COPY_ELEMENTS):
                 arrays.write("sum", low, values[: high - low])
+    for table in config.layout.tables.values():
+        if table.spec.uniform_bound:
+            for low, high in split_range(table.offset, table.end, _COPY_ELEMENTS):
+                numbers = uniform(low - table.offset, high - low, table.spec.uniform_bound, table.spec.seed)
+                arrays.write(PARAM, low, numbers)
 
 
 @functools.lru_cache(256)

@@ -164,6 +164,8 @@ class Sharing:
             return ""
         if asked not in _FEATURES:
             return f"this server does not serve transport {asked}"
+        if session.config.tables:
+            return _TABLES
         kept = None
         if asked == transport_pb2.TRANSPORT_CUDA_IPC:
             config = session.config
@@ -179,6 +181,7 @@ _FEATURES: Final[Mapping[transport_pb2.Transport, str]] = {
     transport_pb2.TRANSPORT_PACKETS: "transport_packets",
 }
 _NO_MEMORY: Final = (OSError, ResourceExhaustedError, DataLossError, UnsupportedFeatureError)
+_TABLES: Final = "the session has tables, whose rows travel in messages"
 _TOGETHER: Final = "the gradients of several workers are added up on the host, so they cannot stay on the device"
 _JOURNALLED: Final = "the session's gradients are journalled on the host, so they cannot stay on the device"
 

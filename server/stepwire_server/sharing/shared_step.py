@@ -83,6 +83,10 @@ class MemoryReplyWriter:
         values: HostArray = self._values[offset : offset + count]
         return values
 
+    def rows(self, offset: int, rows: HostArray, width: int) -> HostArray:
+        """See `ReplyWriter`: rows travel in messages."""
+        raise AssertionError("a session with tables shares no memory")
+
     def before(self) -> HostArray:
         """See `ReplyWriter`: patches travel in messages, so there are no values before."""
         raise AssertionError("a reply in shared memory is no patch")

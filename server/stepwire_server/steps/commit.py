@@ -15,8 +15,10 @@ from stepwire_server.rules import ACCUMULATED
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters, reply_ranges, split_range
 from stepwire_server.steps.result import Effect, Moment, step_result
+from stepwire_server.steps.row_update import RowUpdate, reply_rows, row_updates
 from stepwire_server.steps.step import Step, SteppedState
-from stepwire_server.steps.update import Update, gradient_factor, passes, trusted
+from stepwire_server.steps.tensor_steps import CountedSegment
+from stepwire_server.steps.update import SegmentPass, Update, gradient_factor, passes, treatment_scalars, trusted
 
 __all__ = ["Commit"]
 
@@ -41,7 +43,10 @@ class Commit:
         if self.effect is Effect.UPDATED:
             config, gradient = state.config, step.gradient
             segments = state.tensor_steps.segments(gradient.selection)
-            self._segments = passes(config, check.groups, segments, gradient.unscale, check.norms.coefficients)
+            stepped = passes(config, check.groups, segments, gradient.unscale, check.norms.coefficients)
+            places = {tensor.offset for tensor in config.layout.tables.values()}
+            self._segments = [each for each in stepped if each.start not in places] if places else stepped
+            self._tables = self._row_updates(stepped, segments) if gradient.rows is not None else []
             if config.rule.direction is not None:
                 self._segments = trusted(self._segments, check.groups, gradient, state.arrays)
 
@@ -54,6 +59,19 @@ class Commit:
     def groups(self) -> Sequence[Hyperparameters]:
         """The numbers that the step uses."""
         return self._check.groups
+
+    def _row_updates(self, stepped: Sequence[SegmentPass], segments: Sequence[CountedSegment]) -> list[RowUpdate]:
+        """Return the updates of the tables that move; a table is a segment."""
+        gradient, check, config = self._step.gradient, self._check, self._state.config
+        assert gradient.rows is not None
+        dense = {each.start: each.step for each in stepped}
+
+        def before(group: int) -> list[float]:
+            clip = check.norms.coefficients[group]
+            return treatment_scalars(config, check.groups[group], gradient.unscale, clip)
+
+        counted = {segment.start: segment for segment in segments}
+        return row_updates(self._state, check.groups, counted, gradient.rows, dense, before)
 
     def _decide(self, check: GradientCheck) -> Effect:
         decision, allowed = self._step.decision, self._state.config.treatment.policy == "allow"
@@ -84,6 +102,8 @@ class Commit:
             self._state.arrays.settle()
         if self._step.request.reply_base is None:  # otherwise the client has them
             reply_parameters(self._state.arrays, self._state.config.layout, self._step.request, writer)
+            with ReplyPipeline(writer, self._state.arrays.depth) as reply:
+                reply_rows(self._state.arrays, self._step.request, self._step.gradient.rows, reply)
 
     def result(self, moment: Moment) -> StepResult:
         """Return the step's result, once the state has counted it."""
@@ -106,6 +126,8 @@ class Commit:
                     asked += update.apply(gradient, offset, low, high, out)
                     if out is not None:
                         reply.add(asked)
+            for table in self._tables:
+                update.add(table.gradient.group, table.apply(self._state, request, reply))
         arrays.settle()
         self._measured = update.norms()
 

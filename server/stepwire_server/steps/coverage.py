@@ -11,7 +11,7 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire.wire.dtypes import wire_bytes, wire_name
 from stepwire_server.engines.protocol import HostArray, Range
 
-__all__ = ["Coverage", "invalid_chunk", "typed_payload"]
+__all__ = ["Coverage", "invalid_chunk", "most_chunks", "typed_payload"]
 
 # A chunk costs a few hundred bytes of bookkeeping however few elements it brings, so their number is bounded:
 # freely for small sessions, and to one in 16 Ki elements beyond.
@@ -26,7 +26,7 @@ class Coverage:
         """Start with nothing."""
         self._size = size
         self._ranges: list[Range] = []
-        self._max_chunks = _FREE_CHUNKS + size // _ELEMENTS_PER_FURTHER_CHUNK
+        self._max_chunks = most_chunks(size)
 
     def add(self, offset: int, count: int) -> int:
         """Note a chunk and return its rank among those that have arrived.
@@ -72,6 +72,11 @@ class Coverage:
             reason=Reason.INVALID_TENSOR,
             metadata={"field": "chunk", "missing_offset": start, "missing_end": end},
         )
+
+
+def most_chunks(elements: int) -> int:
+    """Return how many chunks may bring some elements."""
+    return _FREE_CHUNKS + elements // _ELEMENTS_PER_FURTHER_CHUNK
 
 
 def typed_payload(payload: HostArray, count: int, dtype: np.dtype[np.generic]) -> HostArray:

@@ -12,10 +12,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from stepwire.wire.dtypes import wire_alignment
+from stepwire_server.engines.numpy_reference import gradient_on_host
 from stepwire_server.engines.protocol import EngineState, Gradient, HostArray, Pending, Range
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.steps.coverage import Coverage, invalid_chunk, typed_payload
+from stepwire_server.steps.row_gradients import RowGradients
 
 __all__ = ["ChunkRange", "Room", "StagedChunk", "StagedGradient"]
 
@@ -59,6 +61,7 @@ class StagedGradient:
         unscale: the factor that gradients are multiplied by first.
         non_finite_count: the elements so far that are NaN or Inf.
         first_non_finite: the first flat element of those; the size of the space for none.
+        rows: the rows of tables; None in a session without tables.
     """
 
     def __init__(
@@ -86,11 +89,13 @@ class StagedGradient:
         self.unscale = unscale
         self.non_finite_count = 0
         self.first_non_finite = selection.layout.size
+        self.rows: RowGradients | None = None
+        self._measured_rows = False
         self._sums_squares = sums
         self._state = state
         self._reservation = reservation
-        self._coverage = Coverage(selection.layout.size)
-        self._buffer = state.receive()
+        self._coverage = Coverage(selection.layout.dense_extent)
+        self._buffer = state.receive(selection.layout.dense_extent)
         self._chunks: list[StagedChunk] = []
         self._asked: list[tuple[int, ChunkRange, Pending[float]]] = []
         self._sums: list[list[float]] = [[] for _ in selection.layout.groups]
@@ -133,6 +138,9 @@ class StagedGradient:
         """
         self._coverage.require((start, end) for start, end, _ in self.selection.segments)
         self.settle()
+        if self.rows is not None:
+            self.rows.complete()
+            self._measure_rows(self.rows)
 
     def settle(self) -> None:
         """Wait for the sums that were asked for while chunks arrived."""
@@ -154,6 +162,10 @@ class StagedGradient:
             for chunk in self._chunks
             for group, found in self._moved_ranges(chunk)
             if group in groups
+        ) + exact_sum_of_squares(
+            self._state.fetch(table.gradient, 0, len(table.gradient), self.unscale)
+            for table in (() if self.rows is None else self.rows.tables())
+            if table.group in groups
         )
 
     def ranges(self, start: int, end: int) -> Iterator[ChunkRange]:
@@ -199,8 +211,23 @@ class StagedGradient:
         self._asked.clear()
         try:
             self._buffer.close()
+            if self.rows is not None:
+                self.rows.close()
         finally:
             self._reservation.release()
+
+    def _measure_rows(self, rows: RowGradients) -> None:
+        """Sum the squares of rows, each row once: its exact sum counts."""
+        for table in rows.tables() if self._sums_squares and not self._measured_rows else ():
+            total = self._state.sum_of_squares(table.gradient, 0, len(table.gradient), self.unscale).wait()
+            self._sums[table.group].append(total)
+            if not math.isfinite(total):
+                bad = np.flatnonzero(~np.isfinite(gradient_on_host(table.values, self.unscale, None)))
+                self.non_finite_count += int(bad.size)
+                row, column = divmod(int(bad[0]), table.table.width)
+                first = table.table.start + int(table.rows[row]) * table.table.width + column
+                self.first_non_finite = min(self.first_non_finite, first)
+        self._measured_rows = True
 
     def _ends_inside_a_block(self, end: int) -> bool:
         """Tell whether elements of tensors lie between the end of a chunk and the end of its block."""

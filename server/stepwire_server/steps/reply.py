@@ -24,6 +24,16 @@ class ReplyWriter(Protocol):
         """Return an uninitialised array of the reply dtype for the next chunk; every element is written."""
         ...
 
+    def rows(self, offset: int, rows: HostArray, width: int) -> HostArray:
+        """Return an uninitialised array of the reply dtype for rows of a table, as `buffer` does for a range.
+
+        Args:
+            offset: the first flat element of the table.
+            rows: the rows, `(n,) int64`.
+            width: the elements of a row.
+        """
+        ...
+
     def before(self) -> HostArray:
         """Return an array like the last `buffer` for the same elements before the step.
 
@@ -103,7 +113,9 @@ def reply_parameters(arrays: EngineState, layout: Layout, request: StepRequest, 
 
 
 def reply_ranges(layout: Layout, first: Sequence[int]) -> list[Range]:
-    """Return the space in the order of the reply: some tensors by index, then the rest of it."""
+    """Return the space but for tables in the order of the reply: some tensors by index, then the rest of it."""
+    if layout.tables:
+        return list(layout.dense_ranges)
     if not first:
         return [(0, layout.size)]
     chosen = [(layout.tensors[index].offset, layout.tensors[index].end) for index in first]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.durability.session_log import EntryLog
-from stepwire_server.engines.protocol import EngineState, HostArray
+from stepwire_server.engines.protocol import EngineState, HostArray, Table
 from stepwire_server.records.round_result import RoundResult
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
@@ -27,6 +28,8 @@ class SteppedState(Protocol):
         tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
+        row_numbers: by index, the numbers of the rows of each table that counts them, `(rows,) uint32`: see
+            `RowSemantics.counts_rows`.
     """
 
     config: SessionConfig
@@ -34,6 +37,11 @@ class SteppedState(Protocol):
     tensor_steps: TensorSteps
     loss_scale: LossScale | None
     sum_bound: float
+    row_numbers: dict[int, HostArray]
+
+    def before_rows(self, table: Table, rows: HostArray) -> None:
+        """Note that some rows of a table are about to change in all slots; they rise."""
+        ...
 
     def before_change(self, start: int, end: int) -> None:
         """Note that the flat elements `[start, end)` of all slots are about to change."""
@@ -137,6 +145,18 @@ class Step:
             self.gradient.add(offset, count, payload)
             if self.entry is not None:
                 self.entry.chunk(offset, count, payload)
+
+    def add_rows(self, offset: int, count: int, rows: HostArray, payload: HostArray) -> None:
+        """Stage one chunk of rows, `(k,) uint64`; those of a replay tell which rows go back.
+
+        Raises:
+            InvalidRequestError: the table, a row, or a number of rows or bytes is wrong; the chunks before it stay.
+        """
+        if self.gradient.rows is None:
+            raise InvalidRequestError.of("chunk.rows", "the session has no tables", reason=Reason.INVALID_TENSOR)
+        self.gradient.rows.add(offset, count, rows, payload)
+        if self.entry is not None and not self.replay:
+            self.entry.rows(offset, count, rows, payload)
 
     def close(self) -> None:
         """Let go of the gradient, and of the entry in the log. Closing twice is harmless."""

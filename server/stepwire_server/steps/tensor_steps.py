@@ -17,7 +17,8 @@ class CountedSegment(NamedTuple):
     """Neighbouring tensors of one group with the same t and scalar: flat elements `[start, end)`.
 
     Almost always there is one segment a group, so a step is one kernel call a group and chunk, however many tensors.
-    Layerwise rules have a segment a tensor. A segment ends where moments are held in another precision.
+    Layerwise rules have a segment a tensor, and a table is one. A segment ends where moments are held in another
+    precision.
 
     Attributes:
         start: first flat element.
@@ -120,6 +121,8 @@ class TensorSteps:
         layout, config = self._config.layout, self._config
         alone = config.rule.direction is not None
         bounds = {region.start for region in config.regions}
+        for table in layout.tables.values():
+            bounds |= {table.offset, table.end}
         courses = dict[_Course, int]()
         segments = list[tuple[int, int, int]]()  # start, end, course
         self._course_of = dict[int, int]()  # of the tensors that move

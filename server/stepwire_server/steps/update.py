@@ -23,7 +23,7 @@ from stepwire_server.rules.schedules import factor
 from stepwire_server.steps.gradient import ChunkRange, StagedGradient
 from stepwire_server.steps.tensor_steps import CountedSegment
 
-__all__ = ["SegmentPass", "Update", "effective_groups", "gradient_factor", "passes", "trusted"]
+__all__ = ["SegmentPass", "Update", "effective_groups", "gradient_factor", "passes", "treatment_scalars", "trusted"]
 
 
 _START: Final = itemgetter(0)
@@ -95,7 +95,8 @@ def passes(
     ]
 
 
-def _pass(config: SessionConfig, hyper: Hyperparameters, segment: CountedSegment, unscale: float, clip: float) -> Pass:
+def treatment_scalars(config: SessionConfig, hyper: Hyperparameters, unscale: float, clip: float) -> list[float]:
+    """Return the scalars of a group's recipe that come before those of its rule."""
     recipe, treatment = config.recipe(hyper), config.treatment
     scalars = [gradient_factor(hyper, unscale), clip]
     if recipe.limits:
@@ -104,6 +105,11 @@ def _pass(config: SessionConfig, hyper: Hyperparameters, segment: CountedSegment
         scalars.append(recipe.decay.scalar(hyper))
     if recipe.averages:
         scalars.append(1.0 - (treatment.parameter_average_decay or 0.0))
+    return scalars
+
+
+def _pass(config: SessionConfig, hyper: Hyperparameters, segment: CountedSegment, unscale: float, clip: float) -> Pass:
+    recipe, scalars = config.recipe(hyper), treatment_scalars(config, hyper, unscale, clip)
     kept = () if recipe.rule.tensor_scalar is None else (segment.scalar,)
     return Pass(recipe, (*scalars, *recipe.rule.scalars(hyper, segment.t, *kept)), seed=segment.t)
 
@@ -208,6 +214,10 @@ class Update:
         if out is None or low == high:
             return []
         return [self._arrays.read(PARAM, low, out[low - start : high - start])]
+
+    def add(self, group: int, sums: Sequence[Pending[tuple[float, ...]]]) -> None:
+        """Note the sums of other passes over a group."""
+        self._sums[group] += sums
 
     def norms(self) -> list[list[float]]:
         """Return for each group the roots of its passes' sums, in the order of `Recipe.sums`; [] for none."""

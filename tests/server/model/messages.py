@@ -8,7 +8,7 @@ import numpy as np
 
 from stepwire.v1 import optimizer_pb2, state_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from tests.server.model.model import DTYPES, INVALID_CONFIG, INVALID_FRAME, INVALID_TENSOR, UNSUPPORTED, Model, Status
+from tests.server.model.model import DTYPES, INVALID_CONFIG, INVALID_FRAME, INVALID_TENSOR, Model, Status
 from tests.server.model.operations import Begin, Load, Vector
 
 
@@ -70,7 +70,7 @@ def load_messages(
             faults.add(INVALID_TENSOR)
         elif fault == "rows":
             messages[0].chunk.rows.append(0)
-            faults.add(UNSUPPORTED)
+            faults.add(INVALID_FRAME)
         elif fault == "foreign slot":
             messages[0].slot = "velocity"
             faults.add(INVALID_CONFIG)

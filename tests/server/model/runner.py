@@ -17,11 +17,11 @@ from tests.server.model.model import (
     DTYPES,
     INVALID_CONFIG,
     INVALID_FRAME,
+    INVALID_TENSOR,
     MISMATCH,
     NOT_FOUND,
     NOT_READY,
     SUPERSEDED,
-    UNSUPPORTED,
     Answer,
     Hold,
     Model,
@@ -395,7 +395,7 @@ class Run:
             faults.add(INVALID_FRAME)
         if request.HasField("chunk"):
             if request.chunk.rows:
-                faults.add(UNSUPPORTED)
+                faults.add(INVALID_TENSOR)
             if stream.staged is not None:
                 faults |= model.chunk_faults(stream.staged, request.chunk.offset, request.chunk.count, request.payload)
         elif request.payload:

@@ -227,14 +227,14 @@ def test_a_load_that_does_not_cover_its_slots_once_is_refused(live: Any, untouch
     untouched(lambda: live.load(opening, *messages(live)), "INVALID_ARGUMENT", reason, text, field=field)
 
 
-def test_sparse_rows_are_refused(live: Any, untouched: Any) -> None:
+def test_a_load_of_rows_is_refused(live: Any, untouched: Any) -> None:
     message = live.load_chunk(commit=True)
     message.chunk.rows.append(3)
     untouched(
         lambda: live.load(live.load_opening(2), message),
-        "FAILED_PRECONDITION",
-        "UNSUPPORTED_FEATURE",
-        "'sparse_rows'",
+        "INVALID_ARGUMENT",
+        "INVALID_FRAME",
+        "a load brings whole slots",
         field="chunk.rows",
     )
 

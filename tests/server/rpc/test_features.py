@@ -42,6 +42,9 @@ SERVED_CONFIG: dict[str, tuple[Any, ...] | None] = {
     "groups.clip_grad_norm": ANY,
     "groups.state_precision": (1, 2, 3),
     "tensors.state_precision": (1, 2, 3),
+    "tensors.table.semantics": (1, 2, 3, 4),
+    "tensors.table.uniform_bound": ANY,
+    "tensors.table.seed": ANY,
     "optimizer.rule": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
     "optimizer.formula": (1, 2, 3, 4, 5),
     "optimizer.amsgrad": (1, 2, 3),
@@ -110,6 +113,9 @@ SERVED_BEGIN: dict[str, tuple[Any, ...] | None] = {
     "base_step": ANY,
     "weight": ANY,
     "await_admission": ANY,
+    "tables.tensor": ANY,
+    "tables.entries": ANY,
+    "reply.omit_rows": ANY,
 }
 # Values that say what would hold anyway.
 DEFAULTS = {
@@ -175,6 +181,9 @@ CONTEXT: dict[Any, dict[str, Any]] = {
     ("groups.schedule.kind", 6): {"groups.schedule.gamma": 0.5, "groups.schedule.total_steps": 9},
     ("groups.schedule.kind", 7): {"groups.schedule.warmup_steps": 1, "groups.schedule.total_steps": 9},
     "missing_tensors": {"gradient.missing_gradient": optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP},
+    "uniform_bound": {"tensors.table.semantics": 1, "initialization": 2},
+    "seed": {"tensors.table.semantics": 1},
+    **dict.fromkeys(("tables.tensor", "tables.entries", "omit_rows"), {"tensors.table.semantics": 1}),
     "overlap": {"gradient.non_finite": optimizer_pb2.NON_FINITE_POLICY_ALLOW},
     ("reply.mode", step_pb2.REPLY_MODE_CHANGED): {"reply_dtype": tensor_pb2.DTYPE_BFLOAT16},
 }
@@ -226,6 +235,7 @@ def values_of(path: str, field: FieldDescriptor) -> list[Any]:
         "aggregation.most_grace.nanos": [500_000_000],
         "tensors.group": [1],
         "missing_tensors": [1],
+        "tables.tensor": [1],  # tables are last in their group
         "reply.first": [1],
         "gradient.loss_scaling.growth_factor": [1.5],
         "gradient.loss_scaling.backoff_factor": [0.25],
@@ -324,6 +334,8 @@ def test_every_option_of_a_step_is_served_or_refused(path: str, value: Any) -> N
         assign(config, name, needed)
     decoded = decode_session_config(config, LIMITS)
     served = SERVED_BEGIN.get(path, ())
+    if path == "tables.entries":
+        begin.tables[0].tensor = 1
     if path == "reply.base":
         for message in (begin, usual):
             message.reply.mode, message.reply.dtype = step_pb2.REPLY_MODE_CHANGED, tensor_pb2.DTYPE_BFLOAT16
@@ -354,7 +366,8 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     },
     pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "over_stream", "padding", "payload"},
     pb.StepRequest: {"session_id", "worker", "attach_token", "begin", "payload"},
-    pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes"},
+    pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes", "rows"},
+    tensor_pb2.TableRows: {"tensor", "rows"},
     pb.LoadRequest: {"open", "slot", "chunk", "commit", "padding", "payload"},
     state_pb2.LoadOpen: {
         "session_id",
@@ -402,27 +415,6 @@ def test_every_field_of_a_request_is_known(message: Any) -> None:
 def test_every_request_is_looked_at() -> None:
     methods = pb.DESCRIPTOR.services_by_name["OptimizerService"].methods
     assert {method.input_type for method in methods} <= {message.DESCRIPTOR for message in KNOWN_FIELDS}
-
-
-@pytest.mark.parametrize(
-    ("where", "field"),
-    [
-        ("chunk", "chunk.rows"),
-        ("load chunk", "chunk.rows"),
-    ],
-)
-def test_what_comes_with_other_messages_is_refused_over_the_wire(
-    live: Any, untouched: Any, where: str, field: str
-) -> None:
-    rows = live.frame(begin=2, commit=True)
-    rows.chunk.rows.append(1)
-    loaded_rows = live.load_chunk(commit=True)
-    loaded_rows.chunk.rows.append(1)
-    calls = {
-        "chunk": lambda: live.attach(rows),
-        "load chunk": lambda: live.load(live.load_opening(2), loaded_rows),
-    }
-    untouched(calls[where], "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE", field, field=field)
 
 
 def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> None:

@@ -57,9 +57,9 @@ class WatchedState:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 
-    def receive(self) -> Any:
+    def receive(self, size: int | None = None) -> Any:
         self._engine.note("receive")
-        return self._state.receive()
+        return self._state.receive(size)
 
     def update(self, *arguments: Any) -> Any:
         self._engine.note("update")

@@ -137,6 +137,11 @@ class CpuEngine:
         """See `Engine.bound_kernels`."""
         self._kernels.bound(room)
 
+    def prepare_table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> None:
+        """See `Engine.prepare_table`."""
+        self._kernels.table(recipe, reply)
+        self._kernels.sum_of_squares(np.dtype(np.float32), False)
+
     def pin(self, memory: HostArray) -> AbstractContextManager[None]:
         """See `Engine.pin`: it makes no difference here."""
         return nullcontext()

@@ -37,6 +37,7 @@ from stepwire_server.engines.cpu.numba_source import (
     sum_source,
     update_source,
 )
+from stepwire_server.engines.cpu.numba_table import table_source
 from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.payloads import STORED, bits_of, name_of
 from stepwire_server.engines.protocol import HostArray
@@ -50,6 +51,9 @@ _FLOATS = numba_types.Array(numba_types.float32, 1, "C")
 _BITS = numba_types.Array(numba_types.uint16, 1, "C")
 _CODES = numba_types.Array(numba_types.uint8, 1, "C")
 _SUMS = numba_types.Array(numba_types.float64, 1, "C")
+_ROWS = numba_types.Array(numba_types.int64, 1, "C")
+_KINDS = numba_types.Array(numba_types.int32, 1, "C")
+_SCALARS = numba_types.Array(numba_types.float32, 2, "C")
 _PARTIALS = numba_types.Array(numba_types.float64, 2, "C")
 
 
@@ -131,6 +135,11 @@ class NumbaKernels:
         key = ("rows", work, gradient)
         return self._built.get(key) or self._build(key, lambda: self._rows(work, gradient))
 
+    def table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """See `CpuKernels.table`."""
+        key = ("table", *recipe.key, reply)
+        return self._built.get(key) or self._build(key, lambda: self._table(recipe, reply))
+
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
             if key not in self._built:
@@ -189,6 +198,13 @@ class NumbaKernels:
             return self._compile(name, rows_source(work, name, None), (rows, pairs, rows, *integers))
         signature = (_FLOATS, _source_type(gradient), *integers, numba_types.float64)
         return self._compile(name, rows_source(work, name, name_of(gradient)), signature)
+
+    def _table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> Callable[..., None]:
+        name = f"rows_{recipe.name}_to_{reply.name if reply is not None else 'nothing'}"
+        gradient = _source_type(np.dtype(np.float32))
+        arrays = (*_state_types(recipe), gradient, _ROWS, _KINDS, _SCALARS, _target_type(reply))
+        text = table_source(recipe, name, None if reply is None else reply.name)
+        return self._compile(name, text, (*arrays, *[numba_types.intp] * 5, _SUMS))
 
     def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""

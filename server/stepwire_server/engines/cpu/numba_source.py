@@ -30,6 +30,7 @@ from stepwire_server.rules.treatment import added, scaled
 
 __all__ = [
     "accumulate_source",
+    "element_body",
     "measure_source",
     "seeds_of",
     "sum_source",
@@ -156,7 +157,7 @@ def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -
         zeros=lines_of([f"sum_{total} = float32(0.0)" for total in recipe.sums], 8),
         views=lines_of(views, indent - 4),
         kept=lines_of(keep_block(recipe), 8),
-        body=lines_of(_update_body(recipe, gradient, reply), indent),
+        body=lines_of(element_body(recipe, gradient, reply) + sums_of_element(recipe), indent),
         totals=lines_of(totals_of_block(recipe, treated), 8),
     )
     codecs = [codec_of("decode", gradient), *([codec_of("encode", reply)] if reply is not None else [])]
@@ -262,12 +263,16 @@ def _sign(slot: str) -> str:
     return "signed" if EIGHT_BIT_SLOTS[slot] else "unsigned"
 
 
-def _update_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
+def element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
+    """Write the statements of an update for element i of the views: loads, stages, stores, the reply.
+
+    A recipe that measures leaves the parameter as it was in `before`, and the clipped gradient in `treated`.
+    """
     calls = [_call(stage) for stage in recipe.stages]
     if recipe.measures:
         calls.insert(len(recipe.treatment), "treated = g")
     body = [*_loads(recipe, gradient), *(["before = p"] if recipe.measures else []), *calls, *_stores(recipe)]
-    return body + ([f"out_now[i] = encode_{reply}(p)"] if reply is not None else []) + sums_of_element(recipe)
+    return body + ([f"out_now[i] = encode_{reply}(p)"] if reply is not None else [])
 
 
 def _loads(recipe: Recipe, gradient: str, scale: str = "{}_scale") -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from stepwire_server.engines.cpu.numpy_exact import EXACT_KERNELS
 from stepwire_server.engines.cpu.numpy_rows import ROWS_KERNELS
+from stepwire_server.engines.cpu.numpy_table import table_kernel
 from stepwire_server.engines.cpu.ufunc_tape import Tape
 from stepwire_server.engines.int8_moments import BLOCK as BLOCK_SIZE
 from stepwire_server.engines.int8_moments import block_count, decode_blocks, encode_blocks
@@ -115,6 +116,10 @@ class NumpyKernels:
     def rows(self, work: str, gradient: np.dtype[Any] | None = None) -> Callable[..., None]:
         """See `CpuKernels.rows`."""
         return ROWS_KERNELS[work]
+
+    def table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """See `CpuKernels.table`."""
+        return table_kernel(recipe)
 
 
 def _accumulate(accumulated: HostArray, gradient: HostArray, start: int, begin: int, size: int, factor: float) -> None:

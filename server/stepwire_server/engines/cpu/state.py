@@ -12,12 +12,13 @@ import numpy as np
 
 from stepwire.layout import SCALE_SUFFIX
 from stepwire_server.engines.cpu.state_arrays import FlatSlot, HeldRange, Slot
+from stepwire_server.engines.cpu.table import read_rows, step_rows
 from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host
 from stepwire_server.engines.payloads import GradientChunk, check_range, count_of, floats_of
-from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass
-from stepwire_server.engines.regions import Region
+from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, RowPass
+from stepwire_server.engines.regions import Region, Table
 from stepwire_server.engines.stochastic_rounding import seeds_for
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
@@ -90,6 +91,19 @@ class CpuKernels(Protocol):
         """
         ...
 
+    def table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Return the kernel that steps rows of a table.
+
+        Its arguments are the parameters, the slots, the gradient, `rows`, `kinds`, `scalars`, `out`, `start`, `width`,
+        `begin`, `first`, `size` and `sums`.
+
+        It steps the rows `[first, first + size)` of `rows`, those of a table of `width` elements a row that begins at
+        `start` of all arrays of the state, which are float32. Their gradients, float32, lie one row after another from
+        row `begin` on, and their places in `out` likewise from its beginning. See `RowPass` for the rest. A recipe that
+        measures adds to `sums`.
+        """
+        ...
+
 
 class _Call(NamedTuple):
     """The call of a kernel that all updates by one recipe have in common.
@@ -147,7 +161,7 @@ class CpuState:
         """See `EngineState.depth`: what is asked for is done at once."""
         return 1
 
-    def receive(self) -> CpuGradient:
+    def receive(self, size: int | None = None) -> CpuGradient:
         """See `EngineState.receive`."""
         return CpuGradient(self._kernels)
 
@@ -226,6 +240,24 @@ class CpuState:
 
         self._threads.run(measured_work, count, LEAST_SHARED_UPDATE)
         return Done(tuple((sums[0] if most >= count else sums.sum(axis=0)).tolist()))
+
+    def update_rows(
+        self, step: RowPass, table: Table, rows: HostArray, gradient: Gradient, begin: int, out: HostArray | None
+    ) -> Done[tuple[float, ...]]:
+        """See `EngineState.update_rows`."""
+        chunk = self._checked(gradient, begin * table.width, (begin + len(rows)) * table.width, None)
+        at, region = self._region(table.start, table.elements)
+        recipe, arrays = self._arrays(step.recipe, region)
+        kernel = self._kernels.table(recipe, None if out is None else out.dtype)
+        target = None if out is None else self._kernels.target(out)
+        before = (*arrays, chunk.values, rows, step.kinds, step.scalars, target, at, table.width, begin)
+        return Done(step_rows(kernel, before, table, rows, len(recipe.sums), self._threads))
+
+    def read_rows(self, slot: str, table: Table, rows: HostArray, out: HostArray) -> Done[None]:
+        """See `EngineState.read_rows`."""
+        held = self._slots[slot].held(table.start)
+        read_rows(held.cut(table.elements)[0], table, rows, out)
+        return _NOTHING
 
     def read(self, slot: str, start: int, out: HostArray) -> Done[None]:
         """See `EngineState.read`."""

@@ -23,7 +23,7 @@ class RangeThreads:
         self.threads = threads
         self._pool = DaemonThreads(max(threads - 1, 1), "stepwire-cpu")
 
-    def run(self, work: Callable[[int, int], None], size: int, least: int) -> None:
+    def run(self, work: Callable[[int, int], None], size: int, least: int, grain: int = GRAIN) -> None:
         """Call `work(first, size)` for ranges that together make up `[0, size)`, and wait for all of them.
 
         Work on fewer than `least` elements stays with the caller. Ranges are few and large, one a thread and the first
@@ -34,8 +34,9 @@ class RangeThreads:
             work: the work on one range; it is called in several threads at a time.
             size: the number of elements.
             least: the number of elements from which a second thread pays.
+            grain: the number that all ranges but the last are multiples of.
         """
-        most = size if size < least else self.range_size(size)
+        most = size if size < least else self.range_size(size, grain)
         if most >= size:
             work(0, size)
             return
@@ -47,9 +48,9 @@ class RangeThreads:
         for other in others:
             other.result()
 
-    def range_size(self, size: int) -> int:
+    def range_size(self, size: int, grain: int = GRAIN) -> int:
         """Return the number of elements that one thread works on, of `size` in all."""
-        return GRAIN * -(-size // (GRAIN * self.threads))
+        return grain * -(-size // (grain * self.threads))
 
     def close(self) -> None:
         """Stop the threads once they are idle."""

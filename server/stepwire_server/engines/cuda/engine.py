@@ -153,6 +153,13 @@ class CudaEngine:
         """See `Engine.bound_kernels`: the least recently used kernel is unloaded."""
         self._resources.kernels.most = room.most
 
+    def prepare_table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> None:
+        """See `Engine.prepare_table`."""
+        kernels = self._resources.kernels
+        kernels.table(recipe, reply)
+        kernels.sum(np.dtype(np.float32), accumulated=False)
+        kernels.of_tables("gather_float32")
+
     @contextlib.contextmanager
     def pin(self, memory: HostArray) -> Iterator[None]:
         """See `Engine.pin`. Memory that cannot be pinned, for want of permission or of memory, goes through buffers."""

@@ -16,9 +16,11 @@ from stepwire_server.engines.cuda.source import (
     THREADS,
     Kernel,
     block_kernels,
+    gather_kernels,
     gradient_kernels,
     measure_kernel,
     module_source,
+    table_kernel,
     update_kernel,
 )
 from stepwire_server.engines.payloads import name_of
@@ -125,6 +127,11 @@ class CudaKernels:
         names = (name_of(gradient), reply.name if reply is not None else None)
         return self._only((*recipe.key, gradient, reply), lambda: [update_kernel(recipe, *names)])
 
+    def table(self, recipe: Recipe, reply: np.dtype[Any] | None) -> CudaKernel:
+        """Return the kernel that steps rows; `table_kernel` documents its arguments."""
+        name = None if reply is None else reply.name
+        return self._only(("table", *recipe.key, reply), lambda: [table_kernel(recipe, name)])
+
     def measure(self, recipe: Recipe, gradient: np.dtype[Any]) -> CudaKernel:
         """Return the kernel that squares parameters and direction; `measure_kernel` documents its arguments."""
         return self._only(("measure", *recipe.key, gradient), lambda: [measure_kernel(recipe, name_of(gradient))])
@@ -144,6 +151,10 @@ class CudaKernels:
     def of_blocks(self, name: str) -> CudaKernel:
         """Return a kernel by its name in `block_kernels`, which documents them."""
         return self._module(("blocks",), block_kernels)[name]
+
+    def of_tables(self, name: str) -> CudaKernel:
+        """Return a kernel by its name in `gather_kernels`, which documents them."""
+        return self._module(("tables",), gather_kernels)[name]
 
     def close(self) -> None:
         """Forget the kernels; a module is unloaded with the last of its kernels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from stepwire.errors import DataLossError
 from stepwire.layout import SCALE_SUFFIX
 from stepwire.wire.int8_blocks import BLOCK, INT8
-from stepwire_server.engines.cuda.bus import Crossing, Crossings
+from stepwire_server.engines.cuda.bus import Crossings
 from stepwire_server.engines.cuda.calls import UpdateCall
 from stepwire_server.engines.cuda.gradient import CudaChunk, CudaGradient
 from stepwire_server.engines.cuda.ipc_memory import DeviceArray, OnDevice
@@ -33,10 +33,30 @@ from stepwire_server.engines.cuda.state_copies import (
     replace_slot,
     write_slot,
 )
-from stepwire_server.engines.cuda.sums import CELL_BYTES, Figures, UnreadFigures
+from stepwire_server.engines.cuda.sums import (
+    CELL_BYTES,
+    Figures,
+    RepliedSums,
+    UnreadFigures,
+    listed,
+    two_rows,
+    two_sums,
+)
+from stepwire_server.engines.cuda.table import TableCalls
 from stepwire_server.engines.numpy_reference import direction_on_host, gradient_on_host, measured_slots
-from stepwire_server.engines.payloads import check_range, floats_of, name_of
-from stepwire_server.engines.protocol import GRAIN, PARAM, Done, EngineState, Gradient, HostArray, Pass, Pending
+from stepwire_server.engines.payloads import check_range, cut, floats_of, name_of
+from stepwire_server.engines.protocol import (
+    GRAIN,
+    PARAM,
+    Done,
+    EngineState,
+    Gradient,
+    HostArray,
+    Pass,
+    Pending,
+    RowPass,
+)
+from stepwire_server.engines.regions import Table
 from stepwire_server.rules import ACCUMULATED, Precision, Recipe
 
 __all__ = ["CudaState"]
@@ -64,24 +84,6 @@ class _SummingCall(NamedTuple):
     tables: Sequence[int] = ()
 
 
-class _Replied:
-    """The sums of an update, once its new parameters have crossed too; see `Pending`."""
-
-    __slots__ = ("_crossing", "_sums")
-
-    def __init__(self, crossing: Crossing, sums: Pending[tuple[float, ...]]) -> None:
-        self._crossing = crossing
-        self._sums = sums
-
-    def wait(self) -> tuple[float, ...]:
-        """See `Pending`; nothing is on its way afterwards, even after an error."""
-        try:
-            self._crossing.wait()
-        finally:
-            sums = self._sums.wait()
-        return sums
-
-
 class CudaState:
     """The arrays of one session; see `EngineState`. Unverified on a GPU."""
 
@@ -95,6 +97,7 @@ class CudaState:
         self._settled = resources.device.event()
         self._call: UpdateCall | None = None
         self._crossings = Crossings(resources.bus)
+        self._tables = TableCalls(resources, self._crossings, self._unread)
 
     @property
     def nbytes(self) -> int:
@@ -106,9 +109,10 @@ class CudaState:
         """See `EngineState.depth`: one reply is computed, one crosses the bus, one is copied, one is in reserve."""
         return self._resources.bus.buffers
 
-    def receive(self) -> CudaGradient:
+    def receive(self, size: int | None = None) -> CudaGradient:
         """See `EngineState.receive`."""
-        return CudaGradient(self._resources.device, self._resources.bus, self._resources.gradients, self._size)
+        elements = self._size if size is None else size
+        return CudaGradient(self._resources.device, self._resources.bus, self._resources.gradients, elements)
 
     # --- the calls of a step ----------------------------------------------------------------------------
 
@@ -119,13 +123,13 @@ class CudaState:
         chunk = self._checked(gradient, begin, end, accumulated)
         kernel = self._resources.kernels.sum(chunk.dtype, accumulated is not None)
         asked = []
-        for low, high in _cut(end - begin, _PARTIALS * GRAIN):
+        for low, high in cut(end - begin, _PARTIALS * GRAIN):
             address, place = chunk.window(begin + low)
             addresses = [address]
             if accumulated is not None:
                 addresses = [*self._slots[ACCUMULATED].held(accumulated + low, high - low).addresses, address]
             call = _SummingCall(kernel, 1, (*place, np.float32(factor)))
-            asked.append(self._partials(call, addresses, high - low, chunk.gradient.unread, _listed))
+            asked.append(self._partials(call, addresses, high - low, chunk.gradient.unread, listed))
         return Together(asked, lambda parts: math.fsum(itertools.chain(*parts)))
 
     def accumulate(self, start: int, gradient: Gradient, begin: int, end: int, factor: float) -> None:
@@ -142,7 +146,7 @@ class CudaState:
     def measure(self, step: Pass, start: int, gradient: Gradient, begin: int, end: int) -> Pending[tuple[float, float]]:
         """See `EngineState.measure`; the same bits as on the CPU."""
         chunk, asked = self._checked(gradient, begin, end, start), []
-        for low, high in _cut(end - begin, _PARTIALS // 2 * GRAIN):
+        for low, high in cut(end - begin, _PARTIALS // 2 * GRAIN):
             slots = (PARAM, *measured_slots(step.recipe))
             precision, addresses = self._held(step.recipe, slots, start + low, high - low)
             recipe = step.recipe if precision is None else step.recipe.held(precision)
@@ -150,8 +154,8 @@ class CudaState:
             address, place = chunk.window(begin + low)
             tables = (self._resources.tables_address,) if recipe.precision is Precision.INT8 else ()
             call = _SummingCall(kernel, 2, (*place, *map(np.float32, step.scalars[:-1])), tables)
-            asked.append(self._partials(call, [*addresses, address], high - low, self._unread, _two_rows))
-        return Together(asked, _two_sums)
+            asked.append(self._partials(call, [*addresses, address], high - low, self._unread, two_rows))
+        return Together(asked, two_sums)
 
     def update(
         self,
@@ -177,7 +181,7 @@ class CudaState:
             return self._replied(step, start, chunk, begin, end, out)
         asked = [
             self._replied(step, start + low, chunk, begin + low, begin + high, out[low:high])
-            for low, high in _cut(size, most)
+            for low, high in cut(size, most)
         ]
         return Together(asked, lambda sums: tuple(map(math.fsum, zip(*sums, strict=True))))
 
@@ -191,7 +195,7 @@ class CudaState:
             nonlocal moved
             moved = self._step(step, start, chunk, begin, end, (out.dtype, place))
 
-        return _Replied(self._crossings.bring(start % LANE_ELEMENTS * out.dtype.itemsize, make, out), moved)
+        return RepliedSums(self._crossings.bring(start % LANE_ELEMENTS * out.dtype.itemsize, make, out), moved)
 
     def _step(
         self, step: Pass, start: int, chunk: CudaChunk, begin: int, end: int, reply: tuple[np.dtype[Any], int] | None
@@ -223,6 +227,22 @@ class CudaState:
                 lambda sums: tuple(sums.reshape(rows, -1).sum(axis=1).tolist()),
                 call.blocks(size) * rows,
             )
+
+    def update_rows(
+        self, step: RowPass, table: Table, rows: HostArray, gradient: Gradient, begin: int, out: HostArray | None
+    ) -> Pending[tuple[float, ...]]:
+        """See `EngineState.update_rows`."""
+        if not rows.size:
+            return Done((0.0,) * len(step.recipe.sums))
+        chunk = self._checked(gradient, begin * table.width, (begin + len(rows)) * table.width, None)
+        _, addresses = self._held(step.recipe, (PARAM, *step.recipe.slots), table.start, table.elements)
+        address, _ = chunk.window(begin * table.width)
+        return self._tables.step(step, addresses, table, rows, address, out)
+
+    def read_rows(self, slot: str, table: Table, rows: HostArray, out: HostArray) -> Pending[None]:
+        """See `EngineState.read_rows`."""
+        (source,) = self._slots[slot].held(table.start, table.elements).addresses
+        return self._tables.read(source, table, rows, out)
 
     # --- rare calls, computed on the host --------------------------------------------------
 
@@ -377,23 +397,3 @@ class CudaState:
         values = np.empty(size, np.float32)
         self.read(slot, start, values).wait()
         return values
-
-
-def _listed(partials: HostArray) -> list[float]:
-    values: list[float] = partials.tolist()
-    return values
-
-
-def _two_rows(partials: HostArray) -> list[list[float]]:
-    rows: list[list[float]] = partials.reshape(2, -1).tolist()
-    return rows
-
-
-def _two_sums(sums: list[list[list[float]]]) -> tuple[float, float]:
-    first, second = (math.fsum(itertools.chain(*(each[row] for each in sums))) for row in (0, 1))
-    return first, second
-
-
-def _cut(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut `[0, size)` into ranges of at most `most` elements."""
-    return ((low, min(low + most, size)) for low in range(0, size, most))

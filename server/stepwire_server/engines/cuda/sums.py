@@ -7,6 +7,8 @@ kernels write sums over the bus themselves, and an event behind the kernel says 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +19,9 @@ import numpy as np
 from stepwire.errors import DataLossError
 from stepwire_server.engines.cuda.device import CudaDevice
 from stepwire_server.engines.cuda.pool import Pool
-from stepwire_server.engines.protocol import HostArray
+from stepwire_server.engines.protocol import HostArray, Pending
 
-__all__ = ["CELL_BYTES", "Cells", "Figures", "UnreadFigures"]
+__all__ = ["CELL_BYTES", "Cells", "Figures", "RepliedSums", "UnreadFigures", "listed", "two_rows", "two_sums"]
 
 CELL_BYTES: Final = 48 << 10
 """The bytes of one call's results at most."""
@@ -186,3 +188,40 @@ class UnreadFigures:
         with contextlib.ExitStack() as all_of_them:
             while self._figures:
                 all_of_them.callback(self._figures.pop().wait)
+
+
+class RepliedSums:
+    """The sums of an update, once its new parameters have crossed too; see `Pending`."""
+
+    __slots__ = ("_crossing", "_sums")
+
+    def __init__(self, crossing: Pending[None], sums: Pending[tuple[float, ...]]) -> None:
+        """Wait for a crossing, and then for sums."""
+        self._crossing = crossing
+        self._sums = sums
+
+    def wait(self) -> tuple[float, ...]:
+        """See `Pending`; nothing is on its way afterwards, even after an error."""
+        try:
+            self._crossing.wait()
+        finally:
+            sums = self._sums.wait()
+        return sums
+
+
+def listed(partials: HostArray) -> list[float]:
+    """Return the sums of blocks."""
+    values: list[float] = partials.tolist()
+    return values
+
+
+def two_rows(partials: HostArray) -> list[list[float]]:
+    """Return two rows of sums of blocks."""
+    rows: list[list[float]] = partials.reshape(2, -1).tolist()
+    return rows
+
+
+def two_sums(sums: list[list[list[float]]]) -> tuple[float, float]:
+    """Add up the two rows of some kernels."""
+    first, second = (math.fsum(itertools.chain(*(each[row] for each in sums))) for row in (0, 1))
+    return first, second

@@ -7,6 +7,7 @@ from stepwire_server.engines.cuda.source.dynamic_code import eight_bit_tables
 from stepwire_server.engines.cuda.source.gradients import gradient_kernels
 from stepwire_server.engines.cuda.source.module import COMPILE_OPTIONS, Kernel, module_source
 from stepwire_server.engines.cuda.source.prelude import THREADS
+from stepwire_server.engines.cuda.source.tables import gather_kernels, table_kernel
 from stepwire_server.engines.cuda.source.updates import measure_kernel, update_kernel
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "Kernel",
     "block_kernels",
     "eight_bit_tables",
+    "gather_kernels",
     "gradient_kernels",
     "measure_kernel",
     "module_source",
+    "table_kernel",
     "update_kernel",
 ]

@@ -21,7 +21,14 @@ from stepwire_server.engines.cuda.source.printer import print_call
 from stepwire_server.engines.numpy_reference import measured_slots
 from stepwire_server.rules import ACCUMULATED, EIGHT_BIT_SLOTS, Precision, Recipe
 
-__all__ = ["is_crowded", "measure_kernel", "resident_in_blocks", "update_kernel"]
+__all__ = [
+    "element_arrays",
+    "element_body",
+    "is_crowded",
+    "measure_kernel",
+    "resident_in_blocks",
+    "update_kernel",
+]
 
 _TABLES = "const unsigned int *__restrict__ tables"
 
@@ -50,11 +57,11 @@ def update_kernel(recipe: Recipe, gradient: str, reply: str | None) -> Kernel:
     functions = tuple(functions_of_stages(recipe.stages))
     if recipe.precision is Precision.INT8:
         return _update_in_blocks(recipe, Kernel(name, "", functions), gradient, reply)
-    arrays = _element_arrays(recipe, gradient, reply)
+    arrays = element_arrays(recipe, gradient, reply)
     numbers = [f"unsigned int seed_{variable}" for slot, variable in recipe.slots.items() if _rounds(recipe, slot)]
     numbers += [f"float {scalar}" for scalar in recipe.scalars]
     work = FlatPass(
-        arrays, _element_body(recipe, gradient, reply), numbers, functions, _totals(recipe), crowded=is_crowded(recipe)
+        arrays, element_body(recipe, gradient, reply), numbers, functions, _totals(recipe), crowded=is_crowded(recipe)
     )
     return flat_kernel(name, work)
 
@@ -113,7 +120,7 @@ def measure_kernel(recipe: Recipe, gradient: str) -> Kernel:
 
 def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str | None) -> Kernel:
     """Write the update of 8-bit moments: decode, the arithmetic as for float32, encode."""
-    plain, sums = _element_arrays(recipe.in_float32, gradient, reply), _totals(recipe)
+    plain, sums = element_arrays(recipe.in_float32, gradient, reply), _totals(recipe)
     numbers = [f"float {scalar}" for scalar in recipe.scalars]
     signs = {recipe.slots[slot]: _sign(slot) for slot in recipe.slots if _in_blocks(recipe, slot)}
     codes = {variable: Array(f"{variable}_code", "unsigned char", written=True) for variable in signs}
@@ -132,7 +139,7 @@ def _update_in_blocks(recipe: Recipe, kernel: Kernel, gradient: str, reply: str 
         )
     parameters += ["double *__restrict__ sums"] if sums else []
     parameters += [_TABLES, "long long size", "long long head", *places(plain), *numbers]
-    text = element_function(kernel.name, plain, _element_body(recipe.in_float32, gradient, reply), sums, numbers)
+    text = element_function(kernel.name, plain, element_body(recipe.in_float32, gradient, reply), sums, numbers)
     work = BlockPass(
         [array for array in plain if array.variable not in signs],
         [f"{sign}_{kind}" for sign in signs.values() for kind in ("map", "steps")],
@@ -155,7 +162,8 @@ def _each_of_four(name: str, arrays: list[Array], sums: list[str], numbers: list
     return ["#pragma unroll", "for (int k = 0; k < 4; ++k) {", *lines, "}"]
 
 
-def _element_arrays(recipe: Recipe, gradient: str, reply: str | None) -> list[Array]:
+def element_arrays(recipe: Recipe, gradient: str, reply: str | None) -> list[Array]:
+    """Return the arrays that an update goes through: the parameters, the slots, the gradient and the reply."""
     arrays = [Array("p", "float", written=True)]
     for slot, variable in recipe.slots.items():
         held = Array(f"{variable}_half", "unsigned short", written=True)
@@ -164,7 +172,7 @@ def _element_arrays(recipe: Recipe, gradient: str, reply: str | None) -> list[Ar
     return arrays if reply is None else [*arrays, Array("out", STORED[reply], read=False, written=True)]
 
 
-def _element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
+def element_body(recipe: Recipe, gradient: str, reply: str | None) -> list[str]:
     """Write what the kernel does to the variables of one element, whose moments are float32 or bfloat16."""
     calls = [print_call(stage) for stage in recipe.stages]
     if "gradient" in recipe.sums:

@@ -1,0 +1,131 @@
+"""Steps by rows of a table: beside the dense step of a tensor as large, torch's local SparseAdam, and the parts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import statistics
+from typing import Any, Final
+
+import numpy as np
+
+import machine
+import occupancy
+import stepwire
+from contest import Absent, needed, timed
+from echo import EchoStream, EchoTargets, bulk_messages
+from stepwire import Rows
+from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.engines.cpu.engine import CpuEngine
+from stepwire_server.engines.protocol import PARAM, RowPass, Table
+from stepwire_server.processes.spawn import ServerProcess
+from stepwire_server.rules import ADAM_SPARSE, Precision, Recipe
+from stepwire_server.steps.summed_rows import summed_rows
+
+__all__ = ["BESIDE", "DENSE_TO_ROWS", "TO_PARTS", "TO_TORCH", "row_steps"]
+
+DENSE_TO_ROWS: Final = "dense step to step of rows"
+BESIDE: Final = "bytes beside the table a row"
+TO_PARTS: Final = "step of rows to its parts"
+TO_TORCH: Final = "step of rows to local SparseAdam"
+
+Action = Any
+
+
+def row_steps(
+    server: ServerProcess, echo: EchoTargets, *, rows: int, width: int, came: int, rounds: int
+) -> dict[str, Any]:
+    """Return the times of a step of some distinct rows over TCP, of its parts and its peers, and the memory of a table.
+
+    Args:
+        server: a server on this machine.
+        echo: the raw gRPC server.
+        rows: the rows of the table.
+        width: the elements of a row.
+        came: the distinct rows of a step, in no order.
+        rounds: the rounds of the contest.
+    """
+    rng = np.random.default_rng(0)
+    indices = rng.permutation(rows)[:came]
+    gradient = Rows(indices, rng.standard_normal((came, width)).astype(np.float32))
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(stepwire.connect(server.target, transport="tcp"))
+        with client.create_session({"table": stepwire.Table((came, width))}) as warm:
+            warm.step({"table": Rows(np.arange(came), gradient.values)})
+        before = machine.resident_bytes(server.pid)
+        table = stepwire.Table((rows, width), "torch_sparse")
+        session = stack.enter_context(client.create_session({"table": table}))
+        session.step({"table": gradient})
+        looks = 1 if rounds < 3 else 16
+        beside = occupancy.settled_resident_bytes(server.pid, looks) - before - 12 * rows * width
+        actions: dict[str, Action] = {
+            "step": lambda: session.step({"table": gradient}),
+            "step without a reply": lambda: session.step({"table": gradient}, reply="none"),
+            "sort": functools.partial(summed_rows, indices.astype(np.int64), gradient.values),
+            "engine": _engine(stack, rows, gradient),
+            "push and pull": _echo(stack, echo, came * width),
+            "dense step": _dense(stack, client, rows * width),
+        }
+        with contextlib.suppress(Absent):
+            actions["local SparseAdam"] = _torch(rows, width, gradient)
+        for action in actions.values():
+            action()
+        times = dict[str, list[float]]((name, []) for name in actions)
+        for _ in range(rounds):
+            for name, action in actions.items():
+                times[name].append(timed(action))
+    return _figures(times) | {"rows": rows, "width": width, "came": came, BESIDE: beside / rows}
+
+
+def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Return medians in milliseconds, and medians of the ratios round by round."""
+    parts = [sum(each) for each in zip(*(times[name] for name in ("sort", "engine", "push and pull")), strict=True)]
+    figures: dict[str, Any] = {f"{name} ms": statistics.median(found) * 1e3 for name, found in times.items()}
+    figures[DENSE_TO_ROWS] = _ratio(times["dense step"], times["step"])
+    figures[TO_PARTS] = _ratio(times["step"], parts)
+    if "local SparseAdam" in times:
+        figures[TO_TORCH] = _ratio(times["step"], times["local SparseAdam"])
+    return figures
+
+
+def _ratio(one: list[float], other: list[float]) -> float:
+    return statistics.median(left / right for left, right in zip(one, other, strict=True))
+
+
+def _engine(stack: contextlib.ExitStack, rows: int, gradient: Rows) -> Action:
+    """Return the engine's own pass over the rows, in this process."""
+    indices, values = np.sort(np.asarray(gradient.indices)).astype(np.int64), np.asarray(gradient.values)
+    recipe, engine = Recipe(ADAM_SPARSE, measures=True), CpuEngine()
+    stack.callback(engine.close)
+    state = engine.allocate(dict.fromkeys((PARAM, *ADAM_SPARSE.slots), Precision.FLOAT32), rows * values.shape[1])
+    staged = state.receive(values.size).put(0, values.reshape(-1))
+    scalars = [1.0, 1.0, *ADAM_SPARSE.scalars(stepwire.Adam().hyperparameters(), 1)]
+    step = RowPass(recipe, np.array([scalars], np.float32), np.zeros(len(indices), np.int32))
+    table, out = Table(0, rows, values.shape[1]), np.empty(values.size, np.float32)
+    return lambda: state.update_rows(step, table, indices, staged, 0, out).wait()
+
+
+def _echo(stack: contextlib.ExitStack, echo: EchoTargets, elements: int) -> Action:
+    """Return a push and a pull of the bytes of the rows by gRPC alone."""
+    raw = stack.enter_context(contextlib.closing(EchoStream(echo.tcp, "PushPull")))
+    messages = bulk_messages(elements * FLOAT32.itemsize)
+    return lambda: raw.exchange(messages)
+
+
+def _dense(stack: contextlib.ExitStack, client: stepwire.Client, elements: int) -> Action:
+    """Return the dense step of as many elements, on the same server."""
+    gradient, out = {"w": np.full(elements, 0.01, np.float32)}, {"w": np.zeros(elements, np.float32)}
+    session = stack.enter_context(client.create_session(out))
+    return lambda: session.step(gradient, out=out)
+
+
+def _torch(rows: int, width: int, gradient: Rows) -> Action:
+    """Return torch's SparseAdam in this process."""
+    torch = needed("torch")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    parameter = torch.nn.Parameter(torch.zeros(rows, width))
+    indices, values = torch.from_numpy(np.asarray(gradient.indices)), torch.from_numpy(np.asarray(gradient.values))
+    parameter.grad = torch.sparse_coo_tensor(indices[None], values, (rows, width), check_invariants=True)
+    step: Action = torch.optim.SparseAdam([parameter]).step
+    return step

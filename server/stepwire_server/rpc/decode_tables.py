@@ -1,0 +1,158 @@
+"""Tables in the contract's messages: their form, the options that they exclude, and the rows that a step announces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
+from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
+from stepwire.v1 import step_pb2, tensor_pb2
+from stepwire.wire.messages import SEMANTICS
+from stepwire_server.engines.protocol import HostArray
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.rules import Precision, row_obstacle
+
+__all__ = ["check_load", "check_table", "check_table_groups", "check_tables", "decode_rows", "decode_table_entries"]
+
+MOST_WIDTH: Final = 65_536
+_MOST_ROWS: Final = 1 << 40
+
+
+def check_table(message: tensor_pb2.TensorSpec, field: str) -> None:
+    """Check the form of a table.
+
+    Raises:
+        InvalidRequestError: its shape is wrong, or it has no semantics.
+        UnsupportedFeatureError: the server does not know its semantics.
+    """
+    if not message.table.semantics:
+        raise InvalidRequestError.of(f"{field}.table.semantics", f"is not set; name one: {', '.join(SEMANTICS)}")
+    if message.table.semantics not in SEMANTICS.values():
+        problem = f"{message.table.semantics} is unknown to this server, which has {', '.join(SEMANTICS)}"
+        raise _unsupported(f"{field}.table.semantics", problem)
+    if not 0.0 <= message.table.uniform_bound <= LARGEST_NUMBER:
+        problem = f"{message.table.uniform_bound!r}; it must be finite and >= 0"
+        raise InvalidRequestError.of(f"{field}.table.uniform_bound", problem)
+    width = int(np.prod([min(extent, 1 << 20) for extent in message.shape[1:]], dtype=object))
+    if not message.shape or not message.shape[0] or not 1 <= width <= MOST_WIDTH:
+        raise InvalidRequestError.of(
+            f"{field}.shape",
+            f"{list(message.shape)}; a table has rows along its first extent, of 1 to {MOST_WIDTH} elements each",
+            reason=Reason.INVALID_TENSOR,
+        )
+
+
+def check_tables(config: SessionConfig) -> None:
+    """Refuse what a session with tables cannot have.
+
+    Raises:
+        UnsupportedFeatureError: names the option.
+        InvalidRequestError: a table has first values, and parameters are loaded.
+    """
+    if not config.tables:
+        return
+    treatment = config.treatment
+    obstacles = {
+        "aggregation": config.aggregation is not None,
+        "gradient.accumulation_steps": treatment.accumulation_steps > 1,
+        "gradient.parameter_average_decay": treatment.parameter_average_decay is not None,
+        "gradient.two_phase": treatment.two_phase,
+    }
+    for field, asked in obstacles.items():
+        if asked:
+            raise _unsupported(f"config.{field}", "it is not served in a session with tables; leave it out")
+    for index in config.tables:
+        spec = config.layout.tensors[index].spec
+        if spec.held_precision != Precision.FLOAT32.value:
+            problem = f"table {spec.name!r} has {spec.state_precision} moments; tables have float32 ones"
+            raise _unsupported("config.tensors.state_precision", problem)
+        if spec.uniform_bound and not config.start_at_zero:
+            problem = f"table {spec.name!r} has first values of its own, and parameters are to be loaded"
+            raise InvalidRequestError.of(
+                "config.tensors.table.uniform_bound", f"{problem}; ask for INITIALIZATION_ZEROS, or leave it out"
+            )
+    check_table_groups(config, config.groups, "config.groups")
+
+
+def check_table_groups(config: SessionConfig, groups: Sequence[Hyperparameters], field: str) -> None:
+    """Refuse numbers with which a table cannot be stepped.
+
+    Raises:
+        UnsupportedFeatureError: names the group, and the number.
+    """
+    for index, semantics in config.tables.items():
+        spec = config.layout.tensors[index].spec
+        hyper = groups[spec.group]
+        problem = row_obstacle(config.optimizer, semantics, hyper, config.recipe(hyper).rule)
+        if problem is not None:
+            raise _unsupported(f"{field}[{spec.group}]", f"table {spec.name!r}, {semantics.value!r}: {problem}")
+
+
+def decode_table_entries(begin: step_pb2.StepBegin, config: SessionConfig) -> tuple[tuple[int, int], ...]:
+    """Return the tables that a step has rows of, with their numbers of rows.
+
+    Raises:
+        InvalidRequestError: a tensor is no table, named twice or out of order, or a number is too large.
+        UnsupportedFeatureError: the step has an option that tables exclude.
+    """
+    if config.tables:
+        _refuse_beside_tables(begin)
+    entries = tuple((table.tensor, table.entries) for table in begin.tables)
+    for place, (index, count) in enumerate(entries):
+        if index not in config.tables:
+            raise _invalid(f"begin.tables[{place}].tensor", f"tensor {index} is no table of this session")
+        if place and index <= entries[place - 1][0]:
+            raise _invalid(f"begin.tables[{place}].tensor", f"{index} comes after {entries[place - 1][0]}; they rise")
+        if count > _MOST_ROWS:
+            raise _invalid(f"begin.tables[{place}].entries", f"{count} rows; a step has at most {_MOST_ROWS}")
+    return entries
+
+
+def check_load(config: SessionConfig, slots: Sequence[str], counts: bool) -> None:
+    """Refuse a load of moments, or of t, whose rows have numbers that no load brings.
+
+    Raises:
+        UnsupportedFeatureError: a table counts its rows.
+    """
+    for index, semantics in config.tables.items():
+        if semantics.counts_rows and (counts or set(slots) & set(config.rule.slots)):
+            name = config.layout.tensors[index].spec.name
+            problem = f"moments and t of table {name!r} belong to the numbers of its rows, which no load brings"
+            raise _unsupported("open.slots", f"{problem}; load 'param' alone, or use 'torch_sparse' or 'global'")
+
+
+def decode_rows(message: tensor_pb2.TableRows, config: SessionConfig, field: str) -> HostArray:
+    """Return the rows that a message names, `(n,) int64`.
+
+    Raises:
+        InvalidRequestError: the tensor is no table, or a row is out of range.
+    """
+    if message.tensor not in config.tables:
+        raise _invalid(f"{field}.tensor", f"tensor {message.tensor} is no table of this session")
+    rows, spec = np.array(message.rows, np.uint64), config.layout.tensors[message.tensor].spec
+    if rows.size and int(rows.max()) >= spec.shape[0]:
+        raise _invalid(f"{field}.rows", f"row {int(rows.max())} is not below {spec.shape[0]}, those of {spec.name!r}")
+    return rows.astype(np.int64)
+
+
+def _refuse_beside_tables(begin: step_pb2.StepBegin) -> None:
+    obstacles = {
+        "overlap": begin.overlap,
+        "in_shared_memory": begin.in_shared_memory,
+        "reply.mode": begin.reply.mode == step_pb2.REPLY_MODE_CHANGED,
+        "reply.first": bool(begin.reply.first),
+    }
+    for field, asked in obstacles.items():
+        if asked:
+            raise _unsupported(f"begin.{field}", "it is not served in a session with tables; leave it out")
+
+
+def _unsupported(field: str, problem: str) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(f"{field}: {problem}", metadata={"field": field, "feature": "sparse_rows"})
+
+
+def _invalid(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError.of(field, problem, reason=Reason.INVALID_TENSOR)

@@ -1,0 +1,137 @@
+"""Sparse gradients of torch: `SparseAdam`, and embeddings whose table is on the server alone."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stepwire
+import stepwire.torch
+from stepwire.torch import RemoteEmbedding, RemoteEmbeddingBag, SparseAdam
+
+ROWS, WIDTH = 9, 5
+OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}
+
+
+def embeddings(count: int = 2) -> list[torch.nn.Embedding]:
+    """Make embeddings of the same values, with sparse gradients."""
+    torch.manual_seed(1)
+    made = [torch.nn.Embedding(ROWS, WIDTH, sparse=True) for _ in range(count)]
+    for other in made[1:]:
+        other.load_state_dict(made[0].state_dict())
+    return made
+
+
+def batches(count: int, repeated: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    if repeated:
+        return [torch.randint(0, ROWS, (2, 4), generator=generator) for _ in range(count)]
+    return [torch.randperm(ROWS, generator=generator)[:4] for _ in range(count)]
+
+
+def backward(embedding: Any, ids: torch.Tensor) -> None:
+    (embedding(ids) ** 3).sum().backward()
+
+
+def test_sparse_adam_is_that_of_torch_with_the_bits_of_its_moments(target: str) -> None:
+    """Each row comes once, since torch adds repeated rows in any order; nor does it round every root correctly.
+
+    So the gradients are those of one model, and parameters differ by their last digits. A scheduler changes the rate.
+    """
+    local, remote = embeddings()
+    theirs = torch.optim.SparseAdam(local.parameters(), **OPTIONS)
+    with SparseAdam(remote.parameters(), server=target, **OPTIONS) as ours:
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.7) for each in (theirs, ours)]
+        for ids in batches(5, repeated=False):
+            theirs.zero_grad()
+            backward(local, ids)
+            remote.weight.grad = local.weight.grad.clone()
+            for each in (theirs, ours, *schedulers):
+                each.step()
+            torch.testing.assert_close(remote.weight, local.weight, rtol=3e-7, atol=3e-7)
+        state, wanted = ours.state_dict(), theirs.state_dict()
+        assert state["param_groups"] == wanted["param_groups"]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(torch.as_tensor(state["state"][0][key]), torch.as_tensor(wanted["state"][0][key]))
+
+
+def test_sparse_adam_goes_on_from_the_state_of_torch_and_hands_its_own_over(target: str) -> None:
+    local, remote = embeddings()
+    theirs = torch.optim.SparseAdam(local.parameters(), **OPTIONS)
+    with SparseAdam(remote.parameters(), server=target, lr=9.0) as ours:
+        for turn, ids in enumerate(batches(6, repeated=True)):
+            if turn == 2:
+                remote.load_state_dict(local.state_dict())
+                ours.load_state_dict(theirs.state_dict())
+                assert ours.param_groups[0]["lr"] == 0.05
+            for embedding, optimizer in ((local, theirs), (remote, ours)):
+                optimizer.zero_grad()
+                backward(embedding, ids)
+                optimizer.step()
+            if turn >= 2:
+                torch.testing.assert_close(remote.weight, local.weight, rtol=2e-6, atol=2e-6)
+        back = torch.optim.SparseAdam(local.parameters())
+        back.load_state_dict(ours.state_dict())
+        assert back.state[local.weight]["step"] == 6
+
+
+def test_a_table_that_the_user_changed_is_loaded_again(target: str) -> None:
+    (remote,) = embeddings(1)
+    with SparseAdam(remote.parameters(), lr=1.0, server=target) as optimizer:
+        with torch.no_grad():
+            remote.weight.fill_(2.0)
+        remote(torch.tensor([3])).sum().backward()
+        optimizer.step()
+        assert np.all(optimizer.session.pull()["0"][:3] == 2.0)
+        assert remote.weight[3].tolist() == pytest.approx([1.0] * WIDTH)
+
+
+def test_dense_gradients_and_late_groups_are_refused(target: str) -> None:
+    (remote,) = embeddings(1)
+    with SparseAdam(remote.parameters(), server=target) as optimizer:
+        optimizer.step()  # no gradient: nothing to do
+        remote.weight.grad = torch.ones(ROWS, WIDTH)
+        with pytest.raises(stepwire.InvalidRequestError, match=r"Embedding\(sparse=True\)"):
+            optimizer.step()
+        with pytest.raises(stepwire.InvalidRequestError, match="an optimizer of all groups"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})
+        assert optimizer.session.applied_step == 0
+    with pytest.raises(stepwire.InvalidRequestError, match="it is closed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_a_remote_embedding_trains_as_a_local_one(target: str, bag: bool) -> None:
+    rule = stepwire.Adam(lr=0.05, betas=(0.8, 0.9), eps=1e-3)
+    kind = RemoteEmbeddingBag if bag else RemoteEmbedding
+    remote = kind(ROWS, WIDTH, optimizer=rule, seed=3, server=target)
+    try:
+        first = torch.from_numpy(remote.session.pull()["weight"])
+        own = {"mode": "mean"} if bag else {}
+        local = (torch.nn.EmbeddingBag if bag else torch.nn.Embedding)(ROWS, WIDTH, sparse=True, _weight=first, **own)
+        optimizer = torch.optim.SparseAdam(local.parameters(), **OPTIONS)
+        assert list(remote.parameters()) == [] and float(first.abs().max()) <= WIDTH**-0.5
+        for ids in batches(4, repeated=True):
+            optimizer.zero_grad()
+            backward(local, ids)
+            backward(local, ids[:1])
+            optimizer.step()
+            with torch.no_grad():
+                remote(ids)  # of which no gradient is sent
+            backward(remote, ids)
+            backward(remote, ids[:1])
+            result = remote.step()
+            assert result is not None and result.grad_norm > 0
+        assert remote.step() is None
+        now = torch.from_numpy(remote.session.pull()["weight"])
+        torch.testing.assert_close(now, local.weight.detach(), rtol=2e-6, atol=2e-6)
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="is not copied"):
+            pickle.dumps(remote)
+        with pytest.raises(stepwire.InvalidRequestError, match="int64 or int32"):
+            remote(torch.ones(2))
+    finally:
+        remote.close()

@@ -1,0 +1,65 @@
+"""Steps of rows of a table that engines are tried with: a recipe with everything, and rows of two kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stepwire.optimizers import Adam
+from stepwire_server.engines.protocol import PARAM, Engine, RowPass, Table
+from stepwire_server.rules import Precision, Recipe, rule_for
+from tests.support import cuda_cases as cases
+
+RECIPE = Recipe(
+    rule_for(Adam(), momentum=False)[0],
+    limits=True,
+    measures=True,
+    faded=("exp_avg", "exp_avg_sq"),
+)
+"""Everything that a recipe of rows may have."""
+
+REPLY = np.dtype(ml_dtypes.bfloat16)
+SIZE, START, WIDTH = 3000, 17, 7
+TABLE = Table(START, 400, WIDTH)
+ROWS = np.array([0, 3, 4, 77, 200, 201, 399], np.int64)
+
+
+def step() -> RowPass:
+    """Return the numbers of a step: two kinds of rows, with other scalars."""
+    lines = [
+        [-0.5, 0.9, 1.5, fade, fade * fade, *RECIPE.rule.scalars(cases.NUMBERS, t)] for fade, t in ((0.25, 3), (1.0, 9))
+    ]
+    kinds = np.array([0, 1, 1, 0, 1, 0, 0], np.int32)
+    return RowPass(RECIPE, np.array(lines, np.float32), kinds)
+
+
+def stepped(engine: Engine) -> dict[str, Any]:
+    """Step rows with a part of a gradient, once with a reply and once without, and return everything."""
+    arrays = cases.make_arrays(RECIPE, SIZE, odd=False)
+    state = engine.allocate(dict.fromkeys((PARAM, *RECIPE.slots), Precision.FLOAT32), SIZE)
+    for slot in (PARAM, *RECIPE.slots):
+        state.write(slot, 0, arrays[slot])
+    buffer = state.receive(10 * WIDTH)
+    gradient = buffer.put(0, arrays["gradient"][: 10 * WIDTH])
+    out, found = np.zeros(len(ROWS) * WIDTH, REPLY), step()
+    first = state.update_rows(found, TABLE, ROWS, gradient, 2, out).wait()
+    rest = found._replace(kinds=found.kinds[3:])
+    second = state.update_rows(rest, TABLE, ROWS[3:], gradient, 0, None).wait()
+    read = np.zeros(2 * WIDTH, REPLY)
+    state.read_rows(PARAM, TABLE, np.array([399, 2], np.int64), read).wait()
+    state.settle()
+    after = cases.everything_of(state, RECIPE, SIZE)
+    buffer.close()
+    state.close()
+    return {**after, "out": out, "read": read, "sums": np.array([first, second])}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Compare two engines: every bit of state and replies, and the sums to six digits."""
+    for name, values in one.items():
+        if name == "sums":
+            np.testing.assert_allclose(values, other[name], rtol=1e-5)
+        else:
+            cases.assert_same_bits(values.copy(), other[name].copy(), name)
