@@ -21,8 +21,34 @@ _T = TypeVar("_T")
 _Work: TypeAlias = "queue.SimpleQueue[Callable[[], object] | None]"
 
 
+class _Calls:
+    """The number of calls that wait or are made.
+
+    The standard library counts idle threads instead. It loses one whenever a busy thread takes the call that an idle
+    thread was counted for, and so starts all threads that it may.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> int:
+        """Count one more, and return their number."""
+        with self._lock:
+            self._count += 1
+            return self._count
+
+    def end(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self._count -= 1
+
+
 class DaemonThreads(Executor):
-    """A pool of daemon threads, started as they are needed. They end with the pool, or with `shutdown`."""
+    """A pool of daemon threads, as many as calls were under way at a time.
+
+    They end with the pool, or with `shutdown`.
+    """
 
     def __init__(self, size: int, name: str, begin: Callable[[], object] | None = None) -> None:
         """Start no thread yet.
@@ -36,7 +62,7 @@ class DaemonThreads(Executor):
         self._name = name
         self._begin = begin
         self._work: _Work = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._calls = _Calls()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -53,9 +79,9 @@ class DaemonThreads(Executor):
             if self._closed:
                 raise RuntimeError("the threads were shut down, and make no more calls")
             self._work.put(functools.partial(_make, future, functools.partial(call, *args, **options)))
-            if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+            if self._calls.begin() > len(self._threads) and len(self._threads) < self._size:
                 name = f"{self._name}_{len(self._threads)}"
-                run = functools.partial(_run, self._work, self._idle, self._begin)
+                run = functools.partial(_run, self._work, self._calls, self._begin)
                 thread = threading.Thread(target=run, name=name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
@@ -84,20 +110,17 @@ class DaemonThreads(Executor):
                 call.args[0].cancel()
 
 
-def _run(work: _Work, idle: threading.Semaphore, begin: Callable[[], object] | None) -> None:
+def _run(work: _Work, calls: _Calls, begin: Callable[[], object] | None) -> None:
     """Make calls until there is a None, which is left for the other threads."""
     if begin is not None:
         begin()
     while True:
-        try:
-            call = work.get_nowait()
-        except queue.Empty:
-            idle.release()
-            call = work.get()
+        call = work.get()
         if call is None:
             work.put(None)
             return
         call()
+        calls.end()
         del call  # which may be the last user of something that waits for its end
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import grpc
+from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 
 from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
-__all__ = ["Attacker"]
+__all__ = ["ATTACKED", "Attacker"]
 
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
-_METHODS: Final = (
+ATTACKED: Final = (
     "GetServerInfo",
     "CreateSession",
     "GetSession",
@@ -33,9 +35,11 @@ _METHODS: Final = (
     "DeleteCheckpoint",
     "Rollback",
     "ForkSession",
+    "GetStatistics",
     "NoSuchMethod",
 )
-_STREAMING: Final = ("Attach", "Load", "Pull")
+"""The methods that requests are sent to: all of the service, and one that it has not."""
+_STREAMING: Final = ("Attach", "Load", "Pull", "GetStatistics")
 _NUMBERS: Final = (0, 1, 2, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 _NAMES: Final = ("", "w", "../../etc/passwd", "/", "a" * 600, "\x00", "\u202e", "{}", "%s%n", "CON", "w\nlevel=error")
 _PATIENCE_SECONDS: Final = 60.0
@@ -69,7 +73,7 @@ class Attacker:
 
     def attack(self) -> None:
         """Send one request, and note the status."""
-        method = self._random.choice(_METHODS)
+        method = self._random.choice(ATTACKED)
         messages = list(self._messages(method))
         try:
             responses = self._responses(method, messages, self._metadata())
@@ -88,8 +92,14 @@ class Attacker:
         if len(messages) == 1 and method not in _STREAMING:
             unary = self._unary.setdefault(method, self._channel.unary_unary(_SERVICE + method))
             return [unary(messages[0], timeout=_PATIENCE_SECONDS, metadata=metadata)]
-        call = self._channel.stream_stream(_SERVICE + method)
-        return list(call(iter(messages), timeout=_PATIENCE_SECONDS, metadata=metadata))
+        stream = self._channel.stream_stream(_SERVICE + method)
+        call = stream(iter(messages), timeout=_PATIENCE_SECONDS, metadata=metadata)
+        if method != "GetStatistics":
+            return list(call)
+        try:  # it has no end
+            return list(itertools.islice(call, 1))
+        finally:
+            call.cancel()
 
     def leave(self) -> None:
         """Delete every session of its own tenant."""
@@ -246,6 +256,10 @@ class Attacker:
 
     def _deletesession(self) -> Message:
         return pb.DeleteSessionRequest(session_id=self._session(), attach_token=self._token())
+
+    def _getstatistics(self) -> Message:
+        seconds = self._random.choice((-1, 0, 1, 10**9))
+        return pb.GetStatisticsRequest(interval=duration_pb2.Duration(seconds=seconds))
 
     def _savecheckpoint(self) -> Message:
         return self._checkpoint(pb.SaveCheckpointRequest)

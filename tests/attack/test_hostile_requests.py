@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire_server.access.identity import Role
+from stepwire_server.access.identity import METHODS, Role
 from stepwire_server.access.tokens import TokenRecord, digest_of, new_token, write_tokens
-from tests.attack.hostile import Attacker
+from tests.attack.hostile import ATTACKED, Attacker
 from tests.integration.processes import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -98,6 +98,12 @@ def tokens(tmp_path: pathlib.Path) -> dict[str, str]:
     ]
     write_tokens(tmp_path / "tokens", records)
     return made
+
+
+def test_every_method_is_attacked() -> None:
+    service = "/stepwire.v1.OptimizerService/"
+    methods = {method.removeprefix(service) for method in METHODS if method.startswith(service)}
+    assert methods == {*ATTACKED} - {"NoSuchMethod"}
 
 
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "data directory"])

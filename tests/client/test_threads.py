@@ -39,6 +39,24 @@ def test_a_thread_that_is_idle_makes_the_next_call() -> None:
     threads.shutdown()
 
 
+def test_no_more_threads_are_started_than_calls_are_under_way() -> None:
+    """However often a busy thread takes the call that an idle one could have made."""
+    threads, callers = DaemonThreads(500, "pool"), 4
+
+    def call_again_and_again() -> None:
+        for _ in range(500):
+            threads.submit(lambda: None).result()
+
+    calling = [threading.Thread(target=call_again_and_again) for _ in range(callers)]
+    for each in calling:
+        each.start()
+    for each in calling:
+        each.join()
+    started = [thread for thread in threading.enumerate() if thread.name.startswith("pool_")]
+    assert len(started) <= 2 * callers, "a call counts until a moment after its result is there"
+    threads.shutdown()
+
+
 def test_results_and_errors_come_back_and_a_cancelled_call_is_not_made() -> None:
     gate, made = threading.Event(), []
     threads = DaemonThreads(1, "pool")
