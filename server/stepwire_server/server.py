@@ -128,9 +128,7 @@ class Server:
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=interceptors(
-                self.access, self._rooms, self.monitoring.tallies, self.monitoring.refused, clock
-            ),
+            interceptors=interceptors(self.access, self._rooms, self.monitoring, self.registry.told, clock),
             options=channel_options(config),
             maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )

@@ -346,9 +346,10 @@ class RemoteLink(SessionLink):
         """See `SessionLink.initialize`."""
         if self._description.message.ready:
             return
-        if self._description.is_aggregated:  # the first load of all workers counts: a second one of its number does not
+        # The first load of all that ask counts: of several workers, and of a creation that failed behind its load.
+        if self._description.is_aggregated or not self._hold.is_certain:
             self._repeat(self._hold.attach, deadline)
-        if not (self._description.is_aggregated and self._hold.applied_load):
+        if not self._hold.applied_load:
             self.load(load, deadline)
 
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:

@@ -79,6 +79,10 @@ class Registry:
             self._publish(archived.request_id, session)
         self._parked = {each.request_id: each.session_id for each in directory.parked()}
 
+    def told(self, error: StepwireError) -> StepwireError:
+        """Return the error that a caller may be told: an owner that was overtaken knows nothing of the sessions."""
+        return error if self.directory is None else self.directory.own.told(error)
+
     def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
         """Create a session, or return the one that this request created before.
 
