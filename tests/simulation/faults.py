@@ -13,8 +13,8 @@ KINDS: Final = ("cut", "hold", "slow", "twice", "kill", "power", "pause", "repla
 
 cut: its connections break. hold: it is partitioned. slow: its messages take long, and overtake one another. twice: its
 next unary call arrives twice. kill: its process ends at some call of the disk. power: its machine loses power there.
-pause: its process stands still. replace: it stands still, a new owner comes, and it goes on. overtake: a new owner comes
-while it works. stale: new calls reach its oldest process that lives.
+pause: its process stands still. replace: it stands still, a new owner comes, and it goes on. overtake: a new owner
+comes while it works. stale: new calls reach its oldest process that lives.
 """
 
 

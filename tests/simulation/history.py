@@ -22,8 +22,15 @@ import pytest
 
 import stepwire
 from stepwire.connection import errands
-from stepwire.errors import DeadlineExceededError, FencedError, NotEnoughWorkersError, Reason, StepwireError
-from stepwire.errors import StateChangedError, UnavailableError
+from stepwire.errors import (
+    DeadlineExceededError,
+    FencedError,
+    NotEnoughWorkersError,
+    Reason,
+    StateChangedError,
+    StepwireError,
+    UnavailableError,
+)
 from tests.simulation.disks import SharedDisk
 from tests.simulation.faults import Fault, chosen
 from tests.simulation.network import Channel, Network

@@ -285,7 +285,8 @@ class Network:
             seconds = chance.uniform(0.0, 0.5)
             if not call.endpoint.process.dead:
                 self.scheduler.after(
-                    seconds, lambda: self.scheduler.spawn(lambda: self._serve(echo, kind), echo.endpoint.process, "echo")
+                    seconds,
+                    lambda: self.scheduler.spawn(lambda: self._serve(echo, kind), echo.endpoint.process, "echo"),
                 )
 
     def _serve(self, call: Call, kind: str) -> None:

@@ -343,10 +343,9 @@ class RemoteLink(SessionLink):
         hold.loaded(opening.load, session.applied_step)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
-        """See `SessionLink.initialize`."""
+        """See `SessionLink.initialize`: of several workers' loads, and of a creation's that is repeated, one counts."""
         if self._description.message.ready:
             return
-        # The first load of all that ask counts: of several workers, and of a creation that failed behind its load.
         if self._description.is_aggregated or not self._hold.is_certain:
             self._repeat(self._hold.attach, deadline)
         if not self._hold.applied_load:

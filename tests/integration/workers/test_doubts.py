@@ -72,7 +72,8 @@ def test_a_gradient_that_was_applied_while_its_worker_did_not_listen_is_not_appl
     options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "aggregation": stepwire.Aggregation(workers=2)}
     options["request_id"] = uuid.uuid4().hex
     first, second = (
-        joined(target, filled(0.0, size), worker, **options) for worker, target in enumerate((proxy.target, server.target))
+        joined(target, filled(0.0, size), worker, **options)
+        for worker, target in enumerate((proxy.target, server.target))
     )
     first.attach(transport="tcp")
     second.attach()
