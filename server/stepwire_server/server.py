@@ -35,6 +35,7 @@ from stepwire_server.durability.object_store import ObjectStoreError
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.monitoring.monitoring import Monitoring
+from stepwire_server.processes.announcement import announce, check_announced
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.attach import Serving
@@ -56,8 +57,7 @@ __all__ = ["Server", "ServerStatistics"]
 
 _log = structlog.get_logger()
 
-# Threads for calls that have just lost their place, or are refused. gRPC itself refuses a call only where so many wait
-# for a thread that it must be a flood.
+# Threads for calls that have just lost their place, or are refused; gRPC itself refuses a call only in a flood.
 _LEAVING_CALLS: Final = 64
 _MOST_PENDING_CALLS: Final = 8192
 _LAST_REPLY_SECONDS: Final = 0.25
@@ -115,6 +115,7 @@ class Server:
             UnsupportedFeatureError: a device is missing, or does not work.
         """
         check_bind(config)
+        check_announced(config)
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = _access(config)
@@ -159,6 +160,7 @@ class Server:
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         for name in ("", "stepwire.v1.OptimizerService"):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        announce(self._config, 0 if self._directory is None else self._directory.epoch, self.target, self.port)
         if self._config.port_file:
             write_ports(pathlib.Path(self._config.port_file), [self.port])
         _log.info(

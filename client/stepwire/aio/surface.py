@@ -700,7 +700,9 @@ def connect(
 
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones.
+            which step it together. A model that is too small to be cut lies on the first ones. `directory:/path` names
+            a folder in which servers announce themselves (`stepwire serve --directory`): the targets are its shards,
+            and the client follows each of them wherever it moves.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"cuda_ipc"` (memory shared on
             one GPU). The environment variable STEPWIRE_TRANSPORT replaces "auto".
@@ -719,6 +721,7 @@ def connect(
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext.
+        UnavailableError: the directory names no shard yet.
     """
     return AsyncClient(
         connect_client(
