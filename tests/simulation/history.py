@@ -123,6 +123,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
             history.live(faults)
             outcome = Outcome(scheduler.events, scheduler.now, scheduler.trace, history.refused)
             scheduler.end()
+            history.forget()
             del history
             gc.collect()
             return outcome
@@ -161,6 +162,13 @@ class _History:
             self.scheduler.each = self._check
             self.scheduler.run(lambda: self._finished == self.shape.workers)
             self._check_all()
+
+    def forget(self) -> None:
+        """Let go of the clients: a stream that lives refers to its network, and so to everything."""
+        self._clients.clear()
+        self._network.calls.clear()
+        self._network.route = lambda shard: None
+        self.scheduler.each = lambda: None
 
     # --- servers -----------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def main() -> int:
     chosen = parser.parse_args()
     seeds, began, failed = range(chosen.first, chosen.first + chosen.seeds), time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(chosen.jobs, context, max_tasks_per_child=None) as pool:
+    with concurrent.futures.ProcessPoolExecutor(chosen.jobs, context, max_tasks_per_child=4) as pool:
         for account in pool.map(failure_of, seeds, chunksize=max(1, min(50, chosen.seeds // chosen.jobs // 4))):
             if account:
                 failed += 1
