@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from stepwire.errors import Reason
 from stepwire_server.durability.epochs import Epochs
 from stepwire_server.durability.writer import LogWriter
 from tests.simulation.faults import Fault, chosen, shrunk
@@ -38,8 +39,15 @@ def test_a_model_of_shards_is_right_through_all_faults(seed: int) -> None:
     run(seed, shape, chosen(random.Random(seed), 3, most=6, until=0.1))
 
 
-def test_workers_of_shards_are_right_through_all_faults() -> None:
+def test_a_step_that_a_worker_repeats_counts_once() -> None:
     run(331, shape_of(331), faults_of(331))
+
+
+def test_workers_whose_shard_was_lost_between_the_phases_go_on_when_it_is_back() -> None:
+    """A worker that does not know the decision follows the one that the results of the other shards tell."""
+    shape = Shape(shards=2, workers=2, steps=3, two_phase=True, large=False)
+    outcome = run(0, shape, [Fault(0.083, "kill", 0, 5.516, 4)])
+    assert outcome.refused.keys() == {Reason.DEADLINE_EXCEEDED}
 
 
 def test_without_a_fence_an_old_owner_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
