@@ -6,15 +6,17 @@ import json
 import pathlib
 import signal
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.cli.options import Json
-from stepwire_server.cluster.on_ray import RayCluster
-from stepwire_server.cluster.plan import ClusterPlan, Resources, ShardStatus
+from stepwire_server.cluster.cluster_settings import ClusterSettings, Resources, ShardStatus
 from stepwire_server.config import load_config, named_bind
+
+if TYPE_CHECKING:
+    from stepwire_server.cluster.on_ray import RayCluster
 
 __all__ = ["cluster_app"]
 
@@ -44,9 +46,9 @@ def up(
     Without an address the cluster is this machine's, and the command goes on until SIGTERM or Ctrl-C, which drain it.
     """
     settings = load_config({} if named_bind() else {"bind": "127.0.0.1:0"})  # a port for each shard
-    plan = ClusterPlan(folder.absolute(), shards, settings, Resources(cpus, gpus, settings.memory_budget))
-    with RayCluster(address) as cluster:
-        _print(cluster.up(plan), as_json)
+    asked = ClusterSettings(folder.absolute(), shards, settings, Resources(cpus, gpus, settings.memory_budget))
+    with _joined(address) as cluster:
+        _print(cluster.up(asked), as_json)
         if not address:
             _await_signal()
             cluster.drain()
@@ -55,7 +57,7 @@ def up(
 @cluster_app.command()
 def status(address: Address = "auto", as_json: Json = False) -> None:
     """Print the shards; exit code 1 if one does not answer."""
-    with RayCluster(address, patience_seconds=10.0) as cluster:
+    with _joined(address, patience_seconds=10.0) as cluster:
         found = cluster.status()
         _print(found, as_json)
     raise typer.Exit(1 if any(each.problem for each in found) else 0)
@@ -70,7 +72,7 @@ def drain(
 
     The exit code is 1 if one of them ended before everything was saved.
     """
-    with RayCluster(address) as cluster:
+    with _joined(address) as cluster:
         complete = cluster.drain(shard)
     for name, whole in complete.items():
         print(f"{name}: {'drained' if whole else 'ended before everything was saved'}")
@@ -80,7 +82,7 @@ def drain(
 @cluster_app.command()
 def down(address: Address = "auto") -> None:
     """End all shards at once, without a drain; what is on their disks stays."""
-    with RayCluster(address) as cluster:
+    with _joined(address) as cluster:
         cluster.down()
 
 
@@ -92,6 +94,13 @@ def scale(shards: Annotated[int, typer.Argument(help="The number of shards.")], 
         "state with `pull`, start a cluster of another size, and load the state there",
         metadata={"field": "shards", "feature": "cluster_scale"},
     )
+
+
+def _joined(address: str, patience_seconds: float = 120.0) -> RayCluster:
+    """Join a Ray cluster; a server, and so gRPC, is loaded by this command alone."""
+    from stepwire_server.cluster.on_ray import RayCluster
+
+    return RayCluster(address, patience_seconds=patience_seconds)
 
 
 def _print(found: list[ShardStatus], as_json: bool) -> None:

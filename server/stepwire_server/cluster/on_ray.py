@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from stepwire.errors import InvalidRequestError, UnavailableError, UnsupportedFeatureError
-from stepwire_server.cluster.plan import ClusterPlan, Resources, ShardStatus, shard_names
+from stepwire_server.cluster.cluster_settings import ClusterSettings, Resources, ShardStatus, shard_names
 from stepwire_server.cluster.shard_server import ShardServer
 
 __all__ = ["RayCluster"]
@@ -43,19 +43,19 @@ class RayCluster:
                 f"the Ray cluster {address or 'on this machine'!r} cannot be used: {problem}; start it with `ray start`"
             ) from None
 
-    def up(self, plan: ClusterPlan) -> list[ShardStatus]:
+    def up(self, cluster: ClusterSettings) -> list[ShardStatus]:
         """Start the shards that are not there yet, and wait until all serve.
 
         Raises:
             InvalidRequestError: the number of shards is out of range, or other shards than these are there.
         """
-        names = shard_names(plan.shards)
+        names = shard_names(cluster.shards)
         if others := sorted(set(self.names()) - set(names)):
             raise InvalidRequestError.of(
                 "shards", f"the cluster has {', '.join(others)} too; it cannot be scaled, so end it with `down` first"
             )
         for name in names:
-            self._begin(plan, name)
+            self._begin(cluster, name)
         return self.status(names)
 
     def names(self) -> list[str]:
@@ -105,7 +105,7 @@ class RayCluster:
         """Leave it."""
         self.close()
 
-    def _begin(self, plan: ClusterPlan, name: str) -> None:
+    def _begin(self, cluster: ClusterSettings, name: str) -> None:
         actor = self._ray.remote(ShardServer).options(
             name=name,
             lifetime="detached",
@@ -114,9 +114,9 @@ class RayCluster:
             max_task_retries=0,  # a drain is not made twice
             max_concurrency=2,  # the state is told during a drain
             scheduling_strategy="SPREAD",
-            **_options(plan.resources),
+            **_options(cluster.resources),
         )
-        actor.remote(plan.settings_of(name))
+        actor.remote(cluster.server_of(name))
 
     def _asked(self, name: str) -> ShardStatus:
         ray = self._ray

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from stepwire_server.cluster.plan import ShardStatus
+from stepwire_server.cluster.cluster_settings import ShardStatus
 from stepwire_server.config import ServerConfig
 from stepwire_server.observability.logs import configure_logging
 from stepwire_server.processes.announcement import endpoint_of

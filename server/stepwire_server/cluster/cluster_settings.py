@@ -10,7 +10,7 @@ import msgspec
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ServerConfig
 
-__all__ = ["ClusterPlan", "Resources", "ShardStatus", "shard_names"]
+__all__ = ["ClusterSettings", "Resources", "ShardStatus", "shard_names"]
 
 _MOST_SHARDS = 4096
 
@@ -51,19 +51,19 @@ class ShardStatus(NamedTuple):
     problem: str = ""
 
 
-class ClusterPlan(NamedTuple):
+class ClusterSettings(NamedTuple):
     """The servers of a cluster.
 
     Attributes:
         folder: the folder that all machines see: the directory and the data directories are below it.
         shards: the number of shards.
-        settings: the settings that all shards have in common.
+        server: the settings that all shards have in common.
         resources: the resources of each.
     """
 
     folder: pathlib.Path
     shards: int
-    settings: ServerConfig
+    server: ServerConfig
     resources: Resources = Resources()
 
     @property
@@ -71,10 +71,10 @@ class ClusterPlan(NamedTuple):
         """The folder in which the shards announce themselves."""
         return self.folder / "directory"
 
-    def settings_of(self, name: str) -> ServerConfig:
+    def server_of(self, name: str) -> ServerConfig:
         """Return the settings of a shard."""
         return msgspec.structs.replace(
-            self.settings,
+            self.server,
             data_dir=str(self.folder / "data" / name),
             directory=str(self.directory),
             shard=name,
