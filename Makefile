@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-fairness bench-metrics bench-workers bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean many
+.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-fairness bench-metrics bench-workers bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean many simulate
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -43,6 +43,12 @@ SEEDS ?= 20
 crash-test: .venv/stamp-dev
 	env STEPWIRE_CRASH_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -n 2 tests/crash \
 		tests/integration/durability/test_recovery.py
+
+# Whole clusters on virtual time: so many histories of shards, workers, networks and disks with faults, each from a seed.
+# A history that fails is printed with its seed and with those of its faults that matter.
+HISTORIES = $(if $(filter command line environment,$(origin SEEDS)),$(SEEDS),1000)
+simulate: .venv/stamp-dev
+	$(BIN)/python -m tests.simulation.main --seeds $(HISTORIES)
 
 # Hostile requests of strangers and of another tenant, so many for each way of keeping state, beside a session that trains.
 # The tests have some hundreds of them.

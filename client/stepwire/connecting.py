@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from stepwire.client import Client
 from stepwire.connection.channel import Calls
@@ -16,6 +18,7 @@ from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.sharding.server import ShardedServer
 from stepwire.steps.trace import tracing_of
 from stepwire.transports.available import asked_transport
+from stepwire.wire.directory import SCHEME, ShardDirectory
 
 __all__ = ["calls_to", "connect"]
 
@@ -40,8 +43,10 @@ def connect(
 
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones. None: that of
-            STEPWIRE_TARGET, else of the config file, else `localhost:50051`.
+            which step it together. A model that is too small to be cut lies on the first ones. `directory:/path` names
+            a folder in which servers announce themselves (`stepwire serve --directory`): the targets are its shards,
+            and the client follows each of them wherever it moves. None: that of STEPWIRE_TARGET, else of the config
+            file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
             messages without gRPC), `"cuda_ipc"` (memory shared on one GPU). The environment variable
@@ -64,16 +69,21 @@ def connect(
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
+        UnavailableError: the directory names no shard yet.
         UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
     """
     file = read_config_file()
-    targets = _targets(asked_target(None, file) if target is None else target, channels)
+    targets, each_times = _targets(asked_target(None, file) if target is None else target), _checked(channels)
     asked = asked_transport(transport, file=file)
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
     tracing = tracing_of(trace_one_in, ",".join(targets))
+    places = [place for each in targets for place in _places(each) for _ in range(each_times)]
     security, retry = _security(targets, tls, token, file), retry or Retry()
-    calls = [Calls(each, timeout_seconds=timeout, retry=retry, security=security) for each in targets]
+    calls = [
+        Calls(place.target, timeout_seconds=timeout, retry=retry, security=security, locate=place.locate)
+        for place in places
+    ]
     servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
     server = servers[0] if len(servers) == 1 else ShardedServer(servers)
     client = Client(server, tracing)
@@ -96,10 +106,33 @@ def _security(targets: Sequence[str], tls: bool | TLS | None, token: str | None,
     return security_of(tls, token, file=file if file.protects(targets) else ConfigFile())
 
 
-def _targets(target: str | Sequence[str], channels: int) -> list[str]:
-    if whole_number(channels, "channels") < 1:
-        raise InvalidRequestError.of("channels", f"{channels!r} is not a positive integer")
+class _Place(NamedTuple):
+    """A server, and the way to its present address if it moves."""
+
+    target: str
+    locate: Callable[[], str] | None = None
+
+
+def _targets(target: str | Sequence[str]) -> list[str]:
     targets = [target] if isinstance(target, str) or not isinstance(target, Sequence) else list(target)
     if not targets or not all(isinstance(each, str) for each in targets):
         raise InvalidRequestError.of("target", f"{target!r:.80} is neither a target nor a list of targets")
-    return [each for each in targets for _ in range(channels)]
+    return targets
+
+
+def _checked(channels: int) -> int:
+    if (count := whole_number(channels, "channels")) < 1:
+        raise InvalidRequestError.of("channels", f"{channels!r} is not a positive integer")
+    return count
+
+
+def _places(target: str) -> list[_Place]:
+    """Return the servers of a target: one, or those of all shards in a directory."""
+    if not target.startswith(SCHEME):
+        return [_Place(target)]
+    folder = target.removeprefix(SCHEME)
+    directory = ShardDirectory(pathlib.Path(folder.removeprefix("//") if folder.startswith("///") else folder))
+    return [
+        _Place(f"{target}/{shard}", lambda shard=shard: directory.newest(shard)[1])  # type: ignore[misc]
+        for shard in directory.shards()
+    ]

@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnavailableError
+from stepwire.errors import DataLossError, InvalidRequestError, Reason, StepwireError, UnavailableError
 from stepwire.threads import DaemonThreads
 from stepwire.version import __version__
 from stepwire_server.access.configured import access_of
@@ -30,6 +30,7 @@ from stepwire_server.durability.object_store import ObjectStoreError
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.monitoring.monitoring import Monitoring
+from stepwire_server.processes.announcement import announce, check_announced
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
@@ -52,8 +53,7 @@ __all__ = ["Server", "ServerStatistics"]
 
 _log = structlog.get_logger()
 
-# Threads for calls that have just lost their place, or are refused. gRPC itself refuses a call only where so many wait
-# for a thread that it must be a flood.
+# Threads for calls that have just lost their place, or are refused; gRPC itself refuses a call only in a flood.
 _LEAVING_CALLS: Final = 64
 _MOST_PENDING_CALLS: Final = 8192
 _LAST_REPLY_SECONDS: Final = 0.25
@@ -111,6 +111,7 @@ class Server:
             UnsupportedFeatureError: a device is missing, or does not work.
         """
         check_bind(config)
+        check_announced(config)
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = access_of(config)
@@ -124,9 +125,7 @@ class Server:
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=interceptors(
-                self.access, self._rooms, self.monitoring.tallies, self.monitoring.refused, clock
-            ),
+            interceptors=interceptors(self.access, self._rooms, self.monitoring, self._told, clock),
             options=channel_options(config),
             maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )
@@ -158,6 +157,7 @@ class Server:
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         for name in ("", "stepwire.v1.OptimizerService"):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        announce(self._config, 0 if self._directory is None else self._directory.epoch, self.target, self.port)
         if self._config.port_file:
             write_ports(pathlib.Path(self._config.port_file), [self.port])
         _log.info(
@@ -291,6 +291,11 @@ class Server:
             instance_id=secrets.token_hex(8),
             local=self.handoff.local_access(self.unix_socket),
         )
+
+    def _told(self, error: StepwireError) -> StepwireError:
+        """Return the error that a caller may be told: an owner that was overtaken knows nothing of the sessions."""
+        directory = self.registry.directory
+        return error if directory is None else directory.own.told(error)
 
     def _device_lost(self, error: DataLossError) -> None:
         _log.error("device lost; this process has to end", problem=str(error), **error.metadata)

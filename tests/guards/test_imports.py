@@ -65,7 +65,7 @@ def test_the_client_needs_nothing_of_the_servers() -> None:
 
 
 # Rooms that load gRPC; `__main__` is `cli`'s door.
-GRPC_ROOMS = {"rpc", "server", "testing", "cli", "demo", "__main__"}
+GRPC_ROOMS = {"rpc", "server", "testing", "cluster", "cli", "demo", "__main__"}
 
 
 def test_the_domain_knows_no_grpc() -> None:

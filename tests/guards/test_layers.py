@@ -15,6 +15,7 @@ SERVER_LAYERS = [
     "cli",
     "demo",
     "testing",
+    "cluster",
     "server",
     "rpc",
     "doctor",

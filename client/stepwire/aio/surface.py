@@ -758,8 +758,10 @@ def connect(
 
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones. None: that of
-            STEPWIRE_TARGET, else of the config file, else `localhost:50051`.
+            which step it together. A model that is too small to be cut lies on the first ones. `directory:/path` names
+            a folder in which servers announce themselves (`stepwire serve --directory`): the targets are its shards,
+            and the client follows each of them wherever it moves. None: that of STEPWIRE_TARGET, else of the config
+            file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
             messages without gRPC), `"cuda_ipc"` (memory shared on one GPU). The environment variable
@@ -782,6 +784,7 @@ def connect(
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
+        UnavailableError: the directory names no shard yet.
         UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
     """
     return AsyncClient(

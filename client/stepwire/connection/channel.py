@@ -14,7 +14,7 @@ from stepwire.connection.line import Line
 from stepwire.connection.remedy import with_remedy
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.connection.security import PLAIN, Security
-from stepwire.errors import InvalidRequestError, UnavailableError
+from stepwire.errors import InvalidRequestError, Reason, StepwireError, UnavailableError
 from stepwire.lifetimes.forks import forks
 from stepwire.optimizers.hyperparameters import number
 from stepwire.wire.addresses import grpc_target, is_on_this_host
@@ -26,6 +26,7 @@ __all__ = ["Calls"]
 _T = TypeVar("_T")
 # Three years, and infinity too: neither gRPC nor the waits of Python's threads take much more.
 _LONGEST_SECONDS: Final = 1e8
+_OF_MOVES: Final = (Reason.UNREACHABLE, Reason.SHUTTING_DOWN, Reason.NOT_PRIMARY)
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
 _OPTIONS: Final = [
     *BULK_OPTIONS,
@@ -55,23 +56,37 @@ class Calls:
         metadata: the metadata of every call.
     """
 
-    def __init__(self, target: str, *, timeout_seconds: float, retry: Retry, security: Security = PLAIN) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_seconds: float,
+        retry: Retry,
+        security: Security = PLAIN,
+        locate: Callable[[], str] | None = None,
+    ) -> None:
         """Open the channel; it connects with the first call.
+
+        Args:
+            target: the target as the user wrote it.
+            timeout_seconds: the default deadline of a call.
+            retry: the repetition of calls.
+            security: the protection of the connection.
+            locate: returns the present address of a server that moves; None for one that stays at its target.
 
         Raises:
             InvalidRequestError: the timeout is not positive, the target is no address of a server, or a token would
                 leave in plaintext.
+            UnavailableError: nobody knows where the server is.
         """
         self.timeout_seconds = checked_timeout(timeout_seconds)
         self.retry = retry
         self.target = target
-        # A proxy in the environment connects to its own loopback addresses, or refuses to.
-        direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(target) else []
-        options, address = [*_OPTIONS, *direct], grpc_target(target)
-        security.check(target)
         self.security = security
         self.metadata = security.metadata
-        self._line = Line(lambda: security.channel(target, address, options))
+        self._locate = locate
+        self._address = target
+        self._line = Line(self._opened)
 
     @property
     def channel(self) -> grpc.Channel:
@@ -82,6 +97,31 @@ class Calls:
             ValueError: the channel is closed.
         """
         return self._line.channel
+
+    def _opened(self) -> grpc.Channel:
+        """Open a channel to where the server is now."""
+        self._address = where = self.target if self._locate is None else self._locate()
+        # A proxy in the environment connects to its own loopback addresses, or refuses to.
+        direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(where) else []
+        address = grpc_target(where)
+        self.security.check(where)
+        return self.security.channel(where, address, [*_OPTIONS, *direct])
+
+    def followed(self, error: StepwireError) -> StepwireError:
+        """Go where the server is now, after an error that may mean that it has moved.
+
+        Returns:
+            The error to raise. A server that was overtaken is not reached any more, so that its call is repeated; one
+            that stays at its target is the caller's to choose.
+        """
+        if self._locate is None or error.reason not in _OF_MOVES:
+            return error
+        with contextlib.suppress(UnavailableError):
+            if self._locate() != self._address:
+                self._line.rest()
+        if error.reason is not Reason.NOT_PRIMARY:
+            return error
+        return UnavailableError(f"{error}; the newer one is looked for", reason=Reason.UNREACHABLE)
 
     def deadline(self, timeout_seconds: float | None) -> Deadline:
         """Start a deadline; None means the client's default."""
@@ -157,13 +197,16 @@ class Calls:
 
     def _repeat(self, attempt: Callable[[Deadline], _T], timeout_seconds: float | None) -> _T:
         def translated(deadline: Deadline) -> _T:
-            with self.translated():
-                return attempt(deadline)
+            try:
+                with self.translated():
+                    return attempt(deadline)
+            except StepwireError as error:
+                raise self.followed(error) from None
 
         return self.retry.call(translated, self.deadline(timeout_seconds))
 
     def _refused_handshake(self) -> str | None:
-        return refused_handshake(self.target, self.security.tls)
+        return refused_handshake(self._address, self.security.tls)
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -176,7 +219,7 @@ class Calls:
         try:
             yield
         except grpc.RpcError as error:
-            raise with_remedy(error_from_call(error), self.target, look=self._refused_handshake) from None
+            raise with_remedy(error_from_call(error), self._address, look=self._refused_handshake) from None
         except grpc.FutureCancelledError:
             raise UnavailableError("the call was given up by its caller") from None
         except ValueError as error:  # of a channel that was closed

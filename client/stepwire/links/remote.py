@@ -343,12 +343,12 @@ class RemoteLink(SessionLink):
         hold.loaded(opening.load, session.applied_step)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
-        """See `SessionLink.initialize`."""
+        """See `SessionLink.initialize`: of several workers' loads, and of a creation's that is repeated, one counts."""
         if self._description.message.ready:
             return
-        if self._description.is_aggregated:  # the first load of all workers counts: a second one of its number does not
+        if self._description.is_aggregated or not self._hold.is_certain:
             self._repeat(self._hold.attach, deadline)
-        if not (self._description.is_aggregated and self._hold.applied_load):
+        if not self._hold.applied_load:
             self.load(load, deadline)
 
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:

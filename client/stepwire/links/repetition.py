@@ -40,8 +40,12 @@ def _on_route(route: Route, hold: Hold, attempt: Callable[[Deadline], _T], deadl
             route.lost()
         elif error.reason == Reason.STREAM_DISPLACED:
             hold.displaced()
-        raise
+        raise route.calls.followed(error) from None
     except FencedError as error:
+        if (moved := route.calls.followed(error)) is not error:
+            hold.detach()
+            route.lost()
+            raise moved from None
         if error.reason != Reason.STALE_EPOCH or hold.epoch == 0:
             raise
         hold.forget_epoch()

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
 from stepwire.connection.watch import Closable
-from stepwire.errors import InvalidRequestError, StepMismatchError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError, UnsupportedFeatureError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
@@ -38,6 +38,7 @@ class ShardedServer(ServerLink):
     def __init__(self, servers: Sequence[RemoteServer]) -> None:
         """Use the links of one server each, which are closed with this one."""
         self._servers = tuple(servers)
+        self._holders: dict[str, RemoteServer] = {}  # of sessions that were found
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -112,15 +113,30 @@ class ShardedServer(ServerLink):
         if not 1 <= len(ids) <= len(self._servers):
             raise InvalidRequestError.of(
                 "session_id",
-                f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in order",
+                f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in their order",
             )
-        links = fan_out(
-            [
-                functools.partial(server.find, each, timeout, options)
-                for server, each in zip(self._servers, ids, strict=False)
-            ]
-        )
+        links = fan_out([functools.partial(self._found, *each, timeout, options) for each in enumerate(ids)])
         return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
+
+    def _found(self, rank: int, session_id: str, timeout: float | None, options: LinkOptions) -> RemoteLink:
+        """Return the link to a shard: an id is one shard's, wherever its server stands among the targets.
+
+        Raises:
+            SessionNotFoundError: no server has it.
+            StepwireError: as `RemoteServer.find`.
+        """
+        others = [server for server in self._servers if server is not self._servers[rank]]
+        for server in (self._servers[rank], *others):
+            try:
+                link = server.find(session_id, timeout, options)
+            except SessionNotFoundError:
+                continue
+            self._holders[session_id] = server
+            return link
+        raise SessionNotFoundError(
+            f"session {session_id!r} is on none of the servers {', '.join(self.targets)}; it has ended, or its server "
+            "is not among these targets"
+        )
 
     def fork(
         self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
@@ -137,7 +153,8 @@ class ShardedServer(ServerLink):
             own = pb.ForkSessionRequest()
             own.CopyFrom(request)
             own.request_id = request.request_id and f"{request.request_id}.{rank}"
-            link = self._servers[rank].fork(own_id, own, timeout, error_feedback=error_feedback)
+            server = self._holders.get(own_id, self._servers[rank])
+            link = server.fork(own_id, own, timeout, error_feedback=error_feedback)
             made.append(link)
             return link
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,20 @@ __all__ = ["Doubt", "Fingerprint", "UntoldSteps", "fingerprint_of_arrays", "unfi
 
 Fingerprint: TypeAlias = tuple[tuple[str, ArrayFingerprint], ...]
 """For each array its dtype, and the fingerprint of its bytes."""
+
+
+_OF_THE_SENDING: Final = (
+    "step",
+    "epoch",
+    "load",
+    "base_step",
+    "reply",
+    "overlap",
+    "in_shared_memory",
+    "traceparent",
+    "await_admission",
+)
+"""The fields of a step's opening that say nothing of its effect: its number, its reply, and what its link adds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,6 +167,6 @@ def _options(call: StepCall) -> bytes:
     """Return the options that change the effect of a step: not its number, and nothing about its reply or its way."""
     begin = step_pb2.StepBegin()
     begin.CopyFrom(call.begin)
-    for field in ("step", "epoch", "load", "reply", "overlap", "in_shared_memory", "traceparent"):
+    for field in _OF_THE_SENDING:
         begin.ClearField(field)
     return begin.SerializeToString(deterministic=True)

@@ -12,6 +12,7 @@ import typer
 import stepwire
 from stepwire_server.cli.bench import bench
 from stepwire_server.cli.checkpoints import checkpoint_app
+from stepwire_server.cli.cluster import cluster_app
 from stepwire_server.cli.demo import demo
 from stepwire_server.cli.doctor import diagnose
 from stepwire_server.cli.health import health
@@ -85,6 +86,7 @@ app.add_typer(sessions_app)
 app.add_typer(token_app)
 app.add_typer(checkpoint_app)
 app.add_typer(state_app)
+app.add_typer(cluster_app)
 app.command()(replay)
 app.command()(kernels)
 app.command()(version)

@@ -323,6 +323,30 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             extra={"allowed": "a path, or empty"},
         ),
     ] = ""
+    directory: Annotated[
+        str,
+        Meta(
+            description="The folder in which servers announce where their shards are, for clients that connect to "
+            "directory:PATH. It needs --shard and --data-dir. Empty: none.",
+            extra={"allowed": "a path, or empty"},
+        ),
+    ] = ""
+    shard: Annotated[
+        str,
+        Meta(
+            description="The name of this server's shard in the directory, such as shard-0; it stays with the data "
+            "directory."
+        ),
+        _text("letters, digits, '.', '_' and '-'", r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"),
+    ] = ""
+    advertise: Annotated[
+        str,
+        Meta(
+            description="The address for clients in the directory, such as node7:50051; the port 0 stands for the port "
+            "in use. Empty: the address of --bind, or this host's name for an address of all networks."
+        ),
+        _text("host:port, or empty", r"^(\S+:[0-9]{1,5})?$"),
+    ] = ""
     parent_pid: Annotated[
         _Count,
         Meta(

@@ -19,6 +19,27 @@ __all__ = ["LOG", "Ownership"]
 
 LOG: Final = "log"
 
+_OF_STATE: Final = frozenset(
+    {
+        Reason.SESSION_NOT_FOUND,
+        Reason.STEP_MISMATCH,
+        Reason.STEP_SUPERSEDED,
+        Reason.STEP_UNFINISHED,
+        Reason.STATE_CHANGED,
+        Reason.STATE_LOST,
+        Reason.STALE_EPOCH,
+        Reason.FENCED,
+        Reason.SESSION_NOT_READY,
+        Reason.SESSION_DAMAGED,
+        Reason.DURABLE_STEP_LOST,
+        Reason.DURABILITY_FAILED,
+        Reason.CHECKPOINT_DAMAGED,
+        Reason.LOG_DAMAGED,
+        Reason.INTERNAL,
+    }
+)
+"""The reasons of errors that tell of sessions, or of the disk."""
+
 _EPOCHS, _SESSIONS, _WORK = "epochs", "sessions", "work"
 
 
@@ -69,6 +90,22 @@ class Ownership:
             raise FencedError(
                 "another server owns the data directory now; connect to that one", reason=Reason.NOT_PRIMARY
             )
+
+    def told(self, error: StepwireError) -> StepwireError:
+        """Return the error that may be told in the place of another one: NOT_PRIMARY by an owner that was overtaken.
+
+        Steps, holds, loads and whole sessions may have come with a newer owner. So whatever an older one says of them,
+        its clients must not believe; its disk failed because the newer one moved folders away.
+        """
+        if error.reason not in _OF_STATE:
+            return error
+        try:
+            self.check()
+        except FencedError as fenced:
+            return fenced
+        except OSError:  # nobody can tell
+            return error
+        return error
 
     def has(self, session_id: str) -> bool:
         """Tell whether there is a session of this id, even one that could not be brought here from the store."""

@@ -16,6 +16,7 @@ from stepwire_server.devices.pool import default_budget
 from stepwire_server.engines.probe import asked_gpus
 from stepwire_server.engines.protocol import DeviceInfo
 from stepwire_server.host import limits as host
+from stepwire_server.processes.announcement import check_announced
 
 __all__ = ["Machine", "divide", "look_at_machine"]
 
@@ -64,8 +65,9 @@ def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list
         folder: the folder of sockets without a name, so that a process that is started again finds its own.
 
     Raises:
-        InvalidRequestError: there are too few ports or bytes.
+        InvalidRequestError: there are too few ports or bytes, or the settings are those of one shard.
     """
+    check_announced(config)
     return [_settings_of(config, machine, folder, index) for index in range(config.processes)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn, TypeAlias, cast
+from typing import Any, Final, NamedTuple, NoReturn, cast
 
 import grpc
 import structlog
@@ -27,9 +27,18 @@ _refusals: Final = BoundedLines(lambda event, **values: _log.info(event, **value
 class ErrorInterceptor(grpc.ServerInterceptor):
     """Wraps every method of the server, so that errors leave as statuses."""
 
-    def __init__(self, refused: Callable[[StepwireError], object] = lambda error: None) -> None:
-        """Tell `refused` each error that leaves."""
-        self._refused = refused
+    def __init__(
+        self,
+        refused: Callable[[StepwireError], object] = lambda error: None,
+        told: Callable[[StepwireError], StepwireError] = lambda error: error,
+    ) -> None:
+        """Guard the methods.
+
+        Args:
+            refused: is told of each error that leaves.
+            told: returns the error that may be told in the place of another one.
+        """
+        self._errors = _Errors(refused, told)
 
     def intercept_service(
         self,
@@ -43,44 +52,47 @@ class ErrorInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         return wrapped(
             handler,
-            lambda behavior: _guarded_call(behavior, method, self._refused),
-            lambda behavior: _guarded_stream(behavior, method, self._refused),
+            lambda behavior: _guarded_call(behavior, method, self._errors),
+            lambda behavior: _guarded_stream(behavior, method, self._errors),
         )
 
 
-_Refused: TypeAlias = Callable[[StepwireError], object]
+class _Errors(NamedTuple):
+    refused: Callable[[StepwireError], object]
+    told: Callable[[StepwireError], StepwireError]
 
 
-def _guarded_call(behavior: Callable[..., Any], method: str, refused: _Refused) -> Callable[..., Any]:
+def _guarded_call(behavior: Callable[..., Any], method: str, errors: _Errors) -> Callable[..., Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behavior(request, context)
         except Exception as error:
-            _abort(error, context, method, refused)
+            _abort(error, context, method, errors)
 
     return call
 
 
 def _guarded_stream(
-    behavior: Callable[..., Iterator[Any]], method: str, refused: _Refused
+    behavior: Callable[..., Iterator[Any]], method: str, errors: _Errors
 ) -> Callable[..., Iterator[Any]]:
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behavior(request, context)
         except Exception as error:
-            _abort(error, context, method, refused)
+            _abort(error, context, method, errors)
 
     return stream
 
 
-def _abort(error: Exception, context: grpc.ServicerContext, method: str, refused: _Refused) -> NoReturn:
+def _abort(error: Exception, context: grpc.ServicerContext, method: str, errors: _Errors) -> NoReturn:
     # When the client is gone, gRPC raises its own error out of the request iterator and recognizes it here; nobody is
     # left to be told. Every other error is told to gRPC as a status, because gRPC logs the trace of a raised error.
     if isinstance(error, grpc.RpcError):
         raise error
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
-    refused(error)
+    error = errors.told(error)
+    errors.refused(error)
     _refusals.write("call refused", method=method, reason=str(error.reason), error=str(error))
     context.abort_with_status(cast(grpc.Status, status_of(error)))
 

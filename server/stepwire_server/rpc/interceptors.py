@@ -8,7 +8,7 @@ import grpc
 
 from stepwire.errors import StepwireError
 from stepwire_server.access.control import AccessControl
-from stepwire_server.observability.tallies import Tallies
+from stepwire_server.monitoring.monitoring import Monitoring
 from stepwire_server.rpc.access import AccessInterceptor
 from stepwire_server.rpc.call_rooms import CallRooms
 from stepwire_server.rpc.counting import CountingInterceptor
@@ -21,8 +21,8 @@ __all__ = ["interceptors"]
 def interceptors(
     access: AccessControl,
     rooms: CallRooms,
-    tallies: Tallies | None,
-    refused: Callable[[StepwireError], object],
+    monitoring: Monitoring,
+    told: Callable[[StepwireError], StepwireError],
     clock: Callable[[], float],
 ) -> list[grpc.ServerInterceptor]:
     """Return the interceptors, from the outermost to the one that is nearest to the methods.
@@ -32,9 +32,10 @@ def interceptors(
     Args:
         access: the admission of calls.
         rooms: the places of calls.
-        tallies: count the calls; None where nobody asks for them.
-        refused: is told of each error that leaves.
+        monitoring: counts the calls, and the errors that leave.
+        told: returns the error that may be told in the place of another one.
         clock: returns seconds.
     """
-    found = [ErrorInterceptor(refused), AccessInterceptor(access), CallLimits(rooms, access)]
-    return found if tallies is None else [CountingInterceptor(tallies, clock), *found]
+    errors = ErrorInterceptor(monitoring.refused, told)
+    found = [errors, AccessInterceptor(access), CallLimits(rooms, access)]
+    return found if monitoring.tallies is None else [CountingInterceptor(monitoring.tallies, clock), *found]

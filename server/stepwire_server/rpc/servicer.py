@@ -131,16 +131,20 @@ class OptimizerService:
         with self._serving.drain.admit():
             created = self._sessions(context).create(request_id, config)
         session_lines.created(created, context)
-        return pb.CreateSessionResponse(
+        response = pb.CreateSessionResponse(
             session=encode_session(created.session, self._registry.clock(), whole=True),
             attach_token=created.token,
             replayed=created.replayed,
         )
+        created.session.settle()
+        return response
 
     def get_session(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> Any:
         """Tell how a session stands."""
         session = self._sessions(context).get(request.session_id)
-        return pb.GetSessionResponse(session=encode_session(session, self._registry.clock(), whole=True))
+        response = pb.GetSessionResponse(session=encode_session(session, self._registry.clock(), whole=True))
+        session.settle()
+        return response
 
     def list_sessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> Any:
         """List sessions."""

@@ -254,6 +254,16 @@ class Session:
                 self._wake()
                 self.last_use.note()
 
+    def settle(self) -> None:
+        """Wait until all that a description made before tells of is durable: an owner that was overtaken tells nothing.
+
+        A session whose disk has failed is described all the same.
+
+        Raises:
+            FencedError: another server owns the data directory.
+        """
+        self.progress.read(self.progress.last)
+
     def end_waits(self, error: StepwireError) -> None:
         """Have no worker wait for others from now on: each gets an error."""
         if self.contributions is not None:

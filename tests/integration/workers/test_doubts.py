@@ -64,6 +64,29 @@ def test_a_gradient_that_is_in_the_open_round_is_not_taken_for_the_next_one(serv
     assert (part.contribution, part.dropped, part.staleness) == (2, True, 1)
 
 
+@pytest.mark.parametrize("size", [300, 300_000], ids=["at once", "awaiting admission"])
+def test_a_gradient_that_was_applied_while_its_worker_did_not_listen_is_not_applied_again(
+    server: Server, proxy: Proxy, size: int
+) -> None:
+    """The same gradient again is the same step, whatever the link has added to the first one on its way."""
+    options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "aggregation": stepwire.Aggregation(workers=2)}
+    options["request_id"] = uuid.uuid4().hex
+    first, second = (
+        joined(target, filled(0.0, size), worker, **options)
+        for worker, target in enumerate((proxy.target, server.target))
+    )
+    first.attach(transport="tcp")
+    second.attach()
+    rounds = server.registry.get(first.session_id).contributions
+    while rounds._round is None:  # type: ignore[union-attr]
+        with pytest.raises(stepwire.DeadlineExceededError):
+            first.step(filled(2.0, size), timeout=0.5)
+    np.testing.assert_array_equal(second.step(filled(4.0, size))["w"], filled(-3.0, size)["w"])
+    np.testing.assert_array_equal(first.step(filled(2.0, size), timeout=30.0)["w"], filled(-3.0, size)["w"])
+    part = first.last_result.round
+    assert (part.contribution, part.dropped, server.registry.get(first.session_id).ledger.applied_step) == (1, False, 1)
+
+
 def test_a_gradient_that_never_arrived_makes_room_for_the_next_one(server: Server, proxy: Proxy) -> None:
     first, second = workers(server, proxy)
     proxy.hold("up")

@@ -1,0 +1,101 @@
+"""The directory of shards: a folder that all machines see, with a file for each time that a server began to serve one.
+
+    DIR/NAME/0000000000000003      {"endpoint": "host:port", "epoch": 3}
+
+A file is created whole and never changes, and the newest epoch of a shard is where its clients go. The directory may be
+old: then a client comes to a server that another one has overtaken. That server says so by the epochs of its data
+directory, and answers nothing. So the directory is a hint, and no part of what makes steps exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import secrets
+from typing import Final
+
+from stepwire.errors import InvalidRequestError, Reason, UnavailableError
+
+__all__ = ["SCHEME", "ShardDirectory"]
+
+SCHEME: Final = "directory:"
+"""The beginning of a client's target that names a directory."""
+
+_SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_EPOCH: Final = re.compile(r"[0-9a-f]{16}")
+
+
+class ShardDirectory:
+    """The directory in a folder."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Read and write a folder; it may be made later."""
+        self._folder = folder
+
+    def announce(self, shard: str, epoch: int, endpoint: str) -> None:
+        """Say where a shard is served from an epoch on. Saying the same again is harmless.
+
+        Args:
+            shard: the name of the shard.
+            epoch: the epoch of the server's data directory.
+            endpoint: the server's address for clients, `host:port`.
+
+        Raises:
+            InvalidRequestError: the shard cannot have that name, or the epoch was announced with another address.
+            OSError: the folder cannot be written.
+        """
+        if not _SHARD.fullmatch(shard):
+            raise InvalidRequestError.of(
+                "shard", f"{shard!r:.80} is no name of a shard: up to 64 letters, digits, '.', '_' and '-'"
+            )
+        folder = self._folder / shard
+        folder.mkdir(parents=True, exist_ok=True)
+        place, content = folder / f"{epoch:016x}", json.dumps({"endpoint": endpoint, "epoch": epoch}) + "\n"
+        whole = folder / f".new-{secrets.token_hex(8)}"
+        whole.write_text(content)
+        try:
+            os.link(whole, place)
+        except FileExistsError:
+            if place.read_text() != content:
+                raise InvalidRequestError.of(
+                    "shard", f"epoch {epoch} of shard {shard!r} was announced by another server; name another shard"
+                ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                whole.unlink()
+
+    def shards(self) -> list[str]:
+        """Return the names of the shards that were ever announced, sorted.
+
+        Raises:
+            UnavailableError: there is none yet.
+        """
+        try:
+            found = sorted(path.name for path in self._folder.iterdir() if _SHARD.fullmatch(path.name))
+        except OSError:
+            found = []
+        if not found:
+            raise UnavailableError(
+                f"the directory {str(self._folder)!r} names no shard; start servers with --directory and --shard",
+                reason=Reason.UNREACHABLE,
+            )
+        return found
+
+    def newest(self, shard: str) -> tuple[int, str]:
+        """Return the newest epoch of a shard, and its endpoint.
+
+        Raises:
+            UnavailableError: nobody has announced it, or the directory cannot be read just now.
+        """
+        try:
+            names = sorted(path.name for path in (self._folder / shard).iterdir() if _EPOCH.fullmatch(path.name))
+            found = json.loads((self._folder / shard / names[-1]).read_text())
+            return int(names[-1], 16), str(found["endpoint"])
+        except (OSError, ValueError, LookupError, TypeError) as problem:
+            raise UnavailableError(
+                f"the directory {str(self._folder)!r} does not tell where shard {shard!r} is: {problem}",
+                reason=Reason.UNREACHABLE,
+            ) from None
