@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 
-.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-fairness bench-metrics bench-workers bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean many simulate
+.PHONY: demo examples test callers workers crash-test attack-test programs interrupts sweep check bench bench-durability bench-services bench-workers bench-peers gpu gpu-tests gpu-figures image image-test lock proto aio lint types clean simulate
 
 demo: .venv/stamp-demo
 	$(BIN)/stepwire demo
@@ -94,19 +94,17 @@ bench-durability: .venv/stamp-dev
 	$(BIN)/python benchmarks/main.py --only durability --json benchmarks/results/durability-2-core.json $(ARGUMENTS)
 	$(BIN)/python benchmarks/page.py
 
-# Sections that have files of their own, into the pages: `make bench-workers` in the environment of the peers below.
-bench-fairness bench-metrics: bench-%: .venv/stamp-dev
-	$(BIN)/python benchmarks/main.py --only $* --json benchmarks/results/$*-2-core.json $(ARGUMENTS)
+# Sections of services, into the pages: small steps on one host, rows, metrics, many sessions and clients, floods, TLS.
+bench-services: .venv/stamp-dev
+	$(BIN)/python benchmarks/main.py --only lane rows metrics fairness floods many security \
+	    --json benchmarks/results/services-2-core.json $(ARGUMENTS)
 	$(BIN)/python benchmarks/page.py
 
+# Rounds of several workers, into the pages, in the environment of the peers below.
 bench-workers: .venv-peers/stamp
 	.venv-peers/bin/python benchmarks/main.py --only workers straggler --json benchmarks/results/workers-2-core.json \
 	    $(ARGUMENTS)
 	.venv-peers/bin/python benchmarks/page.py
-
-# 1,000 clients for a minute, each attached over a connection of its own, to a server with its default settings.
-many: .venv/stamp-dev
-	$(BIN)/python benchmarks/main.py --only many $(ARGUMENTS)
 
 # Beside what other people use for the same job, in environments of their own: torch's CPU build is pinned, since a plain
 # requirement would pull gigabytes of CUDA packages, and Flower's requirements exclude ours. What cannot be installed is

@@ -29,8 +29,7 @@ _FILES = tuple(
     for name in (
         "cpu-2-core",
         "durability-2-core",
-        "fairness-2-core",
-        "metrics-2-core",
+        "services-2-core",
         "workers-2-core",
         "peers-2-core",
         "encodings",
