@@ -80,7 +80,7 @@ def sends_bytes_without_a_place(stream: RawStream, proxy: Proxy) -> None:
 
 def sends_rows(stream: RawStream, proxy: Proxy) -> None:
     stream.send(pb.AttachRequest(chunk=tensor_pb2.Chunk(offset=10_000, count=1, rows=[1]), payload=b"1234"))
-    refused(stream, "UNSUPPORTED_FEATURE")
+    refused(stream, "INVALID_TENSOR")
 
 
 def commits_with_a_factor_that_it_has_not_been_asked_for(stream: RawStream, proxy: Proxy) -> None:

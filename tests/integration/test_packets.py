@@ -219,6 +219,7 @@ def test_a_drain_answers_what_is_under_way_and_ends_all_lanes(until: Callable[..
                 session.step(SMALL.gradient(1))
             busy = sessions[0]
             with ThreadPoolExecutor(2) as pool:
+                until(lambda: server.statistics().drain.steps == 0)  # a reply comes before the server is done
                 with server.registry.get(busy.session_id)._lock:
                     under_way = pool.submit(busy.step, SMALL.gradient(2))
                     until(lambda: server.statistics().drain.steps == 1)

@@ -341,6 +341,7 @@ def test_sizes_are_these() -> None:
         "journal_segment_bytes",
         "journal_bytes",
         "tenant_memory",
+        "tenant_disk",
         "max_chunk_bytes",
     ]
 

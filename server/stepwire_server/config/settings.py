@@ -156,8 +156,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _Count,
         _BYTES,
         Meta(
-            description="The bytes of checkpoints on the disk beyond which a tenant makes no durable session and saves "
-            "no checkpoint, such as 50G; those of parked sessions count. 0 means no limit."
+            description="The bytes of a tenant's checkpoints on the disk, such as 50G; those of parked sessions count. "
+            "Beyond them it makes no durable session and saves no checkpoint. 0 means no limit."
         ),
     ] = 0
     tenant_steps_per_second: Annotated[

@@ -64,7 +64,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a timeout": ({"timeout": -1.0}, "timeout: -1.0 is not a positive number of seconds"),
     "a lease": ({"lease_seconds": -1.0}, "lease_seconds: -1.0 is not a positive number"),
     "no servers": ({"server": []}, "target: .* is neither a target nor a list of targets"),
-    "no server": ({"server": None}, "target: None is neither a target nor a list of targets"),
+    "a server that is none": ({"server": 5}, "target: 5 is neither a target nor a list of targets"),
     "an infinite rate": ({"lr": float("inf")}, "lr is inf; it must be finite and >= 0"),
 }
 

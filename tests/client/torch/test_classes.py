@@ -73,7 +73,7 @@ def test_schedulers_and_state_dicts_work(name: str, options: dict[str, Any], rem
 
 
 def test_every_rule_is_a_public_class_and_every_class_a_rule() -> None:
-    others = {"LocalSGD", "Optimizer", "lr_scheduler", "swa_utils"}
+    others = {"LocalSGD", "Optimizer", "SparseAdam", "lr_scheduler", "swa_utils"}
     classes = {name for name in stepwire.torch.__all__ if not name.startswith("Remote")} - others
     assert classes == set(TORCH_RULES)
     assert {name: getattr(stepwire.torch, name).rule for name in classes} == TORCH_RULES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import stepwire
+from stepwire.connection import handshake
+from stepwire.connection.config_file import read_config_file
 from stepwire.connection.remedy import with_remedy
 from stepwire.errors import Reason, StepwireError, UnavailableError
 from stepwire_server.access.certificates import CertificateFiles
@@ -18,6 +21,10 @@ from stepwire_server.access.control import AccessControl, Caller
 from stepwire_server.access.identity import Role
 from stepwire_server.access.signed_tokens import SignedTokens
 from stepwire_server.access.tokens import TokenFile, TokenRecord, digest_of, new_token, write_tokens
+from stepwire_server.devices import kernels
+from stepwire_server.rpc import call_rooms as rpc_rooms
+from stepwire_server.sessions.step_rate import StepRate
+from stepwire_server.sharing import handoff
 
 jwt = pytest.importorskip("jwt")
 trustme = pytest.importorskip("trustme")
@@ -96,15 +103,57 @@ def of_certificates(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], ob
 
 
 def of_clients(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
-    def failed(account: str) -> object:
-        raise with_remedy(UnavailableError(f"failed to connect: {account}", reason=Reason.UNREACHABLE), "host:1", {})
+    def failed(account: str, look: Callable[[], str | None] = lambda: None) -> object:
+        raise with_remedy(
+            UnavailableError(f"failed to connect: {account}", reason=Reason.UNREACHABLE), "host:1", {}, look
+        )
 
-    yield "a certificate that nobody vouches for", lambda: failed("CERTIFICATE_VERIFY_FAILED")
-    yield "TLS to a plaintext server", lambda: failed("WRONG_VERSION_NUMBER")
+    refused = {
+        "a certificate of the server that has expired, or is of another authority": "CERTIFICATE_VERIFY_FAILED",
+        "a certificate of the server that is of another host": "Hostname Verification Check failed",
+        "no certificate, to a server that asks for one": "CERTIFICATE_REQUIRED",
+        "TLS to a plaintext server": "WRONG_VERSION_NUMBER",
+    }
+    for cause, account in refused.items():
+        yield cause, functools.partial(failed, account)
+    closed = {
+        "a client's certificate that had expired, or is of another authority, when it connects": "_OWN_CERTIFICATE",
+        "plaintext to a server with TLS": "_SPEAKS_TLS",
+    }
+    for cause, name in closed.items():
+        yield cause, functools.partial(failed, "socket closed", functools.partial(getattr, handshake, name))
     yield "a token in plaintext to another host", lambda: stepwire.connect("example.com:1", token="sw_a")
 
 
-SOURCES = (of_tokens, of_signed_tokens, of_certificates, of_clients)
+def of_config_files(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    for cause, text, mode in (
+        ("a config file that others may write", "", 0o666),
+        ("a wrong key in a config file", 'tokenfile = "a"', 0o600),
+    ):
+        path = folder / f"{mode}.toml"
+        path.write_text(text)
+        path.chmod(mode)
+        yield cause, functools.partial(read_config_file, {"STEPWIRE_CLIENT_CONFIG": str(path)})
+
+
+def of_limits(folder: pathlib.Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    def step_too_often() -> None:
+        rate = StepRate(100)
+        for _ in range(101):
+            rate.admit(NOW)
+
+    def failed(error: StepwireError) -> object:
+        raise error
+
+    slow = rpc_rooms._too_many("messages", 32)
+    many = kernels._too_many("the server", "max_kernels", 512)
+    yield "steps faster than the tenant's limit, at the client's deadline", step_too_often
+    yield "one compiled kernel too many", functools.partial(failed, many)
+    yield "calls that are slow with their messages", functools.partial(failed, slow)
+    yield "memory of a stream of another identity", functools.partial(failed, handoff._wrong_identity())
+
+
+SOURCES = (of_tokens, of_signed_tokens, of_certificates, of_clients, of_config_files, of_limits)
 
 
 def test_each_message_in_the_page_is_the_one_that_clients_get(tmp_path: pathlib.Path) -> None:
