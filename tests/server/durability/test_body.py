@@ -24,7 +24,7 @@ from tests.server.durability.checkpoint_cases import (
     Values,
     bits,
     make_values,
-    open_descriptors,
+    open_files,
 )
 
 # Slots that begin and end within pages, in blocks that do too.
@@ -66,12 +66,12 @@ def crc32c(data: bytes) -> int:
 
 
 def test_values_come_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    before = open_descriptors()
+    before = open_files()
     values = make_values(SLOTS)
     facts = write_body(tmp_path / "body", values)
     assert bits(read_body(tmp_path / "body", facts)) == bits(values)
     assert set(values["param"].view(np.uint32)) >= set(SPECIAL.view(np.uint32))
-    assert open_descriptors() == before
+    assert open_files() == before
 
 
 def test_blocks_of_the_usual_size(tmp_path: pathlib.Path) -> None:
@@ -278,7 +278,7 @@ DEEP = b"[" * 300_000
 )
 def test_hostile_heads_are_refused_for_little_memory(tmp_path: pathlib.Path, data: bytes) -> None:
     (tmp_path / "body").write_bytes(data)
-    before = open_descriptors()
+    before = open_files()
     tracemalloc.start()
     try:
         with pytest.raises(DataLossError, match="checkpoint file"):
@@ -286,7 +286,7 @@ def test_hostile_heads_are_refused_for_little_memory(tmp_path: pathlib.Path, dat
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    assert open_descriptors() == before
+    assert open_files() == before
 
 
 def test_a_long_head_is_refused_though_the_file_has_room_for_it(tmp_path: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from tests.server.durability.checkpoint_cases import (
     bits,
     make_manifest,
     make_values,
-    open_descriptors,
+    open_files,
     read_checkpoint,
     write_checkpoint,
 )
@@ -46,7 +46,7 @@ def newest(store: CheckpointStore, *without: str) -> tuple[str, Values] | None:
 
 
 def test_a_checkpoint_comes_back(store: CheckpointStore) -> None:
-    before = open_descriptors()
+    before = open_files()
     values = make_values(SLOTS)
     written = write_checkpoint(store, "best", values, make_manifest(step=7, load=2))
     manifest, found = read_checkpoint(store, "best")
@@ -55,7 +55,7 @@ def test_a_checkpoint_comes_back(store: CheckpointStore) -> None:
     assert bits(found) == bits(values)
     assert sorted(path.name for path in (store.folder / "best").iterdir()) == ["manifest.json", "state.safetensors"]
     assert [path.name for path in store.folder.iterdir()] == ["best"]
-    assert open_descriptors() == before
+    assert open_files() == before
 
 
 def test_files_are_the_users_own(store: CheckpointStore) -> None:
@@ -159,13 +159,13 @@ def test_an_unknown_name_is_answered_with_those_there_are(store: CheckpointStore
 
 
 def test_an_aborted_one_leaves_nothing(store: CheckpointStore) -> None:
-    before = open_descriptors()
+    before = open_files()
     writer = store.begin("best", SLOTS)
     writer.write("param", 0, make_values(SLOTS)["param"])
     assert store.list() == ()
     writer.abort()
     writer.abort()
-    assert (list(store.folder.iterdir()), open_descriptors()) == ([], before)
+    assert (list(store.folder.iterdir()), open_files()) == ([], before)
 
 
 def test_a_missing_block_and_a_wrong_config_leave_nothing(store: CheckpointStore) -> None:
@@ -185,7 +185,7 @@ def test_every_flip_and_cut_is_found_or_harmless(store: CheckpointStore) -> None
     pristine = {path: path.read_bytes() for path in (store.folder / "best").iterdir()}
     body = store.folder / "best" / "state.safetensors"
     rng = random.Random(3)
-    before = open_descriptors()
+    before = open_files()
     found = {"state.safetensors": 0, "manifest.json": 0}
     for number in range(450):
         path = rng.choice([body, *pristine])
@@ -213,7 +213,7 @@ def test_every_flip_and_cut_is_found_or_harmless(store: CheckpointStore) -> None
         else:
             assert (encode_manifest(manifest), bits(read)) == (encode_manifest(written), bits(values))
         path.write_bytes(pristine[path])
-    assert open_descriptors() == before
+    assert open_files() == before
     assert min(found.values()) > 100
 
 

@@ -22,7 +22,7 @@ from tests.server.durability.checkpoint_cases import (
     bits,
     make_manifest,
     make_values,
-    open_descriptors,
+    open_files,
     read_checkpoint,
     write_checkpoint,
 )
@@ -70,7 +70,7 @@ def fail_everywhere(
     while True:
         folder = tmp_path / f"copy-{at}"
         shutil.copytree(tmp_path / "checkpoints", folder)
-        disk, before = FailingDisk(at, **way), open_descriptors()
+        disk, before = FailingDisk(at, **way), open_files()
         try:
             action(CheckpointStore(disk, folder))
         except (OSError, DataLossError, InvalidRequestError):
@@ -78,7 +78,7 @@ def fail_everywhere(
         else:
             if len(disk.calls) <= at:
                 return disk.calls
-        assert open_descriptors() == before
+        assert open_files() == before
         check(CheckpointStore(Disk(), folder), disk)
         shutil.rmtree(folder)
         at += 1
