@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import subprocess
@@ -15,13 +14,12 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire.results import StepResult
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
 from tests.integration.link import Cut, Direction
 from tests.integration.probes import steps_over, stream_ends
 from tests.integration.proxy import Proxy
-from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
+from tests.integration.training import SMALL, WIDE, Model, assert_same_result, bits, same_bits
 from tests.support.numpy_server import numpy_pool
 from tests.support.raw_handoff import held_by_process
 
@@ -38,22 +36,6 @@ def share(exits: Any) -> Callable[[str], stepwire.Client]:
         return exits.enter_context(client)
 
     return opened
-
-
-def assert_the_same(one: StepResult | None, other: StepResult | None) -> None:
-    """Compare two results exactly, but for the norms of updates and parameters, which are told to six digits.
-
-    A pass with an answer may sum them in another order than one without.
-    """
-    assert one is not None
-    assert other is not None
-    names = ("step", "epoch", "skipped", "grad_norm", "non_finite_count", "clip_coefficient")
-    assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
-    for group, expected in zip(one.groups, other.groups, strict=True):
-        told = [value or 0.0 for value in (group.update_norm, group.param_norm)]
-        assert told == pytest.approx([value or 0.0 for value in (expected.update_norm, expected.param_norm)], rel=1e-5)
-        same = {"update_norm": expected.update_norm, "param_norm": expected.param_norm}
-        assert dataclasses.replace(group, **same) == expected
 
 
 class Twins:
@@ -77,7 +59,7 @@ class Twins:
         out = self.shared.shared_parameters() if way == "in place" else None
         answer, expected = self.shared.step(given, out=out, **options), self.plain.step(gradient, **options)
         assert bits(answer) == bits(expected)
-        assert_the_same(self.shared.last_result, self.plain.last_result)
+        assert_same_result(self.shared.last_result, self.plain.last_result)
         if self.shared.transport is not None and self.shared.transport.name == "shm":
             shown: Any = self.shared.shared_parameters()
             assert bits(shown) == bits(self.plain.pull(dtype=shown["w"].dtype))
