@@ -227,8 +227,10 @@ class CallRooms:
             full = most is not None and len(calls) >= most and displaced is None
             if not full:
                 self._seat(call, room, displaced)
-        if displaced is not None:
+        if displaced is not None and displaced.receives:
             displaced.end(_too_many(room, most))
+        elif displaced is not None:  # an error would wait behind the response that nobody reads, and keep its thread
+            displaced.cancel()
         if full:
             self._place_beyond(call, room, is_administrator)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -21,6 +23,10 @@ SERVICE: Final = "/stepwire.v1.OptimizerService/"
 HEALTH: Final = "/grpc.health.v1.Health/"
 CALLS: Final = 200
 """More than there are places."""
+
+RST_STREAM: Final = 3
+PLACES: Final = 64
+"""The places of calls that have brought their message."""
 
 UNFINISHED: Final = 32
 """The calls that may be slow with messages of 8 MiB."""
@@ -94,6 +100,32 @@ def test_calls_that_wait_for_their_clients_keep_nobody_out(
     finally:
         for connection in opened:
             connection.close()
+    until(lambda: server.statistics().calls.total == 0)
+
+
+def threads_that_send() -> int:
+    """Count the threads that wait until gRPC has sent a response."""
+    return sum(
+        frame.f_code.co_name == "_send_response"
+        for top in sys._current_frames().values()
+        for frame, _ in traceback.walk_stack(top)
+    )
+
+
+def test_pulls_that_nobody_reads_keep_no_more_threads_than_places(
+    served: Any, until: Callable[[Callable[[], bool]], None]
+) -> None:
+    server, wire, live = served
+    silent, before = Silent(live, server.port), threads_that_send()
+    with RawHttp2(server.port, window=0) as connection:
+        for _ in range(CALLS):
+            silent.pull(connection)
+        ended: set[int] = set()
+        while len(ended) < CALLS - PLACES:
+            kind, stream, _ = connection.read()
+            ended |= {stream} if kind == RST_STREAM else set()
+        until(lambda: threads_that_send() <= before + PLACES)
+        check_served(server, wire, live, 1)
     until(lambda: server.statistics().calls.total == 0)
 
 
