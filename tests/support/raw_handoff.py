@@ -82,15 +82,16 @@ def held_by_process() -> tuple[int, int]:
     Compare by `<=`, since what earlier tests have dropped may be closed meanwhile.
 
     Of sockets only those of packets count, and events do not: gRPC, and what it finds names with, opens and closes the
-    others when it pleases, and no memory is shared over them.
+    others when it pleases, and no memory is shared over them. Servers of other tests read of this process in `/proc`.
     """
     mappings = pathlib.Path("/proc/self/maps").read_text().count("/memfd:stepwire-")
-    return sum(not _is_of_grpc(int(descriptor)) for descriptor in os.listdir("/proc/self/fd")), mappings
+    return sum(not _is_of_others(int(descriptor)) for descriptor in os.listdir("/proc/self/fd")), mappings
 
 
-def _is_of_grpc(descriptor: int) -> bool:
+def _is_of_others(descriptor: int) -> bool:
     try:
-        if os.readlink(f"/proc/self/fd/{descriptor}") in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]"):
+        link = os.readlink(f"/proc/self/fd/{descriptor}")
+        if link.startswith("/proc/") or link in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]"):
             return True
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return False

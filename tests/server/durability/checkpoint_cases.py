@@ -97,12 +97,15 @@ def read_checkpoint(store: CheckpointStore, name: str) -> tuple[Manifest, Values
 
 
 def open_files() -> list[str]:
-    """Return the paths of the files and folders that this process has open: a store opens nothing else."""
+    """Return the paths of the files and folders that this process has open: a store opens nothing else.
+
+    Servers of other tests in this process read of it in `/proc`.
+    """
     links = []
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the listing's own, which is closed
             links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return sorted(link for link in links if link.startswith("/") and not link.startswith("/dev/"))
+    return sorted(link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/")))
 
 
 class FailingDisk(Disk):
