@@ -11,6 +11,9 @@ import stepwire
 from stepwire.arrays.recognised import RecognisedArrays
 from tests.support.numpy_server import numpy_server
 
+# Programs that change an array in place do so while NumPy allows it.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")
+
 
 class Checks:
     """Counts its calls, and returns views in the order of the names."""
