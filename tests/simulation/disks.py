@@ -33,7 +33,7 @@ class _Content:
 
 
 class SharedDisk:
-    """What the machine knows of a folder, beyond its files.
+    """The knowledge of the machine about a folder, beyond its files.
 
     Attributes:
         folder: the data directory.

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 __all__ = ["KINDS", "Fault", "chosen", "shrunk"]
 
 KINDS: Final = ("cut", "hold", "slow", "twice", "kill", "power", "pause", "replace", "overtake", "stale")
-"""What may happen to a shard.
+"""The faults of a shard.
 
 cut: its connections break. hold: it is partitioned. slow: its messages take long, and overtake one another. twice: its
 next unary call arrives twice. kill: its process ends at some call of the disk. power: its machine loses power there.

@@ -79,8 +79,6 @@ def fetch(path: str, request: transport_pb2.HandoffRequest | bytes) -> Handed:
 def held_by_process() -> tuple[int, int]:
     """Count the descriptors of this process, and its mappings of memory that is shared.
 
-    Compare by `<=`, since what earlier tests have dropped may be closed meanwhile.
-
     Of sockets only those of packets count, and events do not: gRPC, and what it finds names with, opens and closes the
     others when it pleases, and no memory is shared over them. Servers of other tests read of this process in `/proc`.
     """

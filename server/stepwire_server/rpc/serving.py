@@ -1,4 +1,4 @@
-"""What every stream and call of a server uses."""
+"""The parts of a server that every stream and call uses."""
 
 from __future__ import annotations
 
