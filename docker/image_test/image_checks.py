@@ -10,7 +10,7 @@ from report import Report, require
 
 __all__ = ["check_images"]
 
-_GOALS_BYTES: Final = {"base": 250_000_000, "cpu": 500_000_000}
+_GOALS_BYTES: Final = {"base": 250_000_000, "cpu": 490_000_000}
 """Of the second, some 40 MB are what object stores, certificates, JSON web tokens, metrics and traces need."""
 _SBOM: Final = "io.github.stepwire.sbom"
 _INSTALLED: Final = (
