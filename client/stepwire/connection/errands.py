@@ -10,8 +10,7 @@ A caller who is interrupted leaves its errand: another errand ends the deadlines
 its deadline. An outcome that nobody got is told to the code that made it, by `undelivered`. `as_a_whole` has the
 outcomes of several errands, and the caller's own work between them, reach the caller together or not at all.
 
-The cost is two switches of threads a call. A thread for gRPC's reads alone would cost one a message, and would leave
-the numbers of steps and streams to a thread that may be interrupted.
+The cost is two switches of threads a call. A thread for gRPC's reads alone would cost one a message.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, Final, Generic, ParamSpec, TypeAlias, TypeVar, cast
+
+from stepwire.lifetimes.endings import ENDINGS
 
 __all__ = [
     "Errand",
@@ -110,8 +111,7 @@ class Errand(Generic[_T]):
             self.is_left = True
             ends, under_way, over = list(self._ends), self._begun and not self._over, self._over
         if under_way:
-            for end in ends:
-                _quietly(end)
+            _tell(ends)
             return None
         if over:
             _tell(self.hooks)
@@ -256,6 +256,8 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
         if hooks is not None:
             hooks += errand.hooks
         return errand.result
+    if not is_own and ENDINGS.is_over and threading.current_thread().daemon:
+        threading.Event().wait()  # for the end of the process, as daemon threads do: no traceback is printed then
     try:
         raise failure
     finally:
