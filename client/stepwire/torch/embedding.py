@@ -45,7 +45,7 @@ class RemoteEmbedding(torch.nn.Module):
         semantics: RowSemantics = "torch_sparse",
         uniform_bound: float | None = None,
         seed: int = 0,
-        server: str | Client = "localhost:50051",
+        server: str | Client | None = None,
         timeout: float = 60.0,
         **options: Any,
     ) -> None:
@@ -58,7 +58,7 @@ class RemoteEmbedding(torch.nn.Module):
             semantics: the meaning of a step for rows; see `Client.create_session`.
             uniform_bound: the first values are uniform in [−bound, bound); default 1 / √embedding_dim.
             seed: the seed of the first values.
-            server: `host:port` or `unix:/path`, or a client, which stays the caller's.
+            server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
             timeout: seconds for a step, or a pull, with all its repetitions.
             options: further arguments of `Client.create_session`, such as `clip_grad_norm` or `durability`.
 

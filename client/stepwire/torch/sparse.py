@@ -43,7 +43,7 @@ class SparseAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
-        server: str | Client = "localhost:50051",
+        server: str | Client | None = None,
         semantics: RowSemantics = "torch_sparse",
         non_finite: NonFinite = "reject",
         timeout: float = 60.0,
@@ -56,7 +56,7 @@ class SparseAdam(torch.optim.Optimizer):
             betas: the weights of the past in the moments.
             eps: beside the root of the second moment.
             maximize: ascend instead of descend.
-            server: `host:port` or `unix:/path`, or a client, which stays the caller's.
+            server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
             semantics: the meaning of a step for rows; see `Client.create_session`.
             non_finite: the policy for NaN and Inf in a gradient.
             timeout: seconds for a step with all its repetitions.

@@ -135,3 +135,15 @@ def test_a_remote_embedding_trains_as_a_local_one(target: str, bag: bool) -> Non
             remote(torch.ones(2))
     finally:
         remote.close()
+
+
+def test_without_a_server_that_of_connect_is_used(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWIRE_TARGET", target)
+    (embedding,) = embeddings(1)
+    with SparseAdam(embedding.parameters()) as optimizer:
+        assert optimizer.session.info().applied_step == 0
+    remote = RemoteEmbedding(ROWS, WIDTH)
+    try:
+        assert remote.session.shapes == {"weight": (ROWS, WIDTH)}
+    finally:
+        remote.close()
