@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.records import FORMAT, UNIT_BYTES, Header, LogPosition, SegmentHead, chained
 from stepwire_server.durability.segments import FIRST_RECORD, SegmentName, SegmentReader, chain_of, segments_of
 
-__all__ = ["Damage", "LogReader", "LogRecord", "find_damage", "read_log"]
+__all__ = ["Damage", "LogReader", "LogRecord", "PayloadRoom", "find_damage", "read_log"]
 
 
 class Damage(Exception):
@@ -81,34 +80,23 @@ class LogRecord(NamedTuple):
         return payload
 
 
-class _Room:
-    """Room for payloads that are kept, until nobody has them any more."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._free = nbytes
+class PayloadRoom(Protocol):
+    """Room for payloads that are kept."""
 
     def array(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
-        """Return an array of some bytes, which has its room as long as it lives; None for no bytes, or too many."""
-        if not 0 < nbytes <= self._free:
-            return None
-        self._free -= nbytes
-        array = np.empty(nbytes, np.uint8)
-        weakref.finalize(array, self._release, nbytes).atexit = False
-        return array
-
-    def _release(self, nbytes: int) -> None:
-        self._free += nbytes
+        """Return an array of some bytes, which has its room as long as it lives; None for no bytes, or no room."""
+        ...
 
 
 class LogReader:
     """Iterates over the records of a log once, in the order in which they were appended."""
 
     def __init__(
-        self, disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None, *, keep_bytes: int = 0
+        self, disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None, *, room: PayloadRoom | None = None
     ) -> None:
-        """Read nothing yet; see `read_log`."""
+        """Read nothing yet; see `read_log`. Payloads are kept where there is a room for them."""
         self._disk, self._folder, self._up_to = disk, folder, up_to
-        self._room = _Room(keep_bytes)
+        self._room = room
         self._end = LogPosition(0, 0)
         self._ended = False
 
@@ -198,7 +186,7 @@ class _Walk:
         number: the number of the next record.
     """
 
-    def __init__(self, disk: Disk, names: list[SegmentName], limit: int | None, room: _Room) -> None:
+    def __init__(self, disk: Disk, names: list[SegmentName], limit: int | None, room: PayloadRoom | None) -> None:
         self.number = 1
         self._disk, self._names, self._limit, self._room = disk, names, limit, room
         self._sync, self._chain, self._offset = 1, 0, 0
@@ -250,7 +238,8 @@ class _Walk:
         header = file.header(self._offset)
         if header is None or (header.epoch, header.number, header.sync) != (name.epoch, self.number, self._sync):
             return None
-        meta, kept = file.meta(self._offset, header), self._room.array(header.payload_bytes)
+        meta = file.meta(self._offset, header)
+        kept = None if self._room is None else self._room.array(header.payload_bytes)
         chain = chained(self._chain, meta)
         if kept is None:
             chain = file.chain(self._offset, header, chain)
@@ -285,17 +274,15 @@ class _Walk:
         return Damage(self._names[at], self._offset, LogPosition(self._names[at].epoch, self.number - 1))
 
 
-def read_log(disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None, *, keep_bytes: int = 0) -> LogReader:
+def read_log(disk: Disk, folder: pathlib.Path, up_to: LogPosition | None = None) -> LogReader:
     """Return the records of the log in a folder, to be iterated over once.
 
     Args:
         disk: the system calls.
         folder: the folder.
         up_to: the end to read to in the newest epoch, behind which its owner is writing; None for the log's end.
-        keep_bytes: the bytes of payloads that are kept at a time, so that they are read once: those that the caller
-            still has count.
     """
-    return LogReader(disk, folder, up_to, keep_bytes=keep_bytes)
+    return LogReader(disk, folder, up_to)
 
 
 def find_damage(disk: Disk, folder: pathlib.Path) -> Damage | None:

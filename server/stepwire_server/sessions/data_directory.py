@@ -24,6 +24,7 @@ from stepwire_server.durability.archive import ArchivedSession
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.ownership import LOG, Ownership
+from stepwire_server.durability.read_ahead import ReadAhead
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.durability.session_log import SessionLog
@@ -43,7 +44,6 @@ __all__ = ["DataDirectory"]
 
 _log = structlog.get_logger()
 _NO_CHECKPOINT: Final = Saved(0, 0, 0)
-_KEPT_BYTES: Final = 64 << 20  # of gradients, from the reading of the log until their step is made again
 _RECOVERED: Final = Saved(0, 0, -1)  # the log was made again for it: a checkpoint is due, since older epochs wait
 
 
@@ -96,7 +96,7 @@ class DataDirectory:
         """
         began, self._make, known = time.monotonic(), make, self._archive.ids()
         recovery = Recovery(
-            functools.partial(read_log, self._disk, self._log_folder, keep_bytes=_KEPT_BYTES),
+            functools.partial(ReadAhead, self._disk, self._log_folder),
             functools.partial(self._restorer.restored, make=make),
             self._save_recovered,
             self._restorer.check_reached,

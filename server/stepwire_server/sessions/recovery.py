@@ -8,7 +8,7 @@ from typing import NamedTuple
 import structlog
 
 from stepwire.errors import ResourceExhaustedError, StepwireError
-from stepwire_server.durability.reading import LogReader
+from stepwire_server.durability.read_ahead import ReadAhead
 from stepwire_server.durability.records import LogPosition
 from stepwire_server.sessions.redo import Codec, Redo
 from stepwire_server.sessions.session import Session
@@ -47,7 +47,7 @@ class Recovery:
 
     def __init__(
         self,
-        read: Callable[[], LogReader],
+        read: Callable[[], ReadAhead],
         restored: Callable[[str], Session],
         save: Callable[[Session], object],
         check: Callable[[Session], object],

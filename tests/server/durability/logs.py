@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from stepwire_server.durability.reading import LogReader, read_log
+from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import Kind, LogPosition, Record
 from stepwire_server.durability.segments import SegmentWriter
 from tests.server.durability.memory_disk import MemoryDisk
@@ -39,7 +39,7 @@ def random_batches(chance: random.Random, most: int) -> list[list[Record]]:
     ]
 
 
-def records_of(reader: LogReader) -> Iterator[Read]:
+def records_of(reader: Iterable[LogRecord]) -> Iterator[Read]:
     """Yield the records of a log with their payloads."""
     for found in reader:
         header = found.header

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from stepwire.errors import DataLossError, Reason
+from stepwire_server.durability.read_ahead import ReadAhead
 from stepwire_server.durability.reading import LogRecord, read_log
 from stepwire_server.durability.records import Kind, LogPosition, Record, encode_head
 from stepwire_server.durability.repair import cut
@@ -62,11 +63,12 @@ def copy_of(disk: MemoryDisk) -> MemoryDisk:
     return copy
 
 
-def read_until_damage(disk: MemoryDisk, keep_bytes: int = 0) -> tuple[list[Read], DataLossError | None]:
+def read_until_damage(disk: MemoryDisk, keep_bytes: int | None = None) -> tuple[list[Read], DataLossError | None]:
     """Return what a reader got, and the error that ended it."""
     found: list[Read] = []
     try:
-        found.extend(records_of(read_log(disk, FOLDER, keep_bytes=keep_bytes)))
+        reader = read_log(disk, FOLDER) if keep_bytes is None else ReadAhead(disk, FOLDER, keep_bytes=keep_bytes)
+        found.extend(records_of(reader))
     except DataLossError as error:
         return found, error
     return found, None
@@ -103,7 +105,7 @@ def test_whatever_happens_to_the_bytes_no_wrong_record_is_read() -> None:
             log = written(chance)
         disk = copy_of(log.disk)
         name, start, extent = damage(disk, chance)
-        found, error = read_until_damage(disk, chance.choice((0, 4000, 1 << 20)))
+        found, error = read_until_damage(disk, chance.choice((None, 4000, 1 << 20)))
         case = (seed, name, start, extent, str(error))
         assert found == log.given[: len(found)], case
         before = [p for p in log.places if (p.path.name, p.offset + p.header.nbytes) <= (name, start)]
@@ -167,23 +169,6 @@ def test_a_payload_that_rots_after_it_was_found_is_not_returned() -> None:
         places[0].read_payload()
     assert failed.value.reason is Reason.LOG_DAMAGED
     assert places[1].read_payload().tobytes() == bytes([2]) * 600
-
-
-def test_a_payload_that_was_kept_is_not_read_again() -> None:
-    disk, _ = two_syncs()
-    places = list(read_log(disk, FOLDER, keep_bytes=3000))
-    disk.files.clear()
-    assert [place.read_payload().tobytes() for place in places] == [bytes([entry]) * 600 for entry in range(1, 6)]
-
-
-def test_payloads_are_kept_as_long_as_there_is_room() -> None:
-    disk, _ = two_syncs()
-    places = list(read_log(disk, FOLDER, keep_bytes=1800))
-    assert [place.kept is not None for place in places] == [True, True, True, False, False]
-    assert places[4].read_payload().tobytes() == bytes([5]) * 600
-    del places
-    records = read_log(disk, FOLDER, keep_bytes=1200)  # for the last two: the loop has one while it reads the next
-    assert [record.kept is not None for record in records] == [True] * 5
 
 
 def test_the_end_is_not_told_before_it_is_known() -> None:
