@@ -1,16 +1,19 @@
-"""A server that kills itself at a named point: `python -m tests.crash.crashing_server POINT COUNT DATA_DIR [STORE]`.
+"""A server in a process of its own that kills itself at a named point.
 
 The points lie before and behind the stages of a step, of a checkpoint, and of a start. Nothing of this is in the
-server: here its functions are wrapped. It prints its port in a line, and runs until it is killed or its standard input
-ends.
+server: here its functions are wrapped. The process is forked from one that has imported the server, which takes most of
+a start's time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import pathlib
 import signal
-import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from stepwire_server.config import ServerConfig
@@ -32,7 +35,7 @@ from stepwire_server.steps.commit import Commit
 from stepwire_server.steps.step import Step
 from tests.support.numpy_server import numpy_pool
 
-__all__ = ["POINTS", "STORE_POINTS", "WORKER_POINTS"]
+__all__ = ["POINTS", "STORE_POINTS", "WORKER_POINTS", "CrashingServer"]
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "receive": (Step, "add"),
@@ -90,8 +93,41 @@ def _crash(function: Callable[..., Any], *, after: bool, count: int) -> Callable
     return called
 
 
-def main(point: str, count: int, data_dir: str, store: str = "") -> None:
-    """Serve until the end of standard input."""
+class CrashingServer:
+    """A server in a process of its own.
+
+    Attributes:
+        port: its port; None for one that died before it listened.
+    """
+
+    def __init__(self, data_dir: pathlib.Path, point: str = "", count: int = 0, store: str = "") -> None:
+        """Start a server that dies at the `count`th passing of a point, or at none, and wait until it listens."""
+        self._ours, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, point, count, str(data_dir), store))
+        self._process.start()
+        theirs.close()
+        try:
+            self.port = int(self._ours.recv_bytes())
+        except EOFError:
+            self.port = None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, if it lives."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.join()
+        self._ours.close()
+
+
+def _serve(parent: Connection, point: str, count: int, data_dir: str, store: str) -> None:
+    """Serve until the parent has ended."""
     if point:
         when, _, place = point.partition(" ")
         owner, name = (_PLACES | _STORE_PLACES | _WORKER_PLACES)[place]
@@ -106,10 +142,10 @@ def main(point: str, count: int, data_dir: str, store: str = "") -> None:
         journal_segment_bytes=1 << 20,
     )
     configure_logging("error", True)
-    with Server(config, pool=numpy_pool()) as server:
-        print(server.port, flush=True)
-        sys.stdin.read()
+    with Server(config, pool=numpy_pool()) as server, contextlib.suppress(EOFError):
+        parent.send_bytes(str(server.port).encode())
+        parent.recv_bytes()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])

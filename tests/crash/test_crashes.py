@@ -5,13 +5,13 @@ The suite tries some points once. `make crash-test SEEDS=20` tries every point s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import pytest
 
 import stepwire
 from stepwire.errors import Reason
-from tests.crash.crashing_server import POINTS
+from tests.crash.crashing_server import POINTS, CrashingServer
 from tests.integration.proxy import Proxy
 
 pytestmark = pytest.mark.slow
@@ -42,29 +42,21 @@ class Supervised:
         self._proxy, self._data_dir = proxy, data_dir
         self._point, self._count = point, count
         self._ended = False
-        self._process: subprocess.Popen[str] | None = None
+        self._process: CrashingServer | None = None
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def _start(self) -> subprocess.Popen[str]:
-        point = self._point if not self.starts else ""
-        command = [sys.executable, "-m", "tests.crash.crashing_server", point, str(self._count), str(self._data_dir)]
-        command += [self._store] if self._store else []
-        self.starts += 1
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
     def _run(self) -> None:
         while not self._ended:
-            process = self._process = self._start()
-            assert process.stdout is not None
-            port = process.stdout.readline().strip()
-            if port:
-                self._proxy.upstream = f"127.0.0.1:{port}"
+            point = self._point if not self.starts else ""
+            self.starts += 1
+            process = self._process = CrashingServer(self._data_dir, point, self._count, self._store)
+            if process.port is not None:
+                self._proxy.upstream = f"127.0.0.1:{process.port}"
                 self._up.set()
+            if self._ended:  # the block ended while this one started
+                process.kill()
             process.wait()
-            process.stdout.close()
-            assert process.stdin is not None
-            process.stdin.close()
 
     def __enter__(self) -> Supervised:
         self._thread.start()
@@ -139,34 +131,27 @@ def test_no_acknowledged_step_is_lost_or_doubled(case: Case, expected: list[byte
         assert supervised.starts <= 3
 
 
-class Child:
-    """One server in a process of its own, without crash points. A context manager, which kills it."""
-
-    def __init__(self, data_dir: pathlib.Path) -> None:
-        """Start, and wait until it listens."""
-        command = [sys.executable, "-m", "tests.crash.crashing_server", "", "0", str(data_dir)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.target = f"127.0.0.1:{self.process.stdout.readline().strip()}"
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+@contextlib.contextmanager
+def server_on(data_dir: pathlib.Path) -> Iterator[CrashingServer]:
+    """Run a server without crash points for a block, and kill it."""
+    process = CrashingServer(data_dir)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_server_that_was_stopped_and_goes_on_answers_nothing(tmp_path: pathlib.Path) -> None:
     """Another server acquires the directory while the first one is paused."""
-    with Child(tmp_path) as old, stepwire.connect(old.target, timeout=20.0) as client:
+    with server_on(tmp_path) as old, stepwire.connect(f"127.0.0.1:{old.port}", timeout=20.0) as client:
         session = client.create_session(parameters(), durability="journal", keep=True)
         session.step(gradient(1))
-        old.process.send_signal(signal.SIGSTOP)
-        with Child(tmp_path) as new, stepwire.connect(new.target) as other:
+        old.send_signal(signal.SIGSTOP)
+        with server_on(tmp_path) as new, stepwire.connect(f"127.0.0.1:{new.port}") as other:
             again = other.session(session.own_id)
             values = bits(again.step(gradient(2)))
-            old.process.send_signal(signal.SIGCONT)
+            old.send_signal(signal.SIGCONT)
             for act in (lambda: session.step(gradient(2)), session.pull, session.state):
                 with pytest.raises(stepwire.FencedError) as fenced:
                     act()
