@@ -68,10 +68,11 @@ sweep: .venv/stamp-dev
 	$(BIN)/python conformance/sweep/main.py $(ARGUMENTS)
 
 # Random programs on torch's optimizers and on `stepwire.torch` side by side, in long form; the tests have a few of them.
-# It needs PyTorch in .venv.
+# It needs PyTorch in .venv. `make programs PROGRAMS=10000 FROM=10000` goes on behind the first 10,000.
 PROGRAMS ?= 1000
+FROM ?= 0
 programs: .venv/stamp-dev
-	env STEPWIRE_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -q -n 2 tests/client/torch/programs
+	env STEPWIRE_PROGRAMS=$(PROGRAMS) STEPWIRE_PROGRAMS_FROM=$(FROM) $(BIN)/python -m pytest -q -n 2 tests/client/torch/programs
 
 # Everything that is not a test: style, types, the contract, and whether generated code is fresh.
 check: lint types proto aio

@@ -1,8 +1,8 @@
 """Random programs on torch's optimizers and on the drop-in side by side, compared after each action.
 
 A program is a list of actions with a seed each, and both sides draw the same numbers. A failure prints the seed of its
-program: `STEPWIRE_PROGRAM=seed` runs it alone. The number of programs comes from `STEPWIRE_PROGRAMS`; `make programs`
-sets it.
+program: `STEPWIRE_PROGRAM=seed` runs it alone. The number of programs comes from `STEPWIRE_PROGRAMS`, and the number of the
+first from `STEPWIRE_PROGRAMS_FROM`, so that a long run can be made in parts; `make programs` sets them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.client.torch.programs.world import RULES, WAYS, World
 PROGRAMS = int(os.environ.get("STEPWIRE_PROGRAMS", "24"))
 ALONE = os.environ.get("STEPWIRE_PROGRAM")
 BATCHES = 8
-FIRST = 20_261_129
+FIRST = 20_261_129 + int(os.environ.get("STEPWIRE_PROGRAMS_FROM", "0"))
 LONGEST = 16
 BOUND = {"rtol": 2e-4, "atol": 2e-5}
 
