@@ -20,10 +20,12 @@ examples: .venv-examples/stamp
 
 # One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
 # gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
-# where Python may keep its bytecode. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
+# where Python may keep its bytecode. Of tests with many cases of one kind every third case is run, and all of them in CI or
+# with `SAMPLE=`. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+SAMPLE ?= $(if $(CI),,--sample)
 test: .venv/stamp-dev
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGUMENTS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SAMPLE) $(ARGUMENTS)
 
 # The model of several callers of one session, in long form: so many examples for each of one server, shards, and shards
 # that commit in two phases. The tests have some of them, and CI 300 of each.

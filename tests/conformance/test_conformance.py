@@ -22,6 +22,8 @@ from conformance.tensor_file import read_tensors, write_tensors
 from stepwire.v1 import optimizer_pb2
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = {case.name: case for case in stored_cases()}
 

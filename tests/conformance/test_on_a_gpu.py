@@ -24,7 +24,7 @@ from tests.server.pretended_gpus import (
     pretended_cupy,
 )
 
-pytestmark = [needs_compiler, pytest.mark.slow]
+pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.many]
 
 ALL = {case.name: case for case in stored_cases()}
 STEPS = 10

@@ -21,7 +21,7 @@ from tests.integration.proxy import Proxy
 from tests.integration.workers.together import exact_mean, gradients, together
 from tests.support.numpy_server import numpy_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 WORKERS, STEPS, SIZE = 4, 8, 30_000
 ZEROS = {"w": np.zeros(SIZE, np.float32)}

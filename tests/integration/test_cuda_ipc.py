@@ -24,7 +24,7 @@ from tests.integration.training import SMALL, WIDE, Model, bits, same_bits, tele
 from tests.server.pretended_gpus import PlacedGpu, compiled_kernels, machine_code, needs_compiler, pretended_cupy
 from tests.support.fake_libcuda import FakeLibcuda
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.many]
 
 _SHARED_BYTES = 2 << 20
 

@@ -21,7 +21,7 @@ from tests.integration.proxy import Proxy
 from tests.integration.training import OVERLAPPED, PATCHED, SMALL, WIDE, Model, bits, same_bits, telemetry
 from tests.support.pairwise import pairwise
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 _SEED = 1_812_06
 

@@ -21,7 +21,7 @@ from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
 # Python itself ignores an exception that arrives in a finaliser.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.many]
 
 SIZE = 40_000
 FUTURES: dict[str, list[Any]] = {}

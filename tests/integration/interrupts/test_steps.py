@@ -21,6 +21,8 @@ from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 SIZE = 40_000
 """Elements of a tensor; a message holds 16,384 of them in float32."""
 

@@ -20,6 +20,8 @@ from tests.integration.sharding.pair import SHAPES, TREATMENTS, Arrays, Opened, 
 from tests.integration.training import bits
 from tests.support.pairwise import pairwise
 
+pytestmark = pytest.mark.many
+
 OPTIMIZERS = {
     "adam": stepwire.Adam(lr=1e-2, weight_decay=1e-2),
     "adamw_amsgrad": stepwire.AdamW(lr=1e-2, amsgrad=True),

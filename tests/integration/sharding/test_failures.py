@@ -21,6 +21,8 @@ from tests.integration.proxy import Proxy
 from tests.integration.sharding.pair import SHAPES, Opened, Pair, arrays, over
 from tests.integration.training import bits
 
+pytestmark = pytest.mark.many
+
 
 @pytest.fixture
 def proxied(servers: list[Server], opened: Opened) -> Iterator[tuple[stepwire.Client, Proxy]]:

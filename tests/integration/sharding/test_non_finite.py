@@ -12,6 +12,8 @@ from stepwire_server.server import Server
 from tests.integration.sharding.pair import SHAPES, Arrays, Opened, Pair, arrays, over
 from tests.integration.training import same_bits
 
+pytestmark = pytest.mark.many
+
 
 def with_nan(gradient: Arrays, name: str, element: int, value: float = np.nan) -> Arrays:
     """Return the gradient with one element that is not finite."""

@@ -22,6 +22,8 @@ from stepwire_server.rules import ALL_RULES, EIGHT_BIT_SLOTS, Decay, Precision, 
 from tests.support import cuda_cases as cases
 from tests.support.pairwise import combinations, covering, missing, pairwise
 
+pytestmark = pytest.mark.many
+
 FLOAT32 = np.dtype(np.float32)
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())
 FULL = dict.fromkeys(cases.FLAGS, True)

@@ -18,6 +18,8 @@ from stepwire_server.rules import ALL_RULES, Decay, Precision, Recipe
 from stepwire_server.rules.adaptive import RMSPROP_RULES
 from tests.support import telemetry_cases
 
+pytestmark = pytest.mark.many
+
 GRADIENTS = ["float32", "bfloat16", "float16"]
 REPLIES = [None, "float32", "bfloat16", "float16"]
 RULES = list({rule.update: rule for rule in ALL_RULES}.values())

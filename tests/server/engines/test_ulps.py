@@ -30,6 +30,8 @@ from stepwire_server.engines import PARAM, CpuEngine
 from stepwire_server.engines.protocol import Pass
 from stepwire_server.rules import ALL_RULES, Precision, Recipe, has_momentum, rule_for
 
+pytestmark = pytest.mark.many
+
 SIZE = 100_000
 FLOAT32 = np.dtype(np.float32)
 BETAS = [(0.9, 0.999), (0.85, 0.98), (0.5, 0.9)]

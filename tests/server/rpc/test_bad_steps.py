@@ -16,6 +16,8 @@ from stepwire.optimizers import LARGEST_NUMBER
 from stepwire.v1 import attach_pb2, optimizer_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
+pytestmark = pytest.mark.many
+
 CHUNK_BYTES = 64 << 10
 LAST = 2**64 - 1
 NAN, INF = float("nan"), float("inf")

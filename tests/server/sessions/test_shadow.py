@@ -25,6 +25,8 @@ from stepwire_server.sessions.shadow import differs
 from tests.support.numpy_server import numpy_pool, numpy_server
 from tests.support.raw import RawClient
 
+pytestmark = pytest.mark.many
+
 SHAPES = {"wide": (64, 80), "b": (7,)}
 
 

@@ -24,6 +24,8 @@ from tests.server.configs import make_config
 from tests.server.session_driver import apply_step, begin, everything, load, make_session, request_of
 from tests.support.raw_handoff import held_by_process
 
+pytestmark = pytest.mark.many
+
 SIZE = 5000
 STATE_BYTES = 3 * 4 * SIZE
 PAGES = in_pages(4 * SIZE)

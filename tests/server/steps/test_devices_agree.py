@@ -50,7 +50,7 @@ from tests.server.pretended_gpus import (
 from tests.server.session_driver import apply_step, everything, load, make_session
 from tests.support.cuda_cases import assert_same_bits
 
-pytestmark = [needs_compiler, pytest.mark.slow]
+pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.many]
 
 OPTIMIZERS: list[Optimizer] = [
     Adam(),

@@ -1,7 +1,7 @@
 """Random programs on torch's optimizers and on the drop-in side by side, compared after each action.
 
 A program is a list of actions with a seed each, and both sides draw the same numbers. A failure prints the seed of its
-program: `STEPWIRE_PROGRAM=seed` runs it alone. The number of programs comes from `STEPWIRE_PROGRAMS`, and the number of the
+program: `STEPWIRE_PROGRAM=seed` runs it alone. The number of programs comes from `STEPWIRE_PROGRAMS`, and that of the
 first from `STEPWIRE_PROGRAMS_FROM`, so that a long run can be made in parts; `make programs` sets them.
 """
 

@@ -42,7 +42,10 @@ from tests.server.pretended_gpus import library_of
 from tests.support import cuda_cases as cases
 from tests.support import cuda_shim as shim
 
-pytestmark = pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not installed; it compiles for the processor")
+pytestmark = [
+    pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not installed; it compiles for the processor"),
+    pytest.mark.many,
+]
 
 SIZES = [1, 3, 255, 256, 257, 1037, GRAIN + 5]
 SIGNS = pytest.mark.parametrize("sign", ["signed", "unsigned"])

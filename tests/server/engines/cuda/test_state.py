@@ -24,7 +24,7 @@ from tests.support import cuda_cases as cases
 from tests.support import telemetry_cases
 from tests.support.pairwise import combinations, missing
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.many]
 
 ORDERS = ["lazy", "greedy", *(("random", seed) for seed in range(2))]
 PATIENCE_SECONDS = 60.0

@@ -18,6 +18,8 @@ from stepwire_server.engines.regions import Holding
 from stepwire_server.rules import EIGHT_BIT_SLOTS, Precision
 from tests.support.cuda_cases import regions_of
 
+pytestmark = pytest.mark.many
+
 ORDERS = ["eager", "lazy", "greedy", *(("random", seed) for seed in range(4))]
 WIRE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 HELD = {"float32": Precision.FLOAT32, "bfloat16": Precision.BFLOAT16}
