@@ -50,6 +50,7 @@ class SessionConfig:
         tensor_precision: the precision of each tensor's moments, by name, whoever named it.
         durability: the steps that survive a loss of the server, and the times of checkpoints.
         aggregation: the way that the gradients of several workers meet; None for one worker.
+        tables: by the name of a table, the meaning of a step for its rows.
     """
 
     optimizer: Optimizer
@@ -60,10 +61,12 @@ class SessionConfig:
     tensor_precision: dict[str, str]
     durability: Durability
     aggregation: Aggregation | None = None
+    tables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_wire(cls, message: session_pb2.SessionConfig) -> SessionConfig:
         """Decode a session's config."""
+        specs = specs_from_wire(message)
         return cls(
             optimizer=optimizer_from_wire(message.optimizer, "optimizer"),
             groups=tuple(hyperparameters_from_wire(group.overrides) for group in message.groups),
@@ -74,9 +77,10 @@ class SessionConfig:
                 group_clips=any(group.HasField("clip_grad_norm") for group in message.groups),
             ),
             state_precision=precision_from_wire(message.state_precision),
-            tensor_precision={spec.name: spec.state_precision for spec in specs_from_wire(message)},
+            tensor_precision={spec.name: spec.state_precision for spec in specs},
             durability=durability_from_wire(message, "config"),
             aggregation=aggregation_from_wire(message.aggregation, "config.aggregation"),
+            tables={spec.name: spec.table for spec in specs if spec.table},
         )
 
     def arguments(self, group: int) -> dict[str, Any]:
