@@ -35,8 +35,13 @@ def step() -> RowPass:
     return RowPass(RECIPE, np.array(lines, np.float32), kinds)
 
 
-def stepped(engine: Engine) -> dict[str, Any]:
-    """Step rows with a part of a gradient, once with a reply and once without, and return everything."""
+def stepped(engine: Engine, *, own: bool = False) -> dict[str, Any]:
+    """Step rows with a part of a gradient, once with a reply and once without, and return everything.
+
+    Args:
+        engine: the engine.
+        own: each row has a line of scalars of its own, with the numbers of its kind.
+    """
     arrays = cases.make_arrays(RECIPE, SIZE, odd=False)
     state = engine.allocate(dict.fromkeys((PARAM, *RECIPE.slots), Precision.FLOAT32), SIZE)
     for slot in (PARAM, *RECIPE.slots):
@@ -44,8 +49,10 @@ def stepped(engine: Engine) -> dict[str, Any]:
     buffer = state.receive(10 * WIDTH)
     gradient = buffer.put(0, arrays["gradient"][: 10 * WIDTH])
     out, found = np.zeros(len(ROWS) * WIDTH, REPLY), step()
+    if own:
+        found = RowPass(RECIPE, found.scalars[found.kinds], np.arange(len(ROWS), dtype=np.int32), own=True)
     first = state.update_rows(found, TABLE, ROWS, gradient, 2, out).wait()
-    rest = found._replace(kinds=found.kinds[3:])
+    rest = found.part(3, len(ROWS))
     second = state.update_rows(rest, TABLE, ROWS[3:], gradient, 0, None).wait()
     read = np.zeros(2 * WIDTH, REPLY)
     state.read_rows(PARAM, TABLE, np.array([399, 2], np.int64), read).wait()

@@ -54,7 +54,8 @@ class Table:
 
     Attributes:
         shape: the extents: rows first.
-        semantics: the meaning of a step for its rows: `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`.
+        semantics: the meaning of a step for its rows: `"torch_sparse"`, `"row_counter"`, `"skipped"`, `"global"`, or
+            with Adagrad `"row_wise"`.
         uniform_bound: the bound b, finite and ≥ 0, of first parameters that are uniform in [−b, b); 0 for zeros.
         seed: their seed, in [0, 2⁶⁴): the same numbers on every server.
     """

@@ -42,7 +42,7 @@ class SparseGradients:
         if meaning not in (None, "torch_sparse", "global"):
             raise UnsupportedFeatureError(
                 f"row_semantics: {meaning!r} is not served here, since state dicts have no numbers of rows; use "
-                f"'torch_sparse' or 'global', or stepwire.torch.SparseAdam(semantics={meaning!r})",
+                "'torch_sparse' or 'global', or give the table a session of its own, by SparseAdam or RemoteEmbedding",
                 metadata={"field": "row_semantics", "feature": "torch_row_semantics"},
             )
         if meaning is not None or not self._rule.takes_rows:

@@ -15,6 +15,7 @@ class RowSemantics(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_SEMANTICS_ROW_COUNTER: _ClassVar[RowSemantics]
     ROW_SEMANTICS_SKIPPED: _ClassVar[RowSemantics]
     ROW_SEMANTICS_GLOBAL: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_ROW_WISE: _ClassVar[RowSemantics]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +29,7 @@ ROW_SEMANTICS_TORCH_SPARSE: RowSemantics
 ROW_SEMANTICS_ROW_COUNTER: RowSemantics
 ROW_SEMANTICS_SKIPPED: RowSemantics
 ROW_SEMANTICS_GLOBAL: RowSemantics
+ROW_SEMANTICS_ROW_WISE: RowSemantics
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype

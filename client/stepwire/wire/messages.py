@@ -53,6 +53,7 @@ SEMANTICS: Final = {
     "row_counter": tensor_pb2.ROW_SEMANTICS_ROW_COUNTER,
     "skipped": tensor_pb2.ROW_SEMANTICS_SKIPPED,
     "global": tensor_pb2.ROW_SEMANTICS_GLOBAL,
+    "row_wise": tensor_pb2.ROW_SEMANTICS_ROW_WISE,
 }
 """The contract's values of the meanings of a step for the rows of a table."""
 

@@ -132,7 +132,7 @@ def _state_of(checkpoint: Checkpoint, layout: Layout) -> State:
         if slot.startswith(ROW_NUMBERS):
             raise stepwire.InvalidRequestError.of(
                 "checkpoint",
-                "its tables count their rows, and files of state have no such numbers; fork the session",
+                "its tables keep numbers of their rows, and files of state have none; fork the session",
             )
         if facts.elements != layout.size or len(manifest.tensor_steps) != len(tensors):
             raise stepwire.InvalidRequestError.of(

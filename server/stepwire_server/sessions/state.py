@@ -32,7 +32,7 @@ from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
 from stepwire_server.rules.first_values import uniform
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
-from stepwire_server.sessions.row_numbers import decoded, row_slots
+from stepwire_server.sessions.row_numbers import decoded, first_numbers, row_slots
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
@@ -122,7 +122,7 @@ class SessionState:
         self.unfinished: OverlappedStep | None = None
         self.capture: Capture | None = None
         self.sum_bound = 0.0
-        self.row_numbers = _row_numbers(config)
+        self.row_numbers = first_numbers(config)
         self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
@@ -330,7 +330,7 @@ class SessionState:
         for (slot, elements), own in zip(row_slots(config).items(), self.row_numbers.values(), strict=True):
             values = np.empty(elements, np.float32)
             read(slot, 0, values)
-            own[:] = decoded(values)
+            own[:] = decoded(values, own.dtype)
         self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
         self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
@@ -368,15 +368,9 @@ class SessionState:
                 self._parameter_memory.close()
 
 
-def _row_numbers(config: SessionConfig) -> dict[int, HostArray]:
-    """Return the numbers of rows, by the index of each table that keeps some: none has come so far."""
-    counted = [index for index, semantics in config.tables.items() if semantics.counts_rows]
-    return {index: np.zeros(config.layout.tensors[index].spec.shape[0], np.uint32) for index in counted}
-
-
 def _initialize(config: SessionConfig, arrays: EngineState) -> None:
     """Give slots their first values where these are not zeros."""
-    if isinstance(config.optimizer, Adagrad) and config.optimizer.initial_accumulator_value:
+    if isinstance(config.optimizer, Adagrad) and config.optimizer.initial_accumulator_value and config.rule_slots:
         first = config.optimizer.initial_accumulator_value
         values = np.full(min(_COPY_ELEMENTS, config.layout.size), first, np.float32)
         for tensor in config.layout.tensors:

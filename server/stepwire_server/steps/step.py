@@ -28,7 +28,7 @@ class SteppedState(Protocol):
         tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
-        row_numbers: by index, the numbers of the rows of each table that counts them, `(rows,) uint32`: see
+        row_numbers: by index, the numbers of the rows of each table that keeps some, `(rows,)` uint32 or float32: see
             `RowSemantics.counts_rows`.
     """
 

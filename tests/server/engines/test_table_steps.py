@@ -55,6 +55,10 @@ def test_compiled_kernels_have_the_bits_of_numpy(numpy_engine: CpuEngine) -> Non
         engine.close()
 
 
+def test_a_row_may_have_numbers_of_its_own(numpy_engine: CpuEngine) -> None:
+    tables.assert_same(tables.stepped(numpy_engine, own=True), tables.stepped(numpy_engine))
+
+
 def test_rows_outside_the_table_are_refused(numpy_engine: CpuEngine) -> None:
     state = numpy_engine.allocate({PARAM: Precision.FLOAT32}, tables.SIZE)
     for rows in ([-1], [0, 400]):

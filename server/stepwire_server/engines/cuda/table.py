@@ -54,7 +54,7 @@ class TableCalls:
             return self._launched(step, (*addresses, gradient), table, rows)
         asked = []
         for low, high in self._parts(len(rows), table.width, out.dtype.itemsize):
-            part = step._replace(kinds=step.kinds[low:high])
+            part = step.part(low, high)
             target = out[low * table.width : high * table.width]
             asked.append(
                 self._replied(part, (*addresses, gradient + 4 * low * table.width), table, rows[low:high], target)
