@@ -17,6 +17,7 @@ from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.session import Session
 from stepwire.step_result import StepResult
+from stepwire.torch.prefetch import PrefetchedRows
 
 __all__ = ["RemoteEmbedding", "RemoteEmbeddingBag"]
 
@@ -80,6 +81,7 @@ class RemoteEmbedding(torch.nn.Module):
                 self._owned.close()
             raise
         self._gathered: list[tuple[Any, Any]] = []
+        self._prefetched = PrefetchedRows(self.session, _NAME)
 
     @property
     def last_result(self) -> StepResult | None:
@@ -110,9 +112,26 @@ class RemoteEmbedding(torch.nn.Module):
             return None
         indices = np.concatenate([each.cpu().numpy() for each, _ in came])
         values = np.concatenate([gradient.float().cpu().numpy() for _, gradient in came])
-        self.session.step({_NAME: Rows(indices, values)}, lr=lr, reply="none")
+        gradient = {_NAME: Rows(indices, values)}
+        self._prefetched.step(indices, lambda: self.session.step(gradient, lr=lr, reply="none"))
         self._gathered.clear()
         return self.last_result
+
+    def prefetch(self, input: Any) -> None:
+        """Fetch the rows of the next batch in the background, while this one is computed and stepped.
+
+        The next forward passes use them, until the next call, or until the second step from now. They have the values
+        of a pull at that time: rows that a step touches are fetched again. Another client that steps the table
+        meanwhile is not noticed.
+
+        Args:
+            input: the indices, of any shape; those that a pass needs besides are pulled as without this call.
+
+        Raises:
+            InvalidRequestError: they are no indices.
+            UnsupportedFeatureError: the session has several workers.
+        """
+        self._prefetched.ask(_checked(input).cpu().numpy())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the rows since the last step."""
@@ -122,6 +141,7 @@ class RemoteEmbedding(torch.nn.Module):
     def close(self) -> None:
         """End the session, and the connection if it was made here. Closing twice is harmless."""
         self._gathered.clear()
+        self._prefetched.forget()
         self.session.close()
         if self._owned is not None:
             self._owned.close()
@@ -143,11 +163,8 @@ class RemoteEmbedding(torch.nn.Module):
 
     def _gather(self, input: Any) -> tuple[Any, Any]:
         """Return the rows of some indices, each once, and the place of each index among them."""
-        if input.dtype not in (torch.int64, torch.int32):
-            raise InvalidRequestError.of("input", f"dtype {input.dtype}; indices of rows are int64 or int32")
-        indices, inverse = torch.unique(input.reshape(-1), return_inverse=True)
-        pulled = self.session.pull(rows={_NAME: indices.cpu().numpy()})[_NAME]  # type: ignore[call-overload]
-        rows = torch.from_numpy(pulled.values).to(input.device)
+        indices, inverse = torch.unique(_checked(input).reshape(-1), return_inverse=True)
+        rows = torch.from_numpy(self._prefetched.rows(indices.cpu().numpy())).to(input.device)
         if torch.is_grad_enabled():
             rows.requires_grad_()
             self._gathered.append((indices, rows))
@@ -178,3 +195,9 @@ class RemoteEmbeddingBag(RemoteEmbedding):
         return torch.nn.functional.embedding_bag(
             inverse.reshape(input.shape), rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights
         )
+
+
+def _checked(input: Any) -> Any:
+    if input.dtype not in (torch.int64, torch.int32):
+        raise InvalidRequestError.of("input", f"dtype {input.dtype}; indices of rows are int64 or int32")
+    return input
