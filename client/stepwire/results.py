@@ -33,6 +33,7 @@ __all__ = [
     "SessionStatistics",
     "Snapshot",
     "StepResult",
+    "TableUse",
     "TransportChoice",
 ]
 
@@ -131,6 +132,21 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TableUse:
+    """The rows of a table that are named by ids.
+
+    Attributes:
+        name: the name of the table.
+        rows: the rows that there are.
+        evicted_rows: the rows that were evicted since the session came into memory.
+    """
+
+    name: str
+    rows: int
+    evicted_rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SessionStatistics:
     """The numbers that a client knows of its session, as of one moment.
 
@@ -177,6 +193,7 @@ class SessionInfo:
         idle_seconds: the time since its last use; 0 while a stream is attached or a call is under way.
         parked: True while its state is on disk alone; the next call brings it back.
         members: the workers that have attached so far; empty for a session with one.
+        tables: the use of each table whose rows are named by ids.
     """
 
     session_id: str
@@ -193,6 +210,7 @@ class SessionInfo:
     idle_seconds: float
     parked: bool = False
     members: tuple[Member, ...] = ()
+    tables: tuple[TableUse, ...] = ()
 
     @classmethod
     def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
@@ -212,6 +230,7 @@ class SessionInfo:
             idle_seconds=message.idle.ToTimedelta().total_seconds(),
             parked=message.state == session_pb2.LIFECYCLE_STATE_PARKED,
             members=tuple(map(Member.from_wire, message.members)),
+            tables=tuple(TableUse(table.name, table.rows, table.evicted_rows) for table in message.tables),
         )
 
 

@@ -63,6 +63,26 @@ def stepped(engine: Engine, *, own: bool = False) -> dict[str, Any]:
     return {**after, "out": out, "read": read, "sums": np.array([first, second])}
 
 
+def assert_any_order(engine: Engine) -> None:
+    """Step rows in another order, each with its own gradient, and find the same bits."""
+    found, arrays, after = step(), cases.make_arrays(RECIPE, SIZE, odd=False), []
+    for order in (np.arange(len(ROWS)), np.array([4, 0, 6, 2, 1, 5, 3])):
+        state = engine.allocate(dict.fromkeys((PARAM, *RECIPE.slots), Precision.FLOAT32), SIZE)
+        for slot in (PARAM, *RECIPE.slots):
+            state.write(slot, 0, arrays[slot])
+        values = arrays["gradient"][: len(ROWS) * WIDTH].reshape(-1, WIDTH)[order]
+        buffer = state.receive(values.size)
+        gradient, out = buffer.put(0, np.ascontiguousarray(values).reshape(-1)), np.zeros(len(ROWS) * WIDTH, REPLY)
+        state.update_rows(found._replace(kinds=found.kinds[order]), TABLE, ROWS[order], gradient, 0, out).wait()
+        state.settle()
+        replied = np.empty((len(ROWS), WIDTH), REPLY)
+        replied[order] = out.reshape(-1, WIDTH)
+        after.append({**cases.everything_of(state, RECIPE, SIZE), "out": replied.reshape(-1)})
+        buffer.close()
+        state.close()
+    assert_same(*after)
+
+
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Compare two engines: every bit of state and replies, and the sums to six digits."""
     for name, values in one.items():

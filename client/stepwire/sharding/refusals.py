@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stepwire.errors import UnsupportedFeatureError
 
-__all__ = ["fed_gradients", "shared_arrays"]
+__all__ = ["fed_gradients", "rows_by_ids", "shared_arrays"]
 
 
 def shared_arrays() -> UnsupportedFeatureError:
@@ -13,6 +13,14 @@ def shared_arrays() -> UnsupportedFeatureError:
         "a session that is cut has no arrays in shared memory, as a tensor may lie in several; pass arrays of your own "
         "to `step`, which are copied into it",
         metadata={"field": "transport", "feature": "transport_shm"},
+    )
+
+
+def rows_by_ids(name: str) -> UnsupportedFeatureError:
+    """Return the error of a table whose rows are named by ids: ranges of indices part rows among servers."""
+    return UnsupportedFeatureError(
+        f"tables: rows of {name!r} are named by ids, and servers part rows by ranges of indices; use one target",
+        metadata={"field": "config.tensors.table.hashed", "feature": "row_ids"},
     )
 
 

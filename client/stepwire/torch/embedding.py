@@ -46,6 +46,8 @@ class RemoteEmbedding(torch.nn.Module):
         semantics: RowSemantics = "torch_sparse",
         uniform_bound: float | None = None,
         seed: int = 0,
+        hashed: bool = False,
+        max_age_steps: int = 0,
         server: str | Client | None = None,
         timeout: float = 60.0,
         **options: Any,
@@ -59,6 +61,9 @@ class RemoteEmbedding(torch.nn.Module):
             semantics: the meaning of a step for rows; see `Client.create_session`.
             uniform_bound: the first values are uniform in [−bound, bound); default 1 / √embedding_dim.
             seed: the seed of the first values.
+            hashed: True for ids below 2⁶³ in the place of indices; `num_embeddings` is then the capacity, and a row is
+                made when a step first names its id. See `stepwire.Table`.
+            max_age_steps: the steps without a row after which the row may be evicted; 0 for never.
             server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
             timeout: seconds for a step, or a pull, with all its repetitions.
             options: further arguments of `Client.create_session`, such as `clip_grad_norm` or `durability`.
@@ -70,7 +75,7 @@ class RemoteEmbedding(torch.nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         bound = embedding_dim**-0.5 if uniform_bound is None else uniform_bound
-        table = Table((num_embeddings, embedding_dim), semantics, bound, seed)
+        table = Table((num_embeddings, embedding_dim), semantics, bound, seed, hashed, max_age_steps)
         self._owned = None if isinstance(server, Client) else connect(server, timeout=timeout)
         client = server if isinstance(server, Client) else self._owned
         assert client is not None
@@ -81,7 +86,7 @@ class RemoteEmbedding(torch.nn.Module):
                 self._owned.close()
             raise
         self._gathered: list[tuple[Any, Any]] = []
-        self._prefetched = PrefetchedRows(self.session, _NAME)
+        self._prefetched = PrefetchedRows(self.session, _NAME, moves_all=semantics == "global" or max_age_steps > 0)
 
     @property
     def last_result(self) -> StepResult | None:

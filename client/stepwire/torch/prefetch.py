@@ -25,14 +25,14 @@ class _Pull:
     """A pull in a thread of the client's own."""
 
     def __init__(self, pull: Callable[[Indices], Values], indices: Indices) -> None:
-        self._outcome: Values | None = None
+        self._found: Values | None = None
         self._is_over = False
         self._over = Bells()
         later(functools.partial(self._make, pull, indices))
 
     def _make(self, pull: Callable[[Indices], Values], indices: Indices) -> None:
         try:
-            self._outcome = pull(indices)
+            self._found = pull(indices)
         except Exception:
             pass  # the caller pulls by itself, and gets the error there
         finally:
@@ -42,7 +42,7 @@ class _Pull:
     def values(self) -> Values | None:
         """Wait for the rows, `(n, width)`; None if the pull failed."""
         self._over.wait_for(lambda: self._is_over)
-        return self._outcome
+        return self._found
 
 
 class _Asked(NamedTuple):
@@ -69,19 +69,20 @@ class PrefetchedRows:
     too. Nothing is kept after a second step, after one that failed, and after any other change of the session.
     """
 
-    def __init__(self, session: Session, name: str, timeout: float | None = None) -> None:
+    def __init__(self, session: Session, name: str, timeout: float | None = None, *, moves_all: bool = False) -> None:
         """Ask for nothing yet.
 
         Args:
             session: the session.
             name: the table.
             timeout: seconds for a pull with all its repetitions; None for those of the client.
+            moves_all: a step may change any row: it moves all of them, or evicts some.
         """
         self._session = session
         self._name = name
         self._timeout = timeout
         self._width = session.shapes[name][1]
-        self._moves_all = session.config.tables[name] == "global"
+        self._moves_all = moves_all
         self._asked: _Asked | None = None
 
     def ask(self, indices: npt.NDArray[Any]) -> None:

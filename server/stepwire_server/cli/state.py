@@ -26,7 +26,7 @@ from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.manifest import Manifest
 from stepwire_server.rules import RowSemantics
-from stepwire_server.sessions.row_numbers import ROW_NUMBERS
+from stepwire_server.sessions.row_numbers import ROW_IDS, ROW_NUMBERS
 
 __all__ = ["state_app"]
 
@@ -148,6 +148,10 @@ def _state_of(checkpoint: Checkpoint, layout: Layout) -> State:
         if slot.startswith(ROW_NUMBERS):
             raise stepwire.InvalidRequestError.of(
                 "checkpoint", "its tables count their rows, and files of state have no such numbers; fork the session"
+            )
+        if slot.startswith(ROW_IDS):
+            raise stepwire.InvalidRequestError.of(
+                "checkpoint", "rows of its tables are named by ids, and files of state have none; fork the session"
             )
         if facts.elements != layout.size or len(manifest.tensor_steps) != len(tensors):
             raise stepwire.InvalidRequestError.of(

@@ -227,7 +227,7 @@ class EngineState(Protocol):
         Args:
             step: the arithmetic; the recipe's slots are arrays of this state.
             table: the place of the table, whose rule's slots are held as float32.
-            rows: the rows, `(n,) int64`, rising, each once.
+            rows: the rows, `(n,) int64`, each once. Those that rise are fastest.
             gradient: a chunk of float32 from `receive`, rows one after another.
             begin: the place of the first row within the chunk, in rows.
             out: the place of the new rows, `(n · width,)`, as for `update`; None for no reply.

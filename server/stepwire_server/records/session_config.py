@@ -97,6 +97,11 @@ class SessionConfig:
         return 4 * sum(self.layout.tensors[index].spec.shape[0] for index in counted)
 
     @functools.cached_property
+    def hashed_tables(self) -> tuple[int, ...]:
+        """The tables whose rows are named by ids, by index."""
+        return tuple(index for index, table in self.layout.tables.items() if table.spec.hashed)
+
+    @functools.cached_property
     def momentum(self) -> bool:
         """A momentum buffer is kept, where that is a choice."""
         return has_momentum(self.groups)

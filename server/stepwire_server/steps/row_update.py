@@ -62,7 +62,7 @@ class RowUpdate(NamedTuple):
             if out is not None:
                 reply.add([sums[-1]])
         if self.numbers is not None:
-            state.row_numbers[tensor][rows] = self.numbers
+            state.note_numbers(tensor, rows, self.numbers)
         return sums
 
 
@@ -99,7 +99,9 @@ def row_updates(
         if semantics is RowSemantics.GLOBAL:
             updates.append(RowUpdate(gradient, dense[gradient.table.start], None))
             continue
-        numbers = state.row_numbers[gradient.tensor][gradient.rows] if semantics.counts_rows else None
+        if (ids := state.row_ids.get(gradient.tensor)) is not None:
+            ids.check(gradient.rows, segment.t)
+        numbers = state.numbers_of(gradient.tensor, gradient.rows) if semantics.counts_rows else None
         before, hyper = scalars(gradient.group), groups[gradient.group]
         if semantics is RowSemantics.ROW_WISE and numbers is not None:
             updates.append(_row_wise(state.config, hyper, gradient, segment.t, before, numbers))

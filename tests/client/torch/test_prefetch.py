@@ -132,3 +132,27 @@ def test_a_pull_that_fails_is_made_again_by_the_pass_that_needs_its_rows(embeddi
     assert embedding(torch.tensor([1])).shape == (1, WIDTH)
     with pytest.raises(stepwire.InvalidRequestError, match="int64 or int32"):
         embedding.prefetch(torch.ones(2))
+
+
+def test_an_embedding_of_ids_trains_as_one_of_indices_and_prefetch_sees_evictions(target: str) -> None:
+    """The ids are far beyond the capacity, of which a part is evicted while its rows were fetched beforehand."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.tensor([7, 2**50, 3, 2**62 + 1, 11, 2**33])
+    options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=0.5), "server": target}
+    remote = RemoteEmbedding(4, WIDTH, hashed=True, max_age_steps=1, uniform_bound=0.5, seed=9, **options)
+    try:
+        evicted = 0
+        for turn in range(12):
+            batch = ids[torch.randperm(3, generator=generator)[:2] + 3 * (turn // 3 % 2)]
+            following = ids[torch.randperm(6, generator=generator)]
+            out = remote(batch)
+            remote.prefetch(following)
+            out.sin().sum().backward()
+            remote.step()
+            want: Any = remote.session.pull(rows={"weight": following.numpy()})
+            assert torch.equal(remote(following), torch.from_numpy(want["weight"].values))
+            remote.zero_grad()
+            evicted = remote.session.info().tables[0].evicted_rows
+        assert evicted > 0
+    finally:
+        remote.close()

@@ -49,7 +49,7 @@ class TableCalls:
             gradient: the address of the gradient of the first row.
             out: the place of the new rows; None for no reply.
         """
-        _check_rows(table, rows)
+        _check_rows(table, np.array([rows.min(), rows.max()]))
         if out is None:
             return self._launched(step, (*addresses, gradient), table, rows)
         asked = []

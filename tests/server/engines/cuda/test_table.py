@@ -29,6 +29,7 @@ def test_rows_have_the_bits_of_numpy(fake: Callable[..., Any], library: Any, ord
     engine = PretendedGpu(fake(order, library=library))
     tables.assert_same(tables.stepped(engine), tables.stepped(reference))
     tables.assert_same(tables.stepped(engine, own=True), tables.stepped(reference))
+    tables.assert_any_order(engine)
     reference.close()
 
 
