@@ -167,7 +167,9 @@ def test_what_needs_a_whole_table_is_refused(client: stepwire.Client) -> None:
             client.create_session(tables, optimizer=ADAM)
 
 
-def test_several_servers_refuse_ids(client: stepwire.Client) -> None:
+def test_several_servers_and_workers_refuse_ids(client: stepwire.Client) -> None:
+    with pytest.raises(stepwire.UnsupportedFeatureError):
+        client.create_session(hashed(), optimizer=ADAM, aggregation=stepwire.Aggregation(workers=2))
     with (
         stepwire.connect([client.target, client.target]) as several,
         pytest.raises(stepwire.UnsupportedFeatureError, match="use one target"),

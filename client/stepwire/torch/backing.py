@@ -230,7 +230,6 @@ class Backing:
         if not any(group["params"] for group in groups):
             return
         if (successor := self._placer.sparse.followed(self.parameters, groups)) is not None:
-            refuse_among_workers(self.session, "a sparse gradient", "its parameter is no table yet; name it in tables=")
             self._regroup(groups, successor)
         numbers, sender = (self._placement.overrides(groups), loss_scale), self._sender
         self._expire()

@@ -152,6 +152,8 @@ def _of_options(configuration: SessionConfig, options: RemoteOptions) -> str:
 
 def _of_tables(configuration: SessionConfig, meaning: str | None) -> str:
     for name, semantics in configuration.tables.items():
+        if configuration.aggregation is not None:
+            return f"{name!r} is a table of several workers, and a model would lack the rows of the others"
         if semantics != meaning:
             return f"the rows of {name!r} are stepped as {semantics!r} there and as {meaning!r} here"
     return ""

@@ -12,6 +12,7 @@ from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.rules import Group, TorchRule
+from stepwire.torch.workers import aggregation_of
 
 __all__ = ["SparseGradients"]
 
@@ -62,7 +63,7 @@ class SparseGradients:
 
         Raises:
             InvalidRequestError: a name is no parameter's and no module's, or sparse gradients are refused.
-            UnsupportedFeatureError: as `meaning`.
+            UnsupportedFeatureError: as `meaning`, or the session has several workers.
         """
         meaning, names = self.meaning(groups), parameters.membership
         declared = list(expanded(self._options.tables, names, "."))
@@ -71,6 +72,7 @@ class SparseGradients:
                 raise InvalidRequestError.of("tables", f"{name!r} is the name of no parameter and no module")
             if meaning is None:
                 raise InvalidRequestError.of("tables", f"{name!r} cannot be a table: {self._refusal}")
+            self._check_alone(name, groups)
         parameters.expect_sparse(declared, by_rows=meaning == "torch_sparse")
 
     def tables(self, parameters: Parameters, groups: Sequence[Group]) -> dict[str, RowSemantics]:
@@ -86,7 +88,7 @@ class SparseGradients:
 
         Raises:
             InvalidRequestError: sparse gradients are refused; nothing was applied.
-            UnsupportedFeatureError: as `meaning`.
+            UnsupportedFeatureError: as `meaning`, or the session has several workers.
         """
         known = parameters.sparse
         names = [t.name for t in parameters.tensors if t.name not in known and _is_sparse(t.parameter.grad)]
@@ -97,10 +99,24 @@ class SparseGradients:
                 f"the gradient of {names[0]!r} is sparse (torch.sparse_coo), and {self._refusal}",
                 metadata={"field": f"gradients[{names[0]!r}]"},
             )
+        self._check_alone(names[0], groups)
         by_rows = self.by_rows(groups)
         successor = parameters.regrouped(groups, by_rows=by_rows) if by_rows else parameters
         successor.expect_sparse(names, by_rows=by_rows)
         return successor if by_rows else None
+
+    def _check_alone(self, name: str, groups: Sequence[Group]) -> None:
+        """Refuse a table of several workers: a step sends back its own rows, and a model would lack those of others.
+
+        Raises:
+            UnsupportedFeatureError: there are several.
+        """
+        if self.by_rows(groups) and aggregation_of(self._options) is not None:
+            raise UnsupportedFeatureError(
+                f"{name!r} cannot be a table of several workers: a step sends back its own rows, and the model would "
+                "lack those of the others; use row_semantics='global', or RemoteEmbedding",
+                metadata={"field": "tables", "feature": "torch_tables"},
+            )
 
     @property
     def _refusal(self) -> str:

@@ -80,10 +80,7 @@ class Residency:
     def in_turns(self, size: int, flow: Flow, ids: Mapping[int, RowIds] | None = None) -> Residency:
         """Have passes over the arrays, of `size` elements, wait for turns of their engine from now on.
 
-        Args:
-            size: the elements.
-            flow: the place among all sessions that share the engine.
-            ids: by the first element of a table, the ids that name its rows.
+        Rows of a table that is among `ids`, by its first element, are named by its ids.
         """
         self.arrays = HashedState(self.arrays, size, flow, ids) if ids else FairState(self.arrays, size, flow)
         return self

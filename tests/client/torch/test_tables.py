@@ -259,6 +259,11 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "rule": ("Adam", {"tables": ["0"]}, "'0.weight' cannot be a table: Adam does not support sparse gradients"),
     "decay": ("Adagrad", {"weight_decay": 0.1}, "has no meaning for rows that sleep"),
     "moments": ("Adagrad", {"state_precision": "bfloat16"}, "tables have float32 ones"),
+    "workers": (
+        "SGD",
+        {"tables": ["0"], "workers": 2, "worker": 0, "job": "rows"},
+        "'0.weight' cannot be a table of sev",
+    ),
     "formula": ("RMSprop", {"row_semantics": "torch_sparse"}, "tables are stepped by adam, sgd, adagrad"),
 }
 
