@@ -122,7 +122,6 @@ class SessionState:
         self.unfinished: OverlappedStep | None = None
         self.capture: Capture | None = None
         self.sum_bound = 0.0
-        self.row_numbers = _row_numbers(config)
         self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
@@ -134,6 +133,7 @@ class SessionState:
         with contextlib.ExitStack() as undo:
             self._description = device.budget.reserve(described_bytes, "the session's tensors")
             undo.callback(self._description.release)
+            self.row_numbers = _row_numbers(config)
             residency = Residency.allocate(device, config.slots, config, "the session's state")
             self._residency = residency.in_turns(config.layout.size, self.flow)
             self.arrays = self._residency.arrays
@@ -363,6 +363,7 @@ class SessionState:
         try:
             self._residency.close()
         finally:
+            self.row_numbers = {}
             self._description.release()
             if self._parameter_memory is not None:
                 self._parameter_memory.close()
