@@ -20,7 +20,7 @@ from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
-from stepwire_server.sessions.idle import with_idle_sessions
+from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions
@@ -353,7 +353,8 @@ class Registry:
         if not self.directory.has(session_id):
             raise session_not_found(session_id)
         if len(self._sessions) >= self.limits.sessions and not self._parked_one():
-            raise too_many_sessions(self.limits.sessions, self._present(), self.clock())
+            others = self.of(self.tenant_of(session_id) or "")
+            raise too_many_sessions(self.limits.sessions, others, self.clock())
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
@@ -362,21 +363,15 @@ class Registry:
     def _remade(self, session_id: str, config: SessionConfig) -> Session:
         """Make a session that the data directory has, on a device that this server has."""
         names = [device.name for device in self.pool]
-        return self._made(session_id, config, self.pool.choose(config.device if config.device in names else ""))
+        device = self.pool.choose(config.device if config.device in names else "")
+        return self._made(session_id, config, device, self.tenant_of(session_id) or "")
 
     def _parked_one(self, device: Device | None = None) -> bool:
         """Make room: park the least recently used durable session, of a device. Return False if none is idle."""
-        now = self.clock()
-        idle = [
-            (seconds, session)
-            for session in self._present()
-            if session.durable
-            and (device is None or session.device == device.name)
-            and (seconds := session.idle_seconds(now)) is not None
-        ]
-        return any(self.park(session) for _, session in sorted(idle, key=lambda each: -each[0]))
+        there = [each for each in self._present() if device is None or each.device == device.name]
+        return any(self.park(session) for session in least_recently_used(there, self.clock()))
 
-    def _made(self, session_id: str, config: SessionConfig, device: Device, tenant: str = "") -> Session:
+    def _made(self, session_id: str, config: SessionConfig, device: Device, tenant: str) -> Session:
         """Make a session of a tenant on a device.
 
         Raises:
