@@ -249,8 +249,12 @@ class Server:
         )
 
     def __enter__(self) -> Server:
-        """Start for a block."""
-        self.start()
+        """Start for a block; a server that cannot start is closed."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
