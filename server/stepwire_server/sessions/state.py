@@ -219,7 +219,7 @@ class SessionState:
         """Reserve room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
 
         Raises:
-            ResourceExhaustedError: no room just now.
+            ResourceExhaustedError: no room just now, or never, in which case nobody else makes room for it.
         """
         size = self.config.layout.dense_extent
         nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
@@ -228,6 +228,8 @@ class SessionState:
         for index, entries in request.tables:
             width = self.config.layout.tensors[index].spec.width
             nbytes += row_bytes(entries, width, request.gradient_dtype.itemsize)
+        if request.tables or request.reply_first:  # more than the one gradient that fitted at the creation
+            self.device.budget.require_possible(self.nbytes + nbytes, "the session's state with this step")
         return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:

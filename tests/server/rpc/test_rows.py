@@ -5,6 +5,7 @@ The session has a dense tensor of 3 elements at [0, 3), and a table of 6 rows of
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -84,9 +85,12 @@ def test_hostile_rows_are_refused_and_change_nothing(table: Any, refusal: Any, w
 
 
 def test_more_rows_than_there_is_room_for_are_refused_before_they_come(table: Any, refusal: Any) -> None:
-    before = table.fingerprint()
-    refusal(lambda: table.attach(begin((1, 10_000_000))), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
-    assert table.fingerprint() == before
+    before, told = table.fingerprint(), []
+    for entries in (10_000_000, 10_070):  # beyond the whole budget, and beyond what the state leaves of it
+        text = "the session's state with this step needs"
+        attach = functools.partial(table.attach, begin((1, entries)))
+        told.append(refusal(attach, "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", text).retry_after)
+    assert (table.fingerprint(), told) == (before, [None, None]), "waiting does not help"
 
 
 @pytest.mark.parametrize(
