@@ -122,7 +122,6 @@ class SessionState:
         self.unfinished: OverlappedStep | None = None
         self.capture: Capture | None = None
         self.sum_bound = 0.0
-        self.row_numbers = _row_numbers(config)
         self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
@@ -134,6 +133,7 @@ class SessionState:
         with contextlib.ExitStack() as undo:
             self._description = device.budget.reserve(described_bytes, "the session's tensors")
             undo.callback(self._description.release)
+            self.row_numbers = _row_numbers(config)
             residency = Residency.allocate(device, config.slots, config, "the session's state")
             self._residency = residency.in_turns(config.layout.size, self.flow)
             self.arrays = self._residency.arrays
@@ -219,7 +219,7 @@ class SessionState:
         """Reserve room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
 
         Raises:
-            ResourceExhaustedError: no room just now.
+            ResourceExhaustedError: no room just now, or never, in which case nobody else makes room for it.
         """
         size = self.config.layout.dense_extent
         nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
@@ -228,6 +228,8 @@ class SessionState:
         for index, entries in request.tables:
             width = self.config.layout.tensors[index].spec.width
             nbytes += row_bytes(entries, width, request.gradient_dtype.itemsize)
+        if request.tables or request.reply_first:  # more than the one gradient that fitted at the creation
+            self.device.budget.require_possible(self.nbytes + nbytes, "the session's state with this step")
         return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:
@@ -363,6 +365,7 @@ class SessionState:
         try:
             self._residency.close()
         finally:
+            self.row_numbers = {}
             self._description.release()
             if self._parameter_memory is not None:
                 self._parameter_memory.close()
