@@ -153,6 +153,12 @@ class Layout:
         """The number of elements outside tables, padding included."""
         return sum(end - start for start, end in self.dense_ranges)
 
+    def dense_place(self, element: int) -> int:
+        """Return the number of elements outside tables before a flat element."""
+        if not self.tables:
+            return element
+        return sum(min(end, element) - start for start, end in self.dense_ranges if start < element)
+
     def overlapping(self, start: int, end: int) -> Iterator[Placement]:
         """Yield the non-empty tensors that overlap `[start, end)`, in order."""
         first = max(bisect_right(self._offsets, start) - 1, 0)

@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "accumulation": ({"accumulation_steps": 2}, "accumulation_steps"),
     "an average": ({"parameter_average_decay": 0.9}, "parameter_average_decay"),
     "moments in bfloat16": ({"state_precision": "bfloat16"}, "has bfloat16 moments"),
-    "several workers": ({"aggregation": stepwire.Aggregation(workers=2)}, "aggregation"),
+    "a median": ({"aggregation": stepwire.Aggregation(workers=2, reduction="median")}, "aggregation.reduction"),
     "weight decay": ({"optimizer": stepwire.AdamW()}, "weight decay 0.01 has no meaning"),
     "a layerwise rule": ({"optimizer": stepwire.LAMB()}, "adam, sgd, adagrad"),
     "momentum": ({"optimizer": stepwire.SGD(momentum=0.9)}, "'global'"),

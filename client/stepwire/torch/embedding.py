@@ -20,6 +20,7 @@ from stepwire.optimizers import Adam, Optimizer
 from stepwire.session import Session
 from stepwire.step_result import StepResult
 from stepwire.torch.targets import Server, client_of
+from stepwire.torch.workers import leave
 
 __all__ = ["RemoteEmbedding", "RemoteEmbeddingBag"]
 
@@ -57,12 +58,20 @@ class _RowsOfPasses:
         self.gathered: list[tuple[Any, Any]] = []
         self.collected: _Step | None = None
 
-    def collect(self, lr: float | None) -> None:
-        """Make one step of all gradients there are, those of a step included that the server has not applied."""
+    def collect(self, lr: float | None, width: int, *, even_without: bool) -> None:
+        """Make one step of all gradients there are, those of a step included that the server has not applied.
+
+        Args:
+            lr: the learning rate; None for the optimizer's.
+            width: the elements of a row.
+            even_without: make a step without rows, where there are none.
+        """
         passes = [(indices, rows.grad) for indices, rows in self.gathered if rows.grad is not None]
         came = [(each.cpu().numpy(), gradient.float().cpu().numpy()) for each, gradient in passes]
         if (kept := self.collected) is not None:
             came.insert(0, (kept.indices, kept.values))
+        if even_without and not came:
+            came = [(np.empty(0, np.int64), np.empty((0, width), np.float32))]
         indices, values = ([pair[place] for pair in came] for place in (0, 1))
         step = _Step(np.concatenate(indices), np.concatenate(values), lr) if came else None
         self.gathered, self.collected = [], step
@@ -109,7 +118,8 @@ class RemoteEmbedding(torch.nn.Module):
             seed: the seed of the first values.
             server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
             timeout: seconds for a step, or another call, with all its repetitions; None for those of the client.
-            options: further arguments of `Client.create_session`, such as `clip_grad_norm` or `durability`.
+            options: further arguments of `Client.create_session`, such as `clip_grad_norm` or `durability`; for one of
+                several workers `aggregation`, `worker` and `request_id`.
 
         Raises:
             StepwireError: as `Client.create_session`.
@@ -129,7 +139,7 @@ class RemoteEmbedding(torch.nn.Module):
             if self._owned is not None:
                 self._owned.close()
             raise
-        self._rows = _RowsOfPasses()
+        self._rows, self._is_closed = _RowsOfPasses(), False
 
     @property
     def last_result(self) -> StepResult | None:
@@ -148,6 +158,8 @@ class RemoteEmbedding(torch.nn.Module):
     def step(self, *, lr: float | None = None) -> StepResult | None:
         """Send the gradients of all rows since the last step, as one step; None where no row has one.
 
+        One of several workers steps without rows too: the others need not wait.
+
         After an error the rows stay until `zero_grad`. If the outcome is unknown, that step is made first, as it was,
         and rows since then are the next step. Else all of them are one step.
 
@@ -160,7 +172,8 @@ class RemoteEmbedding(torch.nn.Module):
         """
         rows = self._rows
         result = self._sent() if rows.collected is not None and rows.collected.in_doubt else None
-        rows.collect(lr)
+        others_wait = self.session.config.aggregation is not None and result is None
+        rows.collect(lr, self.embedding_dim, even_without=others_wait)
         return self._sent() or result
 
     def _sent(self) -> StepResult | None:
@@ -190,9 +203,14 @@ class RemoteEmbedding(torch.nn.Module):
         super().zero_grad(set_to_none)
 
     def close(self) -> None:
-        """End the session, and the connection if it was made here. Closing twice is harmless."""
+        """End the session, and the connection if it was made here. Closing twice is harmless.
+
+        One of several workers leaves the session. The last one ends it, once all have been there.
+        """
         self._rows.forget()
-        self.session.close()
+        if not self._is_closed:
+            leave(self.session, keep=False)
+        self._is_closed = True
         if self._owned is not None:
             self._owned.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import uuid
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import stepwire
 import stepwire.torch
 from stepwire.links.hold import Hold
 from stepwire.torch import RemoteEmbedding, RemoteEmbeddingBag, SparseAdam
+from tests.integration.workers.together import together
 from tests.support.lost_replies import lost_replies
 
 ROWS, WIDTH = 9, 5
@@ -258,3 +260,20 @@ def test_the_timeout_is_that_of_every_call_with_a_client_of_the_callers(
             remote.step()
         remote.close()
     assert seen and all(1000 < seconds < 1234 for seconds in seen)
+
+
+def test_two_workers_of_a_remote_embedding_step_as_one_with_both_batches(target: str) -> None:
+    """A worker without rows steps too, and the last one that closes ends the session."""
+    options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "uniform_bound": 0.0, "server": target}
+    way = {"aggregation": stepwire.Aggregation(workers=2, reduction="sum"), "request_id": uuid.uuid4().hex}
+    workers = [RemoteEmbedding(ROWS, WIDTH, worker=rank, **way, **options) for rank in range(2)]
+    for batches in (([3, 3, 1], [3]), ([], [2])):
+        for worker, ids in zip(workers, batches, strict=True):
+            worker(torch.tensor(ids, dtype=torch.int64)).sum().backward()
+        together(*(worker.step for worker in workers))
+    assert workers[0].session.pull()["weight"][:, 0].tolist() == [0, -1, -1, -3, 0, 0, 0, 0, 0]
+    session = workers[0].session
+    for worker in workers:
+        worker.close()
+    with stepwire.connect(target) as client, pytest.raises(stepwire.SessionNotFoundError):
+        client.session(session.own_id)
