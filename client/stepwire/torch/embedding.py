@@ -116,7 +116,8 @@ class RemoteEmbedding(torch.nn.Module):
             semantics: the meaning of a step for rows; see `Client.create_session`.
             uniform_bound: the first values are uniform in [−bound, bound); default 1 / √embedding_dim.
             seed: the seed of the first values.
-            server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
+            server: `host:port` or `unix:/path`, or a list of them, whose servers have ranges of rows each; or a client,
+                which stays the caller's; None for that of `connect`.
             timeout: seconds for a step, or another call, with all its repetitions; None for those of the client.
             options: further arguments of `Client.create_session`, such as `clip_grad_norm` or `durability`; for one of
                 several workers `aggregation`, `worker` and `request_id`.

@@ -62,7 +62,8 @@ class SparseAdam(torch.optim.Optimizer):
             betas: the weights of the past in the moments.
             eps: beside the root of the second moment.
             maximize: ascend instead of descend.
-            server: `host:port` or `unix:/path`, or a client, which stays the caller's; None for that of `connect`.
+            server: `host:port` or `unix:/path`, or a list of them, whose servers have ranges of rows each; or a client,
+                which stays the caller's; None for that of `connect`.
             semantics: the meaning of a step for rows; see `Client.create_session`. `"global"` is not served: it moves
                 rows that the model would not get back.
             non_finite: the policy for NaN and Inf in a gradient.

@@ -277,3 +277,25 @@ def test_two_workers_of_a_remote_embedding_step_as_one_with_both_batches(target:
         worker.close()
     with stepwire.connect(target) as client, pytest.raises(stepwire.SessionNotFoundError):
         client.session(session.own_id)
+
+
+def test_the_classes_of_torch_step_tables_over_several_targets(target: str) -> None:
+    trained: list[Any] = []
+    for server in (target, [target] * 3):
+        embedding = torch.nn.Embedding(3000, 64, sparse=True, _weight=torch.ones(3000, 64))
+        remote = RemoteEmbedding(3000, 64, seed=3, server=server)
+        with SparseAdam(embedding.parameters(), lr=0.1, server=server) as optimizer:
+            for step in range(3):
+                optimizer.zero_grad()
+                ids = torch.tensor([5, 5, 2999, 1000 * step])
+                for table in (embedding, remote):
+                    (table(ids) ** 2).sum().backward()
+                optimizer.step()
+                remote.step()
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+            assert state["state"][0]["step"] == 3
+        pulled = remote.session.pull()["weight"]
+        trained.append((embedding.weight.detach().numpy().tobytes(), pulled.tobytes()))
+        remote.close()
+    assert trained[0] == trained[1]
