@@ -29,7 +29,7 @@ from stepwire.sharding.mismatches import half_applied, half_loaded, uneven
 from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.reading import AlikeReader
-from stepwire.sharding.refusals import fed_gradients, shared_arrays
+from stepwire.sharding.refusals import check_load, fed_gradients, shared_arrays
 from stepwire.sharding.shard import Shard, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import StepCall
@@ -326,6 +326,7 @@ class ShardedLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
+        check_load(load, self._partition.layout)
         if not load.whole:
             self.make_sure(deadline)
         fan_out([functools.partial(shard.attach, deadline) for shard in self._shards if not shard.is_certain])

@@ -198,7 +198,7 @@ class Shard:
             commit.CopyFrom(coordinator.decision.commit)
         begin = step_pb2.StepBegin()
         begin.CopyFrom(call.begin)
-        rows = own_gradients(self.ranges, self.link.description.packer.layout, call.rows)
+        rows = own_gradients(self.ranges, self.link.description.packer.layout, call.rows) if call.rows else ()
         del begin.tables[:]
         for table in rows:
             begin.tables.add(tensor=table.tensor, entries=len(table.indices))
@@ -220,7 +220,7 @@ class Shard:
             commit=commit,
             on_device={},
             rows=rows,
-            row_targets=own_targets(self.ranges, call.row_targets),
+            row_targets=own_targets(self.ranges, call.row_targets) if call.row_targets else (),
             trace=None if call.trace is None else call.trace.part(begin, self.link.target),
         )
 

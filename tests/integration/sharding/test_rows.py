@@ -170,3 +170,13 @@ def test_workers_step_shards_of_tables(one: stepwire.Client, targets: list[str],
             indices = np.unique(given[1]["t"].indices)
             assert replies[1]["t"].values.tobytes() == pulled["t"][indices].tobytes()
         assert state_of(sessions[0]) == state_of(alone)
+
+
+def test_a_load_of_moments_is_refused_before_a_shard_has_it(many: stepwire.Client) -> None:
+    with many.create_session(start(), tables=MEANINGS) as session:
+        session.step(drawn(1))
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="moments and t of table 'b'"):
+            session.load_state(session.state())
+        session.load(start())
+        session.step(drawn(2))
+        assert session.applied_step == 2
