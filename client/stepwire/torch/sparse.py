@@ -177,6 +177,7 @@ class SparseAdam(torch.optim.Optimizer):
                 values = torch.from_numpy(rows.values).to(parameter.device, parameter.dtype)
                 self._versions[name] = parameter._version + 1
                 parameter.detach().index_copy_(0, indices, values)
+                self._versions[name] = parameter._version
                 self._behind.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ with the table. A row that a worker did not send counts as zeros from it, as a d
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -84,9 +85,11 @@ def _quotients(
 ) -> tuple[HostArray, HostArray]:
     """Return each row once, rising, with its sum of products over the divisor."""
     found = SortedRows.of(rows)
-    width = values.shape[1]
+    width, exact = values.shape[1], significant_bits(divisor) <= EXACT_DIVISOR_BITS
     out = np.empty((len(found.rows), width), np.float32)
-    for part, entries, firsts, columns in found.parts(np.arange(len(found.rows)), width):
+    once = found.counts == 1
+    parts = itertools.chain(*(found.parts(np.flatnonzero(kind), width) for kind in (once, ~once)))
+    for part, entries, firsts, columns in parts:
         for low in range(0, width, columns):
             numbers = values[entries, low : low + columns].astype(np.float64)
             if factors is not None:
@@ -94,12 +97,9 @@ def _quotients(
                     numbers *= factors[entries, np.newaxis]
             totals, inexact = exact_totals(numbers, firsts, found.counts[part], bits)
             out[part, low : low + columns] = _divided(totals, divisor)
-            if significant_bits(divisor) > EXACT_DIVISOR_BITS:
-                for row, column in _doubtful(totals, inexact, divisor):
-                    own = numbers[firsts[row] : firsts[row] + found.counts[part[row]], column]
-                    out[part[row], low + column] = rounded_quotient(
-                        sum(map(Fraction, own.tolist()), Fraction(0)), divisor
-                    )
+            for row, column in () if exact or not inexact.any() else _doubtful(totals, inexact, divisor):
+                own = numbers[firsts[row] : firsts[row] + found.counts[part[row]], column]
+                out[part[row], low + column] = rounded_quotient(sum(map(Fraction, own.tolist()), Fraction(0)), divisor)
     return found.rows, out
 
 

@@ -110,6 +110,8 @@ def exact_totals(numbers: HostArray, firsts: HostArray, counts: HostArray, bits:
     Returns:
         The sums, `(n, columns) float64`: exact, or rounded to odd, which the second array tells, `(n, columns) bool`.
     """
+    if len(firsts) == len(numbers):
+        return numbers, np.zeros(numbers.shape, bool)
     spare = 2.0 ** (_FLOAT64_BITS - min(bits, _FLOAT64_BITS))
     with np.errstate(all="ignore"):
         totals = np.add.reduceat(numbers, firsts, axis=0)
