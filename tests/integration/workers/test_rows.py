@@ -238,3 +238,18 @@ def test_rows_are_pulled_as_of_one_moment(target: str) -> None:
     assert pulled["b"].values.tobytes() == whole["b"][rows].tobytes() and len(pulled["a"].values) == 0
     with pytest.raises(stepwire.InvalidRequestError, match="row 20 is not"):
         session.pull(rows={"a": [20]})
+
+
+def test_the_memory_of_a_round_is_that_of_its_rows_and_is_given_back() -> None:
+    """Two workers' rows take about 0.5 MB each: twelve rounds of a leak would not fit, nor do ten times as many."""
+    with numpy_server(memory_budget=4 << 20) as server:
+        shared = options(workers=2)
+        sessions = [joined(server.target, START, worker, **shared) for worker in range(2)]
+        for step in range(12):
+            given = [drawn(worker, 2 * step + 1) for worker in range(2)]
+            together(*(functools.partial(each.step, own) for each, own in zip(sessions, given, strict=True)))
+        many = drawn(0, 1) | {"b": Rows(np.zeros(6000, np.int64), np.ones((6000, 40), np.float32))}
+        with pytest.raises(stepwire.ResourceExhaustedError):
+            sessions[0].step(many, timeout=0.2)
+        together(*(functools.partial(each.step, drawn(worker, 0)) for worker, each in enumerate(sessions)))
+        assert sessions[0].info().applied_step == 13
