@@ -31,7 +31,8 @@ class AsyncSteps(Contributions):
             needed = member.admit(request.step) and not self._is_too_old(self.staleness(request))
             unscale = state.unscale(request)
             entry = self.parts.progress.begin() if needed else None
-        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
+        reply = request.reply_dtype if request.reply else None
+        state.prepare(request.groups, request.gradient_dtype, reply, rows=request.reply_rows)
         room = self.room(request, slot, needed=needed)
         gradient = state.stage_gradient(request, unscale, room)
         step = Step(request, holder, gradient, replay=not needed, began=began, entry=entry)

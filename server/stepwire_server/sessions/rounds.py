@@ -71,7 +71,7 @@ class Rounds(Contributions):
         with self.parts.lock:
             needed = self._needs_gradient(request, holder)
             unscale = state.unscale(request)
-        state.prepare(request.groups, FLOAT32, request.reply_dtype if request.reply else None)
+        state.prepare(request.groups, FLOAT32, request.reply_dtype if request.reply else None, rows=False)
         with contextlib.ExitStack() as undo:
             room = self.room(request, slot, needed=needed)
             undo.callback(room.release)
