@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
 from stepwire.connection.watch import Closable
-from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
@@ -77,11 +77,6 @@ class ShardedServer(ServerLink):
     ) -> ShardedLink:
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
         _check_worker(options)
-        if tables := [tensor.name for tensor in config.tensors if tensor.HasField("table")]:
-            raise UnsupportedFeatureError(
-                f"tables: {tables[0]!r} is a table, and tables are not sharded; use one target",
-                metadata={"field": "config.tensors.table", "feature": "sparse_rows"},
-            )
         partition = _partition(config, len(self._servers))
         configs = _configs(config, partition)
 

@@ -37,7 +37,7 @@ from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
-from stepwire_server.steps.row_gradients import RowGradients, row_bytes
+from stepwire_server.steps.row_gradients import row_gradients, step_row_bytes
 from stepwire_server.steps.tensor_steps import TensorSteps
 
 __all__ = ["Residency", "SessionState"]
@@ -209,9 +209,7 @@ class SessionState:
                 unscale=unscale,
                 sums=config.squares,
             )
-            if config.tables:
-                dtype = request.gradient_dtype
-                gradient.rows = RowGradients(dict(request.tables), gradient.selection, dtype, self.arrays)
+            gradient.rows = row_gradients(request, gradient.selection, self.arrays)
             undo.pop_all()
         return gradient
 
@@ -225,12 +223,16 @@ class SessionState:
         nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
         if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
             nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
-        for index, entries in request.tables:
-            width = self.config.layout.tensors[index].spec.width
-            nbytes += row_bytes(entries, width, request.gradient_dtype.itemsize)
+        nbytes += step_row_bytes(request, self.config.layout)
         if request.tables or request.reply_first:  # more than the one gradient that fitted at the creation
             self.device.budget.require_possible(self.nbytes + nbytes, "the session's state with this step")
         return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
+
+    def reserve_rows(self, request: StepRequest) -> Reservation | None:
+        """Reserve room for the rows of a step whose gradient is not needed, as `reserve_step`: they name the reply."""
+        if not (nbytes := step_row_bytes(request, self.config.layout)):
+            return None
+        return self.device.budget.reserve(nbytes, "the step's rows", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:
         """Return the factor that a step's gradient is multiplied by first."""
