@@ -1,17 +1,22 @@
-"""A recommender of two towers on generated clicks: its embeddings on a server alone, beside torch's own.
+"""A recommender of two towers on generated clicks: two workers, whose embeddings are on a server alone.
 
     pip install '.[demo]' torch==2.13.0
     python examples/two_tower.py [--target HOST:PORT] [--quick]
 
 A user and an item are a row each of two tables, which a linear tower follows. Few items are popular, so that most rows
-of a table are in no batch. The local run has the tables in the model and steps them by torch's SparseAdam. The other
-run holds no table at all: `RemoteEmbedding` pulls the rows of a batch and sends their gradients.
+of a table are in no batch. The local run has the tables in the model and steps them by torch's SparseAdam. The workers
+hold no table at all: `RemoteEmbedding` pulls the rows of a batch and sends their gradients. Each worker has half of
+every batch, and steps towers and tables in rounds with the other. Here workers are threads; in earnest each is a
+process on a machine of its own.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +27,7 @@ import stepwire.torch
 from command_line import a_server, command_line, progress_bar
 from comparison import Comparison
 
-SEED, LR, BATCH = 7, 2e-2, 256
+SEED, LR, BATCH, WORKERS = 7, 2e-2, 256, 2
 USERS, ITEMS, DIM = 300, 3_000, 16
 
 
@@ -32,6 +37,10 @@ class Clicks(NamedTuple):
     users: torch.Tensor
     items: torch.Tensor
     clicked: torch.Tensor
+
+    def part(self, worker: int) -> Clicks:
+        """Return the pairs of one worker."""
+        return Clicks(*(values[worker::WORKERS] for values in self))
 
 
 class World:
@@ -78,7 +87,7 @@ class TwoTowers(torch.nn.Module):
         return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
-def train(model: TwoTowers, batches: list[Clicks], optimizers: list[Any], steps: Iterable[int]) -> dict[int, float]:
+def train(model: TwoTowers, batches: Sequence[Clicks], optimizers: list[Any], steps: Iterable[int]) -> dict[int, float]:
     """Train a model and return the loss at each step."""
     losses = {}
     for number in steps:
@@ -93,33 +102,70 @@ def train(model: TwoTowers, batches: list[Clicks], optimizers: list[Any], steps:
     return losses
 
 
-def local_tables(remote: Callable[[], list[stepwire.torch.RemoteEmbedding]]) -> list[torch.nn.Embedding]:
-    """Return tables in the model with the first values of those on the server."""
-    pulled = [torch.from_numpy(each.session.pull()["weight"]) for each in remote()]
-    return [torch.nn.Embedding.from_pretrained(values, freeze=False, sparse=True) for values in pulled]
+def train_locally(
+    batches: Sequence[Clicks], held_out: Clicks, tables: Sequence[Any], steps: Iterable[int]
+) -> tuple[dict[int, float], float]:
+    """Train a model with tables of its own, and return its losses and its AUC."""
+    model = TwoTowers(*tables)
+    sparse = torch.optim.SparseAdam([table.weight for table in tables], lr=LR)
+    losses = train(model, batches, [torch.optim.Adam(model.towers(), lr=LR), sparse], steps)
+    return losses, model.auc(held_out)
+
+
+class Worker:
+    """One of the workers: towers in its model, and tables on the server."""
+
+    def __init__(self, target: str, job: str, rank: int) -> None:
+        way = stepwire.Aggregation(workers=WORKERS)
+        self.rank = rank
+        self.tables = [
+            stepwire.torch.RemoteEmbedding(
+                count,
+                DIM,
+                optimizer=stepwire.Adam(lr=LR),
+                seed=SEED + place,
+                server=target,
+                aggregation=way,
+                worker=rank,
+                request_id=f"{job}-{place}",
+            )
+            for place, count in enumerate((USERS, ITEMS))
+        ]
+        self.model = TwoTowers(*self.tables)
+        self.optimizer = stepwire.torch.Adam(
+            self.model.towers(), lr=LR, server=target, worker=rank, aggregation=way, job=job
+        )
+
+    def train(self, batches: Sequence[Clicks], steps: Iterable[int]) -> dict[int, float]:
+        """Train on this worker's part of each batch, and return its losses."""
+        own = [batch.part(self.rank) for batch in batches]
+        return train(self.model, own, [self.optimizer, *self.tables], steps)
+
+    def close(self) -> None:
+        """Leave."""
+        for each in (self.optimizer, *self.tables):
+            each.close()
 
 
 def main() -> int:
     """Train twice and compare."""
     options = command_line(__doc__, steps=800, quick_steps=60, plot="two-tower.png")
-    world, steps = World(), range(1, options.steps + 1)
+    world, steps, job = World(), range(1, options.steps + 1), uuid.uuid4().hex
     batches, held_out = [world.clicks(BATCH) for _ in steps], world.clicks(20_000)
-    rule = stepwire.Adam(lr=LR)
-    with a_server(options.target) as target, stepwire.connect(target) as client, progress_bar(options) as bar:
-        tables = [
-            stepwire.torch.RemoteEmbedding(count, DIM, optimizer=rule, seed=SEED + k, server=client)
-            for k, count in enumerate((USERS, ITEMS))
-        ]
-        own = local_tables(lambda: tables)
-        local, remote = TwoTowers(*own), TwoTowers(*tables)
-        sparse = torch.optim.SparseAdam([table.weight for table in own], lr=LR)
-        dense = torch.optim.Adam(local.towers(), lr=LR)
-        local_losses = train(local, batches, [dense, sparse], bar.track(steps, description="local SparseAdam"))
-        with stepwire.torch.Adam(remote.towers(), lr=LR, server=client) as towers:
-            losses = train(remote, batches, [towers, *tables], bar.track(steps, description="stepwire"))
-        aucs = local.auc(held_out), remote.auc(held_out)
-        for table in tables:
-            table.close()
+    with a_server(options.target) as target, progress_bar(options) as bar, contextlib.ExitStack() as stack:
+        workers = [Worker(target, job, rank) for rank in range(WORKERS)]
+        for worker in workers:
+            stack.callback(worker.close)
+        pulled = [torch.from_numpy(table.session.pull()["weight"]) for table in workers[0].tables]
+        own = [torch.nn.Embedding.from_pretrained(values, freeze=False, sparse=True) for values in pulled]
+        local_losses, local_auc = train_locally(
+            batches, held_out, own, bar.track(steps, description="local SparseAdam")
+        )
+        shown = bar.track(steps, description=f"stepwire, {WORKERS} workers")
+        with concurrent.futures.ThreadPoolExecutor(WORKERS) as threads:
+            parts = list(threads.map(lambda worker: worker.train(batches, steps if worker.rank else shown), workers))
+        losses = {number: sum(part[number] for part in parts) / WORKERS for number in steps}
+        auc = workers[-1].model.auc(held_out)
     rows = len(torch.unique(batches[-1].users)) + len(torch.unique(batches[-1].items))
     return Comparison(
         title="Two towers on generated clicks: SparseAdam, local and on a server",
@@ -127,12 +173,13 @@ def main() -> int:
         facts={
             "rows of the tables": USERS + ITEMS,
             "rows in the last batch": rows,
-            "AUC, local": aucs[0],
-            "AUC, stepwire": aucs[1],
+            "workers": WORKERS,
+            "AUC, local": local_auc,
+            "AUC, stepwire": auc,
         },
         checks={
-            "the AUCs differ by less than 0.01": abs(aucs[0] - aucs[1]) < 0.01,
-            "the model has learnt: AUC above 0.6": aucs[1] > 0.6,
+            "the AUCs differ by less than 0.01": abs(local_auc - auc) < 0.01,
+            "the model has learnt: AUC above 0.6": auc > 0.6,
         },
     ).show(options)
 

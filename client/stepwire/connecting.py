@@ -20,7 +20,7 @@ from stepwire.steps.trace import tracing_of
 from stepwire.transports.available import asked_transport
 from stepwire.wire.directory import SCHEME, ShardDirectory
 
-__all__ = ["calls_to", "connect"]
+__all__ = ["Place", "calls_to", "connect", "places_of"]
 
 
 @by_errand
@@ -78,7 +78,7 @@ def connect(
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
     tracing = tracing_of(trace_one_in, ",".join(targets))
-    places = [place for each in targets for place in _places(each) for _ in range(each_times)]
+    places = [place for each in targets for place in places_of(each) for _ in range(each_times)]
     security, retry = _security(targets, tls, token, file), retry or Retry()
     calls = [
         Calls(place.target, timeout_seconds=timeout, retry=retry, security=security, locate=place.locate)
@@ -95,10 +95,19 @@ def calls_to(target: str, *, timeout: float) -> Calls:
     """Open the calls of one server, protected as `connect` does without `tls` and `token`.
 
     Raises:
-        InvalidRequestError: as `connect`.
+        InvalidRequestError: as `connect`, or the target is a directory of several shards.
+        UnavailableError: the directory names no shard yet.
     """
+    places = places_of(target)
+    if len(places) > 1:
+        raise InvalidRequestError.of(
+            "target",
+            f"{target!r} has {len(places)} shards, and the call is one server's; name the address of a shard, such as "
+            f"that of the first, {places[0].address()!r}",
+        )
     security = _security([target], None, None, read_config_file())
-    return Calls(target, timeout_seconds=timeout, retry=Retry(), security=security)
+    (place,) = places
+    return Calls(place.target, timeout_seconds=timeout, retry=Retry(), security=security, locate=place.locate)
 
 
 def _security(targets: Sequence[str], tls: bool | TLS | None, token: str | None, file: ConfigFile) -> Security:
@@ -106,11 +115,24 @@ def _security(targets: Sequence[str], tls: bool | TLS | None, token: str | None,
     return security_of(tls, token, file=file if file.protects(targets) else ConfigFile())
 
 
-class _Place(NamedTuple):
-    """A server, and the way to its present address if it moves."""
+class Place(NamedTuple):
+    """A server, and the way to its present address if it moves.
+
+    Attributes:
+        target: the server as the user named it, or as one shard of a directory.
+        locate: returns the present address of a server that moves; None for one that stays at its target.
+    """
 
     target: str
     locate: Callable[[], str] | None = None
+
+    def address(self) -> str:
+        """Return the present address.
+
+        Raises:
+            UnavailableError: nobody knows where the server is.
+        """
+        return self.target if self.locate is None else self.locate()
 
 
 def _targets(target: str | Sequence[str]) -> list[str]:
@@ -126,13 +148,17 @@ def _checked(channels: int) -> int:
     return count
 
 
-def _places(target: str) -> list[_Place]:
-    """Return the servers of a target: one, or those of all shards in a directory."""
+def places_of(target: str) -> list[Place]:
+    """Return the servers of a target: one, or those of all shards in a directory.
+
+    Raises:
+        UnavailableError: the directory names no shard yet.
+    """
     if not target.startswith(SCHEME):
-        return [_Place(target)]
+        return [Place(target)]
     folder = target.removeprefix(SCHEME)
     directory = ShardDirectory(pathlib.Path(folder.removeprefix("//") if folder.startswith("///") else folder))
     return [
-        _Place(f"{target}/{shard}", lambda shard=shard: directory.newest(shard)[1])  # type: ignore[misc]
+        Place(f"{target}/{shard}", lambda shard=shard: directory.newest(shard)[1])  # type: ignore[misc]
         for shard in directory.shards()
     ]

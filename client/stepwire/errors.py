@@ -203,6 +203,13 @@ class StateLossError(StepMismatchError):
         """A load is lost as well."""
         return self.metadata.get("lost_load") == "True"
 
+    def through(self, step: int) -> StateLossError:
+        """Return the error of a loss of all steps up to one, of which the server had some again in between."""
+        return StateLossError(
+            f"{self}; with those that were to be sent again, steps {self.durable_step + 1} to {step} are lost",
+            metadata={**self.metadata, "applied_step": step},
+        )
+
 
 class StateChangedError(StepwireError):
     """The state changed during the read; read the state again."""

@@ -160,6 +160,17 @@ class Layout:
             return self.size
         return self.dense_ranges[-1][1] if self.dense_ranges else 0
 
+    @functools.cached_property
+    def dense_size(self) -> int:
+        """The number of elements outside tables, padding included."""
+        return sum(end - start for start, end in self.dense_ranges)
+
+    def dense_place(self, element: int) -> int:
+        """Return the number of elements outside tables before a flat element."""
+        if not self.tables:
+            return element
+        return sum(min(end, element) - start for start, end in self.dense_ranges if start < element)
+
     def overlapping(self, start: int, end: int) -> Iterator[Placement]:
         """Yield the non-empty tensors that overlap `[start, end)`, in order."""
         first = max(bisect_right(self._offsets, start) - 1, 0)

@@ -40,7 +40,7 @@ def training(steps: Session | Sequence[PastStep]) -> Any:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as missing:
         raise ImportError(
-            "stepwire.plots needs matplotlib, which is not installed: pip install matplotlib", name="matplotlib"
+            "stepwire.plots needs matplotlib, which is not installed: pip install 'stepwire[plots]'", name="matplotlib"
         ) from missing
     figure = figures.Figure(figsize=_SIZE_INCHES, layout="constrained")
     norms, ratio, rates, times = figure.subplots(2, 2, sharex=True).flat

@@ -79,12 +79,18 @@ class StateCalls:
             timeout: seconds.
 
         Raises:
-            InvalidRequestError: the session keeps no average.
+            InvalidRequestError: the session keeps no average, or the rows are wrong.
+            UnsupportedFeatureError: rows of the average.
             StepMismatchError: the shards stayed at different steps.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
         if rows is not None:
+            if average:
+                raise UnsupportedFeatureError(
+                    "average: tables keep no average of their parameters; pull rows without it",
+                    metadata={"field": "average", "feature": "sparse_rows"},
+                )
             return self._pulled_rows(rows, wire_dtype, timeout)
         named, targets = self._packer.allocate_named(wire_dtype)
         self._link.pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, self._link.deadline(timeout))

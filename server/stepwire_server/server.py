@@ -120,7 +120,8 @@ class Server:
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
-        self._commit_threads = DaemonThreads(os.cpu_count() or 1, "commit")
+        # One for each stream: a line for threads would be another order than that of turns, which are fair.
+        self._commit_threads = DaemonThreads(config.max_streams + RETURNING_STREAMS, "commit")
         self._rooms = CallRooms(clock, config.step_idle_seconds, message_bytes=largest_message_bytes(config))
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
@@ -249,8 +250,12 @@ class Server:
         )
 
     def __enter__(self) -> Server:
-        """Start for a block."""
-        self.start()
+        """Start for a block; a server that cannot start is closed."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(

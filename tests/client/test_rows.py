@@ -225,6 +225,8 @@ def test_wrong_rows_are_refused_by_the_client(client: stepwire.Client, what: str
             session.step({"table": gradient})
         with pytest.raises(stepwire.InvalidRequestError, match="row 9 is not"):
             session.pull(rows={"table": [0, 9]})
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="tables keep no average"):
+            session.pull(rows={"table": [0]}, average=True)
         assert session.applied_step == 0
 
 
@@ -232,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "accumulation": ({"accumulation_steps": 2}, "accumulation_steps"),
     "an average": ({"parameter_average_decay": 0.9}, "parameter_average_decay"),
     "moments in bfloat16": ({"state_precision": "bfloat16"}, "has bfloat16 moments"),
-    "several workers": ({"aggregation": stepwire.Aggregation(workers=2)}, "aggregation"),
+    "a median": ({"aggregation": stepwire.Aggregation(workers=2, reduction="median")}, "aggregation.reduction"),
     "weight decay": ({"optimizer": stepwire.AdamW()}, "weight decay 0.01 has no meaning"),
     "a layerwise rule": ({"optimizer": stepwire.LAMB()}, "adam, sgd, adagrad"),
     "momentum": ({"optimizer": stepwire.SGD(momentum=0.9)}, "'global'"),
@@ -289,3 +291,13 @@ def test_a_table_stands_beside_moments_in_8_bits(client: stepwire.Client) -> Non
             reply = session.step({"table": Rows(rows, values), "w": gradient})
             assert np.array_equal(reply["w"], alone.step({"w": gradient})["w"])
             assert np.array_equal(reply["table"].values, other.step({"table": Rows(rows, values)})["table"].values)
+
+
+@pytest.mark.parametrize("tables", [{}, {"table": "torch_sparse"}])
+def test_rows_of_a_dense_tensor_are_refused(client: stepwire.Client, tables: dict[str, Any]) -> None:
+    start = {"table": np.ones((3, 2), np.float32), "w": np.ones((3, 2), np.float32)}
+    with client.create_session(start, tables=tables) as session:
+        with pytest.raises(stepwire.InvalidRequestError, match=r"gradients\['w'\]: rows are for tables"):
+            session.step({**start, **{name: Rows([0], start["w"][:1]) for name in (*tables, "w")}})
+        with pytest.raises(stepwire.InvalidRequestError, match=r"parameters\['w'\]: rows are for tables"):
+            session.load(start | {"w": Rows([0], start["w"][:1])})

@@ -15,6 +15,7 @@ def test_embeddings_on_a_server_alone_learn_as_local_ones(run_quickly: Any) -> N
     local, remote = summary["curves"].values()
     assert list(summary["curves"]) == ["local torch", "stepwire"]
     assert remote == pytest.approx(local, abs=1e-4)
+    assert summary["facts"]["workers"] == 2
     assert summary["facts"]["rows in the last batch"] < summary["facts"]["rows of the tables"] / 5
     assert set(summary["checks"].values()) == {True}
     assert (summary["plot"], summary["files"]) == (None, [])

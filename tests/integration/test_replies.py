@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
+from stepwire_server.sessions.session import Session as ServedSession
 from tests.integration.training import OVERLAPPED, PATCHED, WIDE, bits
+from tests.support.numpy_server import numpy_server
 
 
 def test_no_answer_leaves_the_parameters_to_a_pull(client: stepwire.Client) -> None:
@@ -150,3 +153,29 @@ def test_a_closed_session_says_so_in_the_future_too(client: stepwire.Client) -> 
     with pytest.raises(stepwire.SessionNotFoundError):
         session.step_async(WIDE.gradient(2)).result(30)
     session.close()
+
+
+def test_the_commit_of_one_session_keeps_no_thread_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both replies are large, so that their commits run in threads; as many as processors would be one here."""
+    commit, held, go = ServedSession.commit, threading.Event(), threading.Event()
+
+    def commit_late(session: ServedSession, *rest: Any) -> Any:
+        if session.config.label == "slow":
+            held.set()
+            go.wait()
+        return commit(session, *rest)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(ServedSession, "commit", commit_late)
+    ones = {"w": np.ones(100_000, np.float32)}
+    with numpy_server() as server, stepwire.connect(server.target, transport="tcp", timeout=10.0) as client:
+        slow, quick = (client.create_session(ones, label=label) for label in ("slow", "quick"))
+        with ThreadPoolExecutor(1) as threads:
+            step = threads.submit(slow.step, ones)
+            held.wait()
+            try:
+                quick.step(ones)
+            finally:
+                go.set()
+            step.result()
+        assert (slow.applied_step, quick.applied_step) == (1, 1)

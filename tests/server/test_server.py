@@ -85,6 +85,14 @@ def test_a_server_that_cannot_listen_closes_its_devices() -> None:
     assert engine.closed == 1
 
 
+def test_a_server_that_cannot_start_closes_its_devices(tmp_path: pathlib.Path) -> None:
+    engine = PretendedEngine("cpu")
+    config = ServerConfig(bind="127.0.0.1:0", port_file=str(tmp_path / "nowhere" / "port"))
+    with pytest.raises(InvalidRequestError, match="port_file"):
+        Server(config, pool=DevicePool.of([engine])).__enter__()
+    assert engine.closed == 1
+
+
 def test_a_server_says_which_devices_it_serves_and_why() -> None:
     with capture_logs() as lines:
         make(memory_budget=12345).close()

@@ -305,7 +305,8 @@ class AsyncSession(SessionBase):
             timeout: seconds.
 
         Raises:
-            InvalidRequestError: the session keeps no average.
+            InvalidRequestError: the session keeps no average, or the rows are wrong.
+            UnsupportedFeatureError: rows of the average.
             StepMismatchError: the shards stayed at different steps.
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """

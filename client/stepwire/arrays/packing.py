@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
+from stepwire.arrays.rows import check_dense
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
 from stepwire.wire.dtypes import BLOCK, FLOAT16, FLOAT32, INT8, is_wire_dtype, wire_alignment, wire_items
@@ -74,6 +75,7 @@ def named_arrays(arrays: Arrays, field: str) -> dict[str, npt.NDArray[Any]]:
         _check_mask(value, f"{field}[{name!r}]")
         array = np.asarray(value)
         if not is_wire_dtype(array.dtype):
+            check_dense(value, f"{field}[{name!r}]")
             raise InvalidRequestError.of(
                 f"{field}[{name!r}]",
                 f"dtype {array.dtype} is not served; cast it to float32, bfloat16 or float16",

@@ -2,7 +2,8 @@
 
 To check the names, dtypes and shapes of ten arrays costs more than to copy them, where they are small. A training
 program mostly passes the same arrays again. Recognition is by identity, and by everything of an array that its owner
-can change in place: its shape, its dtype and, where it is written, its permission. No array is kept alive by it.
+can change in place: its shape, its strides, its dtype and, where it is written, its permission. No array is kept
+alive by it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import numpy.typing as npt
 __all__ = ["RecognisedArrays"]
 
 _MOST_BYTES: Final = 64 << 10
-_form: Final = operator.attrgetter("shape", "dtype")
+_LEAST_BYTES: Final = 2
+"""The bytes of an element at least."""
+
+_form: Final = operator.attrgetter("shape", "strides", "dtype")
 _Flat = list[npt.NDArray[Any]]
 
 
@@ -29,16 +33,18 @@ class RecognisedArrays:
         version: the number of times that other arrays came than the last ones.
     """
 
-    def __init__(self, order: tuple[str, ...], *, written: bool) -> None:
+    def __init__(self, order: tuple[str, ...], elements: int, *, written: bool) -> None:
         """Recognise nothing yet.
 
         Args:
             order: the names of all tensors in layout order.
+            elements: the elements of all tensors; if they are many, no call looks for small arrays.
             written: the arrays are written, so they have to stay writable.
         """
         self.version = 0
         self._order = order
         self._written = written
+        self._is_small = elements * _LEAST_BYTES <= _MOST_BYTES
         self._forget()
 
     def knows(self, arrays: object) -> bool:
@@ -62,7 +68,7 @@ class RecognisedArrays:
         self.version += 1
         self._forget()
         flat = checked()
-        if type(arrays) is dict and len(arrays) == len(self._order) and _are_simple(arrays):
+        if self._is_small and type(arrays) is dict and len(arrays) == len(self._order) and _are_simple(arrays):
             self._learn(arrays)
         return flat
 

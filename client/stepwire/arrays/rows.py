@@ -22,6 +22,7 @@ __all__ = [
     "RowTarget",
     "Rows",
     "Table",
+    "check_dense",
     "row_parts",
     "rows_of",
     "split_rows",
@@ -176,13 +177,22 @@ def split_rows(gradients: Mapping[str, Any], layout: Layout) -> tuple[dict[str, 
     tables = {table.spec.name: index for index, table in layout.tables.items()}
     dense = {name: value for name, value in gradients.items() if name not in tables}
     for name, value in dense.items():
-        if isinstance(value, Rows):
-            raise _wrong(f"gradients[{name!r}]", "rows are for tables; name it in `tables` at the session's creation")
+        check_dense(value, f"gradients[{name!r}]")
     found = []
     for name, index in sorted(tables.items(), key=lambda each: each[1]):
         if (value := gradients.get(name)) is not None:
             found.append(_checked(value, index, layout.tensors[index]))
     return dense, tuple(found)
+
+
+def check_dense(value: object, field: str) -> None:
+    """Refuse rows in the place of an array.
+
+    Raises:
+        InvalidRequestError: the value is `Rows`.
+    """
+    if isinstance(value, Rows):
+        raise _wrong(field, "rows are for tables; name it in `tables` at the session's creation")
 
 
 def _checked(value: Any, index: int, table: Placement) -> RowGradient:

@@ -85,7 +85,8 @@ class Calls:
         self.security = security
         self.metadata = security.metadata
         self._locate = locate
-        self._address = target
+        self._known = target if locate is None else locate()
+        self._address = self._known  # of the channel, where another one may be known by now
         self._line = Line(self._opened)
 
     @property
@@ -99,8 +100,8 @@ class Calls:
         return self._line.channel
 
     def _opened(self) -> grpc.Channel:
-        """Open a channel to where the server is now."""
-        self._address = where = self.target if self._locate is None else self._locate()
+        """Open a channel to the address that is known: all lines of the process wait meanwhile, and no file is read."""
+        self._address = where = self._known
         # A proxy in the environment connects to its own loopback addresses, or refuses to.
         direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(where) else []
         address = grpc_target(where)
@@ -117,7 +118,8 @@ class Calls:
         if self._locate is None or error.reason not in _OF_MOVES:
             return error
         with contextlib.suppress(UnavailableError):
-            if self._locate() != self._address:
+            self._known = self._locate()
+            if self._known != self._address:
                 self._line.rest()
         if error.reason is not Reason.NOT_PRIMARY:
             return error

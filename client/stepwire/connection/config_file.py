@@ -1,7 +1,8 @@
 """The client's config file: the server of a machine's user, for programs and commands that name none.
 
 An argument wins over an environment variable, and a variable over the file. The certificates and the token of the file
-are for its own target: a program that names another server never shows it that token.
+are for its own target, or for `localhost:50051` where it names none. A program that names another server never shows it
+that token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ConfigFile(NamedTuple):
     """The keys of the file, in their order; empty for those that are not there.
 
     Attributes:
-        target: the server: `host:port`, or `unix:/path`.
+        target: the server: `host:port`, `unix:/path`, or `directory:/path` for all shards of a directory. Empty for
+            `localhost:50051`.
         transport: the way of gradients and parameters, as in `connect`.
         ca: the file of the authorities that the server's certificate is signed by, or "system".
         cert: the file of the client's own certificate.
@@ -45,8 +47,8 @@ class ConfigFile(NamedTuple):
     token_file: str = ""
 
     def protects(self, targets: Sequence[str]) -> bool:
-        """Tell whether the certificates and the token are for these targets: for its own, or for all without one."""
-        return not self.target or all(each == self.target for each in targets)
+        """Tell whether the certificates and the token are for these targets: for that of a program which names none."""
+        return all(each == (self.target or DEFAULT_TARGET) for each in targets)
 
 
 _FILES: Final = ("ca", "cert", "cert_key", "token_file")

@@ -202,6 +202,10 @@ class Hold:
             self.applied_step = self.step_on_server = applied_step
         self.unfinished_step = 0
 
+    def acknowledge(self, step: int) -> None:
+        """Know a step as applied although a restarted server lacks it: the next call finds the loss."""
+        self.applied_step = max(self.applied_step, step)
+
     def pulled(self, step: int, load: int) -> None:
         """Note that this client has the parameters of a step and a load: other workers may have made them."""
         if self._is_aggregated and step >= self.base_step:

@@ -15,7 +15,6 @@ import numpy as np
 from stepwire.arrays.packing import Flat
 from stepwire.arrays.rows import RowTarget
 from stepwire.connection.retry import Deadline
-from stepwire.errors import UnsupportedFeatureError
 from stepwire.links.progress import LoadProgress
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
@@ -158,12 +157,8 @@ class SessionLink(Protocol):
         """Read rows of the parameters of tables, all as of one step that has all that this client knows.
 
         Raises:
-            UnsupportedFeatureError: the session is sharded, and has no tables.
             StepwireError: as `pull`.
         """
-        raise UnsupportedFeatureError(
-            "rows: tables are not sharded", metadata={"field": "rows", "feature": "sparse_rows"}
-        )
 
     def pull(self, targets: Mapping[str, Flat], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """Read slots into arrays in layout order, all as of one step that has all that this client knows.

@@ -73,19 +73,26 @@ class ReplayWindow:
         call.record = [] if self._limit_bytes else None
 
     def resend(self, send: Callable[[StepCall], step_pb2.StepResult], loss: StateLossError) -> None:
-        """Send the steps again that the server has lost.
+        """Send the steps again that the server has lost; those that it loses meanwhile as well.
+
+        Where that is cut short, the client goes on knowing all of them, so that its next call finds the loss again.
 
         Raises:
             StateLossError: one of them is not kept.
+            StepwireError: as `send`.
         """
-        while (kept := self._lost(loss)) is not None:
+        last = loss.applied_step
+        while (kept := self._lost(loss, last)) is not None:
             try:
                 for lost in kept:
                     send(lost)
                 return
             except StateLossError as again:
                 loss = again
-        raise loss
+            except BaseException:
+                self._hold.acknowledge(last)
+                raise
+        raise loss if loss.applied_step >= last else loss.through(last)
 
     def keep(self, call: StepCall) -> None:
         """Keep a step that was applied, and let go of those that are durable or too many.
@@ -113,11 +120,11 @@ class ReplayWindow:
             self._acquisitions = self._hold.acquisitions
             self.clear()
 
-    def _lost(self, loss: StateLossError) -> list[StepCall] | None:
-        """Return the calls that make good a loss, in order; None if a step of it is not kept."""
+    def _lost(self, loss: StateLossError, last: int) -> list[StepCall] | None:
+        """Return the calls that make good a loss of the steps up to one, in order; None if one of them is not kept."""
         self._forget_others()
-        found = [kept for kept in self._kept if loss.durable_step < kept.step <= loss.applied_step]
-        wanted = list(range(loss.durable_step + 1, loss.applied_step + 1))
+        found = [kept for kept in self._kept if loss.durable_step < kept.step <= last]
+        wanted = list(range(loss.durable_step + 1, last + 1))
         if loss.lost_load or [kept.step for kept in found] != wanted:
             return None
         return [kept.call() for kept in found]

@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict
 import numpy.typing as npt
 
 from stepwire.client import Client, StatePrecision, Telemetry
-from stepwire.connecting import connect
+from stepwire.connecting import connect, places_of
 from stepwire.connection.config_file import asked_target, read_config_file
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.durability import Durability, DurabilityLevel
@@ -102,10 +102,15 @@ class Connection:
 
     @property
     def id_bytes(self) -> int:
-        """The largest length of a session's id in bytes, known in advance because JAX fixes shapes in a trace."""
+        """The largest length of a session's id in bytes, known in advance because JAX fixes shapes in a trace.
+
+        Raises:
+            UnavailableError: a target is a directory that names no shard yet.
+        """
         if isinstance(self.server, Client):
             return _ID_BYTES * (self.server.target.count(",") + 1)
-        return _ID_BYTES * len(self.server) * int(dict(self.options).get("channels", 1))
+        servers = sum(len(places_of(target)) for target in self.server)
+        return _ID_BYTES * servers * int(dict(self.options).get("channels", 1))
 
     def open(self) -> Client:
         """Return the client of the connection: the user's, or a new one.

@@ -15,19 +15,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stepwire.arrays.packing import Flat
+from stepwire.arrays.rows import RowTarget
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline
-from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError
+from stepwire.errors import StepMismatchError
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics, least_transport
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
-from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
+from stepwire.sharding.mismatches import half_applied, half_loaded, uneven
 from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
-from stepwire.sharding.refusals import fed_gradients, shared_arrays
+from stepwire.sharding.reading import AlikeReader
+from stepwire.sharding.refusals import check_load, fed_gradients, shared_arrays
 from stepwire.sharding.shard import Shard, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import StepCall
@@ -193,7 +195,7 @@ class ShardedLink(SessionLink):
                 self._doubt = Doubt.after(call, self._acquisitions())
 
     def _step_shards(self, call: StepCall, coordinator: Coordinator | None, deadline: Deadline) -> step_pb2.StepResult:
-        notifiers = [None] * len(self._shards) if call.on_tensor is None else gathered(self._shards, call.on_tensor)
+        notifiers = [None] * len(self._shards) if call.on_tensor is None else gathered(self._shards, call)
         calls = [
             functools.partial(shard.step, call, coordinator, notify, deadline)
             for shard, notify in zip(self._shards, notifiers, strict=True)
@@ -279,31 +281,27 @@ class ShardedLink(SessionLink):
             StepMismatchError: the shards stayed at different steps or loads; at once if a failed call is the cause.
             StepwireError: as `Session.pull`.
         """
-        seen: list[StepMismatchError] = []
+        headers = self._read(self._shards, lambda shard, left: shard.pull(targets, dtype, left), deadline)
+        return combined_header(headers, self._partition)
+
+    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """See `SessionLink.pull_rows`: all shards that have tables are at one step. The header is the first one's."""
+        holders = [shard for shard in self._shards if shard.link.description.packer.layout.tables]
+        return self._read(holders, lambda shard, left: shard.pull_rows(rows, dtype, left), deadline)[0]
+
+    def _read(
+        self, shards: Sequence[Shard], read: Callable[[Shard, Deadline], state_pb2.PullHeader], deadline: Deadline
+    ) -> list[state_pb2.PullHeader]:
+        """Read some shards, all as of one moment; see `pull`."""
         untold = self._untold.doubts
+        reader = AlikeReader(shards, lambda steps, loads: self._own_failure(shards, steps, loads))
+        headers = reader.read(read, deadline, together=not self._is_aggregated)
+        self._untold.forget(untold)
+        return headers
 
-        def attempt(left: Deadline) -> state_pb2.PullHeader:
-            headers = self._each(lambda shard: shard.pull(targets, dtype, left))
-            steps, loads = [header.step for header in headers], [header.load for header in headers]
-            if len(set(loads)) > 1:
-                seen.append(half_loaded(self._shards, loads))
-            elif len(set(steps)) > 1 and not self._is_aggregated:
-                seen.append(read_at(steps, len(seen) + 1))
-            else:
-                self._untold.forget(untold)
-                return combined_header(headers, self._partition)
-            if (cause := self._own_failure(steps, loads)) is not None:
-                raise cause
-            raise StateChangedError(f"the shards were read at different steps {steps}, or of different loads {loads}")
-
-        try:
-            return self._shards[0].link.retry.call(attempt, deadline)
-        except (StateChangedError, DeadlineExceededError):
-            if not seen:
-                raise
-            raise seen[-1] from None
-
-    def _own_failure(self, steps: Sequence[int], loads: Sequence[int]) -> StepMismatchError | None:
+    def _own_failure(
+        self, shards: Sequence[Shard], steps: Sequence[int], loads: Sequence[int]
+    ) -> StepMismatchError | None:
         """Return the error of shards that were read unlike because a step or a load of this client failed.
 
         Only this client levels such shards, so reading them again is in vain. The result is None while a call of this
@@ -312,7 +310,7 @@ class ShardedLink(SessionLink):
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            shards, doubt = self._shards, self._doubt
+            doubt = self._doubt
             holds = all(shard.is_certain for shard in shards)  # and has found the shards as they were read, or not
             if len(set(loads)) > 1:
                 in_doubt = any(shard.link.hold.load_in_doubt for shard in shards)
@@ -320,7 +318,7 @@ class ShardedLink(SessionLink):
                     return half_loaded(shards, loads)
             elif doubt is not None and set(steps) <= {doubt.step - 1, doubt.step}:
                 return half_applied(shards, doubt.step, steps)
-            elif holds and list(steps) == self._steps_on_servers():
+            elif holds and list(steps) == [shard.step_on_server for shard in shards]:
                 return uneven(shards, steps)
             return None
         finally:
@@ -328,6 +326,7 @@ class ShardedLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`. After a step or a load that failed, any load brings all shards to one of each."""
+        check_load(load, self._partition.layout)
         if not load.whole:
             self.make_sure(deadline)
         fan_out([functools.partial(shard.attach, deadline) for shard in self._shards if not shard.is_certain])

@@ -3,6 +3,7 @@
 The flat space is partitioned into one contiguous range a shard. Small tensors, and those of layerwise rules, stay
 whole. A large tensor is cut at multiples of `GRAIN` of its own elements, and never so that a small remainder is left.
 So 8-bit moments have the blocks that they have in the whole, and every range is held in the precision of its tensor.
+Tables are cut between rows, at multiples of the least number of rows that have as many elements.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final, NamedTuple
 from stepwire.arrays.packing import Flat
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import SMALLEST_IN_BLOCKS, Layout, TensorSpec, place
-from stepwire.sharding.range_names import Origin, origin_of, range_spec
+from stepwire.sharding.range_names import Origin, origin_of, range_spec, whole_spec
 
 __all__ = ["GRAIN", "Partition", "ShardRanges", "TensorRange", "cut"]
 
@@ -121,16 +122,16 @@ def _in_flat_order(layouts: Sequence[Layout]) -> Iterator[tuple[Origin, TensorSp
 
 def _whole(ranges: Sequence[tuple[Origin, TensorSpec]]) -> TensorSpec:
     """Return the tensor that consists of ranges, in order."""
-    first, spec = ranges[0]
+    first, spec = ranges[0][0], whole_spec(*ranges[0])
     reached = 0
     for origin, other in ranges:
-        alike = dataclasses.replace(other, name=spec.name, shape=spec.shape) == spec
+        alike = whole_spec(origin, other) == dataclasses.replace(spec, shape=origin.shape)
         if not alike or origin.shape != first.shape or origin.begin != reached:
             raise _foreign(f"tensor {first.name!r} is in ranges that do not follow each other")
         reached = origin.end
     if reached != math.prod(first.shape):
         raise _foreign(f"of tensor {first.name!r} there are {reached} of {math.prod(first.shape)} elements")
-    return dataclasses.replace(spec, name=first.name, shape=first.shape)
+    return spec
 
 
 def _foreign(problem: str) -> InvalidRequestError:
@@ -182,7 +183,10 @@ def _candidates(layout: Layout, within_tensors: bool) -> list[int]:
     candidates, start = [0], 0
     for tensor in layout.tensors:
         if within_tensors:
-            candidates += range(start + GRAIN, start + tensor.count - SMALLEST_IN_BLOCKS + 1, GRAIN)
+            grain, width = GRAIN, tensor.spec.width
+            if tensor.spec.table and width:
+                grain = -(-GRAIN // width) * width
+            candidates += range(start + grain, start + tensor.count - SMALLEST_IN_BLOCKS + 1, grain)
         start += tensor.count
         candidates.append(start)
     return candidates

@@ -8,6 +8,9 @@ A tensor that is whole in its shard keeps its name. A range `[begin:end)` of `w`
 with the shape of the whole at its end. A whole tensor whose own name ends like that is named as a range too, the range
 of all its elements. So a name that ends like that is always the name of a range, and reading removes exactly one
 ending.
+
+A range of a table has whole rows, and is a table of them. The seed of its first values is moved on, so that each
+element begins with the value that it has in the whole.
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ from typing import Final, NamedTuple
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec
 
-__all__ = ["Origin", "origin_of", "range_spec"]
+__all__ = ["Origin", "origin_of", "range_spec", "whole_spec"]
 
 _ENDING: Final = re.compile(r"(.+)\[(\d+):(\d+)\]of\((\d+(?:,\d+)*)?\)", re.DOTALL)
 _MAX_NAME_CHARACTERS: Final = 512
+
+
+_SEEDS: Final = 1 << 64
+_SEEDS_APART: Final = 0x9E3779B97F4A7C15
+"""SplitMix64 adds this to its seed for each number: see `stepwire_server.rules.first_values`."""
 
 
 class Origin(NamedTuple):
@@ -52,7 +60,7 @@ def range_spec(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
             reason=Reason.INVALID_TENSOR,
             tensor=spec.name,
         )
-    return dataclasses.replace(spec, name=name, shape=(end - begin,))
+    return dataclasses.replace(spec, name=name, shape=_shape(spec, spec.shape, end - begin), seed=_seed(spec, begin))
 
 
 def origin_of(spec: TensorSpec) -> Origin:
@@ -63,6 +71,23 @@ def origin_of(spec: TensorSpec) -> Origin:
     name, begin, end, extents = found.groups()
     shape = tuple(map(int, extents.split(","))) if extents else ()
     origin = Origin(name, shape, int(begin), int(end))
-    if spec.shape != (origin.end - origin.begin,) or origin.end > math.prod(shape):
+    if spec.shape != _shape(spec, shape, origin.end - origin.begin) or origin.end > math.prod(shape):
         return Origin(spec.name, spec.shape, 0, spec.count)  # no range, only named like one
     return origin
+
+
+def whole_spec(origin: Origin, spec: TensorSpec) -> TensorSpec:
+    """Return the tensor whose range a shard's tensor is; the inverse of `range_spec` too."""
+    return dataclasses.replace(spec, name=origin.name, shape=origin.shape, seed=_seed(spec, -origin.begin))
+
+
+def _shape(spec: TensorSpec, whole: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the shape of a range of `count` elements: rows of a table, or one dimension."""
+    if not spec.table:
+        return (count,)
+    return (count // max(math.prod(whole[1:]), 1), *whole[1:])
+
+
+def _seed(spec: TensorSpec, elements: int) -> int:
+    """Return the seed of a table that begins so many elements later."""
+    return (spec.seed + elements * _SEEDS_APART) % _SEEDS if spec.table else spec.seed

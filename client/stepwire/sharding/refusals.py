@@ -1,10 +1,35 @@
-"""The errors of what one server has, and several servers of one session have not."""
+"""The errors of what one server has and several servers have not, or what only some of them would refuse."""
 
 from __future__ import annotations
 
-from stepwire.errors import UnsupportedFeatureError
+from typing import Final
 
-__all__ = ["fed_gradients", "rows_by_ids", "shared_arrays"]
+from stepwire.errors import UnsupportedFeatureError
+from stepwire.layout import Layout
+from stepwire.links.link import Load
+
+__all__ = ["check_load", "fed_gradients", "rows_by_ids", "shared_arrays"]
+
+_COUNTED: Final = ("row_counter", "skipped", "row_wise")
+
+
+def check_load(load: Load, layout: Layout) -> None:
+    """Refuse a load of moments, or of t, whose rows have numbers that no load brings.
+
+    The shards that have such a table would refuse it, and the others would be left with another load.
+
+    Raises:
+        UnsupportedFeatureError: a table counts its rows.
+    """
+    if load.origin is None and not load.tensor_steps and set(load.sources) <= {"param"}:
+        return
+    for table in layout.tables.values():
+        if table.spec.table in _COUNTED:
+            raise UnsupportedFeatureError(
+                f"load: moments and t of table {table.spec.name!r} belong to the numbers of its rows, which no load "
+                "brings; load the parameters alone, or fork the state instead",
+                metadata={"field": "load", "feature": "sparse_rows"},
+            )
 
 
 def shared_arrays() -> UnsupportedFeatureError:

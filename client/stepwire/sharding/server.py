@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
 from stepwire.connection.watch import Closable
-from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError
 from stepwire.layout import place
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
@@ -39,7 +40,6 @@ class ShardedServer(ServerLink):
     def __init__(self, servers: Sequence[RemoteServer]) -> None:
         """Use the links of one server each, which are closed with this one."""
         self._servers = tuple(servers)
-        self._holders: dict[str, RemoteServer] = {}  # of sessions that were found
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -78,11 +78,6 @@ class ShardedServer(ServerLink):
     ) -> ShardedLink:
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
         _check_worker(options)
-        if tables := [tensor.name for tensor in config.tensors if tensor.HasField("table")]:
-            raise UnsupportedFeatureError(
-                f"tables: {tables[0]!r} is a table, and tables are not sharded; use one target",
-                metadata={"field": "config.tensors.table", "feature": "sparse_rows"},
-            )
         partition = _partition(config, len(self._servers))
         configs = _configs(config, partition)
 
@@ -116,24 +111,24 @@ class ShardedServer(ServerLink):
                 "session_id",
                 f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in their order",
             )
-        links = fan_out([functools.partial(self._found, *each, timeout, options) for each in enumerate(ids)])
+
+        def find(rank: int, own_id: str) -> RemoteLink:
+            return self._at_holder(rank, own_id, lambda server: server.find(own_id, timeout, options))
+
+        links = fan_out([functools.partial(find, *each) for each in enumerate(ids)])
         return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
 
-    def _found(self, rank: int, session_id: str, timeout: float | None, options: LinkOptions) -> RemoteLink:
-        """Return the link to a shard: an id is one shard's, wherever its server stands among the targets.
+    def _at_holder(self, rank: int, session_id: str, call: Callable[[RemoteServer], _T]) -> _T:
+        """Call the server of a shard: an id is one shard's, wherever its server stands among the targets.
 
         Raises:
             SessionNotFoundError: no server has it.
-            StepwireError: as `RemoteServer.find`.
+            StepwireError: as the call.
         """
         others = [server for server in self._servers if server is not self._servers[rank]]
         for server in (self._servers[rank], *others):
-            try:
-                link = server.find(session_id, timeout, options)
-            except SessionNotFoundError:
-                continue
-            self._holders[session_id] = server
-            return link
+            with contextlib.suppress(SessionNotFoundError):
+                return call(server)
         raise SessionNotFoundError(
             f"session {session_id!r} is on none of the servers {', '.join(self.targets)}; it has ended, or its server "
             "is not among these targets"
@@ -154,8 +149,9 @@ class ShardedServer(ServerLink):
             own = pb.ForkSessionRequest()
             own.CopyFrom(request)
             own.request_id = request.request_id and f"{request.request_id}.{rank}"
-            server = self._holders.get(own_id, self._servers[rank])
-            link = server.fork(own_id, own, timeout, error_feedback=error_feedback)
+            link = self._at_holder(
+                rank, own_id, lambda server: server.fork(own_id, own, timeout, error_feedback=error_feedback)
+            )
             made.append(link)
             return link
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stepwire.arrays.packing import Flat
+from stepwire.arrays.rows import RowTarget
 from stepwire.connection.retry import Deadline
 from stepwire.errors import StepwireError
 from stepwire.links.link import Load
@@ -20,6 +21,7 @@ from stepwire.results import SessionInfo
 from stepwire.sharding.coordinator import Coordinator
 from stepwire.sharding.partition import ShardRanges
 from stepwire.sharding.range_names import Origin, origin_of
+from stepwire.sharding.rows import own_gradients, own_targets, read_rows
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
@@ -145,6 +147,15 @@ class Shard:
         with self._named():
             return self.link.pull(own, dtype, deadline)
 
+    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """Read this shard's rows of tables into the places of the whole; the shard has a table, perhaps another one."""
+        asked = read_rows(self.ranges, self.link.description.packer.layout, rows, dtype)
+        with self._named():
+            header = self.link.pull_rows([each.own for each in asked], dtype, deadline)
+        for each in asked:
+            each.copy()
+        return header
+
     def load(self, load: Load, number: int, deadline: Deadline) -> None:
         """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
 
@@ -187,6 +198,10 @@ class Shard:
             commit.CopyFrom(coordinator.decision.commit)
         begin = step_pb2.StepBegin()
         begin.CopyFrom(call.begin)
+        rows = own_gradients(self.ranges, self.link.description.packer.layout, call.rows) if call.rows else ()
+        del begin.tables[:]
+        for table in rows:
+            begin.tables.add(tensor=table.tensor, entries=len(table.indices))
         begin.missing_tensors[:] = sorted(self.ranges.indices(call.begin.missing_tensors))
         begin.reply.first[:] = self.ranges.indices(call.begin.reply.first)
         begin.reply.ClearField("base")
@@ -204,6 +219,8 @@ class Shard:
             decide=self._decide(coordinator, deadline),
             commit=commit,
             on_device={},
+            rows=rows,
+            row_targets=own_targets(self.ranges, call.row_targets) if call.row_targets else (),
             trace=None if call.trace is None else call.trace.part(begin, self.link.target),
         )
 
@@ -233,16 +250,20 @@ class Shard:
         )
 
 
-def gathered(shards: Sequence[Shard], notify: OnTensor) -> list[OnTensor]:
-    """Return a function for each shard, so that `notify` is called once all shards have their ranges of a tensor.
+def gathered(shards: Sequence[Shard], call: StepCall) -> list[OnTensor]:
+    """Return a function for each shard, so that `call.on_tensor` is called once all have their ranges of a tensor.
 
-    The calls come one at a time, and again if the reply of a shard is repeated.
+    The calls come one at a time, and again if the reply of a shard is repeated. No shard is awaited that has no rows of
+    a table.
     """
     awaited: dict[int, set[int]] = {}
     for shard in shards:
-        for each in shard.ranges.ranges:
-            awaited.setdefault(each.tensor, set()).add(shard.rank)
-    lock = threading.Lock()
+        idle = {target.tensor for target in own_targets(shard.ranges, call.row_targets) if not len(target.indices)}
+        for own, each in enumerate(shard.ranges.ranges):
+            if own not in idle:
+                awaited.setdefault(each.tensor, set()).add(shard.rank)
+    lock, notify = threading.Lock(), call.on_tensor
+    assert notify is not None
 
     def arrived(rank: int, tensor: int) -> None:
         with lock:

@@ -89,8 +89,8 @@ class StepBuilder:
         keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = self._packer.layout.tensor_indices()
-        order = tuple(tensor.spec.name for tensor in tensors)
-        self._given, self._out = (RecognisedArrays(order, written=written) for written in (False, True))
+        order, elements = tuple(tensor.spec.name for tensor in tensors), sum(tensor.count for tensor in tensors)
+        self._given, self._out = (RecognisedArrays(order, elements, written=written) for written in (False, True))
         self._apart: tuple[int, int] | None = None
         self._tables = {table.spec.name: index for index, table in self._packer.layout.tables.items()}
         self.notices = Notices()
@@ -121,14 +121,11 @@ class StepBuilder:
         given, rows = self._parted(gradients, options)
         given, on_device = stood_in(given)
         flat, missing = self._present(given)
-        came = frozenset(table.tensor for table in rows)
-        self._check_tables(missing - came)
-        if left := missing - came - self._frozen:
+        left_out = self._name_rows(begin, rows, missing) if self._tables else missing
+        if left := left_out - self._frozen:
             begin.missing_tensors.extend(sorted(left))
-        for table in rows:
-            begin.tables.add(tensor=table.tensor, entries=len(table.indices))
         reply, targets = self._reply(gradients, options, received)
-        row_targets = targets_of(rows, received) if reply is not None else ()
+        row_targets = targets_of(rows, received) if rows and reply is not None else ()
         if options.out is not None:
             self._check_apart(flat, targets)
         views = reply if reply is not options.out and options.out is not None else None
@@ -157,7 +154,7 @@ class StepBuilder:
         Raises:
             InvalidRequestError: a gradient or an option is wrong.
         """
-        if not self._tables and not _has_rows(gradients):
+        if not self._tables:
             return gradients, ()
         for field in ("out", "feed", "overlap", "reply_first"):
             if getattr(options, field):
@@ -168,16 +165,26 @@ class StepBuilder:
             gradients = {str(place): value for place, value in enumerate(gradients)}
         return split_rows(gradients, self._packer.layout) if isinstance(gradients, Mapping) else (gradients, ())
 
-    def _check_tables(self, missing: frozenset[int]) -> None:
-        """Refuse a step without a gradient for a table, unless the session lets tensors be left out."""
+    def _name_rows(
+        self, begin: step_pb2.StepBegin, rows: Sequence[RowGradient], missing: frozenset[int]
+    ) -> frozenset[int]:
+        """Tell the server of the rows of a step; return the tensors of `missing` that have no rows either.
+
+        Raises:
+            InvalidRequestError: a table has no gradient, and the session lets no tensor be left out.
+        """
+        for table in rows:
+            begin.tables.add(tensor=table.tensor, entries=len(table.indices))
+        left_out = missing.difference(table.tensor for table in rows)
         for name, index in self._tables.items():
-            if index in missing and name not in self._optional:
+            if index in left_out and name not in self._optional:
                 raise InvalidRequestError.of(
                     f"gradients[{name!r}]",
                     "the table has no gradient; pass stepwire.Rows, perhaps without rows, or create the session with "
                     "missing_gradient='keep'",
                     reason=Reason.INVALID_TENSOR,
                 )
+        return left_out
 
     def _with_rows(self, reply: Container | None, rows: Sequence[RowTarget]) -> Container | None:
         """Put the rows that come back in the places of their tables, and leave out tables without rows."""
@@ -291,11 +298,6 @@ class StepBuilder:
             overrides_to_wire(self._optimizer, group, {**shared, **values}, f"hyperparameters[{index}]")
             for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
         ]
-
-
-def _has_rows(gradients: object) -> bool:
-    values = gradients.values() if isinstance(gradients, Mapping) else gradients if isinstance(gradients, list) else ()
-    return Rows in set(map(type, values))
 
 
 def _shows_parameters(out: Container) -> bool:

@@ -29,9 +29,8 @@ class ReplyReader:
         self._packer = packer
         self._call = call
         self._shared = shared
-        dense = sum(end - start for start, end in packer.layout.dense_ranges)
-        self._missing = dense if call.wants_reply and call.patched is None and shared is None else 0
-        self._rows = RowReader(packer.layout, call.row_targets)
+        self._missing = packer.layout.dense_size if call.wants_reply and call.patched is None and shared is None else 0
+        self._rows = RowReader(packer.layout, call.row_targets) if call.row_targets else None
         self._left = [tensor.count for tensor in packer.layout.tensors] if call.on_tensor is not None else []
 
     def read(self, frame: Frame) -> None:
@@ -48,9 +47,7 @@ class ReplyReader:
             _patch(call.patched, chunk, frame)
             return
         if chunk.rows:
-            table = self._rows.read(chunk, frame.payload.view(call.reply_dtype))
-            if table is not None and call.on_tensor is not None:
-                call.on_tensor(table)
+            self._read_rows(chunk, frame)
             return
         ranges = self._packer.ranges(chunk.offset, chunk.count)
         self._packer.read(call.targets, ranges, frame.payload.view(call.reply_dtype))
@@ -61,6 +58,12 @@ class ReplyReader:
                 if not self._left[part.tensor]:
                     call.on_tensor(part.tensor)
 
+    def _read_rows(self, chunk: tensor_pb2.Chunk, frame: Frame) -> None:
+        reader, call = self._rows or RowReader(self._packer.layout, ()), self._call
+        table = reader.read(chunk, frame.payload.view(call.reply_dtype))
+        if table is not None and call.on_tensor is not None:
+            call.on_tensor(table)
+
     def finish(self) -> None:
         """Check that all chunks came, and hand out patched parameters, or those in shared memory.
 
@@ -70,7 +73,7 @@ class ReplyReader:
         call = self._call
         if self._missing:
             raise UnavailableError(f"the reply to step {call.begin.step} lacks {self._missing} elements")
-        if self._rows.missing:
+        if self._rows is not None and self._rows.missing:
             raise UnavailableError(f"the reply to step {call.begin.step} lacks {self._rows.missing} rows")
         if self._shared is not None:
             read_shared_reply(self._shared, call)

@@ -74,7 +74,9 @@ class ShardDirectory:
             UnavailableError: there is none yet.
         """
         try:
-            found = sorted(path.name for path in self._folder.iterdir() if _SHARD.fullmatch(path.name))
+            found = sorted(
+                path.name for path in self._folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_dir()
+            )
         except OSError:
             found = []
         if not found:

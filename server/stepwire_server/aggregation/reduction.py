@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from stepwire_server.aggregation.row_sum import ReducedRows
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.steps.gradient import ChunkRange, StagedGradient
 
@@ -45,8 +46,12 @@ class Reduction(Protocol):
                 no quotient of a sum pay no heed to it.
 
         Returns:
-            `(size,) float32`, valid until `clear`.
+            `(dense_size,) float32`, the elements outside tables one behind another, valid until `clear`.
         """
+        ...
+
+    def reduced_rows(self, divisor: float) -> Sequence[ReducedRows]:
+        """Reduce the rows of tables that were added, as `reduced` does the rest."""
         ...
 
     def clear(self) -> None:

@@ -13,12 +13,13 @@ before it is added. A gradient has a weight of 1 in all of them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepwire.optimizers.norms import rounded_norm
 from stepwire_server.aggregation.reduction import Reduction, moved_ranges
+from stepwire_server.aggregation.row_sum import ReducedRows
 from stepwire_server.engines.cpu.gradient_rows import GradientRows
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
@@ -72,6 +73,10 @@ class RobustReduction(Reduction):
             raise ValueError("no gradient was added to the round")
         self._combined = True
         return self._combine(self._rows, self._count)
+
+    def reduced_rows(self, divisor: float) -> Sequence[ReducedRows]:
+        """See `Reduction.reduced_rows`: a session with tables has none of these reductions."""
+        return ()
 
     def clear(self) -> None:
         """See `Reduction.clear`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from stepwire.errors import NotEnoughWorkersError, StepwireError
 from stepwire.optimizers.aggregation import Aggregation
@@ -14,6 +14,7 @@ from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.steps.check_gradient import GradientCheck
 from stepwire_server.steps.reply import ReplyWriter
+from stepwire_server.steps.row_gradients import NamedRows
 from stepwire_server.steps.step import Hold, Step
 
 __all__ = ["Contribution", "Round"]
@@ -30,6 +31,7 @@ class Contribution:
         arrived: the clock reading of its commit.
         asked: the step that was asked for last: its reply counts, and nothing else of it.
         writer: the place of its reply; None until somebody waits for it.
+        rows: the rows of tables that go back, as they were named last.
         replaced: another client steps as the worker by now. Its own gradient is not in the round.
     """
 
@@ -39,6 +41,7 @@ class Contribution:
     arrived: float
     asked: StepRequest
     writer: ReplyWriter | None = None
+    rows: Sequence[NamedRows] = ()
     replaced: bool = False
 
 

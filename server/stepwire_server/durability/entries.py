@@ -49,6 +49,7 @@ class StepEntry(_Entry, frozen=True, kw_only=True):
         parts: for each worker whose gradient is in it, the part in the result; empty without aggregation.
         reduced: the gradient is that of a round: float32, unscaled, whatever the opening says.
         missing: the tensors without a gradient, where it is reduced.
+        tables: the index of each table, with the number of its rows, where it is reduced.
         lr_factor: the factor of the learning rates.
     """
 
@@ -63,6 +64,7 @@ class StepEntry(_Entry, frozen=True, kw_only=True):
     parts: tuple[tuple[int, RoundResult], ...] = ()
     reduced: bool = False
     missing: tuple[int, ...] = ()
+    tables: tuple[tuple[int, int], ...] = ()
     lr_factor: float = 1.0
 
 

@@ -188,6 +188,8 @@ class StepStream:
             stage_shared(self._memory(), step, config.layout.size, self._session.depth)
         commit = self._receive(opening.pop(), frames, step)
         step.received = self._stream.last_seen
+        if step.gradient.rows is not None and not step.replay and self._session.contributions is None:
+            step.gradient.rows.complete()  # here nobody waits for the sum of rows that come often
         if config.treatment.two_phase and decode_decision(commit, config) is None:
             check = self._session.check(step)
             if check is not None:

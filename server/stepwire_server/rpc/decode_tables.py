@@ -74,10 +74,9 @@ def check_tables(config: SessionConfig) -> None:
         return
     treatment = config.treatment
     obstacles = {
-        "aggregation": config.aggregation is not None,
+        "aggregation.reduction": config.aggregation is not None and config.aggregation.is_robust,
         "gradient.accumulation_steps": treatment.accumulation_steps > 1,
         "gradient.parameter_average_decay": treatment.parameter_average_decay is not None,
-        "gradient.two_phase": treatment.two_phase,
     }
     for field, asked in obstacles.items():
         if asked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,13 @@ from stepwire_server.rpc.decode_tables import check_load, check_whole, decode_ro
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.session import Session
-from stepwire_server.steps.row_gradients import table_of
+from stepwire_server.steps.row_gradients import NamedRows, table_of
 
 __all__ = ["load", "pull"]
 
 _COUNTER_END = 2**53
 _INDEX_ELEMENTS = 4
+_INDEX_BYTES = 10
 
 
 def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
@@ -43,13 +44,15 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     slots = _known_slots(session, list(request.slots) or [PARAM], "slots")
     dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
-    if session.config.aggregation is not None and slots == (PARAM,):
+    at_once = session.config.aggregation is not None and slots == (PARAM,)
+    if request.rows:
+        asked = _asked_rows(session, request, most)
+        with session.calls.one():
+            yield from (_pull_rows_at_once if at_once else _pull_rows)(session, slots, asked, dtype)
+        return
+    if at_once:
         with session.calls.one():
             yield from _pull_at_once(session, dtype, most)
-        return
-    if request.rows:
-        with session.calls.one():
-            yield from _pull_rows(session, slots, request, dtype, most)
         return
     check_whole(session.config, "slots")
     with session.calls.one():  # a reader may take its time
@@ -82,29 +85,53 @@ def _pull_at_once(session: Session, dtype: np.dtype[Any], most: int) -> Iterator
         yield frame.finish()
 
 
+def _asked_rows(session: Session, request: pb.PullRequest, most: int) -> list[NamedRows]:
+    """Return the rows that are asked for, in parts of one message each.
+
+    Raises:
+        InvalidRequestError: a tensor is no table, or a row is out of range.
+    """
+    asked = []
+    for place, message in enumerate(request.rows):
+        rows = decode_rows(message, session.config, f"rows[{place}]")
+        table = table_of(session.config.layout.tensors[message.tensor])
+        size = max(most // (table.width + _INDEX_ELEMENTS), 1)
+        asked += [NamedRows(table, rows[low : low + size]) for low in range(0, len(rows), size)]
+    return asked
+
+
 def _pull_rows(
-    session: Session, slots: tuple[str, ...], request: pb.PullRequest, dtype: np.dtype[Any], most: int
+    session: Session, slots: tuple[str, ...], asked: Sequence[NamedRows], dtype: np.dtype[Any]
 ) -> Iterator[bytes]:
     """Yield the messages of a pull of rows, all as of one moment.
 
     Raises:
-        InvalidRequestError: a tensor is no table, or a row is out of range.
         StateChangedError: as `pull`.
     """
-    config, asked = session.config, list[tuple[Table, HostArray]]()
-    for place, message in enumerate(request.rows):
-        rows = decode_rows(message, config, f"rows[{place}]")
-        asked.append((table_of(config.layout.tensors[message.tensor]), rows))
     snapshot = session.exchange.snapshot()
     yield _header(snapshot, session.ledger.epoch).SerializeToString()
     for slot, (table, rows) in itertools.product(slots, asked):
-        size = max(most // (table.width + _INDEX_ELEMENTS), 1)
-        for low in range(0, len(rows), size):
-            now = rows[low : low + size]
-            chunk = tensor_pb2.Chunk(offset=table.start, count=len(now) * table.width, rows=now.tolist())
-            frame = FrameBuffer(pb.PullResponse(slot=slot, chunk=chunk), chunk.count * dtype.itemsize)
-            session.exchange.read_rows(snapshot, slot, table, now, frame.payload(dtype))
+        frame = _row_frame(slot, table, rows, dtype)
+        session.exchange.read_rows(snapshot, slot, table, rows, frame.payload(dtype))
+        yield frame.finish()
+
+
+def _pull_rows_at_once(
+    session: Session, slots: tuple[str, ...], asked: Sequence[NamedRows], dtype: np.dtype[Any]
+) -> Iterator[bytes]:
+    """Encode rows of one moment, and then yield them: see `_pull_at_once`."""
+    nbytes = sum(len(rows) * (table.width * dtype.itemsize + _INDEX_BYTES) for table, rows in asked)
+    with session.exchange.room(nbytes):
+        frames = [_row_frame(PARAM, table, rows, dtype) for table, rows in asked]
+        targets = [(*each, frame.payload(dtype)) for each, frame in zip(asked, frames, strict=True)]
+        yield _header(session.exchange.read_rows_at_once(targets), session.ledger.epoch).SerializeToString()
+        for frame in frames:
             yield frame.finish()
+
+
+def _row_frame(slot: str, table: Table, rows: HostArray, dtype: np.dtype[Any]) -> FrameBuffer:
+    chunk = tensor_pb2.Chunk(offset=table.start, count=len(rows) * table.width, rows=rows.tolist())
+    return FrameBuffer(pb.PullResponse(slot=slot, chunk=chunk), chunk.count * dtype.itemsize)
 
 
 def _header(snapshot: Snapshot, epoch: int) -> pb.PullResponse:

@@ -26,6 +26,10 @@ class WholeReplyWriter(SharedReplyWriter):
         self._values: HostArray = np.empty(size if request.reply else 0, request.reply_dtype)
         self.form = (WholeReplyWriter, request.reply, request.reply_dtype)
 
+    def alone(self) -> ReplyWriter:
+        """See `SharedReplyWriter`."""
+        return self
+
     def follow(self, leader: ReplyWriter) -> None:
         """See `SharedReplyWriter`."""
         assert isinstance(leader, WholeReplyWriter)
@@ -64,6 +68,10 @@ class ChunkReplyWriter(SharedReplyWriter):
         self._send = [send]
         self.form = (ChunkReplyWriter, request.reply_dtype, request.reply_elements, request.reply_first)
         self._unfinished: deque[_Chunk] = deque()
+
+    def alone(self) -> ChunkReplyWriter:
+        """See `SharedReplyWriter`."""
+        return ChunkReplyWriter(self._request, self._send[0])
 
     def follow(self, leader: ReplyWriter) -> None:
         """See `SharedReplyWriter`."""

@@ -10,7 +10,7 @@ from stepwire_server.aggregation.uploads import UploadSlot
 from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.sessions.contributions import Contributions, UploadRoom, not_sent
+from stepwire_server.sessions.contributions import Contributions, not_sent
 from stepwire_server.sessions.members import Member
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
@@ -31,8 +31,9 @@ class AsyncSteps(Contributions):
             needed = member.admit(request.step) and not self._is_too_old(self.staleness(request))
             unscale = state.unscale(request)
             entry = self.parts.progress.begin() if needed else None
-        state.prepare(request.groups, request.gradient_dtype, request.reply_dtype if request.reply else None)
-        room = UploadRoom(state.reserve_step(request) if needed else None, slot)
+        reply = request.reply_dtype if request.reply else None
+        state.prepare(request.groups, request.gradient_dtype, reply, rows=request.reply_rows)
+        room = self.room(request, slot, needed=needed)
         gradient = state.stage_gradient(request, unscale, room)
         step = Step(request, holder, gradient, replay=not needed, began=began, entry=entry)
         step.slot = slot

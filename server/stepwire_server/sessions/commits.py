@@ -17,7 +17,7 @@ from stepwire_server.sessions.state import SessionState
 from stepwire_server.steps.commit import Commit
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters
 from stepwire_server.steps.result import Moment
-from stepwire_server.steps.row_gradients import RowGradients
+from stepwire_server.steps.row_gradients import NamedRows
 from stepwire_server.steps.row_update import reply_rows
 from stepwire_server.steps.step import Step
 
@@ -92,8 +92,12 @@ class Commits:
             tell(self._sinks, Committed(*origin, result, holder.transport, step.parts))
         return result
 
-    def reply(self, request: StepRequest, writer: ReplyWriter, rows: RowGradients | None = None) -> None:
+    def reply(self, request: StepRequest, writer: ReplyWriter, rows: Sequence[NamedRows] = ()) -> None:
         """Reply with the present parameters, and with some rows of tables."""
         reply_parameters(self._state.arrays, self._state.config.layout, request, writer)
+        self.reply_rows(request, writer, rows)
+
+    def reply_rows(self, request: StepRequest, writer: ReplyWriter, rows: Sequence[NamedRows]) -> None:
+        """Reply with some rows of tables as they are."""
         with ReplyPipeline(writer, self._state.arrays.depth) as reply:
             reply_rows(self._state.arrays, request, rows, reply)

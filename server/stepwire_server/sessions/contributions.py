@@ -100,6 +100,15 @@ class Contributions(abc.ABC):
         """Give memory back, and end the waits: the session has ended. Under the lock."""
         self.wake()
 
+    def room(self, request: StepRequest, slot: UploadSlot | None, *, needed: bool) -> UploadRoom:
+        """Reserve room for a contribution, or for the rows that it names where its gradient is not needed.
+
+        Raises:
+            ResourceExhaustedError: no room just now.
+        """
+        state = self.parts.state
+        return UploadRoom(state.reserve_step(request) if needed else state.reserve_rows(request), slot)
+
     def begin_again(
         self, request: StepRequest, holder: Hold, told: Sequence[tuple[int, RoundResult]], *, reduced: bool
     ) -> Step:
@@ -207,7 +216,7 @@ class Contributions(abc.ABC):
         """Answer the last contribution again, with the present parameters."""
         result = member.result
         assert result is not None  # that is what made it a replay
-        self.parts.commits.reply(step.request._replace(reply_base=None), writer)
+        self.parts.commits.reply(step.request._replace(reply_base=None), writer, step.named_rows())
         told, member.told = member.told, True
         return result.replay() if told else result
 
@@ -228,7 +237,7 @@ class Contributions(abc.ABC):
             loss_scale=None if scale is None else scale.scale,
             round=part,
         )
-        self.parts.commits.reply(step.request._replace(reply_base=None), writer)
+        self.parts.commits.reply(step.request._replace(reply_base=None), writer, step.named_rows())
         member.answered(number, result)
         member.told = True
         self.parts.progress.dropped(step.holder, number, msgspec.msgpack.encode(result))

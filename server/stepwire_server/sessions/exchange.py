@@ -60,6 +60,7 @@ class Captured(NamedTuple):
     end: Callable[[], object] = lambda: None
 
 
+_RETRY_SECONDS: Final = 0.1
 _PATIENCE_SECONDS: Final = 5.0
 """The longest time that a checkpoint waits for the end of a half-applied step."""
 
@@ -150,6 +151,38 @@ class StateExchange:
             mark = self._progress.last
         self._progress.read(mark)
         return snapshot
+
+    def read_rows_at_once(self, targets: Iterable[tuple[Table, HostArray, HostArray]]) -> Snapshot:
+        """Encode the parameters of rows of one moment; return that moment, which is durable.
+
+        Args:
+            targets: a table, some of its rows, and their place, `(n · width,)` of a wire dtype.
+
+        Raises:
+            StepwireError: as `snapshot`.
+        """
+        with self._lock:
+            self._check_readable()
+            snapshot = self._state.snapshot(self._ledger.applied_step, self._ledger.applied_load)
+            for table, rows, out in targets:
+                self._state.arrays.read_rows(PARAM, table, rows, out).wait()
+            mark = self._progress.last
+        self._progress.read(mark)
+        return snapshot
+
+    @contextlib.contextmanager
+    def room(self, nbytes: int) -> Iterator[None]:
+        """Reserve memory for a block: of what is read at once.
+
+        Raises:
+            ResourceExhaustedError: no room just now.
+        """
+        budget = self._state.device.budget
+        reservation = budget.reserve(nbytes, "the rows of a pull", retry_after_seconds=_RETRY_SECONDS)
+        try:
+            yield
+        finally:
+            reservation.release()
 
     def _check_readable(self) -> None:
         self._ledger.check_usable()

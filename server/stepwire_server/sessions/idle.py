@@ -1,4 +1,4 @@
-"""The idle sessions that a refusal for want of room names, and the command that ends them."""
+"""Idle sessions: those that are parked for want of room, and those that a refusal names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from typing import Final
 from stepwire.errors import ResourceExhaustedError
 from stepwire_server.sessions.session import Session
 
-__all__ = ["with_idle_sessions"]
+__all__ = ["least_recently_used", "with_idle_sessions"]
 
 # A refusal travels in the trailers of a call, which have room for some kilobytes.
 _MOST_NAMED: Final = 5
 _SHOWN_CHARACTERS: Final = 48
 _UNITS: Final = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+
+
+def least_recently_used(sessions: Sequence[Session], now: float) -> list[Session]:
+    """Return the idle durable ones of some sessions, the one that was not used for longest first.
+
+    Args:
+        sessions: the sessions.
+        now: the reading of their clock, in seconds.
+    """
+    idle = [(session.idle_seconds(now), session) for session in sessions if session.durable]
+    found = [(seconds, session) for seconds, session in idle if seconds is not None]
+    return [session for _, session in sorted(found, key=lambda each: -each[0])]
 
 
 def with_idle_sessions(

@@ -114,9 +114,7 @@ class OwnSteps:
 
     def _replay(self, step: Step, writer: ReplyWriter) -> StepResult:
         assert self._ledger.last_result is not None  # that is what made it a replay
-        if step.gradient.rows is not None:
-            step.gradient.rows.complete_replay()
-        self._commits.reply(step.request, writer, step.gradient.rows)
+        self._commits.reply(step.request, writer, step.named_rows())
         return self._ledger.last_result.replay()
 
 

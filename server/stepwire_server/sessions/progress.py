@@ -116,6 +116,7 @@ class Progress:
             parts=tuple(step.parts),
             reduced=step.reduced,
             missing=tuple(sorted(step.request.missing)) if step.reduced else (),
+            tables=step.request.tables if step.reduced else (),
             lr_factor=step.request.lr_factor,
         )
         self.last = Mark(entry.commit(message), step.request.step)

@@ -208,7 +208,9 @@ def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _C
                     session.finish(step)
         return
     if entry.reduced:
-        request = request._replace(gradient_dtype=FLOAT32, loss_scale=1.0, missing=frozenset(entry.missing))
+        request = request._replace(
+            gradient_dtype=FLOAT32, loss_scale=1.0, missing=frozenset(entry.missing), tables=entry.tables
+        )
     again = session.contributions
     with (
         session.begin(request, holder, 0.0)

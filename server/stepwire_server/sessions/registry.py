@@ -20,8 +20,9 @@ from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
-from stepwire_server.sessions.idle import with_idle_sessions
+from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
 from stepwire_server.sessions.ledger import session_not_found
+from stepwire_server.sessions.one_at_a_time import OneAtATime
 from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions
 from stepwire_server.sessions.registry_limits import RegistryLimits
@@ -61,8 +62,9 @@ class Registry:
         self._sinks = tuple(sinks)
         self.limits = limits
         self._rates = StepRates(limits.tenant.steps_per_second)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the maps, for moments
         self._creation = threading.RLock()
+        self._creators, self._making = OneAtATime(), set[str]()
         self._sessions: dict[str, Session] = {}
         self._by_request: dict[str, Session] = {}
         self.streams = Streams(limits, clock)
@@ -96,24 +98,29 @@ class Registry:
             ResourceExhaustedError: too many sessions, or no memory for this one.
             StepwireError: as `beginning.bring`.
         """
-        # One creation at a time: a repeated request that overtakes the first would otherwise make two, and two that
-        # look for the emptiest device would find the same. Allocating and compiling take a while, so the maps have a
-        # lock of their own that nobody holds for long.
-        with self._creation:
-            if (known := self.created(request_id, config)) is not None:
-                return known
-            if len(self._sessions) >= self.limits.sessions and not self._parked_one():
-                raise too_many_sessions(self.limits.sessions, self.of(tenant_of(request_id)), self.clock())
-            device = self.pool.choose(config.device)
-            with device.kernels.asked_by(tenant_of(request_id)):
-                session = self._made(secrets.token_hex(16), config, device, tenant_of(request_id))
+        # One creation of a tenant at a time: a repeated request that overtakes the first would otherwise make two, and
+        # many at once would be beyond the tenant's limits together. Tables, kernels and states of others take a while,
+        # so making is outside of the lock that creations of others and sessions that come back need.
+        tenant, session_id = tenant_of(request_id), secrets.token_hex(16)
+        with self._creators.of(tenant), contextlib.ExitStack() as place:
+            with self._creation:
+                if (known := self.created(request_id, config)) is not None:
+                    return known
+                if len(self._sessions.keys() | self._making) >= self.limits.sessions and not self._parked_one():
+                    raise too_many_sessions(self.limits.sessions, self.of(tenant), self.clock())
+                device = self.pool.choose(config.device)
+                self._making.add(session_id)
+                place.callback(self._making.discard, session_id)
+            with device.kernels.asked_by(tenant):
+                session = self._made(session_id, config, device, tenant)
             with closed_on_failure(session):
-                self.limits.tenant.check_session(session, self.of(tenant_of(request_id)), self.clock())
+                self.limits.tenant.check_session(session, self.of(tenant), self.clock())
                 if beginning is not None:
                     beginning.bring(session)
-            token = session.acquire().token
-            self._keep(session, request_id, beginning)
-            self._publish(request_id, session)
+            with self._creation:
+                token = session.acquire().token
+                self._keep(session, request_id, beginning)
+                self._publish(request_id, session)
             return Created(session, token, replayed=False)
 
     def created(self, request_id: str, config: SessionConfig | None = None) -> Created | None:
@@ -307,9 +314,8 @@ class Registry:
 
     def statistics(self) -> RegistryStatistics:
         """Tell what the registry is doing."""
-        pool, sessions, streams = self.pool, len(self._sessions), len(self.streams)
-        parked = len(set(self._parked.values()).difference(list(self._sessions)))
-        return RegistryStatistics(sessions, streams, pool.reserved_bytes, pool.limit_bytes, parked)
+        pool, parked = self.pool, len(set(self._parked.values()).difference(list(self._sessions)))
+        return RegistryStatistics(len(self._sessions), len(self.streams), pool.reserved_bytes, pool.limit_bytes, parked)
 
     def of(self, tenant: str | None) -> list[Session]:
         """Return the sessions of a tenant in memory; None: of all."""
@@ -353,7 +359,8 @@ class Registry:
         if not self.directory.has(session_id):
             raise session_not_found(session_id)
         if len(self._sessions) >= self.limits.sessions and not self._parked_one():
-            raise too_many_sessions(self.limits.sessions, self._present(), self.clock())
+            others = self.of(self.tenant_of(session_id) or "")
+            raise too_many_sessions(self.limits.sessions, others, self.clock())
         archived, session = self.directory.revive(session_id, self._remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
@@ -361,22 +368,15 @@ class Registry:
 
     def _remade(self, session_id: str, config: SessionConfig) -> Session:
         """Make a session that the data directory has, on a device that this server has."""
-        names = [device.name for device in self.pool]
-        return self._made(session_id, config, self.pool.choose(config.device if config.device in names else ""))
+        device = self.pool.choose(config.device if config.device in [each.name for each in self.pool] else "")
+        return self._made(session_id, config, device, self.tenant_of(session_id) or "")
 
     def _parked_one(self, device: Device | None = None) -> bool:
         """Make room: park the least recently used durable session, of a device. Return False if none is idle."""
-        now = self.clock()
-        idle = [
-            (seconds, session)
-            for session in self._present()
-            if session.durable
-            and (device is None or session.device == device.name)
-            and (seconds := session.idle_seconds(now)) is not None
-        ]
-        return any(self.park(session) for _, session in sorted(idle, key=lambda each: -each[0]))
+        there = [each for each in self._present() if device is None or each.device == device.name]
+        return any(self.park(session) for session in least_recently_used(there, self.clock()))
 
-    def _made(self, session_id: str, config: SessionConfig, device: Device, tenant: str = "") -> Session:
+    def _made(self, session_id: str, config: SessionConfig, device: Device, tenant: str) -> Session:
         """Make a session of a tenant on a device.
 
         Raises:

@@ -20,18 +20,20 @@ from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.aggregation.grace import Grace
 from stepwire_server.aggregation.reduction import Reduction
 from stepwire_server.aggregation.round import Contribution, Round
+from stepwire_server.aggregation.row_sum import ReducedRows
 from stepwire_server.aggregation.uploads import UploadSlot
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.engines.protocol import EngineState, HostArray
 from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.sessions.contributions import Contributions, Parts, UploadRoom, not_sent
+from stepwire_server.sessions.contributions import Contributions, Parts, not_sent
 from stepwire_server.sessions.progress import Mark
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient, refusal
 from stepwire_server.steps.gradient import StagedGradient
 from stepwire_server.steps.reply import ReplyWriter, SharedReplyWriter, split_range
+from stepwire_server.steps.row_gradients import row_gradients
 from stepwire_server.steps.step import Step
 
 __all__ = ["Rounds"]
@@ -69,14 +71,15 @@ class Rounds(Contributions):
         with self.parts.lock:
             needed = self._needs_gradient(request, holder)
             unscale = state.unscale(request)
-        state.prepare(request.groups, FLOAT32, request.reply_dtype if request.reply else None)
+        state.prepare(request.groups, FLOAT32, request.reply_dtype if request.reply else None, rows=False)
         with contextlib.ExitStack() as undo:
-            room = UploadRoom(state.reserve_step(request) if needed else None, slot)
+            room = self.room(request, slot, needed=needed)
             undo.callback(room.release)
             selection, sums = config.without(request.missing), config.squares or self.aggregation.is_robust
             gradient = StagedGradient(
                 request.gradient_dtype, selection, self._staging, room, unscale=unscale, sums=sums
             )
+            gradient.rows = row_gradients(request, selection, self._staging, keeps_entries=True)
             undo.pop_all()
         return Step(request, holder, gradient, replay=not needed, began=began)
 
@@ -146,7 +149,7 @@ class Rounds(Contributions):
         round_ = self._contributed(step)
         contribution = round_.of(step.holder.worker)
         assert contribution is not None
-        contribution.asked, contribution.writer = step.request, writer
+        contribution.asked, contribution.writer, contribution.rows = step.request, writer, step.named_rows()
         while not round_.is_over:
             self._advance(round_, step, decided=step.decision is not None)
         if round_.failure is not None:
@@ -201,7 +204,7 @@ class Rounds(Contributions):
         """Add a gradient to the reduction. If that fails a part of it is in there, so the round fails too.
 
         Raises:
-            ResourceExhaustedError: the rounding errors of the sum take more memory than there is.
+            ResourceExhaustedError: rows, or the rounding errors of the sum, take more memory than there is.
         """
         began = self.parts.clock()
         try:
@@ -209,14 +212,14 @@ class Rounds(Contributions):
             round_.reduce_seconds += self.parts.clock() - began
             if (beyond := self._reduction.nbytes - self._room.nbytes - sum(each.nbytes for each in self._beyond)) > 0:
                 budget = self.parts.state.device.budget
-                self._beyond.append(budget.reserve(beyond, "the rounding errors of the workers' gradients"))
+                self._beyond.append(budget.reserve(beyond, "the rows of the workers' gradients, and rounding errors"))
         except BaseException as error:
             failed = error if isinstance(error, StepwireError) else StateChangedError("the round failed; step again")
             self._fail(round_, failed)
             raise
 
     def _clear(self) -> None:
-        """Begin the next round, and give back what rounding errors took."""
+        """Begin the next round, and give back what rows and rounding errors took."""
         self._reduction.clear()
         while self._beyond:
             self._beyond.pop().release()
@@ -276,10 +279,12 @@ class Rounds(Contributions):
         )
         try:
             began = parts.clock()
-            reduced = self._reduction.reduced(round_.divisor())
+            divisor = round_.divisor()
+            reduced, rows = self._reduction.reduced(divisor), self._reduction.reduced_rows(divisor)
             round_.reduce_seconds += parts.clock() - began
+            request = request._replace(tables=tuple((table.tensor, len(table.rows)) for table in rows))
             round_.step = step = self.begin_again(request, lead.holder, self._told(round_), reduced=True)
-            self._stage(step, reduced)
+            self._stage(step, reduced, rows)
             step.began, step.received, step.reduce_seconds = round_.opened, parts.clock(), round_.reduce_seconds
             if parts.config.treatment.two_phase:
                 round_.check = check_gradient(step, parts.state)
@@ -287,14 +292,20 @@ class Rounds(Contributions):
             self._fail(round_, error)
         self.wake()
 
-    def _stage(self, step: Step, reduced: HostArray) -> None:
-        if not len(reduced):
-            return
+    def _stage(self, step: Step, reduced: HostArray, rows: Sequence[ReducedRows]) -> None:
         if step.entry is not None:  # the log reads it while the next round is added up
             reduced = reduced.copy()
-        at_once = self.parts.state.arrays.depth == 1
-        for low, high in split_range(0, len(reduced), len(reduced) if at_once else _CHUNK_ELEMENTS):
-            step.add(low, high - low, reduced[low:high].view(np.uint8))
+        layout, at_once, place = self.parts.config.layout, self.parts.state.arrays.depth == 1, 0
+        for start, end in layout.dense_ranges:
+            first = start + -start % layout.chunk_alignment  # behind the padding of a table
+            for low, high in split_range(first, end, end if at_once else _CHUNK_ELEMENTS):
+                values = reduced[low - start + place : high - start + place]
+                step.add(low, high - low, values.view(np.uint8))
+            place += end - start
+        for table in rows:
+            if len(table.rows):
+                values = table.values.reshape(-1)
+                step.add_rows(table.offset, len(values), table.rows.astype(np.uint64), values.view(np.uint8))
 
     def _told(self, round_: Round) -> Sequence[tuple[int, RoundResult]]:
         """Return what each contributor is told; the lead comes first."""
@@ -317,6 +328,7 @@ class Rounds(Contributions):
             reply_dtype=request.reply_dtype,
             reply_elements=request.reply_elements,
             reply_first=request.reply_first,
+            reply_rows=False,  # each worker gets those that it named
         )
         try:
             with step:
@@ -327,6 +339,9 @@ class Rounds(Contributions):
             return
         for request, writer in others:
             self.parts.commits.reply(request, writer)
+        for each in round_:
+            if each.rows and isinstance(each.writer, SharedReplyWriter):
+                self.parts.commits.reply_rows(each.asked, each.writer.alone(), each.rows)
         self._clear()
         round_.result, self._round = result, None
         self.wake()
@@ -347,7 +362,11 @@ def _grouped(waiting: Sequence[Contribution]) -> list[tuple[StepRequest, ReplyWr
 
 
 def _let_go(step: Step) -> None:
-    """Let go of a gradient that is in the round, and of its place among the uploads, which others need."""
+    """Let go of a gradient that is in the round, and of its place among the uploads, which others need.
+
+    The rows that it names are remembered: they go back.
+    """
+    step.named_rows()
     step.gradient.close()
     step.replay = True
 

@@ -22,12 +22,12 @@ def contributions_of(parts: Parts) -> Contributions | None:
         return None
     if aggregation.mode == "async":
         return AsyncSteps(parts)
-    device, size = parts.state.device, config.layout.size
-    room = device.budget.reserve(reduction_bytes(aggregation, size), "the sum of the workers' gradients")
+    device, layout = parts.state.device, config.layout
+    room = device.budget.reserve(reduction_bytes(aggregation, layout), "the sum of the workers' gradients")
     try:
         engine = host_engine(device.engine)
         (engine.prepare_rows if aggregation.is_robust else engine.prepare_sum)(config.gradient_dtype)
-        return Rounds(parts, engine.staging(size), reduction_of(aggregation, engine, size), room)
+        return Rounds(parts, engine.staging(layout.size), reduction_of(aggregation, engine, layout), room)
     except BaseException:
         room.release()
         raise

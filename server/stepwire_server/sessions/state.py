@@ -38,7 +38,7 @@ from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
-from stepwire_server.steps.row_gradients import RowGradients, row_bytes
+from stepwire_server.steps.row_gradients import row_gradients, step_row_bytes
 from stepwire_server.steps.row_ids import RowIds, row_id_bytes
 from stepwire_server.steps.tensor_steps import TensorSteps
 
@@ -129,7 +129,6 @@ class SessionState:
         self.unfinished: OverlappedStep | None = None
         self.capture: Capture | None = None
         self.sum_bound = 0.0
-        self.row_numbers = first_numbers(config)
         self._prepared: tuple[Any, ...] = (None, None, None, True)
         self._parameter_memory: SharedMemory | None = None
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
@@ -142,8 +141,8 @@ class SessionState:
         with contextlib.ExitStack() as undo:
             self._description = device.budget.reserve(described_bytes, "the session's tensors")
             undo.callback(self._description.release)
+            self.row_numbers, self.row_ids = first_numbers(config), first_ids(config)
             residency = Residency.allocate(device, config.slots, config, "the session's state")
-            self.row_ids = first_ids(config)
             self._ids = {config.layout.tensors[index].offset: (index, ids) for index, ids in self.row_ids.items()}
             named = {start: ids for start, (_, ids) in self._ids.items()}
             self._residency = residency.in_turns(config.layout.size, self.flow, named)
@@ -220,9 +219,7 @@ class SessionState:
                 unscale=unscale,
                 sums=config.squares,
             )
-            if config.tables:
-                dtype = request.gradient_dtype
-                gradient.rows = RowGradients(dict(request.tables), gradient.selection, dtype, self.arrays)
+            gradient.rows = row_gradients(request, gradient.selection, self.arrays)
             undo.pop_all()
         return gradient
 
@@ -230,16 +227,22 @@ class SessionState:
         """Reserve room for a step's gradient or its reply, the larger of both; for both where the reply has an order.
 
         Raises:
-            ResourceExhaustedError: no room just now.
+            ResourceExhaustedError: no room just now, or never, in which case nobody else makes room for it.
         """
         size = self.config.layout.dense_extent
         nbytes = 0 if request.shared else _step_bytes(size, request.gradient_dtype, request.reply_dtype)
         if request.reply_first and request.reply:  # chunks stay while others are replied to: both are there at a time
             nbytes = wire_bytes(request.gradient_dtype, size) + wire_bytes(request.reply_dtype, size)
-        for index, entries in request.tables:
-            width = self.config.layout.tensors[index].spec.width
-            nbytes += row_bytes(entries, width, request.gradient_dtype.itemsize)
+        nbytes += step_row_bytes(request, self.config.layout)
+        if request.tables or request.reply_first:  # more than the one gradient that fitted at the creation
+            self.device.budget.require_possible(self.nbytes + nbytes, "the session's state with this step")
         return self.device.budget.reserve(nbytes, "the step's gradient", retry_after_seconds=_STEP_RETRY_SECONDS)
+
+    def reserve_rows(self, request: StepRequest) -> Reservation | None:
+        """Reserve room for the rows of a step whose gradient is not needed, as `reserve_step`: they name the reply."""
+        if not (nbytes := step_row_bytes(request, self.config.layout)):
+            return None
+        return self.device.budget.reserve(nbytes, "the step's rows", retry_after_seconds=_STEP_RETRY_SECONDS)
 
     def unscale(self, request: StepRequest) -> float:
         """Return the factor that a step's gradient is multiplied by first."""
@@ -385,6 +388,7 @@ class SessionState:
         try:
             self._residency.close()
         finally:
+            self.row_numbers = {}
             self._description.release()
             if self._parameter_memory is not None:
                 self._parameter_memory.close()

@@ -7,6 +7,7 @@ begun nothing, and its client sends it again under the same number.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Final
 
 from stepwire.errors import Reason, ResourceExhaustedError
@@ -17,7 +18,7 @@ _BURST_SECONDS: Final = 1.0
 """The steps of so much time may come at once."""
 
 _PRUNED_FROM: Final = 1024
-"""Beyond so many tenants those with a full bucket are forgotten; a new bucket is full too."""
+"""Beyond so many tenants, full buckets that no session has are forgotten; a new bucket is full too."""
 
 
 class StepRate:
@@ -28,7 +29,7 @@ class StepRate:
     ten-thousandth of one.
     """
 
-    __slots__ = ("_burst_seconds", "_full_at", "_interval_seconds")
+    __slots__ = ("__weakref__", "_burst_seconds", "_full_at", "_interval_seconds")
 
     def __init__(self, per_second: int) -> None:
         """Have a full bucket.
@@ -68,7 +69,8 @@ class StepRates:
     def __init__(self, per_second: int) -> None:
         """Give each tenant so many steps a second; 0 for no limit."""
         self._per_second = per_second
-        self._rates: dict[str, StepRate] = {}
+        self._rates = weakref.WeakValueDictionary[str, StepRate]()  # sessions have their buckets
+        self._kept: dict[str, StepRate] = {}  # those that may miss something, also without a session
         self._lock = threading.Lock()
 
     def of(self, tenant: str, now: float) -> StepRate | None:
@@ -77,9 +79,10 @@ class StepRates:
             return None
         with self._lock:
             if (rate := self._rates.get(tenant)) is None:
-                if len(self._rates) >= _PRUNED_FROM:
-                    self._rates = {name: each for name, each in self._rates.items() if not each.is_full(now)}
                 rate = self._rates[tenant] = StepRate(self._per_second)
+            if len(self._kept) >= _PRUNED_FROM:
+                self._kept = {name: each for name, each in self._kept.items() if not each.is_full(now)}
+            self._kept[tenant] = rate
             return rate
 
 

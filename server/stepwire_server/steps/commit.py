@@ -103,7 +103,7 @@ class Commit:
         if self._step.request.reply_base is None:  # otherwise the client has them
             reply_parameters(self._state.arrays, self._state.config.layout, self._step.request, writer)
             with ReplyPipeline(writer, self._state.arrays.depth) as reply:
-                reply_rows(self._state.arrays, self._step.request, self._step.gradient.rows, reply)
+                reply_rows(self._state.arrays, self._step.request, self._step.named_rows(), reply)
 
     def result(self, moment: Moment) -> StepResult:
         """Return the step's result, once the state has counted it."""

@@ -56,6 +56,10 @@ class SharedReplyWriter(abc.ABC):
     form: Hashable
 
     @abc.abstractmethod
+    def alone(self) -> ReplyWriter:
+        """Return a writer of further chunks, which go to this one's worker alone."""
+
+    @abc.abstractmethod
     def follow(self, leader: ReplyWriter) -> None:
         """Have all chunks of another writer of the same form from now on; nothing is written to this one."""
 

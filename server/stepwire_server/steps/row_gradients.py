@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.layout import Placement
+from stepwire.layout import Layout, Placement
 from stepwire_server.engines.payloads import floats_of
 from stepwire_server.engines.protocol import EngineState, Gradient, GradientBuffer, HostArray, Table
+from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.tensor_selection import TensorSelection
 from stepwire_server.steps.coverage import most_chunks, typed_payload
 from stepwire_server.steps.summed_rows import summed_rows
 
-__all__ = ["RowGradients", "TableGradient", "row_bytes", "table_of"]
+__all__ = [
+    "NamedRows",
+    "RowEntries",
+    "RowGradients",
+    "TableGradient",
+    "row_bytes",
+    "row_gradients",
+    "step_row_bytes",
+    "table_of",
+]
 
 _ENTRY_BYTES = 64
 """The bytes of an entry's index, and of its share of sorting, beside its elements."""
+
+
+class NamedRows(NamedTuple):
+    """The rows of a table that a step names: each once, `(n,) int64`, rising."""
+
+    table: Table
+    rows: HostArray
+
+
+class RowEntries(NamedTuple):
+    """The rows of one table as they came.
+
+    Attributes:
+        tensor: the index of the table.
+        rows: the rows, `(k,) int64`, in any order and perhaps often.
+        values: their gradients, `(k, width) float32`, as they were sent.
+    """
+
+    tensor: int
+    rows: HostArray
+    values: HostArray
 
 
 class TableGradient(NamedTuple):
@@ -56,7 +87,13 @@ class RowGradients:
     """The rows of one step's gradient; nothing of them touches the state."""
 
     def __init__(
-        self, entries: Mapping[int, int], selection: TensorSelection, dtype: np.dtype[Any], state: EngineState
+        self,
+        entries: Mapping[int, int],
+        selection: TensorSelection,
+        dtype: np.dtype[Any],
+        state: EngineState,
+        *,
+        keeps_entries: bool = False,
     ) -> None:
         """Await rows.
 
@@ -65,7 +102,9 @@ class RowGradients:
             selection: the tensors that the step moves.
             dtype: the encoding of the rows.
             state: reads the rows once they have come.
+            keeps_entries: the rows are kept as they came too, for a sum with those of other workers.
         """
+        self._kept: list[RowEntries] | None = [] if keeps_entries else None
         self._selection = selection
         self._dtype = dtype
         self._state = state
@@ -118,11 +157,6 @@ class RowGradients:
                 raise _invalid("begin.tables", problem)
         self._settle(frozenset(self._selection.tables))
 
-    def complete_replay(self) -> None:
-        """Take the rows that came for those of the step: it was applied before, and they tell which rows go back."""
-        if self._tables is None:
-            self._settle(frozenset(index for index, entries in self._entries.items() if entries.count))
-
     def _settle(self, moving: frozenset[int]) -> None:
         self._tables = [self._table(index) for index in self._entries if index in moving]
 
@@ -131,9 +165,24 @@ class RowGradients:
         assert self._tables is not None
         yield from self._tables
 
+    def named(self) -> Sequence[NamedRows]:
+        """Return the rows that came, by table: those that go back.
+
+        The rows of a step that was applied before, or comes too late, may be fewer than it says.
+        """
+        if self._tables is None:
+            self._settle(frozenset(index for index, entries in self._entries.items() if entries.count))
+        return [NamedRows(table.table, table.rows) for table in self.tables()]
+
+    def entries(self) -> Sequence[RowEntries]:
+        """Return the rows of the tables that the step moves as they came, once everything has come."""
+        assert self._tables is not None and self._kept is not None
+        return self._kept
+
     def close(self) -> None:
         """Let go of the rows. Closing twice is harmless."""
         self._entries, self._tables = {}, []
+        self._kept = None if self._kept is None else []
         buffers, self._buffers = self._buffers, []
         for buffer in buffers:
             buffer.close()
@@ -145,6 +194,8 @@ class RowGradients:
         values = given[0] if len(given) == 1 else np.concatenate([np.empty(0, np.float32), *given])
         rows = np.concatenate([np.empty(0, np.int64), *entries.rows])
         entries.payloads.clear()
+        if self._kept is not None:
+            self._kept.append(RowEntries(index, rows, values.reshape(-1, width)))
         rows, sums = summed_rows(rows, values.reshape(-1, width))
         flat = np.ascontiguousarray(sums).reshape(-1)
         self._buffers.append(self._state.receive(flat.size))
@@ -152,9 +203,25 @@ class RowGradients:
         return TableGradient(index, spec.group, table_of(entries.placement), rows, flat, gradient)
 
 
+def row_gradients(
+    request: StepRequest, selection: TensorSelection, state: EngineState, *, keeps_entries: bool = False
+) -> RowGradients | None:
+    """Await the rows of a step; None in a session without tables."""
+    if not selection.layout.tables:
+        return None
+    dtype = request.gradient_dtype
+    return RowGradients(dict(request.tables), selection, dtype, state, keeps_entries=keeps_entries)
+
+
 def table_of(placement: Placement) -> Table:
     """Return the place of a table."""
     return Table(placement.offset, placement.spec.shape[0], placement.spec.width)
+
+
+def step_row_bytes(request: StepRequest, layout: Layout) -> int:
+    """Return the bytes that a step needs at most for all its rows."""
+    itemsize, tensors = request.gradient_dtype.itemsize, layout.tensors
+    return sum(row_bytes(entries, tensors[index].spec.width, itemsize) for index, entries in request.tables)
 
 
 def row_bytes(entries: int, width: int, itemsize: int) -> int:

@@ -17,7 +17,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import RowSemantics, faded_slots, row_wise_step_sizes, row_wise_sums
 from stepwire_server.steps.reply import ReplyPipeline
-from stepwire_server.steps.row_gradients import RowGradients, TableGradient
+from stepwire_server.steps.row_gradients import NamedRows, RowGradients, TableGradient
 from stepwire_server.steps.step import SteppedState
 from stepwire_server.steps.tensor_steps import CountedSegment
 
@@ -48,7 +48,7 @@ class RowUpdate(NamedTuple):
         """Step the table, and reply with the rows that came; return the sums of its passes."""
         if isinstance(self.step, Pass):
             sums = list(_step_densely(self.gradient, self.step, state))
-            _reply_table(state.arrays, request, self.gradient, reply)
+            reply_rows(state.arrays, request, [NamedRows(self.gradient.table, self.gradient.rows)], reply)
             return sums
         tensor, _, table, rows, _, gradient = self.gradient
         state.before_rows(table, rows)
@@ -112,10 +112,12 @@ def row_updates(
     return updates
 
 
-def reply_rows(arrays: EngineState, request: StepRequest, tables: RowGradients | None, reply: ReplyPipeline) -> None:
+def reply_rows(arrays: EngineState, request: StepRequest, named: Sequence[NamedRows], reply: ReplyPipeline) -> None:
     """Reply with the rows that a step names as they are, if it wants any."""
-    for gradient in () if tables is None or not request.replies_rows else tables.tables():
-        _reply_table(arrays, request, gradient, reply)
+    for table, rows in named if request.replies_rows else ():
+        for low, high in _parts(request, len(rows), table.width):
+            out = reply.writer.rows(table.start, rows[low:high], table.width)
+            reply.add([arrays.read_rows(PARAM, table, rows[low:high], out)])
 
 
 def _numbers_after(semantics: RowSemantics, t: int, numbers: HostArray | None) -> HostArray | None:
@@ -204,15 +206,6 @@ def _step_densely(gradient: TableGradient, step: Pass, state: SteppedState) -> I
             yield state.arrays.update(step, start, buffer.put(0, dense.reshape(-1)), 0, dense.size, None)
         finally:
             buffer.close()
-
-
-def _reply_table(arrays: EngineState, request: StepRequest, gradient: TableGradient, reply: ReplyPipeline) -> None:
-    if not request.replies_rows:
-        return
-    for low, high in _parts(request, len(gradient.rows), gradient.table.width):
-        rows = gradient.rows[low:high]
-        out = reply.writer.rows(gradient.table.start, rows, gradient.table.width)
-        reply.add([arrays.read_rows(PARAM, gradient.table, rows, out)])
 
 
 def _parts(request: StepRequest, rows: int, width: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.steps.gradient import Room, StagedGradient
+from stepwire_server.steps.row_gradients import NamedRows
 from stepwire_server.steps.row_ids import RowIds
 from stepwire_server.steps.tensor_steps import TensorSteps
 
@@ -106,6 +107,7 @@ class Step:
     """
 
     __slots__ = (
+        "_named_rows",
         "began",
         "contribution",
         "decision",
@@ -144,6 +146,7 @@ class Step:
         self.parts: Sequence[tuple[int, RoundResult]] = ()
         self.reduced = False
         self.slot: Room | None = None
+        self._named_rows: Sequence[NamedRows] | None = None
         self.reduce_seconds = self.sync_seconds = 0.0
 
     def add(self, offset: int, count: int, payload: HostArray) -> None:
@@ -168,6 +171,15 @@ class Step:
         self.gradient.rows.add(offset, count, rows, payload)
         if self.entry is not None and not self.replay:
             self.entry.rows(offset, count, rows, payload)
+
+    def named_rows(self) -> Sequence[NamedRows]:
+        """Return the rows of tables that came, each once; nothing in a session without tables.
+
+        They are known after the end of the gradient too, if they were asked for before.
+        """
+        if self._named_rows is None:
+            self._named_rows = () if self.gradient.rows is None else self.gradient.rows.named()
+        return self._named_rows
 
     def close(self) -> None:
         """Let go of the gradient, and of the entry in the log. Closing twice is harmless."""

@@ -1,30 +1,78 @@
 """Gradients of rows that come often: added up exactly, and rounded once to float32, whatever their order.
 
 Rows are sorted once. A row that came once is itself. The others are added in float64, which is exact for a sum of n
-numbers if the digits of the largest sum and of the smallest number are together within 53 bits:
+numbers if the digits of the largest sum and of the smallest number are together within 53 bits. A number of b bits has
+its last digit at 2⁻ᵇ of its size or above, and a float32 has 24:
 
-    n · largest ≤ 2⁵³ · 2⁻²⁴ · smallest        2⁻²⁴·x is at most the last digit of a float32 x
+    n · largest ≤ 2⁵³ · 2⁻ᵇ · smallest
 
-Where that is not so, one element's numbers are added as integers would be (`math.fsum`), and the sum is rounded to odd
-before it is rounded to float32 (Boldo & Melquiond 2008): see `engines.exact_scalars`. Gradients hardly ever need it.
+Where that is not so, numbers are added with the error of each sum, and the errors likewise (Knuth's TwoSum). Sums of
+more than a few numbers, and those that even so have a rest, are added as integers would be (`math.fsum`). Either is
+rounded to odd in float64 before it is rounded to float32 (Boldo & Melquiond 2008): see `engines.exact_scalars`.
 NaN, and Inf of both signs, make NaN in any order.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from stepwire_server.engines.exact_scalars import two_sum
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["summed_rows"]
+__all__ = ["FLOAT32_BITS", "SortedRows", "exact_totals", "odd_sum", "summed_rows"]
+
+FLOAT32_BITS: Final = 24
+"""The bits of a float32."""
+
+_FLOAT64_BITS: Final = 53
 
 _BATCH: Final = 1 << 20
 """The elements that are added at a time, in a few arrays of float64."""
 
-_EXACT: Final = 2.0**29
+_MOST_TOGETHER: Final = 32
+"""The numbers of one element that are added in step with those of others."""
+
+
+class SortedRows(NamedTuple):
+    """Entries of rows in the order of their rows.
+
+    Attributes:
+        order: the places of the entries in that order, `(k,) int64`; those of one row as they came.
+        rows: each row once, rising, `(n,) int64`.
+        starts: the place in `order` of the first entry of each row, `(n,) int64`.
+        counts: the number of entries of each row, `(n,) int64`.
+    """
+
+    order: HostArray
+    rows: HostArray
+    starts: HostArray
+    counts: HostArray
+
+    @classmethod
+    def of(cls, rows: HostArray) -> SortedRows:
+        """Sort the rows of some entries, `(k,) int64`."""
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        starts = np.flatnonzero(np.concatenate([np.ones(min(len(rows), 1), bool), ordered[1:] != ordered[:-1]]))
+        return cls(order, ordered[starts], starts, np.diff(starts, append=len(rows)))
+
+    def parts(self, places: HostArray, width: int) -> Iterator[tuple[HostArray, HostArray, HostArray, int]]:
+        """Cut some rows, by their places, into parts of about a batch, a row of more being alone.
+
+        Yields:
+            The places of a part, its entries one row after another, the first of each row among these, and the number
+            of columns that make a batch of them.
+        """
+        elements = np.cumsum(self.counts[places]) * width
+        for part in np.split(places, np.flatnonzero(np.diff(elements // _BATCH)) + 1) if len(places) else []:
+            own = self.counts[part]
+            firsts = np.concatenate([[0], np.cumsum(own)[:-1]])
+            entries = self.order[np.repeat(self.starts[part] - firsts, own) + np.arange(own.sum())]
+            yield part, entries, firsts, max(_BATCH // len(entries), 1)
 
 
 def summed_rows(rows: HostArray, values: HostArray) -> tuple[HostArray, HostArray]:
@@ -39,59 +87,96 @@ def summed_rows(rows: HostArray, values: HostArray) -> tuple[HostArray, HostArra
     """
     if np.all(rows[1:] > rows[:-1]):
         return rows, values
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    if len(starts) == len(rows):
-        return ordered, values[order]
-    sums, counts = values[order[starts]], np.diff(starts, append=len(rows))
-    for part in _parts(np.flatnonzero(counts > 1), counts, values.shape[1]):
-        _add_up(part, starts, counts, (order, values, sums))
-    return ordered[starts], sums
+    found = SortedRows.of(rows)
+    sums = values[found.order[found.starts]]
+    for part, entries, firsts, columns in found.parts(np.flatnonzero(found.counts > 1), values.shape[1]):
+        for low in range(0, values.shape[1], columns):
+            wide = values[entries, low : low + columns].astype(np.float64)
+            totals, _ = exact_totals(wide, firsts, found.counts[part], FLOAT32_BITS)
+            with np.errstate(all="ignore"):
+                sums[part, low : low + columns] = totals
+    return found.rows, sums
 
 
-def _parts(repeated: HostArray, counts: HostArray, width: int) -> list[HostArray]:
-    """Cut the rows that came often into parts of about a batch, a row of more being alone."""
-    elements = np.cumsum(counts[repeated]) * width
-    return np.split(repeated, np.flatnonzero(np.diff(elements // _BATCH)) + 1) if len(repeated) else []
+def exact_totals(numbers: HostArray, firsts: HostArray, counts: HostArray, bits: int) -> tuple[HostArray, HostArray]:
+    """Return the sums of neighbouring lines of `numbers`, and tell those that are no float64.
 
+    Args:
+        numbers: the lines, `(k, columns) float64`.
+        firsts: the first line of each sum, `(n,)`.
+        counts: the number of lines of each sum, `(n,)`, at least 1.
+        bits: the bits of a number at most.
 
-def _add_up(
-    part: HostArray, starts: HostArray, counts: HostArray, arrays: tuple[HostArray, HostArray, HostArray]
-) -> None:
-    """Write the sums of some rows, by their places in `starts`, into the last array."""
-    order, values, sums = arrays
-    own = counts[part]
-    firsts = np.concatenate([[0], np.cumsum(own)[:-1]])
-    entries = order[np.repeat(starts[part] - firsts, own) + np.arange(own.sum())]
-    columns = max(_BATCH // len(entries), 1)
-    for low in range(0, values.shape[1], columns):
-        sums[part, low : low + columns] = _exact_sums(values[entries, low : low + columns], firsts, own)
-
-
-def _exact_sums(values: HostArray, firsts: HostArray, counts: HostArray) -> HostArray:
-    """Return the sums of neighbouring lines of `values`, each rounded once: `(len(firsts), columns) float32`."""
+    Returns:
+        The sums, `(n, columns) float64`: exact, or rounded to odd, which the second array tells, `(n, columns) bool`.
+    """
+    if len(firsts) == len(numbers):
+        return numbers, np.zeros(numbers.shape, bool)
+    spare = 2.0 ** (_FLOAT64_BITS - min(bits, _FLOAT64_BITS))
     with np.errstate(all="ignore"):
-        wide = values.astype(np.float64)
-        totals = np.add.reduceat(wide, firsts, axis=0)
-        np.abs(wide, out=wide)
-        largest = np.maximum.reduceat(wide, firsts, axis=0)
-        wide[wide == 0.0] = np.inf
-        smallest = np.minimum.reduceat(wide, firsts, axis=0)
-        exact = (counts[:, np.newaxis] * largest <= _EXACT * smallest) & np.isfinite(largest)
-        sums: HostArray = totals.astype(np.float32)
-    for row, column in np.argwhere(~exact & np.isfinite(largest)).tolist():
-        sums[row, column] = _rounded_once(values[firsts[row] : firsts[row] + counts[row], column])
-    return sums
+        totals = np.add.reduceat(numbers, firsts, axis=0)
+        sizes = np.abs(numbers)
+        largest = np.maximum.reduceat(sizes, firsts, axis=0)
+        sizes[sizes == 0.0] = np.inf
+        smallest = np.minimum.reduceat(sizes, firsts, axis=0)
+        exact = (counts[:, np.newaxis] * largest <= spare * smallest) | (counts[:, np.newaxis] == 1)
+    inexact = ~exact & np.isfinite(largest)
+    if inexact.any():
+        inexact[inexact] = _add_exactly(numbers, firsts, counts, totals, np.nonzero(inexact))
+    return totals, inexact
 
 
-def _rounded_once(values: HostArray) -> np.float32:
-    """Return the sum of finite numbers, rounded once."""
-    numbers = values.tolist()
+def odd_sum(numbers: list[float]) -> tuple[float, bool]:
+    """Return the sum of finite numbers, rounded to odd, and tell whether that is another number."""
     total = math.fsum(numbers)
     rest = math.fsum([*numbers, -total])
-    odd = np.float64(total)
-    if rest and not odd.view(np.int64) & 1:
-        odd = np.nextafter(odd, np.float64(math.copysign(math.inf, rest)))
-    with np.errstate(over="ignore"):
-        return np.float32(odd)
+    if rest and not np.float64(total).view(np.int64) & 1:
+        return math.nextafter(total, math.copysign(math.inf, rest)), True
+    return total, bool(rest)
+
+
+def _add_exactly(
+    numbers: HostArray, firsts: HostArray, counts: HostArray, totals: HostArray, places: tuple[HostArray, ...]
+) -> HostArray:
+    """Write the sums at some places of `totals`, rounded to odd; tell for each whether that is another number."""
+    lines, columns = places
+    own = counts[lines]
+    together = own <= _MOST_TOGETHER
+    inexact, left = np.zeros(len(lines), bool), [np.flatnonzero(~together)]
+    chosen = np.flatnonzero(together)
+    for few in np.array_split(chosen, -(-len(chosen) // _BATCH)) if len(chosen) else []:
+        sums, rests, is_known = _two_sums(numbers, firsts[lines[few]], own[few], columns[few])
+        totals[lines[few], columns[few]] = sums
+        inexact[few] = rests
+        left.append(few[~is_known])
+    for place in np.concatenate(left).tolist():
+        line, column = lines[place], columns[place]
+        found = numbers[firsts[line] : firsts[line] + own[place], column].tolist()
+        totals[line, column], inexact[place] = odd_sum(found)
+    return inexact
+
+
+def _two_sums(
+    numbers: HostArray, firsts: HostArray, counts: HostArray, columns: HostArray
+) -> tuple[HostArray, HostArray, HostArray]:
+    """Add up to `_MOST_TOGETHER` numbers of each element, with two levels of errors.
+
+    Returns:
+        The sums rounded to odd, whether each is another number, and whether it is known: the errors had no rest.
+    """
+    total, error, rest = (np.zeros(len(firsts)) for _ in range(3))
+    is_known = np.ones(len(firsts), bool)
+    for turn in range(int(counts.max())):
+        here = np.flatnonzero(counts > turn)
+        total[here], new = two_sum(total[here], numbers[firsts[here] + turn, columns[here]])
+        error[here], new = two_sum(error[here], new)
+        rest[here], new = two_sum(rest[here], new)
+        is_known[here] &= new == 0.0
+    for _ in range(3):  # until each is below half a unit of the one above
+        error, rest = two_sum(error, rest)
+        total, error = two_sum(total, error)
+    error, rest = two_sum(error, rest)
+    is_known &= two_sum(total, error)[1] == error
+    moved = (error != 0.0) & (total.view(np.int64) & 1 == 0)
+    odd = np.where(moved, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return odd, error != 0.0, is_known

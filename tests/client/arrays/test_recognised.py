@@ -12,7 +12,7 @@ from stepwire.arrays.recognised import RecognisedArrays
 from tests.support.numpy_server import numpy_server
 
 # Programs that change an array in place do so while NumPy allows it.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Setting the (shape|strides|dtype):DeprecationWarning")
 
 
 class Checks:
@@ -32,7 +32,7 @@ def arrays() -> dict[str, Any]:
 
 
 def known(given: dict[str, Any], *, written: bool = False) -> tuple[RecognisedArrays, Checks]:
-    recognised, checks = RecognisedArrays(("b", "a"), written=written), Checks(given)
+    recognised, checks = RecognisedArrays(("b", "a"), 8, written=written), Checks(given)
     recognised.views(given, checks)
     return recognised, checks
 
@@ -48,12 +48,14 @@ def test_the_same_arrays_are_checked_once_and_seen_anew() -> None:
     assert (checks.count, recognised.version) == (1, 1)
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype", "array", "names", "missing", "more", "list"])
+@pytest.mark.parametrize("change", ["shape", "strides", "dtype", "array", "names", "missing", "more", "list"])
 def test_whatever_changes_is_checked_again(change: str) -> None:
     given: Any = arrays()
     recognised, checks = known(given)
     if change == "shape":
         given["a"].shape = (3, 2)
+    elif change == "strides":
+        given["a"].strides = (4, 8)
     elif change == "dtype":
         given["b"].dtype = np.int32
     elif change == "array":

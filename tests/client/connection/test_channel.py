@@ -13,6 +13,7 @@ import pytest
 
 import stepwire
 from stepwire.connection.channel import Calls, checked_timeout
+from stepwire.connection.line import _gate
 from stepwire.connection.retry import Deadline, Retry
 from stepwire.lifetimes.forks import forks
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -183,3 +184,31 @@ def test_a_call_that_is_made_once_is_repeated_after_a_fork_alone(scripted: Any, 
     with pytest.raises(stepwire.UnavailableError):
         scripted_calls.once("GetServerInfo", pb.GetServerInfoRequest(), pb.GetServerInfoResponse, PATIENCE_SECONDS)
     assert cut == []
+
+
+def test_a_server_that_moves_is_looked_for_while_other_clients_open_their_channels() -> None:
+    places, is_free = iter(["127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:2"]), list[bool]()
+
+    def locate() -> str:
+        def look() -> None:
+            is_free.append(_gate.lock.acquire(blocking=False))
+            if is_free[-1]:
+                _gate.lock.release()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        return next(places)
+
+    calls = Calls("directory:/d/a", timeout_seconds=1.0, retry=Retry(), locate=locate)
+    error = stepwire.UnavailableError("it has gone", reason=stepwire.Reason.UNREACHABLE)
+    first = calls.channel
+    assert calls.followed(error) is error
+    assert calls.channel is first
+    assert calls.followed(error) is error
+    second = calls.channel
+    assert second is not first
+    assert calls.followed(error) is error
+    assert calls.channel is second
+    calls.close()
+    assert is_free == [True] * 4

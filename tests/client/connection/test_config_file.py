@@ -112,7 +112,8 @@ def test_arguments_win_over_variables_and_variables_over_the_file(tmp_path: path
 def test_the_token_of_the_file_goes_to_its_own_target_alone() -> None:
     assert ConfigFile(target="a:1").protects(["a:1", "a:1"])
     assert not ConfigFile(target="a:1").protects(["a:1", "b:1"])
-    assert ConfigFile().protects(["b:1"])
+    assert ConfigFile().protects(["localhost:50051"])
+    assert not ConfigFile().protects(["b:1"])
 
 
 def test_a_client_takes_its_target_and_transport_from_the_file(

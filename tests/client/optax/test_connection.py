@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 import stepwire
 from stepwire.errors import InvalidRequestError
+from stepwire.wire.directory import ShardDirectory
 
 pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -36,6 +38,15 @@ def test_there_is_room_for_the_ids_of_all_shards(options: dict[str, Any], shards
     with connection.open() as client:
         assert Connection.read({"server": client})[0].id_bytes == connection.id_bytes
         assert not Connection.read({"server": client})[0].owned
+
+
+def test_a_directory_has_the_ids_of_all_its_shards(tmp_path: pathlib.Path) -> None:
+    for shard in ("a", "b", "c"):
+        ShardDirectory(tmp_path).announce(shard, 1, "127.0.0.1:1")
+    connection, _ = Connection.read({"server": ["a:1", f"directory:{tmp_path}"], "channels": 2})
+    assert connection.id_bytes >= len(",".join(["0" * 32] * 8))
+    with connection.open() as client:
+        assert Connection.read({"server": client})[0].id_bytes == connection.id_bytes
 
 
 def test_a_client_is_connected_already() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import uuid
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 
 import stepwire
 import stepwire.torch
+from stepwire.links.hold import Hold
 from stepwire.torch import RemoteEmbedding, RemoteEmbeddingBag, SparseAdam
+from tests.integration.workers.together import together
+from tests.support.lost_replies import lost_replies
 
 ROWS, WIDTH = 9, 5
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}
@@ -147,3 +151,151 @@ def test_without_a_server_that_of_connect_is_used(target: str, monkeypatch: pyte
         assert remote.session.shapes == {"weight": (ROWS, WIDTH)}
     finally:
         remote.close()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("again", ["the same", "another", "a state dict"])
+def test_a_step_that_failed_after_a_changed_table_is_applied_once(target: str, again: str, applied: bool) -> None:
+    """Repeated, or followed by another step, or saved: the model has the rows of the server, and each gradient once."""
+    (remote,) = embeddings(1)
+    with SparseAdam(remote.parameters(), lr=1.0, server=target) as optimizer:
+        with torch.no_grad():
+            remote.weight.fill_(2.0)
+        remote(torch.tensor([3])).sum().backward()
+        with lost_replies(applied=applied), pytest.raises(stepwire.DeadlineExceededError):
+            optimizer.step()
+        if again == "another":
+            optimizer.zero_grad()
+            remote(torch.tensor([1])).sum().backward()
+        if again != "a state dict":
+            optimizer.step()
+        state = optimizer.state_dict()["state"]
+        steps = {"the same": 1, "another": applied + 1, "a state dict": int(applied)}[again]
+        assert (state[0]["step"] if state else 0) == steps
+        assert np.array_equal(optimizer.session.pull()["0"], remote.weight.detach().numpy())
+        assert (remote.weight[3].tolist() == [2.0] * WIDTH) == (not applied and again != "the same")
+
+
+def test_a_table_changed_after_a_failure_is_loaded_with_the_rows_of_the_other(target: str) -> None:
+    first, second = (torch.nn.Embedding(ROWS, WIDTH, sparse=True, _weight=torch.ones(ROWS, WIDTH)) for _ in range(2))
+    with SparseAdam([first.weight, second.weight], lr=1.0, server=target) as optimizer:
+        (first(torch.tensor([3])).sum() + second(torch.tensor([3])).sum()).backward()
+        with lost_replies(), pytest.raises(stepwire.DeadlineExceededError):
+            optimizer.step()
+        with torch.no_grad():
+            first.weight.fill_(2.0)
+        optimizer.zero_grad()
+        first(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        pulled = optimizer.session.pull()
+        assert pulled["0"][3].tolist() == [2.0] * WIDTH and pulled["1"][3] == pytest.approx([0.0] * WIDTH, abs=1e-5)
+        assert np.array_equal(pulled["1"], second.weight.detach().numpy())
+
+
+def test_a_state_that_is_refused_leaves_the_optimizer_as_it_was(target: str) -> None:
+    (remote,) = embeddings(1)
+    with SparseAdam(remote.parameters(), server=target) as optimizer:
+        backward(remote, torch.tensor([3]))
+        optimizer.step()
+        session, good = optimizer.session, optimizer.state_dict()
+        bad = {**good, "state": {0: {**good["state"][0], "exp_avg": torch.ones(2, 2)}}}
+        bad["param_groups"] = [{**good["param_groups"][0], "lr": 9.0}]
+        with pytest.raises(ValueError, match=r"exp_avg of a parameter of shape \(9, 5\) has \(2, 2\)"):
+            optimizer.load_state_dict(bad)
+        assert optimizer.session is session and optimizer.param_groups[0]["lr"] == 1e-3
+        optimizer.step()
+        assert optimizer.state_dict()["state"][0]["step"] == 2
+    with SparseAdam(remote.parameters(), server=target, semantics="row_counter") as optimizer:
+        session = optimizer.session
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="'row_counter' belong to the numbers"):
+            optimizer.load_state_dict(good)
+        assert optimizer.session is session and session.info().applied_step == 0
+    with pytest.raises(stepwire.UnsupportedFeatureError, match="'global' moves all rows"):
+        SparseAdam(remote.parameters(), server=target, semantics="global")
+
+
+def test_the_rows_of_a_failed_step_are_applied_once_whatever_follows(target: str) -> None:
+    """Rows that come after a lost reply are a step of their own; a refused step is one with them."""
+    remote = RemoteEmbedding(ROWS, WIDTH, optimizer=stepwire.SGD(lr=1.0), uniform_bound=0.0, server=target)
+    try:
+        remote(torch.tensor([3])).sum().backward()
+        with lost_replies(), pytest.raises(stepwire.DeadlineExceededError):
+            remote.step(lr=2.0)
+        remote(torch.tensor([3, 4])).sum().backward()
+        remote.step()
+        assert remote.session.pull()["weight"][2:5, 0].tolist() == [0, -3, -1] and remote.session.applied_step == 2
+        remote(torch.tensor([3])).sum().backward()
+        with pytest.raises(stepwire.InvalidRequestError):
+            remote.step(lr=-1.0)
+        remote(torch.tensor([4])).sum().backward()
+        remote.step()
+        assert remote.session.pull()["weight"][2:5, 0].tolist() == [0, -4, -2] and remote.session.applied_step == 3
+        remote(torch.tensor([3])).sum().backward()
+        with lost_replies(applied=False), pytest.raises(stepwire.DeadlineExceededError):
+            remote.step()
+        remote.zero_grad()
+        assert remote.step() is None and remote.session.applied_step == 3
+    finally:
+        remote.close()
+
+
+def test_the_timeout_is_that_of_every_call_with_a_client_of_the_callers(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    step = Hold.attach
+
+    def noted(self: Hold, deadline: Any, *args: Any, **options: Any) -> Any:
+        seen.append(deadline.remaining())
+        return step(self, deadline, *args, **options)
+
+    monkeypatch.setattr(Hold, "attach", noted)
+    (local,) = embeddings(1)
+    with stepwire.connect(target) as client:
+        remote = RemoteEmbedding(ROWS, WIDTH, server=client, timeout=1234.0)
+        with SparseAdam(local.parameters(), server=client, timeout=1234.0) as optimizer:
+            for embedding in (remote, local):
+                embedding(torch.tensor([1])).sum().backward()
+            optimizer.step()
+            remote.step()
+        remote.close()
+    assert seen and all(1000 < seconds < 1234 for seconds in seen)
+
+
+def test_two_workers_of_a_remote_embedding_step_as_one_with_both_batches(target: str) -> None:
+    """A worker without rows steps too, and the last one that closes ends the session."""
+    options: dict[str, Any] = {"optimizer": stepwire.SGD(lr=1.0), "uniform_bound": 0.0, "server": target}
+    way = {"aggregation": stepwire.Aggregation(workers=2, reduction="sum"), "request_id": uuid.uuid4().hex}
+    workers = [RemoteEmbedding(ROWS, WIDTH, worker=rank, **way, **options) for rank in range(2)]
+    for batches in (([3, 3, 1], [3]), ([], [2])):
+        for worker, ids in zip(workers, batches, strict=True):
+            worker(torch.tensor(ids, dtype=torch.int64)).sum().backward()
+        together(*(worker.step for worker in workers))
+    assert workers[0].session.pull()["weight"][:, 0].tolist() == [0, -1, -1, -3, 0, 0, 0, 0, 0]
+    session = workers[0].session
+    for worker in workers:
+        worker.close()
+    with stepwire.connect(target) as client, pytest.raises(stepwire.SessionNotFoundError):
+        client.session(session.own_id)
+
+
+def test_the_classes_of_torch_step_tables_over_several_targets(target: str) -> None:
+    trained: list[Any] = []
+    for server in (target, [target] * 3):
+        embedding = torch.nn.Embedding(3000, 64, sparse=True, _weight=torch.ones(3000, 64))
+        remote = RemoteEmbedding(3000, 64, seed=3, server=server)
+        with SparseAdam(embedding.parameters(), lr=0.1, server=server) as optimizer:
+            for step in range(3):
+                optimizer.zero_grad()
+                ids = torch.tensor([5, 5, 2999, 1000 * step])
+                for table in (embedding, remote):
+                    (table(ids) ** 2).sum().backward()
+                optimizer.step()
+                remote.step()
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+            assert state["state"][0]["step"] == 3
+        pulled = remote.session.pull()["weight"]
+        trained.append((embedding.weight.detach().numpy().tobytes(), pulled.tobytes()))
+        remote.close()
+    assert trained[0] == trained[1]

@@ -173,6 +173,21 @@ def test_a_parked_session_of_another_tenant_stays_parked(server: Server, tokens:
         np.testing.assert_array_equal(own.step(ONES)["w"] != 0.0, True)
 
 
+def test_a_parked_session_without_a_place_is_told_of_no_other_tenants_sessions(
+    tokens: Tokens, tmp_path: pathlib.Path
+) -> None:
+    ann, bob = tokens.add("ann", tenant="a"), tokens.add("bob", tenant="b")
+    settings = {"tokens": str(tokens.path), "data_dir": str(tmp_path / "data"), "max_sessions": 2}
+    with numpy_server(**settings) as server, connected(server, ann) as first, connected(server, bob) as second:
+        own: Any = first.create_session(ZEROS, durability="checkpoint")
+        own.detach()
+        assert server.registry.park(server.registry.get(own.session_id))
+        others = [second.create_session(ZEROS, label="secret").session_id for _ in range(2)]
+        with pytest.raises(stepwire.ResourceExhaustedError, match="2 sessions, its most.*holds no session") as refused:
+            first.session(own.session_id)
+        assert not any(told in str(refused.value) for told in ("secret", *others))
+
+
 def test_a_revoked_token_steps_no_further(server: Server, tokens: Tokens) -> None:
     ann, bob = tokens.add("ann"), tokens.add("bob")
     look(server)

@@ -13,6 +13,7 @@ import pytest
 
 import stepwire
 from stepwire.errors import Reason
+from stepwire.links.hold import Hold
 from stepwire_server.server import Server
 from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
@@ -136,6 +137,35 @@ def test_a_window_makes_a_loss_good(
     assert session.applied_step == 6
     restarting.crash(restarting.image())
     assert stepped(session, 7, 8) == expected[6:8]
+
+
+@pytest.mark.parametrize("trouble", ["another crash", "the deadline"])
+def test_a_loss_is_made_good_whatever_happens_meanwhile(
+    trouble: str, restarting: Restarting, connect: Connect, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While step 4 is sent again; steps 5 and 6, which were acknowledged too, come behind it all the same."""
+    session = connect(window_bytes=16 << 20).create_session(parameters(), durability="checkpoint", keep=True)
+    stepped(session, 1, 2)
+    restarting.checkpoint(session)
+    image = restarting.image()
+    stepped(session, 3, 6)
+    send, troubles = Hold.step, [trouble]
+
+    def send_in_trouble(hold: Hold, call: Any, deadline: Any) -> Any:
+        if call.begin.step == 4 and troubles:
+            if troubles.pop() == "the deadline":
+                raise stepwire.DeadlineExceededError("the deadline has passed")
+            restarting.crash(restarting.image())
+        return send(hold, call, deadline)
+
+    restarting.crash(image)
+    monkeypatch.setattr(Hold, "step", send_in_trouble)
+    if trouble == "the deadline":
+        with pytest.raises(stepwire.DeadlineExceededError):
+            session.step(gradient(7))
+        assert session.applied_step == 6
+    assert stepped(session, 7, 8) == expected[6:8]
+    assert (session.applied_step, troubles) == (8, [])
 
 
 def test_a_window_that_is_too_small_tells_of_the_loss(

@@ -319,6 +319,8 @@ def test_shards_are_saved_rolled_back_and_forked_as_one(tmp_path: pathlib.Path) 
         assert session.verify_checkpoint("best") == saved
         fork = session.fork(checkpoint="best")
         assert steps(fork, ADAM, 3, 2) == ahead
+        with stepwire.connect([two.target, one.target], transport="tcp") as other:  # the same servers otherwise
+            assert other.session(session.session_id).fork(checkpoint="best").applied_step == 2
         assert bits(session.rollback(checkpoint="best")) == bits(state.slots["param"])  # type: ignore[arg-type]
         assert steps(session, ADAM, 3, 2) == ahead
         ahead_of_rollback = session.state()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire.connecting import calls_to
 from stepwire.wire.directory import ShardDirectory
 from stepwire_server.server import Server
 from tests.support.numpy_server import numpy_server
@@ -109,6 +110,14 @@ def test_a_directory_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     directory.announce("a", 3, "127.0.0.1:3")
     directory.announce("a", 2, "127.0.0.1:2")
     assert directory.newest("a") == (3, "127.0.0.1:3")
+    calls = calls_to(f"directory:{tmp_path}", timeout=1.0)
+    assert calls.target == f"directory:{tmp_path}/a"
+    calls.close()
+    with pytest.raises(stepwire.UnavailableError, match="names no shard"):  # its files are no shards
+        stepwire.connect(f"directory:{tmp_path}/a")
+    directory.announce("b", 1, "127.0.0.1:4")
+    with pytest.raises(stepwire.InvalidRequestError, match=r"has 2 shards, .* that of the first, '127.0.0.1:3'"):
+        calls_to(f"directory:{tmp_path}", timeout=1.0)
     with pytest.raises(stepwire.InvalidRequestError, match="epoch 1 of shard 'a' was announced by another server"):
         directory.announce("a", 1, "127.0.0.1:2")
     with pytest.raises(stepwire.InvalidRequestError, match="no name of a shard"):

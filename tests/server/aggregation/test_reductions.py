@@ -92,7 +92,7 @@ def reduced(
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16", "int8"])
 def test_the_mean_of_three_workers_in_every_order(engine, dtype) -> None:
     values = gradients_of(3)
-    total = Accumulator(engine.exact_sum(SIZE))
+    total = Accumulator(engine.exact_sum(SIZE), LAYOUT)
     want = (sum(decoded(each, dtype).astype(np.longdouble) for each in values) / 3).astype(np.float32)
     for order in itertools.permutations(range(3)):
         total.clear()
@@ -103,7 +103,7 @@ def test_the_mean_of_three_workers_in_every_order(engine, dtype) -> None:
 
 def test_weights_are_factors_and_their_sum_the_divisor(engine) -> None:
     values, weights = gradients_of(3), (3.0, 5.0, 7.0)
-    total = Accumulator(engine.exact_sum(SIZE))
+    total = Accumulator(engine.exact_sum(SIZE), LAYOUT)
     for row, weight in zip(values, weights, strict=True):
         total.add(staged(engine, row), weight)
     exact = sum(
@@ -116,7 +116,7 @@ def test_weights_are_factors_and_their_sum_the_divisor(engine) -> None:
 def test_what_a_worker_does_not_send_counts_as_zero(engine, kind) -> None:
     """Chunks bring elements of absent tensors too, which are ignored; the row of an earlier round does not show."""
     values = gradients_of(3)
-    reduction: Reduction = Accumulator(engine.exact_sum(SIZE))
+    reduction: Reduction = Accumulator(engine.exact_sum(SIZE), LAYOUT)
     if kind == "median":
         reduction = RobustReduction(engine.gradient_rows(SIZE, 3), median)
     reduced(reduction, (staged(engine, row) for row in values), 3.0)
@@ -191,12 +191,12 @@ def test_a_round_without_gradients_has_no_median(engine) -> None:
 def test_nan_of_a_worker_is_in_the_mean(engine) -> None:
     values = gradients_of(2)
     values[0, 5] = math.nan
-    got = reduced(Accumulator(engine.exact_sum(SIZE)), (staged(engine, row) for row in values), 2.0)
+    got = reduced(Accumulator(engine.exact_sum(SIZE), LAYOUT), (staged(engine, row) for row in values), 2.0)
     assert np.flatnonzero(np.isnan(got)).tolist() == [5]
 
 
 def test_bytes_are_those_that_are_held(engine) -> None:
-    total, rows = Accumulator(engine.exact_sum(SIZE)), RobustReduction(engine.gradient_rows(SIZE, 5), median)
+    total, rows = Accumulator(engine.exact_sum(SIZE), LAYOUT), RobustReduction(engine.gradient_rows(SIZE, 5), median)
     assert total.nbytes == 8 * SIZE <= accumulator_bytes(SIZE) <= accumulator_bytes(SIZE, whole_factors=False)
     assert rows.nbytes == robust_bytes(SIZE, 5)
     for reduction in (total, rows):
@@ -206,7 +206,7 @@ def test_bytes_are_those_that_are_held(engine) -> None:
 
 
 def test_no_memory_for_errors_is_told(engine, monkeypatch) -> None:
-    total = Accumulator(engine.exact_sum(SIZE))
+    total = Accumulator(engine.exact_sum(SIZE), LAYOUT)
 
     def full(*arguments: Any) -> None:
         raise MemoryError

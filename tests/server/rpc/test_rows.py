@@ -5,6 +5,8 @@ The session has a dense tensor of 3 elements at [0, 3), and a table of 6 rows of
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 from stepwire.v1 import optimizer_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
+from stepwire_server.steps import row_gradients
+from stepwire_server.steps.summed_rows import summed_rows
 from tests.support.numpy_server import numpy_server
 
 WHOLE_TABLE = pb.AttachRequest(chunk=tensor_pb2.Chunk(offset=256, count=12), payload=bytes(48))
@@ -81,9 +85,12 @@ def test_hostile_rows_are_refused_and_change_nothing(table: Any, refusal: Any, w
 
 
 def test_more_rows_than_there_is_room_for_are_refused_before_they_come(table: Any, refusal: Any) -> None:
-    before = table.fingerprint()
-    refusal(lambda: table.attach(begin((1, 10_000_000))), "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED")
-    assert table.fingerprint() == before
+    before, told = table.fingerprint(), []
+    for entries in (10_000_000, 10_070):  # beyond the whole budget, and beyond what the state leaves of it
+        text = "the session's state with this step needs"
+        attach = functools.partial(table.attach, begin((1, entries)))
+        told.append(refusal(attach, "RESOURCE_EXHAUSTED", "MEMORY_EXHAUSTED", text).retry_after)
+    assert (table.fingerprint(), told) == (before, [None, None]), "waiting does not help"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,19 @@ def test_a_step_of_unsorted_rows_in_pieces_is_replied_to_once_a_row_and_a_replay
     assert alone[-1].result.replayed and not any(reply.chunk.rows for reply in alone)  # none are named
     none = table.attach(begin((1, 1), step=2, reply=step_pb2.ReplyOptions(omit_rows=True)), DENSE, rows(5), COMMIT)
     assert none[-1].HasField("result") and not any(reply.chunk.rows for reply in none)
+
+
+def test_rows_are_added_up_in_the_thread_of_their_own_stream(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the threads of commits, which are few and everybody's, nor under the lock of the session."""
+    threads: list[str] = []
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return summed_rows(*arguments)
+
+    monkeypatch.setattr(row_gradients, "summed_rows", noted)
+    table.attach(begin((1, 2)), DENSE, rows(1, 5), COMMIT)
+    assert threads == ["call"]
 
 
 def test_a_pull_of_rows_has_them_in_the_order_of_the_request(table: Any) -> None:

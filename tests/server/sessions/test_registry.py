@@ -21,6 +21,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.registry_limits import RegistryLimits, TenantLimits
+from stepwire_server.sessions.tenants import qualified
 from tests.server.configs import make_config
 from tests.server.pretended_engine import PretendedEngine
 
@@ -109,6 +110,42 @@ def test_one_request_from_many_threads_creates_one_session(make_registry: Any) -
     assert len(made) == 8
     assert len(set(map(id, made))) == 1
     assert registry.statistics().reserved_bytes == BYTES
+
+
+def test_nobody_waits_for_another_tenants_creation(make_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds, and the first values of a large table as well; the session counts from its beginning."""
+    registry, asked, compiled = make_registry(max_sessions=2), threading.Event(), threading.Event()
+    prepare, compiling, made = PretendedEngine.prepare, [], []
+
+    def prepare_slowly(*arguments: Any) -> None:
+        if threading.current_thread() in compiling:
+            asked.set()
+            compiled.wait()
+        prepare(*arguments)
+
+    monkeypatch.setattr(PretendedEngine, "prepare", prepare_slowly)
+    slow = qualified("slow", "r")
+    compiling.append(threading.Thread(target=lambda: made.append(registry.create(slow, config()))))
+    compiling[0].start()
+    asked.wait()
+    assert registry.created(slow) is None
+    quick = registry.create(qualified("quick", "r"), config())
+    with pytest.raises(errors.ResourceExhaustedError, match="2 sessions, its most"):
+        registry.create(qualified("other", "r"), config())
+    compiled.set()
+    compiling[0].join()
+    assert registry.create(slow, config()) == made[0]._replace(replayed=True)
+    assert registry.create(qualified("quick", "r"), config()).session is quick.session
+    assert registry.statistics().sessions == 2
+
+
+def test_a_creation_that_fails_leaves_its_place(make_registry: Any) -> None:
+    registry = make_registry(max_sessions=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretendedEngine, "allocate", None)
+        with pytest.raises(TypeError):
+            registry.create("r", config())
+    assert registry.create("r", config()).replayed is False
 
 
 def reserved(registry: Registry) -> list[int]:

@@ -112,6 +112,14 @@ def test_a_state_whose_gradient_would_never_fit_is_refused_at_once(engine: Watch
     assert (engine.calls, device.budget.reserved_bytes) == ([], 0)
 
 
+@pytest.mark.parametrize("rows", [1 << 40, 1 << 62])
+def test_the_numbers_of_rows_of_a_table_that_never_fits_are_not_allocated(engine: WatchedEngine, rows: int) -> None:
+    device = Device(engine, MemoryBudget(1000))
+    with pytest.raises(ResourceExhaustedError, match="the session's state with one gradient"):
+        SessionState(make_config(TensorSpec("t", (rows, 1), table="row_counter")), device)
+    assert (engine.calls, device.budget.reserved_bytes) == ([], 0)
+
+
 @pytest.mark.parametrize("size", [SIZE, (1 << 20) + 3])
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_adagrads_sum_starts_from_its_first_value(engine: WatchedEngine, value: float, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,12 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     busy = rates.of("busy", 1000.0)
     assert busy is not None
     busy.admit(1000.0)
+    resting, gone = rates.of("resting", 1000.0), weakref.ref(rates.of("gone", 1000.0))  # type: ignore[arg-type]
     for number in range(2000):
         rates.of(f"tenant-{number}", 1000.0)
     assert rates.of("busy", 1000.0) is busy
+    assert rates.of("resting", 1000.0) is resting, "a session has it: another one would be a second bucket"
+    assert gone() is None
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])

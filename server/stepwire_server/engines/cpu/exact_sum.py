@@ -23,7 +23,7 @@ from stepwire_server.engines.cpu.threads import RangeThreads
 from stepwire_server.engines.payloads import GradientChunk, check_range
 from stepwire_server.engines.protocol import GRAIN, Gradient, HostArray
 
-__all__ = ["ERROR_BLOCK", "ExactSum"]
+__all__ = ["ERROR_BLOCK", "EXACT_DIVISOR_BITS", "ExactSum", "rounded_quotient", "significant_bits"]
 
 ERROR_BLOCK: Final = GRAIN // 4
 """The elements whose errors are kept together."""
@@ -31,8 +31,8 @@ ERROR_BLOCK: Final = GRAIN // 4
 # Products and quotients within these powers of two neither overflow nor lose bits below the smallest float64.
 _LEAST: Final = 2.0**-400
 _MOST: Final = 2.0**400
-# A divisor of so few bits, times the middle of two float32, is an even float64, to which a total in odd compares well.
-_EXACT_DIVISOR_BITS: Final = 27
+EXACT_DIVISOR_BITS: Final = 27
+"""A divisor of so few bits, times the middle of two float32, is an even float64. A total in odd compares well to it."""
 
 _LEAST_SHARED: Final = 4 * GRAIN
 """The elements from which a second thread pays; one thread adds an element in about 0.6 ns."""
@@ -188,7 +188,7 @@ class ExactSum:
                 changed |= bool(carry(upper, lower) & _CHANGED)
         nearest = total.copy()
         self._kernels.exact("odd")(total, levels[0])
-        if _significant_bits(divisor) <= _EXACT_DIVISOR_BITS:
+        if significant_bits(divisor) <= EXACT_DIVISOR_BITS:
             return {}
         bounds = [np.empty(len(total), np.float32) for _ in range(2)]
         for bound, out in zip((-np.inf, np.inf), bounds, strict=True):
@@ -197,7 +197,7 @@ class ExactSum:
             self._kernels.exact("mean")(near, out, 0, len(total), divisor, 0.0)
         places = np.flatnonzero((bounds[0].view(np.uint32) != bounds[1].view(np.uint32)) & (levels[0] != 0.0))
         exact = {place: sum(Fraction(level[place]) for level in (nearest, *levels)) for place in places.tolist()}
-        return {start + place: _rounded(Fraction(total), divisor) for place, total in exact.items()}
+        return {start + place: rounded_quotient(Fraction(total), divisor) for place, total in exact.items()}
 
 
 class _Ranges:
@@ -228,7 +228,7 @@ class _Ranges:
 def _divide(
     kernel: Callable[..., Any], arrays: tuple[HostArray, HostArray], start: int, divisor: float, first: int, size: int
 ) -> None:
-    inverse = 1.0 / divisor if _significant_bits(divisor) == 1 else 0.0
+    inverse = 1.0 / divisor if significant_bits(divisor) == 1 else 0.0
     kernel(*arrays, start + first, size, divisor, inverse)
 
 
@@ -237,13 +237,13 @@ def _is_within(number: float) -> bool:
     return _LEAST <= abs(number) <= _MOST
 
 
-def _significant_bits(number: float) -> int:
+def significant_bits(number: float) -> int:
     """Count the bits of a float64 above 0 from the first to the last that is 1."""
     whole = number.as_integer_ratio()[0]
     return (whole // (whole & -whole)).bit_length()
 
 
-def _rounded(total: Fraction, divisor: float) -> np.float32:
+def rounded_quotient(total: Fraction, divisor: float) -> np.float32:
     """Round a quotient that is not 0 to float32, ties to even."""
     quotient = total / Fraction(divisor)
     exponent = math.frexp(float(quotient))[1]
