@@ -156,3 +156,19 @@ def test_an_embedding_of_ids_trains_as_one_of_indices_and_prefetch_sees_eviction
         assert evicted > 0
     finally:
         remote.close()
+
+
+def test_rows_of_several_servers_are_fetched_beforehand_too(target: str) -> None:
+    remote = RemoteEmbedding(40_000, 8, optimizer=stepwire.Adam(lr=0.1), seed=1, server=[target, target])
+    try:
+        for turn in range(3):
+            ids = torch.randint(0, 40_000, (40,), generator=torch.Generator().manual_seed(turn))
+            out = remote(ids)
+            remote.prefetch(ids.flip(0)[:30])
+            out.sin().sum().backward()
+            remote.step()
+            assert torch.equal(remote(ids), present(remote, ids))
+            remote.zero_grad()
+        assert len(remote.session.shards) == 2
+    finally:
+        remote.close()

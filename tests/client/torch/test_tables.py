@@ -289,3 +289,22 @@ def test_sparse_gradients_of_other_forms_are_refused(remote: Callable[..., Any])
     parameter.grad = torch.eye(4, 3).to_sparse(1)
     optimizer.step()
     assert same_bits(parameter.detach(), -torch.eye(4, 3) + 0.0)
+
+
+def test_tables_over_several_servers_have_the_bits_of_one(remote: Callable[..., Any], target: str) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(torch.nn.Sequential(torch.nn.Embedding(1000, 8, sparse=True), torch.nn.Linear(8, 2)))
+    cut, whole = (
+        remote("Adagrad", model.named_parameters(), lr=0.1, server=server)
+        for model, server in zip(models, ([target, target], target), strict=True)
+    )
+    for step in range(3):
+        ids = torch.randint(0, 1000, (30,), generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (cut, whole), strict=True):
+            model.zero_grad()
+            model(ids).sin().sum().backward()
+            optimizer.step()
+        assert_same_bits(models[0].parameters(), models[1].parameters())
+    assert len(cut.session.shards) == 2 and cut.session.config.tables == {"0.weight": "torch_sparse"}
