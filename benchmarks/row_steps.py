@@ -67,6 +67,8 @@ def row_steps(
             "engine": _engine(stack, rows, gradient),
             "push and pull": _echo(stack, echo, came * width),
             "dense step": _dense(stack, client, rows * width),
+            "step of row_wise": _row_wise(stack, client, rows, gradient),
+            "step by ids": _by_ids(stack, client, gradient),
         }
         with contextlib.suppress(Absent):
             actions["local SparseAdam"] = _torch(rows, width, gradient)
@@ -119,6 +121,22 @@ def _dense(stack: contextlib.ExitStack, client: stepwire.Client, elements: int) 
     gradient, out = {"w": np.full(elements, 0.01, np.float32)}, {"w": np.zeros(elements, np.float32)}
     session = stack.enter_context(client.create_session(out))
     return lambda: session.step(gradient, out=out)
+
+
+def _row_wise(stack: contextlib.ExitStack, client: stepwire.Client, rows: int, gradient: Rows) -> Action:
+    """Return the step of Adagrad with one sum a row, of the same rows."""
+    table = stepwire.Table((rows, np.asarray(gradient.values).shape[1]), "row_wise")
+    session = stack.enter_context(client.create_session({"table": table}, optimizer=stepwire.Adagrad()))
+    return lambda: session.step({"table": gradient})
+
+
+def _by_ids(stack: contextlib.ExitStack, client: stepwire.Client, gradient: Rows) -> Action:
+    """Return the step of as many rows that are named by ids, all of them there, in a table that is half full."""
+    came, width = np.asarray(gradient.values).shape
+    ids = np.random.default_rng(1).integers(0, 2**63 - 1, came)
+    session = stack.enter_context(client.create_session({"table": stepwire.Table((2 * came, width), hashed=True)}))
+    named = Rows(ids, gradient.values)
+    return lambda: session.step({"table": named})
 
 
 def _torch(rows: int, width: int, gradient: Rows) -> Action:

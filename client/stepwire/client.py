@@ -53,7 +53,7 @@ __all__ = ["Client"]
 
 StatePrecision = Literal["float32", "bfloat16", "int8"]
 Telemetry = Literal["full", "gradient", "none"]
-RowSemantics = Literal["torch_sparse", "row_counter", "skipped", "global"]
+RowSemantics = Literal["torch_sparse", "row_counter", "skipped", "global", "row_wise"]
 Worker = int | Literal["any"]
 _LONGEST_LEASE_SECONDS = 1e11  # about what a Duration holds
 _LEAST_INTERVAL, _LONGEST_INTERVAL = 0.1, 3600.0
@@ -145,7 +145,8 @@ class Client:
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
             tables: the meaning of a step for rows, by the names of tensors whose gradients are `Rows`:
-                `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`. See `docs/embeddings.md`.
+                `"torch_sparse"`, `"row_counter"`, `"skipped"`, `"global"`, or with Adagrad `"row_wise"`. See
+                `docs/embeddings.md`.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
                 blocks of 256 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;

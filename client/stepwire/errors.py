@@ -85,6 +85,7 @@ class Reason(enum.StrEnum):
     TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     TOO_MANY_CALLS = "TOO_MANY_CALLS"
     TOO_MANY_STEPS = "TOO_MANY_STEPS"
+    TABLE_FULL = "TABLE_FULL"
     SHUTTING_DOWN = "SHUTTING_DOWN"
     STREAM_DISPLACED = "STREAM_DISPLACED"
     UNREACHABLE = "UNREACHABLE"
@@ -322,6 +323,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.TOO_MANY_STREAMS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.TOO_MANY_CALLS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.TOO_MANY_STEPS: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
+    Reason.TABLE_FULL: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.STREAM_DISPLACED: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),

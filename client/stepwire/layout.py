@@ -30,6 +30,9 @@ GROUP_ALIGNMENT = 256
 SCALE_SUFFIX = "_scale"
 """Beside a slot "s" with 8-bit moments, "s_scale" repeats each block's maximum for its elements."""
 
+IDS_END = 1 << 63
+"""One past the largest id of a row."""
+
 SMALLEST_IN_BLOCKS = 4096
 """Tensors of fewer elements keep float32 moments where 8 bits are asked for."""
 
@@ -47,6 +50,8 @@ class TensorSpec:
         table: the name of the semantics of a table, whose gradients are rows; empty for another tensor.
         uniform_bound: the bound of a table's first parameters; 0 for zeros.
         seed: the seed of these.
+        hashed: True for a table whose rows are named by ids; its first extent is its capacity.
+        max_age_steps: the steps without a row after which the row may be evicted; 0 for never.
     """
 
     name: str
@@ -57,6 +62,13 @@ class TensorSpec:
     table: str = ""
     uniform_bound: float = 0.0
     seed: int = 0
+    hashed: bool = False
+    max_age_steps: int = 0
+
+    @property
+    def named_rows(self) -> int:
+        """One past the largest index of a row, or the largest id where rows are named by ids."""
+        return IDS_END if self.hashed else self.shape[0]
 
     @property
     def width(self) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "SessionStatistics",
     "Snapshot",
     "StepResult",
+    "TableUse",
     "TransportChoice",
 ]
 
@@ -50,6 +51,7 @@ class SessionConfig:
         tensor_precision: the precision of each tensor's moments, by name, whoever named it.
         durability: the steps that survive a loss of the server, and the times of checkpoints.
         aggregation: the way that the gradients of several workers meet; None for one worker.
+        tables: by the name of a table, the meaning of a step for its rows.
     """
 
     optimizer: Optimizer
@@ -60,10 +62,12 @@ class SessionConfig:
     tensor_precision: dict[str, str]
     durability: Durability
     aggregation: Aggregation | None = None
+    tables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_wire(cls, message: session_pb2.SessionConfig) -> SessionConfig:
         """Decode a session's config."""
+        specs = specs_from_wire(message)
         return cls(
             optimizer=optimizer_from_wire(message.optimizer, "optimizer"),
             groups=tuple(hyperparameters_from_wire(group.overrides) for group in message.groups),
@@ -74,9 +78,10 @@ class SessionConfig:
                 group_clips=any(group.HasField("clip_grad_norm") for group in message.groups),
             ),
             state_precision=precision_from_wire(message.state_precision),
-            tensor_precision={spec.name: spec.state_precision for spec in specs_from_wire(message)},
+            tensor_precision={spec.name: spec.state_precision for spec in specs},
             durability=durability_from_wire(message, "config"),
             aggregation=aggregation_from_wire(message.aggregation, "config.aggregation"),
+            tables={spec.name: spec.table for spec in specs if spec.table},
         )
 
     def arguments(self, group: int) -> dict[str, Any]:
@@ -127,6 +132,21 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TableUse:
+    """The rows of a table that are named by ids.
+
+    Attributes:
+        name: the name of the table.
+        rows: the rows that there are.
+        evicted_rows: the rows that were evicted since the session came into memory.
+    """
+
+    name: str
+    rows: int
+    evicted_rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SessionStatistics:
     """The numbers that a client knows of its session, as of one moment.
 
@@ -173,6 +193,7 @@ class SessionInfo:
         idle_seconds: the time since its last use; 0 while a stream is attached or a call is under way.
         parked: True while its state is on disk alone; the next call brings it back.
         members: the workers that have attached so far; empty for a session with one.
+        tables: the use of each table whose rows are named by ids.
     """
 
     session_id: str
@@ -189,6 +210,7 @@ class SessionInfo:
     idle_seconds: float
     parked: bool = False
     members: tuple[Member, ...] = ()
+    tables: tuple[TableUse, ...] = ()
 
     @classmethod
     def from_wire(cls, message: session_pb2.Session) -> SessionInfo:
@@ -208,6 +230,7 @@ class SessionInfo:
             idle_seconds=message.idle.ToTimedelta().total_seconds(),
             parked=message.state == session_pb2.LIFECYCLE_STATE_PARKED,
             members=tuple(map(Member.from_wire, message.members)),
+            tables=tuple(TableUse(table.name, table.rows, table.evicted_rows) for table in message.tables),
         )
 
 

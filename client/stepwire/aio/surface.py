@@ -580,7 +580,8 @@ class AsyncClient(ClientBase):
             schedule: of the learning rate, evaluated on the server, for all groups that have none of their own.
             frozen: names of tensors, or of branches, that the server keeps and never steps.
             tables: the meaning of a step for rows, by the names of tensors whose gradients are `Rows`:
-                `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`. See `docs/embeddings.md`.
+                `"torch_sparse"`, `"row_counter"`, `"skipped"`, `"global"`, or with Adagrad `"row_wise"`. See
+                `docs/embeddings.md`.
             gradient_dtype: the encoding of gradients on the wire: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"`:
                 blocks of 256 with a common factor, a quarter of the bytes.
             error_feedback: with `"int8"`, keep the encoding error of a gradient on the client, and add it to the next;

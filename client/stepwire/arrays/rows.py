@@ -55,15 +55,21 @@ class Table:
 
     Attributes:
         shape: the extents: rows first.
-        semantics: the meaning of a step for its rows: `"torch_sparse"`, `"row_counter"`, `"skipped"` or `"global"`.
+        semantics: the meaning of a step for its rows: `"torch_sparse"`, `"row_counter"`, `"skipped"`, `"global"`, or
+            with Adagrad `"row_wise"`.
         uniform_bound: the bound b, finite and ≥ 0, of first parameters that are uniform in [−b, b); 0 for zeros.
         seed: their seed, in [0, 2⁶⁴): the same numbers on every server.
+        hashed: True for rows that are named by ids below 2⁶³ wherever rows are named. The first extent is then the
+            capacity: a row is made when a step first names its id, with first values of its own.
+        max_age_steps: the steps without a row after which the row may be evicted where a step needs room; 0 for never.
     """
 
     shape: tuple[int, ...]
     semantics: str = "torch_sparse"
     uniform_bound: float = 0.0
     seed: int = 0
+    hashed: bool = False
+    max_age_steps: int = 0
 
 
 class RowGradient(NamedTuple):
@@ -214,9 +220,9 @@ def rows_of(indices: npt.ArrayLike, table: Placement, field: str) -> Indices:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise _wrong(field, f"shape {array.shape} of {array.dtype}; indices of rows are one-dimensional integers")
-    if array.size and not (0 <= int(array.min()) and int(array.max()) < table.spec.shape[0]):
+    if array.size and not (0 <= int(array.min()) and int(array.max()) < table.spec.named_rows):
         bad = int(array.min()) if array.min() < 0 else int(array.max())
-        raise _wrong(field, f"row {bad} is not in [0, {table.spec.shape[0]}), the rows of {table.spec.name!r}")
+        raise _wrong(field, f"row {bad} is not in [0, {table.spec.named_rows}), the rows of {table.spec.name!r}")
     return array.astype(np.uint64)
 
 

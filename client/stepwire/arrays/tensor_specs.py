@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from stepwire.arrays.packing import named_arrays
 from stepwire.arrays.rows import Table
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError, Reason
-from stepwire.optimizers.hyperparameters import number
+from stepwire.layout import TensorSpec
+from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import tensor_pb2
 from stepwire.wire.messages import PRECISIONS, SEMANTICS, table_to_wire
 from stepwire.wire.text import checked_text
@@ -55,6 +57,8 @@ def described(leaves: Mapping[str, Any], tables: Mapping[str, str]) -> Described
         if not isinstance(table.seed, int) or not 0 <= table.seed < 2**64:
             raise InvalidRequestError.of(f"parameters[{name!r}].seed", f"{table.seed!r} is not in [0, 2^64)")
         number(table.uniform_bound, f"parameters[{name!r}].uniform_bound")
+        if not 0 <= whole_number(table.max_age_steps, f"parameters[{name!r}].max_age_steps") < 2**63:
+            raise InvalidRequestError.of(f"parameters[{name!r}].max_age_steps", f"{table.max_age_steps} is negative")
     return Described(made, {name: table.semantics for name, table in made.items()} | dict(tables), True)
 
 
@@ -99,6 +103,8 @@ def tensor_specs(
 
 
 def _table(tensor: Any, semantics: str) -> tensor_pb2.Table:
+    spec = TensorSpec("", (), table=semantics)
     if isinstance(tensor, Table):
-        return table_to_wire(semantics, tensor.uniform_bound, tensor.seed)
-    return table_to_wire(semantics)
+        names = ("uniform_bound", "seed", "hashed", "max_age_steps")
+        spec = dataclasses.replace(spec, **{name: getattr(tensor, name) for name in names})
+    return table_to_wire(spec)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepwire.arrays.rows import Rows
 from stepwire.arrays.trees import SEPARATOR
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.wire.dtypes import FLOAT32, is_wire_dtype
 
 __all__ = ["Leaves", "bools_by_name", "is_traced", "leaves_of"]
@@ -50,8 +51,12 @@ def leaves_of(tree: Any, field: str) -> Leaves:
 
     Raises:
         InvalidRequestError: there is no leaf, two leaves have one name, or parameters cannot have the dtype of a leaf.
+        UnsupportedFeatureError: a leaf is some rows of a table, or a sparse array.
     """
-    found, structure = jax.tree_util.tree_flatten_with_path(tree)
+    found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_has_rows)
+    for path, leaf in found:
+        if _has_rows(leaf):
+            raise _no_rows(f"{field}[{SEPARATOR.join(map(_key, path)) or _ALONE!r}]", type(leaf).__name__)
     names = [SEPARATOR.join(map(_key, path)) or _ALONE for path, _ in found]
     arrays = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for _, leaf in found]
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
@@ -104,6 +109,20 @@ def is_traced(values: Sequence[Any]) -> bool:
     to happen at each run. A new array is a tracer in every trace.
     """
     return any(isinstance(value, jax.core.Tracer) for value in (*values, jnp.zeros((), jnp.int32)))
+
+
+def _has_rows(node: Any) -> bool:
+    """Tell whether a node of a tree is rows, or a sparse array of JAX's, whose own leaves would hide it."""
+    return isinstance(node, Rows) or any(kind.__name__ == "JAXSparse" for kind in type(node).__mro__)
+
+
+def _no_rows(field: str, kind: str) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"{field}: {kind}; a transformation steps whole arrays. Leave the table out of the parameters, differentiate "
+        "with respect to the rows of the batch, and give these to a session: session.step({name: stepwire.Rows(ids, "
+        "gradients)}); see docs/jax.md",
+        metadata={"field": field, "feature": "optax_rows"},
+    )
 
 
 def _key(entry: Any) -> str:

@@ -8,9 +8,9 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.layout import Layout
 from stepwire.links.link import Load
 
-__all__ = ["check_load", "fed_gradients", "shared_arrays"]
+__all__ = ["check_load", "fed_gradients", "rows_by_ids", "shared_arrays"]
 
-_COUNTED: Final = ("row_counter", "skipped")
+_COUNTED: Final = ("row_counter", "skipped", "row_wise")
 
 
 def check_load(load: Load, layout: Layout) -> None:
@@ -38,6 +38,14 @@ def shared_arrays() -> UnsupportedFeatureError:
         "a session that is cut has no arrays in shared memory, as a tensor may lie in several; pass arrays of your own "
         "to `step`, which are copied into it",
         metadata={"field": "transport", "feature": "transport_shm"},
+    )
+
+
+def rows_by_ids(name: str) -> UnsupportedFeatureError:
+    """Return the error of a table whose rows are named by ids: ranges of indices part rows among servers."""
+    return UnsupportedFeatureError(
+        f"tables: rows of {name!r} are named by ids, and servers part rows by ranges of indices; use one target",
+        metadata={"field": "config.tensors.table.hashed", "feature": "row_ids"},
     )
 
 

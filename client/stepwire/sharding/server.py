@@ -18,6 +18,7 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
+from stepwire.sharding.refusals import rows_by_ids
 from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -216,7 +217,10 @@ def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:
 
     Raises:
         InvalidRequestError: an option cannot be had from several servers.
+        UnsupportedFeatureError: the rows of a table are named by ids.
     """
+    if hashed := [tensor.name for tensor in config.tensors if tensor.table.hashed]:
+        raise rows_by_ids(hashed[0])
     layout = place(specs_from_wire(config), len(config.groups))
     partition = Partition.make(layout, most, within_tensors=config.optimizer.rule not in _LAYERWISE)
     keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from stepwire.connection.errands import as_a_whole
 from stepwire.errors import DataLossError, SessionNotFoundError, StepwireError
 from stepwire.session import Session
@@ -68,6 +66,7 @@ class Backing:
         self._client = options.client()
         self._placer = Placer(self._client, options, rule)
         try:
+            self._placer.sparse.declare(parameters, groups)
             if options.session is None:
                 self._use_first(self._placer.created(parameters, groups), parameters, groups)
             else:
@@ -170,13 +169,16 @@ class Backing:
             return
         if not self._placement.fits(groups):
             refuse_among_workers(self.session, "param_groups", "all of them would have to move to another session")
-            self._settle()
-            parameters = self._regrouped(groups)
-            wanted = regrouped(self.parameters, parameters, self._live, self._present_view(), last_step(self.session))
-            self._move(groups, parameters, wanted)
+            self._regroup(groups, self._regrouped(groups))
         elif edits := self._live.edits():
             self._settle()
             self._put(edits, groups)
+
+    def _regroup(self, groups: Sequence[Group], parameters: Parameters) -> None:
+        """Move to a new session of other parameters, or of other groups or tables of them."""
+        self._settle()
+        wanted = regrouped(self.parameters, parameters, self._live, self._present_view(), last_step(self.session))
+        self._move(groups, parameters, wanted)
 
     def _put(self, edits: Mapping[Any, dict[str, Any]], groups: Sequence[Group]) -> None:
         """Load the state of some parameters."""
@@ -188,7 +190,7 @@ class Backing:
         self._expire()
 
     def _regrouped(self, groups: Sequence[Group]) -> Parameters:
-        return Parameters(groups, {id(tensor.parameter): tensor.name for tensor in self.parameters.tensors})
+        return self.parameters.regrouped(groups, by_rows=self._placer.sparse.by_rows(groups))
 
     def _settle(self) -> None:
         """Settle everything whose outcome is open: a step that was begun, that failed, or that is in doubt."""
@@ -227,6 +229,8 @@ class Backing:
         self._loss_scale = loss_scale
         if not any(group["params"] for group in groups):
             return
+        if (successor := self._placer.sparse.followed(self.parameters, groups)) is not None:
+            self._regroup(groups, successor)
         numbers, sender = (self._placement.overrides(groups), loss_scale), self._sender
         self._expire()
         if sender is not None and self._followed(lambda: sender.finish(numbers)):
@@ -268,11 +272,7 @@ class Backing:
         return self._placement.overrides(self._groups), self._loss_scale
 
     def _begin(self, feed: GradientFeed, names: frozenset[str], numbers: Numbers) -> Future[Any]:
-        # The step reads the shapes of these arrays alone, and the gradients come from the feed. They have no memory:
-        # even untouched memory would be in the place of gradients that are about to be made.
-        shapes = {t.name: np.broadcast_to(np.zeros((), t.dtype), t.shape) for t in self.parameters.tensors}
-        shapes = {name: shape for name, shape in shapes.items() if name in names}
-        return self.session.step_async(shapes, feed=feed, **self._step_options(numbers))
+        return self.session.step_async(self.parameters.shapes(names), feed=feed, **self._step_options(numbers))
 
     def _abort_begun(self) -> None:
         """Abort the step that a backward pass began, if there is one."""

@@ -6,6 +6,7 @@ Neither the table nor its moments are ever in this process, so a table may be la
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -19,6 +20,7 @@ from stepwire.errors import InvalidRequestError, StepMismatchError, StepwireErro
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.session import Session
 from stepwire.step_result import StepResult
+from stepwire.torch.prefetch import PrefetchedRows
 from stepwire.torch.targets import Server, client_of
 from stepwire.torch.workers import leave
 
@@ -103,6 +105,8 @@ class RemoteEmbedding(torch.nn.Module):
         semantics: RowSemantics = "torch_sparse",
         uniform_bound: float | None = None,
         seed: int = 0,
+        hashed: bool = False,
+        max_age_steps: int = 0,
         server: Server = None,
         timeout: float | None = None,
         **options: Any,
@@ -116,6 +120,9 @@ class RemoteEmbedding(torch.nn.Module):
             semantics: the meaning of a step for rows; see `Client.create_session`.
             uniform_bound: the first values are uniform in [−bound, bound); default 1 / √embedding_dim.
             seed: the seed of the first values.
+            hashed: True for ids below 2⁶³ in the place of indices; `num_embeddings` is then the capacity, and a row is
+                made when a step first names its id. See `stepwire.Table`.
+            max_age_steps: the steps without a row after which the row may be evicted; 0 for never.
             server: `host:port` or `unix:/path`, or a list of them, whose servers have ranges of rows each; or a client,
                 which stays the caller's; None for that of `connect`.
             timeout: seconds for a step, or another call, with all its repetitions; None for those of the client.
@@ -129,7 +136,7 @@ class RemoteEmbedding(torch.nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         bound = embedding_dim**-0.5 if uniform_bound is None else uniform_bound
-        table = Table((num_embeddings, embedding_dim), semantics, bound, seed)
+        table = Table((num_embeddings, embedding_dim), semantics, bound, seed, hashed, max_age_steps)
         client, is_own = client_of(server, timeout)
         self._owned, self._timeout = client if is_own else None, timeout
         try:
@@ -141,6 +148,8 @@ class RemoteEmbedding(torch.nn.Module):
                 self._owned.close()
             raise
         self._rows, self._is_closed = _RowsOfPasses(), False
+        moves_all = semantics == "global" or max_age_steps > 0
+        self._prefetched = PrefetchedRows(self.session, _NAME, timeout, moves_all=moves_all)
 
     @property
     def last_result(self) -> StepResult | None:
@@ -184,7 +193,8 @@ class RemoteEmbedding(torch.nn.Module):
 
         def made() -> StepResult | None:
             gradient = {_NAME: Rows(collected.indices, collected.values)}
-            self.session.step(gradient, lr=collected.lr, reply="none", timeout=self._timeout)
+            step = functools.partial(self.session.step, gradient, lr=collected.lr, reply="none", timeout=self._timeout)
+            self._prefetched.step(collected.indices, step)
             self._rows.collected = None
             return self.last_result
 
@@ -198,6 +208,22 @@ class RemoteEmbedding(torch.nn.Module):
             collected.in_doubt = self.session.statistics().step_in_doubt is not None
             raise
 
+    def prefetch(self, input: Any) -> None:
+        """Fetch the rows of the next batch in the background, while this one is computed and stepped.
+
+        The next forward passes use them, until the next call, or until the second step from now. They have the values
+        of a pull at that time: rows that a step touches are fetched again. Another client that steps the table
+        meanwhile is not noticed.
+
+        Args:
+            input: the indices, of any shape; those that a pass needs besides are pulled as without this call.
+
+        Raises:
+            InvalidRequestError: they are no indices.
+            UnsupportedFeatureError: the session has several workers.
+        """
+        self._prefetched.ask(_checked(input).cpu().numpy())
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the rows since the last step."""
         self._rows.forget()
@@ -209,6 +235,7 @@ class RemoteEmbedding(torch.nn.Module):
         One of several workers leaves the session. The last one ends it, once all have been there.
         """
         self._rows.forget()
+        self._prefetched.forget()
         if not self._is_closed:
             leave(self.session, keep=False)
         self._is_closed = True
@@ -232,11 +259,8 @@ class RemoteEmbedding(torch.nn.Module):
 
     def _gather(self, input: Any) -> tuple[Any, Any]:
         """Return the rows of some indices, each once, and the place of each index among them."""
-        if input.dtype not in (torch.int64, torch.int32):
-            raise InvalidRequestError.of("input", f"dtype {input.dtype}; indices of rows are int64 or int32")
-        indices, inverse = torch.unique(input.reshape(-1), return_inverse=True)
-        pulled: Any = self.session.pull(rows={_NAME: indices.cpu().numpy()}, timeout=self._timeout)
-        rows = torch.from_numpy(pulled[_NAME].values).to(input.device)
+        indices, inverse = torch.unique(_checked(input).reshape(-1), return_inverse=True)
+        rows = torch.from_numpy(self._prefetched.rows(indices.cpu().numpy())).to(input.device)
         if torch.is_grad_enabled():
             rows.requires_grad_()
             self._rows.gathered.append((indices, rows))
@@ -267,3 +291,9 @@ class RemoteEmbeddingBag(RemoteEmbedding):
         return torch.nn.functional.embedding_bag(
             inverse.reshape(input.shape), rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights
         )
+
+
+def _checked(input: Any) -> Any:
+    if input.dtype not in (torch.int64, torch.int32):
+        raise InvalidRequestError.of("input", f"dtype {input.dtype}; indices of rows are int64 or int32")
+    return input

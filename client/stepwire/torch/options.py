@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepwire.client import Client, StatePrecision, Telemetry, Worker
+from stepwire.client import Client, RowSemantics, StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect
 from stepwire.loggers import Logger
 from stepwire.optimizers.aggregation import Aggregation
@@ -42,6 +42,12 @@ class RemoteOptions:
         tensor_precision: the precision of the moments of some parameters, by the names of parameters or of modules, in
             place of their group's or the optimizer's: `{"embedding": "float32"}`. The names are those of
             `model.named_parameters()`, if the optimizer has these.
+        tables: the names of parameters, or of modules, that are tables from the first session on: their gradients are
+            sparse, and a step sends and gets their rows alone. Another parameter becomes a table with its first sparse
+            gradient, and the state moves to another session once.
+        row_semantics: the meaning of a step for the rows of sparse gradients, `"torch_sparse"` or `"global"`; see
+            `docs/embeddings.md`. By default that of torch's optimizer of the same name: SGD and Adagrad have one, and
+            the others refuse sparse gradients.
         telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
             omits a pass over the gradient, which torch's optimizers do not make either.
         durability: the steps that survive a loss of the server, as for `Client.create_session`.
@@ -78,6 +84,8 @@ class RemoteOptions:
     error_feedback: bool = False
     state_precision: StatePrecision = "float32"
     tensor_precision: Mapping[str, StatePrecision] | None = None
+    tables: Sequence[str] = ()
+    row_semantics: RowSemantics | None = None
     telemetry: Telemetry = "full"
     durability: Durability | DurabilityLevel = "memory"
     window_bytes: int = 0

@@ -30,6 +30,9 @@ class Parameters:
     Attributes:
         tensors: one tensor for each parameter, group after group.
         membership: the group of each tensor, by name.
+        sparse: the names of the tensors that have had sparse gradients, or are declared tables.
+        tables: the names of those of them whose gradients and replies are rows. A sparse gradient of another one is
+            made dense.
     """
 
     def __init__(self, groups: Sequence[Group], known: Mapping[int, str] | None = None) -> None:
@@ -57,6 +60,39 @@ class Parameters:
         _refuse_overlaps(self.tensors)
         self._samples = Samples(self.tensors)
         self._told = False
+        self.sparse: frozenset[str] = frozenset()
+        self.tables: frozenset[str] = frozenset()
+
+    def expect_sparse(self, names: Collection[str], *, by_rows: bool) -> None:
+        """Expect sparse gradients of some more tensors.
+
+        Args:
+            names: the tensors.
+            by_rows: True if all sparse tensors are tables of the session. Samples leave out tables: a step passes over
+                none of them.
+        """
+        before, self.sparse = self.tables, self.sparse | frozenset(names)
+        self.tables = self.sparse if by_rows else frozenset()
+        for tensor in self.tensors:
+            tensor.made_dense = tensor.name in self.sparse - self.tables
+        if self.tables != before:
+            self._samples = Samples([tensor for tensor in self.tensors if tensor.name not in self.tables])
+
+    def regrouped(self, groups: Sequence[Group], *, by_rows: bool) -> Parameters:
+        """Return the parameters of other groups: those that are here too keep their names, and are sparse as before.
+
+        Args:
+            groups: torch's parameter groups.
+            by_rows: as for `expect_sparse`.
+
+        Raises:
+            UnsupportedFeatureError: as the constructor.
+        """
+        made = Parameters(groups, {id(tensor.parameter): tensor.name for tensor in self.tensors})
+        sparse = {id(tensor.parameter) for tensor in self.tensors if tensor.name in self.sparse}
+        stay = [tensor.name for tensor in made.tensors if id(tensor.parameter) in sparse]
+        made.expect_sparse(stay, by_rows=by_rows)
+        return made
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -88,32 +124,52 @@ class Parameters:
         self.synchronize()
         return arrays
 
-    def gradients(self, but: Collection[str] = ()) -> Arrays:
-        """Return the present gradients by name, without those of the names in `but`.
+    def gradients(self, but: Collection[str] = ()) -> dict[str, Any]:
+        """Return the present gradients by name, without those of the names in `but`: arrays, and `Rows` of tables.
 
         Raises:
             InvalidRequestError: a gradient cannot be sent.
         """
-        found = {tensor.name: tensor.gradient() for tensor in self.tensors if tensor.name not in but}
+        found = {
+            tensor.name: tensor.rows() if tensor.name in self.tables else tensor.gradient()
+            for tensor in self.tensors
+            if tensor.name not in but
+        }
         self.synchronize()
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def targets(self) -> Arrays:
-        """Return the arrays that replies are written to, by name."""
-        return {tensor.name: tensor.array() for tensor in self.tensors}
+    def shapes(self, names: Collection[str]) -> Arrays:
+        """Return arrays in the shapes and dtypes of some tensors, by name, for a step whose gradients come later.
 
-    def stepped(self, reply: object) -> None:
-        """Copy the values that a step wrote to `targets` into the parameters."""
+        They have no memory: even untouched memory would be in the place of gradients that are about to be made.
+        """
+        found = [tensor for tensor in self.tensors if tensor.name in names]
+        return {tensor.name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape) for tensor in found}
+
+    def targets(self) -> Arrays | None:
+        """Return the arrays that replies are written to, by name; None for replies in arrays of their own, with rows.
+
+        A session with tables writes nothing into arrays of its caller.
+        """
+        return None if self.tables else {tensor.name: tensor.array() for tensor in self.tensors}
+
+    def stepped(self, reply: Any) -> None:
+        """Copy the values of a step's reply into the parameters, and those that it wrote to `targets`."""
         for tensor in self.tensors:
-            tensor.settle()
+            if tensor.name not in self.tables:
+                if self.tables:
+                    _write(tensor, reply[tensor.name])
+                tensor.settle()
+            elif (rows := reply[tensor.name]) is not None:
+                tensor.put_rows(rows)
         self.note()
 
     def adopt(self, values: Mapping[str, Any]) -> None:
         """Write values of the session into the parameters."""
-        for name, target in self.targets().items():
-            with np.errstate(over="ignore"):
-                target[...] = values[name]
-        self.stepped(values)
+        for tensor in self.tensors:
+            _write(tensor, values[tensor.name])
+            tensor.settle()
+        self.note()
 
     def uploaded(self) -> None:
         """Note that the session has all present values."""
@@ -164,6 +220,12 @@ class Parameters:
         """Wait for the copies from GPUs that are under way."""
         for device in {tensor.parameter.device for tensor in self.tensors if tensor.on_gpu}:
             torch.cuda.current_stream(device).synchronize()
+
+
+def _write(tensor: ParameterTensor, values: npt.NDArray[Any]) -> None:
+    """Write values into the array of a tensor; those beyond its dtype become infinite."""
+    with np.errstate(over="ignore"):
+        tensor.array()[...] = values
 
 
 def _names(index: int, group: Group, known: Mapping[int, str]) -> list[str]:

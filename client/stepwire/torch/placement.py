@@ -18,6 +18,7 @@ from stepwire.torch.parameters import Parameters
 from stepwire.torch.recovery import Recovery
 from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.sessions import PRECISION, create_session, find_session
+from stepwire.torch.tables import SparseGradients
 from stepwire.torch.views import SharedViews, check_dtypes
 from stepwire.wire.dtypes import INT8, dtype_named
 
@@ -72,7 +73,7 @@ class Placement:
         With a step in doubt nothing can begin, because a whole gradient tells whether it is that step again.
         """
         choice = self.session.transport
-        if choice is None or choice.name in _WHOLE:
+        if choice is None or choice.name in _WHOLE or self.parameters.tables:
             return False
         if not self.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
             return False
@@ -113,7 +114,11 @@ class Placement:
 
 
 class Placer:
-    """Makes the sessions and the placements of one optimizer."""
+    """Makes the sessions and the placements of one optimizer.
+
+    Attributes:
+        sparse: the ways of sparse gradients.
+    """
 
     def __init__(self, client: Client, options: RemoteOptions, rule: TorchRule) -> None:
         """Use a client.
@@ -126,6 +131,7 @@ class Placer:
         self._client = client
         self._options = options
         self._rule = rule
+        self.sparse = SparseGradients(rule, options)
 
     def created(self, parameters: Parameters, groups: Sequence[Group]) -> Session:
         """Create a session with the parameters' present values.
@@ -146,6 +152,7 @@ class Placer:
         """
         self._check(parameters)
         session = find_session(self._client, session_id, self._options, self._rule, parameters, groups)
+        parameters.expect_sparse(session.config.tables, by_rows=True)
         pulled: Any = session.pull()
         parameters.adopt(pulled)
         return session

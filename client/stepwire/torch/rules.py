@@ -31,6 +31,7 @@ class TorchRule:
             begun, which is the server's scalar of a tensor.
         product: the name of the number in torch's state that is the server's scalar of a tensor; empty for none.
         eager: True if torch keeps state for a parameter before its first step.
+        takes_rows: True if torch's class steps the rows of sparse gradients; the others of torch refuse them.
     """
 
     optimizer: type[Optimizer]
@@ -40,6 +41,7 @@ class TorchRule:
     counts: bool = True
     product: str = ""
     eager: bool = False
+    takes_rows: bool = False
 
     @property
     def keys(self) -> frozenset[str]:
@@ -134,6 +136,7 @@ TORCH_RULES: Final[dict[str, TorchRule]] = {
         {"nesterov": False},
         ("momentum_buffer",),
         counts=False,
+        takes_rows=True,
     ),
     "RMSprop": TorchRule(
         optimizers.RMSprop,
@@ -147,6 +150,7 @@ TORCH_RULES: Final[dict[str, TorchRule]] = {
         {"initial_accumulator_value": 0.0},
         ("sum",),
         eager=True,
+        takes_rows=True,
     ),
     "Adadelta": TorchRule(
         optimizers.Adadelta, ("lr", "rho", "eps", "weight_decay", "maximize"), {}, ("square_avg", "acc_delta")

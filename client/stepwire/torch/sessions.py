@@ -13,6 +13,7 @@ from stepwire.session import Session
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
 from stepwire.torch.rules import Group, TorchRule
+from stepwire.torch.tables import SparseGradients
 from stepwire.torch.workers import aggregation_of, refuse_options_among_workers, with_job
 
 __all__ = ["PRECISION", "create_session", "find_session"]
@@ -54,6 +55,7 @@ def _created(
         reply_dtype=options.reply_dtype or parameters.dtype,
         state_precision=options.state_precision,
         tensor_precision=_own_precisions(options, parameters),
+        tables=SparseGradients(rule, options).tables(parameters, groups),
         telemetry=options.telemetry,
         durability=options.durability,
         missing_gradient="keep",  # as with torch, a parameter without a gradient keeps its value, its moments and its t
@@ -101,6 +103,7 @@ def find_session(
         or _of_groups(session.config, parameters)
         or _of_optimizer(session.config, rule, groups)
         or _of_options(session.config, options)
+        or _of_tables(session.config, SparseGradients(rule, options).meaning(groups))
         or _of_workers(session.config, options)
         or _of_precision(session.config, options, parameters, groups)
     )
@@ -144,6 +147,15 @@ def _of_options(configuration: SessionConfig, options: RemoteOptions) -> str:
     for name, value in theirs.items():
         if value != getattr(options, name):
             return f"it has {name}={value!r} and this has {getattr(options, name)!r}"
+    return ""
+
+
+def _of_tables(configuration: SessionConfig, meaning: str | None) -> str:
+    for name, semantics in configuration.tables.items():
+        if configuration.aggregation is not None:
+            return f"{name!r} is a table of several workers, and a model would lack the rows of the others"
+        if semantics != meaning:
+            return f"the rows of {name!r} are stepped as {semantics!r} there and as {meaning!r} here"
     return ""
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stepwire.arrays.rows import Rows
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.torch.sparse import rows_of_gradient
 
 __all__ = ["ParameterTensor", "from_numpy", "to_numpy", "version_of"]
 
@@ -34,6 +36,7 @@ class ParameterTensor:
         shape: the shape in the session. Complex numbers are pairs in a last dimension of 2, as in torch's own
             optimizers.
         dtype: NumPy's dtype of the values.
+        made_dense: a sparse gradient is read as a dense one, with zeros for the rows that did not come.
     """
 
     def __init__(self, name: str, parameter: Any) -> None:
@@ -48,6 +51,7 @@ class ParameterTensor:
         self.parameter = parameter
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
+        self.made_dense = False
         self._form = parameter.dtype, parameter.shape
         self._location: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
@@ -130,6 +134,8 @@ class ParameterTensor:
         gradient = self.parameter.grad
         if gradient is None:
             return None
+        if self.made_dense and gradient.layout == torch.sparse_coo:
+            gradient = gradient.to_dense()
         self._check_gradient(gradient)
         real = _real(gradient.detach())
         if real.device.type == "cpu" and real.is_contiguous():
@@ -138,6 +144,33 @@ class ParameterTensor:
             self._gradient_copy = _empty_like(real)
         self._gradient_copy.copy_(real, non_blocking=True)
         return to_numpy(self._gradient_copy)
+
+    def rows(self) -> Rows | None:
+        """Return the gradient of a table by rows, with repetitions as they are; None without one.
+
+        A dense gradient has every row.
+
+        Raises:
+            InvalidRequestError: as `gradient`, or a sparse gradient is not sparse along its first dimension alone.
+        """
+        gradient = self.parameter.grad
+        if gradient is None or gradient.layout != torch.sparse_coo:
+            dense = self.gradient()
+            return None if dense is None else Rows(np.arange(len(dense)), dense)
+        if gradient.sparse_dim() != 1 or gradient.dtype not in _DTYPES or gradient.is_complex():
+            raise InvalidRequestError.of(
+                f"gradients[{self.name!r}]",
+                f"{gradient.sparse_dim()} sparse dimensions of {gradient.dtype}; a table takes rows of float32, "
+                "bfloat16 or float16, such as those of Embedding(sparse=True)",
+            )
+        return rows_of_gradient(gradient, f"gradients[{self.name!r}]")
+
+    def put_rows(self, rows: Rows) -> None:
+        """Write rows of a reply into the parameter, as torch's optimizers do, and note the change as our own."""
+        real, values = self.real(), np.ascontiguousarray(rows.values)
+        indices = torch.from_numpy(np.asarray(rows.indices).astype(np.int64)).to(real.device)
+        real.index_copy_(0, indices, from_numpy(values).to(real.device, real.dtype))
+        self.follow()
 
     def _check_gradient(self, gradient: Any) -> None:
         if gradient.layout != torch.strided:
@@ -173,7 +206,8 @@ class ParameterTensor:
                 f"shape {tuple(tensor.shape)} is not the parameter's {tuple(self.parameter.shape)}; the state is "
                 "another model's",
             )
-        real = _real(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous()
+        given = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        real = _real(given).to(device="cpu", dtype=torch.float32).contiguous()
         return to_numpy(real).reshape(self.shape)
 
 

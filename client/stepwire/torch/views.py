@@ -148,7 +148,7 @@ class SharedViews:
             _LOG.warning("parameters are ordinary memory from now on, and each step copies them: %s", error)
             for tensor in self._parameters.tensors:
                 self._parameter_tensors[tensor.name] = tensor.parameter.data = _tensor(tensor, reply[tensor.name])
-            self._replies = self._parameters.targets()
+            self._replies = cast(dict[str, Any], self._parameters.targets())
             self._area = None
 
     def release(self) -> None:

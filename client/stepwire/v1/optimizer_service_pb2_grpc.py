@@ -219,6 +219,7 @@ class OptimizerServiceServicer(object):
         - DATA_LOSS/LOG_DAMAGED, CHECKPOINT_DAMAGED: a restarted server could not bring the session back.
         - RESOURCE_EXHAUSTED/MEMORY_EXHAUSTED: no room for the gradient just now (RetryInfo).
         - RESOURCE_EXHAUSTED/TOO_MANY_STREAMS: the server has as many attached streams as it may (RetryInfo).
+        - RESOURCE_EXHAUSTED/TABLE_FULL: a table has no room for new ids (metadata: table, capacity, rows, new_rows).
         - RESOURCE_EXHAUSTED/TOO_MANY_STEPS: the tenant steps faster than it may (RetryInfo; metadata: limit, most).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         - DATA_LOSS/DEVICE_LOST: the device failed for good, and the server ends (metadata: device, status).

@@ -29,6 +29,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_TOO_MANY_STREAMS: _ClassVar[Reason]
     REASON_TOO_MANY_CALLS: _ClassVar[Reason]
     REASON_TOO_MANY_STEPS: _ClassVar[Reason]
+    REASON_TABLE_FULL: _ClassVar[Reason]
     REASON_SHUTTING_DOWN: _ClassVar[Reason]
     REASON_STREAM_DISPLACED: _ClassVar[Reason]
     REASON_UNREACHABLE: _ClassVar[Reason]
@@ -64,6 +65,7 @@ REASON_TOO_MANY_SESSIONS: Reason
 REASON_TOO_MANY_STREAMS: Reason
 REASON_TOO_MANY_CALLS: Reason
 REASON_TOO_MANY_STEPS: Reason
+REASON_TABLE_FULL: Reason
 REASON_SHUTTING_DOWN: Reason
 REASON_STREAM_DISPLACED: Reason
 REASON_UNREACHABLE: Reason

@@ -105,7 +105,7 @@ class CheckpointPolicy(_message.Message):
     def __init__(self, every_steps: _Optional[int] = ..., every: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state", "idle", "members")
+    __slots__ = ("session_id", "epoch", "applied_step", "durable_step", "applied_load", "config", "layout", "memory_bytes", "device", "ready", "attached", "create_time", "expire_time", "loss_scale", "state", "idle", "members", "tables")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class Session(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     epoch: int
     applied_step: int
@@ -140,4 +141,15 @@ class Session(_message.Message):
     state: LifecycleState
     idle: _duration_pb2.Duration
     members: _containers.RepeatedCompositeFieldContainer[_aggregation_pb2.Member]
-    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loss_scale: _Optional[float] = ..., state: _Optional[_Union[LifecycleState, str]] = ..., idle: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., members: _Optional[_Iterable[_Union[_aggregation_pb2.Member, _Mapping]]] = ...) -> None: ...
+    tables: _containers.RepeatedCompositeFieldContainer[TableUse]
+    def __init__(self, session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., config: _Optional[_Union[SessionConfig, _Mapping]] = ..., layout: _Optional[_Union[_tensor_pb2.Layout, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., device: _Optional[str] = ..., ready: bool = ..., attached: bool = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loss_scale: _Optional[float] = ..., state: _Optional[_Union[LifecycleState, str]] = ..., idle: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., members: _Optional[_Iterable[_Union[_aggregation_pb2.Member, _Mapping]]] = ..., tables: _Optional[_Iterable[_Union[TableUse, _Mapping]]] = ...) -> None: ...
+
+class TableUse(_message.Message):
+    __slots__ = ("name", "rows", "evicted_rows")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rows: int
+    evicted_rows: int
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., evicted_rows: _Optional[int] = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stepwire.v1 import precision_pb2 as stepwire_dot_v1_dot_precision__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/tensor.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/precision.proto\"\xb0\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05group\x18\x03 \x01(\r\x12\x0e\n\x06\x66rozen\x18\x04 \x01(\x08\x12&\n\x05table\x18\x05 \x01(\x0b\x32\x12.stepwire.v1.TableH\x00\x88\x01\x01\x12\x34\n\x0fstate_precision\x18\x06 \x01(\x0e\x32\x1b.stepwire.v1.StatePrecisionB\x08\n\x06_table\"Z\n\x05Table\x12,\n\tsemantics\x18\x01 \x01(\x0e\x32\x19.stepwire.v1.RowSemantics\x12\x15\n\runiform_bound\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\")\n\tTableRows\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"/\n\x0cTableEntries\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\"\x9a\x01\n\x06Layout\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12-\n\x07tensors\x18\x02 \x03(\x0b\x32\x1c.stepwire.v1.TensorPlacement\x12+\n\x06groups\x18\x03 \x03(\x0b\x32\x1b.stepwire.v1.GroupPlacement\x12\r\n\x05slots\x18\x04 \x03(\t\x12\x17\n\x0f\x63hunk_alignment\x18\x05 \x01(\x04\"W\n\x0fTensorPlacement\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.TensorSpec\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"/\n\x0eGroupPlacement\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"C\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x03(\x04\x12\r\n\x05patch\x18\x04 \x01(\x08*\xa1\x01\n\x0cRowSemantics\x12\x1d\n\x19ROW_SEMANTICS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aROW_SEMANTICS_TORCH_SPARSE\x10\x01\x12\x1d\n\x19ROW_SEMANTICS_ROW_COUNTER\x10\x02\x12\x19\n\x15ROW_SEMANTICS_SKIPPED\x10\x03\x12\x18\n\x14ROW_SEMANTICS_GLOBAL\x10\x04*r\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x18\n\x14\x44TYPE_INT8_BLOCKWISE\x10\x04\x42\x8c\x01\n\x15io.github.stepwire.v1B\x0bTensorProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/tensor.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/precision.proto\"\xb0\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05group\x18\x03 \x01(\r\x12\x0e\n\x06\x66rozen\x18\x04 \x01(\x08\x12&\n\x05table\x18\x05 \x01(\x0b\x32\x12.stepwire.v1.TableH\x00\x88\x01\x01\x12\x34\n\x0fstate_precision\x18\x06 \x01(\x0e\x32\x1b.stepwire.v1.StatePrecisionB\x08\n\x06_table\"\x81\x01\n\x05Table\x12,\n\tsemantics\x18\x01 \x01(\x0e\x32\x19.stepwire.v1.RowSemantics\x12\x15\n\runiform_bound\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x0e\n\x06hashed\x18\x04 \x01(\x08\x12\x15\n\rmax_age_steps\x18\x05 \x01(\x04\")\n\tTableRows\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"/\n\x0cTableEntries\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\"\x9a\x01\n\x06Layout\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12-\n\x07tensors\x18\x02 \x03(\x0b\x32\x1c.stepwire.v1.TensorPlacement\x12+\n\x06groups\x18\x03 \x03(\x0b\x32\x1b.stepwire.v1.GroupPlacement\x12\r\n\x05slots\x18\x04 \x03(\t\x12\x17\n\x0f\x63hunk_alignment\x18\x05 \x01(\x04\"W\n\x0fTensorPlacement\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.TensorSpec\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"/\n\x0eGroupPlacement\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"C\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x03(\x04\x12\r\n\x05patch\x18\x04 \x01(\x08*\xbd\x01\n\x0cRowSemantics\x12\x1d\n\x19ROW_SEMANTICS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aROW_SEMANTICS_TORCH_SPARSE\x10\x01\x12\x1d\n\x19ROW_SEMANTICS_ROW_COUNTER\x10\x02\x12\x19\n\x15ROW_SEMANTICS_SKIPPED\x10\x03\x12\x18\n\x14ROW_SEMANTICS_GLOBAL\x10\x04\x12\x1a\n\x16ROW_SEMANTICS_ROW_WISE\x10\x05*r\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x18\n\x14\x44TYPE_INT8_BLOCKWISE\x10\x04\x42\x8c\x01\n\x15io.github.stepwire.v1B\x0bTensorProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,24 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.tensor_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\013TensorProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
-  _globals['_ROWSEMANTICS']._serialized_start=798
-  _globals['_ROWSEMANTICS']._serialized_end=959
-  _globals['_DTYPE']._serialized_start=961
-  _globals['_DTYPE']._serialized_end=1075
+  _globals['_ROWSEMANTICS']._serialized_start=838
+  _globals['_ROWSEMANTICS']._serialized_end=1027
+  _globals['_DTYPE']._serialized_start=1029
+  _globals['_DTYPE']._serialized_end=1143
   _globals['_TENSORSPEC']._serialized_start=71
   _globals['_TENSORSPEC']._serialized_end=247
-  _globals['_TABLE']._serialized_start=249
-  _globals['_TABLE']._serialized_end=339
-  _globals['_TABLEROWS']._serialized_start=341
-  _globals['_TABLEROWS']._serialized_end=382
-  _globals['_TABLEENTRIES']._serialized_start=384
-  _globals['_TABLEENTRIES']._serialized_end=431
-  _globals['_LAYOUT']._serialized_start=434
-  _globals['_LAYOUT']._serialized_end=588
-  _globals['_TENSORPLACEMENT']._serialized_start=590
-  _globals['_TENSORPLACEMENT']._serialized_end=677
-  _globals['_GROUPPLACEMENT']._serialized_start=679
-  _globals['_GROUPPLACEMENT']._serialized_end=726
-  _globals['_CHUNK']._serialized_start=728
-  _globals['_CHUNK']._serialized_end=795
+  _globals['_TABLE']._serialized_start=250
+  _globals['_TABLE']._serialized_end=379
+  _globals['_TABLEROWS']._serialized_start=381
+  _globals['_TABLEROWS']._serialized_end=422
+  _globals['_TABLEENTRIES']._serialized_start=424
+  _globals['_TABLEENTRIES']._serialized_end=471
+  _globals['_LAYOUT']._serialized_start=474
+  _globals['_LAYOUT']._serialized_end=628
+  _globals['_TENSORPLACEMENT']._serialized_start=630
+  _globals['_TENSORPLACEMENT']._serialized_end=717
+  _globals['_GROUPPLACEMENT']._serialized_start=719
+  _globals['_GROUPPLACEMENT']._serialized_end=766
+  _globals['_CHUNK']._serialized_start=768
+  _globals['_CHUNK']._serialized_end=835
 # @@protoc_insertion_point(module_scope)

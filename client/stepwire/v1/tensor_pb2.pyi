@@ -15,6 +15,7 @@ class RowSemantics(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_SEMANTICS_ROW_COUNTER: _ClassVar[RowSemantics]
     ROW_SEMANTICS_SKIPPED: _ClassVar[RowSemantics]
     ROW_SEMANTICS_GLOBAL: _ClassVar[RowSemantics]
+    ROW_SEMANTICS_ROW_WISE: _ClassVar[RowSemantics]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +29,7 @@ ROW_SEMANTICS_TORCH_SPARSE: RowSemantics
 ROW_SEMANTICS_ROW_COUNTER: RowSemantics
 ROW_SEMANTICS_SKIPPED: RowSemantics
 ROW_SEMANTICS_GLOBAL: RowSemantics
+ROW_SEMANTICS_ROW_WISE: RowSemantics
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype
@@ -51,14 +53,18 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ..., frozen: bool = ..., table: _Optional[_Union[Table, _Mapping]] = ..., state_precision: _Optional[_Union[_precision_pb2.StatePrecision, str]] = ...) -> None: ...
 
 class Table(_message.Message):
-    __slots__ = ("semantics", "uniform_bound", "seed")
+    __slots__ = ("semantics", "uniform_bound", "seed", "hashed", "max_age_steps")
     SEMANTICS_FIELD_NUMBER: _ClassVar[int]
     UNIFORM_BOUND_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    HASHED_FIELD_NUMBER: _ClassVar[int]
+    MAX_AGE_STEPS_FIELD_NUMBER: _ClassVar[int]
     semantics: RowSemantics
     uniform_bound: float
     seed: int
-    def __init__(self, semantics: _Optional[_Union[RowSemantics, str]] = ..., uniform_bound: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    hashed: bool
+    max_age_steps: int
+    def __init__(self, semantics: _Optional[_Union[RowSemantics, str]] = ..., uniform_bound: _Optional[float] = ..., seed: _Optional[int] = ..., hashed: bool = ..., max_age_steps: _Optional[int] = ...) -> None: ...
 
 class TableRows(_message.Message):
     __slots__ = ("tensor", "rows")

@@ -53,6 +53,7 @@ SEMANTICS: Final = {
     "row_counter": tensor_pb2.ROW_SEMANTICS_ROW_COUNTER,
     "skipped": tensor_pb2.ROW_SEMANTICS_SKIPPED,
     "global": tensor_pb2.ROW_SEMANTICS_GLOBAL,
+    "row_wise": tensor_pb2.ROW_SEMANTICS_ROW_WISE,
 }
 """The contract's values of the meanings of a step for the rows of a table."""
 
@@ -244,13 +245,19 @@ def spec_to_wire(spec: TensorSpec) -> tensor_pb2.TensorSpec:
         group=spec.group,
         frozen=spec.frozen,
         state_precision=PRECISIONS[spec.state_precision],
-        table=table_to_wire(spec.table, spec.uniform_bound, spec.seed) if spec.table else None,
+        table=table_to_wire(spec) if spec.table else None,
     )
 
 
-def table_to_wire(semantics: str, uniform_bound: float = 0.0, seed: int = 0) -> tensor_pb2.Table:
-    """Encode a table."""
-    return tensor_pb2.Table(semantics=SEMANTICS[semantics], uniform_bound=uniform_bound, seed=seed)
+def table_to_wire(spec: TensorSpec) -> tensor_pb2.Table:
+    """Encode the table of a tensor that is one."""
+    return tensor_pb2.Table(
+        semantics=SEMANTICS[spec.table],
+        uniform_bound=spec.uniform_bound,
+        seed=spec.seed,
+        hashed=spec.hashed,
+        max_age_steps=spec.max_age_steps,
+    )
 
 
 def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpec:
@@ -271,6 +278,8 @@ def spec_from_wire(message: tensor_pb2.TensorSpec, *inherited: int) -> TensorSpe
         table,
         message.table.uniform_bound,
         message.table.seed,
+        message.table.hashed,
+        message.table.max_age_steps,
     )
 
 

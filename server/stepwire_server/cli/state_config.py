@@ -41,6 +41,7 @@ _TREATMENT: Final = (
 _OPTIONS: Final = (
     *_TREATMENT,
     "frozen",
+    "tables",
     "gradient_dtype",
     "reply_dtype",
     "tensor_precision",
@@ -98,6 +99,7 @@ def _options(form: str, message: session_pb2.SessionConfig, config: SessionConfi
     options: Options = {name: getattr(treatment, name) for name in _TREATMENT}
     options["loss_scaling"] = None if treatment.loss_scaling is None else dataclasses.asdict(treatment.loss_scaling)
     options["frozen"] = [tensor.name for tensor in message.tensors if tensor.frozen]
+    options["tables"] = dict(config.tables)
     options["tensor_precision"] = {
         name: precision
         for name, precision in config.tensor_precision.items()

@@ -77,11 +77,19 @@ class RowPass(NamedTuple):
         recipe: the arithmetic of each element, for slots held as float32.
         scalars: the recipe's scalars, one line a kind of row, `(kinds, scalars) float32`.
         kinds: the kind of each row, `(rows,) int32`.
+        own: each row has a line of its own, in the order of the rows.
     """
 
     recipe: Recipe
     scalars: HostArray
     kinds: HostArray
+    own: bool = False
+
+    def part(self, low: int, high: int) -> RowPass:
+        """Return the pass of rows `[low, high)` alone."""
+        if not self.own:
+            return self._replace(kinds=self.kinds[low:high])
+        return self._replace(scalars=self.scalars[low:high], kinds=self.kinds[: high - low])
 
 
 class Gradient(Protocol):
@@ -219,7 +227,7 @@ class EngineState(Protocol):
         Args:
             step: the arithmetic; the recipe's slots are arrays of this state.
             table: the place of the table, whose rule's slots are held as float32.
-            rows: the rows, `(n,) int64`, rising, each once.
+            rows: the rows, `(n,) int64`, each once. Those that rise are fastest.
             gradient: a chunk of float32 from `receive`, rows one after another.
             begin: the place of the first row within the chunk, in rows.
             out: the place of the new rows, `(n · width,)`, as for `update`; None for no reply.

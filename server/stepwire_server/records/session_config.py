@@ -97,6 +97,11 @@ class SessionConfig:
         return 4 * sum(self.layout.tensors[index].spec.shape[0] for index in counted)
 
     @functools.cached_property
+    def hashed_tables(self) -> tuple[int, ...]:
+        """The tables whose rows are named by ids, by index."""
+        return tuple(index for index, table in self.layout.tables.items() if table.spec.hashed)
+
+    @functools.cached_property
     def momentum(self) -> bool:
         """A momentum buffer is kept, where that is a choice."""
         return has_momentum(self.groups)
@@ -176,12 +181,19 @@ class SessionConfig:
         """The recipes so far, by the numbers that are not 0."""
         return {}
 
+    @property
+    def rule_slots(self) -> tuple[str, ...]:
+        """The slots of the rule that are kept: none where every tensor is a table with one sum a row."""
+        tables, tensors = self.tables, self.layout.tensors
+        row_wise = [index for index, semantics in tables.items() if semantics is RowSemantics.ROW_WISE]
+        return () if len(row_wise) == len(tensors) else self.rule.slots
+
     @functools.cached_property
     def slots(self) -> dict[str, Holding]:
         """The state arrays, parameters first, and how each is held."""
         precisions = {region.precision for region in self.regions}
         held: Holding = self.regions if len(precisions) > 1 else next(iter(precisions), Precision.FLOAT32)
-        slots: dict[str, Holding] = {PARAM: Precision.FLOAT32, **dict.fromkeys(self.rule.slots, held)}
+        slots: dict[str, Holding] = {PARAM: Precision.FLOAT32, **dict.fromkeys(self.rule_slots, held)}
         if self.treatment.accumulation_steps > 1:
             slots[ACCUMULATED] = Precision.FLOAT32
         if self.treatment.parameter_average_decay is not None:

@@ -15,10 +15,19 @@ from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.rules import Precision, row_obstacle
 
-__all__ = ["check_load", "check_table", "check_table_groups", "check_tables", "decode_rows", "decode_table_entries"]
+__all__ = [
+    "check_load",
+    "check_table",
+    "check_table_groups",
+    "check_tables",
+    "check_whole",
+    "decode_rows",
+    "decode_table_entries",
+]
 
 MOST_WIDTH: Final = 65_536
 _MOST_ROWS: Final = 1 << 40
+_MOST_IDS: Final = 1 << 30
 
 
 def check_table(message: tensor_pb2.TensorSpec, field: str) -> None:
@@ -36,6 +45,15 @@ def check_table(message: tensor_pb2.TensorSpec, field: str) -> None:
     if not 0.0 <= message.table.uniform_bound <= LARGEST_NUMBER:
         problem = f"{message.table.uniform_bound!r}; it must be finite and >= 0"
         raise InvalidRequestError.of(f"{field}.table.uniform_bound", problem)
+    if message.table.max_age_steps and not message.table.hashed:
+        problem = "rows give way in a table with ids alone; set `hashed`, or leave it out"
+        raise InvalidRequestError.of(f"{field}.table.max_age_steps", problem)
+    if message.table.hashed and message.table.semantics == SEMANTICS["global"]:
+        problem = "'global' steps rows that never came too, and ids have none; use another meaning"
+        raise _unsupported(f"{field}.table.hashed", problem)
+    if message.table.hashed and message.shape and message.shape[0] > _MOST_IDS:
+        problem = f"{message.shape[0]} rows; a table with ids has at most {_MOST_IDS}"
+        raise InvalidRequestError.of(f"{field}.shape", problem, reason=Reason.INVALID_TENSOR)
     width = int(np.prod([min(extent, 1 << 20) for extent in message.shape[1:]], dtype=object))
     if not message.shape or not message.shape[0] or not 1 <= width <= MOST_WIDTH:
         raise InvalidRequestError.of(
@@ -65,6 +83,9 @@ def check_tables(config: SessionConfig) -> None:
             raise _unsupported(f"config.{field}", "it is not served in a session with tables; leave it out")
     for index in config.tables:
         spec = config.layout.tensors[index].spec
+        if spec.hashed and (config.aggregation is not None or not config.start_at_zero):
+            problem = "rows are named by ids for one worker, and with INITIALIZATION_ZEROS; leave `hashed` out"
+            raise _unsupported("config.tensors.table.hashed", f"table {spec.name!r}: {problem}")
         if spec.held_precision != Precision.FLOAT32.value:
             problem = f"table {spec.name!r} has {spec.state_precision} moments; tables have float32 ones"
             raise _unsupported("config.tensors.state_precision", problem)
@@ -116,11 +137,23 @@ def check_load(config: SessionConfig, slots: Sequence[str], counts: bool) -> Non
     Raises:
         UnsupportedFeatureError: a table counts its rows.
     """
+    check_whole(config, "open.slots")
     for index, semantics in config.tables.items():
         if semantics.counts_rows and (counts or set(slots) & set(config.rule.slots)):
             name = config.layout.tensors[index].spec.name
             problem = f"moments and t of table {name!r} belong to the numbers of its rows, which no load brings"
             raise _unsupported("open.slots", f"{problem}; load 'param' alone, or use 'torch_sparse' or 'global'")
+
+
+def check_whole(config: SessionConfig, field: str) -> None:
+    """Refuse a pull or a load of whole slots, in which a row of a table that is named by an id has no name.
+
+    Raises:
+        UnsupportedFeatureError: a table has ids.
+    """
+    for index in config.hashed_tables:
+        name = config.layout.tensors[index].spec.name
+        raise _unsupported(field, f"rows of table {name!r} are named by ids, and whole slots name none; name the rows")
 
 
 def decode_rows(message: tensor_pb2.TableRows, config: SessionConfig, field: str) -> HostArray:
@@ -132,8 +165,8 @@ def decode_rows(message: tensor_pb2.TableRows, config: SessionConfig, field: str
     if message.tensor not in config.tables:
         raise _invalid(f"{field}.tensor", f"tensor {message.tensor} is no table of this session")
     rows, spec = np.array(message.rows, np.uint64), config.layout.tensors[message.tensor].spec
-    if rows.size and int(rows.max()) >= spec.shape[0]:
-        raise _invalid(f"{field}.rows", f"row {int(rows.max())} is not below {spec.shape[0]}, those of {spec.name!r}")
+    if rows.size and int(rows.max()) >= spec.named_rows:
+        raise _invalid(f"{field}.rows", f"row {int(rows.max())} is not below {spec.named_rows}, those of {spec.name!r}")
     return rows.astype(np.int64)
 
 

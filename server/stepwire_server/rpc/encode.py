@@ -76,6 +76,7 @@ def encode_session(session: Session, now: float, *, whole: bool) -> session_pb2.
             )
             for member in ledger.members
         )
+    message.tables.extend(session_pb2.TableUse(name=name, **use) for name, use in session.table_use().items())
     if whole:
         message.layout.CopyFrom(layout_to_wire(session.config.layout, session.slots))
     return message

@@ -39,6 +39,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "reply_order",
     "reply_patches",
     "robust_aggregation",
+    "row_ids",
     "rule_adadelta",
     "rule_adagrad",
     "rule_adamax",

@@ -20,7 +20,7 @@ from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
-from stepwire_server.rpc.decode_tables import check_load, decode_rows
+from stepwire_server.rpc.decode_tables import check_load, check_whole, decode_rows
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.session import Session
@@ -54,6 +54,7 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
         with session.calls.one():
             yield from _pull_at_once(session, dtype, most)
         return
+    check_whole(session.config, "slots")
     with session.calls.one():  # a reader may take its time
         snapshot = session.exchange.snapshot()
         yield _header(snapshot, session.ledger.epoch).SerializeToString()

@@ -25,7 +25,15 @@ from stepwire_server.rules.recipe import (
     Recipe,
     Stage,
 )
-from stepwire_server.rules.rows import ADAM_SPARSE, RowSemantics, faded_slots, row_obstacle, row_rule
+from stepwire_server.rules.rows import (
+    ADAM_SPARSE,
+    RowSemantics,
+    faded_slots,
+    row_obstacle,
+    row_rule,
+    row_wise_step_sizes,
+    row_wise_sums,
+)
 from stepwire_server.rules.rule import Decay, Rule, TensorScalar
 
 __all__ = [
@@ -46,6 +54,8 @@ __all__ = [
     "has_momentum",
     "row_obstacle",
     "row_rule",
+    "row_wise_step_sizes",
+    "row_wise_sums",
     "rule_for",
 ]
 

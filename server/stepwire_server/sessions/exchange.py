@@ -277,7 +277,7 @@ class StateExchange:
             ledger.members.acquisitions,
             ledger.members.facts(),
             self._position(),
-            itertools.chain(capture.blocks(self._lock), row_blocks(state.row_numbers)),
+            itertools.chain(capture.blocks(self._lock), row_blocks(state.row_numbers, state.row_ids)),
             read_probe(state.config, state.read),
             capture.end,
         )

@@ -116,8 +116,8 @@ def _refuse_numbers_of_rows(session: Session) -> None:
     """
     if row_slots(session.config):
         raise UnsupportedFeatureError(
-            "rollback: the tables of this session count their rows, and a rollback is a load, which brings no numbers "
-            "of rows; fork the state instead",
+            "rollback: the tables of this session keep numbers of rows, and a rollback is a load, which brings none; "
+            "fork the state instead",
             metadata={"field": "rollback", "feature": "sparse_rows"},
         )
 

@@ -157,6 +157,11 @@ class Session:
         scale = self._state.loss_scale
         return None if scale is None else scale.scale
 
+    def table_use(self) -> dict[str, dict[str, int]]:
+        """Return the rows of each table whose rows are named by ids, by its name: `rows` and `evicted_rows`."""
+        tensors, ids = self.config.layout.tensors, self._state.row_ids
+        return {tensors[i].spec.name: {"rows": each.rows, "evicted_rows": each.evicted} for i, each in ids.items()}
+
     @property
     def unfinished_step(self) -> int:
         """The step that a broken stream left half applied; 0 for none."""

@@ -21,7 +21,7 @@ from stepwire_server.durability.manifest import Shadow
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
-from stepwire_server.rules import Precision
+from stepwire_server.rules import Precision, RowSemantics
 from stepwire_server.steps.tensor_steps import CountedSegment
 from stepwire_server.steps.update import passes
 
@@ -114,6 +114,8 @@ def _probe(config: SessionConfig) -> _Probe | None:
     if config.rule.direction is not None:
         return None
     for index, tensor in enumerate(config.layout.tensors):
+        if config.tables.get(index) is RowSemantics.ROW_WISE:  # no dense step of it exists
+            continue
         if tensor.count and not tensor.spec.frozen and tensor.offset % GROUP_ALIGNMENT == 0:
             return _Probe(index, tensor.offset, min(tensor.count, _MOST_ELEMENTS))
     return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwire.optimizers import Adagrad, Hyperparameters
+from stepwire.optimizers import Hyperparameters
 from stepwire.wire.dtypes import FLOAT32, wire_bytes
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.devices.fair_share import Flow
@@ -29,15 +29,17 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
-from stepwire_server.rules.first_values import uniform
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
-from stepwire_server.sessions.row_numbers import decoded, row_slots
+from stepwire_server.sessions.first_state import first_ids, initialize
+from stepwire_server.sessions.hashed_state import HashedState, make_rows
+from stepwire_server.sessions.row_numbers import first_numbers, present_numbers, restore_rows
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
 from stepwire_server.steps.row_gradients import row_gradients, step_row_bytes
+from stepwire_server.steps.row_ids import RowIds, row_id_bytes
 from stepwire_server.steps.tensor_steps import TensorSteps
 
 __all__ = ["Residency", "SessionState"]
@@ -75,9 +77,12 @@ class Residency:
             undo.pop_all()
         return cls(arrays, reservation)
 
-    def in_turns(self, size: int, flow: Flow) -> Residency:
-        """Have passes over the arrays, of `size` elements, wait for turns of their engine from now on."""
-        self.arrays = FairState(self.arrays, size, flow)
+    def in_turns(self, size: int, flow: Flow, ids: Mapping[int, RowIds] | None = None) -> Residency:
+        """Have passes over the arrays, of `size` elements, wait for turns of their engine from now on.
+
+        Rows of a table that is among `ids`, by its first element, are named by its ids.
+        """
+        self.arrays = HashedState(self.arrays, size, flow, ids) if ids else FairState(self.arrays, size, flow)
         return self
 
     @property
@@ -106,6 +111,8 @@ class SessionState:
         unfinished: the step that a broken stream left half applied; None for none.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
         capture: the moment that is being read for a checkpoint; None for none.
+        row_numbers: by index, the numbers of the rows of each table that keeps some.
+        row_ids: by index, the ids of the rows of each table whose rows are named by ids.
     """
 
     def __init__(self, config: SessionConfig, device: Device) -> None:
@@ -127,18 +134,21 @@ class SessionState:
         state_bytes = device.engine.state_bytes(config.slots, config.layout.size)
         gradient_bytes = _step_bytes(config.layout.dense_extent, config.gradient_dtype, config.reply_dtype)
         described_bytes = config.description_bytes + config.row_number_bytes
+        described_bytes += sum(row_id_bytes(config.layout.tensors[index]) for index in config.hashed_tables)
         needed = state_bytes + gradient_bytes + described_bytes
         device.budget.require_possible(needed, "the session's state with one gradient")
         self.flow = device.share.flow(2 * state_bytes + gradient_bytes)
         with contextlib.ExitStack() as undo:
             self._description = device.budget.reserve(described_bytes, "the session's tensors")
             undo.callback(self._description.release)
-            self.row_numbers = _row_numbers(config)
+            self.row_numbers, self.row_ids = first_numbers(config), first_ids(config)
             residency = Residency.allocate(device, config.slots, config, "the session's state")
-            self._residency = residency.in_turns(config.layout.size, self.flow)
+            self._ids = {config.layout.tensors[index].offset: (index, ids) for index, ids in self.row_ids.items()}
+            named = {start: ids for start, (_, ids) in self._ids.items()}
+            self._residency = residency.in_turns(config.layout.size, self.flow, named)
             self.arrays = self._residency.arrays
             undo.callback(self._residency.close)
-            _initialize(config, self.arrays)
+            initialize(config, self.arrays)
             self.prepare(config.groups, config.gradient_dtype, config.reply_dtype)
             undo.pop_all()
 
@@ -256,9 +266,23 @@ class SessionState:
             self.capture.preserve(start, end)
 
     def before_rows(self, table: Table, rows: HostArray) -> None:
-        """Note that some rows of a table are about to change in all slots; they rise."""
+        """Note that some rows of a table are about to change in all slots; they rise. Make those of new ids."""
+        (index, ids), new = self._ids.get(table.start, (0, None)), rows[:0]
+        if ids is not None:
+            rows, new = ids.place(rows, self.tensor_steps.tensor_steps()[index] + 1)
         if self.capture is not None:
             self.capture.preserve_rows(table, rows)
+        if ids is not None:
+            make_rows(self.arrays, tuple(self.config.slots), table, ids, new)
+
+    def numbers_of(self, tensor: int, rows: HostArray) -> HostArray:
+        """Return the numbers of some rows of a table that keeps them; those of a new id are the first ones."""
+        return present_numbers(self.config, self.row_numbers[tensor], self.row_ids.get(tensor), rows)
+
+    def note_numbers(self, tensor: int, rows: HostArray, numbers: HostArray) -> None:
+        """Keep the numbers of some rows after an update."""
+        ids = self.row_ids.get(tensor)
+        self.row_numbers[tensor][rows if ids is None else ids.find(rows)] = numbers
 
     def overlapped(self, request: StepRequest) -> OverlappedStep:
         """Return the step that is half applied, or a new one, of which nothing is yet."""
@@ -331,10 +355,7 @@ class SessionState:
             if not plain:
                 self.arrays.adopt(target)
             self.arrays.settle()
-        for (slot, elements), own in zip(row_slots(config).items(), self.row_numbers.values(), strict=True):
-            values = np.empty(elements, np.float32)
-            read(slot, 0, values)
-            own[:] = decoded(values)
+        restore_rows(config, self.row_numbers, self.row_ids, read)
         self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
         self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
@@ -371,27 +392,6 @@ class SessionState:
             self._description.release()
             if self._parameter_memory is not None:
                 self._parameter_memory.close()
-
-
-def _row_numbers(config: SessionConfig) -> dict[int, HostArray]:
-    """Return the numbers of rows, by the index of each table that keeps some: none has come so far."""
-    counted = [index for index, semantics in config.tables.items() if semantics.counts_rows]
-    return {index: np.zeros(config.layout.tensors[index].spec.shape[0], np.uint32) for index in counted}
-
-
-def _initialize(config: SessionConfig, arrays: EngineState) -> None:
-    """Give slots their first values where these are not zeros."""
-    if isinstance(config.optimizer, Adagrad) and config.optimizer.initial_accumulator_value:
-        first = config.optimizer.initial_accumulator_value
-        values = np.full(min(_COPY_ELEMENTS, config.layout.size), first, np.float32)
-        for tensor in config.layout.tensors:
-            for low, high in split_range(tensor.offset, tensor.end, _COPY_ELEMENTS):
-                arrays.write("sum", low, values[: high - low])
-    for table in config.layout.tables.values():
-        if table.spec.uniform_bound:
-            for low, high in split_range(table.offset, table.end, _COPY_ELEMENTS):
-                numbers = uniform(low - table.offset, high - low, table.spec.uniform_bound, table.spec.seed)
-                arrays.write(PARAM, low, numbers)
 
 
 @functools.lru_cache(256)

@@ -126,8 +126,8 @@ class RowGradients:
         spec, problem = entries.placement.spec, ""
         if count != len(rows) * spec.width:
             problem = f"{len(rows)} rows of {spec.width} elements, and `count` is {count}"
-        elif (largest := int(rows.max())) >= spec.shape[0]:
-            problem = f"row {largest} is not below {spec.shape[0]}, the rows of the table"
+        elif (largest := int(rows.max())) >= spec.named_rows:
+            problem = f"row {largest} is not below {spec.named_rows}, the rows of the table"
         elif entries.count + len(rows) > entries.expected:
             problem = f"{entries.count + len(rows)} rows, and `begin.tables` says {entries.expected}"
         elif len(entries.rows) == most_chunks(entries.expected * spec.width):

@@ -15,7 +15,7 @@ from stepwire.optimizers import Hyperparameters
 from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass, Pending, RowPass
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import RowSemantics, faded_slots
+from stepwire_server.rules import RowSemantics, faded_slots, row_wise_step_sizes, row_wise_sums
 from stepwire_server.steps.reply import ReplyPipeline
 from stepwire_server.steps.row_gradients import NamedRows, RowGradients, TableGradient
 from stepwire_server.steps.step import SteppedState
@@ -34,7 +34,8 @@ class RowUpdate(NamedTuple):
     Attributes:
         gradient: the rows that came.
         step: the arithmetic of the rows that came; for `global` of every row.
-        numbers: the numbers of the rows that came after the update, `(n,) uint32`; None where none are kept.
+        numbers: the numbers of the rows that came after the update, `(n,) uint32`, or float32 for sums; None where none
+            are kept.
     """
 
     gradient: TableGradient
@@ -56,12 +57,12 @@ class RowUpdate(NamedTuple):
             now, out = rows[low:high], None
             if request.replies_rows:
                 out = reply.writer.rows(table.start, now, table.width)
-            part = self.step._replace(kinds=self.step.kinds[low:high])
+            part = self.step.part(low, high)
             sums.append(state.arrays.update_rows(part, table, now, gradient, low, out))
             if out is not None:
                 reply.add([sums[-1]])
         if self.numbers is not None:
-            state.row_numbers[tensor][rows] = self.numbers
+            state.note_numbers(tensor, rows, self.numbers)
         return sums
 
 
@@ -98,9 +99,14 @@ def row_updates(
         if semantics is RowSemantics.GLOBAL:
             updates.append(RowUpdate(gradient, dense[gradient.table.start], None))
             continue
-        numbers = state.row_numbers[gradient.tensor][gradient.rows] if semantics.counts_rows else None
-        after = _numbers_after(semantics, segment.t, numbers)
+        if (ids := state.row_ids.get(gradient.tensor)) is not None:
+            ids.check(gradient.rows, segment.t)
+        numbers = state.numbers_of(gradient.tensor, gradient.rows) if semantics.counts_rows else None
         before, hyper = scalars(gradient.group), groups[gradient.group]
+        if semantics is RowSemantics.ROW_WISE and numbers is not None:
+            updates.append(_row_wise(state.config, hyper, gradient, segment.t, before, numbers))
+            continue
+        after = _numbers_after(semantics, segment.t, numbers)
         step = _row_pass(state.config, hyper, semantics, before, _Counts(len(gradient.rows), segment.t, numbers, after))
         updates.append(RowUpdate(gradient, step, after))
     return updates
@@ -154,6 +160,33 @@ def _row_pass(
         kinds, lines = np.zeros(rows, np.int32), [[*before, *rule.scalars(hyper, t)]]
     scalars = np.array(lines, np.float32).reshape(-1, len(recipe.scalars))
     return RowPass(recipe, scalars, kinds.astype(np.int32))
+
+
+def _row_wise(
+    config: SessionConfig,
+    hyper: Hyperparameters,
+    gradient: TableGradient,
+    t: int,
+    before: list[float],
+    sums: HostArray,
+) -> RowUpdate:
+    """Return the update of a table with one sum a row: each row has a line of scalars, which ends with its step size.
+
+    The squares are those of the gradient that the rule gets: unscaled, clipped and limited, as a kernel computes it.
+    """
+    recipe, width = config.row_recipe(hyper, RowSemantics.ROW_WISE), gradient.table.width
+    values, after = gradient.values.reshape(-1, width), np.empty_like(sums)
+    numbers = dict(zip(recipe.scalars, np.array(before, np.float32), strict=False))
+    most = max(_DENSE_ELEMENTS // width, 1)
+    with np.errstate(all="ignore"):
+        for low in range(0, len(sums), most):
+            part = slice(low, low + most)
+            treated = recipe.evaluate(recipe.treatment, {"g": values[part], **numbers})["g"]
+            after[part] = row_wise_sums(sums[part], treated)
+        scalars = np.empty((len(sums), len(recipe.scalars)), np.float32)
+        scalars[:, :-1] = before
+        scalars[:, -1] = row_wise_step_sizes(hyper, t, after)
+    return RowUpdate(gradient, RowPass(recipe, scalars, np.arange(len(sums), dtype=np.int32), own=True), after)
 
 
 def _step_densely(gradient: TableGradient, step: Pass, state: SteppedState) -> Iterator[Pending[Any]]:

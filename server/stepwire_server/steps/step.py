@@ -15,6 +15,7 @@ from stepwire_server.records.step_request import Decision, StepRequest
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.row_gradients import NamedRows
+from stepwire_server.steps.row_ids import RowIds
 from stepwire_server.steps.tensor_steps import TensorSteps
 
 __all__ = ["Hold", "Step", "SteppedState"]
@@ -29,8 +30,9 @@ class SteppedState(Protocol):
         tensor_steps: Adam's t of each tensor, and its scalar.
         loss_scale: the state of dynamic loss scaling; None without it.
         sum_bound: no element of the accumulated gradient is larger in magnitude; infinity where that is not known.
-        row_numbers: by index, the numbers of the rows of each table that counts them, `(rows,) uint32`: see
+        row_numbers: by index, the numbers of the rows of each table that keeps some, `(rows,)` uint32 or float32: see
             `RowSemantics.counts_rows`.
+        row_ids: by index, the ids of the rows of each table whose rows are named by ids.
     """
 
     config: SessionConfig
@@ -39,9 +41,18 @@ class SteppedState(Protocol):
     loss_scale: LossScale | None
     sum_bound: float
     row_numbers: dict[int, HostArray]
+    row_ids: dict[int, RowIds]
 
     def before_rows(self, table: Table, rows: HostArray) -> None:
-        """Note that some rows of a table are about to change in all slots; they rise."""
+        """Note that some rows of a table are about to change in all slots; they rise. Make those of new ids."""
+        ...
+
+    def numbers_of(self, tensor: int, rows: HostArray) -> HostArray:
+        """Return the numbers of some rows of a table that keeps them; those of a new id are the first ones."""
+        ...
+
+    def note_numbers(self, tensor: int, rows: HostArray, numbers: HostArray) -> None:
+        """Keep the numbers of some rows after an update."""
         ...
 
     def before_change(self, start: int, end: int) -> None:

@@ -13,8 +13,9 @@ optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 
+import stepwire  # noqa: E402
 from stepwire.arrays.trees import flattened  # noqa: E402
-from stepwire.errors import InvalidRequestError  # noqa: E402
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError  # noqa: E402
 from stepwire.optax.leaves import is_traced, leaves_of  # noqa: E402
 
 
@@ -75,3 +76,13 @@ def test_tracing_is_noticed_with_constants_alone() -> None:
     jax.jit(lambda: seen.append(is_traced([jnp.ones(1)])))()
     assert seen == [True]
     assert not is_traced([jnp.ones(1), np.ones(1), 3])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_are_refused_with_the_way_to_step_them(sparse: bool) -> None:
+    from jax.experimental import sparse as jax_sparse
+
+    leaf = jax_sparse.BCOO.fromdense(jnp.eye(2)) if sparse else stepwire.Rows([0], np.ones((1, 2), np.float32))
+    words = rf"grads\['table/a'\]: {type(leaf).__name__}; a transformation steps whole arrays.*session\.step"
+    with pytest.raises(UnsupportedFeatureError, match=words):
+        leaves_of({"table": {"a": leaf}, "w": jnp.zeros(2)}, "grads")

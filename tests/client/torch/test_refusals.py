@@ -67,7 +67,7 @@ def groups(name: str) -> Callable[[], Any]:
 
 def sparse_gradient(target: str) -> Any:
     embedding = torch.nn.Embedding(5, 3, sparse=True)
-    with stepwire.torch.SGD(embedding.parameters(), server=target) as optimizer:
+    with stepwire.torch.RAdam(embedding.parameters(), server=target) as optimizer:
         embedding(torch.tensor([1, 2])).sum().backward()
         optimizer.step()
 

@@ -189,6 +189,38 @@ def test_a_state_goes_out_and_in_bit_for_bit(client: Any, exported: Any, importe
     assert (other.treatment, other.tensor_precision) == (mine.treatment, mine.tensor_precision)
 
 
+def test_tables_stay_tables(client: Any, exported: Any, imported: Any) -> None:
+    table = {"table": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)}
+    session = client.create_session(table, tables={"table": "torch_sparse"}, durability="checkpoint")
+    rows = stepwire.Rows([2, 0, 2], np.ones((3, 3), np.float32))
+    session.step({"table": rows})
+    again = imported(exported(session, "stepwire"), "stepwire")
+    assert again.config.tables == {"table": "torch_sparse"}
+    replies = [each.step({"table": rows})["table"].values for each in (session, again)]
+    assert np.array_equal(*replies)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_sums_of_rows_go_out_as_torchrec_has_them(
+    client: Any, command: Any, server: Server, folder: pathlib.Path, exported: Any, alone: bool
+) -> None:
+    parameters = {"table": np.ones((4, 2), np.float32)} | ({} if alone else {"w": np.ones(3, np.float32)})
+    rule = stepwire.Adagrad(lr=0.5, initial_accumulator_value=0.25)
+    options = {"optimizer": rule, "tables": {"table": "row_wise"}, "durability": "checkpoint"}
+    session = client.create_session(parameters, **options)
+    rows = stepwire.Rows([2, 0], np.array([[3.0, 1.0], [2.0, 0.0]], np.float32))
+    session.step({"table": rows} | ({} if alone else {"w": np.full(3, 2.0, np.float32)}))
+    found = read_tensor_file(file := exported(session, "torch")).tensors
+    assert found["state.table.sum"].read().tolist() == [[2.25], [0.25], [5.25], [0.25]]
+    assert found["state.table.step"].read() == 1.0
+    assert alone or found["state.w.sum"].read().tolist() == [4.25] * 3
+    place = (session.session_id, str(file) + ".2", "--data-dir", str(folder), "--form", "keras")
+    code, _, err = command("state", "export", *place)
+    assert code and "keras has no counterpart of one sum a row" in err
+    code, _, err = command("state", "import", str(file), "-t", server.target, "--form", "torch")
+    assert code and "no load brings numbers of rows; fork the session" in err
+
+
 def test_a_session_that_exists_gets_the_state(command: Any, server: Server, client: Any, exported: Any) -> None:
     session = client.create_session(parameters(), durability="checkpoint")
     stepped(session, gradients(1))

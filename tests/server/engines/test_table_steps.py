@@ -51,8 +51,17 @@ def test_compiled_kernels_have_the_bits_of_numpy(numpy_engine: CpuEngine) -> Non
     engine = CpuEngine(threads=2, use_numba=True)
     try:
         tables.assert_same(tables.stepped(engine), tables.stepped(numpy_engine))
+        tables.assert_any_order(engine)
     finally:
         engine.close()
+
+
+def test_a_row_may_have_numbers_of_its_own(numpy_engine: CpuEngine) -> None:
+    tables.assert_same(tables.stepped(numpy_engine, own=True), tables.stepped(numpy_engine))
+
+
+def test_rows_come_in_any_order(numpy_engine: CpuEngine) -> None:
+    tables.assert_any_order(numpy_engine)
 
 
 def test_rows_outside_the_table_are_refused(numpy_engine: CpuEngine) -> None:

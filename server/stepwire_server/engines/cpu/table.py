@@ -34,14 +34,15 @@ def step_rows(
         kernel: the kernel; see `CpuKernels.table`.
         before: its arguments up to `begin`.
         table: the place of the table.
-        rows: the rows, rising.
+        rows: the rows, each once; those that rise are fastest.
         summed: the number of sums.
         threads: the threads of the engine.
 
     Raises:
         IndexError: a row is none of the table's; requests are validated long before.
     """
-    _check_rows(table, rows)
+    if rows.size:
+        _check_rows(table, np.array([rows.min(), rows.max()]))
     sums, lock = np.zeros(max(summed, 1)), threading.Lock()
 
     def work(first: int, size: int) -> None:

@@ -49,12 +49,12 @@ class TableCalls:
             gradient: the address of the gradient of the first row.
             out: the place of the new rows; None for no reply.
         """
-        _check_rows(table, rows)
+        _check_rows(table, np.array([rows.min(), rows.max()]))
         if out is None:
             return self._launched(step, (*addresses, gradient), table, rows)
         asked = []
         for low, high in self._parts(len(rows), table.width, out.dtype.itemsize):
-            part = step._replace(kinds=step.kinds[low:high])
+            part = step.part(low, high)
             target = out[low * table.width : high * table.width]
             asked.append(
                 self._replied(part, (*addresses, gradient + 4 * low * table.width), table, rows[low:high], target)

@@ -28,6 +28,8 @@ def test_rows_have_the_bits_of_numpy(fake: Callable[..., Any], library: Any, ord
     reference = CpuEngine(threads=1, use_numba=False)
     engine = PretendedGpu(fake(order, library=library))
     tables.assert_same(tables.stepped(engine), tables.stepped(reference))
+    tables.assert_same(tables.stepped(engine, own=True), tables.stepped(reference))
+    tables.assert_any_order(engine)
     reference.close()
 
 
@@ -35,5 +37,6 @@ def test_replies_cross_the_bus_in_parts_of_whole_rows(fake: Callable[..., Any], 
     reference = CpuEngine(threads=1, use_numba=False)
     engine = PretendedGpu(fake("lazy", library=library))
     engine._resources.bus.buffer_bytes = 2 * tables.WIDTH * tables.REPLY.itemsize + 1
-    tables.assert_same(tables.stepped(engine), tables.stepped(reference))
+    for own in (False, True):
+        tables.assert_same(tables.stepped(engine, own=own), tables.stepped(reference))
     reference.close()
