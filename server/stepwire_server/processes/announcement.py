@@ -29,9 +29,10 @@ def check_announced(config: ServerConfig) -> None:
             if getattr(config, name):
                 raise InvalidRequestError.of(name, "it is of an announcement, which needs --directory; give it too")
         return
-    for name in ("shard", "data_dir"):
-        if not getattr(config, name):
-            raise InvalidRequestError.of("directory", f"an announcement needs --{name.replace('_', '-')}; give it too")
+    if not config.shard:
+        raise InvalidRequestError.of("directory", "an announcement needs --shard; give it too")
+    if not (config.data_dir or config.standby or config.standby_of):
+        raise InvalidRequestError.of("directory", "an announcement needs --data-dir, or --standby; give one too")
     if config.processes > 1:
         raise InvalidRequestError.of(
             "directory", f"{config.processes} processes would be one shard; start a server for each shard"

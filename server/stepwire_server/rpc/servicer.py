@@ -64,8 +64,9 @@ class OptimizerService:
         self._instance_id = instance_id
         self._local = local
         self._sharing = sharing
-        durable = [name for name in SERVED_FEATURES if name.startswith("durability_")]
-        self._features_off = sharing.features_off.union(() if config.data_dir else durable)
+        off = set() if config.data_dir else {"durability_checkpoint", "durability_journal"}
+        off |= set() if config.standby or config.standby_of else {"durability_replicated"}
+        self._features_off = sharing.features_off | off
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.

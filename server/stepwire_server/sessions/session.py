@@ -123,8 +123,13 @@ class Session:
 
     @property
     def durable(self) -> bool:
-        """The session outlives its server."""
-        return self.config.durability.level != "memory"
+        """The session outlives its server, on the disk."""
+        return self.config.durability.on_disk
+
+    @property
+    def replicated(self) -> bool:
+        """The session outlives its server, in the memory of a standby."""
+        return self.config.durability.level == "replicated"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -340,6 +345,14 @@ class Session:
             StepwireError: as `apply`.
         """
         return self._own.finish(step)
+
+    def lead(self, epoch: int) -> None:
+        """Serve from now on what followed another server: its holders attach again, in a newer epoch."""
+        with self._lock:
+            self.ledger.epoch, self.ledger.kept_step = epoch, self.ledger.applied_step
+            for member in self.ledger.members:
+                member.worker.restore(member.worker.holder.acquired, epoch)
+            self.last_use.note()
 
     # --- end of life -------------------------------------------------------------------------------------
 
