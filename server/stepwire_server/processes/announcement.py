@@ -33,10 +33,6 @@ def check_announced(config: ServerConfig) -> None:
         raise InvalidRequestError.of("directory", "an announcement needs --shard; give it too")
     if not (config.data_dir or config.standby or config.standby_of):
         raise InvalidRequestError.of("directory", "an announcement needs --data-dir, or --standby; give one too")
-    if config.processes > 1:
-        raise InvalidRequestError.of(
-            "directory", f"{config.processes} processes would be one shard; start a server for each shard"
-        )
 
 
 def endpoint_of(config: ServerConfig, target: str, port: int) -> str:

@@ -9,8 +9,9 @@ from typing import Final
 
 import structlog
 
-from stepwire.errors import FencedError, InvalidRequestError, Reason, StepwireError
+from stepwire.errors import FencedError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
+from stepwire_server.processes.standby_settings import check_replication
 from stepwire_server.replication.claims import Claim, Claims
 from stepwire_server.replication.follower import Follower
 from stepwire_server.replication.joining import new_id, no_replication
@@ -21,7 +22,7 @@ from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.follow_call import FollowCall
 from stepwire_server.sessions.registry import Registry
 
-__all__ = ["Replication", "check_replication"]
+__all__ = ["Replication"]
 
 _log = structlog.get_logger()
 
@@ -41,32 +42,6 @@ _OF_STATE: Final = frozenset(
     }
 )
 """The reasons of errors that tell of sessions, which may have gone on elsewhere."""
-
-
-def check_replication(config: ServerConfig) -> None:
-    """Refuse settings of replication that do not go together.
-
-    Raises:
-        InvalidRequestError: the message names the setting that is missing, or too much.
-    """
-    field = "standby_of" if config.standby_of else "standby"
-    if not (config.standby or config.standby_of):
-        for name in ("standby_token", "standby_ca", "promote_after_seconds"):
-            if getattr(config, name):
-                raise InvalidRequestError.of(name, "it is of a standby, which needs --standby-of; give it too")
-        return
-    if config.data_dir:
-        raise InvalidRequestError.of(
-            field, "a server keeps its sessions on a disk or with a standby, not both; leave --data-dir out"
-        )
-    if config.processes > 1:
-        raise InvalidRequestError.of(
-            field, f"{config.processes} processes would need as many standbys; start a server for each"
-        )
-    if config.standby == "preferred" and not config.directory and not config.standby_of:
-        raise InvalidRequestError.of(
-            "standby", "to go on alone is a claim in the directory that the standby sees; give --directory and --shard"
-        )
 
 
 class Replication:
