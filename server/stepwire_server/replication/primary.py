@@ -27,7 +27,7 @@ __all__ = ["Primary"]
 _log = structlog.get_logger()
 
 _PATIENCE_SECONDS: Final = 5.0
-"""The time that a standby may be away before a primary claims to go on alone."""
+"""The time that a standby may be away before a primary claims to go on alone, and may need to forget a session."""
 
 
 class Primary:
@@ -158,11 +158,13 @@ class Primary:
         return replica
 
     def remove(self, session_id: str) -> None:
-        """Have the standby forget a session that has ended."""
-        key = bytes.fromhex(session_id)
-        with self.outbox.changed:
-            if self.replicas.pop(key, None) is not None and not self.deposed:
-                self.send(Subject(RecordKind.CLOSE, key))
+        """Have the standby forget a session that has ended, and wait for that a while, as long as it is there."""
+        key, outbox = bytes.fromhex(session_id), self.outbox
+        with outbox.changed:
+            if self.replicas.pop(key, None) is None or self.deposed:
+                return
+            number = self.send(Subject(RecordKind.CLOSE, key))
+            outbox.changed.wait_for(lambda: outbox.acknowledged >= number or not outbox.connected, _PATIENCE_SECONDS)
 
     # --- the standby -------------------------------------------------------------------------------------
 

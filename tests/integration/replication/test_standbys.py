@@ -68,9 +68,10 @@ def test_a_primary_that_does_not_know_yet_acknowledges_nothing(tmp_path: pathlib
             pair.cut()
             pair.standby.replication.promote()
 
-        pair.intercept(1, partition, admitted=False)
+        promoted = pair.intercept(1, partition, admitted=False)
         with pytest.raises(stepwire.UnavailableError) as refused:
             session.step(gradient(1))
+        assert promoted.wait(30.0)
         assert refused.value.reason is Reason.NO_STANDBY
         with pytest.raises(stepwire.UnavailableError):
             session.pull()
