@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final
 import typer
 from google.protobuf import json_format
 
-from stepwire.connecting import calls_to
 from stepwire.errors import InvalidRequestError
 from stepwire.v1 import replication_service_pb2 as pb
 from stepwire_server.cli.options import Json, Target, Timeout
@@ -104,6 +103,8 @@ def _asked(target: str, method: str, request: Any, response: Any, timeout: float
     Raises:
         StepwireError: the server's refusal, or no connection.
     """
+    from stepwire.connecting import calls_to  # here, because a parent of several processes must not load gRPC
+
     with contextlib.closing(calls_to(target, timeout=timeout)) as calls, calls.translated():
         call: Any = calls.channel.unary_unary(
             _SERVICE + method, request_serializer=None, response_deserializer=response.FromString

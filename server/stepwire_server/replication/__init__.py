@@ -2,3 +2,5 @@
 
 The floors above give it a connection; here is what primary and standby do. No gRPC is loaded.
 """
+
+__all__: list[str] = []

@@ -42,7 +42,7 @@ def keep(
         StepwireError: as `beginning.keep` and `Replicas.add`; the session is gone.
     """
     with closed_on_failure(session):
-        if replicas is not None and session.replicated:
+        if replicas is not None and session.config.durability.level == "replicated":
             replicas.add(session, request_id, fresh=beginning is None)
         if directory is None or not session.durable:
             return

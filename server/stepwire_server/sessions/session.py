@@ -127,11 +127,6 @@ class Session:
         return self.config.durability.on_disk
 
     @property
-    def replicated(self) -> bool:
-        """The session outlives its server, in the memory of a standby."""
-        return self.config.durability.level == "replicated"
-
-    @property
     def slots(self) -> tuple[str, ...]:
         """The slots that are pulled and loaded."""
         return self.config.visible_slots
@@ -349,9 +344,7 @@ class Session:
     def lead(self, epoch: int) -> None:
         """Serve from now on what followed another server: its holders attach again, in a newer epoch."""
         with self._lock:
-            self.ledger.epoch, self.ledger.kept_step = epoch, self.ledger.applied_step
-            for member in self.ledger.members:
-                member.worker.restore(member.worker.holder.acquired, epoch)
+            self.ledger.lead(epoch)
             self.last_use.note()
 
     # --- end of life -------------------------------------------------------------------------------------
