@@ -135,16 +135,18 @@ class Replica:
     # --- the standby's state of the session --------------------------------------------------------------
 
     def sent(self, number: int) -> None:
-        """Note that the standby has the session whole once it has a record. Under the lock."""
-        self.synced, self.problem, self._pause = number, "", _FIRST_RETRY_SECONDS
-        self._last = max(self._last, number)
-        self._outbox.changed.notify_all()
+        """Note that the standby has the session whole once it has a record."""
+        with self._outbox.changed:
+            self.synced, self.problem, self._pause = number, "", _FIRST_RETRY_SECONDS
+            self._last = max(self._last, number)
+            self._outbox.changed.notify_all()
 
     def failed(self, problem: str, now: float) -> None:
-        """Note that the standby could not follow the session. Under the lock."""
-        self.synced, self.problem, self.retry_at = None, problem, now + self._pause
-        self._pause = min(2 * self._pause, _MOST_RETRY_SECONDS)
-        self._outbox.changed.notify_all()
+        """Note that the standby could not follow the session."""
+        with self._outbox.changed:
+            self.synced, self.problem, self.retry_at = None, problem, now + self._pause
+            self._pause = min(2 * self._pause, _MOST_RETRY_SECONDS)
+            self._outbox.changed.notify_all()
 
     def _is_durable(self, number: int) -> bool:
         if self._primary.alone:
