@@ -46,6 +46,7 @@ from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
+from stepwire_server.sessions.parked import durable_steps
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.registry_limits import limits_of
 from stepwire_server.sessions.streams import RETURNING_STREAMS
@@ -61,6 +62,7 @@ _MOST_PENDING_CALLS: Final = 8192
 _LAST_REPLY_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
 _SILENT_SHARE: Final = 0.5
+_MOST_ANNOUNCED: Final = 1000
 
 
 class ServerStatistics(NamedTuple):
@@ -145,6 +147,7 @@ class Server:
         self._listening = listening = self._listen()
         self.handoff = self._host_sharing = self._share(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
+        self._endpoint = endpoint_of(config, self.target, self.port)
         replication = ReplicationService(self.replication, self.access)
         self._grpc.add_generic_rpc_handlers((self._service(clock).handlers(), replication.handlers()))
         self._health = HealthStatus(self._grpc)
@@ -156,7 +159,7 @@ class Server:
     def start(self) -> None:
         """Serve from now on."""
         self.handoff.start()
-        self.replication.start(endpoint_of(self._config, self.target, self.port), self._announce, self._health.serves)
+        self.replication.start(self._endpoint, self._announce, self._health.serves)
         self._grpc.start()
         self.monitoring.start()
         self._sweeper.start()
@@ -317,7 +320,7 @@ class Server:
         return told
 
     def _announce(self, epoch: int) -> None:
-        announce(self._config, epoch, self.target, self.port)
+        announce(self._config, epoch, self._endpoint, durable_steps(self.registry.page("", _MOST_ANNOUNCED)[0]))
 
     def _device_lost(self, error: DataLossError) -> None:
         _log.error("device lost; this process has to end", problem=str(error), **error.metadata)

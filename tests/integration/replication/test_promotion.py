@@ -40,7 +40,9 @@ def test_a_primary_that_is_killed_at_any_record_loses_and_doubles_no_step(
         assert replies == expected()
         info = session.info()
         assert (info.applied_step, info.epoch) == (STEPS, 3)
-        assert ShardDirectory(tmp_path).newest("a") == (3, pair.standby.target)
+        entry = ShardDirectory(tmp_path).entry("a")
+        assert entry[:2] == (3, pair.standby.target)
+        assert all(step <= STEPS for step in entry.durable_steps.values()) and len(entry.durable_steps) == 1
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
