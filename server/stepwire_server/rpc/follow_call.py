@@ -122,7 +122,7 @@ class FollowCall:
             StepwireError: the primary's refusal, or no connection.
         """
         follower = self._follower
-        requests = queue.SimpleQueue[bytes | None]()
+        requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._requests = requests
         opening = pb.FollowOpen(standby_id=follower.server_id, received=follower.received)
         if follower.is_member:
