@@ -371,13 +371,15 @@ class Primary:
         for wake in self._wakes:
             wake()
 
+    @property
+    def problem(self) -> str:
+        """The reason why this server serves no sessions; empty where it does."""
+        return f"another server speaks for the sessions since epoch {self._newer_epoch}" if self.deposed else ""
+
     def status(self) -> ReplicationStatus:
         """Return how replication stands."""
         with self.outbox.changed:
             lacking = sum(replica.synced is None for replica in self.replicas.values())
-            problem = ""
-            if self.deposed:
-                problem = f"another server speaks for the sessions since epoch {self._newer_epoch}"
             return ReplicationStatus(
                 role="deposed" if self.deposed else "primary",
                 epoch=self._claim.epoch,
@@ -390,5 +392,5 @@ class Primary:
                 sessions=len(self.replicas),
                 incomplete=lacking if self.outbox.connected else 0,
                 divergences=self.divergences,
-                problem=problem,
+                problem=self.problem,
             )

@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 import structlog
 
-from stepwire.errors import FencedError, InvalidRequestError, Reason, StepwireError
+from stepwire.errors import FencedError, InvalidRequestError, Reason
 from stepwire.v1 import replication_service_pb2 as pb
 from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
@@ -99,7 +99,7 @@ class FollowCall:
             try:
                 self._follow()
                 problem = ""
-            except StepwireError as error:
+            except Exception as error:  # whatever it was, the next connection tries again
                 if str(error) != problem:
                     problem = str(error)
                     _log.warning("the primary is not followed", problem=problem)

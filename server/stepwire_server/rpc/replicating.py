@@ -105,7 +105,7 @@ class Replication:
         """The reason why this server serves no sessions; empty where it does."""
         if self._follower is not None and not self._leads:
             return "this server is a standby: use its primary, or promote it by `stepwire standby promote`"
-        return "" if self._primary is None else self._primary.status().problem
+        return "" if self._primary is None else self._primary.problem
 
     def admit(self, method: str) -> None:
         """Refuse a call about sessions while another server has them.

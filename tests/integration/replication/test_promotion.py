@@ -6,6 +6,7 @@ import functools
 import pathlib
 from typing import Any
 
+import msgspec
 import pytest
 
 import stepwire
@@ -64,6 +65,18 @@ def test_a_drain_hands_over(tmp_path: pathlib.Path) -> None:
         pair.primary.close()
         replies += [session.step(gradient(step))["w"].tobytes() for step in range(2, STEPS)]
         assert replies == expected()
+
+
+def test_a_standby_is_promoted_by_itself_after_its_time_and_not_before(tmp_path: pathlib.Path) -> None:
+    with pair_in(tmp_path) as pair:
+        replication = pair.standby.replication
+        replication._without_primary(1e6)
+        assert replication.status().role == "standby", "it is not the setting"
+        replication._config = msgspec.structs.replace(replication._config, promote_after_seconds=30)
+        replication._without_primary(29.9)
+        assert replication.status().role == "standby"
+        replication._without_primary(30.0)
+        assert replication.status().role == "primary"
 
 
 def test_a_promoted_standby_has_a_standby_of_its_own(tmp_path: pathlib.Path) -> None:
