@@ -148,8 +148,8 @@ class Server:
         self.handoff = self._host_sharing = self._share(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
         self._endpoint = endpoint_of(config, self.target, self.port)
-        replication = ReplicationService(self.replication, self.access)
-        self._grpc.add_generic_rpc_handlers((self._service(clock).handlers(), replication.handlers()))
+        services = self._service(clock), ReplicationService(self.replication, self.access)
+        self._grpc.add_generic_rpc_handlers(tuple(each.handlers() for each in services))
         self._health = HealthStatus(self._grpc)
         self._pool.on_lost(self._device_lost)
         self._reflect()
@@ -186,8 +186,7 @@ class Server:
 
         A step whose client is silent for half of that time is dropped: it has no commit, and leaves no trace.
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
-        Then a standby is promoted in this server's place. At last every durable session is checkpointed, and the object
-        store gets what it has not.
+        Then a standby is promoted in its place. At last durable sessions and the object store get what they have not.
 
         Returns:
             True if every step ended within `drain_seconds`, every checkpoint was taken, and every upload ended within
@@ -314,8 +313,7 @@ class Server:
         directory = self.registry.directory
         if directory is None:
             return self.replication.told(error)
-        told = directory.own.told(error)
-        if told.reason is Reason.NOT_PRIMARY:
+        if (told := directory.own.told(error)).reason is Reason.NOT_PRIMARY:
             self._health.serves(str(told))
         return told
 

@@ -9,7 +9,7 @@ from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.session import Session, closed_on_failure
 
-__all__ = ["Replicas", "keep"]
+__all__ = ["Replicas", "keep", "replicate"]
 
 
 class Replicas(Protocol):
@@ -28,24 +28,27 @@ class Replicas(Protocol):
         ...
 
 
-def keep(
-    session: Session,
-    request_id: str,
-    beginning: Beginning | None,
-    directory: DataDirectory | None,
-    replicas: Replicas | None,
-) -> None:
-    """Have a new session outlive its server, where its durability asks for that.
+def replicate(session: Session, request_id: str, beginning: Beginning | None, replicas: Replicas | None) -> None:
+    """Have a standby keep a new session, where its durability asks for that.
+
+    Raises:
+        StepwireError: as `Replicas.add`; the session is gone.
+    """
+    if replicas is not None and session.config.durability.level == "replicated":
+        with closed_on_failure(session):
+            replicas.add(session, request_id, fresh=beginning is None)
+
+
+def keep(session: Session, request_id: str, beginning: Beginning | None, directory: DataDirectory | None) -> None:
+    """Have a data directory keep a new session, where its durability asks for that.
 
     Raises:
         DataLossError: the disk failed; the session is gone.
-        StepwireError: as `beginning.keep` and `Replicas.add`; the session is gone.
+        StepwireError: as `beginning.keep`; the session is gone.
     """
+    if directory is None or not session.durable:
+        return
     with closed_on_failure(session):
-        if replicas is not None and session.config.durability.level == "replicated":
-            replicas.add(session, request_id, fresh=beginning is None)
-        if directory is None or not session.durable:
-            return
         try:
             directory.add(session, request_id, beginning)
         except OSError as error:

@@ -21,7 +21,7 @@ from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
-from stepwire_server.sessions.keeping import Replicas, keep
+from stepwire_server.sessions.keeping import Replicas, keep, replicate
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.one_at_a_time import OneAtATime
 from stepwire_server.sessions.parked import ParkedSession, with_parked
@@ -122,9 +122,10 @@ class Registry:
                 self.limits.tenant.check_session(session, self.of(tenant), self.clock())
                 if beginning is not None:
                     beginning.bring(session)
+            token = session.acquire().token
+            replicate(session, request_id, beginning, self.replicas)  # may wait for the standby, so others need not
             with self._creation:
-                token = session.acquire().token
-                keep(session, request_id, beginning, self.directory, self.replicas)
+                keep(session, request_id, beginning, self.directory)
                 self._publish(request_id, session)
             return Created(session, token, replayed=False)
 
