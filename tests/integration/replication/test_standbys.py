@@ -7,10 +7,8 @@ import pathlib
 import threading
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwire
 from stepwire.connection.retry import Retry
@@ -18,13 +16,8 @@ from stepwire.errors import Reason
 from stepwire_server.replication.claims import Claims
 from stepwire_server.server import Server
 from tests.integration.replication.pair import ELEMENTS, SHARD, START, Pair, gradient, pair_in
+from tests.support.health import health_of
 from tests.support.numpy_server import numpy_server
-
-
-def health_of(server: Server, service: str = "stepwire.v1.OptimizerService") -> str:
-    with grpc.insecure_channel(server.target) as channel:
-        found = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(found.status)
 
 
 def once(target: str) -> stepwire.Client:
