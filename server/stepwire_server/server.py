@@ -301,7 +301,7 @@ class Server:
         most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, lambda: self._health.problem),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),

@@ -123,6 +123,7 @@ class OptimizerService:
             sessions=self._sessions(context).count(),
             draining=self._serving.drain.started,
             local=self._local,
+            not_serving=self._serving.not_serving(),
         )
 
     def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:

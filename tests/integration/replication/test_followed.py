@@ -130,6 +130,9 @@ def test_commands_tell_and_change_how_a_pair_stands(command: Any, tmp_path: path
         assert (code, json.loads(out)["role"], json.loads(out)["in_sync"]) == (0, "primary", True)
         code, out, _ = run("status", pair.standby.target)
         assert (code, "standby of epoch 2" in out) == (0, True)
+        code, out, _ = command("health", "-t", pair.standby.target)
+        assert (code, "not serving, " in out, "this server is a standby: use its primary" in out) == (1, True, True)
+        assert command("health", "-t", pair.primary.target).code == 0
         code, _, err = run("promote", pair.primary.target)
         assert (code, "this server is no standby" in err) == (2, True)
         code, out, _ = run("promote", pair.standby.target, "--json")
