@@ -176,7 +176,7 @@ class Primary:
                 server's, or this one has another standby.
         """
         with self.outbox.changed:
-            if joining.promoted_epoch > self.epoch:
+            if joining.promoted_epoch > self.epoch and (self._claims is None or self._newer_claim() is not None):
                 self.depose(joining.promoted_epoch)
             self.check_deposed()
             self._check_joining(joining)
@@ -332,10 +332,14 @@ class Primary:
         Raises:
             FencedError: NOT_PRIMARY.
         """
-        newest = self._claim if self._claims is None else self._claims.newest()
-        if newest.epoch > self._claim.epoch and newest.server != self.server_id:
-            self.depose(newest.epoch)
+        if (newer := self._newer_claim()) is not None:
+            self.depose(newer.epoch)
         self.check_deposed()
+
+    def _newer_claim(self) -> Claim | None:
+        """Return the claim by which another server speaks for the sessions; None without one."""
+        newest = self._claim if self._claims is None else self._claims.newest()
+        return newest if newest.epoch > self._claim.epoch and newest.server != self.server_id else None
 
     def _check_joining(self, joining: Joining) -> None:
         if joining.primary_id not in ("", self.server_id):

@@ -74,6 +74,7 @@ class FollowCall:
     def close(self) -> None:
         """End, and tell the primary that this standby leaves. Closing twice is harmless."""
         if not self._ended.is_set():
+            self._ended.set()
             self._follower.leave()
             self._say(pb.FollowRequest(leave=pb.FollowLeave()))
             self._requests.put(None)

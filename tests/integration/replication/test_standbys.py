@@ -14,6 +14,7 @@ import stepwire
 from stepwire.connection.retry import Retry
 from stepwire.errors import Reason
 from stepwire_server.replication.claims import Claims
+from stepwire_server.replication.joining import Joining
 from stepwire_server.server import Server
 from tests.integration.replication.pair import ELEMENTS, SHARD, START, Pair, gradient, pair_in
 from tests.support.health import health_of
@@ -201,6 +202,17 @@ def test_a_server_that_starts_again_does_not_override_a_standby(tmp_path: pathli
         pair.serve(standby="required")
         with pytest.raises(stepwire.FencedError, match="does not name this standby"):
             pair.standby.replication.promote()
+
+
+def test_a_primary_believes_a_promotion_that_was_claimed(tmp_path: pathlib.Path) -> None:
+    with pair_in(tmp_path) as pair:
+        with pytest.raises(stepwire.FencedError, match="which may be promoted; if it is gone for good"):
+            pair.speaker.join(Joining("somebody", promoted_epoch=9))
+        assert not pair.speaker.deposed
+        claims = Claims(tmp_path, SHARD)
+        claims.make(claims.newest()._replace(epoch=3, server="other", standby=""))
+        with pytest.raises(stepwire.FencedError, match="another server speaks for the sessions since epoch 3"):
+            pair.speaker.join(Joining("other", promoted_epoch=3))
 
 
 def test_a_pair_without_a_directory(tmp_path: pathlib.Path) -> None:
