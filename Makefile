@@ -51,6 +51,7 @@ crash-test: .venv/stamp-dev
 HISTORIES = $(if $(filter command line environment,$(origin SEEDS)),$(SEEDS),1000)
 simulate: .venv/stamp-dev
 	$(BIN)/python -m tests.simulation.main --seeds $(HISTORIES)
+	$(BIN)/python -m tests.simulation.main --pairs --seeds $(HISTORIES)
 
 # Hostile requests of strangers and of another tenant, so many for each way of keeping state, beside a session that trains.
 # The tests have some hundreds of them.

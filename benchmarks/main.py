@@ -34,6 +34,8 @@ import report
 import row_steps
 import sections
 import security
+import shards
+import standby
 import transports
 from contest import Contender, failure
 from doorbell import doorbell_process
@@ -103,6 +105,8 @@ GOALS = (
     Goal("floods", floods.SLOWEST_HEALTH, 1000.0),
     Goal("many", many.ERRORS, 0.0),
     Goal("security", security.AUTHENTICATION, 2.0),
+    Goal("shards", shards.OVERHEAD_GOAL, 0.05),
+    Goal("standby", standby.REPLICATED_GOAL, 1.15),
     Goal("shaped link", "tcp to its link time", 1.05),
     Goal("shaped link", "tcp overlap to tcp", 0.6),
     Goal("shaped link", "tcp bfloat16 to tcp", 0.52),
@@ -177,6 +181,8 @@ class Run:
         self._section("many", lambda: many.many(many.Scale.quick() if quick else many.Scale()))
         protected = (2, 3) if quick else (30, 20)
         self._section("security", lambda: security.security(rounds=protected[0], batch=protected[1]))
+        self._section("shards", lambda: shards.shards(shards.Scale.quick() if quick else shards.Scale()))
+        self._section("standby", lambda: standby.standby(standby.Scale.quick() if quick else standby.Scale()))
         link = (100_000, 2) if quick else (_LARGE, 7)
         self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
 

@@ -53,7 +53,9 @@ NAMES = (
     "sections",
     "security",
     "shaped_link",
+    "shards",
     "sockets",
+    "standby",
     "tables",
     "torch_memory",
     "transports",
@@ -251,6 +253,13 @@ def test_every_ratio_is_of_contenders_that_take_part(bench) -> None:
     beside = [one.name for one in bench.peers.peers()]
     asked = {name for one, others in bench.peers.RATIOS.values() for name in (one, *others)}
     assert asked <= {*beside, *bench.peers.OURS} and set(bench.peers.OURS) <= set(entrants)
+
+
+def test_the_overhead_of_shards_is_fitted_and_predicted(bench) -> None:
+    trip, each = bench.shards.fitted({1: 3.5, 2: 4.0, 4: 5.0, 8: 7.0})
+    assert (trip, each) == pytest.approx((3.0, 0.5))
+    # 1e9 float32 up and down over 1.25e9 B/s are 6.4 s; 64 shards of 1 ms and a trip of 16 ms are 80 ms.
+    assert bench.shards.overhead_of(0.016, 0.001) == pytest.approx(0.0125)
 
 
 def test_sections_are_named_by_their_size(bench) -> None:

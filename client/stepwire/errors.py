@@ -88,6 +88,7 @@ class Reason(enum.StrEnum):
     TABLE_FULL = "TABLE_FULL"
     SHUTTING_DOWN = "SHUTTING_DOWN"
     STREAM_DISPLACED = "STREAM_DISPLACED"
+    NO_STANDBY = "NO_STANDBY"
     UNREACHABLE = "UNREACHABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
@@ -326,6 +327,7 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.TABLE_FULL: ErrorRow("RESOURCE_EXHAUSTED", ResourceExhaustedError),
     Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.STREAM_DISPLACED: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.NO_STANDBY: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.DEADLINE_EXCEEDED: ErrorRow("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),

@@ -301,6 +301,7 @@ class ServerInfo:
         sessions: the number of sessions alive.
         max_chunk_bytes: the largest payload of one message.
         draining: True once the server refuses new steps.
+        not_serving: the reason why the server serves no sessions, such as that it is a standby; empty where it does.
     """
 
     version: str
@@ -312,6 +313,7 @@ class ServerInfo:
     sessions: int
     max_chunk_bytes: int
     draining: bool
+    not_serving: str = ""
 
     @classmethod
     def from_wire(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -334,4 +336,5 @@ class ServerInfo:
             sessions=message.sessions,
             max_chunk_bytes=message.limits.max_chunk_bytes,
             draining=message.draining,
+            not_serving=message.not_serving,
         )

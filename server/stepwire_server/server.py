@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple, cast
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, StepwireError, UnavailableError
 from stepwire.threads import DaemonThreads
@@ -30,22 +29,26 @@ from stepwire_server.durability.object_store import ObjectStoreError
 from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
 from stepwire_server.monitoring.monitoring import Monitoring
-from stepwire_server.processes.announcement import announce, check_announced
+from stepwire_server.processes.announcement import announce, check_announced, endpoint_of
 from stepwire_server.processes.port_file import write_ports
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
 from stepwire_server.rpc.channel_options import channel_options, largest_message_bytes
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
+from stepwire_server.rpc.health_status import HealthStatus
 from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.reflection import add_reflection
+from stepwire_server.rpc.replicating import Replication
+from stepwire_server.rpc.replication_service import ReplicationService
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.share_memory import HostSharing
 from stepwire_server.sessions.data_directory import DataDirectory
+from stepwire_server.sessions.parked import durable_steps
 from stepwire_server.sessions.registry import Registry
-from stepwire_server.sessions.registry_limits import RegistryLimits, TenantLimits
+from stepwire_server.sessions.registry_limits import limits_of
 from stepwire_server.sessions.streams import RETURNING_STREAMS
 from stepwire_server.sharing.handoff import HandoffStatistics
 
@@ -59,6 +62,7 @@ _MOST_PENDING_CALLS: Final = 8192
 _LAST_REPLY_SECONDS: Final = 0.25
 _STREAM_END_SECONDS: Final = 2.0
 _SILENT_SHARE: Final = 0.5
+_MOST_ANNOUNCED: Final = 1000
 
 
 class ServerStatistics(NamedTuple):
@@ -88,6 +92,7 @@ class Server:
         unix_socket: the path of the Unix socket; empty without a socket.
         handoff: the memory that is shared with processes of this machine, or the reason why none is.
         monitoring: the addresses for whoever watches.
+        replication: the role of this server beside a standby or a primary.
     """
 
     def __init__(
@@ -116,17 +121,20 @@ class Server:
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = access_of(config)
         self._drain = Drain()
-        self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
+        self.registry = Registry(self._pool, limits_of(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
             self.registry.recover(self._directory)
+        self.replication = Replication(config, self.registry, clock)
         # One for each stream: a line for threads would be another order than that of turns, which are fair.
         self._commit_threads = DaemonThreads(config.max_streams + RETURNING_STREAMS, "commit")
         self._rooms = CallRooms(clock, config.step_idle_seconds, message_bytes=largest_message_bytes(config))
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
-            interceptors=interceptors(self.access, self._rooms, self.monitoring, self._told, clock),
+            interceptors=interceptors(
+                self.access, self._rooms, self.monitoring, self._told, self.replication.admit, clock
+            ),
             options=channel_options(config),
             maximum_concurrent_rpcs=_MOST_PENDING_CALLS,
         )
@@ -139,10 +147,11 @@ class Server:
         self._listening = listening = self._listen()
         self.handoff = self._host_sharing = self._share(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
-        self._grpc.add_generic_rpc_handlers((self._service(clock).handlers(),))
-        self._health = health.HealthServicer()
+        self._endpoint = endpoint_of(config, self.target, self.port)
+        services = self._service(clock), ReplicationService(self.replication, self.access)
+        self._grpc.add_generic_rpc_handlers(tuple(each.handlers() for each in services))
+        self._health = HealthStatus(self._grpc)
         self._pool.on_lost(self._device_lost)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._reflect()
         self.access.on_change(self.registry.streams.check)
         _open.add(self)
@@ -150,15 +159,15 @@ class Server:
     def start(self) -> None:
         """Serve from now on."""
         self.handoff.start()
+        self.replication.start(self._endpoint, self._announce, self._health.serves)
         self._grpc.start()
         self.monitoring.start()
         self._sweeper.start()
         if self._directory is not None:
             self._directory.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
-        for name in ("", "stepwire.v1.OptimizerService"):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        announce(self._config, 0 if self._directory is None else self._directory.epoch, self.target, self.port)
+        if self._directory is not None or self.replication.epoch:
+            self._announce(self.replication.epoch if self._directory is None else self._directory.epoch)
         if self._config.port_file:
             write_ports(pathlib.Path(self._config.port_file), [self.port])
         _log.info(
@@ -177,7 +186,7 @@ class Server:
 
         A step whose client is silent for half of that time is dropped: it has no commit, and leaves no trace.
         The last replies then get a moment to leave: a stream that is cancelled loses bytes that are still on their way.
-        At last every durable session is checkpointed, and the object store gets what it has not.
+        Then a standby is promoted in its place. At last durable sessions and the object store get what they have not.
 
         Returns:
             True if every step ended within `drain_seconds`, every checkpoint was taken, and every upload ended within
@@ -187,10 +196,11 @@ class Server:
         patience = self._config.drain_seconds * _SILENT_SHARE
         self.registry.streams.hurry(patience)
         self._rooms.hurry(patience)
-        self._health.enter_graceful_shutdown()
+        self._health.end()
         _log.info("draining", seconds=self._config.drain_seconds)
         empty = self._drain.wait(self._config.drain_seconds)
         self._stopped.wait(_LAST_REPLY_SECONDS)
+        self.replication.hand_over(self._config.drain_seconds)
         saved = self.registry.checkpoint_all()
         stored = self._directory is None or self._directory.settle(self._config.drain_seconds)
         return saved and stored and empty
@@ -214,6 +224,7 @@ class Server:
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
         self.registry.streams.cancel()
         stopped.wait()
+        self.replication.close()
         if self._listening is not None:
             self._listening.close()
         self.monitoring.close()
@@ -290,7 +301,7 @@ class Server:
         most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, lambda: self._health.problem),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),
@@ -300,11 +311,18 @@ class Server:
     def _told(self, error: StepwireError) -> StepwireError:
         """Return the error that a caller may be told: an owner that was overtaken knows nothing of the sessions."""
         directory = self.registry.directory
-        return error if directory is None else directory.own.told(error)
+        if directory is None:
+            return self.replication.told(error)
+        if (told := directory.own.told(error)).reason is Reason.NOT_PRIMARY:
+            self._health.serves(str(told))
+        return told
+
+    def _announce(self, epoch: int) -> None:
+        announce(self._config, epoch, self._endpoint, durable_steps(self.registry.page("", _MOST_ANNOUNCED)[0]))
 
     def _device_lost(self, error: DataLossError) -> None:
         _log.error("device lost; this process has to end", problem=str(error), **error.metadata)
-        self._health.enter_graceful_shutdown()
+        self._health.end()
         self._lost.set()
         self._tell_lost()
 
@@ -313,6 +331,7 @@ class Server:
         while not self._stopped.wait(self._config.sweep_seconds):
             try:
                 self.access.look()
+                self._look_at_owner()
                 self._rooms.end_silent()
                 for session_id in self.registry.sweep():
                     _log.info("lease ran out", session_id=session_id)
@@ -321,22 +340,16 @@ class Server:
             except Exception:  # a broken device must not keep the other leases from running out
                 _log.exception("sweep failed")
 
+    def _look_at_owner(self) -> None:
+        """Say that this server serves nothing, if another one owns its data directory by now."""
+        if self._directory is not None and not self._directory.own.holds():
+            self._health.serves("another server owns the data directory now; connect to that one")
+
     def _warm_up(self) -> None:
         try:
             self._pool.warm_up()
         except Exception as problem:  # sessions meet the same problem, and tell it to their clients
             _log.warning("kernels could not be compiled ahead", problem=str(problem))
-
-
-def _limits(config: ServerConfig) -> RegistryLimits:
-    tenant = TenantLimits(
-        config.tenant_max_sessions,
-        config.tenant_max_streams,
-        config.tenant_memory,
-        config.tenant_steps_per_second,
-        config.tenant_disk,
-    )
-    return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)
 
 
 _open: weakref.WeakSet[Server] = weakref.WeakSet()

@@ -20,6 +20,7 @@ SERVER_LAYERS = [
     "rpc",
     "doctor",
     "monitoring",
+    "replication",
     "sharing",
     "sessions",
     "aggregation",

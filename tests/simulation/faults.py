@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 __all__ = ["KINDS", "Fault", "chosen", "shrunk"]
+
+_F = TypeVar("_F")
 
 KINDS: Final = ("cut", "hold", "slow", "twice", "kill", "power", "pause", "replace", "overtake", "stale")
 """The faults of a shard.
@@ -51,7 +53,7 @@ def chosen(chance: random.Random, shards: int, most: int, until: float) -> list[
     )
 
 
-def shrunk(faults: Sequence[Fault], fails: Callable[[Sequence[Fault]], bool]) -> list[Fault]:
+def shrunk(faults: Sequence[_F], fails: Callable[[Sequence[_F]], bool]) -> list[_F]:
     """Return a part of the faults that still fails, and of which no single fault can be left out."""
     found, left_out = list(faults), True
     while left_out:

@@ -38,7 +38,7 @@ from tests.simulation.primitives import installed
 from tests.simulation.runtime import Process, Scheduler, Stuck
 from tests.simulation.servers import SimulatedServer, parameters_of
 
-__all__ = ["Broken", "Outcome", "Shape", "faults_of", "run", "shape_of"]
+__all__ = ["Broken", "Outcome", "Shape", "applied_in", "faults_of", "may_be_repeated", "run", "shape_of", "simulated"]
 
 _PORT = 1000
 _TIMEOUT_SECONDS = 5.0
@@ -110,6 +110,24 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
     Raises:
         Broken: an invariant does not hold.
     """
+    with simulated(seed) as (scheduler, folder):
+        history = _History(scheduler, shape, folder)
+        history.live(faults)
+        outcome = Outcome(scheduler.events, scheduler.now, scheduler.trace, history.refused)
+        scheduler.end()
+        history.forget()
+        del history
+        gc.collect()
+        return outcome
+
+
+@contextlib.contextmanager
+def simulated(seed: int) -> Iterator[tuple[Scheduler, pathlib.Path]]:
+    """Have all modules run on the scheduler of a seed for a block; yields it, and a folder for the disks.
+
+    Raises:
+        Broken: nothing can go on.
+    """
     scheduler = Scheduler(random.Random(seed))
     place = "/dev/shm" if pathlib.Path("/dev/shm").is_dir() else None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="stepwire-simulation-", dir=place))
@@ -119,14 +137,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
     errands.run(lambda: None)  # the real threads of the client are at rest behind it
     try:
         with installed(scheduler):
-            history = _History(scheduler, shape, folder)
-            history.live(faults)
-            outcome = Outcome(scheduler.events, scheduler.now, scheduler.trace, history.refused)
-            scheduler.end()
-            history.forget()
-            del history
-            gc.collect()
-            return outcome
+            yield scheduler, folder
     except Stuck as stuck:
         raise Broken(str(stuck)) from stuck
     finally:
@@ -278,7 +289,7 @@ class _History:
                 return call()
             except StepwireError as error:
                 self.refused[error.reason] = self.refused.get(error.reason, 0) + 1
-                if not _may_be_repeated(error):
+                if not may_be_repeated(error):
                     raise Broken(f"a client met {error.reason}: {error}") from error
                 if self.scheduler.now > end:
                     raise Broken(f"no success within {_PATIENCE_SECONDS} s; at last {error.reason}: {error}") from error
@@ -292,7 +303,7 @@ class _History:
         for values in shards[1:]:
             if values.tobytes() != shards[0].tobytes():
                 raise Broken(f"the shards differ in the reply to gradient {number}")
-        applied = _applied(shards[0], f"the reply to gradient {number}")
+        applied = applied_in(shards[0], f"the reply to gradient {number}")
         dropped = result.round is not None and result.round.dropped
         if number in applied and dropped or number not in applied and not dropped:
             raise Broken(f"gradient {number} was {'dropped' if dropped else 'told'}, and its reply has {applied}")
@@ -332,19 +343,19 @@ class _History:
             if self._told and not server.is_parked:
                 raise Broken(f"{server.process.name} has no session, and {self._told} were told")
             return
-        applied = _applied(values, server.process.name)
+        applied = applied_in(values, server.process.name)
         if not self._told <= applied <= self._sent:
             raise Broken(f"{server.process.name} has {applied}; told {self._told}, sent {self._sent}")
 
 
-def _applied(values: npt.NDArray[np.float32], place: str) -> set[int]:
+def applied_in(values: npt.NDArray[np.float32], place: str) -> set[int]:
     (moved,) = np.nonzero(values)
     if set(values[moved].tolist()) - {-1.0}:
         raise Broken(f"{place} has a gradient twice: {values[moved]}")
     return set(moved.tolist())
 
 
-def _may_be_repeated(error: StepwireError) -> bool:
+def may_be_repeated(error: StepwireError) -> bool:
     if isinstance(error, FencedError):
         return error.reason in (Reason.NOT_PRIMARY, Reason.STALE_EPOCH)
     return isinstance(error, UnavailableError | DeadlineExceededError | NotEnoughWorkersError | StateChangedError)

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from stepwire_server.observability.logs import configure_logging
-from tests.simulation.faults import Fault, shrunk
+from tests.simulation.faults import shrunk
 from tests.simulation.history import Broken, faults_of, run, shape_of
+from tests.simulation.pair_history import pair_faults_of, pair_shape_of, run_pair
 
 _IN_ONE_PROCESS = 25
 """The histories of one process: each leaves a little memory behind."""
 
 
-def failure_of(seed: int) -> str:
+def failure_of(seed: int, *, pairs: bool = False) -> str:
     """Let the history of a seed happen; return an account of its failure, empty without one."""
     configure_logging("critical", True)
-    shape, faults = shape_of(seed), faults_of(seed)
+    shape: Any = pair_shape_of(seed) if pairs else shape_of(seed)
+    faults: Any = pair_faults_of(seed) if pairs else faults_of(seed)
+    happen: Any = run_pair if pairs else run
     try:
-        run(seed, shape, faults)
+        happen(seed, shape, faults)
     except Broken as broken:
         kind = _kind(broken)
 
-        def fails(fewer: Sequence[Fault]) -> bool:
+        def fails(fewer: Sequence[Any]) -> bool:
             try:
-                run(seed, shape, fewer)
+                happen(seed, shape, fewer)
             except Broken as other:
                 return _kind(other) == kind
             return False
@@ -51,16 +56,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="the number of histories")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="histories at a time")
+    parser.add_argument("--pairs", action="store_true", help="histories of primaries with standbys")
     chosen = parser.parse_args()
     seeds, began = range(chosen.first, chosen.first + chosen.seeds), time.monotonic()
     if len(seeds) <= _IN_ONE_PROCESS:
-        accounts = [account for seed in seeds if (account := failure_of(seed))]
+        accounts = [account for seed in seeds if (account := failure_of(seed, pairs=chosen.pairs))]
         print("\n".join(accounts), end="\n" if accounts else "")
         return 1 if accounts else 0
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(chosen.jobs) as pool:
         blocks = [seeds[start : start + _IN_ONE_PROCESS] for start in range(0, len(seeds), _IN_ONE_PROCESS)]
-        for block, done in zip(blocks, pool.map(_elsewhere, blocks), strict=True):
+        for block, done in zip(blocks, pool.map(functools.partial(_elsewhere, chosen.pairs), blocks), strict=True):
             print(done.stdout, end="", flush=True)
             if done.returncode:
                 failed += 1
@@ -69,9 +75,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _elsewhere(block: range) -> subprocess.CompletedProcess[str]:
+def _elsewhere(pairs: bool, block: range) -> subprocess.CompletedProcess[str]:
     """Run a block of histories in a process of its own, since each leaves a little memory behind."""
     command = [sys.executable, "-m", "tests.simulation.main", "--first", str(block[0]), "--seeds", str(len(block))]
+    command += ["--pairs"] if pairs else []
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

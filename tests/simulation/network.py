@@ -346,7 +346,7 @@ class Channel:
         return begin
 
     def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
-        def begin(outbox: Iterator[bytes], metadata: Any = ()) -> _Replies:
+        def begin(outbox: Iterator[bytes], timeout: float | None = None, metadata: Any = ()) -> _Replies:
             call = self._begin(method, "stream_stream")
 
             def send() -> None:
@@ -357,7 +357,7 @@ class Channel:
                     call.requests.send(None)
 
             self._network.scheduler.spawn(send, name="outbox")
-            return _Replies(self._network, call, None)
+            return _Replies(self._network, call, timeout)
 
         return begin
 

@@ -34,7 +34,7 @@ from tests.simulation.disks import SharedDisk, SimulatedDisk
 from tests.simulation.runtime import Process, Scheduler
 from tests.support.numpy_server import numpy_pool
 
-__all__ = ["SimulatedServer", "parameters_of"]
+__all__ = ["OFF", "Details", "Inline", "SimulatedServer", "parameters_of", "tells_of_state"]
 
 _CHUNK_BYTES: Final = 4096
 _OF_STATE: Final = (
@@ -50,7 +50,7 @@ _OF_STATE: Final = (
 _SWEEP_SECONDS: Final = 0.25
 
 
-class _Inline:
+class Inline:
     """An executor that runs in the task of its caller."""
 
     def submit(self, call: Callable[..., Any]) -> Future[Any]:
@@ -62,12 +62,12 @@ class _Inline:
         return future
 
 
-class _Details(NamedTuple):
+class Details(NamedTuple):
     method: str
     invocation_metadata: tuple[()] = ()
 
 
-_OFF = dict.fromkeys(
+OFF = dict.fromkeys(
     (transport_pb2.TRANSPORT_SHM, transport_pb2.TRANSPORT_CUDA_IPC, transport_pb2.TRANSPORT_PACKETS), "off"
 )
 
@@ -110,7 +110,7 @@ class SimulatedServer:
 
     def handler(self, method: str) -> Any:
         """See `Endpoint`."""
-        return self._guard.intercept_service(self._handlers.service, _Details(method))  # type: ignore[arg-type]
+        return self._guard.intercept_service(self._handlers.service, Details(method))  # type: ignore[arg-type]
 
     def heard(self) -> object:
         """See `Endpoint`: the newest epoch at this moment."""
@@ -118,7 +118,7 @@ class SimulatedServer:
 
     def tells(self, method: str, heard: object, message: Any) -> None:
         """See `Endpoint`: an owner that was not the newest when it was asked tells nothing of a session's state."""
-        if heard != self.epoch and _tells_of_state(method, message):
+        if heard != self.epoch and tells_of_state(method, message):
             raise AssertionError(f"{self.process.name} of epoch {self.epoch} answered {method} asked in epoch {heard}")
 
     def refuses(self, method: str, heard: object, status: Any) -> None:
@@ -154,12 +154,12 @@ class SimulatedServer:
         self.registry = Registry(pool, RegistryLimits(100, 100, 1e9), clock)
         self.registry.recover(directory)
         recovered(self)
-        serving = Serving(Drain(), _Inline(), clock, _CHUNK_BYTES, AccessControl())  # type: ignore[arg-type]
+        serving = Serving(Drain(), Inline(), clock, _CHUNK_BYTES, AccessControl())  # type: ignore[arg-type]
         service = OptimizerService(
             self.registry,
             serving,
             config,
-            Sharing(None, _OFF),
+            Sharing(None, OFF),
             instance_id=self.process.name,
             local=transport_pb2.LocalAccess(),
         )
@@ -184,7 +184,7 @@ def parameters_of(server: SimulatedServer, size: int) -> npt.NDArray[np.float32]
     return values
 
 
-def _tells_of_state(method: str, message: Any) -> bool:
+def tells_of_state(method: str, message: Any) -> bool:
     name = method.rpartition("/")[2]
     if name == "Attach":
         reply: Any = read_frame(pb.AttachResponse, message).message

@@ -26,7 +26,7 @@ __all__ = ["Calls"]
 _T = TypeVar("_T")
 # Three years, and infinity too: neither gRPC nor the waits of Python's threads take much more.
 _LONGEST_SECONDS: Final = 1e8
-_OF_MOVES: Final = (Reason.UNREACHABLE, Reason.SHUTTING_DOWN, Reason.NOT_PRIMARY)
+_OF_MOVES: Final = (Reason.UNREACHABLE, Reason.SHUTTING_DOWN, Reason.NOT_PRIMARY, Reason.NO_STANDBY)
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
 _OPTIONS: Final = [
     *BULK_OPTIONS,

@@ -36,7 +36,7 @@ def _on_route(route: Route, hold: Hold, attempt: Callable[[Deadline], _T], deadl
     try:
         return attempt(deadline)
     except UnavailableError as error:
-        if error.reason == Reason.UNREACHABLE:
+        if error.reason in (Reason.UNREACHABLE, Reason.NO_STANDBY):
             route.lost()
         elif error.reason == Reason.STREAM_DISPLACED:
             hold.displaced()

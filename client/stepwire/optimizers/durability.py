@@ -13,12 +13,13 @@ from stepwire.v1 import session_pb2 as pb
 
 __all__ = ["Durability", "DurabilityLevel", "durability_from_wire", "durability_to_wire"]
 
-DurabilityLevel = Literal["memory", "checkpoint", "journal"]
+DurabilityLevel = Literal["memory", "checkpoint", "journal", "replicated"]
 
 _LEVELS: Final = {
     "memory": pb.DURABILITY_MEMORY,
     "checkpoint": pb.DURABILITY_CHECKPOINT,
     "journal": pb.DURABILITY_JOURNAL,
+    "replicated": pb.DURABILITY_REPLICATED,
 }
 _NAMES: Final[dict[int, DurabilityLevel]] = {pb.DURABILITY_UNSPECIFIED: "memory"} | {
     value: name for name, value in zip(get_args(DurabilityLevel), _LEVELS.values(), strict=True)
@@ -33,6 +34,7 @@ class Durability:
 
     Attributes:
         level: `"memory"`: none. `"checkpoint"`: those up to the last checkpoint. `"journal"`: every acknowledged one.
+            `"replicated"`: every acknowledged one, in the memory of a standby.
         every_steps: the number of steps between two checkpoints, ≥ 1; None counts no steps.
         every_seconds: the time between two checkpoints, > 0; None leaves it to the server.
     """
@@ -40,6 +42,16 @@ class Durability:
     level: DurabilityLevel = "memory"
     every_steps: int | None = None
     every_seconds: float | None = None
+
+    @property
+    def on_disk(self) -> bool:
+        """The session is in the server's data directory."""
+        return self.level in ("checkpoint", "journal")
+
+    @property
+    def logged(self) -> bool:
+        """Every acknowledged step survives, on the disk or in the memory of a standby: it is described as a record."""
+        return self.level in ("journal", "replicated")
 
     @classmethod
     def of(cls, value: Durability | DurabilityLevel, field: str) -> Durability:
@@ -65,7 +77,7 @@ class Durability:
         times = times or field
         if not isinstance(self.level, str) or self.level not in _LEVELS:
             raise InvalidRequestError.of(f"{field}.level", f"{self.level!r:.80} is none of {', '.join(_LEVELS)}")
-        if self.level == "memory" and (self.every_steps, self.every_seconds) != (None, None):
+        if not self.on_disk and (self.every_steps, self.every_seconds) != (None, None):
             raise InvalidRequestError.of(times, "sessions in memory have no checkpoints; ask for another level")
         if self.every_steps is not None:
             steps = whole_number(self.every_steps, f"{times}.every_steps")

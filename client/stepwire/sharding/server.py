@@ -71,6 +71,7 @@ class ShardedServer(ServerLink):
             sessions=sum({info.instance_id: info.sessions for info in infos}.values()),
             max_chunk_bytes=min(info.max_chunk_bytes for info in infos),
             draining=any(info.draining for info in infos),
+            not_serving="; ".join(info.not_serving for info in infos if info.not_serving),
         )
 
     def create(

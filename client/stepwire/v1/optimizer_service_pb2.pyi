@@ -24,7 +24,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining", "local")
+    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining", "local", "not_serving")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class GetServerInfoResponse(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
+    NOT_SERVING_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_min: int
     protocol_max: int
@@ -45,7 +46,8 @@ class GetServerInfoResponse(_message.Message):
     sessions: int
     draining: bool
     local: _transport_pb2.LocalAccess
-    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[_server_pb2.DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[_server_pb2.Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ...) -> None: ...
+    not_serving: str
+    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[_server_pb2.DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[_server_pb2.Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ..., not_serving: _Optional[str] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
     __slots__ = ("request_id", "config")

@@ -33,6 +33,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_SHUTTING_DOWN: _ClassVar[Reason]
     REASON_STREAM_DISPLACED: _ClassVar[Reason]
     REASON_UNREACHABLE: _ClassVar[Reason]
+    REASON_NO_STANDBY: _ClassVar[Reason]
     REASON_DEADLINE_EXCEEDED: _ClassVar[Reason]
     REASON_UNAUTHENTICATED: _ClassVar[Reason]
     REASON_PERMISSION_DENIED: _ClassVar[Reason]
@@ -69,6 +70,7 @@ REASON_TABLE_FULL: Reason
 REASON_SHUTTING_DOWN: Reason
 REASON_STREAM_DISPLACED: Reason
 REASON_UNREACHABLE: Reason
+REASON_NO_STANDBY: Reason
 REASON_DEADLINE_EXCEEDED: Reason
 REASON_UNAUTHENTICATED: Reason
 REASON_PERMISSION_DENIED: Reason

@@ -33,6 +33,7 @@ class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DURABILITY_MEMORY: _ClassVar[Durability]
     DURABILITY_CHECKPOINT: _ClassVar[Durability]
     DURABILITY_JOURNAL: _ClassVar[Durability]
+    DURABILITY_REPLICATED: _ClassVar[Durability]
 
 class Initialization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -54,6 +55,7 @@ DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_CHECKPOINT: Durability
 DURABILITY_JOURNAL: Durability
+DURABILITY_REPLICATED: Durability
 INITIALIZATION_UNSPECIFIED: Initialization
 INITIALIZATION_LOAD: Initialization
 INITIALIZATION_ZEROS: Initialization

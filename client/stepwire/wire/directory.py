@@ -1,6 +1,6 @@
 """The directory of shards: a folder that all machines see, with a file for each time that a server began to serve one.
 
-    DIR/NAME/0000000000000003      {"endpoint": "host:port", "epoch": 3}
+    DIR/NAME/0000000000000003      {"endpoint": "host:port", "epoch": 3, "durable_steps": {"~6a0c…": 12}}
 
 A file is created whole and never changes, and the newest epoch of a shard is where its clients go. The directory may be
 old: then a client comes to a server that another one has overtaken. That server says so by the epochs of its data
@@ -15,17 +15,32 @@ import os
 import pathlib
 import re
 import secrets
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, UnavailableError
 
-__all__ = ["SCHEME", "ShardDirectory"]
+__all__ = ["SCHEME", "ShardDirectory", "ShardEntry"]
 
 SCHEME: Final = "directory:"
 """The beginning of a client's target that names a directory."""
 
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EPOCH: Final = re.compile(r"[0-9a-f]{16}")
+
+
+class ShardEntry(NamedTuple):
+    """An entry of the directory.
+
+    Attributes:
+        epoch: the epoch that it is of.
+        endpoint: the server's address for clients, `host:port`.
+        durable_steps: the last durable step of each session as the epoch began, by the digest of its id in log lines.
+    """
+
+    epoch: int
+    endpoint: str
+    durable_steps: Mapping[str, int]
 
 
 class ShardDirectory:
@@ -35,13 +50,14 @@ class ShardDirectory:
         """Read and write a folder; it may be made later."""
         self._folder = folder
 
-    def announce(self, shard: str, epoch: int, endpoint: str) -> None:
+    def announce(self, shard: str, epoch: int, endpoint: str, durable_steps: Mapping[str, int] | None = None) -> None:
         """Say where a shard is served from an epoch on. Saying the same again is harmless.
 
         Args:
             shard: the name of the shard.
             epoch: the epoch of the server's data directory.
             endpoint: the server's address for clients, `host:port`.
+            durable_steps: as in `ShardEntry`; None for none.
 
         Raises:
             InvalidRequestError: the shard cannot have that name, or the epoch was announced with another address.
@@ -53,7 +69,8 @@ class ShardDirectory:
             )
         folder = self._folder / shard
         folder.mkdir(parents=True, exist_ok=True)
-        place, content = folder / f"{epoch:016x}", json.dumps({"endpoint": endpoint, "epoch": epoch}) + "\n"
+        place, entry = folder / f"{epoch:016x}", {"endpoint": endpoint, "epoch": epoch}
+        content = json.dumps(entry | ({"durable_steps": dict(durable_steps)} if durable_steps else {})) + "\n"
         whole = folder / f".new-{secrets.token_hex(8)}"
         whole.write_text(content)
         try:
@@ -90,13 +107,22 @@ class ShardDirectory:
         """Return the newest epoch of a shard, and its endpoint.
 
         Raises:
+            UnavailableError: as `entry`.
+        """
+        return self.entry(shard)[:2]
+
+    def entry(self, shard: str) -> ShardEntry:
+        """Return the newest entry of a shard.
+
+        Raises:
             UnavailableError: nobody has announced it, or the directory cannot be read just now.
         """
         try:
             names = sorted(path.name for path in (self._folder / shard).iterdir() if _EPOCH.fullmatch(path.name))
             found = json.loads((self._folder / shard / names[-1]).read_text())
-            return int(names[-1], 16), str(found["endpoint"])
-        except (OSError, ValueError, LookupError, TypeError) as problem:
+            steps = {str(digest): int(step) for digest, step in found.get("durable_steps", {}).items()}
+            return ShardEntry(int(names[-1], 16), str(found["endpoint"]), steps)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
             raise UnavailableError(
                 f"the directory {str(self._folder)!r} does not tell where shard {shard!r} is: {problem}",
                 reason=Reason.UNREACHABLE,

@@ -11,9 +11,10 @@ __all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "STATUS_PATH", "Identity", "R
 
 
 class Role(enum.StrEnum):
-    """The rights of a token; each has those of the roles before it, but for `METRICS`."""
+    """The rights of a token; each has those of the roles before it, but for `METRICS` and `STANDBY`."""
 
     METRICS = "metrics"
+    STANDBY = "standby"
     READER = "reader"
     TRAINER = "trainer"
     ADMIN = "admin"
@@ -48,6 +49,7 @@ EVERYBODY: Final = Identity("", "", Role.ADMIN)
 """The identity of all calls to a server without tokens."""
 
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
+_REPLICATION: Final = "/stepwire.v1.ReplicationService/"
 _HEALTH: Final = "/grpc.health.v1.Health/"
 _READERS: Final = frozenset({Role.READER, Role.TRAINER, Role.ADMIN})
 _TRAINERS: Final = frozenset({Role.TRAINER, Role.ADMIN})
@@ -82,5 +84,9 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     f"{_SERVICE}DeleteCheckpoint": _TRAINERS,
     f"{_SERVICE}Rollback": _TRAINERS,
     f"{_SERVICE}ForkSession": _TRAINERS,
+    f"{_REPLICATION}Follow": frozenset({Role.STANDBY, Role.ADMIN}),
+    f"{_REPLICATION}Promote": frozenset({Role.ADMIN}),
+    f"{_REPLICATION}ForgetStandby": frozenset({Role.ADMIN}),
+    f"{_REPLICATION}GetReplication": _READERS | {Role.STANDBY},
 }
 """The roles that may call each method. A method that is not here is nobody's."""

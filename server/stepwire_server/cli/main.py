@@ -21,6 +21,7 @@ from stepwire_server.cli.options import Json
 from stepwire_server.cli.replay import replay
 from stepwire_server.cli.serve import serve
 from stepwire_server.cli.sessions import sessions_app
+from stepwire_server.cli.standby import standby_app
 from stepwire_server.cli.state import state_app
 from stepwire_server.cli.tokens import token_app
 from stepwire_server.cli.top import top
@@ -87,6 +88,7 @@ app.add_typer(token_app)
 app.add_typer(checkpoint_app)
 app.add_typer(state_app)
 app.add_typer(cluster_app)
+app.add_typer(standby_app)
 app.command()(replay)
 app.command()(kernels)
 app.command()(version)

@@ -33,7 +33,7 @@ _File = Annotated[
 def create_token(
     name: str,
     file: _File,
-    role: Annotated[Role, typer.Option(help="The rights: metrics, reader, trainer or admin.")] = Role.TRAINER,
+    role: Annotated[Role, typer.Option(help="The rights: metrics, standby, reader, trainer or admin.")] = Role.TRAINER,
     tenant: Annotated[str, typer.Option(help="The tenant whose sessions it sees.")] = "",
     expires: Annotated[str, typer.Option(help="The time until its end, such as 12h or 90d; empty for none.")] = "",
 ) -> None:

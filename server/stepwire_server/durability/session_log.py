@@ -5,17 +5,16 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from stepwire.errors import FencedError, Reason
 from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, encode_entry
-from stepwire_server.durability.records import Kind, Record
-from stepwire_server.durability.writer import LogWriter
+from stepwire_server.durability.records import Kind, LogPosition, Record
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["CHUNK", "EntryLog", "SessionLog", "logged_rows"]
+__all__ = ["CHUNK", "EntryLog", "RecordWriter", "SessionLog", "logged_rows"]
 
 CHUNK: Final = struct.Struct("<QQI")
 """Offset and count of a chunk, in elements, and the slot index of a load, or the number of rows of a step's chunk."""
@@ -25,6 +24,46 @@ _INLINE_BYTES: Final = 32 << 10
 _MOST_INLINE: Final = 1024
 
 
+class RecordWriter(Protocol):
+    """The place of a session's records: a log on the disk, `LogWriter`, or the memory of a standby."""
+
+    @property
+    def keeps(self) -> bool:
+        """What was waited for survives a loss of the server."""
+        ...
+
+    @property
+    def written_bytes(self) -> int:
+        """The bytes of the records so far."""
+        ...
+
+    @property
+    def position(self) -> LogPosition:
+        """The place behind the last record that was appended."""
+        ...
+
+    @property
+    def durable_position(self) -> LogPosition:
+        """The place behind the last record that survives a loss of the server."""
+        ...
+
+    def check(self) -> None:
+        """See `LogWriter.check`."""
+        ...
+
+    def append(self, record: Record, *, durable: bool = False, awaited: bool = False) -> int:
+        """See `LogWriter.append`."""
+        ...
+
+    def wait(self, number: int) -> None:
+        """See `LogWriter.wait`."""
+        ...
+
+    def drop(self, session: bytes, entry: int) -> None:
+        """Note that the chunks of an entry belong to no commit."""
+        ...
+
+
 class EntryLog:
     """One step or load on its way into the log. Nothing of it counts before its commit.
 
@@ -32,6 +71,7 @@ class EntryLog:
         entry: its number.
         applied: the chunks that an overlapped step has applied.
         first: the number of its first record, or a smaller one; 0 without records.
+        committed: its commit was appended.
     """
 
     def __init__(self, log: SessionLog, entry: int, *, at_once: bool) -> None:
@@ -42,6 +82,7 @@ class EntryLog:
         self._inline: list[tuple[int, int]] = []
         self._payloads: list[HostArray] = []
         self.applied = self.first = self._chunks = 0
+        self.committed = False
 
     def chunk(self, offset: int, count: int, payload: HostArray, slot: int = 0) -> None:
         """Write a chunk while the rest arrives: `payload` is its bytes, `(n,) uint8`, which never change."""
@@ -77,7 +118,7 @@ class EntryLog:
     def commit(self, entry: StepEntry | LoadEntry) -> int:
         """Append the record that makes the entry count, and return its number to wait for."""
         payload = self._payloads[0] if len(self._payloads) == 1 else np.concatenate([_NONE, *self._payloads])
-        kind = Kind.COMMIT if isinstance(entry, StepEntry) else Kind.LOAD
+        kind, self.committed = Kind.COMMIT if isinstance(entry, StepEntry) else Kind.LOAD, True
         return self._log.append(kind, self.entry, encode_entry(entry), payload, durable=True)
 
     def close(self) -> None:
@@ -94,7 +135,7 @@ class SessionLog:
     """The log of one session. Thread-safe."""
 
     def __init__(
-        self, writer: LogWriter, session_id: str, entries: Iterator[int], is_owner: Callable[[], bool]
+        self, writer: RecordWriter, session_id: str, entries: Iterator[int], is_owner: Callable[[], bool]
     ) -> None:
         """Write the records of a session.
 
@@ -119,7 +160,12 @@ class SessionLog:
     @property
     def nbytes(self) -> int:
         """The bytes of the whole log so far."""
-        return self._writer.statistics().written_bytes
+        return self._writer.written_bytes
+
+    @property
+    def keeps(self) -> bool:
+        """What was waited for survives a loss of the server."""
+        return self._writer.keeps
 
     def check(self) -> None:
         """Refuse when nothing can become durable any more.
@@ -140,9 +186,12 @@ class SessionLog:
             self._open.add(entry)
 
     def closed(self, entry: EntryLog) -> None:
-        """Forget an entry that is over."""
+        """Forget an entry that is over; a half-applied step needs its chunks yet."""
         with self._lock:
+            was_open = entry in self._open
             self._open.discard(entry)
+        if was_open and not (entry.committed or entry.applied):
+            self._writer.drop(self._session, entry.entry)
 
     def first_open(self) -> int | None:
         """Return the number of the first record of all entries that are not over; None without one."""

@@ -133,6 +133,16 @@ class LogWriter:
         return self._segments.direct
 
     @property
+    def keeps(self) -> bool:
+        """What was waited for survives a loss of the server."""
+        return True
+
+    @property
+    def written_bytes(self) -> int:
+        """The bytes of the records so far."""
+        return self._segments.written_bytes
+
+    @property
     def position(self) -> LogPosition:
         """The place behind the last record that was appended."""
         return LogPosition(self.epoch, self._appended)
@@ -227,6 +237,9 @@ class LogWriter:
                 return
             self.check()
         raise DeadlineExceededError(f"record {number} of the log was not durable within {timeout} s")
+
+    def drop(self, session: bytes, entry: int) -> None:
+        """Note that the chunks of an entry belong to no commit: on the disk they do no harm."""
 
     def on_failure(self, callback: Callable[[StepwireError], None]) -> None:
         """Have a function called once when the log is closed for good: by a thread that writes, or at once if it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import socket
+from collections.abc import Mapping
 from typing import Final
 
 import structlog
@@ -29,13 +30,10 @@ def check_announced(config: ServerConfig) -> None:
             if getattr(config, name):
                 raise InvalidRequestError.of(name, "it is of an announcement, which needs --directory; give it too")
         return
-    for name in ("shard", "data_dir"):
-        if not getattr(config, name):
-            raise InvalidRequestError.of("directory", f"an announcement needs --{name.replace('_', '-')}; give it too")
-    if config.processes > 1:
-        raise InvalidRequestError.of(
-            "directory", f"{config.processes} processes would be one shard; start a server for each shard"
-        )
+    if not config.shard:
+        raise InvalidRequestError.of("directory", "an announcement needs --shard; give it too")
+    if not (config.data_dir or config.standby or config.standby_of):
+        raise InvalidRequestError.of("directory", "an announcement needs --data-dir, or --standby; give one too")
 
 
 def endpoint_of(config: ServerConfig, target: str, port: int) -> str:
@@ -53,17 +51,22 @@ def endpoint_of(config: ServerConfig, target: str, port: int) -> str:
     return f"{socket.gethostname()}:{port}" if host in _EVERY_ADDRESS else target
 
 
-def announce(config: ServerConfig, epoch: int, target: str, port: int) -> None:
+def announce(config: ServerConfig, epoch: int, endpoint: str, durable_steps: Mapping[str, int]) -> None:
     """Announce a server that listens, if its settings name a directory.
+
+    Args:
+        config: the settings.
+        epoch: the epoch from which on the server has its sessions.
+        endpoint: its address for clients, as `endpoint_of` tells.
+        durable_steps: as in `ShardEntry`.
 
     Raises:
         InvalidRequestError: the directory cannot be written, or another server has announced this epoch.
     """
     if not config.directory:
         return
-    endpoint = endpoint_of(config, target, port)
     try:
-        ShardDirectory(pathlib.Path(config.directory)).announce(config.shard, epoch, endpoint)
+        ShardDirectory(pathlib.Path(config.directory)).announce(config.shard, epoch, endpoint, durable_steps)
     except OSError as problem:
         raise InvalidRequestError.of(
             "directory", f"{config.directory!r} cannot be written: {problem.strerror}; name a folder of this user"

@@ -17,6 +17,7 @@ from stepwire_server.engines.probe import asked_gpus
 from stepwire_server.engines.protocol import DeviceInfo
 from stepwire_server.host import limits as host
 from stepwire_server.processes.announcement import check_announced
+from stepwire_server.processes.standby_settings import check_replication
 
 __all__ = ["Machine", "divide", "look_at_machine"]
 
@@ -65,9 +66,10 @@ def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list
         folder: the folder of sockets without a name, so that a process that is started again finds its own.
 
     Raises:
-        InvalidRequestError: there are too few ports or bytes, or the settings are those of one shard.
+        InvalidRequestError: there are too few ports or bytes, or the settings are those of one server.
     """
     check_announced(config)
+    check_replication(config)
     return [_settings_of(config, machine, folder, index) for index in range(config.processes)]
 
 
@@ -86,6 +88,8 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
         memory_budget=_budget(config, machine, device, sharers),
         port_file="",
         data_dir=str(pathlib.Path(config.data_dir, str(index))) if config.data_dir else "",
+        shard=f"{config.shard}-{index}" if config.shard else "",
+        advertise=_counted(config, "advertise", index),
         checkpoint_store=f"{config.checkpoint_store.rstrip('/')}/{index}" if config.checkpoint_store else "",
     )
 

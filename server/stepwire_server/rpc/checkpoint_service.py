@@ -103,7 +103,7 @@ class CheckpointService:
         sessions = self._sessions(context)
         session = _session_to_fork(sessions, request.session_id, request_id)
         config = decode_fork_config(request, session.config, self._config)
-        if config.durability.level != "memory":
+        if config.durability.on_disk:
             sessions.check_disk(lambda: sessions.created(request_id) is not None)
         with self._serving.drain.admit(), session.calls.one():
             created = self._rollbacks.fork(session, sessions.named(request_id), config, _origin(request))

@@ -221,7 +221,13 @@ def _decode_clip(group: optimizer_pb2.ParameterGroup, field: str) -> float | Non
 
 def _decode_durability(message: session_pb2.SessionConfig, limits: ServerConfig) -> Durability:
     durability = durability_from_wire(message, "config")
-    if durability.level != "memory" and not limits.data_dir:
+    if durability.level == "replicated" and not (limits.standby or limits.standby_of):
+        raise UnsupportedFeatureError(
+            "config.durability asks for 'replicated', and this server accepts no standby; start it with --standby "
+            "required, or create the session with another durability",
+            metadata={"field": "config.durability", "feature": "durability_replicated"},
+        )
+    if durability.on_disk and not limits.data_dir:
         feature = f"durability_{durability.level}"
         raise UnsupportedFeatureError(
             f"config.durability asks for {durability.level!r}, and this server keeps sessions in memory alone; start "

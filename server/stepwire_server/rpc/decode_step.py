@@ -85,7 +85,7 @@ def decode_step_request(begin: step_pb2.StepBegin, config: SessionConfig, max_ch
         awaits_admission=begin.await_admission,
         tables=tables,
         reply_rows=bool(config.tables) and not begin.reply.omit_rows,
-        opening=_opening(begin) if config.durability.level == "journal" else b"",
+        opening=_opening(begin) if config.durability.logged else b"",
     )
     return with_base_step(request, begin.base_step, config) if begin.HasField("base_step") else request
 

@@ -25,7 +25,11 @@ class DurableCodec:
     def __init__(self) -> None:
         """Be ready."""
         self._limits = ServerConfig(
-            data_dir="/", max_tensors=_MOST_TENSORS, max_lease_seconds=_LONGEST_SECONDS, max_chunk_bytes=64 * MIB
+            data_dir="/",
+            standby="required",
+            max_tensors=_MOST_TENSORS,
+            max_lease_seconds=_LONGEST_SECONDS,
+            max_chunk_bytes=64 * MIB,
         )
 
     def encode_config(self, config: SessionConfig) -> bytes:

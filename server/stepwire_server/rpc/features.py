@@ -26,6 +26,7 @@ SERVED_FEATURES: Final[tuple[str, ...]] = (
     "clip_grad_value",
     "durability_checkpoint",
     "durability_journal",
+    "durability_replicated",
     "formula_decay_after",
     "formula_keras",
     "formula_optax",

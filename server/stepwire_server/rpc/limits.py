@@ -24,6 +24,7 @@ _ROOMS: Final = {
     "/grpc.health.v1.Health/Check": HEALTH,
     "/grpc.health.v1.Health/Watch": WATCH,
     "/stepwire.v1.OptimizerService/Attach": STREAMS,
+    "/stepwire.v1.ReplicationService/Follow": STREAMS,
 }
 """The rooms of methods; of all others it is `CALLS`, by way of `ENTRANCE`."""
 

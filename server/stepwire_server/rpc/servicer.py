@@ -64,8 +64,9 @@ class OptimizerService:
         self._instance_id = instance_id
         self._local = local
         self._sharing = sharing
-        durable = [name for name in SERVED_FEATURES if name.startswith("durability_")]
-        self._features_off = sharing.features_off.union(() if config.data_dir else durable)
+        off = set() if config.data_dir else {"durability_checkpoint", "durability_journal"}
+        off |= set() if config.standby or config.standby_of else {"durability_replicated"}
+        self._features_off = sharing.features_off | off
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table.
@@ -122,6 +123,7 @@ class OptimizerService:
             sessions=self._sessions(context).count(),
             draining=self._serving.drain.started,
             local=self._local,
+            not_serving=self._serving.not_serving(),
         )
 
     def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:

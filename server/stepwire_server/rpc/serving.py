@@ -24,6 +24,7 @@ class Serving(NamedTuple):
         max_chunk_bytes: the most bytes of one chunk's payload.
         access: the admission of calls.
         reply_sinks: are told of each reply.
+        not_serving: returns the reason why the server serves no sessions; empty where it does.
         most_reply_bytes: the most bytes of a reply's payload in one message, whatever its client asks for.
     """
 
@@ -33,4 +34,5 @@ class Serving(NamedTuple):
     max_chunk_bytes: int
     access: AccessControl
     reply_sinks: Sequence[RepliedSink] = ()
+    not_serving: Callable[[], str] = lambda: ""
     most_reply_bytes: int = sys.maxsize

@@ -20,6 +20,7 @@ from stepwire_server.sessions.capture import Block, Capture
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.restoring import Restoring
 from stepwire_server.sessions.row_numbers import row_blocks
 from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
 from stepwire_server.sessions.state import SessionState
@@ -81,7 +82,7 @@ class StateExchange:
         self._lock = lock
         self._last_use = last_use
         self._progress = progress
-        self._awaiting: queue.SimpleQueue[Captured] | None = None
+        self._awaiting: tuple[queue.SimpleQueue[Captured], Callable[[], object]] | None = None
         self._loaded: Callable[[], object] = lambda: None
         self.loads = CallsUnderWay(last_use)
 
@@ -226,14 +227,17 @@ class StateExchange:
                 yield load
 
     @contextlib.contextmanager
-    def captured(self) -> Iterator[Captured]:
+    def captured(self, begun: Callable[[], object] = lambda: None) -> Iterator[Captured]:
         """Keep the present moment for a block, so that it can be read while steps go on.
+
+        Args:
+            begun: called at that moment, under the session's lock.
 
         Raises:
             SessionNotFoundError, DataLossError: there is no sound state.
             StateChangedError: a step is half applied, or another reader is at work.
         """
-        captured = self._begun()
+        captured = self._begun(begun)
         try:
             yield captured
         finally:
@@ -241,15 +245,16 @@ class StateExchange:
             with self._lock:
                 self._state.capture = None
 
-    def _begun(self) -> Captured:
+    def _begun(self, begun: Callable[[], object]) -> Captured:
         """Begin a capture: now, or at the end of the step that is half applied."""
         with self._lock:
             self._ledger.check_sound()
             if self._state.capture is not None or self._awaiting is not None:
                 raise StateChangedError("a checkpoint is being taken; try again later")
             if self._state.unfinished is None:
-                return self._begin()
-            self._awaiting = awaiting = queue.SimpleQueue[Captured]()
+                return self._begin(begun)
+            awaiting = queue.SimpleQueue[Captured]()
+            self._awaiting = awaiting, begun
         try:
             return awaiting.get(timeout=_PATIENCE_SECONDS)
         except queue.Empty:
@@ -262,10 +267,12 @@ class StateExchange:
     def step_over(self) -> None:
         """Begin the capture that waits for the end of a half-applied step, if one does. Under the session's lock."""
         if self._awaiting is not None:
-            self._awaiting.put(self._begin())
+            awaiting, begun = self._awaiting
+            awaiting.put(self._begin(begun))
             self._awaiting = None
 
-    def _begin(self) -> Captured:
+    def _begin(self, begun: Callable[[], object]) -> Captured:
+        begun()
         state, ledger = self._state, self._ledger
         state.capture = capture = Capture(state.config.visible_slots, state.config.layout.size, state.read)
         return Captured(
@@ -292,16 +299,30 @@ class StateExchange:
 
         Raises:
             DataLossError: the checkpoint is damaged.
-            ResourceExhaustedError: as `SessionState.restore`.
+            ResourceExhaustedError: as `restoring`.
         """
-        numbers, hold = captured.numbers, captured.holder
+        with self.restoring() as restoring:
+            restoring.read(read)
+            self.restored(restoring, captured)
+
+    def restoring(self) -> Restoring:
+        """Begin to bring in the arrays of another moment; a context manager.
+
+        Raises:
+            ResourceExhaustedError: as `SessionState.stage_load`.
+        """
+        return Restoring(self._state)
+
+    def restored(self, restoring: Restoring, captured: Captured) -> None:
+        """Complete a moment whose arrays are there, with its numbers."""
+        numbers = captured.numbers
         with self._lock:
-            self._state.restore(numbers, captured.sum_bound, read)
+            restoring.finish(numbers, captured.sum_bound)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
             if captured.members:
                 self._ledger.members.restore(captured.members, self._ledger.epoch)
             else:
-                self._ledger.worker.restore(hold.acquired, self._ledger.epoch)
+                self._ledger.worker.restore(captured.holder.acquired, self._ledger.epoch)
 
     def shadow(self, numbers: Snapshot | None = None, probed: ProbedValues | None = None) -> Shadow | None:
         """Make the shadow step of a state like this one; without numbers, of the present moment.

@@ -150,6 +150,12 @@ class Ledger:
         """Go on from the numbers of an earlier server."""
         self.applied_step, self.applied_load, self.ready, self.last_result = step, load, ready, last_result
 
+    def lead(self, epoch: int) -> None:
+        """Go on in a newer epoch: all holders attach again, and no step is lost that they knew to be durable."""
+        self.epoch, self.kept_step = epoch, self.applied_step
+        for member in self.members:
+            member.worker.restore(member.worker.holder.acquired, epoch)
+
     def replied(self, step: int) -> bool:
         """Tell whether a client that has the reply to `step` has the present parameters."""
         return step == self._replied

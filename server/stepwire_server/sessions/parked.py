@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from stepwire.errors import StepwireError
+from stepwire_server.observability.digests import digest_in_logs
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.session import Session
 
-__all__ = ["ParkedSession", "parked_session", "with_parked"]
+__all__ = ["ParkedSession", "durable_steps", "parked_session", "with_parked"]
 
 
 class ParkedSession(NamedTuple):
@@ -76,3 +77,14 @@ def with_parked(
             with contextlib.suppress(StepwireError):  # ended just now, or to be repaired
                 found.append(parked_session(directory, session_id))
     return found
+
+
+def durable_steps(sessions: Iterable[Session | ParkedSession]) -> dict[str, int]:
+    """Return the last step of each durable session that came from an earlier server, by the digest of its id."""
+    return {
+        digest_in_logs(each.session_id): max(each.ledger.durable_step, each.ledger.kept_step)
+        if isinstance(each, Session)
+        else each.durable_step
+        for each in sessions
+        if each.config.durability.level != "memory"
+    }

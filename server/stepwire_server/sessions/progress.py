@@ -180,7 +180,7 @@ class Progress:
         if self._log is None:
             return
         self._log.wait(mark.number)
-        if self._journals:
+        if self._journals and self._log.keeps:
             self._durable(mark.step)
 
     def settle_step(self, step: Step, mark: Mark) -> None:

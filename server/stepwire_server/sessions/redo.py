@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +11,7 @@ import numpy as np
 from stepwire.errors import DataLossError, Reason
 from stepwire.wire.dtypes import FLOAT32, dtype_named, wire_bytes
 from stepwire_server.durability.entries import Attempt, HoldEntry, LoadEntry, StepEntry, decode_entry
-from stepwire_server.durability.reading import LogRecord
-from stepwire_server.durability.records import Kind
+from stepwire_server.durability.records import Header, Kind
 from stepwire_server.durability.session_log import CHUNK, logged_rows
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.load_request import LoadRequest
@@ -24,9 +22,29 @@ from stepwire_server.sessions.session import Session
 from stepwire_server.steps.reply import ReplyPipeline
 from stepwire_server.steps.step import Step
 
-__all__ = ["Codec", "NoReply", "Openings", "Redo"]
+__all__ = ["ChunkRecords", "Codec", "NoReply", "Openings", "Redo", "RedoRecord"]
 
-_Key = tuple[int, int]
+
+class RedoRecord(Protocol):
+    """A record of a journal, read from the disk or received over a connection."""
+
+    @property
+    def header(self) -> Header:
+        """The header, with kind, session, entry, number and epoch."""
+        ...
+
+    @property
+    def meta(self) -> bytes:
+        """The small message."""
+        ...
+
+    def read_payload(self) -> HostArray:
+        """Return the bytes, `(n,) uint8`."""
+        ...
+
+
+ChunkRecords = dict[tuple[int, int], list[RedoRecord]]
+"""The chunks of commits to come, by the epoch and the number of their entry."""
 
 
 class Openings(Protocol):
@@ -97,14 +115,14 @@ class Redo:
         commits: the number of commits made so far.
     """
 
-    def __init__(self, session: Session, codec: Openings) -> None:
-        """Go on from the session as it stands; it has no log yet."""
+    def __init__(self, session: Session, codec: Openings, chunks: ChunkRecords | None = None) -> None:
+        """Go on from the session as it stands; it has no log yet. `chunks` came before, of commits to come."""
         self.session = session
         self.commits = 0
         self._codec = codec
-        self._chunks: dict[_Key, list[LogRecord]] = defaultdict(list)
+        self._chunks: ChunkRecords = {} if chunks is None else chunks
 
-    def add(self, record: LogRecord) -> None:
+    def add(self, record: RedoRecord) -> None:
         """Make the next record of the session again.
 
         Raises:
@@ -112,7 +130,7 @@ class Redo:
         """
         kind = record.header.kind
         if kind is Kind.CHUNK:
-            self._chunks[record.header.epoch, record.header.entry].append(record)
+            self._chunks.setdefault((record.header.epoch, record.header.entry), []).append(record)
         elif kind is Kind.COMMIT:
             self._step(decode_entry(StepEntry, record.meta), record)
         elif kind is Kind.LOAD:
@@ -123,7 +141,7 @@ class Redo:
             if hold.dropped:
                 self.session.ledger.members[hold.worker].restore(hold.dropped, hold.result)
 
-    def _step(self, entry: StepEntry, record: LogRecord) -> None:
+    def _step(self, entry: StepEntry, record: RedoRecord) -> None:
         session = self.session
         if entry.step > session.ledger.applied_step:
             _check_next(session, "step", entry.step, session.ledger.applied_step + 1)
@@ -131,7 +149,7 @@ class Redo:
             self._made(entry)
         self._drop(record, *entry.attempts)
 
-    def _load(self, entry: LoadEntry, record: LogRecord) -> None:
+    def _load(self, entry: LoadEntry, record: RedoRecord) -> None:
         session = self.session
         if entry.load > session.ledger.applied_load:
             _check_next(session, "load", entry.load, session.ledger.applied_load + 1)
@@ -147,7 +165,7 @@ class Redo:
         ledger = self.session.ledger
         ledger.members[worker].worker.restore(generation, ledger.epoch)
 
-    def _drop(self, commit: LogRecord, *attempts: Attempt) -> None:
+    def _drop(self, commit: RedoRecord, *attempts: Attempt) -> None:
         """Forget the chunks of a commit; those of other steps and loads may still be on their way."""
         for attempt in attempts:
             self._chunks.pop((commit.header.epoch, attempt.entry), None)
@@ -156,7 +174,7 @@ class Redo:
 class _Chunks:
     """The chunks of one commit."""
 
-    def __init__(self, chunks: dict[_Key, list[LogRecord]], commit: LogRecord) -> None:
+    def __init__(self, chunks: ChunkRecords, commit: RedoRecord) -> None:
         self._chunks = chunks
         self._commit = commit
 
@@ -166,7 +184,7 @@ class _Chunks:
         Raises:
             DataLossError: one is missing.
         """
-        found = self._chunks[self._commit.header.epoch, attempt.entry][: attempt.chunks]
+        found = self._chunks.get((self._commit.header.epoch, attempt.entry), [])[: attempt.chunks]
         if len(found) != attempt.chunks:
             raise DataLossError(
                 f"the log lacks {attempt.chunks - len(found)} chunks of a commit; see `stepwire checkpoint repair`",
@@ -177,7 +195,7 @@ class _Chunks:
             yield _Chunk(offset, count, slot, record.read_payload())
 
 
-def _inline(entry: StepEntry, record: LogRecord, dtype: np.dtype[Any]) -> Iterable[_Chunk]:
+def _inline(entry: StepEntry, record: RedoRecord, dtype: np.dtype[Any]) -> Iterable[_Chunk]:
     """Yield the chunks in a commit's own payload."""
     if not entry.inline:
         return
@@ -188,7 +206,7 @@ def _inline(entry: StepEntry, record: LogRecord, dtype: np.dtype[Any]) -> Iterab
         low = high
 
 
-def _redo_step(session: Session, entry: StepEntry, record: LogRecord, chunks: _Chunks, codec: Openings) -> None:
+def _redo_step(session: Session, entry: StepEntry, record: RedoRecord, chunks: _Chunks, codec: Openings) -> None:
     opened = codec.decode_opening(entry.opening, session.config)
     request = opened._replace(
         step=entry.step,

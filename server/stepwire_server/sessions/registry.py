@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from stepwire.errors import DataLossError, Reason, ResourceExhaustedError, StepwireError
+from stepwire.errors import DataLossError, ResourceExhaustedError, StepwireError
 from stepwire_server.devices.pool import Device, DevicePool
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
@@ -21,6 +21,7 @@ from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
+from stepwire_server.sessions.keeping import Replicas, keep, replicate
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.one_at_a_time import OneAtATime
 from stepwire_server.sessions.parked import ParkedSession, with_parked
@@ -44,6 +45,8 @@ class Registry:
         pool: the devices.
         clock: returns seconds.
         directory: the sessions on disk; None where all are in memory alone.
+        replicas: the sessions that a standby has too; None where no server follows this one.
+        epoch: the epoch of sessions in memory.
         streams: the attached streams.
         limits: the limits of the server and of each tenant.
     """
@@ -57,6 +60,8 @@ class Registry:
     ) -> None:
         """Start without sessions; `sinks` are told of each commit."""
         self.directory: DataDirectory | None = None
+        self.replicas: Replicas | None = None
+        self.epoch = 1
         self.pool = pool
         self.clock = clock
         self._sinks = tuple(sinks)
@@ -80,7 +85,7 @@ class Registry:
         self.directory = directory
         for device in self.pool:
             device.budget.on_shortage(functools.partial(self._parked_one, device))
-        for archived, session in directory.recover(self._remade):
+        for archived, session in directory.recover(self.remade):
             self._publish(archived.request_id, session)
         self._parked = {each.request_id: each.session_id for each in directory.parked()}
 
@@ -117,9 +122,10 @@ class Registry:
                 self.limits.tenant.check_session(session, self.of(tenant), self.clock())
                 if beginning is not None:
                     beginning.bring(session)
+            token = session.acquire().token
+            replicate(session, request_id, beginning, self.replicas)  # may wait for the standby, so others need not
             with self._creation:
-                token = session.acquire().token
-                self._keep(session, request_id, beginning)
+                keep(session, request_id, beginning, self.directory)
                 self._publish(request_id, session)
             return Created(session, token, replayed=False)
 
@@ -196,7 +202,7 @@ class Registry:
                 self._parked = {name: parked for name, parked in self._parked.items() if parked != session_id}
         if session is None:
             return 0
-        self._end([session])
+        self._gone([session])
         return session.ledger.applied_step
 
     def _to_delete(self, session_id: str, token: int) -> Session | None:
@@ -238,7 +244,7 @@ class Registry:
         self.streams.cancel_silent(now)
         for session in present:
             session.let_go()
-        self._end([session for session in expired if not session.durable])
+        self._gone([session for session in expired if not session.durable])
         for session in present:  # a half-applied step whose client is gone keeps the log
             half = session.unfinished_step and (session.idle_seconds(now) or 0.0) > self.limits.idle_seconds
             if session.durable and (half or session in expired):
@@ -331,24 +337,6 @@ class Registry:
             self._sessions[session.session_id] = session
             self._by_request[request_id] = session
 
-    def _keep(self, session: Session, request_id: str, beginning: Beginning | None) -> None:
-        """Have the data directory keep a new session, if it is durable.
-
-        Raises:
-            DataLossError: the disk failed; the session is gone.
-            StepwireError: as `beginning.keep`; the session is gone.
-        """
-        if self.directory is None or not session.durable:
-            return
-        with closed_on_failure(session):
-            try:
-                self.directory.add(session, request_id, beginning)
-            except OSError as error:
-                raise DataLossError(
-                    f"the session cannot be kept in the data directory: {error}; nothing was created",
-                    reason=Reason.DURABILITY_FAILED,
-                ) from error
-
     def _revived(self, session_id: str) -> Session:
         """Bring a parked session back, and park others where there is no room for it.
 
@@ -361,12 +349,12 @@ class Registry:
         if len(self._sessions) >= self.limits.sessions and not self._parked_one():
             others = self.of(self.tenant_of(session_id) or "")
             raise too_many_sessions(self.limits.sessions, others, self.clock())
-        archived, session = self.directory.revive(session_id, self._remade)
+        archived, session = self.directory.revive(session_id, self.remade)
         self._publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
         return session
 
-    def _remade(self, session_id: str, config: SessionConfig) -> Session:
+    def remade(self, session_id: str, config: SessionConfig) -> Session:
         """Make a session that the data directory has, on a device that this server has."""
         device = self.pool.choose(config.device if config.device in [each.name for each in self.pool] else "")
         return self._made(session_id, config, device, self.tenant_of(session_id) or "")
@@ -382,12 +370,23 @@ class Registry:
         Raises:
             ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
         """
-        epoch = 1 if self.directory is None else self.directory.epoch
+        epoch = self.epoch if self.directory is None else self.directory.epoch
         try:
             return Session(session_id, config, device, epoch=epoch, clock=self.clock, sinks=self._sinks)
         except ResourceExhaustedError as error:
             beside = [session for session in self.of(tenant) if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None
+
+    def adopt(self, request_id: str, session: Session) -> None:
+        """Serve a session that has followed another server's until now."""
+        self._publish(request_id, session)
+
+    def _gone(self, sessions: list[Session]) -> None:
+        """End sessions for good, on the standby too."""
+        self._end(sessions)
+        for session in sessions:
+            if self.replicas is not None:
+                self.replicas.remove(session.session_id)
 
     def _end(self, sessions: list[Session]) -> None:
         with self._lock:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepwire.errors import Reason, ResourceExhaustedError
+from stepwire_server.config import ServerConfig
 from stepwire_server.sessions.idle import with_idle_sessions
 
 if TYPE_CHECKING:
     from stepwire_server.sessions.session import Session
 
-__all__ = ["RegistryLimits", "TenantLimits"]
+__all__ = ["RegistryLimits", "TenantLimits", "limits_of"]
 
 
 class TenantLimits(NamedTuple):
@@ -105,3 +106,15 @@ class RegistryLimits(NamedTuple):
     streams: int
     idle_seconds: float
     tenant: TenantLimits = TenantLimits()
+
+
+def limits_of(config: ServerConfig) -> RegistryLimits:
+    """Return the limits in some settings."""
+    tenant = TenantLimits(
+        config.tenant_max_sessions,
+        config.tenant_max_streams,
+        config.tenant_memory,
+        config.tenant_steps_per_second,
+        config.tenant_disk,
+    )
+    return RegistryLimits(config.max_sessions, config.max_streams, config.step_idle_seconds, tenant)

@@ -7,7 +7,7 @@ float32 would end at 16 million updates of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "restore_rows",
     "row_blocks",
     "row_slots",
+    "rows_on_their_way",
 ]
 
 ROW_NUMBERS: Final = "row_numbers."
@@ -83,6 +84,15 @@ def row_slots(config: SessionConfig) -> dict[str, int]:
     return slots
 
 
+def rows_on_their_way(config: SessionConfig) -> dict[str, HostArray]:
+    """Return room for each array of numbers until all of them are there: sums, or parts of 16 bits."""
+    sums = {_name(index) for index, semantics in config.tables.items() if _sums(semantics)}
+    return {
+        slot: np.zeros(elements, np.float32 if slot in sums else np.uint16)
+        for slot, elements in row_slots(config).items()
+    }
+
+
 def row_blocks(numbers: Mapping[int, HostArray], tables: Mapping[int, RowIds]) -> Iterator[Block]:
     """Yield the arrays of some tables' numbers and ids as they are now; they may change once this has returned."""
     arrays = {_name(index): encoded(own) for index, own in numbers.items()}
@@ -98,31 +108,21 @@ def row_blocks(numbers: Mapping[int, HostArray], tables: Mapping[int, RowIds]) -
 
 
 def restore_rows(
-    config: SessionConfig,
-    numbers: Mapping[int, HostArray],
-    tables: Mapping[int, RowIds],
-    read: Callable[[str, int, HostArray], None],
+    numbers: Mapping[int, HostArray], tables: Mapping[int, RowIds], given: Mapping[str, HostArray]
 ) -> None:
-    """Take over the numbers and ids of a checkpoint.
+    """Take over the numbers and ids of another moment.
 
     Args:
-        config: the session's config.
         numbers: the numbers of each table that keeps some, by index.
         tables: the ids of each table that has some, by index.
-        read: reads a range of an array into another one, `(n,) float32`.
+        given: all arrays of `rows_on_their_way`.
     """
-    elements = row_slots(config)
     for index, own in numbers.items():
-        values = np.empty(elements[_name(index)], np.float32)
-        read(_name(index), 0, values)
-        own[:] = decoded(values, own.dtype)
+        own[:] = decoded(given[_name(index)], own.dtype)
     for index, ids in tables.items():
         for prefix, kept in zip(ROW_IDS, (ids.ids, ids.last), strict=True):
-            words = np.empty(0, np.uint16) if kept is None else kept.view(np.uint16)
-            for low, high in split_range(0, len(words), BLOCK):
-                values = np.empty(high - low, np.float32)
-                read(f"{prefix}{index}", low, values)
-                words[low:high] = values.astype(np.uint16)
+            if kept is not None:
+                kept.view(np.uint16)[:] = given[f"{prefix}{index}"]
         ids.restored()
 
 

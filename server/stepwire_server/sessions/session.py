@@ -123,8 +123,8 @@ class Session:
 
     @property
     def durable(self) -> bool:
-        """The session outlives its server."""
-        return self.config.durability.level != "memory"
+        """The session outlives its server, on the disk."""
+        return self.config.durability.on_disk
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -345,6 +345,12 @@ class Session:
             StepwireError: as `apply`.
         """
         return self._own.finish(step)
+
+    def lead(self, epoch: int) -> None:
+        """Serve from now on what followed another server: its holders attach again, in a newer epoch."""
+        with self._lock:
+            self.ledger.lead(epoch)
+            self.last_use.note()
 
     # --- end of life -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,9 @@ from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
 from stepwire_server.sessions.first_state import first_ids, initialize
 from stepwire_server.sessions.hashed_state import HashedState, make_rows
-from stepwire_server.sessions.row_numbers import first_numbers, present_numbers, restore_rows
+from stepwire_server.sessions.row_numbers import first_numbers, present_numbers
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
-from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.result import Effect
 from stepwire_server.steps.row_gradients import row_gradients, step_row_bytes
 from stepwire_server.steps.row_ids import RowIds, row_id_bytes
@@ -330,34 +329,6 @@ class SessionState:
             steps = request.tensor_steps or self.tensor_steps.tensor_steps()
             self.tensor_steps = TensorSteps(self.config, steps, request.tensor_scalars)
         self.loss_scale = request.loss_scale or self.loss_scale
-
-    def restore(self, numbers: Snapshot, sum_bound: float, read: Callable[[str, int, HostArray], None]) -> None:
-        """Take over the arrays and numbers of a checkpoint.
-
-        Args:
-            numbers: t of each tensor, the scalars, the loss scale.
-            sum_bound: of the accumulated gradient.
-            read: reads a range of a visible slot into an array, `(n,) float32`.
-
-        Raises:
-            DataLossError: the checkpoint is damaged.
-            ResourceExhaustedError: slots that are not float32 do not fit a second time beside the state.
-        """
-        config, slots = self.config, self.config.visible_slots
-        plain = set(slots) == set(config.slots) and set(config.slots.values()) == {Precision.FLOAT32}
-        with contextlib.ExitStack() as stack:
-            target = self.arrays if plain else stack.enter_context(contextlib.closing(self.stage_load(slots))).arrays
-            for slot in slots:
-                for low, high in split_range(0, config.layout.size, _COPY_ELEMENTS):
-                    values = np.empty(high - low, np.float32)
-                    read(slot, low, values)
-                    target.write(slot, low, values)
-            if not plain:
-                self.arrays.adopt(target)
-            self.arrays.settle()
-        restore_rows(config, self.row_numbers, self.row_ids, read)
-        self.tensor_steps = TensorSteps(config, numbers.tensor_steps, numbers.tensor_scalars)
-        self.loss_scale, self.sum_bound = numbers.loss_scale or self.loss_scale, sum_bound
 
     # --- memory that is shared with the client -----------------------------------------------------------
 

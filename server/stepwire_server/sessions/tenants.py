@@ -75,7 +75,7 @@ class TenantSessions:
 
     def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
         """See `Registry.create`; a durable session needs room on the disk."""
-        if config.durability.level != "memory":
+        if config.durability.on_disk:
             self.check_disk(lambda: self.created(request_id) is not None)
         return self._registry.create(self.named(request_id), config, beginning)
 

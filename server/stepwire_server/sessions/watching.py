@@ -72,7 +72,7 @@ def _snapshot(session: Session, now: float) -> SessionSnapshot:
         state=state_of(session),
         transports=_distinct(stream.transport for stream in streams),
         applied_step=ledger.applied_step,
-        durable_step=ledger.durable_step if session.durable else None,
+        durable_step=ledger.durable_step if session.config.durability.level != "memory" else None,
         memory_bytes=session.memory_bytes,
         attached_workers=len(streams),
         workers=ledger.members.most,

@@ -297,9 +297,9 @@ def test_a_checkpoint_waits_for_the_end_of_a_half_applied_step(
 
     asked, begun = threading.Event(), served.exchange._begun
 
-    def told() -> Any:
+    def told(*arguments: Any) -> Any:
         asked.set()
-        return begun()
+        return begun(*arguments)
 
     saving = threading.Thread(target=lambda: outcome.append(save(server, session) is None))
     monkeypatch.setattr(served, "apply", held)

@@ -12,6 +12,7 @@ import pytest
 import stepwire
 from stepwire.errors import Reason, error_from_reason
 from stepwire_server.sessions.session import Session
+from tests.support.health import health_of
 from tests.support.numpy_server import numpy_server
 
 ZEROS = {"w": np.zeros(64, np.float32)}
@@ -71,3 +72,12 @@ def test_an_old_owner_that_knows_fewer_durable_steps_does_not_say_that_steps_are
                 own.settle()
         assert isinstance(own, Session)
         assert other._told(error) is error
+
+
+def test_an_old_owner_tells_health_checks_that_it_serves_nothing(tmp_path: pathlib.Path) -> None:
+    with numpy_server(data_dir=str(tmp_path)) as old:
+        assert health_of(old) == "SERVING"
+        with numpy_server(data_dir=str(tmp_path)) as new:
+            old._look_at_owner()
+            new._look_at_owner()
+            assert [health_of(old), health_of(old, ""), health_of(new)] == ["NOT_SERVING", "NOT_SERVING", "SERVING"]

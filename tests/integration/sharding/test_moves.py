@@ -84,7 +84,8 @@ def test_a_shard_that_moves_loses_no_step(tmp_path: pathlib.Path, move: Callable
         assert epochs == [1, 2]
         directory = ShardDirectory(tmp_path / "directory")
         assert directory.shards() == ["shard-0", "shard-1"]
-        assert directory.newest("shard-1")[0] == 2
+        entry = directory.entry("shard-1")
+        assert (entry.epoch, [*entry.durable_steps.values()]) == (2, [2]), "the steps before the move"
 
 
 def test_a_shard_is_found_by_its_id_wherever_its_server_stands_in_the_list() -> None:
@@ -124,7 +125,7 @@ def test_a_directory_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
         directory.announce("../a", 1, "127.0.0.1:2")
     for settings, problem in (
         ({"shard": "a"}, "needs --directory"),
-        ({"directory": str(tmp_path), "shard": "a"}, "needs --data-dir"),
+        ({"directory": str(tmp_path), "shard": "a"}, "needs --data-dir, or --standby"),
         ({"directory": str(tmp_path), "data_dir": str(tmp_path / "data")}, "needs --shard"),
     ):
         with pytest.raises(stepwire.InvalidRequestError, match=problem), numpy_server(**settings):

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2
 
 from stepwire.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
 from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import replication_service_pb2
 from stepwire_server.access.control import AccessControl, Caller
 from stepwire_server.access.identity import EVERYBODY, METHODS, METRICS_PATH, STATUS_PATH, Role
 from stepwire_server.access.tokens import TokenFile, TokenRecord, digest_of, new_token, read_tokens, write_tokens
@@ -28,6 +29,7 @@ def record(token: str, name: str = "ann", role: Role = Role.TRAINER, expires: fl
 def test_every_method_is_in_the_table() -> None:
     services = [
         pb.DESCRIPTOR.services_by_name["OptimizerService"],
+        replication_service_pb2.DESCRIPTOR.services_by_name["ReplicationService"],
         health_pb2.DESCRIPTOR.services_by_name["Health"],
     ]
     served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}

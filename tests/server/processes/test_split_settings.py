@@ -132,3 +132,12 @@ def test_the_machine_is_measured_and_gpus_only_where_they_may_be_used() -> None:
     assert look_at_machine("auto", cupy) == Machine(host.processor_count(), host.memory_bytes(), (5, 6))
     assert look_at_machine("cpu", cupy).gpu_memory_bytes == ()
     assert look_at_machine("cuda", types.SimpleNamespace()).gpu_memory_bytes == ()
+
+
+def test_each_process_is_a_shard_of_the_directory() -> None:
+    settings = {"processes": 2, "directory": "/shared", "shard": "a", "data_dir": "/data", "advertise": "node7:50051"}
+    assert cut("shard", **settings) == ["a-0", "a-1"]
+    assert cut("advertise", **settings) == ["node7:50051", "node7:50052"]
+    assert cut("shard", processes=2) == ["", ""]
+    with pytest.raises(InvalidRequestError, match="standby: 2 processes would need as many standbys"):
+        cut("shard", processes=2, standby="required")

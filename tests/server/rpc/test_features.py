@@ -442,7 +442,7 @@ def test_features_are_named_as_the_contracts_comments_name_them(live: Any) -> No
     assert refused <= named
     assert set(SERVED_FEATURES) <= named
     assert tuple(sorted(SERVED_FEATURES)) == SERVED_FEATURES
-    off = ("transport_cuda_ipc", "durability_checkpoint", "durability_journal")  # on a CPU, in memory
+    off = ("transport_cuda_ipc", "durability_checkpoint", "durability_journal", "durability_replicated")
     on_cpu = tuple(name for name in SERVED_FEATURES if name not in off)
     assert tuple(live.wire.info().features) == on_cpu
 
