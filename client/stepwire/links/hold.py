@@ -364,13 +364,13 @@ class Hold:
         self.lane.announce()
         return stream, messages
 
-    def _messages(self, call: StepCall, *, again: bool) -> Iterator[bytes]:
+    def _messages(self, call: StepCall, *, again: bool) -> Iterable[bytes]:
         """Return the messages of a step; its opening alone where a large gradient may have to wait for others."""
         gradient_bytes = wire_bytes(call.gradient_dtype, self._packer.layout.size)
         waits = self._is_aggregated and not again and gradient_bytes > _WAITS_FROM_BYTES
         call.begun = call.begin.await_admission = waits
         if waits:
-            return iter([pb.AttachRequest(begin=call.begin).SerializeToString()])
+            return [pb.AttachRequest(begin=call.begin).SerializeToString()]
         return call.messages(self._packer, self._chunk_bytes, again=again)
 
 
