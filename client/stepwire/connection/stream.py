@@ -94,11 +94,13 @@ class AttachedStream:
         if self._watchdog.barked:  # as the step before ended: too late for that one, and no fault of this one
             raise UnavailableError("the stream was cancelled between two steps; attach again")
         self._call.put(messages)
+        cancel = self._call.cancel
         try:
-            with deadline.within(self._call.cancel):
-                while True:
-                    yield read_frame(pb.AttachResponse, self._receive(deadline))
+            deadline.enter(cancel)
+            while True:
+                yield read_frame(pb.AttachResponse, self._receive(deadline))
         finally:
+            deadline.leave(cancel)
             self._watchdog.disarm()
 
     def send(self, messages: Iterable[bytes]) -> None:

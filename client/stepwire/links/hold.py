@@ -237,6 +237,9 @@ class Hold:
             StepMismatchError: the session was stepped or loaded without this client.
             SessionNotReadyError: a step that this one does not repeat is half applied.
         """
+        plain = not (self.unfinished_step or self._is_aggregated) and self._load_on_server == self.applied_load
+        if plain and self.applied_step == self.step_on_server == step - 1:  # as almost always
+            return
         if self.unfinished_step and not sent:
             raise unfinished(self.unfinished_step)
         self.check_kept()
