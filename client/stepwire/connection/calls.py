@@ -19,12 +19,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
-from grpc import _channel, _common
-from grpc._cython import cygrpc
+import grpc._channel as _grpc_channel
+import grpc._common as _grpc_common
+import grpc._cython.cygrpc as _grpc_core
 
 __all__ = ["DirectCall", "StreamCall", "ThreadedCall", "open_call"]
 
 _log = logging.getLogger("stepwire")
+_channel: Any = _grpc_channel
+_common: Any = _grpc_common
+cygrpc: Any = _grpc_core
 _METHOD: Final = "/stepwire.v1.OptimizerService/Attach"
 _NO_FLAGS: Final = 0
 _CANCELLED: Final = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[grpc.StatusCode.CANCELLED]
@@ -268,9 +272,7 @@ class DirectCall:
         code = _common.CYGRPC_STATUS_CODE_TO_STATUS_CODE.get(status.code(), grpc.StatusCode.UNKNOWN)
         if code is grpc.StatusCode.OK:
             raise StopIteration
-        raise _channel._InactiveRpcError(
-            _channel._RPCState((), (), status.trailing_metadata(), code, status.details())
-        )
+        raise _channel._InactiveRpcError(_channel._RPCState((), (), status.trailing_metadata(), code, status.details()))
 
     def _drain(self) -> None:
         """Receive the last events of a closed call, unless another thread does: the one that receives, at its end."""

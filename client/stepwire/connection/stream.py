@@ -22,6 +22,7 @@ from stepwire.wire.frames import Frame, read_frame
 
 __all__ = ["AttachedStream", "Carrier", "deadline_passed"]
 
+
 class Carrier(Protocol):
     """The way of a stream's messages: the stream itself, or another one beside it."""
 

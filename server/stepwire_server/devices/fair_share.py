@@ -119,12 +119,15 @@ class FairShare:
                 tenant = self._tenants[name] = _Tenant(self._root, self._weights.get(name, 1))
             return tenant
 
-    def acquire(self, queue: Queue, nbytes: int, state: EngineState, gradient: Gradient | None) -> None:
-        """Wait for a turn; see `Flow.acquire`."""
+    def acquired_at_once(self) -> bool:
+        """Acquire a turn if one is free."""
         with self._lock:
-            if self._free:
-                self._free -= 1
-                return
+            if free := self._free:
+                self._free = free - 1
+        return free > 0
+
+    def acquire(self, queue: Queue, nbytes: int, state: EngineState, gradient: Gradient | None) -> None:
+        """Wait for a turn that was not free; see `Flow.acquire`."""
         state.yield_buffers(gradient)
         with self._lock:
             if self._free:
@@ -143,7 +146,10 @@ class FairShare:
         """Give back a turn that has lasted so long: the next request in order has it."""
         with self._lock:
             flow.seconds += seconds
-            self._pass_on()
+            if self._waiting:
+                self._pass_on()
+            else:
+                self._free += 1
 
     def _withdraw(self, queue: Queue, turn: _Turn) -> None:
         """Give up a wait that was interrupted, or the turn that has come meanwhile."""
@@ -200,7 +206,8 @@ class Flow:
         Returns:
             The beginning of the turn, for `release`.
         """
-        self._share.acquire(self._queue, nbytes, state, gradient)
+        if not self._share.acquired_at_once():
+            self._share.acquire(self._queue, nbytes, state, gradient)
         return perf_counter()
 
     def release(self, began: float) -> None:

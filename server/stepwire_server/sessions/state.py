@@ -199,8 +199,7 @@ class SessionState:
         """
         config = self.config
         room = self.reserve_step(request) if room is None else room
-        with contextlib.ExitStack() as undo:
-            undo.callback(room.release)
+        try:
             gradient = StagedGradient(
                 request.gradient_dtype,
                 config.without(request.missing),
@@ -209,8 +208,11 @@ class SessionState:
                 unscale=unscale,
                 sums=config.squares,
             )
-            gradient.rows = row_gradients(request, gradient.selection, self.arrays)
-            undo.pop_all()
+            if config.tables:
+                gradient.rows = row_gradients(request, gradient.selection, self.arrays)
+        except BaseException:
+            room.release()
+            raise
         return gradient
 
     def reserve_step(self, request: StepRequest) -> Reservation:
