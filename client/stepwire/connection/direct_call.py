@@ -44,7 +44,8 @@ class DirectCall:
         self._lock = threading.Lock()
         self._receiving = threading.Lock()
         self._pending: deque[bytes] = deque()
-        self._sends = self._receives = self._ends = self._closed = False
+        self._sending = threading.Lock()  # held while a message is on its way: gRPC sends one at a time
+        self._receives = self._closed = False
         self._received: bytes | None = None
         self._status: Any = None
         self._sender: _Sender | None = None
@@ -74,7 +75,10 @@ class DirectCall:
             self._pending.extend(messages)
             return
         if sender is None:
-            self._sender = sender = _Sender(self._start, self.cancel)
+            self._sender = sender = _Sender(self._send, self.cancel)
+        if self._pending:
+            sender.put(tuple(self._pending))
+            self._pending.clear()
         sender.put(messages)
 
     def half_close(self) -> None:
@@ -115,12 +119,18 @@ class DirectCall:
         The two are no single operation. It would fail as a whole where the server replies without reading and ends the
         call, and the reply would be lost.
         """
-        if self._pending and not self._sends:
-            self._sends = True
+        if self._pending and self._sending.acquire(blocking=False):
             self._start((_core.SendMessageOperation(self._pending.popleft(), _NO_FLAGS),))
         if not (self._receives or self._pending):
             self._receives = True
             self._start((_core.ReceiveMessageOperation(_NO_FLAGS),))
+
+    def _send(self, message: bytes) -> bool:
+        """Send a message when the one before is on the wire; False once the call has ended."""
+        self._sending.acquire()
+        if not (started := self._start((_core.SendMessageOperation(message, _NO_FLAGS),))):
+            self._sending.release()
+        return started
 
     def _start(self, operations: tuple[Any, ...]) -> bool:
         """Start operations together; False once the call has ended."""
@@ -137,9 +147,7 @@ class DirectCall:
             if kind == _RECEIVED:
                 self._received, self._receives = operation.message(), False
             elif kind == _SENT:
-                self._sends = False
-                if self._sender is not None:
-                    self._sender.note_sent()
+                self._sending.release()
             elif kind == _STATUS:
                 self._status = operation
 
@@ -164,10 +172,9 @@ class DirectCall:
 class _Sender:
     """The thread that sends messages while they are made."""
 
-    def __init__(self, start: Callable[[tuple[Any, ...]], bool], cancel: Callable[[], object]) -> None:
-        self._start = start
+    def __init__(self, send: Callable[[bytes], bool], cancel: Callable[[], object]) -> None:
+        self._send = send
         self._cancel = cancel
-        self._sent: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._batches: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         self._open = 0
         self._lock = threading.Lock()
@@ -182,18 +189,14 @@ class _Sender:
             self._open += 1
         self._batches.put(messages)
 
-    def note_sent(self) -> None:
-        self._sent.put(True)
-
     def close(self) -> None:
-        self._sent.put(False)
         self._batches.put(None)
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
             try:
                 for message in batch:
-                    if not (self._start((_core.SendMessageOperation(message, _NO_FLAGS),)) and self._sent.get()):
+                    if not self._send(message):
                         return
             except Exception:
                 _log.exception("a message could not be made; its step is given up")

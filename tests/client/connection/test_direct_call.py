@@ -63,6 +63,13 @@ def test_messages_that_are_made_are_sent_by_a_thread_and_stay_in_order(call: Dir
     assert not sender.is_alive()
 
 
+def test_messages_of_both_kinds_by_turns_are_sent_one_at_a_time(call: DirectCall) -> None:
+    for turn in range(20):
+        call.put([b"%d there" % turn])
+        call.put(iter([b"%d made" % turn, b"%d too" % turn]))
+        assert [call.receive() for _ in range(3)] == [b"%d %s" % (turn, kind) for kind in (b"there", b"made", b"too")]
+
+
 def test_a_message_that_cannot_be_made_ends_the_call(call: DirectCall, caplog: pytest.LogCaptureFixture) -> None:
     def failing() -> Iterator[bytes]:
         yield b"1"
