@@ -120,7 +120,8 @@ class DirectCall:
         call, and the reply would be lost.
         """
         if self._pending and self._sending.acquire(blocking=False):
-            self._start((_core.SendMessageOperation(self._pending.popleft(), _NO_FLAGS),))
+            if not self._start((_core.SendMessageOperation(self._pending.popleft(), _NO_FLAGS),)):
+                self._sending.release()
         if not (self._receives or self._pending):
             self._receives = True
             self._start((_core.ReceiveMessageOperation(_NO_FLAGS),))
