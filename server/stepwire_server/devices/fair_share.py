@@ -142,15 +142,6 @@ class FairShare:
             self._withdraw(queue, turn)
             raise
 
-    def release(self, flow: Flow, seconds: float) -> None:
-        """Give back a turn that has lasted so long: the next request in order has it."""
-        with self._lock:
-            flow.seconds += seconds
-            if self._waiting:
-                self._pass_on()
-            else:
-                self._free += 1
-
     def _withdraw(self, queue: Queue, turn: _Turn) -> None:
         """Give up a wait that was interrupted, or the turn that has come meanwhile."""
         with self._lock:
@@ -212,7 +203,13 @@ class Flow:
 
     def release(self, began: float) -> None:
         """Give a turn back."""
-        self._share.release(self, perf_counter() - began)
+        share, seconds = self._share, perf_counter() - began
+        with share._lock:
+            self.seconds += seconds
+            if share._waiting:
+                share._pass_on()  # the next request in order has it
+            else:
+                share._free += 1
 
     def _join(self, tenant: _Tenant) -> None:
         self._tenant = tenant  # which lasts as long as there is a session of it
