@@ -200,16 +200,10 @@ class SessionState:
         config = self.config
         room = self.reserve_step(request) if room is None else room
         try:
-            gradient = StagedGradient(
-                request.gradient_dtype,
-                config.without(request.missing),
-                self.arrays,
-                room,
-                unscale=unscale,
-                sums=config.squares,
-            )
+            dtype, selection, sums = request.gradient_dtype, config.without(request.missing), config.squares
+            gradient = StagedGradient(dtype, selection, self.arrays, room, unscale=unscale, sums=sums)
             if config.tables:
-                gradient.rows = row_gradients(request, gradient.selection, self.arrays)
+                gradient.rows = row_gradients(request, selection, self.arrays)
         except BaseException:
             room.release()
             raise
