@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 
 def describe() -> dict[str, str]:
@@ -33,6 +35,36 @@ def peak_resident_bytes(pid: int) -> int:
 def reset_peak(pid: int) -> None:
     """Start a new measurement of the peak."""
     pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+class Work(NamedTuple):
+    """The work of the threads of a process so far.
+
+    Attributes:
+        cpu_seconds: the time on a processor.
+        switches: the waits: how often a thread gave up its processor by itself.
+    """
+
+    cpu_seconds: float
+    switches: int
+
+
+def work(pid: int) -> Work:
+    """Return the work of the threads of a process that are there now."""
+    seconds, switches = 0.0, 0
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            nanoseconds = int((task / "schedstat").read_text().split()[0])
+            lines = (task / "status").read_text().splitlines()
+            switches += next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+            seconds += nanoseconds * 1e-9
+    return Work(seconds, switches)
+
+
+def added(total: Work | None, before: Work, after: Work) -> Work:
+    """Return the work until now, and between two moments."""
+    seconds, switches = total or (0.0, 0)
+    return Work(seconds + after.cpu_seconds - before.cpu_seconds, switches + after.switches - before.switches)
 
 
 def _status(pid: int, field: str) -> int:

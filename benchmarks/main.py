@@ -30,6 +30,7 @@ import many
 import messages
 import metrics
 import occupancy
+import own_arrays
 import report
 import row_steps
 import sections
@@ -54,6 +55,7 @@ Figures = dict[str, Any]
 _LARGE = 32_000_000
 _SIZES = (1_000, 10_000, 1_000_000, _LARGE)
 _TORCH = 25_000_000
+_OWN_ARRAYS = 23_000_000
 _QUICK_LARGE = 1_000_000
 _QUICK_SIZES = (1_000, 100_000)
 _QUICK_VARIANTS = ("tcp", "shm in place")
@@ -75,6 +77,8 @@ GOALS = (
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
     Goal(_SMALL_STEPS, "shm to tcp", 1.0),
+    Goal("own arrays", "new arrays to fused", 2.0),
+    Goal("own arrays", "in place to fused", 1.15),
     Goal("torch step", "shm views to fused", 1.25),
     Goal("torch step", "tcp to its parts", 1.2),
     Goal("durability", durability.JOURNAL_TO_PARTS, 0.95),
@@ -163,6 +167,7 @@ class Run:
         self._lane()
         self._transports()
         self._torch()
+        self._own_arrays()
         self._workers()
         self._rows()
         self._section(
@@ -218,6 +223,13 @@ class Run:
         size, rounds = (300_000, 2) if self._quick else (_TORCH, 9)
         with echo_process() as echo, server_process("--device", "cpu") as server:
             self._section("torch step", lambda: torch_step(server.target, echo, size=size, rounds=rounds))
+
+    def _own_arrays(self) -> None:
+        if not self._wants("own arrays"):
+            return
+        size, rounds = (1_000_000, 2) if self._quick else (_OWN_ARRAYS, 9)
+        with server_process("--device", "cpu") as server:
+            self._section("own arrays", lambda: own_arrays.own_arrays(server.target, size=size, rounds=rounds))
 
     def _rows(self) -> None:
         if not self._wants("rows"):

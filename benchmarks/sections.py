@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
@@ -32,6 +33,7 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
     message = sized_message(payload + _FRAME_OVERHEAD["request"], payload + _FRAME_OVERHEAD["reply"])
     raw = EchoStream(echo, "Echo")
     times: dict[str, list[float]] = {"step": [], "echo": []}
+    processes, done = {"client": os.getpid(), "server": server.pid}, dict[str, machine.Work]()
     with stepwire.connect(server.target, transport="tcp") as client, client.create_session(gradient) as session:
         actions: dict[str, Callable[[], Any]] = {
             "step": lambda: session.step(gradient, out=out),
@@ -41,9 +43,18 @@ def small_step(server: ServerProcess, echo: str, *, size: int = 1000, rounds: in
             times_of(action, 3 * batch)
         for _ in range(rounds):
             for name, action in actions.items():
+                before = {who: machine.work(pid) for who, pid in processes.items()}
                 times[name] += times_of(action, batch)
+                if name == "step":
+                    for who, pid in processes.items():
+                        done[who] = machine.added(done.get(who), before[who], machine.work(pid))
     raw.close()
     figures: Figures = {"parameters": size, "samples": rounds * batch}
+    for who, work in done.items():
+        figures |= {
+            f"step_{who}_cpu_us": work.cpu_seconds / (rounds * batch) * 1e6,
+            f"step_{who}_switches": work.switches / (rounds * batch),
+        }
     for quantile in (50, 99):
         step, floor = (float(np.percentile(times[name], quantile)) for name in ("step", "echo"))
         figures |= {

@@ -244,6 +244,21 @@ def test_answers_are_written_into_the_arrays_that_were_given(client: stepwire.Cl
         assert bits(model) == bits(session.pull())
 
 
+def test_a_large_answer_that_is_kept_or_written_changes_no_other(client: stepwire.Client) -> None:
+    """Its memory is used again once nothing shows it: `ReplyMemory`."""
+    size, answers = 1 << 18, []
+    with client.create_session({"w": np.zeros(size, np.float32)}, optimizer=stepwire.SGD(lr=1.0)) as session:
+        gradient = {"w": np.ones(size, np.float32)}
+        kept = session.step(gradient)["w"][-3:]  # a slice, for ever
+        for _ in range(4):
+            answers.append(session.step(gradient)["w"])
+            answers[-1][0] = 7.0
+            del answers[:-2]
+        last = session.step(gradient)["w"]
+    assert (kept.tolist(), last[0], last[-1]) == ([-1.0] * 3, -6.0, -6.0)
+    assert [(answer[0], answer[-1]) for answer in answers] == [(7.0, -4.0), (7.0, -5.0)]
+
+
 def test_out_may_be_a_tuple_of_arrays(client: stepwire.Client) -> None:
     parameters = [np.float32([1, 2]), np.float32([3])]
     out = (np.zeros(2, np.float32), np.zeros(1, np.float32))

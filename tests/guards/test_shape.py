@@ -136,7 +136,8 @@ def private_reaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_no_class_reaches_into_another_modules_privates() -> None:
     found = [(name, line, text) for name, _, tree in sources() for line, text in private_reaches(tree)]
     # torch has no public name for the count of a tensor's changes, and for the indices of one that is not coalesced.
-    allowed = {"os._exit", "tensor._version", "gradient._indices"}
+    # gRPC has none for the channel below its own, whose calls need no threads.
+    allowed = {"os._exit", "tensor._version", "gradient._indices", "core._channel"}
     assert [(name, line, text) for name, line, text in found if text not in allowed] == []
 
 

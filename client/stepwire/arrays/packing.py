@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
+from stepwire.arrays.reply_memory import ReplyMemory
 from stepwire.arrays.rows import check_dense
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout
@@ -111,6 +112,7 @@ class Packer:
         # Every step has the same chunks.
         self._chunks: dict[tuple[int, int, bool], Sequence[ChunkLayout]] = {}
         self._ranges: dict[tuple[int, int], list[PackedRange]] = {}
+        self._replies = ReplyMemory()
 
     def chunks(self, most: int, dtype: np.dtype[Any] = FLOAT32, *, tables: bool = True) -> Sequence[ChunkLayout]:
         """Return the chunks of at most `most` elements, in order, each aligned as the layout and the encoding ask.
@@ -264,7 +266,7 @@ class Packer:
 
     def allocate_named(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:
         """Return new arrays as `allocate` does, by name."""
-        buffer = np.empty(self.layout.size, dtype)
+        buffer = self._replies.empty(self.layout.size, dtype)
         flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
         named = {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}
         return self.in_order(named), flat

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
+import numpy as np
+
 from stepwire.errors import InvalidRequestError, Reason
 
 __all__ = ["SEPARATOR", "Flattened", "Structure", "Tree", "expanded", "flattened", "is_nested", "structure_like"]
@@ -24,6 +26,7 @@ Tree: TypeAlias = dict[str, Any] | list[Any] | tuple[Any, ...]
 """The arrays that users get back, in dicts, lists and tuples like their own."""
 
 _BRANCHES: Final = (Mapping, list, tuple)
+_LEAVES: Final = frozenset({np.ndarray})  # as almost always; an abstract class is asked about any other type
 
 
 class Structure:
@@ -68,8 +71,12 @@ def is_nested(arrays: object) -> bool:
     """
     if isinstance(arrays, tuple):
         return True
-    values = arrays.values() if isinstance(arrays, Mapping) else arrays if isinstance(arrays, list) else ()
-    return any(issubclass(kind, _BRANCHES) for kind in set(map(type, values)))
+    if type(arrays) is dict or isinstance(arrays, Mapping):
+        values: Iterable[object] = arrays.values()
+    else:
+        values = arrays if isinstance(arrays, list) else ()
+    kinds = set(map(type, values))
+    return not kinds <= _LEAVES and any(issubclass(kind, _BRANCHES) for kind in kinds)
 
 
 def flattened(arrays: object, field: str) -> Flattened:

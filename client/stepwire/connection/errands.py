@@ -217,14 +217,14 @@ class _OwnThreads:
                 self._hire()
             ring = errand()
             del errand  # its caller may wait for the end of what it holds
+            with self._lock:  # before the ring: the caller wakes, and finds the interpreter free
+                retires = self._idle >= _MOST_IDLE
+                self._count, self._idle = self._count - retires, self._idle + (not retires)
             if ring is not None:
                 ring()
+            if retires:
+                return
             del ring
-            with self._lock:
-                if self._idle >= _MOST_IDLE:
-                    self._count -= 1
-                    return
-                self._idle += 1
 
 
 _threads = _OwnThreads()

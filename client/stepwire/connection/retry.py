@@ -53,15 +53,23 @@ class Deadline:
     @contextlib.contextmanager
     def within(self, cancel: Callable[[], object]) -> Iterator[None]:
         """Have `end` call `cancel` for as long as the block lasts; at once, if the time was ended before."""
-        with self._lock:
-            self._cancels.append(cancel)
         try:
-            if self.ended:
-                cancel()
+            self.enter(cancel)
             yield
         finally:
-            with self._lock:
-                self._cancels.remove(cancel)
+            self.leave(cancel)
+
+    def enter(self, cancel: Callable[[], object]) -> None:
+        """Have `end` call `cancel` until `leave`; at once, if the time was ended before."""
+        with self._lock:
+            self._cancels.append(cancel)
+        if self.ended:
+            cancel()
+
+    def leave(self, cancel: Callable[[], object]) -> None:
+        """Have `end` not call `cancel` any more."""
+        with self._lock:
+            self._cancels.remove(cancel)
 
     def pause(self, seconds: float) -> None:
         """Sleep, until `end` at the longest."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import queue
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import grpc
 
+from stepwire.connection.calls import StreamCall, open_call
 from stepwire.connection.errands import later
 from stepwire.connection.retry import Deadline
 from stepwire.connection.watchdog import Watchdog
@@ -22,8 +22,6 @@ from stepwire.wire.frames import Frame, read_frame
 
 __all__ = ["AttachedStream", "Carrier", "deadline_passed"]
 
-_METHOD: Final = "/stepwire.v1.OptimizerService/Attach"
-
 
 class Carrier(Protocol):
     """The way of a stream's messages: the stream itself, or another one beside it."""
@@ -35,30 +33,6 @@ class Carrier(Protocol):
     def send(self, messages: Iterable[bytes]) -> None:
         """See `AttachedStream.send`."""
         ...
-
-
-class _Outbox(Iterator[bytes]):
-    """Messages to send, made when gRPC asks for them: at most one waits beside the one on the wire.
-
-    gRPC reads the outbox in a thread of its own, so a large gradient is packed while its start is being sent.
-    """
-
-    def __init__(self) -> None:
-        self._batches: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
-        self._current: Iterator[bytes] = iter(())
-
-    def put(self, frames: Iterable[bytes]) -> None:
-        self._batches.put(iter(frames))
-
-    def close(self) -> None:
-        self._batches.put(None)
-
-    def __next__(self) -> bytes:
-        while (frame := next(self._current, None)) is None:
-            if (batch := self._batches.get()) is None:
-                raise StopIteration
-            self._current = batch
-        return frame
 
 
 class AttachedStream:
@@ -74,6 +48,8 @@ class AttachedStream:
         opening: attach_pb2.AttachOpen,
         deadline: Deadline,
         metadata: tuple[tuple[str, str], ...] = (),
+        *,
+        direct: bool = True,
     ) -> None:
         """Attach.
 
@@ -82,25 +58,20 @@ class AttachedStream:
             opening: the first message.
             deadline: the deadline of the opening.
             metadata: the metadata of the call.
+            direct: the stream's messages are short; see `calls.open_call`.
 
         Raises:
             StepwireError: the server refused, or could not be reached before the deadline.
         """
         self._forks = forks.count
-        self._outbox = _Outbox()
-        stub: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
-            _METHOD, request_serializer=None, response_deserializer=None
-        )
-        self._call = stub(self._outbox, metadata=metadata)
+        self._call = open_call(channel, metadata, direct=direct)
         self._watchdog = Watchdog(self._call.cancel)
-        # Its two threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
-        self._release = functools.partial(_release, self._outbox, self._watchdog)
-        if not self._call.add_callback(self._release):
-            self._release()
+        # The threads end with the call, also when nobody closes the stream: the channel was closed, or is gone.
+        self._call.on_end(self._watchdog.close)
         # The call ends with the stream, also when nobody closes it: its session was dropped. Nothing that lives as long
         # as the call refers to the stream. The stream may be collected in any thread, so another thread ends the call.
         self._birthplace = Birthplace()
-        end = functools.partial(_end, self._release, self._call, self._birthplace)
+        end = functools.partial(_end, self._watchdog, self._call, self._birthplace)
         weakref.finalize(self, later, end).atexit = False
         try:
             first = next(self.exchange([pb.AttachRequest(open=opening).SerializeToString()], deadline))
@@ -123,21 +94,23 @@ class AttachedStream:
         self._watchdog.arm(deadline.remaining())
         if self._watchdog.barked:  # as the step before ended: too late for that one, and no fault of this one
             raise UnavailableError("the stream was cancelled between two steps; attach again")
-        self._outbox.put(messages)
+        self._call.put(messages)
+        cancel = self._call.cancel
         try:
-            with deadline.within(self._call.cancel):
-                while True:
-                    yield read_frame(pb.AttachResponse, self._receive(deadline))
+            deadline.enter(cancel)
+            while True:
+                yield read_frame(pb.AttachResponse, self._receive(deadline))
         finally:
+            deadline.leave(cancel)
             self._watchdog.disarm()
 
     def send(self, messages: Iterable[bytes]) -> None:
         """Send more messages within an exchange."""
-        self._outbox.put(messages)
+        self._call.put(messages)
 
     def ended(self, deadline: Deadline) -> StepwireError:
         """Send nothing more, and return the error that the server ends the stream with."""
-        self._outbox.close()
+        self._call.half_close()
         try:
             for _ in self.exchange((), deadline):
                 self.close()
@@ -147,12 +120,11 @@ class AttachedStream:
 
     def close(self) -> None:
         """End the stream, letting the server finish what was sent. Closing twice is harmless."""
-        _end(self._release, self._call, self._birthplace)
+        _end(self._watchdog, self._call, self._birthplace)
 
     def _receive(self, deadline: Deadline) -> bytes:
         try:
-            reply: bytes = next(self._call)
-            return reply
+            return self._call.receive()
         except StopIteration:
             raise UnavailableError("the server ended the stream", reason=Reason.UNREACHABLE) from None
         except grpc.RpcError as error:
@@ -174,14 +146,8 @@ def deadline_passed(deadline: Deadline) -> DeadlineExceededError:
     )
 
 
-def _release(outbox: _Outbox, watchdog: Watchdog) -> None:
-    """End the threads of a stream."""
-    outbox.close()
-    watchdog.close()
-
-
-def _end(release: Callable[[], object], call: grpc.Call, birthplace: Birthplace) -> None:
+def _end(watchdog: Watchdog, call: StreamCall, birthplace: Birthplace) -> None:
     """End a stream, unless a forked child has dropped the stream of its parent."""
     if birthplace.is_here:
-        release()
-        call.cancel()
+        watchdog.close()
+        call.close()

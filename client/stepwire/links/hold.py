@@ -237,6 +237,9 @@ class Hold:
             StepMismatchError: the session was stepped or loaded without this client.
             SessionNotReadyError: a step that this one does not repeat is half applied.
         """
+        plain = not (self.unfinished_step or self._is_aggregated) and self._load_on_server == self.applied_load
+        if plain and self.applied_step == self.step_on_server == step - 1:  # as almost always
+            return
         if self.unfinished_step and not sent:
             raise unfinished(self.unfinished_step)
         self.check_kept()
@@ -364,13 +367,13 @@ class Hold:
         self.lane.announce()
         return stream, messages
 
-    def _messages(self, call: StepCall, *, again: bool) -> Iterator[bytes]:
+    def _messages(self, call: StepCall, *, again: bool) -> Iterable[bytes]:
         """Return the messages of a step; its opening alone where a large gradient may have to wait for others."""
         gradient_bytes = wire_bytes(call.gradient_dtype, self._packer.layout.size)
         waits = self._is_aggregated and not again and gradient_bytes > _WAITS_FROM_BYTES
         call.begun = call.begin.await_admission = waits
         if waits:
-            return iter([pb.AttachRequest(begin=call.begin).SerializeToString()])
+            return [pb.AttachRequest(begin=call.begin).SerializeToString()]
         return call.messages(self._packer, self._chunk_bytes, again=again)
 
 

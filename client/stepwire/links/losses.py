@@ -54,7 +54,11 @@ class Losses:
             StepwireError: as `Hold.step`.
         """
         self._window.record(call)
-        return self.mended(lambda: self._send(deadline, call), deadline)
+        while True:
+            try:
+                return self._send(deadline, call)
+            except StateLossError as loss:
+                self.resend(loss, deadline)
 
     def mended(self, attempt: Callable[[], _T], deadline: Deadline) -> _T:
         """Make an attempt, and once more after each loss in its way that the window has made good.

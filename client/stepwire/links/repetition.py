@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ def repeated(route: Route, hold: Hold, attempt: Callable[[Deadline], _T], deadli
         StepwireError: the error of the last attempt.
     """
     try:
-        return route.calls.retry.call(lambda left: _on_route(route, hold, attempt, left), deadline)
+        return route.calls.retry.call(functools.partial(_on_route, route, hold, attempt), deadline)
     except SessionNotFoundError as error:
         raise SessionNotFoundError(
             f"{error} (the last step this client knows to be applied is {hold.applied_step})",

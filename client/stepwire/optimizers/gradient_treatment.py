@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Final, Literal, get_args
 
@@ -100,7 +101,7 @@ class GradientTreatment:
     parameter_average_decay: float | None = None
     two_phase: bool = False
 
-    @property
+    @functools.cached_property
     def policy(self) -> NonFinite:
         """The policy for NaN and Inf."""
         return self.non_finite or ("skip" if self.loss_scaling else "reject")

@@ -22,7 +22,7 @@ from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.steps.notices import Notices, OnReady
-from stepwire.transports.cuda.stand_ins import stood_in
+from stepwire.transports.cuda.stand_ins import StandIn, stood_in
 from stepwire.transports.cuda.views import shows_parameters
 from stepwire.transports.host.memory import lies_in_parameters
 from stepwire.v1 import optimizer_pb2, step_pb2
@@ -114,16 +114,15 @@ class StepBuilder:
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; the message names them.
         """
-        sent = self._dtype(options.gradient_dtype, self._gradient_dtype, "gradient_dtype", gradients=True)
-        received = self._dtype(options.reply_dtype, self._reply_dtype, "reply_dtype")
-        _check_reply(options, received)
+        sent, received = self._gradient_dtype, self._reply_dtype
+        if options.gradient_dtype is not None:
+            sent = dtype_named(options.gradient_dtype, "gradient_dtype", gradients=True)
+        if options.reply_dtype is not None:
+            received = dtype_named(options.reply_dtype, "reply_dtype")
+        if options.reply != "parameters":  # with which no other option is at odds
+            _check_reply(options, received)
         begin = self._begin(options, sent, received)
-        given, rows = self._parted(gradients, options)
-        given, on_device = stood_in(given)
-        flat, missing = self._present(given)
-        left_out = self._name_rows(begin, rows, missing) if self._tables else missing
-        if left := left_out - self._frozen:
-            begin.missing_tensors.extend(sorted(left))
+        flat, missing, rows, on_device = self._gradients(gradients, options, begin)
         reply, targets = self._reply(gradients, options, received)
         row_targets = targets_of(rows, received) if rows and reply is not None else ()
         if options.out is not None:
@@ -139,14 +138,35 @@ class StepBuilder:
             feedback=self._carry.feedback if sent == INT8 else None,
             views=views,
             patched=self._carry.patched(begin) if options.reply == "changed" else None,
-            on_tensor=self._notifier(options.on_tensor, reply),
+            on_tensor=None if options.on_tensor is None else self._notifier(options.on_tensor, reply),
             decide=options.decide,
             feed=options.feed,
-            on_device={self._indices[name]: stand_in for name, stand_in in on_device.items()},
+            on_device=on_device,
             rows=rows,
             row_targets=row_targets,
         )
-        return call, self._with_rows(reply, row_targets)
+        return call, self._with_rows(reply, row_targets) if self._tables else reply
+
+    def _gradients(
+        self, gradients: Arrays, options: StepOptions, begin: step_pb2.StepBegin
+    ) -> tuple[Flat, frozenset[int], tuple[RowGradient, ...], dict[int, StandIn]]:
+        """Check the gradients, and note in `begin` which of them came.
+
+        Returns:
+            Their views, the indices of the tensors without one, the gradients of tables, and those on a device.
+
+        Raises:
+            InvalidRequestError: a gradient or an option is wrong.
+        """
+        if not self._tables and self._given.knows(gradients):
+            return self._given.again(gradients), frozenset(), (), {}
+        given, rows = self._parted(gradients, options)
+        given, on_device = stood_in(given)
+        flat, missing = self._present(given)
+        left_out = self._name_rows(begin, rows, missing) if self._tables else missing
+        if left := left_out - self._frozen:
+            begin.missing_tensors.extend(sorted(left))
+        return flat, missing, rows, {self._indices[name]: stand_in for name, stand_in in on_device.items()}
 
     def _parted(self, gradients: Arrays, options: StepOptions) -> tuple[Arrays, tuple[RowGradient, ...]]:
         """Part the gradients of tables from the others, and refuse options that tables exclude.
@@ -211,11 +231,6 @@ class StepBuilder:
 
         return self._given.views(gradients, checked), missing
 
-    def _dtype(
-        self, chosen: npt.DTypeLike | None, default: np.dtype[Any], field: str, *, gradients: bool = False
-    ) -> np.dtype[Any]:
-        return default if chosen is None else dtype_named(chosen, field, gradients=gradients)
-
     def _begin(self, options: StepOptions, sent: np.dtype[Any], received: np.dtype[Any]) -> step_pb2.StepBegin:
         """Return the opening of a step without its number: a copy of the opening that steps of its kind share."""
         kind = (sent, received, options.reply)
@@ -275,8 +290,8 @@ class StepBuilder:
             raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
         return index
 
-    def _notifier(self, notify: OnReady | None, reply: Container | None) -> OnTensor | None:
-        if notify is None or reply is None:
+    def _notifier(self, notify: OnReady, reply: Container | None) -> OnTensor | None:
+        if reply is None:
             return None
         tensors = self._packer.layout.tensors
 

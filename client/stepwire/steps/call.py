@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -87,8 +87,8 @@ class StepCall:
         """Tell whether parameters come back."""
         return self.begin.reply.mode != step_pb2.REPLY_MODE_NONE
 
-    def messages(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterator[bytes]:
-        """Return the messages of the step.
+    def messages(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterable[bytes]:
+        """Return the messages of the step: a list of the only one, or an iterator that makes each when it is asked for.
 
         Args:
             packer: the packer of the session.
@@ -102,7 +102,10 @@ class StepCall:
         if self.recorded is not None and not again:
             return self._again(self.recorded)
         messages = self._made(packer, chunk_bytes, again=again)
-        return messages if self.record is None or again else self._recording(messages, self.record)
+        if self.record is None or again:
+            return messages
+        recording = self._recording(messages, self.record)
+        return list(recording) if isinstance(messages, list) else recording
 
     def _again(self, recorded: Sequence[bytes]) -> Iterator[bytes]:
         """Yield the messages of an earlier sending, with the opening of this one."""
@@ -112,13 +115,13 @@ class StepCall:
         yield whole_message(frame.message, frame.payload)
         yield from recorded[1:]
 
-    def _recording(self, messages: Iterator[bytes], record: list[bytes]) -> Iterator[bytes]:
+    def _recording(self, messages: Iterable[bytes], record: list[bytes]) -> Iterator[bytes]:
         record.clear()
         for message in messages:
             record.append(message)
             yield message
 
-    def _made(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterator[bytes]:
+    def _made(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterable[bytes]:
         if self.feed is not None:
             self.feed.check()
         if not again:
@@ -128,12 +131,12 @@ class StepCall:
         chunks += row_parts(self.rows, self.gradient_dtype, chunk_bytes)  # which name the rows of the reply, too
         if not chunks and self.feed is None:
             begin = None if self.begun else self.begin
-            return iter([pb.AttachRequest(begin=begin, commit=self.commit).SerializeToString()])
+            return [pb.AttachRequest(begin=begin, commit=self.commit).SerializeToString()]
         if self.feed is not None:
             return self._fed_messages(packer, self._chunks(packer, chunk_bytes), self.feed, residual)
         messages = self._gradient_messages(packer, chunks, residual)
         # A single message cannot be sent while it is packed: then this thread packs it, whose caches are warm.
-        return messages if len(chunks) > 1 else iter(list(messages))
+        return messages if len(chunks) > 1 else list(messages)
 
     def bring(self, but: Collection[int] = ()) -> None:
         """Copy gradients from a device to the host, into `gradients`; all but some, by index.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from stepwire.arrays.packing import Packer
 from stepwire.connection.retry import Deadline
@@ -20,6 +20,9 @@ from stepwire.v1 import attach_pb2, transport_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
 __all__ = ["Opened", "open_stream"]
+
+_MOST_ELEMENTS: Final = 64 << 10
+"""The parameters whose step and whose reply are single messages, of 256 KiB in float32."""
 
 
 class Opened(NamedTuple):
@@ -52,7 +55,7 @@ def open_stream(route: Route, opening: attach_pb2.AttachOpen, packer: Packer, de
     way = route.way(deadline)
     for name in way.memories:
         opening.transport = MEMORIES[name]
-        stream = _attached(way, opening, deadline)
+        stream = _attached(way, opening, deadline, direct=True)
         try:
             opened = _handed_over(stream, packer, deadline, way.calls.security.token)
             if isinstance(opened, Opened):
@@ -68,14 +71,14 @@ def open_stream(route: Route, opening: attach_pb2.AttachOpen, packer: Packer, de
             raise
         stream.close()  # the next stream goes in its place, because this one may hold memory that nobody uses
     opening.transport = transport_pb2.TRANSPORT_GRPC
-    stream = _attached(way, opening, deadline)
+    stream = _attached(way, opening, deadline, direct=packer.layout.size <= _MOST_ELEMENTS)
     route.settle(way)
     return Opened(stream)
 
 
-def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline) -> AttachedStream:
+def _attached(way: Way, opening: attach_pb2.AttachOpen, deadline: Deadline, *, direct: bool) -> AttachedStream:
     with way.calls.translated():
-        return AttachedStream(way.calls.channel, opening, deadline, way.calls.metadata)
+        return AttachedStream(way.calls.channel, opening, deadline, way.calls.metadata, direct=direct)
 
 
 def _handed_over(stream: AttachedStream, packer: Packer, deadline: Deadline, access_token: str) -> Opened | str:

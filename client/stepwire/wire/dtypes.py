@@ -85,12 +85,12 @@ def wire_items(dtype: np.dtype[Any], count: int) -> int:
 
 def wire_bytes(dtype: np.dtype[Any], count: int) -> int:
     """Return the bytes of a payload of `count` elements."""
-    return wire_items(dtype, count) * dtype.itemsize
+    return (-(-count // BLOCK) if dtype == INT8 else count) * dtype.itemsize
 
 
 def elements_within(dtype: np.dtype[Any], nbytes: int) -> int:
     """Return the largest number of elements in a payload of at most `nbytes`."""
-    return nbytes // dtype.itemsize * wire_alignment(dtype)
+    return nbytes // dtype.itemsize * (BLOCK if dtype == INT8 else 1)
 
 
 def dtype_to_wire(dtype: np.dtype[Any]) -> tensor_pb2.Dtype:

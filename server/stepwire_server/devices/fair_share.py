@@ -119,12 +119,15 @@ class FairShare:
                 tenant = self._tenants[name] = _Tenant(self._root, self._weights.get(name, 1))
             return tenant
 
-    def acquire(self, queue: Queue, nbytes: int, state: EngineState, gradient: Gradient | None) -> None:
-        """Wait for a turn; see `Flow.acquire`."""
+    def acquired_at_once(self) -> bool:
+        """Acquire a turn if one is free."""
         with self._lock:
-            if self._free:
-                self._free -= 1
-                return
+            if free := self._free:
+                self._free = free - 1
+        return free > 0
+
+    def acquire(self, queue: Queue, nbytes: int, state: EngineState, gradient: Gradient | None) -> None:
+        """Wait for a turn that was not free; see `Flow.acquire`."""
         state.yield_buffers(gradient)
         with self._lock:
             if self._free:
@@ -138,12 +141,6 @@ class FairShare:
         except BaseException:
             self._withdraw(queue, turn)
             raise
-
-    def release(self, flow: Flow, seconds: float) -> None:
-        """Give back a turn that has lasted so long: the next request in order has it."""
-        with self._lock:
-            flow.seconds += seconds
-            self._pass_on()
 
     def _withdraw(self, queue: Queue, turn: _Turn) -> None:
         """Give up a wait that was interrupted, or the turn that has come meanwhile."""
@@ -200,12 +197,19 @@ class Flow:
         Returns:
             The beginning of the turn, for `release`.
         """
-        self._share.acquire(self._queue, nbytes, state, gradient)
+        if not self._share.acquired_at_once():
+            self._share.acquire(self._queue, nbytes, state, gradient)
         return perf_counter()
 
     def release(self, began: float) -> None:
         """Give a turn back."""
-        self._share.release(self, perf_counter() - began)
+        share, seconds = self._share, perf_counter() - began
+        with share._lock:
+            self.seconds += seconds
+            if share._waiting:
+                share._pass_on()  # the next request in order has it
+            else:
+                share._free += 1
 
     def _join(self, tenant: _Tenant) -> None:
         self._tenant = tenant  # which lasts as long as there is a session of it

@@ -42,7 +42,8 @@ class FairState:
         self._state = state
         self._size = size
         self._flow = flow
-        self._at_once = state.depth == 1
+        self._depth = state.depth
+        self._at_once = self._depth == 1
         self._slots_bytes = state.nbytes // max(size, 1)
 
     @property
@@ -53,7 +54,7 @@ class FairState:
     @property
     def depth(self) -> int:
         """See `EngineState.depth`."""
-        return self._state.depth
+        return self._depth
 
     def receive(self, size: int | None = None) -> GradientBuffer:
         """See `EngineState.receive`."""

@@ -42,6 +42,7 @@ __all__ = ["StepStream", "check_chunk", "invalid_frame"]
 _SMALL_REPLY_BYTES: Final = 256 << 10
 
 
+_NO_UPLOAD: Final = contextlib.nullcontext(None)
 _TOGETHER_BYTES: Final = 16 << 20
 _LEAST_CHUNK_BYTES: Final = 64 << 10
 """The bytes of the messages that are on their way to all workers of a session, and of one of them at least."""
@@ -117,7 +118,7 @@ class StepStream:
         """Wait for a place among the uploads of several workers; a gradient that is there needs none."""
         contributions = self._session.contributions
         if contributions is None or opening.message.HasField("commit") or opening.message.begin.in_shared_memory:
-            return contextlib.nullcontext()
+            return _NO_UPLOAD
         return contributions.upload(self._stream)
 
     def _timed(self, step: Step, reply: Iterator[bytes]) -> Iterator[bytes]:

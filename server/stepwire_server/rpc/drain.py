@@ -36,7 +36,8 @@ class Drain:
             retry_after_seconds: the pause that a refused caller is told.
         """
         self._retry_after_seconds = retry_after_seconds
-        self._emptied = threading.Condition()
+        self._lock = threading.RLock()
+        self._emptied = threading.Condition(self._lock)
         self._awaited = False
         self._steps = 0
         self._started = self._hastened = False
@@ -90,13 +91,13 @@ class Drain:
             return DrainStatistics(self._started, self._steps)
 
     def _enter(self) -> None:
-        with self._emptied:
+        with self._lock:
             if self._started:
                 raise self.refusal()
             self._steps += 1
 
     def _leave(self) -> None:
-        with self._emptied:
+        with self._lock:
             self._steps -= 1
             if self._awaited:
                 self._emptied.notify_all()

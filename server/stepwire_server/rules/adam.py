@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from numpy import maximum, sqrt
 
@@ -173,7 +173,8 @@ class _Numbers(NamedTuple):
 
 
 def _numbers(hyper: Hyperparameters, t: int) -> _Numbers:
-    beta1, beta2 = float(cast(float, hyper.beta1)), float(cast(float, hyper.beta2))
+    assert hyper.beta1 is not None and hyper.beta2 is not None  # as every form of Adam has them
+    beta1, beta2 = float(hyper.beta1), float(hyper.beta2)
     eps, eps_root = float(hyper.eps or 0.0), float(hyper.eps_root or 0.0)
     return _Numbers(float(hyper.lr), beta1, beta2, eps, eps_root, 1.0 - beta1**t, 1.0 - beta2**t)
 

@@ -71,10 +71,10 @@ class Commits:
         if step.request.reply_base is not None and not self._ledger.replied(step.request.reply_base):
             step.request = step.request._replace(reply_base=None)
         commit, started = Commit(step, self._state), self._clock()
-        if not commit.changes:
+        if not (changes := commit.changes):
             commit.apply(writer)
         with self._ledger.changing("step", step.request.step):
-            if commit.changes:
+            if changes:
                 commit.apply(writer)
             self._state.advance(step.gradient, commit.effect, commit.groups)
             receive, queue = step.received - step.began, started - step.received

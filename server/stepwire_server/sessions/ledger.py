@@ -6,8 +6,7 @@ is refused with the number that would be right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from types import TracebackType
 
 from stepwire.errors import (
     DataLossError,
@@ -106,8 +105,10 @@ class Ledger:
         """
         if request.epoch != self.epoch:
             self.check_epoch(request.epoch)
-        self.check_usable()
-        self.members[holder.worker].worker.check(holder)
+        if self.closed or self._damage is not None or not self.ready:
+            self.check_usable()
+        if not self.members.is_held_by(holder):
+            self.members[holder.worker].worker.check(holder)
         if request.load is not None and request.load != self.applied_load:
             raise self._other_load(request.load)
 
@@ -174,16 +175,15 @@ class Ledger:
                 metadata={"durable_step": self.durable_step, "known_durable_step": durable_step},
             )
 
-    @contextlib.contextmanager
-    def changing(self, what: str, number: int) -> Iterator[None]:
+    def changing(self, what: str, number: int) -> _Changing:
         """Change the state for a block; if something fails in it, the session refuses everything from then on."""
-        try:
-            yield
-        except BaseException as error:
-            self._damage = f"{what} {number}"
-            if isinstance(error, DataLossError):
-                self._loss = DataLossError(str(error), reason=error.reason, metadata=error.metadata)
-            raise
+        return _Changing(self, what, number)
+
+    def note_damage(self, what: str, error: BaseException) -> None:
+        """Refuse everything from now on: an error has come in the middle of a change."""
+        self._damage = what
+        if isinstance(error, DataLossError):
+            self._loss = DataLossError(str(error), reason=error.reason, metadata=error.metadata)
 
     def check_usable(self) -> None:
         """Refuse when there is no sound state to step or read.
@@ -249,6 +249,26 @@ class Ledger:
                 "state into a new session",
                 metadata={"session_id": self.session_id},
             )
+
+
+class _Changing:
+    """The block of one change; see `Ledger.changing`."""
+
+    __slots__ = ("_ledger", "_number", "_what")
+
+    def __init__(self, ledger: Ledger, what: str, number: int) -> None:
+        self._ledger = ledger
+        self._what = what
+        self._number = number
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._ledger.note_damage(f"{self._what} {self._number}", error)
 
 
 def session_not_found(session_id: str) -> SessionNotFoundError:

@@ -11,6 +11,7 @@ from stepwire_server.durability.manifest import MemberFacts
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.attach_tokens import AttachTokens
 from stepwire_server.sessions.workers import Worker
+from stepwire_server.steps.step import Hold
 
 __all__ = ["Member", "Members"]
 
@@ -95,6 +96,11 @@ class Members:
             )
         member = self._members[index] = Member(index, self.tokens)
         return member
+
+    def is_held_by(self, holder: Hold) -> bool:
+        """Tell whether a hold is its worker's present one."""
+        member = self._members.get(holder.worker)
+        return member is not None and member.worker.holder is holder
 
     def __iter__(self) -> Iterator[Member]:
         """Iterate over the workers that have attached so far, by index."""

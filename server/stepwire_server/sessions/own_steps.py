@@ -99,7 +99,7 @@ class OwnSteps:
 
     def _admit(self, request: StepRequest, holder: Hold, *, whole: bool = False) -> bool:
         """Return False for a replay; `whole` says that the step will not go on with one that is half applied."""
-        self._last_use.note()
+        self._last_use.at = self._clock()
         following = self._ledger.admit_step(request, holder)
         half = self._state.unfinished
         if half is not None:

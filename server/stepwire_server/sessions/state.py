@@ -208,18 +208,14 @@ class SessionState:
         """
         config = self.config
         room = self.reserve_step(request) if room is None else room
-        with contextlib.ExitStack() as undo:
-            undo.callback(room.release)
-            gradient = StagedGradient(
-                request.gradient_dtype,
-                config.without(request.missing),
-                self.arrays,
-                room,
-                unscale=unscale,
-                sums=config.squares,
-            )
-            gradient.rows = row_gradients(request, gradient.selection, self.arrays)
-            undo.pop_all()
+        try:
+            dtype, selection, sums = request.gradient_dtype, config.without(request.missing), config.squares
+            gradient = StagedGradient(dtype, selection, self.arrays, room, unscale=unscale, sums=sums)
+            if config.tables:
+                gradient.rows = row_gradients(request, selection, self.arrays)
+        except BaseException:
+            room.release()
+            raise
         return gradient
 
     def reserve_step(self, request: StepRequest) -> Reservation:

@@ -78,22 +78,24 @@ def check_gradient(step: Step, state: SteppedState) -> GradientCheck:
     if rejects and gradient.non_finite_count:
         raise refusal(step, config.layout, gradient)
     applied: Measured = gradient
-    norms = _norms(step, state, gradient)
+    squared = gradient.squared_norms()
+    norms = _norms(step, state, gradient, squared)
     if every > 1 and (updates or (rejects and state.sum_bound + norms.total > _SAFE_SUM)):
         total = AccumulatedSum(gradient, state.arrays, groups)
         if rejects and total.non_finite_count:
             raise refusal(step, config.layout, total)
         if updates:
-            applied, norms = total, _norms(step, state, total)
+            applied, squared = total, total.squared_norms()
+            norms = _norms(step, state, total, squared)
     count = applied.non_finite_count
-    return GradientCheck(groups, updates, applied.squared_norms(), norms, not count, count)
+    return GradientCheck(groups, updates, squared, norms, not count, count)
 
 
-def _norms(step: Step, state: SteppedState, measured: Measured) -> GradientNorms:
+def _norms(step: Step, state: SteppedState, measured: Measured, squared: Sequence[float]) -> GradientNorms:
     """Return the norms of a gradient with the factors of clipping: the coordinator's, where it has decided."""
     treatment, decision = state.config.treatment, step.decision
     norms = gradient_norms(
-        measured.squared_norms(),
+        squared,
         measured.exact_squared_norm,
         treatment.clip_grad_norm,
         state.config.group_clips,

@@ -44,8 +44,10 @@ class Commit:
             config, gradient = state.config, step.gradient
             segments = state.tensor_steps.segments(gradient.selection)
             stepped = passes(config, check.groups, segments, gradient.unscale, check.norms.coefficients)
-            places = {tensor.offset for tensor in config.layout.tables.values()}
-            self._segments = [each for each in stepped if each.start not in places] if places else stepped
+            self._segments = stepped
+            if config.layout.tables:
+                places = {tensor.offset for tensor in config.layout.tables.values()}
+                self._segments = [each for each in stepped if each.start not in places]
             self._tables = self._row_updates(stepped, segments) if gradient.rows is not None else []
             if config.rule.direction is not None:
                 self._segments = trusted(self._segments, check.groups, gradient, state.arrays)

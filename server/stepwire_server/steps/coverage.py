@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Iterable
 
@@ -74,6 +75,7 @@ class Coverage:
         )
 
 
+@functools.lru_cache(256)
 def most_chunks(elements: int) -> int:
     """Return how many chunks may bring some elements."""
     return _FREE_CHUNKS + elements // _ELEMENTS_PER_FURTHER_CHUNK

@@ -43,18 +43,19 @@ def step_result(
         moment: of the commit.
     """
     norms, clipped, total = check.norms, check.norms.clipped(), check.norms.left * check.norms.coefficient
-    columns: tuple[Sequence[float] | None, ...] = (None,) * len(check.groups)
+    updates: Sequence[float | None] = (None,) * len(check.groups)
+    params, update_norm, param_norm = updates, None, None
     if effect is Effect.UPDATED:
         if state.config.treatment.clip_grad_value is not None:
             clipped = tuple([column[2] if column else 0.0 for column in measured])
             total = _together(clipped)
         if state.config.measures:
-            columns = tuple([column or (0.0, 0.0) for column in measured])
+            moved, norms_after = zip(*[column[:2] or (0.0, 0.0) for column in measured], strict=True)
+            updates, params, update_norm, param_norm = moved, norms_after, _together(moved), _together(norms_after)
     else:
         ones, skipped = (1.0,) * len(check.groups), effect is Effect.SKIPPED
         norms = norms._replace(coefficients=ones, coefficient=1.0, left=norms.total)
         clipped, total = ((0.0,) * len(check.groups), 0.0) if skipped else (norms.groups, norms.total)
-    updates, params = ([None if pair is None else pair[place] for pair in columns] for place in (0, 1))
     return StepResult(
         step=moment.step,
         epoch=moment.epoch,
@@ -77,15 +78,10 @@ def step_result(
         accumulated=effect is Effect.ACCUMULATED,
         clipped_grad_norm=total,
         clip_coefficient=norms.coefficient,
-        update_norm=_together_if_measured(updates),
-        param_norm=_together_if_measured(params),
+        update_norm=update_norm,
+        param_norm=param_norm,
         loss_scale=None if state.loss_scale is None else state.loss_scale.scale,
     )
-
-
-def _together_if_measured(norms: Sequence[float | None]) -> float | None:
-    known = [norm for norm in norms if norm is not None]
-    return _together(known) if len(known) == len(norms) else None
 
 
 def _together(norms: Sequence[float]) -> float:

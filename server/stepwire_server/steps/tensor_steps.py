@@ -83,7 +83,8 @@ class TensorSteps:
 
     def segments(self, selection: TensorSelection) -> list[CountedSegment]:
         """Return the segments that the next update moves, in flat order; their t counts that update."""
-        self._follow(selection)
+        if selection is not self._selection:
+            self._follow(selection)
         updates, courses = self._updates + 1, self._courses
         return [
             CountedSegment(start, end, courses[at].group, courses[at].base + updates, courses[at].scalar)
@@ -92,7 +93,8 @@ class TensorSteps:
 
     def advance(self, selection: TensorSelection, groups: Sequence[Hyperparameters]) -> None:
         """Count one update of the tensors that it moved, by these numbers."""
-        self._follow(selection)
+        if selection is not self._selection:
+            self._follow(selection)
         self._updates += 1
         if self._scalars:
             self._courses = [self._moved(course, groups[course.group]) for course in self._courses]
@@ -112,7 +114,7 @@ class TensorSteps:
 
     def _follow(self, selection: TensorSelection) -> None:
         """Count from here on for other tensors than before."""
-        if selection is not self._selection and selection.absent != self._selection.absent:
+        if selection.absent != self._selection.absent:
             self._base, self._scalars = list(self.tensor_steps()), list(self.tensor_scalars())
             self._updates, self._selection = 0, selection
             self._find_segments()

@@ -17,7 +17,7 @@ from stepwire.optimizers.norms import rounded_norm
 from stepwire_server.engines.protocol import PARAM, EngineState, Gradient, HostArray, Pass, Pending
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import Decay
+from stepwire_server.rules import Decay, Recipe
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
 from stepwire_server.rules.schedules import factor
 from stepwire_server.steps.gradient import ChunkRange, StagedGradient
@@ -97,7 +97,11 @@ def passes(
 
 def treatment_scalars(config: SessionConfig, hyper: Hyperparameters, unscale: float, clip: float) -> list[float]:
     """Return the scalars of a group's recipe that come before those of its rule."""
-    recipe, treatment = config.recipe(hyper), config.treatment
+    return _treated(config.recipe(hyper), config, hyper, unscale, clip)
+
+
+def _treated(recipe: Recipe, config: SessionConfig, hyper: Hyperparameters, unscale: float, clip: float) -> list[float]:
+    treatment = config.treatment
     scalars = [gradient_factor(hyper, unscale), clip]
     if recipe.limits:
         scalars.append(treatment.clip_grad_value or 0.0)
@@ -109,7 +113,8 @@ def treatment_scalars(config: SessionConfig, hyper: Hyperparameters, unscale: fl
 
 
 def _pass(config: SessionConfig, hyper: Hyperparameters, segment: CountedSegment, unscale: float, clip: float) -> Pass:
-    recipe, scalars = config.recipe(hyper), treatment_scalars(config, hyper, unscale, clip)
+    recipe = config.recipe(hyper)
+    scalars = _treated(recipe, config, hyper, unscale, clip)
     kept = () if recipe.rule.tensor_scalar is None else (segment.scalar,)
     return Pass(recipe, (*scalars, *recipe.rule.scalars(hyper, segment.t, *kept)), seed=segment.t)
 

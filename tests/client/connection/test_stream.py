@@ -26,6 +26,12 @@ def result(step: int) -> bytes:
     return pb.AttachResponse(result=step_pb2.StepResult(step=step)).SerializeToString()
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["direct", "threaded"])
+def is_direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each test twice: over a call without threads in between, and over gRPC's own stream."""
+    monkeypatch.setattr(AttachedStream.__init__, "__kwdefaults__", {"direct": request.param})
+
+
 def attach(calls: Calls, seconds: float = PATIENCE_SECONDS) -> AttachedStream:
     return AttachedStream(calls.channel, attach_pb2.AttachOpen(session_id="s", attach_token=3), Deadline(seconds))
 

@@ -95,6 +95,18 @@ def test_many_deadlines_take_one_thread(kennel: Kennel) -> None:
     assert len(kennel.threads()) == 1
 
 
+def test_without_a_deadline_its_thread_ends_until_the_next_one(kennel: Kennel) -> None:
+    dog = Watchdog(kennel.bark.set, look_seconds=0.0)
+    with dog._lock:  # which the thread takes to look
+        dog.arm(LONG_SECONDS)
+        dog.disarm()
+        (thread,) = kennel.threads()
+    thread.join(PATIENCE_SECONDS)
+    assert (kennel.threads(), dog.barked) == ([], False)
+    dog.arm(0.0)
+    assert kennel.bark.wait(PATIENCE_SECONDS)
+
+
 def test_closing_twice_is_harmless(kennel: Kennel) -> None:
     kennel.dog.arm(LONG_SECONDS)
     kennel.dog.close()

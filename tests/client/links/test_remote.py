@@ -579,8 +579,8 @@ def test_a_pull_that_loses_the_connection_while_a_step_attaches_disturbs_no_step
     session = create()
 
     class Meanwhile(AttachedStream):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             monkeypatch.undo()
             monkeypatch.setattr(Calls, "download", unreachable)
             with pytest.raises(stepwire.UnavailableError):

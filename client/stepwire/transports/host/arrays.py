@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Flat, Packer
+from stepwire.transports.host.copies import Copy, copy_all
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.transports.shared import GradientSource, SharedArrays
-from stepwire.wire.dtypes import FLOAT16, INT8
+from stepwire.wire.dtypes import INT8
 
 __all__ = ["HostArrays"]
 
@@ -48,8 +49,7 @@ class HostArrays(SharedArrays):
 
     def read(self, targets: Flat) -> None:
         """Copy the parameters, tensor by tensor."""
-        for parameters, target in zip(self._parameters, targets, strict=True):
-            target[:] = parameters
+        copy_all(list(zip(targets, self._parameters, strict=True)))
 
     def write(self, source: GradientSource) -> None:
         """See `SharedArrays.write`."""
@@ -58,7 +58,7 @@ class HostArrays(SharedArrays):
         if gradient.dtype == INT8:
             self.packer.write(source.gradients, self.packer.ranges(0, layout.size), gradient, 0, source.feedback)
             return
-        moving = []
+        moving = list[Copy]()
         for place, array in zip(self._gradients, source.gradients, strict=True):
             if len(array) != len(place):
                 continue
@@ -67,22 +67,13 @@ class HostArrays(SharedArrays):
             elif not _same(place, array):
                 # A view that lies in the place of another tensor would be overwritten before its turn.
                 moving.append((place, array.copy() if np.may_share_memory(array, gradient) else array))
-        if gradient.dtype != FLOAT16:
-            _copy(moving)
-            return
-        with np.errstate(over="ignore"):  # as `Packer.write`: a value beyond float16 becomes infinite
-            _copy(moving)
+        copy_all(moving)
 
     def _named(self, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         return {
             tensor.spec.name: values[tensor.offset : tensor.end].reshape(tensor.spec.shape)
             for tensor in self.packer.layout.tensors
         }
-
-
-def _copy(moving: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
-    for place, array in moving:
-        place[:] = array
 
 
 def _is_elsewhere(array: npt.NDArray[Any]) -> bool:
