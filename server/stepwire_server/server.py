@@ -38,6 +38,7 @@ from stepwire_server.rpc.channel_options import channel_options, largest_message
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.interceptors import interceptors
+from stepwire_server.rpc.lane_gate import LaneGate
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.servicer import OptimizerService
@@ -86,6 +87,7 @@ class Server:
         target: the address for clients: `host:port`, or `unix:/path` without a port.
         port: the TCP port; 0 without a port.
         unix_socket: the path of the Unix socket; empty without a socket.
+        lanes: the gate of compiled lanes.
         handoff: the memory that is shared with processes of this machine, or the reason why none is.
         monitoring: the addresses for whoever watches.
     """
@@ -115,7 +117,7 @@ class Server:
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = access_of(config)
-        self._drain = Drain()
+        self._drain, self.lanes = Drain(), LaneGate(enabled=config.compiled_lanes)
         self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
@@ -202,6 +204,7 @@ class Server:
     def _refuse_steps(self) -> None:
         """Refuse new steps, and have no worker wait for others, who would be refused."""
         self._drain.start()
+        self.lanes.close()
         self.registry.end_waits(self._drain.refusal())
 
     def close(self) -> None:
@@ -290,7 +293,7 @@ class Server:
         most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, self.lanes),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),

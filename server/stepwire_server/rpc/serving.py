@@ -10,6 +10,7 @@ from typing import NamedTuple
 from stepwire_server.access.control import AccessControl
 from stepwire_server.records.replied import RepliedSink
 from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.lane_gate import LaneGate
 
 __all__ = ["Serving"]
 
@@ -24,6 +25,7 @@ class Serving(NamedTuple):
         max_chunk_bytes: the most bytes of one chunk's payload.
         access: the admission of calls.
         reply_sinks: are told of each reply.
+        lanes: the gate of compiled lanes.
         most_reply_bytes: the most bytes of a reply's payload in one message, whatever its client asks for.
     """
 
@@ -33,4 +35,5 @@ class Serving(NamedTuple):
     max_chunk_bytes: int
     access: AccessControl
     reply_sinks: Sequence[RepliedSink] = ()
+    lanes: LaneGate = LaneGate(enabled=False)
     most_reply_bytes: int = sys.maxsize

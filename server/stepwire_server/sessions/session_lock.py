@@ -1,0 +1,89 @@
+"""The lock of a session, which a compiled lane may have instead: whoever locks ends the grant of the lane first.
+
+A lane steps the session without the interpreter, from its grant to its end. What it did until then lies in its own
+memory. So whoever locks the session first ends the grant, waits for the step under way, and settles what was done: the
+numbers of the session, and the sinks of its commits. All that is done under the lock finds a session that Python alone
+has stepped.
+
+The step under way needs neither this lock nor the interpreter's. So the wait is as long as that step, and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Protocol
+
+__all__ = ["Grant", "SessionLock"]
+
+
+class Grant(Protocol):
+    """The right of a compiled lane to step a session."""
+
+    def end(self) -> None:
+        """End the grant, after the step under way. Ending twice is harmless."""
+        ...
+
+    def settle(self) -> None:
+        """Tell the session of the steps of the grant, which has ended. Under the session's lock."""
+        ...
+
+
+class SessionLock:
+    """A lock, and the grant that ends when it is acquired. A context manager."""
+
+    __slots__ = ("_grant", "_lock")
+
+    def __init__(self) -> None:
+        """Start free, without a grant."""
+        self._lock = threading.Lock()
+        self._grant: Grant | None = None
+
+    @property
+    def granted(self) -> bool:
+        """A lane may have stepped the session since the lock was last held."""
+        return self._grant is not None
+
+    def give(self, grant: Grant) -> None:
+        """Leave the session to a lane, from the release of the lock on. Whoever holds the lock calls this."""
+        assert self._grant is None
+        self._grant = grant
+
+    def settle(self) -> None:
+        """End the grant, if there is one, and settle what was done."""
+        if self._grant is not None:
+            with self:
+                pass
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Acquire the lock, as that of `threading`; settle what a lane has done."""
+        if not self._lock.acquire(blocking, timeout):
+            return False
+        if self._grant is not None:
+            self._reclaim(self._grant)
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        """Acquire the lock."""
+        self._lock.acquire()
+        if self._grant is not None:
+            self._reclaim(self._grant)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def _reclaim(self, grant: Grant) -> None:
+        try:
+            grant.end()
+            self._grant = None
+            grant.settle()
+        except BaseException:
+            self._lock.release()
+            raise
