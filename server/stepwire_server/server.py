@@ -117,7 +117,8 @@ class Server:
         self._config, self.monitoring = config, Monitoring(config)
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = access_of(config)
-        self._drain, self.lanes = Drain(), LaneGate(enabled=config.compiled_lanes)
+        self._drain = Drain()
+        self.lanes = LaneGate(enabled=config.compiled_lanes and not self.monitoring.traces)
         self.registry = Registry(self._pool, _limits(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:

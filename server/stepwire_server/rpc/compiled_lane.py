@@ -34,9 +34,6 @@ __all__ = ["CompiledLane", "LaneParts", "compiled_lane"]
 
 _log = structlog.get_logger()
 
-_STEPS_ALIKE: Final = 2
-"""The steps alike after which the next ones are granted: whoever pulls after each step has no use for a grant."""
-
 _ALIGNMENT: Final = 64
 
 
@@ -91,7 +88,7 @@ class CompiledLane:
     def note(self, datagram: bytes) -> None:
         """Note a step that Python has made of one datagram, and replied to."""
         alike = self._packets.last_settings is self._settings
-        self._alike = self._alike + 1 if alike else 0
+        self._alike = self._alike + 1 if alike else 1
         self._settings, self._datagram = self._packets.last_settings, datagram
 
     def receive(self) -> bytes:
@@ -106,7 +103,7 @@ class CompiledLane:
         seat.wait()
         self._gate.over(seat)
         self._parts.session.lane_steps.settle()
-        self._needed, self._packets.last_send_seconds = _STEPS_ALIKE, self.send_seconds
+        self._needed, self._packets.last_send_seconds = self._gate.steps_alike, self.send_seconds
         if seat.row[word.UNSENT]:
             lane.send(self._reply.tobytes())
         elif (count := int(seat.row[word.COUNT])) != word.NOT_RECEIVED:
@@ -136,7 +133,9 @@ class CompiledLane:
             self.close()
         if self._seat is None:
             self._loop, self._seat = loop, self._parts.lane.seated(loop)
-        return self._seat
+        if (seat := self._seat) is not None:
+            self._parts.stream.seen_in_lane = lambda: seat.seen
+        return seat
 
     def lay_out(self, seat: Seat, first: StepResult) -> bool:
         """See `SteppedLane`."""
@@ -186,6 +185,7 @@ class CompiledLane:
         stream, session = self._parts.stream, self._parts.session
         began, self.send_seconds = float(record[word.BEGAN]), float(record[word.SEND])
         stream.last_seen = max(stream.last_seen, began)
+        self._gate.count()
         if not self._parts.serving.reply_sinks:
             return
         size, sent_bytes = session.config.layout.size, len(self._reply)

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 from stepwire_server.engines.cpu.lane_loop import Seat
 
-__all__ = ["LaneGate"]
+__all__ = ["LaneGate", "LaneStatistics"]
+
+
+class LaneStatistics(NamedTuple):
+    """The state of the compiled lanes of a server.
+
+    Attributes:
+        granted: the streams whose next steps are granted to a loop.
+        steps: the steps that loops have made, as far as their sessions were told of them.
+    """
+
+    granted: int
+    steps: int
 
 
 class LaneGate:
     """The compiled lanes of a server. Thread-safe.
 
     Attributes:
-        after_steps: the steps alike on a stream after which a loop is compiled for them, if there is none.
+        after_steps: the steps alike on a stream before the first grant, for which a loop may have to be compiled.
+        steps_alike: the steps alike before each later one: whoever pulls after each step has no use for a grant.
     """
 
-    def __init__(self, *, after_steps: int = 64, enabled: bool = True) -> None:
+    def __init__(self, *, after_steps: int = 64, steps_alike: int = 2, enabled: bool = True) -> None:
         """Grant steps to lanes until `close`, or never."""
-        self.after_steps = after_steps
+        self.after_steps, self.steps_alike = after_steps, steps_alike
         self._open = enabled
         self._seats: set[Seat] = set()
+        self._steps = 0
         self._lock = threading.Lock()
 
     @property
@@ -40,6 +55,16 @@ class LaneGate:
         """Note that a grant has ended."""
         with self._lock:
             self._seats.discard(seat)
+
+    def count(self) -> None:
+        """Count a step that a loop has made."""
+        with self._lock:
+            self._steps += 1
+
+    def statistics(self) -> LaneStatistics:
+        """Return the state as of now."""
+        with self._lock:
+            return LaneStatistics(len(self._seats), self._steps)
 
     def close(self) -> None:
         """End all grants, and begin none any more: from now on Python admits or refuses every step."""

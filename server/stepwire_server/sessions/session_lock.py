@@ -32,35 +32,42 @@ class Grant(Protocol):
 class SessionLock:
     """A lock, and the grant that ends when it is acquired. A context manager."""
 
-    __slots__ = ("_grant", "_lock")
+    __slots__ = ("_grant", "_lock", "_settling")
 
     def __init__(self) -> None:
         """Start free, without a grant."""
         self._lock = threading.Lock()
+        self._settling = threading.Lock()
         self._grant: Grant | None = None
 
-    @property
-    def granted(self) -> bool:
-        """A lane may have stepped the session since the lock was last held."""
-        return self._grant is not None
-
     def give(self, grant: Grant) -> None:
-        """Leave the session to a lane, from the release of the lock on. Whoever holds the lock calls this."""
+        """Leave the session to a lane. Whoever holds the lock calls this, and does nothing more before the release."""
         assert self._grant is None
         self._grant = grant
 
     def settle(self) -> None:
-        """End the grant, if there is one, and settle what was done."""
-        if self._grant is not None:
-            with self:
-                pass
+        """End the grant, if there is one, and settle what was done.
+
+        It does not wait for the lock. As long as there is a grant nobody is at work under the lock: whoever acquires it
+        settles first. So a reader may settle under a lock of its own, which somebody at work under this one waits for.
+        """
+        if self._grant is None:
+            return
+        with self._settling:
+            if (grant := self._grant) is None:
+                return
+            try:
+                grant.end()
+                grant.settle()
+            finally:
+                self._grant = None
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Acquire the lock, as that of `threading`; settle what a lane has done."""
         if not self._lock.acquire(blocking, timeout):
             return False
         if self._grant is not None:
-            self._reclaim(self._grant)
+            self._settle_locked()
         return True
 
     def release(self) -> None:
@@ -71,7 +78,7 @@ class SessionLock:
         """Acquire the lock."""
         self._lock.acquire()
         if self._grant is not None:
-            self._reclaim(self._grant)
+            self._settle_locked()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,11 +86,9 @@ class SessionLock:
         """Release the lock."""
         self._lock.release()
 
-    def _reclaim(self, grant: Grant) -> None:
+    def _settle_locked(self) -> None:
         try:
-            grant.end()
-            self._grant = None
-            grant.settle()
+            self.settle()
         except BaseException:
             self._lock.release()
             raise

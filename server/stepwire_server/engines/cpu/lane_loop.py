@@ -5,6 +5,7 @@ A loop is compiled beside the steps that need it, which go their ordinary way un
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -17,7 +18,19 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
-from stepwire_server.engines.cpu.lane_words import BELL, EVENT, EVENT_WORDS, FD, ONE, OPEN, OVER, SELF, WIDTH, WORD
+from stepwire_server.engines.cpu.lane_words import (
+    BELL,
+    EVENT,
+    EVENT_WORDS,
+    FD,
+    ONE,
+    OPEN,
+    OVER,
+    SELF,
+    TIME,
+    WIDTH,
+    WORD,
+)
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.rules import Recipe
 
@@ -66,8 +79,12 @@ class Seat:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         row[:] = 0
         row[FD], row[BELL], row[ONE], row[SELF] = end.fileno(), self._bell, 1, self._address
-        loop.register(_ADD, end.fileno(), index, 0)
         loop.write_event(row[EVENT : EVENT + 2], index)
+        try:
+            loop.register(_ADD, end.fileno(), index, 0)
+        except OSError:
+            os.close(self._bell)
+            raise
 
     def grant(self) -> None:
         """Open the lane: the loop may step from now on, until the grant has ended."""
@@ -83,11 +100,20 @@ class Seat:
 
     def wait(self) -> None:
         """Wait for the end of the grant, in the kernel."""
-        os.eventfd_read(self._bell)
+        while True:
+            with contextlib.suppress(InterruptedError):  # a signal came to this thread
+                os.eventfd_read(self._bell)
+                return
+
+    @property
+    def seen(self) -> float:
+        """The last time, of the monotonic clock, that the loop has looked at during a step; 0 before the first."""
+        return float(self.row[TIME]) + 1e-9 * float(self.row[TIME + 1])
 
     def leave(self) -> None:
         """Give the place back; the grant has ended."""
-        self._loop.register(_DELETE, int(self.row[FD]), self._index, 0)
+        with contextlib.suppress(OSError, ValueError):  # the loop is closed
+            self._loop.register(_DELETE, int(self.row[FD]), self._index, 0)
         os.close(self._bell)
         self._loop.free(self._index)
 

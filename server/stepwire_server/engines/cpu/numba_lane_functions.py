@@ -81,6 +81,7 @@ __all__ = ["LANE_FUNCTIONS", "LANE_NUMBERS", "advance", "is_next", "norm_of", "s
 # The numbers of Linux for a receive and a send that do not wait, for EPOLL_CTL_MOD, and for CLOCK_MONOTONIC.
 AT_ONCE, QUIETLY = int(socket.MSG_DONTWAIT), int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 MODIFY, MONOTONIC = 3, 1
+GRANT_SECONDS = 1.0
 
 LANE_NUMBERS: Final[dict[str, float]] = {
     **LANE_CONSTANTS,
@@ -88,6 +89,7 @@ LANE_NUMBERS: Final[dict[str, float]] = {
     "QUIETLY": QUIETLY,
     "MODIFY": MODIFY,
     "MONOTONIC": MONOTONIC,
+    "GRANT_SECONDS": GRANT_SECONDS,
     "GRAIN": GRAIN,
     "RELATIVE_ERROR": RELATIVE_ERROR,
 }
@@ -126,7 +128,7 @@ def serve(address: Any, epoll: int) -> None:
         return
     at = carray(pointer(address), WIDTH, int64)
     count = recv(at[FD], at[RECEIVED], at[CAPACITY], AT_ONCE)
-    if count == at[LENGTH] and at[ROW] < at[ROWS] and is_next(at) and stepped(at):
+    if count == at[LENGTH] and at[ROW] < at[ROWS] and is_recent(at) and is_next(at) and stepped(at):
         if replied(at):
             advance(at)
             epoll_ctl(epoll, MODIFY, at[FD], address + 8 * EVENT)
@@ -147,6 +149,14 @@ def is_next(at: Any) -> bool:
     for i in range(at[HEAD]):
         other |= received[i] ^ expected[i]
     return other == 0
+
+
+def is_recent(at: Any) -> bool:
+    """Tell whether the first step of the grant is not long ago: those who keep account of steps hear of it in time."""
+    if at[ROW] == 0:
+        return True
+    first = carray(pointer(at[RECORDS]), 1, float64)
+    return bool(now(at) - first[BEGAN] < GRANT_SECONDS)
 
 
 def record_of(at: Any) -> Any:
@@ -274,9 +284,10 @@ LANE_FUNCTIONS: Final[tuple[Callable[..., Any], ...]] = (
     clip_torch,
     clip_optax,
     clip_keras,
+    now,
+    is_recent,
     is_next,
     record_of,
-    now,
     norm_of,
     factor_of,
     measured,
