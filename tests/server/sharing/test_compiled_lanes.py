@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -363,6 +364,26 @@ def test_a_client_that_is_stopped_keeps_no_other_lane_waiting(
             assert client.process.stdout is not None and client.process.stdout.readline() == "\n"
         assert live.wire.get(live.id).applied_step == 7
         assert lane_steps() - before > 30
+
+
+def test_many_sessions_have_one_thread(
+    wire: Any, make_config: Any, make_live: Any, server: Server, live: Any, lane_steps: Any
+) -> None:
+    def loops() -> int:
+        return sum(thread.name == "compiled-lanes" for thread in threading.enumerate())
+
+    before, threads = lane_steps(), loops()
+    with contextlib.ExitStack() as stack:
+        many = [made(wire, make_config, make_live, server) for _ in range(12)]
+        lanes = [stack.enter_context(LaneStream(each)) for each in many]
+        for step in range(4, 24):
+            for lane in lanes:
+                lane.lane.send(lane.in_memory(step).SerializeToString())
+            for lane in lanes:
+                assert pb.AttachResponse.FromString(lane.lane.recv(1 << 18)).result.step == step
+        assert loops() == threads
+        assert len({lane.parameters() for lane in lanes}) == 1
+    assert lane_steps() - before >= 12 * 18
 
 
 def test_a_drain_ends_all_grants(wire: Any, make_config: Any, make_live: Any, refusal: Any) -> None:
