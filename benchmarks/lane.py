@@ -21,6 +21,7 @@ from contest import PAUSE_SECONDS, Absent, Action, Contender, timed
 from doorbell import Doorbell
 from echo import EchoStream, sized_message
 from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.rpc.lane_gate import AFTER_STEPS
 from variants import Variant
 
 __all__ = [
@@ -40,7 +41,7 @@ _STEPS = (
     Variant("shm in place", "shm", in_place=True),
 )
 _COMPILED = (Variant("compiled", "packets"), Variant("compiled in place", "packets", in_place=True))
-_LOOP_STEPS = 80
+_LOOP_STEPS = AFTER_STEPS + 16
 """More steps than a session makes before a loop is compiled for it, or looked for again."""
 _FLOORS = (_DOORBELL, _ECHO, _FUSED)
 ECHO_GOAL = f"packets 1k, 0 ms to {_ECHO}"

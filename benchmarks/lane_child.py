@@ -15,11 +15,12 @@ from typing import Any, Final
 import numpy as np
 
 import stepwire
+from stepwire_server.rpc.lane_gate import AFTER_STEPS
 from variants import gradient_of, parameters_of
 
 __all__: list[str] = []
 
-_WARM_STEPS: Final = 80
+_WARM_STEPS: Final = AFTER_STEPS + 16
 """More steps than a session makes before a loop is compiled for it."""
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from stepwire_server.engines.cpu.lane_loop import Seat
 
-__all__ = ["LaneGate", "LaneStatistics"]
+__all__ = ["AFTER_STEPS", "LaneGate", "LaneStatistics"]
+
+AFTER_STEPS: Final = 256
+"""The steps alike on a stream before its first grant: a loop costs seconds where no cache has it."""
 
 
 class LaneStatistics(NamedTuple):
@@ -30,7 +33,7 @@ class LaneGate:
         steps_alike: the steps alike before each later one: whoever pulls after each step has no use for a grant.
     """
 
-    def __init__(self, *, after_steps: int = 64, steps_alike: int = 2, enabled: bool = True) -> None:
+    def __init__(self, *, after_steps: int = AFTER_STEPS, steps_alike: int = 2, enabled: bool = True) -> None:
         """Grant steps to lanes until `close`, or never."""
         self.after_steps, self.steps_alike = after_steps, steps_alike
         self._open = enabled

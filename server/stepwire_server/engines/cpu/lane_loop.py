@@ -219,9 +219,14 @@ class LaneLoops:
             maker.join()
 
     def close(self) -> None:
-        """End all loops; all grants have ended. Closing twice is harmless."""
+        """End all loops; all grants have ended. Closing twice is harmless.
+
+        A loop that is being compiled is waited for: the compiler is no thread to end a process under.
+        """
         with self._lock:
             self._closed = True
+        self.settle()
+        with self._lock:
             loops, self._loops = [loop for loop in self._loops.values() if loop is not None], {}
         for loop in loops:
             loop.close()
