@@ -158,7 +158,7 @@ class _Grant:
         parts, done = self._steps.parts, int(self._seat.row[word.ROW])
         for index in range(done):
             request, result = self._batch.request.numbered(self._batch.request.step + index), self.result(index)
-            parts.state.advance_ahead(self._batch.groups[index])
+            parts.state.tensor_steps.advance(parts.config.active, self._batch.groups[index])
             parts.commits.note_of_lane(request, self._holder, result)
             self._lane.settled(request, result, self._records[index])
         if done:

@@ -260,11 +260,6 @@ class SessionState:
         if self.loss_scale is not None and scaling is not None:
             self.loss_scale = after_step(self.loss_scale, scaling, finite=effect is not Effect.SKIPPED)
 
-    def advance_ahead(self, groups: Sequence[Hyperparameters]) -> None:
-        """Count an update of all that moves, which a compiled lane has made."""
-        self.sum_bound = 0.0
-        self.tensor_steps.advance(self.config.active, groups)
-
     def before_change(self, start: int, end: int) -> None:
         """Note that the flat elements `[start, end)` of all slots are about to change."""
         if self.capture is not None:
