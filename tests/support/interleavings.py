@@ -25,9 +25,16 @@ class Interleaving:
         self._failure: BaseException | None = None
         self._over = False
 
+    def unnamed(self, work: Callable[[], object]) -> None:
+        """Do some work, before or after the threads, at whose points nobody else goes on."""
+        self._names.name = None
+        work()
+
     def point(self, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Wait for the turn of this thread, which comes only when it may go on."""
-        name = self._names.name
+        if (name := self._names.name) is None:
+            assert may_go_on()
+            return
         self._waiting[name] = may_go_on
         self._arrived.release()
         assert self._gates[name].acquire(timeout=PATIENCE_SECONDS)

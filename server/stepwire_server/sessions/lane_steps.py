@@ -100,10 +100,9 @@ class LaneSteps:
             if seat is None:
                 return False
             grant = _Grant(self, holder, batch, seat, lane)
-            if not lane.lay_out(seat, grant.result(0)) or not lane.open(seat):
+            if not lane.lay_out(seat, grant.result(0)):
                 return False
-            parts.lock.give(grant)
-            return True
+            return parts.lock.give(grant, lambda: lane.open(seat))
 
     def settle(self) -> None:
         """End the grant, if there is one, and count the steps that were made."""

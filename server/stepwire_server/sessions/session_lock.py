@@ -11,6 +11,7 @@ The step under way needs neither this lock nor the interpreter's. So the wait is
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -40,10 +41,27 @@ class SessionLock:
         self._settling = threading.Lock()
         self._grant: Grant | None = None
 
-    def give(self, grant: Grant) -> None:
-        """Leave the session to a lane. Whoever holds the lock calls this, and does nothing more before the release."""
-        assert self._grant is None
-        self._grant = grant
+    def give(self, grant: Grant, begin: Callable[[], bool]) -> bool:
+        """Leave the session to a lane. Whoever holds the lock calls this, and does nothing more before the release.
+
+        The lane may step as soon as it begins. So a reader finds the grant before, and waits until it has begun.
+
+        Args:
+            grant: the grant.
+            begin: begins it; returns False where it does not.
+
+        Returns:
+            True if it has begun.
+        """
+        with self._settling:
+            begun = False
+            self._grant = grant
+            try:
+                begun = begin()
+            finally:
+                if not begun:
+                    self._grant = None
+            return begun
 
     def settle(self) -> None:
         """End the grant, if there is one, and settle what was done.

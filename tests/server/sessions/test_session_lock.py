@@ -122,15 +122,20 @@ class Scene:
         self._alone("settle", lambda: self.told.append(self.applied))
         self.words.row[word.ROW] = 0
 
-    def grant(self) -> None:
-        self.words.row[word.WORD] = word.OPEN
-        self.lock.give(self)
+    def _begin(self) -> bool:
+        assert self.words.exchange(0, word.OVER, word.OPEN)
+        self.run.point()
+        return True
 
     # --- the threads -------------------------------------------------------------------------------------------
 
     def loop(self) -> None:
         for _ in range(len(self.datagrams)):
             lane.serve(0, 0)
+
+    def granter(self) -> None:
+        with self.lock:
+            assert self.lock.give(self, self._begin)
 
     def locker(self) -> None:
         with self.lock:
@@ -145,6 +150,7 @@ class Scene:
 
     def check(self) -> None:
         """Check the end of a run: the grant was over, and its thread was woken, once."""
+        self.run.unnamed(self.lock.settle)  # where the grant came last
         assert self.words.row[word.WORD] == word.OVER
         assert self.bells == 1
         assert len(self.told) == 2
@@ -157,6 +163,7 @@ SCENES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a step, another datagram, a locker": (["next", "other"], ("loop", "locker")),
     "no step, a locker and a reader": ([], ("locker", "reader")),
     "two lockers": ([], ("locker", "locker 2")),
+    "a grant, a step and a reader": (["next"], ("granter", "loop", "reader")),
 }
 if os.environ.get("STEPWIRE_LONG_TESTS"):
     SCENES["two steps and a locker"] = (["next", "next"], ("loop", "locker"))
@@ -173,7 +180,8 @@ def test_no_interleaving_has_two_at_work_or_loses_a_step(name: str, monkeypatch:
             scenes[-1].check()
         made = Scene(run, monkeypatch, list(datagrams))
         scenes.append(made)
-        made.grant()
+        if "granter" not in threads:
+            run.unnamed(made.granter)
         return {thread: getattr(made, thread.split()[0]) for thread in threads}
 
     assert every_interleaving(scene) == len(scenes) > 1
@@ -189,6 +197,27 @@ def test_a_lock_without_a_grant_is_an_ordinary_lock() -> None:
     lock.release()
 
 
+def test_a_grant_that_does_not_begin_is_none() -> None:
+    class Untouched:
+        def end(self) -> None:
+            raise AssertionError
+
+        def settle(self) -> None:
+            raise AssertionError
+
+    def broken() -> bool:
+        raise OSError("no descriptors")
+
+    lock = SessionLock()
+    with lock:
+        assert not lock.give(Untouched(), lambda: False)
+        with pytest.raises(OSError, match="no descriptors"):
+            lock.give(Untouched(), broken)
+    lock.settle()
+    with lock:
+        pass
+
+
 def test_a_settlement_that_fails_leaves_the_lock_free() -> None:
     class Failing:
         def end(self) -> None:
@@ -198,7 +227,7 @@ def test_a_settlement_that_fails_leaves_the_lock_free() -> None:
             raise AssertionError
 
     lock = SessionLock()
-    lock.give(Failing())
+    assert lock.give(Failing(), lambda: True)
     with pytest.raises(RuntimeError), lock:
         raise AssertionError
     assert lock.acquire(blocking=False)

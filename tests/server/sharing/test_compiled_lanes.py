@@ -286,6 +286,7 @@ def test_a_client_that_reads_no_replies_is_ended(live: Any, until: Any, monkeypa
 CLIENT = """
 import socket, sys
 lane = socket.socket(fileno=int(sys.argv[1]))
+lane.setblocking(True)
 for line in sys.stdin:
     if line.startswith("recv"):
         lane.recv(1 << 18)
