@@ -87,9 +87,18 @@ class Seat:
             raise
 
     def grant(self) -> None:
-        """Open the lane: the loop may step from now on, until the grant has ended."""
+        """Open the lane: the loop may step from now on, until the grant has ended.
+
+        Raises:
+            OSError: the system refuses it; the grant has ended.
+        """
         assert self._loop.exchange(self._address, OVER, OPEN)
-        self._loop.register(_MODIFY, int(self.row[FD]), self._index, select.EPOLLIN | select.EPOLLONESHOT)
+        try:
+            self._loop.register(_MODIFY, int(self.row[FD]), self._index, select.EPOLLIN | select.EPOLLONESHOT)
+        except OSError:
+            self.end()
+            self.wait()
+            raise
 
     def end(self) -> None:
         """End the grant, after the step under way. Ending twice is harmless."""
