@@ -86,7 +86,6 @@ class Session:
         self._rate: StepRate | None = None
         workers = 1 if config.aggregation is None else config.aggregation.workers
         self._ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
-        self._clock = clock
         self._lock = SessionLock()
         self.last_use = LastUse(clock)
         self.calls = CallsUnderWay(self.last_use)
@@ -194,10 +193,8 @@ class Session:
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""
         ledger = self.ledger
-        step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
-        return SessionStatistics(
-            step, load, unfinished_step, self.memory_bytes, ledger.attached, len(self.exchange.loads)
-        )
+        numbers = (ledger.applied_step, ledger.applied_load, self.unfinished_step)
+        return SessionStatistics(*numbers, self.memory_bytes, ledger.attached, len(self.exchange.loads))
 
     @contextlib.contextmanager
     def untold(self) -> Iterator[None]:
