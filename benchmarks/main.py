@@ -26,6 +26,7 @@ import floods
 import footprint
 import kernels
 import lane
+import lane_many
 import many
 import messages
 import metrics
@@ -73,6 +74,11 @@ GOALS = (
     Goal("memory", "rest_bytes", 12.5),
     Goal("memory", "peak_bytes", 17.0),
     Goal("lane", lane.ECHO_GOAL, 0.9),
+    Goal("lane", lane.COMPILED_ECHO_GOAL, 0.25),
+    Goal("lane", lane.COMPILED_DOORBELL_GOAL, 1.5),
+    Goal("lane", lane.COMPILED_TORCH_GOAL, 1.3),
+    Goal("lane many", lane_many.COMPILED_TO_TCP, 20.0, at_least=True),
+    Goal("lane many", lane_many.COMPILED_JAIN, 0.95, at_least=True),
     Goal(_LARGE_STEPS, "tcp to its parts", 1.05),
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
@@ -183,6 +189,7 @@ class Run:
         self._section("durability", lambda: durability.durability(self._data_dir, scale))
         self._section("fairness", lambda: fairness.fairness(fairness.Scale.quick() if quick else fairness.Scale()))
         self._section("floods", lambda: floods.floods(floods.Scale.quick() if quick else floods.Scale()))
+        self._section("lane many", lambda: lane_many.lane_many((lane_many.Scale.quick if quick else lane_many.Scale)()))
         self._section("many", lambda: many.many(many.Scale.quick() if quick else many.Scale()))
         protected = (2, 3) if quick else (30, 20)
         self._section("security", lambda: security.security(rounds=protected[0], batch=protected[1]))
@@ -214,8 +221,14 @@ class Run:
         if not self._wants("lane"):
             return
         scale = lane.Scale.quick() if self._quick else lane.Scale()
-        with echo_process() as echo, doorbell_process() as doorbell, server_process("--device", "cpu") as server:
-            self._section("lane", lambda: lane.lane(server.target, echo.tcp, doorbell, scale))
+        with (
+            echo_process() as echo,
+            doorbell_process() as doorbell,
+            server_process("--device", "cpu", "--no-compiled-lanes") as plain,
+            server_process("--device", "cpu") as compiled,
+        ):
+            targets = lane.Targets(plain.target, compiled.target, echo.tcp, doorbell)
+            self._section("lane", lambda: lane.lane(targets, scale))
 
     def _torch(self) -> None:
         if not self._wants("torch step"):

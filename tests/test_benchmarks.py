@@ -37,6 +37,8 @@ NAMES = (
     "goals",
     "kernels",
     "lane",
+    "lane_child",
+    "lane_many",
     "local_torch",
     "machine",
     "main",
@@ -531,7 +533,10 @@ def test_sessions_side_by_side_are_measured_by_every_goals_figure(bench) -> None
 def test_small_steps_are_compared_with_each_floor_round_by_round(bench) -> None:
     lane = bench.lane
     scale = lane.Scale(rounds=3, batch=4)
-    calls = {name: [0.0] for name in ("doorbell", "gRPC echo", *(variant.name for variant in lane._STEPS))}
+    calls = {
+        name: [0.0]
+        for name in ("doorbell", "gRPC echo", *(variant.name for variant in (*lane._STEPS, *lane._COMPILED)))
+    }
     ready = {name: (lambda count=count: count.__setitem__(0, count[0] + 1)) for name, count in calls.items()}
     assert {len(batch) for rounds in lane._times(ready, 0.0, scale).values() for batch in rounds} == {4}
     assert {count[0] for count in calls.values()} == {16}, "the first round is not counted"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pathlib
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, NamedTuple, cast
 
@@ -38,6 +39,7 @@ from stepwire_server.rpc.drain import Drain, DrainStatistics
 from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.health_status import HealthStatus
 from stepwire_server.rpc.interceptors import interceptors
+from stepwire_server.rpc.lane_gate import LaneGate
 from stepwire_server.rpc.listen import Listening, check_bind
 from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.replicating import Replication
@@ -90,6 +92,7 @@ class Server:
         target: the address for clients: `host:port`, or `unix:/path` without a port.
         port: the TCP port; 0 without a port.
         unix_socket: the path of the Unix socket; empty without a socket.
+        lanes: the gate of compiled lanes.
         handoff: the memory that is shared with processes of this machine, or the reason why none is.
         monitoring: the addresses for whoever watches.
         replication: the role of this server beside a standby or a primary.
@@ -121,6 +124,7 @@ class Server:
         self._pool = pool or _start_devices(config)
         self._certificates, self.access = access_of(config)
         self._drain = Drain()
+        self.lanes = LaneGate(enabled=config.compiled_lanes and not self.monitoring.traces)
         self.registry = Registry(self._pool, limits_of(config), clock, self.monitoring.sinks)
         self._directory = _data_directory(config, clock, disk)
         if self._directory is not None:
@@ -144,15 +148,13 @@ class Server:
         self._closed = False
         self._listening: Listening | None = None
         self._host_sharing: HostSharing | None = None
-        self._listening = listening = self._listen()
-        self.handoff = self._host_sharing = self._share(clock)
+        listening, self.handoff = self._listen(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
         self._endpoint = endpoint_of(config, self.target, self.port)
         services = self._service(clock), ReplicationService(self.replication, self.access)
         self._grpc.add_generic_rpc_handlers(tuple(each.handlers() for each in services))
         self._health = HealthStatus(self._grpc)
         self._pool.on_lost(self._device_lost)
-        self._reflect()
         self.access.on_change(self.registry.streams.check)
         _open.add(self)
 
@@ -212,6 +214,7 @@ class Server:
     def _refuse_steps(self) -> None:
         """Refuse new steps, and have no worker wait for others, who would be refused."""
         self._drain.start()
+        self.lanes.close()
         self.registry.end_waits(self._drain.refusal())
 
     def close(self) -> None:
@@ -262,11 +265,8 @@ class Server:
 
     def __enter__(self) -> Server:
         """Start for a block; a server that cannot start is closed."""
-        try:
+        with self._closed_by_errors():
             self.start()
-        except BaseException:
-            self.close()
-            raise
         return self
 
     def __exit__(
@@ -275,38 +275,35 @@ class Server:
         """Close."""
         self.close()
 
-    def _listen(self) -> Listening:
+    @contextlib.contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
         try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _listen(self, clock: Callable[[], float]) -> tuple[Listening, HostSharing]:
+        with self._closed_by_errors():
             self.monitoring.listen(self.registry, self.access, lambda: self._drain.started, self._certificates)
-            return Listening(self._grpc, self._config, self._certificates)
-        except BaseException:
-            self.close()
-            raise
-
-    def _reflect(self) -> None:
-        try:
+            self._listening = listening = Listening(self._grpc, self._config, self._certificates)
+            self._host_sharing = sharing = HostSharing(self._config, clock, [device.name for device in self._pool])
             add_reflection(self._grpc, self._config)
-        except BaseException:
-            self.close()
-            raise
-
-    def _share(self, clock: Callable[[], float]) -> HostSharing:
-        try:
-            return HostSharing(self._config, clock, [device.name for device in self._pool])
-        except BaseException:
-            self.close()
-            raise
+        return listening, sharing
 
     def _service(self, clock: Callable[[], float]) -> OptimizerService:
         most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
         return OptimizerService(
             self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, lambda: self._health.problem),
+            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, self._problem, self.lanes),
             self._config,
             self.handoff.sharing,
             instance_id=secrets.token_hex(8),
             local=self.handoff.local_access(self.unix_socket),
         )
+
+    def _problem(self) -> str:
+        return self._health.problem
 
     def _told(self, error: StepwireError) -> StepwireError:
         """Return the error that a caller may be told: an owner that was overtaken knows nothing of the sessions."""

@@ -27,7 +27,19 @@ from typing import NamedTuple
 
 from stepwire.optimizers.gradient_treatment import ClipFormula
 
-__all__ = ["RELATIVE_ERROR", "GradientNorms", "clip_coefficient", "gradient_norms", "rounded_norm", "with_factors"]
+__all__ = [
+    "RELATIVE_ERROR",
+    "GradientNorms",
+    "candidates",
+    "clip_coefficient",
+    "clip_keras",
+    "clip_optax",
+    "clip_torch",
+    "gradient_norms",
+    "rounded",
+    "rounded_norm",
+    "with_factors",
+]
 
 RELATIVE_ERROR = 2.0**-45
 """The largest relative error of an engine's sum of squares: at most 128 roundings of 2⁻⁵³ each."""
@@ -96,11 +108,41 @@ def clip_coefficient(norm: float, bound: float, formula: ClipFormula) -> float:
         return math.nan
     match formula:
         case "torch":
-            return min(1.0, bound / (norm + 1e-6))
+            return clip_torch(norm, bound)
         case "optax":
-            return 1.0 if norm < bound else bound / norm
+            return clip_optax(norm, bound)
         case "keras":
-            return bound * min(1.0 / norm if norm else math.inf, 1.0 / bound)
+            return clip_keras(norm, bound)
+
+
+# Numbers in the subset that Numba compiles: a compiled lane has these functions as they stand.
+
+
+def clip_torch(norm: float, bound: float) -> float:
+    """Return the factor by torch's formula; see the module."""
+    return min(1.0, bound / (norm + 1e-6))
+
+
+def clip_optax(norm: float, bound: float) -> float:
+    """Return the factor by optax's formula; see the module."""
+    return 1.0 if norm < bound else bound / norm
+
+
+def clip_keras(norm: float, bound: float) -> float:
+    """Return the factor by Keras's formula; see the module."""
+    return bound * min(1.0 / norm if norm else math.inf, 1.0 / bound)
+
+
+def rounded(value: float) -> float:
+    """Round to 24 bits, ties to even."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2.0**24), exponent - 24)
+
+
+def candidates(total: float) -> tuple[float, float]:
+    """Return the least and the largest norm that a sum of squares may have; as a rule they are the same."""
+    error = 2.0 * RELATIVE_ERROR
+    return rounded(math.sqrt(total * (1.0 - error))), rounded(math.sqrt(total * (1.0 + error)))
 
 
 def with_factors(norms: GradientNorms, coefficient: float, own: Sequence[float]) -> GradientNorms:
@@ -133,17 +175,8 @@ def rounded_norm(total: float, exact: Callable[[], Fraction]) -> float:
     """
     if not math.isfinite(total) or total == 0.0:
         return total
-    low, high = (
-        _rounded(math.sqrt(total * (1.0 - 2.0 * RELATIVE_ERROR))),
-        _rounded(math.sqrt(total * (1.0 + 2.0 * RELATIVE_ERROR))),
-    )
+    low, high = candidates(total)
     return low if low == high else _nearer(exact(), low, high)
-
-
-def _rounded(value: float) -> float:
-    """Round to 24 bits, ties to even."""
-    mantissa, exponent = math.frexp(value)
-    return math.ldexp(round(mantissa * 2.0**24), exponent - 24)
 
 
 def _nearer(total: Fraction, low: float, high: float) -> float:

@@ -63,6 +63,11 @@ class AccessControl:
         self._open_health = open_health
         self._clock = clock
 
+    @property
+    def controls(self) -> bool:
+        """Callers bring something that may expire, or be revoked."""
+        return not (self.tokens is None and self.signed is None and self.certificates is None)
+
     def admit(self, method: str, authorization: str | None, certificate: bytes | None = None) -> Identity:
         """Return the identity behind a call that may be made.
 

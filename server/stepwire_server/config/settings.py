@@ -179,6 +179,13 @@ class ServerConfig(CoreSettings, frozen=True, kw_only=True, forbid_unknown_field
     packets: Annotated[
         bool, Meta(description="Step clients on this machine over packets, without gRPC in the way of each step.")
     ] = True
+    compiled_lanes: Annotated[
+        bool,
+        Meta(
+            description="Make small steps that come over packets without the interpreter, where one step is like the "
+            "one before."
+        ),
+    ] = True
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")
     ] = True

@@ -142,6 +142,11 @@ class FairShare:
             self._withdraw(queue, turn)
             raise
 
+    def count(self, flow: Flow, seconds: float) -> None:
+        """Count time that a session had the engine without a turn."""
+        with self._lock:
+            flow.seconds += seconds
+
     def _withdraw(self, queue: Queue, turn: _Turn) -> None:
         """Give up a wait that was interrupted, or the turn that has come meanwhile."""
         with self._lock:
@@ -210,6 +215,10 @@ class Flow:
                 share._pass_on()  # the next request in order has it
             else:
                 share._free += 1
+
+    def count(self, seconds: float) -> None:
+        """Count time that the session had the engine without a turn: small steps of a compiled lane have none."""
+        self._share.count(self, seconds)
 
     def _join(self, tenant: _Tenant) -> None:
         self._tenant = tenant  # which lasts as long as there is a session of it

@@ -47,6 +47,11 @@ class FairState:
         self._slots_bytes = state.nbytes // max(size, 1)
 
     @property
+    def unshared(self) -> EngineState:
+        """The state whose passes wait for no turn."""
+        return self._state
+
+    @property
     def nbytes(self) -> int:
         """See `EngineState.nbytes`."""
         return self._state.nbytes

@@ -79,7 +79,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """Yield the metrics as of now."""
-        total, sessions = self._tallies.total(), snapshots(self._registry, None)
+        sessions = snapshots(self._registry, None)  # which count what compiled lanes have stepped
+        total = self._tallies.total()
         yield self._core.InfoMetricFamily(
             "stepwire_build", "The version of the server.", {"version": __version__, "protocol": str(PROTOCOL_MAX)}
         )

@@ -65,6 +65,11 @@ class Monitoring:
         self.metrics: Endpoint | None = None
         self.status: Endpoint | None = None
 
+    @property
+    def traces(self) -> bool:
+        """Spans of some steps are exported, as of the moment of their replies."""
+        return self._traces is not None
+
     def refused(self, error: StepwireError) -> None:
         """Note an error that a client was told."""
         if self.tallies is not None:

@@ -49,7 +49,13 @@ _LEAST_CHUNK_BYTES: Final = 64 << 10
 
 
 class StepStream:
-    """The steps of one attached client."""
+    """The steps of one attached client.
+
+    Attributes:
+        last_request: the last step as it was asked for; None before the first.
+        last_settings: its opening, without the number.
+        last_send_seconds: the time of sending the last reply; None before the first.
+    """
 
     def __init__(
         self,
@@ -66,9 +72,9 @@ class StepStream:
         self._serving = serving
         self._shared = memory
         self._epoch = session.ledger.epoch
-        self._last_settings = b""
-        self._last_send_seconds: float | None = None
-        self._last_request: StepRequest | None = None
+        self.last_settings = b""
+        self.last_send_seconds: float | None = None
+        self.last_request: StepRequest | None = None
         self._received_bytes = 0
         self._told: StepResult | None = None
         self._trace: TraceContext | None = None
@@ -134,7 +140,7 @@ class StepStream:
                 yield message
                 total += self._seen() - handed_over
         finally:
-            self._last_send_seconds = total
+            self.last_send_seconds = total
             if self._serving.reply_sinks and self._told is not None:
                 replied = self._replied(step, self._told, sent_bytes, total)
                 for sink in self._serving.reply_sinks:
@@ -168,7 +174,7 @@ class StepStream:
         begin.ClearField("base_step")
         self._trace = decode_trace(begin) if begin.traceparent else None
         settings = begin.SerializeToString()
-        if self._last_request is None or settings != self._last_settings:
+        if self.last_request is None or settings != self.last_settings:
             config = self._session.config
             request = decode_step_request(begin, config, self._serving.max_chunk_bytes)
             request = request._replace(reply_elements=_elements_together(request, config, self._serving))
@@ -178,8 +184,8 @@ class StepStream:
                 request = request._replace(reply=False)
             if request.shared and self._memory().on_device:  # kernels write it where it is read, in one go
                 request = request._replace(reply_elements=max(config.layout.size, 1))
-            self._last_request, self._last_settings = request, settings
-        request = self._last_request.numbered(step)
+            self.last_request, self.last_settings = request, settings
+        request = self.last_request.numbered(step)
         return request if base is None else with_base_step(request, base, self._session.config)
 
     def _gather(self, opening: list[Frame], frames: Iterator[Frame], step: Step) -> Iterator[bytes]:
@@ -330,7 +336,7 @@ class StepStream:
     def _check_memory(self, frame: Frame) -> bytes:
         """Reply to a `check`."""
         fields = [field.name for field, _ in frame.message.ListFields() if field.name not in ("check", "padding")]
-        if fields or frame.payload.size or self._last_request is not None:
+        if fields or frame.payload.size or self.last_request is not None:
             raise invalid_frame("check", "memory is checked before the first step, by a message of its own")
         pattern: bytes = frame.message.check.pattern
         if not 16 <= len(pattern) <= 64 or len(pattern) % 4:
@@ -347,8 +353,8 @@ class StepStream:
     def _result(self, result: StepResult) -> pb.AttachResponse:
         response, self._told = pb.AttachResponse(), result
         encode_result(result, self._session.ledger.durable_step, response.result)
-        if self._last_send_seconds is not None:
-            response.result.telemetry.previous_send_seconds = self._last_send_seconds
+        if self.last_send_seconds is not None:
+            response.result.telemetry.previous_send_seconds = self.last_send_seconds
         return response
 
     def _seen(self) -> float:

@@ -6,6 +6,7 @@ messages say how the stream ended. So a stream with a lane ends as any other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.frames import Frame, read_frame
 from stepwire.wire.packets import PAYLOAD_BYTES, REQUEST_BYTES
 from stepwire_server.rpc.attach import StepStream, invalid_frame
+from stepwire_server.rpc.compiled_lane import CompiledLane
 from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sharing.packet_lane import PacketLane
 
@@ -43,7 +45,14 @@ def end_together(lane: PacketLane, stream: ClientStream, call: _Call) -> None:
 class PacketSteps:
     """The steps on one lane, and those that come over its stream in between."""
 
-    def __init__(self, lane: PacketLane, stream: ClientStream, packets: StepStream, messages: StepStream) -> None:
+    def __init__(
+        self,
+        lane: PacketLane,
+        stream: ClientStream,
+        packets: StepStream,
+        messages: StepStream,
+        compiled: CompiledLane | None = None,
+    ) -> None:
         """Serve steps on a lane.
 
         Args:
@@ -51,11 +60,13 @@ class PacketSteps:
             stream: its stream.
             packets: the steps that come on the lane.
             messages: the steps that come over the stream.
+            compiled: makes steps of the common case without the interpreter; None for none.
         """
         self._lane = lane
         self._stream = stream
         self._packets = packets
         self._messages = messages
+        self._compiled = compiled
 
     def replies(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Reply to the steps on the lane, until its end, and yield the replies to those that come over the stream.
@@ -66,11 +77,19 @@ class PacketSteps:
         Raises:
             StepwireError: the first step that is refused; the stream ends with it.
         """
+        with contextlib.nullcontext() if self._compiled is None else contextlib.closing(self._compiled):
+            yield from self._replies(messages)
+
+    def _replies(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         frames = map(functools.partial(read_frame, pb.AttachRequest), self._stream.received(messages))
-        packets = map(_read_packet, self._stream.received(_Packets(self._lane, messages, self._stream)))
+        received = _Packets(self._lane, messages, self._stream, self._compiled)
+        packets = map(_read_packet, self._stream.received(received))
         for opening in map(lambda packet: [packet], packets):
             if not opening[0].message.over_stream:
+                count = received.count
                 self._reply(opening, packets)
+                if self._compiled is not None and received.count == count:  # a step of one datagram
+                    self._compiled.note(received.last)
             elif _is_alone(opening.pop()) and (frame := next(frames, None)) is not None:
                 opening.append(frame)
                 del frame
@@ -83,15 +102,27 @@ class PacketSteps:
 
 
 class _Packets(Iterator[bytes]):
-    """The messages on a lane. At its end gRPC's own say whether the client is gone, or has finished."""
+    """The messages on a lane. At its end gRPC's own say whether the client is gone, or has finished.
 
-    def __init__(self, lane: PacketLane, messages: Iterator[bytes], stream: ClientStream) -> None:
+    Attributes:
+        last: the last message.
+        count: the number of messages so far.
+    """
+
+    def __init__(
+        self, lane: PacketLane, messages: Iterator[bytes], stream: ClientStream, compiled: CompiledLane | None
+    ) -> None:
+        self.last, self.count = b"", 0
         self._lane = lane
         self._messages = messages
         self._stream = stream
+        self._compiled = compiled
 
     def __next__(self) -> bytes:
-        if packet := self._lane.receive():
+        compiled = None if self._stream.in_step else self._compiled
+        self.last = packet = self._lane.receive() if compiled is None else compiled.receive()
+        if packet:
+            self.count += 1
             return packet
         self._lane.end()
         if next(self._messages, None) is None:

@@ -20,6 +20,7 @@ from stepwire_server.rpc import session_lines
 from stepwire_server.rpc.access import caller_of, identity_of, token_of
 from stepwire_server.rpc.attach import StepStream, invalid_frame
 from stepwire_server.rpc.checkpoint_service import CheckpointService
+from stepwire_server.rpc.compiled_lane import LaneParts, compiled_lane
 from stepwire_server.rpc.decode_config import decode_page_token, decode_request_id, decode_session_config
 from stepwire_server.rpc.decode_step import DEFAULT_REPLY_BYTES
 from stepwire_server.rpc.encode import encode_device, encode_parked, encode_session
@@ -198,7 +199,9 @@ class OptimizerService:
                 end_together(shared.lane, stream, context)
                 serving = self._serving._replace(most_reply_bytes=PAYLOAD_BYTES)
                 packets = StepStream(session, holder, stream, serving, shared.buffers)
-                yield from PacketSteps(shared.lane, stream, packets, steps).replies(messages)
+                parts = LaneParts(shared.lane, session, holder, stream, serving, shared.buffers)
+                compiled = compiled_lane(parts, packets)
+                yield from PacketSteps(shared.lane, stream, packets, steps, compiled).replies(messages)
 
     def step(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Take one step of a small session in one call."""

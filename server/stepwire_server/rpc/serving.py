@@ -10,6 +10,7 @@ from typing import NamedTuple
 from stepwire_server.access.control import AccessControl
 from stepwire_server.records.replied import RepliedSink
 from stepwire_server.rpc.drain import Drain
+from stepwire_server.rpc.lane_gate import LaneGate
 
 __all__ = ["Serving"]
 
@@ -25,6 +26,7 @@ class Serving(NamedTuple):
         access: the admission of calls.
         reply_sinks: are told of each reply.
         not_serving: returns the reason why the server serves no sessions; empty where it does.
+        lanes: the gate of compiled lanes.
         most_reply_bytes: the most bytes of a reply's payload in one message, whatever its client asks for.
     """
 
@@ -35,4 +37,5 @@ class Serving(NamedTuple):
     access: AccessControl
     reply_sinks: Sequence[RepliedSink] = ()
     not_serving: Callable[[], str] = lambda: ""
+    lanes: LaneGate = LaneGate(enabled=False)
     most_reply_bytes: int = sys.maxsize

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from stepwire_server.engines.protocol import HostArray, Table
+from stepwire_server.sessions.session_lock import SessionLock
 
 __all__ = ["BLOCK", "Block", "Capture"]
 
@@ -66,7 +67,7 @@ class Capture:
         for index in np.unique(np.concatenate([firsts, firsts + table.width - 1]) // BLOCK).tolist():
             self.preserve(index * BLOCK, index * BLOCK + 1)
 
-    def blocks(self, lock: threading.Lock) -> Iterator[Block]:
+    def blocks(self, lock: SessionLock) -> Iterator[Block]:
         """Yield all blocks once, each read under `lock`; those that steps have copied come first."""
         while True:
             while self._waiting:

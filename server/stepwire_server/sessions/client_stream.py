@@ -29,6 +29,7 @@ class ClientStream:
         gone: the client has left, while a step of it may still wait for other workers.
         surplus: the server had all its streams when this one came: it may only displace another one.
         last_seen: the clock reading of its last frame.
+        seen_in_lane: returns the clock reading of its last step in a compiled lane.
         transport: the way that its steps come; see `Committed`.
     """
 
@@ -43,6 +44,7 @@ class ClientStream:
         self.ending = False
         self.surplus = self.gone = False
         self.last_seen = now
+        self.seen_in_lane: Callable[[], float] = lambda: 0.0
         self.transport = "tcp"
         self._refusal: StepwireError | None = None
         self._waits = False
@@ -62,7 +64,8 @@ class ClientStream:
         That is one that has not opened, or has been silent between two steps for so long that its client will hardly
         miss it: it attaches again before its next step.
         """
-        return not self.is_open or self._waits and not self.in_step and now - self.last_seen > idle_seconds
+        seen = max(self.last_seen, self.seen_in_lane())
+        return not self.is_open or self._waits and not self.in_step and now - seen > idle_seconds
 
     def received(self, messages: Iterator[_T]) -> Iterator[_T]:
         """Iterate over the messages of the client, until the stream is ended.

@@ -19,7 +19,7 @@ from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parame
 from stepwire_server.steps.result import Moment
 from stepwire_server.steps.row_gradients import NamedRows
 from stepwire_server.steps.row_update import reply_rows
-from stepwire_server.steps.step import Step
+from stepwire_server.steps.step import Hold, Step
 
 __all__ = ["Commits"]
 
@@ -86,11 +86,20 @@ class Commits:
         """Note a step that has been applied, append it to the log, and tell the sinks."""
         self._ledger.commit_step(result)
         self._progress.step_committed(step, attempts)
-        if self._sinks:
-            load, holder = self._ledger.applied_load, step.holder
-            origin = (self._ledger.session_id, holder.worker, load, step.request)
-            tell(self._sinks, Committed(*origin, result, holder.transport, step.parts))
+        self._tell(step.request, step.holder, result, step.parts)
         return result
+
+    def note_of_lane(self, request: StepRequest, holder: Hold, result: StepResult) -> None:
+        """Note a step that a compiled lane has made, of a session without a log, and tell the sinks."""
+        self._ledger.commit_step(result)
+        self._tell(request, holder, result, ())
+
+    def _tell(
+        self, request: StepRequest, holder: Hold, result: StepResult, parts: Sequence[tuple[int, RoundResult]]
+    ) -> None:
+        if self._sinks:
+            origin = (self._ledger.session_id, holder.worker, self._ledger.applied_load, request)
+            tell(self._sinks, Committed(*origin, result, holder.transport, parts))
 
     def reply(self, request: StepRequest, writer: ReplyWriter, rows: Sequence[NamedRows] = ()) -> None:
         """Reply with the present parameters, and with some rows of tables."""

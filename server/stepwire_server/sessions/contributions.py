@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -24,6 +24,7 @@ from stepwire_server.sessions.commits import Commits
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.members import Member
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck
@@ -39,7 +40,7 @@ class Parts(NamedTuple):
     config: SessionConfig
     state: SessionState
     ledger: Ledger
-    lock: threading.Lock
+    lock: SessionLock
     progress: Progress
     commits: Commits
     clock: Callable[[], float]
@@ -76,7 +77,7 @@ class Contributions(abc.ABC):
         assert aggregation is not None
         self.aggregation = aggregation
         self.parts = parts
-        self.changed = threading.Condition(parts.lock)
+        self.changed = threading.Condition(cast(Any, parts.lock))  # which has the methods that conditions use
         self._uploads = UploadGate(aggregation.uploads_at_once, parts.clock)
         self._ending: StepwireError | None = None
 

@@ -34,11 +34,12 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.beginning import Beginning
 from stepwire_server.sessions.checkpointer import Checkpointer
 from stepwire_server.sessions.checkpointing import Saved, save
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.moments import free_name, has_moment
 from stepwire_server.sessions.recovery import Recovery
 from stepwire_server.sessions.redo import Codec, Redo
 from stepwire_server.sessions.restorer import Make, Restorer
-from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.session import Session
 
 __all__ = ["DataDirectory"]
 
@@ -142,12 +143,11 @@ class DataDirectory:
             OSError: the disk failed; nothing stays.
             StepwireError: as `beginning.keep`; nothing stays.
         """
-        config = self.codec.encode_config(session.config)
         self._archive.add(
             ArchivedSession(
                 session_id=session.session_id,
                 request_id=request_id,
-                config=config,
+                config=self.codec.encode_config(session.config),
                 create_time=time.time(),
                 attach_key=session.ledger.members.tokens.key,
             ),

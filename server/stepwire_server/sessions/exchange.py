@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
@@ -22,6 +21,7 @@ from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
 from stepwire_server.sessions.restoring import Restoring
 from stepwire_server.sessions.row_numbers import row_blocks
+from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
@@ -74,7 +74,7 @@ class StateExchange:
     """
 
     def __init__(
-        self, state: SessionState, ledger: Ledger, lock: threading.Lock, last_use: LastUse, progress: Progress
+        self, state: SessionState, ledger: Ledger, lock: SessionLock, last_use: LastUse, progress: Progress
     ) -> None:
         """Open the door of a session."""
         self._state = state

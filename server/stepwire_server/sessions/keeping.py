@@ -6,8 +6,9 @@ from typing import Protocol
 
 from stepwire.errors import DataLossError, Reason
 from stepwire_server.sessions.beginning import Beginning
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.data_directory import DataDirectory
-from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.session import Session
 
 __all__ = ["Replicas", "keep", "replicate"]
 

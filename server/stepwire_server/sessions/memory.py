@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 from stepwire_server.devices.budget import Reservation
 from stepwire_server.engines.protocol import PARAM, ExportedMemory, HostArray
 from stepwire_server.host.sealed_memory import SharedMemory
 from stepwire_server.sessions.ledger import Ledger
+from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.state import SessionState
 
 __all__ = ["SessionMemory"]
@@ -17,7 +17,7 @@ __all__ = ["SessionMemory"]
 class SessionMemory:
     """The door of a session for memory that a client sees. Thread-safe: it shares the session's lock."""
 
-    def __init__(self, state: SessionState, ledger: Ledger, lock: threading.Lock) -> None:
+    def __init__(self, state: SessionState, ledger: Ledger, lock: SessionLock) -> None:
         """Open the door of a session."""
         self._state = state
         self._ledger = ledger

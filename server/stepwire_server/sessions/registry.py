@@ -19,6 +19,7 @@ from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
 from stepwire_server.sessions.keeping import Replicas, keep, replicate
@@ -27,7 +28,7 @@ from stepwire_server.sessions.one_at_a_time import OneAtATime
 from stepwire_server.sessions.parked import ParkedSession, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions
 from stepwire_server.sessions.registry_limits import RegistryLimits
-from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.step_rate import StepRates
 from stepwire_server.sessions.streams import Streams
 from stepwire_server.sessions.tenants import tenant_of, tenants_of

@@ -12,9 +12,10 @@ from stepwire_server.durability.archive import Archive
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.checkpointing import restore
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.moments import check_reached
 from stepwire_server.sessions.redo import Codec
-from stepwire_server.sessions.session import Session, closed_on_failure
+from stepwire_server.sessions.session import Session
 
 __all__ = ["Make", "Restorer"]
 

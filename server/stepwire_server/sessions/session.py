@@ -9,7 +9,6 @@ whatever becomes of the client. A failure from there on is a broken device or a 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from stepwire.errors import InvalidRequestError, StepwireError
@@ -22,13 +21,16 @@ from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.client_stream import ClientStream
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.commits import Commits
 from stepwire_server.sessions.contributions import Contributions, Parts
 from stepwire_server.sessions.exchange import StateExchange
+from stepwire_server.sessions.lane_steps import LaneSteps
 from stepwire_server.sessions.ledger import Ledger, session_not_found, session_parked
 from stepwire_server.sessions.memory import SessionMemory
 from stepwire_server.sessions.own_steps import OwnSteps
 from stepwire_server.sessions.progress import Progress
+from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.several import contributions_of
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.step_rate import StepRate
@@ -38,7 +40,7 @@ from stepwire_server.steps.gradient import StagedChunk
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter
 from stepwire_server.steps.step import Step
 
-__all__ = ["Session", "closed_on_failure"]
+__all__ = ["Session"]
 
 
 class Session:
@@ -46,7 +48,7 @@ class Session:
 
     Attributes:
         config: the session's config.
-        ledger: its numbers.
+        lane_steps: its door for compiled lanes.
         memory: the memory that it shares with its client.
         exchange: its state in and out.
         progress: the way of its commits onto the disk.
@@ -84,19 +86,19 @@ class Session:
         self.tenant = ""
         self._rate: StepRate | None = None
         workers = 1 if config.aggregation is None else config.aggregation.workers
-        self.ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
-        self._clock = clock
-        self._lock = threading.Lock()
+        self._ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
+        self._lock = SessionLock()
         self.last_use = LastUse(clock)
         self.calls = CallsUnderWay(self.last_use)
         self._state = SessionState(config, device)
-        self.progress = Progress(self.ledger, clock)
-        self._commits = Commits(self._state, self.ledger, self.progress, clock, sinks)
-        self.exchange = StateExchange(self._state, self.ledger, self._lock, self.last_use, self.progress)
-        self.memory = SessionMemory(self._state, self.ledger, self._lock)
-        parts = Parts(config, self._state, self.ledger, self._lock, self.progress, self._commits, clock)
+        self.progress = Progress(self._ledger, clock)
+        self._commits = Commits(self._state, self._ledger, self.progress, clock, sinks)
+        self.exchange = StateExchange(self._state, self._ledger, self._lock, self.last_use, self.progress)
+        self.memory = SessionMemory(self._state, self._ledger, self._lock)
+        parts = Parts(config, self._state, self._ledger, self._lock, self.progress, self._commits, clock)
         with closed_on_failure(self._state):
             self.contributions = contributions_of(parts)
+        self.lane_steps = LaneSteps(parts, self.last_use)
         self._own = OwnSteps(parts, self.last_use, self.exchange.step_over)
         self._steps: OwnSteps | Contributions = self.contributions or self._own
         if self.contributions is not None:
@@ -105,9 +107,15 @@ class Session:
         self.created = self.last_use.at
 
     @property
+    def ledger(self) -> Ledger:
+        """The numbers, with all that a compiled lane has stepped."""
+        self._lock.settle()
+        return self._ledger
+
+    @property
     def session_id(self) -> str:
         """128 random bits in hexadecimal digits."""
-        return self.ledger.session_id
+        return self._ledger.session_id
 
     @property
     def needed_record(self) -> int | None:
@@ -171,11 +179,12 @@ class Session:
     def give_to(self, tenant: str, rate: StepRate | None = None) -> None:
         """Belong to a tenant from now on, whose steps take from a bucket; None for no bound."""
         self.tenant, self._rate = tenant, rate
+        self.lane_steps.possible &= rate is None  # each step is counted
         self._state.flow.give_to(tenant)
 
     def idle_seconds(self, now: float) -> float | None:
         """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""
-        used = self.ledger.attached or self.exchange.loads or self.calls
+        used = self._ledger.attached or self.exchange.loads or self.calls
         return None if used else max(now - self.last_use.at, 0.0)
 
     def expired(self, now: float) -> bool:
@@ -185,10 +194,8 @@ class Session:
     def statistics(self) -> SessionStatistics:
         """Return the session's numbers at this moment."""
         ledger = self.ledger
-        step, load, unfinished_step = ledger.applied_step, ledger.applied_load, self.unfinished_step
-        return SessionStatistics(
-            step, load, unfinished_step, self.memory_bytes, ledger.attached, len(self.exchange.loads)
-        )
+        numbers = (ledger.applied_step, ledger.applied_load, self.unfinished_step)
+        return SessionStatistics(*numbers, self.memory_bytes, ledger.attached, len(self.exchange.loads))
 
     @contextlib.contextmanager
     def untold(self) -> Iterator[None]:
@@ -388,13 +395,3 @@ class Session:
                 self.contributions.close()
         finally:
             self._state.close()
-
-
-@contextlib.contextmanager
-def closed_on_failure(made: Session | SessionState) -> Iterator[None]:
-    """Close a new session, or its state, if a block fails, so that nothing of it stays."""
-    try:
-        yield
-    except BaseException:
-        made.close()
-        raise

@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from stepwire.wire.packets import REQUEST_BYTES, SEND_BUFFER_BYTES
+from stepwire_server.engines.cpu.lane_loop import LaneLoop, Seat
 
 __all__ = ["PacketLane"]
 
@@ -50,6 +51,14 @@ class PacketLane:
     def descriptor(self) -> int:
         """The descriptor of the client's end."""
         return self._handed.fileno()
+
+    def seated(self, loop: LaneLoop) -> Seat | None:
+        """Give the server's end a place in a loop of compiled lanes; None where there is none left.
+
+        Raises:
+            OSError: the system has no descriptors left.
+        """
+        return loop.seat(self._end)
 
     def receive(self) -> bytes:
         """Wait for a message and return it; one byte more than `REQUEST_BYTES` for a longer one, nothing at the end."""

@@ -15,6 +15,7 @@ import numpy as np
 from stepwire.errors import DataLossError, ResourceExhaustedError, UnsupportedFeatureError
 from stepwire_server.engines.cpu.exact_sum import ExactSum
 from stepwire_server.engines.cpu.gradient_rows import GradientRows
+from stepwire_server.engines.cpu.lane_loop import LaneKernels, LaneLoops
 from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
 from stepwire_server.engines.cpu.state import CpuKernels, CpuState
 from stepwire_server.engines.cpu.state_arrays import make_slot, slot_bytes
@@ -38,7 +39,11 @@ class NumbaDisabledError(UnsupportedFeatureError):
 
 
 class CpuEngine:
-    """Flat arrays in host memory; threads divide large ranges among them. Thread-safe, unlike its states."""
+    """Flat arrays in host memory; threads divide large ranges among them. Thread-safe, unlike its states.
+
+    Attributes:
+        lanes: the loops of compiled lanes; None where kernels are NumPy's.
+    """
 
     def __init__(self, threads: int | None = None, use_numba: bool | None = None) -> None:
         """Start an engine.
@@ -54,6 +59,7 @@ class CpuEngine:
         self._kernels = _default_kernels() if use_numba is None else _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
+        self.lanes = LaneLoops(self._kernels) if isinstance(self._kernels, LaneKernels) else None
         self._states: weakref.WeakSet[CpuState | ExactSum | GradientRows] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -164,6 +170,8 @@ class CpuEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        if self.lanes is not None:
+            self.lanes.close()
         self._threads.close()
 
     def _keep(self, needed_bytes: int, make: Callable[[], Made]) -> Made:

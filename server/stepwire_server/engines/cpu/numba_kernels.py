@@ -9,13 +9,14 @@ once, by its default threading layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import pathlib
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numba
@@ -28,7 +29,8 @@ from stepwire_server.engines.compiled.levels import aim
 from stepwire_server.engines.compiled.stock import fill, stocked_level
 from stepwire_server.engines.cpu.numba_exact import exact_source
 from stepwire_server.engines.cpu.numba_helpers import shared_helper
-from stepwire_server.engines.cpu.numba_module import KERNEL_OPTIONS, MEASURING_OPTIONS
+from stepwire_server.engines.cpu.numba_lane import exchange_source, lane_source
+from stepwire_server.engines.cpu.numba_module import HELPER_OPTIONS, KERNEL_OPTIONS, MEASURING_OPTIONS
 from stepwire_server.engines.cpu.numba_rows import rows_source
 from stepwire_server.engines.cpu.numba_source import (
     accumulate_source,
@@ -38,6 +40,7 @@ from stepwire_server.engines.cpu.numba_source import (
     update_source,
 )
 from stepwire_server.engines.cpu.numba_table import table_source
+from stepwire_server.engines.cpu.numba_words import exchange
 from stepwire_server.engines.kernel_room import KernelRoom
 from stepwire_server.engines.payloads import STORED, bits_of, name_of
 from stepwire_server.engines.protocol import HostArray
@@ -140,6 +143,30 @@ class NumbaKernels:
         key = ("table", *recipe.key, reply)
         return self._built.get(key) or self._build(key, lambda: self._table(recipe, reply))
 
+    def lane(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> Callable[..., None]:
+        """Make the loop of a compiled lane, `numba_lane_functions.run`; the caller keeps it.
+
+        It is made without the lock of the other kernels, for which steps may wait.
+
+        Raises:
+            ResourceExhaustedError: there is no room for one more kernel.
+        """
+        update, squares = self.update(recipe, gradient, reply), self.sum_of_squares(gradient, False)
+        name = f"lane_{recipe.name}_{name_of(gradient)}_to_{reply.name if reply is not None else 'nothing'}"
+        modules = [str(kernel.py_func.__module__) for kernel in (update, squares)]  # type: ignore[attr-defined]
+        text = lane_source(recipe, name, name_of(gradient), None if reply is None else reply.name, modules)
+        beside = {"update": update, "sum_of_squares": squares, "lane_helper": numba.njit(**HELPER_OPTIONS)}
+        with contextlib.nullcontext() if self._room is None else self._room.admitted():
+            return self._compile(name, text, (numba_types.int64,) * 4, beside)
+
+    def exchange(self) -> Callable[[int, int, int], bool]:
+        """Return `exchange(address, expected, value)` of `numba_words`."""
+        name, beside = "exchange_words", {"exchange": exchange}
+        key, signature = (name,), (numba_types.int64,) * 3
+        return self._built.get(key) or self._build(  # type: ignore[return-value]
+            key, lambda: self._compile(name, exchange_source(name), signature, beside)
+        )
+
     def _build(self, key: tuple[Any, ...], compile_kernel: Callable[[], Callable[..., None]]) -> Callable[..., None]:
         with self._lock:
             if key not in self._built:
@@ -206,14 +233,20 @@ class NumbaKernels:
         text = table_source(recipe, name, None if reply is None else reply.name)
         return self._compile(name, text, (*arrays, *[numba_types.intp] * 5, _SUMS))
 
-    def _compile(self, name: str, text: str, signature: tuple[Any, ...]) -> Callable[..., None]:
-        """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step."""
+    def _compile(
+        self, name: str, text: str, signature: tuple[Any, ...], beside: Mapping[str, Any] | None = None
+    ) -> Callable[..., None]:
+        """Load the kernel's machine code, or make it; a full disk or a damaged cache costs time, not the step.
+
+        `beside` is what the module has beside its text.
+        """
+        load = functools.partial(_load, name=name, text=text, signature=signature, beside=beside or {})
         started = time.perf_counter()
         try:
-            kernel = _load(store(self._directory, name, text), name, text, signature, cache=True)
+            kernel = load(store(self._directory, name, text), cache=True)
         except Exception as problem:  # a torn pickle raises anything; a kernel that does not compile raises again
             _log.warning("kernel %s is not cached in %s: %r", name, self._directory, problem)
-            kernel = _load(self._directory / f"{name}.py", name, text, signature, cache=False)
+            kernel = load(self._directory / f"{name}.py", cache=False)
         _log.debug("kernel %s ready in %.3f s", name, time.perf_counter() - started)
         return kernel
 
@@ -252,11 +285,13 @@ def prefer_wide_vectors() -> None:
             settings.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
-def _load(path: pathlib.Path, name: str, text: str, signature: tuple[Any, ...], cache: bool) -> Callable[..., None]:
+def _load(
+    path: pathlib.Path, *, name: str, text: str, signature: tuple[Any, ...], beside: Mapping[str, Any], cache: bool
+) -> Callable[..., None]:
     """Execute the module's text under the name of its file, which Numba stamps its cache with."""
     module = types.ModuleType(f"stepwire_kernel_{path.stem}")
     sys.modules[module.__name__] = module  # where Numba looks when it loads machine code
-    module.__dict__["helper"] = shared_helper
+    module.__dict__.update(beside, helper=shared_helper)
     module.__dict__["kernel"] = numba.njit(**KERNEL_OPTIONS, cache=cache)
     module.__dict__["measuring_kernel"] = numba.njit(**MEASURING_OPTIONS, cache=cache)
     exec(compile(text, str(path), "exec"), module.__dict__)

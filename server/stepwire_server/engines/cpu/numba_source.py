@@ -30,6 +30,7 @@ from stepwire_server.rules.treatment import added, scaled
 
 __all__ = [
     "accumulate_source",
+    "arrays_of",
     "element_body",
     "measure_source",
     "seeds_of",
@@ -133,7 +134,7 @@ class _Squares(NamedTuple):
 
 def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -> str:
     """Write the module with the fused kernel `name`; `NumbaKernels.update` has its arguments."""
-    arrays = _arrays(recipe)
+    arrays = arrays_of(recipe)
     numbers = [*seeds_of(recipe), *recipe.scalars]
     arguments = [*arrays, "gradient", "out", "start", "begin", "first", "size"]
     arguments += ["sums", *numbers] if recipe.measures else numbers
@@ -184,7 +185,7 @@ def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
         *_slot_codecs(recipe),
         *functions_of_stages(stages),
     ]
-    work = _Squares(_arrays(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"])
+    work = _Squares(arrays_of(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"])
     return _summing(name, work, functions)
 
 
@@ -236,7 +237,8 @@ def _summing(name: str, work: _Squares, functions: Iterable[Callable[..., Any]])
     return module_of(name, functions, kernel)
 
 
-def _arrays(recipe: Recipe) -> list[str]:
+def arrays_of(recipe: Recipe) -> list[str]:
+    """Name the arrays of the state that an update has as its first arguments."""
     arrays = ["p_all"]
     for slot, variable in recipe.slots.items():
         arrays += [f"{variable}_all", *([f"{variable}_absmax"] if _in_blocks(recipe, slot) else [])]

@@ -306,6 +306,10 @@ class CpuState:
     def yield_buffers(self, gradient: Gradient | None) -> None:
         """See `EngineState.yield_buffers`: nothing is shared."""
 
+    def lane_arrays(self, recipe: Recipe) -> tuple[Recipe, tuple[HostArray, ...]] | None:
+        """Return the arrays that an update has, and the recipe for how they are held; None where regions differ."""
+        return None if self._regions else self._arrays(recipe, None)
+
     def settle(self) -> None:
         """See `EngineState.settle`."""
 

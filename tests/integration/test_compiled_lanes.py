@@ -1,0 +1,93 @@
+"""Compiled lanes from end to end: the tests of packet lanes, on servers that make so every step that they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import stepwire
+from stepwire_server.config import ServerConfig
+from stepwire_server.engines.cpu.engine import CpuEngine
+from stepwire_server.server import Server
+from tests.integration import test_packets as packets
+from tests.integration.training import SMALL, bits, same_bits, telemetry
+
+pytest.importorskip("numba")
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[bool, Server]]:
+    """A server that shares memory, and one that does not."""
+    config = {"bind": "127.0.0.1:0", "device": "cpu", "sweep_seconds": 3600.0}
+    with Server(ServerConfig(**config)) as one, Server(ServerConfig(**config, shared_memory=False)) as other:
+        for server in (one, other):
+            server.lanes.after_steps = server.lanes.steps_alike = 1
+        yield {True: one, False: other}
+
+
+def with_loops(server: Server, session: stepwire.Session, **options: Any) -> None:
+    """Step a few times, and wait for the loop that is compiled for such steps."""
+    for step in (1, 2, 3):
+        session.step(SMALL.gradient(step), **options)
+    for device in server.registry.pool:
+        assert isinstance(device.engine, CpuEngine) and device.engine.lanes is not None
+        device.engine.lanes.settle()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loops(servers: dict[bool, Server]) -> None:
+    """Have the loops of the usual steps ready."""
+    for server in servers.values():
+        with packets.opened(server) as client, SMALL.create(client) as session:
+            with_loops(server, session)
+
+
+globals().update(
+    {name: test for name, test in vars(packets).items() if name.startswith("test_") and "drain" not in name}
+)
+
+
+def steps_in_lanes(server: Server) -> int:
+    for session in server.registry.of(None):
+        session.lane_steps.settle()
+    return server.lanes.statistics().steps
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "no reply": ({}, {"reply": "none"}),
+    "clipped": ({"clip_grad_norm": 0.5}, {}),
+    "scheduled": ({"schedule": stepwire.Schedule.linear(9, warmup_steps=3)}, {}),
+    "bfloat16": (
+        {"gradient_dtype": "bfloat16", "reply_dtype": "bfloat16", "state_precision": "bfloat16"},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_in_a_lane_have_the_bits_and_the_results_of_tcp(
+    servers: dict[bool, Server], memory: bool, kind: str
+) -> None:
+    creating, stepping = KINDS[kind]
+    server, found, made = servers[memory], [], 0
+    for transport in ("tcp", "packets"):
+        with packets.opened(server, transport) as client, SMALL.create(client, **creating) as session:
+            answers, results, before = [], [], steps_in_lanes(server)
+            for step in range(1, STEPS + 1):
+                answer = session.step(SMALL.gradient(step), **stepping)
+                answers.append(bits(answer) if answer else None)
+                results.append(telemetry(session.last_result))
+                if step == 3:
+                    for device in server.registry.pool:
+                        device.engine.lanes.settle()
+            found.append((answers, results, session.state()))
+            made = steps_in_lanes(server) - before
+    assert found[0][:2] == found[1][:2]
+    assert same_bits(found[0][2], found[1][2])
+    assert made >= 6
