@@ -81,12 +81,12 @@ class Stepper:
 
 
 async def _steps_until(stepper: Stepper, end: float) -> list[float]:
-    """Return the times of the steps that end before a moment, in seconds."""
+    """Return the times of the first step and of those that end before a moment, in seconds."""
     seconds: list[float] = []
     while True:
         began = time.perf_counter()
         await stepper.step()
-        if (now := time.perf_counter()) > end:
+        if (now := time.perf_counter()) > end and seconds:
             return seconds
         seconds.append(now - began)
 
