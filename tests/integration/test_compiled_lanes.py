@@ -12,7 +12,7 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.server import Server
 from tests.integration import test_packets as packets
-from tests.integration.training import SMALL, bits, same_bits, telemetry
+from tests.integration.training import SMALL, assert_same_result, bits, same_bits
 
 pytest.importorskip("numba")
 
@@ -82,12 +82,29 @@ def test_steps_in_a_lane_have_the_bits_and_the_results_of_tcp(
             for step in range(1, STEPS + 1):
                 answer = session.step(SMALL.gradient(step), **stepping)
                 answers.append(bits(answer) if answer else None)
-                results.append(telemetry(session.last_result))
+                results.append(session.last_result)
                 if step == 3:
                     for device in server.registry.pool:
                         device.engine.lanes.settle()
             found.append((answers, results, session.state()))
             made = steps_in_lanes(server) - before
-    assert found[0][:2] == found[1][:2]
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert_same_result(one, other)
     assert same_bits(found[0][2], found[1][2])
     assert made >= 6
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_new_stream_takes_the_loop_that_others_had_compiled(
+    servers: dict[bool, Server], monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    """It compiles none itself before so many steps alike."""
+    server = servers[True]
+    monkeypatch.setattr(server.lanes, "after_steps", 1000)
+    options: dict[str, Any] = {} if ready else {"clip_grad_norm": 0.25, "telemetry": "none"}
+    with packets.opened(server) as client, SMALL.create(client, **options) as session:
+        before = steps_in_lanes(server)
+        for step in range(1, 33):
+            session.step(SMALL.gradient(step), reply="parameters" if ready else "none")
+        assert (steps_in_lanes(server) - before > 16) is ready

@@ -94,6 +94,6 @@ def _is_of_others(descriptor: int) -> bool:
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return False
     except OSError:  # the listing's own, which is closed
-        return False
+        return True
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         return connection.type != socket.SOCK_SEQPACKET

@@ -77,7 +77,7 @@ class CompiledLane:
         self._gate = parts.serving.lanes
         self._seat: Seat | None = None
         self._loop: LaneLoop | None = None
-        self._alike, self._needed = 0, self._gate.after_steps
+        self._alike, self._needed = 0, self._gate.first_look
         self._settings = b""
         self._datagram = b""
         self._received: HostArray = np.empty(0, np.uint8)
@@ -89,6 +89,8 @@ class CompiledLane:
         """Note a step that Python has made of one datagram, and replied to."""
         alike = self._packets.last_settings is self._settings
         self._alike = self._alike + 1 if alike else 1
+        if not alike:
+            self._needed = min(self._needed, self._gate.after_steps)
         self._settings, self._datagram = self._packets.last_settings, datagram
 
     def receive(self) -> bytes:
@@ -96,11 +98,13 @@ class CompiledLane:
         lane = self._parts.lane
         if self._alike < self._needed or not self._gate.is_open:
             return lane.receive()
-        self._alike = 0
         self.send_seconds = self._packets.last_send_seconds or 0.0
         if (seat := self._granted()) is None:
+            awaits = self._parts.session.lane_steps.awaits_loop and self.may_compile
+            self._needed = self._alike + (self._gate.first_look if awaits else min(self._alike, self._gate.after_steps))
             return lane.receive()
         seat.wait()
+        self._alike = 0
         self._gate.over(seat)
         self._parts.session.lane_steps.settle()
         self._needed, self._packets.last_send_seconds = self._gate.steps_alike, self.send_seconds
@@ -126,6 +130,11 @@ class CompiledLane:
             _log.warning("no compiled lane", problem=str(problem))
             return None
         return self._seat
+
+    @property
+    def may_compile(self) -> bool:
+        """See `SteppedLane`."""
+        return self._alike >= self._gate.after_steps
 
     def seat(self, loop: LaneLoop) -> Seat | None:
         """See `SteppedLane`."""

@@ -10,7 +10,9 @@ from stepwire_server.engines.cpu.lane_loop import Seat
 __all__ = ["AFTER_STEPS", "LaneGate", "LaneStatistics"]
 
 AFTER_STEPS: Final = 256
-"""The steps alike on a stream before its first grant: a loop costs seconds where no cache has it."""
+"""The steps alike on a stream before a loop is compiled for it: that costs seconds where no cache has it."""
+
+_FIRST_LOOK: Final = 8
 
 
 class LaneStatistics(NamedTuple):
@@ -29,7 +31,7 @@ class LaneGate:
     """The compiled lanes of a server. Thread-safe.
 
     Attributes:
-        after_steps: the steps alike on a stream before the first grant, for which a loop may have to be compiled.
+        after_steps: the steps alike on a stream before a loop is compiled for it.
         steps_alike: the steps alike before each later one: whoever pulls after each step has no use for a grant.
     """
 
@@ -40,6 +42,11 @@ class LaneGate:
         self._seats: set[Seat] = set()
         self._steps = 0
         self._lock = threading.Lock()
+
+    @property
+    def first_look(self) -> int:
+        """The steps alike on a new stream before a loop is looked for that others had compiled."""
+        return min(_FIRST_LOOK, self.after_steps)
 
     @property
     def is_open(self) -> bool:

@@ -7,7 +7,7 @@ expect, and the session admits or refuses it as ever.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,12 +18,16 @@ from stepwire_server.engines.cpu.lane_words import CLIPS
 from stepwire_server.engines.protocol import GRAIN, HostArray
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import GroupResult, StepResult, StepTimes
+from stepwire_server.rules import Recipe
 from stepwire_server.sessions.calls_under_way import LastUse
 from stepwire_server.sessions.contributions import Parts
 from stepwire_server.sessions.lane_batch import LaneBatch, lane_batch, may_have_lane
 from stepwire_server.sessions.workers import Holder
 
 __all__ = ["LaneSteps", "SteppedLane"]
+
+
+_Kind = tuple[Recipe, np.dtype[Any], "np.dtype[Any] | None"]
 
 
 class SteppedLane(Protocol):
@@ -34,6 +38,11 @@ class SteppedLane(Protocol):
     """
 
     send_seconds: float
+
+    @property
+    def may_compile(self) -> bool:
+        """A loop may be compiled for it: so many steps were alike that it pays."""
+        ...
 
     def seat(self, loop: LaneLoop) -> Seat | None:
         """Return the lane's place in a loop; None where there is none left."""
@@ -71,6 +80,7 @@ class LaneSteps:
         engine = parts.state.device.engine
         self._loops = engine.lanes if isinstance(engine, CpuEngine) and may_have_lane(parts.config) else None
         self.possible = self._loops is not None
+        self._awaited: tuple[StepRequest, _Kind] | None = None
 
     def grant(self, holder: Holder, request: StepRequest, lane: SteppedLane) -> bool:
         """Leave the next steps to a lane, until the session's lock is acquired or the lane is at its end.
@@ -91,11 +101,11 @@ class LaneSteps:
             request = request.numbered(parts.ledger.applied_step + 1)
             if self._loops is None or not self.possible or not self._admits(request, holder):
                 return False
-            batch = lane_batch(parts.config, parts.state, request)
-            if batch is None:
+            if self._awaits(request, lane) or (batch := lane_batch(parts.config, parts.state, request)) is None:
                 return False
-            reply = request.reply_dtype if request.reply else None
-            loop = self._loops.loop(batch.recipe, request.gradient_dtype, reply)
+            kind = batch.recipe, request.gradient_dtype, request.reply_dtype if request.reply else None
+            loop = self._loops.loop(*kind, make=lane.may_compile)
+            self._awaited = (request, kind) if loop is None else None
             seat = None if loop is None else lane.seat(loop)
             if seat is None:
                 return False
@@ -103,6 +113,17 @@ class LaneSteps:
             if not lane.lay_out(seat, grant.result(0)):
                 return False
             return parts.lock.give(grant, lambda: lane.open(seat))
+
+    @property
+    def awaits_loop(self) -> bool:
+        """Nothing but the loop was missing, and it may come."""
+        return self._awaited is not None
+
+    def _awaits(self, request: StepRequest, lane: SteppedLane) -> bool:
+        """Tell whether the loop of steps like this one is still missing, without computing any of them."""
+        if self._loops is None or self._awaited is None or not _is_like(request, self._awaited[0]):
+            return False
+        return self._loops.loop(*self._awaited[1], make=lane.may_compile) is None
 
     def settle(self) -> None:
         """End the grant, if there is one, and count the steps that were made."""
@@ -113,6 +134,11 @@ class LaneSteps:
         ledger = self.parts.ledger
         usable = ledger.ready and not (ledger.closed or ledger.damaged) and ledger.worker.holder is holder
         return usable and request.epoch == ledger.epoch and request.load in (None, ledger.applied_load)
+
+
+def _is_like(one: StepRequest, other: StepRequest) -> bool:
+    same = one.groups is other.groups and one.gradient_dtype == other.gradient_dtype
+    return same and (one.reply, one.reply_dtype) == (other.reply, other.reply_dtype)
 
 
 class _Grant:

@@ -208,11 +208,13 @@ class LaneLoops:
         self._closed = False
         self._lock = threading.Lock()
 
-    def loop(self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None) -> LaneLoop | None:
-        """Return the loop of a kind of steps; None as long as it is made, and where it cannot be."""
+    def loop(
+        self, recipe: Recipe, gradient: np.dtype[Any], reply: np.dtype[Any] | None, *, make: bool = True
+    ) -> LaneLoop | None:
+        """Return the loop of a kind of steps, made if need be; None as long as it is, and where there is none."""
         key = (*recipe.key, gradient, reply)
         with self._lock:
-            if key in self._loops or self._closed or len(self._loops) >= _MOST_LOOPS:
+            if key in self._loops or not make or self._closed or len(self._loops) >= _MOST_LOOPS:
                 return self._loops.get(key)
             self._loops[key] = None
             maker = threading.Thread(
