@@ -124,9 +124,10 @@ def test_a_terminal_is_redrawn(run: Any, sessions: list[str], monkeypatch: pytes
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    out = run("--filter", "top-").out
-    assert "top-one [red]" in out, "a label is text, never markup"
-    assert sessions[0][:8] in out
+    outcome = run("--filter", "top-")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "top-one [red]" in outcome.out, "a label is text, never markup"
+    assert sessions[0][:8] in outcome.out
 
 
 def test_without_rich_there_are_plain_lines(run: Any, sessions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
