@@ -20,7 +20,7 @@ examples: .venv-examples/stamp
 
 # One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
 # gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
-# where Python may keep its bytecode. Of tests with many cases of one kind every third case is run, and all of them in CI or
+# where Python may keep its bytecode. Of tests with many cases of one kind every fourth case is run, and all of them in CI or
 # with `SAMPLE=`. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 SAMPLE ?= $(if $(CI),,--sample)

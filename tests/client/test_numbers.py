@@ -16,6 +16,8 @@ import stepwire
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
 
+pytestmark = pytest.mark.many
+
 ONE = {"w": np.ones(3, np.float32)}
 
 

@@ -22,7 +22,7 @@ from stepwire.errors import Reason
 from tests.crash.crashing_server import POINTS, CrashingServer
 from tests.integration.proxy import Proxy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 SEEDS = int(os.environ.get("STEPWIRE_CRASH_SEEDS", "0"))
 SOME = ("before receive", "after apply", "after append commit", "before manifest")

@@ -20,7 +20,7 @@ from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install scikit-learn")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 STEPS = 16
 

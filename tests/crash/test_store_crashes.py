@@ -14,7 +14,7 @@ from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 SOME = ("after upload", "before store delete")
 """The points of the suite."""

@@ -14,6 +14,8 @@ from stepwire_server.server import Server
 from tests.integration import test_packets as packets
 from tests.integration.training import SMALL, assert_same_result, bits, same_bits
 
+pytestmark = pytest.mark.many
+
 pytest.importorskip("numba")
 
 STEPS = 12

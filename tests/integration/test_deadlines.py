@@ -17,6 +17,8 @@ from tests.integration.link import Direction
 from tests.integration.proxy import Proxy
 from tests.integration.training import SMALL, WIDE, Model, bits, same_bits
 
+pytestmark = pytest.mark.many
+
 Connect = Callable[[str], stepwire.Client]
 
 _TIMEOUT_SECONDS = 0.3

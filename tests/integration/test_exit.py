@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 ROOT = pathlib.Path(__file__).parents[1].parent
 
 PLAIN = """

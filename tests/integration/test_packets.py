@@ -17,6 +17,8 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.server import Server
 from tests.integration.training import SMALL, assert_same_result, bits, same_bits
 
+pytestmark = pytest.mark.many
+
 RETRY = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
 STEPS = 6
 

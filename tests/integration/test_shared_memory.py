@@ -23,6 +23,8 @@ from tests.integration.training import SMALL, WIDE, Model, assert_same_result, b
 from tests.support.numpy_server import numpy_pool
 from tests.support.raw_handoff import held_by_process
 
+pytestmark = pytest.mark.many
+
 PATIENCE_SECONDS = 60.0
 
 

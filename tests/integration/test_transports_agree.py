@@ -14,6 +14,8 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.server import Server
 from tests.integration.training import OVERLAPPED, bits, same_bits
 
+pytestmark = pytest.mark.many
+
 STEPS = 12
 # Two hidden layers, one of them cut over two servers.
 SHAPES = {"w1": (300, 500), "b1": (500,), "w2": (500, 10), "b2": (10,)}

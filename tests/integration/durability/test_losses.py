@@ -18,6 +18,8 @@ from stepwire_server.server import Server
 from tests.integration.proxy import Proxy
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 SIZE = 40_000
 
 

@@ -22,6 +22,8 @@ from tests.integration.probes import half_applied
 from tests.integration.training import bits, same_bits
 from tests.support.raw import RawClient, Refused
 
+pytestmark = pytest.mark.many
+
 ADAM = KINDS["adam"]
 LEVELS = ("journal", "checkpoint")
 

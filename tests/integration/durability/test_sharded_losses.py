@@ -13,6 +13,8 @@ import stepwire
 from tests.integration.durability.test_losses import Restarting, bits, gradient, parameters
 from tests.support.lost_replies import lost_replies
 
+pytestmark = pytest.mark.many
+
 TWO_PHASES = pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}], ids=["one phase", "two phases"])
 
 

@@ -22,6 +22,8 @@ from tests.integration.workers.together import joined, together
 from tests.server.cli.outcome import Outcome
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 TABLES = {"table": "torch_sparse"}
 PARAMETERS = {"table": np.ones((8, 2), np.float32), "w": np.ones(3, np.float32)}
 

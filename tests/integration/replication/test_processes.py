@@ -14,6 +14,8 @@ import stepwire
 from stepwire_server.processes.spawn import server_process
 from tests.integration.replication.pair import SHARD, START, gradient, undisturbed
 
+pytestmark = pytest.mark.many
+
 
 @pytest.mark.slow
 def test_a_killed_process_is_replaced_by_its_standby(command: Any, tmp_path: pathlib.Path) -> None:

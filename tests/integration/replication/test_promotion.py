@@ -13,6 +13,8 @@ import stepwire
 from stepwire.wire.directory import ShardDirectory
 from tests.integration.replication.pair import Pair, gradient, pair_in, undisturbed
 
+pytestmark = pytest.mark.many
+
 STEPS = 4
 
 

@@ -20,6 +20,8 @@ from tests.integration.replication.pair import ELEMENTS, SHARD, START, Pair, gra
 from tests.support.health import health_of
 from tests.support.numpy_server import numpy_server
 
+pytestmark = pytest.mark.many
+
 
 def once(target: str) -> stepwire.Client:
     """Connect without patience: an error that could be repeated is told soon."""

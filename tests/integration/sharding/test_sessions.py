@@ -13,6 +13,8 @@ from stepwire_server.server import Server
 from tests.integration.sharding.pair import SHAPES, TREATMENTS, Opened, Pair, arrays, over
 from tests.integration.training import bits, same_bits
 
+pytestmark = pytest.mark.many
+
 
 def test_a_session_is_found_again_by_its_ids_alone(servers: list[Server], opened: Opened, one: stepwire.Client) -> None:
     many = over(servers, opened, 3)

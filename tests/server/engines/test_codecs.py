@@ -11,6 +11,8 @@ from stepwire_server.engines import CpuEngine, CudaEngine
 from stepwire_server.engines.protocol import Pass
 from stepwire_server.rules import Precision, Recipe, Rule
 
+pytestmark = pytest.mark.many
+
 
 def take(p: Any, g: Any) -> tuple[Any]:
     """Return the gradient as the parameter."""

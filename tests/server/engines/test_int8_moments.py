@@ -22,6 +22,8 @@ from stepwire_server.engines.int8_moments import (
     encode_with,
 )
 
+pytestmark = pytest.mark.many
+
 SIGNS = pytest.mark.parametrize("signed", [True, False])
 INFINITE, NAN = 0x7F800000, 0x7FC00000
 LARGEST = np.float32(3.4028235e38)

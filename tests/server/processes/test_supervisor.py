@@ -21,7 +21,7 @@ from tests.integration.processes import ServerProcess
 from tests.integration.test_drain import half_a_step
 from tests.support.raw import RawClient
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.many]
 
 ONE = {"w": np.ones(3, np.float32)}
 AFTER_TWO = np.float32([0.998] * 3)

@@ -9,6 +9,8 @@ import pytest
 from stepwire.errors import InvalidRequestError
 from stepwire_server.replication.claims import Claim, Claims
 
+pytestmark = pytest.mark.many
+
 
 def test_of_two_claims_of_a_number_one_is_made(tmp_path: pathlib.Path) -> None:
     claims = Claims(tmp_path, "a")

@@ -11,6 +11,8 @@ import pytest
 from stepwire.v1 import optimizer_pb2, session_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
+pytestmark = pytest.mark.many
+
 CHUNK_BYTES = 64 << 10
 LAST = 2**64 - 1
 COMMIT = pb.LoadRequest(commit=True)

@@ -12,6 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
+pytestmark = pytest.mark.many
+
 GUESSES = {
     "nothing": lambda known: "",
     "another": lambda known: secrets.token_hex(16),

@@ -13,6 +13,8 @@ from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2, tensor_pb2
 
+pytestmark = pytest.mark.many
+
 IDLE_SECONDS = 60.0
 LONG_LEASE = {"max_lease_seconds": 1e9}
 

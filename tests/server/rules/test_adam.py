@@ -13,6 +13,8 @@ from stepwire.optimizers import Adam, AdamW
 from stepwire_server.rules import Decay, rule_for
 from stepwire_server.rules.adam import ADAM_RULES
 
+pytestmark = pytest.mark.many
+
 NUMBERS = [((0.9, 0.999), 1e-8, False), ((0.5, 0.9), 1e-3, True)]
 DECAYS = [(0.0, False), (0.3, False), (0.3, True)]
 KINDS: dict[str, list[dict[str, Any]]] = {

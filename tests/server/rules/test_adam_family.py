@@ -13,6 +13,8 @@ import pytest
 from stepwire.optimizers import Adamax, NAdam, RAdam
 from stepwire_server.rules.adam_family import ADAMAX, NADAM, RADAM
 
+pytestmark = pytest.mark.many
+
 Arrays = dict[str, np.ndarray]
 
 OPTIONS: list[dict[str, Any]] = [

@@ -24,6 +24,8 @@ from stepwire_server.sharing import packet_lane
 from tests.server.sharing.test_packet_lanes import LaneStream, in_a_packet
 from tests.support.raw_handoff import held_by_process
 
+pytestmark = pytest.mark.many
+
 pytest.importorskip("numba")
 
 ROUNDS = 1_000_000 if os.environ.get("STEPWIRE_LONG_TESTS") else 24

@@ -20,6 +20,8 @@ from stepwire_server.rpc.decode_step import decode_step_request
 from stepwire_server.sessions.session import Session
 from tests.server.session_driver import RecordingWriter, everything, load, make_session, stage
 
+pytestmark = pytest.mark.many
+
 OPTIMIZERS: list[Optimizer] = [
     Adam(weight_decay=0.01),
     AdamW(formula="optax", nesterov=True),

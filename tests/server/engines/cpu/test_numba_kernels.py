@@ -19,6 +19,8 @@ pytest.importorskip("numba")
 from stepwire_server.engines.cpu import numba_kernels
 from stepwire_server.engines.cpu.numba_kernels import NumbaKernels
 
+pytestmark = pytest.mark.many
+
 RECIPE = Recipe(ALL_RULES[0])
 FLOAT32 = np.dtype(np.float32)
 

@@ -47,7 +47,7 @@ from tests.server.session_driver import (
 from tests.support import cuda_cases as cases
 from tests.support.fake_cupy.classes import CUDARuntimeError
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.many]
 
 RECIPE, HALVED = Recipe(ALL_RULES[0]), Recipe(ALL_RULES[0], precision=Precision.BFLOAT16)
 SLOTS = cases.slots_of(RECIPE)

@@ -35,6 +35,8 @@ from tests.support import cuda_cases as cases
 from tests.support import cuda_shim as shim
 from tests.support.pairwise import spread
 
+pytestmark = pytest.mark.many
+
 NVCC = shutil.which("nvcc")
 CASES = [*cases.CASES, *cases.IN_BLOCKS]
 UPDATES = [update_kernel(*case) for case in CASES]
