@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.writer import LogWriter
 from tests.simulation.disks import SimulatedDisk
 from tests.simulation.faults import Fault, chosen, shrunk
 from tests.simulation.history import Broken, Shape, faults_of, run, shape_of
@@ -56,6 +57,14 @@ def test_without_a_fence_an_old_owner_is_found_out(monkeypatch: pytest.MonkeyPat
     with pytest.raises(Broken):
         for seed in range(10):
             run(seed, ONE, overtaken)
+
+
+def test_without_a_wait_for_the_disk_a_lost_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few histories meet the moment between a reply and its sync."""
+    monkeypatch.setattr(LogWriter, "wait", lambda self, number, timeout=None: None)
+    with pytest.raises(Broken, match=r"told|no session|lost"):
+        for seed in range(40):
+            run(seed, ONE, [Fault(0.03 + seed / 8000, "power", 0, 0.05, 1)])
 
 
 def test_a_disk_whose_syncs_do_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
