@@ -250,6 +250,6 @@ def test_the_memory_of_a_round_is_that_of_its_rows_and_is_given_back() -> None:
             together(*(functools.partial(each.step, own) for each, own in zip(sessions, given, strict=True)))
         many = drawn(0, 1) | {"b": Rows(np.zeros(6000, np.int64), np.ones((6000, 40), np.float32))}
         with pytest.raises(stepwire.ResourceExhaustedError):
-            sessions[0].step(many, timeout=0.2)
+            sessions[0].step(many)
         together(*(functools.partial(each.step, drawn(worker, 0)) for worker, each in enumerate(sessions)))
         assert sessions[0].info().applied_step == 13
