@@ -18,7 +18,7 @@ __all__ = ["SparseGradients"]
 
 
 class SparseGradients:
-    """What an optimizer does with sparse gradients."""
+    """The way of an optimizer with sparse gradients."""
 
     def __init__(self, rule: TorchRule, options: RemoteOptions) -> None:
         """Decide for a rule and the options of an optimizer.

@@ -29,7 +29,7 @@ class RecordWriter(Protocol):
 
     @property
     def keeps(self) -> bool:
-        """What was waited for survives a loss of the server."""
+        """A commit that was waited for survives a loss of the server."""
         ...
 
     @property
@@ -164,7 +164,7 @@ class SessionLog:
 
     @property
     def keeps(self) -> bool:
-        """What was waited for survives a loss of the server."""
+        """A commit that was waited for survives a loss of the server."""
         return self._writer.keeps
 
     def check(self) -> None:

@@ -134,7 +134,7 @@ class LogWriter:
 
     @property
     def keeps(self) -> bool:
-        """What was waited for survives a loss of the server."""
+        """A commit that was waited for survives a loss of the server."""
         return True
 
     @property

@@ -53,7 +53,7 @@ class Replica:
 
     @property
     def keeps(self) -> bool:
-        """What was waited for survives a loss of the server: a standby has it."""
+        """A commit that was waited for survives a loss of the server: a standby has it."""
         return not self._primary.alone
 
     @property

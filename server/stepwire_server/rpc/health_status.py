@@ -16,7 +16,7 @@ _SERVICE: Final = "stepwire.v1.OptimizerService"
 
 
 class HealthStatus:
-    """What health checks are told: of the server, and of its service."""
+    """The answers to health checks: of the server, and of its service."""
 
     def __init__(self, server: grpc.Server) -> None:
         """Serve health checks; nothing is SERVING before `serves`."""
